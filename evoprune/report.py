@@ -31,7 +31,11 @@ EMPTY = {
 # make a terminal show another text than there is.
 INVISIBLE = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
-STAGES = ("read", "preprocess", "encode", "prefill", "generate")
+STAGES = ("plan", "read", "preprocess", "compile", "encode", "store", "prefill", "generate")
+BESIDE = "overlap"  # no stage: what of reading and preprocessing nobody waited for
+# Of inputs; a later question about them does not wait for these again.
+OF_INPUTS = ("plan", "read", "preprocess", "compile", "encode", "store", BESIDE)
+SELDOM = ("compile", "store")  # stages that have a line where they take a millisecond
 WIDTH, BAR = 80, 12
 INDENT = " " * 11
 KNOWN = "the demo models know only generated clips (demo: coloured shapes and digits; demo-scenes: crowded scenes with signs)"
@@ -136,6 +140,10 @@ class InputTimes:
     preprocess: float | None = None
     encode: float | None = None
     encode_prune: float | None = None
+    plan: float | None = None
+    compile: float | None = None
+    store: float | None = None
+    overlap: float | None = None
 
 
 @dataclass
@@ -163,6 +171,8 @@ class TokenCounts:
 
 @dataclass
 class Times:
+    """Up to the first token the stages add up: `ttft_wall` is the sum of those before `generate`, less `overlap`."""
+
     load: float | None = None
     load_tokenizer: float | None = None
     load_weights: float | None = None
@@ -178,6 +188,10 @@ class Times:
     ttft_model: float | None = None
     ttft_wall: float | None = None
     prefill_prune: float | None = None
+    plan: float | None = None
+    compile: float | None = None
+    store: float | None = None
+    overlap: float | None = None
 
 
 @dataclass
@@ -437,19 +451,19 @@ def _span(report) -> str:
 
 def _stages(report, width: int) -> list[str]:
     times, flow = report.time_ms, _flow(report)
-    longest = max((getattr(times, stage) or 0 for stage in STAGES), default=0)
-    room = width - 21 - max(map(len, flow.values()))  # columns left for the bars
+    spent = {stage: getattr(times, stage) or 0 for stage in STAGES if _has_line(times, stage)}
+    longest = max(spent.values(), default=0)
+    room = width - 21 - max((len(flow[stage]) for stage in spent), default=0)  # columns left for the bars
     bar, lines = min(BAR, room - 2) if room >= 6 else 0, []
-    for stage in STAGES:
-        spent = getattr(times, stage) or 0
-        if not spent and (stage not in ("prefill", "generate") or getattr(times, stage) is None):
-            continue  # a later question, whose video was timed with the first; or a stage that was not reached
-        marks = "#" * (round(bar * spent / longest) if longest else 0)
-        lines.append(f"{stage:<11}{spent:>8,.0f}  {marks:<{bar}}{'  ' if bar else ''}{flow[stage]}".rstrip())
+    for stage, ms in spent.items():
+        marks = "#" * (round(bar * ms / longest) if longest else 0)
+        lines.append(f"{stage:<11}{ms:>8,.0f}  {marks:<{bar}}{'  ' if bar else ''}{flow[stage]}".rstrip())
         if pruning := getattr(times, f"{stage}_prune", None):
             lines.append(f"{'  pruning':<11}{pruning:>8,.0f}{_only_after(report) if stage == 'encode' else ''}")
         if stage == "generate" and (times.pack or 0) >= 1:
             lines.append(f"{'  packing':<11}{times.pack:>8,.0f}  of all stages, once for each layer")
+        if stage == "preprocess" and (times.overlap or 0) >= 1:
+            lines.append(f"{'  overlap':<11}{-times.overlap:>8,.0f}  ran beside other work")
     lines = [f"{'stage':<11}{'ms':>8}", *lines] if lines else []
     return lines + (_each_input(report) if times.read else [])
 
@@ -460,6 +474,14 @@ def _only_after(report) -> str:
     if not pruning.after_tower_inputs:
         return ""
     return f"  after the tower alone: under {pruning.after_tower_below:,} visual tokens"
+
+
+def _has_line(times: Times, stage: str) -> bool:
+    """Not a stage that was not reached, nor that of a video which was timed with an earlier question."""
+    spent = getattr(times, stage)
+    if stage in ("prefill", "generate"):
+        return spent is not None
+    return bool(spent) and (spent >= 1 or stage not in SELDOM)
 
 
 def _each_input(report) -> list[str]:
@@ -490,6 +512,9 @@ def _frames_read(report) -> str:
 def _flow(report) -> dict[str, str]:
     pruning, sampling, count = report.pruning, report.sampling, report.tokens
     flow = dict.fromkeys(STAGES, "")
+    flow["plan"] = "whether memory and context suffice"
+    flow["compile"] = "kernels, once a machine; loaded once a process"
+    flow["store"] = "into the cache"
     if len(report.inputs) > 1:
         flow["read"] = f"{len(report.inputs)} inputs"
     elif sampling.frames:

@@ -209,7 +209,8 @@ def _encode(
     with contextlib.closing(open_inputs(session, paths, sampling, **given)) as opened:
         plans, text = opened.plans, QUESTION + sum(plan.subtitles.tokens for plan in opened.plans)
         if questions:
-            text = longest_prompt(session, plans, questions, options.generation)
+            with opened.planning():
+                text = longest_prompt(session, plans, questions, options.generation)
         for plan in [] if quiet or full else plans:
             _note_limits(plan.full, sampling)
             if (lines := plan.subtitles).source is not None:
@@ -219,7 +220,10 @@ def _encode(
             elif lines.note:
                 tell(f"note: no subtitles: {lines.note}")
         if not quiet and not opened.in_cache:
-            waits = [estimate_first_token(session, plan, 0 if number else text) for number, plan in enumerate(plans)]
+            with opened.planning():
+                waits = [
+                    estimate_first_token(session, plan, 0 if number else text) for number, plan in enumerate(plans)
+                ]
             if None not in waits and (wait := sum(waits)) > LONG_WAIT_S:
                 note(f"estimated first token {'with nothing pruned ' if full else ''}{roughly(wait)}")
         return opened.encode(encoding(show))

@@ -15,7 +15,7 @@ from evoprune.session.options import PipelineOptions
 from evoprune.util import SOME, clock, counted, is_text, listed, missing_hint, roughly, shown, some
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, is_one_of, note_model, prepare
-from evoprune_cli.terminal import print_traceback, print_warning, progress, stdout, tell
+from evoprune_cli.terminal import encoding, print_traceback, print_warning, progress, stdout, tell
 
 if TYPE_CHECKING:
     from evoprune.batch.output import RecordFile
@@ -133,7 +133,7 @@ def batch(
             show("connecting to Ray")
             answers = answers_on_ray(spans, settings, address=address, cache=cache, on_ready=ready)
         else:
-            answers = _answers(spans, settings, cache, quiet, show, ready, tally.wait)
+            answers = _answers(spans, settings, cache, quiet, show, ready, tally)
         with closing(answers) as records:
             for record in records:
                 sources.check_revision(record.model.revision)
@@ -146,10 +146,10 @@ def batch(
     return SOME_FAILED if tally.failed else 0
 
 
-def _answers(spans, settings, cache: bool, quiet: bool, show, ready, on_wait):
+def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tally"):
     """The records of rows that are answered in this process; `ready` is called when the model is loaded.
 
-    `on_wait`: called with seconds in which reading was waited for.
+    `tally` is told how far encoding is, and how long it waits for reading.
     """
     from evoprune.session.ahead import FIRST, Ahead
 
@@ -163,7 +163,9 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, on_wait):
         qa = settings.load(partial(show, "quantizing"))
         note_model(qa.session, settings.generation, quiet)
         ready()
-        yield from answers(qa, spans, settings, Cache() if cache else None, print_traceback, ahead, on_wait)
+        stored = Cache() if cache else None
+        told = {"progress": encoding(tally.encoding), "on_wait": tally.wait}
+        yield from answers(qa, spans, settings, stored, print_traceback, ahead, **told)
 
 
 def _rows(
@@ -234,7 +236,16 @@ class Tally:
         """The model is loaded, and `left` rows have no answer yet. `show`: see `terminal.progress`."""
         self._file, self._before, self._show = file, self._total - left, show
         self._begun = self._reported = time.monotonic()
-        show(self._line(self._before))
+        self._show_rows()
+
+    def encoding(self, what: str, done: int, total: int) -> None:
+        """How far the encoding of a row's inputs is."""
+        self._show_rows(f"{what} {done:,}/{total:,}")
+
+    def _show_rows(self, detail: str = "") -> None:
+        failed = f"{self.failed:,} failed" if self.failed else ""
+        said = "; ".join(filter(None, [failed, detail]))
+        self._show("row", self._before + self._file.written, self._total, said)
 
     def wait(self, seconds: float) -> None:
         """Counts time in which the model waited for a video to be read."""
@@ -256,11 +267,10 @@ class Tally:
                 if said != self._last_failure and not self.quiet:  # all rows of a video fail for the same reason
                     tell(said)
                 self._last_failure = said
-        line = self._line(self._before + self._file.written)
-        self._show(line)
+        self._show_rows()
         if time.monotonic() - self._reported >= TELL_EVERY_S and not self.quiet and not sys.stderr.isatty():
             self._reported = time.monotonic()
-            tell(line)
+            tell(self._line(self._before + self._file.written))
 
     def __enter__(self) -> "Tally":
         return self

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from textwrap import wrap
 from typing import Any
 
@@ -150,7 +151,11 @@ def _about_video(
         info = replace(probe(path, folder_fps=rate), path=video)
         yield {"video": asdict(info)}
         if scan:
-            yield {"scan": asdict(scan_video(path, folder_fps=rate))}
+            with progress(True) as show:
+                frames = info.frames_total or round((info.duration_s or 0.0) * (info.fps or 0.0))
+                count = partial(_show_frames, show, frames)
+                count(0)
+                yield {"scan": asdict(scan_video(path, folder_fps=rate, on_frames=count))}
         from evoprune.backend.devices import is_host
         from evoprune.session.inspection import memory_facts, model_facts, plan_facts
         from evoprune.session.loading.find import look_up
@@ -166,6 +171,11 @@ def _about_video(
         yield {"memory": memory_facts(model, plan, pipeline.pruning)}
         if overlay is not None:
             yield {"overlay": _draw_overlay(overlay, ending, path, video, pipeline)}
+
+
+def _show_frames(show: Callable[..., None], frames: int, done: int) -> None:
+    """How far a scan is; `frames`: of the video, roughly, 0 where that is unknown."""
+    show("scanning, frame" if frames else f"scanning, frame {done:,}", min(done, frames), frames)
 
 
 def _draw_overlay(file: str, ending: str, path: str, video: str, options: PipelineOptions) -> dict[str, Any]:

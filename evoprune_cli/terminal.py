@@ -6,15 +6,19 @@ import os
 import signal
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any, TextIO, TypeVar
 
 from evoprune.errors import UsageError, error_record
 from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, precision, warning_text, warning_title
-from evoprune.util import counted, harmless
+from evoprune.util import clock, counted, harmless, roughly
 
+LEAST_S = 1.0  # that a line of progress has counted before it says how much longer it takes
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
 TAB = 8  # columns
 # With the option each sets.
@@ -291,28 +295,79 @@ class Thoughts:
             note()
 
 
-def encoding(show: Callable[..., None]) -> Callable[[str, int, int], None]:
-    """A callback for `VideoQA.encode` that shows its progress."""
-    named, which = {"encode": "encoding, frame", "layers": "encoding, layer"}, ""
+def encoding(show: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
+    """A callback for `VideoQA.encode` that shows its progress: frames as they are read; those encoded, once all are read."""
+    named, which = {"read": "reading, frame", "encode": "encoding, frame", "layers": "encoding, layer"}, ""
+    reads = True
 
     def step(stage: str, done: int, total: int) -> None:
-        nonlocal which
+        nonlocal which, reads
         if stage == "input":
-            which = f"input {done} of {total}: "
-        else:
+            which = f"input {done}/{total}: "
+        elif stage == "read":
+            reads = done < total
+        if stage != "input" and not (reads and stage == "encode"):
             show(f"{which}{named[stage]}", done, total)
 
     return step
 
 
+class Line:
+    """A line of progress: what is done, of how much, for how long already, and for how much longer."""
+
+    def __init__(self, what: str, now: Callable[[], float] = time.monotonic):
+        self._now, self._begun = now, now()
+        self._said = _Said(what, at=self._begun, first_at=self._begun)
+
+    def show(self, what: str, done: int = 0, total: int = 0, detail: str = "") -> None:
+        """From now on says `what`: with `done` of `total`, where there is something to count, and with what is done just now."""
+        now, before = self._now(), self._said
+        said = _Said(what, done, total, detail, now, done, now)
+        if (what, total) == (before.what, before.total):
+            said = replace(said, first=before.first, first_at=before.first_at)
+        self._said = said
+
+    def text(self, width: int) -> str:
+        """As much of it as fits into so many columns."""
+        from rich.cells import cell_len, set_cell_size
+
+        said, now = self._said, self._now()
+        what = f"{said.what} {said.done:,}/{said.total:,}" if said.total else said.what
+        detail = f"{what}: {said.detail}" if said.detail else what
+        elapsed, left = clock(now - self._begun).partition(".")[0], said.left_s(now)
+        rest = [] if left is None else [f"{roughly(left)} left"]
+        texts = [", ".join(parts) for parts in ([detail, elapsed, *rest], [what, elapsed, *rest], [what, *rest])]
+        return next((text for text in texts if cell_len(text) <= width), set_cell_size(what, width).rstrip())
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a `Line` was told last, and when; `first`: what was done when this counting began, at `first_at`."""
+
+    what: str
+    done: int = 0
+    total: int = 0
+    detail: str = ""
+    at: float = 0.0
+    first: int = 0
+    first_at: float = 0.0
+
+    def left_s(self, now: float) -> float | None:
+        """Seconds that the rest of this counting will take, roughly; None where nothing tells yet."""
+        spent, done = self.at - self.first_at, self.done - self.first
+        if not self.total or done <= 0 or spent < LEAST_S:
+            return None
+        return max(0.0, spent / done * (self.total - self.done) - (now - self.at))
+
+
 @contextmanager
 def progress(active: bool, timing: bool = False) -> Iterator:
-    """Shows a line of progress on stderr while a block runs, on a terminal only. Yields `show(what, done, total)`.
+    """Shows a line of progress on stderr while a block runs, on a terminal only. Yields `Line.show`.
 
     `timing`: the line does not move, since the thread of a spinner would disturb what is measured, and it gets `what` alone.
     """
     if not active or not sys.stderr.isatty():
-        yield lambda what, done=0, total=0: None
+        yield lambda what, done=0, total=0, detail="": None
         return
     from rich.console import Console
     from rich.live import Live
@@ -324,12 +379,13 @@ def progress(active: bool, timing: bool = False) -> Iterator:
         with Live(console=console, transient=True, **still) as live:
             yield lambda what: live.update(Text(what, style="dim", no_wrap=True, overflow="ellipsis"), refresh=True)
         return
-    with console.status("loading", spinner="line") as status:
+    line, turns = Line("loading"), cycle("-\\|/")
 
-        def show(what: str, done: int = 0, total: int = 0) -> None:
-            status.update(f"{what} {done:,}/{total:,}" if total else what)
+    def drawn() -> Text:
+        return Text(f"{next(turns)} {line.text(min(WIDTH, console.width) - 3)}", no_wrap=True, overflow="crop")
 
-        yield show
+    with Live(get_renderable=drawn, console=console, transient=True, refresh_per_second=8):
+        yield line.show
 
 
 # Tables and folded lines of text for stdout.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.bench.eval import EvalSettings, Evaluation
+from evoprune.bench.eval import EvalSettings, Evaluation, told
 from evoprune.bench.scores import FULL
 from evoprune.methods.evoprune import EvoPrune
 from evoprune.methods.plans import ALLOCATIONS, parse_budget, plain
@@ -270,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = Evaluation(settings, videos)
         run.keep_in(args.out, resume=args.out.exists())
         run.load()
-        run.run(lambda what: print(what, file=sys.stderr, flush=True), args.processes)
+        run.run(lambda *what: print(told(*what), file=sys.stderr, flush=True), args.processes)
     text = report(names, run, args.group)
     print(text)
     if args.markdown:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from evoprune import methods
 from evoprune.bench.chart import COLOURS, INK, Panel, Point, Series, draw
-from evoprune.bench.eval import EvalSettings, Evaluation
+from evoprune.bench.eval import EvalSettings, Evaluation, told
 from evoprune.bench.eval_folder import SETTINGS
 from evoprune.bench.questions import VideoQuestions
 from evoprune.bench.scores import ALL, FULL
@@ -66,7 +66,7 @@ def measure(
     run.load()
     if not begun:
         run.keep_in(place)
-    run.run(lambda what: progress(f"{settings.model.model}: {what}"), processes)
+    run.run(lambda *what: progress(f"{settings.model.model}: {told(*what)}"), processes)
     made = run.document()
     run.folder.finish(made)
     return Outcome(settings.model.model, made, run.samples)

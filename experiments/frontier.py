@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.bench.eval import EvalSettings, Evaluation
+from evoprune.bench.eval import EvalSettings, Evaluation, told
 from evoprune.bench.scores import FULL, METHOD
 from evoprune.methods.plans import PRESETS, parse_budget
 from evoprune.session.options import ModelOptions
@@ -55,7 +55,7 @@ def evaluated(out: Path, name: str, args: argparse.Namespace) -> list[dict]:
         run, folder = Evaluation(settings, videos), folder_of(out, name)
         run.keep_in(folder, resume=folder.exists())
         run.load()
-        run.run(lambda what: print(f"{name}: {what}", file=sys.stderr, flush=True), args.processes)
+        run.run(lambda *what: print(f"{name}: {told(*what)}", file=sys.stderr, flush=True), args.processes)
     return [sample for sample in run.samples if "error" not in sample]
 
 

@@ -14,7 +14,7 @@ from evoprune.report import Report, name_inputs
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache
-from evoprune.session.encoding import OpenInputs, open_inputs
+from evoprune.session.encoding import OpenInputs, Progress, open_inputs
 from evoprune.session.upcoming import Upcoming
 from evoprune.video_qa import VideoQA
 
@@ -28,12 +28,13 @@ def answers(
     cache: Cache | None = None,
     on_failure: Callable[[Exception], None] = lambda problem: None,
     ahead: Ahead | None = None,
+    progress: Progress | None = None,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Report]:
     """A record for every row, as they are answered. A row that fails has a record with an error, and the others go on.
 
-    `ahead`: what may have read the first inputs already. `on_wait`: called after each encoding with the seconds that it has waited
-    for reading and preprocessing.
+    `ahead`: what may have read the first inputs already. `progress`: as of `session.encoding.OpenInputs.encode`, of one span after
+    the other. `on_wait`: called after each encoding with the seconds that it has waited for reading and preprocessing.
     """
 
     def opened(span: Span, cores: int | None) -> OpenInputs:
@@ -49,7 +50,7 @@ def answers(
         for span, inputs in prepared:
             on_wait(prepared.waited_s - before)
             before = prepared.waited_s
-            yield from _asked(span, inputs, settings, on_failure, on_wait)
+            yield from _asked(span, inputs, settings, on_failure, progress, on_wait)
 
 
 def failure_report(row: Row, settings: Settings, error: dict[str, Any]) -> Report:
@@ -70,6 +71,7 @@ def _asked(
     inputs: OpenInputs | Exception,
     settings: Settings,
     on_failure: Callable[[Exception], None],
+    progress: Progress | None,
     on_wait: Callable[[float], None],
 ) -> Iterator[Report]:
     def encode() -> EncodedInputs:
@@ -77,7 +79,7 @@ def _asked(
             raise inputs
         try:
             with closing(inputs):
-                return inputs.encode()
+                return inputs.encode(progress)
         finally:
             on_wait(inputs.waited_s)
 

@@ -88,7 +88,15 @@ class Cost:
         }
 
 
-Progress = Callable[[str], None]
+# Called with what is done; by `run` with "video", how many are done and in all, and what is done just now.
+Progress = Callable[..., None]
+
+
+def told(what: str, done: int = 0, total: int = 0, detail: str = "") -> str:
+    """What a `Progress` is called with, as a line of a log."""
+    return f"{what} {done} of {total}: {detail}" if total else what
+
+
 # Options that results hold also at their defaults.
 RECORDED = (
     "fps", "frames", "max_frames", "max_visual_tokens", "seek", "max_new_tokens", "model", "revision", "dtype", "quantize",
@@ -209,7 +217,7 @@ class Evaluation:
     def failed(self) -> bool:
         return any("error" in sample for sample in self.samples)
 
-    def run(self, progress: Progress = lambda what: None, processes: int = 1) -> None:
+    def run(self, progress: Progress = lambda *what: None, processes: int = 1) -> None:
         """Evaluates all videos that have no samples yet, so many at a time, each process with a model of its own.
 
         A video that cannot be read, computed or held is left out of all rows. Raises OutOfMemory: too little for so many models.
@@ -228,19 +236,17 @@ class Evaluation:
         with closing(results):
             for number, samples in enumerate(results, len(done) + 1):
                 if processes > 1:
-                    progress(f"video {number} of {self.total}")
+                    progress("video", number, self.total)
                 if self.folder:
                     self.folder.add(samples)
                 self.samples += samples
 
     def _reading_ahead(self, videos: Sequence[VideoQuestions], progress: Progress) -> Iterator[list[dict]]:
         """The samples of video after video; meanwhile the next ones are read."""
-        first = self.total - len(videos) + 1
+        done = self.total - len(videos)
         with closing(Upcoming(videos, self._opened, self.loaded)) as ahead:
-            for number, (video, opened) in enumerate(ahead, first):
-                yield self.evaluate(
-                    video, lambda what, at=number: progress(f"video {at} of {self.total}: {what}"), opened
-                )
+            for number, (video, opened) in enumerate(ahead, done):
+                yield self.evaluate(video, lambda what, at=number: progress("video", at, self.total, what), opened)
 
     def _opened(self, video: VideoQuestions, cores: int | None) -> OpenInputs:
         """All parts of a video that questions are about, as the first variant looks at them: what is read ahead."""
@@ -252,7 +258,7 @@ class Evaluation:
     def evaluate(
         self,
         video: VideoQuestions,
-        progress: Progress = lambda what: None,
+        progress: Progress = lambda *what: None,
         opened: OpenInputs | Exception | None = None,
     ) -> list[dict]:
         """The samples of a video, variant after variant; if it fails, one with an `error` for each question.
@@ -268,7 +274,8 @@ class Evaluation:
                 rows = SharedRows()
                 for variant in self.variants:
                     progress(variant.name)
-                    samples += [sample | {"files": files} for sample in self._asked(variant, video, span, rows)]
+                    asked = self._asked(variant, video, span, rows, progress)
+                    samples += [sample | {"files": files} for sample in asked]
         except (UsageError, VideoError, ModelError, OutOfMemory) as problem:
             error = error_record(problem)
             return [_about(video, row) | {"error": error} for row in video.rows]
@@ -292,10 +299,16 @@ class Evaluation:
         given = {"names": [video.name], "kind": kind, "ahead": self.ahead}
         return open_inputs(self._session(variant, video), [video.path], sampling, **given)
 
-    def _asked(self, variant: Variant, video: VideoQuestions, span: Span, rows: SharedRows) -> Iterator[dict]:
+    def _asked(
+        self, variant: Variant, video: VideoQuestions, span: Span, rows: SharedRows, progress: Progress
+    ) -> Iterator[dict]:
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage == "read" and done < total:
+                progress(f"{variant.name}, frame {done:,}/{total:,}")
+
         settings = self.settings
         with closing(self._open(variant, video, span, rows)) as opened:
-            encoded, session = opened.encode(), opened.session
+            encoded, session = opened.encode(tell), opened.session
         cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
         for row in span.rows:
             encoded.last_question = row is span.rows[-1]

@@ -258,7 +258,7 @@ def least_tokens(agree: float) -> int:
 
 TOKENS = (64, 32, 16, 8)  # of an answer, at most; fewer where time is short
 SLOW = 1 / 10  # of the time there is: a first encoding that takes longer is not repeated
-Progress = Callable[[str], None]
+Progress = Callable[..., None]  # what comes next; perhaps how many of it are done, and in all
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,7 @@ class Answering:
         self.session, self._sampling, self._questions = session.unpruned(), sampling, questions
         self._seconds, self._now, self._begun = seconds, now, now()
 
-    def answer(self, videos: tuple[str, ...], progress: Progress = lambda what: None) -> None:
+    def answer(self, videos: tuple[str, ...], progress: Progress = lambda *what: None) -> None:
         """Answers what the time allows, the first readable video in any case. Raises the first problem if there is none."""
         loaded = self.session.loaded
         # What takes cores from the model would falsify the times.
@@ -325,7 +325,7 @@ class Answering:
             for number, path in enumerate(videos):
                 if self.made and self._left < self._next_s:
                     return
-                progress(f"answering in full, video {number + 1} of {len(videos)}")
+                progress("answering in full, video", number, len(videos))
                 try:
                     _, opened = next(upcoming) if upcoming else (path, self._open(path, loaded.cores))
                     self.made.append(self._answered(path, opened, len(videos) - number))
@@ -513,7 +513,7 @@ class Tuning(Run):
     def has_results(self) -> bool:
         return any(self.known.values())
 
-    def run(self, progress: Progress = lambda what: None, note: Progress = lambda what: None) -> None:
+    def run(self, progress: Progress = lambda *what: None, note: Callable[[str], None] = lambda what: None) -> None:
         """Answers in full, then tries candidates until everything is known or the time is over.
 
         Calls `progress` with what comes next, `note` with what is to be read at once. Raises what `Answering.answer` raises.
@@ -523,7 +523,7 @@ class Tuning(Run):
             self.answering.close()
             patches = self.loaded.patches
             self.loaded = self.answering.session = None  # frees the weights
-            super().load(lambda done, of: progress(f"quantizing, {done} of {of} layers"))
+            super().load(lambda done, of: progress("quantizing, layer", done, of))
             self.loaded.patches = patches
         elif self._quantizes:
             self._problem = "full answers are those of the quantised weights, because memory for the others is missing"

@@ -148,12 +148,12 @@ class OperationTuning(Run):
     def has_results(self) -> bool:
         return bool(self.found)
 
-    def run(self, progress: Progress = lambda what: None, note: Progress = lambda what: None) -> None:
+    def run(self, progress: Progress = lambda *what: None, note: Callable[[str], None] = lambda what: None) -> None:
         """Answers in full, then searches until the order is complete or the time is over; otherwise as `Tuning.run`."""
         videos, settings, asked = self.answer(progress), self.settings, []
         full = Session(self.loaded, PruneOptions(1.0, "none", seed=settings.seed).config())
         for number, answers in enumerate(videos):
-            progress(f"encoding video {number + 1} of {len(videos)}")
+            progress("encoding, video", number, len(videos))
             asked.append((encode(full, answers.path, settings.sampling)[0], answers.references))
         self.answering.close()
 

@@ -33,7 +33,7 @@ from evoprune.methods.evoprune import FarthestPoints
 from evoprune.methods.types import Tokens, ascending
 from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.cost import Clock
-from evoprune.report import Report, TokenCounts
+from evoprune.report import OF_INPUTS, Report, TokenCounts
 from evoprune.session.answering import Askable
 from evoprune.session.encoding import OpenInput
 from evoprune.session.loading.model import LoadedModel
@@ -356,17 +356,35 @@ class VideoStream(Askable):
 
     @names_plugins()
     def _look(self) -> Encoding | None:
-        """Encodes the frames of the unfinished window for a question, unless the latest one saw the same; None for no frames."""
+        """Encodes the frames of the unfinished window for a question, unless the latest one saw the same; None for no frames.
+
+        The first question that is read pays for that, and for waiting for the window that is being encoded.
+        """
+        clock, fresh = Clock(self._engine.device), None
+        start = clock.now()
         with self._gate, self._feeding:
             self._check_open()
-            if not self._slots:
-                return None
-            frames, end, window = len(self._slots), self._slots[-1] + 1, self._unfinished
-            if not (window and (window.frames, window.end) == (frames, end)):
-                window = self._encode(self._slots, self._frames, self._done, end, self._check_open)
-                self._spent = dict(window.encoding.seconds), window.encoding.wall_seconds
-                self._unfinished, self._paid = window, False
-            return window.encoding
+            window = self._unfinished if self._slots else None
+            if self._slots:
+                frames, end = len(self._slots), self._slots[-1] + 1
+                if not (window and (window.frames, window.end) == (frames, end)):
+                    window = fresh = self._encode(self._slots, self._frames, self._done, end, self._check_open)
+                    self._unfinished = window
+            wall = clock.now() - start
+            if fresh:
+                encoded = fresh.encoding
+                rest = encoded.seconds["plan"] + wall - encoded.wall_seconds
+                self._owe(encoded.seconds | {"plan": rest}, wall)
+            else:
+                self._owe({"plan": wall}, wall)
+            return window and window.encoding
+
+    def _owe(self, seconds: dict[str, float], wall: float) -> None:
+        """Adds to what the next question that is read pays for."""
+        owed, owed_wall = (dict.fromkeys(OF_INPUTS, 0.0), 0.0) if self._paid else self._spent
+        for stage, spent in seconds.items():
+            owed[stage] += spent
+        self._spent, self._paid = (owed, owed_wall + wall), False
 
     def _encode(
         self, slots: Sequence[int], frames: Sequence[np.ndarray], done: int, end: int, pause: Callable[[], None]
@@ -448,7 +466,10 @@ class VideoStream(Askable):
         return prompt.input_ids[: video.start], prompt.input_ids[video.stop :]
 
     def _blank_report(self) -> Report:
-        return self._report(self._look() or self._latest)
+        report = self._report(self._look() or self._latest)
+        if not self._spent[0]["encode"]:
+            report.time_ms.encode_prune = 0.0
+        return report
 
     def _report(self, encoding: Encoding | None) -> Report:
         with self._lock:

@@ -11,8 +11,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
@@ -29,6 +30,7 @@ from evoprune.util import brief, from_keywords
 from evoprune.video.frames import FrameChunk, choose_decoder, frames_at_once, probe, read_frames
 from evoprune.video.info import IMAGES, Video
 from evoprune.video.plan import InputLimits, Plan, default_max_visual_tokens, make_plan
+from evoprune.video.sandbox.isolation import LOOK_S, Scope, check_wanted, wait_for
 
 Path = str | os.PathLike[str]
 Asked = tuple[Sequence[Path], SamplingOptions]  # inputs that are opened together, and what is looked at of them
@@ -37,7 +39,7 @@ HELD_BYTES = 512 * 2**20  # of frames that wait; less where memory is short
 SHARE = 16  # frames take at most this part of the memory that is available
 PIECE_BYTES = 8 * 2**20  # of frames that are read at a time
 FIRST = 4  # so many of many videos are read ahead
-PATIENCE_S = 3.0  # how long closing waits for the frames that are being read
+PATIENCE_S = 3.0  # how long closing waits for the thread, and who wants frames until it is known which come
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class Ahead:
         self._readings: list[_Reading] = []
         self._expected: Expected | None = None
         self._thread: threading.Thread | None = None
+        self._scope = Scope()
         self._pid = os.getpid()
 
     def __enter__(self) -> Self:
@@ -138,20 +141,25 @@ class Ahead:
         for paths, sampling in asked:
             names = [os.fspath(path) for path in paths]
             self._readings += [_Reading(path, place, (names, sampling)) for place, path in enumerate(names)]
+        run = copy_context().run  # so that whatever stops this thread also stops the one that it starts
         # A daemon thread that hangs does not keep the program from ending.
-        self._thread = threading.Thread(target=self._work, name="evoprune-ahead", daemon=True)
+        self._thread = threading.Thread(target=run, args=(self._work,), name="evoprune-ahead", daemon=True)
         try:
             self._thread.start()
         except RuntimeError:  # too many threads: nothing is read ahead
             self._readings.clear()
 
     def close(self) -> None:
-        """Drops what nobody has taken, and ends the thread. Where what it reads hangs, it is left to end by itself."""
+        """Drops what was read, and ends the thread: at once where it reads in a worker process.
+
+        Where it hangs otherwise, it is left to end by itself.
+        """
         if os.getpid() != self._pid:  # a forked copy, without the thread
             return
         with self._changed:
             for reading in self._readings:
                 self._drop(reading)
+        self._scope.stop()
         # The model that it belongs to may be collected as garbage in any thread.
         if self._thread and self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(PATIENCE_S)
@@ -163,12 +171,16 @@ class Ahead:
         key = os.fspath(path), folder_fps
         if info := self._recalled(key):
             return info
-        with self._probing:  # whoever comes while an input is probed waits for the result
+        while not self._probing.acquire(timeout=LOOK_S):  # whoever comes while an input is probed waits for the result
+            check_wanted()
+        try:
             info, state = self._recalled(key), _state(key[0])
             if info is None:
                 info = probe(path, folder_fps=folder_fps)
                 self._known[key] = state, info
             return info
+        finally:
+            self._probing.release()
 
     def _recalled(self, key: tuple[str, float]) -> Video | None:
         """What was probed, if the files are as they were then."""
@@ -176,16 +188,24 @@ class Ahead:
         return info if before is not None and before == _state(key[0]) else None
 
     def read_frames(
-        self, info: Video, times_s: Sequence[float], *, chunk_bytes: int, cores: int | None = None, **how
+        self,
+        info: Video,
+        times_s: Sequence[float],
+        *,
+        chunk_bytes: int,
+        cores: int | None = None,
+        on_frames: Callable[[int], None] = lambda frames: None,
+        **how,
     ) -> Iterator[FrameChunk]:
         """As `frames.read_frames`: the same chunks, of what was read ahead if that is asked for; else it is read now."""
         reading = self._take((info, tuple(times_s), how))
         if reading is None:
-            with closing(read_frames(info, times_s, chunk_bytes=chunk_bytes, cores=cores, **how)) as chunks:
+            how |= {"chunk_bytes": chunk_bytes, "cores": cores, "on_frames": on_frames}
+            with closing(read_frames(info, times_s, **how)) as chunks:
                 yield from chunks
             return
         try:
-            yield from regrouped(self._pieces(reading), frames_at_once(info, chunk_bytes))
+            yield from regrouped(self._pieces(reading, on_frames), frames_at_once(info, chunk_bytes))
         finally:
             with self._changed:
                 self._drop(reading)
@@ -193,11 +213,12 @@ class Ahead:
     # The thread that reads.
 
     def _work(self) -> None:
+        self._scope.enter()
         for reading in self._readings:
             try:
                 if not reading.dropped:
                     self._read(reading)
-            except Exception as problem:  # told to whoever takes the frames; who reads them anew meets it again
+            except BaseException as problem:  # told to whoever takes the frames; who reads them anew meets it again
                 reading.problem = problem
             with self._changed:
                 reading.ended = True
@@ -273,7 +294,7 @@ class Ahead:
                 # While another one is read for somebody, the thread may come to this one late, or never.
                 if not any(earlier.is_busy for earlier in self._readings[:number]):
                     # It is probed, so it is planned at once, unless the thread hangs in one that nobody wants any more.
-                    self._changed.wait_for(partial(_Reading.is_known, reading), PATIENCE_S)
+                    wait_for(self._changed, partial(_Reading.is_known, reading), PATIENCE_S)
                     if reading.has(request, state):
                         reading.taken = True
                         self._changed.notify_all()
@@ -281,12 +302,12 @@ class Ahead:
                 self._drop(reading)
         return None
 
-    def _pieces(self, reading: _Reading) -> Iterator[FrameChunk]:
+    def _pieces(self, reading: _Reading, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
         """Yields the pieces in order, as soon as they are there; then raises what ended the reading."""
         while True:
             start = time.perf_counter()
             with self._changed:
-                self._changed.wait_for(lambda: reading.pieces or reading.ended or reading.dropped)
+                wait_for(self._changed, lambda: reading.pieces or reading.ended or reading.dropped)
                 if reading.pieces:
                     piece = reading.pieces.popleft()
                     self._held -= piece.frames.nbytes
@@ -298,6 +319,7 @@ class Ahead:
                 else:
                     raise RuntimeError(f"reading {reading.path} was closed")
             waited_s = time.perf_counter() - start
+            on_frames(piece.first + len(piece.frames))
             yield replace(piece, hidden_s=max(0.0, piece.hidden_s - waited_s))
             del piece  # so that only the caller holds the frames
 

@@ -18,7 +18,7 @@ from evoprune.bundled import unknown_words
 from evoprune.errors import UsageError, error_record, names_plugins
 from evoprune.language.generate import PrefillState, TokenStream, embed_ids, stream_answer, teacher_forced_logits
 from evoprune.model.cost import Clock
-from evoprune.report import Report, TokenCounts
+from evoprune.report import OF_INPUTS, Report, TokenCounts
 from evoprune.session.options import GenerationOptions
 from evoprune.session.prompting import PromptReader, check_not_empty
 from evoprune.session.report import Encoding, fill_dropped, fill_pruning, fill_times, inputs_report
@@ -209,7 +209,7 @@ class Askable(ABC, Uncopied):
         turn = self._turn
         loaded, clock = self._engine.loaded, Clock(self._engine.device)
         if self._paid:
-            clock.seconds, earlier = dict.fromkeys(("read", "preprocess", "encode"), 0.0), 0.0
+            clock.seconds, earlier = dict.fromkeys(OF_INPUTS, 0.0), 0.0
             report.time_ms.encode_prune = 0.0
         else:  # the inputs' time, until a question has paid for it
             clock.seconds, earlier = self._spent
@@ -320,7 +320,7 @@ class EncodedInputs(Askable):
     def _spent(self) -> tuple[dict[str, float], float]:
         """The busy seconds of each stage, and the wall-clock seconds, of all inputs together."""
         every = self._encodings
-        stages = {stage: sum(encoding.seconds[stage] for encoding in every) for stage in every[0].seconds}
+        stages = {stage: sum(encoding.seconds[stage] for encoding in every) for stage in OF_INPUTS}
         return stages, sum(encoding.wall_seconds for encoding in every)
 
     def _blank_report(self) -> Report:

@@ -5,12 +5,13 @@ import json
 import os
 import threading
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
+from contextvars import copy_context
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import chain, islice
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -20,11 +21,12 @@ from evoprune import methods
 from evoprune.backend.devices import empty_cache
 from evoprune.errors import OutOfMemory, UsageError, memory_guard, names_plugins
 from evoprune.model.cost import Clock
+from evoprune.report import BESIDE, OF_INPUTS
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache, Entry, content_hash, own_code
 from evoprune.session.options import SamplingOptions
-from evoprune.session.patches import PATIENCE_S, KeptPatches, Piece, content_key, patch_bytes
+from evoprune.session.patches import PATIENCE_S, TICK_S, Count, KeptPatches, Piece, content_key, patch_bytes
 from evoprune.session.planning import TEXT, chunk_bytes, fitting_chunks, plan_input
 from evoprune.session.report import Encoding
 from evoprune.session.session import Session
@@ -32,28 +34,34 @@ from evoprune.util import brief
 from evoprune.video.frames import FrameChunk, probe, read_frames
 from evoprune.video.info import PICTURE, check_one_file
 from evoprune.video.plan import Plan
+from evoprune.video.sandbox.isolation import Scope
 from evoprune.vision.encoder import Encoded, EncodedRows, encode_rows, select_tokens
 from evoprune.vision.preprocess import patches_of
 
 Path = str | os.PathLike[str]
-Progress = Callable[[str, int, int], None]  # "encode", frames done, in all; then perhaps "layers", of the tower
+# A stage, what is done of it, in all: "read" and "encode" frames; then perhaps "layers" of the tower.
+Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package that each decoder is
 
 
-def prefetched(items: Generator[T, None, None], depth: int = 2) -> Iterator[T]:
-    """Yields items in order while a thread makes the next ones, at most `depth` of them.
+def prefetched(
+    items: Generator[T, None, None], depth: int = 2, waiting: Callable[[], None] = lambda: None
+) -> Iterator[T]:
+    """Yields items in order while a thread makes the next ones, at most `depth` of them. `waiting`: called now and then meanwhile.
 
     The thread, which also closes `items`, starts with the first item that is asked for. When this iterator is exhausted, is closed
-    or raises, the thread finishes the item it is making and ends. Where that takes longer than `PATIENCE_S`, as a read that hangs
-    does, it is left to end by itself. Whatever making an item raises comes after all items before it.
+    or raises, the thread ends: what it reads in a worker process is stopped at once, anything else that it is making is finished,
+    unless that takes longer than `PATIENCE_S`; then it is left to end by itself. Whatever making an item raises comes after all
+    items before it.
     """
     queue: SimpleQueue[tuple[list[T], BaseException | None]] = SimpleQueue()
-    room, stopped = threading.Semaphore(depth), threading.Event()
+    room, stopped, scope = threading.Semaphore(depth), threading.Event(), Scope()
 
     def work() -> None:
         problem = None
+        scope.enter()
         try:
             with closing(items):
                 while room.acquire() and not stopped.is_set():
@@ -65,11 +73,16 @@ def prefetched(items: Generator[T, None, None], depth: int = 2) -> Iterator[T]:
         queue.put(([], problem))
 
     # A daemon thread that hangs does not keep the program from ending.
-    thread = threading.Thread(target=work, name="evoprune-prefetch", daemon=True)
+    run = copy_context().run  # so that whatever stops this thread also stops the one that it starts
+    thread = threading.Thread(target=run, args=(work,), name="evoprune-prefetch", daemon=True)
     try:
         thread.start()
         while True:
-            item, problem = queue.get()
+            try:
+                item, problem = queue.get(timeout=TICK_S)
+            except Empty:
+                waiting()
+                continue
             if problem is not None:
                 raise problem
             if not item:
@@ -80,6 +93,7 @@ def prefetched(items: Generator[T, None, None], depth: int = 2) -> Iterator[T]:
         stopped.set()
         room.release()
         if thread.is_alive():
+            scope.stop()
             thread.join(PATIENCE_S)
 
 
@@ -98,15 +112,19 @@ class OpenInput:
 
     session: Session
     plan: Plan
-    clock: Clock  # adds up the seconds of "read" and "preprocess"
+    clock: Clock  # adds up the seconds of "plan", "read" and "preprocess"
 
     def __post_init__(self):
-        self.damaged, self._early, self._open = 0, False, ExitStack()
+        self.damaged, self._open = 0, ExitStack()
+        self.early = False  # whether nobody waits for what is read before it is encoded
         self.waited_s = 0.0  # for patches, while they were encoded
         self.ahead: Ahead | None = None  # what may have read the frames already
         self.other_shape = self.moved = False
         self.read_s: tuple[float, ...] = ()  # times of the frames themselves
         self.cores = self.session.loaded.cores  # for reading; None for all that this process may use
+        self.count = Count()
+        self._told = -1  # so many frames were told to have been read
+        self._progress: Progress | None = None
         self._begun: Iterator[Piece] | None = None
         self._key: Hashable | None = None
         self._held: KeptPatches | None = None  # the patches, where they are kept
@@ -115,7 +133,7 @@ class OpenInput:
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         """What is looked at, as `video.frames.read_frames` yields it."""
         plan, read = self.plan, self.ahead.read_frames if self.ahead else read_frames
-        given = {"chunk_bytes": chunk_bytes, "cores": self.cores}
+        given = {"chunk_bytes": chunk_bytes, "cores": self.cores, "on_frames": self.count.at_least}
         return read(plan.source, plan.sampling.times_s, **given, **plan.reading)
 
     def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
@@ -127,14 +145,14 @@ class OpenInput:
 
         Raises VideoError or OutOfMemory where that first one fails.
         """
-        self._early = True
+        self.early = True
         if self.stored is None and self._kept() is None:
             pieces = self._start()
             self._begun = chain(list(islice(pieces, 1)), pieces)
 
     def read(self) -> None:
         """Reads all of it where it is kept, and else nothing. For another thread than the one that encodes, which may begin."""
-        self._early = True
+        self.early = True
         if self.stored is None and (held := self._kept()):
             held.wait()
 
@@ -151,24 +169,33 @@ class OpenInput:
         """Reads, preprocesses and encodes it.
 
         Args:
-            progress: called with "encode", frames done and frames in all, after every chunk; then, where all of the video goes
-                through some of the tower's layers together, with "layers", those done and in all.
+            progress: called in this thread, while frames are waited for with "read", those read and in all; with "encode", those
+                encoded, after every chunk; then, where all of the video goes through some of the tower's layers together, with
+                "layers", those done and in all.
             chunks: how many units go through the tower at a time, and fewer where memory runs out; default: `fitting_chunks`.
 
         Raises VideoError: unreadable. OutOfMemory. ModelError: numbers that are NaN or infinite.
         """
         plan, clock, pruning = self.plan, Clock(self.session.device), self.session.pruning
-        start, earlier = clock.now(), 0.0 if self._early else self.clock.seconds.get("read", 0.0)
+        self._progress = progress
+        start, before = clock.now(), dict.fromkeys(OF_INPUTS, 0.0) | self.clock.seconds
+        read_before = 0.0 if self.early else before["read"]  # that somebody waited for
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
         result, cache = self._result(clock, progress, chunks, warnings)
-        wall = earlier + clock.now() - start
+        wall = before["plan"] + read_before + clock.now() - start
         rows, tokens = (None, result) if isinstance(result, Encoded) else (result, result.nothing_selected())
         wanted = pruning.acts and pruning.keep(plan.full.grid) < plan.units
         if plan.kind == PICTURE and rows is None and wanted and len(tokens.kept) == plan.units:
             warnings.append("whole_picture")  # the method keeps at least one whole frame pair
-        seconds = clock.seconds | {"preprocess": 0.0} | self.clock.seconds
         plan = replace(plan, read_s=self.read_s, moved=self.moved)
+        waited = read_before + self.waited_s
+        seconds = dict.fromkeys(OF_INPUTS, 0.0) | clock.seconds | self.clock.seconds
+        ahead = seconds["read"] + seconds["preprocess"] - waited
+        seconds[BESIDE] = max(0.0, ahead)
+        seconds["read"] += max(
+            0.0, -ahead
+        )  # waiting for the thread that reads, on a busy machine, or reads for another input
         return Encoding(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
 
     def _result(
@@ -176,11 +203,15 @@ class OpenInput:
     ) -> tuple[Encoded | EncodedRows, str]:
         """The tokens, or the rows where the method reads the question; and whether they were in the cache, as `Encoding.cache`.
 
-        Writes the seconds of "encode" into `clock`, and adds to the `warnings`.
+        Writes the seconds of "compile", "encode", "store" and "wait" into `clock`, and adds to the `warnings`.
         """
         plan, loaded, pruning = self.plan, self.session.loaded, self.session.pruning
-        loaded.ready()
-        chunks, start = chunks or fitting_chunks(self.session, plan), clock.now()
+        if chunks is None:
+            with self.clock.stage("plan"):
+                chunks = fitting_chunks(self.session, plan)
+        with clock.stage("compile"):
+            loaded.ready()
+        start = clock.now()
         options = {"seed": pruning.seed, "normal": loaded.limits[plan.kind].normal}
         if progress:
             options["on_layer"] = partial(progress, "layers")
@@ -211,7 +242,8 @@ class OpenInput:
         """All patches, once more in each pass."""
         begun, self._begun = self._begun, None
         self.damaged, self.other_shape, self.moved, self.read_s = 0, False, False, ()
-        for piece in clock.each("wait", begun or self._kept() or self._start()):
+        for piece in clock.each("wait", begun or self._read_now()):
+            self._tell()
             self.damaged += piece.damaged
             self.other_shape = self.other_shape or piece.other_shape
             self.moved = self.moved or piece.moved
@@ -220,28 +252,42 @@ class OpenInput:
             if progress:
                 progress("encode", piece.frames, self.plan.sampling.frames)
 
+    def _read_now(self) -> Iterator[Piece]:
+        kept = self._kept()
+        return self._start() if kept is None else kept.pieces(self._tell)
+
     def _kept(self) -> KeptPatches | None:
         """The patches where they are kept; they are read from now on, unless they are there."""
         with self._lock:
             if self._held is None and self.shares and self.threaded and not self._closed:
                 plan, device = self.plan, self.session.device
-                limits = self.session.loaded.limits[plan.kind]
+                limits, store = self.session.loaded.limits[plan.kind], self.session.loaded.patches
                 self._key = content_key(plan, limits, device)
                 if self._key is not None:
                     size = patch_bytes(plan, limits)
-                    self._held = self.session.loaded.patches.open(self._key, size, device, self._prepared)
+                    self._held = store.open(self._key, size, device, self._prepared, self.count)
             return self._held
+
+    def _tell(self) -> None:
+        """Tells how many frames were read, where that is more than was told."""
+        frames = (self._held or self).count.frames  # perhaps read for another input
+        if self._progress and frames > self._told:
+            self._told = frames
+            self._progress("read", frames, self.plan.sampling.frames)
 
     def _start(self) -> Iterator[Piece]:
         self._open.close()  # of an earlier pass
         pieces = self._prepared()
-        return self._open.enter_context(closing(prefetched(pieces) if self.threaded else pieces))
+        if self.threaded:
+            pieces = prefetched(pieces, waiting=self._tell)
+        return self._open.enter_context(closing(pieces))
 
     def _prepared(self) -> Generator[Piece, None, None]:
         """The patches of each chunk of frames."""
         plan, limits = self.plan, self.session.loaded.limits[self.plan.kind]
         with closing(self.frames(chunk_bytes(self.session, plan))) as chunks:
             for chunk in self.clock.each("read", chunks):
+                self.count.at_least(chunk.first + len(chunk.frames))
                 self.clock.seconds["read"] += chunk.hidden_s
                 with self.clock.stage("preprocess"):
                     patches = patches_of(chunk.frames, plan, limits, self.session.device)
@@ -273,15 +319,15 @@ class CachedInput(OpenInput):
         self, clock: Clock, progress: Progress | None, chunks: Sequence[int] | None, warnings: list[str]
     ) -> tuple[Encoded | EncodedRows, str]:
         if self.stored:
-            clock.seconds = {"preprocess": 0.0, "encode": 0.0}
             self.read_s, self.moved = self.stored.read_s, self.stored.moved
             return self.stored.encoded, "hit"
         result, _ = super()._result(clock, progress, chunks, warnings)
         # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.
         whole = not self.damaged and (self.plan.info.changes_size or not self.other_shape)
-        storable = self.key and whole and entry_key(self.session, self.plan) == self.key
-        if storable and not self.cache.store(self.key, Entry(result, self.read_s, self.moved)):
-            warnings.append("cache_not_written")
+        with clock.stage("store"):
+            storable = self.key and whole and entry_key(self.session, self.plan) == self.key
+            if storable and not self.cache.store(self.key, Entry(result, self.read_s, self.moved)):
+                warnings.append("cache_not_written")
         return result, "miss" if self.key else "off"
 
 
@@ -322,7 +368,12 @@ class OpenInputs:
         return all([opened.stored is not None for opened in self.inputs])
 
     def begin(self) -> None:
-        """Starts to read the first one, while something else is computed. Errors: as of `OpenInput.begin`."""
+        """Starts to read the first one, while something else is computed. Errors: as of `OpenInput.begin`.
+
+        So far nobody has waited for any of them.
+        """
+        for opened in self.inputs:
+            opened.early = True
         self.inputs[0].begin()
 
     def read(self) -> None:
@@ -340,6 +391,10 @@ class OpenInputs:
         """Seconds that encoding has waited for reading and preprocessing."""
         return sum(opened.waited_s for opened in self.inputs)
 
+    def planning(self) -> AbstractContextManager[None]:
+        """Times what is decided about all inputs before anything is read, such as whether the questions fit."""
+        return self.inputs[0].clock.stage("plan")
+
     @names_plugins()
     def encode(self, progress: Progress | None = None) -> EncodedInputs:
         """Reads, preprocesses and encodes one after the other.
@@ -350,8 +405,9 @@ class OpenInputs:
         """
         count, kept, chunks, encodings = len(self.plans), sum(plan.encoder.keep for plan in self.plans), [], []
         for opened in self.inputs:
-            others = TEXT + kept - opened.plan.encoder.keep
-            chunks.append(None if opened.stored else fitting_chunks(self.session, opened.plan, others))
+            others, stored = TEXT + kept - opened.plan.encoder.keep, opened.stored
+            with opened.clock.stage("plan"):
+                chunks.append([] if stored else fitting_chunks(self.session, opened.plan, others))
         for number, opened in enumerate(self.inputs):
             if progress and count > 1:
                 progress("input", number + 1, count)

@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Hashable, Iterator
 from contextlib import closing
+from contextvars import Context
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,10 +17,12 @@ import torch
 from evoprune.backend.devices import available_memory, empty_cache
 from evoprune.video.info import IMAGES, NOTHING_SAID, files
 from evoprune.video.plan import InputLimits, Plan
+from evoprune.video.sandbox.isolation import Scope, wait_for
 
 LIMIT_BYTES = 2**29  # of one input, and of all that nobody uses
+TICK_S = 0.25  # how often whoever waits for a piece says so
 SHARE = 4  # those in use take at most one part in so many of the memory that is available
-PATIENCE_S = 3.0  # how long closing waits for the piece that is being made
+PATIENCE_S = 3.0  # how long closing waits for the piece that is being made, where that is no frame of a worker process
 
 
 @dataclass(frozen=True)
@@ -34,48 +37,72 @@ class Piece:
     moved: bool = False
 
 
+class Count:
+    """How many frames of an input were read so far, at least."""
+
+    def __init__(self):
+        self.frames = 0
+
+    def at_least(self, frames: int) -> None:
+        """Called by the thread that reads."""
+        self.frames = max(self.frames, frames)
+
+
 class KeptPatches:
-    """All pieces of one input, which a thread makes. Each iteration yields all of them, also while more are made.
+    """All pieces of one input, which a thread makes, and the `count` of the frames it reads. `PatchStore` opens and closes it."""
 
-    An iteration raises whatever making a piece has raised, after the pieces before it. `PatchStore` opens and closes it.
-    """
-
-    def __init__(self, pieces: Generator[Piece, None, None], size: int):
-        self.bytes, self.users, self.complete = size, 0, False
+    def __init__(self, pieces: Generator[Piece, None, None], size: int, count: Count):
+        self.bytes, self.count, self.users, self.complete = size, count, 0, False
         self._made: list[Piece] = []
         self._problem: BaseException | None = None
         self._ended = self._stopped = False
-        self._changed = threading.Condition()
+        self._changed, self._scope = threading.Condition(), Scope()
+        # Not in the scope of whoever is the first to want the patches: only the last one stops the thread.
+        run = Context().run
         # A daemon thread that hangs does not keep the program from ending.
-        self._thread = threading.Thread(target=self._make, args=(pieces,), name="evoprune-prefetch", daemon=True)
+        self._thread = threading.Thread(target=run, args=(self._make, pieces), name="evoprune-prefetch", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[Piece]:
+    def pieces(self, waiting: Callable[[], None] = lambda: None) -> Iterator[Piece]:
+        """Yields all pieces, also while more are made. `waiting`: called now and then meanwhile.
+
+        Raises whatever making a piece has raised, after the pieces before it.
+        """
         taken = 0
         while True:
+            piece = None
             with self._changed:
-                while len(self._made) == taken and not self._ended:
-                    self._changed.wait()
-                if len(self._made) == taken:
-                    if self._problem is not None:
-                        raise self._problem
+                if len(self._made) == taken and not self._ended:
+                    self._changed.wait(TICK_S)
+                if len(self._made) > taken:
+                    piece = self._made[taken]
+                elif self._problem is not None:
+                    raise self._problem
+                elif self._ended:
                     return
-                piece = self._made[taken]
-            taken += 1
-            yield piece
+            if piece is None:
+                waiting()
+            else:
+                taken += 1
+                yield piece
 
     def wait(self) -> None:
-        """Waits until nothing more is made."""
+        """Waits until nothing more is made. Raises Stopped where nobody wants any more what this thread reads."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ended)
+            wait_for(self._changed, lambda: self._ended)
 
     def stop(self) -> None:
-        """Ends the thread after the piece that it is making; one that takes longer than `PATIENCE_S` is left to end by itself."""
+        """Ends the thread: at once where it reads in a worker process, else after the piece that it is making.
+
+        One that takes longer than `PATIENCE_S` is left to end by itself.
+        """
         self._stopped = True
+        self._scope.stop()
         self._thread.join(PATIENCE_S)
         self._problem = None  # whose traceback refers to this object
 
     def _make(self, pieces: Generator[Piece, None, None]) -> None:
+        self._scope.enter()
         try:
             with closing(pieces):
                 for piece in pieces:
@@ -106,9 +133,16 @@ class PatchStore:
         self._lock = threading.Lock()
 
     def open(
-        self, key: Hashable, size: int, device: torch.device, pieces: Callable[[], Generator[Piece, None, None]]
+        self,
+        key: Hashable,
+        size: int,
+        device: torch.device,
+        pieces: Callable[[], Generator[Piece, None, None]],
+        count: Count,
     ) -> KeptPatches | None:
         """The patches of this key, which are there or being read, or which `pieces` reads from now on; to be closed.
+
+        `count`: of the frames that `pieces` reads.
 
         None where they cannot be kept: they are too large, or memory on `device` is short. `size`: their bytes.
         """
@@ -120,7 +154,7 @@ class PatchStore:
                 if available is not None and SHARE * (used + size) > available:
                     self._drop_unused(0)
                     return None
-                self._entries[key] = KeptPatches(pieces(), size)
+                self._entries[key] = KeptPatches(pieces(), size, count)
             kept = self._entries[key]
             kept.users += 1
             return kept

@@ -25,8 +25,8 @@ class Encoding:
     plan: Plan
     tokens: Encoded  # what the language model reads; none where a question is to come first
     rows: EncodedRows | None  # where the method selects tokens for each question, what it selects from
-    seconds: dict[str, float]  # how long each stage was busy: "read", "preprocess" and "encode"
-    wall_seconds: float  # from the start of reading to the end of encoding
+    seconds: dict[str, float]  # how long each stage was busy, and "overlap": all of `report.OF_INPUTS`
+    wall_seconds: float  # from the start of planning to the end of encoding
     cache: str  # "hit" (from disk), "miss" (encoded, then stored) or "off"
     warnings: tuple[str, ...]  # names, as in reports
     damaged: int  # packets that could not be decoded

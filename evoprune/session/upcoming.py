@@ -9,7 +9,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from contextvars import copy_context
 from typing import Generic, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from evoprune.backend.limits import available_cores, available_memory
 from evoprune.session.encoding import OpenInputs
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.patches import PATIENCE_S
-from evoprune.video.sandbox.isolation import keep_idle
+from evoprune.video.sandbox.isolation import Scope, keep_idle
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ class Upcoming(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
         self._problem: BaseException | None = None  # that making the next item raised
         self._changed, self._taking = threading.Condition(), threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._cleanup = ExitStack()
+        self._scope, self._cleanup = Scope(), ExitStack()
 
     def __next__(self) -> tuple[T, OpenInputs | Exception]:
         start = time.perf_counter()
@@ -95,6 +96,7 @@ class Upcoming(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
         for inputs in left:
             if isinstance(inputs, OpenInputs):
                 inputs.close()
+        self._scope.stop()
         for thread in self._threads:
             thread.join(PATIENCE_S)
         self._cleanup.close()
@@ -103,7 +105,8 @@ class Upcoming(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
         self._cleanup.enter_context(keep_idle(self._count + 1))  # one more is of the item that is answered
         for _ in range(self._count):
             # A daemon thread that hangs does not keep the program from ending.
-            thread = threading.Thread(target=self._work, name="evoprune-read-ahead", daemon=True)
+            run = copy_context().run  # so that whatever stops this thread also stops the one that it starts
+            thread = threading.Thread(target=run, args=(self._work,), name="evoprune-read-ahead", daemon=True)
             self._threads.append(thread)
             thread.start()
 
@@ -111,6 +114,7 @@ class Upcoming(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
         return self._waiting[0].result is not None if self._waiting else self._exhausted
 
     def _work(self) -> None:
+        self._scope.enter()
         while opening := self._taken():
             try:
                 inputs = self._opened(opening.item, self._loaded.cores if opening.first else self._share)
@@ -124,7 +128,8 @@ class Upcoming(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
                 if stopped:
                     inputs.close()
                 else:
-                    inputs.read()
+                    with suppress(Exception):  # whoever encodes the inputs meets it again, unless nobody wants them
+                        inputs.read()
             with self._changed:
                 self._reading -= 1
             del opening, inputs  # the caller may free them before there is another item

@@ -7,7 +7,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -44,12 +44,15 @@ def probe(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> Vi
     return Video(**_run("probe", path, folder_fps=folder_fps))
 
 
-def scan(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> ScanResult:
+def scan(
+    path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS, on_frames: Callable[[int], None] | None = None
+) -> ScanResult:
     """Decode a whole video once, to find damage, its true length, and how regular its frames and keyframes are.
 
-    Memory does not grow with the video: a few frames at a time, and a count of each frame interval. Otherwise as `probe`.
+    Memory does not grow with the video: a few frames at a time, and a count of each frame interval. `on_frames`: called about each
+    second with how many frames were decoded. Otherwise as `probe`.
     """
-    return ScanResult(**_run("scan", path, folder_fps=folder_fps))
+    return ScanResult(**_run("scan", path, on_frames, folder_fps=folder_fps))
 
 
 def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float = 1e9) -> Subtitles:
@@ -66,8 +69,10 @@ def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float 
     return Subtitles(**values | {"lines": [tuple(line) for line in values["lines"]]})
 
 
-def _run(task: str, path: str | os.PathLike[str], **arguments) -> dict[str, Any]:
-    return run_task(task, os.fspath(path), {"path": os.fspath(path), **arguments})
+def _run(
+    task: str, path: str | os.PathLike[str], on_frames: Callable[[int], None] | None = None, **arguments
+) -> dict[str, Any]:
+    return run_task(task, os.fspath(path), {"path": os.fspath(path), **arguments}, on_frames)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ def read_frames(
     seek: str = EXACT,
     part_s: float = 0.0,
     cores: int | None = None,
+    on_frames: Callable[[int], None] = lambda frames: None,
 ) -> Iterator[FrameChunk]:
     """The frame on screen at each time: the first frame before the video begins, the last one after it ends.
 
@@ -104,10 +110,12 @@ def read_frames(
         times_s: seconds from the video's first frame, ascending; a time may repeat.
         chunk_bytes: upper limit of a chunk's size, but a chunk holds two frames even if they are larger. Every chunk but the last
             holds an even number of frames, so that no frame pair is split.
-        seek: `keyframes` takes the nearest keyframe instead, if there is one at most half of `part_s` away, which is decoded
-            without others. `auto` does so where it saves much (readers/pyav.py), by the file and the times alone. Only PyAV does.
+        seek: `keyframes` takes the nearest keyframe instead, if there is one at most half of `part_s` away (one between two parts
+            belongs to the later), which is decoded without others. `auto` does so where it saves much (readers/pyav.py), by the
+            file and the times alone. Only PyAV does.
         part_s: seconds from one time to the next, where the times are the middles of equal parts.
         cores: that may be kept busy; default: all that this process may use. The frames are the same for any number.
+        on_frames: called by the thread that iterates, about each second, with how many frames were read so far, at least.
 
     Raises:
         UsageError: times that do not ascend, or no such `seek`. And what `choose_decoder` raises.
@@ -122,7 +130,7 @@ def read_frames(
     firsts = range(0, len(times), per_chunk)
     sizes = [min(per_chunk, len(times) - first) for first in firsts]
     how = {"decoder": decoder, "seek": seek, "part_s": part_s, "cores": cores}
-    filled = stream_frames(info, times, sizes, how) if sizes else ()
+    filled = stream_frames(info, times, sizes, how, on_frames) if sizes else ()
     return (
         FrameChunk(first, frames, **facts | {"times_s": tuple(facts["times_s"])})
         for first, (frames, facts) in zip(firsts, filled, strict=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.bench.eval import EvalSettings, Evaluation
+from evoprune.bench.eval import EvalSettings, Evaluation, told
 from evoprune.session.options import GenerationOptions, ModelOptions
 from experiments.demo.worlds import SCENES
 from experiments.demo.write import clips_asked, data_text, demo_videos
@@ -83,7 +83,7 @@ def kept(
                 )  # fmt: skip
                 run = Evaluation(settings, videos)
                 run.load()
-                run.run(lambda what, at=(group, budget): _progress(f"{at[0]} {at[1]:.2g}: {what}"), processes)
+                run.run(lambda *what, at=(group, budget): _progress(f"{at[0]} {at[1]:.2g}: {told(*what)}"), processes)
                 samples += run.samples
                 rows = run.document()["rows"]
                 by_name = {(row["row"], row["method"], row["group"]): row for row in rows}

@@ -14,7 +14,17 @@ from evoprune import VideoQA
 from evoprune.language.settings import GenerationOptions
 from evoprune.report import Report, VideoFacts, stats_block
 from evoprune_cli.running import note_model
-from evoprune_cli.terminal import Wrapped, fitting, print_json, print_stream, print_warning, table, width_of
+from evoprune_cli.terminal import (
+    Line,
+    Wrapped,
+    encoding,
+    fitting,
+    print_json,
+    print_stream,
+    print_warning,
+    table,
+    width_of,
+)
 from evoprune_cli.tune import render_operations as operations_table
 from tests.cli.screen import visible
 from tests.loading import load_model
@@ -209,3 +219,74 @@ def test_stats_block_fits_the_terminal(cli, width):
     report.tokens.visual, report.tokens.prompt, report.video.frames_total = 6144, 6190, 1234567
     report.video.path, report.model.id = f"/a/{'long' * 40}.mp4", f"/b/{'long' * 40}"
     assert all(len(line) <= width for line in stats_block(report, width))
+
+
+@pytest.mark.parametrize(
+    ("width", "says"),
+    [
+        (
+            80,
+            [
+                "reading, frame 0/768, 0:05",
+                "reading, frame 100/768, 0:15, ~70 s left",
+                "row 2/4: encoding 3/9, 1:15, ~20 s left",
+            ],
+        ),
+        (30, ["reading, frame 0/768, 0:05", "reading, frame 100/768", "row 2/4, 1:15, ~20 s left"]),
+        (12, ["reading, fra", "reading, fra", "row 2/4"]),
+    ],
+)
+def test_a_line_of_progress(width, says):
+    """What is done, of how much, for how long already, and for how much longer; less of it where the terminal is narrow."""
+    now = [0.0]
+    line, said = Line("loading", now=lambda: now[0]), []
+    steps = {5: ("reading, frame", 0, 768), 15: ("reading, frame", 100, 768), 66: ("row", 1, 4)}
+    for at, step in (steps | {75: ("row", 2, 4, "encoding 3/9")}).items():
+        now[0] = at
+        line.show(*step)
+        said.append(line.text(width))
+    del said[2]
+    assert said == says and all(len(text) <= width for text in said)
+    now[0] = 78.0  # without news the clock goes on
+    assert line.text(80) == "row 2/4: encoding 3/9, 1:18, ~20 s left"
+
+
+def test_frames_are_read_before_they_are_encoded():
+    said = []
+    step = encoding(lambda *what: said.append(what))
+    for each in (("input", 2, 3), ("read", 4, 8), ("encode", 2, 8), ("read", 8, 8), ("encode", 8, 8), ("layers", 1, 2)):
+        step(*each)
+    names = ("reading, frame", 4, 8), ("reading, frame", 8, 8), ("encoding, frame", 8, 8), ("encoding, layer", 1, 2)
+    assert said == [(f"input 2/3: {name}", done, total) for name, done, total in names]
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (
+            ("ask", "samples/square.mp4", "What?", "-m", "demo", "--frames", "4"),
+            ["reading, frame 4/4", "encoding, frame 4/4"],
+        ),
+        (("inspect", "samples/square.mp4", "--scan"), ["scanning, frame 0/72"]),
+        (
+            ("batch", "samples/square.mp4", "-Q", "Who?", "-m", "demo", "-o", "-"),
+            ["row 0/1: reading, frame 12/12", "row 1/1"],
+        ),
+    ],
+)
+def test_what_commands_show(cli, monkeypatch, args, says, columns):
+    """On one line of a terminal, which is empty afterwards; nothing where stderr is none."""
+    seen, show = [], Line.show
+
+    def noting(self, *what):
+        show(self, *what)
+        seen.append(re.sub(r", \d+:\d\d.*", "", self.text(80)))
+
+    monkeypatch.setattr(Line, "show", noting)
+    quiet = cli(*args)
+    assert quiet.code == 0 and seen == [] and "frame 4/4" not in quiet.err
+    shown = cli(*args, columns=columns)
+    assert shown.code == 0 and [text for text in says if text not in seen] == [], seen
+    left = [line for line in visible(shown.err) if re.match(r"[-\\|/] ", line) or "reading, frame" in line]
+    assert left == [] and max(map(len, visible(shown.err)), default=0) <= columns

@@ -30,7 +30,8 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 # Of the environment, what changes what commands do or print.
 UNSET = re.compile(r"EVOPRUNE_|NO_COLOR$|FORCE_COLOR$|LINES$|_TYPER|TTY_")
-TIMES = r"(read|preprocess|encode|  pruning|prefill|generate|pack|first token|total|encode \+ prefill)"
+TIMES = r"(plan|read|preprocess|encode|  pruning|prefill|generate|pack|first token|total|encode \+ prefill)"
+SHORT = r"(compile|store|  overlap) +-?\d"  # lines of the stats that are there where these take a millisecond
 MASKED_FIELDS = ("time_ms", "rate", "memory", "env", "available", "versions", "devices", "cache_folder")
 
 
@@ -143,10 +144,12 @@ def masked_text(text: str) -> str:
     text = text.replace(str(ROOT), "{root}").replace(os.getcwd(), "{folder}").replace(str(Path.home()), "{home}")
     lines = []
     for line in text.splitlines():
+        if re.match(SHORT, line):
+            continue
         if row := re.match(rf"{TIMES}  +(?=[\d,.<]+)(.*)$", line):
             name, rest = row.groups()
             rest = re.sub(r"^[\d,.<]+\s*#*\s*", "N ", rest)
-            line = f"{name} {rest if re.match('  |read|pre|enc|gen', name) else re.sub(r'[0-9][0-9,.]*x?', 'N', rest)}"
+            line = f"{name} {rest if re.match('  |plan|read|pre|enc|gen', name) else re.sub(r'[0-9][0-9,.]*x?', 'N', rest)}"
             line = re.sub(r"^encode \+ prefill .*", "encode + prefill N", line)
         line = re.sub(r"^(versions|device|load) .*", r"\1", line)
         line = re.sub(r"^  (enough|seconds) .*", r"  \1", line)

@@ -13,7 +13,7 @@ from evoprune.errors import VideoError
 from evoprune.session import encoding, patches
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.options import SamplingOptions
-from evoprune.session.patches import PatchStore, Piece
+from evoprune.session.patches import Count, PatchStore, Piece
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
 from tests.video.files import spoil
@@ -177,31 +177,32 @@ def pieces(count=3, rows=2, gate=None):
 def test_the_least_recently_used_goes_first():
     store, held = PatchStore(limit_bytes=100), {}
     for key in "abc":
-        held[key] = store.open(key, 40, CPU, pieces)
-        assert [piece.frames for piece in held[key]] == [0, 1, 2] == [piece.frames for piece in held[key]]
+        held[key] = store.open(key, 40, CPU, pieces, Count())
+        for _ in range(2):
+            assert [piece.frames for piece in held[key].pieces()] == [0, 1, 2]
     for key in "bac":  # in use they are all there
         store.close(key, held[key])
     assert list(store._entries) == ["a", "c"]
-    assert store.open("a", 40, CPU, lambda: pytest.fail("made anew")) is held["a"]
+    assert store.open("a", 40, CPU, lambda: pytest.fail("made anew"), Count()) is held["a"]
     assert store.clear() and list(store._entries) == ["a"] and not store.clear()
-    assert store.open("d", 101, CPU, pieces) is None
+    assert store.open("d", 101, CPU, pieces, Count()) is None
 
 
 def test_two_users_share_what_is_being_read():
     store, gate = PatchStore(), threading.Event()
-    first = store.open("a", 40, CPU, lambda: pieces(gate=gate))
-    second = store.open("a", 40, CPU, pieces)
+    first = store.open("a", 40, CPU, lambda: pieces(gate=gate), Count())
+    second = store.open("a", 40, CPU, pieces, Count())
     assert first is second
     store.close("a", first)  # the other one still needs it
     gate.set()
-    assert len(list(second)) == 3
+    assert len(list(second.pieces())) == 3
     store.close("a", second)
     assert store._entries["a"] is second
 
 
 def test_what_nobody_needs_any_more_ends():
     store, gate, before = PatchStore(), threading.Event(), threading.active_count()
-    reading = store.open("a", 40, CPU, lambda: pieces(10**9, gate=gate))
+    reading = store.open("a", 40, CPU, lambda: pieces(10**9, gate=gate), Count())
     threading.Timer(0.05, gate.set).start()
     store.close("a", reading)
     assert not store._entries and not reading.complete

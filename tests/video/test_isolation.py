@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.video.frames import probe, read_frames
+from evoprune.video.frames import probe, read_frames, scan
 from evoprune.video.sandbox import channel, isolation
 from tests.video.files import number_of, numbered_frames, numbers, pixels, write_video
 from tests.video.unruly import PROGRAM
@@ -76,6 +77,43 @@ def gone(pid, seconds=5.0):
     return not lives(pid)
 
 
+def test_frames_are_counted_while_they_are_read(named, good, started):
+    """About each second, here more often: within an array, and up to the third one, which is slow."""
+    seen, info = [], probe(named("later_slow"))
+    frames = sum(len(chunk.frames) for chunk in read_frames(info, TIMES, chunk_bytes=SMALL, on_frames=seen.append))
+    assert frames == 20 and seen == sorted(seen) and seen.count(8) > 10 and max(seen) <= 20
+    seen.clear()
+    assert scan(good, on_frames=seen.append).frames == 20 and seen == sorted(seen) and max(seen, default=0) <= 20
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_what_reads_is_stopped_from_another_thread(stopped, named, good, started):
+    """At once, whatever the process does, and it is not tried again; nor does anything else begin there."""
+    info, scope, problems, waits = probe(named("later_hang")), isolation.Scope(), [], threading.Event()
+
+    def read():
+        scope.enter()
+        for again in (False, True):
+            try:
+                for _ in read_frames(info, TIMES, chunk_bytes=SMALL):
+                    waits.set()
+            except isolation.Stopped as problem:
+                problems.append((again, problem))
+
+    thread = threading.Thread(target=copy_context().run, args=(read,))
+    thread.start()
+    assert waits.wait(20)
+    time.sleep(0.2)
+    if stopped:  # as if a disk held it
+        os.kill(started[0], signal.SIGSTOP)
+    begun = time.monotonic()
+    scope.stop()
+    thread.join(20)
+    assert time.monotonic() - begun < 5 and [again for again, _ in problems] == [False, True]
+    assert gone(started[0]) and len(started) <= 2  # the second one was idle
+    assert numbers(probe(good), TIMES) == list(range(20))
+
+
 CRASHES = {
     "crash": "Segmentation fault", "abort": "Aborted", "killed": "Killed", "exit": "exit code 7",
     "nonsense": "its answer is invalid",
@@ -103,8 +141,8 @@ def test_a_crash_while_frames_are_read(name, named, good, started):
     with pytest.raises(VideoError, match=CRASHES[name]):
         for chunk in chunks:
             got += [number_of(rgb) for rgb in chunk.frames]
-    # Two arrays, and from where they ended two more.
-    assert got == list(range(16)) and len(started) == 2
+    # Two arrays, which the second process reads again before it crashes, too.
+    assert got == list(range(8)) and len(started) == 2
     assert numbers(probe(good), TIMES) == list(range(20))
 
 

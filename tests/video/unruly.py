@@ -81,7 +81,7 @@ def behave(path: str) -> None:
 
 
 class UnrulyReader(worker.FrameReader):
-    """Reads two arrays of frames; before the third it does what the name says, `later_` left out."""
+    """Reads two arrays of frames; before the third it does what the name says, `later_` left out; before the first, `first_`."""
 
     def __init__(self, info, times_s, **how):
         super().__init__(info, times_s, **how)
@@ -89,8 +89,8 @@ class UnrulyReader(worker.FrameReader):
 
     def fill(self, frames):
         self.filled += 1
-        if self.filled == 3:
-            behave(self.path.replace("later_", ""))
+        if self.filled == (1 if "first_" in self.path else 3):
+            behave(self.path.replace("later_", "").replace("first_", ""))
         return super().fill(frames)
 
 

@@ -54,7 +54,7 @@ CHECKS = (
     Check("methods", "every method on a short clip, with its plan and with itself", checks.every_method, slow=True),
 )
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def verify(
     limit: TimeLimit,
     *,
     quick: bool = False,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = lambda *what: None,
     failed: Callable[[Exception], None] = lambda problem: None,
     checks: Sequence[Check] = CHECKS,
 ) -> Iterator[VerifyResults]:
@@ -166,14 +166,14 @@ def verify(
 
     Args:
         quick: leaves out slow checks.
-        progress: called with what comes next, checks done, and all.
+        progress: called with "check", how many are done, all, and the name of the next one.
         failed: called with what a check raised, which counts as a difference.
 
     Yields the results so far, after each check.
     """
     results, subject.limit = VerifyResults(subject.loaded), limit
     for number, check in enumerate(checks):
-        progress(f"checking {check.name}", number, len(checks))
+        progress("check", number, len(checks), check.name)
         begun = limit.spent
         if quick and check.slow:
             outcome = skipped("--quick")

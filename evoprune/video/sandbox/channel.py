@@ -10,6 +10,8 @@ import socket
 import struct
 import time
 import weakref
+from collections.abc import Callable
+from contextlib import suppress
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -21,14 +23,17 @@ PIECES = 3
 LARGEST = 2**26  # bytes of a message
 ALIVE_EVERY_S = 1.0  # signs of life come at most this often
 _LENGTH = struct.Struct("<I")
-_ALIVE = _LENGTH.pack(0)
+_ALIVE = _LENGTH.pack(0)  # in the place of a message's length; then what is done
 
 
 class Channel:
-    """One end of a connected Unix socket. Sending and receiving may raise OSError; the caller closes a `descriptor` that came."""
+    """One end of a connected Unix socket. Sending and receiving may raise OSError; the caller closes a `descriptor` that came.
+
+    `done`: how many frames of the answer are there, which signs of life tell; 0 after each message.
+    """
 
     def __init__(self, end: socket.socket, descriptors: int = 0):
-        self._socket, self._reported = end, 0.0
+        self._socket, self._reported, self.done = end, 0.0, 0
         self._descriptors = descriptors  # that a message may bring
 
     def send(self, message: dict, descriptor: int | None = None) -> None:
@@ -40,16 +45,19 @@ class Channel:
             socket.send_fds(self._socket, [head], [descriptor])
             head = b""
         self._socket.sendall(head + content)
+        self.done = 0
 
     def report_alive(self) -> None:
         """Report progress before there is a message, unless that was done just now."""
         now = time.monotonic()
         if now - self._reported > ALIVE_EVERY_S:
             self._reported = now
-            self._socket.sendall(_ALIVE)
+            self._socket.sendall(_ALIVE + _LENGTH.pack(min(self.done, LARGEST)))
 
-    def receive(self, patience_s: float | None = None) -> tuple[dict, int | None]:
-        """The next message, and the descriptor that came with it.
+    def receive(
+        self, patience_s: float | None = None, on_alive: Callable[[int], None] | None = None
+    ) -> tuple[dict, int | None]:
+        """The next message, and the descriptor that came with it. `on_alive`: called with what a sign of life tells.
 
         Raises EOFError: the other end is closed. TimeoutError: neither a message nor a sign of life for `patience_s`.
         """
@@ -63,6 +71,9 @@ class Channel:
                 raise OSError(f"a message of {length:,} bytes")
             if length:
                 return json.loads(self._exactly(length)), descriptors[0] if descriptors else None
+            (done,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
+            if on_alive:
+                on_alive(done)
 
     def _exactly(self, size: int) -> bytes:
         content = bytearray()
@@ -72,6 +83,11 @@ class Channel:
                 raise EOFError
             content += piece
         return bytes(content)
+
+    def shut(self) -> None:
+        """For another thread: whoever receives gets an EOFError."""
+        with suppress(OSError):  # the other end is closed
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()

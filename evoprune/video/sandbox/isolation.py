@@ -6,15 +6,19 @@ the second time it is the video's fault. A process that hangs is ended, and the 
 
 import atexit
 import errno
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -31,9 +35,11 @@ if TYPE_CHECKING:
 
 MAX_IDLE = 2  # processes that are kept for later videos
 SILENCE_S = 25.0  # a worker that reports no progress for so long counts as hung
+LOOK_S = 0.1  # how often a thread that waits for another one looks whether it is still wanted
 # Elsewhere everything runs in this process, and FFmpeg is trusted. The executable of a frozen program is no Python.
 POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
 FilledArray = tuple["np.ndarray", dict[str, Any]]  # uint8 [n, H, W, 3], and what `worker.FrameReader.fill` returns
+OnFrames = Callable[[int], None]
 # What the process runs. It imports from the same paths as this one.
 PROGRAM = "import sys; sys.path[:] = {paths}; from evoprune.video.sandbox.worker import main; main({socket})"
 ERRORS = {error.type: error for error in (UsageError, VideoError, OutOfMemory)}
@@ -44,11 +50,19 @@ class Crash(VideoError):
     """The worker process has ended, or cannot be used any more."""
 
 
+class Stopped(Exception):
+    """Nobody wants what was to be read: `Scope.stop` has ended it."""
+
+
 class WorkerProcess:
-    """A process that reads videos, one request at a time. `path` names the video in messages; `busy`: one is unanswered."""
+    """A process that reads videos, one request at a time. `path` names the video in messages.
+
+    `busy`: one is unanswered. `stopped`: see `stop`.
+    """
 
     def __init__(self):
         self.path, self.busy, self._answered, self._oom_kills = "", False, False, oom_kills()
+        self.stopped = False
         here, there = socket.socketpair()
         here.settimeout(SILENCE_S)
         self._channel = Channel(here)
@@ -107,10 +121,13 @@ class WorkerProcess:
         except OSError as error:
             raise self._crash() from error
 
-    def answer(self) -> Any:
-        """The result of the request. Raises what `run_task` raises, and Crash where that tries again."""
+    def answer(self, on_frames: OnFrames | None = None) -> Any:
+        """The result of the request. Raises what `run_task` raises, and Crash where that tries again.
+
+        `on_frames`: called about each second with how many frames there are so far.
+        """
         try:
-            message, _ = self._channel.receive(SILENCE_S)
+            message, _ = self._channel.receive(SILENCE_S, on_frames)
         except TimeoutError as error:
             message = f"reading {self.path} has come to a standstill: nothing for {SILENCE_S:g} s"
             raise VideoError(message, HINT) from error
@@ -129,7 +146,9 @@ class WorkerProcess:
             raise problem
         return message["result"]
 
-    def _crash(self) -> Crash | OutOfMemory:
+    def _crash(self) -> Crash | OutOfMemory | Stopped:
+        if self.stopped:
+            return Stopped()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
         code = self._process.returncode
@@ -150,6 +169,12 @@ class WorkerProcess:
         """Kill the process, whatever it does; for another thread: whoever waits for an answer gets a `Crash`."""
         self._process.kill()
 
+    def stop(self) -> None:
+        """Kill the process, for another thread: whoever waits for an answer gets `Stopped`, also where a disk holds the process."""
+        self.stopped = True
+        self._channel.shut()
+        self.kill()
+
     def end(self) -> None:
         """Kill the process, and forget it."""
         self.kill()
@@ -161,7 +186,7 @@ class WorkerProcess:
 
 
 _idle: list[WorkerProcess] = []
-_lock = threading.Lock()
+_lock = threading.RLock()  # memory may be cleaned up, which gives a process back, in whoever holds it
 _most_idle = MAX_IDLE
 
 
@@ -179,6 +204,69 @@ def keep_idle(count: int) -> Iterator[None]:
             ended, _idle[:] = _idle[before:], _idle[:before]
         for worker in ended:
             worker.end()
+
+
+class Scope:
+    """What a thread reads, and what the threads read that it starts: entered there, stopped from another thread.
+
+    A thread inherits the scope of the one that starts it where `contextvars.copy_context().run` runs it.
+    """
+
+    def __init__(self):
+        self._outer: Scope | None = None  # that of the thread that started those that have entered
+        self._stopped = False
+        self._workers: set[WorkerProcess] = set()
+
+    def enter(self) -> None:
+        """From now on, what this thread reads is read in this scope, within the one that it inherits."""
+        self._outer = _scope.get()
+        _scope.set(self)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was stopped, or the one around it."""
+        return self._stopped or (self._outer is not None and self._outer.stopped)
+
+    def stop(self) -> None:
+        """End all reading at once: whoever waits for a worker process in this scope, or wants one, gets `Stopped`."""
+        with _lock:
+            self._stopped = True
+            for worker in list(self._workers):
+                worker.stop()
+
+    @contextmanager
+    def using(self, worker: WorkerProcess) -> Iterator[None]:
+        """Has `stop` end a worker process during a block. Raises Stopped."""
+        with _lock:
+            if self._stopped:
+                raise Stopped
+            self._workers.add(worker)
+        try:
+            with self._outer.using(worker) if self._outer else nullcontext():
+                yield
+        finally:
+            with _lock:
+                self._workers.discard(worker)
+
+
+_scope: ContextVar[Scope | None] = ContextVar("evoprune-scope", default=None)
+
+
+def check_wanted() -> None:
+    """Raises Stopped where nobody wants any more what this thread reads."""
+    scope = _scope.get()
+    if scope and scope.stopped:
+        raise Stopped
+
+
+def wait_for(changed: threading.Condition, true: Callable[[], Any], patience_s: float = math.inf) -> bool:
+    """Waits for what another thread reads, with the lock of `changed`; whether it is true at the end. Raises Stopped."""
+    end_s = time.monotonic() + patience_s
+    while not changed.wait_for(true, min(LOOK_S, end_s - time.monotonic())):
+        check_wanted()
+        if time.monotonic() >= end_s:
+            return False
+    return True
 
 
 def warm_up() -> None:
@@ -203,12 +291,13 @@ def borrow(path: str) -> Iterator[WorkerProcess]:
         elif worker._process.poll() is not None:  # what ended one that idled is not the next video's fault
             worker.end()
             worker = None
-    worker.path = path
+    worker.path, scope = path, _scope.get()
     try:
-        yield worker
+        with scope.using(worker) if scope else nullcontext():
+            yield worker
     finally:
         with _lock:
-            kept = not worker.busy and len(_idle) < _most_idle
+            kept = not (worker.busy or worker.stopped) and len(_idle) < _most_idle
             if kept:
                 _idle.append(worker)
         if not kept:
@@ -227,15 +316,17 @@ def end_all() -> None:
 def _forget() -> None:
     """In a forked copy of this process: the workers belong to the original."""
     global _lock, _idle
-    _lock, _idle = threading.Lock(), []
+    _lock, _idle = threading.RLock(), []
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def run_task(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of one of `worker.TASKS` as plain data. `path` is the video's, for messages.
+def run_task(
+    task: str, path: str, arguments: dict[str, Any], on_frames: OnFrames | None = None
+) -> dict[str, Any] | None:
+    """The result of one of `worker.TASKS` as plain data. `path` is the video's, for messages; `on_frames`: as of `answer`.
 
     Raises:
         VideoError: the process crashed or took too much memory, twice, or made no progress for `SILENCE_S`.
@@ -250,23 +341,29 @@ def run_task(task: str, path: str, arguments: dict[str, Any]) -> dict[str, Any] 
         try:
             with borrow(path) as worker:
                 worker.send(worker.request(task, arguments))
-                return worker.answer()
+                return worker.answer(on_frames)
         except Crash:
             if not again:
                 raise
 
 
 def stream_frames(
-    info: Video, times_s: Sequence[float], sizes: Sequence[int], how: dict[str, Any]
+    info: Video,
+    times_s: Sequence[float],
+    sizes: Sequence[int],
+    how: dict[str, Any],
+    on_frames: OnFrames = lambda frames: None,
 ) -> Iterator[FilledArray]:
     """The frames on screen at given times, as `frames.read_frames`, in arrays; raises what `run_task` raises.
 
     `how`: further arguments of `worker.FrameReader`.
 
     The worker fills one array while the caller uses the one before it, in memory that both processes share. `sizes` are the frames
-    of each array, of which there is at least one; their sum is the number of times.
+    of each array, of which there is at least one; their sum is the number of times. `on_frames`: called about each second, by the
+    thread that iterates, with how many frames there are so far, at least.
     """
-    stream, done = _stream_once if POSSIBLE else _stream_here, 0
+    stream = partial(_stream_once, on_frames=on_frames) if POSSIBLE else _stream_here
+    done = 0
     try:
         with closing(stream(info, times_s, sizes, how)) as arrays:
             for filled in arrays:
@@ -292,20 +389,26 @@ def _stream_here(
 
 
 def _stream_once(
-    info: Video, times_s: Sequence[float], sizes: Sequence[int], how: dict[str, Any]
+    info: Video, times_s: Sequence[float], sizes: Sequence[int], how: dict[str, Any], on_frames: OnFrames
 ) -> Iterator[FilledArray]:
     shapes = [(size, info.height, info.width, 3) for size in sizes]
     memory = FrameMemory(max(map(prod, shapes)))
+    there = 0  # frames in the arrays before the one that is being filled
+
+    def count(frames: int) -> None:
+        on_frames(there + frames)
+
     with borrow(info.path) as worker:
         begin = worker.request("frames", {"info": asdict(info), "times_s": list(times_s), **how})
         # One message opens the video and asks for its first array: a round trip costs as much as a small picture.
         coming = worker.ask_to_fill(memory, shapes[0], begin | {"last": len(shapes) == 1})
         for number, shape in enumerate(shapes[1:], 2):
-            filled = coming, worker.answer()
+            filled = coming, worker.answer(count)
+            there += len(coming)
             del coming  # so that only the caller holds the array, and its memory can be reused once the caller drops it
             coming = worker.ask_to_fill(memory, shape, {"last": number == len(shapes)})
             yield filled
             del filled
-        filled = coming, worker.answer()
+        filled = coming, worker.answer(count)
         del coming
     yield filled

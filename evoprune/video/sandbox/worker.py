@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -44,6 +45,10 @@ BASE_BYTES = 2**30
 # And for each pixel of a picture: 16 reference pictures, one picture in each of 16 threads, and some in queues, of up to
 # 3 bytes a pixel (10 bits, 4:2:0). Of further decoders, which have one thread, half as much.
 BYTES_PER_PIXEL = 128
+
+
+def counted(done: int) -> None:
+    """Called after each frame that is read or scanned, with how many there are so far. A worker process tells it now and then."""
 
 
 def probe(path: str, folder_fps: float) -> Video:
@@ -78,6 +83,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
                     keyframes[round(time_s - key_s, 4)] += 1
                     key_s = time_s
             frames, last_s, end_s = frames + 1, time_s, time_s + length_s
+            counted(frames)
     if not frames:
         raise ffmpeg.nothing_decoded(path)
     if info.duration_s is not None and first_s + info.duration_s > last_s:  # see `probing._measured`
@@ -152,6 +158,7 @@ class FrameReader:
             shown = next(self._frames)
             slot[:] = shown.rgb
             filled.append(shown)
+            counted(len(filled))
             ffmpeg.alive()
         return {
             "times_s": [shown.time_s for shown in filled],
@@ -177,6 +184,8 @@ def main(descriptor: int) -> None:
         file.write("1000")
     channel = Channel(socket.socket(fileno=descriptor), descriptors=1)
     ffmpeg.report_alive, ffmpeg.picture_size = channel.report_alive, _allow
+    global counted
+    counted = partial(setattr, channel, "done")
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the other end is closed
         _serve(channel)
 

@@ -1,0 +1,133 @@
+"""Whatever reads ahead ends at once, also in the middle of an answer of a worker process; what others still need goes on."""
+
+import threading
+import time
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from evoprune.session import upcoming
+from evoprune.session.ahead import Ahead
+from evoprune.session.encoding import open_inputs
+from evoprune.session.options import ModelOptions, SamplingOptions
+from evoprune.session.upcoming import Upcoming
+from evoprune.video.sandbox import isolation
+from evoprune.video_qa import VideoQA
+from tests.video.unruly import PROGRAM
+
+GOOD, SAMPLING = "samples/three.mp4", SamplingOptions(frames=4)
+LONGEST_S = 1.5  # half of what is waited for a thread that cannot be stopped
+HANGS = ["hang", "first_hang"]  # while it is probed; while its first frames are read
+
+pytestmark = pytest.mark.skipif(not isolation.POSSIBLE, reason="videos are read in the process itself")
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(monkeypatch):
+    isolation.end_all()
+    monkeypatch.setattr(isolation, "PROGRAM", PROGRAM)
+    before = set(threading.enumerate())
+    yield
+    isolation.end_all()
+    until = time.monotonic() + LONGEST_S
+    while set(threading.enumerate()) != before:
+        assert time.monotonic() < until, threading.enumerate()
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def named(tmp_path):
+    """`named("hang")`: the path of a good video of that name."""
+
+    def call(name):
+        path = tmp_path / f"{name}.mp4"
+        path.write_bytes(Path(GOOD).read_bytes())
+        return str(path)
+
+    return call
+
+
+@pytest.fixture
+def qa(saved):
+    return VideoQA.load(str(saved), budget=0.5)
+
+
+def begun(path):
+    """Waits until it hangs, and until whoever waits for it does."""
+    until = time.monotonic() + 20
+    while not Path(path + ".begun").exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    time.sleep(0.2)
+
+
+@contextmanager
+def at_once():
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < LONGEST_S
+
+
+def opener(qa, ahead=None):
+    def opened(path, cores=None):
+        inputs = open_inputs(qa.session, [path], SAMPLING, ahead=ahead)
+        inputs.begin()
+        return inputs
+
+    return opened
+
+
+def test_patches_that_others_need_are_read_on(qa, named):
+    """Also where who was the first to want them is stopped."""
+    path, waits = named("first_hang"), []
+    with ExitStack() as stack:
+        ahead = stack.enter_context(closing(Upcoming([path, path], opener(qa), qa.loaded)))
+        first, second = (next(ahead)[1] for _ in range(2))
+        begun(path)
+        (kept,) = qa.loaded.patches._entries.values()
+        with at_once():
+            first.close()
+            ahead.close()
+        assert kept.users == 1 and kept._thread.is_alive()
+        waiting = threading.Thread(target=lambda: waits.extend(kept.pieces()))
+        waiting.start()
+        with at_once():
+            second.close()
+            waiting.join()
+        assert not kept._thread.is_alive() and not qa.loaded.patches._entries and not waits
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", HANGS)
+def test_inputs_that_are_read_ahead(qa, named, monkeypatch, name, count, keeps):
+    monkeypatch.setattr(upcoming, "readers", lambda loaded: count)
+    qa.loaded.patches.limit_bytes *= keeps
+    path = named(name)
+    ahead = Upcoming([GOOD, path, GOOD], opener(qa), qa.loaded)
+    _, inputs = next(ahead)
+    with closing(inputs):
+        inputs.encode()
+    begun(path)
+    with at_once():
+        ahead.close()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("name", HANGS)
+def test_inputs_that_are_read_before_the_model_is_there(qa, saved, named, name, wanted):
+    """`wanted`: a session waits for them, in a thread that reads ahead."""
+    path = named(name)
+    ahead = Ahead(ModelOptions(str(saved)))
+    ahead.begin([([path], SAMPLING)])
+    begun(path)
+    with ExitStack() as stack:
+        if wanted:
+            opened = stack.enter_context(closing(Upcoming([path], opener(qa, ahead), qa.loaded)))
+            threading.Thread(target=lambda: next(opened, None), daemon=True).start()
+            time.sleep(0.3)
+            with at_once():
+                opened.close()
+        with at_once():
+            ahead.close()

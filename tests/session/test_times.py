@@ -1,0 +1,231 @@
+"""The stages add up: what a question waits for, up to its first token, is in one of them.
+
+By a clock that stands still, but for what a test makes slow: so nothing that the machine does counts, and sums are exact.
+"""
+
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from pkgutil import resolve_name
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evoprune.report import Report
+from evoprune.session.cache import Cache
+from evoprune.session.loading.model import load_model
+from evoprune.video_qa import VideoQA
+from tests.cli.conftest import cli  # noqa: F401
+from tests.threads import one_thread  # noqa: F401
+
+CLIP, OTHER, QUESTION = "samples/square.mp4", "samples/arrivals.webm", "What happens?"
+# What is made slow: a second each, in its own binary digit, so that the sum tells what is missing.
+SLOW = (
+    "evoprune.session.encoding.probe",
+    "evoprune.session.encoding.plan_input",
+    "evoprune.session.encoding.fitting_chunks",
+    "evoprune.session.encoding.content_hash",
+    "evoprune.session.encoding.patches_of",
+    "evoprune.session.encoding.encode_rows",
+    "evoprune.session.encoding.select_tokens",
+    "evoprune.session.cache.Cache.store",
+    "evoprune.session.cache.Cache.load",
+    "evoprune.session.report.select_tokens",
+    "evoprune.session.prompting.check_question",
+    "evoprune.session.prompting.prompt_about",
+    "evoprune.session.prompting.prefill",
+    "evoprune.session.planning.read_subtitles",
+    "evoprune.session.planning.estimate_first_token",
+    "evoprune.language.prompt.Tokenizer.encode",
+    "evoprune.language.prompt.Tokenizer.render",
+    "evoprune.live.stream.prefill",
+    "evoprune.live.stream.window_columns",
+)
+
+
+class Hands:
+    """A clock whose hands only move when they are told to."""
+
+    def __init__(self):
+        self.now, self._lock = 0.0, threading.Lock()
+
+    def move(self, seconds: float) -> None:
+        with self._lock:
+            self.now += seconds
+
+
+@pytest.fixture
+def hands(monkeypatch):
+    hands = Hands()
+    monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: 1e12)  # which needs a clock that runs
+    monkeypatch.setattr("evoprune.model.cost.now", lambda device: hands.now)
+    return hands
+
+
+def later(hands, seconds, function):
+    def late(*args, **kwargs):
+        hands.move(seconds)
+        return function(*args, **kwargs)
+
+    return late
+
+
+@pytest.fixture
+def slow(hands, monkeypatch):
+    """Makes all of `SLOW` slow; returns the clock."""
+    for digit, name in enumerate(SLOW):
+        monkeypatch.setattr(name, later(hands, 2.0**digit, resolve_name(name)))
+    return hands
+
+
+@pytest.fixture(scope="module")
+def loaded(saved):
+    return load_model(str(saved), dtype="fp32", pack=False)
+
+
+@pytest.fixture
+def kernels(loaded, hands):
+    """The model, whose first question waits for kernels that are being compiled."""
+    left = [2.0**30]
+    return replace(loaded, ready=lambda: hands.move(left.pop() if left else 0.0))
+
+
+def covered(times) -> float:
+    """Milliseconds to the first token, by the stages."""
+    stages = ("plan", "read", "preprocess", "compile", "encode", "store", "prefill")
+    return sum(getattr(times, stage) for stage in stages) - times.overlap
+
+
+@contextmanager
+def timed(hands):
+    """Checks the report that a block appends to what it is given, and that nothing else was waited for."""
+    reports, start = [], hands.now
+    yield reports
+    (report,) = reports
+    times = report.time_ms
+    assert times.ttft_wall == covered(times) == 1000 * (hands.now - start) > 0, times
+    assert times.overlap >= 0
+
+
+def first(answer) -> Report:
+    next(answer, None)
+    return answer.report
+
+
+def picture(folder):
+    Image.fromarray(np.full((56, 84, 3), 90, np.uint8)).save(folder / "a.png")
+    return str(folder / "a.png")
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+@pytest.mark.parametrize(
+    "method", ["evoprune", "none", "divprune", "evoprune+fastv", "cdpruner", "subsample", "reuse+divprune"]
+)
+def test_of_one_video(kernels, slow, method, threaded, monkeypatch):
+    monkeypatch.setattr("evoprune.session.encoding.OpenInput.threaded", threaded)
+    monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
+    qa = VideoQA(kernels, budget=0.25, method=method)
+    with timed(slow) as reports:
+        video = qa.encode(OTHER)
+        assert video.report.time_ms.ttft_wall is None
+        reports.append(first(video.ask(QUESTION)))
+    assert reports[0].time_ms.compile == 1000 * 2.0**30
+    with timed(slow) as reports:
+        reports.append(first(video.ask("And then?")))
+    assert reports[0].time_ms.compile == reports[0].time_ms.plan == reports[0].time_ms.read == 0.0
+
+
+def test_of_a_single_call(kernels, slow, tmp_path):
+    qa = VideoQA(kernels, budget=0.25)
+    with timed(slow) as reports:
+        reports.append(first(qa.ask(CLIP, QUESTION)))
+    with timed(slow) as reports:
+        reports.append(first(qa.ask([picture(tmp_path), CLIP], QUESTION)))
+
+
+def test_of_pictures_several_inputs_and_subtitles(kernels, slow, tmp_path):
+    qa, said = VideoQA(kernels, budget=0.25), str(tmp_path / "said.srt")
+    Path(said).write_text("1\n00:00:01,000 --> 00:00:03,000\nThe square is green.\n\n")
+    with timed(slow) as reports:
+        reports.append(first(qa.encode(picture(tmp_path)).ask(QUESTION)))
+    with timed(slow) as reports:
+        reports.append(first(qa.encode([CLIP, picture(tmp_path), OTHER]).ask(QUESTION)))
+    each = [facts.time_ms for facts in reports[0].inputs]
+    for stage in ("plan", "read", "preprocess", "compile", "encode", "store", "overlap"):
+        assert sum(getattr(times, stage) for times in each) == getattr(reports[0].time_ms, stage), stage
+    with timed(slow) as reports:
+        reports.append(first(qa.encode(CLIP, subtitles=said).ask(QUESTION)))
+    assert reports[0].subtitles["lines"] == 1
+
+
+@pytest.mark.parametrize("method", ["evoprune", "cdpruner"])
+def test_of_the_cache(kernels, slow, tmp_path, method):
+    qa, cache = VideoQA(kernels, budget=0.25, method=method), Cache(tmp_path / "cache")
+    for state in ("miss", "hit"):
+        with timed(slow) as reports:
+            reports.append(first(qa.encode([CLIP, OTHER], cache=cache).ask(QUESTION)))
+        stored = method == "evoprune"  # the other reads the question
+        assert reports[0].cache == (state if stored else "off")
+        assert (reports[0].time_ms.store > 0) == (stored and state == "miss")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--compare",),
+        ("--cache",),
+        ("-Q", "And then?"),
+        ("--method", "cdpruner"),
+        ("--method", "evoprune+fastv"),
+        (OTHER,),
+    ],
+)
+def test_of_the_command_line(cli, slow, saved, tmp_path, monkeypatch, more):  # noqa: F811
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
+    inputs, options = ([CLIP, *more], ()) if OTHER in more else ([CLIP], more)
+    for _ in range(2):
+        said = cli("ask", *inputs, QUESTION, "-m", saved, "--json", "-n", "2", *options)
+        assert said.code == 0, said.err
+        records = [Report.from_json(line) for line in said.out.splitlines()]
+        for report in [each for record in records for each in (record, record.compare) if each]:
+            assert report.time_ms.ttft_wall == pytest.approx(covered(report.time_ms)) and report.time_ms.ttft_wall > 0
+
+
+def test_of_a_batch(cli, slow, saved, tmp_path):  # noqa: F811
+    """What was read during the answers before is no wait."""
+    out = tmp_path / "out.jsonl"
+    said = cli(
+        "batch", CLIP, OTHER, "samples/three.mp4", "-Q", QUESTION, "-Q", "And then?", "-m", saved, "-n", "2", "-o", out
+    )
+    assert said.code == 0, said.err
+    for record in map(Report.from_json, out.read_text().splitlines()):
+        assert record.time_ms.ttft_wall == pytest.approx(covered(record.time_ms)) and record.time_ms.ttft_wall > 0
+
+
+def test_of_a_stream(loaded, slow):
+    """The first question has the unfinished window encoded, the second one sees the same."""
+    random = np.random.default_rng(0)
+    with VideoQA(loaded, budget=0.25).stream(window_s=2.0) as stream:
+        for number in range(6):
+            stream.add(random.integers(0, 256, (56, 84, 3), dtype=np.uint8), number / 2)
+        for _ in range(2):
+            with timed(slow) as reports:
+                answer = stream.ask(QUESTION, max_new_tokens=2)
+                reports.append(first(answer))
+                assert answer.text is not None
+
+
+def test_by_a_clock_that_runs(loaded):
+    """From the path to the first piece: what is in no stage, and in no report, is small."""
+    qa, missing = VideoQA(loaded, budget=0.25), []
+    for _ in range(3):
+        start = time.perf_counter()
+        times = first(qa.ask(OTHER, QUESTION)).time_ms
+        whole = 1000 * (time.perf_counter() - start)
+        assert times.ttft_wall == pytest.approx(covered(times), rel=0.05, abs=20.0)
+        missing.append(whole - times.ttft_wall - 0.05 * whole)
+    assert min(missing) < 20.0, missing
