@@ -1,5 +1,7 @@
 """`evoprune eval`: accuracy against budget, beside what it costs, as tables and as a chart."""
 
+import csv
+import io
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -36,14 +38,14 @@ if TYPE_CHECKING:
 
 # What may be given beside --resume DIR alone: all that results do not depend on.
 BESIDE_RESUME = (
-    "--resume", "--processes", "--chart", "--json", "-q", "--quiet", "--debug", "--device", "--threads", "--offline",
+    "--resume", "--processes", "--chart", "--format", "--json", "-q", "--quiet", "--debug", "--device", "--threads", "--offline",
     "--store-quantized",
 )  # fmt: skip
 
 
 @opt.command(
     *PipelineOptions.KINDS,
-    short="data limit budget method blind model output resume chart json quiet",
+    short="data limit budget method blind model output resume chart form json quiet",
     without=(
         "load_format", "budget", "method", "seed", "start_s", "end_s", "decoder", "subtitles", "max_subtitle_tokens",
         "temperature", "top_p", "top_k", "system"
@@ -90,6 +92,13 @@ def evaluate(
     chart: opt.option(
         str | None, "--chart FILE.svg", "Draw accuracy against tokens and against cost.", opt.OUTPUT
     ) = None,
+    form: opt.option(
+        str,
+        "--format",
+        "As a table, or as CSV: a line for each row and group.",
+        opt.OUTPUT,
+        **opt.one_of("table", "csv"),
+    ) = "table",
     json: opt.JsonResults = False,
     quiet: opt.Quiet = False,
 ) -> int:
@@ -105,6 +114,10 @@ def evaluate(
     evoprune eval --data my.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --json
     """
     pipeline = options()
+    if form not in FORMATS:
+        raise UsageError(f"--format {form!r} is unknown", f"one of {', '.join(FORMATS)}")
+    if json and form != "table":
+        raise UsageError(f"--json and --format {form} exclude each other", "leave one out")
     if data is None and resume is None:
         raise UsageError("no questions", "--data FILE, a JSONL or CSV file whose rows have video, question and answer")
     from evoprune.bench.eval_folder import no_folder, stored_settings
@@ -138,7 +151,10 @@ def evaluate(
         document = evaluation.document(error)
         try:
             if json or document["rows"] or error is None:
-                show(document, render, json)
+                show(document, FORMATS[form], json)
+                if form == "csv" and not quiet:
+                    for line in (*failures(document), *document["notes"]):
+                        note(line)
         finally:  # also where nobody reads stdout
             if evaluation.folder:
                 evaluation.folder.finish(document)
@@ -244,6 +260,21 @@ def render(document: dict, width: int = 80) -> str:
         notes.append(f"{document['error']['message']}: not all videos were evaluated")
     lines += folded((*notes, *failures(document), *document["notes"]), width)
     return "\n".join(lines) + "\n"
+
+
+def as_csv(document: dict, width: int = 0) -> str:
+    """The rows of all groups as CSV, each complete in itself, and empty where a value is unknown; nothing without rows."""
+    model = {f"model_{name}": one_line(document["model"][name]) for name in ("id", "dtype", "device")}
+    common = {"data": one_line(document["settings"]["data"])} | model
+    out = io.StringIO()
+    if rows := [row | common for row in document["rows"]]:
+        writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return out.getvalue()
+
+
+FORMATS = {"table": render, "csv": as_csv}
 
 
 def _percent(value: float | None, sign: str = "") -> str:

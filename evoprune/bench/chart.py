@@ -5,11 +5,16 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
 
 # Colours that colour-blind readers can distinguish on white (Okabe and Ito, https://jfly.uni-koeln.de/color/).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, SOFT, PALE = "#222222", "#5F5F5F", "#8C8C8C"  # PALE: lines beside those in INK
-AROUND = (5, 4), (5, -9), (-5, 4), (-5, -9)  # where a label begins, or ends, in points from its mark
+# Where a label begins, or ends, in points from its mark: near it, or farther away.
+AROUND = (5, 4), (5, -9), (-5, 4), (-5, -9), (7, -3), (-7, -3), (5, 11), (5, -17), (-5, 11), (-5, -17)
+ROOM = 3.5  # points that a label keeps from the middle of a mark
 CUT = 1 / 3  # an axis may start above zero where everything lies above this share of the highest value
 
 
@@ -114,7 +119,7 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], rows: Sequence[str]
         )  # fmt: skip
         figure.draw_without_rendering()  # lays it out, so that it is known which labels would overlap
         for axes, panel in zip(every, panels, strict=True):
-            _label_points(axes, panel)
+            _label_points(axes, panel, sideways=bool(rows))
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Title": title, "Creator": "evoprune", "Date": None})
     svg = file.getvalue()
@@ -140,21 +145,57 @@ def _draw_series(axes, series: Series, sideways: bool) -> None:
     )  # fmt: skip
 
 
-def _label_points(axes, panel: Panel) -> None:
-    """Labels beside their points, in the order of the series: where there is room around the point, or not at all."""
-    every = [(point, series.colour) for series in panel.series for point in series.points]
-    marks = axes.transData.transform([(point.x, point.y) for point, _ in every])
-    taken: list = []
+def _label_points(axes, panel: Panel, sideways: bool) -> None:
+    """Labels beside their points, in the order of the series.
+
+    A label is where there is nothing else; else where it lies on lines and intervals alone; else it is left out.
+    """
+    every = [(point, series.colour) for series in panel.series for point in series.points if point.label]
+    dots = [(point.x, point.y) for series in panel.series if not series.dashed for point in series.points]
+    marks = axes.transData.transform(dots or [(math.nan, math.nan)])
+    lines = _on_lines(axes, panel, sideways)
+    pixels = axes.figure.dpi / 72  # a point
+    frame, whole, taken = axes.get_window_extent(), axes.figure.bbox, []
+
+    def room(box) -> tuple[bool, bool]:
+        """Whether nothing else is there, and whether only lines and intervals are."""
+        inside = max(whole.x0, frame.x0) <= box.x0 and box.x1 <= min(whole.x1, frame.x1 + 4) and frame.y0 <= box.y0
+        apart = inside and not box.count_overlaps(taken) and not box.padded(ROOM * pixels).count_contains(marks)
+        return apart and not box.count_contains(lines), apart
+
     for point, colour in every:
-        for x, y in AROUND if point.label else ():
+        found: list = []  # places where there is room, the best last
+        for x, y in AROUND:
             label = axes.annotate(
                 point.label, (point.x, point.y), (x, y), textcoords="offset points", ha="left" if x > 0 else "right",
                 fontsize=8.25, color=colour,
             )  # fmt: skip
             label.set_in_layout(False)
             box = label.get_window_extent()
-            inside = axes.figure.bbox.x0 <= box.x0 and box.x1 <= axes.figure.bbox.x1
-            if inside and not box.count_overlaps(taken) and not box.count_contains(marks):
-                taken.append(box)
+            free, apart = room(box)
+            if free or (apart and not found):
+                found.append((label, box))
+            else:
+                label.remove()
+            if free:
                 break
+        for label, _ in found[:-1]:
             label.remove()
+        taken += [box for _, box in found[-1:]]
+
+
+def _on_lines(axes, panel: Panel, sideways: bool) -> np.ndarray:
+    """Places `[n, 2]` in pixels, close to one another, on the lines and intervals of a plot."""
+    paths = []
+    for series in panel.series:
+        if series.dashed or not sideways:
+            paths.append([(point.x, point.y) for point in series.points])
+        for point in series.points:
+            ends = [end for end in (point.low, point.high) if end is not None]
+            paths.append([(end, point.y) if sideways else (point.x, end) for end in ends])
+    steps = np.linspace(0, 1, 200)[:, None]
+    places = [np.empty((0, 2))]
+    for path in paths:
+        corners = axes.transData.transform(path) if path else []
+        places += [start + steps * (end - start) for start, end in pairwise(corners)]
+    return np.concatenate(places)

@@ -1,12 +1,11 @@
 """An overlay: a video's frames with what became of each unit, which is read by the language model, reused, merged or dropped.
 
 `trace` encodes a video and keeps its frames; `Overlay` draws them, frame pairs side by side, or frame after frame, with a title and
-a legend; `overlay_file` makes a file of that. A unit that is read keeps its colours, brightened. Any other becomes grey in a colour
-of its fate: blue where it was reused, orange where it merged, dark where it was dropped. Merged units are outlined in the colour of
-their owner, which has a dot of that colour.
+a legend; `overlay_file` makes a file of that. A unit that is read keeps its colours, a little brighter. Any other is darker, with a
+tint of its fate: blue where it was reused, orange where it merged, none where it was dropped. A line leads from a merged unit to
+the dot of its owner, or an arrow points to the frame pair of its owner.
 """
 
-import colorsys
 import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -208,48 +207,52 @@ def mp4(pictures: Iterable[Image.Image], seconds: float) -> bytes:
     return file.getvalue()
 
 
-# Of fates that are not read: colours that are added to a share of their grey. Colour-blind readers distinguish them, in all videos.
-UNREAD = {"reused": (0, 50, 115), "merged": (120, 66, 0), "dropped": (0, 0, 0)}
-
-Colour = tuple[int, int, int]
+# What is left of the picture in each fate, and the colour that is added. Colour-blind readers distinguish them, in all videos.
+TINTS = {
+    "read": (0.72, (70, 70, 70)),
+    "reused": (0.4, (0, 24, 84)),
+    "merged": (0.5, (84, 40, 0)),
+    "dropped": (0.25, (0, 0, 0)),
+}
+MARK = (255, 214, 102)  # of lines, dots and arrows, which have a dark rim
 
 
 def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
-    """A picture, uint8 `[H, W, 3]`: pixels that are read are brightened, others take the colour of their fate, int `[H, W]`."""
-    levels = picture.astype(np.float32)
-    tint = np.array([UNREAD.get(name, (0, 0, 0)) for name in FATES], np.float32)[fate]
-    unread = 0.3 * (levels @ np.array((0.299, 0.587, 0.114), np.float32))[..., None] + tint
-    read = (fate == FATES.index("read"))[..., None]
-    return np.where(read, levels * 0.66 + 86, unread).clip(0, 255).astype(np.uint8)
+    """Return a picture, uint8 `[H, W, 3]`, with each pixel in the brightness and tint of its fate, int `[H, W]`."""
+    share = np.array([TINTS[name][0] for name in FATES], np.float32)[fate]
+    tint = np.array([TINTS[name][1] for name in FATES], np.float32)[fate]
+    return (picture.astype(np.float32) * share[..., None] + tint).clip(0, 255).astype(np.uint8)
 
 
-def outline(picture: Image.Image, cluster: np.ndarray, y: int, x: int, side: int, colour: Colour, *, dot: bool) -> None:
-    """Draws those edges of unit (y, x), `side` pixels wide, at which its cluster ends, and a dot where it is the owner.
+class Marks:
+    """Draws on a picture of units, `side` pixels wide, where merged units went; (y, x) is a unit's place."""
 
-    `cluster`: `[h, w]`, the owner of each unit, -1 for none.
-    """
-    draw, around = ImageDraw.Draw(picture), np.pad(cluster, 1, constant_values=-1)
-    left, top, right, bottom = x * side, y * side, (x + 1) * side - 1, (y + 1) * side - 1
-    thick = max(1, round(side / 20)) - 1  # rectangles include their last row and column
-    edges = {
-        (-1, 0): (left, top, right, top + thick),
-        (1, 0): (left, bottom - thick, right, bottom),
-        (0, -1): (left, top, left + thick, bottom),
-        (0, 1): (right - thick, top, right, bottom),
-    }
-    for (dy, dx), edge in edges.items():
-        if around[y + 1 + dy, x + 1 + dx] != cluster[y, x]:
-            draw.rectangle(edge, colour)
-    if dot:
-        place = (left + side * 11 // 32, top + side * 11 // 32, left + side * 21 // 32, top + side * 21 // 32)
-        draw.ellipse(place, colour, BACKGROUND, thick + 1)  # with a rim: it may lie on its own colour
+    def __init__(self, picture: Image.Image, side: int):
+        self._draw, self._side = ImageDraw.Draw(picture), side
+        self._thick = max(1, round(side / 28))
 
+    def line(self, start: tuple[int, int], end: tuple[int, int]) -> None:
+        """From a merged unit to its owner."""
+        ends = [self._middle(*start), self._middle(*end)]
+        self._draw.line(ends, BACKGROUND, 3 * self._thick)
+        self._draw.line(ends, MARK, self._thick)
 
-def cluster_colour(number: int) -> Colour:
-    """The colour of cluster `number`: bright, not blue, and far from the colour of the cluster before."""
-    hue = 0.75 + 0.8 * (number * 0.618034 % 1.0)
-    red, green, blue = colorsys.hsv_to_rgb(hue % 1.0, 0.8, 1.0)
-    return round(255 * red), round(255 * green), round(255 * blue)
+    def dot(self, y: int, x: int) -> None:
+        """On a unit that others merged into."""
+        across, down = self._middle(y, x)
+        radius = 5 * self._side // 32
+        place = (across - radius, down - radius, across + radius, down + radius)
+        self._draw.ellipse(place, MARK, BACKGROUND, self._thick)
+
+    def arrow(self, y: int, x: int, later: bool) -> None:
+        """On a unit that merged into one of a later or an earlier frame pair: to the right or to the left."""
+        across, down = self._middle(y, x)
+        reach = self._side // 8 if later else -self._side // 8
+        corners = [(across - reach, down - abs(reach)), (across + reach, down), (across - reach, down + abs(reach))]
+        self._draw.polygon(corners, MARK, BACKGROUND, self._thick)
+
+    def _middle(self, y: int, x: int) -> tuple[int, int]:
+        return x * self._side + self._side // 2, y * self._side + self._side // 2
 
 
 def overlay_file(video: TracedVideo, title: str, ending: str) -> bytes:
@@ -269,8 +272,7 @@ class Overlay:
 
     def __init__(self, video: TracedVideo, title: str):
         self._video, self._title, self._fate = video, title, video.fates.fate.numpy()
-        owners = video.fates.owner[video.fates.all_of("merged")].unique().tolist()
-        self._colours = {owner: cluster_colour(number) for number, owner in enumerate(owners)}
+        self._owners = video.fates.owner[video.fates.all_of("merged")].unique().tolist()
         self._zoom = max(1, min(4, round(560 / video.plan.width)))  # about 560 pixels wide
         self._pixels = video.plan.width // video.plan.grid[2]  # of a unit's side in the frame
         self.width = video.plan.width * self._zoom
@@ -303,13 +305,22 @@ class Overlay:
         fate = self._of_frame(self._fate, frame)
         lit = light(self._video.frames[frame].numpy(), fate.repeat(self._pixels, 0).repeat(self._pixels, 1))
         picture = Image.fromarray(lit).resize((self.width, lit.shape[0] * self._zoom), Image.Resampling.NEAREST)
-        unit = self._of_frame(np.arange(len(self._fate)), frame)
-        cluster = np.where(fate == FATES.index("merged"), self._of_frame(self._video.fates.owner.numpy(), frame), unit)
-        cluster = np.where(np.isin(cluster, list(self._colours)), cluster, -1)
-        for y, x in np.argwhere(cluster >= 0).tolist():
-            colour = self._colours[int(cluster[y, x])]
-            outline(picture, cluster, y, x, self._pixels * self._zoom, colour, dot=cluster[y, x] == unit[y, x])
+        self._mark(Marks(picture, self._pixels * self._zoom), fate, frame)
         return picture
+
+    def _mark(self, marks: Marks, fate: np.ndarray, frame: int) -> None:
+        """Draws where the merged units of a frame went, and which of its units others merged into."""
+        units = self._of_frame(np.arange(len(self._fate)), frame)
+        owner = self._of_frame(self._video.fates.owner.numpy(), frame)
+        inside = np.isin(owner, units)
+        merged = fate == FATES.index("merged")
+        for y, x in np.argwhere(merged & inside).tolist():
+            (end,) = np.argwhere(units == owner[y, x]).tolist()
+            marks.line((y, x), tuple(end))
+        for y, x in np.argwhere(merged & ~inside).tolist():
+            marks.arrow(y, x, later=bool(owner[y, x] > units[y, x]))
+        for y, x in np.argwhere(np.isin(units, self._owners)).tolist():
+            marks.dot(y, x)
 
     def caption(self, frame: int) -> str:
         """The frame's time, and how many units of its frame pair have each fate, apart from those that no unit of the video has."""
@@ -335,15 +346,12 @@ class Overlay:
     def _legend(self, width: int, size: int) -> list[Image.Image]:
         fates, counts = self._video.fates, self._video.fates.counts()
         again = int((fates.chosen & ~fates.encoded).sum())
-        clusters = len(fates.owner[fates.all_of("merged")].unique())
-        alike = f" The {clusters:,} clusters share few hues, so colours of different clusters can look alike."
-        alike = alike if clusters > 8 else ""
         of_earlier = f", {again:,} of them with the row of an earlier frame pair" if again else ""
         meanings = {
             "read": f"one token of the language model each. {counts['read']:,} of {counts['units']:,} units{of_earlier}.",
             "reused": f"unchanged since an earlier frame pair, so not encoded again. {counted(counts['reused'], 'unit')}.",
-            "merged": "averaged into the unit with a dot of the same colour, here or in another frame pair. "
-            f"{counted(counts['merged'], 'unit')}.{alike}",
+            "merged": "averaged into the unit with the dot at the end of the line; an arrow points to an earlier or a later frame "
+            f"pair. {counted(counts['merged'], 'unit')}.",
             "dropped": f"encoded, and then left out. {counted(counts['dropped'], 'unit')}.",
         }
         return [
@@ -377,8 +385,9 @@ def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
         fate[:, side:] = FATES.index("read")
     swatch = Image.fromarray(light(np.full((*fate.shape, 3), 120, np.uint8), fate))
     if name == "merged":
-        for x in (0, 1):
-            outline(swatch, np.zeros((1, 2), int), 0, x, side, cluster_colour(0), dot=x == 1)
+        marks = Marks(swatch, side)
+        marks.line((0, 0), (0, 1))
+        marks.dot(0, 1)
     return _joined([swatch, text_picture(text, width - 2 * side - GAP, size)], GAP, across=True)
 
 

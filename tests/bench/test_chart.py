@@ -2,7 +2,9 @@
 
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from evoprune.bench.chart import COLOURS, Panel, Point, Series, draw
 
@@ -83,3 +85,29 @@ def test_labels_of_near_points_do_not_touch():
     crowd = Series("crowd", tuple(Point(1 + n / 1000, 3, label=f"-b {n}") for n in range(5)))
     words = texts(ElementTree.fromstring(draw("", "", [Panel("", "", "", (crowd,))])))
     assert [word for word in words if word.startswith("-b")] == ["-b 0", "-b 1"]  # on both sides
+
+
+@pytest.mark.parametrize("panels", [1, 2])
+def test_labels_lie_beside_lines_intervals_and_marks(panels, monkeypatch):
+    """Two methods at three budgets, whose lines and intervals cross, as `eval --chart` draws them."""
+    kept, real = [], Axes.annotate
+    monkeypatch.setattr(Axes, "annotate", lambda *args, **more: kept.append(real(*args, **more)) or kept[-1])
+    budgets = ((400, "-b 1"), (100, "-b 0.25"), (40, "-b 0.1"))
+    lines = []
+    for number, values in enumerate(((88, 84, 70), (88, 83, 72))):
+        points = [Point(x, y, y - 6, y + 5, label) for (x, label), y in zip(budgets, values, strict=True)]
+        lines.append(Series(f"method {number}", tuple(reversed(points)), COLOURS[number]))
+    draw("", "", [Panel("", "x", "%", tuple(lines), from_zero=False)] * panels)
+    labels = [label for label in kept if label.axes]  # those that were not removed
+    assert len(labels) >= 5 * panels
+    for label in labels:
+        box, frame = label.get_window_extent(), label.axes.get_window_extent()
+        assert frame.x0 <= box.x0 and box.x1 <= frame.x1 + 4  # not in the next panel
+        others = [other.get_window_extent() for other in labels if other is not label]
+        assert not box.count_overlaps(others)
+        for line in label.axes.get_lines():
+            corners = label.axes.transData.transform(line.get_xydata())
+            if line.get_marker() == "o":
+                assert not box.count_contains(corners)
+            on_line = np.linspace(corners[:-1], corners[1:], 300).reshape(-1, 2)
+            assert line.get_linestyle() == "None" or not box.count_contains(on_line), label.get_text()

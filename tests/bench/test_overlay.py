@@ -11,10 +11,11 @@ from PIL import Image
 
 from evoprune.bench.overlay import (
     FATES,
+    MARK,
     Fates,
+    Marks,
     Overlay,
     TracedVideo,
-    cluster_colour,
     light,
     overlay_file,
     png,
@@ -81,10 +82,45 @@ def test_the_owner_of_merged_units_has_a_dot(loaded, method):
     owners = fates.owner[fates.all_of("merged")].unique().tolist()
     assert method != "evoprune" or not fates.encoded[owners].all()  # some were reused: the selection took a later time
     pictures = [np.asarray(panels.panel(2 * pair)).astype(int) for pair in range(6)]
-    for number, owner in enumerate(owners):
+    for owner in owners:
         pair, (y, x) = owner // 24, divmod(owner % 24, 6)
-        middle = pictures[pair][y * side + side // 2, x * side + side // 2]
-        assert tuple(middle) == cluster_colour(number)
+        assert tuple(pictures[pair][y * side + side // 2, x * side + side // 2]) == MARK
+
+
+def test_lines_lead_to_owners_and_arrows_to_their_frame_pairs():
+    """In three frame pairs of 1x3 units the middle ones go to the first unit, the last ones to the first of their pair."""
+    drawn, seen = [], painted()
+    units = torch.arange(9)
+    owner = torch.tensor([0, 0, 0, 3, 0, 3, 6, 0, 6])
+    fates = Fates((3, 1, 3), owner == units, units, owner, 3)
+
+    class Recorded(Marks):
+        def line(self, start, end):
+            drawn.append(("line", start, end))
+
+        def dot(self, y, x):
+            drawn.append(("dot", (y, x)))
+
+        def arrow(self, y, x, later):
+            drawn.append(("arrow", (y, x), later))
+
+    sampling = SamplingPlan(0.0, 3.0, even_times(0.0, 3.0, 6), 6)
+    plan = Plan(probe(CLIP), sampling, 28, 84, (3, 1, 3), 768, 1000, False)
+    panels = Overlay(TracedVideo(plan, seen.frames[:1].expand(6, -1, -1, -1), fates, [], 0), "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evoprune.bench.overlay.Marks", Recorded)
+        panels.panel(0)
+        assert drawn == [("line", (0, 1), (0, 0)), ("line", (0, 2), (0, 0)), ("dot", (0, 0))]
+        drawn.clear()
+        panels.panel(2)
+        assert drawn == [("line", (0, 2), (0, 0)), ("arrow", (0, 1), False), ("dot", (0, 0))]
+
+
+def test_the_picture_is_seen_under_every_fate_but_dropped():
+    """A step of brightness in the video is at least two fifths of it in the overlay."""
+    dark, bright = (np.full((1, 4, 3), level, np.uint8) for level in (60, 160))
+    steps = (light(bright, np.arange(4)[None]).astype(int) - light(dark, np.arange(4)[None]))[0].min(1)
+    assert dict(zip(FATES, steps.tolist(), strict=True)).items() >= {"read": 72, "reused": 40, "merged": 50}.items()
 
 
 def test_what_is_drawn_is_what_the_language_model_reads(loaded):
@@ -127,10 +163,9 @@ def test_panels_show_the_fates():
     read, dropped, merged, reused = pixel(first, 0), pixel(first, 2), pixel(first, 1), pixel(second, 2)
     assert read.min() > dropped.max() + 50 and np.ptp(read) == np.ptp(dropped) == 0
     assert reused[2] > reused[0] + 50 and merged[0] > merged[2] + 50  # blue, orange
-    edge, other_edge = pixel(first, 1, across=0.005), pixel(second, 1, across=0.005)
-    assert (edge == other_edge).all() and np.ptp(edge) > 100  # one colour in both frame pairs
-    assert (pixel(second, 1, 0.5, 0.5) == edge).all()  # the owner's dot
-    assert (pixel(first, 1, 0.5, 0.5) == merged).all() and np.ptp(pixel(first, 2, across=0.005)) == 0
+    assert tuple(pixel(second, 1, 0.5, 0.5)) == MARK  # the owner's dot
+    assert tuple(pixel(first, 1, 0.5, 0.5)) == MARK  # the arrow to its frame pair
+    assert np.ptp(pixel(first, 2, 0.5, 0.5)) == 0
     assert panels.caption(0) == "0:00.25: 1 read, 0 reused, 1 merged, 1 dropped"
 
 
@@ -170,21 +205,10 @@ def test_sheets_hold_at_most_twelve_frame_pairs(pairs):
     fates = Fates((pairs, 1, 3), torch.ones(3 * pairs, dtype=torch.bool), *[torch.arange(3 * pairs)] * 2, 3 * pairs)
     plan = Plan(probe(CLIP), sampling, 28, 84, (pairs, 1, 3), 768, 1000, False)
     video = TracedVideo(plan, seen.frames[:1].expand(2 * pairs, -1, -1, -1), fates, [], 0)
-    bright = (np.asarray(Overlay(video, "title").sheet()) == 152).all(
+    bright = (np.asarray(Overlay(video, "title").sheet()) == 142).all(
         2
     )  # a read grey frame, and a swatch in the legend
     assert bright.sum() == pytest.approx(min(pairs, 12) * 3 * 112 * 112, rel=0.2)
-
-
-@pytest.mark.parametrize("clusters", [8, 9])
-def test_the_legend_says_when_clusters_are_too_many_for_their_colours(clusters, monkeypatch):
-    said = []
-    monkeypatch.setattr("evoprune.bench.overlay._legend_entry", lambda name, text, *_: said.append(text))
-    units = torch.arange(2 * clusters)  # every second one merges into the one before
-    fates = Fates((1, 1, 2 * clusters), units % 2 == 0, units, units // 2 * 2, 2 * clusters)
-    seen = painted()
-    Overlay(TracedVideo(seen.plan, seen.frames, fates, [], 0), "title")._legend(600, 16)
-    assert any("9 clusters share few hues" in text for text in said) == (clusters == 9) and len(said) == 2
 
 
 def test_frames_are_of_one_even_size_and_a_long_title_wraps():

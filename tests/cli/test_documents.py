@@ -16,9 +16,11 @@ import pytest
 import typer
 from typer.main import get_command
 
+import evoprune
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.methods.plans import parse_budget_or_name
+from evoprune.methods.registry import built_in
 from evoprune_cli.main import ParserError, app
 from experiments.demo.scenes_batches import ScenesRecipe
 from experiments.examples import MADE_BY, counts
@@ -107,6 +109,30 @@ def test_the_demo_answers_right_in_python(capsys, page, answers):
         if "samples/" in block:
             exec(block, names)
     assert re.sub(r"\(\d+ ms\)", " ", capsys.readouterr().out).split() == answers
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_number_of_methods_is_that_of_the_list(page):
+    """Those of `evoprune methods`; a page may name some of them, but not count the list otherwise."""
+    text = page.read_text(encoding="utf-8")
+    counted = re.findall(
+        r"(?:\ball (?:the )?|^|- )(\d+) (?:other )?(?:pruning )?methods\b|(\d+) other methods", text, re.M
+    )
+    assert {int(number) for found in counted for number in found if number} <= {len(built_in())}, counted
+
+
+def test_each_block_that_is_run_is_in_the_list_of_those():
+    """CONTRIBUTING.md says by what; a block that installs something is run too."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = {name: int(count) for name, count in re.findall(r"^\| `([\w/.]+\.md)`, (\d+) \| \S", text, re.M)}
+    found = {str(page.relative_to(ROOT)): len(re.findall("^```sh$", page.read_text("utf-8"), re.M)) for page in PAGES}
+    assert {name: count for name, count in found.items() if count} == listed
+
+
+def test_the_citation_names_the_version():
+    for name in ("CITATION.cff", "results/README.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert re.search(rf"version *[:=] \{{?{re.escape(evoprune.__version__)}\b", text), name
 
 
 def without_code(page: Path) -> str:

@@ -1,5 +1,7 @@
 """`evoprune eval`: what it prints where, in which form, with which exit code, and what it refuses before any weights are read."""
 
+import csv
+import io
 import json
 from pathlib import Path
 from xml.etree import ElementTree
@@ -115,6 +117,39 @@ def test_only_columns_that_are_there_are_explained(run):
             assert (f"{title}: " in text) == there, (width, title)
             gone += not there
     assert gone >= 3
+
+
+def test_csv_has_a_line_a_row_and_group_with_the_values_of_json(run, choices):
+    result = run("--format", "csv", data=choices)
+    assert result.code == 0
+    lines, record = list(csv.DictReader(io.StringIO(result.out))), run("--json", data=choices).record
+    for line, row in zip(lines, record["rows"], strict=True):
+        assert {name: line[name] for name in row} == {n: "" if v is None else str(v) for n, v in row.items()}
+    assert {line["data"] for line in lines} == {str(choices)}
+    assert {(line["model_id"], line["model_dtype"]) for line in lines} == {
+        tuple(record["model"][n] for n in ("id", "dtype"))
+    }
+    assert all(note in result.err for note in record["notes"])  # stdout has nothing but the lines
+    assert run("--format", "csv", "-q", data=choices).err == ""
+
+
+def test_a_format_is_one_of_two_and_not_given_beside_json(run):
+    for given, says in ((("--format", "xml"), "one of table, csv"), (("--format", "csv", "--json"), "leave one out")):
+        result = run(*given)
+        assert (result.code, result.out.startswith("{")) == (2, "--json" in given) and says in result.err
+
+
+def test_videos_that_failed_are_named_beside_csv(run, tmp_path):
+    row = {"video": str(ROOT / "samples/square.mp4"), "question": "What?", "answer": "A"}
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(each) + "\n" for each in (row, row | {"video": str(tmp_path / "broken.mp4")})))
+    result = run("--format", "csv", data=data)
+    assert result.code == 6 and len(list(csv.DictReader(io.StringIO(result.out)))) == 2
+    assert "failed: " in result.err and "broken.mp4" in result.err
+    data.write_text(json.dumps(row | {"video": str(tmp_path / "broken.mp4")}) + "\n")
+    result = run("--format", "csv", data=data)
+    assert (result.code, result.out) == (6, "") and "broken.mp4" in result.err
 
 
 def test_unparseable_answers_have_a_column(run, choices):

@@ -1,12 +1,15 @@
 """experiments.equal_time: each row of the others has the most accurate of ours that takes no longer."""
 
 import json
+import re
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from evoprune.bench.scores import FULL, METHOD
-from experiments.equal_time import NONE, main, speeds
+from experiments.equal_time import NONE, OURS, main, speed_of, speeds, worst_in_tables
 from experiments.frontier import SETS, folder_of
 
 # Of 20 clips, of which the full model knows 16, how many each row knows; and how many times as fast as Hugging Face it is.
@@ -68,3 +71,36 @@ def test_each_row_is_compared_with_one_of_ours_that_is_as_fast(files):
     assert found["divprune -b fast"][:3] == ["5.00", "31.2", "none so fast"]  # as fast as the bound
     drawn = (files / "made.svg").read_text()
     assert "-b balanced" in drawn and "tome" in drawn and "Hugging Face" in drawn
+
+
+TABLES, COMPARED, CHART = (Path("results", name) for name in ("frontier.md", "comparison.md", "frontier.svg"))
+
+
+def test_the_committed_chart_is_that_of_the_tables(tmp_path):
+    main([str(TABLES), "--tables", str(COMPARED), "--chart", str(tmp_path / "made.svg")])
+    made, kept = (ElementTree.fromstring(path.read_text()) for path in (tmp_path / "made.svg", CHART))
+    shown = [[node.text for node in root.iter() if node.tag.endswith("text")] for root in (made, kept)]
+    assert sorted(shown[0]) == sorted(shown[1])
+    assert "after the encoder, if selecting costs nothing" in shown[1]  # the legend explains every colour
+
+
+def test_what_is_said_of_the_chart_is_so():
+    """The line through the presets lies above all others but `downscale -b fast`, which is faster; speeds are one number."""
+    times = TABLES.read_text()
+    fast = speeds(times)
+    ours, others = worst_in_tables(times, COMPARED.read_text())
+    names = ("high", "balanced", "fast")
+    assert len(others) == 74  # of which one has no row of ours that is as fast: 73 are compared
+    xs = [fast[NONE], *(speed_of((OURS, name), fast) for name in names)]
+    ys = [100.0, *(ours[OURS, name] for name in names)]
+    above = {key for key, kept in others.items() if kept >= np.interp(speed_of(key, fast), xs, ys)}
+    faster = {key for key in others if speed_of(key, fast) > xs[-1]}
+    assert above == set() and faster == {("downscale", "fast")}
+    readme, guide = Path("README.md").read_text(), Path("docs/guide.md").read_text()
+    text = f"{speed_of(('downscale', 'fast'), fast):.1f} times, and keeps {others['downscale', 'fast']:.0f}%"
+    assert text in readme and f"up to {xs[-1]:.1f} times" in readme
+    shown = [f"{speed:.1f} times" for speed in xs[1:]]
+    row = next(line for line in readme.splitlines() if "fp32, 8 frames |" in line and "against transformers" in line)
+    assert re.findall(r"[\d.]+ times", row) == shown
+    assert [re.search(rf"`-b {name}`.*?([\d.]+ times)", guide)[1] for name in names] == shown
+    assert f"They are {shown[0][:3]}, {shown[1][:3]} and {shown[2][:3]}" in times

@@ -1,4 +1,5 @@
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 from experiments.recording import Screen, drawing
 
@@ -18,3 +19,8 @@ def test_the_last_screen_is_what_shows_where_nothing_moves():
     made = ET.fromstring(drawing("evoprune ask", [(0.5, "loading"), (1.0, "\r\x1b[2Kred & blue\r\n")]))
     lines = {"".join(line.itertext()): line.get("class") for line in made.iter("{http://www.w3.org/2000/svg}text")}
     assert lines == {"$": "dim", "evoprune ask": "last", "loading": "passing", "red & blue": "last"}
+
+
+def test_blanks_are_kept_by_programs_without_css():
+    for text in (drawing("ls", [(0.1, "a   b")]), Path("docs/recording.svg").read_text(encoding="utf-8")):
+        assert ET.fromstring(text).get("{http://www.w3.org/XML/1998/namespace}space") == "preserve"

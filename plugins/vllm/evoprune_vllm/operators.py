@@ -1,0 +1,43 @@
+"""Makes torchvision importable beside a torch for CPUs: run this file once in an environment.
+
+PyPI's torchvision is made for CUDA. Beside a torch for CPUs it fails to import ("operator torchvision::nms does not exist"), and so
+does all that imports it. Declared operators are enough: models do not call them. A line of a .pth file declares them when Python
+starts. Where torchvision can be imported, or is not installed, nothing is written.
+"""
+
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+MODULE = "declare_operators"
+SOURCE = '''"""Declares operators that a torchvision for CUDA expects of torch; written by evoprune_vllm.operators."""
+
+import torch
+
+for name in ("nms", "qnms"):
+    torch.library.define("torchvision::" + name, "(Tensor boxes, Tensor scores, float most) -> Tensor")
+'''
+
+
+def declare() -> bool:
+    """Return whether the operators were missing, and are now declared whenever this Python starts.
+
+    Raises RuntimeError: torchvision fails to import for another reason.
+    """
+    if find_spec("torchvision") is None:
+        return False
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as problem:
+        if "torchvision::" not in str(problem):
+            raise
+        packages = Path(sysconfig.get_path("purelib"))
+        (packages / f"{MODULE}.py").write_text(SOURCE, encoding="utf-8")
+        (packages / f"{MODULE}.pth").write_text(f"import {MODULE}\n", encoding="utf-8")
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    if declare():
+        print("torchvision: declared the operators that it misses in this torch")
