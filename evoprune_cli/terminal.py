@@ -13,7 +13,7 @@ from typing import Any, TextIO, TypeVar
 
 from evoprune.errors import UsageError, error_record
 from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, precision, warning_text, warning_title
-from evoprune.util import counted, harmless
+from evoprune.util import counted, harmless, size
 
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
 TAB = 8  # columns
@@ -301,6 +301,15 @@ def encoding(show: Callable[..., None]) -> Callable[[str, int, int], None]:
             which = f"input {done} of {total}: "
         else:
             show(f"{which}{named[stage]}", done, total)
+
+    return step
+
+
+def downloading(show: Callable[..., None]) -> Callable[[int, int], None]:
+    """A callback for `frames.local_file` that shows how much was downloaded."""
+
+    def step(done: int, total: int) -> None:
+        show(f"downloading, {size(done)} of {size(total)}" if total else f"downloading, {size(done)}")
 
     return step
 
