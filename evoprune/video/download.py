@@ -24,6 +24,7 @@ LIMIT_BYTES = 8 * 2**30  # of a download
 TIMEOUT_S = 20.0  # how long a server may be silent
 LONGEST_S = 3600.0  # of a download
 CHUNK_BYTES = 2**18
+PLAIN = "identity"  # the encoding of what is sent as it is
 PAGE = ("text/html", "application/xhtml+xml")  # types of web pages
 PAGE_BEGINS = (b"<!doctype html", b"<html")
 UNRESERVED = "/%:@!$&'()*+,;=~-._?"  # characters of a path or a query that stay as they are
@@ -68,6 +69,8 @@ def _chunks(url: str, name: str, progress: Progress | None) -> Iterator[bytes]:
             _check_size(total, name)
             if response.headers.get_content_type() in PAGE:
                 raise _page(name)
+            if (packed := response.headers.get("Content-Encoding", PLAIN)) != PLAIN:
+                raise VideoError(f"{name} comes packed as {packed}", "download it first, and give the path of the file")
             while True:
                 chunk = response.read1(CHUNK_BYTES)
                 if not done and chunk.lstrip()[:20].lower().startswith(PAGE_BEGINS):
