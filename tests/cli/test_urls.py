@@ -260,6 +260,16 @@ def test_batch_downloads_each_row(web, cli, tmp_path):
     assert offline.code == 6 and "offline" in offline.record["error"]["message"]
 
 
+def test_an_evaluation_downloads_nothing(web, cli, tmp_path):
+    row = {"video": f"{web}/clip.mp4", "question": QUESTION, "answer": "green"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    result = cli("eval", "--data", tmp_path / "rows.jsonl", "-m", "demo")
+    assert result.code == 2 and "reads no URLs: download the video first" in result.err
+    tuned = cli("tune", f"{web}/clip.mp4", "-m", "demo")
+    assert tuned.code == 3 and "yt-dlp" in tuned.err
+    assert not Web.visits
+
+
 def test_python_takes_addresses(web):
     qa = evoprune.VideoQA.load("demo", budget=0.5, threads=1)
     seen = []

@@ -133,7 +133,6 @@ def test_a_mistake_is_named_in_a_line_with_what_would_be_right(says):
 ENCODED = [  # arguments of `encode`, and what is said of them
     *[((path,), {}, "the input is .*, not a path") for path in (None, [])],
     ((torch.zeros(2, 3, 4, 4),), {}, "of shape .*2, 3, 4, 4.* is no video"),
-    ((b"a.mp4",), {}, "<bytes> is not a video"),
     ((["a.mp4", 3],), {}, "an input is 3, not a path"),
     (("a.mp4",), {"cache": True}, "cache is True, not a Cache"),
     (("a.mp4",), {"name": 3}, "name is 3, not a text"),
