@@ -26,17 +26,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from evoprune.bench.processes import map_in_processes
 from evoprune.bench.questions import VideoQuestions, grade
-from evoprune.bench.shared import SharedFrames
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.session.session import Session
-from evoprune.video.frames import FrameChunk
+from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video.plan import SamplingPlan
 from experiments.demo.worlds import SCENES, SHAPES, WORLDS
 from experiments.demo.write import ClipName, clips_asked, demo_video
@@ -66,7 +66,7 @@ def exact(sampling: SamplingPlan, seed: int) -> tuple[float, ...]:
 
 
 def at_keyframes(sampling: SamplingPlan, seed: int) -> tuple[float, ...]:
-    """The times, each moved to the nearest keyframe in its part, if there is one; of two equally near the earlier one."""
+    """The times, each moved to the nearest keyframe in its part, if there is one: those that `--seek keyframes` reads."""
     moved = []
     for middle, (start, end) in zip(sampling.times_s, parts(sampling), strict=True):
         first = math.ceil((start - ROUNDING) / KEYFRAME_S)
@@ -89,13 +89,14 @@ MOVES: dict[str, Move] = {EXACT: exact, KEYFRAMES: at_keyframes, RANDOM: at_rand
 class MovedInput(OpenInput):
     """An input whose frames are read at other times than those that the prompt is made for."""
 
-    shared_frames: SharedFrames
+    shares: ClassVar[bool] = False
+
     move: Callable[[SamplingPlan], tuple[float, ...]]
 
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         plan = self.plan
         times_s = self.move(plan.sampling)
-        return self.shared_frames.read(plan.source, times_s, decoder=plan.decoder, chunk_bytes=chunk_bytes)
+        return read_frames(plan.source, times_s, decoder=plan.decoder, chunk_bytes=chunk_bytes, cores=self.cores)
 
 
 Job = tuple[ClipName, Sequence[str]]  # a clip and the budgets at which it is asked about
@@ -112,11 +113,9 @@ def lines_of(loaded: LoadedModel, groups: Sequence[str], folder: Path, job: Job)
     clip, budgets = job
     made = []
     with demo_video(clip, folder, groups=groups, keyframe_s=KEYFRAME_S) as video:
-        frames = SharedFrames()
         for fps in RATES:
             for times, move in MOVES.items():
-                moving = partial(move, seed=clip.seed)
-                kind = partial(MovedInput, shared_frames=frames, move=moving)
+                kind = partial(MovedInput, move=partial(move, seed=clip.seed))
                 for budget in budgets:
                     session = Session(loaded, PruneOptions(budget, seed=clip.seed).config())
                     made.append(answered(session, video, fps, kind) | {"times": times, "budget": budget})

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Generic, TypeVar
 
 import torch
@@ -124,7 +124,8 @@ class Upcoming(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
                 if stopped:
                     inputs.close()
                 else:
-                    inputs.read()
+                    with suppress(Exception):  # whoever encodes the inputs meets it again
+                        inputs.read()
             with self._changed:
                 self._reading -= 1
             del opening, inputs  # the caller may free them before there is another item

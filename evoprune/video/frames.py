@@ -105,8 +105,9 @@ def read_frames(
         times_s: seconds from the video's first frame, ascending; a time may repeat.
         chunk_bytes: upper limit of a chunk's size, but a chunk holds two frames even if they are larger. Every chunk but the last
             holds an even number of frames, so that no frame pair is split.
-        seek: `keyframes` takes the nearest keyframe instead, if there is one at most half of `part_s` away, which is decoded
-            without others. `auto` does so where it saves much (readers/pyav.py), by the file and the times alone. Only PyAV does.
+        seek: `keyframes` takes the nearest keyframe instead, if there is one at most half of `part_s` away (one between two parts
+            belongs to the later), which is decoded without others. `auto` does so where it saves much (readers/pyav.py), by the
+            file and the times alone. Only PyAV does.
         part_s: seconds from one time to the next, where the times are the middles of equal parts.
         cores: that may be kept busy; default: all that this process may use. The frames are the same for any number.
 

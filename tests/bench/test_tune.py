@@ -86,8 +86,8 @@ def test_the_time_to_the_first_token_holds_the_whole_prompt(loaded, monkeypatch)
 
 
 def test_the_time_to_the_first_token_holds_the_encoding(saved, monkeypatch):
-    def encode(*args):
-        video, seconds = real(*args)
+    def encode(*args, **more):
+        video, seconds = real(*args, **more)
         return video, seconds + 1000
 
     real = tune.encode

@@ -8,10 +8,11 @@ import pytest
 
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions
-from evoprune.video.plan import SamplingPlan, even_times
+from evoprune.video.frames import probe, read_frames
+from evoprune.video.plan import SamplingPlan, even_times, plan_sampling
 from experiments import seek
 from experiments.demo.write import ClipName, demo_video
-from experiments.seek import BUDGETS, KEYFRAME_S, MOVES, at_keyframes, at_random, difference, main, parts, table
+from experiments.seek import BUDGETS, KEYFRAME_S, MOVES, RATES, at_keyframes, at_random, difference, main, parts, table
 
 
 def sampling(seconds: float, count: int, start_s: float = 0.0) -> SamplingPlan:
@@ -43,29 +44,35 @@ def test_random_times_stay_in_their_parts_and_are_the_same_each_time():
 @pytest.mark.parametrize(
     "clip", [ClipName("validation", 6_400_000), ClipName("validation", 6_400_001, "scenes")], ids=str
 )
-def test_files_have_keyframes_where_times_are_moved_to(clip, tmp_path):
-    with demo_video(clip, tmp_path, keyframe_s=KEYFRAME_S) as video, av.open(str(video.path)) as container:
-        packets = [packet for packet in container.demux(video=0) if packet.pts is not None]
-        found = [float(packet.pts * packet.time_base) for packet in packets if packet.is_keyframe]
-    assert found == [number * KEYFRAME_S for number in range(len(found))] and len(found) >= 4
+def test_times_are_moved_to_the_keyframes_of_the_file_as_the_option_moves_them(clip, tmp_path):
+    with demo_video(clip, tmp_path, keyframe_s=KEYFRAME_S) as video:
+        info = probe(video.path)
+        with av.open(str(video.path)) as container:
+            packets = [packet for packet in container.demux(video=0) if packet.pts is not None]
+            found = [float(packet.pts * packet.time_base) for packet in packets if packet.is_keyframe]
+        assert found == [number * KEYFRAME_S for number in range(len(found))] and len(found) >= 4
+        for fps in RATES:
+            plan = plan_sampling(info.duration_s, fps=fps)
+            option = {"seek": "keyframes", "part_s": plan.seconds_per_frame}
+            by_option = [time_s for chunk in read_frames(info, plan.times_s, **option) for time_s in chunk.times_s]
+            by_times = [time_s for chunk in read_frames(info, at_keyframes(plan, 0)) for time_s in chunk.times_s]
+            assert by_option == by_times
 
 
 def test_other_frames_are_read_than_the_prompt_is_made_for(tmp_path, monkeypatch):
     read = []
 
-    class Frames(seek.SharedFrames):
-        def read(self, info, times_s, **options):
-            for chunk in super().read(info, times_s, **options):
-                read.extend(chunk.times_s)
-                yield chunk
+    def reading(info, times_s, **options):
+        read.append(times_s)
+        return read_frames(info, times_s, **options)
 
-    monkeypatch.setattr(seek, "SharedFrames", Frames)
+    monkeypatch.setattr(seek, "read_frames", reading)
     monkeypatch.setattr(seek, "RATES", (0.75,))
     demo = load_model(ModelOptions("demo", dtype="fp32"))
     job = ClipName("validation", 6_400_000), ["fast"]
     exact, keyframes, random = seek.lines_of(demo, (), tmp_path, job)
     assert [line["times"] for line in (exact, keyframes, random)] == [*MOVES]
-    assert read[:8] == pytest.approx([0.75, 2.25, 3.75, 5.25, 1, 2, 4, 5])
+    assert read[:2] == [(0.75, 2.25, 3.75, 5.25), (1, 2, 4, 5)]
     assert (exact["moved"], keyframes["moved"], random["moved"]) == (0, 4, 4) and keyframes["moved_s"] == 1
     assert all(len(line["right"]) == len(line["answers"]) == 6 for line in (exact, keyframes, random))
 

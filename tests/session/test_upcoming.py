@@ -154,6 +154,18 @@ def test_items_that_cannot_be_made(ahead_of):
     ahead.close()
 
 
+def test_reading_that_fails_stops_nothing(ahead_of):
+    """Encoding the inputs meets it again."""
+
+    class Failing(Inputs):
+        def read(self):
+            raise RuntimeError("can't start new thread")
+
+    ahead = ahead_of(range(4), lambda item, cores: Failing([], item), 1)
+    assert [item for item, _ in ahead] == [0, 1, 2, 3]
+    ahead.close()
+
+
 def test_what_is_opened_too_late_is_closed(ahead_of):
     events, going, gate = [], threading.Event(), threading.Event()
 

@@ -178,10 +178,9 @@ def _time_of(keyframe: Keyframe) -> float:
 
 
 def _near(keyframes: Sequence[Keyframe], time_s: float, reach_s: float) -> tuple[Keyframe, ...]:
-    """The keyframes to which a time may be moved, the nearest first; whether they are in reach, their frames tell."""
-    reach_s += INDEX_ERROR_S
-    first = bisect_left(keyframes, time_s - reach_s, key=_time_of)
-    last = bisect_right(keyframes, time_s + reach_s, key=_time_of)
+    """The keyframes of the part around a time, the nearest first: one at its beginning is of it, one at its end of the next."""
+    first = bisect_left(keyframes, time_s - reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
+    last = bisect_left(keyframes, time_s + reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
     return tuple(sorted(keyframes[first:last], key=lambda keyframe: abs(keyframe.time_s - time_s))[:NEAR])
 
 
@@ -189,7 +188,7 @@ def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> It
     """The frames of a run: the time of each, and whether it is a keyframe to which a time was moved. Raises Unreachable."""
     for keyframe in run.near:
         frame = track.alone(keyframe)
-        # A part of the video has its beginning, and not its end.
+        # The index may have decoding times, a few frames earlier.
         if frame and -ffmpeg.TOLERANCE_S <= frame[0] - run.times_s[0] + part_s / 2 < part_s - ffmpeg.TOLERANCE_S:
             yield *frame, True
             return
