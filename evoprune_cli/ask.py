@@ -113,7 +113,7 @@ def ask(
 
             choose_decoder(pipeline.sampling.decoder)
             check_text(*questions, pipeline.generation.system)
-            with progress(not quiet) as show:
+            with progress(not quiet and any(map(is_url, inputs))) as show:
                 how = {"offline": pipeline.model.offline, "progress": downloading(show)}
                 paths = [cleanup.enter_context(local_file(path, **how)) for path in inputs]
             # What the cache has need not be read.

@@ -10,7 +10,7 @@ from typing import Any
 from evoprune.errors import UsageError
 from evoprune.report import VideoFacts
 from evoprune.session.options import ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
-from evoprune.util import budget_text, clock, counted, size, without_password
+from evoprune.util import budget_text, clock, counted, is_url, size, without_password
 from evoprune.video.info import PICTURE
 from evoprune_cli import options as opt
 from evoprune_cli.running import check_writable, prepare, rescuing, write_bytes
@@ -159,7 +159,7 @@ def _about_video(
             raise UsageError(f"--overlay {overlay} has {named}, which cannot be drawn", hint)
         check_writable(overlay, inputs=[video])
     with ExitStack() as stack:
-        with progress(True) as show:
+        with progress(is_url(video)) as show:
             how = {"offline": pipeline.model.offline, "progress": downloading(show)}
             path = stack.enter_context(local_file(video, **how))
         video = without_password(video)

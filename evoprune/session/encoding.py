@@ -401,6 +401,7 @@ def open_inputs(
     if cache and not session.pruning.method.reads_question:
         kind = partial(CachedInput, cache=cache)
     names = [name_of(path) for path in paths] if names is None else names
+    look = ahead.probe if ahead else probe
     how = {"offline": session.loaded.found.options.offline}
     if progress:
         how["progress"] = partial(progress, "download")
@@ -408,8 +409,10 @@ def open_inputs(
         for path, clock in zip(paths, clocks, strict=True):
             file = stack.enter_context(local_input(path, **how))
             with clock.stage("read"):
-                known = isinstance(file, HeldVideo)
-                infos.append(file if known else (ahead.probe if ahead else probe)(file, folder_fps=sampling.frame_rate))
+                if isinstance(file, HeldVideo):
+                    infos.append(file)
+                else:
+                    infos.append(look(file, folder_fps=sampling.frame_rate))
         for path, clock, info, wanted, name in zip(paths, clocks, infos, sampling.of_each(infos), names, strict=True):
             with clock.stage("read"):
                 plan = plan_input(session, info, wanted, name)

@@ -253,6 +253,9 @@ def test_batch_downloads_each_row(web, cli, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     errors = {record["video"]["path"]: record["error"] and record["error"]["message"] for record in records}
     assert errors[f"{web}/clip.mp4"] is None and errors[clip] is None
+    Web.visits.clear()
+    assert cli(*asked, "--resume").code == 6
+    assert sorted(path for path, _ in Web.visits) == ["/gone.mp4", "/page"]
     assert "404" in errors[f"{web}/gone.mp4"] and "web page" in errors[f"{web}/page"]
     named = cli("batch", f"{web}/clip.mp4", "-Q", QUESTION, "-o", "-", *QUICK)
     assert named.code == 0 and named.record["video"]["path"] == f"{web}/clip.mp4"
