@@ -19,6 +19,8 @@ from evoprune.errors import UsageError
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 FILE_URL = "file://"
+WEB = re.compile("https?://", re.IGNORECASE)  # how an address on the web begins
+DOWNLOAD_HINT = "download what is on the web first, e.g. with yt-dlp"
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 LONGEST = 200  # characters of a path in a message
 MOST_NAMES = 10_000  # of a folder that a misspelt one is compared with
@@ -84,7 +86,7 @@ def missing_hint(path: str, usual: str) -> str:
     if path.startswith(FILE_URL):
         return f"leave out {FILE_URL}"
     if "://" in path:
-        return "download what is on the web first, e.g. with yt-dlp"
+        return DOWNLOAD_HINT
     near = near_file(path)
     return f"did you mean {shown(near)}? {usual}".rstrip() if near else usual
 
@@ -115,6 +117,16 @@ def near_file(path: str) -> str | None:
             if found != path and os.path.exists(found):
                 return found
     return None
+
+
+def is_url(path: Any) -> bool:
+    """Whether it is a text that is an address on the web; a file of that name comes first."""
+    return isinstance(path, str) and WEB.match(path) is not None and not os.path.lexists(path)
+
+
+def without_password(source: str) -> str:
+    """An address without the name and the password in it."""
+    return re.sub(r"(?<=://)[^/]*@", "", source)
 
 
 def some(texts: Sequence[str], separator: str = ", ") -> str:

@@ -22,7 +22,7 @@ from evoprune.backend.devices import holds_values
 from evoprune.errors import UsageError, names_plugins
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import Answer, EncodedInputs, Uncopied, together
-from evoprune.session.encoding import OpenInputs, Progress, open_inputs, paths_of
+from evoprune.session.encoding import OpenInputs, Progress, inputs_of, open_inputs, paths_of
 from evoprune.session.loading.find import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.session.options import (
@@ -36,6 +36,7 @@ from evoprune.session.options import (
 from evoprune.session.prompting import longest_prompt
 from evoprune.session.session import Session, check_fits, check_streams
 from evoprune.util import brief, check_type, from_keywords
+from evoprune.video.given import Input
 
 if TYPE_CHECKING:
     from evoprune.live.stream import VideoStream
@@ -120,8 +121,9 @@ class VideoQA(Uncopied):
 
     def encode(
         self,
-        path: Path | Sequence[Path],
+        path: Input | Sequence[Input],
         *,
+        times_s: Sequence[float] | None = None,
         name: str | None = None,
         cache: "Cache | None" = None,
         progress: Progress | None = None,
@@ -130,19 +132,25 @@ class VideoQA(Uncopied):
         """Reads, preprocesses and encodes a video or a picture, or several of them that are asked about together.
 
         Args:
-            path: a file or a folder of frames; or several, in the order in which the model reads them.
-            name: what reports call a single input; default: its path.
-            cache: where encoded inputs are kept. Not used for a method that reads the question.
-            progress: called with a stage, steps done and steps in all; see `encoding.OpenInput.encode`.
+            path: a file or a folder of frames; an address of http or https; the bytes of a file, or a file open for bytes, which is
+                read from where it stands; a picture of Pillow; or frames, uint8 `[T, H, W, 3]`, RGB, with `frame_rate` or
+                `times_s`. Or a list of several inputs, in the order in which the model reads them.
+            times_s: when each frame of an array begins, in seconds, ascending.
+            name: what reports call a single input; default: its path, its address without a password, or `<array>`, `<bytes>`,
+                `<file>` or `<picture>`.
+            cache: where encoded inputs are kept, but no arrays. Not used for a method that reads the question.
+            progress: called with a stage, steps done and steps in all; see `encoding.OpenInput.encode`. While an input is
+                downloaded, with "download", bytes so far, and in all, or 0.
             options: `fps`, `frames`, `max_frames`, `max_visual_tokens`; `start_s` and `end_s` in seconds, below 0 from the end;
                 `frame_rate`, `decoder`, `seek`, `subtitles`, `max_subtitle_tokens`. What they mean: `evoprune ask --help-all`.
 
         Raises:
-            VideoError: missing, unreadable or empty, or so are the subtitles. UsageError: numbers that make no sense, a part of the
-            time of a picture, or one file of subtitles for several videos. OutOfMemory. TypeError: an unknown option.
+            VideoError: missing, unreadable or empty, or so are the subtitles; or it cannot be downloaded. UsageError: numbers that
+            make no sense, frames of another shape or dtype or without a rate, a part of the time of a picture, one file of
+            subtitles for several videos, or an address after `load(offline=True)`. OutOfMemory. TypeError: an unknown option.
         """
         (sampling,) = from_keywords(options, SamplingOptions)
-        paths = paths_of(path)
+        inputs = inputs_of(path, options.get("frame_rate"), times_s)
         check_type("name", name, str | None)
         check_type("progress", progress, Callable | None)
         if cache is not None:
@@ -151,13 +159,14 @@ class VideoQA(Uncopied):
             if not isinstance(cache, Cache):
                 hint = "give evoprune.Cache(), evoprune.Cache(folder) or None"
                 raise UsageError(f"cache is {brief(cache)}, not a Cache", hint)
-        names = None if name is None else [name] * len(paths)
-        with closing(open_inputs(self.session, paths, sampling, names=names, cache=cache, ahead=self._ahead)) as opened:
+        names = None if name is None else [name] * len(inputs)
+        given = {"progress": progress, "names": names, "cache": cache, "ahead": self._ahead}
+        with closing(open_inputs(self.session, inputs, sampling, **given)) as opened:
             return opened.encode(progress)
 
     def ask(
         self,
-        inputs: "Path | EncodedInputs | Sequence[Path | EncodedInputs]",
+        inputs: Input | EncodedInputs | Sequence[Input | EncodedInputs],
         question: str,
         *,
         seed: int | None = None,
@@ -167,7 +176,7 @@ class VideoQA(Uncopied):
         """Asks one question about one input or several together: `encode`, then `EncodedInputs.ask`.
 
         Args:
-            inputs: in the order in which the model reads them: paths, which are encoded as `encode` does without options; or what
+            inputs: in the order in which the model reads them: what `encode` takes, encoded as it does without options; or what
                 `encode` of this `VideoQA` made, which is used again.
             question: taken literally.
             seed, on_thoughts, options: as of `EncodedInputs.ask`.
@@ -175,17 +184,16 @@ class VideoQA(Uncopied):
         Errors: as of `encode` and `EncodedInputs.ask`. UsageError: an input was encoded for another model or pruning.
         """
         (generation,) = from_keywords(options, GenerationOptions)
-        input_type = str | os.PathLike | EncodedInputs
-        given = [inputs] if isinstance(inputs, input_type) else inputs
-        if not isinstance(given, list | tuple) or not all(isinstance(item, input_type) for item in given):
-            raise UsageError(f"the inputs are {brief(inputs)}, not paths", "give paths, or what encode made of them")
+        given = inputs if isinstance(inputs, list | tuple) else [inputs]
         with ExitStack() as stack:
             opened: list[EncodedInputs | OpenInputs] = []
             for item in given:
                 if isinstance(item, EncodedInputs):
                     opened.append(item)
                     continue
-                inputs_of_item = open_inputs(self.session, paths_of(item), ahead=self._ahead)
+                if isinstance(item, list | tuple):
+                    raise UsageError(f"an input is {brief(item)}", "give one list of all inputs")
+                inputs_of_item = open_inputs(self.session, inputs_of(item), ahead=self._ahead)
                 opened.append(stack.enter_context(closing(inputs_of_item)))
             if isinstance(question, str) and opened:
                 held = [plan for item in opened if isinstance(item, EncodedInputs) for plan in item.plans]

@@ -1,10 +1,7 @@
 """Where the process begins. Everything else is imported inside `start`, so that Ctrl-C during imports ends quietly."""
 
-import atexit
-import contextlib
 import os
-import signal
-import sys
+import sys  # both are there already, when Python begins to run a program
 
 # How long the threads of a parallel step spin before they sleep, waiting for the next one. GNU's OpenMP takes 300,000 turns, many
 # milliseconds, on cores that other programs need, or the thread that all wait for. It reads this when torch is loaded.
@@ -15,14 +12,22 @@ INTERRUPTED, TERMINATED = 130, 143
 
 def start() -> None:
     """`evoprune` and `python -m evoprune_cli`."""
+    sys.excepthook = _report_uncaught
+    import atexit
+    import signal
+
+    usual = signal.getsignal(signal.SIGINT)
+    if callable(usual):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the process at once: there is nothing yet to clear up
     if not any(name in os.environ for name in CHOSEN):
         os.environ |= SPIN
-    sys.excepthook = _report_uncaught
     endings: list[int | str | None] = []
     atexit.register(_stop_loops_too, endings)  # registered first, called last
     try:
         from evoprune_cli.main import run
 
+        if callable(usual):
+            signal.signal(signal.SIGINT, usual)
         run()
     except KeyboardInterrupt:  # before `run` handles it
         endings.append(INTERRUPTED)
@@ -39,6 +44,9 @@ def start() -> None:
 
 def _stop_loops_too(endings: list[int | str | None]) -> None:
     """Ends an interrupted process by SIGINT itself, so that a shell stops its loop; after an exit with 130 it would go on."""
+    import contextlib
+    import signal
+
     if INTERRUPTED not in endings or os.name != "posix" or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         return
     for stream in (sys.stdout, sys.stderr):
@@ -50,6 +58,8 @@ def _stop_loops_too(endings: list[int | str | None]) -> None:
 
 def _end_at_once_from_now_on() -> None:
     """Makes a signal end the process: all is done and printed, and Python's own clearing up is no place for exceptions."""
+    import signal
+
     if callable(signal.getsignal(signal.SIGINT)):  # else it was ignored from the beginning
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     for name in ("SIGTERM", "SIGHUP"):

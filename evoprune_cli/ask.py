@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from evoprune.errors import UsageError, VideoError
 from evoprune.report import Report, name_inputs, stats_block, summary, warned
 from evoprune.session.options import GenerationOptions, PipelineOptions, SamplingOptions
-from evoprune.util import check_text, clock, counted, listed, missing_hint, roughly, shown
+from evoprune.util import check_text, clock, counted, is_url, listed, missing_hint, roughly, shown, without_password
 from evoprune.video.frames import local_file
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
@@ -22,6 +22,7 @@ from evoprune_cli.terminal import (
     Thoughts,
     check_output,
     columns,
+    downloading,
     encoding,
     failure,
     note,
@@ -61,7 +62,7 @@ def ask(
     words: opt.argument(
         list[str],
         "INPUT",
-        "Videos and pictures (files, folders of frames, or - for stdin), then the question, quoted. "
+        "Videos and pictures (files, folders of frames, URLs, or - for stdin), then the question, quoted. "
         "Without a question or -Q, the question is read from stdin; otherwise only - reads it.",
     ),
     more: opt.option(list[str] | None, "-Q --question TEXT", "A question; repeatable. All share one encoding.") = None,
@@ -98,7 +99,8 @@ def ask(
     given = [*([] if first is None else [first]), *(more or [])]
     questions, several = given or [""], interactive or len(given) > 1
     shown = {"interactive": interactive, "several": several, "show_thoughts": show_thoughts}
-    talk = Conversation(inputs, json, stats, quiet, verbose, **shown)
+    names = [without_password(path) for path in inputs]
+    talk = Conversation(names, json, stats, quiet, verbose, **shown)
     with contextlib.ExitStack() as cleanup:
         try:
             check_output()
@@ -111,12 +113,14 @@ def ask(
 
             choose_decoder(pipeline.sampling.decoder)
             check_text(*questions, pipeline.generation.system)
-            paths = [cleanup.enter_context(local_file(path)) for path in inputs]
+            with progress(not quiet and any(map(is_url, inputs))) as show:
+                how = {"offline": pipeline.model.offline, "progress": downloading(show)}
+                paths = [cleanup.enter_context(local_file(path, **how)) for path in inputs]
             # What the cache has need not be read.
             ahead = cleanup.enter_context(Ahead(pipeline.model, reads=not cache))
             _check_inputs(paths, pipeline.sampling, quiet, ahead)
             ahead.begin([(paths, pipeline.sampling)])
-            encode = partial(_encode, inputs, paths, questions, pipeline, cache, quiet)
+            encode = partial(_encode, names, paths, questions, pipeline, cache, quiet)
             with progress(not quiet) as show:
                 qa = load(pipeline, show, quiet)
                 encoded = encode(qa.session, show, ahead=ahead)
@@ -131,7 +135,7 @@ def ask(
             for question in [*questions]:
                 talk.attempt(question)
             if not quiet:
-                names = listed([os.path.basename(os.path.abspath(path)) for path in inputs])
+                names = listed([os.path.basename(os.path.abspath(path)) for path in names])
                 tell(f"Ask about {names}. /help for help, q or Ctrl-D to end.")
             from evoprune.cpu.linear import packing_meanwhile
 
@@ -179,8 +183,9 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
 
 
 def _exists(word: str) -> bool:
+    """Whether it is an input, as far as that is known before anything is read."""
     try:
-        return word == STDIN or os.path.lexists(word)
+        return word == STDIN or is_url(word) or os.path.lexists(word)
     except ValueError:  # not a name that a file can have
         return False
 

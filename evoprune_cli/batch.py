@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from evoprune.errors import UsageError, VideoError
 from evoprune.report import Report, VideoFacts, warned
 from evoprune.session.options import PipelineOptions
-from evoprune.util import SOME, clock, counted, is_text, listed, missing_hint, roughly, shown, some
+from evoprune.util import SOME, clock, counted, is_text, is_url, listed, missing_hint, roughly, shown, some
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, is_one_of, note_model, prepare
 from evoprune_cli.terminal import encoding, naming_pipe, print_traceback, print_warning, progress, stdout, tell
@@ -217,7 +217,7 @@ def _check_files(rows: list["Row"], source: str | None, output: str, quiet: bool
     Also refuses to write into a file that is read.
     """
     videos = {path: name for row in rows for path, name in zip(row.paths, row.inputs, strict=True)}
-    missing = [path for path in videos if not os.path.exists(path)]
+    missing = [path for path in videos if not is_url(path) and not os.path.exists(path)]
     names = [shown(path) for path in missing]
     if len(missing) == len(videos):
         pattern = any(character in missing[0] for character in "*?[")

@@ -1,7 +1,8 @@
-"""`evoprune inspect`: this machine, a model, or a video and what a model would look at in it. It never uses the network."""
+"""`evoprune inspect`: this machine, a model, or a video and what a model would look at in it. No network but for a URL."""
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from textwrap import wrap
@@ -10,11 +11,20 @@ from typing import Any
 from evoprune.errors import UsageError
 from evoprune.report import VideoFacts
 from evoprune.session.options import ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
-from evoprune.util import budget_text, clock, counted, size
+from evoprune.util import budget_text, clock, counted, is_url, size, without_password
 from evoprune.video.info import PICTURE
 from evoprune_cli import options as opt
 from evoprune_cli.running import check_writable, prepare, rescuing, write_bytes
-from evoprune_cli.terminal import encoding, page_width, print_document, print_warning, printable, progress, stdout
+from evoprune_cli.terminal import (
+    downloading,
+    encoding,
+    page_width,
+    print_document,
+    print_warning,
+    printable,
+    progress,
+    stdout,
+)
 
 NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # facts of things by their names
 OFTEN_NOTHING = (
@@ -55,7 +65,9 @@ OVERLAYS = (".png", ".gif", ".mp4")  # endings of the pictures that `inspect --o
 def inspect(
     *,
     video: opt.argument(
-        str | None, "VIDEO", "A video file, a folder of frames, or - for stdin; without it, a report on this machine."
+        str | None,
+        "VIDEO",
+        "A video file, a folder of frames, a URL, or - for stdin; without it, a report on this machine.",
     ) = None,
     overlay: opt.option(
         str | None,
@@ -74,7 +86,7 @@ def inspect(
     """Show this machine, what a model needs, or what is in a video.
 
     With a video, also show what a model would look at in it, and the memory needed. Loads no weights and uses no network,
-    except for an overlay.
+    except for an overlay and a video that is on the web.
 
     \b
     evoprune inspect
@@ -83,7 +95,7 @@ def inspect(
     evoprune inspect clip.mp4 -m Qwen/Qwen2.5-VL-7B-Instruct --fps 1
     evoprune inspect clip.mp4 --overlay clip.png -b 0.1
     """
-    facts = {} if video is None else {"video": {"path": video}}
+    facts = {} if video is None else {"video": {"path": without_password(video)}}
 
     def deliver(error: dict[str, Any] | None = None) -> None:
         """Prints all that was found; where something goes wrong, what was found before it did."""
@@ -147,7 +159,11 @@ def _about_video(
             named = repr(ending) if ending else "no ending"
             raise UsageError(f"--overlay {overlay} has {named}, which cannot be drawn", hint)
         check_writable(overlay, inputs=[video])
-    with local_file(video) as path:
+    with ExitStack() as stack:
+        with progress(is_url(video)) as show:
+            how = {"offline": pipeline.model.offline, "progress": downloading(show)}
+            path = stack.enter_context(local_file(video, **how))
+        video = without_password(video)
         info = replace(probe(path, folder_fps=rate), path=video)
         yield {"video": asdict(info)}
         if scan:

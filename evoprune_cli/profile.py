@@ -22,7 +22,7 @@ from evoprune.cpu.precision import LOAD_FORMATS, QUANTIZE
 from evoprune.errors import UsageError
 from evoprune.report import device_text
 from evoprune.session.options import ModelOptions, PruneOptions
-from evoprune.util import counted
+from evoprune.util import counted, without_password
 from evoprune.util import size as size_text
 from evoprune.video.info import PICTURE, VIDEO, Video
 from evoprune_cli import options as opt
@@ -175,7 +175,7 @@ def profile(
             if chart:
                 write_bytes(chart, draw_chart(results).encode())
 
-    inputs = _inputs(video, counts, sizes)
+    inputs = _inputs(video, counts, sizes, pipeline.model.offline)
     ready = rescuing(lambda: results is not None, deliver)
     with ready, inputs as (cases, info), progress(not quiet, timing=True) as show:
         begun = time.perf_counter()
@@ -199,7 +199,7 @@ def profile(
             for reducer in methods:
                 check_fits(reducer, config)
         show("loading model")
-        loaded, about = load(model, cases), {"video": video, "synthetic": kind}
+        loaded, about = load(model, cases), {"video": video and without_password(video), "synthetic": kind}
         read = partial(video_frames, info) if info else partial(synthetic_frames, kind, unit=unit)
         for results in measure(loaded, cases, read, swept, about=about, progress=show, limit=limit):  # noqa: B007
             pass
@@ -208,7 +208,9 @@ def profile(
 
 
 @contextmanager
-def _inputs(video: str | None, counts: list[int], sizes: list[tuple[int, int]]) -> Iterator[tuple[list, Video | None]]:
+def _inputs(
+    video: str | None, counts: list[int], sizes: list[tuple[int, int]], offline: bool
+) -> Iterator[tuple[list, Video | None]]:
     """The cases to measure, and the video whose frames they have; None for synthetic clips."""
     from evoprune.bench.profile_results import Case
 
@@ -218,7 +220,7 @@ def _inputs(video: str | None, counts: list[int], sizes: list[tuple[int, int]]) 
     from evoprune.video.frames import local_file, probe
     from evoprune.video.plan import InputLimits, make_plan, smart_resize
 
-    with local_file(video) as path:
+    with local_file(video, offline=offline) as path:
         info = probe(path)
         if info.kind == PICTURE:
             limits = InputLimits(min_pixels=56 * 56, max_pixels=PICTURES[-1][0] * PICTURES[-1][1])

@@ -18,7 +18,7 @@ from typing import Any, TextIO, TypeVar
 
 from evoprune.errors import UsageError, error_record
 from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, precision, warning_text, warning_title
-from evoprune.util import clock, counted, harmless, roughly
+from evoprune.util import clock, counted, harmless, roughly, size
 
 LEAST_S = 1.0  # that a line of progress has counted before it says how much longer it takes
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
@@ -415,6 +415,15 @@ class _Said:
         if not self.total or done <= 0 or spent < LEAST_S:
             return None
         return max(0.0, spent / done * (self.total - self.done) - (now - self.at))
+
+
+def downloading(show: Callable[..., None]) -> Callable[[int, int], None]:
+    """A callback for `frames.local_file` that shows how much was downloaded."""
+
+    def step(done: int, total: int) -> None:
+        show(f"downloading, {size(done)} of {size(total)}" if total else f"downloading, {size(done)}")
+
+    return step
 
 
 @contextmanager

@@ -76,7 +76,12 @@ def the_process_stays_as_it_was():
 @pytest.fixture(autouse=True)
 def nothing_was_read_before(monkeypatch):
     """A model that several tests share keeps patches, but no test finds those that another one has read."""
-    monkeypatch.setattr(encoding, "content_key", lambda *what: (monkeypatch, content_key(*what)))
+
+    def key(*what):
+        known = content_key(*what)
+        return None if known is None else (monkeypatch, known)
+
+    monkeypatch.setattr(encoding, "content_key", key)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,18 @@ from urllib.parse import unquote
 from evoprune.errors import LFS, LFS_HINT, EvopruneError, EvopruneWarning, UsageError
 from evoprune.language.settings import GenerationOptions
 from evoprune.model.config import loads
-from evoprune.util import FILE_URL, check_type, counted, did_you_mean, is_text, missing_hint, shorten, shown, some
+from evoprune.util import (
+    FILE_URL,
+    check_type,
+    counted,
+    did_you_mean,
+    is_text,
+    is_url,
+    missing_hint,
+    shorten,
+    shown,
+    some,
+)
 from evoprune.video.info import AUTO_SUBTITLES, IMAGES, NO_SUBTITLES, VIDEOS, files
 from evoprune.video.order import natural
 from evoprune.video.plan import check_sampling, parse_time
@@ -275,10 +286,12 @@ def _cell(value: Any) -> str:
 
 
 def _path(folder: str, text: str) -> str:
-    """The path that opens a file, which is relative to `folder`; a row may also have `~` or a file:// URL.
+    """The path that opens a file, which is relative to `folder`; a row may also have `~`, or the URL of a file or on the web.
 
     Raises ValueError: no file can have such a name.
     """
+    if is_url(text):
+        return text
     file = unquote(text.removeprefix(FILE_URL)) if text.startswith(FILE_URL) else os.path.expanduser(text)
     path = os.path.join(folder, file)
     try:
@@ -380,7 +393,7 @@ class Wrong:
         if not self._found:
             return
         for path, place in videos.items():
-            if not os.path.exists(path):
+            if not is_url(path) and not os.path.exists(path):
                 usual = "paths in a file of rows are relative to it" if name else "check the path"
                 self.add(f"{place}no such file: {shown(path)}", missing_hint(path, usual))
         first, *others = (message for message, _ in self._found)

@@ -16,6 +16,7 @@ from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import OpenInputs, Progress, open_inputs
 from evoprune.session.upcoming import Upcoming
+from evoprune.util import without_password
 from evoprune.video_qa import VideoQA
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ def answers(
 
     def opened(span: Span, cores: int | None) -> OpenInputs:
         first, sampling = span.rows[0], replace(settings.sampling, **span.sampling)
-        given = {"names": first.inputs, "cache": cache, "ahead": ahead}
+        given = {"names": [without_password(name) for name in first.inputs], "cache": cache, "ahead": ahead}
         inputs = open_inputs(qa.session, first.paths, sampling, **given)
         inputs.use_cores(cores)
         inputs.begin()
@@ -56,7 +57,7 @@ def answers(
 def failure_report(row: Row, settings: Settings, error: dict[str, Any]) -> Report:
     """The record of a row that has no answer."""
     report = Report(question=row.prompt, finish_reason="error", error=error)
-    name_inputs(report, row.inputs)
+    name_inputs(report, [without_password(name) for name in row.inputs])
     return _named(report, row, settings)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evoprune.batch.rows import LETTERS, Row, Rules, load_rows
+from evoprune.util import is_url
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 # The pattern of each number, by its name and its figures.
@@ -366,6 +367,7 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
         (len(set(texts)) < len(texts), f"options are 2 to {len(LETTERS)} different texts"),
         (not isinstance(groups, list) or not all(isinstance(g, str) for g in groups), "groups is not a list of texts"),
         (len(row.inputs) > 1, "an evaluation asks about one video or picture at a time"),
+        (any(map(is_url, row.inputs)), "an evaluation reads no URLs: download the video first"),
         (row.subtitles is not None, "subtitles are not read in an evaluation"),
         (not asked.strip(), "question is empty"),
         (answer is None, "no answer"),

@@ -5,7 +5,7 @@ pixels.
 """
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from os import PathLike
 
@@ -14,14 +14,15 @@ from transformers import BatchFeature
 
 from evoprune.language.prompt import Prompt, load_tokenizer
 from evoprune.model.config import VisionConfig
-from evoprune.session.encoding import paths_of
+from evoprune.session.encoding import inputs_of
 from evoprune.session.loading.find import find_model
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.session.planning import prompt_subtitles
 from evoprune.session.prompting import check_not_empty, prompt_about
 from evoprune.util import from_keywords
 from evoprune.video.frames import choose_decoder, probe, read_frames
-from evoprune.video.info import EXACT, PICTURE, VIDEO, check_one_file, check_picture
+from evoprune.video.given import Input, local_input
+from evoprune.video.info import EXACT, PICTURE, VIDEO, HeldVideo, check_one_file, check_picture
 from evoprune.video.plan import InputLimits, Plan, make_plan
 from evoprune.vision.preprocess import normalised, patches_of
 
@@ -31,9 +32,10 @@ TYPES = {PICTURE: 1, VIDEO: 2}  # of the tokens, in `mm_token_type_ids`
 
 def processor_inputs(
     model: str | PathLike,
-    inputs: str | PathLike | Sequence[str | PathLike],
+    inputs: Input | Sequence[Input],
     question: str,
     *,
+    times_s: Sequence[float] | None = None,
     system: str | None = None,
     revision: str | None = None,
     offline: bool = False,
@@ -43,7 +45,8 @@ def processor_inputs(
 
     Args:
         model: "demo", "demo-scenes", a folder or a hub id: whose tokenizer, and limits of videos and pictures. No weights are read.
-        inputs: a video or a picture, or several, in the order in which the model reads them.
+        inputs: a video or a picture, or several, in the order in which the model reads them, as of `VideoQA.encode`.
+        times_s: when each frame of an array begins, in seconds.
         question: taken literally. `system`: a system prompt; None for the model's own.
         revision, offline: of the model, see `VideoQA.load`.
         sampling: options of `VideoQA.encode`: `fps`, `frames`, `start_s`, `end_s`, `max_frames`, `max_visual_tokens` (default:
@@ -59,20 +62,22 @@ def processor_inputs(
     """
     (options,) = from_keywords({"seek": EXACT} | sampling, SamplingOptions)
     check_not_empty(question)
-    paths = paths_of(inputs)
-    check_one_file(options.subtitles, len(paths))
+    given = inputs_of(inputs, sampling.get("frame_rate"), times_s)
+    check_one_file(options.subtitles, len(given))
     checkpoint = find_model(ModelOptions(model, revision, device="cpu", offline=offline))
     tokenizer, limits = load_tokenizer(checkpoint.folder), checkpoint.limits
-    infos = [probe(path, folder_fps=options.frame_rate) for path in paths]
-    plans: list[Plan] = []
-    for info, wanted in zip(infos, options.of_each(infos), strict=True):
-        check_picture(info, options.subtitles)
-        plan = make_plan(info, limits[info.kind], **wanted.numbers)
-        plan = replace(plan, decoder=choose_decoder(options.decoder, info), seek=options.seek)
-        lines = options.subtitles, options.max_subtitle_tokens
-        plans.append(replace(plan, subtitles=prompt_subtitles(tokenizer, info, plan.sampling, *lines)))
     vision = checkpoint.config.vision_config
-    read = [read_patches(plan, limits[plan.kind]) for plan in plans]
+    with ExitStack() as stack:
+        files = [stack.enter_context(local_input(each, offline=offline)) for each in given]
+        infos = [file if isinstance(file, HeldVideo) else probe(file, folder_fps=options.frame_rate) for file in files]
+        plans: list[Plan] = []
+        for info, wanted in zip(infos, options.of_each(infos), strict=True):
+            check_picture(info, options.subtitles)
+            plan = make_plan(info, limits[info.kind], **wanted.numbers)
+            plan = replace(plan, decoder=choose_decoder(options.decoder, info), seek=options.seek)
+            lines = options.subtitles, options.max_subtitle_tokens
+            plans.append(replace(plan, subtitles=prompt_subtitles(tokenizer, info, plan.sampling, *lines)))
+        read = [read_patches(plan, limits[plan.kind]) for plan in plans]
     plans = [plan for plan, _ in read]
     prompt = prompt_about(tokenizer, vision, plans, question, system)
     return BatchFeature(arguments(prompt, read, limits, vision))

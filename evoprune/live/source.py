@@ -1,7 +1,6 @@
 """Sources that do not wait, read by a process apart: frames as they come, and what to do where they stop coming."""
 
 import os
-import re
 import stat
 import sys
 import threading
@@ -12,7 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.util import FILE_URL, missing_hint, shown
+from evoprune.util import FILE_URL, missing_hint, shown, without_password
 from evoprune.video.sandbox.channel import FrameMemory
 from evoprune.video.sandbox.isolation import POSSIBLE, borrow
 
@@ -55,7 +54,7 @@ class LiveSource:
         if reconnects < 0:
             raise UsageError(f"{reconnects} reconnects", "0 or more")
         _check(source)
-        self.name = "standard input" if source == STDIN else re.sub(r"(?<=://)[^/]*@", "", source)
+        self.name = "standard input" if source == STDIN else without_password(source)
         self._source, self._pace = None if source == STDIN else source, pace
         self._arguments = {"source": self._source, "name": self.name, "timeout_s": float(timeout_s)}  # of `LiveReader`
         self._arguments["follow"] = pace == FROM_SOURCE

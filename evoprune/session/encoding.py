@@ -32,9 +32,11 @@ from evoprune.session.report import Encoding
 from evoprune.session.session import Session
 from evoprune.util import brief
 from evoprune.video.frames import FrameChunk, probe, read_frames
-from evoprune.video.info import PICTURE, check_one_file
+from evoprune.video.given import Input, held_video, is_frames, is_given, is_temporary, local_input, name_of
+from evoprune.video.info import ARRAY, PICTURE, HeldVideo, check_one_file
 from evoprune.video.plan import Plan
 from evoprune.video.sandbox.isolation import Scope
+from evoprune.video.temporary import named
 from evoprune.vision.encoder import Encoded, EncodedRows, encode_rows, select_tokens
 from evoprune.vision.preprocess import patches_of
 
@@ -43,6 +45,7 @@ Path = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
+KINDS_HINT = "give a path or a URL, an array of frames, a picture of Pillow, the bytes of a file, or an open file"
 READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package that each decoder is
 
 
@@ -121,6 +124,7 @@ class OpenInput:
         self.ahead: Ahead | None = None  # what may have read the frames already
         self.other_shape = self.moved = False
         self.read_s: tuple[float, ...] = ()  # times of the frames themselves
+        self.lasting = True  # whether its files may be read again by another input, not where they are temporary
         self.cores = self.session.loaded.cores  # for reading; None for all that this process may use
         self.count = Count()
         self._told = -1  # so many frames were told to have been read
@@ -259,7 +263,7 @@ class OpenInput:
     def _kept(self) -> KeptPatches | None:
         """The patches where they are kept; they are read from now on, unless they are there."""
         with self._lock:
-            if self._held is None and self.shares and self.threaded and not self._closed:
+            if self._held is None and self.shares and self.lasting and self.threaded and not self._closed:
                 plan, device = self.plan, self.session.device
                 limits, store = self.session.loaded.limits[plan.kind], self.session.loaded.patches
                 self._key = content_key(plan, limits, device)
@@ -334,7 +338,7 @@ class CachedInput(OpenInput):
 def entry_key(session: Session, plan: Plan) -> str | None:
     """Equal keys mean equal encodings. None without a fingerprint of the model or a readable file."""
     loaded, pruning, limits = session.loaded, session.pruning, session.loaded.limits[plan.kind]
-    if loaded.fingerprint is None:
+    if loaded.fingerprint is None or plan.info.container == ARRAY:
         return None
     try:
         content = content_hash(plan.info.path)
@@ -357,10 +361,15 @@ def entry_key(session: Session, plan: Plan) -> str | None:
 
 
 class OpenInputs:
-    """Videos and pictures that are asked about together. To be encoded once, and closed. `plans`: what is looked at, of each."""
+    """Videos and pictures that are asked about together. To be encoded once, and closed. `plans`: what is looked at, of each.
 
-    def __init__(self, session: Session, inputs: Sequence[OpenInput]):
+    `files`: temporary ones, which closing removes.
+    """
+
+    def __init__(self, session: Session, inputs: Sequence[OpenInput], files: ExitStack | None = None):
         self.session, self.inputs, self.plans = session, inputs, [opened.plan for opened in inputs]
+        self._files = files or ExitStack()
+        self._names = {opened.plan.info.path: opened.plan.name for opened in inputs if not opened.lasting}
 
     @property
     def in_cache(self) -> bool:
@@ -374,7 +383,8 @@ class OpenInputs:
         """
         for opened in self.inputs:
             opened.early = True
-        self.inputs[0].begin()
+        with named(self._names):
+            self.inputs[0].begin()
 
     def read(self) -> None:
         """Reads one after the other, all of it where it is kept. Another thread may encode meanwhile."""
@@ -411,19 +421,22 @@ class OpenInputs:
         for number, opened in enumerate(self.inputs):
             if progress and count > 1:
                 progress("input", number + 1, count)
-            encodings.append(opened.encode(progress, chunks[number]))
+            with named(self._names):
+                encodings.append(opened.encode(progress, chunks[number]))
         return EncodedInputs(self.session, encodings)
 
     def close(self) -> None:
         for opened in self.inputs:
             opened.close()
+        self._files.close()
 
 
 def open_inputs(
     session: Session,
-    paths: Sequence[Path],
+    paths: Sequence[Input],
     sampling: SamplingOptions | None = None,
     *,
+    progress: Progress | None = None,
     names: Sequence[str] | None = None,
     cache: Cache | None = None,
     kind: Callable[[Session, Plan, Clock], OpenInput] = OpenInput,
@@ -431,27 +444,65 @@ def open_inputs(
 ) -> OpenInputs:
     """Probes videos and pictures, at least one, in the order in which the model reads them, and plans what is read; reads no frame.
 
-    `sampling` applies to each, what it says of time to the videos. `names`: for reports; default: the paths. `cache`: not used for
-    a method that reads the question. `kind`: the class of each without a cache. `ahead`: what may have read them already.
+    What is no path becomes one until they are closed (video/given.py). `sampling` applies to each, what it says of time to the
+    videos. `names`: for reports; default: the paths. `cache`: not used for a method that reads the question. `kind`: the class of
+    each without a cache. `ahead`: what may have read them already. `progress`: called with "download", bytes so far and in all.
 
     Raises VideoError: one is missing, unreadable or empty. UsageError: numbers that make no sense, a part of the time where
-    there are pictures alone, or a file of subtitles for several inputs.
+    there are pictures alone, a file of subtitles for several inputs, or an address on the web where the network may not be used.
     """
     sampling = sampling or SamplingOptions()
     check_one_file(sampling.subtitles, len(paths))
     clocks, infos, inputs = [Clock(torch.device("cpu")) for _ in paths], [], []  # clocks that never wait for a GPU
     if cache and not session.pruning.method.reads_question:
         kind = partial(CachedInput, cache=cache)
-    for path, clock in zip(paths, clocks, strict=True):
-        with clock.stage("read"):
-            infos.append((ahead.probe if ahead else probe)(path, folder_fps=sampling.frame_rate))
-    arguments = zip(clocks, infos, sampling.of_each(infos), names or [None] * len(paths), strict=True)
-    for clock, info, wanted, name in arguments:
-        with clock.stage("read"):
-            plan = plan_input(session, info, wanted, name)
-        inputs.append(kind(session, plan, clock))
-        inputs[-1].ahead = ahead
-    return OpenInputs(session, inputs)
+    names = [name_of(path) for path in paths] if names is None else names
+    look = ahead.probe if ahead else probe
+    how = {"offline": session.loaded.found.options.offline}
+    if progress:
+        how["progress"] = partial(progress, "download")
+    with ExitStack() as stack:
+        for path, clock in zip(paths, clocks, strict=True):
+            file = stack.enter_context(local_input(path, **how))
+            with clock.stage("read"):
+                if isinstance(file, HeldVideo):
+                    infos.append(file)
+                else:
+                    infos.append(look(file, folder_fps=sampling.frame_rate))
+        for path, clock, info, wanted, name in zip(paths, clocks, infos, sampling.of_each(infos), names, strict=True):
+            with clock.stage("read"):
+                plan = plan_input(session, info, wanted, name)
+            opened = kind(session, plan, clock)
+            opened.ahead = ahead
+            opened.lasting = not is_temporary(path)
+            inputs.append(opened)
+        return OpenInputs(session, inputs, stack.pop_all())
+
+
+def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[float] | None = None) -> list[Input]:
+    """One or several inputs, paths as texts, and arrays of frames as videos of that rate or these times.
+
+    Raises UsageError: there are none, or something else; and what `held_video` raises.
+    """
+    inputs = list(given) if isinstance(given, list | tuple) else [given]
+    if not inputs:
+        raise UsageError(f"the input is {brief(given)}, not a path", KINDS_HINT)
+    if times_s is not None and not any(map(is_frames, inputs)):
+        raise UsageError("times_s are of an array of frames, and there is none", "files know their own times")
+    made: list[Input] = []
+    for value in inputs:
+        if is_frames(value):
+            made.append(held_video(value, frame_rate, times_s))
+        elif is_given(value):
+            made.append(value)
+        elif isinstance(value, str | os.PathLike) and not isinstance(os.fspath(value), bytes):
+            made.append(os.fspath(value))
+        else:
+            known = isinstance(value, EncodedInputs)
+            hint = "ask takes it as it is: ask([encoded, ...], question)" if known else KINDS_HINT
+            subject = "the input" if value is given else "an input"
+            raise UsageError(f"{subject} is {brief(value)}, not a path", hint)
+    return made
 
 
 def paths_of(given: Any) -> Sequence[Path]:

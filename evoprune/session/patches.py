@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from evoprune.backend.devices import available_memory, empty_cache
-from evoprune.video.info import IMAGES, NOTHING_SAID, files
+from evoprune.video.info import ARRAY, IMAGES, NOTHING_SAID, files
 from evoprune.video.plan import InputLimits, Plan
 from evoprune.video.sandbox.isolation import Scope, wait_for
 
@@ -210,6 +210,8 @@ def content_key(plan: Plan, limits: InputLimits, device: torch.device) -> Hashab
     All of the plan counts but for what no pixel depends on.
     """
     path = plan.info.path
+    if plan.info.container == ARRAY:
+        return None
     try:
         paths = files(path, IMAGES) if os.path.isdir(path) else [path]
         states = [os.stat(name) for name in paths]

@@ -1,21 +1,32 @@
 """Reading videos: what is in one (`probe`, `scan`, `read_subtitles`), and its frames (`read_frames`), full-size RGB in chunks of
-bounded size. Work grows with what is asked for, not with the file. `local_file` stores standard input first."""
+bounded size. Work grows with what is asked for, not with the file. `local_file` stores standard input and what is on the web."""
 
 import math
 import os
-import shutil
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.info import EXACT, FOLDER_FPS, PICTURE, FrameTimes, ScanResult, Subtitles, Video, check_seek
+from evoprune.util import is_url
+from evoprune.video.info import (
+    EXACT,
+    FOLDER_FPS,
+    PICTURE,
+    FrameTimes,
+    HeldVideo,
+    ScanResult,
+    Subtitles,
+    Video,
+    check_seek,
+)
 from evoprune.video.sandbox.isolation import run_task, stream_frames
+from evoprune.video.temporary import temporary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,6 +146,8 @@ def read_frames(
     check_seek(seek)
     decoder = choose_decoder(decoder, info)
     per_chunk = frames_at_once(info, chunk_bytes)
+    if isinstance(info, HeldVideo):
+        return _held_chunks(info, times, per_chunk)
     firsts = range(0, len(times), per_chunk)
     sizes = [min(per_chunk, len(times) - first) for first in firsts]
     how = {"decoder": decoder, "seek": seek, "part_s": part_s, "cores": cores}
@@ -145,13 +158,19 @@ def read_frames(
     )
 
 
+def _held_chunks(info: HeldVideo, times: Sequence[float], per_chunk: int) -> Iterator[FrameChunk]:
+    for first in range(0, len(times), per_chunk):
+        frames, own_s = info.on_screen(times[first : first + per_chunk])
+        yield FrameChunk(first, frames, own_s)
+
+
 def frames_at_once(info: Video, chunk_bytes: int) -> int:
     """How many frames a chunk of that size holds: whole frame pairs, at least one."""
     return max(2, chunk_bytes // (info.width * info.height * 3) // 2 * 2)
 
 
 def choose_decoder(decoder: str, info: Video | None = None) -> str:
-    """The decoder to use, `pyav` or `decord`, and for a picture `pillow`, after a check that it can be used.
+    """The decoder to use, `pyav` or `decord`, for a picture `pillow`, and for an array `none`, after a check that it can be used.
 
     `auto` is PyAV: decord decodes every frame (readers/decord.py says why), has no AV1, and gives up on damage.
     `python -m experiments.decoders` measures both.
@@ -160,6 +179,8 @@ def choose_decoder(decoder: str, info: Video | None = None) -> str:
     """
     if info is not None and info.kind == PICTURE:
         return "pillow"
+    if isinstance(info, HeldVideo):
+        return "none"
     if decoder not in DECODERS:
         raise UsageError(f"unknown decoder {decoder!r}", f"choose one of {', '.join(DECODERS)}")
     if decoder != "decord":
@@ -169,40 +190,28 @@ def choose_decoder(decoder: str, info: Video | None = None) -> str:
 
 
 @contextmanager
-def file_of(content: bytes) -> Iterator[str]:
-    """A path to read the bytes of a file from, of which nothing is left behind. Errors about it say "the video" in its place.
-
-    Raises VideoError: they cannot be stored.
-    """
-    with ExitStack() as stack:
-        try:
-            if hasattr(os, "memfd_create"):
-                file = stack.enter_context(os.fdopen(os.memfd_create("evoprune-video"), "wb"))
-                path = f"/proc/{os.getpid()}/fd/{file.fileno()}"  # another process reads it
-            else:
-                path = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="evoprune-")), "video")
-                file = stack.enter_context(open(path, "wb"))
-            file.write(content)
-            file.flush()
-        except OSError as error:
-            hint = "free memory, or allow larger files: ulimit -f unlimited"
-            raise VideoError(f"cannot store the video: {error.strerror or error}", hint) from error
-        try:
-            yield path
-        except VideoError as problem:
-            problem.message = problem.message.replace(path, "the video")
-            raise
-
-
-@contextmanager
-def local_file(source: str, stdin: BinaryIO | None = None) -> Iterator[str]:
-    """A path to read the video from: `source` itself, or for `-` (a file of that name is `./-`) a copy of standard input.
+def local_file(
+    source: str,
+    stdin: BinaryIO | None = None,
+    *,
+    offline: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[str]:
+    """A path to read the video from: `source` itself; for `-` (a file of that name is `./-`) a copy of standard input; or a copy of
+    what is at an address of http or https.
 
     Readers seek, so standard input itself will not do. Names of files that this process has open, such as `/dev/stdin`, are
-    resolved, because another process reads the video.
+    resolved, because another process reads the video. `offline`, `progress`: as of `download.downloaded`.
 
-    Raises UsageError: standard input is a terminal. VideoError: it is closed, empty or a device, or cannot be stored.
+    Raises UsageError: standard input is a terminal. VideoError: it is closed, empty or a device, or cannot be stored. And what
+    `downloaded` raises.
     """
+    if is_url(source):
+        from evoprune.video.download import downloaded
+
+        with downloaded(source, offline=offline, progress=progress) as path:
+            yield path
+        return
     hint = "pipe a video into it, e.g. evoprune ask - QUESTION < video.mp4"
     if source.startswith(OPEN_FILES):
         resolved = os.path.realpath(source)
@@ -222,20 +231,7 @@ def local_file(source: str, stdin: BinaryIO | None = None) -> Iterator[str]:
         status = os.fstat(stdin.fileno())
         if stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, os.stat(os.devnull)):  # /dev/null does end
             raise VideoError("standard input is a device, not a video", hint)
-    with ExitStack() as stack:
-        try:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="evoprune-"))
-            path = os.path.join(folder, "stdin")
-            with open(path, "wb") as file:
-                shutil.copyfileobj(stdin, file, CHUNK_BYTES)
-                size = file.tell()
-        except OSError as error:
-            hint = "set TMPDIR to a folder with room for the video"
-            raise VideoError(f"cannot store standard input: {error.strerror or error}", hint) from error
-        if not size:
+    with temporary(iter(partial(stdin.read, CHUNK_BYTES), b""), "standard input", "stdin") as path:
+        if not os.path.getsize(path):
             raise VideoError("standard input is empty", "did the command before the pipe fail?")
-        try:
-            yield path
-        except VideoError as problem:  # the user does not know the temporary file
-            problem.message = problem.message.replace(path, "standard input")
-            raise
+        yield path

@@ -3,16 +3,22 @@
 
 import os
 import re
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import UsageError
 from evoprune.util import file_state
 from evoprune.video.order import natural, readings_of
 
+if TYPE_CHECKING:
+    import numpy as np
+
+TOLERANCE_S = 1e-4  # a held frame that begins so much later than a time is on screen then
 SAME_SHAPE = 0.02  # by which the ratios of width and height of frames of one shape may differ, relative
 VIDEO, PICTURE = "video", "picture"  # what an input is to the model
+ARRAY = "array"  # the container of frames that a Python program holds
 FOLDER_FPS = 2.0  # of a folder of images, by default: the rate at which frames for Qwen2.5-VL are usually extracted
 # What the comment of a clip says: which generator made it.
 DEMO_TAG = "evoprune demo clip"
@@ -47,7 +53,7 @@ class Video:
     rotation_deg: int  # clockwise, from stored frames to displayed ones: 0, 90, 180 or 270
     codec: str  # such as `h264`; of a folder that of its first image
     pix_fmt: str | None  # such as `yuv420p`
-    container: str  # FFmpeg's name of the format, such as `matroska,webm`; or `folder`, or `picture`
+    container: str  # FFmpeg's name of the format, such as `matroska,webm`; or `folder`, `picture` or `array`
     fps: float | None = None  # on average
     variable_rate: bool | None = None  # whether the frame intervals differ
     frames_total: int | None = None
@@ -92,6 +98,28 @@ class Video:
         if self.stated_s is None or self.duration_s is None:
             return False
         return self.stated_s - self.duration_s > max(0.5, 0.02 * self.stated_s)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldVideo(Video):
+    """Frames that a Python program holds, as a video. It is equal to itself alone."""
+
+    held: "np.ndarray" = field(kw_only=True, repr=False)  # uint8 `[T, H, W, 3]`, RGB as displayed
+    frames_s: tuple[float, ...] = field(kw_only=True, repr=False)  # T times from the first frame, ascending
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def on_screen(self, times_s: Sequence[float]) -> "tuple[np.ndarray, tuple[float, ...]]":
+        """The frames on screen at some times, uint8 `[n, H, W, 3]`, C-contiguous, and their own times."""
+        begun = [bisect_right(self.frames_s, time_s + TOLERANCE_S) for time_s in times_s]
+        numbers = [max(count - 1, 0) for count in begun]
+        frames = self.held[numbers]
+        if not frames.flags.c_contiguous:
+            frames = frames.copy()
+        return frames, tuple(self.frames_s[number] for number in numbers)
 
 
 def fitted(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:

@@ -196,7 +196,7 @@ def test_all_that_is_wrong_is_named_at_once(tmp_path):
     assert caught.value.message == "rows, line 2: '500ms' is not a time; line 1: no such file: there/a.mp4"
     assert "1m30s" in caught.value.hint and "relative" in caught.value.hint and "yt-dlp" not in caught.value.hint
     with pytest.raises(UsageError) as caught:
-        read(jsonl(ROW | {"video": "https://example.org/a.mp4"}, {}))
+        read(jsonl(ROW | {"video": "rtsp://example.org/a.mp4"}, {}))
     assert "yt-dlp" in caught.value.hint
 
 

@@ -369,6 +369,34 @@ def test_interrupted_while_the_command_line_is_imported(tmp_path, way, where):
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
+# Interrupts itself at two imports in a row, the first of which is the Nth since the program's own code runs.
+INTERRUPTED_TWICE = """
+import os, runpy, signal, sys
+first = int(sys.argv.pop(1))
+begun = False
+count = 0
+def hook(event, details):
+    global begun, count
+    if event == "exec" and details[0].co_filename.endswith("evoprune_cli/__main__.py"):
+        begun = True
+    if event == "import" and begun:
+        count += 1
+        if count in (first, first + 1):
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.addaudithook(hook)
+runpy.run_module("evoprune_cli", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
+@pytest.mark.parametrize("first", [1, 2, 3, 10, 60, 200])
+def test_two_ctrl_c_at_once_while_the_command_line_is_imported(first):
+    command = [sys.executable, "-c", INTERRUPTED_TWICE, str(first), "methods"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="shells of Unix")
 def test_ctrl_c_ends_the_loop_of_a_shell_too(tmp_path):
     """A shell goes on with the next round after a program that handled the signal and ended with a code of its own."""

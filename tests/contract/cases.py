@@ -335,7 +335,7 @@ def errors() -> Iterator[tuple[str, Callable[[], Held]]]:
         ("ask", "empty.mp4", COLOUR),
         ("ask", "text.mp4", COLOUR),
         ("ask", "broken.png", COLOUR),
-        ("ask", "https://example.org/a.mp4", COLOUR),
+        ("ask", "https://example.org/a.mp4", COLOUR, "--offline"),
         (*ASK, "-b", "0"),
         (*ASK, "-b", "1.5"),
         (*ASK, "-b", "tiny"),

@@ -69,8 +69,8 @@ class Unprintable(os.PathLike):
 def test_odd_arguments_are_refused_in_a_sentence(demo, tmp_path):
     odd = Unprintable()
     for call, says in {
-        lambda: demo.encode(odd): "an input is of class Unprintable, not a path",
-        lambda: demo.ask(odd, "What?"): "an input is of class Unprintable, not a path",
+        lambda: demo.encode(odd): "the input is of class Unprintable, not a path",
+        lambda: demo.ask(odd, "What?"): "the input is of class Unprintable, not a path",
         lambda: evoprune.VideoQA.load("demo", budget=odd): "budget is of class Unprintable, not",
         lambda: evoprune.Cache(None): "the folder of a cache is None, not a path",
         lambda: evoprune.Cache("a\0b"): "the folder of a cache is .*, not a path",
@@ -131,7 +131,8 @@ def test_a_mistake_is_named_in_a_line_with_what_would_be_right(says):
 
 
 ENCODED = [  # arguments of `encode`, and what is said of them
-    *[((path,), {}, "the input is .*, not a path") for path in (None, [], torch.zeros(2, 3, 4, 4), b"a.mp4")],
+    *[((path,), {}, "the input is .*, not a path") for path in (None, [])],
+    ((torch.zeros(2, 3, 4, 4),), {}, "of shape .*2, 3, 4, 4.* is no video"),
     ((["a.mp4", 3],), {}, "an input is 3, not a path"),
     (("a.mp4",), {"cache": True}, "cache is True, not a Cache"),
     (("a.mp4",), {"name": 3}, "name is 3, not a text"),

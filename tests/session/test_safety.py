@@ -138,7 +138,7 @@ def test_no_network_unless_a_model_id_asks(cli, no_network, tmp_path, monkeypatc
     assert cli("inspect").code == 0 and cli("inspect", CLIP).code == 0
     offline = cli("ask", CLIP, "What?", "-m", "org/none", "--offline")
     assert offline.code == 4 and "offline" in offline.err
-    assert cli("ask", "https://example.org/a.mp4", "What?").code == 3
+    assert cli("ask", "https://example.org/a.mp4", "What?", "--offline").code == 2
     assert no_network == []
     assert cli("ask", CLIP, "What?", "-m", "org/none").code == 4 and no_network  # or the test would see nothing
 

@@ -11,8 +11,9 @@ import pytest
 import evoprune
 from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.video import arrays
-from evoprune.video.frames import file_of, frame_times, probe
+from evoprune.video.frames import frame_times, probe
 from evoprune.video.plan import plan_sampling
+from evoprune.video.temporary import temporary
 from tests.video.files import number_of, numbered_frames, write_image, write_video
 from tests.video.kinds import KINDS, write_kind
 
@@ -184,18 +185,15 @@ def test_the_header_counts_the_frames(folder, name):
 
 def test_bytes_are_read_as_the_file_is(clip, tmp_path, monkeypatch):
     right = evoprune.read_frames(clip, frames=5)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with file_of(clip.read_bytes()) as path:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with temporary([clip.read_bytes()], "the video") as path:
         found = evoprune.read_frames(path, frames=5)
     assert all(np.array_equal(a, b) for a, b in zip(found, right, strict=True))
     assert not Path(path).exists() and not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("memory", [True, False])
-def test_an_error_about_bytes_names_no_file(monkeypatch, memory):
-    if not memory:
-        monkeypatch.delattr("os.memfd_create", raising=False)
+def test_an_error_about_bytes_names_no_file():
     for content, says in ((b"", "the video is empty"), (b"no video", "the video is not a video: it is a text file")):
-        with pytest.raises(VideoError, match=says), file_of(content) as path:
+        with pytest.raises(VideoError, match=says), temporary([content], "the video") as path:
             probe(path)
         assert not Path(path).exists()

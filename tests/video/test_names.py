@@ -186,7 +186,7 @@ def spool(tmp_path, monkeypatch):
     assert not list(folder.iterdir())
 
 
-@pytest.mark.parametrize("source", ["video.mp4", "./-", "--", "", "http://x", "folder/"])
+@pytest.mark.parametrize("source", ["video.mp4", "./-", "--", "", "rtsp://x", "folder/"])
 def test_paths_pass_unchanged_and_nothing_is_read(source, spool):
     with local_file(source, stdin=None) as path:
         assert path == source and not list(spool.iterdir())

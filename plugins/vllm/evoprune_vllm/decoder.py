@@ -8,8 +8,9 @@ from vllm.multimodal.video_decoders.base import VideoSourceMetadata, VideoTarget
 
 from evoprune.errors import VideoError
 from evoprune.video.arrays import in_one
-from evoprune.video.frames import file_of, frame_times, probe
+from evoprune.video.frames import frame_times, probe
 from evoprune.video.info import PICTURE, FrameTimes, Video
+from evoprune.video.temporary import temporary
 
 OPTIONS = {"num_ffmpeg_threads": 0}  # with their defaults; named as TorchCodec's in vLLM
 
@@ -32,7 +33,7 @@ def decode_evoprune(
     if not isinstance(num_ffmpeg_threads, int) or num_ffmpeg_threads < 0:
         raise ValueError(f"num_ffmpeg_threads is {num_ffmpeg_threads!r}, not a number of threads; 0: one for each core")
     try:
-        with file_of(data) as path:
+        with temporary([data], "the video") as path:
             info = probe(path)
             if info.kind == PICTURE:
                 raise VideoError("a picture was sent as a video", "send it as image_url")

@@ -1,0 +1,147 @@
+"""Downloads what is at an address on the web to a temporary file.
+
+An address that a user gives is his own choice, as in `evoprune watch`. Redirects lead to http and https alone.
+"""
+
+import base64
+import errno
+import os
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from http.client import HTTPException, HTTPResponse, IncompleteRead
+from urllib import request
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+import evoprune
+from evoprune.errors import UsageError, VideoError
+from evoprune.util import DOWNLOAD_HINT, size, without_password
+from evoprune.video.temporary import temporary
+
+LIMIT_BYTES = 8 * 2**30  # of a download
+TIMEOUT_S = 20.0  # how long a server may be silent
+LONGEST_S = 3600.0  # of a download
+CHUNK_BYTES = 2**18
+PLAIN = "identity"  # the encoding of what is sent as it is
+PAGE = ("text/html", "application/xhtml+xml")  # types of web pages
+PAGE_BEGINS = (b"<!doctype html", b"<html")
+UNRESERVED = "/%:@!$&'()*+,;=~-._?"  # characters of a path or a query that stay as they are
+HINTS = {  # by the status that a server answers with
+    401: "it wants a login: download the file yourself, and give its path",
+    403: f"the server refuses it; {DOWNLOAD_HINT}",
+    404: "check the address",
+    410: "check the address",
+}
+Progress = Callable[[int, int], None]  # bytes so far, and in all; 0 where that is unknown
+
+
+@contextmanager
+def downloaded(url: str, *, offline: bool = False, progress: Progress | None = None) -> Iterator[str]:
+    """Yields the path of a temporary file with what is at an address of http or https.
+
+    Proxies are those of the environment (`https_proxy`, `no_proxy`). `progress`: called while it is downloaded.
+
+    Raises UsageError: `offline`. VideoError: the server cannot be reached, refuses, is silent for `TIMEOUT_S`, breaks off, or sends
+    a web page, nothing, more than `LIMIT_BYTES`, or for more than `LONGEST_S`; or the file cannot be stored.
+    """
+    name = without_password(url)
+    if offline:
+        hint = "leave out --offline (offline=True), or download it first and give the path of the file"
+        raise UsageError(f"the network may not be used (offline), and {name} is on the web", hint)
+    with ExitStack() as stack:
+        chunks = stack.enter_context(closing(_chunks(url, name, progress)))
+        path = stack.enter_context(temporary(chunks, name))
+        if not os.path.getsize(path):
+            raise VideoError(f"{name} is empty", "check the address")
+        yield path
+
+
+def _chunks(url: str, name: str, progress: Progress | None) -> Iterator[bytes]:
+    """What a server sends. Its errors never are an OSError, which is about the file that is written."""
+    done = 0
+    total = 0
+    end = time.monotonic() + LONGEST_S
+    try:
+        with _opened(url) as response:
+            total = response.length or 0
+            _check_size(total, name)
+            if response.headers.get_content_type() in PAGE:
+                raise _page(name)
+            if (packed := response.headers.get("Content-Encoding", PLAIN)) != PLAIN:
+                raise VideoError(f"{name} comes packed as {packed}", "download it first, and give the path of the file")
+            while True:
+                chunk = response.read1(CHUNK_BYTES)
+                if not done and chunk.lstrip()[:20].lower().startswith(PAGE_BEGINS):
+                    raise _page(name)
+                done += len(chunk)
+                _check_size(done, name)
+                if not chunk:
+                    break
+                if time.monotonic() > end:
+                    raise VideoError(
+                        f"downloading {name} takes more than {LONGEST_S / 60:.0f} min", "download it first"
+                    )
+                if progress:
+                    progress(done, total)
+                yield chunk
+    except HTTPError as error:
+        with error:
+            if error.code in range(300, 400):
+                hint = f"redirects lead to http and https alone, at most {request.HTTPRedirectHandler.max_redirections}"
+                there = without_password(error.headers.get("Location") or "nowhere")
+                raise VideoError(f"{name} leads to {there}, which is not read", hint) from error
+            usual = "try again later" if error.code >= 500 or error.code == 429 else DOWNLOAD_HINT
+            raise VideoError(
+                f"cannot download {name}: {error.code} {error.reason}", HINTS.get(error.code, usual)
+            ) from error
+    except (OSError, HTTPException, ValueError) as error:
+        raise _unreachable(name, error) from error
+    if done < total:
+        raise VideoError(f"the download of {name} broke off after {done:,} of {total:,} bytes", "try again")
+
+
+def _opened(url: str) -> HTTPResponse:
+    """A server's answer. Raises OSError, HTTPException, ValueError."""
+    parts = urlsplit(url)
+    login, _, host = parts.netloc.rpartition("@")
+    whole = (parts.scheme, host, quote(parts.path, UNRESERVED), quote(parts.query, UNRESERVED), "")
+    asked = request.Request(urlunsplit(whole), headers={"User-Agent": f"evoprune/{evoprune.__version__}"})  # noqa: S310
+    if login:
+        secret = base64.b64encode(unquote(login).encode()).decode()
+        asked.add_unredirected_header("Authorization", f"Basic {secret}")
+    # No other protocol than these two can be opened, whatever a redirect says.
+    opener = request.OpenerDirector()
+    for handler in (
+        request.ProxyHandler(),
+        request.UnknownHandler(),
+        request.HTTPHandler(),
+        request.HTTPSHandler(context=ssl.create_default_context()),
+        request.HTTPDefaultErrorHandler(),
+        request.HTTPRedirectHandler(),
+        request.HTTPErrorProcessor(),
+    ):
+        opener.add_handler(handler)
+    return opener.open(asked, timeout=TIMEOUT_S)
+
+
+def _check_size(count: int, name: str) -> None:
+    if count > LIMIT_BYTES:
+        hint = "download it first, and give the path of the file"
+        raise VideoError(f"{name} has more than {size(LIMIT_BYTES)}", hint)
+
+
+def _page(name: str) -> VideoError:
+    return VideoError(f"{name} is a web page, not a video or a picture", DOWNLOAD_HINT)
+
+
+def _unreachable(name: str, error: Exception) -> VideoError:
+    problem = error.reason if isinstance(error, URLError) else error
+    if isinstance(problem, IncompleteRead):
+        return VideoError(f"the download of {name} broke off", "try again")
+    if isinstance(problem, TimeoutError):
+        return VideoError(f"cannot download {name}: no answer for {TIMEOUT_S:g} s", "try again later")
+    reason = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
+    known = isinstance(problem, OSError) and problem.errno in (errno.ECONNREFUSED, errno.ECONNRESET)
+    return VideoError(f"cannot download {name}: {reason}", "try again later" if known else "check the address")

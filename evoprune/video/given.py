@@ -1,0 +1,199 @@
+"""Inputs of Python that are no paths: frames, a picture, the bytes of a file, an open file, an address on the web."""
+
+import io
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, BinaryIO, Union
+
+import numpy as np
+
+from evoprune.errors import UsageError, VideoError
+from evoprune.util import brief, is_url, without_password
+from evoprune.video.download import Progress, downloaded
+from evoprune.video.info import ARRAY, TOLERANCE_S, HeldVideo
+from evoprune.video.temporary import temporary
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Input = Union[str, os.PathLike[str], np.ndarray, "Image", bytes, BinaryIO, HeldVideo]  # what a program may give
+CHUNK_BYTES = 2**20  # in which an open file is copied
+BYTES = bytes | bytearray | memoryview
+MOST_LEVELS = 65535  # of grey in 16 bits
+STORED_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")  # of pictures that a PNG file holds as they are
+RATE_HINT = "frame_rate=30, in frames a second, or times_s=[...], in seconds"
+
+
+def held_video(frames: Any, frame_rate: float | None, times_s: Sequence[float] | None) -> HeldVideo:
+    """Describes frames as a video: an array, or what numpy makes one of, uint8 `[T, H, W, 3]`, RGB.
+
+    Args:
+        frame_rate: frames a second; None where there are times.
+        times_s: when each frame begins, in seconds, ascending. The first one is the beginning of the video.
+
+    Raises UsageError: an array of another shape or dtype, or no rate and no times, both, or wrong ones.
+    """
+    try:
+        array = np.asarray(frames)
+    except Exception as problem:  # another package's class may raise anything, such as a tensor on a GPU
+        hint = "give an array of numpy; of a tensor: tensor.cpu().numpy()"
+        raise UsageError(f"the frames of class {type(frames).__name__} are no array: {problem}", hint) from problem
+    shape = list(array.shape)
+    if array.ndim == 3 and shape[-1] == 3:
+        raise UsageError(f"an array of shape {shape} is one frame", "of a picture: PIL.Image.fromarray(array)")
+    if array.ndim != 4 or shape[-1] != 3:
+        hint = "frames are [T, H, W, 3], RGB"
+        if array.ndim == 4 and shape[1] == 3:
+            hint += "; channels go last by array.transpose(0, 2, 3, 1)"
+        raise UsageError(f"an array of shape {shape} is no video", hint)
+    if array.dtype != np.uint8:
+        hint = "frames are uint8, 0 to 255; of floats up to 1: (array * 255).round().astype('uint8')"
+        raise UsageError(f"an array of {array.dtype} is no video", hint)
+    if not array.size:
+        raise UsageError(f"an array of shape {shape} holds no pixels", "give at least one frame")
+    if (frame_rate is None) == (times_s is None):
+        problem = "no rate" if frame_rate is None else "a rate and times, which exclude each other"
+        raise UsageError(f"an array of {len(array)} frames has {problem}", RATE_HINT)
+    if times_s is None:
+        return _described(array, tuple(number / frame_rate for number in range(len(array))), frame_rate, 0.0)
+    times = _checked(times_s, len(array))
+    first = times[0]
+    lasted = times[-1] - first
+    rate = (len(times) - 1) / lasted if lasted else 1.0  # a single frame lasts for a second
+    return _described(array, tuple(time - first for time in times), rate, first)
+
+
+def _described(array: np.ndarray, frames_s: tuple[float, ...], rate: float, start_s: float) -> HeldVideo:
+    gaps = [later - earlier for earlier, later in pairwise(frames_s)]
+    return HeldVideo(
+        path=f"<{ARRAY}>",
+        duration_s=frames_s[-1] + 1 / rate,
+        width=array.shape[2],
+        height=array.shape[1],
+        rotation_deg=0,
+        codec="rawvideo",
+        pix_fmt="rgb24",
+        container=ARRAY,
+        fps=rate,
+        variable_rate=any(abs(gap - 1 / rate) > TOLERANCE_S for gap in gaps),
+        frames_total=len(array),
+        start_s=start_s,
+        held=array,
+        frames_s=frames_s,
+    )
+
+
+def _checked(times_s: Any, count: int) -> list[float]:
+    """The times as Python's own numbers. Raises UsageError: they are not `count` numbers that ascend."""
+    try:
+        times = [float(time) for time in times_s]
+    except (TypeError, ValueError):
+        raise UsageError(f"times_s is {brief(times_s)}, not a list of numbers", RATE_HINT) from None
+    if len(times) != count:
+        raise UsageError(f"{len(times)} times for {count} frames", "times_s has the time of each frame, in seconds")
+    if not all(map(math.isfinite, times)) or any(later <= earlier for earlier, later in pairwise(times)):
+        raise UsageError("times_s are not numbers that ascend", "each frame begins after the one before it, in seconds")
+    return times
+
+
+def is_frames(value: Any) -> bool:
+    """Whether it is an array, or a tensor, and no picture of Pillow."""
+    return hasattr(value, "__array__") and not is_picture(value)
+
+
+def is_picture(value: Any) -> bool:
+    """Whether it is a picture of Pillow, which is not imported for the question."""
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(value, pillow.Image)
+
+
+def is_given(value: Any) -> bool:
+    """Whether `local_input` takes it, beside a path."""
+    return isinstance(value, BYTES | HeldVideo) or is_picture(value) or hasattr(value, "read")
+
+
+def is_temporary(source: Any) -> bool:
+    """Whether `local_input` makes a temporary file of it."""
+    return not isinstance(source, HeldVideo) and (is_given(source) or is_url(source))
+
+
+def name_of(source: Any) -> str:
+    """What reports and errors call an input; an address without its password."""
+    if isinstance(source, HeldVideo):
+        return source.path
+    if is_picture(source):
+        return "<picture>"
+    if isinstance(source, BYTES):
+        return "<bytes>"
+    if hasattr(source, "read"):
+        name = getattr(source, "name", None)  # of a file that was opened by its number this is the number
+        return name if isinstance(name, str) and name else "<file>"
+    return without_password(os.fspath(source))
+
+
+@contextmanager
+def local_input(source: Any, *, offline: bool = False, progress: Progress | None = None) -> Iterator[Any]:
+    """What `probe` opens: a path as it is, and of anything else but a `HeldVideo`, which needs no probing, a temporary file.
+
+    `offline`, `progress`: as of `download.downloaded`.
+
+    Raises UsageError: an open file of text, a picture that PNG cannot hold, or `offline`. VideoError: the file cannot be read or
+    stored; and what `downloaded` raises.
+    """
+    if not is_temporary(source):
+        yield source
+        return
+    if is_url(source):
+        with downloaded(source, offline=offline, progress=progress) as path:
+            yield path
+        return
+    with temporary(_pieces(source), name_of(source)) as path:
+        yield path
+
+
+def _pieces(source: Any) -> Iterator[bytes]:
+    if isinstance(source, BYTES):
+        yield bytes(source)
+    elif is_picture(source):
+        yield _png(source)
+    else:
+        yield from _read(source)
+
+
+def _read(file: Any) -> Iterator[bytes]:
+    """What an open file holds from where it stands."""
+    while True:
+        try:
+            piece = file.read(CHUNK_BYTES)
+        except (OSError, ValueError) as problem:  # such as a closed one
+            raise VideoError(f"cannot read {name_of(file)}: {problem}", "open it as open(path, 'rb')") from problem
+        if not isinstance(piece, bytes):
+            hint = "open it as open(path, 'rb')"
+            raise UsageError(f"the open file {name_of(file)} gives {type(piece).__name__}, not bytes", hint)
+        if not piece:
+            return
+        yield piece
+
+
+def _png(picture: Any) -> bytes:
+    """The picture without loss, with its orientation."""
+    if picture.mode == "F" or (picture.mode.startswith("I") and not _is_grey(picture)):
+        raise UsageError(f"a picture of mode {picture.mode} has more than 16 bits", "give picture.convert('RGB')")
+    try:
+        if picture.mode not in STORED_MODES:
+            picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+        content = io.BytesIO()
+        picture.save(content, "PNG", compress_level=1, exif=picture.getexif())
+    except (OSError, ValueError) as problem:  # its file is damaged, or closed
+        raise VideoError(f"cannot read {name_of(picture)}: {problem}", "is its file complete?") from problem
+    return content.getvalue()
+
+
+def _is_grey(picture: Any) -> bool:
+    """Whether all its levels fit into 16 bits."""
+    least, most = picture.getextrema()
+    return least >= 0 and most <= MOST_LEVELS
