@@ -57,11 +57,8 @@ RECIPES = {
         test="-m pytest -q -m '' tests/batch/test_ray.py",
     ),
     "lmms-eval": Recipe(
-        make=(
-            "-m pip install -q lmms-eval==0.7.3 filelock<4 torch=={torch}",  # it imports a module that filelock 4 does not have
-            "-m pip install -q -e .[test] -e plugins/lmms_eval",  # afterwards, for lmms-eval wants an older PyAV
-            OPERATORS,
-        ),
+        block=("docs/guide.md", "lmms-eval=="),
+        make=("-m pip install -q .[test]", OPERATORS),
         test="-m pytest -q -m '' tests/plugins/test_lmms_eval.py",
     ),
     "processor": Recipe(

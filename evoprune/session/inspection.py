@@ -13,6 +13,7 @@ from evoprune.methods.plans import PRESETS, keep_tokens, share_for
 from evoprune.model.cost import kv_bytes
 from evoprune.session.loading.find import DTYPES, FoundModel
 from evoprune.session.options import PruneOptions
+from evoprune.session.patches import LIMIT_BYTES, patch_bytes
 from evoprune.session.planning import TEXT, chunk_sizes, encoding_bytes
 from evoprune.video.plan import ONE_FRAME, Plan
 from evoprune.vision.tower import tower_shape
@@ -97,7 +98,9 @@ def model_facts(model: FoundModel) -> dict:
 
 
 def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
-    """The memory that one question about a video takes at a budget, as it is checked before a run; `plan`: of the whole video.
+    """The memory that one question about a video takes at a budget, as it is checked before a run, and where more of it is free.
+
+    `plan`: of the whole video.
 
     Raises UsageError: as of `PruneConfig.of`; a method that cannot act in this model.
     """
@@ -111,6 +114,7 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
         needed = model.weights_bytes + working
         if available is None or needed <= available:
             break
+    patches = patch_bytes(plan, model.limits[plan.kind])
     return {
         "method": config.name,
         "budget": config.budget,
@@ -118,6 +122,7 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
         "weights_bytes": model.weights_bytes,
         "working_bytes": working,
         "needed_bytes": needed,
+        "used_if_free_bytes": needed + model.packed_bytes + (patches if patches <= LIMIT_BYTES else 0),
         "available_bytes": available,
         "enough": None if available is None else needed <= available,
     }

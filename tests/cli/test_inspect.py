@@ -74,6 +74,9 @@ def test_the_memory_is_that_of_the_check_before_a_run(cli, tiny_folder, monkeypa
     assert record["memory"]["working_bytes"] == needed[0]
     assert record["memory"]["visual_tokens"] == made["pruning"]["visual_tokens_kept"]
     assert record["memory"]["needed_bytes"] == record["memory"]["working_bytes"] + record["model"]["weights_bytes"]
+    assert (
+        record["memory"]["needed_bytes"] < record["memory"]["used_if_free_bytes"] < 3 * record["memory"]["needed_bytes"]
+    )
 
 
 @pytest.mark.full

@@ -20,6 +20,7 @@ import torch
 
 from evoprune.backend.devices import has_bf16, is_host, pick_device
 from evoprune.bundled import DEMOS, Demo, demo_in
+from evoprune.cpu.linear import can_pack
 from evoprune.cpu.quantize import check as check_quantize
 from evoprune.cpu.quantize import saved_bytes
 from evoprune.errors import QUANTIZERS, ModelError, ModelWarning, UsageError, first_line
@@ -197,13 +198,29 @@ class FoundModel:
     @cached_property
     def weights_bytes(self) -> int:
         """Of memory that the loaded weights take."""
-        dtype, quantize = DTYPES[self.dtype], self.options.quantize
+        quantize = self.options.quantize
         if not self.native:
             return self.hosted_bytes(quantize)
-        mapped = quantize != "none" or self._stored == dtype  # as a download would be
+        return needed_bytes(self.config, DTYPES[self.dtype], quantize, self._mapped)
+
+    @cached_property
+    def packed_bytes(self) -> int:
+        """Of memory that packed weights take on a CPU where it is free, beside the files they come from, which stay mapped."""
+        dtype = DTYPES[self.dtype]
+        if not (self.native and is_host(self.device) and self._mapped and self.options.quantize == "none"):
+            return 0
+        if not can_pack(torch.empty(1, dtype=dtype, device=self.device)):
+            return 0
+        layers = [module for module in empty(self.config).to(dtype).modules() if type(module) is torch.nn.Linear]
+        return sum(layer.weight.nbytes for layer in layers)
+
+    @cached_property
+    def _mapped(self) -> bool:
+        """Whether weights `stay_mapped`; of a model that is not here, whether they would after its download."""
+        dtype, quantize = DTYPES[self.dtype], self.options.quantize
         if self.files_here:
-            mapped = stay_mapped(self.files_here, dtype, self.device, quantize)
-        return needed_bytes(self.config, dtype, quantize, mapped)
+            return stay_mapped(self.files_here, dtype, self.device, quantize)
+        return quantize != "none" or self._stored == dtype
 
     def hosted_bytes(self, quantize: str) -> int:
         """Of the weights as transformers loads them: quantised ones as their files are, unless they are widened.
