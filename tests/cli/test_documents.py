@@ -134,6 +134,16 @@ def test_each_block_that_is_run_is_in_the_list_of_those():
     assert {name: count for name, count in found.items() if count} == listed
 
 
+def test_each_row_of_the_results_with_a_command_has_its_time():
+    """A reader knows before he begins how long the commands of a page take."""
+    text = (ROOT / "results/README.md").read_text(encoding="utf-8")
+    head, _, *rows = re.findall(r"^\| (.*) \|$", text, re.M)
+    assert head.split(" | ")[-2:] == ["command", "time"]
+    for file, _, command, time in (row.split(" | ") for row in rows):
+        times = re.findall(r"\b(?:seconds|s|minutes?|min|hours?|h)\b", time)
+        assert bool(times) == ("`" in command), f"{file}: {time}"
+
+
 def test_the_citation_names_the_version():
     for name in ("CITATION.cff", "results/README.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
