@@ -101,13 +101,13 @@ def test_as_recorded(folder, name):
     same(folder, name)
 
 
-@pytest.mark.few(10)
+@pytest.mark.few(8)
 @some("each method")
 def test_every_method(folder, name):
     same(folder, name)
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @some("held models")
 def test_held_models(folder, name):
     same(folder, name)
