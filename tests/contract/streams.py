@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import evoprune
-from tests.contract.small import Held, demo, filmed, ground, steps
+from tests.contract.small import Held, demo, encoded, filmed, ground, runs
 from tests.tiny import save_tiny
 
 QUESTION, HAPPENS = "What colour is the square?", "What happens?"
@@ -26,7 +26,7 @@ def loaded(name: str):
 def watched(model: str, method: str, budget: float, seconds: int, window_s: float, **options) -> Held:
     """A stream of two frames a second: of each window what was encoded and kept, and now and then what is answered."""
     held: Held = {}
-    windows: list[list] = []
+    windows: list[Held] = []
     count = 0
     clip = filmed(2 * seconds)
     qa = evoprune.VideoQA(loaded(model), method=method, budget=budget)
@@ -42,14 +42,21 @@ def watched(model: str, method: str, budget: float, seconds: int, window_s: floa
         stream.flush()
         windows.append(window_of(stream))
         held["asked in the end"] = answered(stream)
-    return {"windows": windows} | held
+        held["memory"] = left(stream)
+    return {f"window {number}": window for number, window in enumerate(windows)} | held
 
 
-def window_of(stream) -> list:
-    """Of the latest window the rows of its layers and the tokens of its frame pairs; and of the memory seconds, windows, tokens."""
-    pruning, seen = stream.report.pruning, stream.seen
+def window_of(stream) -> Held:
+    """Of the latest window what was encoded, and of the memory seconds, windows, tokens, frames looked at and thinned windows."""
+    seen = stream.seen
     memory = [seen.start_s, seen.end_s, seen.windows, seen.tokens, seen.frames, seen.thinned]
-    return [steps(pruning.layers), pruning.kept_per_pair, memory]
+    made = encoded(stream._latest.tokens)  # which the public report has the counts of alone
+    return {"pairs": stream.report.pruning.kept_per_pair, "memory": memory} | made
+
+
+def left(stream) -> list[list]:
+    """Of each window in the memory its beginning, and the place of each token that is left in the order in which they stay."""
+    return [[window.start_s, runs(window.order.tolist())] for window in stream._memory.windows]
 
 
 def answered(stream) -> Held:
