@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 
 from tests.contract.running import ROOT
 
@@ -96,8 +95,6 @@ def main(name: str) -> None:
 
 def cases() -> Iterator[tuple[str, Callable[[], dict]]]:
     yield "second device", partial(apart, "far")
-    if find_spec("triton"):
-        yield "kernels of Triton", partial(apart, "triton")
 
 
 if __name__ == "__main__":
