@@ -95,6 +95,7 @@ def main(name: str) -> None:
 
 def cases() -> Iterator[tuple[str, Callable[[], dict]]]:
     yield "second device", partial(apart, "far")
+    yield "kernels of Triton", partial(apart, "triton")
 
 
 if __name__ == "__main__":
