@@ -203,7 +203,7 @@ class PrunedModel:
             known = hasattr(vars(self).get("model"), name)
             raise AttributeError(f"{problem}; take model.{name}: {SWITCH}" if known else problem)
 
-        def __call__(self, *_, **__):
+        def __call__(self, *_: object, **__: object) -> NoReturn:
             raise TypeError(f"call the model itself: {SWITCH}")
 
     @property
