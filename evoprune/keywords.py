@@ -42,7 +42,7 @@ class PruneKeywords(TypedDict, total=False):
     """How visual tokens are pruned."""
 
     budget: float | Literal["full", "high", "balanced", "fast", "auto", "auto:inflection"]
-    """Share of visual tokens kept: 0.1, 10%, or high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.8x),
+    """Share of visual tokens kept: 0.1, 10%, or high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.7x),
     fast (0.1; 95.8%, 4.4x). Accuracy: what the worst of the demo models keeps. Speed: of the first token, against
     Hugging Face at 3B dimensions. Presets keep more of a still: 0.7, 0.5 and 0.3. full prunes nothing; auto lets the
     content decide, auto:inflection a method's scores."""
