@@ -11,7 +11,7 @@ from copy import copy
 from dataclasses import fields, replace
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -22,7 +22,7 @@ from evoprune.errors import UsageError
 from evoprune.methods.plans import AUTOS, PRESETS, parse_budget, parse_budget_or_name
 from evoprune.methods.registry import REUSE
 from evoprune.session.options import PipelineOptions
-from evoprune.util import OPTION, Option
+from evoprune.util import OPTION, Option, kinds_of, words_of
 from evoprune_cli.terminal import only_answers_on_stdout
 
 MakeOptions = Callable[[], PipelineOptions]  # makes them of what was typed; raises UsageError
@@ -141,7 +141,8 @@ def _names(name: str, said: Option) -> str:
 def _parameter(panel: str, field: Any, said: Option) -> Parameter:
     """An option of the pipeline, as Typer takes parameters of a command."""
     default = field.default if said.unless_typed is None else said.unless_typed
-    declared = said.typed or (str if str in get_args(field.type) else field.type)
+    declared = said.typed or (str if str in kinds_of(field.type) else field.type)
+    words = said.words or words_of(field.type)
     annotation = option(
         declared | None if default is None else declared,
         _names(field.name, said),
@@ -151,7 +152,7 @@ def _parameter(panel: str, field: Any, said: Option) -> Parameter:
         min=said.least,
         max=said.most,
         show_default=default != "",
-        **COMPLETED.get(field.name) or (one_of(*said.words) if said.words else {"metavar": said.metavar}),
+        **COMPLETED.get(field.name) or (one_of(*words) if words else {"metavar": said.metavar}),
     )
     return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 

@@ -12,7 +12,7 @@ from evoprune.cpu.quantize import Int8Linear, check, quantize
 from evoprune.errors import UsageError, names_plugins
 from evoprune.hf import interface
 from evoprune.methods.config import PruneConfig
-from evoprune.methods.plans import DEFAULT, parse_budget
+from evoprune.methods.plans import DEFAULT, Share, parse_budget
 from evoprune.model.config import vision_sizes
 from evoprune.model.numerics import all_numbers
 from evoprune.session.loading.stored import calibrate_tower
@@ -29,11 +29,11 @@ PROCESSOR = (
 
 
 def encode(
-    model,
+    model: Any,
     pixel_values_videos: torch.Tensor,
     video_grid_thw: torch.Tensor,
     *,
-    budget: float | str = DEFAULT,
+    budget: Share = DEFAULT,
     method: str = methods.DEFAULT,
     method_args: dict[str, Any] | None = None,
     question: torch.Tensor | None = None,

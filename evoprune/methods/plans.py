@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from evoprune.errors import UsageError
 from evoprune.util import did_you_mean
@@ -48,7 +48,9 @@ class Preset(float):
         return self.name
 
 
-PRESETS = {
+PresetName = Literal["full", "high", "balanced", "fast"]
+Share = float | PresetName  # of the visual tokens of an input; at run time also a percentage as a text, "10%"
+PRESETS: dict[PresetName, float] = {
     "full": 1.0,
     "high": Preset("high", 0.4, 0.7),
     "balanced": Preset("balanced", 0.25, 0.5),
@@ -57,11 +59,12 @@ PRESETS = {
 # With the accuracy that they keep in the worst of the demo's worlds and weights, and the speed of the first token against Hugging
 # Face at 3B dimensions, fp32 (results/frontier.md).
 IN_WORDS = "high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.7x), fast (0.1; 95.8%, 4.4x)"
-DEFAULT = "balanced"
+DEFAULT: Literal["balanced"] = "balanced"
 # Under AUTO the content decides how many tokens are kept (`Method.automatic`), between these shares.
-AUTO, AUTO_LEAST, AUTO_MOST = "auto", 0.05, 0.5
-AUTO_INFLECTION = "auto:inflection"  # from the curve of a method's scores (methods/chain.py)
-AUTOS = (AUTO, AUTO_INFLECTION)
+AUTO_LEAST, AUTO_MOST = 0.05, 0.5
+AutoName = Literal["auto", "auto:inflection"]  # the second one: from the curve of a method's scores (methods/chain.py)
+AUTOS = AUTO, AUTO_INFLECTION = get_args(AutoName)
+Budget = float | Literal[PresetName, AutoName]
 
 
 def parse_budget(text: str | float, names: Sequence[str] = ()) -> float | str:
