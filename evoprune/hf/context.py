@@ -38,12 +38,12 @@ from evoprune.hf.columns import (
     without_pruned,
 )
 from evoprune.hf.encoding import INT8, PackedTower, encode_with, patch_config
-from evoprune.methods.plans import DEFAULT, parse_budget
+from evoprune.methods.budget import DEFAULT, Budget
 from evoprune.model.cost import Clock
 from evoprune.report import Memory, ModelFacts, Report, Sampling, TokenCounts
 from evoprune.session.loading.find import DTYPES
 from evoprune.session.report import FLAT, pruning_facts
-from evoprune.util import brief, check_known, check_types, from_keywords
+from evoprune.util import brief, budget_text, check_known, check_types, from_keywords
 from evoprune.vision.encoder import Encoded
 
 METHODS = ("generate", "forward")  # of the model, that are replaced
@@ -99,7 +99,7 @@ class EvoPrune:
     pictures: bool = False
 
     def __post_init__(self):
-        parse_budget(self.budget)  # before the types: its message names the presets
+        Budget.parse(self.budget)  # before the types: its message names the presets
         check_types(self)
         object.__setattr__(self, "pruning", patch_config(self.budget, self.method, self.method_args, self.seed))
         if self.positions not in ("host", "qwen"):
@@ -181,7 +181,7 @@ class PrunedModel:
     def __repr__(self) -> str:
         state = "active" if self._patches.active else "not active"
         pruning = self.settings.pruning
-        budget = pruning.budget if isinstance(pruning.budget, str) else f"{pruning.budget:g}"
+        budget = budget_text(pruning.budget.recorded)
         return f"<PrunedModel: {pruning.name} at budget {budget}, {state}>"
 
     if not TYPE_CHECKING:  # a type checker would believe that every name is there
