@@ -23,7 +23,7 @@ __all__ = [
 
 
 def parse(text: str, args: dict[str, str] | None = None) -> "MethodChain":
-    """As `MethodChain.parse`."""
+    """Return what `text` names, as `MethodChain.parse` does."""
     from evoprune.methods.chain import MethodChain  # which loads torch
 
     return MethodChain.parse(text, args)

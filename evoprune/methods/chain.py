@@ -216,7 +216,8 @@ class PruneConfig:
 
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
         """The encoder's work on one input, of which K tokens are for the language model."""
-        return self.method.plan(tower, grid, self.budget.keep(grid), self.budget.name == AUTO_INFLECTION)
+        inflection = self.budget.name == AUTO_INFLECTION
+        return self.method.plan(tower, grid, self.budget.keep(grid), inflection)
 
     def after_tower_below(self, device: torch.device) -> int:
         """Return the number of units below which a device prunes an input after the tower alone; 0 if no size changes anything."""
