@@ -75,7 +75,7 @@ PRESETS = {
 }
 # With the accuracy that they keep in the worst of the demo's worlds and weights, and the speed of the first token against Hugging
 # Face at 3B dimensions, fp32 (results/frontier.md).
-IN_WORDS = "high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.8x), fast (0.1; 95.8%, 4.4x)"
+IN_WORDS = "high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.7x), fast (0.1; 95.8%, 4.4x)"
 DEFAULT = "balanced"
 # Under AUTO the content decides how many tokens are kept (`Method.automatic`), between these shares.
 AUTO = "auto"
