@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 from evoprune import methods
 from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
-from evoprune.methods.plans import AUTOS, PRESETS, parse_budget, parse_budget_or_name
+from evoprune.methods.budget import AUTOS, PRESETS, Budget
 from evoprune.methods.registry import REUSE
 from evoprune.session.options import PipelineOptions
 from evoprune.util import OPTION, Option, kinds_of, words_of
@@ -53,7 +53,7 @@ def _after_commas(typed: str, complete: Callable[[str], Iterable[str]]) -> list[
 
 def _methods(typed: str) -> list[str]:
     """What may follow the last `+`."""
-    before = typed[: typed.rfind("+") + 1]
+    before = typed.removesuffix(methods.parse_names(typed)[-1].text)
     names = [before + name for name in methods.available() if _exists(before + name)]
     if typed and f"{REUSE}+".startswith(typed) and not any(name.startswith(typed) for name in names):
         return _methods(f"{REUSE}+")  # it is no method alone
@@ -227,7 +227,7 @@ def sweep(budgets: list[str] | None, names: list[str] | None, args: dict[str, st
     wanted = tuple(dict.fromkeys(listed(names) or [methods.DEFAULT]))
     for name in wanted:
         methods.check(name)
-    shares = map(parse_budget_or_name if named else parse_budget, listed(budgets) or list(PRESETS)[1:])
+    shares = (Budget.parse(text, auto=named).recorded for text in listed(budgets) or list(PRESETS)[1:])
     return {"budgets": tuple(dict.fromkeys(shares)), "methods": wanted, "method_args": args}
 
 

@@ -39,13 +39,13 @@ from evoprune.hf.columns import (
     without_pruned,
 )
 from evoprune.hf.encoding import INT8, PackedTower, encode_with, patch_config
-from evoprune.methods.plans import DEFAULT, Share, parse_budget
+from evoprune.methods.budget import DEFAULT, Budget, GivenShare
 from evoprune.model.cost import Clock
 from evoprune.report import Memory, ModelFacts, Report, Sampling, TokenCounts
 from evoprune.session.loading.find import DTYPES
 from evoprune.session.report import FLAT, pruning_facts
 from evoprune.signatures import explained, takes
-from evoprune.util import brief, check_known, check_types, from_keywords, option
+from evoprune.util import brief, budget_text, check_known, check_types, from_keywords, option
 from evoprune.vision.encoder import Encoded
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class EvoPrune:
         TypeError: an unknown option.
     """
 
-    budget: Share = option(
+    budget: GivenShare = option(
         DEFAULT,
         "Share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset.",
     )
@@ -109,7 +109,7 @@ class EvoPrune:
     )
 
     def __post_init__(self):
-        parse_budget(self.budget)  # before the types: its message names the presets
+        Budget.parse(self.budget)  # before the types: its message names the presets
         if self.positions not in ("host", "qwen"):
             raise UsageError(f"positions {self.positions!r} are not known", "host or qwen")
         if not isinstance(self.pack, bool) and self.pack != INT8:
@@ -193,7 +193,7 @@ class PrunedModel:
     def __repr__(self) -> str:
         state = "active" if self._patches.active else "not active"
         pruning = self.settings.pruning
-        budget = pruning.budget if isinstance(pruning.budget, str) else f"{pruning.budget:g}"
+        budget = budget_text(pruning.budget.recorded)
         return f"<PrunedModel: {pruning.name} at budget {budget}, {state}>"
 
     if not TYPE_CHECKING:  # a type checker would believe that every name is there

@@ -1,4 +1,4 @@
-"""Plans: how many visual tokens a budget keeps, and what the encoder does with a video. No torch.
+"""Plans: what the encoder does with a video, and how tokens are spread over its frame pairs. No torch.
 
 A method makes its plan before the first frame is read. The encoder runs it; the memory check, the cost, estimates
 and the cache's key read it.
@@ -10,129 +10,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from evoprune.errors import UsageError
-from evoprune.util import did_you_mean
-
-# Budgets: how many tokens are kept, and how they are spread over the frame pairs.
-
-
-class Preset(float):
-    """A budget with a name: the share of a video's tokens, and `still`, that of one frame pair, which no other repeats.
-
-    It equals no number, because the two differ in what they keep of pictures.
-    """
-
-    def __new__(cls, name: str, video: float, still: float):
-        preset = super().__new__(cls, video)
-        preset.name, preset.still = name, still
-        return preset
-
-    def __reduce__(self):
-        return Preset, (self.name, float(self), self.still)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Preset) and self.name == other.name
-
-    def __ne__(self, other: object) -> bool:  # a float has one of its own
-        return not self == other
-
-    def __hash__(self) -> int:
-        return hash(self.name)
-
-    def __str__(self) -> str:
-        return self.name
-
-    def __format__(self, spec: str) -> str:
-        return self.name
-
-
-PresetName = Literal["full", "high", "balanced", "fast"]
-Share = float | PresetName  # of the visual tokens of an input; at run time also a percentage as a text, "10%"
-PRESETS: dict[PresetName, float] = {
-    "full": 1.0,
-    "high": Preset("high", 0.4, 0.7),
-    "balanced": Preset("balanced", 0.25, 0.5),
-    "fast": Preset("fast", 0.1, 0.3),
-}
-# With the accuracy that they keep in the worst of the demo's worlds and weights, and the speed of the first token against Hugging
-# Face at 3B dimensions, fp32 (results/frontier.md).
-IN_WORDS = "high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.7x), fast (0.1; 95.8%, 4.4x)"
-DEFAULT: Literal["balanced"] = "balanced"
-# Under AUTO the content decides how many tokens are kept (`Method.automatic`), between these shares.
-AUTO_LEAST, AUTO_MOST = 0.05, 0.5
-AutoName = Literal["auto", "auto:inflection"]  # the second one: from the curve of a method's scores (methods/chain.py)
-AUTOS = AUTO, AUTO_INFLECTION = get_args(AutoName)
-Budget = float | Literal[PresetName, AutoName]
-
-
-def parse_budget(text: str | float, names: Sequence[str] = ()) -> float | str:
-    """The share to keep, from a preset's name, a number in (0, 1] or a percentage; other `names` unchanged. Raises UsageError."""
-    if text in names or isinstance(text, Preset):  # which another object parsed before
-        return text
-    if isinstance(text, str) and text in PRESETS:
-        return PRESETS[text]
-    percent = isinstance(text, str) and text.rstrip().endswith("%")
-    value = _number(text.rstrip()[:-1]) / 100 if percent else _number(text)
-    if 0 < value <= 1:
-        return value
-    raise _refused(text, names)
-
-
-def parse_budget_or_name(text: str | float) -> float | str:
-    """As `parse_budget`, but returns "auto" and "auto:inflection" unchanged."""
-    return parse_budget(text, AUTOS)
-
-
-def _number(text: str | float) -> float:
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def _refused(text: str | float, names: Sequence[str]) -> UsageError:
-    if text in AUTOS and text not in names:
-        hint = f"give a share of tokens such as 0.25; {text} works with VideoQA, and with commands that ask or evaluate"
-        return UsageError(f"budget {text!r} does not work here", hint)
-    percent, also = _number(text), f", or {', '.join(names[:-1])} or {names[-1]}" if names else ""
-    meant = f"did you mean {percent / 100:g} (or {percent:g}%)? " if 1 < percent <= 100 else ""
-    hint = f"give a number above 0 and up to 1 (0.25 or 25% for a quarter), or one of {', '.join(PRESETS)}{also}"
-    meant = meant or did_you_mean(str(text), (*PRESETS, *names))
-    return UsageError(f"budget {text!r} is not a share of tokens to keep", meant + hint)
-
-
-def plain(budget: float | str) -> float | str:
-    """A budget as records hold it: a number, or a name."""
-    return budget.name if isinstance(budget, Preset) else budget
-
-
-def share_for(budget: float, grid: tuple[int, int, int]) -> float:
-    """The share of one input: `grid` is (T, H, W) in units."""
-    return budget.still if isinstance(budget, Preset) and grid[0] == 1 else float(budget)
-
-
-def keep_tokens(budget: float, grid: tuple[int, int, int]) -> int:
-    """K of one input: `grid` is (T, H, W) in units."""
-    return keep_count(share_for(budget, grid), prod(grid))
-
-
-def share_of(budget: float, grids: Sequence[tuple[int, int, int]]) -> float:
-    """The share of all units of several inputs that `keep_tokens` keeps, for methods that know only one share."""
-    if not isinstance(budget, Preset):
-        return budget
-    return sum(keep_tokens(budget, grid) for grid in grids) / sum(map(prod, grids))
-
-
-def largest_share(budget: float) -> float:
-    """The largest share of any input that a budget keeps."""
-    return max(budget, budget.still) if isinstance(budget, Preset) else budget
-
-
-def keep_count(budget: float, units: int) -> int:
-    """K = max(1, floor(budget * units + 0.5)), at most `units`."""
-    return min(units, max(1, math.floor(budget * units + 0.5)))
+# How tokens are spread over the frame pairs.
 
 
 def spread(keep: int, pairs: int) -> list[int]:

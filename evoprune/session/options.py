@@ -23,13 +23,7 @@ from evoprune.cpu.precision import (
 )
 from evoprune.errors import UsageError
 from evoprune.language.settings import GenerationOptions
-from evoprune.methods.plans import (
-    DEFAULT,
-    IN_WORDS,
-    Budget,
-    parse_budget_or_name,
-    plain,
-)
+from evoprune.methods.budget import DEFAULT, IN_WORDS, Budget, GivenBudget
 from evoprune.util import OPTION, check_types, file_state, from_keywords, option
 from evoprune.video.info import (
     AUTO_SEEK,
@@ -45,7 +39,7 @@ from evoprune.video.info import (
 from evoprune.video.plan import check_sampling, parse_time
 
 if TYPE_CHECKING:
-    from evoprune.methods.config import PruneConfig
+    from evoprune.methods.chain import PruneConfig
 
 Engine = Literal["auto", "native", "transformers"]
 AUTO, NATIVE, TRANSFORMERS = ENGINES = get_args(Engine)
@@ -155,8 +149,8 @@ def parse_settings(texts: Iterable[str] | None) -> dict[str, str]:
     """A method's settings, of NAME=VALUE texts. Raises UsageError: a text without an equals sign or a name."""
     settings = {}
     for text in texts or ():
-        name, equals, value = text.partition("=")
-        if not equals or not name:
+        name, value = methods.parse_setting(text)
+        if value is None or not name:
             raise UsageError(f"--method-arg {text!r} is not NAME=VALUE", "for example --method-arg alpha=2")
         settings[name] = value
     return settings
@@ -164,14 +158,14 @@ def parse_settings(texts: Iterable[str] | None) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """How visual tokens are pruned. A preset becomes a `Preset`, and the values of `method_args` become texts.
+    """How visual tokens are pruned. A percentage becomes a number, and the values of `method_args` become texts.
 
     Raises UsageError: a bad budget, or no such method.
     """
 
     PANEL: ClassVar[str] = "Pruning"
 
-    budget: Budget = option(
+    budget: GivenBudget = option(
         DEFAULT,
         f"Share of visual tokens kept: 0.1, 10%, or {IN_WORDS}. "
         "Accuracy: what the worst of the demo models keeps. Speed: of the first token, against Hugging Face at 3B dimensions. "
@@ -206,16 +200,16 @@ class PruneOptions:
 
     def __post_init__(self):
         if self.budget is None:
-            parse_budget_or_name(None)  # whose message names the presets
+            Budget.parse(None)  # whose message names the presets
         check_types(self)
-        object.__setattr__(self, "budget", parse_budget_or_name(self.budget))
+        object.__setattr__(self, "budget", Budget.parse(self.budget, auto=True).recorded)
         texts = {name: str(value) for name, value in (self.method_args or {}).items()}
         object.__setattr__(self, "method_args", texts)
         methods.check(self.method)
 
     def config(self) -> "PruneConfig":
         """What they stand for, parsed. Raises UsageError: as of `PruneConfig.of`."""
-        from evoprune.methods.config import PruneConfig
+        from evoprune.methods.chain import PruneConfig
 
         return PruneConfig.of(self.budget, self.method, self.method_args, self.seed)
 
@@ -367,7 +361,7 @@ def record(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
     values = {}
     for group in groups:
         for f in fields(group):
-            value = plain(getattr(group, f.name))
+            value = getattr(group, f.name)
             if f.name in always or (f.metadata[OPTION].changes_answers and value != f.default):
                 values[f.name] = value
     return values

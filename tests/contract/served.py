@@ -12,6 +12,7 @@ from math import prod
 import torch
 
 import evoprune
+from evoprune.methods.budget import Budget
 from tests.contract.running import ROOT
 from tests.contract.small import Held, encoded, runs, sums
 from tests.tiny import tiny_model
@@ -34,7 +35,8 @@ def request(family: str, method: str, rate: float) -> Held:
     """A prompt of two videos and a picture, as the encoder and the processor have it; and its positions when it was read."""
     visual = tiny_model(family=family).model.visual
     chain = pruning.served_method({"evoprune": {"method": method}})
-    share, clock = pruning.request_budget({}, rate), CLOCK.get(family)
+    budget = pruning.request_budget({}, rate)
+    clock = CLOCK.get(family)
     random = torch.Generator().manual_seed(1)
     values = visual.patch_embed.proj.weight[0].numel()
     held: Held = {"weighs": chain.weighs}
@@ -42,7 +44,7 @@ def request(family: str, method: str, rate: float) -> Held:
     items, columns = [], []
     for number, (before, kind, grid, seconds) in enumerate(ITEMS):
         ids += [TEXT] * before
-        keep = kept_of(share, grid) if kind == VIDEO else prod(grid)
+        keep = budget.keep(grid) if kind == VIDEO else prod(grid)
         patches = torch.randn(4 * prod(grid), values, generator=random)
         made = pruning.encoded(visual, patches, grid, keep, chain)
         held[f"input {number}"] = encoded(made)
@@ -64,12 +66,6 @@ def request(family: str, method: str, rate: float) -> Held:
         ids += [kind] * len(rows)
     ids += [TEXT] * END
     return held | read(torch.tensor(ids), items, torch.cat(columns))
-
-
-def kept_of(share: float, grid: tuple[int, int, int]) -> int:
-    from evoprune.methods.plans import keep_tokens
-
-    return keep_tokens(share, grid)
 
 
 def evoprune_positions(grid: tuple[int, int, int], seconds: float, clock: float | None) -> torch.Tensor:
@@ -114,7 +110,7 @@ def said(function: Callable, *args) -> object:
         made = function(*args)
     except evoprune.EvopruneError as problem:
         return [type(problem).__name__, problem.message, problem.hint]
-    return made if isinstance(made, float) else [made.name, made.exact, made.weighs]
+    return made.video if isinstance(made, Budget) else [made.name, made.exact, made.weighs]
 
 
 def cases() -> Iterator[tuple[str, Callable[[], Held]]]:

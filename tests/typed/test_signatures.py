@@ -20,7 +20,7 @@ import pytest
 import evoprune
 from evoprune import keywords
 from evoprune.language.settings import GenerationOptions
-from evoprune.methods.plans import DEFAULT, PRESETS, PresetName
+from evoprune.methods.budget import DEFAULT, PRESETS, PresetName
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions, StreamOptions
 from evoprune.signatures import code, explained, meaning, takes, type_code
 from evoprune.util import option
