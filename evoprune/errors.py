@@ -49,7 +49,9 @@ class EvopruneError(Exception):
 
     def __init__(self, message: str, hint: str | None = None, *, stage: str | None = None):
         super().__init__(message)
-        self.message, self.hint, self.stage = message, hint, stage or self.stage
+        self.message = message
+        self.hint = hint
+        self.stage = stage or self.stage
 
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
@@ -108,7 +110,9 @@ class OutOfMemory(EvopruneError):
 
 
 def _plugin_error(problem: BaseException) -> PluginError | None:
-    """The error for an unexpected exception in another package's method or layers, or in code that these called; else None."""
+    """Return the error for an unexpected exception in another package's method or layers, or in code that these called; else
+    None.
+    """
     packages = {method.__module__.partition(".")[0]: name for method, name in PLUGINS.items()} | QUANTIZERS
     expected = isinstance(problem, EvopruneError) or is_out_of_memory(problem) or is_interruption(problem)
     for frame, _ in walk_tb(None if expected else problem.__traceback__):
@@ -136,7 +140,7 @@ def names_plugins() -> Iterator[None]:
 
 
 def error_record(problem: BaseException) -> dict:
-    """A failure as JSON records hold it: code, type, stage, message, hint. Whatever is not expected is a bug."""
+    """Return a failure as JSON records hold it: code, type, stage, message, hint. Whatever is not expected is a bug."""
     if is_out_of_memory(problem):  # outside of any stage
         problem = OutOfMemory("out of memory", f"close other programs, or {USE_LESS}")
     elif named := _plugin_error(problem):
@@ -154,20 +158,20 @@ def error_record(problem: BaseException) -> dict:
 
 
 def _damaged_module(problem: BaseException) -> str | None:
-    """The compiled file of a module that Python could not load: it was written in part, which Python does not notice."""
+    """Return the compiled file of a module that Python could not load: it was written in part, which Python does not notice."""
     frames = (frame for frame, _ in walk_tb(problem.__traceback__) if frame.f_code.co_name == "_compile_bytecode")
     return next((frame.f_locals.get("bytecode_path") for frame in frames), None)
 
 
 def is_interruption(problem: BaseException) -> bool:
-    """Whether a signal is the reason: Ctrl-C, or what this program's handler of any signal has raised."""
+    """Return whether a signal is the reason: Ctrl-C, or what this program's handler of any signal has raised."""
     handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()}
     frames = (frame for frame, _ in walk_tb(problem.__traceback__))
     return isinstance(problem, KeyboardInterrupt) or any(frame.f_code in handlers for frame in frames)
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
-    """Whether a host or a device ran out of memory, by the type of what was raised, or by what it says."""
+    """Return whether a host or a device ran out of memory, by the type of what was raised, or by what it says."""
     if isinstance(problem, MemoryError) or (isinstance(problem, OSError) and problem.errno == errno.ENOMEM):
         return True
     said = str(problem) if isinstance(problem, RuntimeError | OSError | ImportError) else ""
@@ -199,7 +203,7 @@ class memory_guard:  # noqa: N801 (called as a function)
 
 
 def process_error(what: str, problem: OSError, stage: str | None = None) -> EvopruneError:
-    """The error for what the system refuses where a process is started or served: `what` cannot be done."""
+    """Return the error for what the system refuses where a process is started or served: `what` cannot be done."""
     message = f"cannot {what}: {problem.strerror}"
     if problem.errno == errno.ENOMEM:
         return OutOfMemory(message, "close other programs", stage=stage)
@@ -213,7 +217,7 @@ def process_error(what: str, problem: OSError, stage: str | None = None) -> Evop
 
 
 def first_line(problem: BaseException) -> str:
-    """What an exception says, in one line; its type where it says nothing, or cannot say it."""
+    """Return what an exception says, in one line; its type where it says nothing, or cannot say it."""
     try:
         said = str(problem).strip()
     except Exception:  # of another package

@@ -36,7 +36,8 @@ BESIDE = "overlap"  # no stage: what of reading and preprocessing nobody waited 
 # Of inputs; a later question about them does not wait for these again.
 OF_INPUTS = ("plan", "read", "preprocess", "compile", "encode", "store", BESIDE)
 SELDOM = ("compile", "store")  # stages that have a line where they take a millisecond
-WIDTH, BAR = 80, 12
+WIDTH = 80
+BAR = 12
 INDENT = " " * 11
 KNOWN = "the demo models know only generated clips (demo: coloured shapes and digits; demo-scenes: crowded scenes with signs)"
 WARNINGS = {
@@ -277,12 +278,13 @@ class Report:
     stream: dict[str, Any] | None = None
 
     def __str__(self) -> str:
-        """The stats as lines of text, as the command line prints them, and what the warnings say."""
+        """Return the stats as lines of text, as the command line prints them, and what the warnings say."""
         stats = stats_block(self)
         return "\n".join([*stats, *warning_lines(self)]) if stats else repr(self)
 
     def __repr__(self) -> str:
-        pruning, first = self.pruning, self.time_ms.ttft_wall
+        pruning = self.pruning
+        first = self.time_ms.ttft_wall
         facts = [
             f"{name} {getattr(self, name)!r}" for name in ("question", "answer") if getattr(self, name) is not None
         ]
@@ -302,7 +304,7 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """The report that `to_json` wrote; fields of later versions are ignored.
+        """Return the report that `to_json` wrote; fields of later versions are ignored.
 
         Raises ValueError: not JSON, or not a record of this schema.
         """
@@ -322,7 +324,10 @@ class Report:
 
 
 def _filled(target, record: Any, name: str = "a record"):
-    """A dataclass with the values of a record; those of dataclasses inside it, too. Fields that it does not have are ignored."""
+    """Return a dataclass with the values of a record; those of dataclasses inside it, too.
+
+    Fields that it does not have are ignored.
+    """
     if not isinstance(record, dict):
         raise ValueError(f"{name} is not an object")
     for field_, value in record.items():
@@ -354,7 +359,10 @@ def rounded(value):
 
 
 def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> list[str]:
-    """The lines of a `Report`, at most `width` columns wide. `verbose`: also the rows of every layer, settings and versions."""
+    """Return the lines of a `Report`, at most `width` columns wide.
+
+    `verbose`: also the rows of every layer, settings and versions.
+    """
     lines = [*_heading(report, width), *_stages(report, width), *_totals(report), *_memory(report.memory)]
     lines += _side_by_side(report, report.compare) if report.compare else []
     lines += _verbose(report) if verbose else []
@@ -364,13 +372,16 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
 
 
 def warning_lines(report: Report) -> list[str]:
-    """What the warnings of a `Report` say, each line at most `WIDTH` columns wide."""
+    """Return what the warnings of a `Report` say, each line at most `WIDTH` columns wide."""
     texts = (f"{warning_title(name):<11}{warning_text(name, video)}" for name, video in warned(report))
     return [piece for text in texts for piece in _folded(text, WIDTH)]
 
 
 def warned(report: Report) -> list[tuple[str, VideoFacts]]:
-    """The warnings of a `Report`: names, and the `VideoFacts` that each is about. Those of inputs, then those about the model."""
+    """Return the warnings of a `Report`: names, and the `VideoFacts` that each is about.
+
+    Those of inputs, then those about the model.
+    """
     own = [(name, facts.video) for facts in report.inputs for name in facts.warnings]
     names = [os.path.basename(os.path.abspath(facts.path)) for facts in report.inputs]
     about = replace(report.video, path=listed(names)) if len(names) > 1 else report.video
@@ -382,7 +393,10 @@ def warning_title(name: str) -> str:
 
 
 def warning_text(name: str, video: VideoFacts, path: str | None = None, answers: str | None = None) -> str:
-    """What a warning says about a video (`VideoFacts`). `answers`: which ones mean nothing; None for the one about this video."""
+    """Return what a warning says about a video (`VideoFacts`).
+
+    `answers`: which ones mean nothing; None for the one about this video.
+    """
     path = path or os.path.basename(os.path.abspath(video.path or "the video"))
     path = "standard input" if video.path == "-" else path
     facts = {
@@ -396,19 +410,22 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
 
 def summary(report: Report) -> str:
     """One line: tokens, first token and total."""
-    tokens, times = report.tokens, report.time_ms
+    tokens = report.tokens
+    times = report.time_ms
     read = f"{counted(tokens.prompt or 0, 'token')} read ({tokens.visual or 0:,} visual), {tokens.new or 0:,} written"
     first = "not reached" if times.ttft_wall is None else f"{times.ttft_wall:,.0f} ms"
     return f"{read}; first token {first}, total {times.total or 0:,.0f} ms"
 
 
 def device_text(name: str | None, threads: int | None) -> str:
-    """A device as a record names it, with the threads if it is the CPU."""
+    """Return a device as a record names it, with the threads if it is the CPU."""
     return f"{name} ({counted(threads, 'thread')})" if threads and (name or "").startswith("cpu") else str(name)
 
 
 def _heading(report, width: int) -> list[str]:
-    model, pruning, lines = report.model, report.pruning, []
+    model = report.model
+    pruning = report.pruning
+    lines = []
     if model.id or model.device:
         name = os.path.basename(os.path.abspath(model.id)) if os.path.isabs(model.id or "") else model.id or "?"
         name = shorten(name, max(24, width - 40))
@@ -421,8 +438,9 @@ def _heading(report, width: int) -> list[str]:
 
 
 def _input_line(facts, width: int) -> str:
-    """A video or a picture: its name, and what is known of the file. `facts`: an input of a report, or a report of one."""
-    video, medium = facts.video, getattr(facts, "kind", None) or "video"
+    """Return a video or a picture: its name, and what is known of the file. `facts`: an input of a report, or a report of one."""
+    video = facts.video
+    medium = getattr(facts, "kind", None) or "video"
     size = f"{video.width}x{video.height}"
     times = f"{_span(facts)}  {size}  {f'{video.fps:.4g}' if video.fps else '?'} fps" if medium == "video" else size
     known = f"  {times}  {video.codec}  ({video.decoder})" if video.decoder else ""
@@ -431,8 +449,9 @@ def _input_line(facts, width: int) -> str:
 
 
 def _kept(pruning) -> str:
-    """The share of the visual tokens that is kept; where some leave inside the language model, what is kept where."""
-    kept, read = 100 * (pruning.kept_ratio or 0), pruning.language_layers or []
+    """Return the share of the visual tokens that is kept; where some leave inside the language model, what is kept where."""
+    kept = 100 * (pruning.kept_ratio or 0)
+    read = pruning.language_layers or []
     left = {read[0][1]: 0} if read else {}
     for layer, tokens in read:
         left.setdefault(tokens, layer)  # so many layers have run before
@@ -444,19 +463,23 @@ def _kept(pruning) -> str:
 
 
 def _span(report) -> str:
-    """The video's length, and the part of it that was read if that is not all."""
-    length, start, end = report.video.duration_s, report.sampling.start_s, report.sampling.end_s
+    """Return the video's length, and the part of it that was read if that is not all."""
+    length = report.video.duration_s
+    start = report.sampling.start_s
+    end = report.sampling.end_s
     if None in (length, start, end) or (start <= 0.05 and end >= length - 0.05):
         return clock(length)
     return f"{clock(start)}-{clock(end)} of {clock(length)}"
 
 
 def _stages(report, width: int) -> list[str]:
-    times, flow = report.time_ms, _flow(report)
+    times = report.time_ms
+    flow = _flow(report)
     spent = {stage: getattr(times, stage) or 0 for stage in STAGES if _has_line(times, stage)}
     longest = max(spent.values(), default=0)
     room = width - 21 - max((len(flow[stage]) for stage in spent), default=0)  # columns left for the bars
-    bar, lines = min(BAR, room - 2) if room >= 6 else 0, []
+    bar = min(BAR, room - 2) if room >= 6 else 0
+    lines = []
     for stage, ms in spent.items():
         marks = "#" * (round(bar * ms / longest) if longest else 0)
         lines.append(f"{stage:<11}{ms:>8,.0f}  {marks:<{bar}}{'  ' if bar else ''}{flow[stage]}".rstrip())
@@ -490,7 +513,8 @@ def _each_input(report) -> list[str]:
     """Of several inputs, what each took and what is kept of it."""
     lines = []
     for number, facts in enumerate(report.inputs, 1):
-        kept, spent = facts.pruning, facts.time_ms
+        kept = facts.pruning
+        spent = facts.time_ms
         if len(report.inputs) > 1 and spent.read is not None:
             times = f"read {spent.read:,.0f}, preprocess {spent.preprocess:,.0f}, encode {spent.encode:,.0f} ms"
             tokens = f"{kept.visual_tokens_in or 0:,} visual tokens -> {kept.visual_tokens_kept or 0:,}"
@@ -499,8 +523,11 @@ def _each_input(report) -> list[str]:
 
 
 def _frames_read(report) -> str:
-    """How many frames the video holds, how many of them are in the part that was read if that is known, and how many were taken."""
-    video, sampling = report.video, report.sampling
+    """Return how many frames the video holds, how many of them are in the part that was read if that is known, and how many were
+    taken.
+    """
+    video = report.video
+    sampling = report.sampling
     if not video.frames_total:
         return counted(sampling.frames, "frame")
     part = ""
@@ -512,7 +539,9 @@ def _frames_read(report) -> str:
 
 
 def _flow(report) -> dict[str, str]:
-    pruning, sampling, count = report.pruning, report.sampling, report.tokens
+    pruning = report.pruning
+    sampling = report.sampling
+    count = report.tokens
     flow = dict.fromkeys(STAGES, "")
     flow["plan"] = "whether memory and context suffice"
     flow["compile"] = "kernels, once a machine; loaded once a process"
@@ -525,7 +554,8 @@ def _flow(report) -> dict[str, str]:
         flow["read"] = "a picture" if still else _frames_read(report)
         flow["preprocess"] = f"{counted(sampling.frames, 'frame')} of " * (not still) + f"{width}x{height}"
     if pruning.visual_tokens_kept is not None:
-        tokens, kept = counted(pruning.visual_tokens_in, "visual token"), pruning.visual_tokens_kept
+        tokens = counted(pruning.visual_tokens_in, "visual token")
+        kept = pruning.visual_tokens_kept
         flow["encode"] = f"{tokens} -> {kept:,}, with {100 * (pruning.encoder_live_share or 0):.0f}% of the work"
         if report.cache == "hit":
             flow["read"] = f"{counted(kept, 'visual token')} from the cache"
@@ -541,7 +571,8 @@ def _flow(report) -> dict[str, str]:
 
 
 def _totals(report) -> list[str]:
-    times, lines = report.time_ms, []
+    times = report.time_ms
+    lines = []
     if times.ttft_wall is not None:
         model = f"  (encode + prefill: {times.ttft_model:,.0f})" if times.ttft_model is not None else ""
         lines.append(f"{'first token':<11}{times.ttft_wall:>8,.0f}{model}")
@@ -555,7 +586,7 @@ def _totals(report) -> list[str]:
 
 
 def _memory(memory) -> list[str]:
-    """The peak; and on a CPU what of the memory in use is the process's own, and what are pages of files."""
+    """Return the peak; and on a CPU what of the memory in use is the process's own, and what are pages of files."""
     if memory.peak_bytes is None:
         return []
     lines = [f"{'memory':<11}peak {size(memory.peak_bytes)}; weights {size(memory.weights_bytes)}"]
@@ -568,8 +599,8 @@ def _memory(memory) -> list[str]:
 def _side_by_side(pruned, full) -> list[str]:
     """Return lines of time and tokens of a question, with and without pruning.
 
-    The time is that of encode and prefill. What comes before the first token beside them is not compared: the patches that the first
-    of the two has read serve the second.
+    The time is that of encode and prefill. What else comes before the first token is not compared: the patches that the first one
+    has read serve the second.
     """
     rows = (
         ("encode + prefill", pruned.time_ms.ttft_model, full.time_ms.ttft_model),
@@ -587,16 +618,21 @@ def _side_by_side(pruned, full) -> list[str]:
 
 
 def _folded(line: str, width: int) -> list[str]:
-    """The line in pieces that fit, broken between words, the later ones indented."""
+    """Return the line in pieces that fit, broken between words, the later ones indented."""
     return [line] if len(line) <= width else textwrap.wrap(line, max(width, 30), subsequent_indent=INDENT)
 
 
 def _verbose(report) -> list[str]:
     """Parts of loading in ms, the grid, rows or tokens of every layer, tokens of every frame pair, settings, versions."""
-    env, times, pruning, grid = report.env, report.time_ms, report.pruning, report.sampling.grid_thw
+    env = report.env
+    times = report.time_ms
+    pruning = report.pruning
+    grid = report.sampling.grid_thw
     loads = {"tokenizer": times.load_tokenizer, "weights": times.load_weights, "preparing": times.load_prepare}
     pairs, rows, wide = grid or (0, 0, 0)
-    said, read, work = report.subtitles, pruning.language_layers, pruning.language_work
+    said = report.subtitles
+    read = pruning.language_layers
+    work = pruning.language_work
     return [
         *_wrapped("load", [f"{name}={spent:,.0f}" for name, spent in loads.items() if spent is not None]),
         *_wrapped("grid", [counted(pairs, "frame pair"), "of", f"{rows}x{wide}", "patches"] if grid else ["unknown"]),

@@ -47,13 +47,13 @@ def roughly(seconds: float) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """The text with its middle left out where it is too long."""
+    """Return the text with its middle left out where it is too long."""
     head = max(0, (width - 3) // 2)
     return text if len(text) <= width else text[:head] + "..." + text[len(text) - (width - 3 - head) :]
 
 
 def shown(path: str) -> str:
-    """A path in a message: no more than its beginning and end where it is long, or a video inside a data: URL."""
+    """Return a path in a message: no more than its beginning and end where it is long, or a video inside a data: URL."""
     return shorten(path, 40 if path.startswith("data:") else LONGEST)
 
 
@@ -74,13 +74,15 @@ def budget_text(budget: float | str) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
-    """The beginning of a hint, which names the known words, at most so many, that a misspelt one is like; empty where none is."""
+    """Return the beginning of a hint, which names the known words, at most so many, that a misspelt one is like; empty where
+    none is.
+    """
     near = get_close_matches(word.lower(), list(known), most)
     return f"did you mean {listed(near, 'or')}? " if near else ""
 
 
 def missing_hint(path: str, usual: str) -> str:
-    """The hint where there is no file of that name: what else it is, which name is near, or else `usual`."""
+    """Return the hint where there is no file of that name: what else it is, which name is near, or else `usual`."""
     if path.startswith("data:"):
         return "write it to a file, and give the path of that"
     if path.startswith(FILE_URL):
@@ -92,14 +94,16 @@ def missing_hint(path: str, usual: str) -> str:
 
 
 def near_file(path: str) -> str | None:
-    """The path of a file or folder that exists and that a misspelt path is like; None where none is.
+    """Return the path of a file or folder that exists and that a misspelt path is like; None where none is.
 
     The first part of the path that does not exist is compared with the names beside it, without regard to case. Endings count
     less than what is before them, or all names of a folder of videos would be alike.
     """
     if os.path.lexists(path):
         return None
-    above, name, below = os.path.dirname(path), os.path.basename(path), ""
+    above = os.path.dirname(path)
+    name = os.path.basename(path)
+    below = ""
     while above and not os.path.isdir(above):
         below = os.path.join(name, below) if below else name
         above, name = os.path.dirname(above), os.path.basename(above)
@@ -120,17 +124,17 @@ def near_file(path: str) -> str | None:
 
 
 def is_url(path: Any) -> bool:
-    """Whether it is a text that is an address on the web; a file of that name comes first."""
+    """Return whether it is a text that is an address on the web; a file of that name comes first."""
     return isinstance(path, str) and WEB.match(path) is not None and not os.path.lexists(path)
 
 
 def without_password(source: str) -> str:
-    """An address without the name and the password in it."""
+    """Return an address without the name and the password in it."""
     return re.sub(r"(?<=://)[^/]*@", "", source)
 
 
 def some(texts: Sequence[str], separator: str = ", ") -> str:
-    """The first `SOME` texts, and how many more there are: a, b, and 3 more."""
+    """Return the first `SOME` texts, and how many more there are: a, b, and 3 more."""
     more = [f"and {len(texts) - SOME:,} more"] if len(texts) > SOME else []
     return separator.join([*texts[:SOME], *more])
 
@@ -142,12 +146,12 @@ def listed(names: Sequence[str], word: str = "and") -> str:
 
 
 def harmless(text: str) -> str:
-    r"""The text with escapes, such as \x1b, for what a terminal would obey."""
+    r"""Return the text with escapes, such as \x1b, for what a terminal would obey."""
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def is_text(value: str) -> bool:
-    """Whether it is text: no half of a surrogate pair, as stray bytes in arguments become, and no NUL, as in UTF-16."""
+    """Return whether it is text: no half of a surrogate pair, as stray bytes in arguments become, and no NUL, as in UTF-16."""
     return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -197,11 +201,13 @@ ACCEPTED: dict[type, tuple[type, str]] = {
     Callable: (Callable, "a function"),
     NoneType: (NoneType, "None"),
 }
-MIN_INTEGER, MAX_INTEGER = -(2**63), 2**64 - 1  # of a whole number that torch takes, as a seed for example
+# of a whole number that torch takes, as a seed for example
+MIN_INTEGER = -(2**63)
+MAX_INTEGER = 2**64 - 1
 
 
 def brief(value: Any) -> str:
-    """A value for a message: its repr where that is short, else its class."""
+    """Return a value for a message: its repr where that is short, else its class."""
     try:
         text = repr(value)
     except Exception:  # another package's class may raise anything
@@ -230,7 +236,7 @@ class Option:
 
 
 def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
-    """A field of a dataclass of options. `more`: of `Option`."""
+    """Return a field of a dataclass of options. `more`: of `Option`."""
     return field(default=default, metadata={OPTION: Option(help, flags, **more)})
 
 
@@ -257,22 +263,22 @@ def check_types(options: Any) -> None:
 
 
 def parts_of(declared: Any) -> Sequence[Any]:
-    """The types that a declared type is a union of; itself if it is none."""
+    """Return the types that a declared type is a union of; itself if it is none."""
     return get_args(declared) if get_origin(declared) in (Union, UnionType) else [declared]
 
 
 def kinds_of(declared: Any) -> list[type]:
-    """The classes of the values of a declared type: `str` for words."""
+    """Return the classes of the values of a declared type: `str` for words."""
     return [str if get_origin(part) is Literal else get_origin(part) or part for part in parts_of(declared)]
 
 
 def words_of(declared: Any) -> tuple[str, ...]:
-    """The words of a declared type."""
+    """Return the words of a declared type."""
     return tuple(word for part in parts_of(declared) if get_origin(part) is Literal for word in get_args(part))
 
 
 def check_type(name: str, value: Any, declared: Any) -> Any:
-    """The value, as one of Python's own numbers if it is one of numpy's.
+    """Return the value, as one of Python's own numbers if it is one of numpy's.
 
     Raises UsageError, with what is right, where it is not of the declared type, if that is in `ACCEPTED`.
     """

@@ -35,14 +35,20 @@ from evoprune.session.options import (
 )
 from evoprune.session.prompting import longest_prompt
 from evoprune.session.session import Session, check_fits, check_streams
-from evoprune.signatures import takes
+from evoprune.session.signatures import takes
 from evoprune.util import brief, check_type, from_keywords
 from evoprune.video.given import Input
 
 if TYPE_CHECKING:
-    from evoprune.keywords import GenerationKeywords, LoadKeywords, PruneKeywords, SamplingKeywords, StreamKeywords
     from evoprune.live.stream import VideoStream
     from evoprune.session.cache import Cache
+    from evoprune.session.keywords import (
+        GenerationKeywords,
+        LoadKeywords,
+        PruneKeywords,
+        SamplingKeywords,
+        StreamKeywords,
+    )
 
 
 Path = str | os.PathLike[str]
@@ -106,7 +112,8 @@ class VideoQA(Uncopied):
         if ahead is None:
             return load_qa(loading, pruning, progress=progress, kind=cls)
         if not isinstance(ahead, Ahead):
-            paths, ahead = paths_of(ahead), Ahead(loading)
+            paths = paths_of(ahead)
+            ahead = Ahead(loading)
             ahead.begin([(paths, SamplingOptions())])
         try:
             qa = load_qa(loading, pruning, progress=progress, kind=cls)
@@ -125,7 +132,7 @@ class VideoQA(Uncopied):
         return repr(self.session).replace("Session", "VideoQA", 1)
 
     def unpruned(self) -> "VideoQA":
-        """The same model and seed with every visual token kept: what pruning is compared with."""
+        """Return the same model and seed with every visual token kept: what pruning is compared with."""
         return VideoQA(self.session.unpruned())
 
     @takes(SamplingOptions)

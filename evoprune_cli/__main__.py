@@ -7,7 +7,8 @@ import sys  # both are there already, when Python begins to run a program
 # milliseconds, on cores that other programs need, or the thread that all wait for. It reads this when torch is loaded.
 SPIN = {"GOMP_SPINCOUNT": "10000"}
 CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED = 130
+TERMINATED = 143
 
 
 def start() -> None:

@@ -50,7 +50,8 @@ MAX_QUESTION = 2**22  # characters that are read from stdin, which may never end
 LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
 PROMPT = "> "  # before a question
 HELP = "a question and Enter: the answer; q or Ctrl-D: the end; Ctrl-C: stops an answer; /help: this line"
-HELPS, ENDS = ("/help", "help", "?"), ("exit", "quit", "q", "/exit", "/quit", "/q", "/bye")
+HELPS = ("/help", "help", "?")
+ENDS = ("exit", "quit", "q", "/exit", "/quit", "/q", "/bye")
 
 
 @opt.command(
@@ -97,7 +98,8 @@ def ask(
     """
     inputs, first = split_words(words)
     given = [*([] if first is None else [first]), *(more or [])]
-    questions, several = given or [""], interactive or len(given) > 1
+    questions = given or [""]
+    several = interactive or len(given) > 1
     shown = {"interactive": interactive, "several": several, "show_thoughts": show_thoughts}
     names = [without_password(path) for path in inputs]
     talk = Conversation(names, json, stats, quiet, verbose, **shown)
@@ -149,7 +151,7 @@ def ask(
 
 
 def split_words(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
-    """The inputs, and the question if there is one among the words.
+    """Return the inputs, and the question if there is one among the words.
 
     The last of several words is the question, unless there is such a file, or it looks like the name of one.
     """
@@ -170,11 +172,13 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
     missing = [word for word in inputs if not _exists(word)] if len(inputs) > 1 else []
     if not missing:
         return
-    name, last = missing[0], inputs[-1]
+    name = missing[0]
+    last = inputs[-1]
     if name == inputs[0] and not PATH.fullmatch(name):
         raise VideoError(f"no such file: {name}", missing_hint(name, f"videos and pictures come first: {USAGE}"))
     if not PATH.fullmatch(name):
-        words, hint = [*missing, *filter(None, [question])], f"quote the question: {USAGE}; a second one: -Q"
+        words = [*missing, *filter(None, [question])]
+        hint = f"quote the question: {USAGE}; a second one: -Q"
         if any(word.startswith("-") for word in words):
             hint = "what follows -- is no option: put options before it"
         raise UsageError(f"unexpected extra words: {' '.join(words)}", hint)
@@ -183,7 +187,7 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
 
 
 def _exists(word: str) -> bool:
-    """Whether it is an input, as far as that is known before anything is read."""
+    """Return whether it is an input, as far as that is known before anything is read."""
     try:
         return word == STDIN or is_url(word) or os.path.lexists(word)
     except ValueError:  # not a name that a file can have
@@ -209,7 +213,8 @@ def _encode(
     from evoprune.session.prompting import longest_prompt
 
     show("reading")
-    sampling, stored = options.sampling, Cache() if cache else None
+    sampling = options.sampling
+    stored = Cache() if cache else None
     given = {"names": inputs, "cache": stored, "ahead": ahead}
     with contextlib.closing(open_inputs(session, paths, sampling, **given)) as opened:
         plans, text = opened.plans, QUESTION + sum(plan.subtitles.tokens for plan in opened.plans)
@@ -235,7 +240,7 @@ def _encode(
 
 
 def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> list[str]:
-    """All questions in order. One is read from stdin if none is given, none will be typed, and stdin is not the video."""
+    """Return all questions in order. One is read from stdin if none is given, none will be typed, and stdin is not the video."""
     if interactive:
         if sys.stdin is None or not sys.stdin.isatty():
             said = "--interactive reads questions from a terminal, and stdin is not one"
@@ -327,7 +332,10 @@ class Conversation:
         """The options of a command; `several`: there is more than one question."""
         self._show_thoughts = show_thoughts
         self.answered = 0
-        self._names, self._json, self._verbose, self._quiet = inputs, json, verbose, quiet
+        self._names = inputs
+        self._json = json
+        self._verbose = verbose
+        self._quiet = quiet
         plain = not json and not quiet
         self._echo = several and plain and sys.stderr.isatty()  # questions of the command line, on stderr
         self._stats = (plain if stats is None else stats) or (verbose and not quiet)
@@ -348,7 +356,9 @@ class Conversation:
 
         `encode_full`: encodes the inputs once more with nothing pruned; None where nothing is to be compared.
         """
-        self._inputs, self._generation, self._encode_full = inputs, generation, encode_full
+        self._inputs = inputs
+        self._generation = generation
+        self._encode_full = encode_full
         _print_warnings(inputs.report)
         self._warned = set(inputs.report.warnings)
 
@@ -364,7 +374,8 @@ class Conversation:
                 with progress(not self._quiet) as show:
                     self._full = self._encode_full(show)
             answer = self._say(self._full, question, "full")
-            report.compare, self._half = answer.report, None
+            report.compare = answer.report
+            self._half = None
             from evoprune.bench.agreement import agreement, reference
 
             ended = answer.report.finish_reason == "stop"
@@ -398,7 +409,8 @@ class Conversation:
         if isinstance(problem, BrokenPipeError | SystemExit) or not unanswered:
             return
         interrupted = not isinstance(problem, Exception)
-        running, self._running = self._running, None
+        running = self._running
+        self._running = None
         report = running.report if interrupted and running else None
         if self._half:
             report = report or self._failure(unanswered[0], problem)
@@ -406,7 +418,8 @@ class Conversation:
             report.finish_reason = "interrupt" if interrupted else "error"
         if self._half:
             self._half.compare = report
-            report, self._half = self._half, None
+            report = self._half
+            self._half = None
         self.answered += len(unanswered)
         if report and interrupted:
             self._finish(report)
@@ -471,7 +484,7 @@ class Conversation:
                 tell(f"{title}{summary(record)}")
 
     def _failure(self, question: str, problem: BaseException) -> Report:
-        """The record of a question that has no answer."""
+        """Return the record of a question that has no answer."""
         reason = "error" if isinstance(problem, Exception) else "interrupt"
         report = Report(question=question, finish_reason=reason, error=failure(problem))
         name_inputs(report, self._names)
@@ -515,7 +528,8 @@ def typed_questions(
             note("\nq or Ctrl-D ends the conversation, or Ctrl-C once more")
             warned = True
             continue
-        warned, word = False, line.strip().lower()
+        warned = False
+        word = line.strip().lower()
         if word in ENDS:
             return
         if word in HELPS:

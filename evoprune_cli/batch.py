@@ -155,7 +155,7 @@ def batch(
 
 
 def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tally"):
-    """The records of rows that are answered in this process; `ready` is called when the model is loaded.
+    """Yield the records of rows that are answered in this process; `ready` is called when the model is loaded.
 
     `tally` is told how far encoding is, and how long it waits for reading.
     """
@@ -184,7 +184,7 @@ def _rows(
     span: tuple[float, float | None],
     recursive: bool,
 ) -> list["Row"]:
-    """All rows. `span`: start and end in seconds of those that say none."""
+    """Return all rows. `span`: start and end in seconds of those that say none."""
     from evoprune.batch.rows import left_out, load_rows, product_rows, read_all, read_rows
 
     if source is None:
@@ -241,16 +241,22 @@ class Tally:
     """
 
     def __init__(self, total: int, quiet: bool, named: Sequence[str] = ()):
-        self.failed, self.quiet = 0, quiet
-        self._total, self._named = total, frozenset(named)
+        self.failed = 0
+        self.quiet = quiet
+        self._total = total
+        self._named = frozenset(named)
         self._file: RecordFile | None = None
         self._warnings: dict[str, dict[str | None, VideoFacts]] = {}  # by name, the videos that have it by path
-        self._last_failure, self._cut = "", 0  # `_cut`: answers that -n cut
+        # `_cut`: answers that -n cut
+        self._last_failure = ""
+        self._cut = 0
         self._waited_s: float | None = None  # for reading; None where that is unknown, as on a Ray cluster
 
     def start(self, file: "RecordFile", left: int, show) -> None:
         """The model is loaded, and `left` rows have no answer yet. `show`: see `terminal.progress`."""
-        self._file, self._before, self._show = file, self._total - left, show
+        self._file = file
+        self._before = self._total - left
+        self._show = show
         self._begun = self._reported = time.monotonic()
         self._show_rows()
 
@@ -276,7 +282,8 @@ class Tally:
             self._warnings.setdefault(name, {}).setdefault(video.path, video)
         if record.error:
             self.failed += 1
-            inputs, message = [facts.path for facts in record.inputs], record.error["message"]
+            inputs = [facts.path for facts in record.inputs]
+            message = record.error["message"]
             known = any(path in message for path in inputs)
             said = f"failed: {message if known else f'{listed(inputs)}: {message}'}"
             if not (self._named & set(inputs) and message.startswith("no such file")):
@@ -302,8 +309,10 @@ class Tally:
             print_warning(name, next(iter(videos.values())), len(videos) - 1)
         if self.quiet:
             return
-        new, seconds = self._file.written, time.monotonic() - self._begun
-        done, failed = self._before + new - self.failed, self._failed()
+        new = self._file.written
+        seconds = time.monotonic() - self._begun
+        done = self._before + new - self.failed
+        failed = self._failed()
         before = f", {self._before:,} of them before" if self._before else ""
         waited = "" if self._waited_s is None else f"; waited {clock(self._waited_s)} for reading"
         took = f": {clock(seconds)}, {pace(new, seconds)}{waited}" if new else ""
@@ -318,7 +327,8 @@ class Tally:
             tell("once the cause of a failure is mended, the same command with --resume asks the failed rows again")
 
     def _line(self, done: int) -> str:
-        seconds, new = time.monotonic() - self._begun, self._file.written
+        seconds = time.monotonic() - self._begun
+        new = self._file.written
         rest = f", {pace(new, seconds)}, {roughly(seconds / new * (self._total - done))} left" if new else ""
         return f"{done:,} of {counted(self._total, 'row')}{self._failed()}{rest}"
 

@@ -123,7 +123,9 @@ def evaluate(
     from evoprune.bench.eval_folder import no_folder, stored_settings
     from evoprune.bench.questions import load_questions
 
-    record, given = None, {}  # settings: of the run to go on with, or of the command line
+    # settings: of the run to go on with, or of the command line
+    record = None
+    given = {}
     if data is None:
         check_output()
         if refused := [arg for arg in sys.argv[2:] if arg[:1] == "-" and arg.partition("=")[0] not in BESIDE_RESUME]:
@@ -204,7 +206,7 @@ def evaluate(
 def _first(
     videos: list["VideoQuestions"], groups: Sequence[str], limit: int | None, sampling: SamplingOptions
 ) -> list["Asked"]:
-    """What is looked at of the first videos."""
+    """Return what is looked at of the first videos."""
     from evoprune.batch.rows import group_by_span
     from evoprune.bench.questions import of_groups
     from evoprune.session.ahead import FIRST
@@ -233,15 +235,17 @@ UNPARSED = "unparsed: answers that name none of the options, or several; they co
 
 
 def render(document: dict, width: int = 80) -> str:
-    """The results: all questions, then group by group; no line longer than `width`."""
-    videos, asked = document["videos"], counted(document["items"]["answered"], "question")
+    """Return the results: all questions, then group by group; no line longer than `width`."""
+    videos = document["videos"]
+    asked = counted(document["items"]["answered"], "question")
     failed = f", {videos['failed']} failed" if videos["failed"] else ""
     about = f"{asked} about {videos['evaluated']} of {counted(videos['wanted'], 'video')}{failed}"
     lines = folded([model_line(document["model"]), f"{one_line(document['settings']['data'])}: {about}"], width)
     rows = [row for row in document["rows"] if row["group"] == "all"]
     notes: list[str] = []
     if rows:
-        name, columns = itemgetter("name"), dict(ANSWERS)
+        name = itemgetter("name")
+        columns = dict(ANSWERS)
         if any(row["unparseable"] for row in rows):
             columns["unparsed"] = lambda row: f"{row['unparseable']:,}"
         answers, titles = fitting(rows, name, columns, DROPPED, width)
@@ -251,7 +255,8 @@ def render(document: dict, width: int = 80) -> str:
         lines += [*versus, "", *costs]
         notes = [_explained(LEGEND[0], titles), *legend, _explained(LEGEND[1], of_costs)]
         notes += [UNPARSED] * ("unparsed" in titles)
-        names, rest = [row["name"] for row in rows], [row for row in document["rows"] if row["group"] != "all"]
+        names = [row["name"] for row in rows]
+        rest = [row for row in document["rows"] if row["group"] != "all"]
         for title, typed in (("group", False), ("type", True)):
             matching = [row for row in rest if row["group"].startswith("type:") == typed]
             lines += _by_group(title, matching, names, width)
@@ -263,7 +268,7 @@ def render(document: dict, width: int = 80) -> str:
 
 
 def as_csv(document: dict, width: int = 0) -> str:
-    """The rows of all groups as CSV, each complete in itself, and empty where a value is unknown; nothing without rows."""
+    """Return the rows of all groups as CSV, each complete in itself, and empty where a value is unknown; nothing without rows."""
     model = {f"model_{name}": one_line(document["model"][name]) for name in ("id", "dtype", "device")}
     common = {"data": one_line(document["settings"]["data"])} | model
     out = io.StringIO()
@@ -318,8 +323,12 @@ def _explained(legend: dict[str, str], titles: Sequence[str]) -> str:
 
 
 def _versus_first(rows: list[dict], width: int) -> tuple[list[str], list[str]]:
-    """The other methods against the first one, and a note on it. Nothing for one method, or where the terminal is too narrow."""
-    others, of_name = [row for row in rows if row["first"]], {row["name"]: row for row in rows}
+    """Return the other methods against the first one, and a note on it.
+
+    Nothing for one method, or where the terminal is too narrow.
+    """
+    others = [row for row in rows if row["first"]]
+    of_name = {row["name"]: row for row in rows}
     if not others:
         return [], []
     from evoprune.bench.scores import same_tokens
@@ -342,7 +351,8 @@ def _by_group(title: str, rows: list[dict], names: list[str], width: int) -> lis
     groups: dict[str, dict[str, dict]] = {}
     for row in rows:
         groups.setdefault(row["group"], {})[row["name"]] = row
-    lines, rest = [], names
+    lines = []
+    rest = names
     while rest and groups:
         for count in range(len(rest), 0, -1):
             body = []
@@ -358,7 +368,10 @@ def _by_group(title: str, rows: list[dict], names: list[str], width: int) -> lis
 
 
 def _too_small(rows: Sequence[dict], width: int, title: str = "") -> list[str]:
-    """A line below a table with too few questions for a measurement. `rows`: one a group; `title`: what groups are called."""
+    """Return a line below a table with too few questions for a measurement.
+
+    `rows`: one a group; `title`: what groups are called.
+    """
     from evoprune.bench.scores import LEAST_QUESTIONS, TYPE
 
     names = [one_line(row["group"].removeprefix(TYPE)) for row in rows if row["n"] < LEAST_QUESTIONS]

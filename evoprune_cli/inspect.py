@@ -144,7 +144,7 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
 def _about_video(
     video: str, options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool
 ) -> Iterator[dict]:
-    """What a video holds, what a scan finds, what a model would look at, and an overlay: each as soon as it is known."""
+    """Yield what a video holds, what a scan finds, what a model would look at, and an overlay: each as soon as it is known."""
     if clear_cache:
         raise UsageError("--clear-cache is not about a video", "evoprune inspect --clear-cache")
     from evoprune.video.frames import local_file, probe
@@ -152,7 +152,8 @@ def _about_video(
 
     pipeline = options()
     pipeline = replace(pipeline, model=replace(pipeline.model, model=pipeline.model.model or "demo"))
-    rate, ending = pipeline.sampling.frame_rate, os.path.splitext(overlay or "")[1].lower()
+    rate = pipeline.sampling.frame_rate
+    ending = os.path.splitext(overlay or "")[1].lower()
     if overlay is not None:
         if ending not in OVERLAYS:
             hint = ".png shows frame pairs side by side, .gif and .mp4 frame after frame"
@@ -177,7 +178,8 @@ def _about_video(
         from evoprune.session.loading.find import look_up
         from evoprune.video.plan import default_max_visual_tokens, make_plan
 
-        model, numbers = look_up(pipeline.model), pipeline.sampling.numbers
+        model = look_up(pipeline.model)
+        numbers = pipeline.sampling.numbers
         yield {"model": model_facts(model)}
         if numbers["max_visual_tokens"] is None:
             on_cpu = is_host(model.device)
@@ -206,7 +208,8 @@ def _draw_overlay(file: str, ending: str, path: str, video: str, options: Pipeli
         show("reading video")
         traced = trace(session, path, options.sampling, video, encoding(show))
         show("drawing")
-        name, budget = session.pruning.name, session.pruning.budget.recorded
+        name = session.pruning.name
+        budget = session.pruning.budget.recorded
         title = f"{os.path.basename(os.path.abspath(video))}, {name} -b {budget_text(budget)}. {traced.summary}"
         write_bytes(file, overlay_file(traced, title, ending))
     for warning in traced.warnings:
@@ -254,7 +257,8 @@ def _overlay_lines(title: str, overlay: dict) -> list[str]:
 
 
 def _preset_lines(title: str, presets: dict[str, dict]) -> list[str]:
-    indent, output = " " * (len(title) - len(title.lstrip()) + 2), [title]
+    indent = " " * (len(title) - len(title.lstrip()) + 2)
+    output = [title]
     for name, preset in presets.items():
         tokens = f"{preset['tokens']:>8,} {'token ' if preset['tokens'] == 1 else 'tokens'}"
         told = f"-b {preset['share']:<5g} {tokens}  KV cache {size(preset['kv_cache_bytes'])}"

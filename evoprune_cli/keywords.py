@@ -1,4 +1,4 @@
-"""Writes what type checkers and editors read of options: `python -m evoprune_cli.keywords > evoprune/keywords.py`."""
+"""Writes what type checkers and editors read of options: `python -m evoprune_cli.keywords > evoprune/session/keywords.py`."""
 
 import textwrap
 from dataclasses import fields
@@ -6,7 +6,7 @@ from dataclasses import fields
 from evoprune.hf.context import EvoPrune
 from evoprune.language.settings import GenerationOptions
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions, StreamOptions
-from evoprune.signatures import meaning, type_code
+from evoprune.session.signatures import meaning, type_code
 
 KINDS = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions, StreamOptions, EvoPrune)
 # Of functions that take those of several classes.
@@ -14,7 +14,7 @@ JOINED = {"LoadKeywords": (ModelOptions, PruneOptions), "ReadAheadKeywords": (Mo
 POSITIONAL = ("model",)  # what functions that load a model take as a parameter of its own
 HEAD = '''"""The options of Python's functions, for type checkers and editors alone; `help` has them with their defaults.
 
-Made of the classes of options by `python -m evoprune_cli.keywords > evoprune/keywords.py`; do not edit.
+Made of the classes of options by `python -m evoprune_cli.keywords > evoprune/session/keywords.py`; do not edit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WIDTH = 120
 
 
 def module() -> str:
-    """The text of evoprune/keywords.py."""
+    """Return the text of evoprune/session/keywords.py."""
     return "\n\n".join([HEAD, *map(_keywords, KINDS), *(_joined(name, kinds) for name, kinds in JOINED.items())])
 
 

@@ -113,7 +113,8 @@ def _prepare_completion() -> None:
     _check_shell(shell)
     if (action, shell) == ("complete", "bash"):  # which makes three words of `--method=divprune`
         try:
-            words, current = os.environ["COMP_WORDS"].split("\n"), int(os.environ["COMP_CWORD"])
+            words = os.environ["COMP_WORDS"].split("\n")
+            current = int(os.environ["COMP_CWORD"])
         except (KeyError, ValueError) as problem:
             raise UsageError(f"{VARIABLE}=complete_bash needs COMP_WORDS and COMP_CWORD", BY_HAND) from problem
         if words[current - 1 : current] == ["="] and words[current - 2].startswith("--"):
@@ -125,7 +126,7 @@ def _prepare_completion() -> None:
 
 
 def _completes() -> bool:
-    """Whether a script asks for something, so that this is no command of a user."""
+    """Return whether a script asks for something, so that this is no command of a user."""
     return bool(os.environ.get(VARIABLE))
 
 
@@ -317,12 +318,12 @@ def _report(problem: Exception) -> int:
 
 
 def _command() -> str | None:
-    """The subcommand that was typed: the first word that is no option, since no option before it takes a value."""
+    """Return the subcommand that was typed: the first word that is no option, since no option before it takes a value."""
     return next((word for word in sys.argv[1:] if not word.startswith("-")), None)
 
 
 def _hint(text: str) -> str:
-    """What to do about what the parser says."""
+    """Return what to do about what the parser says."""
     dashed = [word for word in sys.argv[2:] if word.startswith("-") and os.path.exists(word)]
     if dashed and "--" not in sys.argv:
         return f"a file whose name begins with a dash is ./{dashed[0]}"
@@ -341,7 +342,7 @@ def _hint(text: str) -> str:
 
 
 def _meant(typed: str | None, known: Sequence[str]) -> str:
-    """The command that does what somebody typed in the place of one, or that is spelt like it; empty where there is none."""
+    """Return the command that does what somebody typed in the place of one, or that is spelt like it; empty where there is none."""
     if typed is None:
         return TRIED["version"] if sys.argv[1:2] in (["-V"], ["-v"], ["-version"]) else ""
     word = typed.lower()

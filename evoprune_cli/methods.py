@@ -49,7 +49,10 @@ def methods(*, json: opt.option(bool, "--json", "JSON on stdout instead of text.
 
 
 def _facts(name: str, plugin: str | None) -> dict[str, Any]:
-    """What is known of a method. `plugin`: its package, and perhaps why it cannot be used; the other facts are then unknown."""
+    """Return what is known of a method.
+
+    `plugin`: its package, and perhaps why it cannot be used; the other facts are then unknown.
+    """
     method = None
     if plugin is None or name not in registry.built_in():
         with suppress(EvopruneError):

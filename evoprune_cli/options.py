@@ -32,7 +32,7 @@ MakeOptions = Callable[[], PipelineOptions]  # makes them of what was typed; rai
 
 
 def one_of(*words: str) -> dict[str, Any]:
-    """The metavar and the completion of an option that takes one of these. Words in capitals are no values: FILE, N."""
+    """Return the metavar and the completion of an option that takes one of these. Words in capitals are no values: FILE, N."""
     names = [word.partition("[")[0] for word in words if word[0].islower()]  # of "cuda[:N]", "cuda"
     return {
         "metavar": "|".join(words),
@@ -41,7 +41,7 @@ def one_of(*words: str) -> dict[str, Any]:
 
 
 def list_of(*names: str) -> dict[str, Any]:
-    """The same of an option that takes several, with commas between them."""
+    """Return the same of an option that takes several, with commas between them."""
     return {"metavar": "LIST", "autocompletion": lambda incomplete: _after_commas(incomplete, lambda last: names)}
 
 
@@ -52,7 +52,7 @@ def _after_commas(typed: str, complete: Callable[[str], Iterable[str]]) -> list[
 
 
 def _methods(typed: str) -> list[str]:
-    """What may follow the last `+`."""
+    """Return what may follow the last `+`."""
     before = typed.removesuffix(methods.parse_names(typed)[-1].text)
     names = [before + name for name in methods.available() if _exists(before + name)]
     if typed and f"{REUSE}+".startswith(typed) and not any(name.startswith(typed) for name in names):
@@ -86,7 +86,7 @@ COMPLETED = {  # options of the pipeline whose values are not words of a field
 
 
 def option(declared: Any, names: str, text: str, panel: str | None = None, **settings: Any) -> Any:
-    """The annotation of an option. Names: "-o --output FILE". `panel`: its title in the full help."""
+    """Return the annotation of an option. Names: "-o --output FILE". `panel`: its title in the full help."""
     *flags, last = names.split()
     if last.startswith("-"):
         flags.append(last)
@@ -96,7 +96,7 @@ def option(declared: Any, names: str, text: str, panel: str | None = None, **set
 
 
 def argument(declared: Any, metavar: str, text: str) -> Any:
-    """The annotation of what is no option."""
+    """Return the annotation of what is no option."""
     return Annotated[declared, typer.Argument(metavar=metavar, help=text, show_default=False)]
 
 
@@ -126,7 +126,8 @@ def command(
 
         own = signature(function).parameters.values()
         parameters = [each for parameter in own for each in (pipeline if parameter.name == "options" else [parameter])]
-        run.__signature__, run.__annotations__ = Signature([*parameters, *FOR_ALL]), {}
+        run.__signature__ = Signature([*parameters, *FOR_ALL])
+        run.__annotations__ = {}
         run.short = short.split()
         return run
 
@@ -134,12 +135,12 @@ def command(
 
 
 def _names(name: str, said: Option) -> str:
-    """How a field of a name is typed, the long form last."""
+    """Return how a field of a name is typed, the long form last."""
     return " ".join(said.flags) or f"--{name.replace('_', '-')}"
 
 
 def _parameter(panel: str, field: Any, said: Option) -> Parameter:
-    """An option of the pipeline, as Typer takes parameters of a command."""
+    """Return an option of the pipeline, as Typer takes parameters of a command."""
     default = field.default if said.unless_typed is None else said.unless_typed
     declared = said.typed or (str if str in kinds_of(field.type) else field.type)
     words = said.words or words_of(field.type)
@@ -170,7 +171,9 @@ def _made(said: dict[str, Option], typed: dict[str, Any]) -> PipelineOptions:
 
 # Options of several commands.
 
-SWEEP, OUTPUT = "Sweep (lists by commas or repetition)", "Output"  # titles of panels
+# titles of panels
+SWEEP = "Sweep (lists by commas or repetition)"
+OUTPUT = "Output"
 Budgets = option(
     list[str] | None,
     "-b --budget",
@@ -210,7 +213,7 @@ Cache = option(
 
 
 def listed(texts: Sequence[str] | None) -> list[str]:
-    """A list given by commas or by repeating the option. Raises UsageError: it is given and holds nothing."""
+    """Return a list given by commas or by repeating the option. Raises UsageError: it is given and holds nothing."""
     parts = [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
     if texts and not parts:
         raise UsageError(
@@ -220,7 +223,7 @@ def listed(texts: Sequence[str] | None) -> list[str]:
 
 
 def sweep(budgets: list[str] | None, names: list[str] | None, args: dict[str, str], *, named: bool = False) -> dict:
-    """What `profile` and `eval` go through: `budgets`, `methods` and `method_args`, each budget and method once.
+    """Return what `profile` and `eval` go through: `budgets`, `methods` and `method_args`, each budget and method once.
 
     `named`: whether budgets of "auto" and "auto:inflection" are allowed. Raises UsageError: a bad budget, or no such method.
     """
@@ -294,7 +297,7 @@ class Command(TyperCommand):
                     formatter.write_dl(rows, col_max=formatter.width // 3)  # longer names get a line of their own
 
     def shell_complete(self, ctx, incomplete: str) -> list:
-        """The names of options for a shell, each with the beginning of its help."""
+        """Return the names of options for a shell, each with the beginning of its help."""
         items = super().shell_complete(ctx, incomplete)
         for item in items:
             item.help = textwrap.shorten(item.help or "", BESIDE_NAMES, placeholder="...")

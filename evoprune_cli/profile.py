@@ -144,7 +144,8 @@ def profile(
         **opt.sweep(budget, method, pipeline.pruning.method_args), "seed": pipeline.pruning.seed,
         "quantize": bits, "new_tokens": new_tokens, "warmups": warmup, "repetitions": repeat,
     }  # fmt: skip
-    counts, sizes = _frames(opt.listed(frames)), _sizes(opt.listed(size))
+    counts = _frames(opt.listed(frames))
+    sizes = _sizes(opt.listed(size))
     choices = [("--quantize", width, QUANTIZE) for width in bits]
     choices += [("--format", form, FORMATS), ("--load-format", load_format, (None, *LOAD_FORMATS))]
     for name, value, known in (*choices, ("--synthetic", synthetic, (None, *SYNTHETIC))):
@@ -155,7 +156,8 @@ def profile(
     if pictures:
         if video is not None or frames:
             raise UsageError("--pictures excludes a video and --frames", "leave them out; --size takes other sizes")
-        counts, sizes = [1], sizes or [*PICTURES]
+        counts = [1]
+        sizes = sizes or [*PICTURES]
     check_output() if output is None else check_writable(output, inputs=[video or ""])
     check_chart(chart, inputs=[video or ""])
     results = None
@@ -187,11 +189,13 @@ def profile(
         from evoprune.session.session import check_fits
 
         model = replace(pipeline.model, load_format=load_format or default_load_format(pipeline.model.model))
-        limit, swept = TimeLimit(time_limit, begun=begun), ProfileSettings(**settings, time_limit_s=time_limit)
+        limit = TimeLimit(time_limit, begun=begun)
+        swept = ProfileSettings(**settings, time_limit_s=time_limit)
         methods = [
             swept.config(name, 1.0).method for name in swept.methods
         ]  # refuses wrong settings before a model is looked for
-        unit, kind = UNITS[0], None if info else synthetic or SYNTHETIC[0]
+        unit = UNITS[0]
+        kind = None if info else synthetic or SYNTHETIC[0]
         if config := outline(model):
             unit = config.limits[VIDEO].unit
             if not size:  # as many units, of another side in pixels
@@ -199,7 +203,8 @@ def profile(
             for reducer in methods:
                 check_fits(reducer, config)
         show("loading model")
-        loaded, about = load(model, cases), {"video": video and without_password(video), "synthetic": kind}
+        loaded = load(model, cases)
+        about = {"video": video and without_password(video), "synthetic": kind}
         read = partial(video_frames, info) if info else partial(synthetic_frames, kind, unit=unit)
         for results in measure(loaded, cases, read, swept, about=about, progress=show, limit=limit):  # noqa: B007
             pass
@@ -211,7 +216,7 @@ def profile(
 def _inputs(
     video: str | None, counts: list[int], sizes: list[tuple[int, int]], offline: bool
 ) -> Iterator[tuple[list, Video | None]]:
-    """The cases to measure, and the video whose frames they have; None for synthetic clips."""
+    """Provide the cases to measure, and the video whose frames they have; None for synthetic clips."""
     from evoprune.bench.profile_results import Case
 
     if video is None:
@@ -225,7 +230,8 @@ def _inputs(
         if info.kind == PICTURE:
             limits = InputLimits(min_pixels=56 * 56, max_pixels=PICTURES[-1][0] * PICTURES[-1][1])
             plan = make_plan(info, limits)
-            counts, sizes = [1], sizes or [(plan.height, plan.width)]
+            counts = [1]
+            sizes = sizes or [(plan.height, plan.width)]
         for count in counts:
             make_plan(info, InputLimits(), frames=count)  # refuses a count that the video does not allow
         # The video's own shape, at no more pixels than synthetic clips have.
@@ -271,7 +277,7 @@ SHARES = {
 
 
 def _legend(titles: Collection[str]) -> list[str]:
-    """What rows and columns mean; `titles`: of the columns that are there."""
+    """Return what rows and columns mean; `titles`: of the columns that are there."""
     ratios = ", ".join(title for title in ("vs HF", "vs bound") if title in titles)
     shares = "; ".join(f"{title}: {text}" for title, text in SHARES.items() if title in titles)
     return [
@@ -281,7 +287,7 @@ def _legend(titles: Collection[str]) -> list[str]:
 
 
 def render(results: ProfileResults, form: str, width: int = 80) -> str:
-    """The results as `table`, `md`, `csv` or `json`; `width` is that of a table, in columns."""
+    """Return the results as `table`, `md`, `csv` or `json`; `width` is that of a table, in columns."""
     if form == "json":
         return json_line(results.document()) + "\n"
     return _table(results, width) if form == "table" else _markdown(results) if form == "md" else _csv(results)
@@ -295,19 +301,19 @@ def _ms(seconds: float) -> str:
 
 
 def _near(spread: Spread) -> str:
-    """The median, and how far the farthest round is from it, if there is more than one round."""
+    """Return the median, and how far the farthest round is from it, if there is more than one round."""
     far = max(spread.high - spread.median, spread.median - spread.low)
     return f"{_ms(spread.median)} ±{far / spread.median:.0%}" if far else _ms(spread.median)
 
 
 def _range(spread: Spread) -> str:
-    """The median, and the range of the rounds."""
+    """Return the median, and the range of the rounds."""
     apart = spread.low < spread.high
     return f"{_ms(spread.median)} ({_ms(spread.low)}-{_ms(spread.high)})" if apart else _ms(spread.median)
 
 
 def _of(show: Callable[[Any], str], name: str) -> Cell:
-    """A cell for a figure; a dash where the row has no figures, and nothing where this one is unknown."""
+    """Return a cell for a figure; a dash where the row has no figures, and nothing where this one is unknown."""
 
     def cell(row: ProfileRow, figures: Figures | None) -> str:
         value = getattr(figures, name, None)
@@ -324,13 +330,15 @@ def _count(show: Callable[[Any], str], name: str) -> Cell:
 
 
 def _source(results: ProfileResults) -> str:
-    """The video, or the kind of synthetic clip."""
+    """Return the video, or the kind of synthetic clip."""
     settings = results.settings
     return one_line(settings.get("video") or f"synthetic {settings.get('synthetic', 'clip')}")
 
 
 def _head(results: ProfileResults) -> list[str]:
-    model, env, asked = results.model, results.env, results.settings
+    model = results.model
+    env = results.env
+    asked = results.settings
     args = "; ".join(f"{name}={value}" for name, value in (asked["method_args"] or {}).items())
     weights = " (true dimensions, random weights)" if model.load_format == "dummy" else ""
     return [
@@ -378,7 +386,8 @@ DROPPED = ("tok/s", "peak", "prefill", "pruning", "matmul", "encode ms", "tower 
 
 
 def _table(results: ProfileResults, width: int) -> str:
-    lines, titles = folded(_head(results), width), []
+    lines = folded(_head(results), width)
+    titles = []
     for case in results.cases:
         lines += ["", *textwrap.wrap(_caption(results, case), width)]
         pairs = [(row, results.figures(row)) for row in results.of(case)]
@@ -412,7 +421,8 @@ def _markdown(results: ProfileResults) -> str:
     titles = ["", *MARKDOWN] if only_case else ["frames", "size", "", *MARKDOWN]
     lines = [head, "", _cells(titles), _cells("---" for _ in titles)]
     for row in results.rows:
-        figures, case = results.figures(row), row.case
+        figures = results.figures(row)
+        case = row.case
         where = [] if only_case else [f"{case.frames:,}", f"{case.height}x{case.width}"]
         lines.append(_cells([*where, row.name, *(cell(row, figures) for cell in MARKDOWN.values())]))
     notes = (*_legend(MARKDOWN), "Times: the median (lowest-highest) of the rounds", *_tail(results))
@@ -425,7 +435,8 @@ def _cells(texts) -> str:
 
 def _csv(results: ProfileResults) -> str:
     """One line a row, each complete in itself; empty where a value is unknown."""
-    document, rows = results.document(), []
+    document = results.document()
+    rows = []
     common = {"rounds": results.rounds, "warmups": results.warmups, "new_tokens": results.settings["new_tokens"]}
     common |= {"source": _source(results), "matmul_flop_per_s": document["matmul"]["flop_per_s"]}
     common |= {f"model_{name}": one_line(document["model"][name]) for name in ("id", "dtype", "device", "load_format")}
@@ -457,7 +468,8 @@ FIXED = {"Hugging Face": PALE, "budget 1.0": INK}  # colours
 
 def draw_chart(results: ProfileResults) -> str:
     """SVG. Where sizes are swept, time against them; else the tower's time against its live share."""
-    cases, model = results.cases, results.model
+    cases = results.cases
+    model = results.model
     sweep = len(cases) > 1
     sizes = ", ".join(sorted({f"{case.height}x{case.width}" for case in cases}))
     facts = [
@@ -481,7 +493,7 @@ def _point(x: float, spread: Spread, factor: float, label: str = "") -> Point:
 
 
 def _series(lines: dict[str, list[Point]], colours: dict[str, str]) -> tuple[Series, ...]:
-    """A line for each name, from left to right; a bound is dashed."""
+    """Return a line for each name, from left to right; a bound is dashed."""
     ordered = {name: tuple(sorted(points, key=lambda point: point.x)) for name, points in lines.items()}
     return tuple(Series(name, points, colours[name], name.startswith("bound")) for name, points in ordered.items())
 

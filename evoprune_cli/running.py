@@ -51,7 +51,7 @@ def prepare() -> None:
 
 
 def load(options: PipelineOptions, show: Callable[..., None], quiet: bool, streams: bool = False) -> "VideoQA":
-    """The model of `ask` and `watch`. `show`: of `terminal.progress`; `streams`: as of `load_qa`."""
+    """Return the model of `ask` and `watch`. `show`: of `terminal.progress`; `streams`: as of `load_qa`."""
     prepare()
     collects = gc.isenabled()
     gc.disable()  # imports are an eighth faster: Python does not search a hundred thousand new objects for garbage again and again
@@ -135,8 +135,9 @@ def check_new_folder(path: str) -> None:
 
 
 def is_one_of(path: str, files: Iterable[str]) -> bool:
-    """Whether it is one of these files, perhaps by another name."""
-    real, status = os.path.realpath(path), os.stat(path) if os.path.exists(path) else None
+    """Return whether it is one of these files, perhaps by another name."""
+    real = os.path.realpath(path)
+    status = os.stat(path) if os.path.exists(path) else None
     return any(
         os.path.realpath(file) == real
         or (status is not None and os.path.exists(file) and os.path.samestat(status, os.stat(file)))
@@ -145,7 +146,7 @@ def is_one_of(path: str, files: Iterable[str]) -> bool:
 
 
 def _may_replace(path: str) -> bool:
-    """Whether a file is missing, empty, open, a device or a pipe, or begins as evoprune's own."""
+    """Return whether a file is missing, empty, open, a device or a pipe, or begins as evoprune's own."""
     if path.startswith(OPEN_FILES):
         return True
     try:

@@ -50,11 +50,13 @@ def stdout() -> TextIO:
 def only_answers_on_stdout() -> Iterator[None]:
     """Sends to stderr what others print meanwhile: plug-ins and libraries. Answers go to `stdout()`."""
     global _stdout
-    _stdout, sys.stdout = sys.stdout, sys.stderr
+    _stdout = sys.stdout
+    sys.stdout = sys.stderr
     try:
         yield
     finally:
-        sys.stdout, _stdout = _stdout, None
+        sys.stdout = _stdout
+        _stdout = None
 
 
 def columns() -> int:
@@ -105,7 +107,7 @@ def check_output() -> None:
 
 
 def encodable(text: str, stream=None) -> str:
-    """The text as a stream (default: stderr) can print it: characters outside its encoding become escapes.
+    """Return the text as a stream (default: stderr) can print it: characters outside its encoding become escapes.
 
     On a terminal so do control characters: what a model says, and what a file is called, is not to be obeyed.
     """
@@ -115,7 +117,7 @@ def encodable(text: str, stream=None) -> str:
 
 
 def one_line(text: str) -> str:
-    """A path, for example, as one line of printable text."""
+    """Return a path, for example, as one line of printable text."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -134,7 +136,8 @@ def note(text: str = "", end: str = "\n") -> None:
 
 def print_json(report: Report) -> None:
     """Prints a report as one line on stdout, in plain ASCII where stdout or the text is not valid UTF-8."""
-    text, stream = report.to_json(), stdout()
+    text = report.to_json()
+    stream = stdout()
     try:
         proper = (stream.encoding or "").lower().replace("-", "") == "utf8" and bool(text.encode("utf-8"))
     except UnicodeEncodeError:  # a path with bytes that are not UTF-8
@@ -161,7 +164,8 @@ def write_whole(text: str) -> None:
         stream.write(text)
         stream.flush()
         return
-    status, rest = os.fstat(number), memoryview(text.encode(stream.encoding, stream.errors or "strict"))
+    status = os.fstat(number)
+    rest = memoryview(text.encode(stream.encoding, stream.errors or "strict"))
     try:
         while rest:
             rest = rest[os.write(number, rest) :]
@@ -276,8 +280,12 @@ class Wrapped:
     def __init__(self, width: int, write: Callable[[str], None]):
         from rich.cells import cell_len
 
-        self._width, self._write, self._cells = width, write, cell_len
-        self._column, self._gap, self._word = 0, "", ""
+        self._width = width
+        self._write = write
+        self._cells = cell_len
+        self._column = 0
+        self._gap = ""
+        self._word = ""
         self._inside = False  # a word that is longer than a line: the terminal breaks it
 
     def add(self, text: str) -> None:
@@ -289,7 +297,8 @@ class Wrapped:
                 self._gap += character
                 if character == "\n":
                     self._write(self._gap)
-                    self._gap, self._column = "", 0
+                    self._gap = ""
+                    self._column = 0
                 continue
             self._word += character
             wide = self._cells(character) > 1
@@ -301,9 +310,12 @@ class Wrapped:
         """Writes the word that has begun."""
         if not self._word:
             return
-        gap, word = sum(TAB if c == "\t" else 1 for c in self._gap), self._cells(self._word)
+        gap = sum(TAB if c == "\t" else 1 for c in self._gap)
+        word = self._cells(self._word)
         if self._column and not self._inside and self._column + gap + word > self._width:
-            self._gap, self._column, gap = "\n", 0, 0
+            self._gap = "\n"
+            self._column = 0
+            gap = 0
         self._write(self._gap + self._word)
         self._column = self._column + gap + word
         if self._column > self._width:  # the terminal breaks what is longer than a line
@@ -353,8 +365,9 @@ class Thoughts:
 
 
 def encoding(show: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
-    """A callback for `VideoQA.encode` that shows its progress: frames as they are read; those encoded, once all are read."""
-    named, which = {"read": "reading, frame", "encode": "encoding, frame", "layers": "encoding, layer"}, ""
+    """Return a callback for `VideoQA.encode` that shows its progress: frames as they are read; those encoded, once all are read."""
+    named = {"read": "reading, frame", "encode": "encoding, frame", "layers": "encoding, layer"}
+    which = ""
     reads = True
 
     def step(stage: str, done: int, total: int) -> None:
@@ -373,12 +386,14 @@ class Line:
     """A line of progress: what is done, of how much, for how long already, and for how much longer."""
 
     def __init__(self, what: str, now: Callable[[], float] = time.monotonic):
-        self._now, self._begun = now, now()
+        self._now = now
+        self._begun = now()
         self._said = _Said(what, at=self._begun, first_at=self._begun)
 
     def show(self, what: str, done: int = 0, total: int = 0, detail: str = "") -> None:
         """From now on says `what`: with `done` of `total`, where there is something to count, and with what is done just now."""
-        now, before = self._now(), self._said
+        now = self._now()
+        before = self._said
         said = _Said(what, done, total, detail, now, done, now)
         if (what, total) == (before.what, before.total):
             said = replace(said, first=before.first, first_at=before.first_at)
@@ -388,10 +403,12 @@ class Line:
         """As much of it as fits into so many columns."""
         from rich.cells import cell_len, set_cell_size
 
-        said, now = self._said, self._now()
+        said = self._said
+        now = self._now()
         what = f"{said.what} {said.done:,}/{said.total:,}" if said.total else said.what
         detail = f"{what}: {said.detail}" if said.detail else what
-        elapsed, left = clock(now - self._begun).partition(".")[0], said.left_s(now)
+        elapsed = clock(now - self._begun).partition(".")[0]
+        left = said.left_s(now)
         rest = [] if left is None else [f"{roughly(left)} left"]
         texts = [", ".join(parts) for parts in ([detail, elapsed, *rest], [what, elapsed, *rest], [what, *rest])]
         return next((text for text in texts if cell_len(text) <= width), set_cell_size(what, width).rstrip())
@@ -411,14 +428,15 @@ class _Said:
 
     def left_s(self, now: float) -> float | None:
         """Seconds that the rest of this counting will take, roughly; None where nothing tells yet."""
-        spent, done = self.at - self.first_at, self.done - self.first
+        spent = self.at - self.first_at
+        done = self.done - self.first
         if not self.total or done <= 0 or spent < LEAST_S:
             return None
         return max(0.0, spent / done * (self.total - self.done) - (now - self.at))
 
 
 def downloading(show: Callable[..., None]) -> Callable[[int, int], None]:
-    """A callback for `frames.local_file` that shows how much was downloaded."""
+    """Return a callback for `frames.local_file` that shows how much was downloaded."""
 
     def step(done: int, total: int) -> None:
         show(f"downloading, {size(done)} of {size(total)}" if total else f"downloading, {size(done)}")
@@ -445,7 +463,8 @@ def progress(active: bool, timing: bool = False) -> Iterator:
         with Live(console=console, transient=True, **still) as live:
             yield lambda what: live.update(Text(what, style="dim", no_wrap=True, overflow="ellipsis"), refresh=True)
         return
-    line, turns = Line("loading"), cycle("-\\|/")
+    line = Line("loading")
+    turns = cycle("-\\|/")
 
     def drawn() -> Text:
         return Text(f"{next(turns)} {line.text(min(WIDTH, console.width) - 3)}", no_wrap=True, overflow="crop")
@@ -458,7 +477,7 @@ def progress(active: bool, timing: bool = False) -> Iterator:
 
 
 def short_name(model: str) -> str:
-    """What titles call a model: the last part of its id or path."""
+    """Return what titles call a model: the last part of its id or path."""
     return one_line(model).rpartition("/")[2]
 
 
@@ -468,7 +487,7 @@ def model_line(model: dict) -> str:
 
 
 def failures(document: dict) -> list[str]:
-    """A line for each video that failed. `document`: of results."""
+    """Return a line for each video that failed. `document`: of results."""
     return [one_line(f"failed: {entry['video']}: {entry['message']}") for entry in document["failures"]]
 
 
@@ -480,7 +499,7 @@ def folded(texts: Iterable[str], width: int, **settings: bool) -> list[str]:
 def table(
     titles: Sequence[str], rows: Iterable[Sequence[str]], width: int, right: bool = True
 ) -> tuple[list[str], bool]:
-    """The lines of a table, and whether it fits into `width` as it is. Where it does not, words are broken and none is cut.
+    """Return the lines of a table, and whether it fits into `width` as it is. Where it does not, words are broken and none is cut.
 
     `right`: the columns after the first hold numbers, and the first gives way to them.
     """
@@ -490,7 +509,8 @@ def table(
     from rich.table import Table
 
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
-    grid, rows = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style=""), list(rows)
+    grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
+    rows = list(rows)
     for number, title in enumerate(titles):
         grid.add_column(title, justify="right" if number and right else "left", overflow="fold")
     for row in rows:
@@ -510,7 +530,8 @@ def table(
 def fitting(
     rows: Sequence[T], name: Callable[[T], str], columns: dict[str, Callable[[T], str]], drop: Iterable[str], width: int
 ) -> tuple[list[str], list[str]]:
-    """A table of as many columns as there is room for: its lines, and their titles. Those of `drop` are left out, in this order.
+    """Return a table of as many columns as there is room for: its lines, and their titles. Those of `drop` are left out, in this
+    order.
 
     `name`: of a row, in the first column. `columns`: title and cell of the others.
     """

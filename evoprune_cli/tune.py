@@ -161,7 +161,7 @@ def tune(
 
 
 def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:
-    """The questions, each once; none for the general ones."""
+    """Return the questions, each once; none for the general ones."""
     if file is not None:
         from evoprune.batch.rows import read_all
 
@@ -230,7 +230,7 @@ def _heading(document: dict, width: int) -> list[str]:
 
 
 def _fitting(document: dict, name, columns: dict, drop: tuple[str, ...], width: int) -> tuple[list[str], str]:
-    """The lines of a table, and what its columns mean."""
+    """Return the lines of a table, and what its columns mean."""
     body, titles = fitting(document["rows"], name, {title: cell for title, (cell, _) in columns.items()}, drop, width)
     return body, "; ".join(f"{title}: {columns[title][1]}" for title in titles)
 
@@ -251,7 +251,7 @@ def render_operations(document: dict, width: int = 80) -> str:
 
 
 def render(document: dict, width: int = 80) -> str:
-    """The results, no line longer than `width` if that is possible."""
+    """Return the results, no line longer than `width` if that is possible."""
     lines = _heading(document, width)
     said = [_verdict(document)]
     if document["rows"]:
@@ -285,7 +285,8 @@ def _verdict(document: dict) -> str:
 
 def draw_chart(document: dict) -> str:
     """SVG: agreement against the time to the first token, a line a method, and the frontier."""
-    rows, series = document["rows"], []
+    rows = document["rows"]
+    series = []
     for method, colour in zip(dict.fromkeys(row["method"] for row in rows), cycle(COLOURS), strict=False):
         line = sorted((row for row in rows if row["method"] == method), key=lambda row: row["budget"])
         labels = {row["name"]: f"-b {row['budget']:g}" * row["frontier"] for row in line}
@@ -295,7 +296,8 @@ def draw_chart(document: dict) -> str:
     edge = tuple(Point(100 * row["first_token"], 100 * row["agreement"]) for row in best)
     series.append(Series("frontier", edge, PALE, dashed=True))
     title = f"{short_name(document['model']['id'])}: agreement with the unpruned model against time to the first token"
-    answers, videos = counted(document["answer_tokens"], "token"), counted(document["videos"]["answered"], "video")
+    answers = counted(document["answer_tokens"], "token")
+    videos = counted(document["videos"]["answered"], "video")
     asked = f"{100 * document['settings']['agree']:g}% asked"
     facts = f"{answers} of answers about {videos}, 95% intervals over videos; {asked}"
     label = "first token, % of the unpruned model's"

@@ -55,7 +55,8 @@ def verify(
     begun = time.perf_counter()
     check_output()
     check_writable(output, inputs=[path or ""])
-    pipeline, results = options(), None
+    pipeline = options()
+    results = None
 
     def deliver(error: dict | None = None) -> None:
         document = results.document() | {"error": error}
@@ -83,8 +84,9 @@ def verify(
 
 
 def render(document: dict, width: int = 80) -> str:
-    """The record as lines: what was verified, a line a check, what was measured, and the verdict."""
-    model, env = document["model"], document["env"]
+    """Return the record as lines: what was verified, a line a check, what was measured, and the verdict."""
+    model = document["model"]
+    env = document["env"]
     about = f"{model['id'] or model['family']}, {model['dtype']}, {model['device']}: {env['device_name']}"
     versions = ", ".join(f"{name} {env[name]}" for name in ("evoprune", "torch", "transformers"))
     lines = [about, f"{versions}, {counted(env['threads'], 'thread')}", ""]

@@ -23,7 +23,8 @@ from evoprune_cli.running import SOME_FAILED, load
 from evoprune_cli.terminal import check_output, columns, note, print_error, printable, progress, tell
 
 MAX_LINE = 2**22  # bytes of a question
-TICK_S, STATUS_S = 0.05, 1.0
+TICK_S = 0.05
+STATUS_S = 1.0
 
 
 @opt.command(
@@ -89,7 +90,8 @@ def watch(
     evoprune watch clip.mp4 --pace file -Q "What happened?"
     ffmpeg -i SOURCE -f mpegts - | evoprune watch - -Q "What happens?" --every 10s
     """
-    asked, prompt = question or [], not (question or questions)
+    asked = question or []
+    prompt = not (question or questions)
     check_output()
     warm_up()  # while this process imports what it needs
     if every and not asked:
@@ -152,11 +154,18 @@ class _Watching:
         speak: Callable[[str], None],
     ):
         """`begin`: called with the first question, until which a window may fill. `prompt`: questions are typed."""
-        self._talk, self._begin, self._stream, self._feed = talk, begin, stream, feed
-        self._device, self._prompt, self._speak = device, prompt, speak
+        self._talk = talk
+        self._begin = begin
+        self._stream = stream
+        self._feed = feed
+        self._device = device
+        self._prompt = prompt
+        self._speak = speak
         self._failed = 0
         self._status = not quiet and sys.stderr.isatty()
-        self._latest, self._there = 0.0, False  # when the status line was written; whether it stands there
+        # when the status line was written; whether it stands there
+        self._latest = 0.0
+        self._there = False
 
     def converse(self) -> int:
         """Questions from the terminal, until q or Ctrl-C. The end of the source does not end it."""
@@ -170,9 +179,11 @@ class _Watching:
             self._answer(question, typed=True)
 
     def serve(self, asked: list[str], every_s: float | None, questions: str | None) -> int:
-        """The questions of the command line and of the pipe, until the source ends, or nobody can ask any more."""
+        """Return the questions of the command line and of the pipe, until the source ends, or nobody can ask any more."""
         lines = None if questions is None else _lines(questions)
-        next_s, asked_s, skips = every_s, -1.0, False
+        next_s = every_s
+        asked_s = -1.0
+        skips = False
         while True:
             ended = self._feed.ended.wait(TICK_S)
             if (self._feed.backlog.stride > 1) != skips:
@@ -181,7 +192,8 @@ class _Watching:
                 more = "too slow for all frames: some are skipped, evenly"
                 self._speak(more if skips else "no frames are skipped any more")
             if self._status and time.monotonic() - self._latest >= STATUS_S:  # over the line before
-                self._latest, self._there = time.monotonic(), True
+                self._latest = time.monotonic()
+                self._there = True
                 _write(f"\r{self._state()}\x1b[K")
             latest_s = self._feed.latest_s  # first: what is before that frame was fed
             now_s = self._stream.until_s or 0.0
@@ -247,7 +259,10 @@ class _Watching:
     def _state(self) -> str:
         from evoprune.backend.devices import memory_in_use
 
-        seen, until_s, feed, backlog = self._stream.seen, self._stream.until_s, self._feed, self._feed.backlog
+        seen = self._stream.seen
+        until_s = self._stream.until_s
+        feed = self._feed
+        backlog = self._feed.backlog
         skipped = f", {backlog.skipped:,} skipped" if backlog.skipped else ""
         skipped += f" (now {100 - 100 / backlog.stride:.0f}%)" if backlog.stride > 1 else ""
         state = "failed" if feed.problem else "ended" if feed.ended.is_set() else f"lag {backlog.lag_s:.1f} s"

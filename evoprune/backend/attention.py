@@ -15,12 +15,13 @@ LONG = 4096
 NEVER = 1000.0  # the log of one over the weight of a key that does not count, where a kernel takes no infinity
 
 _lock = threading.Lock()
-_inside, _before = 0, False
+_inside = 0
+_before = False
 
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    """A context, and a decorator, in which `scaled_dot_product_attention` does not choose cuDNN.
+    """Provide a context, and a decorator, in which `scaled_dot_product_attention` does not choose cuDNN.
 
     The flag is the process's: the first thread that enters notes it, and the last one that leaves puts it back.
     """
@@ -40,7 +41,9 @@ def without_cudnn() -> Iterator[None]:
 
 
 def attends_by_products(queries: torch.Tensor, keys: int) -> bool:
-    """Whether two products with the scores between them are faster than a fused kernel: in bf16 on a CPU, of so many keys."""
+    """Return whether two products with the scores between them are faster than a fused kernel: in bf16 on a CPU, of so many
+    keys.
+    """
     return is_host(queries.device) and queries.dtype == torch.bfloat16 and keys < LONG
 
 

@@ -40,7 +40,7 @@ LAUNCH_BOUND_UNITS = 2048
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; "auto" is CUDA if there is any, else the CPU. Raises UsageError: it cannot be used."""
+    """Return the device of a name; "auto" is CUDA if there is any, else the CPU. Raises UsageError: it cannot be used."""
     if name == "auto":
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -51,7 +51,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
-        reason, visible = first_line(problem).partition(". ")[0], os.environ.get("CUDA_VISIBLE_DEVICES")
+        reason = first_line(problem).partition(". ")[0]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         hint = "cpu always works, auto finds a GPU"
         if on_cuda(name) and visible is not None:  # which may hide GPUs from this process
             hint += f"; CUDA_VISIBLE_DEVICES is {visible!r}"
@@ -60,7 +61,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether it multiplies bf16 in hardware; where it does not, as on older GPUs of CUDA, bf16 is slower than fp32."""
+    """Return whether it multiplies bf16 in hardware; where it does not, as on older GPUs of CUDA, bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
@@ -85,7 +86,7 @@ def environment(device: str) -> Environment:
 
 
 def describe_devices() -> dict[str, str]:
-    """The devices here by name: the product of each, and what it has."""
+    """Return the devices here by name: the product of each, and what it has."""
     devices = {"cpu": f"{device_name('cpu')}, bf16 {'yes' if has_bf16(torch.device('cpu')) else 'no'}"}
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
@@ -94,7 +95,7 @@ def describe_devices() -> dict[str, str]:
 
 
 def device_name(device: str) -> str:
-    """The name of the product."""
+    """Return the name of the product."""
     if on_cuda(device):
         return torch.cuda.get_device_name(device)
     try:
@@ -105,27 +106,27 @@ def device_name(device: str) -> str:
 
 
 def on_cuda(name: str) -> bool:
-    """Whether a device of this name, as options have it, is one of CUDA: torch counts its memory, Ray shares it out."""
+    """Return whether a device of this name, as options have it, is one of CUDA: torch counts its memory, Ray shares it out."""
     return name.startswith("cuda")
 
 
 def holds_values(device: torch.device) -> bool:
-    """Whether tensors there have values: those of the meta device have shapes alone."""
+    """Return whether tensors there have values: those of the meta device have shapes alone."""
     return device.type != "meta"
 
 
 def is_host(device: torch.device) -> bool:
-    """Whether it is the CPU: weights may stay in the pages of files, and products are those of oneDNN."""
+    """Return whether it is the CPU: weights may stay in the pages of files, and products are those of oneDNN."""
     return device.type == "cpu"
 
 
 def exact_shapes(device: torch.device) -> bool:
-    """Whether reading a value costs nothing, so that shapes may depend on values: on the CPU alone."""
+    """Return whether reading a value costs nothing, so that shapes may depend on values: on the CPU alone."""
     return device.type == "cpu"
 
 
 def largest_chunk(device: torch.device) -> int:
-    """How many units are encoded at a time; the caller rounds up to whole frame pairs."""
+    """Return how many units are encoded at a time; the caller rounds up to whole frame pairs."""
     return CHUNK_UNITS if exact_shapes(device) else GPU_CHUNK_UNITS
 
 
@@ -135,12 +136,12 @@ def launch_bound_units(device: torch.device) -> int:
 
 
 def scores_at_a_time(device: torch.device) -> int:
-    """How many entries of a score matrix are held at a time."""
+    """Return how many entries of a score matrix are held at a time."""
     return SCORES if exact_shapes(device) else GPU_SCORES
 
 
 def accelerator() -> str | None:
-    """The kind of device that torch drives here by streams and events, to which pinned memory is copied meanwhile."""
+    """Return the kind of device that torch drives here by streams and events, to which pinned memory is copied meanwhile."""
     device = torch.accelerator.current_accelerator()
     return device and device.type
 
@@ -173,7 +174,7 @@ class Timer:
         self._marks.append(self._mark())
 
     def copy(self) -> "Timer":
-        """A new timer that starts from the same sum."""
+        """Return a new timer that starts from the same sum."""
         timer = Timer(self._device or torch.device("cpu"))
         timer._marks = list(self._marks)
         return timer
@@ -186,7 +187,7 @@ class Timer:
         return event
 
     def seconds(self) -> float:
-        """The sum so far, in seconds. On an accelerator this synchronises with the last block."""
+        """Return the sum so far, in seconds. On an accelerator this synchronises with the last block."""
         pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
         if self._device is None:
             return sum(end - start for start, end in pairs)
@@ -256,8 +257,9 @@ def empty_cache() -> None:
 
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """A context in which convolutions of CUDA in float32 do not round their factors to 10 bits, as they do by default."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    """Provide a context in which convolutions of CUDA in float32 do not round their factors to 10 bits, as they do by default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
@@ -271,18 +273,18 @@ _plainly: list[bool] = []
 
 
 def plain() -> bool:
-    """Whether nothing but plain PyTorch is wanted: EVOPRUNE_PLAIN is set, and not to 0, or this is inside of `plainly`."""
+    """Return whether nothing but plain PyTorch is wanted: EVOPRUNE_PLAIN is set, and not to 0, or this is inside of `plainly`."""
     return bool(_plainly) or os.environ.get("EVOPRUNE_PLAIN", "0") not in ("", "0")
 
 
 def uses_kernels(device: torch.device) -> bool:
-    """Whether kernels are used there: on CUDA, unless only plain PyTorch is wanted."""
+    """Return whether kernels are used there: on CUDA, unless only plain PyTorch is wanted."""
     return device.type == "cuda" and not plain()
 
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """A context in which no kernel and no graph is used."""
+    """Provide a context in which no kernel and no graph is used."""
     _plainly.append(True)
     try:
         yield
@@ -368,7 +370,8 @@ def run_and_capture(function: Callable[[], None], device: torch.device) -> Calla
 
     The function reads and writes tensors that outlive the graph, and copies nothing to the host. What it raises passes through.
     """
-    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream(device)
+    graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
     with as_current(device), torch.cuda.stream(stream):
         function()  # libraries are set up and kernels are loaded, which a capture refuses

@@ -14,7 +14,7 @@ BUILT_WITH = re.compile(r"^(?:cuda|hip)\b[^=]*=\s*['\"]", re.MULTILINE)
 
 
 def expects_host(name: str, root: Path = ROOT) -> bool:
-    """Whether the device of a name is going to be the CPU (`devices.is_host`).
+    """Return whether the device of a name is going to be the CPU (`devices.is_host`).
 
     "auto" is the CPU without a GPU's driver, without a torch that can use one, or where GPUs are hidden from this process. A driver
     may be there that torch cannot use; so it is a guess.
@@ -27,7 +27,7 @@ def expects_host(name: str, root: Path = ROOT) -> bool:
 
 
 def _built_for_gpus() -> bool:
-    """Whether the installed torch can use GPUs of CUDA or ROCm; True where its files do not tell."""
+    """Return whether the installed torch can use GPUs of CUDA or ROCm; True where its files do not tell."""
     try:
         folders = find_spec("torch").submodule_search_locations
         return bool(BUILT_WITH.search(Path(folders[0], "version").with_suffix(".py").read_text(encoding="utf-8")))

@@ -16,7 +16,9 @@ from evoprune.backend.devices import on_its_device
 # Selection: around products of cuBLAS.
 
 SIDE = 64  # points, and selected ones, of a block of distances
-ROWS, CHANNELS = 32, 64  # of a block of features
+# of a block of features
+ROWS = 32
+CHANNELS = 64
 # Sizes change from video to video: kernels are not compiled again for those that 16 divides.
 SIZES = ["points", "length", "count", "begin"]
 
@@ -27,7 +29,8 @@ def _moments(rows, count, mean, variance, length, width, block_rows: tl.constexp
     c = tl.program_id(0) * block + tl.arange(0, block)
     inside = c < width
     first = tl.load(rows + c, mask=inside, other=0.0).to(tl.float32)
-    total, size = tl.zeros((block,), tl.float32), 0.0
+    total = tl.zeros((block,), tl.float32)
+    size = 0.0
     for start in range(0, length, block_rows):
         r = start + tl.arange(0, block_rows)
         n = tl.load(count + r, mask=r < length, other=0.0)
@@ -54,13 +57,15 @@ def _standardise(
 ):  # fmt: skip
     """Rows less their mean, over the deviation of each channel; and the squared length of each."""
     r = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    floor, total = still * tl.load(average), tl.zeros((block_rows,), tl.float32)
+    floor = still * tl.load(average)
+    total = tl.zeros((block_rows,), tl.float32)
     for start in range(0, width, block):
         c = start + tl.arange(0, block)
         middle = tl.load(mean + c, mask=c < width, other=0.0)
         off = rounding * middle
         scale = tl.rsqrt(tl.maximum(tl.load(variance + c, mask=c < width, other=1.0) + floor + off * off, 1e-30))
-        at, mask = r.to(tl.int64)[:, None] * width + c[None, :], (r < length)[:, None] & (c < width)[None, :]
+        at = r.to(tl.int64)[:, None] * width + c[None, :]
+        mask = (r < length)[:, None] & (c < width)[None, :]
         x = tl.load(rows + at, mask=mask, other=0.0).to(tl.float32)
         x = tl.where(mask, (x - middle[None, :]) * scale[None, :], 0.0)
         total += tl.sum(x * x, 1)
@@ -83,7 +88,8 @@ def _distances(product, half, weight, row_i, row_j, time_i, time_j, valid_i, val
 def _tube_distances(product, half, weight, row, time, tubes, points, length, side: tl.constexpr):
     """Puts the distances of one tube in the place of its products."""
     tube = tl.program_id(0).to(tl.int64)
-    i, j = tl.program_id(1) * side + tl.arange(0, side), tl.program_id(2) * side + tl.arange(0, side)
+    i = tl.program_id(1) * side + tl.arange(0, side)
+    j = tl.program_id(2) * side + tl.arange(0, side)
     point_i = tl.load(tubes + tube * length + i, mask=i < length, other=points)
     point_j = tl.load(tubes + tube * length + j, mask=j < length, other=points)
     row_i = tl.load(row + point_i, mask=point_i < points, other=-1)
@@ -148,7 +154,8 @@ def _means(rows, order, row, weight, ends, out, width: tl.constexpr, block: tl.c
     """Columns of one mean, whose rows are added in the order of their index, so that the sum is always the same."""
     mean = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
-    total, size = tl.zeros((block,), tl.float32), 0.0
+    total = tl.zeros((block,), tl.float32)
+    size = 0.0
     for i in range(tl.load(ends + mean), tl.load(ends + mean + 1)):
         member = tl.load(order + i)
         w = tl.load(weight + member)
@@ -162,7 +169,8 @@ def standard_places(rows, count, projection, steps, still, rounding):
     rows, (length, width) = rows.contiguous(), rows.shape
     mean, variance = (torch.empty(width, dtype=torch.float32, device=rows.device) for _ in range(2))
     _moments[triton.cdiv(width, CHANNELS),](rows, count, mean, variance, length, width, block_rows=ROWS, block=CHANNELS)
-    place, squares = torch.empty_like(rows, dtype=torch.float32), torch.empty_like(count)
+    place = torch.empty_like(rows, dtype=torch.float32)
+    squares = torch.empty_like(count)
     _standardise[triton.cdiv(length, ROWS),](
         rows, mean, variance, variance.mean(), place, squares, length, still, rounding,
         width=width, block_rows=ROWS, block=CHANNELS,
@@ -181,7 +189,8 @@ def tube_radii(place, half, weight, first, row, time, tubes, keep):
     blocks = triton.cdiv(length, SIDE)
     _tube_distances[count, blocks, blocks](apart, half, weight, row, time, tubes, points, length, side=SIDE)
     # One size of a block for nearly all grids: a kernel is compiled for each.
-    radii, block = torch.empty_like(row, dtype=torch.float32), max(256, triton.next_power_of_2(length))
+    radii = torch.empty_like(row, dtype=torch.float32)
+    block = max(256, triton.next_power_of_2(length))
     _greedy[count,](apart, first, row, tubes, radii, points, length, block=block, num_warps=4)
     return radii
 
@@ -189,11 +198,13 @@ def tube_radii(place, half, weight, first, row, time, tubes, keep):
 @on_its_device
 def nearest_selected(place, half, weight, row, time, selected, held=1 << 26):
     nearest, selected, (points, count) = torch.empty_like(row), selected.contiguous(), (len(row), len(selected))
-    there, rows = place[row[selected]].T, row.clamp(min=0)
+    there = place[row[selected]].T
+    rows = row.clamp(min=0)
     step = max(1, held // count)  # products are held for so many points at a time
     for begin in range(0, points, step):
         end = min(begin + step, points)
-        product, grid = place[rows[begin:end]] @ there, (triton.cdiv(end - begin, SIDE),)
+        product = place[rows[begin:end]] @ there
+        grid = (triton.cdiv(end - begin, SIDE),)
         _nearest[grid](product, half, weight, row, time, selected, nearest, begin, end, count, side=SIDE)
     return nearest.index_copy_(0, selected, torch.arange(count, dtype=torch.int64, device=row.device))
 
@@ -203,7 +214,8 @@ def mean_rows(rows, into, row, weight, count):
     rows, width = rows.contiguous(), rows.shape[1]
     sorted_, order = into.sort(stable=True)
     ends = torch.searchsorted(sorted_, torch.arange(count + 1, dtype=torch.int64, device=into.device))
-    means, block = rows.new_empty(count, width), min(1024, triton.next_power_of_2(width))
+    means = rows.new_empty(count, width)
+    block = min(1024, triton.next_power_of_2(width))
     grid = count, triton.cdiv(width, block)
     _means[grid](rows, order, row, weight, ends, means, width=width, block=block)
     return means
@@ -258,7 +270,8 @@ def greedy_cosine(unit, weight, bonus, factor, keep, from_nearest):
             steps.diagonal(start).fill_(-torch.inf)
             nearest[part] = steps.amax(1) / 16384
     value = bonus if bonus is not None else nearest if weight is None else weight
-    order, block = torch.empty(keep, dtype=torch.int64, device=unit.device), triton.next_power_of_2(rows)
+    order = torch.empty(keep, dtype=torch.int64, device=unit.device)
+    block = triton.next_power_of_2(rows)
     _greedy_cosine[1,](
         cosines, nearest, value.float().contiguous(), order, rows, keep, factor,
         weighted=weight is not None, with_bonus=bonus is not None, block=block, num_warps=max(1, min(32, block // 128)),
@@ -270,17 +283,19 @@ def greedy_cosine(unit, weight, bonus, factor, keep, from_nearest):
 
 
 def _bits(x: float) -> int:
-    """The bits of a positive float32 as a whole number: of larger numbers it is larger."""
+    """Return the bits of a positive float32 as a whole number: of larger numbers it is larger."""
     return struct.unpack("<i", struct.pack("<f", x))[0]
 
 
 @triton.jit
 def _gain(now, then, inside, low: tl.constexpr, high: tl.constexpr, halvings: tl.constexpr):
-    """The median of now / then, weighted by then, between two numbers given by their bits; it is found by halving."""
+    """Return the median of now / then, weighted by then, between two numbers given by their bits; it is found by halving."""
     ratio = tl.where(inside, now / tl.maximum(then, 1e-3), float("inf"))
     bits = ratio.to(tl.int32, bitcast=True)
-    min_bits, half = tl.min(bits, 0), tl.sum(then, 0) / 2
-    a, b = tl.min(bits, 0) * 0 + low, tl.min(bits, 0) * 0 + high
+    min_bits = tl.min(bits, 0)
+    half = tl.sum(then, 0) / 2
+    a = tl.min(bits, 0) * 0 + low
+    b = tl.min(bits, 0) * 0 + high
     for _ in range(halvings):
         middle = (a + b) // 2
         weight = tl.sum(tl.where(bits <= middle, then, 0.0), 0)
@@ -319,9 +334,13 @@ def _scan(
             h_0 = tl.load(held + u + (3 * b) * units, mask=inside, other=0.0)
             h_1 = tl.load(held + u + (3 * b + 1) * units, mask=inside, other=0.0)
             h_2 = tl.load(held + u + (3 * b + 2) * units, mask=inside, other=0.0)
-            d_0, d_1, d_2 = n_0 - h_0 * gain_0, n_1 - h_1 * gain_1, n_2 - h_2 * gain_2
+            d_0 = n_0 - h_0 * gain_0
+            d_1 = n_1 - h_1 * gain_1
+            d_2 = n_2 - h_2 * gain_2
             adjusted = tl.maximum(adjusted, d_0 * d_0 + d_1 * d_1 + d_2 * d_2)
-            d_0, d_1, d_2 = n_0 - h_0, n_1 - h_1, n_2 - h_2
+            d_0 = n_0 - h_0
+            d_1 = n_1 - h_1
+            d_2 = n_2 - h_2
             plain = tl.maximum(plain, d_0 * d_0 + d_1 * d_1 + d_2 * d_2)
         changed = tl.where(tl.sqrt(adjusted) >= threshold, 1, 0)
         cut = tl.where(2 * tl.sum(tl.where(inside, changed, 0), 0) > units, 1, 0)
@@ -360,15 +379,16 @@ def _scan(
 def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most):
     """`most`: the greatest drift of brightness. Other arguments as of the operator, and of backend/operators.py."""
     count, units, _ = means.shape
-    low, high = _bits(1 / most), _bits(most)
+    low = _bits(1 / most)
+    high = _bits(most)
     by_channel = (-1, units, blocks, channels)
     of_pairs = means.view(by_channel).mean(2).transpose(1, 2).contiguous()
     of_held = held.view(by_channel).mean(2).transpose(1, 2).contiguous()
-    held, pair = held.T.clone(memory_format=torch.contiguous_format), pair.clone()  # the kernel writes into them
-    source, block = (
-        torch.empty(means.shape[:2], dtype=torch.int64, device=means.device),
-        max(512, triton.next_power_of_2(units)),
-    )
+    # the kernel writes into them
+    held = held.T.clone(memory_format=torch.contiguous_format)
+    pair = pair.clone()
+    source = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device)
+    block = max(512, triton.next_power_of_2(units))
     _scan[1,](
         means.transpose(1, 2).contiguous(), of_pairs, held, of_held, pair, source, count, units, seen, int(known), threshold,
         low=low, high=high, halvings=(high - low).bit_length(), blocks=blocks, block=block, num_warps=max(1, min(16, block // 64)),
@@ -398,7 +418,8 @@ def _add_norm(x, plus, weight, total, out, eps, wide, adds: tl.constexpr, rounds
 
 @triton.jit
 def _silu_times(x, out, wide, block: tl.constexpr):
-    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * block + tl.arange(0, block)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * block + tl.arange(0, block)
     here = at < wide
     gate = tl.load(x + 2 * row * wide + at, mask=here, other=0.0)
     exact = gate.to(tl.float32)
@@ -413,7 +434,8 @@ def _rotate_put(
     more: tl.constexpr, dim: tl.constexpr, block: tl.constexpr, heads: tl.constexpr, kv_heads: tl.constexpr,
     norms: tl.constexpr, placed: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
     at = tl.arange(0, block)
     here = at < dim
     across = (at + dim // 2) % dim
@@ -451,7 +473,8 @@ def add_norm(
     x: torch.Tensor, plus: torch.Tensor | None, weight: torch.Tensor, eps: float, rounds: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`x + plus`, or `x` itself, and its RMS norm, `[rows, wide]`, contiguous. It `rounds` before it scales, or afterwards."""
-    wide, out = x.shape[1], torch.empty_like(x)
+    wide = x.shape[1]
+    out = torch.empty_like(x)
     total = x if plus is None else torch.empty_like(x)
     block = triton.next_power_of_2(wide)
     given = x, x if plus is None else plus, weight, total, out, eps, wide
@@ -462,7 +485,8 @@ def add_norm(
 @on_its_device
 def silu_times(x: torch.Tensor) -> torch.Tensor:
     """`[rows, wide]`: SiLU of the first half of each row of `x`, `[rows, 2 * wide]`, times the second."""
-    rows, wide = len(x), x.shape[1] // 2
+    rows = len(x)
+    wide = x.shape[1] // 2
     out = x.new_empty(rows, wide)
     _silu_times[(rows, triton.cdiv(wide, 1024))](x, out, wide, block=1024)
     return out
@@ -491,7 +515,8 @@ def rotate_put(
 
     Returns the queries, `[1, L, heads, head_dim + more]`.
     """
-    rows, kv_heads = len(x), len(keys)
+    rows = len(x)
+    kv_heads = len(keys)
     dim = x.shape[1] // (heads + 2 * kv_heads)
     out = x.new_empty(1, rows, heads, dim + more)
     _rotate_put[(rows, heads + 2 * kv_heads)](
@@ -520,7 +545,8 @@ def _rotate_into_groups(
         source = tl.load(keys + to, mask=at >= rows, other=0)
         source = tl.where(asks, to, source)
     number = tl.arange(0, 4 * heads)
-    patch, head = number // heads, number % heads
+    patch = number // heads
+    head = number % heads
     h = tl.arange(0, half)
     inside = (h < dim // 2)[None, :]
     turn = (tl.load(place + source) * 4 + patch)[:, None] * dim + h[None, :]
@@ -576,7 +602,8 @@ def rotate_into_groups(
         keys: int64 `[K]`, the row of each key; None where keys are the rows in their order, and values stay where they are.
         weight: int64 `[K]`, whose log is added to the scores by further dimensions (`vision.attention.with_bias`), or None.
     """
-    rows, dim = len(qkv), qkv.shape[2] // (3 * heads)
+    rows = len(qkv)
+    dim = qkv.shape[2] // (3 * heads)
     more = 0 if weight is None else 8
     gathers = keys is not None or more > 0
     total = rows if keys is None else len(keys)

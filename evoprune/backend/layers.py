@@ -55,7 +55,7 @@ def join_tower(visual) -> None:
 
 
 def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """The weights of `join` of a layer's attention or MLP; None if there are none, or a layer has others by now."""
+    """Return the weights of `join` of a layer's attention or MLP; None if there are none, or a layer has others by now."""
     parameters = getattr(module, "joined", None)
     if parameters is None or _apart:
         return None
@@ -64,14 +64,14 @@ def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
 
 
 def is_plain(module: torch.nn.Module) -> bool:
-    """Whether a module is a linear layer that has no hooks: whoever sets a hook wants to see its calls."""
+    """Return whether a module is a linear layer that has no hooks: whoever sets a hook wants to see its calls."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return type(module) is torch.nn.Linear and not hooked
 
 
 @contextmanager
 def unjoined() -> Iterator[None]:
-    """A context in which products take each matrix by itself, as in a model of transformers."""
+    """Provide a context in which products take each matrix by itself, as in a model of transformers."""
     _apart.append(True)
     try:
         yield
@@ -80,7 +80,7 @@ def unjoined() -> Iterator[None]:
 
 
 def kernels(device: torch.device) -> ModuleType | None:
-    """The fused kernels for a device, `backend.kernels`; None where there are none, or one has failed."""
+    """Return the fused kernels for a device, `backend.kernels`; None where there are none, or one has failed."""
     if not uses_kernels(device) or devices.failed("layers") or not has_triton():
         return None
     from evoprune.backend import kernels

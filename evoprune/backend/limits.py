@@ -17,7 +17,10 @@ from evoprune.errors import OutOfMemory
 ROOT = Path("/")
 # Options of glibc's mallopt. Freed memory above the trim threshold is given back, what is larger than the map threshold gets new
 # pages each time, and arenas of other threads than the first are kept small.
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, ARENA_MAX = -1, -2, -3, -8
+TRIM_THRESHOLD = -1
+TOP_PAD = -2
+MMAP_THRESHOLD = -3
+ARENA_MAX = -8
 MALLOC = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26, MMAP_THRESHOLD: 2**30, ARENA_MAX: 1}
 # Bytes that torch and this package take by themselves. No model answers in less.
 LIBRARIES = 2**28
@@ -34,7 +37,7 @@ RECLAIMABLE = re.compile(r"^(total_)?(?:active_file|inactive_file|slab_reclaimab
 
 
 def available_cores(root: Path = ROOT) -> int:
-    """How many cores this process may keep busy, at least 1.
+    """Return how many cores this process may keep busy, at least 1.
 
     The cores of its affinity, or fewer where a control group has a quota of CPU time, which counts in whole cores, rounded up.
     """
@@ -84,14 +87,16 @@ def keep_freed_memory() -> None:
 
 
 def oom_kills(root: Path = ROOT) -> int:
-    """How many processes the system has ended so far because memory ran out, in whichever group; 0 where it does not tell."""
+    """Return how many processes the system has ended so far because memory ran out, in whichever group; 0 where it does not
+    tell.
+    """
     with suppress(OSError, ValueError, StopIteration), (root / "proc/vmstat").open() as file:
         return next(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
     return 0
 
 
 def _quotas(folder: Path) -> Iterator[float]:
-    """The cores' worth of time that a group gets."""
+    """Yield the cores' worth of time that a group gets."""
     with suppress(OSError, ValueError):  # "max" is no limit
         quota, period = map(int, (folder / "cpu.max").read_text().split())
         yield quota / period
@@ -102,7 +107,7 @@ def _quotas(folder: Path) -> Iterator[float]:
 
 
 def _left(folder: Path) -> Iterator[int]:
-    """What a group's limits leave of memory, in bytes."""
+    """Yield what a group's limits leave of memory, in bytes."""
     for limit, used in MEMORY:
         with suppress(OSError, ValueError):  # "max" is no limit
             left = int((folder / limit).read_text()) - int((folder / used).read_text())
@@ -116,7 +121,7 @@ def _reclaimable(stat: str) -> int:
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """The folders of the control groups that this process is in, from its own to the outermost that is visible.
+    """Yield the folders of the control groups that this process is in, from its own to the outermost that is visible.
 
     Those of version 1 for this controller, and those of version 2, which may or may not have the controller.
     """
@@ -135,7 +140,8 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
         top, point = (re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), field) for field in where.split(" ")[3:5])
         # A container sees its own group at the top of the mount, under the same name as in its list of groups.
         if Path(own[name]).is_relative_to(top):
-            folder, mounted = Path(own[name]).relative_to(top), root / point.lstrip("/")
+            folder = Path(own[name]).relative_to(top)
+            mounted = root / point.lstrip("/")
             yield from (mounted / inner for inner in (folder, *folder.parents))
 
 

@@ -21,7 +21,9 @@ MAX_DISTANCES = 1 << 23  # distances that a CPU holds at a time
 MAX_DISTANCES_ON_DEVICE = 1 << 26
 FEW_TUBES = 4  # up to so many a CPU goes through one after another
 FEW_ROWS = 512  # up to so many rows a CPU computes products of rows once, for all points
-AT_ONCE, AT_ONCE_ON_DEVICE = 1024, 16384  # rows that have float32 copies at a time
+# rows that have float32 copies at a time
+AT_ONCE = 1024
+AT_ONCE_ON_DEVICE = 16384
 VARIANCE_FLOOR = 1e-3  # of the mean variance, added to each channel's, so that one that hardly varies counts less
 ROUNDING = 1 / 256  # of a channel's mean: a deviation as small as that of rounding does not count as one
 
@@ -125,7 +127,9 @@ def _tube_radii(
 
 
 def _members(row: torch.Tensor, tubes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The points and the rows of the members of tubes, int64 `[B, L]`, 0 where there is none; and bool, where there is one."""
+    """Return the points and the rows of the members of tubes, int64 `[B, L]`, 0 where there is none; and bool, where there is
+    one.
+    """
     inside = tubes < len(row)
     index = torch.where(inside, tubes, 0)
     rows = row[index]
@@ -165,7 +169,8 @@ def _greedy(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
 
 def _greedy_in(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
     """Those of one tube, `[L]`."""
-    radii, best = np.zeros_like(first), int(first.argmax())
+    radii = np.zeros_like(first)
+    best = int(first.argmax())
     radii[best] = start = max(first[best], 0)
     near = np.where(first < 0, np.float32(-1), apart[best])
     near[best] = -1
@@ -184,8 +189,9 @@ def _greedy_in(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
 
 
 def _greedy_together(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
-    """The same, one step of all tubes at a time."""
-    at, near = np.arange(len(first)), first
+    """Return the same, one step of all tubes at a time."""
+    at = np.arange(len(first))
+    near = first
     best = near.argmax(1)
     radii = np.zeros_like(first)
     radii[at, best] = near[at, best].clip(0)
@@ -217,8 +223,11 @@ def _nearest_selected(
 
     Ties go to the lower index. Other arguments as of `tube_radii`.
     """
-    of, rows = row[selected], row.clamp(min=0)
-    there, half_of, when = place[of], half[of], time[selected]
+    of = row[selected]
+    rows = row.clamp(min=0)
+    there = place[of]
+    half_of = half[of]
+    when = time[selected]
     nearest = []
     for batch in torch.arange(len(row), dtype=torch.int64, device=row.device).split(
         MAX_DISTANCES_ON_DEVICE // len(selected)
@@ -238,7 +247,9 @@ def _own(nearest: torch.Tensor, row: torch.Tensor, selected: torch.Tensor) -> to
 def _nearest_selected_cpu(place, half, weight, row, time, selected):
     # With reuse one row is that of many points: products are computed for rows, a piece at a time that stays in the cache.
     rows, back = row[selected].unique(return_inverse=True)
-    there, half_of, when = place[rows], half[rows], time[selected]
+    there = place[rows]
+    half_of = half[rows]
+    when = time[selected]
     nearest = torch.empty_like(row)
     points = (row >= 0).nonzero()[:, 0]
     for batch in points.split(max(1, (MAX_DISTANCES >> 3) // len(selected))):
@@ -384,7 +395,9 @@ _LIBRARY.impl("greedy_cosine", _greedy_cosine_cuda, "CUDA")
 
 # Reuse: which frame pair was last encoded at the place of each unit (vision/preprocess.py says what for).
 
-BLOCKS, CHANNELS = 2 * 4**2, 3  # blocks of a unit in both frames, of 7x7 or 8x8 pixels, and colours
+# blocks of a unit in both frames, of 7x7 or 8x8 pixels, and colours
+BLOCKS = 2 * 4**2
+CHANNELS = 3
 # The greatest drift of brightness since the references were encoded, as a factor up or down.
 BRIGHTNESS = 1.2
 
@@ -407,7 +420,9 @@ def _reuse_scan(
     source = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device)
     for t, now in enumerate(means):
         if not known:
-            held, changed, known = now, torch.ones_like(pair, dtype=torch.bool), True
+            held = now
+            changed = torch.ones_like(pair, dtype=torch.bool)
+            known = True
         else:
             gain = brightness(now, held)
             changed = differences(now, held * gain) >= threshold

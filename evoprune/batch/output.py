@@ -55,7 +55,7 @@ class Settings(PipelineOptions):
         return load_qa(self.model, self.pruning, progress=progress)
 
     def record(self) -> dict[str, Any]:
-        """All of it as flat data for JSON, as records hold it."""
+        """Return all of it as flat data for JSON, as records hold it."""
         code = methods.plugin_code(self.pruning.method)
         facts = record((self.model, self.pruning, self.sampling, self.generation), RECORDED)
         return facts | ({"plugins": code} if code else {})
@@ -87,14 +87,15 @@ class Sources:
     """
 
     def __init__(self, settings: Settings):
-        self._name, self._subtitles = settings.model.model, settings.sampling.subtitles
+        self._name = settings.model.model
+        self._subtitles = settings.sampling.subtitles
         self._model = settings.model.state()
         self._input = cache(partial(input_state, listdir=cache(os.listdir)))
         self._revision: str | None = None
         self._after_tower_below: int | None = None
 
     def of(self, row: Row) -> dict[str, Any]:
-        """The states for a record of a row, as plain data."""
+        """Return the states for a record of a row, as plain data."""
         subtitles = row.subtitles_path or self._subtitles
         return {"model": self._model, "inputs": [self._input(path, subtitles) for path in row.paths]}
 
@@ -137,12 +138,15 @@ class Sources:
 def remaining(
     rows: Sequence[Row], settings: Settings, found: Sequence[Found], sources: Sources | None = None
 ) -> list[Row]:
-    """The rows that have no answer yet, or failed.
+    """Return the rows that have no answer yet, or failed.
 
     Raises UsageError: a record has other settings, its row has changed, or the files that it was made of have.
     """
-    sources, by_id = sources or Sources(settings), {row.id: row for row in rows}
-    now, asked, done = rounded(settings.record()), {row.id: rounded(row.asked) for row in rows}, set()
+    sources = sources or Sources(settings)
+    by_id = {row.id: row for row in rows}
+    now = rounded(settings.record())
+    asked = {row.id: rounded(row.asked) for row in rows}
+    done = set()
     for earlier in found:
         if change := differences(earlier.settings, now):
             raise UsageError(f"the output was begun with other settings: {change}", "give the same ones, or another -o")
@@ -157,7 +161,7 @@ def remaining(
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The entries in which two dicts differ, in words; empty where they are equal."""
+    """Return the entries in which two dicts differ, in words; empty where they are equal."""
     names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
 
@@ -190,7 +194,8 @@ class RecordFile:
     """
 
     def __init__(self, path: str, *, stdout: TextIO | None = None, resume: bool = False, overwrite: bool = False):
-        self.name, self._stdout = path, stdout or sys.stdout
+        self.name = path
+        self._stdout = stdout or sys.stdout
         self.found: list[Found] = []
         self.written = 0  # records, by this run
         self._made = self._begun = False
@@ -226,7 +231,7 @@ class RecordFile:
         return self.regular
 
     def _is_own(self) -> bool:
-        """Whether the file begins with a record, which may be torn."""
+        """Return whether the file begins with a record, which may be torn."""
         begun = os.pread(self._number, len(HEAD), 0).rstrip(b"\0")
         return bool(begun) and HEAD.startswith(begun)
 
@@ -274,7 +279,7 @@ class RecordFile:
         self.written += 1
 
     def _open(self) -> int:
-        """A file descriptor; of a regular file one that holds its lock."""
+        """Return a file descriptor; of a regular file one that holds its lock."""
         if self.name == STDOUT:
             self._stdout.flush()
             return os.dup(self._stdout.fileno())
@@ -283,9 +288,11 @@ class RecordFile:
         flags = os.O_RDWR | os.O_APPEND
         while True:
             try:
-                number, self._made = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+                number = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+                self._made = True
             except FileExistsError:
-                number, self._made = os.open(self.path, flags), False
+                number = os.open(self.path, flags)
+                self._made = False
             try:
                 self._lock(number)
                 # The program that held the lock may have replaced or removed the file.
@@ -311,19 +318,23 @@ class RecordFile:
                 raise
 
     def _read(self) -> list[Found]:
-        """All whole records. A torn one may follow them; a file with anything else is refused."""
-        records, end, settings = [], 0, None
+        """Return all whole records. A torn one may follow them; a file with anything else is refused."""
+        records = []
+        end = 0
+        settings = None
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     record = loads(line)
                     if record["schema"] != SCHEMA:
                         raise ValueError
-                    about, failed = record["batch"], record["error"] is not None
+                    about = record["batch"]
+                    failed = record["error"] is not None
                     stated = {"seek": EXACT} | about["settings"]  # earlier versions knew no other
                     if stated != settings:  # usually one object serves all records
                         settings = stated
-                    files, commit = dict(about.get("files") or {}), dict(record.get("model") or {}).get("revision")
+                    files = dict(about.get("files") or {})
+                    commit = dict(record.get("model") or {}).get("revision")
                     place = end, end + len(line)
                     below = None if failed else dict(record.get("pruning") or {}).get("after_tower_below") or 0
                     records.append(Found(record["id"], about["row"], settings, failed, *place, files, commit, below))
@@ -361,7 +372,7 @@ class RecordFile:
 
 
 def _is_torn(line: bytes, follows: bool) -> bool:
-    """Whether the line, no record, is the beginning of one. The rest may be zeros; all of it, if it `follows` a record."""
+    """Return whether the line, no record, is the beginning of one. The rest may be zeros; all of it, if it `follows` a record."""
     begun = line.rstrip(b"\0")
     if line.endswith(b"\n") or not (begun or follows):
         return False
@@ -386,7 +397,8 @@ def write_file(path: str, content: bytes) -> None:
 
 def append(number: int, content: bytes, regular: bool = True) -> None:
     """Appends to an open file. To a `regular` one it appends all of the content or nothing, which is on the disk afterwards."""
-    size, rest = os.fstat(number).st_size, memoryview(content)
+    size = os.fstat(number).st_size
+    rest = memoryview(content)
     try:
         while rest:
             rest = rest[os.write(number, rest) :]

@@ -36,7 +36,8 @@ class RemoteError(EvopruneError):
 
     def __init__(self, error: dict[str, Any]):
         super().__init__(error["message"], error["hint"], stage=error["stage"])
-        self.exit_code, self.type = error["code"], error["type"]
+        self.exit_code = error["code"]
+        self.type = error["type"]
 
 
 def answers_on_ray(
@@ -47,7 +48,7 @@ def answers_on_ray(
     cache: bool = False,
     on_ready: Callable[[], None] = lambda: None,
 ) -> Iterator[Report]:
-    """A record for every row, as `batch.run.answers`, in the order in which they finish. No video is read in advance.
+    """Yield a record for every row, as `batch.run.answers`, in the order in which they finish. No video is read in advance.
 
     `address`: of a cluster, such as "auto"; None for RAY_ADDRESS, or else a new cluster on this machine. `cache`: of each node.
 
@@ -69,7 +70,7 @@ def answers_on_ray(
 
 
 def _lines(ray, spans: Sequence[Span], settings: Settings, where: dict[str, Any]) -> Iterator[str]:
-    """The lines that the workers make, as they come."""
+    """Yield the lines that the workers make, as they come."""
     workers, share = _workers(ray, settings.model.device)
     # One block for each span: a worker that dies loses no more than its span.
     rows = [{"span": json.dumps([asdict(row) for row in span.rows])} for span in spans]
@@ -86,7 +87,7 @@ def _lines(ray, spans: Sequence[Span], settings: Settings, where: dict[str, Any]
 
 
 def _workers(ray, device: str) -> tuple[int, dict[str, float]]:
-    """How many workers there is room for, and the share of each: a GPU, or as many cores as the smallest node has."""
+    """Return how many workers there is room for, and the share of each: a GPU, or as many cores as the smallest node has."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if on_cuda(device) or (device == "auto" and gpus):
         return max(1, gpus), {"num_gpus": 1}
@@ -110,7 +111,10 @@ class Worker:
     """Holds the model and answers. Runs in a process of its own, on any node."""
 
     def __init__(self, settings: Settings, folder: str, cache: bool, tries):
-        self._settings, self._tries, self._cache, self._broken = settings, tries, None, None
+        self._settings = settings
+        self._tries = tries
+        self._cache = None
+        self._broken = None
         try:
             _enter(folder)  # names of videos and models are relative to it
             self._qa = settings.load()
@@ -139,7 +143,7 @@ class Worker:
 
 
 def _row(fields: dict[str, Any]) -> Row:
-    """A row whose tuples became lists on the way."""
+    """Return a row whose tuples became lists on the way."""
     return Row(**fields | {name: tuple(fields[name]) for name in ("inputs", "paths", "options", "groups")})
 
 
@@ -180,7 +184,8 @@ def _cluster(address: str | None):
 @contextmanager
 def _own_process():
     """Keeps the handler of SIGTERM, which Ray replaces. A new cluster sends no statistics unless the environment says so."""
-    handler, variable = signal.getsignal(signal.SIGTERM), "RAY_USAGE_STATS_ENABLED"
+    handler = signal.getsignal(signal.SIGTERM)
+    variable = "RAY_USAGE_STATS_ENABLED"
     given = variable in os.environ
     os.environ.setdefault(variable, "0")
     try:

@@ -97,7 +97,7 @@ class Row:
         return about | facts | {name: value for name, value in own.items() if value is not None}
 
     def generation(self, usual: GenerationOptions) -> GenerationOptions:
-        """How the answer is generated: as `usual`, but for what the row says itself."""
+        """Return how the answer is generated: as `usual`, but for what the row says itself."""
         return usual if self.max_new_tokens is None else replace(usual, max_new_tokens=self.max_new_tokens)
 
 
@@ -150,7 +150,7 @@ def product_rows(
     end_s: float | None = None,
     recursive: bool = False,
 ) -> list[Row]:
-    """Every question about every video, or every video of a folder, with `recursive` also of the folders inside it.
+    """Return every question about every video, or every video of a folder, with `recursive` also of the folders inside it.
 
     Raises UsageError that names all that is wrong.
     """
@@ -170,7 +170,7 @@ def product_rows(
 
 
 def load_rows(path: str, start_s: float = 0.0, end_s: float | None = None, rules: Rules = BATCH) -> list[Row]:
-    """The rows of a file, as `read_rows`; paths are relative to its folder. Raises UsageError also if it cannot be read."""
+    """Return the rows of a file, as `read_rows`; paths are relative to its folder. Raises UsageError also if it cannot be read."""
     try:
         with open(path, "rb") as file:
             content = read_all(file, path, rules.file)
@@ -182,7 +182,8 @@ def load_rows(path: str, start_s: float = 0.0, end_s: float | None = None, rules
 def read_rows(
     content: bytes, name: str, folder: str, start_s: float = 0.0, end_s: float | None = None, rules: Rules = BATCH
 ) -> list[Row]:
-    """The rows of a JSONL or CSV file, with paths relative to `folder`; `start_s` and `end_s` are for rows without their own.
+    """Return the rows of a JSONL or CSV file, with paths relative to `folder`; `start_s` and `end_s` are for rows without their
+    own.
 
     Raises UsageError: rows are wrong or repeat an id, or there are none. It names the first wrong rows and counts the others.
     """
@@ -193,7 +194,7 @@ def read_rows(
 
 
 def _rows(lines: Iterable[Line], name: str, folder: str, span: tuple[float, float | None], rules: Rules) -> list[Row]:
-    """The rows of all lines; raises UsageError if any is wrong. `name`: of their file, if there is one; else nothing."""
+    """Return the rows of all lines; raises UsageError if any is wrong. `name`: of their file, if there is one; else nothing."""
     wrong = Wrong()
     rows: dict[str, Row] = {}
     places: dict[str, str] = {}
@@ -277,7 +278,7 @@ def _row(
 
 
 def _cell(value: Any) -> str:
-    """A field as the text of a cell: lists of texts as they are read from CSV, all else that is no text as JSON."""
+    """Return a field as the text of a cell: lists of texts as they are read from CSV, all else that is no text as JSON."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(each, str) and "|" not in each for each in value):
@@ -286,7 +287,8 @@ def _cell(value: Any) -> str:
 
 
 def _path(folder: str, text: str) -> str:
-    """The path that opens a file, which is relative to `folder`; a row may also have `~`, or the URL of a file or on the web.
+    """Return the path that opens a file, which is relative to `folder`; a row may also have `~`, or the URL of a file or on the
+    web.
 
     Raises ValueError: no file can have such a name.
     """
@@ -314,14 +316,15 @@ def _must(holds: bool, problem: str) -> None:
 
 
 def _options(options: Any) -> tuple[str, ...]:
-    """The options of a question without the letters that each begins with, for the prompt adds its own."""
+    """Return the options of a question without the letters that each begins with, for the prompt adds its own."""
     right = isinstance(options, list) and len(options) != 1 and len(options) <= len(LETTERS)
     _must(right, f"options are not a list of 2 to {len(LETTERS)} texts")
     options = tuple(_text(option, "option") for option in options)
     lettered = [LETTERED.fullmatch(option) for option in options]
     if not options or not all(lettered):
         return options
-    letters, in_order = "".join(match[1] or match[2] for match in lettered).upper(), LETTERS[: len(options)]
+    letters = "".join(match[1] or match[2] for match in lettered).upper()
+    in_order = LETTERS[: len(options)]
     mixed = letters != in_order and sorted(letters) == list(in_order)
     _must(not mixed, f"the letters of the options are {', '.join(letters)}, not in order")
     return tuple(match[3] for match in lettered) if letters == in_order else options
@@ -349,7 +352,7 @@ def _text(value: Any, name: str) -> str:
 
 
 def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
-    """A number that a row may have, in CSV as a text; None where it has none."""
+    """Return a number that a row may have, in CSV as a text; None where it has none."""
     number = value
     for read in (float, kind) if isinstance(value, str) else ():
         with suppress(ValueError):
@@ -402,7 +405,7 @@ class Wrong:
 
 
 def folders_below(folder: str) -> Iterator[str]:
-    """The folder and all folders inside it, in natural order of names; none that is hidden, or that a link leads to."""
+    """Yield the folder and all folders inside it, in natural order of names; none that is hidden, or that a link leads to."""
     yield folder
     try:
         with os.scandir(folder) as entries:
@@ -414,7 +417,8 @@ def folders_below(folder: str) -> Iterator[str]:
 
 
 def in_folders(videos: Iterable[str], wrong: Wrong, recursive: bool = False) -> Iterator[str]:
-    """The videos, with those in a folder of videos instead of the folder, in natural order of names; a folder of images is one.
+    """Yield the videos, with those in a folder of videos instead of the folder, in natural order of names; a folder of images is
+    one.
 
     Among more videos than images, the images are left out, as thumbnails are. `wrong` collects folders that are unclear.
     `recursive`: also those of the folders inside a folder, each as if it was given; of those that hold neither there is no word.
@@ -430,7 +434,8 @@ def in_folders(videos: Iterable[str], wrong: Wrong, recursive: bool = False) -> 
             yield from in_folders(below, wrong)
             continue
         try:
-            images, video_files = files(video, IMAGES), files(video, VIDEOS)
+            images = files(video, IMAGES)
+            video_files = files(video, VIDEOS)
         except OSError as problem:
             hint = "check the path, and whether you may read it"
             wrong.add(f"cannot read the folder {video}: {problem.strerror}", hint)
@@ -450,7 +455,7 @@ def in_folders(videos: Iterable[str], wrong: Wrong, recursive: bool = False) -> 
 
 
 def holds_some(folder: str) -> bool:
-    """Whether a folder holds videos or images itself, or cannot be read, which is to be said."""
+    """Return whether a folder holds videos or images itself, or cannot be read, which is to be said."""
     try:
         return bool(files(folder, VIDEOS) or files(folder, IMAGES))
     except OSError:
@@ -458,7 +463,7 @@ def holds_some(folder: str) -> bool:
 
 
 def left_out(video: str) -> str:
-    """What a folder of videos holds besides them, as a line; empty where that is nothing. Hidden files do not count."""
+    """Return what a folder of videos holds besides them, as a line; empty where that is nothing. Hidden files do not count."""
     if not os.path.isdir(video) or not (videos := files(video, VIDEOS)) or len(videos) <= len(files(video, IMAGES)):
         return ""
     with os.scandir(video) as entries:
@@ -469,7 +474,7 @@ def left_out(video: str) -> str:
 
 
 def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
-    """All that is in an open file, which may be endless; raises UsageError at more than `MAX_BYTES`."""
+    """Return all that is in an open file, which may be endless; raises UsageError at more than `MAX_BYTES`."""
     content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise UsageError(f"{name} has more than {MAX_BYTES // 2**20} MiB", f"give it in pieces; {hint}")
@@ -477,8 +482,8 @@ def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
 
 
 def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:
-    """The lines of a file that are not empty: JSON objects, one array of them, or CSV, by the first character. Empty cells are no
-    fields, and names of columns may be in any case.
+    """Yield the lines of a file that are not empty: JSON objects, one array of them, or CSV, by the first character. Empty cells
+    are no fields, and names of columns may be in any case.
 
     Raises UsageError: the content is not UTF-8, an array is not JSON, or the head of a CSV file lacks a column.
     """

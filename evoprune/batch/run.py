@@ -32,14 +32,15 @@ def answers(
     progress: Progress | None = None,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Report]:
-    """A record for every row, as they are answered. A row that fails has a record with an error, and the others go on.
+    """Yield a record for every row, as they are answered. A row that fails has a record with an error, and the others go on.
 
     `ahead`: what may have read the first inputs already. `progress`: as of `session.encoding.OpenInputs.encode`, of one span after
     the other. `on_wait`: called after each encoding with the seconds that it has waited for reading and preprocessing.
     """
 
     def opened(span: Span, cores: int | None) -> OpenInputs:
-        first, sampling = span.rows[0], replace(settings.sampling, **span.sampling)
+        first = span.rows[0]
+        sampling = replace(settings.sampling, **span.sampling)
         given = {"names": [without_password(name) for name in first.inputs], "cache": cache, "ahead": ahead}
         inputs = open_inputs(qa.session, first.paths, sampling, **given)
         inputs.use_cores(cores)
@@ -55,7 +56,7 @@ def answers(
 
 
 def failure_report(row: Row, settings: Settings, error: dict[str, Any]) -> Report:
-    """The record of a row that has no answer."""
+    """Return the record of a row that has no answer."""
     report = Report(question=row.prompt, finish_reason="error", error=error)
     name_inputs(report, [without_password(name) for name in row.inputs])
     return _named(report, row, settings)
@@ -99,7 +100,7 @@ def _asked(
 
 
 def _tried(work: Callable[[], T], on_failure: Callable[[Exception], None]) -> tuple[T | None, dict | None]:
-    """The result, or the error as records hold it. By then the exception and the memory that it refers to are freed."""
+    """Return the result, or the error as records hold it. By then the exception and the memory that it refers to are freed."""
     try:
         return work(), None
     except Exception as problem:

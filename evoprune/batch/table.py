@@ -16,7 +16,7 @@ COLUMNS = ("answer", "error", "finish_reason", "visual_tokens", "new_tokens", "t
 
 
 def is_table(path: str) -> bool:
-    """Whether an output of this name is a table. Stdout and open files are not, whatever they are called."""
+    """Return whether an output of this name is a table. Stdout and open files are not, whatever they are called."""
     return path.lower().endswith(ENDING) and path != STDOUT and not path.startswith(OPEN_FILES)
 
 
@@ -44,7 +44,8 @@ class TableFile(RecordFile):
     def begin(self, again: Container[str] = ()) -> None:
         """Empties the file and writes the head."""
         super().begin(again)
-        taken, titles = {*self._names, *COLUMNS}, []
+        taken = {*self._names, *COLUMNS}
+        titles = []
         for name in self._names:
             title = name
             while title in COLUMNS or (title != name and title in taken):
@@ -54,7 +55,8 @@ class TableFile(RecordFile):
 
     def add(self, record: Report) -> None:
         """Appends a row, which is on the disk when this returns. Neither a signal nor a full disk tears it."""
-        cells, tokens = self._rows[record.id], record.tokens
+        cells = self._rows[record.id]
+        tokens = record.tokens
         own = (
             harmless(record.answer or ""),
             harmless(record.error["message"]) if record.error else "",
@@ -74,7 +76,7 @@ class TableFile(RecordFile):
         self.written -= 1  # counted by `add`
 
     def _is_own(self) -> bool:
-        """Whether the file begins with the head of such a table, perhaps a torn one."""
+        """Return whether the file begins with the head of such a table, perhaps a torn one."""
         with open(self.path, encoding="utf-8", errors="replace", newline="") as file:
             head = next(csv.reader(file), [])
         return tuple(head[-len(COLUMNS) :]) == COLUMNS

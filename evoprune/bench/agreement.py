@@ -45,7 +45,7 @@ def reference(
     system: str | None = None,
     think: str = "off",
 ) -> Reference:
-    """The unpruned model's distributions along its own answer, the tokens `ids`. Errors: as of `EncodedInputs.read_along`.
+    """Return the unpruned model's distributions along its own answer, the tokens `ids`. Errors: as of `EncodedInputs.read_along`.
 
     Where the model `ended` it by itself, the end counts as one more token: an answer that would have run on is another one.
     """
@@ -57,7 +57,7 @@ def reference(
 
 
 def agreement(given: Reference, video: EncodedInputs) -> Agreement:
-    """How a pruned video's choices compare. Errors: as of `EncodedInputs.read_along`."""
+    """Return how a pruned video's choices compare. Errors: as of `EncodedInputs.read_along`."""
     logits, seconds = video.read_along(given.question, given.ids, given.system, given.think)
     logs = logits.log_softmax(-1).gather(1, given.tokens)
     logs = torch.cat([logs, _rest(logs)], 1)
@@ -66,5 +66,5 @@ def agreement(given: Reference, video: EncodedInputs) -> Agreement:
 
 
 def _rest(logs: torch.Tensor) -> torch.Tensor:
-    """The logarithm of what is left of 1: `[n, 1]`. Rounding leaves at least a ten-millionth, so that it is a number."""
+    """Return the logarithm of what is left of 1: `[n, 1]`. Rounding leaves at least a ten-millionth, so that it is a number."""
     return torch.log1p(-logs.double().exp().sum(1, keepdim=True).clamp(max=1 - 1e-7)).to(logs.dtype)

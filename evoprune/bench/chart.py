@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 # Colours that colour-blind readers can distinguish on white (Okabe and Ito, https://jfly.uni-koeln.de/color/).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-INK, SOFT, PALE = "#222222", "#5F5F5F", "#8C8C8C"  # PALE: lines beside those in INK
+# PALE: lines beside those in INK
+INK = "#222222"
+SOFT = "#5F5F5F"
+PALE = "#8C8C8C"
 # Where a label begins, or ends, in points from its mark: near it, or farther away.
 AROUND = (5, 4), (5, -9), (-5, 4), (-5, -9), (7, -3), (-7, -3), (5, 11), (5, -17), (-5, 11), (-5, -17)
 ROOM = 3.5  # points that a label keeps from the middle of a mark
@@ -32,7 +35,7 @@ class Point:
 
     @classmethod
     def percent(cls, x: float, row: dict, value: str, label: str) -> "Point":
-        """A share of a row of results and its interval, in percent."""
+        """Return a share of a row of results and its interval, in percent."""
         return cls(x, 100 * row[value], 100 * row["low"], 100 * row["high"], label)
 
 
@@ -67,7 +70,7 @@ class Panel:
 
 
 def draw(title: str, subtitle: str, panels: Sequence[Panel], rows: Sequence[str] = ()) -> str:
-    """An SVG document of panels side by side, which share the axis of the values.
+    """Return an SVG document of panels side by side, which share the axis of the values.
 
     Args:
         rows: names. With them, values go to the right: a point's `x` is the value with its interval, and `y` is the number of its
@@ -132,7 +135,8 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], rows: Sequence[str]
 
 def _draw_series(axes, series: Series, sideways: bool) -> None:
     """The line, the marks and the intervals of a series; sideways without a line between them."""
-    x, y = [point.x for point in series.points], [point.y for point in series.points]
+    x = [point.x for point in series.points]
+    y = [point.y for point in series.points]
     name = series.name or None
     if series.dashed:
         axes.plot(x, y, "--", color=series.colour, linewidth=1.3, label=name)
@@ -157,10 +161,12 @@ def _label_points(axes, panel: Panel, sideways: bool) -> None:
     marks = axes.transData.transform(dots or [(math.nan, math.nan)])
     lines = _on_lines(axes, panel, sideways)
     pixels = axes.figure.dpi / 72  # a point
-    frame, whole, taken = axes.get_window_extent(), axes.figure.bbox, []
+    frame = axes.get_window_extent()
+    whole = axes.figure.bbox
+    taken = []
 
     def room(box) -> tuple[bool, bool]:
-        """Whether nothing else is there, and whether only lines and intervals are."""
+        """Return whether nothing else is there, and whether only lines and intervals are."""
         inside = max(whole.x0, frame.x0) <= box.x0 and box.x1 <= min(whole.x1, frame.x1 + 4) and frame.y0 <= box.y0
         apart = inside and not box.count_overlaps(taken) and not box.padded(ROOM * pixels).count_contains(marks)
         return apart and not box.count_contains(lines), apart

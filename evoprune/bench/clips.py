@@ -35,7 +35,9 @@ from evoprune.video.plan import InputLimits, even_times, make_plan
 from evoprune.vision.preprocess import normalised, pixel_patches, resize
 from evoprune.vision.tower import tower_shape
 
-UNIT, PAIR = 28, 2  # side of a merge unit in pixels, if not given; frames in a grid
+# side of a merge unit in pixels, if not given; frames in a grid
+UNIT = 28
+PAIR = 2
 SCALES = ((64, 3), (32, 2), (16, 1), (8, 1), (4, 1))
 Draw = Callable[[int], np.ndarray]  # f to integers [H, W, 3], 0 to 255
 
@@ -95,7 +97,8 @@ def _noise(height: int, width: int) -> Draw:
 
 
 def _static(height: int, width: int, unit: int) -> Draw:
-    still, columns = _texture(2, height, width), width // unit
+    still = _texture(2, height, width)
+    columns = width // unit
     units = height // unit * columns
 
     def draw(f: int) -> np.ndarray:
@@ -110,7 +113,8 @@ def _static(height: int, width: int, unit: int) -> Draw:
 
 
 def _motion(height: int, width: int) -> Draw:
-    still, m = _texture(5, height, width), min(height, width)
+    still = _texture(5, height, width)
+    m = min(height, width)
     radii = [m * (6 + k) // 48 for k in range(3)]
     skins = [(2 * _texture(6 + k, 2 * r + 1, 2 * r + 1) + _byte(9, k, np.arange(3))) // 3 for k, r in enumerate(radii)]
     speeds = ((0, width // 24), (m // 40, -(width // 28)), (-(m // 30), width // 32))
@@ -134,23 +138,26 @@ def _away(centre: int, size: int) -> np.ndarray:
 
 
 # Text tokens before and after the video, as many as a chat template and a short question have.
-TEXT_BEFORE, TEXT_AFTER = 15, 15
+TEXT_BEFORE = 15
+TEXT_AFTER = 15
 # The same around each frame pair, where a prompt has the time of each: the time and a marker, and a marker.
-BEFORE_PAIR, AFTER_PAIR = 7, 1
+BEFORE_PAIR = 7
+AFTER_PAIR = 1
 SYNTHETIC_FPS = 2.0
 
 Frames = tuple[torch.Tensor, float]  # uint8 [F, H, W, 3], and the seconds from one grid to the next
 
 
 def synthetic_frames(content: str, case: Case, unit: int = UNIT) -> Frames:
-    """A clip made by formula, at Qwen's own frame rate; or a picture, its first frame. `unit`: side of a unit in pixels."""
+    """Return a clip made by formula, at Qwen's own frame rate; or a picture, its first frame. `unit`: side of a unit in pixels."""
     clip = synthetic_clip(content, max(PAIR, case.frames), case.height, case.width, unit)
     return torch.from_numpy(clip[: case.frames]), 2 / SYNTHETIC_FPS
 
 
 def video_frames(info: Video, case: Case) -> Frames:
     """Frames of a video, spread over all of it; or a picture."""
-    source, max_frames = info, max(2, case.frames)
+    source = info
+    max_frames = max(2, case.frames)
     if info.kind == PICTURE:
         source = replace(info, width=case.width, height=case.height)  # which the reader makes of it
     plan = make_plan(info, InputLimits(), frames=case.frames, max_frames=max_frames, max_visual_tokens=sys.maxsize)
@@ -173,7 +180,8 @@ def place_of(grid: tuple[int, int, int], times: bool) -> Place:
     """Where the prompt has the units of a clip. `times`: whether the time of each frame pair is in it."""
     if not times:
         return Place((range(TEXT_BEFORE, TEXT_BEFORE + prod(grid)),))
-    pairs, units = grid[0], grid[1] * grid[2]
+    pairs = grid[0]
+    units = grid[1] * grid[2]
     starts = [TEXT_BEFORE + pair * (BEFORE_PAIR + units + AFTER_PAIR) + BEFORE_PAIR for pair in range(pairs)]
     around = tuple(range(start - BEFORE_PAIR, start + units + AFTER_PAIR) for start in starts)
     return Place(tuple(range(start, start + units) for start in starts), around)
@@ -211,20 +219,24 @@ def prepare(
     config: PruneConfig | None = None,
 ) -> Clip:
     """Preprocesses a clip, made smaller if the method of `config` acts on the input; behind it always the same random tokens."""
-    v, visual = loaded.video, loaded.model.model.visual
+    v = loaded.video
+    visual = loaded.model.model.visual
     count, height, width, _ = frames.shape
     grid = case_grid(Case(count, height, width), v)
     unpruned = prod(grid)
     smaller = config.plan(tower_shape(visual), grid).grid if config else grid
     if smaller != grid:
-        grid, fewer = smaller, min(count, smaller[0] * v.temporal_patch_size)
+        grid = smaller
+        fewer = min(count, smaller[0] * v.temporal_patch_size)
         picked = [int(time) for time in even_times(0, count, fewer)]
         frames = resize(frames[picked], grid[1] * v.unit, grid[2] * v.unit)
         seconds_per_pair *= count / fewer
     weight = visual.patch_embed.proj.weight
     pixels = pixel_patches(frames.to(weight.device), v.patch_size, v.temporal_patch_size, v.merge_size)
-    config, random = loaded.model.config, torch.Generator().manual_seed(0)
-    size, vision = config.text_config.vocab_size, config.vision_config
+    config = loaded.model.config
+    random = torch.Generator().manual_seed(0)
+    size = config.text_config.vocab_size
+    vision = config.vision_config
     place = place_of(grid, vision.traits.timestamps and count > 1)
     length = (place.around or place.runs)[-1].stop + TEXT_AFTER
     text = torch.randint(size, (length - len(place),), generator=random, dtype=torch.int64, device="cpu")

@@ -69,8 +69,10 @@ class Cost:
         self._tower = tower_flop(vision, rows, grids, windows) / 1e12
 
     def of(self, report: Report) -> dict[str, float]:
-        """The cost of an answered question, as fields of a sample. `tflop`: 10^12 multiplications and additions."""
-        pruning, tokens, depth = report.pruning, report.tokens, self._text.num_hidden_layers
+        """Return the cost of an answered question, as fields of a sample. `tflop`: 10^12 multiplications and additions."""
+        pruning = report.pruning
+        tokens = report.tokens
+        depth = self._text.num_hidden_layers
         read = [count for _, count in pruning.language_layers or [(0, pruning.visual_tokens_kept)]]
         work = pruning.language_work or [[layer, *[count] * 3] for layer, count in pruning.language_layers or []]
         lengths = [[tokens.text + count for count in counts] for _, *counts in stretched(work, depth)] if work else None
@@ -93,7 +95,7 @@ Progress = Callable[..., None]
 
 
 def told(what: str, done: int = 0, total: int = 0, detail: str = "") -> str:
-    """What a `Progress` is called with, as a line of a log."""
+    """Return what a `Progress` is called with, as a line of a log."""
     return f"{what} {done} of {total}: {detail}" if total else what
 
 
@@ -163,7 +165,7 @@ def digest(path: Path) -> str:
 
 
 def variants(settings: EvalSettings) -> list[Variant]:
-    """The rows in order: full, blind, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
+    """Return the rows in order: full, blind, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
     pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
     asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
     pruned = [Variant(METHOD, options.method, options.budget) for options in asked if options.config().acts]
@@ -224,7 +226,8 @@ class Evaluation:
         done = {sample["video"] for sample in self.samples}
         missing = [video for video in self.videos if video.name not in done]
         if processes > 1:
-            loaded, model = self.loaded, self.settings.model
+            loaded = self.loaded
+            model = self.settings.model
             if loaded and (short := shortage(processes * loaded.found.weights_bytes, loaded.device)):
                 hint = "fewer processes (--processes), or a smaller model"
                 raise OutOfMemory(f"{processes} copies of {loaded.id}: {short}", hint, stage="load")
@@ -241,14 +244,14 @@ class Evaluation:
                 self.samples += samples
 
     def _reading_ahead(self, videos: Sequence[VideoQuestions], progress: Progress) -> Iterator[list[dict]]:
-        """The samples of video after video; meanwhile the next ones are read."""
+        """Yield the samples of video after video; meanwhile the next ones are read."""
         done = self.total - len(videos)
         with closing(Upcoming(videos, self._opened, self.loaded)) as ahead:
             for number, (video, opened) in enumerate(ahead, done):
                 yield self.evaluate(video, lambda what, at=number: progress("video", at, self.total, what), opened)
 
     def _opened(self, video: VideoQuestions, cores: int | None) -> OpenInputs:
-        """All parts of a video that questions are about, as the first variant looks at them: what is read ahead."""
+        """Return all parts of a video that questions are about, as the first variant looks at them: what is read ahead."""
         parts = [self._open(self.variants[0], video, span) for span in group_by_span(video.rows)]
         inputs = OpenInputs(parts[0].session, [opened for part in parts for opened in part.inputs])
         inputs.use_cores(cores)
@@ -260,7 +263,7 @@ class Evaluation:
         progress: Progress = lambda *what: None,
         opened: OpenInputs | Exception | None = None,
     ) -> list[dict]:
-        """The samples of a video, variant after variant; if it fails, one with an `error` for each question.
+        """Return the samples of a video, variant after variant; if it fails, one with an `error` for each question.
 
         `opened`: what `_opened` has made of it, or raised. Its patches stay in memory for all variants until they are done.
         """
@@ -307,8 +310,10 @@ class Evaluation:
 
         settings = self.settings
         with closing(self._open(variant, video, span, rows)) as opened:
-            encoded, session = opened.encode(tell), opened.session
-        cost, pruned = Cost(self.loaded, encoded), encoded.report.time_ms.encode_prune
+            encoded = opened.encode(tell)
+            session = opened.session
+        cost = Cost(self.loaded, encoded)
+        pruned = encoded.report.time_ms.encode_prune
         for row in span.rows:
             encoded.last_question = row is span.rows[-1]
             answer = encoded.ask(row.prompt, **vars(row.generation(settings.generation)))
@@ -332,10 +337,11 @@ class Evaluation:
             yield _about(video, row) | sample
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """The results so far, as plain data for JSON; `error` is what cut the run short."""
+        """Return the results so far, as plain data for JSON; `error` is what cut the run short."""
         failed = {s["video"]: s["error"]["message"] for s in self.samples if "error" in s}
         good = [s for s in self.samples if "error" not in s and s["row"] == FULL]
-        loaded, rows = self.loaded, score_rows(self.samples)
+        loaded = self.loaded
+        rows = score_rows(self.samples)
         return {
             "schema": SCHEMA,
             "model": asdict(loaded.facts()) if loaded else None,
@@ -350,7 +356,9 @@ class Evaluation:
         }
 
     def _record(self) -> dict[str, Any]:
-        """The settings, the state of the model's files if it is known, and the rule of sizes where the model's device has one."""
+        """Return the settings, the state of the model's files if it is known, and the rule of sizes where the model's device has
+        one.
+        """
         state = self.loaded.found.state if self.loaded else self.settings.model.state()
         below = self._after_tower_below()
         return self.settings.record() | ({"files": state} if state else {}) | ({SIZE_RULE: below} if below else {})
@@ -359,12 +367,14 @@ class Evaluation:
         """Return the number of units below which a method prunes inputs after the tower alone; None before a model is loaded."""
         if self.loaded is None:
             return None
-        given, pruned = self.settings.method_args, [variant for variant in self.variants if variant.row == METHOD]
+        given = self.settings.method_args
+        pruned = [variant for variant in self.variants if variant.row == METHOD]
         configs = [PruneOptions(variant.budget, variant.method, given).config() for variant in pruned]
         return after_tower_below(configs, self.loaded.device)
 
     def _notes(self) -> list[str]:
-        notes, given = [NOTE], self.settings.method_args
+        notes = [NOTE]
+        given = self.settings.method_args
         if given:
             notes.append("settings of the methods: " + ", ".join(f"{name}={value}" for name, value in given.items()))
         if said := after_tower_note(self._after_tower_below() or 0):
@@ -382,7 +392,7 @@ class Evaluation:
 
 
 def _start(settings: EvalSettings) -> Callable[[VideoQuestions], list[dict]]:
-    """What a process runs: `evaluate` of an evaluation of its own, with a model loaded."""
+    """Return what a process runs: `evaluate` of an evaluation of its own, with a model loaded."""
     evaluation = Evaluation(settings, [])  # what it evaluates comes one by one
     evaluation.load()
     return evaluation.evaluate

@@ -21,7 +21,9 @@ from evoprune.errors import UsageError
 from evoprune.model.config import read_object
 from evoprune.video.info import EXACT
 
-SETTINGS, SAMPLES, RESULTS = "settings.json", "samples.jsonl", "results.json"
+SETTINGS = "settings.json"
+SAMPLES = "samples.jsonl"
+RESULTS = "results.json"
 SIZE_RULE = "after_tower_below"  # in the settings, where there is one
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -34,11 +36,17 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, samples: list[dict], model: dict[str, Any] | None, after_tower_below: int | None):
-        self.path, self.samples, self.model, self.after_tower_below = path, samples, model, after_tower_below
+        self.path = path
+        self.samples = samples
+        self.model = model
+        self.after_tower_below = after_tower_below
 
     @classmethod
     def create(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
-        """A new folder at `path`; if `path` exists, at `path`-2, `path`-3 and so on. Raises UsageError: it cannot be made."""
+        """Return a new folder at `path`; if `path` exists, at `path`-2, `path`-3 and so on.
+
+        Raises UsageError: it cannot be made.
+        """
         for number in count(1):
             place = path if number == 1 else path.with_name(f"{path.name}-{number}")
             with _writing(place), suppress(FileExistsError):
@@ -50,13 +58,15 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
-        """The folder of an interrupted run, without the samples of unfinished and of failed videos.
+        """Return the folder of an interrupted run, without the samples of unfinished and of failed videos.
 
         Raises UsageError: `path` is no such folder, or its run had other settings, or another model.
         """
-        before, file = stored_settings(path), path / SAMPLES
+        before = stored_settings(path)
+        file = path / SAMPLES
         now = json.loads(json.dumps(settings))
-        model, here = before.pop("files", None), now.pop("files", None)
+        model = before.pop("files", None)
+        here = now.pop("files", None)
         below = before.pop(SIZE_RULE, 0)
         now.pop(SIZE_RULE, None)  # `check_size_rule` compares it, when the device is known
         try:
@@ -103,7 +113,7 @@ class RunFolder:
 
 
 def stored_settings(path: Path) -> dict[str, Any]:
-    """The settings of the run in a folder. Raises UsageError: there is none."""
+    """Return the settings of the run in a folder. Raises UsageError: there is none."""
     try:
         return {"seek": EXACT} | read_object(path / SETTINGS)  # earlier versions knew no other
     except (OSError, ValueError) as problem:
@@ -119,8 +129,9 @@ def _line(sample: dict) -> str:
 
 
 def _finished(text: bytes) -> list[dict]:
-    """The samples of videos whose last sample is there, without failed ones. Reading stops at a torn line."""
-    samples, video = [], []
+    """Return the samples of videos whose last sample is there, without failed ones. Reading stops at a torn line."""
+    samples = []
+    video = []
     for line in text.splitlines():
         try:
             sample = json.loads(line)

@@ -33,7 +33,9 @@ from evoprune.vision.encoder import EncodedRows, selected
 from evoprune.vision.preprocess import resize
 
 FATES = ("read", "reused", "merged", "dropped")  # each unit has one, the first that applies
-BACKGROUND, INK, FAINT = (18, 18, 22), (235, 235, 240), (160, 160, 170)
+BACKGROUND = (18, 18, 22)
+INK = (235, 235, 240)
+FAINT = (160, 160, 170)
 MAX_PANELS = 12
 MIN_WIDTH = 480  # pixels, so that text has room
 GAP = 12
@@ -81,8 +83,9 @@ class Fates:
 
 @torch.inference_mode()
 def fates(video: EncodedRows) -> Fates:
-    """What became of the units of an encoded video. The method must not read the question."""
-    row, selection = video.tokens.unit_to_row.cpu(), selected(video)
+    """Return what became of the units of an encoded video. The method must not read the question."""
+    row = video.tokens.unit_to_row.cpu()
+    selection = selected(video)
     owner = torch.where(row >= 0, video.rows.unit.cpu()[row.clamp(min=0)], -1)
     kept = selection.kept.cpu()
     if selection.unit_to_token is not None:  # otherwise the merging inside the encoder is what is drawn
@@ -154,7 +157,8 @@ def trace(
         raise UsageError(f"method {session.pruning.name} drops tokens by the question, and an overlay has none", hint)
     with closing(open_inputs(session, [path], sampling, names=[name], kind=_TracedInput)) as opened:
         (traced,) = opened.inputs
-        plan, report = traced.plan, opened.encode(progress).report
+        plan = traced.plan
+        report = opened.encode(progress).report
     warnings = list(plan.info.warnings)
     warnings += [code for code in ("cut_short", "damaged_video", "equal_scores") if code in report.inputs[0].warnings]
     warnings += [] if session.loaded.knows(plan.info) else ["demo_overlay"]
@@ -165,8 +169,9 @@ MADE_BY = "evoprune overlay"  # in the metadata of each file
 
 
 def png(picture: Image.Image) -> bytes:
-    """An RGB picture as PNG with a palette of 256 colours: frames with grain take a third of the bytes of full colour."""
-    file, facts = io.BytesIO(), PngInfo()
+    """Return an RGB picture as PNG with a palette of 256 colours: frames with grain take a third of the bytes of full colour."""
+    file = io.BytesIO()
+    facts = PngInfo()
     facts.add_text("Software", MADE_BY)
     reduced = picture.quantize(palette=shared_palette([picture]), dither=Image.Dither.NONE)
     reduced.save(file, "PNG", optimize=True, pnginfo=facts)
@@ -179,29 +184,34 @@ def gif(pictures: Iterable[Image.Image], seconds: float, palette: Image.Image) -
     Each takes so many seconds, rounded to hundredths; at least 0.02, because players slow down what is faster.
     """
     first, *others = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
-    file, milliseconds = io.BytesIO(), 10 * max(2, round(seconds * 100))
+    file = io.BytesIO()
+    milliseconds = 10 * max(2, round(seconds * 100))
     first.save(file, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0, comment=MADE_BY)
     return file.getvalue()
 
 
 def shared_palette(pictures: Iterable[Image.Image]) -> Image.Image:
-    """An image whose palette of 256 colours suits RGB pictures of one size: a colour of their own for each would flicker."""
+    """Return an image whose palette of 256 colours suits RGB pictures of one size: a colour of their own for each would flicker."""
     column = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))
     return column.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
 
 
 def mp4(pictures: Iterable[Image.Image], seconds: float) -> bytes:
     """RGB pictures of one size as H.264 in MP4. Width and height are even; each picture is shown for so many seconds."""
-    file, stream, step = io.BytesIO(), None, Fraction(seconds).limit_denominator(1000)
+    file = io.BytesIO()
+    stream = None
+    step = Fraction(seconds).limit_denominator(1000)
     with av.open(file, "w", format="mp4") as out:
         out.metadata["comment"] = MADE_BY
         for number, picture in enumerate(pictures):
             if stream is None:
                 stream = out.add_stream("libx264", rate=1 / step, options={"crf": "18", "preset": "veryfast"})
                 stream.width, stream.height = picture.size
-                stream.pix_fmt, stream.codec_context.time_base = "yuv420p", step
+                stream.pix_fmt = "yuv420p"
+                stream.codec_context.time_base = step
             frame = av.VideoFrame.from_image(picture).reformat(format="yuv420p")
-            frame.pts, frame.time_base = number, step
+            frame.pts = number
+            frame.time_base = step
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     return file.getvalue()
@@ -228,7 +238,8 @@ class Marks:
     """Draws on a picture of units, `side` pixels wide, where merged units went; (y, x) is a unit's place."""
 
     def __init__(self, picture: Image.Image, side: int):
-        self._draw, self._side = ImageDraw.Draw(picture), side
+        self._draw = ImageDraw.Draw(picture)
+        self._side = side
         self._thick = max(1, round(side / 28))
 
     def line(self, start: tuple[int, int], end: tuple[int, int]) -> None:
@@ -271,7 +282,9 @@ class Overlay:
     """Draws the frames of one video as panels, each `width` pixels wide, and lays them out under a title and above a legend."""
 
     def __init__(self, video: TracedVideo, title: str):
-        self._video, self._title, self._fate = video, title, video.fates.fate.numpy()
+        self._video = video
+        self._title = title
+        self._fate = video.fates.fate.numpy()
         self._owners = video.fates.owner[video.fates.all_of("merged")].unique().tolist()
         self._zoom = max(1, min(4, round(560 / video.plan.width)))  # about 560 pixels wide
         self._pixels = video.plan.width // video.plan.grid[2]  # of a unit's side in the frame
@@ -296,7 +309,8 @@ class Overlay:
         """RGB pictures of the frames, or of every `every`-th one, all of one size."""
         width = max(MIN_WIDTH, self.width)
         size = _text_size(width)
-        above, legend = text_picture(self._title, width, size), self._legend(width, size)
+        above = text_picture(self._title, width, size)
+        legend = self._legend(width, size)
         for drawn in self._captioned(range(len(self._video.frames)), size, every):
             yield _framed([above, drawn, *legend])
 
@@ -323,8 +337,11 @@ class Overlay:
             marks.dot(y, x)
 
     def caption(self, frame: int) -> str:
-        """The frame's time, and how many units of its frame pair have each fate, apart from those that no unit of the video has."""
-        here, anywhere = self._of_frame(self._fate, frame), set(self._fate.tolist())
+        """Return the frame's time, and how many units of its frame pair have each fate, apart from those that no unit of the
+        video has.
+        """
+        here = self._of_frame(self._fate, frame)
+        anywhere = set(self._fate.tolist())
         counts = (f"{(here == n).sum()} {name}" for n, name in enumerate(FATES) if n in anywhere)
         minutes, seconds = divmod(round(self._video.plan.sampling.times_s[frame], 2), 60)
         return f"{minutes:.0f}:{seconds:05.2f}: {', '.join(counts)}"
@@ -367,8 +384,9 @@ def _text_size(width: int) -> int:
 
 
 def _columns(panels: int, ratio: float) -> int:
-    """How many panels of that ratio of width to height go into a row: the sheet is 1.6 times as wide as high, as a screen is,
-    and leaves few places empty."""
+    """Return how many panels of that ratio of width to height go into a row: the sheet is 1.6 times as wide as high, as a screen
+    is, and leaves few places empty.
+    """
 
     def cost(columns: int) -> float:
         rows = -(-panels // columns)
@@ -378,7 +396,7 @@ def _columns(panels: int, ratio: float) -> int:
 
 
 def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
-    """A row of the legend: two small units, drawn as in a panel, and what they mean."""
+    """Return a row of the legend: two small units, drawn as in a panel, and what they mean."""
     side = round(1.4 * size)
     fate = np.full((side, 2 * side), FATES.index(name))
     if name == "merged":
@@ -394,8 +412,10 @@ def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
 def _joined(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> Image.Image:
     """Pictures in a column, aligned to the left; or in a row, centred vertically."""
     sizes = [picture.size[::-1] if across else picture.size for picture in pictures]
-    wide, length = max(size[0] for size in sizes), sum(size[1] + gap for size in sizes) - gap
-    canvas, at = Image.new("RGB", (length, wide) if across else (wide, length), BACKGROUND), 0
+    wide = max(size[0] for size in sizes)
+    length = sum(size[1] + gap for size in sizes) - gap
+    canvas = Image.new("RGB", (length, wide) if across else (wide, length), BACKGROUND)
+    at = 0
     for picture, size in zip(pictures, sizes, strict=True):
         canvas.paste(picture, (at, (wide - size[0]) // 2) if across else (0, at))
         at += size[1] + gap
@@ -413,7 +433,8 @@ def text_picture(text: str, width: int, size: int, colour: tuple[int, int, int] 
 
     The font comes with Pillow: it has ASCII letters, and any other character is drawn as a box.
     """
-    lines, height = wrap(text, width, size), round(1.3 * size)
+    lines = wrap(text, width, size)
+    height = round(1.3 * size)
     picture = Image.new("RGB", (width, height * max(rows, len(lines))), BACKGROUND)
     draw = ImageDraw.Draw(picture)
     for row, line in enumerate(lines):
@@ -422,8 +443,9 @@ def text_picture(text: str, width: int, size: int, colour: tuple[int, int, int] 
 
 
 def wrap(text: str, width: int, size: int) -> list[str]:
-    """The rows of a text, none wider than so many pixels. A word that is wider than a row is broken."""
-    rows, long = [""], _font(size).getlength
+    """Return the rows of a text, none wider than so many pixels. A word that is wider than a row is broken."""
+    rows = [""]
+    long = _font(size).getlength
     for word in text.split():
         while long(word) > width and len(word) > 1:
             fits = max(n for n in range(1, len(word)) if n == 1 or long(word[:n]) <= width)

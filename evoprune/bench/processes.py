@@ -21,14 +21,15 @@ _work: Work | Exception  # of this process, or what its beginning raised
 
 
 def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: int) -> Iterator[list[dict]]:
-    """The results of all jobs, in the order of the jobs. Closing the iterator early kills the processes.
+    """Yield the results of all jobs, in the order of the jobs. Closing the iterator early kills the processes.
 
     `start` is called once in each process, and returns the function that does a job. It and the jobs are pickled.
 
     Raises OutOfMemory: memory ran out. EvopruneError: a process crashed, or was killed. And what `start` or a job raises.
     """
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    others, killed = set(multiprocessing.active_children()), oom_kills()
+    others = set(multiprocessing.active_children())
+    killed = oom_kills()
     pool = ProcessPoolExecutor(processes, context, _begin, (start,))
     try:
         # Not `pool.map`: it cancels what is left after a failure, and the thread that ends a broken pool fails on a cancelled job

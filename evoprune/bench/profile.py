@@ -75,8 +75,9 @@ def default_load_format(name: str) -> str:
 
 
 def outline(options: ModelOptions) -> FoundModel | None:
-    """The model without its weights; None if only loading tells. Raises what `load_model` raises."""
-    name, random = options.model, options.load_format == "dummy"
+    """Return the model without its weights; None if only loading tells. Raises what `load_model` raises."""
+    name = options.model
+    random = options.load_format == "dummy"
     if random and not (name in BUNDLED_CONFIGS or name in DEMOS or Path(name).is_dir()):
         return None
     return describe_model(replace(options, revision=None) if random else options)
@@ -101,12 +102,13 @@ def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
 def quantized_models(
     loaded: LoadedModel, names: Sequence[str], working: int, progress: Progress
 ) -> tuple[dict[str, LoadedModel], dict[str, str], list[str]]:
-    """The models that there is memory for beside `working` bytes ("none" is packed), why others are missing, and remarks."""
+    """Return the models that there is memory for beside `working` bytes ("none" is packed), why others are missing, and remarks."""
     for name in names:
         check_quantize(name, torch.device(loaded.device))
     # Where layers are not packed they may have been joined, and stay so.
     ours = shared(loaded.model) if can_pack(next(loaded.model.parameters())) else loaded.model
-    notes, missing = [], {}
+    notes = []
+    missing = {}
     parts = ours.model.visual, ours.model.language_model
     tower, language = (sum(weight.nbytes for weight in part.parameters()) for part in parts)
     all_bytes = sum(weight.nbytes for weight in loaded.model.parameters())
@@ -128,7 +130,8 @@ def quantized_models(
         if short := cost.shortage(all_bytes - saved_bytes(loaded.model, name) + working, loaded.device):
             missing[name] = f"not run: beside the other weights, {name} {short}"
             continue
-        start, model = now(loaded.model.device), shared(loaded.model)
+        start = now(loaded.model.device)
+        model = shared(loaded.model)
         title = f"quantizing to {name}"
         quantize(model, name, calibrate, lambda done, total, title=title: progress(f"{title}: {done} of {total}"))
         models[name] = replace(loaded, model=model, quantize=name, weights_bytes=weights_bytes(model))
@@ -143,7 +146,7 @@ def _ready(name: str, model: QwenVL, start: float) -> str:
 
 
 def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: int) -> int:
-    """The most bytes in use beside weights of `bytes_each`: those of transformers. Raises as `case_grid`."""
+    """Return the most bytes in use beside weights of `bytes_each`: those of transformers. Raises as `case_grid`."""
     units = prod(case_grid(case, limits))
     held = cost.SMALL_CHANGE + cost.pixel_bytes(config, units, bytes_each)
     text = text_tokens(config.vision_config, case, limits)
@@ -188,11 +191,12 @@ def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: Pru
 
 @torch.inference_mode()
 def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int) -> Turn:
-    """The tower, language model and cache of transformers' `reference`, one by one; logits are of the last token alone."""
+    """Return the tower, language model and cache of transformers' `reference`, one by one; logits are of the last token alone."""
     from transformers import DynamicCache
 
     reset_peak_memory(loaded.device)
-    clock, text = Clock(torch.device(loaded.device)), reference.model.language_model
+    clock = Clock(torch.device(loaded.device))
+    text = reference.model.language_model
     device, (time_, rows, columns) = clip.patches.device, clip.grid
     grid_thw = torch.tensor([[time_, 2 * rows, 2 * columns]], dtype=torch.int64, device=device)
     # Row 0 is the place in the text; the others are the positions in time, height and width.
@@ -246,7 +250,8 @@ class Bench:
         settings: ProfileSettings,
         progress: Progress,
     ):
-        self._loaded, self._settings = loaded, settings
+        self._loaded = loaded
+        self._settings = settings
         model, attention = loaded.model, fastest_attention(loaded.model)
         self._reference = hugging_face_model(model, attention)
         names = [name for name in settings.quantize if any(row.quantize == name for row in rows)]
@@ -271,7 +276,8 @@ class Bench:
                         if (config := settings.config(name, budget)).method.acts == "input":
                             self._clips[case, name, budget] = prepare(loaded, *frames, config)
         # Large squares, and the tower's own widest product over as many rows as it computes at a time.
-        sides, vision = (4096, 8192) if on_cuda(loaded.device) else (1024, 2048), model.config.vision_config
+        sides = (4096, 8192) if on_cuda(loaded.device) else (1024, 2048)
+        vision = model.config.vision_config
         chunk_units = min(largest_chunk(model.device), max((clip.units for clip in self._clips.values()), default=1))
         widest = max(3 * vision.hidden_size, vision.intermediate_size)
         self._shapes = [*((side,) * 3 for side in sides), (PATCHES * chunk_units, vision.hidden_size, widest)]
@@ -282,13 +288,15 @@ class Bench:
 
     @names_plugins()
     def run(self, row: ProfileRow) -> Turn | str:
-        """A turn of a row; or why it failed: NaN or infinity, or no memory."""
-        settings, loaded = self._settings, self._loaded
+        """Return a turn of a row; or why it failed: NaN or infinity, or no memory."""
+        settings = self._settings
+        loaded = self._loaded
         clip = self._clips.get((row.case, row.method, row.budget), self._clips[row.case,])
         try:
             if row.kind == HUGGING_FACE:
                 return run_hugging_face(loaded, self._reference, clip, settings.new_tokens)
-            model, given = self._models[row.quantize], settings.method_args if row.kind == METHOD else None
+            model = self._models[row.quantize]
+            given = settings.method_args if row.kind == METHOD else None
             config = PruneConfig.of(row.budget, row.method, given, settings.seed)
             plan = config.plan(tower_shape(model.model.model.visual), case_grid(row.case, self._loaded.video))
             return run_evoprune(model, clip, plan, config, settings.new_tokens)
@@ -297,7 +305,7 @@ class Bench:
 
 
 def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRow]:
-    """The rows of all cases in the order of their turns. A method that prunes nothing is the budget of 1.0, always there."""
+    """Return the rows of all cases in the order of their turns. A method that prunes nothing is the budget of 1.0, always there."""
     named = [name for name in settings.methods if name != "none"]
     asked = product(settings.budgets, named, settings.quantize)
     pruned = [(budget, name, quantize) for budget, name, quantize in asked if settings.config(name, budget).acts]
@@ -310,7 +318,10 @@ def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRo
     return rows
 
 
-WARM_UP, ROUND, COUNTED = "warm-up", "round", "counted"  # what `paced` yields
+# what `paced` yields
+WARM_UP = "warm-up"
+ROUND = "round"
+COUNTED = "counted"
 # The rate in matrix products, and the turn of each row or why it failed.
 Round = tuple[float, dict[ProfileRow, Turn | str]]
 
@@ -333,7 +344,8 @@ def measure(
 
     Yields the results so far after each measured round, of which there is at least one.
     """
-    limit, asked = limit or TimeLimit(settings.time_limit_s), all_rows(cases, settings)
+    limit = limit or TimeLimit(settings.time_limit_s)
+    asked = all_rows(cases, settings)
     rows = [*asked]
     progress("preparing")
     notes = []
@@ -369,18 +381,22 @@ def measure(
     for phase, (rate, turns) in paced(run_round, settings, limit):
         for row, turn in turns.items():
             if isinstance(turn, str):
-                row.error, row.samples = turn, []
+                row.error = turn
+                row.samples = []
             else:
-                row.counts, row.samples = turn.counts, row.samples + [turn.sample] * (phase != WARM_UP)
+                row.counts = turn.counts
+                row.samples = row.samples + [turn.sample] * (phase != WARM_UP)
         if phase == WARM_UP:
-            results.warmups, results.warmup_seconds = results.warmups + 1, limit.spent
+            results.warmups = results.warmups + 1
+            results.warmup_seconds = limit.spent
             continue
         if phase == COUNTED:
             results.warmups -= 1
             notes.append("without a warm-up: a second round would not have ended in time, so the first one counts")
         results.rows = _with_bounds([replace(row) for row in rows])
         results.matmul_rates.append(rate)
-        results.rounds, results.seconds = results.rounds + 1, limit.spent
+        results.rounds = results.rounds + 1
+        results.seconds = limit.spent
         results.notes = [*notes, *_left_out(asked, rows, limit)]
         yield results
 
@@ -388,11 +404,13 @@ def measure(
 def _run_round(
     bench: Bench, rows: list[ProfileRow], limit: TimeLimit, progress: Progress, title: str, rounds: int
 ) -> Round:
-    """A turn of each row. If `rounds` must end in time, with this one, a row leaves `rows` where they would not if it took
+    """Return a turn of each row. If `rounds` must end in time, with this one, a row leaves `rows` where they would not if it took
     as long as the slowest one before it. The least stays: Hugging Face, budget 1.0 and the first method of the first case."""
     begun = limit.now()
     progress(f"{title}: matrix products")
-    rate, turns, slowest = bench.rate(), {}, 0.0
+    rate = bench.rate()
+    turns = {}
+    slowest = 0.0
     method = next((row for row in rows if row.kind == METHOD and row.method != "none"), None)
     minimum = [row for row in rows if row.case == rows[0].case and (row.kind in (HUGGING_FACE, FULL) or row is method)]
     for row in [row for row in rows if not row.error]:
@@ -407,8 +425,9 @@ def _run_round(
 
 
 def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: TimeLimit) -> list[str]:
-    """A remark that names the rows that are missing; none where none are."""
-    there, cases = {(row.name, row.case) for row in kept}, {row.case for row in kept}
+    """Return a remark that names the rows that are missing; none where none are."""
+    there = {(row.name, row.case) for row in kept}
+    cases = {row.case for row in kept}
     missing = [f"all rows of {case}" for case in dict.fromkeys(row.case for row in asked) if case not in cases]
     missing += [f"{row.name}, {row.case}" for row in asked if row.case in cases and (row.name, row.case) not in there]
     return [f"left out to end within {limit.seconds:g} s: {'; '.join(missing)}"] if missing else []
@@ -423,7 +442,9 @@ def paced(
 
     Yields each with `WARM_UP` or `ROUND`; and the last warm-up once more with `COUNTED`, if no measured round ends in time.
     """
-    last, result, measured = 0.0, None, False
+    last = 0.0
+    result = None
+    measured = False
     titles = [(WARM_UP, n, settings.warmups) for n in range(settings.warmups)]
     titles += [(ROUND, n, settings.repetitions) for n in range(settings.repetitions)]
     for phase, number, wanted in titles:
@@ -431,15 +452,18 @@ def paced(
         if result is None or limit.left >= last * rounds:
             begun = limit.spent
             result = run_round(f"{phase} {number + 1} of {wanted}", 0 if result else rounds)
-            last, measured = limit.spent - begun, phase == ROUND
+            last = limit.spent - begun
+            measured = phase == ROUND
             yield phase, result
     if not measured:
         yield COUNTED, result
 
 
 def _with_bounds(rows: list[ProfileRow]) -> list[ProfileRow]:
-    """The rows, with a bound before the methods of each budget, made from the first of these that did not fail."""
-    bounded, seen, full = [], set(), None
+    """Return the rows, with a bound before the methods of each budget, made from the first of these that did not fail."""
+    bounded = []
+    seen = set()
+    full = None
     for row in rows:
         full = row if row.kind == FULL else full
         if row.kind == METHOD and row.method != "none" and (row.case, row.budget) not in seen:

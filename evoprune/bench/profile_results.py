@@ -31,7 +31,7 @@ class ProfileSettings:
     time_limit_s: float = 150.0  # of the whole run, loading included
 
     def config(self, name: str, budget: float | str):
-        """The `PruneConfig` of a method at a budget, with the settings of all methods."""
+        """Return the `PruneConfig` of a method at a budget, with the settings of all methods."""
         from evoprune.methods.chain import PruneConfig  # which loads torch
 
         return PruneConfig.of(budget, name, self.method_args, self.seed)
@@ -60,7 +60,10 @@ class TimeLimit:
 
 SCHEMA = "evoprune/profile@1"
 # Kinds of rows: plain transformers, evoprune without pruning, the best that a post-encoder method could reach, a method.
-HUGGING_FACE, FULL, BOUND, METHOD = "hugging_face", "full", "post_encoder_bound", "method"
+HUGGING_FACE = "hugging_face"
+FULL = "full"
+BOUND = "post_encoder_bound"
+METHOD = "method"
 STAGES = {  # names of times in the document, and in a `Sample`
     "encode": "encode", "encode_prune": "prune", "prefill": "prefill", "prefill_prune": "prefill_prune",
     "generate": "generate", "ttft_model": "first_token",
@@ -84,7 +87,7 @@ class Case:
         return f"a picture of {size}" if self.frames == 1 else f"{self.frames} frames of {size}"
 
     def of_units(self, larger: float) -> "Case":
-        """The same number of units, whose side in pixels is so many times larger."""
+        """Return the same number of units, whose side in pixels is so many times larger."""
         return replace(self, height=round(self.height * larger), width=round(self.width * larger))
 
 
@@ -160,12 +163,14 @@ class Spread(NamedTuple):
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """The median of the rounds' own ratios."""
+    """Return the median of the rounds' own ratios."""
     return median(a / b for a, b in zip(above, below, strict=True))
 
 
 def bound_of(full: ProfileRow, method: ProfileRow) -> ProfileRow:
-    """The tower of `full` and the rest of `method`, round by round: the best that a method after the encoder can do, or why not."""
+    """Return the tower of `full` and the rest of `method`, round by round: the best that a method after the encoder can do, or
+    why not.
+    """
     bound = ProfileRow(BOUND, method.case, method.budget, error=full.error or method.error)
     if bound.error or full.counts is None or method.counts is None:
         return bound
@@ -213,7 +218,8 @@ class ProfileResults:
     @property
     def remarks(self) -> list[str]:
         """The notes, and why there are fewer rounds than the settings ask for."""
-        wanted, limit = self.settings["repetitions"], self.settings["time_limit_s"]
+        wanted = self.settings["repetitions"]
+        limit = self.settings["time_limit_s"]
         said = list(self.notes)
         if self.interrupted:
             said.append(f"interrupted: {self.rounds} of {wanted} rounds were finished")
@@ -231,7 +237,7 @@ class ProfileResults:
         return [row for row in self.rows if row.case == case]
 
     def _against(self, row: ProfileRow, other: str, stage: str) -> float | None:
-        """How many times as fast `row` is as the `other` kind of row at its case, if that has samples."""
+        """Return how many times as fast `row` is as the `other` kind of row at its case, if that has samples."""
         peers = (r for r in self.of(row.case) if r.kind == other and (other != BOUND or r.budget == row.budget))
         peer = next((r for r in peers if r.samples), None)
         return median_ratio(peer.seconds(stage), row.seconds(stage)) if peer else None
@@ -240,8 +246,10 @@ class ProfileResults:
         """None where the row has no samples."""
         if not row.samples:
             return None
-        encode, generate = row.seconds("encode"), row.seconds("generate")
-        passes, flop = self.settings["new_tokens"] - 1, row.counts.tower_flop
+        encode = row.seconds("encode")
+        generate = row.seconds("generate")
+        passes = self.settings["new_tokens"] - 1
+        flop = row.counts.tower_flop
         reached = [flop / spent / rate for spent, rate in zip(encode, self.matmul_rates, strict=True)]
         peaks = [sample.peak_bytes for sample in row.samples if sample.peak_bytes is not None]
         return Figures(
@@ -256,8 +264,9 @@ class ProfileResults:
         )
 
     def document(self) -> dict[str, Any]:
-        """All of it as plain data for JSON: times in milliseconds, sizes in bytes."""
-        rates, seconds = self.matmul_rates, round(self.seconds, 3)
+        """Return all of it as plain data for JSON: times in milliseconds, sizes in bytes."""
+        rates = self.matmul_rates
+        seconds = round(self.seconds, 3)
         ran = {"warmup": self.warmups, "measured": self.rounds, "seconds": seconds, "interrupted": self.interrupted}
         facts = {"schema": SCHEMA, "model": asdict(self.model), "env": asdict(self.env), "machine": self.machine}
         return facts | {

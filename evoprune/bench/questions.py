@@ -48,7 +48,8 @@ COMMON = {
 _SPACED = re.compile(r"([\u3041-\u9fff\uac00-\ud7a3])")  # Chinese, Japanese and Korean write no blanks between words
 _MARKUP = str.maketrans(dict.fromkeys('*`$"“”{}#', " ") | {"\\": "", "’": "'", "‘": "'"})
 _TAG = r"(?:<(?:video|image)>|<\|vision_start\|><\|(?:video|image)_pad\|><\|vision_end\|>)"
-BEFORE, BEHIND = re.compile(rf"\A\s*+(?:{_TAG}\s*+)+"), re.compile(rf"(?:\n[ \t]*+{_TAG}[ \t\r]*+){{1,64}}\s*+\Z")
+BEFORE = re.compile(rf"\A\s*+(?:{_TAG}\s*+)+")
+BEHIND = re.compile(rf"(?:\n[ \t]*+{_TAG}[ \t\r]*+){{1,64}}\s*+\Z")
 ENDS = ("clause", "stop", "line", "aside")
 JOINS = re.compile("and|then|to|maybe|perhaps|possibly|[/&]", re.IGNORECASE)  # two names that are both meant
 FILLERS = re.compile(rf"{JOINS.pattern}|[,:.–—()\[\]-]|an?|the|option", re.IGNORECASE)
@@ -70,7 +71,7 @@ class Word:
 
 
 def grade(row: Row, said: str) -> bool | None:
-    """Whether `said` is the row's answer; None if the row has options and `said` names none of them, or more than one."""
+    """Return whether `said` is the row's answer; None if the row has options and `said` names none of them, or more than one."""
     if not row.options:
         return normalised(said) == normalised(row.answer)
     choice = chosen_option(said, row.options)
@@ -78,12 +79,12 @@ def grade(row: Row, said: str) -> bool | None:
 
 
 def normalised(text: str) -> str:
-    """The text without case, outer blanks and a final full stop."""
+    """Return the text without case, outer blanks and a final full stop."""
     return text.strip().removesuffix(".").strip().casefold()
 
 
 def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
-    """The index of the option that an answer names, by letter or by text; None if it names none, or more than one.
+    """Return the index of the option that an answer names, by letter or by text; None if it names none, or more than one.
 
     The first rule that finds options decides:
 
@@ -112,7 +113,7 @@ def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
 
 
 def _stated(words: list[Word]) -> frozenset[int]:
-    """What the last statement names that names anything."""
+    """Return what the last statement names that names anything."""
     end = len(words)
     for place in reversed([place for place, word in enumerate(words) if word.kind == "states"]):
         start = place + 1
@@ -133,10 +134,13 @@ def _stated(words: list[Word]) -> frozenset[int]:
 
 
 def _of_lines(words: list[Word]) -> frozenset[int]:
-    """The option whose letter begins a line, or that is all of a line; none if there are several, or other marked letters."""
+    """Return the option whose letter begins a line, or that is all of a line; none if there are several, or other marked
+    letters.
+    """
     named: frozenset[int] = frozenset()
     for line in _lines(words):
-        first, second = line[0], line[1] if len(line) > 1 else Word("line", "")
+        first = line[0]
+        second = line[1] if len(line) > 1 else Word("line", "")
         if first.kind == "name" and first.letter and first.sure and (first.marked or second.kind in ENDS):
             named |= _decided(line, 0)
         elif _names_alone(line):
@@ -194,8 +198,9 @@ def _is_letter(line: list[Word]) -> bool:
 
 
 def _decided(words: list[Word], place: int) -> frozenset[int]:
-    """The option of a letter that what follows explains, and any other that is named beside it ("B or C", "B. circle")."""
-    named, joined = words[place].options, False
+    """Return the option of a letter that what follows explains, and any other that is named beside it ("B or C", "B. circle")."""
+    named = words[place].options
+    joined = False
     for number in range(place + 1, len(words)):
         word = words[number]
         if word.kind == "name":
@@ -214,11 +219,12 @@ def _anywhere(words: list[Word]) -> frozenset[int]:
 
 
 def read(said: str, options: tuple[str, ...]) -> list[Word]:
-    """The words and signs of an answer. What it denies, leaves open, asks, or says aside names nothing."""
+    """Return the words and signs of an answer. What it denies, leaves open, asks, or says aside names nothing."""
     scanner, names = _scanner(options)
     words: list[Word] = []
     for match in scanner.finditer(_plain(said)):
-        kind, text = match.lastgroup, match[0]
+        kind = match.lastgroup
+        text = match[0]
         if kind == "letter":
             letter = next(char for char in text if char.isalpha()).upper()
             words.append(Word("name", text, names[letter], letter=True, marked=len(text) > 1))
@@ -233,7 +239,7 @@ def read(said: str, options: tuple[str, ...]) -> list[Word]:
 
 
 def _plain(text: str) -> str:
-    """The text without thinking and markup, in one kind of letters. Marks of an answer, such as a box, become words."""
+    """Return the text without thinking and markup, in one kind of letters. Marks of an answer, such as a box, become words."""
     text = unicodedata.normalize("NFKC", text).rpartition("</think>")[2].partition("<think>")[0]
     text = re.sub(r"<\|[^<>|]*\|>", " ", text)  # special tokens
     text = re.sub(r"<answer>|\\boxed\b", "\nanswer: ", text)
@@ -260,7 +266,9 @@ def _weigh(word: Word, before: Word, after: Word, pronoun: bool) -> None:
 
 def _drop_denied(words: list[Word]) -> None:
     """Makes plain the names in clauses that deny or leave open, behind words such as "because", and in questions."""
-    clause, sentence, denied = [], [], False
+    clause = []
+    sentence = []
+    denied = False
     for word in words:
         if word.kind == "name":
             clause.append(word)
@@ -268,7 +276,8 @@ def _drop_denied(words: list[Word]) -> None:
         elif word.kind in ("clause", "aside", "stop", "line"):
             for name in sentence if word.text == "?" else clause if denied else []:
                 name.kind = "plain"
-            clause, denied = [], word.kind == "aside"
+            clause = []
+            denied = word.kind == "aside"
             if word.kind in ("stop", "line"):
                 sentence = []
         elif word.kind == "denies":
@@ -280,7 +289,10 @@ def _drop_denied(words: list[Word]) -> None:
 
 @lru_cache(maxsize=256)
 def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, frozenset[int]]]:
-    """A pattern whose last group is the kind of a word, and what its groups of texts, and letters, name. Long texts go first."""
+    """Return a pattern whose last group is the kind of a word, and what its groups of texts, and letters, name.
+
+    Long texts go first.
+    """
     letters = {letter: {index if index < len(options) else -1} for index, letter in enumerate(LETTERS)}
     patterns: dict[str, set[int]] = {}
     for index, option in enumerate(options):
@@ -309,7 +321,7 @@ def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, froze
 
 
 def _pattern(option: str, letter: str) -> str:
-    """The pattern of an option's text, with or without articles, in figures or words. Empty if the text is signs alone."""
+    """Return the pattern of an option's text, with or without articles, in figures or words. Empty if the text is signs alone."""
     words = re.sub(rf"^\(?{letter}[.):] (?=.)", "", _plain(option)).removesuffix(".").split()
     if not re.search(r"\w", "".join(words)):
         return ""
@@ -329,7 +341,7 @@ class VideoQuestions:
 
 
 def of_groups(videos: Sequence[VideoQuestions], groups: Collection[str]) -> list[VideoQuestions]:
-    """The videos with questions of these groups, each with these alone; all videos where no group is named."""
+    """Return the videos with questions of these groups, each with these alone; all videos where no group is named."""
     if not groups:
         return list(videos)
     every = [replace(video, rows=tuple(row for row in video.rows if set(groups) & set(row.groups))) for video in videos]
@@ -337,7 +349,7 @@ def of_groups(videos: Sequence[VideoQuestions], groups: Collection[str]) -> list
 
 
 def load_questions(path: Path) -> list[VideoQuestions]:
-    """The questions of a file, video by video in the order of their first lines.
+    """Return the questions of a file, video by video in the order of their first lines.
 
     Beside the fields that `batch.rows.read_rows` reads, a row must have `answer` (with `options`: a letter or an option's text),
     and may have `type` and `groups` (in CSV separated by |). Ids default to the line's number.
@@ -360,7 +372,8 @@ def without_tags(question: str) -> str:
 
 def _complete(row: Row, fields: dict[str, Any]) -> Row:
     texts = [normalised(option) for option in row.options]
-    groups, type = fields.get("groups", []), fields.get("type")
+    groups = fields.get("groups", [])
+    type = fields.get("type")
     asked = without_tags(row.question)
     answer = str(row.answer) if isinstance(row.answer, int) else row.answer
     for wrong, problem in (

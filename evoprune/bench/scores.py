@@ -12,8 +12,12 @@ import numpy as np
 from evoprune.util import budget_text, counted
 
 SCHEMA = "evoprune/eval@1"
-FULL, BLIND, METHOD = "full", "blind", "method"
-ALL, TYPE = "all", "type:"  # the group of all questions, and the prefix of groups that are types
+FULL = "full"
+BLIND = "blind"
+METHOD = "method"
+# the group of all questions, and the prefix of groups that are types
+ALL = "all"
+TYPE = "type:"
 KEY = ("row", "method", "budget")  # what identifies a row of the table
 DIFFERENCES = ("difference", "first_difference")  # fields of a row, each with its interval
 LEAST_VIDEOS = 10  # with fewer, a bootstrap over videos is far too narrow: with one, every interval is a point
@@ -25,7 +29,7 @@ _AT_ONCE = 2**22  # weights held at a time
 
 
 def row_name(row: str, method: str, budget: float | str) -> str:
-    """The name of a row in tables."""
+    """Return the name of a row in tables."""
     return row if row != METHOD else f"{method} -b {budget_text(budget)}"
 
 
@@ -58,9 +62,11 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
     with np.errstate(divide="ignore", invalid="ignore"):
         share = drawn[:, 1:] / drawn[:, :1]
         ratio = share / share[:, :1]
-    firsts, table = _firsts(list(rows)), []
+    firsts = _firsts(list(rows))
+    table = []
     for g, (group, mask) in enumerate(groups.items()):
-        asked, accuracy = sums[:, 0, g], sums[:, 1:, g].sum(0) / mask.sum()
+        asked = sums[:, 0, g]
+        accuracy = sums[:, 1:, g].sum(0) / mask.sum()
         for r, (key, answers) in enumerate(rows.items()):
             members = [s for s, counts in zip(answers, mask, strict=True) if counts]
             first = firsts[r]
@@ -88,17 +94,17 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
 
 
 def is_tie(row: dict, name: str) -> bool:
-    """Whether a difference, one of `DIFFERENCES`, has an interval that includes 0."""
+    """Return whether a difference, one of `DIFFERENCES`, has an interval that includes 0."""
     return row[f"{name}_low"] is not None and row[f"{name}_low"] <= 0 <= row[f"{name}_high"]
 
 
 def same_tokens(row: dict, other: dict) -> bool:
-    """Whether the language model reads as many tokens in two rows: a mean over questions and layers, up to rounding."""
+    """Return whether the language model reads as many tokens in two rows: a mean over questions and layers, up to rounding."""
     return abs(row["layer_tokens"] - other["layer_tokens"]) <= 0.5
 
 
 def precision(rows: Sequence[dict]) -> str | None:
-    """How precisely differences between `rows` of `score_rows` are known, as a sentence; None where none are compared.
+    """Return how precisely differences between `rows` of `score_rows` are known, as a sentence; None where none are compared.
 
     It gives the longest distance from a difference to an end of its interval or, where none varies, the share of videos that would
     hardly be missed by all of them.
@@ -126,7 +132,9 @@ def _firsts(keys: Sequence[tuple]) -> list[int | None]:
 
 
 def _difference(name: str, accuracy: np.ndarray, drawn: np.ndarray, row: int, other: int | None) -> dict:
-    """The paired difference of two rows and its interval, as fields. accuracy: `[rows]`; drawn: the same, `[draws, rows]`."""
+    """Return the paired difference of two rows and its interval, as fields. accuracy: `[rows]`; drawn: the same, `[draws,
+    rows]`.
+    """
     if other is None:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
     interval = percentile_interval(drawn[:, row] - drawn[:, other])
@@ -134,7 +142,8 @@ def _difference(name: str, accuracy: np.ndarray, drawn: np.ndarray, row: int, ot
 
 
 def _groups(samples: Sequence[dict]) -> dict[str, np.ndarray]:
-    groups, types = {g for s in samples for g in s["groups"]} - {ALL}, {s["type"] for s in samples if s["type"]}
+    groups = {g for s in samples for g in s["groups"]} - {ALL}
+    types = {s["type"] for s in samples if s["type"]}
     masks = {ALL: np.ones(len(samples), bool)}
     masks |= {name: np.array([name in s["groups"] for s in samples]) for name in sorted(groups)}
     return masks | {TYPE + name: np.array([s["type"] == name for s in samples]) for name in sorted(types)}
@@ -149,15 +158,17 @@ def _round(value: float) -> float | None:
 
 
 def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, float]:
-    """The 95% interval of a share of right answers: Wilson's, with the effective number of questions.
+    """Return the 95% interval of a share of right answers: Wilson's, with the effective number of questions.
 
     That is the number of independent questions that would be as uncertain as these clusters are, at most the number of questions.
     Where all answers are right, or all wrong, their correlation is unknown, and it is the number of clusters.
 
     `right`, `asked`: `[C]`, right answers and questions of each cluster; clusters with no questions do not count.
     """
-    right, asked = right[asked > 0].astype(float), asked[asked > 0].astype(float)
-    clusters, total = len(asked), float(asked.sum())
+    right = right[asked > 0].astype(float)
+    asked = asked[asked > 0].astype(float)
+    clusters = len(asked)
+    total = float(asked.sum())
     if not clusters:
         return 0.0, 1.0
     share = float(right.sum()) / total
@@ -170,21 +181,24 @@ def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, floa
 
 def share_variance(right: np.ndarray, asked: np.ndarray) -> float:
     """Of a share of right answers, estimated over its clusters; arguments as of `accuracy_interval`, two clusters at least."""
-    clusters, total = len(asked), float(asked.sum())
+    clusters = len(asked)
+    total = float(asked.sum())
     residual = right - float(right.sum()) / total * asked
     return float((residual**2).sum()) * clusters / (clusters - 1) / total**2
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
-    """The 95% interval of a share of `n` independent answers (Wilson, 1927)."""
+    """Return the 95% interval of a share of `n` independent answers (Wilson, 1927)."""
     z = Z95**2 / n
-    middle, half = (share + z / 2) / (1 + z), math.sqrt(z * share * (1 - share) + z**2 / 4) / (1 + z)
+    middle = (share + z / 2) / (1 + z)
+    half = math.sqrt(z * share * (1 - share) + z**2 / 4) / (1 + z)
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def resampled(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
     """Totals of `sums` `[C, k]`, a row a cluster, over C clusters drawn with replacement: float64 `[draws, k]`, paired by draw."""
-    clusters, totals = len(sums), []
+    clusters = len(sums)
+    totals = []
     random = np.random.default_rng(seed)
     step = max(1, _AT_ONCE // max(1, clusters))
     for first in range(0, draws, step):
@@ -194,7 +208,7 @@ def resampled(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:
-    """The middle 95% of the finite values; NaN if there are none."""
+    """Return the middle 95% of the finite values; NaN if there are none."""
     values = values[np.isfinite(values)]
     if not len(values):
         return math.nan, math.nan

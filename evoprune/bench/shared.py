@@ -53,7 +53,8 @@ class SharedRows:
             self._held.move_to_end(key)
             rows, self.saved = self._held[key]
         else:
-            clock, self.saved = Clock(visual.patch_embed.proj.weight.device), 0.0
+            clock = Clock(visual.patch_embed.proj.weight.device)
+            self.saved = 0.0
             start = clock.now()
             rows = encode_rows(visual, clock.each("wait", patches), plan, **options)
             self._held[key] = rows, clock.now() - start - clock.seconds["wait"]
@@ -79,7 +80,8 @@ class GreyInput(OpenInput):
     shares: ClassVar[bool] = False
 
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
-        source, times_s = self.plan.source, self.plan.sampling.times_s
+        source = self.plan.source
+        times_s = self.plan.sampling.times_s
         at_once = frames_at_once(source, chunk_bytes)
         for first in range(0, len(times_s), at_once):
             times = tuple(times_s[first : first + at_once])
@@ -87,7 +89,7 @@ class GreyInput(OpenInput):
 
 
 def _tower_work(plan: EncoderPlan) -> tuple:
-    """What the tower's rows depend on: everything if tokens may be selected inside, else what is collected."""
+    """Return what the tower's rows depend on: everything if tokens may be selected inside, else what is collected."""
     inside = plan.stages[:-1] if plan.token_stage else plan.stages
     if any(not isinstance(stage.reduce, SetAside) for stage in inside):
         return (plan,)

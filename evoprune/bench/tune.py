@@ -98,7 +98,7 @@ def promising(known: Known, goal: float) -> list[Candidate]:
 
 
 def rungs(videos: int) -> list[range]:
-    """The videos of each round: the first two, then each time as many as before."""
+    """Return the videos of each round: the first two, then each time as many as before."""
     ends = [min(FIRST, videos)]
     while ends[-1] < videos:
         ends.append(min(2 * ends[-1], videos))
@@ -106,7 +106,7 @@ def rungs(videos: int) -> list[range]:
 
 
 def affordable(order: Sequence[Candidate], known: Known, new: int, rest: int, rounds: int, left: float) -> int:
-    """How many of the candidates, the most promising first, go on to the next round.
+    """Return how many of the candidates, the most promising first, go on to the next round.
 
     `new`, `rest`: videos of the round, and of it and all later `rounds`. `left`: seconds, in equal shares for each of these.
     """
@@ -128,7 +128,8 @@ def search(
 
     `goal`: agreement that is asked for. `left`: seconds until the end. `first_guess`: seconds of a first trial on a video.
     """
-    alive, all_rounds = list(known), rungs(videos)
+    alive = list(known)
+    all_rounds = rungs(videos)
     for number, these in enumerate(all_rounds):
         if number:
             alive = [candidate for candidate in promising(known, goal) if candidate in alive]
@@ -153,7 +154,9 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
     """
     tried = {candidate: Trial(*zip(*trials, strict=True)) for candidate, trials in known.items() if trials}  # of tuples
     effect = design_effect([(np.array(seen.agree, float), np.array(seen.tokens, float)) for seen in tried.values()])
-    rows, shares, times = [], _estimates(tried), _times(tried)
+    rows = []
+    shares = _estimates(tried)
+    times = _times(tried)
     for candidate, seen in tried.items():
         tokens, videos, share, kl = sum(seen.tokens), len(seen.tokens), shares[candidate], np.concatenate(seen.kl)
         low, high = bounds(share, tokens, videos, effect)
@@ -185,7 +188,7 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
 
 
 def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
-    """The agreement of each, estimated among those that were tried on as many videos."""
+    """Return the agreement of each, estimated among those that were tried on as many videos."""
     estimates = {}
     for videos in {len(seen.tokens) for seen in tried.values()}:
         group = {candidate: seen for candidate, seen in tried.items() if len(seen.tokens) == videos}
@@ -207,7 +210,7 @@ def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
 
 
 def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The fastest row that passes. Of those that are as fast, within `SAME_TIME`, the one with the fewest settings."""
+    """Return the fastest row that passes. Of those that are as fast, within `SAME_TIME`, the one with the fewest settings."""
     passing = [row for row in rows if row["passes"]]
     fastest = min((row["first_token"] for row in passing), default=0.0)
     as_fast = [row for row in passing if row["first_token"] <= fastest * (1 + SAME_TIME)]
@@ -234,7 +237,7 @@ def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarra
 
 
 def design_effect(candidates: Sequence[tuple[np.ndarray, np.ndarray]]) -> float | None:
-    """How many tokens prove as much as one independent token; at least 1, None where no candidate shows it.
+    """Return how many tokens prove as much as one independent token; at least 1, None where no candidate shows it.
 
     `candidates`: of each the agreeing tokens and the tokens of every video.
     """
@@ -250,12 +253,12 @@ def design_effect(candidates: Sequence[tuple[np.ndarray, np.ndarray]]) -> float 
 
 
 def bounds(share: float, tokens: int, videos: int, effect: float | None) -> tuple[float, float]:
-    """The 95% interval of a share, for tokens / `design_effect` independent tokens; one a video if that is None."""
+    """Return the 95% interval of a share, for tokens / `design_effect` independent tokens; one a video if that is None."""
     return wilson(share, float(videos) if effect is None else max(1.0, tokens / effect))
 
 
 def provable(tokens: float) -> float:
-    """The highest lower bound that so many independent tokens can prove, all of them agreeing."""
+    """Return the highest lower bound that so many independent tokens can prove, all of them agreeing."""
     return tokens / (tokens + Z95**2)
 
 
@@ -290,7 +293,10 @@ def encode(
     rows: SharedRows | None = None,
     ahead: Ahead | None = None,
 ) -> tuple[EncodedInputs, float]:
-    """A video, encoded, and the seconds of encoding: also those that shared rows have saved. `ahead`: what may have read it."""
+    """Return a video, encoded, and the seconds of encoding: also those that shared rows have saved.
+
+    `ahead`: what may have read it.
+    """
     kind = partial(SharedInput, shared_rows=rows) if rows else OpenInput
     given = {"names": [path], "kind": kind, "ahead": ahead}
     with closing(open_inputs(session, [Path(path)], sampling, **given)) as opened:
@@ -315,14 +321,21 @@ class Answering:
         think: str = "off",
         ahead: Ahead | None = None,
     ):
-        self._think, self._ahead = think, ahead
+        self._think = think
+        self._ahead = ahead
         self.made: list[FullAnswers] = []  # a video each
         self.problems: dict[str, EvopruneError] = {}  # of videos that cannot be read or computed, by path
-        self.tokens, self.asked = TOKENS[0], len(questions)  # of an answer, at most; of a video
+        # of an answer, at most; of a video
+        self.tokens = TOKENS[0]
+        self.asked = len(questions)
         self._next_s = 0.0  # that the next video takes
         self._held: list[OpenInputs] = []  # those of `made`
-        self.session, self._sampling, self._questions = session.unpruned(), sampling, questions
-        self._seconds, self._now, self._begun = seconds, now, now()
+        self.session = session.unpruned()
+        self._sampling = sampling
+        self._questions = questions
+        self._seconds = seconds
+        self._now = now
+        self._begun = now()
 
     def answer(self, videos: tuple[str, ...], progress: Progress = lambda *what: None) -> None:
         """Answers what the time allows, the first readable video in any case. Raises the first problem if there is none."""
@@ -382,7 +395,8 @@ class Answering:
 
     def _plan(self, video: EncodedInputs, encoding: float, videos: int) -> None:
         """The longest answers to the most questions for which there is time, by a short answer; `encoding`: seconds a video."""
-        question, every = self._questions[0], len(self._questions)
+        question = self._questions[0]
+        every = len(self._questions)
         for _ in range(2):  # the first time also warms up
             start = self._now()
             answer = video.ask(question, max_new_tokens=TOKENS[-1], think=self._think)
@@ -440,7 +454,9 @@ class Run:
     schema: ClassVar[str]  # of the document
 
     def __init__(self, settings: TuneSettings, now: Callable[[], float] = time.perf_counter):
-        self.settings, self._now, self._begun = settings, now, now()
+        self.settings = settings
+        self._now = now
+        self._begun = now()
         self.loaded: LoadedModel | None = None  # before `load`
         self.answering: Answering | None = None  # the full answers; None before `run`
         self.ahead: Ahead | None = None  # what may have read the first video already
@@ -459,7 +475,8 @@ class Run:
 
     def answer(self, progress: Progress) -> list[FullAnswers]:
         """Raises what `Answering.answer` raises."""
-        session, settings = Session(self.loaded, PruneOptions(seed=self.settings.seed).config()), self.settings
+        session = Session(self.loaded, PruneOptions(seed=self.settings.seed).config())
+        settings = self.settings
         seconds = SHARE_OF_FULL * settings.time_limit_s
         given = session, settings.sampling, settings.questions, seconds, self._now
         self.answering = Answering(*given, settings.think, self.ahead)
@@ -471,7 +488,7 @@ class Run:
         return self.answering.made
 
     def facts(self) -> dict[str, Any]:
-        """What every document says of a run, as plain data for JSON."""
+        """Return what every document says of a run, as plain data for JSON."""
         answers, problems = (self.answering.made, self.answering.problems) if self.answering else ([], {})
         failures = [{"video": path, "message": error_record(problem)["message"]} for path, problem in problems.items()]
         return {
@@ -502,7 +519,8 @@ class Tuning(Run):
         self.known: Known = {candidate: [] for candidate in candidates(settings.budgets, settings.methods)}
         if not self.known:
             raise UsageError("no candidate prunes anything", "give budgets below 1 (-b 0.25,0.1)")
-        self._quantizes, self._problem = settings.model.quantize != "none", None
+        self._quantizes = settings.model.quantize != "none"
+        self._problem = None
         if self._quantizes:
             self.known = {Candidate("none", 1.0): []} | self.known
 
@@ -530,7 +548,8 @@ class Tuning(Run):
 
         Calls `progress` with what comes next, `note` with what is to be read at once. Raises what `Answering.answer` raises.
         """
-        answers, held = self.answer(progress), {}
+        answers = self.answer(progress)
+        held = {}
         if self._quantizes and self.loaded.quantize == "none":
             self.answering.close()
             patches = self.loaded.patches
@@ -547,12 +566,14 @@ class Tuning(Run):
             if video not in held:
                 held.clear()  # the rows of the video before
                 held[video] = SharedRows()
-            start, full = self._now(), answers[video]
+            start = self._now()
+            full = answers[video]
             session = Session(
                 self.loaded, PruneOptions(candidate.budget, candidate.method, seed=self.settings.seed).config()
             )
             encoded, seconds = encode(session, full.path, self.settings.sampling, held[video])
-            along, pruning = [agreement(given, encoded) for given in full.references], encoded.report.pruning
+            along = [agreement(given, encoded) for given in full.references]
+            pruning = encoded.report.pruning
             return Trial(
                 agree=sum(int(result.agrees.sum()) for result in along),
                 tokens=full.tokens,
@@ -571,7 +592,7 @@ class Tuning(Run):
         self.answering.close()
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """The results so far, for JSON; `error` is what cut the run short."""
+        """Return the results so far, for JSON; `error` is what cut the run short."""
         rows = result_rows(self.known, self.settings.agree)
         passing = recommended(rows)
         best = max(rows, key=lambda row: (row["low"], row["agreement"], -row["first_token"]), default=None)
@@ -586,8 +607,9 @@ class Tuning(Run):
         }
 
     def _too_few(self) -> str | None:
-        """A sentence that says so where nothing could pass even if all tokens agreed."""
-        tokens, goal = [full.tokens for full in self.answering.made], self.settings.agree
+        """Return a sentence that says so where nothing could pass even if all tokens agreed."""
+        tokens = [full.tokens for full in self.answering.made]
+        goal = self.settings.agree
         if len(tokens) > 1 and provable(sum(tokens)) >= goal:
             return None
         videos = max(2, -(-least_tokens(goal) // max(1, round(mean(tokens)))))
@@ -597,8 +619,10 @@ class Tuning(Run):
         )
 
     def _notes(self) -> list[str]:
-        answering, known = self.answering, self.known.values()
-        notes, settings = [self._problem, self._too_few()], self.settings
+        answering = self.answering
+        known = self.known.values()
+        notes = [self._problem, self._too_few()]
+        settings = self.settings
         wanted = len(settings.videos) - len(answering.problems)
         if len(answering.made) < wanted:
             notes.append(f"the time limit left out {wanted - len(answering.made)} of {counted(wanted, 'video')}")

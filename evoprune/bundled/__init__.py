@@ -52,7 +52,7 @@ SIGN = re.compile(r"[A-Z]{3,6}|\d+")
 
 
 def unknown_words(question: str, world: str) -> list[str]:
-    """The words of a question that no question of the training on a world has, in order and in lower case."""
+    """Return the words of a question that no question of the training on a world has, in order and in lower case."""
     signs = world == "scenes"
     words = (word for word in re.findall(r"\w+", question) if not (signs and SIGN.fullmatch(word)))
     return [word for word in map(str.lower, words) if word not in WORDS[world]]

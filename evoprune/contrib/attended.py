@@ -30,13 +30,15 @@ class VisionZip(Selector):
         return tokens.attention
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        attention, keys = snap(tokens.attention), F.normalize(tokens.keys, dim=1)
+        attention = snap(tokens.attention)
+        keys = F.normalize(tokens.keys, dim=1)
         into = torch.full_like(tokens.unit_to_row, -1)
         index = tokens.by_pair(ascending(len(into), into.device))
         for here, share in zip(index, spread(keep, len(index)), strict=True):
             best = here[highest(attention[here], round(self.dominant * share))]
             into[best] = best
-            rest, count = here[into[here] < 0], share - len(best)
+            rest = here[into[here] < 0]
+            count = share - len(best)
             if count:  # otherwise the other tokens are dropped
                 targets = rest[:: len(rest) // count][:count]
                 into[rest] = targets[closest(keys[rest], keys[targets])[1]]
@@ -59,12 +61,14 @@ class VisPruner(Selector):
         return tokens.attention
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        attention, unit = tokens.by_pair(snap(tokens.attention)), tokens.by_pair(tokens.normalised)
+        attention = tokens.by_pair(snap(tokens.attention))
+        unit = tokens.by_pair(tokens.normalised)
         return of_pairs(map(self.kept, attention, unit, spread(keep, len(unit))), unit.shape[1])
 
     def kept(self, attention: torch.Tensor, unit: torch.Tensor, keep: int) -> torch.Tensor:
         """int64 `[keep]`, ascending: what a frame pair keeps, by `attention` (`[n]`) and `unit` (`[n, D]`)."""
-        order, first = ranked(attention), int(self.important * keep)
+        order = ranked(attention)
+        first = int(self.important * keep)
         rest = order[first:]
         distinct = rest[most_distinct(unit[rest], keep - first, self.step)]
         return torch.cat([order[:first], distinct]).sort().values
@@ -74,7 +78,8 @@ def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
     """int64 `[keep]`: the rows of `unit` (`[n, D]`, the most attended first) left when rounds remove up to `step` similar ones."""
     left = ascending(len(unit) if keep else 0, unit.device)
     while len(left) > keep:
-        even, odd = left[::2], left[1::2]
+        even = left[::2]
+        odd = left[1::2]
         like = torch.cat([snap(unit[block] @ unit[odd].T).amax(1) for block in even.split(BLOCK)])
         # Of equals the last goes: a stable sort of the reversed rows puts it first.
         order = len(even) - 1 - like.flip(0).argsort(descending=True, stable=True)
@@ -96,9 +101,12 @@ class Nuwa(Selector):
         return snap(tokens.attention)
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        score, middle = self.scores(tokens).view(tokens.grid), tokens.by_pair(tokens.middle)
+        score = self.scores(tokens).view(tokens.grid)
+        middle = tokens.by_pair(tokens.middle)
         late = (rank_in_cell(score).flatten(1) - self.cell + 1).clamp(min=0)
-        kept, means, start = [], [], 0
+        kept = []
+        means = []
+        start = 0
         for pair, share in enumerate(spread(keep, len(score))):
             order = ranked(score[pair].flatten())
             here = order[late[pair][order].argsort(stable=True)][:share].sort().values
@@ -112,14 +120,17 @@ class Nuwa(Selector):
     def means(
         self, score: torch.Tensor, kept: torch.Tensor, middle: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What each kept token of a frame pair is the mean of: int64 `[m]`, tokens; int64 `[m]`, places; float32 `[m]`, weights.
+        """Return what each kept token of a frame pair is the mean of: int64 `[m]`, tokens; int64 `[m]`, places; float32 `[m]`,
+        weights.
 
         `score`: `[H, W]`, attention. `kept`: int64 `[k]`, places. `middle`: `[H W, d]`, states in the middle of the tower.
         """
         height, width = score.shape
-        attention, own = score.flatten()[kept], ascending(len(kept), kept.device)
+        attention = score.flatten()[kept]
+        own = ascending(len(kept), kept.device)
         weak = own[attention < attention.quantile(self.weak)]
-        unit, places = F.normalize(middle.float(), dim=1), ascending(height * width, kept.device)
+        unit = F.normalize(middle.float(), dim=1)
+        places = ascending(height * width, kept.device)
         at = torch.stack([places // width, places % width], 1).float()
         near = 1 - torch.cdist(at[kept[weak]], at) / (self.reach * (hypot(height - 1, width - 1) or 1))
         weight = (unit[kept[weak]] @ unit.T).clamp(min=0) * near.clamp(min=0)
@@ -183,7 +194,8 @@ class Scope(Selector):
         # What a row adds only shrinks while others are selected. So earlier sums are upper bounds, and only the highest are
         # computed again.
         unit = tokens.normalised
-        every, cover = ascending(len(unit), unit.device), torch.zeros_like(unit[:, 0])
+        every = ascending(len(unit), unit.device)
+        cover = torch.zeros_like(unit[:, 0])
         weight = snap(tokens.attention).double() ** self.alpha if self.alpha else torch.ones_like(every).double()
 
         def cosine(rows: torch.Tensor) -> torch.Tensor:

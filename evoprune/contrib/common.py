@@ -16,7 +16,7 @@ def transitions(tokens: Tokens) -> torch.Tensor:
 
 
 def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[range]:
-    """The frame pairs of each segment: cut at the `least - 1` lowest of `similarity` (`[T - 1]`), and below `threshold`."""
+    """Return the frame pairs of each segment: cut at the `least - 1` lowest of `similarity` (`[T - 1]`), and below `threshold`."""
     lowest = similarity.argsort(stable=True)[: max(0, least - 1)].tolist()
     below = (similarity < threshold).nonzero().flatten().tolist()
     edges = [0, *sorted(cut + 1 for cut in {*lowest, *below}), len(similarity) + 1]
@@ -87,7 +87,8 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
     nearest = min(neighbours, len(points))
     near = [distances(number).topk(nearest, largest=False).values for number in range(len(blocks))]
     sparse = torch.cat([values.square().mean(1) for values in near])  # exact: integers
-    apart, farthest = torch.empty_like(sparse), sparse.new_zeros(())
+    apart = torch.empty_like(sparse)
+    farthest = sparse.new_zeros(())
     for number, block in enumerate(blocks):
         distance = distances(number)
         denser = (sparse < sparse[block, None]) | ((sparse == sparse[block, None]) & (index < block[:, None]))
@@ -106,10 +107,12 @@ def vicinity_clusters(x: torch.Tensor, place: torch.Tensor, count: int, cutoff: 
     """
     points = _points(x)[0]
     scale = cutoff * (2 * (points - points.mean(0)).square().sum(1).mean()).sqrt().clamp(min=1)
-    index, place = ascending(len(points), x.device), place.double()
+    index = ascending(len(points), x.device)
+    place = place.double()
     blocks = index.split(BLOCK)
     dense = snap(torch.cat([(-(_distances(points[block], points) / scale).square()).exp().sum(1) for block in blocks]))
-    apart, follows = torch.empty_like(dense), torch.empty_like(index)
+    apart = torch.empty_like(dense)
+    follows = torch.empty_like(index)
     for block in blocks:
         denser = (dense > dense[block, None]) | ((dense == dense[block, None]) & (index < block[:, None]))
         far = snap(torch.cdist(place[block], place) - near) > 0
@@ -135,12 +138,14 @@ def _distances(block: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 
 
 def relative(score: torch.Tensor) -> torch.Tensor:
-    """The logarithm of `score` (at least 0), rounded: scores that differ by less than a ten-thousandth of themselves are ties."""
+    """Return the logarithm of `score` (at least 0), rounded: scores that differ by less than a ten-thousandth of themselves are
+    ties.
+    """
     return snap(score.log())
 
 
 def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selection:
-    """The selection in which each unit joins the unit `into` (int64 `[N]`); a unit stays if it joins itself, -1 drops it.
+    """Return the selection in which each unit joins the unit `into` (int64 `[N]`); a unit stays if it joins itself, -1 drops it.
 
     `weight`, float32 `[N]`, is the weight of each unit in its mean; None for equal weights.
     """
@@ -162,6 +167,7 @@ def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
 
 def turns(order: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     """int64 `[n]`: how many of the same `group` (int64 `[n]`, from 0) come before each token in `order` (int64 `[n]`)."""
-    order, size = order[group[order].argsort(stable=True)], torch.bincount(group)
+    order = order[group[order].argsort(stable=True)]
+    size = torch.bincount(group)
     before = (size.cumsum(0) - size)[group[order]]
     return torch.empty_like(order).index_copy_(0, order, ascending(len(order), order.device) - before)

@@ -55,8 +55,9 @@ class Runs:
     momentum: Share = 0.9  # weight of the new similarity in the running mean
 
     def of(self, like: list[list[float]]) -> list[range]:
-        """The runs of frames, in order; `like` as from `similarities`."""
-        starts, running = [0], 1.0
+        """Return the runs of frames, in order; `like` as from `similarities`."""
+        starts = [0]
+        running = 1.0
         for frame in range(1, len(like)):
             running = self.momentum * like[starts[-1]][frame - starts[-1]] + (1 - self.momentum) * running
             if running < self.threshold or frame - starts[-1] + 1 >= self.window:
@@ -65,15 +66,18 @@ class Runs:
         return [range(first, last) for first, last in zip(starts, [*starts[1:], len(like)], strict=True)]
 
     def merged(self, like: list[list[float]]) -> tuple[list[int], list[float]]:
-        """The frame that each frame joins, itself if it stays; and the weight of each in the mean."""
-        into, weight = list(range(len(like))), [1.0] * len(like)
+        """Return the frame that each frame joins, itself if it stays; and the weight of each in the mean."""
+        into = list(range(len(like)))
+        weight = [1.0] * len(like)
         for run in self.of(like):
             inner = run[1:-1]
             if len(inner) < 2:
                 continue
-            ends, at = like[run[0]][len(run) - 1], inner[0]
+            ends = like[run[0]][len(run) - 1]
+            at = inner[0]
             while at < inner[-1]:
-                now, after = like[at][1], like[at + 1][1] if at + 1 < inner[-1] else 0.0
+                now = like[at][1]
+                after = like[at + 1][1] if at + 1 < inner[-1] else 0.0
                 if now > ends and now > after:
                     into[at + 1] = at
                     weight[at] = now / (now + max(0.0, after)) if now > 0 else 1.0
@@ -167,7 +171,8 @@ def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
 
 def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
     """`[i][d]`: the mean cosine of the tokens of frames i and i + d of `x` (`[F, n, D]`), d from 0 to `window - 1`."""
-    held, cosines = deque(maxlen=window), []
+    held = deque(maxlen=window)
+    cosines = []
     for frame in x:
         held.append(F.normalize(frame.float(), dim=1))
         cosines.append(torch.stack([(held[-1] * other).sum(1).mean() for other in reversed(held)]))
@@ -205,7 +210,8 @@ class Ipcv(EncoderMethod):
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
         units = prod(grid[1:])
-        first, left = max(1, round(self.first * tower.depth)), max(1, int(self.keep * units))
+        first = max(1, round(self.first * tower.depth))
+        left = max(1, int(self.keep * units))
         if first >= tower.depth or left == units:
             return []
         until = min(first + round(self.follow * tower.depth), tower.depth)

@@ -84,7 +84,8 @@ class PruneVidInner(FastV):
         return tokens.unrotated().attention(queries, most=True, causal=False)
 
     def select(self, tokens: LayerTokens) -> Selection:
-        index, score = ascending(len(tokens.pair), tokens.pair.device), relative(self.score(tokens))
+        index = ascending(len(tokens.pair), tokens.pair.device)
+        score = relative(self.score(tokens))
         sizes = tokens.pair.unique_consecutive(return_counts=True)[1].tolist()
         counts = apportion(tokens.left, sizes, sizes)
         kept = [pair[highest(score[pair], count)] for pair, count in zip(index.split(sizes), counts, strict=True)]
@@ -116,7 +117,8 @@ class D2Pruner(FastV):
     def select(self, tokens: LayerTokens) -> Selection:
         order = ranked(relative(tokens.attention() / (tokens.evened().attention() + 1e-7)))
         pivots = int(tokens.left * self.pivots)
-        rest, chosen = order[pivots:], []
+        rest = order[pivots:]
+        chosen = []
         unit = F.normalize(tokens.hidden[rest].float(), dim=1)
         free = torch.ones_like(rest, dtype=torch.bool)
         while len(chosen) < tokens.left - pivots and free.any():
@@ -130,11 +132,13 @@ class D2Pruner(FastV):
 
 
 def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
-    """The selection of `kept` (int64 `[K]`, ascending) rows of `unit` (`[n, D]`, of length 1), which the others join in turn.
+    """Return the selection of `kept` (int64 `[K]`, ascending) rows of `unit` (`[n, D]`, of length 1), which the others join in
+    turn.
 
     A token becomes the mean of itself and the next one that joins. So the last to join weighs a half, the one before a quarter.
     """
-    count, device = len(unit), unit.device
+    count = len(unit)
+    device = unit.device
     others = torch.ones(count, dtype=torch.bool, device=device).index_fill_(0, kept, False).nonzero()[:, 0]
     unit_to_token = torch.zeros(count, dtype=torch.int64, device=device)
     to = closest(unit[others], unit[kept])[1]
@@ -167,7 +171,8 @@ class SparseVlm(DroppingMethod):
     def select(self, tokens: LayerTokens) -> Selection:
         if "raters" not in tokens.memory:
             tokens.memory["raters"] = _raters(tokens.visual_embeds, tokens.text_embeds)
-        score, count = relative(tokens.attention(tokens.memory["raters"])), len(tokens.visual)
+        score = relative(tokens.attention(tokens.memory["raters"]))
+        count = len(tokens.visual)
         stay = selected(count, tokens.left)
         order = ranked(score)
         into = torch.full_like(order, -1)
@@ -187,12 +192,14 @@ def _raters(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 
 
 def recycled(dropped: int) -> int:
-    """How many of the dropped tokens merge."""
+    """Return how many of the dropped tokens merge."""
     return int(dropped * 0.3) + 1
 
 
 def selected(count: int, left: int) -> int:
-    """How many of `count` tokens stay as they are, so that with the means of the others `left` remain; all, if there is no room."""
+    """Return how many of `count` tokens stay as they are, so that with the means of the others `left` remain; all, if there is
+    no room.
+    """
     for stay in range(left - 1, 0, -1):
         if stay + recycled(count - stay) // 10 + 1 <= left:
             return stay
@@ -213,7 +220,8 @@ class VisiPruner(DroppingMethod):
     exits: Annotated[int, "[0, inf]"] = 2  # in so many layers, for all to leave; 0 for never
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
-        keep, blind = keep_count(budget, tokens), layers_before(self.shallow, depth)
+        keep = keep_count(budget, tokens)
+        blind = layers_before(self.shallow, depth)
         if keep == tokens or depth < 2:
             return LanguagePlan(depth, tokens, ())
         first = min(blind + 2, depth - 1)
@@ -239,10 +247,12 @@ class VisiPruner(DroppingMethod):
 
 def contributions(tokens: LayerTokens) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 `[n]` each: cos(o - c_i, o) and |c_i| of every visual token, without the c_i themselves: O(n heads head_dim)."""
-    weights, kv_heads = tokens.last_weights().double(), tokens.values.shape[1]
+    weights = tokens.last_weights().double()
+    kv_heads = tokens.values.shape[1]
     weights = weights.view(kv_heads, -1, weights.shape[1])  # [kv_heads, group, C]
     out = weights @ tokens.values.transpose(0, 1).double()  # [kv_heads, group, head_dim]
-    given, values = weights[:, :, tokens.visual], tokens.values[tokens.visual].transpose(0, 1).double()
+    given = weights[:, :, tokens.visual]
+    values = tokens.values[tokens.visual].transpose(0, 1).double()
     along = (given * (out @ values.transpose(1, 2))).sum((0, 1))  # c_i . o
     square = (given.square() * values.square().sum(2)[:, None]).sum((0, 1))  # |c_i|^2
     total = out.square().sum()
@@ -270,9 +280,11 @@ class ViTCoP(DroppingMethod):
         length = tokens.keys[tokens.visual].double().mean(1).norm(dim=1)
         if len(tokens.visual) < len(tokens.visual_embeds):
             return Selection(highest(-relative(length), tokens.left))
-        into, index = [], ascending(len(tokens.visual), tokens.visual.device)
+        into = []
+        index = ascending(len(tokens.visual), tokens.visual.device)
         for pair in index.split(tokens.pair.unique_consecutive(return_counts=True)[1].tolist()):
-            count, x = max(1, int(self.centres * len(pair))), tokens.visual_embeds[pair]
+            count = max(1, int(self.centres * len(pair)))
+            x = tokens.visual_embeds[pair]
             into.append(pair[vicinity_clusters(x, tokens.place[pair], count, self.cutoff, self.near)])
         return merged(torch.cat(into).unique(return_inverse=True)[1], length, tokens.left)
 
@@ -282,18 +294,23 @@ def merged(cluster: torch.Tensor, length: torch.Tensor, left: int) -> Selection:
 
     `cluster`: int64 `[n]`; if there are more than `left`, those of long keys become one. `length`: float64 `[n]`, of each key.
     """
-    index, size = ascending(len(cluster), cluster.device), torch.bincount(cluster)
+    index = ascending(len(cluster), cluster.device)
+    size = torch.bincount(cluster)
     total = torch.zeros(len(size), dtype=torch.float64, device=cluster.device).index_add_(0, cluster, length)
-    order, spare, alone = ranked(-relative(total)), left - len(size), torch.zeros_like(size)
+    order = ranked(-relative(total))
+    spare = left - len(size)
+    alone = torch.zeros_like(size)
     if spare < 0:
         cluster = order.argsort().clamp(max=left - 1)[cluster]
-        alone, size = alone[:left], torch.bincount(cluster)
+        alone = alone[:left]
+        size = torch.bincount(cluster)
     elif spare > 0:
         alone = ((size - 1).double() / (size - 1).sum() * spare).round().long()
         missing = spare - int(alone.sum())
         able = order[alone[order] < size[order] - 1] if missing > 0 else order[alone[order] > 0].flip(0)
         alone[able[: abs(missing)]] += 1 if missing > 0 else -1
-    stays, joining = turns(ranked(-relative(length)), cluster) < alone[cluster], (size - alone)[cluster]
+    stays = turns(ranked(-relative(length)), cluster) < alone[cluster]
+    joining = (size - alone)[cluster]
     middle = turns(stays.to(torch.int8).argsort(stable=True), cluster) == joining // 2
     to = torch.empty_like(size).index_copy_(0, cluster[middle], index[middle])
     return gathered(torch.where(stays, index, to[cluster]), torch.where(middle, joining + 1, 1).float())

@@ -83,7 +83,8 @@ def several_drops(
     """
     layers = [layers_before(place, depth) for place in places]
     runs = [end - start for start, end in zip(layers, [*layers[1:], depth], strict=True)]  # layers after each drop
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
     for _ in range(60):
         middle = (low + high) / 2
         mean = sum(run * share for run, share in zip(runs, shares(middle), strict=True)) / max(1, sum(runs))
@@ -94,7 +95,7 @@ def several_drops(
 
 
 def _plan(depth: int, tokens: int, layers: Sequence[int], counts: Sequence[int]) -> LanguagePlan:
-    """The plan without drops at which nothing would leave; of several after the same layer, the last."""
+    """Return the plan without drops at which nothing would leave; of several after the same layer, the last."""
     drops: list[Drop] = []
     for after, left in zip(layers, counts, strict=True):
         if drops and drops[-1].after == after:
@@ -128,7 +129,7 @@ class LayerTokens:
     evened: Callable[[], "LayerTokens"] | None = None
 
     def copied(self) -> "LayerTokens":
-        """The same tokens in memory of their own. `memory` is the same."""
+        """Return the same tokens in memory of their own. `memory` is the same."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         own = {name: value.clone() for name, value in values.items() if isinstance(value, torch.Tensor)}
         others = {name: lambda make=make: make().copied() for name, make in values.items() if callable(make)}
@@ -140,7 +141,8 @@ class LayerTokens:
         `rows`: int64 `[q]`, which of `queries` look, None for the prompt's last; `causal`: each at columns up to its own alone.
         """
         rows = ascending(len(self.queries), self.queries.device)[-1:] if rows is None else rows
-        heads, columns = self.queries.shape[1], len(self.keys)
+        heads = self.queries.shape[1]
+        columns = len(self.keys)
         keys = self.keys.permute(1, 2, 0).float()
         received = keys.new_zeros(len(self.visual))
         for block in rows.split(max(1, MAX_WEIGHTS // (heads * columns))):
@@ -172,14 +174,16 @@ class DroppingMethod(LanguageMethod):
 
     @abstractmethod
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
-        """The plan for a language model of `depth` layers that `tokens` visual tokens reach, at a budget of its own in (0, 1]."""
+        """Return the plan for a language model of `depth` layers that `tokens` visual tokens reach, at a budget of its own in
+        (0, 1].
+        """
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
         """float32 `[n]`, at least 0: what the tokens that stay have most of; here attention of the last token."""
         return tokens.attention()
 
     def select(self, tokens: LayerTokens) -> Selection | None:
-        """What stays behind a layer after which the plan looks: `tokens.left` of the visual tokens, or fewer if not `exact`.
+        """Return what stays behind a layer after which the plan looks: `tokens.left` of the visual tokens, or fewer if not `exact`.
 
         Indices of the selection are those of `tokens.visual`, `size` is not read: a token keeps its own cluster size. None: nothing
         leaves here, which only a method that is not `exact` may return.
@@ -197,8 +201,9 @@ class DroppingMethod(LanguageMethod):
 
 
 def select_in_language(method: DroppingMethod, tokens: LayerTokens) -> Selection | None:
-    """What stays behind a layer of the language model. Raises as `selecting.select`."""
-    name, count = PLUGINS.get(type(method)), len(tokens.visual)
+    """Return what stays behind a layer of the language model. Raises as `selecting.select`."""
+    name = PLUGINS.get(type(method))
+    count = len(tokens.visual)
     # Keys and values are those of the cache, and a stranger's code may write into what it gets.
     selection = method.select(tokens.copied() if name else tokens)
     if name and selection is not None:
@@ -223,7 +228,9 @@ class Dropping(Reading):
         pair: torch.Tensor,
         place: torch.Tensor,
     ):
-        self._model, self._method, self._plan = model, method, plan
+        self._model = model
+        self._method = method
+        self._plan = plan
         self._visual, self._pair, self._place = (to_device(tensor, embeds.device) for tensor in (visual, pair, place))
         self._others = len(embeds) - len(visual)
         self._text = len(embeds) - 1 - int(visual[-1])  # columns after the last of them
@@ -260,11 +267,13 @@ class Dropping(Reading):
             selection = self._selected(state)
             if selection is None:
                 return state.x, deepstack, None
-            kept, old = selection.kept, self._visual
+            kept = selection.kept
+            old = self._visual
             stays = torch.zeros_like(old, dtype=torch.bool).index_fill_(0, kept, True)
             stay = self._with_text(len(state.x), stays, len(kept))
             self._visual = torch.searchsorted(stay, old[kept])
-            self._pair, self._place = self._pair[kept], self._place[kept]
+            self._pair = self._pair[kept]
+            self._place = self._place[kept]
             every = state.x, *deepstack
             new = torch.stack([tensor[stay] for tensor in every])
             if selection.unit_to_token is not None and len(kept):
@@ -274,14 +283,18 @@ class Dropping(Reading):
             return new[0], new[1:], stay
 
     def _selected(self, state: LayerState) -> Selection | None:
-        """The tokens that stay, None for all."""
+        """Return the tokens that stay, None for all."""
         plan = self._plan
         left = plan.left(state.after) if plan.exact else plan.drops[-1].left
         return select_in_language(self._method, self._seen(state, left))
 
     def _seen(self, state: LayerState, left: int) -> LayerTokens:
-        layers, after, entering, x = self._model.model.language_model.layers, state.after, state.entering, state.x
-        keys, values = state.keys[0].transpose(0, 1), state.values[0].transpose(0, 1)
+        layers = self._model.model.language_model.layers
+        after = state.after
+        entering = state.entering
+        x = state.x
+        keys = state.keys[0].transpose(0, 1)
+        values = state.values[0].transpose(0, 1)
         due = after in {drop.after for drop in self._plan.drops}
         latest, (cos, sin), texts = layers[after - 1], state.places, slice(len(x) - self._text, None)
         seen = LayerTokens(

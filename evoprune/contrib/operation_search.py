@@ -45,7 +45,7 @@ class Step(NamedTuple):
 
 
 def for_nothing(after: int, depth: int, lossless: Callable[[Removed], bool]) -> Removed:
-    """What the deepest layers can lose without a loss."""
+    """Return what the deepest layers can lose without a loss."""
     removed: Removed = frozenset()
     for group in (ALL, REST):
         last = depth - 1
@@ -53,14 +53,15 @@ def for_nothing(after: int, depth: int, lossless: Callable[[Removed], bool]) -> 
             more = [removed | {*product(range(first, depth), [group], kinds)} for first in range(depth)]
             first = deepest(after, last, lambda first, more=more: lossless(more[first]))
             if first is not None:
-                last, removed = first, more[first]
+                last = first
+                removed = more[first]
             if last <= after:
                 break
     return removed
 
 
 def deepest(low: int, high: int, passes: Callable[[int], bool]) -> int | None:
-    """The lowest of the layers from `low` to `high` that passes, by binary search; None if `high` does not."""
+    """Return the lowest of the layers from `low` to `high` that passes, by binary search; None if `high` does not."""
     if low > high or not passes(high):
         return None
     return low + bisect_left(range(low, high), True, key=passes)
@@ -95,7 +96,8 @@ def search(
     removed = for_nothing(after, depth, lambda removed: loss(removed).agree == 1)
     add(removed, loss(removed))
     step = STEP * loss(frozenset(product(range(after, depth), [ALL], ORDER))).kl
-    allowed, scores = step, {}
+    allowed = step
+    scores = {}
     while left := [op for op in every if op not in removed and (op[0] < depth - 1 or op[2] == "keys")]:
         for op in left:
             if op not in scores:
@@ -132,7 +134,8 @@ class OperationTuning(Run):
     def __init__(self, settings: TuneSettings, now: Callable[[], float] = time.perf_counter):
         super().__init__(settings, now)
         self.found: list[Step] = []
-        self.complete, self._measured = False, 0
+        self.complete = False
+        self._measured = 0
         self._blank: Recipe | None = None
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -150,7 +153,9 @@ class OperationTuning(Run):
 
     def run(self, progress: Progress = lambda *what: None, note: Callable[[str], None] = lambda what: None) -> None:
         """Answers in full, then searches until the order is complete or the time is over; otherwise as `Tuning.run`."""
-        videos, settings, asked = self.answer(progress), self.settings, []
+        videos = self.answer(progress)
+        settings = self.settings
+        asked = []
         full = Session(self.loaded, PruneOptions(1.0, "none", seed=settings.seed).config())
         for number, answers in enumerate(videos):
             progress("encoding, video", number, len(videos))
@@ -178,7 +183,7 @@ class OperationTuning(Run):
         return replace(self._blank, steps=tuple(step.operations for step in self.found))
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """The results so far, for JSON, which `Recipe.read` reads if `complete`; `error` is what cut the run short."""
+        """Return the results so far, for JSON, which `Recipe.read` reads if `complete`; `error` is what cut the run short."""
         facts = {name: value for name, value in asdict(self._blank).items() if name != "steps"} if self._blank else None
         return {
             **self.facts(),
@@ -191,18 +196,24 @@ class OperationTuning(Run):
         }
 
     def _rows(self) -> list[dict[str, Any]]:
-        """What each budget takes of the order, and what that cost."""
-        recipe, rows = self.recipe, []
+        """Return what each budget takes of the order, and what that cost."""
+        recipe = self.recipe
+        rows = []
         for budget in sorted({*(self.settings.budgets or BUDGETS)}, reverse=True):
-            removed, last = recipe.removed(budget), [Step((), 0.0, 1.0), *self.found][recipe.count(budget)]
+            removed = recipe.removed(budget)
+            last = [Step((), 0.0, 1.0), *self.found][recipe.count(budget)]
             share = {"budget": budget, "share": recipe.share(removed), "operations": len(removed)}
             rows.append(share | {"kl": last.kl, "agree": last.agree})
         return rows
 
 
 def weights(config) -> tuple[float, float, float]:
-    """What share of a layer's work on a token keys and values, queries and output, and the MLP are; `config`: a `TextConfig`."""
-    hidden, keys, queries = config.hidden_size, config.num_key_value_heads, config.num_attention_heads
+    """Return what share of a layer's work on a token keys and values, queries and output, and the MLP are; `config`: a
+    `TextConfig`.
+    """
+    hidden = config.hidden_size
+    keys = config.num_key_value_heads
+    queries = config.num_attention_heads
     work = 2 * hidden * head_size(config) * keys, 2 * hidden * head_size(config) * queries
     work += (3 * hidden * config.intermediate_size,)
     return tuple(round(part / sum(work), 6) for part in work)  # as files have them

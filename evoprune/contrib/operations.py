@@ -22,7 +22,9 @@ from evoprune.model.config import read_object
 from evoprune.util import missing_hint
 
 KINDS = ("keys", "queries", "mlp")  # of a layer's operations on a token: keys and values; queries and output; the MLP
-ALL, REST = "all", "rest"  # visual tokens: all, and those that are not key
+# visual tokens: all, and those that are not key
+ALL = "all"
+REST = "rest"
 KEY = 0.25  # share of the visual tokens that are key
 PLACE = 2 / 32  # share of the layers after which they are known
 Operation = tuple[int, str, str]  # layer, ALL or REST, kind
@@ -42,7 +44,7 @@ class OperationPlan(LanguagePlan):
     )  # operations that are left out; where those of all are, those of the rest are among them
 
     def computed(self, layer: int, kind: str) -> tuple[bool, bool]:
-        """Whether a layer computes an operation for the key group, and for the rest."""
+        """Return whether a layer computes an operation for the key group, and for the rest."""
         return (layer, ALL, kind) not in self.gone, (layer, REST, kind) not in self.gone
 
     @property
@@ -78,7 +80,7 @@ class Recipe:
 
     @classmethod
     def read(cls, file: str) -> Self:
-        """The recipe that a run of `tune --operations` has written. Raises UsageError: there is none in this file."""
+        """Return the recipe that a run of `tune --operations` has written. Raises UsageError: there is none in this file."""
         try:
             content = read_object(Path(file))
             if content.get("schema") != SCHEMA or not content.get("complete"):
@@ -103,25 +105,28 @@ class Recipe:
         return sha256(repr(self).encode()).hexdigest()[:12]
 
     def count(self, budget: float) -> int:
-        """The fewest steps that leave at most `budget` (in (0, 1]) of the work; all if none do."""
+        """Return the fewest steps that leave at most `budget` (in (0, 1]) of the work; all if none do."""
         fits = (count for count in range(len(self.steps)) if self.share(chain(*self.steps[:count])) <= budget)
         return next(fits, len(self.steps))
 
     def removed(self, budget: float) -> Removed:
-        """The operations of those steps."""
+        """Return the operations of those steps."""
         return frozenset(chain(*self.steps[: self.count(budget)]))
 
     def share(self, removed: Iterable[Operation]) -> float:
-        """The share of the work on visual tokens that is left in the layers behind `after`; attention is not counted."""
-        weight, sizes = dict(zip(KINDS, self.weights, strict=True)), {ALL: self.key, REST: 1 - self.key}
-        work, gone = {op: weight[op[2]] * sizes[op[1]] for op in self._every}, self._gone(removed)
+        """Return the share of the work on visual tokens that is left in the layers behind `after`; attention is not counted."""
+        weight = dict(zip(KINDS, self.weights, strict=True))
+        sizes = {ALL: self.key, REST: 1 - self.key}
+        work = {op: weight[op[2]] * sizes[op[1]] for op in self._every}
+        gone = self._gone(removed)
         left = sum(own for op, own in work.items() if op not in gone)
         # Rounded, so that what leaves a quarter by the sum of many shares fits into a budget of a quarter.
         return round(left / sum(work.values()), 9) if work else 1.0
 
     def plan(self, tokens: int, removed: Iterable[Operation]) -> OperationPlan:
-        """The plan for so many visual tokens. A group that no later layer reads leaves for good."""
-        gone, key = self._gone(removed), keep_count(self.key, tokens)
+        """Return the plan for so many visual tokens. A group that no later layer reads leaves for good."""
+        gone = self._gone(removed)
+        key = keep_count(self.key, tokens)
         if not gone:
             return OperationPlan(self.depth, tokens, ())
         end, rest_end = (_last_keys(gone, group, self.depth) + 1 for group in (ALL, REST))
@@ -131,7 +136,7 @@ class Recipe:
         return OperationPlan(self.depth, tokens, tuple(drops), looks=tuple(looks), key=key, gone=gone)
 
     def _gone(self, removed: Iterable[Operation]) -> Removed:
-        """What is not computed: `closed`, and all but keys in a group's last layer of keys, unless that is the top layer.
+        """Return what is not computed: `closed`, and all but keys in a group's last layer of keys, unless that is the top layer.
 
         That one computes queries and MLP of the last position alone. They count as computed, as they do with other methods.
         """
@@ -156,7 +161,7 @@ def closed(removed: Iterable[Operation], depth: int) -> Removed:
 
 
 def _last_keys(removed: Collection[Operation], group: str, depth: int) -> int:
-    """The last layer that computes a group's keys; `depth` if none does."""
+    """Return the last layer that computes a group's keys; `depth` if none does."""
     return max((layer for layer in range(depth) if (layer, group, "keys") not in removed), default=depth)
 
 

@@ -14,7 +14,8 @@ from evoprune.methods.ranking import highest, of_pairs, ranked, scaled, snap
 from evoprune.methods.settings import Cosine
 from evoprune.methods.types import Selection, Tokens, ascending
 
-MIN_RELEVANCE, STEP = 1 / 128, 1 / 16384
+MIN_RELEVANCE = 1 / 128
+STEP = 1 / 16384
 MAX_FEATURES = 1 << 23  # features in float64 that are held at a time
 
 
@@ -40,7 +41,9 @@ class CdPruner(Selector):
     def select(self, tokens: Tokens, keep: int) -> Selection:
         weight = torch.stack([*map(relevant, tokens.by_pair(self.scores(tokens)))])
         unit = tokens.by_pair(tokens.normalised)
-        counts, at_once, kept = spread(keep, len(unit)), max(1, MAX_FEATURES // unit[0].numel()), []
+        counts = spread(keep, len(unit))
+        at_once = max(1, MAX_FEATURES // unit[0].numel())
+        kept = []
         for first in range(0, len(unit), at_once):
             part = slice(first, first + at_once)
             kept += widest(unit[part], weight[part], counts[part])
@@ -66,7 +69,8 @@ def widest(unit: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> l
     vectors = unit.double() * weight.double()[:, :, None]
     factor = vectors.new_zeros(max(counts), *weight.shape)  # rows of the Cholesky factors, in the order of selection
     left = vectors.square().sum(2)  # squared length of each row outside the span of the selected ones
-    selected, order = torch.zeros_like(left, dtype=torch.bool), []
+    selected = torch.zeros_like(left, dtype=torch.bool)
+    order = []
     for step in range(max(counts)):
         best = snap(left).masked_fill(selected, -torch.inf).argmax(1, keepdim=True)
         selected.scatter_(1, best, True)
@@ -136,7 +140,8 @@ class Dart(Selector):
         return self.text > 0
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        unit, first = tokens.normalised, longest(tokens.features.float(), min(self.visual, keep))
+        unit = tokens.normalised
+        first = longest(tokens.features.float(), min(self.visual, keep))
         pivots = unit[first]
         if self.text:
             pivots = torch.cat([pivots, F.normalize(tokens.question[longest(tokens.question, self.text)], dim=1)])

@@ -41,8 +41,11 @@ class FastVid(Selector):
     centre: Annotated[float, "(0, 1]"] = 0.6  # least weight of a peak in its mean
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        like, shares = transitions(tokens), spread(keep, tokens.grid[0])
-        x, attention, into = tokens.features, snap(tokens.attention), torch.full_like(tokens.unit_to_row, -1)
+        like = transitions(tokens)
+        shares = spread(keep, tokens.grid[0])
+        x = tokens.features
+        attention = snap(tokens.attention)
+        into = torch.full_like(tokens.unit_to_row, -1)
         index = tokens.by_pair(ascending(len(x), x.device))
         for span in segments(like, self.segments, self.threshold):
             new = (like[span.start : span.stop - 1] < self.ignore).nonzero().flatten().tolist()
@@ -63,7 +66,8 @@ class FastVid(Selector):
 
         `x`, `attention`: `[N, D]`, `[N]`. `index`: int64 `[g, n]`, the segment's units. `new`: its frame pairs unlike the next one.
         """
-        half, context = index.shape[1] // 2, min(keep, max(1, int((1 - self.salient) * keep)))
+        half = index.shape[1] // 2
+        context = min(keep, max(1, int((1 - self.salient) * keep)))
         anchors = new[:: -self.every]
         wanted = dict(zip(anchors, apportion(context, [1] * len(anchors), [half] * len(anchors)), strict=True))
         max_counts = [index.shape[1] - wanted.get(pair, 0) for pair in new]
@@ -95,7 +99,8 @@ class FlashVid(Selector):
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         shares = spread(keep, tokens.grid[0])
-        attention, x = tokens.by_pair(snap(tokens.attention)), tokens.by_pair(tokens.features.float())
+        attention = tokens.by_pair(snap(tokens.attention))
+        x = tokens.by_pair(tokens.features.float())
         into = torch.full_like(attention, -1, dtype=torch.int64)
         weight = torch.ones_like(attention, dtype=torch.float32)
         for span in segments(transitions(tokens), self.segments, self.threshold):
@@ -105,7 +110,8 @@ class FlashVid(Selector):
         return gathered(into.flatten(), weight.flatten())
 
     def condensed(self, attention: torch.Tensor, x: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which token of the segment each joins, int64 `[g, n]`, itself if it stays, -1 if it is dropped; and its weight, float32.
+        """Return which token of the segment each joins, int64 `[g, n]`, itself if it stays, -1 if it is dropped; and its weight,
+        float32.
 
         `attention`: `[g, n]`. `x`: `[g, n, D]`, features. `keep`: how many tokens stay.
         """
@@ -118,7 +124,8 @@ class FlashVid(Selector):
         weight = torch.ones(len(into), dtype=torch.float32, device=x.device)
         trees = keep - len(best)
         if trees:
-            x, rest = x.flatten(0, 1), (into < 0).nonzero().flatten()
+            x = x.flatten(0, 1)
+            rest = (into < 0).nonzero().flatten()
             into[rest] = self.linked(F.normalize(x, dim=1), rest, rest // per_pair, len(rest) - trees)
             size = torch.bincount(into, minlength=len(into))
             weight = 1 / size[into].float()
@@ -133,10 +140,12 @@ class FlashVid(Selector):
 
         `unit`: `[n, D]`, all of the segment. `rest`, `pair`: int64 `[r]`, those to link, ascending, and their frame pairs.
         """
-        parent, like = rest.clone(), torch.full((len(rest),), -torch.inf, dtype=torch.float32, device=unit.device)
+        parent = rest.clone()
+        like = torch.full((len(rest),), -torch.inf, dtype=torch.float32, device=unit.device)
         last = int(pair[-1])
         for g in range(1, last + 1):
-            before, now = rest[pair == g - 1], pair == g
+            before = rest[pair == g - 1]
+            now = pair == g
             if len(before) and now.any():
                 like[now], to = closest(unit[rest[now]], unit[before])
                 parent[now] = before[to]
@@ -156,7 +165,8 @@ class FlashVid(Selector):
 
         `mean`: `[r, D]`, of each tree. `roots`, `pair`: int64 `[r]`, its root and the root's frame pair.
         """
-        sizes, to = torch.bincount(pair).tolist(), torch.full_like(into, -1)
+        sizes = torch.bincount(pair).tolist()
+        to = torch.full_like(into, -1)
         counts = apportion(keep, sizes, sizes)
         for own, means, count in zip(roots.split(sizes), mean.split(sizes), counts, strict=True):
             if count:
@@ -173,7 +183,8 @@ class Mmg(Selector):
     beta: Share = 0.5  # weight of repetition in the gain of a segment
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        x, like = tokens.by_pair(tokens.features.float()), transitions(tokens)
+        x = tokens.by_pair(tokens.features.float())
+        like = transitions(tokens)
         spans = joined(segments(like, 1, self.threshold), like.tolist())
         means = torch.stack([x[span.start : span.stop].mean((0, 1)) for span in spans])
         gains = marginal_gains(means, x.mean((0, 1)), self.beta)
@@ -187,9 +198,11 @@ class Mmg(Selector):
 
         `x`: `[T, n, D]`, the features of the video.
         """
-        kept, before = [], None
+        kept = []
+        before = None
         for pair, share in zip(span, spread(keep, len(span)), strict=True):
-            gain, unit = peak_scores(x[pair], NEIGHBOURS), F.normalize(x[pair], dim=1)
+            gain = peak_scores(x[pair], NEIGHBOURS)
+            unit = F.normalize(x[pair], dim=1)
             if before is not None and len(before):
                 gain = snap(gain + (1 - closest(unit, before)[0]).log())  # logarithms, so factors are added
             best = highest(gain, share)
@@ -199,7 +212,10 @@ class Mmg(Selector):
 
 
 def joined(spans: list[range], like: list[float]) -> list[range]:
-    """The segments after each of one frame pair has joined the more similar neighbour. `like`: cosines as of `transitions`."""
+    """Return the segments after each of one frame pair has joined the more similar neighbour.
+
+    `like`: cosines as of `transitions`.
+    """
     merged: list[range] = []
     for number, span in enumerate(spans):
         left = like[span.start - 1] if merged else -math.inf
@@ -211,7 +227,7 @@ def joined(spans: list[range], like: list[float]) -> list[range]:
 
 
 def marginal_gains(means: torch.Tensor, video: torch.Tensor, beta: float) -> list[float]:
-    """The gain of each segment when the segment of highest gain is always taken next.
+    """Return the gain of each segment when the segment of highest gain is always taken next.
 
     The gain is the cosine of its mean (one of `means`, `[S, D]`) to that of the `video` (`[D]`), less `beta` times the greatest
     cosine to a segment taken before.
@@ -252,7 +268,8 @@ class PruneVid(Selector):
         for span, places in zip(spans, (mean > self.static for mean in steady), strict=True):
             groups += [index[span.start : span.stop, places].T, *(index[pair, ~places][:, None] for pair in span)]
         sizes = [len(group) for group in groups]
-        into, counts = torch.full_like(tokens.unit_to_row, -1), apportion(keep, sizes, sizes)
+        into = torch.full_like(tokens.unit_to_row, -1)
+        counts = apportion(keep, sizes, sizes)
         return join_groups(into, x.flatten(0, 1), groups, counts)
 
     def segments(self, x: torch.Tensor) -> list[range]:
@@ -263,7 +280,7 @@ class PruneVid(Selector):
 
 
 def folded(cluster: list[int]) -> list[int]:
-    """The lengths of the segments of a video, from the cluster of each frame pair.
+    """Return the lengths of the segments of a video, from the cluster of each frame pair.
 
     The longest runs of a cluster stay, if they have two frame pairs or more. Others join the longer neighbour, or the earlier one.
     """
@@ -282,7 +299,7 @@ def folded(cluster: list[int]) -> list[int]:
 
 
 def _runs(labels: list[int]) -> list[tuple[int, int]]:
-    """Each run of equal labels, with its length."""
+    """Return each run of equal labels, with its length."""
     return [(label, len(list(run))) for label, run in groupby(labels)]
 
 
@@ -315,7 +332,8 @@ class HoliTom(Selector):
         into = averaged(index, spans, min_cosines, self.static, keep)
         if into is not None:
             return gathered(into.flatten())
-        attention, into = snap(tokens.attention), torch.full_like(tokens.unit_to_row, -1)
+        attention = snap(tokens.attention)
+        into = torch.full_like(tokens.unit_to_row, -1)
         still = [lowest > self.static for lowest in min_cosines]
         # The units of the places that stand still, one row per place; and the others of each frame pair.
         groups = [index[span.start : span.stop, places].T for span, places in zip(spans, still, strict=True)]
@@ -329,23 +347,28 @@ class HoliTom(Selector):
 
 
 def most_saving(same: torch.Tensor) -> list[range]:
-    """The segments that save most tokens, by dynamic programming: of L frame pairs L - 1 for each place that does not change.
+    """Return the segments that save most tokens, by dynamic programming: of L frame pairs L - 1 for each place that does not
+    change.
 
     `same`: bool `[T - 1, n]`, whether each token is similar to the next one at its place.
     """
-    back, backs = torch.zeros(same.shape[1], dtype=torch.int64, device=same.device), []
+    back = torch.zeros(same.shape[1], dtype=torch.int64, device=same.device)
+    backs = []
     for unchanged in same:  # counts for how many frame pairs each place has not changed
         back = (back + 1) * unchanged
         backs.append(torch.bincount(back, minlength=len(same) + 1))
     # still[t][n]: the places that have not changed in the last n steps up to frame pair t + 1
     still = torch.stack(backs).flip(1).cumsum(1).flip(1).tolist() if backs else []
-    best, start = [0, 0], [0, 0]  # for the first t frame pairs: tokens saved, and the start of the last segment
+    # for the first t frame pairs: tokens saved, and the start of the last segment
+    best = [0, 0]
+    start = [0, 0]
     for last in range(1, len(same) + 1):
         # The last segment has length + 1 frame pairs; of those that save equally much, the shortest.
         saves = [best[last - length] + length * (length and still[last - 1][length]) for length in range(last + 1)]
         best.append(max(saves))
         start.append(last - saves.index(best[-1]))
-    spans, stop = [], len(same) + 1
+    spans = []
+    stop = len(same) + 1
     while stop:
         spans.append(range(start[stop], stop))
         stop = start[stop]
@@ -365,13 +388,16 @@ def averaged(
 
     Returns None if more than `keep` are left.
     """
-    into, n, saved = index.clone(), index.shape[1], index.numel() - keep
+    into = index.clone()
+    n = index.shape[1]
+    saved = index.numel() - keep
     if sum(int((cosine > limit).sum()) * (len(span) - 1) for span, cosine in zip(spans, still, strict=True)) < saved:
         return None
     for best in torch.cat(still).argsort(descending=True, stable=True).tolist():
         if not saved:
             break
-        span, place = spans[best // n], best % n
+        span = spans[best // n]
+        place = best % n
         fewer = min(saved, len(span) - 1)
         into[span.start : span.start + fewer + 1, place] = index[span.start, place]
         saved -= fewer

@@ -85,7 +85,8 @@ class Adjacent(Selector):
 def neighbours(left: torch.Tensor) -> torch.Tensor:
     """int64 `[N, 4]`: the nearest of the tokens `left` (bool `[T, H, W]`) above, below, left and right of each; -1 for none."""
     index = torch.where(left, ascending(left.numel(), left.device).view_as(left), -1)
-    last, sides = left.numel(), []
+    last = left.numel()
+    sides = []
     for dim in (1, 2):
         before = index.cummax(dim).values.roll(1, dim)  # indices rise along both dimensions
         before.select(dim, 0).fill_(-1)
@@ -110,7 +111,8 @@ def highest_apart(score: torch.Tensor, near: torch.Tensor, count: int) -> torch.
     outside = len(score)  # later than all; index -1 finds it, where a token has no neighbour
     order = torch.empty_like(near[:, 0]).index_copy_(0, ranked(score), ascending(outside, score.device))
     order = F.pad(order.masked_fill(score == -torch.inf, outside), (0, 1), value=outside)
-    open_, taken = order.clone(), torch.zeros_like(order, dtype=torch.bool)
+    open_ = order.clone()
+    taken = torch.zeros_like(order, dtype=torch.bool)
     while (open_ < outside).any():  # a token that comes before all of its open neighbours is certain to be taken
         taken[:-1] |= (open_[:-1] < outside) & (open_[:-1] < open_[near].amin(1))
         open_[:-1].masked_fill_(taken[:-1] | taken[near].any(1), outside)

@@ -49,7 +49,9 @@ class Packing:
     """
 
     def __init__(self):
-        self.seconds, self.passes, self.room = 0.0, 0, 0
+        self.seconds = 0.0
+        self.passes = 0
+        self.room = 0
         self._waiting: Counter[torch.Size] = Counter()  # layers, by the shape of their weights
         self._samples: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}  # plain and packed weights
         self._same: dict[tuple, bool] = {}  # whether products of both are equal, by shape, rows and threads
@@ -64,7 +66,7 @@ class Packing:
         self._waiting[weight.shape] += 1
 
     def can_wait(self, weight: torch.Tensor, rows: int) -> bool:
-        """Whether a layer with these plain weights may still compute so many rows, and any single row, with them."""
+        """Return whether a layer with these plain weights may still compute so many rows, and any single row, with them."""
         return self.room <= 0 and self._equal(weight.shape, 1) and self._equal(weight.shape, rows)
 
     def remove(self, plain: torch.Tensor, packed: torch.Tensor) -> None:
@@ -87,7 +89,7 @@ class Packing:
 
 
 def _equal_products(plain: torch.Tensor, packed: torch.Tensor, rows: int) -> bool:
-    """Whether two forms of the same weights give the same numbers, tried with random ones."""
+    """Return whether two forms of the same weights give the same numbers, tried with random ones."""
     random = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, plain.shape[1], generator=random, dtype=torch.float32, device="cpu").to(plain.dtype)
     first, second = (torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "") for weight in (plain, packed))
@@ -123,7 +125,7 @@ class PackedLinear(nn.Module):
         return not self._held[1]
 
     def weights_for(self, x: torch.Tensor) -> torch.Tensor:
-        """The weights, plain or packed, for a product with `x`, `[..., in]`."""
+        """Return the weights, plain or packed, for a product with `x`, `[..., in]`."""
         weights, final = self._held
         rows = x.numel() // self.in_features
         if final or rows >= MANY_ROWS or self._packing.can_wait(weights, rows):
@@ -136,7 +138,8 @@ class PackedLinear(nn.Module):
         if final:
             return plain
         start = time.perf_counter()
-        weights, available = plain, available_memory("cpu")
+        weights = plain
+        available = available_memory("cpu")
         if available is None or available > self.nbytes + SPARE:
             weights = _packed(plain)
             madvise_cold(plain)  # a file's pages may count against a container's memory
@@ -212,7 +215,7 @@ def weights_bytes(model: nn.Module) -> int:
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether packing works and saves time: on the CPU, in a dtype that it multiplies in hardware, with this torch."""
+    """Return whether packing works and saves time: on the CPU, in a dtype that it multiplies in hardware, with this torch."""
     if not is_host(weight.device) or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
     if type(weight.data) is not torch.Tensor:  # of a library that holds it in fewer bits, as torchao does
@@ -246,7 +249,7 @@ def pack_waiting(model: nn.Module) -> None:
 
 @contextmanager
 def packing_meanwhile(model: nn.Module) -> Iterator[None]:
-    """A context in which another thread packs the layers that wait, while this thread waits for someone.
+    """Provide a context in which another thread packs the layers that wait, while this thread waits for someone.
 
     It ends after the layer that is being packed then; the others go on waiting.
     """
@@ -278,12 +281,12 @@ def begin_pass(model: nn.Module) -> None:
 
 
 def packed_copy(module: nn.Module) -> nn.Module:
-    """A copy of `module` in which linear layers are packed; it shares everything else, and nothing changes in `module`."""
+    """Return a copy of `module` in which linear layers are packed; it shares everything else, and nothing changes in `module`."""
     return shared_copy(module, lambda layer: PackedLinear(layer) if packs(layer) else None)
 
 
 def shared_copy(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """A copy of a tree of modules on the same weights. `replace`: what stands for a module in it; None for a copy."""
+    """Return a copy of a tree of modules on the same weights. `replace`: what stands for a module in it; None for a copy."""
     if (replacement := replace(module)) is not None:
         return replacement
     clone = copy(module)
@@ -292,5 +295,5 @@ def shared_copy(module: nn.Module, replace: Callable[[nn.Module], nn.Module | No
 
 
 def packs(module: nn.Module) -> bool:
-    """Whether `packed_copy` packs this module."""
+    """Return whether `packed_copy` packs this module."""
     return is_plain(module) and can_pack(module.weight)

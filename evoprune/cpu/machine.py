@@ -12,7 +12,10 @@ import torch
 
 PIECE_BYTES = 2**26  # bytes asked for at a time
 SOFT = 1  # how OpenMP pauses: it keeps what was set
-WILL_NEED, COLD, POPULATE_READ = 3, 20, 22  # in Linux, the second since 5.4, the third since 5.14
+# in Linux, the second since 5.4, the third since 5.14
+WILL_NEED = 3
+COLD = 20
+POPULATE_READ = 22
 
 
 def page_in(weights: Iterable[torch.Tensor]) -> threading.Thread | None:
@@ -36,14 +39,14 @@ def madvise_cold(weight: torch.Tensor) -> None:
 
 @functools.cache
 def _madvise() -> Callable[[int, int, int], int]:
-    """The system's advice about an address, a number of bytes; 0 if it was taken."""
+    """Return the system's advice about an address, a number of bytes; 0 if it was taken."""
     madvise = ctypes.CDLL(None).madvise  # a call through ctypes lets other threads of Python run
     madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     return madvise
 
 
 def _pages(weight: torch.Tensor) -> tuple[int, int]:
-    """The first address and the number of bytes of the whole pages that a tensor lies in."""
+    """Return the first address and the number of bytes of the whole pages that a tensor lies in."""
     start = weight.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     return start, -(-(weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE - start
 

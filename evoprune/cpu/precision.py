@@ -10,11 +10,12 @@ LoadFormat = Literal["auto", "dummy"]  # from their files, or random ones of the
 DTYPE_NAMES = get_args(DtypeName)
 QUANTIZE = get_args(Quantize)
 LOAD_FORMATS = get_args(LoadFormat)
-AUTO_THREADS, MAX_THREADS = "auto", 256
+AUTO_THREADS = "auto"
+MAX_THREADS = 256
 
 
 def short_dtype(given: Any) -> Any:
-    """The short name of one of torch's dtypes, or of its name ("bfloat16", "torch.float16"); anything else as it is."""
+    """Return the short name of one of torch's dtypes, or of its name ("bfloat16", "torch.float16"); anything else as it is."""
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     text = str(given).removeprefix("torch.")
     return names.get(text, text if type(given).__name__ == "dtype" else given)
@@ -33,7 +34,7 @@ def check_quantize(kind: str) -> None:
 
 
 def parse_threads(given: int | str | None) -> int | str | None:
-    """A number of threads, "auto", or None. Raises UsageError: neither, or out of range."""
+    """Return a number of threads, "auto", or None. Raises UsageError: neither, or out of range."""
     if given is None or given == AUTO_THREADS:
         return given
     text = str(given)

@@ -59,7 +59,7 @@ class Bytes:
 
 
 def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: torch.Tensor | None = None) -> Weights:
-    """What an `Int8Linear` is made of, of a layer on the CPU.
+    """Return what an `Int8Linear` is made of, of a layer on the CPU.
 
     That is `whole`, int8 `[out, in]`; `scale` and `sum` of its rows, float32 `[out]`; `large`, int64, the input channels that are
     computed in float32; and `wide`, float32 `[m, out]`, their weights. `memory`: int8, where `whole` is written if it fits; the
@@ -70,7 +70,8 @@ def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: to
     if memory is None or len(memory) < count:
         memory = torch.empty(count, dtype=torch.int8, device="cpu")
     whole = memory[:count].view(layer.weight.shape)
-    scales, sums = [], []
+    scales = []
+    sums = []
     for rows, place in zip(_pieces(layer.weight), _pieces(whole), strict=True):
         rows = rows.to(torch.float32, copy=True)
         rows[:, large] = 0.0
@@ -91,7 +92,9 @@ class Int8Linear(nn.Module):
         self.out_features, self.in_features = weights["whole"].shape
         self.to_bytes = to_bytes or Bytes()
         self.bias = None if bias is None else bias.detach().float()
-        self.large, self.wide, self.scale = weights["large"], weights["wide"], weights["scale"]
+        self.large = weights["large"]
+        self.wide = weights["wide"]
+        self.scale = weights["scale"]
         self.packed = torch.ops.onednn.qlinear_prepack(weights["whole"], None)
         self.zero = torch.zeros(self.out_features, dtype=torch.int32, device="cpu")
         # Bytes are offset by `levels() + 1`. This takes its contribution to the product off again.
@@ -117,7 +120,7 @@ def _product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: t
 
 
 def _largest(rows: torch.Tensor) -> torch.Tensor:
-    """The largest absolute value of each row, without a copy of them."""
+    """Return the largest absolute value of each row, without a copy of them."""
     return torch.maximum(rows.amax(1), -rows.amin(1))
 
 
@@ -144,7 +147,7 @@ def levels() -> int:
 
 @lru_cache
 def exact(largest: int) -> bool:
-    """Whether products of bytes up to `largest` with 127 exist and are exact on this CPU."""
+    """Return whether products of bytes up to `largest` with 127 exist and are exact on this CPU."""
     scale = torch.ones(64, dtype=torch.float32, device="cpu")
     if not can_pack(scale) or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return False
@@ -155,13 +158,13 @@ def exact(largest: int) -> bool:
 
 
 def int4_weights(layer: nn.Linear) -> Weights:
-    """What an `Int4Linear` is made of: `packed`, and `scales` `[groups, rows, 2]` in the weights' dtype."""
+    """Return what an `Int4Linear` is made of: `packed`, and `scales` `[groups, rows, 2]` in the weights' dtype."""
     packed, scales = zip(*(_int4_piece(rows) for rows in _pieces(layer.weight)), strict=True)
     return {"packed": torch.cat(packed), "scales": torch.cat(scales, 1)}
 
 
 def _int4_piece(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some rows of a weight in the kernel's arrangement, and their scales and zeros `[groups, rows, 2]`."""
+    """Return some rows of a weight in the kernel's arrangement, and their scales and zeros `[groups, rows, 2]`."""
     # The kernel works in steps of 16 rows. Rows that are added here are cut off from the output.
     rows = nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
     groups = rows.view(len(rows), -1, GROUP)
@@ -180,8 +183,10 @@ class Int4Linear(nn.Module):
     def __init__(self, weights: Weights, shape: Sequence[int], bias: torch.Tensor | None = None, full=None):
         super().__init__()
         self.out_features, self.in_features = shape
-        self.full, self.bias = full, bias
-        self.packed, self.scales = weights["packed"], weights["scales"]
+        self.full = full
+        self.bias = bias
+        self.packed = weights["packed"]
+        self.scales = weights["scales"]
 
     @property
     def nbytes(self) -> int:
@@ -209,7 +214,9 @@ class Unquantised(nn.Module):
     def __init__(self, layer: nn.Linear, become: Callable[[nn.Linear, torch.Tensor], nn.Module]):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
-        self._layer, self._become = [layer], become  # in a list, so that it is no part of the tree
+        # in a list, so that it is no part of the tree
+        self._layer = [layer]
+        self._become = become
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (layer,) = self._layer
@@ -230,14 +237,14 @@ def check(kind: str, device: torch.device) -> None:
 
 
 def kinds(device: torch.device) -> list[str]:
-    """The kinds of quantisation that work on a device, with this PyTorch and this CPU; without "none"."""
+    """Return the kinds of quantisation that work on a device, with this PyTorch and this CPU; without "none"."""
     if not is_host(device) or not exact(127):
         return []
     return ["int8", "int4"] if hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") else ["int8"]
 
 
 def places(model: nn.Module, kind: str) -> Iterator[tuple[str, str]]:
-    """The linear layers that are quantised, by name, and what each becomes: "int8" or "int4"."""
+    """Yield the linear layers that are quantised, by name, and what each becomes: "int8" or "int4"."""
     for path, layer in model.named_modules():
         if is_plain(layer) and not path.endswith(GATES):
             decodes = path.startswith(("model.language_model.", "lm_head")) and layer.in_features % GROUP == 0
@@ -249,7 +256,8 @@ def saved_bytes(model: nn.Module, kind: str) -> int:
 
     An output layer that is the input embedding too stays as well.
     """
-    saved, embedding = 0, model.model.language_model.embed_tokens.weight
+    saved = 0
+    embedding = model.model.language_model.embed_tokens.weight
     for path, becomes in places(model, kind):
         weight = model.get_submodule(path).weight
         rows, columns = weight.shape
@@ -304,12 +312,15 @@ class _Quantised:
     """A model whose linear layers are quantised one after another."""
 
     def __init__(self, model: nn.Module, kind: str, progress: Progress | None):
-        self.every, self.done = dict(places(model, kind)), 0
-        self._model, self._progress = model, progress
-        self._to_bytes, self._known = Bytes(), {}
+        self.every = dict(places(model, kind))
+        self.done = 0
+        self._model = model
+        self._progress = progress
+        self._to_bytes = Bytes()
+        self._known = {}
 
     def reads_rows(self, path: str) -> bool:
-        """Whether a layer needs int8 weights: all, but an output layer in int4, which reads one row."""
+        """Return whether a layer needs int8 weights: all, but an output layer in int4, which reads one row."""
         return self.every[path] == "int8" or path != "lm_head"
 
     def replace(self, path: str, layer: nn.Module) -> None:

@@ -36,12 +36,13 @@ class Columns:
 
     @classmethod
     def without(cls, dropped: torch.Tensor, mask: torch.Tensor | None = None) -> "Columns":
-        """All columns that are not dropped, in as few places as the longest row needs.
+        """Return all columns that are not dropped, in as few places as the longest row needs.
 
         `dropped`: bool `[B, L]`. `mask`: `[B, L]`, 0 at padding; None without padding. Padding before a row's first token is
         removed where it needs more places than the longest row.
         """
-        stays, width = ~dropped, dropped.shape[1]
+        stays = ~dropped
+        width = dropped.shape[1]
         needed = stays if mask is None else stays & (mask.cumsum(1) > 0)
         places = max(1, int(needed.sum(1).max()))
         from_the_end = stays.flip(1).cumsum(1).flip(1)
@@ -65,18 +66,21 @@ class Columns:
         return bool((self.index < 0).any())
 
     def take(self, x: torch.Tensor, fill: int = 0) -> torch.Tensor:
-        """The columns of `x` (`[..., B or 1, width]`) that are left: `[..., B, C]`, with `fill` at padding."""
+        """Return the columns of `x` (`[..., B or 1, width]`) that are left: `[..., B, C]`, with `fill` at padding."""
         index = self.index.to(x.device)
         x = x.expand(*x.shape[:-2], len(index), -1)
         return x.gather(-1, index.clamp(min=0).expand(*x.shape[:-1], -1)).masked_fill(index < 0, fill)
 
     def following(self, width: int) -> "Columns":
-        """The columns of the batch continued up to `width` columns, without further drops."""
+        """Return the columns of the batch continued up to `width` columns, without further drops."""
         more = ascending(width, self.index.device)[self.width :]
         return Columns(torch.cat([self.index, more.expand(len(self.index), -1)], 1), width)
 
     def first(self, places: int) -> "Columns":
-        """The columns before place `places`, and dropped ones just before it. Raises UsageError: rows differ in where that is."""
+        """Return the columns before place `places`, and dropped ones just before it.
+
+        Raises UsageError: rows differ in where that is.
+        """
         ends = self.index[:, places].unique()
         if len(ends) > 1:
             hint = "cut those of each prompt on its own"
@@ -84,7 +88,7 @@ class Columns:
         return Columns(self.index[:, :places], int(ends))
 
     def repeated(self, times: int) -> "Columns":
-        """Each row repeated `times` times, for beams or several answers to a prompt."""
+        """Return each row repeated `times` times, for beams or several answers to a prompt."""
         return Columns(self.index.repeat_interleave(times, 0), self.width)
 
 
@@ -95,8 +99,11 @@ def with_whole_prompt(prompt: torch.Tensor, places: int, ids: torch.Tensor) -> t
 
 
 def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
-    """The call of `generate` on a pruned prompt, in which lengths and callbacks refer to the whole prompt, that of `call`."""
-    prompt, places = call["input_ids"], pruned_call["input_ids"].shape[1]
+    """Return the call of `generate` on a pruned prompt, in which lengths and callbacks refer to the whole prompt, that of
+    `call`.
+    """
+    prompt = call["input_ids"]
+    places = pruned_call["input_ids"].shape[1]
     pruned_call = dict(pruned_call)
     for name in ("logits_processor", "stopping_criteria"):
         if pruned_call.get(name):
@@ -125,7 +132,9 @@ class _OnWholePrompts:
     """A logits processor or stopping criterion that gets ids of the whole prompt."""
 
     def __init__(self, wrapped: Callable, prompt: torch.Tensor, places: int):
-        self._wrapped, self._prompt, self._places = wrapped, prompt, places
+        self._wrapped = wrapped
+        self._prompt = prompt
+        self._places = places
 
     def __call__(self, input_ids, scores):
         return self._wrapped(with_whole_prompt(self._prompt, self._places, input_ids), scores)
@@ -138,7 +147,8 @@ class _WholePromptStreamer:
     """A streamer that gets the whole prompt in the first call of `put`, which is the prompt's."""
 
     def __init__(self, wrapped, prompt: torch.Tensor):
-        self._wrapped, self._prompt = wrapped, prompt
+        self._wrapped = wrapped
+        self._prompt = prompt
 
     def put(self, value: torch.Tensor) -> None:
         self._wrapped.put(value if self._prompt is None else self._prompt.cpu())
@@ -170,7 +180,10 @@ class Past:
     sizes: torch.Tensor | None = None  # float32 `[B, C]`, the cluster size of each column that is left; None for 1
 
     def held(self, length: int) -> "Past":
-        """The `Past` of the same cache cut to `length` columns. A greater length, with text behind the prompt, changes nothing."""
+        """Return the `Past` of the same cache cut to `length` columns.
+
+        A greater length, with text behind the prompt, changes nothing.
+        """
         if length >= self.columns.places:
             return self
         columns = self.columns.first(length)
@@ -186,7 +199,7 @@ def remember(past: Past | None, results: Iterable[Any]) -> None:
 
 
 def find_visuals(model, call: dict, pictures: bool) -> Visuals:
-    """The videos of a new prompt, and its pictures if those are pruned. Raises UsageError: they do not fit the prompt."""
+    """Return the videos of a new prompt, and its pictures if those are pruned. Raises UsageError: they do not fit the prompt."""
     kinds = [video for video in (True, False) if call.get(NAMES[video][0]) is not None and (video or pictures)]
     columns = torch.zeros_like(call["input_ids"], dtype=torch.bool)
     for video in kinds:
@@ -203,7 +216,8 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
     parts = {video: iter(zip(patches[video], grids[video], strict=True)) for video in kinds}
     visuals = [pair for row in interface.visual_spans(model, call, None) for pair in row]
     pixels, grids = zip(*(next(parts[video]) for _, video in visuals), strict=True)
-    videos, seconds = tuple(video for _, video in visuals), tuple(spans[0].seconds_per_pair for spans, _ in visuals)
+    videos = tuple(video for _, video in visuals)
+    seconds = tuple(spans[0].seconds_per_pair for spans, _ in visuals)
     return Visuals(columns, torch.cat(pixels), torch.stack(grids), videos, seconds)
 
 
@@ -213,7 +227,8 @@ def empty_runs(model, call: dict, dropped: torch.Tensor) -> torch.Tensor:
     The time stands between the end marker of one frame pair and the start marker of the next. Before the first pair it begins with
     the token with which it begins before the second.
     """
-    leaves, ids = dropped.clone(), call["input_ids"]
+    leaves = dropped.clone()
+    ids = call["input_ids"]
     for row, visuals in enumerate(interface.visual_spans(model, call, None)):
         for spans in (spans for spans, _ in visuals if len(spans) > 1):
             ends = [span.start + span.tokens for span in spans]
@@ -226,9 +241,10 @@ def empty_runs(model, call: dict, dropped: torch.Tensor) -> torch.Tensor:
 
 
 def _placeholders(model, call: dict, video: bool) -> torch.Tensor:
-    """The columns of the videos, or of the pictures: bool `[B, L]`."""
+    """Return the columns of the videos, or of the pictures: bool `[B, L]`."""
     token, name = (model.config.video_token_id, "video") if video else (model.config.image_token_id, "image")
-    grids, columns = call.get(NAMES[video][1]), call["input_ids"] == token
+    grids = call.get(NAMES[video][1])
+    columns = call["input_ids"] == token
     units = 0 if grids is None else int(grids.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
     if not units or units != int(columns.sum()):
         problem = f"input_ids have {int(columns.sum())} {name} tokens, {NAMES[video][1]} makes {units}"
@@ -279,8 +295,9 @@ def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError |
 
 
 def _packed(call: dict) -> bool:
-    """Whether positions in four rows number several sequences in a row of the batch."""
-    at, mask = call.get("position_ids"), call.get("attention_mask")
+    """Return whether positions in four rows number several sequences in a row of the batch."""
+    at = call.get("position_ids")
+    mask = call.get("attention_mask")
     if at is None or len(at) != 4 or at.ndim != 3 or not (mask is None or mask.all()):
         return False
     return not torch.equal(at[0], ascending(at.shape[2], at.device).expand_as(at[0]))
@@ -289,11 +306,13 @@ def _packed(call: dict) -> bool:
 def without_pruned(
     model, call: dict, visuals: Visuals, encoded: Encoded, positions: str, generating: bool
 ) -> tuple[dict, Past]:
-    """The call of a new prompt without the columns of pruned tokens, `encoded` of `visuals`, and the `Past` of its cache.
+    """Return the call of a new prompt without the columns of pruned tokens, `encoded` of `visuals`, and the `Past` of its cache.
 
     The call's own `position_ids` override `positions`. Raises UsageError: as of `interface.encoded_inputs`.
     """
-    ids, mask, visual = call["input_ids"], call.get("attention_mask"), visuals.columns
+    ids = call["input_ids"]
+    mask = call.get("attention_mask")
+    visual = visuals.columns
     if mask is None and generating:
         mask = interface.inferred_mask(model, call)
     used = torch.ones_like(ids) if mask is None else mask
@@ -315,7 +334,8 @@ def without_pruned(
         pruned_call["position_ids"][0] = interface.text_positions(columns.take(used))
     per_pair = iter(encoded.kept_per_pair)
     tokens = [sum(islice(per_pair, grids)) for grids, _, _ in encoded.grids]
-    features, trained = encoded.features, trained_weights(model.model.visual)
+    features = encoded.features
+    trained = trained_weights(model.model.visual)
     if trained and torch.is_grad_enabled():  # in eval mode this is usually no training, so `backward` alone raises
         features = _NoGradients.apply(features, trained[0])
     inner = [None] * len(tokens) if encoded.deepstack is None else encoded.deepstack.split(tokens, 1)
@@ -328,7 +348,7 @@ def without_pruned(
 
 
 def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
-    """The labels of the columns that are left, under the names under which the call has them.
+    """Return the labels of the columns that are left, under the names under which the call has them.
 
     A column predicts the next one that is left. `labels` say what a column is, `shift_labels` what follows it. `used`: `[B, L]`, 0
     at padding, which predicts nothing: how much padding a row has depends on what the others lose.
@@ -345,7 +365,7 @@ def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
 
 
 def _sizes(video: torch.Tensor, columns: Columns, encoded: Encoded) -> torch.Tensor | None:
-    """The cluster sizes of the columns that are left, float32 `[B, C]`; None for 1."""
+    """Return the cluster sizes of the columns that are left, float32 `[B, C]`; None for 1."""
     if encoded.size is None:
         return None
     units = torch.ones(len(encoded.unit_to_row), dtype=torch.float32, device=video.device)
@@ -355,7 +375,7 @@ def _sizes(video: torch.Tensor, columns: Columns, encoded: Encoded) -> torch.Ten
 
 
 def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:
-    """The positions of every column of the whole prompt, int64 `[3 or 4, B, L]`; the first of four is the running number."""
+    """Return the positions of every column of the whole prompt, int64 `[3 or 4, B, L]`; the first of four is the running number."""
     ids = call["input_ids"]
     used = torch.ones_like(ids) if mask is None else mask
     given = call.get("position_ids")
@@ -371,13 +391,14 @@ def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generati
 
 
 def continued(model, call: dict, past: Past, length: int, generating: bool) -> dict:
-    """A call that continues from a cache with a pruned prompt, without the pruned columns.
+    """Return a call that continues from a cache with a pruned prompt, without the pruned columns.
 
     `past`: of the cache, cut to its `length` (`Past.held`). Ids and mask of `generate` include the columns in the cache.
 
     Raises UsageError: the call has pictures, or its rows or columns do not fit the whole prompt of the cache.
     """
-    ids, mask = call.get("input_ids"), call.get("attention_mask")
+    ids = call.get("input_ids")
+    mask = call.get("attention_mask")
     if call.get("pixel_values") is not None or (generating and call.get("inputs_embeds") is not None):
         raise UsageError("only text can follow a pruned video in past_key_values", "pass the whole conversation anew")
     new = call["inputs_embeds"] if ids is None else ids

@@ -44,12 +44,12 @@ from evoprune.model.cost import Clock
 from evoprune.report import Memory, ModelFacts, Report, Sampling, TokenCounts
 from evoprune.session.loading.find import DTYPES
 from evoprune.session.report import FLAT, pruning_facts
-from evoprune.signatures import explained, takes
+from evoprune.session.signatures import explained, takes
 from evoprune.util import brief, budget_text, check_known, check_types, from_keywords, option
 from evoprune.vision.encoder import Encoded
 
 if TYPE_CHECKING:
-    from evoprune.keywords import EvoPruneKeywords
+    from evoprune.session.keywords import EvoPruneKeywords
 
 METHODS = ("generate", "forward")  # of the model, that are replaced
 INNER = "evoprune_inside"  # the argument of inner calls; nothing is pruned in those again
@@ -120,7 +120,10 @@ class EvoPrune:
         object.__setattr__(self, "pruning", patch_config(self.budget, self.method, self.method_args, self.seed))
 
     def __call__(self, model: nn.Module) -> "PrunedModel":
-        """The context for a with-block, at whose beginning pruning starts. Raises ModelError: not a model of `interface.MODELS`."""
+        """Return the context for a with-block, at whose beginning pruning starts.
+
+        Raises ModelError: not a model of `interface.MODELS`.
+        """
         return PrunedModel(model, self)
 
     def __enter__(self) -> NoReturn:
@@ -184,9 +187,12 @@ class PrunedModel:
         interface.check_class(model)
         interface.tower_of(model)
         interface.accept_features(model)
-        self.model, self.settings, self._packed = model, settings, None
+        self.model = model
+        self.settings = settings
+        self._packed = None
         # The latest report, and the columns left of its prompt, of each thread and of all.
-        self._of_thread, self._of_all = threading.local(), (Report(), None)
+        self._of_thread = threading.local()
+        self._of_all = (Report(), None)
         runs = dict(zip(METHODS, (self._generate, self._forward), strict=True))
         self._patches = Patches(model, runs, self.remove)
 
@@ -285,7 +291,8 @@ class PrunedModel:
         remember(past, (getattr(out, "past_key_values", None),))
         if self._prunes(call):
             report.time_ms.total = (clock.now() - start) * 1000
-        prompt, places = call["input_ids"], pruned["input_ids"].shape[1]
+        prompt = call["input_ids"]
+        places = pruned["input_ids"].shape[1]
         if isinstance(out, torch.Tensor):
             return with_whole_prompt(prompt, places, out)
         out.sequences = with_whole_prompt(prompt, places, out.sequences)
@@ -293,7 +300,7 @@ class PrunedModel:
 
     @torch.compiler.disable  # in a compiled `forward`, only the model's own code is worth compiling
     def _without_pruned(self, call: dict, generating: bool) -> tuple[dict, Past | None]:
-        """The call without pruned columns, and the `Past` of its cache; the call itself and None if nothing is pruned."""
+        """Return the call without pruned columns, and the `Past` of its cache; the call itself and None if nothing is pruned."""
         cache = call.get("past_key_values")
         length = 0 if cache is None else int(cache.get_seq_length())
         if self._prunes(call):
@@ -323,7 +330,9 @@ class PrunedModel:
 
     def _prune(self, call: dict, generating: bool) -> tuple[dict, Past]:
         """Encodes the videos of a call, and the pictures that are pruned; returns as `_without_pruned`."""
-        settings, visual, packed = self.settings, interface.tower_of(self.model), self._packed
+        settings = self.settings
+        visual = interface.tower_of(self.model)
+        packed = self._packed
         visuals = find_visuals(self.model, call, settings.pictures)
         interface.warn_of_hooks(visual)
         clock = Clock(visual.patch_embed.proj.weight.device)
@@ -340,12 +349,14 @@ class PrunedModel:
 
 
 def call_report(model, call: dict, pruned: dict, visuals: Visuals, encoded: Encoded, settings: EvoPrune) -> Report:
-    """The report of one call with visuals that are pruned; the caller adds the times.
+    """Return the report of one call with visuals that are pruned; the caller adds the times.
 
     `call`, `pruned`: its arguments as given, and as the model gets them. Its own `position_ids` override those of the settings.
     """
-    device, units = str(model.device), len(encoded.unit_to_row)
-    mask, grids = pruned.get("attention_mask"), visuals.grids.tolist()
+    device = str(model.device)
+    units = len(encoded.unit_to_row)
+    mask = pruned.get("attention_mask")
+    grids = visuals.grids.tolist()
     prompt = pruned["input_ids"].numel() if mask is None else int(mask.sum())
     tokens = (call["input_ids"] == model.config.image_token_id) | (call["input_ids"] == model.config.video_token_id)
     visual = len(encoded.kept) + int(tokens.sum()) - units  # those that are not pruned stay
@@ -380,7 +391,7 @@ class _Inside:
 
 
 def end_of(model) -> Callable[[], None] | None:
-    """What ends the pruning of a model; None if it is not pruned."""
+    """Return what ends the pruning of a model; None if it is not pruned."""
     own = vars(model)
     patches = (inspect.unwrap(own[name], stop=_is_active) for name in METHODS if name in own)
     return next((patch.end for patch in patches if _is_active(patch)), None)
@@ -397,7 +408,9 @@ class Patches:
     """
 
     def __init__(self, model, runs: dict[str, Run], end: Callable[[], None]):
-        self._model, self._runs, self._end = model, runs, end
+        self._model = model
+        self._runs = runs
+        self._end = end
         self._installed: dict[str, _Patch] = {}
         self._replaced: dict[str, Any] = {}
         self._calls = 0
@@ -429,7 +442,7 @@ class Patches:
 
     @contextmanager
     def outer_call(self) -> Iterator[None]:
-        """The time of a call that makes inner calls."""
+        """Provide the time of a call that makes inner calls."""
         with LOCK:
             self._calls += 1
         try:
@@ -457,7 +470,8 @@ class Patches:
                 delattr(self._model, name)
                 if name in self._replaced:
                     setattr(self._model, name, self._replaced[name])
-        self._installed, self._replaced = {}, {}
+        self._installed = {}
+        self._replaced = {}
 
 
 class _Patch:
@@ -465,8 +479,10 @@ class _Patch:
 
     def __init__(self, stock: Callable, run: Run, end: Callable[[], None]):
         functools.update_wrapper(self, stock)
-        self.active, self.end = True, end
-        self._stock, self._run = stock, run
+        self.active = True
+        self.end = end
+        self._stock = stock
+        self._run = run
         self._own_signature = inspect.signature(stock)
         others = [parameter for name, parameter in self._own_signature.parameters.items() if name != INNER]
         at = next((i for i, parameter in enumerate(others) if parameter.kind is parameter.VAR_KEYWORD), len(others))

@@ -81,10 +81,12 @@ def encode_with(
     merge = visual.config.spatial_merge_size
     grids = [(t, h // merge, w // merge) for t, h, w in video_grid_thw.tolist()]
     sizes = [t * h * w * merge**2 for t, h, w in grids]
-    tower, normal = tower_shape(visual), InputLimits(**vision_sizes(visual.config).traits.video).normal
+    tower = tower_shape(visual)
+    normal = InputLimits(**vision_sizes(visual.config).traits.video).normal
     videos = []
     for patches, grid in zip(pixel_values_videos.split(sizes), grids, strict=True):
-        plan, kwargs = config.plan(tower, grid), {"normal": normal, "question": question, "seed": config.seed}
+        plan = config.plan(tower, grid)
+        kwargs = {"normal": normal, "question": question, "seed": config.seed}
         videos.append(encode_video(visual, [patches], plan, **kwargs))
     return joined(videos)
 
@@ -92,7 +94,7 @@ def encode_with(
 def patch_config(
     budget: float | str, name: str, args: dict[str, Any] | None, seed: int = 0, has_question: bool = False
 ) -> PruneConfig:
-    """A budget and the method `name`, which must be able to work on a processor's patches.
+    """Return a budget and the method `name`, which must be able to work on a processor's patches.
 
     Raises UsageError: a bad budget, no such method or setting, it resizes frames, or it reads the question and there is none.
     """
@@ -114,7 +116,8 @@ def patch_config(
 
 def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
     """Raises UsageError unless patches and grids are a processor's, and fit one another and the tower `visual`."""
-    width, merge = visual.patch_embed.proj.weight[0].numel(), visual.config.spatial_merge_size
+    width = visual.patch_embed.proj.weight[0].numel()
+    merge = visual.config.spatial_merge_size
     good = isinstance(pixels, torch.Tensor) and pixels.is_floating_point() and pixels.shape[1:] == (width,)
     if not good:
         raise UsageError(f"pixel_values_videos are {_what(pixels)}, not floating-point [patches, {width}]", PROCESSOR)
@@ -163,17 +166,19 @@ class PackedTower:
             raise UsageError(f"pack=True does not work in {dtype} on {weight.device} here", hint)
         if pack == INT8:
             check(INT8, weight.device)
-        self._visual, self._pack = visual, pack
+        self._visual = visual
+        self._pack = pack
         self._state: tuple = (None, None, None)  # read and written as one: several threads may encode
         self.current()
 
     def current(self) -> nn.Module:
-        """The packed tower. If the model's layers have changed since they were packed, they are packed again.
+        """Return the packed tower. If the model's layers have changed since they were packed, they are packed again.
 
         Changes are noticed by the layers' tensors, the number of torch's changes in place, and a sample of the values, which
         reveals changes through `.data`.
         """
-        known, sample = {}, []
+        known = {}
+        sample = []
         for name, layer in self._visual.named_modules():
             if is_plain(layer):
                 weight, flat = layer.weight, layer.weight.detach().flatten()

@@ -47,7 +47,7 @@ def check_class(model) -> None:
 
 
 def tower_of(model):
-    """The vision tower of a Hugging Face model, or of a `model.weights.QwenVL`.
+    """Return the vision tower of a Hugging Face model, or of a `model.weights.QwenVL`.
 
     Raises ModelError: the model has no tower of a supported family, the tower has another structure, its weights are
     offloaded, or an adapter changes a module that is not called.
@@ -73,7 +73,7 @@ def tower_of(model):
 
 
 def _is_one_of(x, names: Sequence[str]) -> bool:
-    """Whether an object is of a class of transformers with one of these names, or of a class made from it."""
+    """Return whether an object is of a class of transformers with one of these names, or of a class made from it."""
     return any(kind.__name__ in names and kind.__module__.startswith("transformers.") for kind in type(x).__mro__)
 
 
@@ -114,7 +114,7 @@ def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequ
 
 
 def _output(visuals: Sequence[Features]):
-    """What `get_video_features` returns: lists of features, and of each DeepStack layer a list of them."""
+    """Return what `get_video_features` returns: lists of features, and of each DeepStack layer a list of them."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     features, inner = zip(*visuals, strict=True)
@@ -152,7 +152,7 @@ def accept_features(model) -> None:
 
 
 def takes_encoded(model) -> bool:
-    """Whether the model takes videos that are encoded already; before transformers 5.18 none does.
+    """Return whether the model takes videos that are encoded already; before transformers 5.18 none does.
 
     The inner model reads them. A `forward` of other code (Liger, a subclass) may pass them on without naming them.
     """
@@ -164,12 +164,12 @@ def _older(what: str) -> UsageError:
 
 
 def takes_numbers(model) -> bool:
-    """Whether the language model's attention takes a mask of numbers that are added to its logits."""
+    """Return whether the language model's attention takes a mask of numbers that are added to its logits."""
     return model.config.text_config._attn_implementation in ("eager", "sdpa")
 
 
 def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.Size, torch.dtype]:
-    """The masks that the layers of the language model, with eager or sdpa attention, make of a call's `attention_mask`.
+    """Return the masks that the layers of the language model, with eager or sdpa attention, make of a call's `attention_mask`.
 
     That may be `[B, columns]`, None, or ready: `[B, 1, L, keys]`, or a dict of those. Returns for each type of layer (`ONLY_KIND`
     where the config names none) `[B, 1, L, keys]`: bool for sdpa, True where a key is seen; numbers for eager, the lowest where it
@@ -177,11 +177,13 @@ def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.S
     """
     from transformers import masking_utils
 
-    config, ids = model.config.text_config, call.get("input_ids")
+    config = model.config.text_config
+    ids = call.get("input_ids")
     embeds = call.get("inputs_embeds")
     if embeds is None:  # only its shape, dtype and device are read
         embeds = torch.empty(*ids.shape, 0, dtype=model.get_input_embeddings().weight.dtype, device=ids.device)
-    given, masks = call.get("attention_mask"), {}
+    given = call.get("attention_mask")
+    masks = {}
     for kind in dict.fromkeys(getattr(config, "layer_types", None) or [ONLY_KIND]):
         ready = given.get(kind) if isinstance(given, dict) else given
         if ready is None or ready.ndim == 2:
@@ -192,7 +194,7 @@ def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.S
 
 
 def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
-    """The call of `forward`, with `position_ids`, in which log(size) is added to the attention logits of each column.
+    """Return the call of `forward`, with `position_ids`, in which log(size) is added to the attention logits of each column.
 
     In this project's own decoder, `language.decoder.forward` adds it. Here the model's own layers run, and the bias is part of the
     call's attention mask, so that layers computed again for the gradient (checkpointing) see the same, and other threads do not.
@@ -201,8 +203,10 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
     (beams), each row of `sizes` applies to n neighbouring rows.
     """
     masks, shape, dtype = attention_masks(model, call)
-    kinds, cache = getattr(model.config.text_config, "layer_types", None), call.get("past_key_values")
-    bias, weighted = sizes.log().repeat_interleave(shape[0] // len(sizes), 0), {}
+    kinds = getattr(model.config.text_config, "layer_types", None)
+    cache = call.get("past_key_values")
+    bias = sizes.log().repeat_interleave(shape[0] // len(sizes), 0)
+    weighted = {}
     for kind, mask in masks.items():
         if kind == LINEAR:  # such layers have no scores that a bias could be added to
             weighted[kind] = mask
@@ -238,22 +242,22 @@ def warn_of_hooks(visual) -> None:
 
 
 def has_video(call: dict) -> bool:
-    """Whether a call brings a video, as the processor's patches or encoded."""
+    """Return whether a call brings a video, as the processor's patches or encoded."""
     return call.get("pixel_values_videos") is not None or (call.get(ENCODED) or {}).get("video") is not None
 
 
 def has_picture(call: dict) -> bool:
-    """Whether a call brings a picture, as the processor's patches or encoded."""
+    """Return whether a call brings a picture, as the processor's patches or encoded."""
     return call.get("pixel_values") is not None or (call.get(ENCODED) or {}).get("image") is not None
 
 
 def is_assistant(call: dict) -> bool:
-    """Whether a call of `generate` drafts tokens for another model, whose prompt and encoded videos it gets."""
+    """Return whether a call of `generate` drafts tokens for another model, whose prompt and encoded videos it gets."""
     return bool(getattr(call.get("generation_config"), "is_assistant", False))
 
 
 def setting(model, call: dict, name: str):
-    """A generation setting as `generate` finds it: in its arguments, then in the given config, then in the model's own."""
+    """Return a generation setting as `generate` finds it: in its arguments, then in the given config, then in the model's own."""
     for config in (call.get("generation_config"), model.generation_config):
         if call.get(name) is None and getattr(config, name, None) is not None:
             return getattr(config, name)
@@ -261,18 +265,23 @@ def setting(model, call: dict, name: str):
 
 
 def pad_id(model, call: dict) -> int:
-    pad, ends = setting(model, call, "pad_token_id"), setting(model, call, "eos_token_id")
+    pad = setting(model, call, "pad_token_id")
+    ends = setting(model, call, "eos_token_id")
     return next(_ids(x)[0] for x in (pad, ends, 0) if x is not None)
 
 
 def _ids(setting: int | Sequence[int] | torch.Tensor) -> list[int]:
-    """The ids in a setting, which `generate` accepts as a number, a list or a tensor."""
+    """Return the ids in a setting, which `generate` accepts as a number, a list or a tensor."""
     return torch.as_tensor(setting, dtype=torch.int64, device="cpu").flatten().tolist()
 
 
 def inferred_mask(model, call: dict) -> torch.Tensor:
-    """The mask that `generate` infers if none is given, int64 `[B, L]`: 0 at the pad id, unless that is an end-of-text id too."""
-    ids, pad, ends = call["input_ids"], setting(model, call, "pad_token_id"), setting(model, call, "eos_token_id")
+    """Return the mask that `generate` infers if none is given, int64 `[B, L]`: 0 at the pad id, unless that is an end-of-text id
+    too.
+    """
+    ids = call["input_ids"]
+    pad = setting(model, call, "pad_token_id")
+    ends = setting(model, call, "eos_token_id")
     is_end = ends is not None and pad in _ids(ends)
     return torch.ones_like(ids) if pad is None or is_end else ids.ne(pad).long()
 
@@ -283,7 +292,9 @@ def text_positions(mask: torch.Tensor) -> torch.Tensor:
 
 
 def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bool) -> torch.Tensor:
-    """The model's own positions of a prompt's columns: int64 `[4, B, L]` as in `generate`, or `[3, B, L]` as in `forward`."""
+    """Return the model's own positions of a prompt's columns: int64 `[4, B, L]` as in `generate`, or `[3, B, L]` as in
+    `forward`.
+    """
     known = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     given = {name: call.get(name) for name in known} | {"attention_mask": mask}
     if not has_clock(model):  # there is no such argument then
@@ -298,7 +309,7 @@ def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bo
 
 
 def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor:
-    """The positions of a prompt's columns by Qwen's rule (`language.prompt`), int64 `[3, B, L]`."""
+    """Return the positions of a prompt's columns by Qwen's rule (`language.prompt`), int64 `[3, B, L]`."""
     ids = call["input_ids"]
     per_second = vision_sizes(model.config.vision_config).tokens_per_second
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
@@ -314,7 +325,8 @@ def visual_spans(model, call: dict, mask: torch.Tensor | None) -> list[list[tupl
 
     Raises UsageError: a video or picture whose grid is missing, or does not fit its placeholders.
     """
-    ids, grids = call["input_ids"].cpu(), [call.get(name) for name in ("video_grid_thw", "image_grid_thw")]
+    ids = call["input_ids"].cpu()
+    grids = [call.get(name) for name in ("video_grid_thw", "image_grid_thw")]
     videos, images = (iter([] if grid is None else grid.tolist()) for grid in grids)
     seconds = iter(seconds_per_pair(call))
     rows = torch.ones_like(ids) if mask is None else mask.cpu()
@@ -322,13 +334,16 @@ def visual_spans(model, call: dict, mask: torch.Tensor | None) -> list[list[tupl
 
 
 def has_clock(model) -> bool:
-    """Whether positions follow a video's time in seconds; in Qwen2-VL they count frame pairs, in Qwen3-VL text says the time."""
+    """Return whether positions follow a video's time in seconds; in Qwen2-VL they count frame pairs, in Qwen3-VL text says the
+    time.
+    """
     return vision_sizes(model.config.vision_config).tokens_per_second is not None
 
 
 def seconds_per_pair(call: dict) -> Sequence[float]:
     """Seconds from frame pair to frame pair, one for each video; 1 if the call does not state them, as in Qwen2.5-VL."""
-    seconds, grids = call.get("second_per_grid_ts"), call.get("video_grid_thw")
+    seconds = call.get("second_per_grid_ts")
+    grids = call.get("video_grid_thw")
     if grids is None:
         return []
     return [1.0] * len(grids) if seconds is None else [float(x) for x in seconds]
@@ -337,8 +352,11 @@ def seconds_per_pair(call: dict) -> Sequence[float]:
 def _spans(
     config, ids: torch.Tensor, videos: Iterator, images: Iterator, seconds: Iterator[float]
 ) -> Iterator[tuple[list[VisualSpan], bool]]:
-    """The videos and pictures of one row, in order: the runs of each, and whether it is a video; a picture is one frame pair."""
-    at, merge = 0, config.vision_config.spatial_merge_size
+    """Yield the videos and pictures of one row, in order: the runs of each, and whether it is a video; a picture is one frame
+    pair.
+    """
+    at = 0
+    merge = config.vision_config.spatial_merge_size
     apart = vision_sizes(config.vision_config).traits.timestamps
     tokens = (ids == config.video_token_id) | (ids == config.image_token_id)
     while len(offsets := tokens[at:].nonzero()):
@@ -348,7 +366,8 @@ def _spans(
         if grid is None:
             raise _unfit(is_video, "there is no row for it")
         t, h, w = grid
-        second, runs = next(seconds) if is_video else 1.0, t if is_video and apart else 1
+        second = next(seconds) if is_video else 1.0
+        runs = t if is_video and apart else 1
         spans = []
         for _ in range(runs):
             at += int((tokens[at:].cumsum(0) == 0).sum())  # to the next token, if there is one

@@ -20,7 +20,7 @@ from evoprune.session.loading.find import find_model
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.session.planning import prompt_subtitles
 from evoprune.session.prompting import check_not_empty, prompt_about
-from evoprune.signatures import takes
+from evoprune.session.signatures import takes
 from evoprune.util import from_keywords
 from evoprune.video.frames import choose_decoder, probe, read_frames
 from evoprune.video.given import Input, local_input
@@ -29,7 +29,7 @@ from evoprune.video.plan import InputLimits, Plan, make_plan
 from evoprune.vision.preprocess import normalised, patches_of
 
 if TYPE_CHECKING:
-    from evoprune.keywords import SamplingKeywords
+    from evoprune.session.keywords import SamplingKeywords
 
 NAMES = {VIDEO: ("pixel_values_videos", "video_grid_thw"), PICTURE: ("pixel_values", "image_grid_thw")}
 TYPES = {PICTURE: 1, VIDEO: 2}  # of the tokens, in `mm_token_type_ids`
@@ -47,7 +47,7 @@ def processor_inputs(
     offline: bool = False,
     **sampling: "Unpack[SamplingKeywords]",
 ) -> BatchFeature:
-    """The arguments of `model.generate` for a question about videos and pictures, as the model's processor would make them.
+    """Return the arguments of `model.generate` for a question about videos and pictures, as the model's processor would make them.
 
     Args:
         model: "demo", "demo-scenes", a folder or a hub id: whose tokenizer, and limits of videos and pictures. No weights are read.
@@ -70,7 +70,8 @@ def processor_inputs(
     given = inputs_of(inputs, sampling.get("frame_rate"), times_s)
     check_one_file(options.subtitles, len(given))
     checkpoint = find_model(ModelOptions(model, revision, device="cpu", offline=offline))
-    tokenizer, limits = load_tokenizer(checkpoint.folder), checkpoint.limits
+    tokenizer = load_tokenizer(checkpoint.folder)
+    limits = checkpoint.limits
     vision = checkpoint.config.vision_config
     with ExitStack() as stack:
         files = [stack.enter_context(local_input(each, offline=offline)) for each in given]
@@ -89,7 +90,8 @@ def processor_inputs(
 
 
 def read_patches(plan: Plan, limits: InputLimits, device: torch.device | str = "cpu") -> tuple[Plan, torch.Tensor]:
-    """What is looked at of an input, float32 `[patches, values]`, resized on `device`; and the plan, with the times of the frames.
+    """Return what is looked at of an input, float32 `[patches, values]`, resized on `device`; and the plan, with the times of the
+    frames.
 
     Raises VideoError: it cannot be read.
     """
@@ -111,7 +113,9 @@ def arguments(
     limits: dict[str, InputLimits],
     vision: VisionConfig,
 ) -> dict[str, torch.Tensor]:
-    """The same for a prompt, what was read of its inputs (`read_patches`), and the limits and the tower's config of a model."""
+    """Return the same for a prompt, what was read of its inputs (`read_patches`), and the limits and the tower's config of a
+    model.
+    """
     ids = prompt.input_ids
     plans = [plan for plan, _ in read]
     types = torch.zeros_like(ids)

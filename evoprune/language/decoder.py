@@ -50,7 +50,8 @@ def rotation(config, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch
 
 def turns_by(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """As `rotation`, of angles, float32 `[L, head_dim / 2]`."""
-    cos, sin = angles[:, None].cos(), angles[:, None].sin()
+    cos = angles[:, None].cos()
+    sin = angles[:, None].sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
@@ -76,7 +77,7 @@ def heads_of(attention, name: str, x: torch.Tensor, config) -> torch.Tensor:
 
 
 def rows_at(x: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
-    """Some rows of `x`; all where `rows` is None."""
+    """Return some rows of `x`; all where `rows` is None."""
     return x if x is None or rows is None else x[rows]
 
 
@@ -109,7 +110,8 @@ def attend(
     (kv_heads, n, whole), dim = keys.shape[1:], dim or given
     if columns == 1:
         # Heads that share keys become columns of one head: keys are read once for all of them, two to four times as fast.
-        queries, mask = queries.view(1, kv_heads, -1, given), None if bias is None else bias[None]
+        queries = queries.view(1, kv_heads, -1, given)
+        mask = None if bias is None else bias[None]
         if whole > dim:
             queries = F.pad(queries, (0, whole - given), value=1.0) if whole > given else queries
             seen = F.scaled_dot_product_attention(queries, keys, values, scale=dim**-0.5)
@@ -118,14 +120,18 @@ def attend(
     # Key/value heads become the batch, so keys are not repeated and the kernel needs no support for groups.
     group = heads // kv_heads
     queries = queries.view(columns, kv_heads, group, given).permute(1, 2, 0, 3)
-    keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+    keys = keys.transpose(0, 1)
+    values = values.transpose(0, 1)
     if sees is None and (bias is None or wide is not None):
-        asks, shared, scale = queries, (keys, values), None
+        asks = queries
+        shared = (keys, values)
+        scale = None
         if bias is not None:
             for room, tensor in zip(wide[..., :dim], shared, strict=True):
                 room.copy_(tensor[:, 0])
             asks = F.pad(queries, (0, wide.shape[3] - given), value=1.0) if wide.shape[3] > given else queries
-            shared, scale = wide[:, :, None], dim**-0.5
+            shared = wide[:, :, None]
+            scale = dim**-0.5
         out = causal_attention(asks, *(t.expand(-1, group, -1, -1) for t in shared), scale=scale)
         if out is not None:
             return out[..., :dim].permute(2, 0, 1, 3).reshape(columns, -1)
@@ -166,7 +172,7 @@ def wide_buffer(features: torch.Tensor, kv_heads: int, dim: int) -> torch.Tensor
 
 
 def columns_of(wide: torch.Tensor | None, columns: torch.Tensor | slice | None) -> torch.Tensor | None:
-    """Some columns of such a room; all where `columns` is None."""
+    """Return some columns of such a room; all where `columns` is None."""
     return wide if wide is None or columns is None else wide[:, :, columns]
 
 
@@ -185,7 +191,8 @@ def attend_blind(
     sighted = attend(queries[:, before:], keys[:, :, others], values[:, :, others], rows_at(bias, others), **extra)
     if not before:
         return sighted
-    first, extra = None if bias is None else bias[:end], {"wide": columns_of(wide, slice(end))}
+    first = None if bias is None else bias[:end]
+    extra = {"wide": columns_of(wide, slice(end))}
     first = attend(queries[:, :before], keys[:, :, :end], values[:, :, :end], first, **extra)
     return torch.cat([first, sighted])
 
@@ -199,7 +206,8 @@ class KVCache:
     column = None  # where its `room` begins, on the device; None for its first column
 
     def __init__(self, model, capacity: int | Sequence[int]):
-        config, weight = model.config.text_config, model.model.language_model.norm.weight
+        config = model.config.text_config
+        weight = model.model.language_model.norm.weight
         depth = config.num_hidden_layers
         capacities = [capacity] * depth if isinstance(capacity, int) else capacity
         shapes = [(1, config.num_key_value_heads, columns, head_size(config)) for columns in capacities]
@@ -226,9 +234,13 @@ class KVCache:
             raise ValueError(f"the cache holds {self.length} columns, not {length}")
         lengths = [max(0, end - (self.length - length)) for end in self.lengths]
         cropped = {id(sizes): sizes[:end] for sizes, end in zip(self.sizes, lengths, strict=True) if sizes is not None}
-        sizes, whole = [cropped.get(id(sizes)) for sizes in self.sizes], self._whole if length else 0
+        sizes = [cropped.get(id(sizes)) for sizes in self.sizes]
+        whole = self._whole if length else 0
         # In one statement: after a signal between two (Ctrl-C), some of these would be old and some new.
-        self.length, self.lengths, self.sizes, self._whole = length, lengths, sizes, whole
+        self.length = length
+        self.lengths = lengths
+        self.sizes = sizes
+        self._whole = whole
 
     def keep(self, columns: torch.Tensor) -> None:
         """Drops all columns but some, int64 `[n]` on the CPU, ascending, which move up to the front; their positions stay.
@@ -238,7 +250,8 @@ class KVCache:
         if self._whole:
             raise ValueError("columns that left only some layers cannot be counted alike in all")
         columns = to_device(columns, self._layers[0][0].device)
-        count, sized = len(columns), {id(sizes): sizes[columns] for sizes in self.sizes if sizes is not None}
+        count = len(columns)
+        sized = {id(sizes): sizes[columns] for sizes in self.sizes if sizes is not None}
         for stored in self._layers:
             for tensor in stored:
                 tensor[:, :, :count] = tensor[:, :, columns]
@@ -267,7 +280,8 @@ class KVCache:
 
     def room(self, layer: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Where a layer's new keys and values go, `[kv_heads, columns, head_dim]`; and all of them, as of `put`."""
-        before, stored = self.lengths[layer], self._layers[layer]
+        before = self.lengths[layer]
+        stored = self._layers[layer]
         end = before + columns
         if end > (full := stored[0].shape[2]):
             # Layer by layer, so that only one layer is in memory twice.
@@ -280,14 +294,20 @@ class KVCache:
         """Makes what was put valid: `read` columns, of which each layer has `columns`, with the `sizes` of all its columns."""
         length = self.length + read
         lengths = [before + more for before, more in zip(self.lengths, columns, strict=True)]
-        sizes, whole = list(sizes), length if len(set(columns)) > 1 else self._whole
-        self.length, self.lengths, self.sizes, self._whole = length, lengths, sizes, whole  # in one statement, as above
+        sizes = list(sizes)
+        whole = length if len(set(columns)) > 1 else self._whole
+        # in one statement, as above
+        self.length = length
+        self.lengths = lengths
+        self.sizes = sizes
+        self._whole = whole
 
     def sizes_with(self, sizes: torch.Tensor | None, columns: int) -> list[torch.Tensor | None]:
         """Of each layer the cluster sizes of its columns and of new ones, whose `sizes` (None for 1 each) are the same in all."""
         if sizes is None and self.sizes[0] is None:
             return [None] * len(self.sizes)
-        like, joined = self._layers[0][0], {}
+        like = self._layers[0][0]
+        joined = {}
         new = like.new_ones(columns, dtype=torch.float32) if sizes is None else sizes.to(like.device).float()
         for before, length in zip(self.sizes, self.lengths, strict=True):
             if (id(before), length) not in joined:
@@ -310,7 +330,7 @@ def forward(
     deepstack: torch.Tensor | None = None,
     pause: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """The last columns after the final norm, `[last, hidden]`, of new columns that are read after those in the cache.
+    """Return the last columns after the final norm, `[last, hidden]`, of new columns that are read after those in the cache.
 
     Args:
         model: tree of weights under Hugging Face's names; only its linear layers are called.
@@ -332,8 +352,11 @@ def forward(
         raise ValueError(f"the last {last} of {columns} columns")
     if dropping and cache.length:
         raise ValueError(f"visual tokens leave a prompt, and {cache.length} columns come before it")
-    config, text = model.config.text_config, model.model.language_model
-    x, places, entered = inputs_embeds, rotation(config, positions, inputs_embeds), []
+    config = model.config.text_config
+    text = model.model.language_model
+    x = inputs_embeds
+    places = rotation(config, positions, inputs_embeds)
+    entered = []
     deepstack = x.new_empty(0, *x.shape) if deepstack is None else deepstack
     every = cache.sizes_with(sizes, columns)
     for i, layer in enumerate(text.layers):
@@ -345,7 +368,9 @@ def forward(
         entering = x
         x, *heads = run_layer(layer, x, places, cache, i, config, bias, last, blind, rows, wide)
         if len(deepstack):
-            x, deepstack = x + deepstack[0, -len(x) :], deepstack[1:]  # the top layer returns the last columns alone
+            # the top layer returns the last columns alone
+            x = x + deepstack[0, -len(x) :]
+            deepstack = deepstack[1:]
         if dropping:
             x, deepstack, stay = dropping.after(LayerState(i + 1, entering, x, places, bias, *heads), deepstack)
             if stay is not None:
@@ -367,10 +392,12 @@ def logits(model, *args, **kwargs) -> torch.Tensor:
 
 
 def _bias(sizes: torch.Tensor | None, like: torch.Tensor, config) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The bias of columns, and room beside its features for attention that takes no mask, as of `attend`."""
+    """Return the bias of columns, and room beside its features for attention that takes no mask, as of `attend`."""
     if sizes is None:
         return None, None
-    bias, dim, wide = sizes.log(), head_size(config), None
+    bias = sizes.log()
+    dim = head_size(config)
+    wide = None
     if len(like) > 1 and uses_kernels(like.device):  # kernels that take masks are slow
         wide = wide_buffer(bias_features(bias, dim, like.dtype), config.num_key_value_heads, dim)
     return bias.to(like.dtype), wide
@@ -394,7 +421,9 @@ def run_layer(
     `cache`: a `KVCache`, or a `StaticCache` for a column alone. `bias`, `wide`: of `attend`.
     `blind`, `rows`: of `Reading.before`. Columns without queries or MLP keep their state.
     """
-    attention, mlp, eps = layer.self_attn, layer.mlp, config.rms_norm_eps
+    attention = layer.self_attn
+    mlp = layer.mlp
+    eps = config.rms_norm_eps
     whole = blind is None and not rows and (len(x) <= last or number < config.num_hidden_layers - 1)
     if whole and (fused := _fused(layer, x, places, cache, number, config, bias, wide)):
         return fused
@@ -404,7 +433,10 @@ def run_layer(
     keys = rotate(keys, rows_at(cos, kv_rows), rows_at(sin, kv_rows))
     keys, values = cache.put(number, *(tensor[None].transpose(1, 2) for tensor in (keys, values)))
     if number == config.num_hidden_layers - 1:  # only the output of these columns is used
-        x, h, cos, sin = x[-last:], h[-last:], cos[-last:], sin[-last:]
+        x = x[-last:]
+        h = h[-last:]
+        cos = cos[-last:]
+        sin = sin[-last:]
         q_rows = mlp_rows = None
     queries = heads_of(attention, "q", rows_at(h, q_rows), config)
     queries = rotate(queries, rows_at(cos, q_rows), rows_at(sin, q_rows))[None]
@@ -429,8 +461,13 @@ def _fused(
     wide: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """As `run_layer` of all columns, by fused kernels on joined weights; None where there are none."""
-    attention, mlp, eps, heads = layer.self_attn, layer.mlp, config.rms_norm_eps, config.num_attention_heads
-    fast, into, gates = layers.kernels(x.device), layers.joined(attention), layers.joined(mlp)
+    attention = layer.self_attn
+    mlp = layer.mlp
+    eps = config.rms_norm_eps
+    heads = config.num_attention_heads
+    fast = layers.kernels(x.device)
+    into = layers.joined(attention)
+    gates = layers.joined(mlp)
     if None in (fast, into, gates):
         return None
     try:

@@ -30,8 +30,12 @@ from evoprune.model.weights import HostedVL
 
 
 def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
-    """The embeddings `[n, hidden]` of token ids, int64 `[n]`. Raises ModelError: the model has no embedding for one of them."""
-    embed, norm = model.model.language_model.embed_tokens, model.model.language_model.norm
+    """Return the embeddings `[n, hidden]` of token ids, int64 `[n]`.
+
+    Raises ModelError: the model has no embedding for one of them.
+    """
+    embed = model.model.language_model.embed_tokens
+    norm = model.model.language_model.norm
     if len(ids) and ids.max() >= len(embed.weight):
         problem = f"the tokenizer makes token {int(ids.max())}, and the model knows {len(embed.weight):,}"
         raise ModelError(problem, "take tokenizer and weights from the same model", stage="prefill")
@@ -53,7 +57,8 @@ class Visual:
     deepstack: torch.Tensor | None = None  # `[n, K, hidden]`, what is added to them after each of the first n layers
 
     def __post_init__(self):
-        kept, last = self.kept.cpu(), len(self.place) - 1
+        kept = self.kept.cpu()
+        last = len(self.place) - 1
         object.__setattr__(self, "kept", kept)  # read once: from an accelerator it waits
         if len(kept) != len(self.features):
             raise ValueError(f"{len(self.features)} features for {len(kept)} visual tokens")
@@ -69,7 +74,7 @@ class Visual:
 def embed_prompt(
     model, input_ids: torch.Tensor, visuals: Sequence[Visual]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """What the language model reads of a pruned prompt: `embeds`, `columns`, `sizes` and `deepstack`.
+    """Return what the language model reads of a pruned prompt: `embeds`, `columns`, `sizes` and `deepstack`.
 
     `embeds`, `[C, hidden]` in the model's dtype; int64 `[C]` on the CPU, ascending, their columns; float32 `[C]`, their cluster
     sizes, 1 for text, None where all are 1; and `[n, C, hidden]`, what is added to them after the first n layers, None for nothing.
@@ -113,17 +118,20 @@ def dropping_for(
     embeds: torch.Tensor,
     columns: torch.Tensor,
 ) -> Reading | None:
-    """What leaves while a pruned prompt is read; None where the method lets nothing leave inside the language model.
+    """Return what leaves while a pruned prompt is read; None where the method lets nothing leave inside the language model.
 
     `method`, `budget`: as the user named them; `grids`: (T, H, W) in units of each input; `embeds`, `columns`: from `embed_prompt`.
     """
     kept = [visual.kept for visual in visuals]
     if method.language_work(model.config.text_config.num_hidden_layers, sum(map(len, kept)), budget) is None:
         return None
-    pairs, inside, before = [], [], 0
+    pairs = []
+    inside = []
+    before = 0
     for units, (count, height, width) in zip(kept, grids, strict=True):
         pairs.append(units // (height * width) + before)
-        row, column = units // width % height, units % width
+        row = units // width % height
+        column = units % width
         inside.append(torch.stack([row.float() / height, column.float() / width], 1))
         before += count
     places = torch.isin(columns, torch.cat([visual.columns for visual in visuals])).nonzero()[:, 0]
@@ -153,15 +161,18 @@ class PrefillState:
         embeds = embed_ids(self.model, ids)
         begin_pass(self.model)
         logits = layers_of(self.model).logits(self.model, embeds, positions, self.cache, last=len(ids))
-        self.answered, self.logits = self.answered + len(ids), logits[-1]
+        self.answered = self.answered + len(ids)
+        self.logits = logits[-1]
         return logits
 
     def decode(self, ids: Sequence[int], left: int, pick: Callable[..., int]) -> int:
-        """The token after the answer `ids`, not empty, to which up to `left` may still come. May be called again if it raises.
+        """Return the token after the answer `ids`, not empty, to which up to `left` may still come. May be called again if it
+        raises.
 
         `pick`: takes it from logits and, if they are known, `best_of` these. On CUDA, a graph computes it (`static`).
         """
-        token, last = None, len(ids) - 1
+        token = None
+        last = len(ids) - 1
         try:
             if self._steps is None and self.answered == last:
                 self._steps = static.begin(
@@ -182,7 +193,7 @@ class PrefillState:
 
 
 def layers_of(model) -> ModuleType:
-    """What runs the layers of the language model, by `forward` and `logits`: language/decoder.py, or language/hosted.py."""
+    """Return what runs the layers of the language model, by `forward` and `logits`: language/decoder.py, or language/hosted.py."""
     return hosted if isinstance(model, HostedVL) else decoder
 
 
@@ -212,12 +223,12 @@ def prefill(
 
 
 def can_crop(model) -> bool:
-    """Whether a cache can lose its last columns: where layers have a recurrent state, a later prompt goes on from a copy."""
+    """Return whether a cache can lose its last columns: where layers have a recurrent state, a later prompt goes on from a copy."""
     return not isinstance(model, HostedVL) or hosted.can_crop(model)
 
 
 def new_cache(model, columns: int | Sequence[int]) -> KVCache | HostedCache:
-    """An empty cache for a prompt of `columns`, in each layer or in all, and an answer of the usual length."""
+    """Return an empty cache for a prompt of `columns`, in each layer or in all, and an answer of the usual length."""
     if isinstance(model, HostedVL):
         return HostedCache(model)
     return KVCache(
@@ -253,7 +264,9 @@ class TokenStream(Iterator[int]):
     def __init__(self, state: PrefillState, settings: GenerationOptions, eos_ids: Iterable[int], seed: int = 0):
         self.finish_reason: str | None = None  # at the end "stop" (the model ended its turn) or "length"
         self.ids: list[int] = []  # the tokens yielded
-        self._state, self._settings, self._eos_ids = state, settings, frozenset(eos_ids)
+        self._state = state
+        self._settings = settings
+        self._eos_ids = frozenset(eos_ids)
         penalised = settings.repetition_penalty not in (None, 1) and state.prompt_ids is not None
         self._seen = set(state.prompt_ids.tolist()) if penalised else set()  # tokens of the prompt and the answer
         # On the CPU, so that a seed gives the same draws on every device.
@@ -276,7 +289,7 @@ class TokenStream(Iterator[int]):
         return token
 
     def _pick(self, logits: torch.Tensor, best: torch.Tensor | None = None) -> int:
-        """The next token, of its logits; `best`: `best_of` them, if that is known."""
+        """Return the next token, of its logits; `best`: `best_of` them, if that is known."""
         settings = self._settings
         if best_wins := settings.temperature == 0 and settings.repetition_penalty in (None, 1):
             token, good = (best_of(logits) if best is None else best).tolist()
@@ -291,7 +304,7 @@ class TokenStream(Iterator[int]):
 def choose(
     logits: torch.Tensor, settings: GenerationOptions, random: torch.Generator, seen: Collection[int] = ()
 ) -> int:
-    """The next token id: the most probable one, or a draw by a CPU generator.
+    """Return the next token id: the most probable one, or a draw by a CPU generator.
 
     `logits`: float32 `[vocabulary]`. `seen`: the tokens of prompt and answer, which a repetition penalty is for.
     """
@@ -326,11 +339,12 @@ def probabilities(logits: torch.Tensor, settings: GenerationOptions) -> torch.Te
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of token ids, in pieces, as the ids arrive; joined, they equal `tokenizer.decode` of all ids.
+    """Yield the text of token ids, in pieces, as the ids arrive; joined, they equal `tokenizer.decode` of all ids.
 
     A byte-level token may end inside a character. Its last bytes are held back until the character is complete.
     """
-    pending, yielded = [], 0
+    pending = []
+    yielded = 0
     for token in ids:
         pending.append(token)
         piece = tokenizer.decode(pending)
@@ -340,13 +354,14 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
             yield final[yielded:]
             yielded = len(final)
         if final == piece:
-            pending, yielded = [], 0
+            pending = []
+            yielded = 0
     if rest := tokenizer.decode(pending)[yielded:]:
         yield rest
 
 
 def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Tensor) -> Iterator[tuple[str, bool]]:
-    """The text of token ids, in pieces as of `stream_text`; of each, whether it belongs to the model's thoughts.
+    """Yield the text of token ids, in pieces as of `stream_text`; of each, whether it belongs to the model's thoughts.
 
     Thoughts end at `</think>`: the token where the tokenizer has one, else the text. They begin with the prompt (int64 `[L]`), or
     with the first token; then the first piece is an empty one of theirs. What is between thoughts and answer, `</think>` and white

@@ -45,7 +45,8 @@ class HostedCache:
             raise ValueError(f"a cache of {self.length} columns cannot be cut to {length}")
         for layer in self.states.layers:
             if layer.get_seq_length() > length:
-                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+                layer.keys = layer.keys[:, :, :length]
+                layer.values = layer.values[:, :, :length]
         self.sizes = None if self.sizes is None else self.sizes[:length]
         self.length = length
 
@@ -54,7 +55,7 @@ class HostedCache:
 
 
 def can_crop(model: HostedVL) -> bool:
-    """Whether every layer of the language model keeps keys and values, and no recurrent state."""
+    """Return whether every layer of the language model keeps keys and values, and no recurrent state."""
     kinds = getattr(model.model.language_model.config, "layer_types", None) or ()
     return all(kind == "full_attention" for kind in kinds)
 
@@ -88,7 +89,7 @@ def through_experts(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch
 
 
 def in_few_operations(model: HostedVL, device: torch.device) -> bool:
-    """Whether language/hybrid.py computes the layers, which rounds otherwise than the modules of transformers."""
+    """Return whether language/hybrid.py computes the layers, which rounds otherwise than the modules of transformers."""
     return not (can_crop(model) or is_host(device) or plain())
 
 
@@ -108,7 +109,8 @@ def forward(
 
     Raises ValueError: no columns, not one position for each, fewer than are to be returned, or a cache that is spoiled.
     """
-    columns, before = len(inputs_embeds), cache.length
+    columns = len(inputs_embeds)
+    before = cache.length
     if not columns or positions.shape != (3, columns):
         raise ValueError(f"positions {list(positions.shape)} for {columns} columns")
     if not 1 <= last <= columns:
@@ -126,14 +128,16 @@ def forward(
         every = torch.cat([old, new])
     if not cache.can_crop:
         cache.length = -1  # until all layers have read all columns
-    hidden, places = [], torch.cat([ascending(columns, "cpu")[None] + before, positions])[:, None]
+    hidden = []
+    places = torch.cat([ascending(columns, "cpu")[None] + before, positions])[:, None]
     step = columns if every is None else STRIP
     for start in range(0, columns, step):
         strip = slice(start, min(start + step, columns))
         hidden.append(
             _read(model, inputs_embeds[strip], places[..., strip], cache, every, before + start, deepstack, strip)
         )
-    cache.length, cache.sizes = before + columns, every
+    cache.length = before + columns
+    cache.sizes = every
     return torch.cat(hidden)[-last:] if len(hidden[-1]) < last else hidden[-1][-last:]
 
 
@@ -147,7 +151,7 @@ def _read(
     deepstack: torch.Tensor | None,
     strip: slice,
 ) -> torch.Tensor:
-    """The final hidden states `[columns, hidden]` of a strip of columns, `before` of which others are in the cache."""
+    """Return the final hidden states `[columns, hidden]` of a strip of columns, `before` of which others are in the cache."""
     given = {}
     if sizes is not None or (before and len(embeds) > 1):
         end = before + len(embeds)
@@ -162,7 +166,8 @@ def _read(
 
 @contextmanager
 def without_packages() -> Iterator[None]:
-    """A context, and a decorator, in which this thread's layers of linear attention call no function of fla or causal-conv1d.
+    """Provide a context, and a decorator, in which this thread's layers of linear attention call no function of fla or
+    causal-conv1d.
 
     Where these packages are installed, transformers calls them in place of its own functions. fla compiles and times up to 59 forms
     of its kernels before the first prompt is read, which takes more than a minute.
@@ -175,13 +180,13 @@ def without_packages() -> Iterator[None]:
 
 
 def uses_packages() -> bool:
-    """Whether this thread is in no context of `without_packages`."""
+    """Return whether this thread is in no context of `without_packages`."""
     return not getattr(_thread, "depth", 0)
 
 
 @without_packages()
 def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attention_mask=None, **kwargs) -> torch.Tensor:
-    """The final hidden states of columns, both `[L, hidden]`, that follow those in `states`, a cache of transformers.
+    """Return the final hidden states of columns, both `[L, hidden]`, that follow those in `states`, a cache of transformers.
 
     `places`: int64 `[4, 1, L]`, which columns they are, and their M-RoPE positions. `kwargs`: for the model of transformers.
     """

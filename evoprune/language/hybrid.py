@@ -23,7 +23,7 @@ TINY = 1e-6  # added to the squared length of a query or key before it is divide
 
 
 def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor | None) -> torch.Tensor:
-    """The columns after the final norm, `[L, hidden]`, as of `text`, a model of transformers.
+    """Return the columns after the final norm, `[L, hidden]`, as of `text`, a model of transformers.
 
     Args:
         x: `[L, hidden]`, columns that follow those in `states`.
@@ -32,7 +32,8 @@ def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor 
         mask: for attention, `[1, 1, L, columns so far]`; None where each column sees all before it, and `states` are empty or
             it is a single one.
     """
-    layers, eps = text.layers, text.config.rms_norm_eps
+    layers = text.layers
+    eps = text.config.rms_norm_eps
     # Vectors of all layers at once, which takes as many operations as of one.
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)] + [text.norm]
     gains = iter(_stacked(norm.weight for norm in norms) + 1)
@@ -91,14 +92,16 @@ def attention(
     gains: tuple[torch.Tensor, torch.Tensor],
     eps: float,
 ) -> torch.Tensor:
-    """What gated attention returns for columns, both `[L, hidden]`. `module`, `states`, `mask`: as of `run`.
+    """Return what gated attention returns for columns, both `[L, hidden]`. `module`, `states`, `mask`: as of `run`.
 
     `turns`: as of `decoder.rotation`, for the first features of a head. `gains`: of the norms of queries and keys.
     """
-    length, dim = len(x), module.head_dim
+    length = len(x)
+    dim = module.head_dim
     queries, gate = module.q_proj(x).view(length, -1, 2 * dim).chunk(2, -1)
     keys, values = (project(x).view(length, -1, dim) for project in (module.k_proj, module.v_proj))
-    heads, wide = keys.shape[1], turns[0].shape[-1]
+    heads = keys.shape[1]
+    wide = turns[0].shape[-1]
     normed = [
         add_norm(part.reshape(-1, dim), None, gain, eps)[1].view(part.shape)
         for part, gain in zip((queries, keys), gains, strict=True)
@@ -124,7 +127,7 @@ def delta_net(
     scale: torch.Tensor,
     unit: torch.Tensor,
 ) -> torch.Tensor:
-    """What a Gated DeltaNet returns for columns, both `[L, hidden]`. Its states after them are put into `states`.
+    """Return what a Gated DeltaNet returns for columns, both `[L, hidden]`. Its states after them are put into `states`.
 
     `delta`: a module of transformers. Its vectors, float32: `rate`, minus the exponential of `A_log`; `offset`, `dt_bias`; `scale`,
     the weight of its norm; `unit`, by which an RMS norm of a head's features is scaled to length 1.
@@ -135,13 +138,18 @@ def delta_net(
     """
     if len(x) > STRIP:
         return torch.cat([delta_net(delta, part, states, rate, offset, scale, unit) for part in x.split(STRIP)])
-    length, dim, value_dim = len(x), delta.head_k_dim, delta.head_v_dim
-    heads, group = delta.num_k_heads, delta.num_v_heads // delta.num_k_heads
+    length = len(x)
+    dim = delta.head_k_dim
+    value_dim = delta.head_v_dim
+    heads = delta.num_k_heads
+    group = delta.num_v_heads // delta.num_k_heads
     more = -length % CHUNK
     chunks = (length + more) // CHUNK
-    by_head, by_chunk = (heads, group, chunks, CHUNK, 1), (heads * group, chunks)
+    by_head = (heads, group, chunks, CHUNK, 1)
+    by_chunk = (heads * group, chunks)
 
-    of_layer, kernel = states.layers[delta.layer_idx], delta.conv_kernel_size
+    of_layer = states.layers[delta.layer_idx]
+    kernel = delta.conv_kernel_size
     state = of_layer.recurrent_states[0]
     projected = delta.in_proj_qkv(x).T[None]
     seen = of_layer.update_conv_state(projected, conv_kernel_size=kernel)  # with columns before, if there were some

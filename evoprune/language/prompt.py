@@ -32,7 +32,8 @@ _PLACEHOLDERS = tuple(token for _, token in CONTENTS.values())
 MARKERS = "<|vision_start|>", "<|vision_end|>"  # around placeholders
 THOUGHTS = "<think>", "</think>"  # around what a model writes before its answer; some prompts end with the first
 # Placeholders for the user's words while the template is rendered. They have private-use characters, which no template has.
-_QUESTION, _SYSTEM = "\ue000question\ue001", "\ue000system\ue001"
+_QUESTION = "\ue000question\ue001"
+_SYSTEM = "\ue000system\ue001"
 MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's have 11 MB and 3 kB
 # The steps of Qwen's tokenizers. Others could make gigabytes of a short text.
 KINDS = {"model": ("BPE",), "normalizer": ("NFC", "NFKC", "NoneType"), "decoder": ("ByteLevel",)}
@@ -55,7 +56,7 @@ class Tokenizer:
         self.backend.no_padding()
 
     def specials(self) -> dict[str, int]:
-        """The special tokens and their ids."""
+        """Return the special tokens and their ids."""
         return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     def encode(self, text: str) -> list[int]:
@@ -76,7 +77,7 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def render(self, messages: list[dict], thinking: bool = False) -> str:
-        """A conversation in the model's own format, up to where its answer begins, or where its thoughts do.
+        """Return a conversation in the model's own format, up to where its answer begins, or where its thoughts do.
 
         `thinking`: the template's `enable_thinking`, if it `can_switch_thinking`.
 
@@ -102,12 +103,12 @@ class Tokenizer:
 
 
 def opens_thoughts(prompt: str) -> bool:
-    """Whether a prompt ends with the beginning of the model's thoughts."""
+    """Return whether a prompt ends with the beginning of the model's thoughts."""
     return prompt.rstrip().endswith(THOUGHTS[0])
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a model's folder has tokenizer files."""
+    """Return whether a model's folder has tokenizer files."""
     return any(
         all((folder / name).is_file() for name in names)
         for names in (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -115,7 +116,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a model's folder. Raises ModelError: missing, damaged, or without a chat template."""
+    """Return the tokenizer in a model's folder. Raises ModelError: missing, damaged, or without a chat template."""
     if not has_tokenizer(folder):
         hint = "copy tokenizer.json and tokenizer_config.json from the original model"
         raise ModelError(f"{folder} holds no tokenizer", hint)
@@ -168,7 +169,7 @@ def _settings(path: Path) -> dict:
 
 
 def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
-    """The chat template, from its own file or from one of the files that older repositories use; and that file.
+    """Return the chat template, from its own file or from one of the files that older repositories use; and that file.
 
     Of these, the processor's comes first: it is the one that supports video.
     """
@@ -221,7 +222,9 @@ def prompt_positions(length: int, videos: Sequence[VisualSpan], tokens_per_secon
 
     Raises ValueError: a video overlaps another or does not fit into the prompt.
     """
-    pieces, at, following = [], 0, 0
+    pieces = []
+    at = 0
+    following = 0
     for video in videos:
         if video.start < at or video.start + video.tokens > length:
             raise ValueError(f"video at {video.start} with {video.tokens} tokens does not fit the prompt")
@@ -245,7 +248,7 @@ class Place:
     around: tuple[range, ...] = ()
 
     def __len__(self) -> int:
-        """How many placeholders."""
+        """Return how many placeholders."""
         return sum(map(len, self.runs))
 
     @cached_property
@@ -254,12 +257,12 @@ class Place:
         return torch.cat([ascending(len(run), "cpu") + run.start for run in self.runs])
 
     def spans(self, grid: tuple[int, int, int], seconds_per_pair: float) -> list[VisualSpan]:
-        """The runs of an input of `grid` (T, H, W), as `prompt_positions` takes them."""
+        """Return the runs of an input of `grid` (T, H, W), as `prompt_positions` takes them."""
         pairs = grid[0] // len(self.runs)
         return [VisualSpan(run.start, (pairs, *grid[1:]), seconds_per_pair) for run in self.runs]
 
     def left_out(self, kept: torch.Tensor) -> list[range]:
-        """What of `around` leaves the prompt where these placeholders (int64, on the CPU) are kept."""
+        """Return what of `around` leaves the prompt where these placeholders (int64, on the CPU) are kept."""
         if not self.around:
             return []
         held = torch.bincount(kept // len(self.runs[0]), minlength=len(self.runs))
@@ -267,7 +270,9 @@ class Place:
 
 
 def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
-    """What Qwen3-VL and Qwen3.5 read in front of each frame pair: the mean of the times of its `frames` frames, in seconds."""
+    """Return what Qwen3-VL and Qwen3.5 read in front of each frame pair: the mean of the times of its `frames` frames, in
+    seconds.
+    """
     pairs = zip(*(times_s[first::frames] for first in (0, frames - 1)), strict=True)
     return [f"<{(first + last) / 2:.1f} seconds>" for first, last in pairs]
 
@@ -303,7 +308,8 @@ def build_prompt(
     times: Sequence[Sequence[str]] = (),
     thinking: bool = False,
 ) -> Prompt:
-    """The prompt of one user turn: the inputs in their order, then the subtitles and the question, up to where the answer begins.
+    """Return the prompt of one user turn: the inputs in their order, then the subtitles and the question, up to where the answer
+    begins.
 
     All texts are taken literally; the question follows the subtitles without a space. If they hold no special token, the ids are
     the same as of tokenising the rendered conversation at once.
@@ -337,7 +343,9 @@ def build_prompt(
     times_of = times or [()] * len(inputs)
     # The placeholders of each run; an input with times has a run for each of them.
     lengths = (count // (len(own) or 1) for (_, count), own in zip(inputs, times_of, strict=True) for _ in own or [""])
-    ids, runs, prefix_length = [], [], 0
+    ids = []
+    runs = []
+    prefix_length = 0
     # Split only at the template's special tokens, where the tokenizer splits too. The text between them is encoded as one
     # piece, so that merges across the edge of the user's text (a newline before it, say) are the same as in the whole.
     for piece in re.split(f"({'|'.join(map(re.escape, specials))})", _with_times(rendered, times_of)):
@@ -360,7 +368,7 @@ def build_prompt(
 
 
 def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
-    """The conversation in which an input with times has a placeholder between markers behind each of them."""
+    """Return the conversation in which an input with times has a placeholder between markers behind each of them."""
     of_inputs, (start, end) = iter(times), map(re.escape, MARKERS)
 
     def runs(match: re.Match) -> str:
@@ -373,8 +381,11 @@ def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequ
     """Where each input stands, whose runs follow one another."""
 
     def around(run: range, time: str) -> range:
-        """The columns of a run with its markers, and with the time before them if that has not merged with what comes before it."""
-        own, start = tokenizer.encode(time), run.start - 1
+        """Return the columns of a run with its markers, and with the time before them if that has not merged with what comes
+        before it.
+        """
+        own = tokenizer.encode(time)
+        start = run.start - 1
         start -= len(own) if ids[start - len(own) : start] == own else 0
         return range(start, run.stop + 1)
 
@@ -387,7 +398,7 @@ def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequ
 def _render(
     tokenizer: Tokenizer, kinds: Sequence[str], with_system: bool, markers: Sequence[str], thinking: bool
 ) -> str:
-    """The conversation as text, with placeholders for the user's words; these `markers` must exist."""
+    """Return the conversation as text, with placeholders for the user's words; these `markers` must exist."""
     messages = [{"role": "system", "content": _SYSTEM}] if with_system else []
     content = [{"type": CONTENTS[kind][0]} for kind in kinds]
     messages.append({"role": "user", "content": [*content, {"type": "text", "text": _QUESTION}]})

@@ -70,17 +70,20 @@ class StaticCache(ABC):
 
     @abstractmethod
     def run(self, model, x: torch.Tensor) -> torch.Tensor:
-        """The final hidden state of the next column, whose embedding is `x`; both `[1, hidden]`."""
+        """Return the final hidden state of the next column, whose embedding is `x`; both `[1, hidden]`."""
 
     def begin(self, holder: object, cache: KVCache | HostedCache, position: int, read: int) -> None:
         """The cache is that of another answer from now on; errors leave it to nobody."""
         with self._lock:
             self._holder = None
             self.fill(cache, position, read)
-            self._holder, self._room = holder, read - cache.length
+            self._holder = holder
+            self._room = read - cache.length
 
     def following(self, model, holder: object, token: int, pick: Callable[..., int]) -> int | None:
-        """The token behind `token`, as `pick` takes it from logits and `best_of`; None if the cache is another's, or full."""
+        """Return the token behind `token`, as `pick` takes it from logits and `best_of`; None if the cache is another's, or
+        full.
+        """
         with self._lock:
             if self._holder is not holder or not self._room:
                 return None
@@ -91,7 +94,8 @@ class StaticCache(ABC):
             else:
                 self.graphs[self.read] = devices.run_and_capture(lambda: step(model, self), self.token.device)
             following = pick(self.logits, self.best)
-            self._holder, self._room = holder, self._room - 1
+            self._holder = holder
+            self._room = self._room - 1
             return following
 
 
@@ -100,7 +104,8 @@ class NativeStaticCache(StaticCache):
 
     def __init__(self, model, capacity: int):
         super().__init__(model, capacity)
-        config, like = model.config.text_config, model.model.language_model.norm.weight
+        config = model.config.text_config
+        like = model.model.language_model.norm.weight
         self._dim = head_size(config)
         more = bias_features(torch.zeros(1, dtype=torch.float32, device="cpu"), self._dim, like.dtype).shape[1]
         wide = self._dim + more
@@ -108,7 +113,9 @@ class NativeStaticCache(StaticCache):
         self.frequencies = to_device(frequencies_of(config)[0], like.device)
 
     def _copy(self, cache: KVCache, bias: torch.Tensor) -> None:
-        length, read, dim = cache.length, len(bias), self._dim
+        length = cache.length
+        read = len(bias)
+        dim = self._dim
         for number, held in enumerate(self._held):
             for to, given in zip(held, cache.room(number, 0)[2:], strict=True):
                 to[:, :length, :dim] = given[0]
@@ -128,7 +135,8 @@ class NativeStaticCache(StaticCache):
         return *held.unbind(0), held[:1], held[1:]
 
     def run(self, model, x: torch.Tensor) -> torch.Tensor:
-        config, text = model.config.text_config, model.model.language_model
+        config = model.config.text_config
+        text = model.model.language_model
         # Time, height and width of a generated token are the same.
         places = turns_by(self.position[:, None] * self.frequencies, x.dtype)
         self._held[:, 0, :, : self.read, self._dim :].index_fill_(2, self.column, 0)  # the column has a weight now
@@ -142,9 +150,11 @@ class HostedStaticCache(StaticCache):
 
     def __init__(self, model: HostedVL, capacity: int):
         super().__init__(model, capacity)
-        config, like = model.config.text_config, model.model.language_model.norm.weight
+        config = model.config.text_config
+        like = model.model.language_model.norm.weight
         self._bias = like.new_zeros(capacity)  # of each column, in every layer of attention
-        self._states, shape = HostedCache(model).states, (2, 1, config.num_key_value_heads, capacity, head_size(config))
+        self._states = HostedCache(model).states
+        shape = (2, 1, config.num_key_value_heads, capacity, head_size(config))
         self._states.layers = [
             layer if _is_linear(layer) else StaticLayer(like.new_zeros(shape), self.column)
             for layer in self._states.layers
@@ -174,10 +184,13 @@ class StaticLayer:
     """
 
     def __init__(self, held: torch.Tensor, column: torch.Tensor):
-        self._held, self._column, self._read = held, column, held.shape[3]
+        self._held = held
+        self._column = column
+        self._read = held.shape[3]
 
     def copy(self, keys: torch.Tensor, values: torch.Tensor, read: int) -> None:
-        length, self._read = keys.shape[2], read
+        length = keys.shape[2]
+        self._read = read
         self._held[:, :, :, :length] = torch.stack([keys, values])
         self._held[:, :, :, length:read] = 0  # as in `NativeStaticCache`
 
@@ -188,7 +201,7 @@ class StaticLayer:
 
 
 def _is_linear(layer) -> bool:
-    """Whether a layer of a cache of transformers has states in the place of keys and values."""
+    """Return whether a layer of a cache of transformers has states in the place of keys and values."""
     return hasattr(layer, "recurrent_states")
 
 
@@ -251,14 +264,14 @@ def begin(
 
 
 def _is_even(cache: KVCache | HostedCache) -> bool:
-    """Whether the columns of a cache, and their sizes, are the same in all layers."""
+    """Return whether the columns of a cache, and their sizes, are the same in all layers."""
     if isinstance(cache, HostedCache):
         return True
     return {*cache.lengths} == {cache.length} and len({*map(id, cache.sizes)}) == 1
 
 
 def can_step(model) -> bool:
-    """Whether each pass of a column runs the same operations: hooks may do something else, and experts are chosen by values.
+    """Return whether each pass of a column runs the same operations: hooks may do something else, and experts are chosen by values.
 
     Two implementations of experts read the choice on the device alone. Others read it on the host.
     """
@@ -267,7 +280,8 @@ def can_step(model) -> bool:
         return False
     if not isinstance(model, HostedVL):
         return True
-    text, plain = model.model.language_model, (nn.Parameter, torch.Tensor)
+    text = model.model.language_model
+    plain = (nn.Parameter, torch.Tensor)
     kinds = {*(getattr(text.config, "layer_types", None) or ())}
     weights = [*text.parameters(), *text.buffers()]
     experts = model.config.text_config.experts

@@ -26,7 +26,7 @@ POSSIBLE = bool(sys.executable) and not hasattr(sys, "frozen")
 
 
 def render(source: str, variables: dict[str, Any]) -> str:
-    """What a template (Jinja) makes of variables, which are plain data for JSON.
+    """Return what a template (Jinja) makes of variables, which are plain data for JSON.
 
     Raises:
         ValueError: the template is broken, refuses the variables, or takes or makes too much; the message says which.
@@ -44,7 +44,7 @@ def _cached(request: str, seconds: int) -> str:
 
 
 def _apart(request: str, seconds: int) -> dict[str, str]:
-    """The answer of another process."""
+    """Return the answer of another process."""
     # As the processes that read videos: an editable install is found by a hook that they do not have.
     paths = [*map(os.path.abspath, sys.path), str(Path(evoprune.__file__).parents[1])]
     imports = f"import sys; sys.path[:] = {list(dict.fromkeys(paths))}; from evoprune.language.template import main"
@@ -89,7 +89,7 @@ def main(seconds: int) -> None:
 
 
 def _answer(request: str) -> dict[str, str]:
-    """The answer to a request: `text`, or `error`."""
+    """Return the answer to a request: `text`, or `error`."""
     request = json.loads(request)
     try:
         text = _compiled(request["source"]).render(**request["variables"])
@@ -105,7 +105,7 @@ def _answer(request: str) -> dict[str, str]:
 
 
 def _compiled(source: str):
-    """The template in an environment like that of transformers: the same tags, filters, functions and line breaks."""
+    """Return the template in an environment like that of transformers: the same tags, filters, functions and line breaks."""
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.nodes import Scope

@@ -29,17 +29,24 @@ class Backlog:
     """
 
     def __init__(self, window_s: float, step_s: float, now: Callable[[], float] = time.monotonic):
-        self.window_s, self.step_s = window_s, step_s
+        self.window_s = window_s
+        self.step_s = step_s
         self.stride = 1.0  # of so many frames that are due, one is looked at; no whole number
         self.skipped = 0  # frames that were due, and are not looked at
         self.lag_s = 0.0  # how far the frame that was taken last is behind the source
         self.ended = False  # whether no frame will come
-        self._now, self._changed = now, threading.Condition()
+        self._now = now
+        self._changed = threading.Condition()
         self._waiting: deque[tuple[float, np.ndarray]] = deque()
         self._late_s = -inf  # the time at which a frame of 0 s comes without any lag
-        self._last_s, self._next_s = -inf, 0.0  # of the latest frame; from where on the next one is due
-        self._hungry, self._thinned = True, -inf
-        self._since, self._idle, self._taken = now(), 0.0, 0
+        # of the latest frame; from where on the next one is due
+        self._last_s = -inf
+        self._next_s = 0.0
+        self._hungry = True
+        self._thinned = -inf
+        self._since = now()
+        self._idle = 0.0
+        self._taken = 0
         self._busy_s = self._looked = 0.0  # of the latest windows, each with half of the weight of the next one
 
     def due(self) -> float:
@@ -67,7 +74,7 @@ class Backlog:
             self._changed.notify_all()
 
     def take(self, patience_s: float) -> tuple[float, np.ndarray] | None:
-        """The oldest frame that waits; None if none came for so long, or if none will."""
+        """Return the oldest frame that waits; None if none came for so long, or if none will."""
         with self._changed:
             begun = self._now()
             if not self._waiting:
@@ -94,7 +101,9 @@ class Backlog:
             if self.stride > 1 and self._looked:
                 max_stride = self.window_s / (2 * self.step_s)
                 self.stride = max(1.0, min(max_stride, self._busy_s / (self._looked * self.step_s * BUSY)))
-            self._since, self._idle, self._taken = now, 0.0, 0
+            self._since = now
+            self._idle = 0.0
+            self._taken = 0
 
     def early_s(self, time_s: float) -> float:
         """Return how many seconds early a frame of that time is, by its own clock; below 0 if it is late."""
@@ -142,11 +151,15 @@ class LiveFeed:
 
     def __init__(self, stream: VideoStream, source: LiveSource, window_s: float, ask_s: float = inf):
         self.backlog = Backlog(window_s, 0.5)  # until the first frame tells the step of the stream
-        self.begun, self.ended = threading.Event(), threading.Event()
+        self.begun = threading.Event()
+        self.ended = threading.Event()
         self.problem: BaseException | None = None
         self.latest_s = 0.0
-        self._stream, self._source, self._closing = stream, source, False
-        self._asking, self._ask_s = threading.Condition(), ask_s
+        self._stream = stream
+        self._source = source
+        self._closing = False
+        self._asking = threading.Condition()
+        self._ask_s = ask_s
         release_omp_threads()  # this thread has loaded the model, and another one encodes
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._read, self._encode)]
         for thread in self._threads:
@@ -188,15 +201,18 @@ class LiveFeed:
         self.backlog.end()
 
     def _encode(self) -> None:
-        stream, backlog = self._stream, self.backlog
+        stream = self._stream
+        backlog = self.backlog
         try:
             while (timed_frame := backlog.take(0.1)) or not backlog.ended:
-                stream.skipped, stream.lag_s = backlog.skipped, backlog.lag_s
+                stream.skipped = backlog.skipped
+                stream.lag_s = backlog.lag_s
                 if timed_frame is None:
                     stream.catch_up()
                     continue
                 self._hold(timed_frame[0])
-                stream.facts, before = self._source.facts, stream.encoded
+                stream.facts = self._source.facts
+                before = stream.encoded
                 stream.add(timed_frame[1], timed_frame[0])
                 if stream.encoded > before:
                     backlog.encoded()
@@ -215,7 +231,8 @@ class LiveFeed:
         self.latest_s = time_s
         with self._asking:
             while time_s >= self._ask_s - 1e-6 and not self._closing:
-                waits, begun = self._source.waits, time.monotonic()
+                waits = self._source.waits
+                begun = time.monotonic()
                 if not waits and self.backlog.early_s(time_s) <= 0:
                     return
                 self._asking.wait(HOLD_S)

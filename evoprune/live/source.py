@@ -55,13 +55,17 @@ class LiveSource:
             raise UsageError(f"{reconnects} reconnects", "0 or more")
         _check(source)
         self.name = "standard input" if source == STDIN else without_password(source)
-        self._source, self._pace = None if source == STDIN else source, pace
+        self._source = None if source == STDIN else source
+        self._pace = pace
         self._arguments = {"source": self._source, "name": self.name, "timeout_s": float(timeout_s)}  # of `LiveReader`
         self._arguments["follow"] = pace == FROM_SOURCE
         is_file = source != STDIN and os.path.isfile(source)
         self._reconnects = 0 if source == STDIN or is_file else reconnects
-        self._is_file, self.waits = is_file, is_file and pace == FROM_SOURCE
-        self._tell, self._closing, self._worker = tell, threading.Event(), None
+        self._is_file = is_file
+        self.waits = is_file and pace == FROM_SOURCE
+        self._tell = tell
+        self._closing = threading.Event()
+        self._worker = None
         self.facts: dict = {}
 
     def frames(self, due: Due) -> Iterator[TimedFrame]:
@@ -71,20 +75,25 @@ class LiveSource:
 
         Raises VideoError: the source cannot be read, broke off, or did not come back.
         """
-        tries, base, last = 0, 0.0, None
+        tries = 0
+        base = 0.0
+        last = None
         while True:
-            problem, finite = None, False
+            problem = None
+            finite = False
             try:
                 with closing((self._apart if POSSIBLE else self._here)(lambda base=base: due() - base)) as frames:
                     self.facts = next(frames)
-                    finite, begun = self.facts.pop("finite"), time.monotonic()
+                    finite = self.facts.pop("finite")
+                    begun = time.monotonic()
                     self.waits = self._pace == FROM_SOURCE and bool(finite or self._is_file)
                     for time_s, frame, gap_s in frames:
                         self.facts["clock_gap_s"] = gap_s
                         wait = begun + time_s - time.monotonic() if self._pace == FROM_FILE else 0.0
                         if wait > 0 and self._closing.wait(wait):
                             return
-                        tries, last = 0, (base + time_s, time.monotonic())
+                        tries = 0
+                        last = (base + time_s, time.monotonic())
                         yield base + time_s, frame
             except VideoError as error:
                 problem = error
@@ -115,23 +124,26 @@ class LiveSource:
             try:
                 worker.send(worker.request("live", self._arguments), None if self._source else sys.stdin.fileno())
                 yield worker.answer()
-                memory, shape = None, None
+                memory = None
+                shape = None
                 while True:
                     worker.send(worker.request("next", {"after_s": due()}))
                     if (header := worker.answer()) is None:
                         return
                     self._learn(header)
                     if shape != (new := (1, header["height"], header["width"], 3)):
-                        shape, memory = new, FrameMemory(prod(new))
+                        shape = new
+                        memory = FrameMemory(prod(new))
                     frames = worker.ask_to_fill(memory, shape, {})
                     worker.answer()
                     yield header["time_s"], frames[0].copy(), header["clock_gap_s"]
                     del frames  # so that its memory can be used again
             finally:
-                self._worker, worker.busy = None, True
+                self._worker = None
+                worker.busy = True
 
     def _here(self, due: Due) -> Iterator:
-        """The same without a worker process."""
+        """Yield the same without a worker process."""
         import numpy as np
 
         from evoprune.video.readers.live import LiveReader

@@ -179,17 +179,27 @@ class VideoStream(Askable):
         super().__init__(session)
         self._lock = PriorityLock()
         check_streams(session.pruning.method, session.loaded.found)
-        self._options, self._sampling, self._system, self._name = options, sampling, system, name
+        self._options = options
+        self._sampling = sampling
+        self._system = system
+        self._name = name
         self._paid = True  # encoding is no question's, but for the unfinished window
-        self._gate, self._feeding = Lock(), RLock()
-        self.skipped, self.lag_s, self.facts, self.encoded = 0, None, {}, 0
+        self._gate = Lock()
+        self._feeding = RLock()
+        self.skipped = 0
+        self.lag_s = None
+        self.facts = {}
+        self.encoded = 0
         self._plan: Plan | None = None
-        self._slots, self._frames = [], []
+        self._slots = []
+        self._frames = []
         self._origin_s = self._last_s = 0.0
         self._memory: StreamMemory | None = None
         self._waiting: list[EncodedWindow] = []
         self._following = 0  # position after the latest window, counted from the beginning of the stream
-        self._latest, self._segment = None, Segment()  # the encoding of the latest window; what the next one is
+        # the encoding of the latest window; what the next one is
+        self._latest = None
+        self._segment = Segment()
         self._unfinished: EncodedWindow | None = None  # as the latest question saw it
         self._count = self._done = 0  # frames that were looked at; the slot after the last finished window
         self._open: int | None = None  # the number of the answer that is being read
@@ -263,7 +273,7 @@ class VideoStream(Askable):
             return True
 
     def scaled(self, frame: np.ndarray) -> np.ndarray:
-        """A frame of its own as the encoder reads it, which `add` takes too; of any size before the first one was added."""
+        """Return a frame of its own as the encoder reads it, which `add` takes too; of any size before the first one was added."""
         if self._plan is None:
             return frame
         plan, (height, width, _) = self._plan, frame.shape
@@ -280,7 +290,8 @@ class VideoStream(Askable):
             return pixels
         self._plan = replace(plan, info=replace(plan.info, changes_size=True))
         bordered = np.zeros((plan.height, plan.width, 3), np.uint8)
-        top, left = (plan.height - inner_height) // 2, (plan.width - inner_width) // 2
+        top = (plan.height - inner_height) // 2
+        left = (plan.width - inner_width) // 2
         bordered[top : top + inner_height, left : left + inner_width] = pixels
         return bordered
 
@@ -303,8 +314,13 @@ class VideoStream(Askable):
         self._problem = self._problem or "the stream is closed"  # which ends what is being encoded
         with self._feeding, self._lock.lock:
             self._turn += 1
-            self._memory, self._latest, self._segment, self._unfinished = None, None, None, None
-            self._waiting, self._slots, self._frames = [], [], []
+            self._memory = None
+            self._latest = None
+            self._segment = None
+            self._unfinished = None
+            self._waiting = []
+            self._slots = []
+            self._frames = []
 
     @property
     def step_s(self) -> float | None:
@@ -321,7 +337,9 @@ class VideoStream(Askable):
         self._plan = plan_input(self._engine, replace(window, **self.facts), self._sampling, self._name)
         self._origin_s = self._last_s = time_s
         try:
-            loaded, options, window_tokens = self._engine.loaded, self._options, self._plan.encoder.keep
+            loaded = self._engine.loaded
+            options = self._options
+            window_tokens = self._plan.encoder.keep
             room = floor(ROOM * (loaded.model.config.text_config.max_position_embeddings or CONTEXT))
             wanted = options.memory_tokens or floor(options.memory_s / options.window_s * window_tokens)
             limit = min(wanted, room)  # of tokens that are held
@@ -340,17 +358,27 @@ class VideoStream(Askable):
     @names_plugins()
     def _finish(self, end: int) -> None:
         """Encodes the frames of a window that ends before slot `end`, and reads it unless an answer is being read."""
-        slots, frames, done, window = self._slots, self._frames, self._done, self._unfinished
-        self._slots, self._frames, self._done = [], [], end
+        slots = self._slots
+        frames = self._frames
+        done = self._done
+        window = self._unfinished
+        self._slots = []
+        self._frames = []
+        self._done = end
         if not (window and (window.frames, window.end) == (len(slots), end)):
             window = self._encode(slots, frames, done, end, self._pause)
-        self._segment, self._following = window.segment, int(window.last.max()) + 1
+        self._segment = window.segment
+        self._following = int(window.last.max()) + 1
         with self._lock.lock:
             self._check_open()
             self._waiting.append(replace(window, segment=None))
-            self._latest, self._unfinished, self.encoded = window.encoding, None, self.encoded + 1
+            self._latest = window.encoding
+            self._unfinished = None
+            self.encoded = self.encoded + 1
             if self._open is not None and len(self._waiting) > MAX_WAITING:
-                self._turn, self._open, self._lock.generating = self._turn + 1, None, False
+                self._turn = self._turn + 1
+                self._open = None
+                self._lock.generating = False
             if self._open is None:
                 self._read_waiting(polite=len(self._waiting) <= MAX_WAITING)
 
@@ -360,13 +388,15 @@ class VideoStream(Askable):
 
         The first question that is read pays for that, and for waiting for the window that is being encoded.
         """
-        clock, fresh = Clock(self._engine.device), None
+        clock = Clock(self._engine.device)
+        fresh = None
         start = clock.now()
         with self._gate, self._feeding:
             self._check_open()
             window = self._unfinished if self._slots else None
             if self._slots:
-                frames, end = len(self._slots), self._slots[-1] + 1
+                frames = len(self._slots)
+                end = self._slots[-1] + 1
                 if not (window and (window.frames, window.end) == (frames, end)):
                     window = fresh = self._encode(self._slots, self._frames, self._done, end, self._check_open)
                     self._unfinished = window
@@ -384,7 +414,8 @@ class VideoStream(Askable):
         owed, owed_wall = (dict.fromkeys(OF_INPUTS, 0.0), 0.0) if self._paid else self._spent
         for stage, spent in seconds.items():
             owed[stage] += spent
-        self._spent, self._paid = (owed, owed_wall + wall), False
+        self._spent = (owed, owed_wall + wall)
+        self._paid = False
 
     def _encode(
         self, slots: Sequence[int], frames: Sequence[np.ndarray], done: int, end: int, pause: Callable[[], None]
@@ -396,9 +427,13 @@ class VideoStream(Askable):
             done: the slot after the window before.
             pause: called before each layer of the encoder.
         """
-        session, base, step_s, count = self._engine, self._plan, self.step_s, len(frames)
+        session = self._engine
+        base = self._plan
+        step_s = self.step_s
+        count = len(frames)
         if count % 2:  # as Hugging Face fills up an odd number
-            slots, frames = [*slots, slots[-1]], [*frames, frames[-1]]
+            slots = [*slots, slots[-1]]
+            frames = [*frames, frames[-1]]
         first = max(done, slots[0] // base.sampling.frames * base.sampling.frames)
         start_s, end_s, *times = (self._origin_s + slot * step_s for slot in (first, end, *slots))
         sampling = SamplingPlan(start_s, end_s, tuple(times), base.sampling.wanted)
@@ -416,7 +451,9 @@ class VideoStream(Askable):
             unshrunk=None,
             limited=False,
         )
-        pixels, segment, clock = np.stack(frames), Segment(self._segment.earlier), Clock(torch.device("cpu"))
+        pixels = np.stack(frames)
+        segment = Segment(self._segment.earlier)
+        clock = Clock(torch.device("cpu"))
         window = _WindowInput(session, plan, clock, pixels, segment, pause)
         try:
             encoding = window.encode()
@@ -476,8 +513,10 @@ class VideoStream(Askable):
             self._check_open()
             if encoding is None:
                 raise UsageError("nothing was seen yet", "feed frames first: add(frame, time_s)")
-            report, seen = inputs_report(self._engine, [encoding]), self._seen(self._unread)
-            report.stream, report.video.duration_s = seen and asdict(seen), encoding.plan.sampling.end_s
+            report = inputs_report(self._engine, [encoding])
+            seen = self._seen(self._unread)
+            report.stream = seen and asdict(seen)
+            report.video.duration_s = encoding.plan.sampling.end_s
             return report
 
     @property
@@ -486,13 +525,14 @@ class VideoStream(Askable):
         return [self._unfinished] if self._unfinished else []
 
     def _seen(self, unread: Sequence[EncodedWindow]) -> Seen | None:
-        """What the memory holds, and `unread`; None while there is nothing."""
+        """Return what the memory holds, and `unread`; None while there is nothing."""
         windows = [*self._memory.windows, *(encoded.window for encoded in unread)]
         if not windows:
             return None
         tokens = [window.tokens for window in windows]
         thinned = sum(count < window.whole for count, window in zip(tokens, windows, strict=True))
-        start_s, end_s = windows[0].start_s, windows[-1].end_s
+        start_s = windows[0].start_s
+        end_s = windows[-1].end_s
         return Seen(start_s, end_s, len(windows), sum(tokens), self._count, thinned, self.skipped, self.lag_s)
 
     @torch.inference_mode()
@@ -509,19 +549,22 @@ class VideoStream(Askable):
             text = memory.columns + sum(len(window.embeds) for window in unread) - seen.tokens + len(ids)
             check_context(loaded, text, seen.tokens, options.max_new_tokens)
             check_memory(self._engine, text, seen.tokens)
-            report.tokens, report.stream = TokenCounts(text, seen.tokens, text + seen.tokens, 0), asdict(seen)
+            report.tokens = TokenCounts(text, seen.tokens, text + seen.tokens, 0)
+            report.stream = asdict(seen)
             following = memory.look(*unread) if unread else memory.following
             positions = (ascending(len(ids), "cpu") + following).expand(3, -1)
             state = prefill(loaded.model, embed_ids(loaded.model, ids), positions, following + len(ids), memory.cache)
             windows = [*memory.windows, *(encoded.window for encoded in unread)]
             state.prompt_ids = torch.cat([before, *(window.ids for window in windows), ids])
-        self._open, self._lock.generating = self._turn, True
+        self._open = self._turn
+        self._lock.generating = True
         return state
 
     def _ended(self, turn: int) -> None:
         release_omp_threads()  # the encoder computes in another thread
         if self._open == turn:
-            self._open, self._lock.generating = None, False
+            self._open = None
+            self._lock.generating = False
 
 
 @torch.inference_mode()
@@ -532,13 +575,16 @@ def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
     selector made the tokens, they are selected as `evoprune` does.
     """
     if stage := rows.plan.token_stage:
-        selector, given = stage.selector, rows.tokens
+        selector = stage.selector
+        given = rows.tokens
     else:
         unit_to_row = torch.full_like(tokens.unit_to_row, -1)
         unit_to_row[tokens.kept] = ascending(len(tokens.kept), unit_to_row.device)
-        selector, seen = FarthestPoints(count=0), rows.tokens
+        selector = FarthestPoints(count=0)
+        seen = rows.tokens
         given = Tokens(tokens.features, unit_to_row, rows.plan.grid, seen.seed)
-    often, count = torch.zeros_like(tokens.kept), len(tokens.kept) // 2
+    often = torch.zeros_like(tokens.kept)
+    count = len(tokens.kept) // 2
     while count:
         often += torch.isin(tokens.kept, select(selector, given, count).kept.to(often.device))
         count //= 2
@@ -548,18 +594,23 @@ def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
 def window_columns(
     loaded: LoadedModel, encoding: Encoding, order: torch.Tensor, slots: Sequence[int], step_s: float, following: int
 ) -> dict[str, Any]:
-    """What the language model reads of an encoded window: the fields of `EncodedWindow` from `window` on.
+    """Return what the language model reads of an encoded window: the fields of `EncodedWindow` from `window` on.
 
     Args:
         order: from `staying_order`.
         slots: of the frames, counted from the beginning of the stream, in steps of `step_s` seconds.
         following: the first position after the window before, which counts where the prompt says the time of each frame pair.
     """
-    config, encoded, span = loaded.model.config.vision_config, encoding.tokens, encoding.plan.sampling
+    config = loaded.model.config.vision_config
+    encoded = encoding.tokens
+    span = encoding.plan.sampling
     times = timestamps([(slot + 0.5) * step_s for slot in slots]) if config.traits.timestamps else []
     (grid,), specials = encoded.grids, loaded.tokenizer.specials()
     start, pad, end = (specials[token] for token in (MARKERS[0], CONTENTS[VIDEO][1], MARKERS[1]))
-    units, ids, runs, around = grid[1] * grid[2], [], [], []
+    units = grid[1] * grid[2]
+    ids = []
+    runs = []
+    around = []
     for text in times:
         before = [*loaded.tokenizer.encode(text), start]
         runs.append(range(len(ids) + len(before), len(ids) + len(before) + units))
@@ -576,7 +627,8 @@ def window_columns(
         positions = torch.stack(inside).flatten(1)
     read = [Visual(place, encoded.features, encoded.kept_here, encoded.size, encoded.deepstack)]
     embeds, columns, sizes, deepstack = embed_prompt(loaded.model, ids, read)
-    stays, visual = torch.full_like(ids, len(order)), torch.zeros_like(ids, dtype=torch.bool)
+    stays = torch.full_like(ids, len(order))
+    visual = torch.zeros_like(ids, dtype=torch.bool)
     stays[read[0].columns], visual[read[0].columns] = order, True
     for run, tokens in zip(around, runs, strict=True):
         first = stays[run.start : run.stop].min()
@@ -604,7 +656,10 @@ class StreamMemory:
         self.cache = KVCache(model, len(ids) + limit + window_tokens + ANSWER_COLUMNS)
         self.windows: list[Window] = []
         self.following = len(ids)
-        self._model, self._head, self._limit, self._room = model, len(ids), limit, room
+        self._model = model
+        self._head = len(ids)
+        self._limit = limit
+        self._room = room
         self._moved = 0  # positions by which the beginning of the video was moved
         # Where the text says times, each frame pair has its rows and columns behind the text before it, too.
         alike = int(model.config.vision_config.traits.timestamps)
@@ -645,7 +700,8 @@ class StreamMemory:
         Windows from so long ago that this is not enough go; they have few tokens, unless the range is short. An eighth of it
         becomes free, in whole windows, or every window of a long memory would move the keys, and round them.
         """
-        first, last = encoded.window.time, int(encoded.last[0])
+        first = encoded.window.time
+        last = int(encoded.last[0])
         if last - self._moved <= self._room:
             return
         size = last - first + 1
@@ -664,12 +720,13 @@ class StreamMemory:
         head = torch.ones(self._head, dtype=torch.bool, device="cpu")
         self.cache.keep(torch.cat([head, *stay]).nonzero()[:, 0])
         for window, kept in zip(self.windows, stay, strict=True):
-            window.order, window.visual = window.order[kept], window.visual[kept]
+            window.order = window.order[kept]
+            window.visual = window.visual[kept]
         self.windows = [window for window in self.windows if len(window.order)]
 
 
 def kept_counts(windows: Sequence[tuple[int, int]], limit: int) -> list[int]:
-    """How many tokens of each window stay, the oldest window first; `windows`: of each, what is left, and what there was.
+    """Return how many tokens of each window stay, the oldest window first; `windows`: of each, what is left, and what there was.
 
     The newest windows, which together have half of the limit, are whole. Of as many before them half of the tokens is due to stay,
     of as many before those a quarter, and so on. While there are more than `limit`, those that have more than is due lose half,

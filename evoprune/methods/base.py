@@ -42,7 +42,7 @@ class Method:
         check_settings(self)
 
     def automatic(self) -> Self:
-        """The same with a count that depends on the content, and is at most the budget's. Raises UsageError if it cannot."""
+        """Return the same with a count that depends on the content, and is at most the budget's. Raises UsageError if it cannot."""
         raise not_automatic(self.name)
 
     @property
@@ -56,7 +56,7 @@ class Method:
 
 
 def not_automatic(name: str) -> UsageError:
-    """The error of a budget of "auto" for a method that cannot let the content decide."""
+    """Return the error of a budget of "auto" for a method that cannot let the content decide."""
     hint = "give a share such as 0.25, or take method evoprune"
     return UsageError(f"method {name} cannot let the content decide the budget", hint)
 
@@ -70,7 +70,7 @@ class InputMethod(Method, ABC):
 
     @abstractmethod
     def resize(self, grid: Grid, keep: int) -> Grid:
-        """The smaller grid that replaces `grid`: `keep` units or fewer where its shape allows, and no dimension may grow.
+        """Return the smaller grid that replaces `grid`: `keep` units or fewer where its shape allows, and no dimension may grow.
 
         A smaller T means fewer frames over the same time; smaller H and W mean frames of lower resolution.
         """
@@ -92,10 +92,10 @@ class Selector(Method, ABC):
 
     @abstractmethod
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        """The tokens that the language model reads: `keep` of them, or another number if not `exact`."""
+        """Return the tokens that the language model reads: `keep` of them, or another number if not `exact`."""
 
     def suffices(self, count: int, keep: int, units: int) -> bool:
-        """Whether a selection of `count` tokens is acceptable where `keep` of `units` were requested."""
+        """Return whether a selection of `count` tokens is acceptable where `keep` of `units` were requested."""
         return count == keep
 
 
@@ -137,15 +137,17 @@ class Merger(EncoderMethod, ABC):
         return rows_after_layers(tower, units, windows, keep, layer_weights(tower.depth, "mean", 0.0, 1.0))
 
     def rounds(self, rows: int, left: int) -> int:
-        """The most calls of `match` that reduce a group from `rows` to `left` rows, for any content."""
+        """Return the most calls of `match` that reduce a group from `rows` to `left` rows, for any content."""
         return rows - left
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
         count, height, width = grid
-        units, windows = height * width, tower.windows(height, width)
+        units = height * width
+        windows = tower.windows(height, width)
         shares = [max(1, share) for share in spread(keep, count)]
         of_share = {share: self.rows(tower, units, windows, share) for share in set(shares)}
-        stages, before = [], prod(grid)
+        stages = []
+        before = prod(grid)
         for layer, left in enumerate(zip(*(of_share[share] for share in shares), strict=True), 1):
             if sum(left) < before:
                 before = sum(left)
@@ -189,7 +191,7 @@ class LanguageMethod(Method, ABC):
     def reading(
         self, model, budget: float, embeds: torch.Tensor, visual: torch.Tensor, pair: torch.Tensor, place: torch.Tensor
     ) -> "Reading":
-        """What the decoder asks while it reads one prompt.
+        """Return what the decoder asks while it reads one prompt.
 
         Args:
             embeds: `[C, hidden]`, the prompt.
@@ -209,7 +211,7 @@ class Reading(ABC):
     timer: Timer  # of what the method computes
 
     def before(self, layer: int, columns: int) -> tuple[tuple[torch.Tensor, int] | None, list[torch.Tensor]]:
-        """What a layer leaves out for its columns; here nothing.
+        """Return what a layer leaves out for its columns; here nothing.
 
         The only columns (int64) that text after the visual tokens attends to, and where that text begins; None for all. And for
         which columns the layer computes keys, queries and the MLP, int64, ascending; empty where it computes everything.
@@ -220,7 +222,8 @@ class Reading(ABC):
     def after(
         self, state: LayerState, deepstack: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The columns for the next layer, of the C that there are; their `deepstack`; and int64 which these are, None for all.
+        """Return the columns for the next layer, of the C that there are; their `deepstack`; and int64 which these are, None for
+        all.
 
         `deepstack`: `[n, C, hidden]`, what is added to the columns after the next n layers.
         """

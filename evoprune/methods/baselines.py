@@ -27,7 +27,8 @@ class Random(Selector):
     source = "this project; a common baseline"
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        pairs, per_pair = tokens.grid[0], tokens.grid[1] * tokens.grid[2]
+        pairs = tokens.grid[0]
+        per_pair = tokens.grid[1] * tokens.grid[2]
         generator = torch.Generator("cpu").manual_seed(tokens.seed)  # the same draw on every device
         drawn = (
             torch.randperm(per_pair, generator=generator, dtype=torch.int64, device="cpu")[:share].sort().values
@@ -75,7 +76,8 @@ class Pool(Selector):
         count, height, width = tokens.grid
         pairs = min(count, keep)
         shape = (pairs, *smaller_frame(height, width, keep // pairs))
-        sizes, device = zip(tokens.grid, shape, strict=True), tokens.unit_to_row.device
+        sizes = zip(tokens.grid, shape, strict=True)
+        device = tokens.unit_to_row.device
         block, middle = zip(*(_blocks(n, blocks, device) for n, blocks in sizes), strict=True)
         places = torch.meshgrid(*middle, indexing="ij")
         kept = (places[0] * height + places[1]) * width + places[2]

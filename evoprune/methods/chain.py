@@ -126,7 +126,7 @@ class MethodChain:
         return f"method {name} selects with {self.tokens.name}, which reads the question", f"{name}+divprune"
 
     def automatic(self) -> Self:
-        """The same with the first part `automatic`. Raises UsageError: it cannot be."""
+        """Return the same with the first part `automatic`. Raises UsageError: it cannot be."""
         if len(self.before.members) > 1:
             raise not_automatic(self.before.name)
         return replace(MethodChain.of(self.first.automatic()), language=self.language)
@@ -140,7 +140,7 @@ class MethodChain:
             raise UsageError(problem, f"give a share such as 0.25, or {alternative}")
 
     def plan(self, tower: TowerShape, grid: Grid, keep: int, inflection: bool = False) -> EncoderPlan:
-        """The encoder's work on one video of `grid`, of which `keep`, K, tokens are for the language model.
+        """Return the encoder's work on one video of `grid`, of which `keep`, K, tokens are for the language model.
 
         `inflection`: whether the curve of the selector's scores decides how many tokens are kept, at most K.
         """
@@ -166,7 +166,7 @@ class MethodChain:
         return launch_bound if self.encoder and self.encoder.small_after_tower else 0
 
     def language_share(self, budget: float) -> float:
-        """The budget of the language method, in (0, 1], where the user asked for `budget`."""
+        """Return the budget of the language method, in (0, 1], where the user asked for `budget`."""
         return budget if self.language is self.first else self.language.left
 
     def language_work(self, depth: int, tokens: int, budget: float) -> tuple[tuple[int, int, int], ...] | None:
@@ -179,7 +179,9 @@ class MethodChain:
         return tokens + text if work is None else tuple(keys + text for keys, _, _ in work)
 
     def prompt_work(self, depth: int, tokens: int, text: int, budget: float) -> int | list[tuple[int, ...]]:
-        """The same for the cost: of each layer, the positions whose keys, queries and MLP it computes; or of all, a number."""
+        """Return the same for the cost: of each layer, the positions whose keys, queries and MLP it computes; or of all, a
+        number.
+        """
         work = self.language_work(depth, tokens, budget)
         return tokens + text if work is None else [tuple(count + text for count in layer) for layer in work]
 
@@ -215,7 +217,7 @@ class PruneConfig:
         return self.budget != FULL or (inner is not None and inner is not self.method.first and inner.left < 1)
 
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
-        """The encoder's work on one input, of which K tokens are for the language model."""
+        """Return the encoder's work on one input, of which K tokens are for the language model."""
         inflection = self.budget.name == AUTO_INFLECTION
         return self.method.plan(tower, grid, self.budget.keep(grid), inflection)
 
@@ -228,8 +230,9 @@ class PruneConfig:
 
 
 def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
-    """What `selector` selects. Raises PluginError: one of another package returned what its base class does not allow."""
-    name, units = PLUGINS.get(type(selector)), len(tokens.unit_to_row)
+    """Return what `selector` selects. Raises PluginError: one of another package returned what its base class does not allow."""
+    name = PLUGINS.get(type(selector))
+    units = len(tokens.unit_to_row)
     with without_autocast():
         # Rows are shared with other methods of an evaluation, and a stranger's code may write into what it gets.
         selection = selector.select(tokens.copied() if name else tokens, keep)
@@ -250,7 +253,7 @@ def check_selection(name: str, selection: Selection, enough: bool, keep: int, un
 
 
 def _faults(selection: Selection, enough: bool, keep: int, units: int, device: torch.device) -> Iterator[str]:
-    """What is wrong with a selection, the first thing first: later ones are not meaningful."""
+    """Yield what is wrong with a selection, the first thing first: later ones are not meaningful."""
     if not isinstance(selection, Selection):
         yield f"an object of class {type(selection).__name__} where a Selection was asked for"
     kept = selection.kept
@@ -296,10 +299,11 @@ def _wrong_means(means: tuple[torch.Tensor, ...], count: int, units: int, device
 def _unlike(
     name: str, value: torch.Tensor, dtype: torch.dtype, length: int | None, device: torch.device
 ) -> Iterator[str]:
-    """How a tensor of a selection differs from what it must be: one dimension, `length` (None for any), dtype and device."""
+    """Yield how a tensor of a selection differs from what it must be: one dimension, `length` (None for any), dtype and device."""
     if not isinstance(value, torch.Tensor):
         yield f"an object of class {type(value).__name__} as {name} where a tensor was asked for"
-    shape, wanted = "[K]" if length is None else f"[{length}]", str(dtype).removeprefix("torch.")
+    shape = "[K]" if length is None else f"[{length}]"
+    wanted = str(dtype).removeprefix("torch.")
     if value.dtype != dtype or value.ndim != 1 or length not in (None, len(value)):
         given = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
         yield f"{name} as {given} where {wanted} {shape} was asked for"
@@ -308,13 +312,13 @@ def _unlike(
 
 
 def tokens_before_inflection(selector: Selector, tokens: Tokens, keep: int) -> int:
-    """How many tokens `selector` keeps by the curve of its scores (arXiv 2409.01162): at most `keep`."""
+    """Return how many tokens `selector` keeps by the curve of its scores (arXiv 2409.01162): at most `keep`."""
     min_keep = min(keep, keep_count(AUTO_LEAST, len(tokens.unit_to_row)))
     return min(keep, max(min_keep, inflection(selector.scores(tokens))))
 
 
 def inflection(scores: torch.Tensor) -> int:
-    """How many of `scores` (float `[N]`) lie before the inflection point of the sorted curve; N if it has none."""
+    """Return how many of `scores` (float `[N]`) lie before the inflection point of the sorted curve; N if it has none."""
     curve = scaled(scores.float().sort(descending=True).values)
     line = 1 - ascending(len(curve), curve.device) / max(1, len(curve) - 1)
     depth = snap(line - curve)

@@ -149,7 +149,8 @@ class EvoPrune(EncoderMethod):
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
         if self.depth == 1:
             return []
-        units, stages = prod(grid), []
+        units = prod(grid)
+        stages = []
         after = min(max(1, round(self.depth * tower.depth)), tower.depth - 1)
         points = replace(self.tokens, average=False, within=0.0)
         for layer, power, select in ((0, self.first, FarthestPatches(*astuple(points))), (after, self.rows, points)):

@@ -57,14 +57,17 @@ class EvoPrunePaper(Merger):
     def rounds(self, rows: int, left: int) -> int:
         count = 0
         while rows > left:  # a round removes at most every second row
-            count, rows = count + 1, rows - min(rows - left, rows // 2)
+            count = count + 1
+            rows = rows - min(rows - left, rows // 2)
         return count
 
     def _best_partners(
         self, c: Candidates, attention: torch.Tensor | None, source: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """`ranking.best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
-        pieces, density, partners = ranking.strips(*c.valid.shape), None, []
+        pieces = ranking.strips(*c.valid.shape)
+        density = None
+        partners = []
         if self.diversity:
             cosines = ((rows, ranking.similarity(c.features, rows)) for rows in pieces)
             densities = [ranking.local_density(cosine, c.valid, self.neighbours, rows) for rows, cosine in cosines]

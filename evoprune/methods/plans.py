@@ -26,10 +26,12 @@ def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list
     Excess above a limit goes to the others, in proportion again; if only weights of zero are left, evenly. Ties go by index.
     The shares sum to `total`, or to the sum of `most` if that is less.
     """
-    counts, quotas = [0] * len(most), {}
+    counts = [0] * len(most)
+    quotas = {}
     open_ = [i for i, limit in enumerate(most) if limit > 0]
     while open_:
-        left, weight = total - sum(counts), sum(Fraction(weights[i]) for i in open_)
+        left = total - sum(counts)
+        weight = sum(Fraction(weights[i]) for i in open_)
         quotas = {i: left * (Fraction(weights[i]) / weight if weight else Fraction(1, len(open_))) for i in open_}
         full = [i for i in open_ if quotas[i] >= most[i]]
         if not full:
@@ -195,12 +197,12 @@ class EncoderPlan:
 
 
 def full_plan(tower: TowerShape, grid: Grid) -> EncoderPlan:
-    """The plan in which every unit goes through every layer and becomes a token."""
+    """Return the plan in which every unit goes through every layer and becomes a token."""
     return EncoderPlan(grid, prod(grid), tower.depth)
 
 
 def layer_weights(depth: int, allocation: str, first: float, last: float) -> dict[int, float]:
-    """The layers that reduce, each with its share of the whole reduction, by an allocation of EvoPrune (arXiv 2603.03681).
+    """Return the layers that reduce, each with its share of the whole reduction, by an allocation of EvoPrune (arXiv 2603.03681).
 
     `first` and `last`: the range in relative depth, of at least one layer; layer l ends at (l + 1) / depth.
 
@@ -232,7 +234,9 @@ def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, we
     excess, even if it is outside the range; in a tower without one, more than `keep` (at least 1) are left. `weights`: from
     `layer_weights`.
     """
-    rows, done, counts = units, 0.0, []
+    rows = units
+    done = 0.0
+    counts = []
     for layer in range(tower.depth):
         done += weights.get(layer, 0.0)
         wish = units - math.floor((units - keep) * min(done, 1.0) + 0.5)

@@ -24,7 +24,8 @@ def highest(score: torch.Tensor, count: int) -> torch.Tensor:
 
 def scaled(score: torch.Tensor) -> torch.Tensor:
     """`score` scaled linearly to reach from 0 to 1; all 0 if it is the same everywhere."""
-    low, high = score.min(), score.max()
+    low = score.min()
+    high = score.max()
     return (score - low) / torch.where(high > low, high - low, torch.ones_like(high))
 
 
@@ -38,12 +39,12 @@ def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def of_pairs(kept: Iterable[torch.Tensor], per_pair: int) -> Selection:
-    """The selection of what each frame pair keeps: for each the places, int64, ascending, of its `per_pair`."""
+    """Return the selection of what each frame pair keeps: for each the places, int64, ascending, of its `per_pair`."""
     return Selection(torch.cat([places + pair * per_pair for pair, places in enumerate(kept)]))
 
 
 def strips(groups: int, rows: int) -> list[slice]:
-    """The strips of `groups` padded groups of `rows` rows whose scores `[groups, strip, rows]` are at most `MAX_SCORES`."""
+    """Return the strips of `groups` padded groups of `rows` rows whose scores `[groups, strip, rows]` are at most `MAX_SCORES`."""
     step = max(1, MAX_SCORES // max(1, groups * rows))
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
@@ -101,7 +102,9 @@ def composite_score(
 
 
 def alternate(valid: torch.Tensor, first: int = 1) -> torch.Tensor:
-    """The sources of a round, bool `[B, n]`: every second row of each group, from row `first` (0 or 1), may merge into another."""
+    """Return the sources of a round, bool `[B, n]`: every second row of each group, from row `first` (0 or 1), may merge into
+    another.
+    """
     return (ascending(valid.shape[1], valid.device) % 2 == first) & valid
 
 
@@ -144,8 +147,10 @@ def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: in
     """
     goes = into != ascending(len(into), into.device)
     stays = ~goes
-    kept, moved = true_indices(stays, rows), true_indices(goes, moves)
-    out, before = x[kept], size[kept]
+    kept = true_indices(stays, rows)
+    moved = true_indices(goes, moves)
+    out = x[kept]
+    before = size[kept]
     to = (stays.cumsum(0) - 1).clamp(max=rows - 1)[into[moved]]
     # Padding in `moved` weighs nothing.
     added = torch.where(ascending(moves, into.device) < goes.sum(), size[moved], 0)

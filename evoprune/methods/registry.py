@@ -105,14 +105,15 @@ def check(text: str) -> None:
 
 
 def _is_list(text: str) -> bool:
-    """Whether a comma separates methods. One in the value of a setting does not."""
+    """Return whether a comma separates methods. One in the value of a setting does not."""
     later = {parse_names(part.strip())[0].name for part in text.split(",")[1:]}
     return any("," in each.name for each in parse_names(text)) or not later.isdisjoint((*available(), REUSE))
 
 
 def _unknown(name: str) -> UsageError:
-    """The error for a name that no method has."""
-    plain, known = _plain(name), (*available(), REUSE)
+    """Return the error for a name that no method has."""
+    plain = _plain(name)
+    known = (*available(), REUSE)
     same = [each for each in known if _plain(each) == plain]
     follows = {entry.name: entry.value for entry in entry_points(group="evoprune.known_as")}
     near = f"{follows[plain]} follows it; " if plain in follows else did_you_mean(name, same or known, 3)
@@ -134,7 +135,7 @@ def impossible(text: str) -> UsageError:
 
 @names_plugins()
 def get(text: str, args: dict[str, str] | None = None) -> "Method":
-    """The method `NAME:SETTING=VALUE:...`, whose settings override `args`, as texts. Raises UsageError, PluginError."""
+    """Return the method `NAME:SETTING=VALUE:...`, whose settings override `args`, as texts. Raises UsageError, PluginError."""
     check(text)
     first, *others = parse_names(text)
     if others:
@@ -162,8 +163,12 @@ def _made(named: Named, args: dict[str, str] | None) -> "Method":
 
 
 def from_args(method: type, args: dict[str, Any]) -> Any:
-    """A method with settings as texts; other values count as their texts. Raises UsageError: no such setting, or a wrong value."""
-    known, values = {f.name: f for f in fields(method)}, {}
+    """Return a method with settings as texts; other values count as their texts.
+
+    Raises UsageError: no such setting, or a wrong value.
+    """
+    known = {f.name: f for f in fields(method)}
+    values = {}
     for name, text in args.items():
         if name not in known:
             raise UsageError(f"method {method.name} has no argument {name!r}", settings_hint(method))
@@ -178,7 +183,7 @@ def from_args(method: type, args: dict[str, Any]) -> Any:
 
 
 def settings_hint(method: type, name: str | None = None) -> str:
-    """A hint that lists the settings, or that shows how the one called `name` is given."""
+    """Return a hint that lists the settings, or that shows how the one called `name` is given."""
     known = {f.name: f"{f.name}={f.default}" for f in fields(method)}
     if name in known:
         return f"a setting has a value: {method.name}:{known[name]}"
@@ -186,7 +191,7 @@ def settings_hint(method: type, name: str | None = None) -> str:
 
 
 def _parsed(method: type, setting: Field, text: str) -> Any:
-    """The value of a setting given as text, in the type of its default; of one without, in its first type.
+    """Return the value of a setting given as text, in the type of its default; of one without, in its first type.
 
     A type with a function `read` is read from the file that the text names.
     """
@@ -224,7 +229,10 @@ def _class(name: str) -> "type[Method]":
 
 
 def plugin_code(text: str) -> dict[str, str]:
-    """A hash of the code of each method of another package that `text` names, by name. Raises UsageError: it cannot be loaded."""
+    """Return a hash of the code of each method of another package that `text` names, by name.
+
+    Raises UsageError: it cannot be loaded.
+    """
     hashes = {}
     for name in (each.name for each in parse_names(text)):
         if (entry := _plugins().get(name)) and not _is_own(entry):
@@ -234,7 +242,7 @@ def plugin_code(text: str) -> dict[str, str]:
 
 
 def _code_files(entry: EntryPoint, file: Path) -> list[Path]:
-    """What a method's module may import of its own package: the Python files of its folder, or those installed with it."""
+    """Return what a method's module may import of its own package: the Python files of its folder, or those installed with it."""
     folder = file.parent
     while (folder.parent / "__init__.py").exists():
         folder = folder.parent
@@ -246,7 +254,7 @@ def _code_files(entry: EntryPoint, file: Path) -> list[Path]:
 
 
 def plugins() -> dict[str, str]:
-    """Each entry point of other packages, by name: its package, and whether it works. Loads all of them."""
+    """Return each entry point of other packages, by name: its package, and whether it works. Loads all of them."""
     states = {}
     for entry in _entry_points():
         if _is_own(entry):
@@ -271,7 +279,7 @@ def _entry_points() -> tuple[EntryPoint, ...]:
 
 @cache
 def _plugins() -> dict[str, EntryPoint]:
-    """The entry points by name, without names that are taken or not valid."""
+    """Return the entry points by name, without names that are taken or not valid."""
     entries = {}
     for entry in _entry_points():
         if entry.name not in (*CORE, REUSE) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", entry.name):

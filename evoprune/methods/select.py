@@ -46,7 +46,7 @@ class Points:
 
 
 def points_of(rows: torch.Tensor, unit_to_row: torch.Tensor, grid: Grid, alpha: float) -> Points:
-    """The points of one video: `rows`, `unit_to_row`, `grid` as in `Tokens`; `alpha`, the weight of time."""
+    """Return the points of one video: `rows`, `unit_to_row`, `grid` as in `Tokens`; `alpha`, the weight of time."""
     place, salience = places_and_salience(rows, unit_to_row)
     place = place * math.sqrt(STEPS)
     time, _, _ = grid_tables(grid, str(unit_to_row.device))
@@ -114,7 +114,8 @@ def assign_clusters(points: Points, kept: torch.Tensor) -> torch.Tensor:
 
 def _first_of_each_pair(order: torch.Tensor, grid: Grid, keep: int, floor: float) -> torch.Tensor:
     """`order` (int64 `[N]`, higher first) with the first units of each frame pair before all others: `floor` times its part."""
-    pairs, places = grid[0], grid[1] * grid[2]
+    pairs = grid[0]
+    places = grid[1] * grid[2]
     counts = torch.tensor([math.floor(floor * part) for part in spread(keep, pairs)], dtype=torch.int64, device="cpu")
     rank = order.view(pairs, places).argsort(1, descending=True).argsort(1)
     before = (rank < to_device(counts, order.device)[:, None]).flatten() & (order >= 0)
@@ -123,12 +124,14 @@ def _first_of_each_pair(order: torch.Tensor, grid: Grid, keep: int, floor: float
 
 @lru_cache(maxsize=32)
 def grid_tables(grid: Grid, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What depends on the grid alone: of each unit its time, float32 `[N]`, and its turn among equals, int64 `[N]`; and its tubes.
+    """Return what depends on the grid alone: of each unit its time, float32 `[N]`, and its turn among equals, int64 `[N]`; and its
+    tubes.
 
     The time runs from 0 to 1. The turn is a different number from 0 to N - 1, higher first. Tubes: int64 `[B, L]`, their units,
     ascending; N is padding.
     """
-    pairs, places = grid[0], grid[1] * grid[2]
+    pairs = grid[0]
+    places = grid[1] * grid[2]
     time = (torch.arange(pairs, dtype=torch.float32, device="cpu") / max(1, pairs - 1)).repeat_interleave(places)
     # One place of each frame pair in each round. The places of a pair follow each other in an order of which any stretch covers the
     # frame evenly, and pairs start far apart in it.
@@ -160,7 +163,8 @@ def _tubes(grid: Grid) -> torch.Tensor:
 
 def _scattered(height: int, width: int) -> torch.Tensor:
     """int64 `[height * width]`: the order in which a low-discrepancy sequence (Roberts's R2) first visits the places."""
-    n, step = torch.arange(1, 8 * height * width + 1, dtype=torch.float64, device="cpu"), 1.324717957244746
+    n = torch.arange(1, 8 * height * width + 1, dtype=torch.float64, device="cpu")
+    step = 1.324717957244746
     visits = (n / step % 1 * height).long() * width + (n / step**2 % 1 * width).long()
     first = torch.full((height * width,), len(n), dtype=torch.int64, device="cpu")
     return first.scatter_reduce(0, visits, ascending(len(n), "cpu"), "amin").argsort(stable=True).argsort()

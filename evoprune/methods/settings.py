@@ -24,7 +24,9 @@ def check_ranges(method: object, **ranges: str) -> None:
     wrong = []
     for name, interval in ranges.items():
         low, high = map(float, interval[1:-1].split(","))
-        value, open_low, open_high = getattr(method, name), interval[0] == "(", interval[-1] == ")"
+        value = getattr(method, name)
+        open_low = interval[0] == "("
+        open_high = interval[-1] == ")"
         if not ((low < value if open_low else low <= value) and (value < high if open_high else value <= high)):
             finite = math.isfinite(value) or high < math.inf
             wrong.append(f"{name}={value:g} is not {_worded(low, high, interval) if finite else 'a finite number'}")
@@ -33,8 +35,9 @@ def check_ranges(method: object, **ranges: str) -> None:
 
 
 def _worded(low: float, high: float, interval: str) -> str:
-    """An interval, with its ends as numbers, in words."""
-    above, below = "above" if interval[0] == "(" else "at least", "below" if interval[-1] == ")" else "at most"
+    """Return an interval, with its ends as numbers, in words."""
+    above = "above" if interval[0] == "(" else "at least"
+    below = "below" if interval[-1] == ")" else "at most"
     if high == math.inf:
         return f"{above} {low:g}"
     ends = above == "at least" and below == "at most"

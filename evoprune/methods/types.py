@@ -23,7 +23,7 @@ def ascending(count: int, device: torch.device | str) -> torch.Tensor:
 
 
 def cat(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The pieces one behind the other; a single one is not copied."""
+    """Return the pieces one behind the other; a single one is not copied."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
@@ -53,7 +53,8 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
 
     `sizes`: int64 `[B, G]`, at most `longest`. `total`: int64 `[B]`, from the number of groups with rows to the sum of sizes.
     """
-    size, total = sizes.sum(1, keepdim=True), total[:, None]
+    size = sizes.sum(1, keepdim=True)
+    total = total[:, None]
     counts = torch.where(sizes > 0, (total * sizes // size.clamp(min=1)).clamp(min=1), 0)
     missing = total - counts.sum(1, keepdim=True)
     excess = counts * size - total * sizes
@@ -62,7 +63,8 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
     more = _first(counts < sizes, excess.argsort(dim=1, stable=True), missing)
     # Too many, because every group keeps at least one row: the groups furthest above their exact share give one row in each turn,
     # down to one row. After p turns a group has given min(p, spare) rows. There are `turns` whole turns; some groups give one more.
-    spare, give = (counts - 1).clamp(min=0), -missing
+    spare = (counts - 1).clamp(min=0)
+    give = -missing
     given = torch.minimum(ascending(longest, sizes.device)[:, None], spare[:, None]).sum(2)  # [B, longest]
     turns = ((given <= give).sum(1, keepdim=True) - 1).clamp(min=0)
     rest = give - given.gather(1, turns)
@@ -78,7 +80,9 @@ def _first(able: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torc
 
 
 def generator_seed(seed: int) -> int:
-    """The seed for torch's CPU generator, which takes the low 32 bits alone: below 2**32 as it is, else a hash of all its bits."""
+    """Return the seed for torch's CPU generator, which takes the low 32 bits alone: below 2**32 as it is, else a hash of all its
+    bits.
+    """
     digest = blake2b(str(seed).encode(), digest_size=4).digest()
     return seed if 0 <= seed < 2**32 else int.from_bytes(digest)
 
@@ -101,7 +105,7 @@ class Tokens:
         object.__setattr__(self, "seed", generator_seed(self.seed))
 
     def copied(self) -> "Tokens":
-        """The same tokens in memory of their own."""
+        """Return the same tokens in memory of their own."""
         given = {name: value.clone() for name, value in self.given.items()}
         return replace(self, rows=self.rows.clone(), unit_to_row=self.unit_to_row.clone(), given=given)
 
@@ -174,7 +178,8 @@ class Selection:
             into, unit, weight = self.means
             row = row[unit]
         else:  # which units have a token is not read, which would wait for a GPU: the others weigh nothing
-            into, weight = self.unit_to_token.clamp(min=0), (self.unit_to_token >= 0).float()
+            into = self.unit_to_token.clamp(min=0)
+            weight = (self.unit_to_token >= 0).float()
             weight = weight if self.weight is None else weight * self.weight
         return mean_rows(rows, into, row, weight, len(self.kept))
 

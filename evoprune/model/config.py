@@ -24,8 +24,12 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 from evoprune.errors import LFS, LFS_HINT, ModelError
 
-QWEN2_5, QWEN2, QWEN3, QWEN3_MOE = "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"
-QWEN3_5, QWEN3_5_MOE = "qwen3_5", "qwen3_5_moe"
+QWEN2_5 = "qwen2_5_vl"
+QWEN2 = "qwen2_vl"
+QWEN3 = "qwen3_vl"
+QWEN3_MOE = "qwen3_vl_moe"
+QWEN3_5 = "qwen3_5"
+QWEN3_5_MOE = "qwen3_5_moe"
 PATCHES = 4  # of a unit: 2x2
 ANSWER_COLUMNS = 256  # that a prompt's KV cache has to spare: an answer of the usual length needs no second cache
 MAX_LEVELS = 100  # of lists and objects inside one another; Python itself fails at about a thousand
@@ -42,24 +46,24 @@ class Rule:
     holds: Callable[[Any], bool]
 
     def check(self, value: Any, name: str) -> Any:
-        """The value, lists as tuples. Raises ValueError, with `name`, if the rule does not hold."""
+        """Return the value, lists as tuples. Raises ValueError, with `name`, if the rule does not hold."""
         if not self.holds(value):
             raise ValueError(f"{name} is {reprlib.repr(value)}, not {self.what}")
         return tuple(value) if isinstance(value, list) else value
 
 
 def whole(low: int, high: int) -> Rule:
-    """A whole number from `low` to `high`."""
+    """Return a whole number from `low` to `high`."""
     return Rule(f"a whole number from {low:,} to {high:,}", lambda v: type(v) is int and low <= v <= high)
 
 
 def number(low: float, high: float) -> Rule:
-    """A number from `low` to `high`, whole or not."""
+    """Return a number from `low` to `high`, whole or not."""
     return Rule(f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high)
 
 
 def list_of(rule: Rule, length: int | None = None) -> Rule:
-    """A list of values under another rule."""
+    """Return a list of values under another rule."""
     return Rule(
         f"a list{f' of {length}' if length else ''}, each {rule.what}",
         lambda v: isinstance(v, list | tuple) and len(v) == (length or len(v)) and all(map(rule.holds, v)),
@@ -67,7 +71,7 @@ def list_of(rule: Rule, length: int | None = None) -> Rule:
 
 
 def either(one: Rule, other: Rule) -> Rule:
-    """A value under one of two rules."""
+    """Return a value under one of two rules."""
     return Rule(f"{one.what}, or {other.what}", lambda v: one.holds(v) or other.holds(v))
 
 
@@ -77,13 +81,13 @@ OBJECT = Rule("an object", lambda v: isinstance(v, dict))
 
 
 def section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An object inside another one; an empty one where it is missing or null. Raises ValueError: it is no object."""
+    """Return an object inside another one; an empty one where it is missing or null. Raises ValueError: it is no object."""
     value = content.get(name)
     return {} if value is None else OBJECT.check(value, name)
 
 
 def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The entries of `content` that are fields of a dataclass with rules. Null counts as missing. Errors name `where`.NAME.
+    """Return the entries of `content` that are fields of a dataclass with rules. Null counts as missing. Errors name `where`.NAME.
 
     Raises ValueError: a value is not what its rule says.
     """
@@ -95,7 +99,7 @@ def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]
 
 
 def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
-    """A dataclass of the entries of `content` with the names of its fields.
+    """Return a dataclass of the entries of `content` with the names of its fields.
 
     Raises ValueError: an entry is missing that has no default, or is not what its rule says.
     """
@@ -108,14 +112,14 @@ def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
 
 @cache
 def _rules(cls: type) -> dict[str, Rule]:
-    """The rules of a dataclass, by the names of its fields."""
+    """Return the rules of a dataclass, by the names of its fields."""
     hints = get_type_hints(cls, include_extras=True)
     annotated = {name: getattr(hint, "__metadata__", (None,))[0] for name, hint in hints.items()}
     return {name: rule for name, rule in annotated.items() if isinstance(rule, Rule)}
 
 
 def loads(text: str, once: bool = False) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Raises ValueError: no JSON; NaN, an infinite number or one that is too large; or more than `MAX_LEVELS` levels. With `once` also
     an object that has a name twice, of which Python takes the last.
@@ -160,7 +164,7 @@ def check_fetched(path: Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a settings file.
+    """Return the JSON object in a settings file.
 
     Raises ValueError: what `loads` raises; or no object, no regular file, or more than `MAX_BYTES`. OSError: it cannot be read.
     """
@@ -178,7 +182,9 @@ Layers = Annotated[int, whole(1, 1000)]  # far more than any model has, and stil
 SIZE = whole(1, 2**22)
 Size = Annotated[int, SIZE]
 LayerNumbers = Annotated[tuple[int, ...], list_of(whole(0, 1000))]
-FULL, LINEAR = "full_attention", "linear_attention"  # kinds of layers
+# kinds of layers
+FULL = "full_attention"
+LINEAR = "linear_attention"
 EndIds = Annotated[  # of the tokens that end an answer
     int | tuple[int, ...] | None, either(whole(0, 2**31), list_of(whole(0, 2**31)))
 ]
@@ -396,7 +402,7 @@ class TextConfig:
         return self.delta_net is not None
 
     def is_linear(self, layer: int) -> bool:
-        """Whether a layer is a Gated DeltaNet."""
+        """Return whether a layer is a Gated DeltaNet."""
         return self.delta_net is not None and self.delta_net.layer_types[layer] == LINEAR
 
     def has_experts(self, layer: int) -> bool:
@@ -439,7 +445,8 @@ def parse_config(content: dict) -> Config:
     Raises ValueError: a number is missing or out of range. Unsupported: this program cannot run the model.
     """
     family = content.get("model_type") or QWEN2_5
-    text, vision = section(content, "text_config") or content, section(content, "vision_config")
+    text = section(content, "text_config") or content
+    vision = section(content, "vision_config")
     _check_places(content, family)
     if content.get("eos_token_id") is not None:  # which counts more beside `text_config`, as in transformers
         text = text | {"eos_token_id": content["eos_token_id"]}
@@ -474,7 +481,8 @@ def _check_places(content: dict, family: str) -> None:
 
 def _parse_text(content: dict, family: str) -> TextConfig:
     """Reads the settings of the language model, wherever they stand. Raises as `parse_config`."""
-    traits, given = FAMILIES[family], {name: value for name, value in content.items() if value is not None}
+    traits = FAMILIES[family]
+    given = {name: value for name, value in content.items() if value is not None}
     if "num_local_experts" in given:  # as transformers writes it
         given = {"num_experts": given["num_local_experts"]} | given
     given = traits.text | given
@@ -519,7 +527,7 @@ def _parse_text(content: dict, family: str) -> TextConfig:
 
 
 def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
-    """The layers of a language model of `depth` layers that are Gated DeltaNets. Raises as `parse_config`."""
+    """Return the layers of a language model of `depth` layers that are Gated DeltaNets. Raises as `parse_config`."""
     interval = whole(1, 1000).check(given["full_attention_interval"], "text_config.full_attention_interval")
     kinds = [FULL if (layer + 1) % interval == 0 else LINEAR for layer in range(depth)]
     net = pick(DeltaNet, {"layer_types": kinds} | given, "text_config")
@@ -540,7 +548,8 @@ def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
 def _parse_experts(given: dict, known: Collection[str], family: str) -> Experts:
     """`known`: names of settings that this family has. Raises as `parse_config`."""
     experts = pick(Experts, given, "text_config")
-    active, count = experts.num_experts_per_tok, experts.num_experts
+    active = experts.num_experts_per_tok
+    count = experts.num_experts
     _check(active <= count, f"a token goes through {active} experts (num_experts_per_tok) of {count}")
     _check(given.get("norm_topk_prob", True) is True, "norm_topk_prob false is not supported", Unsupported)
     # Of layers without experts, and of an expert that all tokens share, transformers knows one in a family.
@@ -587,7 +596,7 @@ def parse_vision(content: dict, family: str) -> VisionConfig:
 
 
 def vision_sizes(config) -> VisionConfig:
-    """The config of a tower, from ours or that of transformers. Raises ValueError as `parse_vision`."""
+    """Return the config of a tower, from ours or that of transformers. Raises ValueError as `parse_vision`."""
     if isinstance(config, VisionConfig):
         return config
     return parse_vision(vars(config), config.model_type.removesuffix("_vision"))
@@ -618,7 +627,7 @@ def _check(holds: bool, problem: str, error: type[ValueError] = ValueError) -> N
 
 
 def as_written(config: Config) -> dict[str, Any]:
-    """The content of a `config.json` that `parse_config` reads as this config; it has no ids of special tokens."""
+    """Return the content of a `config.json` that `parse_config` reads as this config; it has no ids of special tokens."""
 
     def as_json(entries: list[tuple[str, Any]]) -> dict[str, Any]:
         return {
@@ -626,7 +635,8 @@ def as_written(config: Config) -> dict[str, Any]:
         }
 
     content = asdict(config, dict_factory=as_json)
-    vision, text = content["vision_config"], content["text_config"]
+    vision = content["vision_config"]
+    text = content["text_config"]
     family = vision.pop("family")
     del text["head_norms"]
     text |= text.pop("delta_net", {}) | text.pop("experts", {})

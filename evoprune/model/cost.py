@@ -56,7 +56,7 @@ class Clock:
 
 
 def shortage(needed: int, device: str) -> str | None:
-    """How much is missing, in words, where `needed` bytes cannot be had; else None."""
+    """Return how much is missing, in words, where `needed` bytes cannot be had; else None."""
     available = available_memory(device)
     if available is None or needed <= available:
         return None
@@ -112,7 +112,8 @@ def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -
 
     A Gated DeltaNet has a state in their place, in float32, whatever the length of the prompt.
     """
-    text, depth = config.text_config, config.text_config.num_hidden_layers
+    text = config.text_config
+    depth = config.text_config.num_hidden_layers
     lengths = [tokens] * depth if isinstance(tokens, int) else tokens
     net = getattr(text, "delta_net", None)  # none in the config of a transformers model in hand
     linear = [net is not None and text.is_linear(layer) for layer in range(depth)]
@@ -127,12 +128,15 @@ def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -
 
 def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int) -> int:
     """Bytes of reading a prompt of `prompt` tokens, in each layer or in all, keys and values included."""
-    text, longest = config.text_config, prompt if isinstance(prompt, int) else max(prompt)
+    text = config.text_config
+    longest = prompt if isinstance(prompt, int) else max(prompt)
     added = config.vision_config.layers_read - 1  # by DeepStack, to as many layers
     inner = max(mlp_size(text, layer) for layer in range(text.num_hidden_layers))
     wide = 8 * 4 * text.hidden_size
     if net := text.delta_net:  # its chunks are computed in float32, with a copy of its keys for each head of values
-        heads, key, value = net.linear_num_value_heads, net.linear_key_head_dim, net.linear_value_head_dim
+        heads = net.linear_num_value_heads
+        key = net.linear_key_head_dim
+        value = net.linear_value_head_dim
         wide = max(wide, heads * (6 * key + 6 * value + 3 * DELTA_CHUNK) * 4)
     widest = longest * (wide + added * bytes_each * text.hidden_size + 3 * inner * bytes_each)
     held = longest + ANSWER_COLUMNS if isinstance(prompt, int) else [tokens + ANSWER_COLUMNS for tokens in prompt]
@@ -146,7 +150,8 @@ def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
 
     `rows`: that each layer computes, over the whole video, and as a last entry the rows that reach the merger.
     """
-    h, mlp = config.hidden_size, len(config.traits.mlp) * config.intermediate_size
+    h = config.hidden_size
+    mlp = len(config.traits.mlp) * config.intermediate_size
     pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
     total = 2.0 * rows[0] * PATCHES * pixels * h
     for layer, units in enumerate(rows[:-1]):
@@ -174,8 +179,11 @@ def mlp_size(config: TextConfig, layer: int) -> int:
 
 def parameter_count(config: Config) -> int:
     """Numbers in the weights of a model of any family, of all experts; shared ones count once."""
-    text, net, experts = config.text_config, config.text_config.delta_net, config.text_config.experts
-    h, head = text.hidden_size, head_size(text)
+    text = config.text_config
+    net = config.text_config.delta_net
+    experts = config.text_config.experts
+    h = text.hidden_size
+    head = head_size(text)
     wide, keys = (head * heads for heads in (text.num_attention_heads, text.num_key_value_heads))
     attention = h * (wide * (3 if text.output_gate else 2) + 2 * keys)
     attention += 2 * head if text.head_norms else wide + 2 * keys  # biases
@@ -185,7 +193,8 @@ def parameter_count(config: Config) -> int:
     for layer in range(text.num_hidden_layers):
         total += 2 * h
         if text.is_linear(layer):
-            mixed, heads = 2 * net.key_size + net.value_size, net.linear_num_value_heads
+            mixed = 2 * net.key_size + net.value_size
+            heads = net.linear_num_value_heads
             total += h * (mixed + 2 * net.value_size + 2 * heads) + mixed * net.linear_conv_kernel_dim
             total += 2 * heads + net.linear_value_head_dim
         else:
@@ -205,7 +214,8 @@ def prefill_flop(config: TextConfig, length: int | Sequence[int | Sequence[int]]
     `length`: tokens of the prompt after pruning, in each layer or in all. Of a layer also three numbers: the tokens of which it
     computes keys and values, queries and output, and the MLP.
     """
-    h, lengths = config.hidden_size, [length] * config.num_hidden_layers if isinstance(length, int) else length
+    h = config.hidden_size
+    lengths = [length] * config.num_hidden_layers if isinstance(length, int) else length
     key_value, wide = (head_size(config) * heads for heads in (config.num_key_value_heads, config.num_attention_heads))
     total = 2.0 * h * config.vocab_size
     gate = 2 * h * wide if config.output_gate else 0
@@ -224,8 +234,11 @@ def prefill_flop(config: TextConfig, length: int | Sequence[int | Sequence[int]]
 
 def _delta_flop(config: TextConfig) -> float:
     """Operations of a Gated DeltaNet for a token of a prompt: projections, convolution, delta rule by chunks."""
-    net, key, value = config.delta_net, config.delta_net.linear_key_head_dim, config.delta_net.linear_value_head_dim
-    heads, mixed = net.linear_num_value_heads, 2 * net.key_size + net.value_size
+    net = config.delta_net
+    key = config.delta_net.linear_key_head_dim
+    value = config.delta_net.linear_value_head_dim
+    heads = net.linear_num_value_heads
+    mixed = 2 * net.key_size + net.value_size
     projections = 2 * config.hidden_size * (mixed + 2 * net.value_size + 2 * heads)
     # Inside a chunk keys meet keys and queries, a triangular system is solved for keys and values, and queries read the values;
     # the state is read by keys and by queries, and written.
@@ -241,7 +254,8 @@ def matmul_rate(
     shapes: Sequence[tuple[int, int, int]] = ((1024, 1024, 1024),),
 ) -> float:
     """Operations per second of a plain matrix product here, the best of `shapes` (rows, inner size, columns), `seconds` each."""
-    best, place = 0.0, torch.device(device)
+    best = 0.0
+    place = torch.device(device)
     for rows, inner, columns in shapes:
         a, b = (torch.randn(x, dtype=dtype, device=device) for x in ((rows, inner), (inner, columns)))
         a @ b

@@ -23,7 +23,7 @@ def all_numbers(x: torch.Tensor) -> torch.Tensor:
 
 
 def not_a_number_error(stage: str) -> ModelError:
-    """The error to raise where the output of `stage` holds NaN or infinity."""
+    """Return the error to raise where the output of `stage` holds NaN or infinity."""
     return ModelError(
         f"NaN or infinity among the numbers of {stage}",
         "fp16 can overflow: take dtype bf16 or fp32; if it stays, the weights are damaged: get them again",
@@ -33,7 +33,7 @@ def not_a_number_error(stage: str) -> ModelError:
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """A context, and a decorator, in which products are computed in the dtype of their factors."""
+    """Provide a context, and a decorator, in which products are computed in the dtype of their factors."""
     with ExitStack() as stack:
         for kind in {"cpu", accelerator() or "cpu"}:
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):

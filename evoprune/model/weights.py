@@ -30,7 +30,7 @@ class Tree(nn.Module):
 
 
 def _mlp(names: Sequence[str], wide: int, inner: int, bias: bool) -> Tree:
-    """The MLP of a layer: matrices into its inner size, and the last one back."""
+    """Return the MLP of a layer: matrices into its inner size, and the last one back."""
     *into, back = names
     return Tree(**{name: nn.Linear(wide, inner, bias) for name in into}, **{back: nn.Linear(inner, wide, bias)})
 
@@ -39,9 +39,12 @@ class Tower(Tree):
     """The vision tower's weights."""
 
     def __init__(self, config: VisionConfig):
-        wide, patch = config.hidden_size, (config.temporal_patch_size, config.patch_size, config.patch_size)
-        norm, table = nn.LayerNorm if config.traits.layer_norms else nn.RMSNorm, config.num_position_embeddings
-        joined, inner = wide * config.spatial_merge_size**2, config.deepstack_visual_indexes
+        wide = config.hidden_size
+        patch = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        norm = nn.LayerNorm if config.traits.layer_norms else nn.RMSNorm
+        table = config.num_position_embeddings
+        joined = wide * config.spatial_merge_size**2
+        inner = config.deepstack_visual_indexes
         super().__init__(
             patch_embed=Tree(proj=nn.Conv3d(config.in_channels, wide, patch, patch, bias=table is not None)),
             blocks=nn.ModuleList(
@@ -79,8 +82,11 @@ class LanguageModel(Tree):
     """The language model's weights, without its output layer."""
 
     def __init__(self, config: TextConfig):
-        wide, head, biased = config.hidden_size, head_size(config), not config.head_norms
-        queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+        wide = config.hidden_size
+        head = head_size(config)
+        biased = not config.head_norms
+        queries = config.num_attention_heads * head
+        keys = config.num_key_value_heads * head
         super().__init__(
             embed_tokens=_embedding(config.vocab_size, wide),
             layers=nn.ModuleList(
@@ -148,7 +154,7 @@ class HostedVL(Model):
 
 
 def empty(config: Config) -> QwenVL:
-    """A model on the meta device: names and shapes without memory."""
+    """Return a model on the meta device: names and shapes without memory."""
     with torch.device("meta"):
         return QwenVL(config).eval().requires_grad_(False)
 
@@ -181,7 +187,10 @@ def shared(model: Model) -> Model:
 
 
 def name_in_memory(name: str) -> str:
-    """The name in the tree of a tensor in a checkpoint. Published checkpoints use older names for tower and language model."""
+    """Return the name in the tree of a tensor in a checkpoint.
+
+    Published checkpoints use older names for tower and language model.
+    """
     if name.startswith("visual."):
         return "model." + name
     if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):

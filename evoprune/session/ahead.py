@@ -26,7 +26,7 @@ from evoprune.bundled import demo_in
 from evoprune.errors import ModelError, UsageError, VideoError
 from evoprune.session.loading.files import BUNDLED_CONFIGS, cached_folder, input_limits, is_bundled, is_id, read_config
 from evoprune.session.options import ModelOptions, SamplingOptions
-from evoprune.signatures import takes
+from evoprune.session.signatures import takes
 from evoprune.util import brief, from_keywords
 from evoprune.video.frames import FrameChunk, choose_decoder, frames_at_once, probe, read_frames
 from evoprune.video.info import IMAGES, Video
@@ -34,7 +34,7 @@ from evoprune.video.plan import InputLimits, Plan, default_max_visual_tokens, ma
 from evoprune.video.sandbox.isolation import LOOK_S, Scope, check_wanted, wait_for
 
 if TYPE_CHECKING:
-    from evoprune.keywords import ReadAheadKeywords
+    from evoprune.session.keywords import ReadAheadKeywords
 
 Path = str | os.PathLike[str]
 Asked = tuple[Sequence[Path], SamplingOptions]  # inputs that are opened together, and what is looked at of them
@@ -54,7 +54,7 @@ class Expected:
     max_visual_tokens: int  # where options do not say it
 
     def plan(self, info: Video, sampling: SamplingOptions) -> Plan:
-        """The plan of an input with nothing pruned. Errors: as of `make_plan` and `choose_decoder`."""
+        """Return the plan of an input with nothing pruned. Errors: as of `make_plan` and `choose_decoder`."""
         numbers = sampling.numbers
         if numbers["max_visual_tokens"] is None:
             numbers["max_visual_tokens"] = self.max_visual_tokens
@@ -63,8 +63,9 @@ class Expected:
 
 
 def expected(options: ModelOptions) -> Expected | None:
-    """What a model is going to look at; None where its config is not on this machine. Raises ModelError: it is damaged."""
-    name, folder = options.model, options.folder
+    """Return what a model is going to look at; None where its config is not on this machine. Raises ModelError: it is damaged."""
+    name = options.model
+    folder = options.folder
     random = options.load_format == "dummy"
     if random and is_bundled(name):
         folder = None
@@ -100,11 +101,11 @@ class _Reading:
         return self.taken and not (self.ended or self.dropped)
 
     def is_known(self) -> bool:
-        """Whether it is known which frames it gives, if any."""
+        """Return whether it is known which frames it gives, if any."""
         return self.request is not None or self.ended or self.dropped
 
     def has(self, request: tuple[Any, ...], state: tuple | None) -> bool:
-        """Whether it gives these frames of files in that state, or the error of the video that comes with them."""
+        """Return whether it gives these frames of files in that state, or the error of the video that comes with them."""
         failed = self.problem is not None and not isinstance(self.problem, VideoError)
         return self.request == request and self.state == state is not None and not failed and not self.dropped
 
@@ -119,12 +120,15 @@ class Ahead:
     """
 
     def __init__(self, model: ModelOptions, *, reads: bool = True, held_bytes: int | None = None):
-        self._model, self._reads = model, reads
+        self._model = model
+        self._reads = reads
         available = available_memory()
         usual = HELD_BYTES if available is None else min(HELD_BYTES, available // SHARE)
-        self._limit, self._held = usual if held_bytes is None else held_bytes, 0
+        self._limit = usual if held_bytes is None else held_bytes
+        self._held = 0
         self._known: dict[tuple[str, float], tuple[tuple, Video]] = {}  # the state of the files, and what is in them
-        self._probing, self._changed = threading.Lock(), threading.Condition()
+        self._probing = threading.Lock()
+        self._changed = threading.Condition()
         self._readings: list[_Reading] = []
         self._expected: Expected | None = None
         self._thread: threading.Thread | None = None
@@ -178,7 +182,8 @@ class Ahead:
         while not self._probing.acquire(timeout=LOOK_S):  # whoever comes while an input is probed waits for the result
             check_wanted()
         try:
-            info, state = self._recalled(key), _state(key[0])
+            info = self._recalled(key)
+            state = _state(key[0])
             if info is None:
                 info = probe(path, folder_fps=folder_fps)
                 self._known[key] = state, info
@@ -187,7 +192,7 @@ class Ahead:
             self._probing.release()
 
     def _recalled(self, key: tuple[str, float]) -> Video | None:
-        """What was probed, if the files are as they were then."""
+        """Return what was probed, if the files are as they were then."""
         before, info = self._known.get(key, (None, None))
         return info if before is not None and before == _state(key[0]) else None
 
@@ -233,9 +238,12 @@ class Ahead:
         infos = [self.probe(path, folder_fps=sampling.frame_rate) for path in names]
         if self._expected is None:
             return
-        info, wanted = infos[reading.place], sampling.of_each(infos)[reading.place]
+        info = infos[reading.place]
+        wanted = sampling.of_each(infos)[reading.place]
         plan = self._expected.plan(info, wanted)
-        source, times, how = plan.source, plan.sampling.times_s, plan.reading
+        source = plan.source
+        times = plan.sampling.times_s
+        how = plan.reading
         with self._changed:
             reading.state, _ = self._known[reading.path, sampling.frame_rate]
             reading.request = source, times, how
@@ -283,7 +291,7 @@ class Ahead:
     # The session that asks.
 
     def _take(self, request: tuple[Any, ...]) -> _Reading | None:
-        """The reading of just these frames, which nobody else gets; None if there is none, or others would wait for it."""
+        """Return the reading of just these frames, which nobody else gets; None if there is none, or others would wait for it."""
         if os.getpid() != self._pid:
             return None
         path = request[0].path
@@ -385,7 +393,7 @@ def _joined(pieces: Sequence[FrameChunk]) -> FrameChunk:
 
 
 def _state(path: str) -> tuple | None:
-    """What changes when a file, or an image in a folder, is replaced or written to; None where it cannot be found."""
+    """Return what changes when a file, or an image in a folder, is replaced or written to; None where it cannot be found."""
     try:
         if not os.path.isdir(path):
             return _facts("", os.stat(path))

@@ -23,14 +23,14 @@ from evoprune.session.options import GenerationOptions
 from evoprune.session.prompting import PromptReader, check_not_empty
 from evoprune.session.report import Encoding, fill_dropped, fill_pruning, fill_times, inputs_report
 from evoprune.session.session import Session
-from evoprune.signatures import takes
+from evoprune.session.signatures import takes
 from evoprune.util import check_type, counted, from_keywords
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
 from evoprune.vision.encoder import Encoded
 
 if TYPE_CHECKING:
-    from evoprune.keywords import GenerationKeywords
+    from evoprune.session.keywords import GenerationKeywords
 
 
 class Uncopied:
@@ -71,8 +71,10 @@ class Answer(Uncopied, Iterator[str]):
         lock: AbstractContextManager | None = None,
         ids: list[int] | None = None,
     ):
-        self.report, self.ids = report, [] if ids is None else ids
-        self._pieces, self._lock = pieces, lock or nullcontext()
+        self.report = report
+        self.ids = [] if ids is None else ids
+        self._pieces = pieces
+        self._lock = lock or nullcontext()
         self._problem: Exception | None = None
         self._made: list[str] = []
         self._complete = False
@@ -92,7 +94,8 @@ class Answer(Uncopied, Iterator[str]):
                 raise
             except Exception as problem:
                 self._problem = _once_more(problem)
-                self.report.finish_reason, self.report.error = "error", error_record(problem)
+                self.report.finish_reason = "error"
+                self.report.error = error_record(problem)
                 raise
             except BaseException:
                 self.report.finish_reason = self.report.finish_reason or "interrupt"
@@ -133,7 +136,7 @@ class Answer(Uncopied, Iterator[str]):
 
 
 def _once_more(problem: Exception) -> Exception:
-    """The same exception without its traceback, whose frames hold the memory of what failed."""
+    """Return the same exception without its traceback, whose frames hold the memory of what failed."""
     again = type(problem).__new__(type(problem), *problem.args)
     vars(again).update(vars(problem))
     return again
@@ -146,16 +149,19 @@ class Askable(ABC, Uncopied):
     OVERTAKEN = "another question was asked meanwhile"  # why an answer ends that is not the latest one any more
 
     def __init__(self, session: Session):
-        self._engine, self._lock = session, threading.RLock()
-        self._turn, self._paid = 0, False  # how often it was asked; whether a report has had the times of the inputs
+        self._engine = session
+        self._lock = threading.RLock()
+        # how often it was asked; whether a report has had the times of the inputs
+        self._turn = 0
+        self._paid = False
 
     @abstractmethod
     def _blank_report(self) -> Report:
-        """The report of an answer before its question is read, of its own."""
+        """Return the report of an answer before its question is read, of its own."""
 
     @abstractmethod
     def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
-        """The state from which the answer is decoded."""
+        """Return the state from which the answer is decoded."""
 
     def _ended(self, turn: int) -> None:
         """Called once the answer of that number is complete, was closed or failed."""
@@ -194,8 +200,11 @@ class Askable(ABC, Uncopied):
         return Answer(report, pieces, self._lock, ids)
 
     def _report_of(self, question: str, options: GenerationOptions, seed: int = 0) -> Report:
-        report, fresh = self._blank_report(), Report()
-        report.id, report.created_utc, report.question = fresh.id, fresh.created_utc, question
+        report = self._blank_report()
+        fresh = Report()
+        report.id = fresh.id
+        report.created_utc = fresh.created_utc
+        report.question = question
         report.generation = options.record(seed)
         demo = self._engine.loaded.demo  # which answers whatever it is asked
         if demo and "demo_model" not in report.warnings and unknown_words(question, demo.world):
@@ -216,9 +225,11 @@ class Askable(ABC, Uncopied):
         """Generates an answer and keeps its report and its `ids` up to date."""
         self._turn += 1
         turn = self._turn
-        loaded, clock = self._engine.loaded, Clock(self._engine.device)
+        loaded = self._engine.loaded
+        clock = Clock(self._engine.device)
         if self._paid:
-            clock.seconds, earlier = dict.fromkeys(OF_INPUTS, 0.0), 0.0
+            clock.seconds = dict.fromkeys(OF_INPUTS, 0.0)
+            earlier = 0.0
             report.time_ms.encode_prune = 0.0
         else:  # the inputs' time, until a question has paid for it
             clock.seconds, earlier = self._spent
@@ -229,11 +240,13 @@ class Askable(ABC, Uncopied):
         tokens = TokenStream(state, options, loaded.eos_ids, seed)
         self._paid = True
         report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
-        report.answer, before = "", packing.seconds
+        report.answer = ""
+        before = packing.seconds
 
         def update() -> None:
             ids[:] = tokens.ids
-            report.tokens.new, report.finish_reason = len(ids), tokens.finish_reason
+            report.tokens.new = len(ids)
+            report.finish_reason = tokens.finish_reason
             clock.seconds["pack"] = packing.seconds - packed
             total = earlier + clock.now() - start
             fill_times(report, clock.seconds, total, loaded.device, packing.seconds - before)
@@ -294,7 +307,7 @@ class EncodedInputs(Askable):
         return f"<EncodedInputs {', '.join(said)}>"
 
     def with_session(self, session: Session) -> "EncodedInputs":
-        """The same tokens, read by a session that differs in what happens inside the language model alone."""
+        """Return the same tokens, read by a session that differs in what happens inside the language model alone."""
         return EncodedInputs(session, self._encodings)
 
     @property
@@ -319,7 +332,8 @@ class EncodedInputs(Askable):
             self._turn += 1
             clock = Clock(self._engine.device)
             state = self._read(question, options, self._report_of(question, options), clock)
-            seconds, given = sum(clock.seconds.values()), torch.tensor(ids, dtype=torch.int64, device="cpu")
+            seconds = sum(clock.seconds.values())
+            given = torch.tensor(ids, dtype=torch.int64, device="cpu")
             loaded = self._engine.loaded
             with clock.stage("generate"):  # 4 bits are read where there is one row: several are computed in 8
                 logits = teacher_forced_logits(state, given, one_by_one=loaded.quantize == "int4")
@@ -339,7 +353,8 @@ class EncodedInputs(Askable):
     @torch.inference_mode()
     def _select_for(self, question: str, report: Report) -> None:
         """Has the method select tokens for this question; keys and values of earlier ones are of no use then."""
-        loaded, before = self._engine.loaded, self._prune_seconds if self._paid else 0.0
+        loaded = self._engine.loaded
+        before = self._prune_seconds if self._paid else 0.0
         self._prompts = PromptReader(self._engine, self.plans)
         ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")
         words = embed_ids(loaded.model, ids)  # without the prompt around them
@@ -352,7 +367,7 @@ class EncodedInputs(Askable):
         return sum(encoding.tokens.prune_seconds for encoding in self._encodings)
 
     def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
-        """The state from which the answer is decoded; the tokens are selected first, if the method reads the question."""
+        """Return the state from which the answer is decoded; the tokens are selected first, if the method reads the question."""
         with clock.stage("prefill"):
             prompt = self._prompts.build(question, options, sum(encoding.kept for encoding in self._encodings))
         if selects := any(encoding.rows for encoding in self._encodings):
@@ -363,7 +378,8 @@ class EncodedInputs(Askable):
             last = self.last_question or selects  # what is selected anew has a prompt of its own
             state = self._prompts.read(read, prompt, (options.system, options.thinking), last)
             state.prompt_ids = prompt.input_ids
-            visual, columns = sum(len(tokens.kept) for tokens in read), state.cache.length
+            visual = sum(len(tokens.kept) for tokens in read)
+            columns = state.cache.length
             report.tokens = TokenCounts(columns - visual, visual, columns, 0)
         fill_dropped(report, state.dropping)
         return state

@@ -25,10 +25,9 @@ from evoprune.model.config import loads
 from evoprune.util import brief, check_type, file_stats
 from evoprune.vision.encoder import Encoded
 
-SUFFIX, UNFINISHED = (
-    ".safetensors",
-    ".tmp",
-)  # what the names of entries end with, and those of files while they are written
+# what the names of entries end with, and those of files while they are written
+SUFFIX = ".safetensors"
+UNFINISHED = ".tmp"
 OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that an entry need not have
 
 
@@ -40,7 +39,7 @@ def cache_folder() -> Path:
 
 @cache
 def own_code() -> str:
-    """A hash of this package's files, which change during development while the version does not."""
+    """Return a hash of this package's files, which change during development while the version does not."""
     files = sorted(Path(evoprune.__file__).parent.rglob("*.py"))
     return hashlib.sha256(repr(file_stats(files)).encode()).hexdigest()
 
@@ -85,7 +84,7 @@ class Entries:
         return True
 
     def size(self) -> tuple[int, int]:
-        """How many entries, and their bytes."""
+        """Return how many entries, and their bytes."""
         sizes = [stat.st_size for path, stat in self._files() if path.suffix == SUFFIX]
         return len(sizes), sum(sizes)
 
@@ -97,7 +96,7 @@ class Entries:
         return entries
 
     def path(self, key: str) -> Path:
-        """The file of an entry, which may not be there."""
+        """Return the file of an entry, which may not be there."""
         return self.folder / f"{key}{SUFFIX}"
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
@@ -140,7 +139,7 @@ class Cache(Entries):
         def __init__(self, folder: str | os.PathLike[str] = ..., limit_bytes: int = ...) -> None: ...
 
     def load(self, key: str, device: torch.device) -> Entry | None:
-        """An entry, or None if there is none or it is damaged. Its rows are on the device `meta`: no answer needs them."""
+        """Return an entry, or None if there is none or it is damaged. Its rows are on the device `meta`: no answer needs them."""
         from safetensors import SafetensorError, safe_open
 
         path = self.path(key)
@@ -198,7 +197,7 @@ class Cache(Entries):
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:
-    """A hash of a file's bytes; of a folder, of its files and their names. Raises OSError if it cannot be read."""
+    """Return a hash of a file's bytes; of a folder, of its files and their names. Raises OSError if it cannot be read."""
     path = Path(path)
     if not path.is_dir():
         with open(path, "rb") as file:
@@ -208,7 +207,7 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 
 
 def _digest(about: str, tensors: dict[str, torch.Tensor]) -> str:
-    """A hash of everything in an entry: safetensors notices a file that is too short, but not a flipped bit."""
+    """Return a hash of everything in an entry: safetensors notices a file that is too short, but not a flipped bit."""
     digest = hashlib.blake2b(about.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

@@ -60,7 +60,9 @@ def prefetched(
     items before it.
     """
     queue: SimpleQueue[tuple[list[T], BaseException | None]] = SimpleQueue()
-    room, stopped, scope = threading.Semaphore(depth), threading.Event(), Scope()
+    room = threading.Semaphore(depth)
+    stopped = threading.Event()
+    scope = Scope()
 
     def work() -> None:
         problem = None
@@ -118,7 +120,8 @@ class OpenInput:
     clock: Clock  # adds up the seconds of "plan", "read" and "preprocess"
 
     def __post_init__(self):
-        self.damaged, self._open = 0, ExitStack()
+        self.damaged = 0
+        self._open = ExitStack()
         self.early = False  # whether nobody waits for what is read before it is encoded
         self.waited_s = 0.0  # for patches, while they were encoded
         self.ahead: Ahead | None = None  # what may have read the frames already
@@ -132,16 +135,18 @@ class OpenInput:
         self._begun: Iterator[Piece] | None = None
         self._key: Hashable | None = None
         self._held: KeptPatches | None = None  # the patches, where they are kept
-        self._closed, self._lock = False, threading.Lock()
+        self._closed = False
+        self._lock = threading.Lock()
 
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
-        """What is looked at, as `video.frames.read_frames` yields it."""
-        plan, read = self.plan, self.ahead.read_frames if self.ahead else read_frames
+        """Return what is looked at, as `video.frames.read_frames` yields it."""
+        plan = self.plan
+        read = self.ahead.read_frames if self.ahead else read_frames
         given = {"chunk_bytes": chunk_bytes, "cores": self.cores, "on_frames": self.count.at_least}
         return read(plan.source, plan.sampling.times_s, **given, **plan.reading)
 
     def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
-        """What the tower makes of it. `options`: of `vision.encoder.encode_rows`."""
+        """Return what the tower makes of it. `options`: of `vision.encoder.encode_rows`."""
         return encode_rows(self.session.loaded.model.model.visual, patches, self.plan.encoder, **options)
 
     def begin(self) -> None:
@@ -163,7 +168,8 @@ class OpenInput:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            held, self._held = self._held, None
+            held = self._held
+            self._held = None
         self._begun = None
         self._open.close()
         if held:
@@ -180,9 +186,12 @@ class OpenInput:
 
         Raises VideoError: unreadable. OutOfMemory. ModelError: numbers that are NaN or infinite.
         """
-        plan, clock, pruning = self.plan, Clock(self.session.device), self.session.pruning
+        plan = self.plan
+        clock = Clock(self.session.device)
+        pruning = self.session.pruning
         self._progress = progress
-        start, before = clock.now(), dict.fromkeys(OF_INPUTS, 0.0) | self.clock.seconds
+        start = clock.now()
+        before = dict.fromkeys(OF_INPUTS, 0.0) | self.clock.seconds
         read_before = 0.0 if self.early else before["read"]  # that somebody waited for
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
@@ -205,11 +214,14 @@ class OpenInput:
     def _result(
         self, clock: Clock, progress: Progress | None, chunks: Sequence[int] | None, warnings: list[str]
     ) -> tuple[Encoded | EncodedRows, str]:
-        """The tokens, or the rows where the method reads the question; and whether they were in the cache, as `Encoding.cache`.
+        """Return the tokens, or the rows where the method reads the question; and whether they were in the cache, as
+        `Encoding.cache`.
 
         Writes the seconds of "compile", "encode", "store" and "wait" into `clock`, and adds to the `warnings`.
         """
-        plan, loaded, pruning = self.plan, self.session.loaded, self.session.pruning
+        plan = self.plan
+        loaded = self.session.loaded
+        pruning = self.session.pruning
         if chunks is None:
             with self.clock.stage("plan"):
                 chunks = fitting_chunks(self.session, plan)
@@ -243,9 +255,13 @@ class OpenInput:
         return result, "off"
 
     def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
-        """All patches, once more in each pass."""
-        begun, self._begun = self._begun, None
-        self.damaged, self.other_shape, self.moved, self.read_s = 0, False, False, ()
+        """Yield all patches, once more in each pass."""
+        begun = self._begun
+        self._begun = None
+        self.damaged = 0
+        self.other_shape = False
+        self.moved = False
+        self.read_s = ()
         for piece in clock.each("wait", begun or self._read_now()):
             self._tell()
             self.damaged += piece.damaged
@@ -261,11 +277,13 @@ class OpenInput:
         return self._start() if kept is None else kept.pieces(self._tell)
 
     def _kept(self) -> KeptPatches | None:
-        """The patches where they are kept; they are read from now on, unless they are there."""
+        """Return the patches where they are kept; they are read from now on, unless they are there."""
         with self._lock:
             if self._held is None and self.shares and self.lasting and self.threaded and not self._closed:
-                plan, device = self.plan, self.session.device
-                limits, store = self.session.loaded.limits[plan.kind], self.session.loaded.patches
+                plan = self.plan
+                device = self.session.device
+                limits = self.session.loaded.limits[plan.kind]
+                store = self.session.loaded.patches
                 self._key = content_key(plan, limits, device)
                 if self._key is not None:
                     size = patch_bytes(plan, limits)
@@ -287,7 +305,7 @@ class OpenInput:
         return self._open.enter_context(closing(pieces))
 
     def _prepared(self) -> Generator[Piece, None, None]:
-        """The patches of each chunk of frames."""
+        """Yield the patches of each chunk of frames."""
         plan, limits = self.plan, self.session.loaded.limits[self.plan.kind]
         with closing(self.frames(chunk_bytes(self.session, plan))) as chunks:
             for chunk in self.clock.each("read", chunks):
@@ -323,7 +341,8 @@ class CachedInput(OpenInput):
         self, clock: Clock, progress: Progress | None, chunks: Sequence[int] | None, warnings: list[str]
     ) -> tuple[Encoded | EncodedRows, str]:
         if self.stored:
-            self.read_s, self.moved = self.stored.read_s, self.stored.moved
+            self.read_s = self.stored.read_s
+            self.moved = self.stored.moved
             return self.stored.encoded, "hit"
         result, _ = super()._result(clock, progress, chunks, warnings)
         # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.
@@ -413,9 +432,13 @@ class OpenInputs:
 
         Errors: as of `OpenInput.encode`. OutOfMemory before anything is read, if all inputs together need too much.
         """
-        count, kept, chunks, encodings = len(self.plans), sum(plan.encoder.keep for plan in self.plans), [], []
+        count = len(self.plans)
+        kept = sum(plan.encoder.keep for plan in self.plans)
+        chunks = []
+        encodings = []
         for opened in self.inputs:
-            others, stored = TEXT + kept - opened.plan.encoder.keep, opened.stored
+            others = TEXT + kept - opened.plan.encoder.keep
+            stored = opened.stored
             with opened.clock.stage("plan"):
                 chunks.append([] if stored else fitting_chunks(self.session, opened.plan, others))
         for number, opened in enumerate(self.inputs):
@@ -453,7 +476,10 @@ def open_inputs(
     """
     sampling = sampling or SamplingOptions()
     check_one_file(sampling.subtitles, len(paths))
-    clocks, infos, inputs = [Clock(torch.device("cpu")) for _ in paths], [], []  # clocks that never wait for a GPU
+    # clocks that never wait for a GPU
+    clocks = [Clock(torch.device("cpu")) for _ in paths]
+    infos = []
+    inputs = []
     if cache and not session.pruning.method.reads_question:
         kind = partial(CachedInput, cache=cache)
     names = [name_of(path) for path in paths] if names is None else names
@@ -506,7 +532,10 @@ def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[flo
 
 
 def paths_of(given: Any) -> Sequence[Path]:
-    """The paths of one or of several inputs, as texts. Raises UsageError if there are none, or what was given are no paths."""
+    """Return the paths of one or of several inputs, as texts.
+
+    Raises UsageError if there are none, or what was given are no paths.
+    """
     paths = [given] if isinstance(given, str | os.PathLike) else given
     if not isinstance(paths, list | tuple) or not paths:
         raise UsageError(f"the input is {brief(given)}, not a path", "give the path of a file or a folder of frames")

@@ -41,7 +41,8 @@ def environment_facts(stdout: TextIO) -> dict:
         decoders["decord"] = problem.message
     demos = {}  # `demo_model`, `demo_model_folder` and so on
     for name, demo in DEMOS.items():
-        key, there = f"{name.replace('-', '_')}_model", (demo.folder / "model.safetensors").is_file()
+        key = f"{name.replace('-', '_')}_model"
+        there = (demo.folder / "model.safetensors").is_file()
         demos |= {key: "installed" if there else "missing", f"{key}_folder": str(demo.folder)}
     cache = Cache()
     videos, occupied = cache.size()
@@ -80,8 +81,9 @@ def _version(name: str) -> str | None:
 
 
 def model_facts(model: FoundModel) -> dict:
-    """A model that has not been loaded: whether it is on disk, its layers, and the memory of its weights."""
-    vision, text = model.config.vision_config, model.config.text_config
+    """Return a model that has not been loaded: whether it is on disk, its layers, and the memory of its weights."""
+    vision = model.config.vision_config
+    text = model.config.text_config
     return {
         "id": model.id,
         "on_disk": bool(model.files_here),
@@ -98,7 +100,8 @@ def model_facts(model: FoundModel) -> dict:
 
 
 def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
-    """The memory that one question about a video takes at a budget, as it is checked before a run, and where more of it is free.
+    """Return the memory that one question about a video takes at a budget, as it is checked before a run, and where more of it is
+    free.
 
     `plan`: of the whole video.
 
@@ -106,9 +109,11 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
     """
     config = pruning.config()
     encoder = config.plan(tower_shape(model.tower, model.device), plan.grid)
-    depth, share = model.config.text_config.num_hidden_layers, config.budget.share_of_all([encoder.grid])
+    depth = model.config.text_config.num_hidden_layers
+    share = config.budget.share_of_all([encoder.grid])
     prompt = config.method.prompt_columns(depth, encoder.keep, TEXT, share)
-    pair, available = encoder.grid[1] * encoder.grid[2], available_memory(str(model.device))
+    pair = encoder.grid[1] * encoder.grid[2]
+    available = available_memory(str(model.device))
     for size in chunk_sizes(model.device, encoder):  # as a run does where memory is short
         working = encoding_bytes(model.config, encoder, max(pair, size), DTYPES[model.dtype].itemsize, prompt)
         needed = model.weights_bytes + working
@@ -129,8 +134,9 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
 
 
 def plan_facts(plan: Plan, config) -> dict:
-    """What a model would look at: times, sizes, and at each preset the tokens and the bytes of the KV cache."""
-    n, span = plan.visual_tokens, None if plan.sampling is ONE_FRAME else plan.sampling
+    """Return what a model would look at: times, sizes, and at each preset the tokens and the bytes of the KV cache."""
+    n = plan.visual_tokens
+    span = None if plan.sampling is ONE_FRAME else plan.sampling
     return {
         "start_s": span and span.start_s,
         "end_s": span and span.end_s,

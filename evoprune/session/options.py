@@ -146,7 +146,7 @@ class ModelOptions:
 
 
 def parse_settings(texts: Iterable[str] | None) -> dict[str, str]:
-    """A method's settings, of NAME=VALUE texts. Raises UsageError: a text without an equals sign or a name."""
+    """Return a method's settings, of NAME=VALUE texts. Raises UsageError: a text without an equals sign or a name."""
     settings = {}
     for text in texts or ():
         name, value = methods.parse_setting(text)
@@ -208,7 +208,7 @@ class PruneOptions:
         methods.check(self.method)
 
     def config(self) -> "PruneConfig":
-        """What they stand for, parsed. Raises UsageError: as of `PruneConfig.of`."""
+        """Return what they stand for, parsed. Raises UsageError: as of `PruneConfig.of`."""
         from evoprune.methods.chain import PruneConfig
 
         return PruneConfig.of(self.budget, self.method, self.method_args, self.seed)
@@ -288,7 +288,7 @@ class SamplingOptions:
         return replace(self, start_s=0.0, end_s=None)
 
     def of_each(self, inputs: Sequence[Video]) -> list["SamplingOptions"]:
-        """What they say of each of several inputs: a part of the time is about videos, if there are any."""
+        """Return what they say of each of several inputs: a part of the time is about videos, if there are any."""
         videos = any(info.kind == VIDEO for info in inputs)
         return [self.timeless if videos and info.kind == PICTURE else self for info in inputs]
 

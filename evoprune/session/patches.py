@@ -52,11 +52,15 @@ class KeptPatches:
     """All pieces of one input, which a thread makes, and the `count` of the frames it reads. `PatchStore` opens and closes it."""
 
     def __init__(self, pieces: Generator[Piece, None, None], size: int, count: Count):
-        self.bytes, self.count, self.users, self.complete = size, count, 0, False
+        self.bytes = size
+        self.count = count
+        self.users = 0
+        self.complete = False
         self._made: list[Piece] = []
         self._problem: BaseException | None = None
         self._ended = self._stopped = False
-        self._changed, self._scope = threading.Condition(), Scope()
+        self._changed = threading.Condition()
+        self._scope = Scope()
         # Not in the scope of whoever is the first to want the patches: only the last one stops the thread.
         run = Context().run
         # A daemon thread that hangs does not keep the program from ending.
@@ -140,7 +144,7 @@ class PatchStore:
         pieces: Callable[[], Generator[Piece, None, None]],
         count: Count,
     ) -> KeptPatches | None:
-        """The patches of this key, which are there or being read, or which `pieces` reads from now on; to be closed.
+        """Return the patches of this key, which are there or being read, or which `pieces` reads from now on; to be closed.
 
         `count`: of the frames that `pieces` reads.
 
@@ -150,7 +154,8 @@ class PatchStore:
             if key not in self._entries:
                 if size > self.limit_bytes:
                     return None
-                available, used = available_memory(str(device)), sum(each.bytes for each in self._used)
+                available = available_memory(str(device))
+                used = sum(each.bytes for each in self._used)
                 if available is not None and SHARE * (used + size) > available:
                     self._drop_unused(0)
                     return None

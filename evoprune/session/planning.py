@@ -37,7 +37,10 @@ QUESTION = 40  # the same for an estimate of time
 def prompt_subtitles(
     tokenizer: Tokenizer, info: Video, span: SamplingPlan, choice: str, max_tokens: int
 ) -> PromptSubtitles:
-    """The subtitles of a span of a video, in at most so many tokens. `choice`, errors: as of `probe.read_subtitles`; or none."""
+    """Return the subtitles of a span of a video, in at most so many tokens.
+
+    `choice`, errors: as of `probe.read_subtitles`; or none.
+    """
     if choice == NO_SUBTITLES:
         return NOTHING_SAID
     if info.kind == PICTURE:
@@ -47,26 +50,33 @@ def prompt_subtitles(
 
 
 def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtitles:
-    """The most lines, evenly over all, that take at most `max_tokens`. No line is cut; longer ones than that are left out."""
+    """Return the most lines, evenly over all, that take at most `max_tokens`.
+
+    No line is cut; longer ones than that are left out.
+    """
     longest = 16 * max_tokens  # characters: longer texts are not encoded to be counted, which might take minutes
     lines = [line for line in found.lines if len(line[2]) <= longest]
     # A line has more than one token, so this many are too many. Then the interval is halved.
-    fits, too_many = 0, min(len(lines), max_tokens) + 1
-    text, tokens = "", 0
+    fits = 0
+    too_many = min(len(lines), max_tokens) + 1
+    text = ""
+    tokens = 0
     while too_many - fits > 1:
         count = (fits + too_many) // 2
         middles = [(2 * i + 1) * len(lines) // (2 * count) for i in range(count)]  # of equal shares
         block = as_text([lines[i] for i in middles])
         needed = len(tokenizer.encode(block)) if len(block) <= longest else max_tokens + 1
         if needed <= max_tokens:
-            fits, text, tokens = count, block, needed
+            fits = count
+            text = block
+            tokens = needed
         else:
             too_many = count
     return PromptSubtitles(text, found.source, len(found.lines), fits, tokens, tuple(found.warnings), found.note)
 
 
 def as_text(lines: Sequence[SubtitleLine]) -> str:
-    """The lines with their times, the second that has begun, under a title, with an empty line at the end."""
+    """Return the lines with their times, the second that has begun, under a title, with an empty line at the end."""
     times = [clock(max(0, int(start))).removesuffix(".0") for start, _, _ in lines]
     return "\n".join(
         ["Subtitles:", *(f"[{time}] {text}" for time, (_, _, text) in zip(times, lines, strict=True)), "", ""]
@@ -79,7 +89,8 @@ def plan_input(session: Session, info: Video, sampling: SamplingOptions, name: s
     Raises VideoError: missing, unreadable or empty, or so are its subtitles. UsageError: an unknown or missing decoder.
     """
     decoder = choose_decoder(sampling.decoder, info)
-    loaded, numbers = session.loaded, sampling.numbers
+    loaded = session.loaded
+    numbers = sampling.numbers
     if numbers["max_visual_tokens"] is None:
         on_cpu = is_host(torch.device(loaded.device))
         numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=loaded.is_demo)
@@ -108,7 +119,8 @@ def encoding_bytes(
     `bytes_each`: of a weight. `prompt`: tokens that the language model reads, in each layer or in all.
     """
     stages = encoder.row_stages
-    selected, means = stages[0].rows if stages else 0, 0
+    selected = stages[0].rows if stages else 0
+    means = 0
     if any(isinstance(stage.reduce, WholePairs) for stage in stages):
         # Their rows go on in chunks; the means of all of them are made in float32.
         selected = min(chunk_units, encoder.units)
@@ -124,8 +136,11 @@ def chunk_bytes(session: Session, plan: Plan) -> int:
 
 
 def chunk_sizes(device: torch.device, encoder: EncoderPlan) -> list[int]:
-    """How many units may go through the tower at a time: the usual number, then half as many each time, down to a frame pair."""
-    sizes, min_units = [min(largest_chunk(device), encoder.units)], encoder.grid[1] * encoder.grid[2]
+    """Return how many units may go through the tower at a time: the usual number, then half as many each time, down to a frame
+    pair.
+    """
+    sizes = [min(largest_chunk(device), encoder.units)]
+    min_units = encoder.grid[1] * encoder.grid[2]
     while sizes[-1] > min_units:
         sizes.append(max(min_units, sizes[-1] // 2))
     return sizes
@@ -136,8 +151,10 @@ def fitting_chunks(session: Session, plan: Plan, other_tokens: int = TEXT) -> li
 
     Raises OutOfMemory: there is not enough even for a frame pair, or for the prompt, with `other_tokens` beside the video's.
     """
-    model, encoder = session.loaded.model, plan.encoder
-    sizes, pair = chunk_sizes(model.device, encoder), encoder.grid[1] * encoder.grid[2]
+    model = session.loaded.model
+    encoder = plan.encoder
+    sizes = chunk_sizes(model.device, encoder)
+    pair = encoder.grid[1] * encoder.grid[2]
     prompt = session.prompt_columns(encoder.keep, other_tokens)
     for number, size in enumerate(sizes):
         needed = encoding_bytes(model.config, encoder, max(pair, size), model.dtype.itemsize, prompt)
@@ -164,7 +181,8 @@ def estimate_first_token(session: Session, plan: Plan, text: int = QUESTION) -> 
     """Seconds until the first token, roughly, with `text` tokens around the video; None on CUDA and for a demo model."""
     if not is_host(torch.device(session.loaded.device)) or session.loaded.is_demo:
         return None
-    model, encoder = session.loaded.model, plan.encoder
+    model = session.loaded.model
+    encoder = plan.encoder
     count, height, width = encoder.grid
     windows = tower_shape(model.model.visual).windows(height, width)
     depth = model.config.text_config.num_hidden_layers

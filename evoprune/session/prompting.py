@@ -45,13 +45,15 @@ class PromptReader:
     """
 
     def __init__(self, session: Session, plans: Sequence[Plan]):
-        self._engine, self._loaded, self._plans = session, session.loaded, plans
+        self._engine = session
+        self._loaded = session.loaded
+        self._plans = plans
         # How the prompt began, the cache, and how many of its columns no question changes.
         self._prefix: tuple[Beginning, KVCache | HostedCache, int] | None = None
 
     @names_plugins()
     def build(self, question: str, options: GenerationOptions, kept: int) -> Prompt:
-        """The prompt of a question, with room for all visual tokens of the inputs, of which `kept` will be read.
+        """Return the prompt of a question, with room for all visual tokens of the inputs, of which `kept` will be read.
 
         Raises UsageError: it does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
         """
@@ -67,11 +69,12 @@ class PromptReader:
     def read(
         self, encoded: Sequence[Encoded], prompt: Prompt, beginning: Beginning, last: bool = False
     ) -> PrefillState:
-        """The state that decoding of a prompt from `build` starts from.
+        """Return the state that decoding of a prompt from `build` starts from.
 
         `encoded`: the tokens of each input. `last`: no question follows, so nothing has to be kept for one.
         """
-        model, positions = self._loaded.model, self.positions(prompt)
+        model = self._loaded.model
+        positions = self.positions(prompt)
         following = int(positions.max()) + 1
         read = zip(prompt.places, encoded, strict=True)
         visuals = [Visual(place, each.features, each.kept_here, each.size, each.deepstack) for place, each in read]
@@ -87,7 +90,8 @@ class PromptReader:
         crops = can_crop(model)
         cache, known = self._take_prefix(beginning, shared, last)
         if shared and not (known or crops or last):  # the prefix by itself, so that a copy can serve each question
-            cache, known = new_cache(model, shared), shared
+            cache = new_cache(model, shared)
+            known = shared
             first = None if sizes is None else sizes[:known]
             added = None if deepstack is None else deepstack[:, :known]
             before = embeds[:known], positions[:, :known]
@@ -103,15 +107,17 @@ class PromptReader:
 
     def positions(self, prompt: Prompt) -> torch.Tensor:
         """int64 `[3, L]`, of the tokens of a prompt from `build`, by Qwen's rule."""
-        pair, spans = self._loaded.video.temporal_patch_size, []
+        pair = self._loaded.video.temporal_patch_size
+        spans = []
         for place, plan in zip(prompt.places, self._plans, strict=True):
             spans += place.spans(plan.grid, plan.sampling.seconds_per_pair(pair))
         per_second = self._loaded.model.config.vision_config.tokens_per_second
         return prompt_positions(len(prompt.input_ids), spans, per_second)
 
     def _take_prefix(self, beginning: Beginning, shared: int, last: bool) -> tuple[KVCache | HostedCache | None, int]:
-        """The cache up to the question, and its columns; of the new prompt `shared` do not depend on the question."""
-        taken, self._prefix = self._prefix, None
+        """Return the cache up to the question, and its columns; of the new prompt `shared` do not depend on the question."""
+        taken = self._prefix
+        self._prefix = None
         if taken is None or taken[0] != beginning:
             return None, 0
         _, cache, known = taken
@@ -136,7 +142,7 @@ def prompt_about(
     system: str | None,
     thinking: bool = False,
 ) -> Prompt:
-    """The prompt of a question about some inputs. The subtitles of each of several are under a line that says which it is.
+    """Return the prompt of a question about some inputs. The subtitles of each of several are under a line that says which it is.
 
     Errors: as of `language.prompt.build_prompt`.
     """

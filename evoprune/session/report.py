@@ -37,7 +37,7 @@ class Encoding:
         return self.plan.encoder.keep if self.rows else len(self.tokens.kept)
 
     def own(self) -> "Encoding":
-        """The same one for another conversation, whose selections it times apart."""
+        """Return the same one for another conversation, whose selections it times apart."""
         if not self.rows:
             return self
         rows = replace(self.rows, timer=self.rows.timer.copy())
@@ -49,7 +49,7 @@ class Encoding:
 
 
 def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], positions: str) -> Pruning:
-    """The pruning of some inputs together, of `units` units before anything was pruned; `read`: their tokens."""
+    """Return the pruning of some inputs together, of `units` units before anything was pruned; `read`: their tokens."""
     layers = zip(*(tokens.layers for tokens in read), strict=True)
     kept = sum(len(tokens.kept) for tokens in read)
     below = max(tokens.after_tower_below for tokens in read)
@@ -72,7 +72,7 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
 
 
 def inputs_report(session: Session, encodings: Sequence[Encoding]) -> Report:
-    """The report of inputs that were encoded, without the times of their stages."""
+    """Return the report of inputs that were encoded, without the times of their stages."""
     loaded = session.loaded
     states = {encoding.cache for encoding in encodings}
     report = Report(
@@ -84,7 +84,9 @@ def inputs_report(session: Session, encodings: Sequence[Encoding]) -> Report:
     )
     if len(report.inputs) == 1:
         only = report.inputs[0]
-        report.video, report.sampling, report.subtitles = only.video, only.sampling, only.subtitles
+        report.video = only.video
+        report.sampling = only.sampling
+        report.subtitles = only.subtitles
     fill_pruning(report, session, encodings)
     report.time_ms.load = None if session.load_seconds is None else session.load_seconds * 1000
     for part, spent in loaded.load_seconds.items():
@@ -104,8 +106,10 @@ def inputs_report(session: Session, encodings: Sequence[Encoding]) -> Report:
 
 
 def _input_facts(session: Session, encoding: Encoding) -> InputFacts:
-    """An input by itself; `fill_pruning` adds its pruning."""
-    plan, tokens, merge = encoding.plan, encoding.tokens, session.loaded.video.merge_size
+    """Return an input by itself; `fill_pruning` adds its pruning."""
+    plan = encoding.plan
+    tokens = encoding.tokens
+    merge = session.loaded.video.merge_size
     facts = {"path": plan.name, "decoder": plan.decoder, "damaged": encoding.damaged}
     known = {f.name: getattr(plan.info, f.name) for f in fields(VideoFacts) if f.name not in facts}
     times = {stage: spent * 1000 for stage, spent in encoding.seconds.items()}
@@ -113,7 +117,8 @@ def _input_facts(session: Session, encoding: Encoding) -> InputFacts:
     grid = [count, height * merge, width * merge]
     sampling = Sampling(frames=plan.sampling.frames, resized_hw=[plan.height, plan.width], grid_thw=grid)
     if plan.sampling is not ONE_FRAME:
-        sampling.start_s, sampling.end_s = plan.sampling.start_s, plan.sampling.end_s
+        sampling.start_s = plan.sampling.start_s
+        sampling.end_s = plan.sampling.end_s
         sampling.timestamps_s = list(plan.sampling.times_s)
         sampling.seek = KEYFRAMES if plan.moved else EXACT
         sampling.read_s = list(plan.read_s)

@@ -26,7 +26,7 @@ class Session:
         return f"<Session {self.loaded.id!r} in {self.loaded.dtype} on {self.loaded.device}: {settings}>"
 
     def unpruned(self) -> "Session":
-        """The same model and seed with every visual token kept: what pruning is compared with."""
+        """Return the same model and seed with every visual token kept: what pruning is compared with."""
         return replace(self, pruning=PruneConfig.of(1.0, "none", seed=self.pruning.seed))
 
     def prompt_columns(self, tokens: int, text: int) -> int | tuple[int, ...]:

@@ -29,7 +29,7 @@ READER_BYTES = 2**30  # of memory for each: a decoder, frames that wait, and pat
 
 
 def idle_cores(loaded: LoadedModel) -> int:
-    """How many cores the model leaves to reading; perhaps none.
+    """Return how many cores the model leaves to reading; perhaps none.
 
     On a CPU the model has torch's threads, on another device one core drives it. `--threads N` allows N cores in all.
     """
@@ -39,7 +39,7 @@ def idle_cores(loaded: LoadedModel) -> int:
 
 
 def readers(loaded: LoadedModel) -> int:
-    """How many inputs are read at a time: one for each two idle cores, as memory allows, at least one and at most `MOST`."""
+    """Return how many inputs are read at a time: one for each two idle cores, as memory allows, at least one and at most `MOST`."""
     available = available_memory()
     room = MOST if available is None else available // READER_BYTES
     return max(1, min(idle_cores(loaded) // 2, room, MOST))
@@ -61,16 +61,20 @@ class Upcoming(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
 
     def __init__(self, items: Iterable[T], opened: Callable[[T, int | None], OpenInputs], loaded: LoadedModel):
         self.waited_s = 0.0
-        self._items, self._opened, self._loaded = iter(items), opened, loaded
+        self._items = iter(items)
+        self._opened = opened
+        self._loaded = loaded
         self._count = readers(loaded)
         self._share = max(1, idle_cores(loaded) // self._count)  # cores of each
         self._reading = 0  # how many items are being opened or read
         self._waiting: deque[_Opening[T]] = deque()
         self._exhausted = self._stopped = False
         self._problem: BaseException | None = None  # that making the next item raised
-        self._changed, self._taking = threading.Condition(), threading.Lock()
+        self._changed = threading.Condition()
+        self._taking = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._scope, self._cleanup = Scope(), ExitStack()
+        self._scope = Scope()
+        self._cleanup = ExitStack()
 
     def __next__(self) -> tuple[T, OpenInputs | Exception]:
         start = time.perf_counter()
@@ -135,7 +139,7 @@ class Upcoming(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
             del opening, inputs  # the caller may free them before there is another item
 
     def _taken(self) -> "_Opening[T] | None":
-        """The next item, once there is room for it; None where no more is to be taken."""
+        """Return the next item, once there is room for it; None where no more is to be taken."""
         with self._taking:  # items are made one after the other, in their order
             with self._changed:
                 self._changed.wait_for(lambda: self._exhausted or len(self._waiting) < self._count)
@@ -154,7 +158,8 @@ class Upcoming(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
                     self._reading += 1
                     self._waiting.append(opening)
                 else:
-                    self._exhausted, opening = True, None
+                    self._exhausted = True
+                    opening = None
                 self._changed.notify_all()
             return opening
 

@@ -75,7 +75,10 @@ def read_frames(
 
 
 def in_one(info: Video, times_s: Sequence[float], **how) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """What `read_frames` returns, for the times of `video.frames.read_frames`, whose options `how` has. Raises as `read_frames`."""
+    """Return what `read_frames` returns, for the times of `video.frames.read_frames`, whose options `how` has.
+
+    Raises as `read_frames`.
+    """
     check_room(info, len(times_s))
     with memory_guard("read"):
         frames = np.empty((len(times_s), info.height, info.width, 3), np.uint8)
@@ -116,7 +119,7 @@ def _as_numbers(times_s: Iterable[float]) -> tuple[float, ...]:
 def _parts(
     info: Video, frames: int | None, fps: float | None, start_s: float, end_s: float | None
 ) -> tuple[tuple[float, ...], float]:
-    """The middles of equal parts, and the length of a part, in seconds. Raises as `read_frames`."""
+    """Return the middles of equal parts, and the length of a part, in seconds. Raises as `read_frames`."""
     if info.kind == PICTURE:
         check_no_span(info, start_s, end_s)
         return (0.0,), 0.0

@@ -59,7 +59,7 @@ def downloaded(url: str, *, offline: bool = False, progress: Progress | None = N
 
 
 def _chunks(url: str, name: str, progress: Progress | None) -> Iterator[bytes]:
-    """What a server sends. Its errors never are an OSError, which is about the file that is written."""
+    """Yield what a server sends. Its errors never are an OSError, which is about the file that is written."""
     done = 0
     total = 0
     end = time.monotonic() + LONGEST_S
@@ -103,7 +103,7 @@ def _chunks(url: str, name: str, progress: Progress | None) -> Iterator[bytes]:
 
 
 def _opened(url: str) -> HTTPResponse:
-    """A server's answer. Raises OSError, HTTPException, ValueError."""
+    """Return a server's answer. Raises OSError, HTTPException, ValueError."""
     parts = urlsplit(url)
     login, _, host = parts.netloc.rpartition("@")
     whole = (parts.scheme, host, quote(parts.path, UNRESERVED), quote(parts.query, UNRESERVED), "")

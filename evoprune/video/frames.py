@@ -76,7 +76,7 @@ def frame_times(info: Video) -> FrameTimes:
 
 
 def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float = 1e9) -> Subtitles:
-    """The subtitles whose time overlaps a part of a video, in seconds from the first frame.
+    """Return the subtitles whose time overlaps a part of a video, in seconds from the first frame.
 
     Args:
         choice: a file of subtitles (SRT, WebVTT, ASS, SSA), or a video with a text track; or "auto": a file beside the video, else
@@ -119,7 +119,7 @@ def read_frames(
     cores: int | None = None,
     on_frames: Callable[[int], None] = lambda frames: None,
 ) -> Iterator[FrameChunk]:
-    """The frame on screen at each time: the first frame before the video begins, the last one after it ends.
+    """Return the frame on screen at each time: the first frame before the video begins, the last one after it ends.
 
     All frames have the size in `info`; where a video changes its size, they are scaled to it, with black borders where they have
     another shape. Damaged packets are skipped: the frame before them stays on screen. (decord does not report damage: it stops,
@@ -166,12 +166,13 @@ def _held_chunks(info: HeldVideo, times: Sequence[float], per_chunk: int) -> Ite
 
 
 def frames_at_once(info: Video, chunk_bytes: int) -> int:
-    """How many frames a chunk of that size holds: whole frame pairs, at least one."""
+    """Return how many frames a chunk of that size holds: whole frame pairs, at least one."""
     return max(2, chunk_bytes // (info.width * info.height * 3) // 2 * 2)
 
 
 def choose_decoder(decoder: str, info: Video | None = None) -> str:
-    """The decoder to use, `pyav` or `decord`, for a picture `pillow`, and for an array `none`, after a check that it can be used.
+    """Return the decoder to use, `pyav` or `decord`, for a picture `pillow`, and for an array `none`, after a check that it can be
+    used.
 
     `auto` is PyAV: decord decodes every frame (readers/decord.py says why), has no AV1, and gives up on damage.
     `python -m experiments.decoders` measures both.
@@ -198,8 +199,8 @@ def local_file(
     offline: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[str]:
-    """A path to read the video from: `source` itself; for `-` (a file of that name is `./-`) a copy of standard input; or a copy of
-    what is at an address of http or https.
+    """Provide a path to read the video from: `source` itself; for `-` (a file of that name is `./-`) a copy of standard input; or a
+    copy of what is at an address of http or https.
 
     Readers seek, so standard input itself will not do. Names of files that this process has open, such as `/dev/stdin`, are
     resolved, because another process reads the video. `offline`, `progress`: as of `download.downloaded`.

@@ -92,7 +92,7 @@ def _described(array: np.ndarray, frames_s: tuple[float, ...], rate: float, star
 
 
 def _checked(times_s: Any, count: int) -> list[float]:
-    """The times as Python's own numbers. Raises UsageError: they are not `count` numbers that ascend."""
+    """Return the times as Python's own numbers. Raises UsageError: they are not `count` numbers that ascend."""
     try:
         times = [float(time) for time in times_s]
     except (TypeError, ValueError):
@@ -105,28 +105,28 @@ def _checked(times_s: Any, count: int) -> list[float]:
 
 
 def is_frames(value: Any) -> bool:
-    """Whether it is an array, or a tensor, and no picture of Pillow."""
+    """Return whether it is an array, or a tensor, and no picture of Pillow."""
     return hasattr(value, "__array__") and not is_picture(value)
 
 
 def is_picture(value: Any) -> bool:
-    """Whether it is a picture of Pillow, which is not imported for the question."""
+    """Return whether it is a picture of Pillow, which is not imported for the question."""
     pillow = sys.modules.get("PIL.Image")
     return pillow is not None and isinstance(value, pillow.Image)
 
 
 def is_given(value: Any) -> bool:
-    """Whether `local_input` takes it, beside a path."""
+    """Return whether `local_input` takes it, beside a path."""
     return isinstance(value, Bytes | HeldVideo) or is_picture(value) or hasattr(value, "read")
 
 
 def is_temporary(source: Any) -> bool:
-    """Whether `local_input` makes a temporary file of it."""
+    """Return whether `local_input` makes a temporary file of it."""
     return not isinstance(source, HeldVideo) and (is_given(source) or is_url(source))
 
 
 def name_of(source: Any) -> str:
-    """What reports and errors call an input; an address without its password."""
+    """Return what reports and errors call an input; an address without its password."""
     if isinstance(source, HeldVideo):
         return source.path
     if is_picture(source):
@@ -141,7 +141,8 @@ def name_of(source: Any) -> str:
 
 @contextmanager
 def local_input(source: Any, *, offline: bool = False, progress: Progress | None = None) -> Iterator[Any]:
-    """What `probe` opens: a path as it is, and of anything else but a `HeldVideo`, which needs no probing, a temporary file.
+    """Provide what `probe` opens: a path as it is, and of anything else but a `HeldVideo`, which needs no probing, a temporary
+    file.
 
     `offline`, `progress`: as of `download.downloaded`.
 
@@ -169,7 +170,7 @@ def _pieces(source: Any) -> Iterator[bytes]:
 
 
 def _read(file: Any) -> Iterator[bytes]:
-    """What an open file holds from where it stands."""
+    """Yield what an open file holds from where it stands."""
     while True:
         try:
             piece = file.read(CHUNK_BYTES)
@@ -184,7 +185,7 @@ def _read(file: Any) -> Iterator[bytes]:
 
 
 def _png(picture: Any) -> bytes:
-    """The picture without loss, with its orientation."""
+    """Return the picture without loss, with its orientation."""
     if picture.mode == "F" or (picture.mode.startswith("I") and not _is_grey(picture)):
         raise UsageError(f"a picture of mode {picture.mode} has more than 16 bits", "give picture.convert('RGB')")
     try:
@@ -198,6 +199,6 @@ def _png(picture: Any) -> bytes:
 
 
 def _is_grey(picture: Any) -> bool:
-    """Whether all its levels fit into 16 bits."""
+    """Return whether all its levels fit into 16 bits."""
     least, most = picture.getextrema()
     return least >= 0 and most <= MOST_LEVELS

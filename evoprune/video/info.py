@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 TOLERANCE_S = 1e-4  # a held frame that begins so much later than a time is on screen then
 SAME_SHAPE = 0.02  # by which the ratios of width and height of frames of one shape may differ, relative
-VIDEO, PICTURE = "video", "picture"  # what an input is to the model
+# what an input is to the model
+VIDEO = "video"
+PICTURE = "picture"
 ARRAY = "array"  # the container of frames that a Python program holds
 FOLDER_FPS = 2.0  # of a folder of images, by default: the rate at which frames for Qwen2.5-VL are usually extracted
 # What the comment of a clip says: which generator made it.
@@ -30,14 +32,17 @@ _NO_COMMENTS = {
     "yuv4mpegpipe", "apng", "stream",
 }  # fmt: skip
 # How HDR is stored: by one of two curves of brightness, or in the format of Dolby Vision that nothing else reads (profile 5).
-PQ, HLG, IPT = "PQ", "HLG", "IPTPQc2"
+PQ = "PQ"
+HLG = "HLG"
+IPT = "IPTPQc2"
 # Whether a time may be moved to the nearest keyframe of its part of the video: where that saves much, never, or wherever one is.
 Seek = Literal["auto", "exact", "keyframes"]
 SEEKS = AUTO_SEEK, EXACT, KEYFRAMES = get_args(Seek)
 # What reads videos: the first is whichever serves.
 Decoder = Literal["auto", "pyav", "decord"]
 # What else than a file subtitles can be asked from: nowhere, or wherever there are any.
-NO_SUBTITLES, AUTO_SUBTITLES = "none", "auto"
+NO_SUBTITLES = "none"
+AUTO_SUBTITLES = "auto"
 
 SubtitleLine = tuple[float, float, str]  # start and end in seconds from the first frame, and what is said
 
@@ -116,7 +121,7 @@ class HeldVideo(Video):
     __hash__ = object.__hash__
 
     def on_screen(self, times_s: Sequence[float]) -> "tuple[np.ndarray, tuple[float, ...]]":
-        """The frames on screen at some times, uint8 `[n, H, W, 3]`, C-contiguous, and their own times."""
+        """Return the frames on screen at some times, uint8 `[n, H, W, 3]`, C-contiguous, and their own times."""
         begun = [bisect_right(self.frames_s, time_s + TOLERANCE_S) for time_s in times_s]
         numbers = [max(count - 1, 0) for count in begun]
         frames = self.held[numbers]
@@ -126,8 +131,11 @@ class HeldVideo(Video):
 
 
 def fitted(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
-    """The width and height of a picture of that size as large as `outer` allows; all of it where their shapes nearly agree."""
-    across, down = size[0] * outer[1], size[1] * outer[0]
+    """Return the width and height of a picture of that size as large as `outer` allows; all of it where their shapes nearly
+    agree.
+    """
+    across = size[0] * outer[1]
+    down = size[1] * outer[0]
     if abs(across - down) <= SAME_SHAPE * down:
         return outer
     if across > down:
@@ -136,13 +144,13 @@ def fitted(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
 
 
 def world_of(info: Video) -> str | None:
-    """The name of the world that a file is of, by its generator's tag; None for a file that no generator made."""
+    """Return the name of the world that a file is of, by its generator's tag; None for a file that no generator made."""
     comments = (text for key, text in info.tags.items() if key.lower() == "comment")
     return next((_WORLDS[text] for text in comments if text in _WORLDS), None)
 
 
 def may_be_of_any_world(info: Video) -> bool:
-    """Whether a file is of a format that keeps no tag, so that a generator may have made it all the same."""
+    """Return whether a file is of a format that keeps no tag, so that a generator may have made it all the same."""
     return not _NO_COMMENTS.isdisjoint(info.container.split(","))
 
 
@@ -252,7 +260,8 @@ def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[li
     path = os.path.normpath(path)
     folder, name = os.path.split(path)
     stem = name if os.path.isdir(path) else os.path.splitext(name)[0]
-    exact, others = {}, []
+    exact = {}
+    others = []
     for file in listdir(folder or "."):
         front, ending = os.path.splitext(file)
         if not file.startswith(stem) or ending.lower() not in SUBTITLES:

@@ -43,12 +43,14 @@ def natural(name: str, readings: Mapping[Shape, list[Reading]] | None = None) ->
     pieces = _pieces(name)
     shape = tuple(pieces[::4])
     known = (readings or {}).get(shape) or [Reading()] * (len(shape) - 1)
-    key, text = [], shape[0]
+    key = []
+    text = shape[0]
     for place, reading in enumerate(known):
         sign, digits, exponent = pieces[4 * place + 1 : 4 * place + 4]
         following = shape[place + 1]
         if not reading.signed:
-            text, sign = text + sign, ""
+            text = text + sign
+            sign = ""
         if reading.decimal:
             value = (Decimal(sign + digits + exponent),)
         else:

@@ -53,7 +53,7 @@ class SamplingPlan:
 
 
 def even_times(start_s: float, end_s: float, count: int) -> tuple[float, ...]:
-    """The middles of `count` equal shares of the span from `start_s` to `end_s`, in seconds."""
+    """Return the middles of `count` equal shares of the span from `start_s` to `end_s`, in seconds."""
     return tuple(start_s + (i + 0.5) * (end_s - start_s) / count for i in range(count))
 
 
@@ -92,7 +92,7 @@ class InputLimits:
         return self.patch_size * self.merge_size
 
     def of_each(self, frames: int) -> "InputLimits":
-        """The limits of one frame of a video with so many."""
+        """Return the limits of one frame of a video with so many."""
         if not self.of_all_frames:
             return self
         max_pixels = min(MAX_FRAME_TOKENS * self.unit**2, self.max_pixels / frames)
@@ -169,7 +169,7 @@ class Plan:
         return math.prod(self.grid)
 
     def shrunk(self, grid: Grid, limits: InputLimits) -> "Plan":
-        """The same span of the video on another (T, H, W): T frame pairs spread over it, resized to H x W units."""
+        """Return the same span of the video on another (T, H, W): T frame pairs spread over it, resized to H x W units."""
         (pairs, height, width), sampling = grid, self.sampling
         if pairs != self.grid[0]:
             times_s = even_times(sampling.start_s, sampling.end_s, pairs * limits.temporal_patch_size)
@@ -213,7 +213,7 @@ def plan_sampling(
 
 
 def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
-    """The start and the end of a span of a video of that length, all in seconds; arguments as of `plan.make_plan`.
+    """Return the start and the end of a span of a video of that length, all in seconds; arguments as of `plan.make_plan`.
 
     Raises VideoError: the span is empty.
     """
@@ -231,7 +231,7 @@ def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None)
 
 
 def duration_of(info: Video) -> float:
-    """The length of a video in seconds. Raises VideoError: it cannot be told."""
+    """Return the length of a video in seconds. Raises VideoError: it cannot be told."""
     if info.duration_s is None:
         raise VideoError(f"cannot tell how long {info.path} is", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
     return info.duration_s
@@ -296,12 +296,12 @@ def _check_at_least(min_value: int, name: str, value: float | None) -> None:
 
 
 def default_max_visual_tokens(*, on_cpu: bool, is_demo: bool) -> int:
-    """The limit before pruning. A real model on a CPU gets a lower one: more would take many minutes."""
+    """Return the limit before pruning. A real model on a CPU gets a lower one: more would take many minutes."""
     return MAX_VISUAL_TOKENS_CPU if on_cpu and not is_demo else MAX_VISUAL_TOKENS
 
 
 def smart_resize(height: int, width: int, min_pixels: float, max_pixels: float, factor: int = 28) -> tuple[int, int]:
-    """The frame size that the model sees: multiples of `factor`, area within limits, aspect ratio nearly kept.
+    """Return the frame size that the model sees: multiples of `factor`, area within limits, aspect ratio nearly kept.
 
     Where both cannot be had, the area is kept and the ratio is not (Qwen2-VL, arXiv 2409.12191, naive dynamic resolution).
 
@@ -309,13 +309,15 @@ def smart_resize(height: int, width: int, min_pixels: float, max_pixels: float, 
     """
     if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
         raise ValueError(f"cannot resize {width}x{height}: width and height must be positive and within a ratio of 200")
-    rows, cols = round(height / factor), round(width / factor)
+    rows = round(height / factor)
+    cols = round(width / factor)
     if rows * cols * factor**2 > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
         rows, cols = (max(1, math.floor(side / shrink / factor)) for side in (height, width))
     elif rows * cols * factor**2 < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        rows, cols = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
+        rows = math.ceil(height * grow / factor)
+        cols = math.ceil(width * grow / factor)
     return rows * factor, cols * factor
 
 
@@ -352,7 +354,10 @@ def make_plan(
     pair = limits.temporal_patch_size
     if info.kind == PICTURE:
         check_no_span(info, start_s, end_s)
-        sampling, frame_limit, wanted, pairs = ONE_FRAME, ONE_FRAME.frames, ONE_FRAME.frames, 1
+        sampling = ONE_FRAME
+        frame_limit = ONE_FRAME.frames
+        wanted = ONE_FRAME.frames
+        pairs = 1
     else:
         duration_s = duration_of(info)
         fps = limits.fps if fps is None else fps
@@ -360,7 +365,8 @@ def make_plan(
         frame_limit = limits.max_frames if max_frames is None else max_frames
         # No more pairs than tokens are allowed, so that `times_s` stays short where `frame_limit` is huge.
         sampling = sample(max_frames=min(frame_limit, pair * max_tokens))
-        wanted, pairs = min(sampling.wanted, frame_limit - frame_limit % pair), sampling.frames // pair
+        wanted = min(sampling.wanted, frame_limit - frame_limit % pair)
+        pairs = sampling.frames // pair
         limits = limits.of_each(sampling.frames)
     try:
         preferred, grid = _fit(info, limits, pairs, max_tokens)
@@ -374,7 +380,7 @@ def make_plan(
 
 
 def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[tuple[int, int], Grid]:
-    """The model's (H, W) for a frame, in units; and the largest (T, H, W) of at most `pairs` frame pairs and `max_units`.
+    """Return the model's (H, W) for a frame, in units; and the largest (T, H, W) of at most `pairs` frame pairs and `max_units`.
 
     First the frames are made smaller, down to the model's smallest; then the pairs fewer, down to one; then the frames smaller.
 
@@ -385,7 +391,8 @@ def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[
         height, width = smart_resize(info.height, info.width, smallest, largest, limits.unit)
         return height // limits.unit, width // limits.unit
 
-    area, min_pixels = limits.unit**2, min(limits.min_pixels, limits.max_pixels)
+    area = limits.unit**2
+    min_pixels = min(limits.min_pixels, limits.max_pixels)
     preferred = rows, cols = units(limits.min_pixels, limits.max_pixels)
     if pairs * rows * cols > max_units:
         rows, cols = units(min_pixels, max(min_pixels, max_units * area // pairs))

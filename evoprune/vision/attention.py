@@ -97,7 +97,7 @@ AttentionPlan = list[Bucket] | Packed
 
 
 def plan_attention(layout: TokenLayout, scope: Scope, like: torch.Tensor, size_bias: bool) -> AttentionPlan:
-    """How the rows of a layout attend inside their groups of `scope`, by the device and the dtype of `like`.
+    """Return how the rows of a layout attend inside their groups of `scope`, by the device and the dtype of `like`.
 
     `size_bias` adds to the scores of a key the log of its cluster size inside the group (proportional attention: ToMe, arXiv
     2210.09461, section 3).
@@ -109,7 +109,7 @@ def plan_attention(layout: TokenLayout, scope: Scope, like: torch.Tensor, size_b
 
 
 def keys_of_units(layout: TokenLayout, scope: Scope, size_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys of groups without reading values, `[G, K]`: int64, the row of each of a group's units; and bool, which count.
+    """Return the keys of groups without reading values, `[G, K]`: int64, the row of each of a group's units; and bool, which count.
 
     A row of several units of a group is as many keys, which weigh together what `size_bias` says; without it one counts.
     """
@@ -121,8 +121,10 @@ def keys_of_units(layout: TokenLayout, scope: Scope, size_bias: bool) -> tuple[t
 
 
 def static_bucket(layout: TokenLayout, scope: Scope, size_bias: bool) -> Bucket:
-    """All groups, padded to the greatest length that a group can have."""
-    geo, longest, total = layout.geometry, layout.longest(scope), layout.group_count(scope)
+    """Return all groups, padded to the greatest length that a group can have."""
+    geo = layout.geometry
+    longest = layout.longest(scope)
+    total = layout.group_count(scope)
     full = scope == "pair" or geo.windows * geo.largest_window == geo.units  # groups have equally many units
     even = layout.counts is not None and min(layout.counts) == longest if scope == "pair" else layout.reach == "place"
     if full and even and not layout.mixes(scope):
@@ -140,7 +142,7 @@ def static_bucket(layout: TokenLayout, scope: Scope, size_bias: bool) -> Bucket:
 
 
 def _padded(groups: Groups, members: torch.Tensor, size_bias: bool, layout: TokenLayout) -> Bucket:
-    """The bucket of some groups (int64 `[B]`), padded to the longest of them."""
+    """Return the bucket of some groups (int64 `[B]`), padded to the longest of them."""
     longest, longest_key = (int(lengths[members].max()) for lengths in (groups.length, groups.key_length))
     start = groups.key_length.cumsum(0) - groups.key_length
     query, valid = runs(groups.start[members], groups.length[members], longest, layout.rows)
@@ -223,7 +225,8 @@ def _attend_bucket(
 ) -> torch.Tensor:
     """Attention of one bucket, `[B, Q, 4, heads, d]`; arguments as in `grouped_attention`."""
     query, key, value = (bucket.by_head(x, which) for x, which in ((q, "query"), (k, "key"), (v, "key")))
-    bias, per_key = None if bucket.bias is None else bucket.bias.to(q.dtype), None
+    bias = None if bucket.bias is None else bucket.bias.to(q.dtype)
+    per_key = None
     if attends_by_products(q, key.shape[2]):
         weight = None
         if received is not None:
@@ -258,7 +261,8 @@ def attend_by_products(
     q, k, v = (x.reshape(batch * heads, -1, dim) for x in (q, k, v))
     if bias is not None:
         bias = bias.expand(-1, heads, 1, -1).reshape(batch * heads, 1, keys)
-    out, received = torch.empty_like(q), None
+    out = torch.empty_like(q)
+    received = None
     if weight is not None:
         with timer:
             received = torch.zeros(batch * heads, keys, dtype=torch.float32, device=q.device)
@@ -291,7 +295,7 @@ def attention_received(q: torch.Tensor, k: torch.Tensor, plan: AttentionPlan) ->
 
 @without_autocast()
 def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-    """The attention that each key patch of a bucket receives, float32 `[B, K*4]`, from `queries` and `keys` by head."""
+    """Return the attention that each key patch of a bucket receives, float32 `[B, K*4]`, from `queries` and `keys` by head."""
     batch, heads, _, dim = queries.shape
     weight = query_weight(bucket, queries.transpose(1, 2))
     total = torch.zeros(batch, keys.shape[2], dtype=torch.float32, device=keys.device)
@@ -329,7 +333,8 @@ def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Packe
     dim = q.shape[-1]
     (keys, weight), key, value = plan.keys, k, v
     if keys is not None:
-        key, value = k[keys], v[keys]
+        key = k[keys]
+        value = v[keys]
     if weight is not None:
         q, key, value = with_bias(q, key, value, weight)
     answer = plan.attend(*(x.flatten(0, 1) for x in (q, key, value)), scale=dim**-0.5)

@@ -86,7 +86,8 @@ class Encoded:
     @property
     def kept_per_pair(self) -> list[int]:
         """Number of tokens in each frame pair, video after video."""
-        kept, ends = self.kept_here.tolist(), accumulate(h * w for t, h, w in self.grids for _ in range(t))
+        kept = self.kept_here.tolist()
+        ends = accumulate(h * w for t, h, w in self.grids for _ in range(t))
         return [after - before for before, after in pairwise([0, *(bisect_left(kept, end) for end in ends)])]
 
 
@@ -127,7 +128,9 @@ class Rows:
     unit_to_row: torch.Tensor  # int64 `[N]`, the row that represents each unit, -1 for none
 
     def sorted_by(self, rank: torch.Tensor | None = None) -> tuple["Rows", torch.Tensor]:
-        """The rows in ascending order of `rank` (int64 `[E]`; default: their units); and the index here of each, int64 `[E]`."""
+        """Return the rows in ascending order of `rank` (int64 `[E]`; default: their units); and the index here of each, int64
+        `[E]`.
+        """
         unit, order = self.unit.sort() if rank is None else (None, rank.argsort())
         unit_to_row = F.pad(order.argsort(), (0, 1), value=-1)[self.unit_to_row]  # -1 is the last entry
         deepstack = self.deepstack[order] if self.deepstack.numel() else self.deepstack
@@ -160,21 +163,21 @@ class EncodedRows:
     checks: torch.Tensor
 
     def nothing_selected(self) -> Encoded:
-        """An encoding without tokens, for a method whose question is not known yet."""
+        """Return an encoding without tokens, for a method whose question is not known yet."""
         rows = self.rows
         return self.encoded(rows.values[:0], rows.unit[:0], None, rows.deepstack[:0])
 
     def encoded(
         self, features: torch.Tensor, kept: torch.Tensor, size: torch.Tensor | None, deepstack: torch.Tensor
     ) -> Encoded:
-        """The encoding with these tokens; `deepstack`: `[K, n, D]`. Errors as of `finish`."""
+        """Return the encoding with these tokens; `deepstack`: `[K, n, D]`. Errors as of `finish`."""
         flat, seconds, read = self.finish(kept)
         by_layer = deepstack.transpose(0, 1) if deepstack.shape[1] else None
         about = self.rows.values, self.rows.unit_to_row, (self.plan.grid,), self.layers, seconds, flat
         return Encoded(features, kept, *about, size, by_layer, read, self.plan.after_tower_below)
 
     def finish(self, kept: torch.Tensor) -> tuple[bool, float, torch.Tensor]:
-        """Whether each frame pair has one colour, the seconds spent on pruning, and `kept` on the CPU; reads all checks.
+        """Return whether each frame pair has one colour, the seconds spent on pruning, and `kept` on the CPU; reads all checks.
 
         Raises ModelError: a row has NaN or infinite values. RuntimeError: a merger did not remove its rows.
         """
@@ -214,7 +217,7 @@ def encode_rows(
     pause: Callable[[], None] = lambda: None,
     segment: "Segment | None" = None,
 ) -> EncodedRows:
-    """The part of `encode` before a question is needed.
+    """Return the part of `encode` before a question is needed.
 
     Args:
         visual: the tower's weights: a `model.weights.Tower`, or transformers' tower of the same families, whose layers obey
@@ -245,7 +248,8 @@ def encode_rows(
         for chunk in chunks:
             run.collect(chunk)
         chunk = None  # frees the memory of the last chunk
-        rows, selection = run.all_rows(), None
+        rows = run.all_rows()
+        selection = None
         for stage, layers in zip(plan.row_stages, plan.spans[1:], strict=True):
             rows, selection = run.select_rows(rows, stage, seed)
             rows = run.run_later_layers(rows, stage, layers)
@@ -257,7 +261,8 @@ def encode_rows(
     if run.segment:
         rows, selection = run.segment.finish(rows, selection, run.carried, run.references)
     tokens = Tokens(rows.values, rows.unit_to_row, plan.grid, seed, gathered)
-    source, layers = cat(run.sources), list(enumerate(run.computed))
+    source = cat(run.sources)
+    layers = list(enumerate(run.computed))
     return EncodedRows(plan, rows, tokens, source, layers, selection, run.timer, run.checks())
 
 
@@ -273,15 +278,20 @@ class _Run:
         pause: Callable[[int], None],
         segment: "Segment | None" = None,
     ):
-        weight, tower = visual.patch_embed.proj.weight, tower_shape(visual)
-        self.visual, self.plan = visual, plan
-        self.device, self.dtype = weight.device, weight.dtype
+        weight = visual.patch_embed.proj.weight
+        tower = tower_shape(visual)
+        self.visual = visual
+        self.plan = plan
+        self.device = weight.device
+        self.dtype = weight.dtype
         self.geometry = tower_geometry(visual, *plan.grid[1:])
         self.chunk_units = chunk_units or devices.largest_chunk(self.device)
         # Rows that go through an MLP or the patch merger at a time. In 16 bits a product rounds otherwise with another number of
         # rows, and a selection behind it would depend on the size of chunks.
         self.piece = devices.largest_chunk(self.device)
-        self.after_layer, self.pause = after_layer, pause  # called with the number of finished layers
+        # called with the number of finished layers
+        self.after_layer = after_layer
+        self.pause = pause
         self.timer = devices.Timer(self.device)
         # Results that `checks` puts together, bool tensors without dimension:
         self.even: list[torch.Tensor] = []  # for each chunk, whether each frame pair has one colour
@@ -338,7 +348,7 @@ class _Run:
         self.references = chunk.references
 
     def all_rows(self) -> Rows:
-        """The rows of all chunks; frees the chunks. Raises NothingNew: there are none."""
+        """Return the rows of all chunks; frees the chunks. Raises NothingNew: there are none."""
         if not self.count:
             raise NothingNew
         live = [(piece.values, piece.deepstack) for piece in self.pieces if len(piece.values)]
@@ -346,16 +356,19 @@ class _Run:
         rows = Rows(*map(cat, (*zip(*live, strict=True), *zip(*of_units, strict=True))))
         if self.segment:
             self.segment.chunks_done(rows.unit_to_row)
-        self.pieces, self.carried = [], self.carried if self.segment else None
+        self.pieces = []
+        self.carried = self.carried if self.segment else None
         return rows
 
     def select_rows(self, rows: Rows, stage: Stage, seed: int) -> tuple[Rows, Selection | None]:
-        """The rows that go on; and the selection, if the language model reads exactly these rows.
+        """Return the rows that go on; and the selection, if the language model reads exactly these rows.
 
         A selector that asks for no hidden states gets rows after the norm of the next layer, which reduces the few channels that
         are large in all rows. All rows of a video without any change go on if there are few enough of them.
         """
-        plan, selector, whole_pairs = self.plan, stage.selector, isinstance(stage.reduce, WholePairs)
+        plan = self.plan
+        selector = stage.selector
+        whole_pairs = isinstance(stage.reduce, WholePairs)
         max_rows = plan.keep if whole_pairs else stage.rows
         if max_rows >= len(rows.values) and not any(self.counts[1:]):
             return rows, None
@@ -378,7 +391,7 @@ class _Run:
         return kept_rows, selection if final else None
 
     def run_later_layers(self, rows: Rows, stage: Stage, layers: range) -> Rows:
-        """The selected rows after `layers`, which run on the whole video at once, or on chunks of whole frame pairs."""
+        """Return the selected rows after `layers`, which run on the whole video at once, or on chunks of whole frame pairs."""
         if isinstance(stage.reduce, WholePairs):
             at_once = -(-self.chunk_units // self.geometry.units) * self.geometry.units
             pieces = list(zip(rows.values.split(at_once), rows.deepstack.split(at_once), strict=True))
@@ -388,7 +401,9 @@ class _Run:
         layout = TokenLayout(self.geometry, self.plan.grid[0], rows.unit, rows.unit_to_row, "clip", complete=complete)
         layout = self.segment.enter(layout) if self.segment else layout
         args = {"carried": self.carried, "piece": self.piece, "on_layer": self.after_layer, "deepstack": rows.deepstack}
-        x, rows.values = rows.values, None  # which the first layer may free
+        # which the first layer may free
+        x = rows.values
+        rows.values = None
         x, _, deepstack = self.run_layers(layers, x, layout, **args)
         return Rows(x, deepstack, rows.unit, rows.unit_to_row)
 
@@ -435,7 +450,7 @@ def _nearest_kept(seen: torch.Tensor, unit_to_row: torch.Tensor, kept: torch.Ten
 
 
 def _reduction(plan: EncoderPlan, pairs: range, failed: list[torch.Tensor]) -> Reduction:
-    """What the stages do with the rows of the chunk of these frame pairs. Raises TypeError where they cannot be together."""
+    """Return what the stages do with the rows of the chunk of these frame pairs. Raises TypeError where they cannot be together."""
     stages = plan.inside_chunks
     if not stages:
         return Reduction()
@@ -460,18 +475,22 @@ def select_tokens(video: EncodedRows, question: torch.Tensor | None = None) -> E
     with video.timer:
         selection = selected(video, question)
         kept = devices.to_device(selection.kept, rows.unit.device)
-        features, deepstack = rows.values, rows.deepstack
+        features = rows.values
+        deepstack = rows.deepstack
         if selection is not video.selection:
             features, deepstack = rows.averaged(replace(selection, kept=kept))
     return video.encoded(features, kept, selection.size, deepstack)
 
 
 def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Selection:
-    """The units that the language model reads; arguments as in `select_tokens`.
+    """Return the units that the language model reads; arguments as in `select_tokens`.
 
     Raises UsageError: the method reads the question, and there is none. PluginError: as `methods.chain.select`.
     """
-    tokens, unit, keep, stage = video.tokens, video.rows.unit, video.plan.keep, video.plan.token_stage
+    tokens = video.tokens
+    unit = video.rows.unit
+    keep = video.plan.keep
+    stage = video.plan.token_stage
     if video.selection is not None or not video.plan.prunes:
         return video.selection or Selection(unit)
     if stage is None:
@@ -524,14 +543,17 @@ class Segment:
     """
 
     def __init__(self, earlier: Earlier | None = None):
-        self.earlier, self.left = earlier, None
+        self.earlier = earlier
+        self.left = None
 
     def begun(self, plan: EncoderPlan, geo: Geometry) -> Self | None:
         """Itself, before its first chunk; None where it can leave nothing."""
         stage, whole = plan.token_stage, any(isinstance(stage.reduce, WholePairs) for stage in plan.row_stages)
         if not plan.reuse or plan.inside_chunks or whole or (stage and stage.selector and stage.selector.needs):
             return None
-        self._units, self._places, self.left = plan.units, geo.units, None
+        self._units = plan.units
+        self._places = geo.units
+        self.left = None
         self._outside: torch.Tensor | None = None  # bool `[N]`: units that have rows of the segment before
         return self
 
@@ -540,7 +562,9 @@ class Segment:
         self._outside = unit_to_row < 0 if self.earlier else None
 
     def enter(self, layout: TokenLayout) -> TokenLayout:
-        """The layout of all rows, in which units also have rows of the segment before, whose keys are those that are carried."""
+        """Return the layout of all rows, in which units also have rows of the segment before, whose keys are those that are
+        carried.
+        """
         if self._outside is None:
             return layout
         outside = layout.rows + ascending(self._units, layout.unit_to_row.device) % self._places
@@ -549,13 +573,14 @@ class Segment:
     def finish(
         self, rows: Rows, selection: Selection | None, carried: CarriedKeys, references: ReferenceBlocks
     ) -> tuple[Rows, Selection | None]:
-        """The rows after the tower, with those of the segment before that represent units here, each at the first of them.
+        """Return the rows after the tower, with those of the segment before that represent units here, each at the first of them.
 
         `selection`: of the tokens, among the rows that were computed; returned where there are no others. `references`: behind the
         last chunk.
         """
         if self.earlier:
-            rows, selection = self._with_earlier(rows, self._outside.view(-1, self._places)), None
+            rows = self._with_earlier(rows, self._outside.view(-1, self._places))
+            selection = None
         last = rows.unit_to_row[-self._places :]
         references = replace(references, pair=torch.full_like(references.pair, -1), seen=0)
         self.left = Earlier(references, carried.keys_values, rows.values[last], rows.deepstack[last])

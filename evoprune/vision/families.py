@@ -30,7 +30,7 @@ class Layers:
 
 
 def tower_layers(visual) -> Layers:
-    """How the layers of a tower compute, this project's or transformers'."""
+    """Return how the layers of a tower compute, this project's or transformers'."""
     return LAYERS[vision_sizes(visual.config).traits.hidden_act]
 
 
@@ -68,7 +68,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def embed(visual, patches: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-    """The rows before the first layer, `[R, 4, hidden]`, from patches `[R, 4, values]`; `layout`: of these rows."""
+    """Return the rows before the first layer, `[R, 4, hidden]`, from patches `[R, 4, values]`; `layout`: of these rows."""
     proj = visual.patch_embed.proj
     x = F.linear(patches, proj.weight.flatten(1), proj.bias)
     if vision_sizes(visual.config).num_position_embeddings is None:
@@ -77,11 +77,12 @@ def embed(visual, patches: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
 
 
 def learned_positions(table: torch.Tensor, geo: Geometry) -> torch.Tensor:
-    """A square table of learned positions, `[side * side, hidden]`, resampled bilinearly to the patches of a frame pair.
+    """Return a square table of learned positions, `[side * side, hidden]`, resampled bilinearly to the patches of a frame pair.
 
     The corners of the table are those of the frame. Returns float32 `[units, 4, hidden]`, by raster place.
     """
-    side, wide = math.isqrt(len(table)), table.shape[1]
+    side = math.isqrt(len(table))
+    wide = table.shape[1]
     positions = table.float().view(side, side, wide)
     positions = _resampled(_resampled(positions, 2 * geo.height).transpose(0, 1), 2 * geo.width).transpose(0, 1)
     return positions.reshape(geo.height, 2, geo.width, 2, wide).transpose(1, 2).reshape(geo.units, 4, wide)
@@ -95,7 +96,7 @@ def _resampled(x: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def merge_patches(visual, x: torch.Tensor, number: int | None = None) -> torch.Tensor:
-    """The tokens for the language model, `[R, D]`, from the last layer's rows `[R, 4, hidden]`.
+    """Return the tokens for the language model, `[R, D]`, from the last layer's rows `[R, 4, hidden]`.
 
     With `number`, what DeepStack adds after that layer of the language model, from rows of the tower's layer for it. The norm comes
     before the patches are joined, or after, as its width says.

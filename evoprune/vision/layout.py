@@ -50,7 +50,8 @@ class Geometry:
     @cached_property
     def window(self) -> torch.Tensor:
         """int64 `[H*W]`: the window of each place, numbered in raster order."""
-        y, x = ascending(self.height, self.device) // self.side, ascending(self.width, self.device) // self.side
+        y = ascending(self.height, self.device) // self.side
+        x = ascending(self.width, self.device) // self.side
         return (y[:, None] * -(-self.width // self.side) + x).flatten()
 
     @cached_property
@@ -61,7 +62,7 @@ class Geometry:
 
 @lru_cache(maxsize=64)
 def geometry(height: int, width: int, side: int = 4, device: str = "cpu") -> Geometry:
-    """The geometry of `height` x `width` units, cached for each device."""
+    """Return the geometry of `height` x `width` units, cached for each device."""
     return Geometry(height, width, side, device)
 
 
@@ -98,13 +99,13 @@ class TokenLayout:
         return self.counts or tuple(tally(self.group_of(self.unit, "pair"), self.pairs).tolist())
 
     def longest(self, scope: Scope) -> int:
-        """An upper bound of the rows of a group, computed without waiting."""
+        """Return an upper bound of the rows of a group, computed without waiting."""
         limit = self.geometry.largest_window if scope == "window" else self.geometry.units
         known = self.counts or devices.exact_shapes(self.unit.device)
         return min(max(self.per_pair) if known else self.rows, limit)
 
     def mixes(self, scope: Scope) -> bool:
-        """Whether a group of `scope` may have units that rows of other groups own."""
+        """Return whether a group of `scope` may have units that rows of other groups own."""
         return WIDTH[self.reach] > WIDTH[scope]
 
     def row_groups(self, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,16 +132,18 @@ class TokenLayout:
         return self.pairs * (self.geometry.windows if scope == "window" else 1)
 
     def group_of(self, unit: torch.Tensor, scope: Scope) -> torch.Tensor:
-        """The number of the window or frame pair of each unit (int64, any shape), counted over all frame pairs."""
+        """Return the number of the window or frame pair of each unit (int64, any shape), counted over all frame pairs."""
         return group_table(self.geometry, self.pairs, scope)[unit]
 
 
 @lru_cache(maxsize=64)
 def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
     """int64 `[T * H*W + 1]`: the number of the window or frame pair of each unit, and of padding, which is after the last."""
-    pair, place = ascending(pairs + 1, geo.device), torch.zeros_like(geo.window)
+    pair = ascending(pairs + 1, geo.device)
+    place = torch.zeros_like(geo.window)
     if scope == "window":
-        pair, place = pair * geo.windows, geo.window
+        pair = pair * geo.windows
+        place = geo.window
     return (pair[:, None] + place).flatten()[: pairs * geo.units + 1].clone()
 
 
@@ -158,17 +161,19 @@ def window_order(geo: Geometry, pairs: int, alive: torch.Tensor | None = None, c
 
 
 def full_layout(geo: Geometry, pairs: int) -> TokenLayout:
-    """The layout in which every unit is a row."""
+    """Return the layout in which every unit is a row."""
     return TokenLayout(geo, pairs, *order_tables(geo, pairs), "place", (geo.units,) * pairs, True)
 
 
 def referring_layout(geo: Geometry, source: torch.Tensor, counts: tuple[int, ...], unit: torch.Tensor) -> TokenLayout:
-    """The layout with reuse: some units are rows, and each other unit is owned by a row at its place in an earlier frame pair.
+    """Return the layout with reuse: some units are rows, and each other unit is owned by a row at its place in an earlier frame
+    pair.
 
     `source`: int64 `[pairs, H*W]`, the frame pair whose row represents each unit, counted from the first of these; a negative
     number is one of an earlier chunk. `counts`, `unit`: as in the layout.
     """
-    pairs, rows = len(source), sum(counts)
+    pairs = len(source)
+    rows = sum(counts)
     number = torch.zeros(pairs * geo.units, dtype=torch.int64, device=source.device)
     number[unit] = ascending(rows, source.device)
     place = ascending(geo.units, source.device)
@@ -183,7 +188,8 @@ def merged_layout(
     rows: int | None = None,
     counts: tuple[int, ...] | None = None,
 ) -> TokenLayout:
-    """The layout after every row r has merged into row `into[r]` (int64 `[R]`), itself if it stays, inside groups of `scope`.
+    """Return the layout after every row r has merged into row `into[r]` (int64 `[R]`), itself if it stays, inside groups of
+    `scope`.
 
     Args:
         rows: number of rows in the result. Default: the rows that stay, whose count synchronises. If it is more, the last rows are
@@ -202,17 +208,15 @@ def merged_layout(
 
 @lru_cache(maxsize=64)
 def group_units(geo: Geometry, pairs: int, scope: Scope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a device needs of all units of each window or frame pair, without reading a value.
+    """Return what a device needs of all units of each window or frame pair, without reading a value.
 
     Their numbers, int64 `[G, widest]`, padded with the first after the last frame pair; int64 `[T * H*W]`, where in this flattened
     table they are; and int32 `[G + 1]`, a zero and the ends of all groups, counted in patches.
     """
     order, _ = order_tables(geo, pairs)
     group = group_table(geo, pairs, scope)[order]
-    total, widest = (
-        pairs * (geo.windows if scope == "window" else 1),
-        geo.largest_window if scope == "window" else geo.units,
-    )
+    total = pairs * (geo.windows if scope == "window" else 1)
+    widest = geo.largest_window if scope == "window" else geo.units
     length = tally(group, total)
     ends = F.pad(length.cumsum(0), (1, 0))
     slot = group * widest + ascending(len(order), order.device) - ends[group]
@@ -237,14 +241,17 @@ class Groups:
 
 
 def attention_groups(layout: TokenLayout, scope: Scope) -> Groups:
-    """The groups of a layer whose attention is limited to `scope`; synchronises."""
+    """Return the groups of a layer whose attention is limited to `scope`; synchronises."""
     length = tally(layout.group_of(layout.unit, scope), layout.group_count(scope))
-    start, used = length.cumsum(0) - length, length > 0
-    start, own = start[used], length[used]
+    start = length.cumsum(0) - length
+    used = length > 0
+    start = start[used]
+    own = length[used]
     if not layout.mixes(scope):  # the keys of a group are its own rows
         return Groups(start, own, True, ascending(layout.rows, length.device), own, layout.size)
     # All rows that own some of its units, in any frame pair: a row owns the unit whose place it has, so its own are among them.
-    rows, group = layout.rows + layout.geometry.units, group_table(layout.geometry, layout.pairs, scope)[:-1]
+    rows = layout.rows + layout.geometry.units
+    group = group_table(layout.geometry, layout.pairs, scope)[:-1]
     asked = (layout.unit_to_row >= 0) & used[group]  # a group without query rows needs no keys
     both, count = (group * rows + layout.unit_to_row)[asked].unique(return_counts=True)
     key_length = tally(both // rows, layout.group_count(scope))[used]

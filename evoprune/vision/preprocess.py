@@ -57,7 +57,8 @@ def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """
     if frames.shape[1:3] == (height, width):
         return frames
-    planes, kwargs = frames.permute(0, 3, 1, 2), {"mode": "bicubic", "antialias": True}
+    planes = frames.permute(0, 3, 1, 2)
+    kwargs = {"mode": "bicubic", "antialias": True}
     if devices.is_host(frames.device):
         return F.interpolate(planes, size=(height, width), **kwargs).permute(0, 2, 3, 1)
     resized = []
@@ -137,9 +138,13 @@ def scan(
     `means`: float32 `[T, units, 96]`, from `patch_means`: the next frame pairs, at least one. `threshold`: in
     levels of 255; 0 encodes all units.
     """
-    held, pair, seen = means[0], means.new_zeros(means.shape[1], dtype=torch.int64), 0
+    held = means[0]
+    pair = means.new_zeros(means.shape[1], dtype=torch.int64)
+    seen = 0
     if references:
-        held, pair, seen = references.means, references.pair, references.seen
+        held = references.means
+        pair = references.pair
+        seen = references.seen
     source, held, pair = reuse_scan(means, held, pair, references is not None, seen, threshold)
     return source, ReferenceBlocks(held, pair, seen + len(means))
 
@@ -159,7 +164,8 @@ class Chunk:
 
 def in_pairs(patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int) -> Iterator[torch.Tensor]:
     """Cuts a stream of patches (pieces `[n, values]`) into pieces of `pairs` whole frame pairs; the last may be shorter."""
-    held, size = [], rows_per_pair * pairs
+    held = []
+    size = rows_per_pair * pairs
     for piece in patches:
         if not len(piece):
             continue
@@ -198,7 +204,11 @@ def in_chunks(
 
     Raises ValueError: the number of patches does not fit `pairs` frame pairs.
     """
-    device, done, first, held, counts = torch.device(geo.device), 0, 0, [], ()
+    device = torch.device(geo.device)
+    done = 0
+    first = 0
+    held = []
+    counts = ()
 
     def chunk() -> Chunk:
         values, unit, source = map(cat, zip(*held, strict=True))
@@ -219,7 +229,10 @@ def in_chunks(
         if even is not None and (not even or not here or even[-1]):
             of_pair = piece.view(count, -1, piece.shape[1])  # one colour: all patches are equal within one level of 255
             even.append((of_pair.amax(1) - of_pair.amin(1)).max() < 1 / 255)
-        source, alive, own = None, None, (geo.units,) * count  # rows of each frame pair
+        # rows of each frame pair
+        source = None
+        alive = None
+        own = (geo.units,) * count
         if threshold:
             with timer:
                 means = patch_means(piece, geo.units, normal)
@@ -231,10 +244,13 @@ def in_chunks(
         if values.dtype == torch.uint8:
             values = normalised(values, normal)
         held.append((values.to(dtype), unit + (done - first) * geo.units if held else unit, source))
-        done, counts = done + count, counts + own
+        done = done + count
+        counts = counts + own
         if sum(counts) >= rows or (done - first) * geo.units >= SPARSE * rows:
             yield chunk()
-            first, held, counts = done, [], ()
+            first = done
+            held = []
+            counts = ()
     if done != pairs:
         raise ValueError(f"patches end after {done} of {pairs} frame pairs")
     if held:

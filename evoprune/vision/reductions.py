@@ -37,18 +37,19 @@ class Reduction:
         return None
 
     def acts(self, layer: int, layout: TokenLayout) -> bool:
-        """Whether `after` changes anything after a layer."""
+        """Return whether `after` changes anything after a layer."""
         return False
 
     def after(self, layer: int, scope: Scope, x: torch.Tensor, layout: TokenLayout, compared: Compared) -> Reduced:
-        """The rows for the next layer and their layout, from `x` (`[R, 4, hidden]`) after a layer whose attention has `scope`.
+        """Return the rows for the next layer and their layout, from `x` (`[R, 4, hidden]`) after a layer whose attention has
+        `scope`.
 
         `compared`: keys (`[R, 4, heads, d]`) and attention received (float32 `[R]`) of the layer, None unless `needs` asks for it.
         """
         return x, layout
 
     def all_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """The states `[R', 4, hidden]` of all rows that leave the tower, from those that a layer has computed."""
+        """Return the states `[R', 4, hidden]` of all rows that leave the tower, from those that a layer has computed."""
         return x
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
@@ -111,14 +112,15 @@ class Gathering:
         """Stores the values of a chunk."""
         if self._seen is None:  # the chunk has no rows
             return
-        values, self._seen = self._seen, None
+        values = self._seen
+        self._seen = None
         if self._states is not None:
             values["middle"], self._states = self._merge(self._states).float(), None
         for name, value in values.items():
             self._collected[name].append(value)
 
     def collected(self, order: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The values of the whole video by name, float32 `[E, ...]`, in the `order` of these rows, int64 `[E]`."""
+        """Return the values of the whole video by name, float32 `[E, ...]`, in the `order` of these rows, int64 `[E]`."""
         return {name: torch.cat(pieces)[order] for name, pieces in self._collected.items()}
 
 
@@ -130,8 +132,11 @@ class Merging(Reduction):
     """
 
     def __init__(self, merger: Merger, left: Mapping[int, tuple[int, ...]], failed: list[torch.Tensor]):
-        self._merger, self._left, self._failed = merger, left, failed
-        self.size_bias, self.needs = merger.size_bias, merger.needs
+        self._merger = merger
+        self._left = left
+        self._failed = failed
+        self.size_bias = merger.size_bias
+        self.needs = merger.needs
 
     def acts(self, layer: int, layout: TokenLayout) -> bool:
         return self._left.get(layer + 1, layout.per_pair) != layout.per_pair
@@ -146,8 +151,10 @@ class Merging(Reduction):
         """
         keys, received = compared
         features = x.flatten(1).float() if keys is None else unit_features(keys)
-        target, static = self._left[layer + 1], not devices.exact_shapes(x.device)
-        rows, longest = _RoundRows(x, features, received, layout, scope), layout.longest(scope)
+        target = self._left[layer + 1]
+        static = not devices.exact_shapes(x.device)
+        rows = _RoundRows(x, features, received, layout, scope)
+        longest = layout.longest(scope)
         goal = devices.to_device(torch.tensor(target, dtype=torch.int64, device="cpu"), x.device)
         wanted = share_rows(rows.lengths.view(len(target), -1), goal, longest).flatten()
         rounds = most_rounds(layout, scope, target, self._merger) if static else layout.rows - sum(target)
@@ -182,13 +189,17 @@ class Merging(Reduction):
         `wanted`: int64 `[groups]`, the target of each group; `longest`: upper bound of its rows now; `target`: rows of each frame
         pair after the last round.
         """
-        layout, length = rows.layout, rows.lengths
-        start, remove = length.cumsum(0) - length, length - wanted
+        layout = rows.layout
+        length = rows.lengths
+        start = length.cumsum(0) - length
+        remove = length - wanted
         if not static:
             busy = (remove > 0).nonzero().flatten()
             if not len(busy):
                 return None
-            start, length, remove = start[busy], length[busy], remove[busy]
+            start = start[busy]
+            length = length[busy]
+            remove = remove[busy]
             longest = int(length.max())
         row, valid = runs(start, length, longest, layout.rows)
         candidates = Candidates(
@@ -207,7 +218,8 @@ class Merging(Reduction):
         into = into.scatter_(0, place, row.gather(1, local).flatten())[:-1]
         stays = into == ascending(layout.rows, into.device)
         if static:
-            left, moves = sum(target) if last else layout.rows, layout.rows - sum(target)
+            left = sum(target) if last else layout.rows
+            moves = layout.rows - sum(target)
         else:
             left = int(stays.sum())
             moves = layout.rows - left
@@ -224,7 +236,8 @@ class Merging(Reduction):
         """A merged row has the size-weighted mean."""
         if not values.numel():
             return values.new_empty(after.rows, *values.shape[1:])
-        into, size = after.unit_to_row[before.unit], before.size.float()
+        into = after.unit_to_row[before.unit]
+        size = before.size.float()
         weight = size.new_zeros(after.rows).index_add_(0, into, size).clamp_(min=1)
         wide = (-1, *[1] * (values.ndim - 1))
         total = torch.zeros(after.rows, *values.shape[1:], dtype=torch.float32, device=values.device)
@@ -250,7 +263,7 @@ class _RoundRows:
 
 
 def most_rounds(layout: TokenLayout, scope: Scope, target: Sequence[int], merger: Merger) -> int:
-    """The most rounds until every group has lost its rows, for any content."""
+    """Return the most rounds until every group has lost its rows, for any content."""
     worst = 0
     for rows, left in set(zip(layout.per_pair, target, strict=True)):
         if scope == "pair":
@@ -274,7 +287,9 @@ class Followers(Reduction):
     size_bias = False
 
     def __init__(self, stage: Stage, depth: int):
-        self._first, self._plan, self._depth = stage.first_layer, stage.reduce, depth
+        self._first = stage.first_layer
+        self._plan = stage.reduce
+        self._depth = depth
         self._earlier: torch.Tensor | None = None  # the rows before the layer whose changes decide
         self._saved: torch.Tensor | None = None  # [R, 4, hidden], the rows after that layer
 
@@ -289,7 +304,8 @@ class Followers(Reduction):
         return self._first - 1 <= layer + 1 <= self._plan.until or layer + 1 == self._depth
 
     def after(self, layer: int, scope: Scope, x: torch.Tensor, layout: TokenLayout, compared: Compared) -> Reduced:
-        plan, done = self._plan, layer + 1
+        plan = self._plan
+        done = layer + 1
         if done < self._first:
             self._earlier = x
             return x, layout
@@ -315,24 +331,33 @@ class Followers(Reduction):
 
     def _divide(self, x: torch.Tensor, layout: TokenLayout) -> None:
         """Decides which rows stay, and whom the others follow."""
-        geo, pairs, keep = layout.geometry, layout.pairs, self._plan.left
+        geo = layout.geometry
+        pairs = layout.pairs
+        keep = self._plan.left
         rows = x.flatten(1).float().view(pairs, geo.units, -1)
         change = (rows - self._earlier.flatten(1).float().view_as(rows)).norm(dim=2)
         change = snap(change / change.amax(1, keepdim=True).clamp(min=1e-30))
         rank = geo.order.argsort()  # of each place in window order
         order = rank[change[:, rank].argsort(dim=1, descending=True, stable=True)]  # ties by place
-        kept, dropped = order[:, :keep].sort().values, order[:, keep:].sort().values
+        kept = order[:, :keep].sort().values
+        dropped = order[:, keep:].sort().values
         first = ascending(pairs, x.device)[:, None]
         near = nearest_rows(rows, kept, dropped, self._plan.neighbours)
-        self._near, first = (near + first[:, :, None] * keep).flatten(0, 1), first * geo.units
-        self._kept, self._dropped = (kept + first).flatten(), (dropped + first).flatten()
-        self._saved, self._earlier, self._layout = x, None, layout
-        unit, unit_to_row = layout.unit[self._kept], torch.full_like(layout.unit_to_row, -1)  # the others own nothing
+        self._near = (near + first[:, :, None] * keep).flatten(0, 1)
+        first = first * geo.units
+        self._kept = (kept + first).flatten()
+        self._dropped = (dropped + first).flatten()
+        self._saved = x
+        self._earlier = None
+        self._layout = layout
+        # the others own nothing
+        unit = layout.unit[self._kept]
+        unit_to_row = torch.full_like(layout.unit_to_row, -1)
         unit_to_row[unit] = ascending(len(unit), unit.device)
         self._layout_of_kept = TokenLayout(geo, pairs, unit, unit_to_row, "window", (keep,) * pairs)
 
     def _moved(self, kept: torch.Tensor) -> torch.Tensor:
-        """All rows `[R, 4, hidden]`, from the kept ones: a dropped row has moved as the rows that it follows, on average."""
+        """Return all rows `[R, 4, hidden]`, from the kept ones: a dropped row has moved as the rows that it follows, on average."""
         moved = self._saved.index_copy(0, self._kept, kept)
         move = self._mean_of_near(kept.float() - self._saved[self._kept].float())
         return moved.index_copy_(0, self._dropped, (self._saved[self._dropped].float() + move).to(moved.dtype))

@@ -33,13 +33,15 @@ def rotary(sizes: VisionConfig, geo: Geometry) -> tuple[torch.Tensor, torch.Tens
 
     The first half of the sines is negated. One half of the angles depends on the patch's y, the other half on its x.
     """
-    merge, quarter = sizes.spatial_merge_size, sizes.hidden_size // sizes.num_heads // 4
+    merge = sizes.spatial_merge_size
+    quarter = sizes.hidden_size // sizes.num_heads // 4
     speed = 10000.0 ** (torch.arange(quarter, dtype=torch.float32, device=geo.device) / -quarter)
     y, x = torch.meshgrid(ascending(geo.height, geo.device), ascending(geo.width, geo.device), indexing="ij")
     dy, dx = torch.meshgrid(ascending(merge, geo.device), ascending(merge, geo.device), indexing="ij")
     at = torch.stack([(y.flatten()[:, None] * merge + dy.flatten()), (x.flatten()[:, None] * merge + dx.flatten())], -1)
     angle = (at[..., None].float() * speed).flatten(2)[:, :, None, None]
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
@@ -62,7 +64,7 @@ def tower_shape(visual, device: torch.device | None = None) -> TowerShape:
 
 
 def tower_geometry(visual, height: int, width: int) -> Geometry:
-    """The windows into which this tower divides a frame pair of height x width units."""
+    """Return the windows into which this tower divides a frame pair of height x width units."""
     return geometry(height, width, tower_shape(visual).window, str(visual.patch_embed.proj.weight.device))
 
 
@@ -109,7 +111,7 @@ class CarriedKeys:
 
 
 def in_pieces(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, piece: int | None) -> torch.Tensor:
-    """What a function makes of `x`, of which it gets `piece` entries at a time; all where that is None."""
+    """Return what a function makes of `x`, of which it gets `piece` entries at a time; all where that is None."""
     if not piece or len(x) <= piece:
         return function(x)
     return torch.cat([function(part) for part in x.split(piece)])
@@ -154,7 +156,8 @@ class VisionBlock:
 
     def __init__(self, run: LayerRun, number: int):
         self.run, self.number, self.weights = run, number, run.visual.blocks[number]
-        self.kind, self.heads = tower_layers(run.visual), vision_sizes(run.visual.config).num_heads
+        self.kind = tower_layers(run.visual)
+        self.heads = vision_sizes(run.visual.config).num_heads
         self.scope: Scope = tower_shape(run.visual).scope(number)
 
     def attend(
@@ -165,15 +168,18 @@ class VisionBlock:
         plans: dict[Scope, AttentionPlan],
         needs: frozenset[str],
     ) -> tuple[torch.Tensor, Compared]:
-        """The rows `[R, 4, hidden]` after attention, and what `Reduction.after` compares, as far as it `needs` it.
+        """Return the rows `[R, 4, hidden]` after attention, and what `Reduction.after` compares, as far as it `needs` it.
 
         `rotation`: cosines and sines of each row, `[R, 4, 1, 1, d]`. `plans`: of the layout, once they are made.
         """
-        run, weights = self.run, self.weights
+        run = self.run
+        weights = self.weights
         qkv = linear(weights.attn.qkv, self.kind.norm(weights.norm1, x))
         qkv = qkv.view(*x.shape[:2], 3, self.heads, -1)
         q, k = rotate(qkv[:, :, :2], *rotation).unbind(2)
-        v, plain, rotated = qkv[:, :, 2], qkv[:, :, 1], k
+        v = qkv[:, :, 2]
+        plain = qkv[:, :, 1]
+        rotated = k
         if run.carried:
             k, v = run.carried.seen_by(self.number, k, v, layout)
         if self.scope not in plans:
@@ -190,7 +196,7 @@ class VisionBlock:
         return x, (None if "hidden" in needs else plain if "keys" in needs else rotated, received)
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:
-        """The rows `[R, 4, hidden]` after the MLP; those that the reduction has set aside stay."""
+        """Return the rows `[R, 4, hidden]` after the MLP; those that the reduction has set aside stay."""
         active = self.run.reduction.active(self.number)
         rows = x if active is None else x[active]
         self.run.computed[self.number] += len(rows)
@@ -214,7 +220,8 @@ class VisionBlock:
         weights = self.weights
         if normed is None:
             x, normed = self._add_norm(x, None, weights.norm1)
-        qkv, dim = weights.attn.qkv(normed).view(layout.rows, PATCHES, -1), x.shape[1] // self.heads
+        qkv = weights.attn.qkv(normed).view(layout.rows, PATCHES, -1)
+        dim = x.shape[1] // self.heads
         q, k, v = kernels(x.device).rotate_into_groups(qkv, *table, layout.place, self.heads, *plan.keys)
         mixed = plan.attend(q, k, v, scale=dim**-0.5)
         x, normed = self._add_norm(x, weights.attn.proj(mixed[..., :dim].flatten(1)), weights.norm2)
@@ -224,7 +231,7 @@ class VisionBlock:
     def _add_norm(
         self, x: torch.Tensor, plus: torch.Tensor | None, norm: torch.nn.Module | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The sum, and the sum after `norm`."""
+        """Return the sum, and the sum after `norm`."""
         if norm is None:
             return x + plus, None
         if self.kind.rms:
@@ -233,7 +240,7 @@ class VisionBlock:
         return x, self.kind.norm(norm, x)
 
     def _mlp_by_kernels(self, x: torch.Tensor) -> torch.Tensor:
-        """An MLP without norm and residual, `[rows, hidden]`."""
+        """Return an MLP without norm and residual, `[rows, hidden]`."""
         mlp = self.weights.mlp
         if parameters := joined(mlp):
             hidden = kernels(x.device).silu_times(F.linear(x, *parameters))
@@ -243,7 +250,8 @@ class VisionBlock:
 
 def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
     """Rows `[R, 4, hidden]`, in window order, after neighbouring layers of the tower; and their layout, for there may be fewer."""
-    sizes, reduction = vision_sizes(run.visual.config), run.reduction
+    sizes = vision_sizes(run.visual.config)
+    reduction = run.reduction
     if run.deepstack is None:
         run.deepstack = x.new_empty(len(x), 0, sizes.out_hidden_size)
     if not layers or not layout.rows:  # all units are reused
@@ -253,10 +261,12 @@ def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayou
         x, layers = _run_by_kernels(run, layers, x, layout, table)
         if not layers:
             return x, layout
-    rotation, plans = [of_place[layout.place] for of_place in table], {}
+    rotation = [of_place[layout.place] for of_place in table]
+    plans = {}
     reduction.begin(x)
     for layer in layers:
-        block, acts = VisionBlock(run, layer), reduction.acts(layer, layout)
+        block = VisionBlock(run, layer)
+        acts = reduction.acts(layer, layout)
         x, compared = block.attend(x, layout, rotation, plans, reduction.needs if acts else frozenset())
         x = block.transform(x)
         if acts:
@@ -265,13 +275,14 @@ def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayou
                 x, layout = reduction.after(layer, block.scope, x, before, compared)
                 if layout is not before:
                     run.deepstack = reduction.joined(run.deepstack, before, layout)
-                    rotation, plans = [of_place[layout.place] for of_place in table], {}
+                    rotation = [of_place[layout.place] for of_place in table]
+                    plans = {}
         run.finish(layer, x)
     return x, layout
 
 
 def can_fuse(x: torch.Tensor) -> bool:
-    """Whether there are kernels for rows on this device, in this dtype."""
+    """Return whether there are kernels for rows on this device, in this dtype."""
     return varlen_kernel(x.device, x.dtype) is not None and kernels(x.device) is not None
 
 
@@ -279,7 +290,9 @@ def _run_by_kernels(
     run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayout, table: Table
 ) -> tuple[torch.Tensor, range]:
     """Rows `[R, 4, hidden]` after `layers`, and the layers that are left: none, unless a kernel fails."""
-    shape, plans, normed = x.shape, {}, None
+    shape = x.shape
+    plans = {}
+    normed = None
     x = x.flatten(0, 1)
     for layer in layers:
         try:

@@ -18,11 +18,11 @@ from typing import Any, get_args
 import pytest
 
 import evoprune
-from evoprune import keywords
 from evoprune.language.settings import GenerationOptions
 from evoprune.methods.budget import DEFAULT, PRESETS, PresetName
+from evoprune.session import keywords
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions, StreamOptions
-from evoprune.signatures import code, explained, meaning, takes, type_code
+from evoprune.session.signatures import code, explained, meaning, takes, type_code
 from evoprune.util import option
 from evoprune_cli.keywords import POSITIONAL, module
 from tests.typed.public import main
@@ -69,8 +69,8 @@ def test_a_type_checker_is_told_of_the_same_options(function, kinds, name):
 
 
 def test_the_file_for_type_checkers_is_made_of_the_options():
-    stored = (ROOT / "evoprune/keywords.py").read_text(encoding="utf-8")
-    assert module() == stored, "make it anew: python -m evoprune_cli.keywords > evoprune/keywords.py"
+    stored = (ROOT / "evoprune/session/keywords.py").read_text(encoding="utf-8")
+    assert module() == stored, "make it anew: python -m evoprune_cli.keywords > evoprune/session/keywords.py"
 
 
 def test_types_are_written_as_code():

@@ -87,7 +87,7 @@ def weights(subject: Subject) -> Outcome:
 
 
 def patches(subject: Subject) -> Outcome:
-    """The patches of each frame, which are those of a picture in one half of the values and in the other."""
+    """Return the patches of each frame, which are those of a picture in one half of the values and in the other."""
     worst = Gap(0.0, 0.0)
     for path, name in ((subject.video, "pixel_values_videos"), (subject.picture, "pixel_values")):
         asked = subject.about(path)
@@ -107,7 +107,8 @@ def _patches_of_transformers(subject: Subject, plan: Plan) -> torch.Tensor:
     from PIL import Image
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    limits, size = subject.loaded.limits[plan.kind], (plan.width, plan.height)
+    limits = subject.loaded.limits[plan.kind]
+    size = (plan.width, plan.height)
     processor = Qwen2VLImageProcessorPil(
         image_mean=limits.image_mean, image_std=limits.image_std, patch_size=limits.patch_size, do_resize=False
     )
@@ -130,14 +131,17 @@ def positions(subject: Subject) -> Outcome:
     pair = subject.loaded.video.temporal_patch_size
     for paths in ([subject.video], [subject.picture, subject.video]):
         asked = subject.about(*paths)
-        ours, call = asked.positions, {name: value.cpu() for name, value in asked.call.items()}
+        ours = asked.positions
+        call = {name: value.cpu() for name, value in asked.call.items()}
         if "second_per_grid_ts" in call:  # exactly: a product that is a whole number must not be rounded below it
             seconds = [asked.plans[-1].sampling.seconds_per_pair(pair)]
             if seconds[0] % 1 and not interface.takes_encoded(subject.transformers):
                 return skipped("this transformers cuts seconds from one frame pair to the next to whole ones")
             call["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float64, device="cpu")
         theirs = interface.model_positions(subject.transformers, call, call["attention_mask"], False)[:, 0]
-        runs, at = [], 0  # of text, of a picture or of a video
+        # of text, of a picture or of a video
+        runs = []
+        at = 0
         _, lengths = call["mm_token_type_ids"][0].unique_consecutive(return_counts=True)
         for run in theirs.split(lengths.tolist(), 1):
             runs.append(run - run[:, :1] + at)
@@ -151,8 +155,9 @@ def positions(subject: Subject) -> Outcome:
 
 
 def logits(subject: Subject) -> Outcome:
-    """The language model alone: both sides read the features of transformers' tower."""
-    model, asked = subject.loaded.model, subject.about(subject.video)
+    """Return the language model alone: both sides read the features of transformers' tower."""
+    model = subject.loaded.model
+    asked = subject.about(subject.video)
     (place,), (last, *inner) = asked.prompt.places, asked.features
     visuals = [Visual(place, last, ascending(len(place), "cpu"), deepstack=torch.stack(inner) if inner else None)]
     embeds, _, _, added = embed_prompt(model, asked.prompt.input_ids, visuals)
@@ -177,9 +182,12 @@ def _same_answer(subject: Subject, *paths: Path) -> Outcome:
     """
     inputs = subject.encode(subject.asking(1.0), paths)
     said = inputs.ask(QUESTION, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
-    text, ids, asked = said.text, [*said.ids], subject.about(*paths)
+    text = said.text
+    ids = [*said.ids]
+    asked = subject.about(*paths)
     rows = len(ids) + (said.report.finish_reason == "stop")
-    features, limits = asked.features, {}
+    features = asked.features
+    limits = {}
     if not subject.loaded.model.native:
         encoded = [subject.encode(subject.asking(1.0), [path]).encoded.every_feature for path in paths]
         features = torch.cat([each.view(len(features), -1, each.shape[-1]) for each in encoded], 1)
@@ -200,7 +208,7 @@ def _same_answer(subject: Subject, *paths: Path) -> Outcome:
 
 
 def batch(subject: Subject) -> Outcome:
-    """A batch of two through `EvoPrune(...)(model)`: unpruned as the model alone, and pruned as each prompt by itself."""
+    """Return a batch of two through `EvoPrune(...)(model)`: unpruned as the model alone, and pruned as each prompt by itself."""
     try:
         whole, pruning = (EvoPrune(budget=budget)(subject.transformers) for budget in (1.0, BUDGET))
     except UsageError as older:  # Qwen3-VL in an older transformers
@@ -217,7 +225,7 @@ def batch(subject: Subject) -> Outcome:
 
 
 def _padded(calls: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The calls as one, padded on the left."""
+    """Return the calls as one, padded on the left."""
     max_length = max(call["input_ids"].shape[1] for call in calls)
     padded = {}
     for name in calls[0]:
@@ -239,7 +247,8 @@ def packed(subject: Subject) -> Outcome:
         return skipped("weights are not packed in this dtype on this device")
     worst = 0.0
     for layer in layers.values():
-        ours, rounding = PackedLinear(layer), layer.in_features**0.5 * torch.finfo(subject.dtype).eps
+        ours = PackedLinear(layer)
+        rounding = layer.in_features**0.5 * torch.finfo(subject.dtype).eps
         for rows in (1, 300):
             random = torch.Generator().manual_seed(rows)
             x = torch.randn(rows, layer.in_features, generator=random, dtype=torch.float32, device="cpu")
@@ -261,10 +270,13 @@ FLIPS = 0.1
 # What 8 and 4 bits may cost: mean KL in nats a token, of which 0.001 was measured with 8 bits (results/int8.md); and the error of
 # logits, which finds a fault where all words are about as likely: five and three times what small models have, and besides ten
 # times what the dtype's own rounding grows to in the layers of this model.
-KL, ERRORS, GROWTH = {"int8": 0.05, "int4": 0.5}, {"int8": 0.1, "int4": 0.3}, 10
+KL = {"int8": 0.05, "int4": 0.5}
+ERRORS = {"int8": 0.1, "int4": 0.3}
+GROWTH = 10
 # Recurrent states let errors grow: with random weights to about twice the others'. Layers that make a rounding so many times
 # larger make other weights of it: the demo has 12, random Gated DeltaNets have up to 110 in fp32.
-RECURRENT, CHAOTIC = 2, 50
+RECURRENT = 2
+CHAOTIC = 50
 COMBINED = ("reuse+divprune", "ipcv+divprune", "evoprune+fastv")
 
 
@@ -290,7 +302,8 @@ def counts(subject: Subject) -> Outcome:
     for budget in (BUDGET, 0.1):
         with counted_rows(subject.loaded.model.model.visual) as rows:
             encoded = subject.encode(subject.asking(budget, f"{INSIDE}:reuse=0"), [subject.video])
-        plan, result = encoded.plan.encoder, encoded.encoded
+        plan = encoded.plan.encoder
+        result = encoded.encoded
         tokens = ("tokens", len(result.kept), plan.keep), ("features", len(result.features), plan.keep)
         layers = enumerate(zip(rows, plan.layers, strict=True))
         for what, entered, planned in (*((f"rows in layer {i}", *pair) for i, pair in layers), *tokens):
@@ -302,7 +315,7 @@ def counts(subject: Subject) -> Outcome:
 
 
 def chunks(subject: Subject) -> Outcome:
-    """The same tokens from chunks of one frame pair."""
+    """Return the same tokens from chunks of one frame pair."""
     qa = subject.asking()
     usual, small = (subject.encode(qa, [subject.video], chunk_units=units) for units in (None, 1))
     return _same(subject, usual, small, subject.logits_noise, 2)
@@ -311,7 +324,8 @@ def chunks(subject: Subject) -> Outcome:
 def threads(subject: Subject) -> Outcome:
     if not is_host(subject.device):
         return skipped("a CPU's matter")
-    before, qa = torch.get_num_threads(), subject.asking()
+    before = torch.get_num_threads()
+    qa = subject.asking()
     usual = subject.encode(qa, [subject.video])
     usual.read_along(QUESTION, [0])
     torch.set_num_threads(2 if before == 1 else 1)
@@ -322,7 +336,7 @@ def threads(subject: Subject) -> Outcome:
 
 
 def _same(subject: Subject, first: EncodedInputs, second: EncodedInputs, noise: Gap, times: float) -> Outcome:
-    """Whether two encodings have the same tokens and lead to the same logits."""
+    """Return whether two encodings have the same tokens and lead to the same logits."""
     kept, again = ({*encoding.encoded.kept.tolist()} for encoding in (first, second))
     flips = len(kept - again) / len(kept)
     limits = {"tokens_selected_otherwise": (flips, FLIPS if subject.dtype.itemsize == 2 else 0.0)}
@@ -351,9 +365,11 @@ def again(subject: Subject) -> Outcome:
 
 
 def every_method(subject: Subject) -> Outcome:
-    """Each method on a short clip, twice: as many tokens as planned, no NaN, and the same tokens again."""
+    """Return each method on a short clip, twice: as many tokens as planned, no NaN, and the same tokens again."""
     native = subject.loaded.model.native  # without it no method acts inside the language model
-    ran, left, every = [], "", [name for name in (*built_in(), *COMBINED) if native or not parse(name).language]
+    ran = []
+    left = ""
+    every = [name for name in (*built_in(), *COMBINED) if native or not parse(name).language]
     for name in every:
         if ran and subject.limit.left <= 0:
             left = f" of {len(every)}, until the time limit was over"
@@ -368,7 +384,8 @@ def every_method(subject: Subject) -> Outcome:
             left = " (operations needs a recipe)"
             continue
         ran.append(name)
-        plan, kept = first.plan.encoder, first.encoded.kept.tolist()
+        plan = first.plan.encoder
+        kept = first.encoded.kept.tolist()
         if qa.session.pruning.method.exact and not qa.session.pruning.method.language and len(kept) != plan.keep:
             return Outcome(DIFFERS, f"{name}: {len(kept)} tokens, expected {plan.keep}")
         if not all(x.isfinite().all() for x in values) or second.encoded.kept.tolist() != kept:
@@ -377,11 +394,12 @@ def every_method(subject: Subject) -> Outcome:
 
 
 def reuse(subject: Subject) -> Outcome:
-    """A clip that stands still: reuse encodes one frame pair, and its tokens are those of encoding every one."""
+    """Return a clip that stands still: reuse encodes one frame pair, and its tokens are those of encoding every one."""
     plain, reusing = (
         subject.encode(subject.asking(method=name), [subject.still]) for name in ("random", "reuse+random")
     )
-    pairs, rows = plain.plan.grid[0], len(reusing.encoded.rows)
+    pairs = plain.plan.grid[0]
+    rows = len(reusing.encoded.rows)
     if rows * pairs != plain.plan.units:
         return Outcome(DIFFERS, f"{rows} rows are encoded, expected {plain.plan.units // pairs}", {"rows": rows})
     distance = gap(reusing.encoded.every_feature, plain.encoded.every_feature)
@@ -406,7 +424,7 @@ def transformers_model(subject: Subject) -> Outcome:
 
 
 def _bits(kind: str, subject: Subject) -> Outcome:
-    """How far the answer of the model as it is leads a quantised one astray."""
+    """Return how far the answer of the model as it is leads a quantised one astray."""
     model = subject.loaded.model
     if kind not in kinds(subject.device):
         return skipped("not on this device")
@@ -429,14 +447,16 @@ def _bits(kind: str, subject: Subject) -> Outcome:
     exact, rounded = (side.read_along(QUESTION, ids)[0] for side in (plain, subject.encode(qa, [subject.video])))
     logs = exact.log_softmax(-1)
     kl = float((logs.exp() * (logs - rounded.log_softmax(-1))).sum(1).mean())
-    error, same = gap(rounded, exact, centred=True).mean, int((rounded.argmax(1) == exact.argmax(1)).sum())
+    error = gap(rounded, exact, centred=True).mean
+    same = int((rounded.argmax(1) == exact.argmax(1)).sum())
     says = f"mean KL {kl:.2g} nats, {same} of {len(ids)} first choices the same, error of logits {error:.1e}"
     times = 1 if generate.can_crop(model) else RECURRENT
     max_error = times * ERRORS[kind] + GROWTH * noise
     return judged(says, {"kl": (kl, times * KL[kind]), "mean_error": (error, max_error)})
 
 
-int8, int4 = partial(_bits, "int8"), partial(_bits, "int4")
+int8 = partial(_bits, "int8")
+int4 = partial(_bits, "int4")
 
 
 ROUNDS = 3
@@ -448,7 +468,8 @@ WAITS = 4
 
 def first_token(subject: Subject) -> Outcome:
     """Medians of encode and prefill in turns, in seconds: evoprune at the usual budget, and transformers; and their ratio."""
-    loaded, config = subject.loaded, PruneConfig.of(BUDGET, "evoprune")
+    loaded = subject.loaded
+    config = PruneConfig.of(BUDGET, "evoprune")
     (whole,) = subject.about(subject.video).plans
     case = Case(SAMPLING.frames, whole.height, whole.width)
     clip = prepare(loaded, *synthetic_frames("motion", case, loaded.video.unit))
@@ -467,11 +488,14 @@ def first_token(subject: Subject) -> Outcome:
 
 
 def kernels(subject: Subject) -> Outcome:
-    """What computes attention in the tower and in the language model, and products."""
-    device, dtype, text = subject.device, subject.dtype, subject.loaded.model.config.text_config
+    """Return what computes attention in the tower and in the language model, and products."""
+    device = subject.device
+    dtype = subject.dtype
+    text = subject.loaded.model.config.text_config
     heads = text.num_attention_heads
     q = torch.empty(1, heads, 8, text.hidden_size // heads, dtype=dtype, device=device)
-    tower, language = _sdpa(q, attn_mask=q.new_zeros(8, 8)), _sdpa(q, is_causal=True)
+    tower = _sdpa(q, attn_mask=q.new_zeros(8, 8))
+    language = _sdpa(q, is_causal=True)
     if is_host(device):
         capability = torch.backends.cpu.get_cpu_capability()
         products = f"oneDNN, {capability}" if torch.backends.mkldnn.is_available() else capability
@@ -484,7 +508,7 @@ def kernels(subject: Subject) -> Outcome:
 
 
 def _sdpa(q: torch.Tensor, **kwargs) -> str:
-    """The kernel that torch takes for attention, where the device says it."""
+    """Return the kernel that torch takes for attention, where the device says it."""
     try:
         return f"sdpa ({SDPBackend(torch._fused_sdp_choice(q, q, q, **kwargs)).name.lower()})"
     except (AttributeError, RuntimeError, ValueError):
@@ -492,12 +516,14 @@ def _sdpa(q: torch.Tensor, **kwargs) -> str:
 
 
 def memory(subject: Subject) -> Outcome:
-    """The most memory that a question takes beside the weights, against the estimate by which questions are refused."""
-    qa, device = subject.asking(), subject.loaded.device
+    """Return the most memory that a question takes beside the weights, against the estimate by which questions are refused."""
+    qa = subject.asking()
+    device = subject.loaded.device
     if not reset_peak_memory(device):
         return skipped("this system cannot measure it for a part of a run")
     (plan,) = subject.plans(qa.session, [subject.video])
-    chunk_units, encoder = fitting_chunks(qa.session, plan)[0], plan.encoder
+    chunk_units = fitting_chunks(qa.session, plan)[0]
+    encoder = plan.encoder
     prompt = qa.session.prompt_columns(encoder.keep, TEXT)
     config = subject.loaded.model.config
     estimate = encoding_bytes(config, encoder, chunk_units, subject.dtype.itemsize, prompt)
@@ -509,7 +535,7 @@ def memory(subject: Subject) -> Outcome:
 
 
 def waits(subject: Subject) -> Outcome:
-    """How often the program waits for the device from the start of encoding to the first token.
+    """Return how often the program waits for the device from the start of encoding to the first token.
 
     Of a language model that transformers runs, to the end of encoding: how often that one waits is not ours.
     """
@@ -521,16 +547,22 @@ def waits(subject: Subject) -> Outcome:
             encoded = subject.encode(qa, [subject.video])
             if subject.loaded.model.native:
                 encoded.ask(QUESTION, max_new_tokens=1).text  # noqa: B018
-    times, inside = len(mode.outside), len(mode.places) - len(mode.outside)
+    times = len(mode.outside)
+    inside = len(mode.places) - len(mode.outside)
     return judged(f"{times} times, and {inside} times in selections", {"waits": (times, WAITS)})
 
 
-GRID, ROWS, WIDTH = (6, 9, 13), 500, 128
+GRID = (6, 9, 13)
+ROWS = 500
+WIDTH = 128
 SAME = 0.99  # share of units that two forms of a selection have alike: where sums round otherwise, near ties may turn
 
 
 def accelerated(subject: Subject) -> Outcome:
-    """Each against its plain form; says the first that differs. Skipped where all hold but tokens are decoded without a graph."""
+    """Return each against its plain form; says the first that differs.
+
+    Skipped where all hold but tokens are decoded without a graph.
+    """
     if not uses_kernels(subject.device):
         return skipped("kernels and graphs are for CUDA, and EVOPRUNE_PLAIN switches them off")
     figures: dict[str, tuple[float, float]] = {}
@@ -556,17 +588,20 @@ def accelerated(subject: Subject) -> Outcome:
 
 
 def _selections(device: torch.device) -> dict[str, float]:
-    """The share of equal values of the operators of selection and reuse, by name."""
+    """Return the share of equal values of the operators of selection and reuse, by name."""
     random = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu").to(device)
 
     place = drawn(ROWS, WIDTH) * (STEPS / WIDTH) ** 0.5
-    salience, units = drawn(ROWS).abs().clamp(max=1), GRID[0] * GRID[1] * GRID[2]
+    salience = drawn(ROWS).abs().clamp(max=1)
+    units = GRID[0] * GRID[1] * GRID[2]
     row = torch.randint(ROWS, (units,), generator=random, dtype=torch.int64, device="cpu").to(device)
     time, _, tubes = grid_tables(GRID, str(device))
-    half, weight, first = place.square().sum(1) / 2, STEPS * salience**2, (salience * STEPS / 2).round()
+    half = place.square().sum(1) / 2
+    weight = STEPS * salience**2
+    first = (salience * STEPS / 2).round()
     means = (drawn(GRID[0], 117, 96) * 20 + 128).clamp(0, 255)
     means[1::2, 30:] = means[:-1:2, 30:]
 
@@ -593,7 +628,8 @@ def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
         return "this device has none"
     if not static.can_step(subject.loaded.model):
         return "layers have hooks, quantised weights, or experts that are chosen on the host"
-    model, encoded = subject.loaded.model, subject.encode(subject.asking(1.0), [subject.video])
+    model = subject.loaded.model
+    encoded = subject.encode(subject.asking(1.0), [subject.video])
     answer = encoded.ask("What happens?", max_new_tokens=NEW_TOKENS)
     answer.text  # which generates it  # noqa: B018
     embeds = generate.embed_ids(model, torch.arange(64, dtype=torch.int64, device="cpu"))
@@ -603,7 +639,9 @@ def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
         ids = torch.tensor([*(answer.ids or [0]), 0], dtype=torch.int64, device="cpu")
         plain = generate.teacher_forced_logits(state, ids, one_by_one=True)[1:]
     state = generate.prefill(model, embeds, positions, 64)
-    steps, holder, decoded = static.new_cache(model, static.MIN_COLUMNS), object(), []
+    steps = static.new_cache(model, static.MIN_COLUMNS)
+    holder = object()
+    decoded = []
     steps.begin(holder, state.cache, 64, static.MIN_COLUMNS)
     try:
         for token in ids[:-1].tolist():

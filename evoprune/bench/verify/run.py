@@ -26,7 +26,10 @@ from evoprune.video.info import PICTURE
 
 SCHEMA = "evoprune/verify@1"
 DIGITS = 4  # of a figure in the record
-FRAMES, HEIGHT, WIDTH = 8, 120, 180  # of the clips made by formula; no multiples of 28 or 32: frames are resized
+# of the clips made by formula; no multiples of 28 or 32: frames are resized
+FRAMES = 8
+HEIGHT = 120
+WIDTH = 180
 # In the order in which they run: the cheap ones and those on which others rest come first.
 CHECKS = (
     Check("kernels", "nothing: what computes attention and products here", checks.kernels),
@@ -83,7 +86,7 @@ class VerifyResults:
         return next((state for state in (DIFFERS, HELD) if self.of(state)), SKIPPED)
 
     def document(self) -> dict[str, Any]:
-        """The record, without paths, prompts and names of machines."""
+        """Return the record, without paths, prompts and names of machines."""
         loaded, env = self.loaded, environment(self.loaded.device)
         counts = {state: len(self.of(state)) for state in (HELD, DIFFERS, SKIPPED)}
         checks = [
@@ -108,9 +111,11 @@ class VerifyResults:
 
 
 def _facts(loaded: LoadedModel) -> dict[str, Any]:
-    """What a model is, without its place: its name only where everybody has it."""
-    config, known = loaded.model.config, loaded.id in BUNDLED_CONFIGS or loaded.is_demo
-    vision, text = config.vision_config, config.text_config
+    """Return what a model is, without its place: its name only where everybody has it."""
+    config = loaded.model.config
+    known = loaded.id in BUNDLED_CONFIGS or loaded.is_demo
+    vision = config.vision_config
+    text = config.text_config
     return {
         "id": loaded.id if known else None,
         "family": as_written(config)["model_type"],
@@ -129,7 +134,7 @@ def _short(figures: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
-    """What is compared: a file that the user names, in the place of the clip or the picture made by formula."""
+    """Provide what is compared: a file that the user names, in the place of the clip or the picture made by formula."""
     with TemporaryDirectory(prefix="evoprune-verify-") as folder:
         video, still, picture = _material(Path(folder))
         if path is not None:
@@ -140,7 +145,7 @@ def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
 
 
 def _material(folder: Path) -> tuple[Path, Path, Path]:
-    """A clip in which things move, a clip that stands still, and a picture: two folders of frames and a file."""
+    """Return a clip in which things move, a clip that stands still, and a picture: two folders of frames and a file."""
     from PIL import Image
 
     unit = clips.UNIT
@@ -171,7 +176,8 @@ def verify(
 
     Yields the results so far, after each check.
     """
-    results, subject.limit = VerifyResults(subject.loaded), limit
+    results = VerifyResults(subject.loaded)
+    subject.limit = limit
     for number, check in enumerate(checks):
         progress("check", number, len(checks), check.name)
         begun = limit.spent
@@ -187,7 +193,7 @@ def verify(
 
 
 def _outcome(check: Check, subject: Subject, failed: Callable[[Exception], None]) -> Outcome:
-    """What comes of a check; a kernel that does not run, or a library that lacks a function, is a finding as well."""
+    """Return what comes of a check; a kernel that does not run, or a library that lacks a function, is a finding as well."""
     try:
         with exact_convolutions(), without_packages():  # of transformers' towers, and of its layers of linear attention
             return check.run(subject)

@@ -33,10 +33,13 @@ from evoprune.session.session import Session
 from evoprune.video.plan import Plan
 from evoprune.video_qa import VideoQA
 
-HELD, DIFFERS, SKIPPED = "held", "differs", "skipped"
+HELD = "held"
+DIFFERS = "differs"
+SKIPPED = "skipped"
 # How far two roundings of the same number may be from each other, as a multiple of the distance of one from the exact number. The
 # largest of many distances varies more than their mean.
-MEAN, LARGEST = 2.0, 3.0
+MEAN = 2.0
+LARGEST = 3.0
 FEW = 8  # rows; the mean of fewer varies as the largest of many does
 # An error of this share of what is compared is never called rounding. Unrelated logits are 1.4 apart, a fault may be by 0.3.
 COARSE = 0.25
@@ -107,7 +110,9 @@ class Gap(NamedTuple):
     rows: int = FEW
 
     def limits(self, noise: "Gap", times: float = 1.0) -> dict[str, tuple[float, float]]:
-        """The two figures with the limits that `noise`, the distance of one rounding, sets; of few rows the largest alone."""
+        """Return the two figures with the limits that `noise`, the distance of one rounding, sets; of few rows the largest
+        alone.
+        """
         largest = {"largest_error": (self.largest, times * LARGEST * noise.largest)}
         return ({"mean_error": (self.mean, times * MEAN * noise.mean)} if self.rows >= FEW else {}) | largest
 
@@ -119,7 +124,7 @@ class Gap(NamedTuple):
 
 
 def gap(made: torch.Tensor, expected: torch.Tensor, centred: bool = False) -> Gap:
-    """How far the rows of `made` `[n, D]` are from those of `expected`, in lengths of these.
+    """Return how far the rows of `made` `[n, D]` are from those of `expected`, in lengths of these.
 
     `centred`: rows are compared without their means, as logits are, of which only differences matter.
     """
@@ -138,7 +143,7 @@ WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.floa
 
 
 def wider(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
-    """The dtype that shows the rounding of another; None where the device has none."""
+    """Return the dtype that shows the rounding of another; None where the device has none."""
     wide = WIDER.get(dtype)
     return None if wide == torch.float64 and device.type == "mps" else wide
 
@@ -163,7 +168,9 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def own_weights(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """The weights that a module computes with itself, where they are: its own, and those of a convolution that it only reads."""
+    """Return the weights that a module computes with itself, where they are: its own, and those of a convolution that it only
+    reads.
+    """
     holders = [module, *(child for child in module.children() if type(child) is nn.Conv1d)]
     return [(holder, name, weight) for holder in holders for name, weight in holder.named_parameters(recurse=False)]
 
@@ -219,7 +226,8 @@ def rounding_again(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             hook.remove()
 
 
-QUESTION, ANOTHER = "What happens in this video?", "Which things can be seen, and where do they go?"
+QUESTION = "What happens in this video?"
+ANOTHER = "Which things can be seen, and where do they go?"
 # Of an input: enough for several frame pairs and windows, and few enough for a large model on a CPU.
 SAMPLING = SamplingOptions(frames=8, max_visual_tokens=128)
 SHORT = SamplingOptions(frames=4, max_visual_tokens=48)
@@ -242,17 +250,22 @@ class Subject:
     """
 
     def __init__(self, loaded: LoadedModel, video: Path, still: Path, picture: Path):
-        self.limit, self._asked = TimeLimit(inf), {}
+        self.limit = TimeLimit(inf)
+        self._asked = {}
         self.differing: list[str] = []
         self.not_read: str | None = None
         limits = {kind: replace(limit, min_pixels=limit.unit**2) for kind, limit in loaded.limits.items()}
-        self.loaded, self.video, self.still, self.picture = replace(loaded, limits=limits), video, still, picture
+        self.loaded = replace(loaded, limits=limits)
+        self.video = video
+        self.still = still
+        self.picture = picture
 
     @cached_property
     def transformers(self):
         """Transformers' model, which knows the model's special tokens. It reads the files itself, where there are any and memory
         for a second copy of the weights; otherwise it is made of our tensors. Equal ones are in memory once."""
-        model, origin = self.loaded.model, self.loaded.found
+        model = self.loaded.model
+        origin = self.loaded.found
         short = shortage(self.loaded.weights_bytes, self.loaded.device)
         if origin.random or origin.quantization or short:
             whole = "quantised weights are in memory once" if origin.quantization else "random weights are in no file"
@@ -297,7 +310,7 @@ class Subject:
             return opened.plans
 
     def about(self, *paths: Path, question: str = QUESTION) -> "Asked":
-        """A question about inputs, as both sides read it; made once."""
+        """Return a question about inputs, as both sides read it; made once."""
         if (paths, question) not in self._asked:
             self._asked[paths, question] = Asked(self, paths, question)
         return self._asked[paths, question]
@@ -305,7 +318,8 @@ class Subject:
     @torch.inference_mode()
     def features(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
         """Those of transformers' tower, `[1 + n, tokens, hidden]` in the order of the prompt: the last ones, and n of DeepStack."""
-        kinds, parts = call["mm_token_type_ids"][0], {}
+        kinds = call["mm_token_type_ids"][0]
+        parts = {}
         for kind, (pixels, grids) in NAMES.items():
             if pixels in call:
                 output = self.transformers.model.visual(call[pixels].to(self.dtype), grid_thw=call[grids])
@@ -353,7 +367,9 @@ class Subject:
             inner |= {"visual_pos_masks": visual[None, :first]} if inner else {}
             read = {"inputs_embeds": embeds[None, :first], "position_ids": places[..., :first]}
             text(**read, past_key_values=cache, use_cache=True, **inner)
-            embeds, places, inner = embeds[first:], places[..., first:], {}
+            embeds = embeds[first:]
+            places = places[..., first:]
+            inner = {}
         read = {"inputs_embeds": embeds[None], "position_ids": places, "past_key_values": cache}
         hidden = text(**read, use_cache=cache is not None, **inner)
         return self.transformers.lm_head(hidden.last_hidden_state[0, -last:])
@@ -371,7 +387,8 @@ class Subject:
     @torch.inference_mode()
     def logits_along(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
         """Those of transformers' model for each of `words` behind the prompt of a call, `[words, vocabulary]`."""
-        read, call = torch.tensor([self.words[:-1]], dtype=torch.int64, device=self.device), dict(call)
+        read = torch.tensor([self.words[:-1]], dtype=torch.int64, device=self.device)
+        call = dict(call)
         for name, more in (("input_ids", read), ("attention_mask", read * 0 + 1), ("mm_token_type_ids", read * 0)):
             call[name] = torch.cat([call[name], more.to(call[name])], 1)
         return self.transformers(**call, logits_to_keep=len(self.words), use_cache=False).logits[0]
@@ -386,7 +403,8 @@ class Subject:
     def _otherwise(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and logits of transformers on the same weights, rounded otherwise: in a wider dtype, or once more."""
         dtype = None if self.loaded.found.quantization else wider(self.dtype, self.device)
-        other, asked = rounding_again if dtype is None else computing_in, self.about(self.video)
+        other = rounding_again if dtype is None else computing_in
+        asked = self.about(self.video)
         with other(self.transformers, dtype or self.dtype):
             features = self.features(asked.call)
             logits = self.logits(asked.call, asked.positions, features, last=asked.text_behind)
@@ -444,8 +462,10 @@ class Asked:
     """
 
     def __init__(self, subject: Subject, paths: Sequence[Path], question: str):
-        session, loaded = subject.asking(1.0).session, subject.loaded
-        self._subject, self.plans = subject, subject.plans(session, paths)
+        session = subject.asking(1.0).session
+        loaded = subject.loaded
+        self._subject = subject
+        self.plans = subject.plans(session, paths)
         reader = PromptReader(session, self.plans)
         self.prompt = reader.build(question, GenerationOptions(), sum(plan.units for plan in self.plans))
         self.positions = reader.positions(self.prompt)

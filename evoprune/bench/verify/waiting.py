@@ -19,7 +19,7 @@ COPYING = {"_to_copy", "to", "copy_"}
 
 
 def shape_depends_on_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether an operator of torch reads values of its arguments before it returns."""
+    """Return whether an operator of torch reads values of its arguments before it returns."""
     name = func._schema.name.split("::")[1]
     masks = name in INDEXING and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
     repeats = name == "repeat_interleave" and isinstance(args[-1], torch.Tensor)

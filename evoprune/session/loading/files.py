@@ -49,7 +49,7 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
 def is_id(name: str) -> bool:
-    """Whether a name has the form of a hub id, `org/name`."""
+    """Return whether a name has the form of a hub id, `org/name`."""
     return bool(_ID.fullmatch(name)) and ".." not in name and "--" not in name
 
 
@@ -58,7 +58,7 @@ def is_bundled(name: str) -> bool:
 
 
 def cached_folder(name: str, revision: str | None) -> Path | None:
-    """The folder of a hub model in the hub's own cache, if its config is there; no network is used."""
+    """Return the folder of a hub model in the hub's own cache, if its config is there; no network is used."""
     import huggingface_hub as hub
     from huggingface_hub import constants
 
@@ -86,7 +86,7 @@ def read_config(path: Path) -> Config:
 
 
 def _no_config(folder: Path) -> ModelError:
-    """The error for a folder without a config.json, which may be an adapter's, or one of the hub's cache."""
+    """Return the error for a folder without a config.json, which may be an adapter's, or one of the hub's cache."""
     if (folder / ADAPTER).is_file():
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
         of = f" of {base[:100]}" if isinstance(base, str) and base else ""
@@ -100,7 +100,7 @@ def _no_config(folder: Path) -> ModelError:
 
 
 def cached_id(folder: Path) -> str:
-    """The id of the model of a folder in the hub's cache, `models--org--name`."""
+    """Return the id of the model of a folder in the hub's cache, `models--org--name`."""
     return folder.name.removeprefix("models--").replace("--", "/", 1)
 
 
@@ -114,7 +114,7 @@ def valid(problem: str, *more: type[Exception]) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file of a model's folder; an empty one if there is no such file."""
+    """Return the object in a JSON file of a model's folder; an empty one if there is no such file."""
     if not os.path.lexists(path):  # a link that leads nowhere is no missing file
         return {}
     with valid(f"{path} cannot be read"):
@@ -148,7 +148,8 @@ def input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, 
 
 def warn_of_unused(folder: Path) -> None:
     """Names settings of processors that have been checked and are not followed, in one warning."""
-    joint, unused = read_json(folder / "processor_config.json"), {}
+    joint = read_json(folder / "processor_config.json")
+    unused = {}
     for inner, file in (
         ("video_processor", "video_preprocessor_config.json"),
         ("image_processor", "preprocessor_config.json"),
@@ -167,7 +168,7 @@ def warn_of_unused(folder: Path) -> None:
 
 
 def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None = None) -> dict:
-    """The fields of `InputLimits` in a processor's settings, perhaps in an object inside them, perhaps `only` some."""
+    """Return the fields of `InputLimits` in a processor's settings, perhaps in an object inside them, perhaps `only` some."""
     content = read_json(path)
     with valid(f"{path} is damaged"):
         content = section(content, inner) if inner else content

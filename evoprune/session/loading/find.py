@@ -69,7 +69,8 @@ PACKAGES = {  # that transformers needs for a method of quantisation, besides ac
 BITS = "load_in_8bit", "load_in_4bit"  # which mean bitsandbytes, whatever method is named, as in transformers
 PLAIN = ("BF16", "F16", "F32", "F64")  # dtypes of safetensors whose numbers mean what they say: others have scales
 PLAIN_ON_CPU = ("compressed-tensors", "fp8")  # quantised weights that transformers widens when it loads them on a CPU
-HEAD, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
 HUB_SECONDS = 5.0
 # Settings of transformers' `generate` that change answers and are not done here, and what they are where they change nothing.
 NOT_DONE = dict.fromkeys(
@@ -217,7 +218,8 @@ class FoundModel:
     @cached_property
     def _mapped(self) -> bool:
         """Whether weights `stay_mapped`; of a model that is not here, whether they would after its download."""
-        dtype, quantize = DTYPES[self.dtype], self.options.quantize
+        dtype = DTYPES[self.dtype]
+        quantize = self.options.quantize
         if self.files_here:
             return stay_mapped(self.files_here, dtype, self.device, quantize)
         return quantize != "none" or self._stored == dtype
@@ -274,7 +276,8 @@ def find_model(options: ModelOptions, check: Callable[[FoundModel], Any] = lambd
 
     `check`: called with what its config.json says, before weights are downloaded; it raises if the model will not do.
     """
-    device, random = usable_device(options), options.load_format == "dummy"
+    device = usable_device(options)
+    random = options.load_format == "dummy"
 
     def check_config(path: Path) -> None:
         model = _found(options, device, path.parent)
@@ -305,7 +308,9 @@ def look_up(options: ModelOptions) -> FoundModel:
 
     Raises ModelError: neither its folder nor its config is on this machine, or they are damaged. UsageError: as `find_model`.
     """
-    device, name, revision = usable_device(options), options.model, options.revision
+    device = usable_device(options)
+    name = options.model
+    revision = options.revision
     if is_id(name) and not Path(name).is_dir():
         if (folder := cached_folder(name, revision)) or (name in BUNDLED_CONFIGS and revision is None):
             return _found(options, device, folder)
@@ -335,11 +340,13 @@ def _found(
 def locate(
     options: ModelOptions, *, files: list[str] | None, check: Callable[[Path], Any] | None = None
 ) -> tuple[Path, str | None]:
-    """The folder of a model, and its commit if it is a hub id. `files`: patterns of what to download; None if nothing may be.
+    """Return the folder of a model, and its commit if it is a hub id. `files`: patterns of what to download; None if nothing may
+    be.
 
     `check`: as of `download`; by default the config must be one of a model that can run.
     """
-    name, revision = options.model, options.revision
+    name = options.model
+    revision = options.revision
     if not name.strip():
         raise ModelError("the name of the model is empty", MODEL_HINT)
     folder = options.folder
@@ -367,14 +374,14 @@ def locate(
 
 
 def usable_device(options: ModelOptions) -> torch.device:
-    """The device of options. Raises UsageError if it cannot be used, or weights cannot be quantised on it."""
+    """Return the device of options. Raises UsageError if it cannot be used, or weights cannot be quantised on it."""
     device = pick_device(options.device)
     check_quantize(options.quantize, device)
     return device
 
 
 def kind_hint(name: str) -> str:
-    """The beginning of a hint: which models run, where the name does not look like one of them; else nothing."""
+    """Return the beginning of a hint: which models run, where the name does not look like one of them; else nothing."""
     if _CONVERTED.search(name):
         original = _ORIGINAL.search(name)
         instead = f"Qwen/{original[0]}" if original else "the original checkpoint"
@@ -385,7 +392,7 @@ def kind_hint(name: str) -> str:
 def download(
     name: str, revision: str | None, offline: bool, files: list[str], check: Callable[[Path], Any]
 ) -> tuple[Path, str]:
-    """A hub model's folder in the hub's own cache, downloaded as far as needed and possible, and its commit.
+    """Return a hub model's folder in the hub's own cache, downloaded as far as needed and possible, and its commit.
 
     `check` is called with the config's path before any of `files`, which are patterns; it raises if the model cannot run.
 
@@ -451,7 +458,7 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
 
 
 def quantization_in(path: Path) -> str | None:
-    """The method by which the checkpoint of a config.json is quantised; None if it is not."""
+    """Return the method by which the checkpoint of a config.json is quantised; None if it is not."""
     content = read_json(path)
     with valid(f"{path} is damaged"):
         parts = content, section(content, "text_config")
@@ -502,7 +509,7 @@ def _is_installed(package: str) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model. Their headers are read, so that missing or truncated files are found here."""
+    """Return the safetensors files of a model. Their headers are read, so that missing or truncated files are found here."""
     from safetensors import SafetensorError, safe_open
 
     # With the rules of Windows, both kinds of slash separate. Links may lead elsewhere, as those of the hub's cache do.
@@ -510,7 +517,8 @@ def weight_files(folder: Path) -> list[Path]:
         "the name of a file in the same folder",
         lambda v: isinstance(v, str) and v and not PureWindowsPath(v).anchor and ".." not in PureWindowsPath(v).parts,
     )
-    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    files = [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
     if not files[0].is_file() and index.is_file():
         with valid(f"{index} is damaged"):
             named = section(read_json(index), "weight_map")
@@ -518,10 +526,12 @@ def weight_files(folder: Path) -> list[Path]:
     elif not files[0].is_file():
         files = []
     # What was downloaded, the command that goes on with it, and whether that surely broke off.
-    name, again = str(folder), "hf download ID --local-dir DIR"
+    name = str(folder)
+    again = "hf download ID --local-dir DIR"
     broken = any((folder / ".cache" / "huggingface" / "download").rglob("*.incomplete"))
     if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
-        name, broken = cached_id(folder.parents[1]), False
+        name = cached_id(folder.parents[1])
+        broken = False
         again = f"hf download {name}"
     if not files and not broken:
         hint = (
@@ -553,7 +563,9 @@ def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
 
 
 def separate_head(files: Iterable[Path]) -> bool:
-    """Whether files hold an output layer that differs from the embeddings: transformers then ties the two under no config."""
+    """Return whether files hold an output layer that differs from the embeddings: transformers then ties the two under no
+    config.
+    """
     stored = ((name_in_memory(name), content, name) for _, content, name in stored_tensors(files))
     tensors = {known: content.get_tensor(name) for known, content, name in stored if known in (HEAD, EMBEDDINGS)}
     if len(tensors) < 2:
@@ -573,7 +585,7 @@ def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool
 
 
 def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none") -> bool:
-    """Whether weights are used, or quantised, as they are in their files."""
+    """Return whether weights are used, or quantised, as they are in their files."""
     if not files or not is_host(device):
         return False
     if quantize != "none":
@@ -583,7 +595,7 @@ def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, qua
 
 
 def read_generation(folder: Path | None) -> GenerationSettings:
-    """What a model's generation_config.json says. Warns of what it asks for and nothing here does."""
+    """Return what a model's generation_config.json says. Warns of what it asks for and nothing here does."""
     path = None if folder is None else folder / "generation_config.json"
     content = {} if path is None else read_json(path)
     if asked := sorted(name for name, off in NOT_DONE.items() if content.get(name) and content[name] != off):
@@ -595,10 +607,15 @@ def read_generation(folder: Path | None) -> GenerationSettings:
 def eos_ids(
     folder: Path | None, generation: GenerationSettings, config: Config, tokenizer: Tokenizer | None
 ) -> tuple[int, ...]:
-    """The tokens that end an answer, of the first file that names some. Raises ModelError: none of them is one of the model's."""
-    ids, file = generation.eos_token_id, "generation_config.json"
+    """Return the tokens that end an answer, of the first file that names some.
+
+    Raises ModelError: none of them is one of the model's.
+    """
+    ids = generation.eos_token_id
+    file = "generation_config.json"
     if ids in (None, ()):
-        ids, file = config.text_config.eos_token_id, "config.json"
+        ids = config.text_config.eos_token_id
+        file = "config.json"
     if ids in (None, ()) and tokenizer is not None:
         ids = tokenizer.backend.token_to_id(tokenizer.named.get("eos_token", ""))
     ids = () if ids is None else ids if isinstance(ids, tuple) else (ids,)

@@ -55,7 +55,7 @@ SAID = {
 def load_hosted(
     config: Config, folder: Path, dtype: torch.dtype, device: torch.device, quantization: str | None
 ) -> HostedVL:
-    """The model in a folder, `quantization` its method if it is quantised.
+    """Return the model in a folder, `quantization` its method if it is quantised.
 
     Raises ModelError: transformers cannot read it, tensors are missing, or a package is. Warns of tensors that are not used.
     """
@@ -100,7 +100,8 @@ def load_hosted(
 @contextmanager
 def _environment_kept() -> Iterator[None]:
     """Takes back what packages of quantisation set when they are imported: gptqmodel moves the hub's cache, among others."""
-    variables, path = dict(os.environ), list(sys.path)
+    variables = dict(os.environ)
+    path = list(sys.path)
     try:
         yield
     finally:
@@ -138,7 +139,7 @@ def _lacking(folder: Path, missing: list[str]) -> ModelError:
 
 
 def _quantized_config(folder: Path, quantization: str, device: torch.device):
-    """The config of transformers, in which parts that are not quantised have the names of the modules in memory too.
+    """Return the config of transformers, in which parts that are not quantised have the names of the modules in memory too.
 
     Published checkpoints name the tower `visual`, as older releases did; it would be taken for quantised otherwise. Weights for
     which a CPU has no kernels are plain in memory.
@@ -179,7 +180,7 @@ def _read_config(folder: Path):
 
 
 def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs):
-    """The model of transformers as it reads a folder, config and weights, by itself; under sdpa."""
+    """Return the model of transformers as it reads a folder, config and weights, by itself; under sdpa."""
     from transformers import AutoModelForImageTextToText
 
     safe = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
@@ -215,7 +216,9 @@ def widen(model: HostedVL, dtype: torch.dtype, but: Collection[str]) -> None:
 
 @contextmanager
 def _without_adapter(folder: Path) -> Iterator[Path]:
-    """The folder; where an adapter is beside the weights, which transformers would apply with PEFT, links to its other files."""
+    """Provide the folder; where an adapter is beside the weights, which transformers would apply with PEFT, links to its other
+    files.
+    """
     if not (folder / ADAPTER).exists():
         yield folder
         return
@@ -227,7 +230,7 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
 
 
 def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> HostedVL:
-    """A model with seeded random weights, for benchmarks; its values do not change the speed."""
+    """Return a model with seeded random weights, for benchmarks; its values do not change the speed."""
     host = meta_model(config, dtype)
     host.to_empty(device=device)
     fill_random(host)
@@ -268,7 +271,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def meta_model(config: Config, dtype: torch.dtype, attention: str = "sdpa"):
-    """The model of transformers with the numbers of `config`, without memory."""
+    """Return the model of transformers with the numbers of `config`, without memory."""
     from transformers import AutoModelForImageTextToText
 
     kwargs = {"dtype": dtype, "attn_implementation": attention}
@@ -277,7 +280,7 @@ def meta_model(config: Config, dtype: torch.dtype, attention: str = "sdpa"):
 
 
 def hugging_face_config(config: Config):
-    """The config of transformers with the same numbers, of the class for this family."""
+    """Return the config of transformers with the same numbers, of the class for this family."""
     from transformers import AutoConfig
 
     content = as_written(config)
@@ -296,10 +299,11 @@ def with_frequencies(host, device: torch.device) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """A context in which transformers shows no progress and logs errors alone."""
+    """Provide a context in which transformers shows no progress and logs errors alone."""
     from transformers.utils import logging as log
 
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    level = log.get_verbosity()
+    bars = log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
     try:

@@ -96,7 +96,7 @@ class LoadedModel:
         return self.found.options.cores
 
     def knows(self, info: Video) -> bool:
-        """Whether a file may be of a kind that the model knows. Of a demo model, only clips of its world are."""
+        """Return whether a file may be of a kind that the model knows. Of a demo model, only clips of its world are."""
         return self.demo is None or world_of(info) == self.demo.world
 
     @property
@@ -129,9 +129,11 @@ def load_model(
     if isinstance(model, str):
         (model,) = from_keywords({"model": model, **options}, ModelOptions)
     model = model if isinstance(model, FoundModel) else find_model(model)
-    settings, folder = model.options, model.folder
+    settings = model.options
+    folder = model.folder
     use_threads(settings.threads, model)
-    tokenizer, start = None, time.perf_counter()
+    tokenizer = None
+    start = time.perf_counter()
     if folder is not None and (has_tokenizer(folder) or not model.random):
         tokenizer = load_tokenizer(folder)
     if to_answer and tokenizer is None:
@@ -169,8 +171,11 @@ def load_model(
 def _weights(
     model: FoundModel, pack: bool, progress: Callable[[int, int], None] | None, seconds: dict[str, float]
 ) -> tuple[Model, Packing]:
-    """The weights, ready to be used. Writes the times of the parts into `seconds`. Raises OutOfMemory: they do not fit."""
-    name, device, files, quantize = model.id, model.device, model.files, model.options.quantize
+    """Return the weights, ready to be used. Writes the times of the parts into `seconds`. Raises OutOfMemory: they do not fit."""
+    name = model.id
+    device = model.device
+    files = model.files
+    quantize = model.options.quantize
     if not model.native:
         from evoprune.session.loading import hosted
     form = DTYPES[model.dtype], device
@@ -202,7 +207,8 @@ def _weights(
         if model.native and stay_mapped(
             files, *form, quantize
         ):  # they are read in the order of their use, unless memory for all of them is missing
-            tower, language = weights.model.visual, weights.model.language_model
+            tower = weights.model.visual
+            language = weights.model.language_model
             mapped = [*tower.parameters(), *language.layers.parameters(), *language.embed_tokens.parameters()]
             available = available_memory("cpu")
             if available is None or available > sum(weight.nbytes for weight in mapped):
@@ -234,7 +240,7 @@ def use_threads(wanted: int | str | None, found: FoundModel) -> None:
 
 
 def threads_of_each(wanted: int | str | None, processes: int) -> int:
-    """The threads of each of several processes: `wanted`, if a number, else as this one has; together at most one a core."""
+    """Return the threads of each of several processes: `wanted`, if a number, else as this one has; together at most one a core."""
     if isinstance(wanted, int):
         return wanted
     return max(1, min(torch.get_num_threads(), available_cores() // processes))
@@ -256,7 +262,8 @@ def load_weights(
     if quantize != "none":
         as_stored = ["lm_head", "model.language_model.embed_tokens", *dict(places(model, quantize))]
     computed = re.compile(r"(^|\.)(inv_freq|position_ids)$")  # buffers of older files, which follow from the config
-    tensors, unused = {}, []
+    tensors = {}
+    unused = []
     for file, content, stored in stored_tensors(files):
         name = name_in_memory(stored)
         if name not in wanted:
@@ -290,7 +297,7 @@ def load_weights(
 
 
 def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> QwenVL:
-    """A model with seeded random weights, for benchmarks: speed does not depend on the values. Takes seconds at 3B."""
+    """Return a model with seeded random weights, for benchmarks: speed does not depend on the values. Takes seconds at 3B."""
     model = empty(config)
     for module in model.modules():  # not `to_empty`, which imports torch's compiler for two seconds
         for name, weight in [*module.named_parameters(recurse=False)]:
@@ -338,9 +345,11 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     takes other kernels. A step of decoding follows, as graphs have it. Of a language model that transformers runs, norms and
     the solver of DeltaNets, which is in a library of its own.
     """
-    vision, text = config.vision_config, config.text_config
+    vision = config.vision_config
+    text = config.text_config
     levels = len(vision.deepstack_visual_indexes)
-    depth, full = max(2, levels), (0,) if vision.fullatt_block_indexes else ()
+    depth = max(2, levels)
+    full = (0,) if vision.fullatt_block_indexes else ()
     small = replace(
         config,
         vision_config=replace(
@@ -353,7 +362,9 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     model = random_model(small, dtype, device)
     join(model)
     join_tower(model.model.visual)
-    visual, grid, words = model.model.visual, (2, 8, 8), 8
+    visual = model.model.visual
+    grid = (2, 8, 8)
+    words = 8
     units = 2 * 8 * 8
     values = visual.patch_embed.proj.weight[0].numel()
     pixels = torch.randint(256, (units * PATCHES, values), dtype=torch.uint8, device=device)

@@ -50,7 +50,8 @@ def quantize_once(model: Model, kind: str, fingerprint: str | None, progress: Pr
     if fingerprint is None:
         quantize(model, kind, calibrate, progress)
         return
-    entries, key = weights_folder(), _key(fingerprint, kind)
+    entries = weights_folder()
+    key = _key(fingerprint, kind)
     if read := _entry(entries.path(key), key, dict(places(model, kind))):
         restore(model, kind, read, progress)
         return
@@ -73,7 +74,9 @@ def _key(fingerprint: str, kind: str) -> str:
 
 
 def _entry(path: Path, key: str, layers: Collection[str]) -> Callable[[str], Weights] | None:
-    """What reads a layer's weights from a file, memory-mapped; None where there is none, it is damaged, or of another key."""
+    """Return what reads a layer's weights from a file, memory-mapped; None where there is none, it is damaged, or of another
+    key.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -99,7 +102,8 @@ class _Stream:
     def __init__(self, key: str):
         self.file: BinaryIO | None = None
         self._header: dict[str, dict] = {"__metadata__": {"key": key}}
-        self._end, self._problem = 0, None
+        self._end = 0
+        self._problem = None
 
     def add(self, layer: str, weights: Weights) -> None:
         try:
@@ -108,7 +112,8 @@ class _Stream:
             for part, tensor in weights.items():
                 if not self._problem:
                     self.file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-                start, self._end = self._end, self._end + tensor.nbytes
+                start = self._end
+                self._end = self._end + tensor.nbytes
                 about = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, self._end]}
                 self._header[f"{layer}.{part}"] = about
         except OSError as problem:
@@ -142,14 +147,15 @@ def calibrate_tower(visual) -> torch.Tensor:
 
 
 def _patches(visual) -> torch.Tensor:
-    """The picture, as `vision.preprocess.patchify` makes patches: float32 `[patches, values]`, about between -2 and 2."""
+    """Return the picture, as `vision.preprocess.patchify` makes patches: float32 `[patches, values]`, about between -2 and 2."""
     config = visual.config
     count = math.prod(CALIBRATION_GRID) * PATCHES
     values = config.in_channels * config.temporal_patch_size * config.patch_size**2
     noise = torch.randn(count, values, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     place = torch.linspace(-2, 2, values, dtype=torch.float32, device="cpu")
     level = torch.linspace(-2, 2, count, dtype=torch.float32, device="cpu")[:, None]
-    flat, smooth = level.expand(-1, values), level + place / 2
+    flat = level.expand(-1, values)
+    smooth = level + place / 2
     striped = torch.sign(torch.sin(40 * place + level)) * level
     kinds = torch.stack([flat, smooth, striped, noise])
     return kinds[ascending(count, "cpu") % 4, ascending(count, "cpu")]

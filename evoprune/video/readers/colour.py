@@ -56,7 +56,8 @@ DOLBY_LMS = np.array([[3.0644, -2.1660, 0.1016], [-0.6561, 1.7855, -0.1294], [0.
 FROM_DOLBY_LMS = FROM_BT2020 @ DOLBY_LMS @ CROSSTALK
 
 # Of the tone mapping, in units of 100 cd/m2: up to the knee light stays as it is, and the peak becomes white.
-KNEE, PEAK = 0.3, 10.0
+KNEE = 0.3
+PEAK = 10.0
 WHITE = 2**16 - 1  # of 16-bit channels
 STRIP = 2**16  # pixels that are computed at a time, so that they stay in a core's cache
 # Formats that libswscale reads with swapped bytes, by those that hold the same pixels; and those at which it ends the process.
@@ -136,11 +137,12 @@ def _side_data(frame: VideoFrame) -> dict[str, bytes]:
 
 
 def _is_dolby_own(metadata: bytes | None) -> bool:
-    """Whether FFmpeg's `AVDOVIMetadata` is of a base layer in Dolby's own format."""
+    """Return whether FFmpeg's `AVDOVIMetadata` is of a base layer in Dolby's own format."""
     if metadata is None:
         return False
     start = int.from_bytes(metadata[:8], sys.byteorder)  # of `AVDOVIRpuDataHeader`
-    profile, full_range = metadata[start + 4], metadata[start + 10]
+    profile = metadata[start + 4]
+    full_range = metadata[start + 10]
     return profile == 0 and full_range == 1  # as FFmpeg guesses a profile
 
 
@@ -152,7 +154,8 @@ class Converter:
     """Converts the frames of one source. `name`: of it, for messages; `header`: as in `hdr_format`."""
 
     def __init__(self, name: str, header: str | None = None):
-        self._name, self._header = name, header
+        self._name = name
+        self._header = header
         self._reformatter = VideoReformatter()
 
     def rgb(self, frame: VideoFrame, width: int, height: int) -> np.ndarray:
@@ -178,7 +181,8 @@ class Converter:
             if alpha.min() < 255:
                 opaque = rgba[..., :3] if plain else self._computed(frame, frame.width, frame.height, hdr, own)
                 mixed = (opaque * alpha + 255 * (255 - alpha) + 127) // 255
-                frame, plain = VideoFrame.from_ndarray(mixed.astype(np.uint8), format="rgb24"), True
+                frame = VideoFrame.from_ndarray(mixed.astype(np.uint8), format="rgb24")
+                plain = True
         if plain:
             return self._reformat(frame, "rgb24", width, height).to_ndarray()
         return self._computed(frame, width, height, hdr, own)
@@ -186,12 +190,13 @@ class Converter:
     def _computed(
         self, frame: VideoFrame, width: int, height: int, hdr: str | None, own: np.ndarray | None
     ) -> np.ndarray:
-        """The same for HDR, and for a matrix of `_own_matrix`."""
+        """Return the same for HDR, and for a matrix of `_own_matrix`."""
         stored = self._reformat(frame, "gbrp16" if own is None else "yuv444p16", width, height)
         planes = [np.frombuffer(plane, np.uint16).reshape(height, -1)[:, :width] for plane in stored.planes]
         matrix, offset = _scaled(frame, own)
         to_bt709 = _to_bt709(frame, hdr)
-        rgb, rows = np.empty((height, width, 3), np.uint8), max(1, STRIP // width)
+        rgb = np.empty((height, width, 3), np.uint8)
+        rows = max(1, STRIP // width)
         for top in range(0, height, rows):
             values = np.stack([plane[top : top + rows].ravel() for plane in planes], dtype=np.float32)
             channels = (matrix @ values + offset).clip(0, WHITE).astype(np.uint16)
@@ -249,13 +254,18 @@ def _scaled(frame: VideoFrame, own: np.ndarray | None) -> tuple[np.ndarray, np.n
     limited = _is_yuv(frame.format) and frame.color_range != ColorRange.JPEG
     if own is None:
         matrix = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])
-        zero, one = [0, 0, 0], [255 << 8 if limited else full] * 3
+        zero = [0, 0, 0]
+        one = [255 << 8 if limited else full] * 3
     elif limited:
-        matrix, level = own, 1 << 8
+        matrix = own
+        level = 1 << 8
         chroma = 219 if own is FROM_YCGCO else 224
-        zero, one = [16 * level, 128 * level, 128 * level], [219 * level, chroma * level, chroma * level]
+        zero = [16 * level, 128 * level, 128 * level]
+        one = [219 * level, chroma * level, chroma * level]
     else:
-        matrix, zero, one = own, [0, 1 << 15, 1 << 15], [full] * 3
+        matrix = own
+        zero = [0, 1 << 15, 1 << 15]
+        one = [full] * 3
     matrix = matrix * WHITE / np.array(one)
     return matrix.astype(np.float32), (0.5 - matrix @ zero).astype(np.float32)[:, None]
 

@@ -26,7 +26,7 @@ OTHER_FRAME = 8
 
 
 def load() -> ModuleType:
-    """The decord package, with its log output off. Raises UsageError if it is not installed, or does not load."""
+    """Return the decord package, with its log output off. Raises UsageError if it is not installed, or does not load."""
     try:
         # PyAV is imported above, before decord: in the other order it would use decord's older libvpx.
         import decord
@@ -69,7 +69,8 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
         stamps = _stamps(info, reader)
         # One float32 step more, because decord rounds its times to 32 bits.
         begins = stamps - np.spacing(stamps) - ffmpeg.TOLERANCE_S
-        at, rgb = -1, None
+        at = -1
+        rgb = None
         for time in times_s:
             wanted = max(0, int(np.searchsorted(begins, time, side="right")) - 1)
             while at < wanted:
@@ -79,7 +80,8 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
                         right = next(pictures).rgb
                     if np.abs(_pixels(info, frame).astype(np.int16) - right).mean() > OTHER_FRAME:
                         raise _refusal(info, "it does not begin with the first frame")
-                at, rgb = at + 1, None
+                at = at + 1
+                rgb = None
             if rgb is None:
                 rgb = _pixels(info, frame)
             yield ffmpeg.Shown(float(stamps[at]), rgb)

@@ -33,11 +33,15 @@ Span = tuple[int, int]  # the first byte of a part of a file, and the one behind
 Damage = Callable[[object], None]
 
 FALLBACK_FPS = 25.0  # of a stream that states no frame rate; FFmpeg assumes the same
-MOV, MATROSKA = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"
+MOV = "mov,mp4,m4a,3gp,3g2,mj2"
+MATROSKA = "matroska,webm"
 # Containers that files are often joined in, byte by byte (`cat a.ts b.ts`, the parts of a DVD), so that the clock restarts.
-PROGRAM_STREAM, AVI = "mpeg", "avi"
+PROGRAM_STREAM = "mpeg"
+AVI = "avi"
 JOINED = ("mpegts", PROGRAM_STREAM)
-BACK_S, LONGEST_GAP_S = 0.1, 600.0  # a step back by more is another clock; so is, in such a container, a longer gap
+# a step back by more is another clock; so is, in such a container, a longer gap
+BACK_S = 0.1
+LONGEST_GAP_S = 600.0
 NO_TIMESTAMPS = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS, a flag of formats
 LEAST_CLOCK_HZ = (
     1000  # a rate that is a clock's frequency, and as high, is no rate of frames: Matroska counts milliseconds
@@ -126,7 +130,7 @@ def picture_format(path: str) -> str | None:
 
 
 def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
-    """The error for a file that FFmpeg could not read, if it surely holds something else than a video.
+    """Return the error for a file that FFmpeg could not read, if it surely holds something else than a video.
 
     Where FFmpeg recognised nothing in it, whatever does not begin as videos do is none.
     """
@@ -218,7 +222,7 @@ class Slice:
 
 @contextmanager
 def open_video(path: str, span: Span | None = None) -> Iterator[InputContainer]:
-    """An opened file, or one part of it. Raises what `check_file` raises, and as `reading`."""
+    """Provide an opened file, or one part of it. Raises what `check_file` raises, and as `reading`."""
     check_file(path)
     file = open(path, "rb", buffering=0) if span is None else Slice(path, span)  # noqa: SIM115 (`closing` closes it)
     with closing(file), open_bytes(file) as container:
@@ -239,12 +243,12 @@ def open_bytes(file: BinaryIO, format_name: str | None = None) -> InputContainer
 
 
 def moving(container: InputContainer) -> list[VideoStream]:
-    """The video tracks that are no cover pictures."""
+    """Return the video tracks that are no cover pictures."""
     return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
 
 
 def video_stream(container: InputContainer, path: str, *, threads: int = 1) -> VideoStream:
-    """The stream to show, decoded with so many `threads`.
+    """Return the stream to show, decoded with so many `threads`.
 
     Raises VideoError: no video, only a cover picture, no decoder in this build of FFmpeg, or pictures that are too large.
     """
@@ -257,7 +261,8 @@ def video_stream(container: InputContainer, path: str, *, threads: int = 1) -> V
     if stream.codec_context is None:
         hint = "convert it to H.264, e.g. with ffmpeg, unless it is damaged"
         raise VideoError(f"there is no decoder for the video in {path}", hint)
-    width, height = stream.codec_context.width, stream.codec_context.height
+    width = stream.codec_context.width
+    height = stream.codec_context.height
     if width * height > MAX_PIXELS:
         hint = f"at most {MAX_PIXELS // 10**6} megapixels can be read; is it damaged?"
         raise VideoError(f"{path} says that its pictures have {width:,} x {height:,} pixels", hint)
@@ -265,7 +270,8 @@ def video_stream(container: InputContainer, path: str, *, threads: int = 1) -> V
     picture_size(width * height)
     if stream.codec_context.codec.canonical_name in UNTHREADED:
         threads = 1
-    stream.thread_type, stream.codec_context.thread_count = "AUTO" if threads > 1 else "NONE", threads
+    stream.thread_type = "AUTO" if threads > 1 else "NONE"
+    stream.codec_context.thread_count = threads
     return stream
 
 
@@ -294,7 +300,8 @@ def packets(
     which reports progress between packets that are far apart.
     """
     dense = container.format.name in DENSE
-    end, slack = None, 0
+    end = None
+    slack = 0
     try:
         for count, packet in enumerate(container.demux() if dense or every_stream else container.demux(stream)):
             alive()
@@ -304,7 +311,8 @@ def packets(
                 if end is not None and packet.pos - end > slack:
                     damaged(-packet.pos)
                 # Headers between two packets are no damage, nor is the transparency of the first one.
-                end, slack = max(end or 0, packet.pos) + packet.size, 2**12 + 2 * packet.size
+                end = max(end or 0, packet.pos) + packet.size
+                slack = 2**12 + 2 * packet.size
             if packet.stream.index == stream.index:  # in the packet itself, the one at the end has none
                 yield packet
     # PyAV (18) raises IndexError where damage looks like a new stream.
@@ -319,7 +327,8 @@ def shown_otherwise(
 
     `hdr`: `Video.hdr_format`.
     """
-    context, aspect = stream.codec_context, stream.sample_aspect_ratio
+    context = stream.codec_context
+    aspect = stream.sample_aspect_ratio
     return {
         "hdr": hdr is not None,
         "hdr_format": hdr,
@@ -329,19 +338,20 @@ def shown_otherwise(
 
 
 def decoder(stream: VideoStream) -> VideoStream | VideoCodecContext:
-    """What decodes a stream. FFmpeg's own decoders of VP8 and VP9 leave out transparency; those of libvpx do not."""
+    """Return what decodes a stream. FFmpeg's own decoders of VP8 and VP9 leave out transparency; those of libvpx do not."""
     name = WITH_ALPHA.get(stream.codec_context.codec.canonical_name)
     if name is None or stream.metadata.get("alpha_mode") != "1":
         return stream
     context = CodecContext.create(name, "r")
-    context.options, context.thread_count = stream.codec_context.options, stream.codec_context.thread_count
+    context.options = stream.codec_context.options
+    context.thread_count = stream.codec_context.thread_count
     return context
 
 
 def decoded_frames(
     stream: VideoStream, packets: Iterator[Packet | None], damaged: Damage = ignore_damage
 ) -> Iterator[VideoFrame]:
-    """The frames of some packets of `packets`, in display order, without damaged ones; frames that were patched up count.
+    """Yield the frames of some packets of `packets`, in display order, without damaged ones; frames that were patched up count.
 
     `damaged` is called for both, and where the file breaks off.
     """
@@ -349,7 +359,8 @@ def decoded_frames(
     for packet in packets:
         if packet is not None and not packet.size and packet.dts is not None:
             continue  # the frame before is repeated; FFmpeg's decoders take a packet without data for the end
-        broken, frames = packet is None or packet.is_corrupt, []
+        broken = packet is None or packet.is_corrupt
+        frames = []
         try:
             frames = decode(packet)
         except av.error.FFmpegError:  # the next packet may be whole
@@ -364,12 +375,12 @@ def decoded_frames(
 
 
 def incomplete_joints(info: Video) -> int:
-    """How many packets may be incomplete without any damage: one where each part of a stream without headers ends."""
+    """Return how many packets may be incomplete without any damage: one where each part of a stream without headers ends."""
     return info.clock_restarts if info.container in JOINED else 0
 
 
 def restarts(passed_s: float, container: str) -> bool:
-    """Whether two times in a row, so many seconds apart, are of different clocks."""
+    """Return whether two times in a row, so many seconds apart, are of different clocks."""
     return passed_s < -BACK_S or (passed_s > LONGEST_GAP_S and container in JOINED)
 
 
@@ -388,7 +399,7 @@ def frame_rate(stream: VideoStream) -> tuple[float | None, bool]:
 
 
 def stated_frames(container: InputContainer, stream: VideoStream) -> int:
-    """How many frames the header counts, or has time for at its rate; 0 where it tells neither."""
+    """Return how many frames the header counts, or has time for at its rate; 0 where it tells neither."""
     length_s = float((stream.duration or 0) * stream.time_base)
     if container.duration:
         length_s = container.duration / av.time_base
@@ -396,7 +407,7 @@ def stated_frames(container: InputContainer, stream: VideoStream) -> int:
 
 
 def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
-    """The time of a frame by the file's own clock, in seconds; None where the file states none (raw streams)."""
+    """Return the time of a frame by the file's own clock, in seconds; None where the file states none (raw streams)."""
     # AVI stores decoding times only. The presentation times that FFmpeg derives are wrong if frames are stored out of
     # order; the decoding times are right up to a constant.
     stamp = frame.dts if stream.container.format.name == AVI else frame.pts
@@ -415,12 +426,13 @@ def orientation(frame: VideoFrame) -> tuple[int, bool]:
     a, b, _, c, d = (int(x) for x in np.frombuffer(matrix, np.int32, count=5))
     mirrored = a * d < b * c
     if mirrored:
-        a, b = -a, -b
+        a = -a
+        b = -b
     return round(math.degrees(math.atan2(b, a)) / 90) * 90 % 360, mirrored
 
 
 def turned_size(size: tuple[int, int], rotation_deg: int) -> tuple[int, int]:
-    """The two sides of a frame after a rotation, or before it."""
+    """Return the two sides of a frame after a rotation, or before it."""
     return size if rotation_deg % 180 == 0 else size[::-1]
 
 
@@ -436,13 +448,14 @@ def to_rgb(
     if inner == (width, height):
         return rgb
     bordered = np.zeros((height, width, 3), np.uint8)
-    left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
+    left = (width - inner[0]) // 2
+    top = (height - inner[1]) // 2
     bordered[top : top + inner[1], left : left + inner[0]] = rgb
     return bordered
 
 
 def rotated(rgb: np.ndarray, rotation_deg: int, mirrored: bool) -> np.ndarray:
-    """A view of stored pixels `[h, w, 3]` as displayed: flipped left to right if `mirrored`, then rotated clockwise."""
+    """Return a view of stored pixels `[h, w, 3]` as displayed: flipped left to right if `mirrored`, then rotated clockwise."""
     if mirrored:
         rgb = rgb[:, ::-1]
     return np.rot90(rgb, -rotation_deg // 90)  # rot90 rotates anticlockwise

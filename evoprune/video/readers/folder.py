@@ -15,7 +15,8 @@ from evoprune.video.readers import colour, ffmpeg
 
 CONTAINER = "folder"
 MAX_BYTES = 2**29  # larger files count as damaged
-EXIF_MARKS, EXIF_FORMATS = (b"Exif\0\0", b"eXIf", b"EXIF"), ("JPEG", "PNG", "WEBP")
+EXIF_MARKS = (b"Exif\0\0", b"eXIf", b"EXIF")
+EXIF_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 def list_images(folder: str) -> list[str]:
@@ -69,9 +70,13 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
     A damaged image is replaced by the one before it, at the beginning by the first that can be decoded.
     """
-    images, converter = list_images(info.path), colour.Converter(info.path)
+    images = list_images(info.path)
+    converter = colour.Converter(info.path)
     last = len(images) - 1
-    done, current, rgb = -1, -1, None  # `done`: the last image that was opened; `current`: the one on screen
+    # `done`: the last image that was opened; `current`: the one on screen
+    done = -1
+    current = -1
+    rgb = None
     for time in times_s:
         wanted = int(min(max((time + ffmpeg.TOLERANCE_S) * info.fps, 0), last))
         for i in [*range(wanted, done, -1), *(range(wanted + 1, last + 1) if rgb is None else ())]:
@@ -83,7 +88,8 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
                     shapes = f"{images[i]} has {width}x{height}, the first {info.width}x{info.height}"
                     hint = "a folder is a video, whose frames have one shape; pictures are asked about one by one: a.jpg b.jpg"
                     raise VideoError(f"images of different shapes: {shapes}", hint)
-                current, rgb = i, ffmpeg.to_rgb(frame, info.width, info.height, *turn, converter)
+                current = i
+                rgb = ffmpeg.to_rgb(frame, info.width, info.height, *turn, converter)
                 break
             damaged(i)
         done = max(done, wanted, current)
@@ -102,7 +108,7 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
 
 
 def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
-    """An image's codec, stored pixels and orientation (see `ffmpeg.orientation`); None if it is damaged or too large."""
+    """Return an image's codec, stored pixels and orientation (see `ffmpeg.orientation`); None if it is damaged or too large."""
     try:
         with open(path, "rb") as file:
             content = file.read() if os.fstat(file.fileno()).st_size <= MAX_BYTES else b""
@@ -123,7 +129,9 @@ def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
 
 
 def exif_orientation(content: bytes) -> tuple[int, bool] | None:
-    """The orientation by the EXIF data of a JPEG, PNG or WebP file, of which PyAV 18 does not report a flip; None without any."""
+    """Return the orientation by the EXIF data of a JPEG, PNG or WebP file, of which PyAV 18 does not report a flip; None without
+    any.
+    """
     if not any(mark in content for mark in EXIF_MARKS):  # the usual frame of a video, for which Pillow is not imported
         return None
     from PIL import Image

@@ -56,10 +56,14 @@ class LiveReader:
     def __init__(
         self, source: str | None, name: str, timeout_s: float, follow: bool = False, descriptor: int | None = None
     ):
-        self._source, self._name, self._timeout_s, self._follow = source, name, timeout_s, follow
+        self._source = source
+        self._name = name
+        self._timeout_s = timeout_s
+        self._follow = follow
         self._scheme = source.partition("://")[0].lower() if source and "://" in source else None
         self._live = source is None or not os.path.isfile(source)  # whether what comes has just been made
-        self._open, self._held = ExitStack(), None
+        self._open = ExitStack()
+        self._held = None
         self._parts: list[Span] = []  # of a file that does not grow, those that were not opened yet
         self._gap_s = 0.0  # the largest step ahead that was taken for another clock
         if descriptor is not None:
@@ -72,7 +76,8 @@ class LiveReader:
             self._container, name, threads=ffmpeg.thread_count(available_cores())
         )
         known = self._scheme and ((self._container.duration or 0) > 0 or self._container.size > 0)
-        codec, container = stream.codec_context.codec.canonical_name, self._container.format.name
+        codec = stream.codec_context.codec.canonical_name
+        container = self._container.format.name
         self.facts = {
             "finite": bool(known),
             "codec": codec,
@@ -87,7 +92,7 @@ class LiveReader:
         self._frames = self._timed()
 
     def next(self, after_s: float) -> dict | None:
-        """The next frame that is not earlier than so many seconds after the first one; None where the source has ended.
+        """Return the next frame that is not earlier than so many seconds after the first one; None where the source has ended.
 
         Returns its "time_s", its "height" and "width" in pixels, its "hdr_format" as in `Video`, and as "clock_gap_s" the largest
         step ahead so far that was taken for another clock; `fill` has the pixels.
@@ -115,7 +120,9 @@ class LiveReader:
         self._open.close()
 
     def _opened(self, descriptor: int | None) -> InputContainer:
-        limits, path = {"max_pixels": str(ffmpeg.MAX_PIXELS), "analyzeduration": str(10**6)}, self._source  # a second
+        # a second
+        limits = {"max_pixels": str(ffmpeg.MAX_PIXELS), "analyzeduration": str(10**6)}
+        path = self._source
         camera = "v4l2" if path and not self._scheme and stat.S_ISCHR(os.stat(path).st_mode) else None
         if self._scheme:
             protocols, formats = ALLOWED[self._scheme]
@@ -160,8 +167,12 @@ class LiveReader:
             time.sleep(POLL_S)
 
     def _followed(self, url: str, kwargs: dict) -> InputContainer:
-        """What a URL holds. FFmpeg follows a playlist that names itself without end, so its log is searched for that meanwhile."""
-        level, opener = av.logging.get_level(), ThreadPoolExecutor(1)
+        """Return what a URL holds.
+
+        FFmpeg follows a playlist that names itself without end, so its log is searched for that meanwhile.
+        """
+        level = av.logging.get_level()
+        opener = ThreadPoolExecutor(1)
         av.logging.set_level(av.logging.DEBUG)  # at which requests are logged
         try:
             with av.logging.Capture(local=False) as log:
@@ -179,11 +190,14 @@ class LiveReader:
             opener.shutdown(wait=False)  # the thread ends by the timeout, or with this process
 
     def _timed(self) -> Iterator[tuple[float, VideoFrame]]:
-        """Each frame with its seconds from the first one, which never go back, whatever the source's own clock does."""
-        time_s, before, arrived = 0.0, None, time.monotonic()
+        """Yield each frame with its seconds from the first one, which never go back, whatever the source's own clock does."""
+        time_s = 0.0
+        before = None
+        arrived = time.monotonic()
         step = 1 / (self.facts["fps"] or ffmpeg.FALLBACK_FPS)
         for number, frame in enumerate(self._decoded()):
-            stamp, now = ffmpeg.frame_time(frame, self._stream), time.monotonic()
+            stamp = ffmpeg.frame_time(frame, self._stream)
+            now = time.monotonic()
             passed = step if stamp is None or before is None else stamp - before
             ahead = passed > JUMP_S if self._scheme else ffmpeg.restarts(passed, self.facts["container"])
             if ahead and passed > 0:
@@ -192,11 +206,12 @@ class LiveReader:
                 another_clock = ahead or passed < 0
                 waited = now - arrived if self._live else 0.0  # a file is read as fast as it goes
                 time_s += max(step, waited) if another_clock else passed
-            before, arrived = stamp, now
+            before = stamp
+            arrived = now
             yield time_s, frame
 
     def _decoded(self) -> Iterator[VideoFrame]:
-        """All frames of all parts."""
+        """Yield all frames of all parts."""
         yield from self._decoded_part()
         while self._parts:
             self._container.close()
@@ -207,7 +222,7 @@ class LiveReader:
             yield from self._decoded_part()
 
     def _decoded_part(self) -> Iterator[VideoFrame]:
-        """All frames; what cannot be decoded is left out, unless it is all that comes for `timeout_s`."""
+        """Yield all frames; what cannot be decoded is left out, unless it is all that comes for `timeout_s`."""
         since = None  # when the first packet after the latest frame came; waiting for one is no failure
         decode = ffmpeg.decoder(self._stream).decode
         for packet in self._packets():
@@ -229,7 +244,9 @@ class LiveReader:
                 raise VideoError(f"no frame of {self._name} could be decoded for {self._timeout_s:g} s", GARBAGE)
 
     def _packets(self) -> Iterator[Packet | None]:
-        """All packets; where the source breaks off, None, which makes the decoder return what it still holds, then the error."""
+        """Yield all packets; where the source breaks off, None, which makes the decoder return what it still holds, then the
+        error.
+        """
         begun = False
         try:
             for packet in self._container.demux(self._stream):
@@ -247,7 +264,7 @@ class LiveReader:
                 raise self._error(problem) from problem
 
     def _error(self, problem: Exception) -> VideoError:
-        """What a failure means to the user. It never names the URL as it was typed, which may hold a password."""
+        """Return what a failure means to the user. It never names the URL as it was typed, which may hold a password."""
         name = self._name
         if isinstance(problem, av.error.HTTPUnauthorizedError):
             return VideoError(f"{name} wants a user and a password, or other ones", "SCHEME://USER:PASSWORD@HOST/...")
@@ -268,14 +285,17 @@ class _Following:
 
     def __init__(self, descriptor: int, timeout_s: float):
         self._file = os.fdopen(descriptor, "rb", buffering=0)
-        self._timeout_s, self.waits, self._silent = timeout_s, False, False
+        self._timeout_s = timeout_s
+        self.waits = False
+        self._silent = False
         self._pipe = not stat.S_ISREG(os.fstat(descriptor).st_mode)
         self.close = self._file.close
         if not self._pipe:  # FFmpeg takes what can seek for a file
-            self.seek, self.tell = self._file.seek, self._file.tell
+            self.seek = self._file.seek
+            self.tell = self._file.tell
 
     def read(self, count: int) -> bytes:
-        """The next bytes, up to so many; none at the end. Raises TimeoutError: a pipe was silent for too long.
+        """Return the next bytes, up to so many; none at the end. Raises TimeoutError: a pipe was silent for too long.
 
         Both come once, and nothing after it: FFmpeg reads on, in some formats ten times.
         """

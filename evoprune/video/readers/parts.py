@@ -30,8 +30,12 @@ PIECE = 2**20  # bytes that are searched at a time
 AVI_ENTRY_BYTES = 16
 TS_PACKET_BYTES = 188
 BROKEN = (b"moof", b"mdat", b"mfra", b"sidx", b"styp")  # where a fragmented MP4 may break off; others are no boxes
-SEGMENT, CLUSTER = 0x18538067, 0x1F43B675  # elements of Matroska that hold others
-NUT, Y4M, REAL = b"nut/multimedia container\0", b"YUV4MPEG2 W", b".RMF\0\0\0\x12\0"
+# elements of Matroska that hold others
+SEGMENT = 0x18538067
+CLUSTER = 0x1F43B675
+NUT = b"nut/multimedia container\0"
+Y4M = b"YUV4MPEG2 W"
+REAL = b".RMF\0\0\0\x12\0"
 
 
 def spans(path: str) -> list[Span]:
@@ -43,9 +47,11 @@ def spans(path: str) -> list[Span]:
     Raises VideoError: more than `MOST_PARTS`. OSError: the file cannot be read.
     """
     with open(path, "rb", buffering=0) as file:
-        peek, size = _peeks(file), os.fstat(file.fileno()).st_size
+        peek = _peeks(file)
+        size = os.fstat(file.fileno()).st_size
         begins: list[int] = []
-        at, step = 0, None
+        at = 0
+        step = None
         while at is not None and peek(at, 1):
             if begun := _container_at(peek, at):
                 begins.append(at)
@@ -61,12 +67,17 @@ def spans(path: str) -> list[Span]:
 
 
 def cut_off(path: str, begin: int) -> bool:
-    """Whether the last part of a file, from that byte on, is an MP4 that ends inside a fragment. OSError: it cannot be read."""
+    """Return whether the last part of a file, from that byte on, is an MP4 that ends inside a fragment.
+
+    OSError: it cannot be read.
+    """
     with open(path, "rb", buffering=0) as file:
-        peek, size = _peeks(file), os.fstat(file.fileno()).st_size
+        peek = _peeks(file)
+        size = os.fstat(file.fileno()).st_size
         if peek(begin, 8)[4:] != b"ftyp":
             return False
-        fragments, kind = False, b""
+        fragments = False
+        kind = b""
         for _, kind, end in _boxes(peek, begin):
             fragments = fragments or kind == b"moof"
             cut = len(kind) < 4 or (kind in BROKEN and end is not None and end > size)
@@ -76,9 +87,11 @@ def cut_off(path: str, begin: int) -> bool:
 
 
 def _peeks(file: BinaryIO) -> Peek:
-    """How to look into an open file, which reports progress."""
+    """Return how to look into an open file, which reports progress."""
     size = os.fstat(file.fileno()).st_size
-    block, begin, looks = b"", 0, 0
+    block = b""
+    begin = 0
+    looks = 0
 
     def peek(at: int, count: int) -> bytes:
         nonlocal block, begin, looks
@@ -87,14 +100,15 @@ def _peeks(file: BinaryIO) -> Peek:
             return b""
         if not begin <= at <= at + count <= begin + len(block):
             ffmpeg.alive()
-            block, begin = os.pread(file.fileno(), max(count, BLOCK_BYTES), at), at
+            block = os.pread(file.fileno(), max(count, BLOCK_BYTES), at)
+            begin = at
         return block[at - begin : at - begin + count]
 
     return peek
 
 
 def _container_at(peek: Peek, at: int) -> Step | None:
-    """How to walk through the container whose header stands at a place; None if there is none."""
+    """Return how to walk through the container whose header stands at a place; None if there is none."""
     head = peek(at, HEAD_BYTES)
     if head[4:8] == b"ftyp":
         return _box_end if _has_index(peek, at) else None
@@ -148,7 +162,7 @@ def _boxes(peek: Peek, at: int) -> Iterator[tuple[int, bytes, int | None]]:
 
 
 def _has_index(peek: Peek, at: int) -> bool:
-    """Whether the box at a place begins a file: pieces of a stream may begin with their type alone."""
+    """Return whether the box at a place begins a file: pieces of a stream may begin with their type alone."""
     kinds = (kind for place, kind, _ in _boxes(peek, at) if place > at)
     return next((kind == b"moov" for kind in kinds if kind in (b"moov", b"moof", b"ftyp")), False)
 
@@ -234,7 +248,10 @@ def _mxf_end(peek: Peek, at: int) -> int | None:
 
 
 def _next_start(start: bytes, peek: Peek, at: int) -> int | None:
-    """The next place with these bytes. All bytes are searched, where packets cannot be told without decoding their headers."""
+    """Return the next place with these bytes.
+
+    All bytes are searched, where packets cannot be told without decoding their headers.
+    """
     place = at + 1
     while piece := peek(place, PIECE + len(start) - 1):
         found = piece.find(start)

@@ -23,7 +23,9 @@ ANIMATIONS = ("GIF", "PNG")  # formats whose animations are videos
 
 
 def is_picture(path: str) -> bool:
-    """Whether a file that begins as pictures do is one: no animation, and no JPEGs in a row, which FFmpeg reads as videos."""
+    """Return whether a file that begins as pictures do is one: no animation, and no JPEGs in a row, which FFmpeg reads as
+    videos.
+    """
     name = ffmpeg.picture_format(path)
     if name not in (*ANIMATIONS, "JPEG"):
         return True
@@ -70,7 +72,8 @@ def probe(path: str) -> Video:
     with _opened(path) as image:
         rotation, mirrored = ffmpeg.ORIENTATIONS.get(image.getexif().get(ffmpeg.ORIENTATION_TAG), (0, False))
         width, height = ffmpeg.turned_size(image.size, rotation)
-        comment, tags = image.info.get("comment", ""), {}
+        comment = image.info.get("comment", "")
+        tags = {}
         with suppress(UnicodeDecodeError):
             text = comment.decode() if isinstance(comment, bytes) else comment
             tags = {"comment": text} if 0 < len(text) <= ffmpeg.TAG_CHARACTERS else {}
@@ -102,7 +105,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 @contextmanager
 def _opened(path: str) -> Iterator[Image.Image]:
-    """The picture, of which only the header is read. Refuses one that is too large, or not all that the file shows."""
+    """Provide the picture, of which only the header is read. Refuses one that is too large, or not all that the file shows."""
     name = ffmpeg.picture_format(path)
     if name == "HEIC":
         raise VideoError(f"{path} is in HEIC, which is not read", CONVERT)
@@ -133,7 +136,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
 
 
 def _rgb(image: Image.Image, path: str) -> Image.Image:
-    """The picture in 8 bits of red, green and blue, transparent parts over white."""
+    """Return the picture in 8 bits of red, green and blue, transparent parts over white."""
     transparent = image.info.get("transparency")
     if image.mode.startswith("I"):
         levels = np.asarray(image)

@@ -95,7 +95,7 @@ def parts(path: str, damaged: ffmpeg.Damage = ffmpeg.ignore_damage) -> list[Part
 
 
 def parts_of(info: Video, damaged: ffmpeg.Damage) -> list[Part]:
-    """The parts of a file that was probed before, which is not probed again unless it was joined."""
+    """Return the parts of a file that was probed before, which is not probed again unless it was joined."""
     ffmpeg.check_file(info.path)
     found = spans(info.path)
     return [Part(found[0], info, 0.0)] if len(found) == 1 else parts(info.path, damaged)
@@ -168,7 +168,7 @@ class _Times:
     gap_s: float = 0.0  # the largest step ahead that was taken for a restart
 
     def part_s(self, container: str, step: float) -> float:
-        """How long the part lasts that is read; `step` replaces the length of its last frame."""
+        """Return how long the part lasts that is read; `step` replaces the length of its last frame."""
         stamped_s = self.last_s - self.first_s + step
         return self.counted_s if misses_one(stamped_s - self.counted_s, step, container) else stamped_s
 
@@ -184,10 +184,12 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
         if packet is None or packet.pts is None or packet.is_discard:
             continue
         tick, per = packet.time_base.as_integer_ratio()  # fractions would take several times as long
-        shown, decoded = packet.pts * tick / per, (packet.pts if packet.dts is None else packet.dts) * tick / per
+        shown = packet.pts * tick / per
+        decoded = (packet.pts if packet.dts is None else packet.dts) * tick / per
         length = (packet.duration or 0) * tick / per or step
         # Elsewhere decoding times are FFmpeg's guess; but no keyframe is displayed before what is stored before it.
-        stored, key = container in ffmpeg.JOINED, packet.is_keyframe
+        stored = container in ffmpeg.JOINED
+        key = packet.is_keyframe
         if times is None:
             times = _Times(shown, shown, length, decoded, shown + length)
         elif ffmpeg.restarts(
@@ -198,9 +200,11 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
             times.counted_s = 0.0
             times.restarts += 1
             times.gap_s = max(times.gap_s, passed)
-        times.first_s, times.last_s = min(times.first_s, shown), max(times.last_s, shown)
+        times.first_s = min(times.first_s, shown)
+        times.last_s = max(times.last_s, shown)
         times.claimed_s = max(times.claimed_s, shown + length)
-        times.length_s, times.decoded_s = length, decoded
+        times.length_s = length
+        times.decoded_s = decoded
         times.counted_s += length
     return times
 
@@ -253,7 +257,7 @@ def _lengths(path: str, span: Span, stream: VideoStream, start: float | None, st
 
 
 def _listed_in_avi(path: str, span: Span, stream: int) -> int:
-    """How many frames of a stream the index of an AVI lists; those without data repeat the frame before."""
+    """Return how many frames of a stream the index of an AVI lists; those without data repeat the frame before."""
     chunks = avi_index(path, span)
     names = {f"{stream:02}{kind}".encode() for kind in ("dc", "db")}
     return sum(chunks[at : at + 4] in names for at in range(0, len(chunks), AVI_ENTRY_BYTES))
@@ -267,8 +271,9 @@ def _measured_rate(path: str, span: Span) -> float | None:
 
 
 def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Times) -> bool:
-    """Whether the times in a file without an index do not grow as one goes through it, as far as 64 places show."""
-    begun, places = [], []
+    """Return whether the times in a file without an index do not grow as one goes through it, as far as 64 places show."""
+    begun = []
+    places = []
     for place in range(64):
         try:
             container.seek(container.size * place // 64, unsupported_byte_offset=True)
@@ -278,7 +283,8 @@ def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Time
         times = [float(p.dts * p.time_base) for p in islice(packets, 1 if place else 250)]
         if not times:  # nor is there one later
             break
-        begun, places = begun or times, places + times[:1]
+        begun = begun or times
+        places = places + times[:1]
     places.append(tail.decoded_s)
     steps = np.diff(places)
     longest = ffmpeg.LONGEST_GAP_S + 10 * np.median(steps) if len(steps) else 0.0
@@ -305,7 +311,7 @@ def _all_packets(path: str, span: Span) -> Iterator[Packet]:
 
 
 def misses_one(late_s: float, length_s: float, container: str) -> bool:
-    """Whether a time by the clock is one frame wrong.
+    """Return whether a time by the clock is one frame wrong.
 
     MPEG-PS states a time for a pack of 2 KiB. If that holds several small frames, FFmpeg gives the time to the frame before its
     own, and counts on from there.

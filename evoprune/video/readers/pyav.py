@@ -28,7 +28,8 @@ BEGINNING_S = 1.0  # from a keyframe before that, a part is decoded from its beg
 NEAR = 3  # keyframes that are tried, the nearest first
 # Times are moved to keyframes where that saves the decoding of so many pixels, which takes one core two to three seconds; and where
 # the parts of the video are not shorter than this.
-SAVED_PIXELS, LEAST_PART_S = 10**9, 1.0
+SAVED_PIXELS = 10**9
+LEAST_PART_S = 1.0
 DECODER_BYTES = 64  # for each pixel: 16 reference pictures and a few others, of up to 3 bytes a pixel
 ROOM_BYTES = 2**29  # of decoded frames that wait for their turn
 
@@ -70,7 +71,7 @@ def read(
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """The time and duration of every frame in seconds, and whether it is a keyframe."""
+    """Yield the time and duration of every frame in seconds, and whether it is a keyframe."""
     for number, part in enumerate(parts_of(info, damaged)):
         step = 1 / (part.info.fps or ffmpeg.FALLBACK_FPS)
         with closing(Track(info.path, part, ffmpeg.thread_count(available_cores()))) as track:
@@ -108,7 +109,7 @@ def _read_part(
 
     @contextmanager
     def tools() -> Iterator[Callable[[Run], Iterator[tuple[ffmpeg.Shown, list[object]]]]]:
-        """Each frame comes with the damage that was met on the way to it."""
+        """Provide each frame comes with the damage that was met on the way to it."""
         with closing(Track(info.path, part, ffmpeg.thread_count(cores // threads))) as track:
             picture = _Picture(info, part)
 
@@ -142,7 +143,7 @@ def _read_part(
 
 
 def _most_decoders(pixels: int) -> int:
-    """How many there is memory for."""
+    """Return how many there is memory for."""
     available = available_memory()
     return 1 if available is None else max(1, int(available / 2 - ROOM_BYTES) // (DECODER_BYTES * pixels))
 
@@ -151,10 +152,13 @@ class _Picture:
     """Makes what readers yield of the frames of a part, one after the other."""
 
     def __init__(self, info: Video, part: Part):
-        self._size, self._turn = (info.width, info.height), (part.info.rotation_deg, part.info.mirrored)
+        self._size = (info.width, info.height)
+        self._turn = (part.info.rotation_deg, part.info.mirrored)
         # Where a clock restarts, frames that do not say what they are may be of another file than the first one.
         self._converter = colour.Converter(info.path, None if part.info.clock_restarts else part.info.hdr_format)
-        self._frame, self._rgb, self._other_shape = None, None, False
+        self._frame = None
+        self._rgb = None
+        self._other_shape = False
 
     def of(self, time_s: float, frame: VideoFrame, moved: bool) -> ffmpeg.Shown:
         if frame is not self._frame:
@@ -166,7 +170,7 @@ class _Picture:
 
 
 def planned(path: str, part: Part, times_s: Sequence[float], seek: str, part_s: float) -> list[Run]:
-    """The runs of some times, at least one, which ascend."""
+    """Return the runs of some times, at least one, which ascend."""
     with closing(Track(path, part)) as track:
         try:
             keyframes = track.keyframes(times_s[0], times_s[-1] + part_s)
@@ -201,14 +205,16 @@ def _time_of(keyframe: Keyframe) -> float:
 
 
 def _near(keyframes: Sequence[Keyframe], time_s: float, reach_s: float) -> tuple[Keyframe, ...]:
-    """The keyframes of the part around a time, the nearest first: one at its beginning is of it, one at its end of the next."""
+    """Return the keyframes of the part around a time, the nearest first: one at its beginning is of it, one at its end of the
+    next.
+    """
     first = bisect_left(keyframes, time_s - reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
     last = bisect_left(keyframes, time_s + reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
     return tuple(sorted(keyframes[first:last], key=lambda keyframe: abs(keyframe.time_s - time_s))[:NEAR])
 
 
 def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> Iterator[tuple[float, VideoFrame, bool]]:
-    """The frames of a run: the time of each, and whether it is a keyframe to which a time was moved. Raises Unreachable."""
+    """Yield the frames of a run: the time of each, and whether it is a keyframe to which a time was moved. Raises Unreachable."""
     for keyframe in run.near:
         frame = track.alone(keyframe)
         # The index may have decoding times, a few frames earlier.
@@ -226,7 +232,7 @@ def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> It
 
 
 def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool) -> Iterator[TimedFrame]:
-    """The frame on screen at each time. Holds no more than that frame and the one after it.
+    """Yield the frame on screen at each time. Holds no more than that frame and the one after it.
 
     With `sparing` it ends where nothing may be left out: at damage, as the frame before it stays on screen; where frames are
     interlaced; and where they are not in the order of their times, by which what is needed is found.
@@ -245,12 +251,14 @@ def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool)
         return
     if frames is None:
         raise Unreachable
-    current, coming = None, next(frames, None)
+    current = None
+    coming = next(frames, None)
     if coming is None:
         raise ffmpeg.nothing_decoded(track.info.path)
     for time in run.times_s:
         while coming and coming[0] <= time + ffmpeg.TOLERANCE_S:
-            current, coming = coming, next(frames, None)
+            current = coming
+            coming = next(frames, None)
             if sparing and (met or (coming and (coming[0] <= current[0] or coming[1].interlaced_frame))):
                 return
             if coming and coming[0] < current[0] and entry:

@@ -79,7 +79,9 @@ def _keyframes(container: InputContainer, stream: VideoStream, duration_s: float
 
 
 def _parameters(keyframe: Packet, stream: VideoStream, codec: str) -> tuple[bytes, Packet]:
-    """The parameters that stand in a keyframe, perhaps none, and the keyframe in the form in which it is decoded with them."""
+    """Return the parameters that stand in a keyframe, perhaps none, and the keyframe in the form in which it is decoded with
+    them.
+    """
     if codec == "mjpeg":
         found = JPEG_SIZE.search(bytes(keyframe))
         return found[0] if found else b"", keyframe
@@ -93,7 +95,7 @@ def _parameters(keyframe: Packet, stream: VideoStream, codec: str) -> tuple[byte
 
 
 def _decoded_size(keyframe: Packet, stream: VideoStream, extradata: bytes | None) -> Size | None:
-    """The size of a keyframe; None if it cannot be decoded alone."""
+    """Return the size of a keyframe; None if it cannot be decoded alone."""
     decoder = CodecContext.create(stream.codec_context.codec.name, "r")
     decoder.options = {"max_pixels": str(ffmpeg.MAX_PIXELS)}
     decoder.extradata = extradata

@@ -66,7 +66,7 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
 
 
 def _beside(path: str) -> tuple[str | None, str | None]:
-    """The file beside a video that has its name, perhaps with a language if only one has; or why there is none."""
+    """Return the file beside a video that has its name, perhaps with a language if only one has; or why there is none."""
     exact, others = subtitles_beside(path, os.listdir)
     if exact:
         return exact[0], None
@@ -76,7 +76,9 @@ def _beside(path: str) -> tuple[str | None, str | None]:
 
 
 def _clock_start(path: str) -> float:
-    """The time of a video's own clock at which players begin, in seconds: that of its first stream, which may be its sound."""
+    """Return the time of a video's own clock at which players begin, in seconds: that of its first stream, which may be its
+    sound.
+    """
     if os.path.isdir(path):
         return 0.0
     with ffmpeg.open_video(path) as container:
@@ -122,7 +124,8 @@ def _decoded(content: bytes, file: str) -> tuple[str, list[str]]:
     try:
         text = content.decode("utf-16" if marked else "utf-8-sig")
     except UnicodeDecodeError as error:
-        text, warnings = content.decode("cp1252", "replace"), ["subtitles_encoding"]
+        text = content.decode("cp1252", "replace")
+        warnings = ["subtitles_encoding"]
         proper = re.sub(r"[\n\r\t\xa0\xad]", "", text).isprintable() and "\ufffd" not in text
         if not proper or NO_WESTERN_WORD.search(text):
             raise VideoError(f"{file} is not UTF-8, nor another text that can be recognised", HINT) from error
@@ -182,7 +185,7 @@ def _line_before(text: str, start: int) -> str:
 
 
 def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
-    """The default text track of a container, or its only one."""
+    """Return the default text track of a container, or its only one."""
     ffmpeg.check_file(path)
     every = spans(path)
     with ffmpeg.open_video(path, every[0]) as container:
@@ -203,14 +206,15 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
                     other.discard = Discard.all
         warnings = []
         cues = list(_cues(container, stream, stream.time_base, origin_s, warnings))
-        index, language = stream.index, f" ({stream.language})" if stream.language else ""
+        index = stream.index
+        language = f" ({stream.language})" if stream.language else ""
     if len(every) > 1:
         cues += _cues_behind(path, index, warnings)
     return Subtitles(f"{prefix}track {number}{language}", _lines(cues), warnings)
 
 
 def _cues_behind(path: str, index: int, warnings: list[str]) -> Iterator[tuple[float, float, list[str]]]:
-    """The cues of all parts of a joined file but the first, in the stream with that index."""
+    """Yield the cues of all parts of a joined file but the first, in the stream with that index."""
     for part in probing.parts(path)[1:]:
         with ffmpeg.open_video(path, part.span) as container:
             if index < len(container.streams) and _codec(container.streams[index]) in TEXT_CODECS:
@@ -225,11 +229,12 @@ def _codec(stream: SubtitleStream) -> str | None:
 def _cues(
     container: InputContainer, stream: SubtitleStream, time_base: Fraction, origin_s: float, warnings: list[str]
 ) -> Iterator[tuple[float, float, list[str]]]:
-    """The start and the end of each cue, in seconds, and its text lines. Adds a warning where something cannot be read.
+    """Yield the start and the end of each cue, in seconds, and its text lines. Adds a warning where something cannot be read.
 
     `time_base`: seconds that a packet's times count.
     """
-    hidden, size = _codec(stream) in ("ass", "ssa"), 0
+    hidden = _codec(stream) in ("ass", "ssa")
+    size = 0
     tick, per = time_base.as_integer_ratio()  # fractions would take half of the time
     for packet in ffmpeg.packets(container, stream, every_stream=True):
         if packet is not None and (packet.pts is None or not packet.size):
@@ -251,8 +256,9 @@ def _cues(
 
 
 def _plain(text: str, hidden: bool) -> list[str]:
-    """The lines of a text without markup. `hidden`: what is in braces is not displayed, whatever it is."""
-    drawing, pieces = False, []
+    """Return the lines of a text without markup. `hidden`: what is in braces is not displayed, whatever it is."""
+    drawing = False
+    pieces = []
     # FFmpeg writes \{{} for a brace that is text. In its place stands a null character meanwhile, which no text has.
     for piece in re.split(r"(\{[^{}]*\})", text.replace("\\{{}", "\0")):
         if piece.startswith("{") and piece.endswith("}") and (hidden or piece.startswith("{\\")):

@@ -48,7 +48,9 @@ class Track:
 
     def __init__(self, path: str, part: Part, threads: int = 1):
         self.info = part.info
-        self._path, self._span, self._threads = path, part.span, threads
+        self._path = path
+        self._span = part.span
+        self._threads = threads
         self._files = ExitStack()
         self._open()
 
@@ -97,7 +99,7 @@ class Track:
         return sorted(found)
 
     def times(self) -> list[float] | None:
-        """The time of every frame, ascending, without decoding; None where packets do not tell."""
+        """Return the time of every frame, ascending, without decoding; None where packets do not tell."""
         if not self._has_times:
             return None
         packets = self._packets()
@@ -112,7 +114,7 @@ class Track:
     def from_beginning(
         self, times_s: Sequence[float], damaged: ffmpeg.Damage, *, sparing: bool = False
     ) -> Iterator[TimedFrame]:
-        """All frames; with `sparing` as of `from_keyframe`."""
+        """Return all frames; with `sparing` as of `from_keyframe`."""
         if not self._at_beginning:
             self.close()
             self._open()
@@ -126,7 +128,7 @@ class Track:
     def from_keyframe(
         self, keyframe: Keyframe, times_s: Sequence[float], damaged: ffmpeg.Damage, *, sparing: bool
     ) -> Iterator[TimedFrame] | None:
-        """The frames from a keyframe on, which is shown at the first of some times or before; None if none there is.
+        """Return the frames from a keyframe on, which is shown at the first of some times or before; None if none there is.
 
         `sparing`: frames that are shown at none of the times, and on which no other depends, may be missing.
         """
@@ -135,7 +137,8 @@ class Track:
             if landed:
                 damaged(mark)
 
-        landed, latest = False, -math.inf
+        landed = False
+        latest = -math.inf
         packets = self._from(keyframe, note)
         frames = self._decoded(self._spared(packets, times_s) if sparing else packets, note)
         for time, frame in frames:
@@ -149,7 +152,7 @@ class Track:
         return None
 
     def alone(self, keyframe: Keyframe) -> TimedFrame | None:
-        """The frame of a keyframe, decoded by itself; None if it cannot be."""
+        """Return the frame of a keyframe, decoded by itself; None if it cannot be."""
         decoder = ffmpeg.decoder(self._stream)
         frames: list[VideoFrame] = []
         try:
@@ -166,7 +169,7 @@ class Track:
         return stamp - self.info.start_s, frames[0]
 
     def can_spare(self) -> bool:
-        """Whether frames can be left out, by their times, with the others staying the same.
+        """Return whether frames can be left out, by their times, with the others staying the same.
 
         In HEVC a frame on which no other of its layer depends may be needed by those of higher layers; the header counts them.
         Interlaced frames may be stored in two packets.
@@ -201,7 +204,7 @@ class Track:
             raise Unreachable from error
 
     def _from(self, keyframe: Keyframe, damaged: ffmpeg.Damage) -> Iterator[Packet | None]:
-        """The packets from a keyframe on. Raises Unreachable."""
+        """Return the packets from a keyframe on. Raises Unreachable."""
         for back_s in BACK_S:
             self._seek(keyframe.time_s + ffmpeg.TOLERANCE_S - back_s)
             packets = self._packets(damaged)
@@ -216,11 +219,14 @@ class Track:
         raise Unreachable
 
     def _spared(self, packets: Iterator[Packet | None], times_s: Sequence[float]) -> Iterator[Packet | None]:
-        """The same packets, each with the decoder told before whether its frame may be left out."""
-        context, tick = self._stream.codec_context, float(self._stream.time_base)
+        """Yield the same packets, each with the decoder told before whether its frame may be left out."""
+        context = self._stream.codec_context
+        tick = float(self._stream.time_base)
         ahead: deque[Packet | None] = deque()
         shown: list[float] = []  # times at which frames near by are shown, ascending
-        ends, held, count = False, 0, 0
+        ends = False
+        held = 0
+        count = 0
 
         def time_of(packet: Packet | None) -> float | None:
             return None if packet is None or packet.pts is None or packet.is_discard else packet.pts * tick
@@ -257,7 +263,8 @@ class Track:
         """
         info = self.info
         step = length = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
-        time, origin = -step, info.start_s
+        time = -step
+        origin = info.start_s
         for frame in ffmpeg.decoded_frames(self._stream, packets, damaged):
             stamp = ffmpeg.frame_time(frame, self._stream)
             if stamp is not None and info.clock_restarts and ffmpeg.restarts(stamp - origin - time, info.container):
@@ -273,12 +280,14 @@ class Track:
 
 
 def _is_whole(frame: VideoFrame) -> bool:
-    """Whether a frame depends on no other, and is undamaged: what is marked as a keyframe may only begin a gradual refresh."""
+    """Return whether a frame depends on no other, and is undamaged: what is marked as a keyframe may only begin a gradual
+    refresh.
+    """
     return bool(frame.key_frame) and frame.pict_type == PictureType.I and not frame.is_corrupt
 
 
 def _is_wanted(time_s: float, shown_s: Sequence[float], times_s: Sequence[float]) -> bool:
-    """Whether the frame of that time is on screen at one of `times_s`; `shown_s`: the times of frames near by, ascending."""
+    """Return whether the frame of that time is on screen at one of `times_s`; `shown_s`: the times of frames near by, ascending."""
     following = bisect_right(shown_s, time_s)
     ends_s = shown_s[following] if following < len(shown_s) else math.inf
     first = bisect_left(times_s, time_s - ffmpeg.TOLERANCE_S)

@@ -8,7 +8,8 @@ from typing import Generic, TypeVar
 
 from evoprune.video.readers import ffmpeg
 
-Job, Item = TypeVar("Job"), TypeVar("Item")
+Job = TypeVar("Job")
+Item = TypeVar("Item")
 Tools = Callable[[], AbstractContextManager[Callable[[Job], Iterator[Item]]]]
 
 LOOK_S = 0.5  # how often it is looked whether all threads make progress
@@ -40,7 +41,9 @@ class _Crew(Generic[Job, Item]):
     """Threads that share a list of jobs. What they change is guarded by one condition."""
 
     def __init__(self, jobs: Sequence[Job], tools: Tools, room: int):
-        self._jobs, self._tools, self._room = jobs, tools, room
+        self._jobs = jobs
+        self._tools = tools
+        self._room = room
         self._changed = threading.Condition()
         self._taken = 0  # jobs that a thread has begun
         self._head = 0  # the job whose items are next
@@ -68,7 +71,7 @@ class _Crew(Generic[Job, Item]):
                     member.join()
 
     def _next(self, job: int) -> tuple[Item] | None:
-        """The next item of a job; None after its last one."""
+        """Return the next item of a job; None after its last one."""
         with self._changed:
             if job != self._head:
                 self._head = job

@@ -33,7 +33,9 @@ class Channel:
     """
 
     def __init__(self, end: socket.socket, descriptors: int = 0):
-        self._socket, self._reported, self.done = end, 0.0, 0
+        self._socket = end
+        self._reported = 0.0
+        self.done = 0
         self._descriptors = descriptors  # that a message may bring
 
     def send(self, message: dict, descriptor: int | None = None) -> None:
@@ -57,7 +59,7 @@ class Channel:
     def receive(
         self, patience_s: float | None = None, on_alive: Callable[[int], None] | None = None
     ) -> tuple[dict, int | None]:
-        """The next message, and the descriptor that came with it. `on_alive`: called with what a sign of life tells.
+        """Return the next message, and the descriptor that came with it. `on_alive`: called with what a sign of life tells.
 
         Raises EOFError: the other end is closed. TimeoutError: neither a message nor a sign of life for `patience_s`.
         """
@@ -102,19 +104,23 @@ class FrameMemory:
     """
 
     def __init__(self, size: int):
-        self._size, self._forks = size, _forks
+        self._size = size
+        self._forks = _forks
         self._pieces: list[mmap.mmap] = []
         self._free: list[int] = []
 
     def take(self, shape: tuple[int, ...]) -> tuple["np.ndarray", int | None, int | None]:
-        """A uint8 array to be filled; the number of its piece, None if it has memory of its own; and a file descriptor of the
-        memory, which the caller closes, None if the other process has it already. Raises OSError where there is no memory.
+        """Return a uint8 array to be filled; the number of its piece, None if it has memory of its own; and a file descriptor of
+        the memory, which the caller closes, None if the other process has it already. Raises OSError where there is no memory.
         """
         import numpy as np
 
-        size, descriptor = prod(shape), None
+        size = prod(shape)
+        descriptor = None
         if self._forks != _forks:  # a forked copy may hold arrays that this process has released: do not reuse them
-            self._forks, self._pieces, self._free = _forks, [], []
+            self._forks = _forks
+            self._pieces = []
+            self._free = []
         if self._free:
             number = self._free.pop()
         elif len(self._pieces) == PIECES or 2 * size <= self._size:  # the last array may be small, and held for long

@@ -61,7 +61,10 @@ class WorkerProcess:
     """
 
     def __init__(self):
-        self.path, self.busy, self._answered, self._oom_kills = "", False, False, oom_kills()
+        self.path = ""
+        self.busy = False
+        self._answered = False
+        self._oom_kills = oom_kills()
         self.stopped = False
         here, there = socket.socketpair()
         here.settimeout(SILENCE_S)
@@ -84,7 +87,7 @@ class WorkerProcess:
         self.pid = self._process.pid
 
     def request(self, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The message that requests a task. Raises VideoError if its path is relative to a folder that no longer exists."""
+        """Return the message that requests a task. Raises VideoError if its path is relative to a folder that no longer exists."""
         try:
             folder = None if os.path.isabs(self.path) else os.getcwd()
         except FileNotFoundError as error:
@@ -122,7 +125,7 @@ class WorkerProcess:
             raise self._crash() from error
 
     def answer(self, on_frames: OnFrames | None = None) -> Any:
-        """The result of the request. Raises what `run_task` raises, and Crash where that tries again.
+        """Return the result of the request. Raises what `run_task` raises, and Crash where that tries again.
 
         `on_frames`: called about each second with how many frames there are so far.
         """
@@ -278,7 +281,7 @@ def warm_up() -> None:
 
 @contextmanager
 def borrow(path: str) -> Iterator[WorkerProcess]:
-    """A process for one video, idle or new. It is kept afterwards unless a request is unanswered; then it is ended."""
+    """Provide a process for one video, idle or new. It is kept afterwards unless a request is unanswered; then it is ended."""
     worker = None
     while worker is None:
         with _lock:
@@ -291,7 +294,8 @@ def borrow(path: str) -> Iterator[WorkerProcess]:
         elif worker._process.poll() is not None:  # what ended one that idled is not the next video's fault
             worker.end()
             worker = None
-    worker.path, scope = path, _scope.get()
+    worker.path = path
+    scope = _scope.get()
     try:
         with scope.using(worker) if scope else nullcontext():
             yield worker
@@ -316,7 +320,8 @@ def end_all() -> None:
 def _forget() -> None:
     """In a forked copy of this process: the workers belong to the original."""
     global _lock, _idle
-    _lock, _idle = threading.RLock(), []
+    _lock = threading.RLock()
+    _idle = []
 
 
 if hasattr(os, "register_at_fork"):
@@ -326,7 +331,7 @@ if hasattr(os, "register_at_fork"):
 def run_task(
     task: str, path: str, arguments: dict[str, Any], on_frames: OnFrames | None = None
 ) -> dict[str, Any] | None:
-    """The result of one of `worker.TASKS` as plain data. `path` is the video's, for messages; `on_frames`: as of `answer`.
+    """Return the result of one of `worker.TASKS` as plain data. `path` is the video's, for messages; `on_frames`: as of `answer`.
 
     Raises:
         VideoError: the process crashed or took too much memory, twice, or made no progress for `SILENCE_S`.
@@ -354,7 +359,7 @@ def stream_frames(
     how: dict[str, Any],
     on_frames: OnFrames = lambda frames: None,
 ) -> Iterator[FilledArray]:
-    """The frames on screen at given times, as `frames.read_frames`, in arrays; raises what `run_task` raises.
+    """Yield the frames on screen at given times, as `frames.read_frames`, in arrays; raises what `run_task` raises.
 
     `how`: further arguments of `worker.FrameReader`.
 

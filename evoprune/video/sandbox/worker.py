@@ -71,8 +71,12 @@ def scan(path: str, folder_fps: float) -> ScanResult:
     if info.kind == PICTURE:
         raise VideoError(f"{path} is a picture, which has nothing to scan", "leave out --scan")
     reader = folder if info.container == folder.CONTAINER else pyav
-    damage, frames, end_s = set(), 0, 0.0
-    gaps, keyframes = Counter(), Counter()  # intervals by their length, rounded so that equal ones count together
+    damage = set()
+    frames = 0
+    end_s = 0.0
+    # intervals by their length, rounded so that equal ones count together
+    gaps = Counter()
+    keyframes = Counter()
     with ffmpeg.reading(path):
         for time_s, length_s, key in reader.intervals(info, damage.add):
             if not frames:
@@ -82,7 +86,9 @@ def scan(path: str, folder_fps: float) -> ScanResult:
                 if key:
                     keyframes[round(time_s - key_s, 4)] += 1
                     key_s = time_s
-            frames, last_s, end_s = frames + 1, time_s, time_s + length_s
+            frames = frames + 1
+            last_s = time_s
+            end_s = time_s + length_s
             counted(frames)
     if not frames:
         raise ffmpeg.nothing_decoded(path)
@@ -135,7 +141,7 @@ TASKS = {
 
 
 def run(task: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of a task as plain data."""
+    """Return the result of a task as plain data."""
     result = TASKS[task](**arguments)
     return result and asdict(result)
 
@@ -164,7 +170,8 @@ class FrameReader:
         Returns fields of `FrameChunk`: the time of each frame in seconds, how many damaged packets were found that earlier calls
         did not find, whether a frame has another shape than the video, and whether one was moved.
         """
-        before, filled = self._count(), []
+        before = self._count()
+        filled = []
         for slot in frames:
             shown = next(self._frames)
             slot[:] = shown.rgb
@@ -194,7 +201,8 @@ def main(descriptor: int) -> None:
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # not every system has it
         file.write("1000")
     channel = Channel(socket.socket(fileno=descriptor), descriptors=1)
-    ffmpeg.report_alive, ffmpeg.picture_size = channel.report_alive, _allow
+    ffmpeg.report_alive = channel.report_alive
+    ffmpeg.picture_size = _allow
     global counted
     counted = partial(setattr, channel, "done")
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the other end is closed
@@ -229,7 +237,8 @@ def _limit(memory: int) -> None:
 
 
 def _serve(channel: Channel) -> None:
-    reader, pieces = None, {}
+    reader = None
+    pieces = {}
     while True:
         message, memory = channel.receive()
         shape, piece, last = (message.pop(name, None) for name in ("shape", "piece", "last"))

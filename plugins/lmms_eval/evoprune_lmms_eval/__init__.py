@@ -2,7 +2,7 @@
 
 
 def manifest():
-    """What lmms-eval loads by the entry point of the group `lmms_eval.models`: names, and where the class is."""
+    """Return what lmms-eval loads by the entry point of the group `lmms_eval.models`: names, and where the class is."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     name = "evoprune_qwen2_5_vl"

@@ -75,7 +75,7 @@ class EvoPruneQwen25VL(lmms):
         self._shown: list[str] | None = None  # what they are called, by content where they were in memory
 
     def generate_until(self, requests) -> list[GenerationResult]:
-        """The answers, in the order of the requests."""
+        """Return the answers, in the order of the requests."""
         return list(tqdm(self._answers(requests), total=len(requests), desc="evoprune"))
 
     def loglikelihood(self, requests):
@@ -93,7 +93,8 @@ class EvoPruneQwen25VL(lmms):
                 contents = [path.removeprefix(folder) for path in paths]
                 if self._shown != contents:
                     self._inputs = self._shown = None  # its memory goes before the next one is encoded
-                    self._inputs, self._shown = self._qa.encode(paths, **vars(self._sampling)), contents
+                    self._inputs = self._qa.encode(paths, **vars(self._sampling))
+                    self._shown = contents
             text, report = self._answer(without_tags(question), settings)
             self.cache_hook.add_partial("generate_until", (question, settings), text)
             counts = ("visual_tokens_in", "visual_tokens_kept", "encoder_live_share")
@@ -103,10 +104,11 @@ class EvoPruneQwen25VL(lmms):
             yield GenerationResult(text, Measured(**tokens, measured=facts))
 
     def _answer(self, question: str, settings: dict[str, Any]) -> tuple[str, Report]:
-        """What the model says, up to the first of the task's stop words, and the report of it."""
+        """Return what the model says, up to the first of the task's stop words, and the report of it."""
         if settings.get("num_beams", 1) > 1:
             raise UsageError("beams are not searched here", "set num_beams to 1 in the task's generation_kwargs")
-        sampled, until = settings.get("do_sample", True), settings.get("until") or []
+        sampled = settings.get("do_sample", True)
+        until = settings.get("until") or []
         until = [until] if isinstance(until, str) else until
         options = replace(
             self._generation,
@@ -126,7 +128,7 @@ class EvoPruneQwen25VL(lmms):
 
 
 def _only_video(visuals: list) -> str:
-    """The path of the one video that a question is about. Raises UsageError: pictures, several videos, or none."""
+    """Return the path of the one video that a question is about. Raises UsageError: pictures, several videos, or none."""
     if len(visuals) != 1 or not isinstance(visuals[0], str | os.PathLike):
         kinds = ", ".join(type(visual).__name__ for visual in visuals) or "none"
         raise UsageError(f"this task shows {kinds}, and not one video file", f"{HINT}; pictures=true allows pictures")

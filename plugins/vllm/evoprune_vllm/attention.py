@@ -26,18 +26,20 @@ class BiasedRotary(nn.Module):
 
     def __init__(self, rotary: nn.Module, attention: Attention, head_size: int, scale: float):
         super().__init__()
-        self.rotary, self.head_size, self.scale = rotary, head_size, scale
-        self.heads, self.kv_heads = attention.num_heads, attention.num_kv_heads
+        self.rotary = rotary
+        self.head_size = head_size
+        self.scale = scale
+        self.heads = attention.num_heads
+        self.kv_heads = attention.num_kv_heads
         self.wide = attention.head_size
 
     def forward(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor):
         """`[n, heads * wide]` and `[n, kv_heads * wide]`, from positions `[3, n]`, queries and keys."""
         plain, bias = split_bias(positions)
         query, key = self.rotary(plain, query, key)
-        left, pieces = (
-            bias / self.scale,
-            [],
-        )  # the sum of the pieces, which have the dtype of the keys, is the bias / scale
+        # the sum of the pieces, which have the dtype of the keys, is the bias / scale
+        left = bias / self.scale
+        pieces = []
         for _ in range(PIECES):
             pieces.append(left.to(key.dtype))
             left = left - pieces[-1].float()
@@ -74,7 +76,8 @@ def add_bias(layers: nn.ModuleList, config: VllmConfig) -> None:
         if not hasattr(each, "self_attn"):  # linear attention
             continue
         layer = each.self_attn
-        stock, backend = layer.attn, layer.attn.attn_backend
+        stock = layer.attn
+        backend = layer.attn.attn_backend
         wide = next((n for n in range(stock.head_size + PIECES, 257) if backend.supports_head_size(n)), None)
         if (
             backend.get_name() not in ("CPU_ATTN", "FLASH_ATTN") or wide is None

@@ -18,7 +18,7 @@ OPTIONS = {"num_ffmpeg_threads": 0}  # with their defaults; named as TorchCodec'
 def decode_evoprune(
     loader_cls, data: bytes, target: VideoTargetMetadata, sampling_kwargs: dict, *, num_ffmpeg_threads: int = 0
 ) -> tuple[np.ndarray, VideoSourceMetadata, list[int], list[int]]:
-    """The frames that a loader of vLLM wants of a file, as `decode_opencv` returns them.
+    """Return the frames that a loader of vLLM wants of a file, as `decode_opencv` returns them.
 
     Args:
         num_ffmpeg_threads: cores that may be kept busy; 0: all that this process may use.
@@ -52,7 +52,7 @@ def decode_evoprune(
 
 
 def described(info: Video, times: FrameTimes) -> VideoSourceMetadata:
-    """What vLLM's decoders say of a file. The header counts its frames as for OpenCV, if it is right within one frame."""
+    """Return what vLLM's decoders say of a file. The header counts its frames as for OpenCV, if it is right within one frame."""
     count = len(times.times_s)
     total = times.stated if times.stated and abs(times.stated - count) <= 1 else count
     rate = info.fps or count / (info.duration_s or count)

@@ -79,7 +79,8 @@ from evoprune_vllm.pruning import (
 
 logger = init_logger("vllm.evoprune")
 
-PICTURE, VIDEO = "image_grid_thw", "video_grid_thw"
+PICTURE = "image_grid_thw"
+VIDEO = "video_grid_thw"
 
 
 class _Pruned(SupportsMultiModalPruning):
@@ -97,7 +98,9 @@ class _Pruned(SupportsMultiModalPruning):
         nn.Module.__init__(self)
         model_config = vllm_config.model_config
         multimodal = model_config.get_multimodal_config()
-        self.config, self.model_config, self.multimodal_config = model_config.hf_config, model_config, multimodal
+        self.config = model_config.hf_config
+        self.model_config = model_config
+        self.multimodal_config = multimodal
         self.vllm_config = vllm_config
         self.is_multimodal_pruning_enabled = multimodal.is_multimodal_pruning_enabled()
         self.method = served_method(vllm_config.additional_config)
@@ -141,7 +144,8 @@ class _Pruned(SupportsMultiModalPruning):
         return init_vllm_registered_model(vllm_config=config, prefix=prefix, architectures=["Qwen2ForCausalLM"])
 
     def _features(self, inputs: dict) -> Iterator[torch.Tensor]:
-        group, dtype = get_tp_group(), self.model_config.dtype
+        group = get_tp_group()
+        dtype = self.model_config.dtype
         for name in inputs:
             if name not in ("image_embeds", "pixel_values", "pixel_values_videos"):
                 continue
@@ -151,9 +155,13 @@ class _Pruned(SupportsMultiModalPruning):
             if name == "image_embeds":
                 yield from inputs[name].to(dtype).split(units)
                 continue
-            kept, seconds, times = units, [1.0] * len(units), [()] * len(units)
+            kept = units
+            seconds = [1.0] * len(units)
+            times = [()] * len(units)
             if video:
-                kept, seconds, times = inputs[KEEP].tolist(), inputs[SECONDS].tolist(), inputs.get("timestamps", times)
+                kept = inputs[KEEP].tolist()
+                seconds = inputs[SECONDS].tolist()
+                times = inputs.get("timestamps", times)
             placed = video and self.is_multimodal_pruning_enabled
             pieces = inputs[name].split([count * self.sizes.spatial_merge_size**2 for count in units])
             for patches, grid, keep, step, own in zip(pieces, grids, kept, seconds, times, strict=True):
@@ -165,25 +173,28 @@ class _Pruned(SupportsMultiModalPruning):
                 else:
                     given = patches if patches.dtype == torch.uint8 else patches.float()
                     found = encoded(self.visual, given, grid, keep, self.method, self.normal)
-                    clock, lengths = self.sizes.tokens_per_second, [*map(len, words)]
+                    clock = self.sizes.tokens_per_second
+                    lengths = [*map(len, words)]
                     made = with_columns(found, step, clock, lengths, text) if placed else tokens_of(found)
                 yield group.broadcast(made.contiguous())
 
     def _words(self, time: float) -> list[int]:
-        """What stands before the tokens of a frame pair."""
+        """Return what stands before the tokens of a frame pair."""
         written = self.tokenizer.encode(f"<{time:.1f} seconds>", add_special_tokens=False)
         return [*written, self.config.vision_start_token_id]
 
     def _text(self, words: list[list[int]], device: torch.device) -> torch.Tensor:
-        """The embeddings `[n, hidden]` of times and markers: all processes of a group compute a part of them."""
+        """Return the embeddings `[n, hidden]` of times and markers: all processes of a group compute a part of them."""
         ids = [word for before in words for word in (*before, self.config.vision_end_token_id)]
         return self.language_model.embed_input_ids(torch.tensor(ids, dtype=torch.int64, device=device))
 
     def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
         """`positions.known_positions` of a prompt."""
-        items, clock = [], self.sizes.tokens_per_second
+        items = []
+        clock = self.sizes.tokens_per_second
         for feature in sorted(mm_features, key=lambda each: each.mm_position.offset):
-            picture, place = feature.modality == "image", feature.mm_position
+            picture = feature.modality == "image"
+            place = feature.mm_position
             (grid,) = in_units(feature.data[PICTURE if picture else VIDEO].data[None], self.sizes.spatial_merge_size)
             if "timestamps" in feature.data:
                 words = place.length - int(feature.data[KEEP].data)
@@ -195,7 +206,7 @@ class _Pruned(SupportsMultiModalPruning):
         return known_positions(len(input_tokens), items)
 
     def recompute_mrope_positions(self, input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens):
-        """The features without their additional columns, the prompt's positions, and vLLM's number for generated tokens.
+        """Return the features without their additional columns, the prompt's positions, and vLLM's number for generated tokens.
 
         `multimodal_embeddings`: from the first picture or video that is not computed yet. `mrope_positions`: int64 `[3, prompt]`.
         """
@@ -221,11 +232,15 @@ class _Timed(_Pruned):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.tokenizer = cached_tokenizer_from_config(self.model_config)
-        text, levels = self.config.get_text_config(), len(self.sizes.deepstack_visual_indexes)
-        self.use_deepstack, self.deepstack_num_level = levels > 0, levels
-        self.visual_dim, self.multiscale_dim = text.hidden_size, levels * text.hidden_size
+        text = self.config.get_text_config()
+        levels = len(self.sizes.deepstack_visual_indexes)
+        self.use_deepstack = levels > 0
+        self.deepstack_num_level = levels
+        self.visual_dim = text.hidden_size
+        self.multiscale_dim = levels * text.hidden_size
         room = vllm_config.scheduler_config.max_num_batched_tokens, text.hidden_size
-        dtype, device = self.model_config.dtype, torch.get_default_device()
+        dtype = self.model_config.dtype
+        device = torch.get_default_device()
         self.deepstack_input_embeds = [torch.zeros(room, dtype=dtype, device=device) for _ in range(levels)]
         self.deepstack_input_embeds_num_tokens = 0
 

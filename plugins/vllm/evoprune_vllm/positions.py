@@ -16,12 +16,14 @@ from evoprune.methods.types import ascending
 
 DIGITS = (3, 3, 3, 4)  # below 256: of time, height, width, and the bits of the bias
 COLUMNS = sum(DIGITS)  # that the encoder appends to the features of each token
-BITS, LIMIT = 20, 2**20  # of a position; the other 11 bits of a positive int32 are free
+# of a position; the other 11 bits of a positive int32 are free
+BITS = 20
+LIMIT = 2**20
 FREE = 2**11 - 1
 
 
 def extent(grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None) -> int:
-    """How many positions the text after a video starts later than the video itself."""
+    """Return how many positions the text after a video starts later than the video itself."""
     clock = 1.0 if tokens_per_second is None else seconds_per_pair * tokens_per_second
     return max(int((grid[0] - 1) * clock) + 1, *grid[1:])
 
@@ -29,13 +31,16 @@ def extent(grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_secon
 def known_positions(
     length: int, items: Sequence[tuple[int, int, int, torch.Tensor | None]]
 ) -> tuple[torch.Tensor, int]:
-    """The positions of a prompt before its videos are encoded: int64 `[3, length]`, negative at placeholders of pruned videos.
+    """Return the positions of a prompt before its videos are encoded: int64 `[3, length]`, negative at placeholders of pruned
+    videos.
 
     And the number that vLLM adds to the index of a generated token to get its position. `items`: of each video and picture, in
     order, its first placeholder, how many it has, its extent, and their positions, int64 `[3, n]` counted from its own, where they
     are known.
     """
-    pieces, at, following = [], 0, 0
+    pieces = []
+    at = 0
+    following = 0
     for start, count, more, known in items:
         pieces.append((ascending(start - at, "cpu") + following).expand(3, -1))
         following += start - at
@@ -50,7 +55,7 @@ def known_positions(
 def timed(
     kept: torch.Tensor, grid: tuple[int, int, int], words: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The rows of a video whose frame pairs stand behind their times (Qwen3-VL, Qwen3.5): times, markers and tokens.
+    """Return the rows of a video whose frame pairs stand behind their times (Qwen3-VL, Qwen3.5): times, markers and tokens.
 
     `kept`: int64 `[K]` on the CPU, ascending, the units whose tokens stay. `words`: of each frame pair, how many rows of text stand
     before its tokens; one stands behind them.
@@ -59,7 +64,9 @@ def timed(
     """
     units = grid[1] * grid[2]
     inside = video_positions((1, *grid[1:]), 1.0, None)
-    is_token, positions, following = [], [], 0
+    is_token = []
+    positions = []
+    following = 0
     for pair, before in zip(kept.split(torch.bincount(kept // units, minlength=grid[0]).tolist()), words, strict=True):
         is_token += [False] * before + [True] * len(pair) + [False]
         behind = following + before + max(grid[1:])
@@ -70,12 +77,15 @@ def timed(
 
 
 def generated_offset(positions: torch.Tensor) -> int:
-    """The number of `known_positions` for a prompt that does not end with a pruned video, from its positions `[3, length]`."""
+    """Return the number of `known_positions` for a prompt that does not end with a pruned video, from its positions `[3,
+    length]`.
+    """
     return int(positions[:, -1].remainder(LIMIT).max()) + 1 - positions.shape[1]
 
 
 def as_columns(positions: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What the encoder appends to the features of a video's tokens: `[K, COLUMNS]`, integers below 256 in the features' dtype.
+    """Return what the encoder appends to the features of a video's tokens: `[K, COLUMNS]`, integers below 256 in the features'
+    dtype.
 
     `positions`: int64 `[3, K]`, below 2**24, counted from the video's own. `bias`: float32 `[K]`.
     """

@@ -23,7 +23,9 @@ from evoprune.model.config import VisionConfig, vision_sizes
 from evoprune_vllm.positions import LIMIT, extent
 from evoprune_vllm.pruning import BUDGET, request_budget
 
-KEEP, SECONDS = "evoprune_keep", "evoprune_seconds"  # fields of each video, beside those of vLLM
+# fields of each video, beside those of vLLM
+KEEP = "evoprune_keep"
+SECONDS = "evoprune_seconds"
 END = "<|vision_end|>"
 MOST_WORDS = 16  # tokens of a time and its markers, at most
 FIXED = {
@@ -39,7 +41,7 @@ def in_units(grids: torch.Tensor, merge: int) -> list[Grid]:
 
 
 def without_own(options: Mapping) -> dict:
-    """The options that are the Hugging Face processor's."""
+    """Return the options that are the Hugging Face processor's."""
     return {name: value for name, value in options.items() if name != BUDGET}
 
 
@@ -55,7 +57,10 @@ class Processor:
     """Mixed into vLLM's class. A request with a bad option is refused with ValueError, which clients see."""
 
     def apply(self, inputs, timing_ctx):
-        """The prompt with placeholders. Refused if it ends with a video: what follows starts at the video's end, unless pruned."""
+        """Return the prompt with placeholders.
+
+        Refused if it ends with a video: what follows starts at the video's end, unless pruned.
+        """
         made = super().apply(inputs, timing_ctx)
         places = made["mm_placeholders"].get("video", [])
         if any(place.offset + place.length == len(made["prompt_token_ids"]) for place in places):
@@ -91,7 +96,8 @@ class Processor:
 
         Raises ValueError: a video lasts longer than the model has positions.
         """
-        text, found = self.info.get_hf_config().get_text_config(), []
+        text = self.info.get_hf_config().get_text_config()
+        found = []
         most = min(LIMIT, 4 * text.max_position_embeddings)  # as many rotary positions as vLLM computes
         for grid, video in zip(grids, known, strict=True):
             rate = None if video is None else video.sampled_fps
@@ -126,7 +132,8 @@ class TimedProcessor(Processor):
     """Of a family whose frame pairs have times. Mixed into vLLM's class."""
 
     def _placeholders(self, update, item: int, keep: int):
-        stock, token = update.replacement(item), self.info.get_hf_config().video_token_id
+        stock = update.replacement(item)
+        token = self.info.get_hf_config().video_token_id
         if not self.info.ctx.get_mm_config().is_multimodal_pruning_enabled():
             return stock
         return [token] * (keep + sum(each != token for each in stock.full))

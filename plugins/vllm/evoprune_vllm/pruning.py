@@ -30,7 +30,7 @@ EXACT = "choose evoprune, evoprune-merge, tome, divprune or another exact method
 
 @names_plugins()
 def served_method(additional: Any) -> MethodChain:
-    """The method that `--additional-config` names, perhaps with settings (`NAME:SETTING=VALUE`), or the default.
+    """Return the method that `--additional-config` names, perhaps with settings (`NAME:SETTING=VALUE`), or the default.
 
     Raises UsageError: an unknown key, or a method that does not exist or cannot work here.
     """
@@ -56,7 +56,10 @@ def served_method(additional: Any) -> MethodChain:
 
 
 def request_budget(options: Mapping[str, Any], rate: float | None) -> Budget:
-    """The share of visual tokens that stays in a request, by its `mm_processor_kwargs` and the server's rate. Raises UsageError."""
+    """Return the share of visual tokens that stays in a request, by its `mm_processor_kwargs` and the server's rate.
+
+    Raises UsageError.
+    """
     unknown = [name for name in options if name.startswith("evoprune_") and name != BUDGET]
     if unknown:
         raise UsageError(f"no option {unknown[0]!r}", f"{did_you_mean(unknown[0], [BUDGET])}a request may set {BUDGET}")
@@ -80,7 +83,7 @@ def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float)
 def encoded(
     visual, patches: torch.Tensor, grid: Grid, keep: int, method: MethodChain, normal: Normal = CLIP
 ) -> Encoded:
-    """The tokens of a picture or video, exactly `keep` of them.
+    """Return the tokens of a picture or video, exactly `keep` of them.
 
     Raises ModelError: the tower computes NaN or infinite values. PluginError: another package's method failed, or kept another K.
     """
@@ -109,12 +112,16 @@ def with_columns(
     `words`: where frame pairs have times, how many embeddings of `text`, `[n, D]`, stand before the tokens of each; one stands
     behind them. Then there is a row for each of these as well.
     """
-    rows, kept = tokens_of(found), found.kept.cpu()
+    rows = tokens_of(found)
+    kept = found.kept.cpu()
     bias = rows.new_zeros(len(rows), dtype=torch.float32) if found.size is None else found.size.log().to(rows.device)
     if words:
         is_token, positions = timed(kept, found.grids[0], words)
-        is_token, tokens, of_tokens = is_token.to(rows.device), rows, bias
-        rows, bias = rows.new_zeros(len(is_token), rows.shape[1]), bias.new_zeros(len(is_token))
+        is_token = is_token.to(rows.device)
+        tokens = rows
+        of_tokens = bias
+        rows = rows.new_zeros(len(is_token), rows.shape[1])
+        bias = bias.new_zeros(len(is_token))
         rows[is_token], bias[is_token] = tokens, of_tokens
         rows[~is_token, : text.shape[1]] = text
     else:
@@ -124,8 +131,10 @@ def with_columns(
 
 def try_out(visual, method: MethodChain) -> None:
     """Encodes a small clip of noise, so that a method that cannot work fails at start. Raises as `encoded`, and UsageError."""
-    grid, keep = (4, 4, 4), 16
-    sizes, weight = vision_sizes(visual.config), visual.patch_embed.proj.weight
+    grid = (4, 4, 4)
+    keep = 16
+    sizes = vision_sizes(visual.config)
+    weight = visual.patch_embed.proj.weight
     noise = torch.Generator().manual_seed(0)
     shape = prod(grid) * sizes.spatial_merge_size**2, weight[0].numel()
     patches = torch.randn(shape, generator=noise, dtype=torch.float32, device="cpu").to(weight.device)

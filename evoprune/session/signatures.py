@@ -43,7 +43,7 @@ def takes(*kinds: type, **defaults: Any) -> Callable[[Function], Function]:
 
 
 def explained(doc: str | None, *kinds: type, without: Iterable[str] = (), **defaults: Any) -> str:
-    """A docstring with a paragraph for each field of `kinds`: its name, its type, its default and what it means."""
+    """Return a docstring with a paragraph for each field of `kinds`: its name, its type, its default and what it means."""
     paragraphs = [
         textwrap.fill(
             f"{field.name} ({type_code(field)} = {defaults.get(field.name, field.default)!r}): {meaning(kind, field)}",
@@ -60,7 +60,7 @@ def explained(doc: str | None, *kinds: type, without: Iterable[str] = (), **defa
 
 
 def meaning(kind: type, field: Field) -> str:
-    """What the help of an option says in Python, where a keyword stands for each flag of the command line."""
+    """Return what the help of an option says in Python, where a keyword stands for each flag of the command line."""
     said = field.metadata[OPTION]
     if said.in_python:
         return said.in_python
@@ -70,13 +70,13 @@ def meaning(kind: type, field: Field) -> str:
 
 
 def type_code(field: Field) -> str:
-    """The type of an option in Python, as code."""
+    """Return the type of an option in Python, as code."""
     also = field.metadata[OPTION].also
     return code(field.type) + (f" | {also}" if also else "")
 
 
 def code(declared: Any) -> str:
-    """A type as it is written: `float | Literal["full", "fast"] | None`."""
+    """Return a type as it is written: `float | Literal["full", "fast"] | None`."""
     parts = parts_of(declared)
     if len(parts) > 1:
         return " | ".join(map(code, parts))
