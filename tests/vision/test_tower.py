@@ -119,7 +119,7 @@ def test_pruned_features_against_loops(name, budget):
     torch.testing.assert_close(made.features.double(), tokens[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(made.deepstack.double(), tokens[1:], rtol=1e-4, atol=1e-4)
     for size in (1, 30):
-        cut = encode_patches(patches, GRID, method, keep, tiny_qwen3(), chunk_units=size)
+        cut = encode_patches(patches, GRID, method, keep, tiny_qwen3(), piece_units=size)
         assert_same(cut, made, atol=1e-4)
         torch.testing.assert_close(cut.deepstack, made.deepstack, rtol=1e-4, atol=1e-4)
 
@@ -128,7 +128,7 @@ def test_pruned_features_against_loops(name, budget):
 def test_rows_that_come_back_and_whole_pairs_have_features_too(name):
     patches, method = random_patches(GRID, width=QWEN3_WIDTH), methods.parse(name)
     made, cut = (
-        encode_patches(patches, GRID, method, 15, tiny_qwen3(), question=torch.ones(2, 24), chunk_units=size)
+        encode_patches(patches, GRID, method, 15, tiny_qwen3(), question=torch.ones(2, 24), piece_units=size)
         for size in (10**6, 1)
     )
     assert made.deepstack.shape == (3, 15, 24)
