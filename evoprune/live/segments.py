@@ -12,9 +12,10 @@ import torch
 
 from evoprune.methods.plans import EncoderPlan, Stage, WholePairs
 from evoprune.methods.types import Selection, ascending
-from evoprune.vision.encoder import EncodedRows, EncoderRun, Rows, encode_rows
+from evoprune.vision.encoder import EncodedRows, EncoderRun, encode_rows
 from evoprune.vision.layout import TokenLayout
 from evoprune.vision.preprocess import ReferenceBlocks
+from evoprune.vision.rows import Rows
 
 
 class NothingNew(Exception):
@@ -112,4 +113,4 @@ class SegmentRun(EncoderRun):
         unit_to_row = torch.where(outside, rank, rows.unit_to_row.view_as(outside)).flatten()
         values = torch.cat([rows.values, self._earlier.features[place]])
         deepstack = torch.cat([rows.deepstack, self._earlier.deepstack[place]])
-        return Rows(values, deepstack, unit, unit_to_row).sorted_by()[0]
+        return Rows(values, deepstack, unit, unit_to_row).by_unit()[0]

@@ -37,6 +37,7 @@ from evoprune.vision.families import embed, merge_patches, tower_layers
 from evoprune.vision.layout import TokenLayout, full_layout, order_tables, referring_layout
 from evoprune.vision.preprocess import CLIP, Normal, ReferenceBlocks, row_patches
 from evoprune.vision.reductions import Followers, Gathering, Merging, Reduction
+from evoprune.vision.rows import Rows
 from evoprune.vision.tower import LayerRun, Visible, in_pieces, run_layers, tower_geometry, tower_shape
 
 
@@ -111,33 +112,6 @@ def joined(videos: list[Encoded]) -> Encoded:
         None if videos[0].deepstack is None else torch.cat([v.deepstack for v in videos], 1),
         after_tower_below=max(v.after_tower_below for v in videos),
     )
-
-
-@dataclass
-class Rows:
-    """Rows of a video, in window order from the embedding to the last layer, ordered by unit where a selector reads them."""
-
-    values: torch.Tensor  # `[E, 4, hidden]`, or `[E, D]` after the patch merger
-    deepstack: torch.Tensor  # `[E, n, D]`, the features of inner layers so far; averaged where the rows are
-    unit: torch.Tensor  # int64 `[E]`, the unit whose place each row has
-    unit_to_row: torch.Tensor  # int64 `[N]`, the row that represents each unit, -1 for none
-
-    def sorted_by(self, rank: torch.Tensor | None = None) -> tuple["Rows", torch.Tensor]:
-        """The rows in ascending order of `rank` (int64 `[E]`; default: their units); and the index here of each, int64 `[E]`."""
-        unit, order = self.unit.sort() if rank is None else (None, rank.argsort())
-        unit_to_row = F.pad(order.argsort(), (0, 1), value=-1)[self.unit_to_row]  # -1 is the last entry
-        deepstack = self.deepstack[order] if self.deepstack.numel() else self.deepstack
-        return Rows(self.values[order], deepstack, self.unit[order] if unit is None else unit, unit_to_row), order
-
-    def averaged(self, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[K, ...]`: values and DeepStack features of the selected units, from rows that are ordered by unit."""
-        means = []
-        for x in (self.values, self.deepstack):
-            shape = len(selection.kept), *x.shape[1:]
-            means.append(
-                selection.features(x.flatten(1), self.unit_to_row).view(shape) if x.numel() else x.new_empty(shape)
-            )
-        return tuple(means)
 
 
 @dataclass(frozen=True)
@@ -277,7 +251,7 @@ class EncoderRun:
                 rows = self.run_layers(rows, self.layout_of(rows, stage), layers, Reduction())
             rows.values = self.merge_patches(rows.values)
             self.note_numbers(rows.values, rows.deepstack)
-            rows, order = rows.sorted_by()
+            rows, order = rows.by_unit()
             gathered = {}  # the inputs that the selector declared
             if self.gathering:
                 with self.timer:
@@ -345,7 +319,7 @@ class EncoderRun:
         max_rows = plan.keep if whole_pairs else stage.rows
         if max_rows >= len(rows.values) and not any(self.counts[1:]):
             return rows, None
-        (by_unit, _), rows.values = rows.sorted_by(), None  # frees the rows in the old order
+        (by_unit, _), rows.values = rows.by_unit(), None  # frees the rows in the old order
         with self.timer:
             seen = by_unit.values
             if "hidden" not in selector.needs:
@@ -357,9 +331,8 @@ class EncoderRun:
             if unit_to_row is None:
                 unit_to_row = _nearest_kept(seen, by_unit.unit_to_row, selection.kept)
             del seen, tokens  # as large as all rows
-            means, deepstack = by_unit.averaged(selection)
-        rank = order_tables(self.geometry, plan.grid[0])[1]  # of each unit in window order
-        kept_rows, _ = Rows(means, deepstack, selection.kept, unit_to_row).sorted_by(rank[selection.kept])
+            _, rank = order_tables(self.geometry, plan.grid[0])  # of each unit in window order
+            kept_rows = by_unit.take(selection, unit_to_row, rank)
         final = not whole_pairs and selector.suffices(len(selection.kept), plan.keep, plan.units)
         return kept_rows, selection if final else None
 
