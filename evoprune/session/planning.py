@@ -126,9 +126,12 @@ def chunk_bytes(session: Session, plan: Plan) -> int:
 
 def piece_sizes(device: torch.device, encoder: EncoderPlan) -> list[int]:
     """How many rows may go through a product at a time: the usual number, then half as many each time, down to a frame pair."""
-    sizes, min_units = [min(largest_piece(device), encoder.units)], encoder.grid[1] * encoder.grid[2]
-    while sizes[-1] > min_units:
-        sizes.append(max(min_units, sizes[-1] // 2))
+    largest = largest_piece(device)
+    sizes, size = [largest], min(largest, encoder.units)
+    min_units = encoder.grid[1] * encoder.grid[2]
+    while size > min_units:
+        size = max(min_units, size // 2)
+        sizes.append(size)
     return sizes
 
 

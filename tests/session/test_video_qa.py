@@ -297,11 +297,11 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
     for name in ("features", "kept", "rows", "unit_to_row"):
         assert torch.equal(getattr(beside.encoded, name), getattr(apart.encoded, name)), name
     assert beside.encoded.layers == apart.encoded.layers
-    # Told by the stage that is the last, in order; and then by the layers that have to wait for all of it.
-    late = [("layers", 1, 2), ("layers", 2, 2)] if method == "evoprune" and budget < 1 else []
+    # Told by the stage that is the last, in order; and then by the layers, which wait for all of it.
+    layers = [("layers", 1, 2), ("layers", 2, 2)]
     read = [count for stage, count, _ in done if stage == "read"]  # told in between, as they come
     assert read[-1] == 16 and read == sorted(set(read))
-    assert [step for step in done if step[0] != "read"] == [("encode", n, 16) for n in range(2, 17, 2)] + late
+    assert [step for step in done if step[0] != "read"] == [("encode", n, 16) for n in range(2, 17, 2)] + layers
 
 
 @pytest.mark.few(2)
