@@ -71,9 +71,9 @@ FAULTS = {
     ),
     "units that reuse the row of their neighbour": Fault(
         "reuse",
-        f"{ENCODER}:EncoderRun.embed",
-        "layout.unit, layout.unit_to_row)",
-        "layout.unit, layout.unit_to_row.roll(1))",
+        f"{ENCODER}:referring_layout",
+        "* geo.units + place]",
+        "* geo.units + place.roll(1)]",
     ),
     "pixels too bright": Fault(
         "patches", "evoprune.hf.processor_inputs:normalised", "_by_channel(std", "0.98 * _by_channel(std"
