@@ -65,13 +65,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    if name == "methods":
-        return import_module("evoprune.methods")
-    for module, names in _SOURCES.items():
-        if name in names:
-            return getattr(import_module(f"evoprune.{module}"), name)
-    raise AttributeError(f"module 'evoprune' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would believe that every name is there
+
+    def __getattr__(name: str):
+        if name == "methods":
+            return import_module("evoprune.methods")
+        for module, names in _SOURCES.items():
+            if name in names:
+                return getattr(import_module(f"evoprune.{module}"), name)
+        raise AttributeError(f"module 'evoprune' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -566,9 +566,12 @@ def _memory(memory) -> list[str]:
 
 
 def _side_by_side(pruned, full) -> list[str]:
-    """Times to the first token and tokens of a question, with and without pruning."""
+    """Return lines of time and tokens of a question, with and without pruning.
+
+    The time is that of encode and prefill. What comes before the first token beside them is not compared: the patches that the first
+    of the two has read serve the second.
+    """
     rows = (
-        ("first token", pruned.time_ms.ttft_wall, full.time_ms.ttft_wall),
         ("encode + prefill", pruned.time_ms.ttft_model, full.time_ms.ttft_model),
         ("visual tokens", pruned.tokens.visual, full.tokens.visual),
     )

@@ -11,7 +11,7 @@ from itertools import islice
 from numbers import Integral, Real
 from os import PathLike
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from evoprune.errors import UsageError
 
@@ -211,11 +211,12 @@ def brief(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """What the command line says of an option."""
+    """What the command line and Python say of an option."""
 
     help: str
     flags: tuple[str, ...] = ()  # how it is typed; if there are none, by its name
-    words: tuple[str, ...] = ()  # its values, for help and completion; those in capitals stand for any others: FILE, N
+    # Its values, for help and completion; those in capitals stand for any others: FILE, N. If there are none, those of its type.
+    words: tuple[str, ...] = ()
     metavar: str | None = None  # what help shows for its value
     least: int | None = None  # the range of its value
     most: int | None = None
@@ -224,6 +225,8 @@ class Option:
     unless_typed: Any = None  # the default of the command line; None for the field's
     parse: Callable[[Any], Any] | None = None
     changes_answers: bool = True  # whether answers depend on it, so that outputs record it
+    in_python: str | None = None  # its help in Python; None for `help`, with names in the place of flags
+    also: str | None = None  # what Python takes beside the field's type, as code: a class that is not imported here
 
 
 def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
@@ -253,13 +256,27 @@ def check_types(options: Any) -> None:
         object.__setattr__(options, field_.name, check_type(field_.name, getattr(options, field_.name), field_.type))
 
 
+def parts_of(declared: Any) -> Sequence[Any]:
+    """The types that a declared type is a union of; itself if it is none."""
+    return get_args(declared) if get_origin(declared) in (Union, UnionType) else [declared]
+
+
+def kinds_of(declared: Any) -> list[type]:
+    """The classes of the values of a declared type: `str` for words."""
+    return [str if get_origin(part) is Literal else get_origin(part) or part for part in parts_of(declared)]
+
+
+def words_of(declared: Any) -> tuple[str, ...]:
+    """The words of a declared type."""
+    return tuple(word for part in parts_of(declared) if get_origin(part) is Literal for word in get_args(part))
+
+
 def check_type(name: str, value: Any, declared: Any) -> Any:
     """The value, as one of Python's own numbers if it is one of numpy's.
 
     Raises UsageError, with what is right, where it is not of the declared type, if that is in `ACCEPTED`.
     """
-    types = get_args(declared) if isinstance(declared, UnionType) else [declared]
-    wanted = [ACCEPTED.get(get_origin(kind) or kind) for kind in types]
+    wanted = [ACCEPTED.get(kind) for kind in kinds_of(declared)]
     if None in wanted:
         return value
     *first, last = (kind for _, kind in wanted)

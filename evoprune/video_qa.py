@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from evoprune.backend.devices import holds_values
 from evoprune.errors import UsageError, names_plugins
@@ -35,10 +35,12 @@ from evoprune.session.options import (
 )
 from evoprune.session.prompting import longest_prompt
 from evoprune.session.session import Session, check_fits, check_streams
+from evoprune.signatures import takes
 from evoprune.util import brief, check_type, from_keywords
 from evoprune.video.given import Input
 
 if TYPE_CHECKING:
+    from evoprune.keywords import GenerationKeywords, LoadKeywords, PruneKeywords, SamplingKeywords, StreamKeywords
     from evoprune.live.stream import VideoStream
     from evoprune.session.cache import Cache
 
@@ -50,8 +52,8 @@ class VideoQA(Uncopied):
     """A loaded model with a pruning method and a budget, ready for videos.
 
     It computes in the dtype that the model was loaded with, also inside torch's autocast. `loaded` is from `loading.load_model`;
-    `load_seconds` is how long that took, for reports. `options`: `budget`, `method`, `method_args`, `seed`. A `Session`, which
-    has all of it, may be given instead.
+    `load_seconds` is how long that took, for reports. `options`: `budget`, `method`, `method_args`, `seed`, as of `load`. A
+    `Session`, which has all of it, may be given instead.
 
     Raises:
         UsageError: a bad budget or method. ModelError: a model without a tokenizer. TypeError: an unknown option, or a name in
@@ -60,7 +62,14 @@ class VideoQA(Uncopied):
 
     INSTEAD = "threads may share it; another process loads its own, with VideoQA.load"
 
-    def __init__(self, loaded: LoadedModel | Session, *, load_seconds: float | None = None, **options):
+    @takes(PruneOptions)
+    def __init__(
+        self,
+        loaded: LoadedModel | Session,
+        *,
+        load_seconds: float | None = None,
+        **options: "Unpack[PruneKeywords]",
+    ):
         (pruning,) = from_keywords(options, PruneOptions)
         if hasattr(loaded, "forward"):
             raise TypeError(f"VideoQA takes no {type(loaded).__name__}; {OTHER_MODELS}")
@@ -74,13 +83,14 @@ class VideoQA(Uncopied):
             raise UsageError("device 'meta' computes nothing", "cpu always works, auto finds a GPU")
 
     @classmethod
+    @takes(ModelOptions, PruneOptions)
     def load(
         cls,
         model: Path = "demo",
         *,
         progress: Callable[[int, int], None] | None = None,
         ahead: Path | Sequence[Path] | Ahead | None = None,
-        **options,
+        **options: "Unpack[LoadKeywords]",
     ) -> "VideoQA":
         """Loads a model. Options are checked before any weights are read. Errors: as of `load_model` and the constructor.
 
@@ -89,8 +99,7 @@ class VideoQA(Uncopied):
             progress: called with layers quantised and layers in all.
             ahead: what `encode` or `ask` will be called with first, without options: it is read while the model is loaded. Or what
                 `evoprune.read_ahead` has begun to read, perhaps with options.
-            options: `budget`, `method`, `method_args`, `seed`; `revision`, `device`, `dtype`, `quantize`, `store_quantized`,
-                `load_format`, `engine`, `offline`, `threads` (None leaves torch's number); see `evoprune ask --help-all`.
+            options: how the model is loaded, and how it prunes: the fields of `keywords.LoadKeywords`.
         """
         check_type("progress", progress, Callable | None)
         loading, pruning = from_keywords({"model": model, **options}, ModelOptions, PruneOptions)
@@ -119,6 +128,7 @@ class VideoQA(Uncopied):
         """The same model and seed with every visual token kept: what pruning is compared with."""
         return VideoQA(self.session.unpruned())
 
+    @takes(SamplingOptions)
     def encode(
         self,
         path: Input | Sequence[Input],
@@ -127,7 +137,7 @@ class VideoQA(Uncopied):
         name: str | None = None,
         cache: "Cache | None" = None,
         progress: Progress | None = None,
-        **options,
+        **options: "Unpack[SamplingKeywords]",
     ) -> EncodedInputs:
         """Reads, preprocesses and encodes a video or a picture, or several of them that are asked about together.
 
@@ -141,8 +151,7 @@ class VideoQA(Uncopied):
             cache: where encoded inputs are kept, but no arrays. Not used for a method that reads the question.
             progress: called with a stage, steps done and steps in all; see `encoding.OpenInput.encode`. While an input is
                 downloaded, with "download", bytes so far, and in all, or 0.
-            options: `fps`, `frames`, `max_frames`, `max_visual_tokens`; `start_s` and `end_s` in seconds, below 0 from the end;
-                `frame_rate`, `decoder`, `seek`, `subtitles`, `max_subtitle_tokens`. What they mean: `evoprune ask --help-all`.
+            options: what is looked at: the fields of `keywords.SamplingKeywords`.
 
         Raises:
             VideoError: missing, unreadable or empty, or so are the subtitles; or it cannot be downloaded. UsageError: numbers that
@@ -164,6 +173,7 @@ class VideoQA(Uncopied):
         with closing(open_inputs(self.session, inputs, sampling, **given)) as opened:
             return opened.encode(progress)
 
+    @takes(GenerationOptions)
     def ask(
         self,
         inputs: Input | EncodedInputs | Sequence[Input | EncodedInputs],
@@ -171,7 +181,7 @@ class VideoQA(Uncopied):
         *,
         seed: int | None = None,
         on_thoughts: Callable[[str], None] | None = None,
-        **options,
+        **options: "Unpack[GenerationKeywords]",
     ) -> Answer:
         """Asks one question about one input or several together: `encode`, then `EncodedInputs.ask`.
 
@@ -207,6 +217,7 @@ class VideoQA(Uncopied):
             asked.last_question = True
         return asked.ask(question, seed=seed, on_thoughts=on_thoughts, **options)
 
+    @takes(StreamOptions)
     def stream(
         self,
         *,
@@ -214,7 +225,7 @@ class VideoQA(Uncopied):
         max_visual_tokens: int | None = None,
         system: str | None = None,
         name: str = "stream",
-        **options,
+        **options: "Unpack[StreamKeywords]",
     ) -> "VideoStream":
         """Begins a live video: `add` feeds frames, `ask` asks about what was seen so far. To be closed, by `with`.
 
@@ -223,8 +234,7 @@ class VideoQA(Uncopied):
             max_visual_tokens: of a window, before pruning; as of `encode`.
             system: a system prompt; None for the model's own.
             name: what reports call it.
-            options: `window_s`, seconds that are encoded together, with a fixed number of tokens; `memory_s`, what is remembered:
-                as many tokens as so many seconds have; or `memory_tokens`, the same in tokens.
+            options: how it is remembered: the fields of `keywords.StreamKeywords`.
 
         Raises UsageError: numbers that make no sense, or a method that cannot prune a stream. TypeError: an unknown option.
         """

@@ -206,7 +206,7 @@ def _draw_overlay(file: str, ending: str, path: str, video: str, options: Pipeli
         show("reading video")
         traced = trace(session, path, options.sampling, video, encoding(show))
         show("drawing")
-        name, budget = session.pruning.name, session.pruning.budget
+        name, budget = session.pruning.name, session.pruning.budget.recorded
         title = f"{os.path.basename(os.path.abspath(video))}, {name} -b {budget_text(budget)}. {traced.summary}"
         write_bytes(file, overlay_file(traced, title, ending))
     for warning in traced.warnings:

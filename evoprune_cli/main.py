@@ -349,6 +349,7 @@ def _meant(typed: str | None, known: Sequence[str]) -> str:
         return f"evoprune {about[0]} --help"
     if word in TRIED:
         return TRIED[word]
-    if near := get_close_matches(word, known, 1):
-        return f"did you mean evoprune {near[0]}? see evoprune --help"
-    return "".join(TRIED[near] for near in get_close_matches(word, TRIED, 1))
+    near = get_close_matches(word, [*known, *TRIED], 1)
+    if not near:
+        return ""
+    return TRIED.get(near[0]) or f"did you mean evoprune {near[0]}? see evoprune --help"

@@ -11,7 +11,7 @@ from copy import copy
 from dataclasses import fields, replace
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -19,10 +19,10 @@ from typer.core import TyperCommand
 from evoprune import methods
 from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
-from evoprune.methods.plans import AUTOS, PRESETS, parse_budget, parse_budget_or_name
+from evoprune.methods.budget import AUTOS, PRESETS, Budget
 from evoprune.methods.registry import REUSE
 from evoprune.session.options import PipelineOptions
-from evoprune.util import OPTION, Option
+from evoprune.util import OPTION, Option, kinds_of, words_of
 from evoprune_cli.terminal import only_answers_on_stdout
 
 MakeOptions = Callable[[], PipelineOptions]  # makes them of what was typed; raises UsageError
@@ -53,7 +53,7 @@ def _after_commas(typed: str, complete: Callable[[str], Iterable[str]]) -> list[
 
 def _methods(typed: str) -> list[str]:
     """What may follow the last `+`."""
-    before = typed[: typed.rfind("+") + 1]
+    before = typed.removesuffix(methods.parse_names(typed)[-1].text)
     names = [before + name for name in methods.available() if _exists(before + name)]
     if typed and f"{REUSE}+".startswith(typed) and not any(name.startswith(typed) for name in names):
         return _methods(f"{REUSE}+")  # it is no method alone
@@ -141,7 +141,8 @@ def _names(name: str, said: Option) -> str:
 def _parameter(panel: str, field: Any, said: Option) -> Parameter:
     """An option of the pipeline, as Typer takes parameters of a command."""
     default = field.default if said.unless_typed is None else said.unless_typed
-    declared = said.typed or (str if str in get_args(field.type) else field.type)
+    declared = said.typed or (str if str in kinds_of(field.type) else field.type)
+    words = said.words or words_of(field.type)
     annotation = option(
         declared | None if default is None else declared,
         _names(field.name, said),
@@ -151,7 +152,7 @@ def _parameter(panel: str, field: Any, said: Option) -> Parameter:
         min=said.least,
         max=said.most,
         show_default=default != "",
-        **COMPLETED.get(field.name) or (one_of(*said.words) if said.words else {"metavar": said.metavar}),
+        **COMPLETED.get(field.name) or (one_of(*words) if words else {"metavar": said.metavar}),
     )
     return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
@@ -226,7 +227,7 @@ def sweep(budgets: list[str] | None, names: list[str] | None, args: dict[str, st
     wanted = tuple(dict.fromkeys(listed(names) or [methods.DEFAULT]))
     for name in wanted:
         methods.check(name)
-    shares = map(parse_budget_or_name if named else parse_budget, listed(budgets) or list(PRESETS)[1:])
+    shares = (Budget.parse(text, auto=named).recorded for text in listed(budgets) or list(PRESETS)[1:])
     return {"budgets": tuple(dict.fromkeys(shares)), "methods": wanted, "method_args": args}
 
 

@@ -22,7 +22,7 @@ from evoprune.cpu.precision import LOAD_FORMATS, QUANTIZE
 from evoprune.errors import UsageError
 from evoprune.report import device_text
 from evoprune.session.options import ModelOptions, PruneOptions
-from evoprune.util import counted, without_password
+from evoprune.util import budget_text, counted, without_password
 from evoprune.util import size as size_text
 from evoprune.video.info import PICTURE, VIDEO, Video
 from evoprune_cli import options as opt
@@ -516,7 +516,7 @@ def _live_share(results: ProfileResults, unit: str, factor: float) -> Panel:
         figures = results.figures(row)
         if figures and row.kind != BOUND and row.quantize == "none":  # a line a method
             name = row.method if row.kind == METHOD else row.name
-            label = f"-b {row.budget:g}" if row.counts.live_share < 1 else ""
+            label = f"-b {budget_text(row.budget)}" if row.counts.live_share < 1 else ""
             lines.setdefault(name, []).append(_point(row.counts.live_share, figures.encode, factor, label))
     colours = FIXED | dict(zip((name for name in lines if name not in FIXED), cycle(COLOURS), strict=False))
     full = [(Point(0, 0), Point(1, points[0].y)) for name, points in lines.items() if name == "budget 1.0"]

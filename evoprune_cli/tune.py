@@ -9,7 +9,7 @@ from typing import Any
 from evoprune import methods
 from evoprune.bench.chart import COLOURS, PALE, Panel, Point, Series, draw
 from evoprune.errors import UsageError, VideoError
-from evoprune.methods.plans import parse_budget
+from evoprune.methods.budget import Budget
 from evoprune.report import rounded
 from evoprune.session.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
 from evoprune.util import counted, missing_hint, shown
@@ -119,7 +119,7 @@ def tune(
         raise VideoError(f"no such file: {shown(videos[0])}", hint)
     if asked := _questions(questions or [], question_file):
         settings["questions"] = asked
-    settings["budgets"] = tuple(float(parse_budget(text)) for text in opt.listed(budget))
+    settings["budgets"] = tuple(Budget.parse(text).video for text in opt.listed(budget))
     settings["methods"] = tuple(opt.listed(method))
     for name in settings["methods"]:
         methods.check(name)

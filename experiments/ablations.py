@@ -15,8 +15,9 @@ import numpy as np
 
 from evoprune.bench.eval import EvalSettings, Evaluation, told
 from evoprune.bench.scores import FULL
+from evoprune.methods.budget import Budget
 from evoprune.methods.evoprune import EvoPrune
-from evoprune.methods.plans import ALLOCATIONS, parse_budget, plain
+from evoprune.methods.plans import ALLOCATIONS
 from evoprune.methods.registry import REUSE
 from evoprune.session.options import ModelOptions
 from evoprune.util import budget_text
@@ -257,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = args.only.split(",")
     if unknown := [name for name in names if name not in ABLATIONS]:
         parser.error(f"no ablation {unknown[0]!r}: one of {', '.join(ABLATIONS)}")
-    budgets = tuple(plain(parse_budget(text)) for text in args.budgets.split(","))
+    budgets = tuple(Budget.parse(text).recorded for text in args.budgets.split(","))
     settings = EvalSettings(
         data_text(args.world, args.split, args.seed),
         budgets,

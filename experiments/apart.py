@@ -25,8 +25,7 @@ def measure(side: str, args: argparse.Namespace) -> list[dict]:
     from evoprune.bench.profile import run_evoprune, run_hugging_face
     from evoprune.bench.profile_results import Case
     from evoprune.cpu.linear import pack_waiting
-    from evoprune.methods.config import PruneConfig
-    from evoprune.methods.plans import parse_budget
+    from evoprune.methods.chain import PruneConfig
     from evoprune.session.loading.model import load_model
     from evoprune.vision.tower import tower_shape
 
@@ -42,7 +41,7 @@ def measure(side: str, args: argparse.Namespace) -> list[dict]:
         turns = []
         for name in args.method.split(","):
             for text in args.budget.split(","):
-                config = PruneConfig.of(parse_budget(text), name)
+                config = PruneConfig.of(text, name)
                 plan = config.plan(tower_shape(loaded.model.model.visual), clip.grid)
                 turns.append((f"{name} -b {text}", lambda *how: run_evoprune(loaded, clip, *how, 2), plan, config))
     for name, run, *how in turns:

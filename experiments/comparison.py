@@ -26,11 +26,11 @@ from evoprune.bench.eval_folder import SETTINGS
 from evoprune.bench.questions import VideoQuestions
 from evoprune.bench.scores import ALL, FULL
 from evoprune.errors import EvopruneError, UsageError
-from evoprune.methods.plans import parse_budget, plain
+from evoprune.methods.budget import Budget
 from evoprune.methods.registry import REUSE
 from evoprune.session.options import ModelOptions
 from evoprune.util import budget_text
-from experiments.comparison_tables import OURS, Budget, Outcome, document, share
+from experiments.comparison_tables import OURS, Outcome, Recorded, document, share
 from experiments.demo.worlds import SHAPES, WORLDS
 from experiments.demo.write import clips_asked, data_text, demo_videos
 
@@ -74,7 +74,7 @@ def measure(
 
 def compare(
     models: Sequence[str],
-    budgets: Sequence[Budget],
+    budgets: Sequence[Recorded],
     folder: Path,
     *,
     names: Sequence[str] | None = None,
@@ -83,7 +83,7 @@ def compare(
     seed: int = 0,
     limit: int = CLIPS,
     processes: int = 1,
-    alone: Sequence[Budget] = (),
+    alone: Sequence[Recorded] = (),
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[Outcome]:
     """Every method of `names`, by default all rows, at every budget in every model, one model after another.
@@ -120,7 +120,7 @@ def _print_progress(what: str) -> None:
         print(f"\r\x1b[K{what[:78]}", end="", file=sys.stderr, flush=True)
 
 
-def chart(outcomes: Sequence[Outcome], budgets: Sequence[Budget]) -> str:
+def chart(outcomes: Sequence[Outcome], budgets: Sequence[Recorded]) -> str:
     """SVG: a line a method, the most accurate on top (mean over models and budgets), a dot a budget, a panel a model."""
     accuracy: dict[str, list[float]] = {}
     for outcome in outcomes:
@@ -167,8 +167,8 @@ def main(args: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if args is None else args)
     asked = parser.parse_args(given)
     try:
-        budgets = list(dict.fromkeys(plain(parse_budget(text)) for text in asked.budget.split(",")))
-        alone = [plain(parse_budget(text)) for text in asked.equal_cost.split(",") if text]
+        budgets = list(dict.fromkeys(Budget.parse(text).recorded for text in asked.budget.split(",")))
+        alone = [Budget.parse(text).recorded for text in asked.equal_cost.split(",") if text]
         if (
             max(map(share, budgets + alone)) == 1
             or len(budgets) > len(COLOURS)

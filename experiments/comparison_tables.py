@@ -6,12 +6,12 @@ from itertools import pairwise
 
 from evoprune import methods
 from evoprune.bench.scores import ALL, BLIND, FULL, METHOD, TYPE, row_name
-from evoprune.methods.plans import largest_share, parse_budget
+from evoprune.methods.budget import Budget
 from evoprune.util import budget_text
 from experiments.paired import in_points, paired_difference
 
 OURS = methods.DEFAULT
-Budget = float | str  # as results hold it: a number, or the name of a preset
+Recorded = float | str  # a budget as of `Budget.recorded`
 # By world: groups with columns of their own at equal cost.
 APART = {"shapes": ("static", "panning"), "scenes": ("picture", "video", "text")}
 
@@ -45,9 +45,9 @@ GROUPS_LEGEND = {
 }
 
 
-def share(budget: Budget) -> float:
+def share(budget: Recorded) -> float:
     """The share of a video's tokens that a budget keeps."""
-    return float(parse_budget(budget))
+    return Budget.parse(budget).video
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Outcome:
     document: dict
     samples: list[dict]
 
-    def rows(self, budget: Budget) -> list[dict]:
+    def rows(self, budget: Recorded) -> list[dict]:
         """The rows of a budget over all questions, the most accurate first."""
         found = [row for row in self.document["rows"] if _at(row, budget) and row["group"] == ALL]
         return sorted(found, key=lambda row: -row["accuracy"])
@@ -87,7 +87,7 @@ class Outcome:
         return Outcome(self.name, self.document | {"rows": self.document["rows"] + rows}, self.samples + samples)
 
 
-def standings(samples: Sequence[dict], budget: Budget) -> dict[str, Standing]:
+def standings(samples: Sequence[dict], budget: Recorded) -> dict[str, Standing]:
     """Of each method at a budget, by name. The best has most right answers; of several, it is the first."""
     rows: dict[str, list[dict]] = {}
     for sample in sorted((s for s in samples if "error" not in s), key=lambda s: s["video"]):  # stable
@@ -118,7 +118,8 @@ def equal_cost(outcome: Outcome) -> list[Match]:
     """Of each row of another method, the most expensive first. Variants of `evoprune` and combinations are left out."""
     rows = [row for row in outcome.document["rows"] if row["row"] == METHOD and row["group"] == ALL]
     ours = [row for row in rows if row["method"] == OURS]
-    others = [row for row in rows if row["method"].partition(":")[0] != OURS and "+" not in row["method"]]
+    names = {row["method"]: [each.name for each in methods.parse_names(row["method"])] for row in rows}
+    others = [row for row in rows if len(names[row["method"]]) == 1 and names[row["method"]] != [OURS]]
     samples: dict[str, list[dict]] = {}
     for sample in outcome.samples:
         if "error" not in sample:
@@ -137,9 +138,9 @@ def equal_cost(outcome: Outcome) -> list[Match]:
     return made
 
 
-def _by_method(outcomes: Sequence[Outcome], budgets: Sequence[Budget]) -> dict[str, dict[Budget, list[dict]]]:
+def _by_method(outcomes: Sequence[Outcome], budgets: Sequence[Recorded]) -> dict[str, dict[Recorded, list[dict]]]:
     """The rows of each method at each budget, one a model. Variants and combinations are left out."""
-    found: dict[str, dict[Budget, list[dict]]] = {}
+    found: dict[str, dict[Recorded, list[dict]]] = {}
     for outcome in outcomes:
         for budget in budgets:
             for row in outcome.rows(budget):
@@ -159,7 +160,7 @@ def _operations(rows: Sequence[dict], outcome: Outcome) -> str:
     return f"{100 * rows[0]['tflop_3b'] / full:.0f}%" if rows and full else ""
 
 
-def short(outcomes: Sequence[Outcome], budgets: Sequence[Budget]) -> str:
+def short(outcomes: Sequence[Outcome], budgets: Sequence[Recorded]) -> str:
     """What each method keeps in each model, and what it costs in the first one, as a Markdown table.
 
     The best method on average comes first.
@@ -180,10 +181,10 @@ def short(outcomes: Sequence[Outcome], budgets: Sequence[Budget]) -> str:
 def _over(row: dict) -> str:
     """A mark where a row keeps more tokens than its budget allows: of a preset, its share of a still."""
     inner = row["layer_tokens"] < row["tokens"]  # whose budget is a mean over layers
-    return " †" * (row["kept_share"] > OVER * largest_share(parse_budget(row["budget"])) and not inner)
+    return " †" * (row["kept_share"] > OVER * Budget.parse(row["budget"]).largest and not inner)
 
 
-def own_steps(outcome: Outcome, budgets: Sequence[Budget]) -> list[str]:
+def own_steps(outcome: Outcome, budgets: Sequence[Recorded]) -> list[str]:
     """What `evoprune` loses from each budget to the next smaller one, paired, as Markdown."""
     found = {
         budget: [s for s in outcome.samples if "error" not in s and _at(s, budget) and s["method"] == OURS]
@@ -196,9 +197,9 @@ def own_steps(outcome: Outcome, budgets: Sequence[Budget]) -> list[str]:
     return [f"- `-b {budget_text(small)}` minus `-b {budget_text(large)}`: {points}" for large, small, points in steps]
 
 
-def against_ours(outcome: Outcome, budgets: Sequence[Budget]) -> str:
+def against_ours(outcome: Outcome, budgets: Sequence[Recorded]) -> str:
     """`evoprune` minus each other row of the same budget, paired, as a Markdown table; nothing where it is not among them."""
-    found: dict[tuple[str, Budget], list[dict]] = {}
+    found: dict[tuple[str, Recorded], list[dict]] = {}
     for sample in outcome.samples:
         if "error" not in sample and sample["row"] == METHOD:
             found.setdefault((sample["method"], sample["budget"]), []).append(sample)
@@ -213,7 +214,7 @@ def against_ours(outcome: Outcome, budgets: Sequence[Budget]) -> str:
     return _joined(lines)
 
 
-def document(outcomes: Sequence[Outcome], budgets: Sequence[Budget], chart: str, command: str) -> str:
+def document(outcomes: Sequence[Outcome], budgets: Sequence[Recorded], chart: str, command: str) -> str:
     """All of it in Markdown."""
     settings, videos = (outcomes[0].document[name] for name in ("settings", "videos"))
     clips = f"{videos['evaluated']:,} clips of {settings['data']}"
@@ -235,7 +236,7 @@ def document(outcomes: Sequence[Outcome], budgets: Sequence[Budget], chart: str,
     return "\n\n".join(blocks) + "\n"
 
 
-def _findings(outcomes: Sequence[Outcome], budgets: Sequence[Budget]) -> list[str]:
+def _findings(outcomes: Sequence[Outcome], budgets: Sequence[Recorded]) -> list[str]:
     """The most accurate method of each budget (mean of the models) and `evoprune`, with what they keep and cost, as a list."""
     found, lines = _by_method(outcomes, budgets), []
     for budget in budgets:
@@ -252,7 +253,7 @@ def _findings(outcomes: Sequence[Outcome], budgets: Sequence[Budget]) -> list[st
     )
 
 
-def _of_model(outcome: Outcome, budgets: Sequence[Budget]) -> list[str]:
+def _of_model(outcome: Outcome, budgets: Sequence[Recorded]) -> list[str]:
     """The section of one model: accuracy and cost of each budget, paired differences, and accuracy by group."""
     videos, answered = outcome.document["videos"], outcome.document["items"]["answered"]
     failed = f"; {videos['failed']} failed and are left out" if videos["failed"] else ""
@@ -279,7 +280,7 @@ def _of_model(outcome: Outcome, budgets: Sequence[Budget]) -> list[str]:
     return blocks
 
 
-def _table(outcome: Outcome, budget: Budget) -> str:
+def _table(outcome: Outcome, budget: Recorded) -> str:
     against = standings(outcome.samples, budget)
     titles = ["", "accuracy", "kept", "against the best", "tokens", "live share", "TFLOP", "selection ms"]
     lines = [titles, ["---"] * len(titles)]
@@ -294,7 +295,7 @@ def _table(outcome: Outcome, budget: Budget) -> str:
     return _joined(lines)
 
 
-def _group_table(outcome: Outcome, budget: Budget, groups: Sequence[str]) -> str:
+def _group_table(outcome: Outcome, budget: Recorded, groups: Sequence[str]) -> str:
     """Accuracy in each group at a budget, after that with nothing pruned."""
     found = {(row["method"], row["group"]): row for row in outcome.document["rows"] if _at(row, budget)}
     full = {row["group"]: row for row in outcome.document["rows"] if row["row"] == FULL}
@@ -306,7 +307,7 @@ def _group_table(outcome: Outcome, budget: Budget, groups: Sequence[str]) -> str
     return _joined(lines)
 
 
-def _spread(outcome: Outcome, budget: Budget) -> list[str]:
+def _spread(outcome: Outcome, budget: Recorded) -> list[str]:
     """How well the clips separate methods: from random tokens to the best row, in half-widths of the interval."""
     rows = outcome.rows(budget)
     drawn = next((row for row in rows if row["method"] == "random"), None)
@@ -348,7 +349,7 @@ def _joined(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _shared(outcomes: Sequence[Outcome], budgets: Sequence[Budget]) -> str:
+def _shared(outcomes: Sequence[Outcome], budgets: Sequence[Recorded]) -> str:
     lines = []
     for budget in budgets:
         tied = [{name for name, s in standings(o.samples, budget).items() if s.best or s.tie} for o in outcomes]
@@ -357,11 +358,11 @@ def _shared(outcomes: Sequence[Outcome], budgets: Sequence[Budget]) -> str:
     return "\n".join(lines)
 
 
-def _at(row: dict, budget: Budget) -> bool:
+def _at(row: dict, budget: Recorded) -> bool:
     return row["row"] == METHOD and row["budget"] == budget
 
 
-def _selection_ms(samples: Sequence[dict], method: str, budget: Budget) -> str:
+def _selection_ms(samples: Sequence[dict], method: str, budget: Recorded) -> str:
     """The mean; empty if some answers come from a run that was not timed."""
     mine = [s for s in samples if "error" not in s and _at(s, budget) and s["method"] == method]
     times = [s["prune_ms"] for s in mine if "prune_ms" in s]

@@ -20,7 +20,7 @@ import numpy as np
 from evoprune import methods
 from evoprune.bench.chart import COLOURS, INK, SOFT, Panel, Point, Series, draw
 from evoprune.bench.scores import FULL, METHOD
-from evoprune.methods.plans import PRESETS, parse_budget
+from evoprune.methods.budget import PRESETS, Budget
 from evoprune.util import budget_text
 from experiments.frontier import SETS, kept, samples_of
 from experiments.frontier import table as by_group
@@ -56,7 +56,7 @@ def speeds(page: str) -> dict[Key, float]:
     found: dict[Key, float] = {}
 
     def add(method: str, share: str, cell: str) -> None:
-        key = NONE if method == FULL_ROW else (method, float(parse_budget(share)))
+        key = NONE if method == FULL_ROW else (method, Budget.parse(share).video)
         found[key] = min(float(cell), found.get(key, float(cell)))
 
     for block in re.findall(r"(?:^\|.*\n)+", page, re.M):
@@ -74,7 +74,7 @@ def speeds(page: str) -> dict[Key, float]:
 def speed_of(key: Key, fast: dict[Key, float]) -> float | None:
     name, budget = key
     after = methods.parse(name).acts == "after"
-    return fast.get((BOUND if after else name, float(parse_budget(budget))))
+    return fast.get((BOUND if after else name, Budget.parse(budget).video))
 
 
 def worst(samples: Samples, key: Key) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 
 from evoprune.bench.eval import EvalSettings, Evaluation, told
 from evoprune.bench.scores import FULL, METHOD
-from evoprune.methods.plans import PRESETS, parse_budget
+from evoprune.methods.budget import PRESETS, Budget
 from evoprune.session.options import ModelOptions
 from evoprune.util import budget_text
 from experiments.demo.write import clips_asked, data_text, demo_videos
@@ -45,7 +45,7 @@ def evaluated(out: Path, name: str, args: argparse.Namespace) -> list[dict]:
     world, model = SETS[name]
     settings = EvalSettings(
         data_text(world, args.split, args.seed),
-        tuple(parse_budget(text) for text in args.budget.split(",")),
+        tuple(Budget.parse(text).recorded for text in args.budget.split(",")),
         tuple(args.method.split(",")),
         limit=args.limit,
         # On a CPU, which prunes clips as small as these inside the tower too.

@@ -6,8 +6,10 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 # Colours that colour-blind readers can distinguish on white (Okabe and Ito, https://jfly.uni-koeln.de/color/).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -184,8 +186,10 @@ def _label_points(axes, panel: Panel, sideways: bool) -> None:
         taken += [box for _, box in found[-1:]]
 
 
-def _on_lines(axes, panel: Panel, sideways: bool) -> np.ndarray:
-    """Places `[n, 2]` in pixels, close to one another, on the lines and intervals of a plot."""
+def _on_lines(axes, panel: Panel, sideways: bool) -> "np.ndarray":
+    """Return places `[n, 2]` in pixels, close to one another, on the lines and intervals of a plot."""
+    import numpy as np
+
     paths = []
     for series in panel.series:
         if series.dashed or not sideways:

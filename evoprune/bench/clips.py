@@ -26,7 +26,7 @@ import torch
 from evoprune.bench.profile_results import SYNTHETIC, Case
 from evoprune.errors import UsageError
 from evoprune.language.prompt import Place, prompt_positions
-from evoprune.methods.config import PruneConfig
+from evoprune.methods.chain import PruneConfig
 from evoprune.model.config import VisionConfig
 from evoprune.session.loading.model import LoadedModel
 from evoprune.video.frames import read_frames

@@ -28,7 +28,7 @@ from evoprune.bench.questions import VideoQuestions, grade, of_groups
 from evoprune.bench.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
 from evoprune.bench.shared import GreyInput, SharedInput, SharedRows, after_tower_below, after_tower_note
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
-from evoprune.methods.plans import parse_budget_or_name, plain
+from evoprune.methods.budget import Budget
 from evoprune.methods.types import generator_seed
 from evoprune.model.cost import prefill_flop, shortage, stretched, tower_flop
 from evoprune.report import Report
@@ -111,7 +111,7 @@ class EvalSettings:
     """
 
     data: str  # path of a file of questions, or what else the videos are
-    budgets: tuple[float | str, ...]
+    budgets: tuple[float | str, ...]  # as of `Budget.recorded`
     methods: tuple[str, ...] = (methods.DEFAULT,)
     method_args: dict[str, str] = field(default_factory=dict)
     blind: bool = False  # also ask without the video
@@ -134,7 +134,7 @@ class EvalSettings:
         others = ("digest", "version", "plugins", "files", SIZE_RULE)
         options = {name: value for name, value in record.items() if name not in others}
         own = {f.name: options.pop(f.name) for f in fields(cls) if f.name in options and f.name != "model"}
-        own["budgets"] = tuple(map(parse_budget_or_name, own["budgets"]))
+        own["budgets"] = tuple(Budget.parse(each, auto=True).recorded for each in own["budgets"])
         own |= {name: tuple(own[name]) for name in ("methods", "groups")}
         free = (f.name for f in fields(model) if not f.metadata[OPTION].changes_answers)
         pipeline = PipelineOptions.of(**{name: getattr(model, name) for name in free} | options)
@@ -142,7 +142,6 @@ class EvalSettings:
 
     def record(self) -> dict[str, Any]:
         own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling", "generation")}
-        own["budgets"] = tuple(map(plain, self.budgets))
         code = {name: code for text in self.methods for name, code in methods.plugin_code(text).items()}
         options = record((self.sampling, self.generation, self.model), RECORDED)
         return own | options | ({"plugins": code} if code else {})
@@ -167,7 +166,7 @@ def variants(settings: EvalSettings) -> list[Variant]:
     """The rows in order: full, blind, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
     pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
     asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
-    pruned = [Variant(METHOD, options.method, plain(options.budget)) for options in asked if options.config().acts]
+    pruned = [Variant(METHOD, options.method, options.budget) for options in asked if options.config().acts]
     blind = [Variant(BLIND)] if settings.blind else []
     return [Variant(FULL), *blind, *pruned]
 

@@ -50,8 +50,8 @@ from evoprune.cpu.quantize import check as check_quantize
 from evoprune.cpu.quantize import quantize, saved_bytes
 from evoprune.errors import ModelError, OutOfMemory, memory_guard, names_plugins
 from evoprune.language import generate
-from evoprune.methods.config import PruneConfig
-from evoprune.methods.plans import EncoderPlan, plain
+from evoprune.methods.chain import PruneConfig
+from evoprune.methods.plans import EncoderPlan
 from evoprune.methods.types import ascending
 from evoprune.model import cost
 from evoprune.model.config import PATCHES, Config, vision_sizes
@@ -172,7 +172,7 @@ def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: Pru
     with clock.stage("prefill"):
         visuals = [generate.Visual(clip.place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
         embeds, columns, sizes, deepstack = generate.embed_prompt(model, clip.ids, visuals)
-        share = config.share_of_all([clip.grid])
+        share = config.budget.share_of_all([clip.grid])
         dropping = generate.dropping_for(model, method, share, visuals, [clip.grid], embeds, columns)
         positions = clip.positions[:, columns]
         state = generate.prefill(model, embeds, positions, clip.following, None, sizes, dropping, deepstack)
@@ -298,17 +298,15 @@ class Bench:
 
 def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRow]:
     """The rows of all cases in the order of their turns. A method that prunes nothing is the budget of 1.0, always there."""
-    named = {name: settings.config(name, 1.0).method for name in settings.methods if name != "none"}
+    named = [name for name in settings.methods if name != "none"]
+    asked = product(settings.budgets, named, settings.quantize)
+    pruned = [(budget, name, quantize) for budget, name, quantize in asked if settings.config(name, budget).acts]
     full = 1.0 in settings.budgets or "none" in settings.methods
     rows = []
     for case in cases:
         rows += [ProfileRow(HUGGING_FACE, case), ProfileRow(FULL, case, method="none")]
         rows += [ProfileRow(METHOD, case, method="none", quantize=q) for q in settings.quantize if full and q != "none"]
-        rows += [
-            ProfileRow(METHOD, case, budget, name, quantize=quantize)
-            for budget, name, quantize in product(settings.budgets, named, settings.quantize)
-            if named[name].acts_at(budget)
-        ]
+        rows += [ProfileRow(METHOD, case, budget, name, quantize=quantize) for budget, name, quantize in pruned]
     return rows
 
 
@@ -361,7 +359,6 @@ def measure(
         settings={
             **(about or {}),
             **asdict(settings),
-            "budgets": [*map(plain, settings.budgets)],
             "text_tokens": TEXT_BEFORE + TEXT_AFTER,
         },
     )

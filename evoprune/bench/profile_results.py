@@ -10,8 +10,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from evoprune import methods
-from evoprune.methods.plans import plain
 from evoprune.report import Environment, ModelFacts
+from evoprune.util import budget_text
 
 SYNTHETIC = ("motion", "static90", "noise")  # kinds of synthetic clips, see `clips.py`
 
@@ -20,7 +20,7 @@ SYNTHETIC = ("motion", "static90", "noise")  # kinds of synthetic clips, see `cl
 class ProfileSettings:
     """Every method runs at every budget, with each quantisation of the language model's weights."""
 
-    budgets: tuple[float, ...]
+    budgets: tuple[float | str, ...]  # as of `Budget.recorded`
     methods: tuple[str, ...] = (methods.DEFAULT,)
     quantize: tuple[str, ...] = ("none",)
     method_args: dict[str, str] | None = None  # settings of the methods, as texts
@@ -30,9 +30,9 @@ class ProfileSettings:
     repetitions: int = 3  # rounds that are
     time_limit_s: float = 150.0  # of the whole run, loading included
 
-    def config(self, name: str, budget: float):
+    def config(self, name: str, budget: float | str):
         """The `PruneConfig` of a method at a budget, with the settings of all methods."""
-        from evoprune.methods.config import PruneConfig  # which loads torch
+        from evoprune.methods.chain import PruneConfig  # which loads torch
 
         return PruneConfig.of(budget, name, self.method_args, self.seed)
 
@@ -126,7 +126,7 @@ class ProfileRow:
 
     kind: str
     case: Case
-    budget: float = 1.0
+    budget: float | str = 1.0
     method: str | None = None
     counts: Counts | None = None
     samples: list[Sample] = field(default_factory=list)
@@ -137,7 +137,10 @@ class ProfileRow:
     def name(self) -> str:
         fixed = {HUGGING_FACE: "Hugging Face", FULL: "budget 1.0"}
         weights = "" if self.quantize == "none" else f" {self.quantize}"
-        return fixed.get(self.kind) or f"{'bound' if self.kind == BOUND else self.method} -b {self.budget:g}{weights}"
+        return (
+            fixed.get(self.kind)
+            or f"{'bound' if self.kind == BOUND else self.method} -b {budget_text(self.budget)}{weights}"
+        )
 
     def seconds(self, stage: str) -> list[float]:
         """Of every round; `stage` is a field of Sample, or `first_token`."""
@@ -273,7 +276,7 @@ class ProfileResults:
             "row": row.kind,
             "name": row.name,
             "method": row.method,
-            "budget": plain(row.budget),
+            "budget": row.budget,
             "quantize": row.quantize,
             **asdict(row.case),
             "counts": asdict(row.counts) if row.counts else None,

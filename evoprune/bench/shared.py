@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from evoprune.methods.config import PruneConfig
+from evoprune.methods.chain import PruneConfig
 from evoprune.methods.plans import EncoderPlan, SetAside
 from evoprune.model.cost import Clock
 from evoprune.session.encoding import OpenInput

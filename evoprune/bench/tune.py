@@ -28,6 +28,7 @@ from evoprune.bench.scores import Z95, share_variance, wilson
 from evoprune.bench.shared import SharedInput, SharedRows, after_tower_below, after_tower_note
 from evoprune.cpu.linear import pack_waiting
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
+from evoprune.methods.chain import PruneConfig
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
@@ -60,9 +61,9 @@ class Candidate:
 
 def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[Candidate]:
     """`METHODS` and `more` at each of `budgets` or `BUDGETS`, without those that prune nothing. Raises as `methods.parse`."""
-    named = {name: methods.parse(name) for name in dict.fromkeys((*METHODS, *more)) if name != "none"}
+    named = [name for name in dict.fromkeys((*METHODS, *more)) if name != "none"]
     pairs = product(named, sorted(set(budgets or BUDGETS), reverse=True))
-    return [Candidate(name, budget) for name, budget in pairs if named[name].acts_at(budget)]
+    return [Candidate(name, budget) for name, budget in pairs if PruneConfig.of(budget, name).acts]
 
 
 class Trial(NamedTuple):
@@ -196,7 +197,10 @@ def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
 def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
     """`first_token` of each. TuneSettings of a method with equally many rows and tokens do the same work; times differ by noise."""
     of_work = defaultdict(list)
-    works = {c: (c.method.partition(":")[0], round(mean(s.kept), 6), round(mean(s.live), 6)) for c, s in tried.items()}
+    works = {}
+    for candidate, seen in tried.items():
+        names = tuple(each.name for each in methods.parse_names(candidate.method))
+        works[candidate] = names, round(mean(seen.kept), 6), round(mean(seen.live), 6)
     for candidate, seen in tried.items():
         of_work[works[candidate]] += [first / full for first, full in zip(seen.first_s, seen.full_s, strict=True)]
     return {candidate: median(of_work[work]) for candidate, work in works.items()}
@@ -207,7 +211,11 @@ def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     passing = [row for row in rows if row["passes"]]
     fastest = min((row["first_token"] for row in passing), default=0.0)
     as_fast = [row for row in passing if row["first_token"] <= fastest * (1 + SAME_TIME)]
-    return min(as_fast, key=lambda row: (row["method"].count("="), row["first_token"]), default=None)
+
+    def order(row: dict[str, Any]) -> tuple[int, float]:
+        return sum(len(each.settings) for each in methods.parse_names(row["method"])), row["first_token"]
+
+    return min(as_fast, key=order, default=None)
 
 
 def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarray:

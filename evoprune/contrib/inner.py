@@ -17,7 +17,8 @@ from evoprune.contrib.language import (
     one_drop,
     several_drops,
 )
-from evoprune.methods.plans import apportion, keep_count
+from evoprune.methods.budget import keep_count
+from evoprune.methods.plans import apportion
 from evoprune.methods.ranking import BLOCK, closest, highest, ranked, snap
 from evoprune.methods.settings import Part, Share
 from evoprune.methods.types import Selection, ascending

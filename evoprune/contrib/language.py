@@ -17,8 +17,8 @@ from evoprune.contrib.common import relative
 from evoprune.errors import PLUGINS
 from evoprune.language.decoder import heads_of, norm, rotate
 from evoprune.methods.base import LanguageMethod, Reading
+from evoprune.methods.budget import keep_count
 from evoprune.methods.chain import check_selection
-from evoprune.methods.plans import keep_count
 from evoprune.methods.ranking import highest
 from evoprune.methods.types import LayerState, Selection, ascending, true_indices
 

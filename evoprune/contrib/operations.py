@@ -16,7 +16,7 @@ import torch
 from evoprune.contrib.language import Drop, Dropping, DroppingMethod, LanguagePlan, select_in_language
 from evoprune.errors import UsageError
 from evoprune.methods.base import Reading
-from evoprune.methods.plans import keep_count
+from evoprune.methods.budget import keep_count
 from evoprune.methods.types import LayerState, Selection, true_indices
 from evoprune.model.config import read_object
 from evoprune.util import missing_hint

@@ -32,7 +32,7 @@ LARGE_WEIGHT = 2**28  # weights from here on wait in parts: an output layer
 PARTS = 16
 SPARE = 2**28  # bytes that packing leaves free
 START_PASSES = 32  # passes, each for one token, before layers that can wait are packed
-PASS_BYTES = 2**29  # of weights that are packed in each pass from then on, about: no word waits long
+PASS_BYTES = 2**28  # of weights that are packed in each pass from then on, about: no word waits a second
 
 
 class Packing:

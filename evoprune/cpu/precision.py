@@ -1,12 +1,15 @@
 """How weights are read and held, by name, and with how many threads they are used. Imports no torch."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from evoprune.errors import UsageError
 
-DTYPE_NAMES = ("bf16", "fp16", "fp32")
-QUANTIZE = ("none", "int8", "int4")
-LOAD_FORMATS = ("auto", "dummy")  # from their files, or random ones of the same shapes
+DtypeName = Literal["bf16", "fp16", "fp32"]
+Quantize = Literal["none", "int8", "int4"]
+LoadFormat = Literal["auto", "dummy"]  # from their files, or random ones of the same shapes
+DTYPE_NAMES = get_args(DtypeName)
+QUANTIZE = get_args(Quantize)
+LOAD_FORMATS = get_args(LoadFormat)
 AUTO_THREADS, MAX_THREADS = "auto", 256
 
 

@@ -15,9 +15,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack
 
 import torch
+from torch import nn
 
 from evoprune import methods
 from evoprune.backend.devices import environment, memory_in_use, peak_memory
@@ -38,13 +39,17 @@ from evoprune.hf.columns import (
     without_pruned,
 )
 from evoprune.hf.encoding import INT8, PackedTower, encode_with, patch_config
-from evoprune.methods.plans import DEFAULT, parse_budget
+from evoprune.methods.budget import DEFAULT, Budget, GivenShare
 from evoprune.model.cost import Clock
 from evoprune.report import Memory, ModelFacts, Report, Sampling, TokenCounts
 from evoprune.session.loading.find import DTYPES
 from evoprune.session.report import FLAT, pruning_facts
-from evoprune.util import brief, check_known, check_types, from_keywords
+from evoprune.signatures import explained, takes
+from evoprune.util import brief, budget_text, check_known, check_types, from_keywords, option
 from evoprune.vision.encoder import Encoded
+
+if TYPE_CHECKING:
+    from evoprune.keywords import EvoPruneKeywords
 
 METHODS = ("generate", "forward")  # of the model, that are replaced
 INNER = "evoprune_inside"  # the argument of inner calls; nothing is pruned in those again
@@ -73,59 +78,66 @@ def _settings_alone(init: Callable) -> Callable:
 class EvoPrune:
     """Settings of pruning. Called with a model, it returns the context in which that model prunes.
 
-    Args:
-        budget: share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset.
-        method, method_args: name of a pruning method, and its settings by name.
-        positions: host gives each token the position that the model itself gives it, so that budget 1.0 is the model's own output;
-            qwen starts the text after a video at the end of the video's time, as Qwen trained its models (`language.prompt`).
-        seed: of methods that draw at random.
-        pack: on a CPU, copies of the tower's linear layers in the order in which products read them make videos faster to encode
-            (`hf.encoding.PackedTower`). They last as long as the context and take as many bytes again as the layers themselves:
-            1.2 GiB at 3B in bfloat16. int8: copies in 8 bits, twice as fast as float32 and less exact, 0.6 GiB. The model itself
-            does not change.
-        pictures: prune pictures too, each to the same share of its tokens. Otherwise they stay whole.
+    Packed copies of the tower (`hf.encoding.PackedTower`) last as long as the context and take as many bytes again as its linear
+    layers themselves: 1.2 GiB at 3B in bfloat16, in 8 bits 0.6 GiB. The model itself does not change.
 
     Raises:
         UsageError: a bad budget, method or `positions`, or a method that resizes frames or reads the question.
         TypeError: an unknown option.
     """
 
-    budget: float | str = DEFAULT
-    method: str = methods.DEFAULT
-    method_args: dict[str, Any] | None = None
-    positions: Literal["host", "qwen"] = "host"
-    seed: int = 0
-    pack: bool | Literal["int8"] = False
-    pictures: bool = False
+    budget: GivenShare = option(
+        DEFAULT,
+        "Share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset.",
+    )
+    method: str = option(methods.DEFAULT, "Name of a pruning method.")
+    method_args: dict[str, Any] | None = option(None, "Settings of the method, by name.")
+    positions: Literal["host", "qwen"] = option(
+        "host",
+        "host gives each token the position that the model itself gives it, so that budget 1.0 is the model's own output; "
+        "qwen starts the text after a video at the end of the video's time, as Qwen trained its models.",
+    )
+    seed: int = option(0, "Seed of methods that draw at random.")
+    pack: bool | Literal["int8"] = option(
+        False,
+        "On a CPU, encode with copies of the tower's linear layers in the order in which products read them, which is faster. "
+        "int8: with copies in 8 bits, twice as fast as float32 and less exact.",
+    )
+    pictures: bool = option(
+        False,
+        "Prune pictures too, each to the same share of its tokens. Otherwise they stay whole.",
+    )
 
     def __post_init__(self):
-        parse_budget(self.budget)  # before the types: its message names the presets
-        check_types(self)
-        object.__setattr__(self, "pruning", patch_config(self.budget, self.method, self.method_args, self.seed))
+        Budget.parse(self.budget)  # before the types: its message names the presets
         if self.positions not in ("host", "qwen"):
             raise UsageError(f"positions {self.positions!r} are not known", "host or qwen")
         if not isinstance(self.pack, bool) and self.pack != INT8:
             raise UsageError(
                 f"pack is {brief(self.pack)}, not True, False or {INT8!r}", "leave it out to change nothing"
             )
+        check_types(self)
+        object.__setattr__(self, "pruning", patch_config(self.budget, self.method, self.method_args, self.seed))
 
-    def __call__(self, model) -> "PrunedModel":
+    def __call__(self, model: nn.Module) -> "PrunedModel":
         """The context for a with-block, at whose beginning pruning starts. Raises ModelError: not a model of `interface.MODELS`."""
         return PrunedModel(model, self)
 
     def __enter__(self) -> NoReturn:
         raise UsageError(f"{self} has no model yet", "with evoprune.EvoPrune(budget=0.1)(model) as run: ...")
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         """Needed for a with-block to call `__enter__`."""
 
 
 EvoPrune.__init__ = _settings_alone(EvoPrune.__init__)  # written by `dataclass`
+EvoPrune.__doc__ = explained(EvoPrune.__doc__, EvoPrune)
 # What users call it, in a help page, its repr and a traceback. A method has the name EvoPrune as well.
 EvoPrune.__module__ = "evoprune"
 
 
-def apply(model, **settings) -> "PrunedModel":
+@takes(EvoPrune)
+def apply(model: nn.Module, **settings: "Unpack[EvoPruneKeywords]") -> "PrunedModel":
     """Prunes inside `model` from now on, until `remove()` of the result or `evoprune.remove(model)` is called.
 
     `settings`: as of `EvoPrune`.
@@ -139,7 +151,7 @@ def apply(model, **settings) -> "PrunedModel":
     return pruning(model).__enter__()
 
 
-def remove(model) -> None:
+def remove(model: "nn.Module | PrunedModel") -> None:
     """Ends the pruning of `model`, whatever began it; does nothing if it is not pruned. See `PrunedModel.remove`.
 
     `model` may be what `apply` returned. Raises ModelError: not a model of a supported class (`interface.MODELS`).
@@ -168,7 +180,7 @@ class PrunedModel:
     model's own code runs such calls. Hooks on modules of the tower see nothing, or the rows of this package; a warning names them.
     """
 
-    def __init__(self, model, settings: EvoPrune):
+    def __init__(self, model: nn.Module, settings: EvoPrune):
         interface.check_class(model)
         interface.tower_of(model)
         interface.accept_features(model)
@@ -181,7 +193,7 @@ class PrunedModel:
     def __repr__(self) -> str:
         state = "active" if self._patches.active else "not active"
         pruning = self.settings.pruning
-        budget = pruning.budget if isinstance(pruning.budget, str) else f"{pruning.budget:g}"
+        budget = budget_text(pruning.budget.recorded)
         return f"<PrunedModel: {pruning.name} at budget {budget}, {state}>"
 
     if not TYPE_CHECKING:  # a type checker would believe that every name is there
@@ -191,7 +203,7 @@ class PrunedModel:
             known = hasattr(vars(self).get("model"), name)
             raise AttributeError(f"{problem}; take model.{name}: {SWITCH}" if known else problem)
 
-        def __call__(self, *_, **__):
+        def __call__(self, *_: object, **__: object) -> NoReturn:
             raise TypeError(f"call the model itself: {SWITCH}")
 
     @property
@@ -228,7 +240,7 @@ class PrunedModel:
         self._packed = packed
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def remove(self) -> None:

@@ -11,8 +11,8 @@ from evoprune.cpu.linear import PackedLinear, can_pack, packed_copy, shared_copy
 from evoprune.cpu.quantize import Int8Linear, check, quantize
 from evoprune.errors import UsageError, names_plugins
 from evoprune.hf import interface
-from evoprune.methods.config import PruneConfig
-from evoprune.methods.plans import DEFAULT, parse_budget
+from evoprune.methods.budget import DEFAULT, Budget, GivenShare
+from evoprune.methods.chain import PruneConfig
 from evoprune.model.config import vision_sizes
 from evoprune.model.numerics import all_numbers
 from evoprune.session.loading.stored import calibrate_tower
@@ -29,11 +29,11 @@ PROCESSOR = (
 
 
 def encode(
-    model,
+    model: Any,
     pixel_values_videos: torch.Tensor,
     video_grid_thw: torch.Tensor,
     *,
-    budget: float | str = DEFAULT,
+    budget: GivenShare = DEFAULT,
     method: str = methods.DEFAULT,
     method_args: dict[str, Any] | None = None,
     question: torch.Tensor | None = None,
@@ -96,7 +96,7 @@ def patch_config(
 
     Raises UsageError: a bad budget, no such method or setting, it resizes frames, or it reads the question and there is none.
     """
-    config = PruneConfig.of(parse_budget(budget), name, args, seed)
+    config = PruneConfig.of(Budget.parse(budget), name, args, seed)
     method = config.method
     if method.acts == "input":
         hint = "use VideoQA, or shrink the video first"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from os import PathLike
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from transformers import BatchFeature
@@ -19,6 +20,7 @@ from evoprune.session.loading.find import find_model
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.session.planning import prompt_subtitles
 from evoprune.session.prompting import check_not_empty, prompt_about
+from evoprune.signatures import takes
 from evoprune.util import from_keywords
 from evoprune.video.frames import choose_decoder, probe, read_frames
 from evoprune.video.given import Input, local_input
@@ -26,12 +28,16 @@ from evoprune.video.info import EXACT, PICTURE, VIDEO, HeldVideo, check_one_file
 from evoprune.video.plan import InputLimits, Plan, make_plan
 from evoprune.vision.preprocess import normalised, patches_of
 
+if TYPE_CHECKING:
+    from evoprune.keywords import SamplingKeywords
+
 NAMES = {VIDEO: ("pixel_values_videos", "video_grid_thw"), PICTURE: ("pixel_values", "image_grid_thw")}
 TYPES = {PICTURE: 1, VIDEO: 2}  # of the tokens, in `mm_token_type_ids`
 
 
+@takes(SamplingOptions, seek=EXACT)
 def processor_inputs(
-    model: str | PathLike,
+    model: str | PathLike[str],
     inputs: Input | Sequence[Input],
     question: str,
     *,
@@ -39,7 +45,7 @@ def processor_inputs(
     system: str | None = None,
     revision: str | None = None,
     offline: bool = False,
-    **sampling,
+    **sampling: "Unpack[SamplingKeywords]",
 ) -> BatchFeature:
     """The arguments of `model.generate` for a question about videos and pictures, as the model's processor would make them.
 
@@ -49,8 +55,7 @@ def processor_inputs(
         times_s: when each frame of an array begins, in seconds.
         question: taken literally. `system`: a system prompt; None for the model's own.
         revision, offline: of the model, see `VideoQA.load`.
-        sampling: options of `VideoQA.encode`: `fps`, `frames`, `start_s`, `end_s`, `max_frames`, `max_visual_tokens` (default:
-            24,576), `frame_rate`, `decoder`, `seek` (default: exact), `subtitles`, `max_subtitle_tokens`.
+        sampling: options of `VideoQA.encode`; `max_visual_tokens` is 24,576 by default, and `seek` exact.
 
     Returns one prompt, on the CPU; `.to(device)` moves it. int64 `[1, L]` "input_ids", "attention_mask" and
     "mm_token_type_ids"; of videos float32 `[patches, values]` "pixel_values_videos", int64 `[videos, 3]` "video_grid_thw", and

@@ -1,12 +1,13 @@
 """How an answer is generated. Imports no torch."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from evoprune.errors import UsageError
 from evoprune.util import check_types, option
 
-THINK = ("off", "on")
+Think = Literal["off", "on"]
+THINK = get_args(Think)
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,9 @@ class GenerationOptions:
         metavar="N",
     )
     system: str | None = option(None, "A system prompt.", "-s", "--system", metavar="TEXT")
-    think: str = option(
+    think: Think = option(
         "off",
         "Whether a model that can do both thinks before it answers. -n counts thoughts and answer together.",
-        words=THINK,
     )
 
     def __post_init__(self):

@@ -409,9 +409,9 @@ class VideoStream(Askable):
         sampling = SamplingPlan(start_s, end_s, tuple(times), base.sampling.wanted)
         grid = len(slots) // 2, *base.grid[1:]
         tower = tower_shape(session.loaded.model.model.visual)
-        pruning = replace(
-            session.pruning, share=float(session.pruning.share)
-        )  # one pair alone repeats those of other windows
+        budget = session.pruning.budget
+        # One pair alone repeats those of other windows.
+        pruning = replace(session.pruning, budget=replace(budget, still=budget.video))
         plan = replace(
             base,
             info=replace(base.info, **self.facts),

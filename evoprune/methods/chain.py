@@ -1,6 +1,7 @@
 """A method as the user names it: what acts on the input, inside the encoder, after it, and inside the language model.
 
-Also runs a selector, and checks what one of another package returns. The checks synchronise; built-in selectors need none.
+With a budget and a seed it is a `PruneConfig`. Also runs a selector, and checks what one of another package returns. The checks
+synchronise; built-in selectors need none.
 """
 
 from collections.abc import Iterator
@@ -10,19 +11,13 @@ from typing import Any, Self
 
 import torch
 
+from evoprune.backend import devices
 from evoprune.backend.devices import exact_shapes
-from evoprune.errors import PLUGINS, PluginError, UsageError
+from evoprune.errors import PLUGINS, PluginError, UsageError, names_plugins
+from evoprune.methods import registry
 from evoprune.methods.base import EncoderMethod, InputMethod, LanguageMethod, Method, Selector, not_automatic
-from evoprune.methods.plans import (
-    AUTO_LEAST,
-    EncoderPlan,
-    Grid,
-    Inflection,
-    Stage,
-    TowerShape,
-    full_plan,
-    keep_count,
-)
+from evoprune.methods.budget import AUTO, AUTO_INFLECTION, AUTO_LEAST, FULL, Budget, keep_count
+from evoprune.methods.plans import EncoderPlan, Grid, Inflection, Stage, TowerShape, full_plan
 from evoprune.methods.ranking import scaled, snap
 from evoprune.methods.types import Selection, Tokens, ascending
 from evoprune.model.numerics import without_autocast
@@ -36,13 +31,40 @@ class MethodChain:
     encoder: EncoderMethod | None = None
     selector: Selector | None = None
     language: LanguageMethod | None = None
-    inflection: bool = False  # whether the inflection of the selector's scores decides how many tokens it keeps
 
     @classmethod
-    def of(cls, method: Method) -> Self:
-        """One method alone; the base class itself prunes nothing."""
+    @names_plugins()
+    def parse(cls, text: str, args: dict[str, str] | None = None) -> Self:
+        """Return what `text` names: a method as of `registry.get`, or several joined by `+` in the order in which they act.
+
+        Raises UsageError, PluginError: as `registry.get`; `args` for several; methods that cannot act in this order.
+        """
+        members = registry.members(text, args)
+        chain = cls.of(*members)
+        if len(members) > 1 and not (chain.members == members and chain.possible):
+            raise registry.impossible(text)
+        language = chain.language
+        if members == [language] and language.share is not None:
+            name = language.name
+            instead = f"{registry.DEFAULT}+{name}:share={language.share}"
+            hint = f"the budget (-b) is the share of a method alone; or combine it: {instead}"
+            raise UsageError(f"method {name} has a share, and nothing acts before it", hint)
+        return chain
+
+    @classmethod
+    def of(cls, *methods: Method) -> Self:
+        """Return each of the methods in its place; the base class itself prunes nothing and has none."""
         classes = {"input": InputMethod, "encoder": EncoderMethod, "selector": Selector, "language": LanguageMethod}
-        return cls(**{part: method for part, kind in classes.items() if isinstance(method, kind)})
+        return cls(**{part: method for method in methods for part, kind in classes.items() if isinstance(method, kind)})
+
+    @property
+    def possible(self) -> bool:
+        """Whether what acts before the language model can act together: one method, or one that combines and a selector."""
+        before = self.before.members
+        combines = self.encoder is not None and self.encoder.combines
+        if before == [self.encoder, self.selector]:
+            return combines
+        return len(before) == 1 and not (combines and self.tokens is None)
 
     @property
     def members(self) -> list[Method]:
@@ -75,7 +97,7 @@ class MethodChain:
     @property
     def exact(self) -> bool:
         """Whether exactly K tokens reach the language model; of a language method alone, whether it leaves exactly its own."""
-        return not self.inflection and all(part.exact for part in self.before.members or self.members)
+        return all(part.exact for part in self.before.members or self.members)
 
     @property
     def reads_question(self) -> bool:
@@ -109,26 +131,19 @@ class MethodChain:
             raise not_automatic(self.before.name)
         return replace(MethodChain.of(self.first.automatic()), language=self.language)
 
-    def by_inflection(self) -> Self:
-        """The same with at most as many tokens as before the inflection of the scores. Raises UsageError: there are none."""
+    def check_scores(self) -> None:
+        """Raise UsageError if its tokens have no scores, whose inflection could decide how many are kept."""
         if self.tokens is None or self.tokens.scores is None:
             name = self.tokens.name if self.selector or (self.encoder and self.encoder.combines) else self.first.name
             problem = f"method {name} has no scores whose curve could decide the budget"
             alternative = "take a method that ranks tokens, such as visionzip, with auto:inflection"
             raise UsageError(problem, f"give a share such as 0.25, or {alternative}")
-        return replace(self, inflection=True)
 
-    def acts_at(self, budget: float) -> bool:
-        """Whether anything is pruned at `budget`, a share in (0, 1]."""
-        later = self.language is not None and self.language is not self.first and self.language.left < 1
-        return later or (bool(self.members) and budget < 1)
+    def plan(self, tower: TowerShape, grid: Grid, keep: int, inflection: bool = False) -> EncoderPlan:
+        """The encoder's work on one video of `grid`, of which `keep`, K, tokens are for the language model.
 
-    def reported_budget(self, budget: float | str) -> float | str:
-        """The budget for reports: 1.0 where nothing is pruned, else as given."""
-        return budget if self.members else 1.0
-
-    def plan(self, tower: TowerShape, grid: Grid, keep: int) -> EncoderPlan:
-        """The encoder's work on one video of `grid`, of which `keep`, K, tokens are for the language model."""
+        `inflection`: whether the curve of the selector's scores decides how many tokens are kept, at most K.
+        """
         if self.input:
             return full_plan(tower, self.input.resize(grid, keep))
         if keep >= prod(grid) or not (self.encoder or self.selector):
@@ -140,7 +155,7 @@ class MethodChain:
             stages += self.encoder.stages(tower, grid, keep)
             reuse = self.encoder.reuse
         if self.tokens:
-            stages.append(Stage(tower.depth, keep, Inflection(self.tokens) if self.inflection else self.tokens))
+            stages.append(Stage(tower.depth, keep, Inflection(self.tokens) if inflection else self.tokens))
         return EncoderPlan(grid, keep, tower.depth, reuse, tuple(stages), below)
 
     def after_tower_below(self, launch_bound: int) -> int:
@@ -167,6 +182,46 @@ class MethodChain:
         """The same for the cost: of each layer, the positions whose keys, queries and MLP it computes; or of all, a number."""
         work = self.language_work(depth, tokens, budget)
         return tokens + text if work is None else [tuple(count + text for count in layer) for layer in work]
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How visual tokens are pruned, as planning, encoding, answering and reports carry it. Made by `of`."""
+
+    name: str  # of the method, as the user wrote it
+    method: MethodChain
+    budget: Budget  # the full one if the method is none
+    seed: int = 0
+
+    @classmethod
+    def of(cls, budget: float | str | Budget, name: str, args: dict[str, str] | None = None, seed: int = 0) -> Self:
+        """Return what a budget, and a method with settings as texts, stand for.
+
+        Raises UsageError: a wrong budget; no such method or setting; or a budget of "auto" where the method cannot let the content
+        decide.
+        """
+        wanted = Budget.parse(budget, auto=True)
+        method = MethodChain.parse(name, args)
+        if wanted.name == AUTO:
+            method = method.automatic()
+        elif wanted.name == AUTO_INFLECTION:
+            method.check_scores()
+        return cls(name, method, wanted if method.members else FULL, seed)
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything is pruned."""
+        inner = self.method.language
+        return self.budget != FULL or (inner is not None and inner is not self.method.first and inner.left < 1)
+
+    def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
+        """The encoder's work on one input, of which K tokens are for the language model."""
+        inflection = self.budget.name == AUTO_INFLECTION
+        return self.method.plan(tower, grid, self.budget.keep(grid), inflection)
+
+    def after_tower_below(self, device: torch.device) -> int:
+        """Return the number of units below which a device prunes an input after the tower alone; 0 if no size changes anything."""
+        return 0 if self.budget == FULL else self.method.after_tower_below(devices.launch_bound_units(device))
 
 
 # Selectors are run, and those of other packages checked.

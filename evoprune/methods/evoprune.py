@@ -21,7 +21,8 @@ import torch
 
 from evoprune.backend.operators import unit_counts
 from evoprune.methods.base import EncoderMethod, Selector
-from evoprune.methods.plans import AUTO_LEAST, Grid, Stage, TowerShape, keep_count
+from evoprune.methods.budget import AUTO_LEAST, keep_count
+from evoprune.methods.plans import Grid, Stage, TowerShape
 from evoprune.methods.select import ALPHA, assign_clusters, farthest_points, points_of
 from evoprune.methods.settings import Share
 from evoprune.methods.types import Selection, Tokens

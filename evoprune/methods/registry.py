@@ -1,14 +1,17 @@
-"""The methods by name: those of the core, and classes in the entry point group `evoprune.methods`, of evoprune.contrib too."""
+"""The methods by name: those of the core, and classes in the entry point group `evoprune.methods`, of evoprune.contrib too.
+
+`parse_names` alone reads what users write. Importing this imports no torch.
+"""
 
 import hashlib
 import inspect
 import re
-from dataclasses import replace
+from dataclasses import Field, fields
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from warnings import warn
 
 from evoprune.errors import (
@@ -20,12 +23,10 @@ from evoprune.errors import (
     is_interruption,
     names_plugins,
 )
-from evoprune.methods.settings import from_args, settings_hint
 from evoprune.util import did_you_mean
 
 if TYPE_CHECKING:
     from evoprune.methods.base import Method
-    from evoprune.methods.chain import MethodChain
 
 # Entry points; what is in the second one acts inside the language model, which is known before it is loaded.
 GROUPS = ("evoprune.methods", "evoprune.language_methods")
@@ -46,6 +47,31 @@ OWN = "evoprune"  # the distribution whose entry points are this project's
 _NUMBER = re.compile(r"=[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=[:+]|$)")  # of a setting
 
 
+class Named(NamedTuple):
+    """Hold a method as users write it: NAME:SETTING=VALUE:SETTING=VALUE."""
+
+    text: str  # all of it
+    name: str
+    settings: tuple[tuple[str, str | None], ...]  # names and values of `parse_setting`
+
+
+def parse_names(text: str) -> list[Named]:
+    """Return the methods in `text`, which a plus separates. One in a setting's number, as in 1e+1, separates none."""
+    hidden = _NUMBER.sub(lambda match: match[0].replace("+", "\0"), text)
+    found = []
+    for part in hidden.split("+"):
+        written = part.replace("\0", "+")
+        name, *settings = written.split(":")
+        found.append(Named(written, name, tuple(map(parse_setting, settings))))
+    return found
+
+
+def parse_setting(text: str) -> tuple[str, str | None]:
+    """Return the name and the value of NAME=VALUE; None for the value where there is no equals sign."""
+    name, equals, value = text.partition("=")
+    return name, value if equals else None
+
+
 def built_in() -> list[str]:
     """Names of this project's methods: those of the core, then those of evoprune.contrib."""
     return [*CORE, *(name for name, entry in _plugins().items() if _is_own(entry))]
@@ -58,7 +84,7 @@ def available() -> list[str]:
 
 def check(text: str) -> None:
     """Raises UsageError if `text` names a method that does not exist, or an impossible order. Imports no torch."""
-    names = _names(text)
+    names = [each.name for each in parse_names(text)]
     if _is_list(text):
         hint = f"to compare several: evoprune eval --method {text}; --compare shows one beside nothing pruned"
         raise UsageError(f"{text!r} is a list, and one method is taken here", hint)
@@ -72,27 +98,16 @@ def check(text: str) -> None:
     }  # whether it acts inside
     *before, last = names
     if len(names) > 3 or REUSE in names[1:] or any(own.get(name) for name in before):
-        raise _impossible(text)
+        raise impossible(text)
     after_core = before and before[0] in CORE and (len(before) > 1 or last in CORE or own.get(last) is False)
     if after_core or (before == [REUSE] and own.get(last)):
-        raise _impossible(text)  # what entry points of other packages are, only `parse` knows
-
-
-def _names(text: str) -> list[str]:
-    """The names in `text`, without settings."""
-    return [name.partition(":")[0] for name in _split(text)]
-
-
-def _split(text: str) -> list[str]:
-    """The methods in `text`, with their settings. A plus in a setting's number, as in 1e+1, separates none."""
-    hidden = _NUMBER.sub(lambda match: match[0].replace("+", "\0"), text)
-    return [part.replace("\0", "+") for part in hidden.split("+")]
+        raise impossible(text)  # what entry points of other packages are, only `parse` knows
 
 
 def _is_list(text: str) -> bool:
     """Whether a comma separates methods. One in the value of a setting does not."""
-    later = {_names(part.strip())[0] for part in text.split(",")[1:]}
-    return any("," in name for name in _names(text)) or not later.isdisjoint((*available(), REUSE))
+    later = {parse_names(part.strip())[0].name for part in text.split(",")[1:]}
+    return any("," in each.name for each in parse_names(text)) or not later.isdisjoint((*available(), REUSE))
 
 
 def _unknown(name: str) -> UsageError:
@@ -111,7 +126,8 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _impossible(text: str) -> UsageError:
+def impossible(text: str) -> UsageError:
+    """Return the error of methods that cannot act one after the other."""
     kinds = "NAME is a method that selects, or NAME+INNER, where INNER acts inside the language model"
     return UsageError(f"methods cannot be combined as {text!r}", f"use {REUSE}+NAME or ipcv+NAME, where {kinds}")
 
@@ -120,51 +136,70 @@ def _impossible(text: str) -> UsageError:
 def get(text: str, args: dict[str, str] | None = None) -> "Method":
     """The method `NAME:SETTING=VALUE:...`, whose settings override `args`, as texts. Raises UsageError, PluginError."""
     check(text)
-    if len(_split(text)) > 1:
-        raise _impossible(text)
-    return _one(text, args)
+    first, *others = parse_names(text)
+    if others:
+        raise impossible(text)
+    return _made(first, args)
 
 
-@names_plugins()
-def parse(text: str, args: dict[str, str] | None = None) -> "MethodChain":
-    """What `text` names: methods as in `get`, joined by `+` in the order in which they act, without `args`. Raises as `get`."""
-    from evoprune.methods.chain import MethodChain
-
+def members(text: str, args: dict[str, str] | None = None) -> "list[Method]":
+    """Return the methods that `text` names, each as by `get`; several have no `args`. Raises UsageError."""
     check(text)
-    names = _split(text)
-    if args and len(names) > 1:
-        example = f"{text}:{'='.join(next(iter(args.items())))}, or {REUSE}:threshold=5+{names[-1]}"
+    named = parse_names(text)
+    if args and len(named) > 1:
+        example = f"{text}:{'='.join(next(iter(args.items())))}, or {REUSE}:threshold=5+{named[-1].text}"
         raise UsageError(f"settings of {text} must be part of its name", f"for example {example}")
-    parts = [MethodChain.of(_one(name, args)) for name in names]
-    chain = parts.pop()
-    language = chain.language
-    if language and not parts:
-        if language.share is None:
-            return chain
-        name = language.name
-        hint = f"the budget (-b) is the share of a method alone; or combine it: {DEFAULT}+{name}:share={language.share}"
-        raise UsageError(f"method {name} has a share, and nothing acts before it", hint)
-    if language:
-        chain = parts.pop()
-        if names[-2].partition(":")[0] == REUSE:
-            raise _impossible(text)
-    if parts:
-        front = parts.pop().encoder
-        if parts or not (front and front.combines and chain.selector):
-            raise _impossible(text)
-        chain = replace(chain, encoder=front)
-    if language and (chain.language or not chain.members):
-        raise _impossible(text)
-    return replace(chain, language=language)
+    return [_made(each, args) for each in named]
 
 
-def _one(text: str, args: dict[str, str] | None) -> "Method":
-    name, *texts = text.split(":")
-    _warn_of_ignored(name)
-    method = _class(name)
-    if wrong := [text for text in texts if "=" not in text]:
+def _made(named: Named, args: dict[str, str] | None) -> "Method":
+    """Return the method with its settings. Raises UsageError: no such setting, or a wrong value."""
+    _warn_of_ignored(named.name)
+    method = _class(named.name)
+    if wrong := [name for name, value in named.settings if value is None]:
         raise UsageError(f"method {method.name}: {wrong[0]!r} is not NAME=VALUE", settings_hint(method, wrong[0]))
-    return from_args(method, (args or {}) | dict(text.split("=", 1) for text in texts))
+    return from_args(method, (args or {}) | dict(named.settings))
+
+
+def from_args(method: type, args: dict[str, Any]) -> Any:
+    """A method with settings as texts; other values count as their texts. Raises UsageError: no such setting, or a wrong value."""
+    known, values = {f.name: f for f in fields(method)}, {}
+    for name, text in args.items():
+        if name not in known:
+            raise UsageError(f"method {method.name} has no argument {name!r}", settings_hint(method))
+        values[name] = _parsed(method, known[name], str(text))
+    try:
+        instance = method(**values)
+        if wrong := [name for name, value in values.items() if value != value]:  # NaN is no number to any method
+            raise ValueError(f"{wrong[0]}=nan is not a number")
+    except ValueError as error:
+        raise UsageError(f"method {method.name}: {error}", settings_hint(method)) from None
+    return instance
+
+
+def settings_hint(method: type, name: str | None = None) -> str:
+    """A hint that lists the settings, or that shows how the one called `name` is given."""
+    known = {f.name: f"{f.name}={f.default}" for f in fields(method)}
+    if name in known:
+        return f"a setting has a value: {method.name}:{known[name]}"
+    return f"its arguments and defaults: {', '.join(known.values()) or 'none'}"
+
+
+def _parsed(method: type, setting: Field, text: str) -> Any:
+    """The value of a setting given as text, in the type of its default; of one without, in its first type.
+
+    A type with a function `read` is read from the file that the text names.
+    """
+    if setting.default is None and text == "None":
+        return None
+    number = type(setting.default) if setting.default is not None else get_args(setting.type)[0]
+    if hasattr(number, "read"):
+        return number.read(text)
+    try:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()] if number is bool else number(text)
+    except (KeyError, ValueError):
+        problem = f"method {method.name}: {setting.name}={text!r} is not {number.__name__}"
+        raise UsageError(problem, settings_hint(method)) from None
 
 
 @cache
@@ -191,7 +226,7 @@ def _class(name: str) -> "type[Method]":
 def plugin_code(text: str) -> dict[str, str]:
     """A hash of the code of each method of another package that `text` names, by name. Raises UsageError: it cannot be loaded."""
     hashes = {}
-    for name in _names(text):
+    for name in (each.name for each in parse_names(text)):
         if (entry := _plugins().get(name)) and not _is_own(entry):
             files = _code_files(entry, Path(inspect.getfile(_load(entry))))
             hashes[name] = hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]

@@ -16,7 +16,7 @@ from contextlib import closing, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
@@ -26,11 +26,15 @@ from evoprune.bundled import demo_in
 from evoprune.errors import ModelError, UsageError, VideoError
 from evoprune.session.loading.files import BUNDLED_CONFIGS, cached_folder, input_limits, is_bundled, is_id, read_config
 from evoprune.session.options import ModelOptions, SamplingOptions
+from evoprune.signatures import takes
 from evoprune.util import brief, from_keywords
 from evoprune.video.frames import FrameChunk, choose_decoder, frames_at_once, probe, read_frames
 from evoprune.video.info import IMAGES, Video
 from evoprune.video.plan import InputLimits, Plan, default_max_visual_tokens, make_plan
 from evoprune.video.sandbox.isolation import LOOK_S, Scope, check_wanted, wait_for
+
+if TYPE_CHECKING:
+    from evoprune.keywords import ReadAheadKeywords
 
 Path = str | os.PathLike[str]
 Asked = tuple[Sequence[Path], SamplingOptions]  # inputs that are opened together, and what is looked at of them
@@ -324,7 +328,8 @@ class Ahead:
             del piece  # so that only the caller holds the frames
 
 
-def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options) -> Ahead:
+@takes(ModelOptions, SamplingOptions)
+def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Unpack[ReadAheadKeywords]") -> Ahead:
     """Begins to read videos and pictures for a model that is not there yet, without importing torch; for `VideoQA.load(ahead=)`.
 
         with evoprune.read_ahead("clip.mp4", "Qwen/Qwen2.5-VL-3B-Instruct", fps=2) as ahead:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Unpack
 
 import torch
 
@@ -23,10 +23,14 @@ from evoprune.session.options import GenerationOptions
 from evoprune.session.prompting import PromptReader, check_not_empty
 from evoprune.session.report import Encoding, fill_dropped, fill_pruning, fill_times, inputs_report
 from evoprune.session.session import Session
+from evoprune.signatures import takes
 from evoprune.util import check_type, counted, from_keywords
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
 from evoprune.vision.encoder import Encoded
+
+if TYPE_CHECKING:
+    from evoprune.keywords import GenerationKeywords
 
 
 class Uncopied:
@@ -156,8 +160,14 @@ class Askable(ABC, Uncopied):
     def _ended(self, turn: int) -> None:
         """Called once the answer of that number is complete, was closed or failed."""
 
+    @takes(GenerationOptions)
     def ask(
-        self, question: str, *, seed: int | None = None, on_thoughts: Callable[[str], None] | None = None, **options
+        self,
+        question: str,
+        *,
+        seed: int | None = None,
+        on_thoughts: Callable[[str], None] | None = None,
+        **options: "Unpack[GenerationKeywords]",
     ) -> Answer:
         """Asks a question. The first answer's report includes the times of the inputs, later ones do not.
 
@@ -165,8 +175,7 @@ class Askable(ABC, Uncopied):
             question: taken literally.
             seed: of the draw of tokens; None for that of the `VideoQA`, so that the same question has the same answer.
             on_thoughts: called with each piece of the model's thoughts, as it comes.
-            options: `max_new_tokens`, `temperature` (0 is greedy), `top_p`, `top_k` (0: among all), `repetition_penalty` (None for
-                the model's own), `system` (a system prompt; None for the model's own), `think` ("on" or "off").
+            options: how the answer is generated: the fields of `keywords.GenerationKeywords`.
 
         Raises UsageError: an option out of range, or a question that is empty or no text. TypeError: an unknown option.
         """

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 
@@ -134,6 +134,10 @@ class Cache(Entries):
 
     folder: Path = field(default_factory=cache_folder)  # default: the one of `evoprune ask --cache`
     limit_bytes: int = 2 * 2**30  # of all entries together; the least recently used are deleted
+
+    if TYPE_CHECKING:  # what is a `Path` afterwards may be given as a text
+
+        def __init__(self, folder: str | os.PathLike[str] = ..., limit_bytes: int = ...) -> None: ...
 
     def load(self, key: str, device: torch.device) -> Entry | None:
         """An entry, or None if there is none or it is damaged. Its rows are on the device `meta`: no answer needs them."""

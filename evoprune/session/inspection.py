@@ -9,7 +9,7 @@ import evoprune
 from evoprune.backend.devices import available_memory
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError
-from evoprune.methods.plans import PRESETS, keep_tokens, share_for
+from evoprune.methods.budget import PRESETS
 from evoprune.model.cost import kv_bytes
 from evoprune.session.loading.find import DTYPES, FoundModel
 from evoprune.session.options import PruneOptions
@@ -106,7 +106,7 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
     """
     config = pruning.config()
     encoder = config.plan(tower_shape(model.tower, model.device), plan.grid)
-    depth, share = model.config.text_config.num_hidden_layers, config.share_of_all([encoder.grid])
+    depth, share = model.config.text_config.num_hidden_layers, config.budget.share_of_all([encoder.grid])
     prompt = config.method.prompt_columns(depth, encoder.keep, TEXT, share)
     pair, available = encoder.grid[1] * encoder.grid[2], available_memory(str(model.device))
     for size in piece_sizes(model.device, encoder):  # as a run does where memory is short
@@ -117,7 +117,7 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
     patches = patch_bytes(plan, model.limits[plan.kind])
     return {
         "method": config.name,
-        "budget": config.budget,
+        "budget": config.budget.recorded,
         "visual_tokens": encoder.keep,
         "weights_bytes": model.weights_bytes,
         "working_bytes": working,
@@ -143,11 +143,11 @@ def plan_facts(plan: Plan, config) -> dict:
         "presets": {
             name: {
                 "budget": tokens / n,
-                "share": share_for(budget, plan.grid),
+                "share": budget.share(plan.grid),
                 "tokens": tokens,
                 "kv_cache_bytes": kv_bytes(config, tokens),
             }
             for name, budget in PRESETS.items()
-            for tokens in [keep_tokens(budget, plan.grid)]
+            for tokens in [budget.keep(plan.grid)]
         },
     }

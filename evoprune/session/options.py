@@ -6,15 +6,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from evoprune import methods
 from evoprune.bundled import DEMOS
 from evoprune.cpu.precision import (
     AUTO_THREADS,
-    DTYPE_NAMES,
     LOAD_FORMATS,
-    QUANTIZE,
+    DtypeName,
+    LoadFormat,
+    Quantize,
     check_dtype,
     check_quantize,
     parse_threads,
@@ -22,20 +23,26 @@ from evoprune.cpu.precision import (
 )
 from evoprune.errors import UsageError
 from evoprune.language.settings import GenerationOptions
-from evoprune.methods.plans import (
-    DEFAULT,
-    IN_WORDS,
-    parse_budget_or_name,
-    plain,
-)
+from evoprune.methods.budget import DEFAULT, IN_WORDS, Budget, GivenBudget
 from evoprune.util import OPTION, check_types, file_state, from_keywords, option
-from evoprune.video.info import AUTO_SEEK, FOLDER_FPS, NO_SUBTITLES, PICTURE, SEEKS, VIDEO, Video, check_seek
+from evoprune.video.info import (
+    AUTO_SEEK,
+    FOLDER_FPS,
+    NO_SUBTITLES,
+    PICTURE,
+    VIDEO,
+    Decoder,
+    Seek,
+    Video,
+    check_seek,
+)
 from evoprune.video.plan import check_sampling, parse_time
 
 if TYPE_CHECKING:
-    from evoprune.methods.config import PruneConfig
+    from evoprune.methods.chain import PruneConfig
 
-AUTO, NATIVE, TRANSFORMERS = ENGINES = ("auto", "native", "transformers")
+Engine = Literal["auto", "native", "transformers"]
+AUTO, NATIVE, TRANSFORMERS = ENGINES = get_args(Engine)
 # Of a model's folder, what answers depend on.
 MODEL_FILES = (
     "*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
@@ -53,7 +60,7 @@ class ModelOptions:
 
     PANEL: ClassVar[str] = "Model"
 
-    model: str | PathLike = option(
+    model: str | PathLike[str] = option(
         "demo",
         "Hub id, local folder, or a bundled tiny model: demo, demo-scenes.",
         "-m",
@@ -65,40 +72,39 @@ class ModelOptions:
         "auto",
         "auto: CUDA if there is any, else the CPU.",
         words=("auto", "cpu", "cuda[:N]"),
+        also="torch.device",
         changes_answers=False,
     )
-    dtype: str = option(
+    dtype: Literal["auto", DtypeName] = option(
         "auto",
         "auto: bf16 where the hardware has it; demo models fp32.",
-        words=("auto", *DTYPE_NAMES),
+        also="torch.dtype",
     )
-    quantize: str = option(
+    quantize: Quantize = option(
         "none",
         "Bits of weights and products, on CPUs alone: fewer are faster, smaller and less exact. int8: tower and language model. "
         "int4: the same, with 4-bit weights while the language model generates.",
-        words=QUANTIZE,
     )
     store_quantized: bool = option(
         False,
         "Keep the quantised weights on disk (at most 32 GiB) for later runs.",
         changes_answers=False,
     )
-    load_format: str = option(
+    load_format: LoadFormat = option(
         "auto",
         "auto reads the weights. dummy makes random ones: times and counts are right, answers mean nothing. It needs a folder "
         "with config.json and a tokenizer.",
-        words=LOAD_FORMATS,
     )
-    engine: str = option(
+    engine: Engine = option(
         AUTO,
         "What runs the language model: native is evoprune, transformers is Hugging Face's own code, for checkpoints that are "
         "quantised and for Qwen3.5 and mixtures of experts. auto: native where it can.",
-        words=ENGINES,
     )
     offline: bool = option(False, "Never use the network.", changes_answers=False)
-    threads: int | str | None = option(
+    threads: int | Literal["auto"] | None = option(
         None,
         "Threads on the CPU; auto: by the model's size, at most the cores that this process may use, or OMP_NUM_THREADS.",
+        in_python="Threads on the CPU; None leaves torch's number, auto goes by the model's size.",
         words=(AUTO_THREADS, "N"),
         env="EVOPRUNE_THREADS",
         unless_typed=AUTO_THREADS,
@@ -143,8 +149,8 @@ def parse_settings(texts: Iterable[str] | None) -> dict[str, str]:
     """A method's settings, of NAME=VALUE texts. Raises UsageError: a text without an equals sign or a name."""
     settings = {}
     for text in texts or ():
-        name, equals, value = text.partition("=")
-        if not equals or not name:
+        name, value = methods.parse_setting(text)
+        if value is None or not name:
             raise UsageError(f"--method-arg {text!r} is not NAME=VALUE", "for example --method-arg alpha=2")
         settings[name] = value
     return settings
@@ -152,14 +158,14 @@ def parse_settings(texts: Iterable[str] | None) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """How visual tokens are pruned. A preset becomes a `Preset`, and the values of `method_args` become texts.
+    """How visual tokens are pruned. A percentage becomes a number, and the values of `method_args` become texts.
 
     Raises UsageError: a bad budget, or no such method.
     """
 
     PANEL: ClassVar[str] = "Pruning"
 
-    budget: float | str = option(
+    budget: GivenBudget = option(
         DEFAULT,
         f"Share of visual tokens kept: 0.1, 10%, or {IN_WORDS}. "
         "Accuracy: what the worst of the demo models keeps. Speed: of the first token, against Hugging Face at 3B dimensions. "
@@ -179,6 +185,7 @@ class PruneOptions:
         None,
         "A setting of the method; repeatable.",
         "--method-arg",
+        in_python="Settings of the method, by name.",
         metavar="NAME=VALUE",
         typed=list[str],
         parse=parse_settings,
@@ -193,16 +200,16 @@ class PruneOptions:
 
     def __post_init__(self):
         if self.budget is None:
-            parse_budget_or_name(None)  # whose message names the presets
+            Budget.parse(None)  # whose message names the presets
         check_types(self)
-        object.__setattr__(self, "budget", parse_budget_or_name(self.budget))
+        object.__setattr__(self, "budget", Budget.parse(self.budget, auto=True).recorded)
         texts = {name: str(value) for name, value in (self.method_args or {}).items()}
         object.__setattr__(self, "method_args", texts)
         methods.check(self.method)
 
     def config(self) -> "PruneConfig":
         """What they stand for, parsed. Raises UsageError: as of `PruneConfig.of`."""
-        from evoprune.methods.config import PruneConfig
+        from evoprune.methods.chain import PruneConfig
 
         return PruneConfig.of(self.budget, self.method, self.method_args, self.seed)
 
@@ -222,6 +229,7 @@ class SamplingOptions:
         0.0,
         "Where to start: 90, 1:30, 01:30:00 or 1m30s; -5: 5 s before the end.",
         "--start",
+        in_python="Where to start, in seconds; below 0 from the end.",
         metavar="TIME",
         typed=str,
         unless_typed="0",
@@ -232,6 +240,7 @@ class SamplingOptions:
         None,
         "Where to stop, in the same way; default: the end.",
         "--end",
+        in_python="Where to stop, in seconds; below 0 from the end; None for the end.",
         metavar="TIME",
         typed=str,
         parse=lambda text: parse_time(text) if text else None,
@@ -242,15 +251,18 @@ class SamplingOptions:
         None,
         "Limit before pruning: above it, frames become smaller, then fewer; default: 24576, for real models on a CPU 4096.",
     )
-    frame_rate: float = option(FOLDER_FPS, "Frames a second in a folder of frames. Video files have their own rate.")
-    decoder: str = option("auto", "Library that reads the video; auto is pyav.", words=("auto", "pyav", "decord"))
-    seek: str = option(
+    frame_rate: float = option(
+        FOLDER_FPS,
+        "Frames a second in a folder of frames. Video files have their own rate.",
+        in_python="Frames a second of an array, or in a folder of frames. Video files have their own rate.",
+    )
+    decoder: Decoder = option("auto", "Library that reads the video; auto is pyav.")
+    seek: Seek = option(
         AUTO_SEEK,
         "Which frame is taken for each equal part of the video: exact, that in its middle; keyframes, the keyframe nearest to it, "
         "if the part has one, which is read many times as fast. auto: keyframes where that saves seconds, else exact.",
-        words=SEEKS,
     )
-    subtitles: str | PathLike = option(
+    subtitles: str | PathLike[str] = option(
         NO_SUBTITLES,
         "Subtitles for the prompt. auto: a file beside the video, else a text track in it. FILE: SRT, WebVTT, ASS, or a video "
         "with a text track.",
@@ -297,6 +309,7 @@ class StreamOptions:
         8.0,
         "The stream is encoded in windows of this time, each with a fixed number of tokens.",
         "--window",
+        in_python="The stream is encoded in windows of so many seconds, each with a fixed number of tokens.",
         metavar="TIME",
         typed=str,
         unless_typed="8s",
@@ -306,6 +319,7 @@ class StreamOptions:
         600.0,
         "As many tokens are remembered as this time has. Beyond it the oldest windows are thinned.",
         "--memory",
+        in_python="As many tokens are remembered as so many seconds have. Beyond it the oldest windows are thinned.",
         metavar="TIME",
         typed=str,
         unless_typed="10m",
@@ -347,7 +361,7 @@ def record(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
     values = {}
     for group in groups:
         for f in fields(group):
-            value = plain(getattr(group, f.name))
+            value = getattr(group, f.name)
             if f.name in always or (f.metadata[OPTION].changes_answers and value != f.default):
                 values[f.name] = value
     return values

@@ -173,6 +173,6 @@ def estimate_first_token(session: Session, plan: Plan, text: int = QUESTION) -> 
     windows = tower_shape(model.model.visual).windows(height, width)
     depth = model.config.text_config.num_hidden_layers
     pruning = session.pruning
-    work = pruning.method.prompt_work(depth, encoder.keep, text, pruning.share_of_all([encoder.grid]))
+    work = pruning.method.prompt_work(depth, encoder.keep, text, pruning.budget.share_of_all([encoder.grid]))
     seconds = estimate_seconds(model, [*encoder.layers, encoder.rows], count, windows, work)
     return seconds if session.loaded.quantize == "none" else seconds / 2  # products of bytes take about half the time

@@ -80,7 +80,7 @@ class PromptReader:
         grids = [plan.grid for plan in self._plans]
         pruning = self._engine.pruning
         if dropping := dropping_for(
-            model, pruning.method, pruning.share_of_all(grids), visuals, grids, embeds, columns
+            model, pruning.method, pruning.budget.share_of_all(grids), visuals, grids, embeds, columns
         ):
             return prefill(model, embeds, positions, following, None, sizes, dropping, deepstack)
         shared = int((columns < prompt.prefix_length).sum())

@@ -8,7 +8,7 @@ import torch
 
 from evoprune.backend.devices import environment, memory_in_use, peak_memory
 from evoprune.methods.base import Reading
-from evoprune.methods.config import PruneConfig
+from evoprune.methods.chain import PruneConfig
 from evoprune.report import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.session import Session
 from evoprune.video.info import EXACT, KEYFRAMES, may_be_of_any_world
@@ -57,7 +57,7 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
     return Pruning(
         method=config.name,
         args=config.method.args,
-        budget=config.budget,
+        budget=config.budget.recorded,
         kept_ratio=kept / units,
         visual_tokens_in=units,
         visual_tokens_kept=kept,

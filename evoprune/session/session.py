@@ -5,9 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from evoprune.errors import UsageError, names_plugins
-from evoprune.methods.chain import MethodChain
-from evoprune.methods.config import PruneConfig
-from evoprune.methods.plans import largest_share
+from evoprune.methods.chain import MethodChain, PruneConfig
 from evoprune.session.loading.find import FoundModel
 from evoprune.session.loading.model import LoadedModel
 
@@ -24,7 +22,7 @@ class Session:
         check_fits(self.pruning.method, self.loaded.found)
 
     def __repr__(self) -> str:
-        settings = f"method {self.pruning.name!r}, budget {self.pruning.budget}, seed {self.pruning.seed}"
+        settings = f"method {self.pruning.name!r}, budget {self.pruning.budget.recorded}, seed {self.pruning.seed}"
         return f"<Session {self.loaded.id!r} in {self.loaded.dtype} on {self.loaded.device}: {settings}>"
 
     def unpruned(self) -> "Session":
@@ -34,7 +32,7 @@ class Session:
     def prompt_columns(self, tokens: int, text: int) -> int | tuple[int, ...]:
         """Positions in a prompt of `tokens` visual tokens and `text`, at most, in each layer of the language model or in all."""
         depth = self.loaded.model.config.text_config.num_hidden_layers
-        return self.pruning.method.prompt_columns(depth, tokens, text, largest_share(self.pruning.share))
+        return self.pruning.method.prompt_columns(depth, tokens, text, self.pruning.budget.largest)
 
     @property
     def device(self) -> torch.device:

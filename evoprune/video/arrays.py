@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evoprune.backend.limits import available_memory
 from evoprune.errors import OutOfMemory, UsageError, memory_guard
 from evoprune.util import brief, check_type, counted, size
 from evoprune.video.frames import probe
 from evoprune.video.frames import read_frames as read_chunks
-from evoprune.video.info import EXACT, FOLDER_FPS, PICTURE, Video, check_seek
+from evoprune.video.info import EXACT, FOLDER_FPS, PICTURE, Decoder, Seek, Video, check_seek
 from evoprune.video.plan import check_no_span, check_sampling, duration_of, even_times, span_of
 
 
@@ -25,10 +26,10 @@ def read_frames(
     fps: float | None = None,
     start_s: float = 0.0,
     end_s: float | None = None,
-    seek: str = EXACT,
-    decoder: str = "auto",
+    seek: Seek = "exact",
+    decoder: Decoder = "auto",
     frame_rate: float = FOLDER_FPS,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """Read frames of a video file, of a folder of images or of a picture; on Linux in a process apart.
 
         frames, times_s = evoprune.read_frames("clip.mp4", [0.5, 3.0, 9.25])
@@ -73,7 +74,7 @@ def read_frames(
     return in_one(info, times, decoder=decoder, seek=seek, part_s=part_s)
 
 
-def in_one(info: Video, times_s: Sequence[float], **how) -> tuple[np.ndarray, np.ndarray]:
+def in_one(info: Video, times_s: Sequence[float], **how) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """What `read_frames` returns, for the times of `video.frames.read_frames`, whose options `how` has. Raises as `read_frames`."""
     check_room(info, len(times_s))
     with memory_guard("read"):

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.util import is_url
@@ -18,6 +18,7 @@ from evoprune.video.info import (
     EXACT,
     FOLDER_FPS,
     PICTURE,
+    Decoder,
     FrameTimes,
     HeldVideo,
     ScanResult,
@@ -31,7 +32,7 @@ from evoprune.video.temporary import temporary
 if TYPE_CHECKING:
     import numpy as np
 
-DECODERS = ("auto", "pyav", "decord")
+DECODERS = get_args(Decoder)
 STDIN = "-"
 OPEN_FILES = ("/dev/stdin", "/dev/fd/", "/proc/self/")  # names of files that this process has open
 CHUNK_BYTES = 2**20  # in which standard input is stored

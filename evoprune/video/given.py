@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.util import brief, is_url, without_password
@@ -19,10 +20,13 @@ from evoprune.video.temporary import temporary
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
-Input = Union[str, os.PathLike[str], np.ndarray, "Image", bytes, BinaryIO, HeldVideo]  # what a program may give
+Bytes = bytes | bytearray | memoryview
+Input = Union[
+    str, os.PathLike[str], NDArray[np.uint8], "Tensor", "Image", Bytes, BinaryIO, HeldVideo
+]  # what a program may give
 CHUNK_BYTES = 2**20  # in which an open file is copied
-BYTES = bytes | bytearray | memoryview
 MOST_LEVELS = 65535  # of grey in 16 bits
 STORED_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")  # of pictures that a PNG file holds as they are
 RATE_HINT = "frame_rate=30, in frames a second, or times_s=[...], in seconds"
@@ -113,7 +117,7 @@ def is_picture(value: Any) -> bool:
 
 def is_given(value: Any) -> bool:
     """Whether `local_input` takes it, beside a path."""
-    return isinstance(value, BYTES | HeldVideo) or is_picture(value) or hasattr(value, "read")
+    return isinstance(value, Bytes | HeldVideo) or is_picture(value) or hasattr(value, "read")
 
 
 def is_temporary(source: Any) -> bool:
@@ -127,7 +131,7 @@ def name_of(source: Any) -> str:
         return source.path
     if is_picture(source):
         return "<picture>"
-    if isinstance(source, BYTES):
+    if isinstance(source, Bytes):
         return "<bytes>"
     if hasattr(source, "read"):
         name = getattr(source, "name", None)  # of a file that was opened by its number this is the number
@@ -156,7 +160,7 @@ def local_input(source: Any, *, offline: bool = False, progress: Progress | None
 
 
 def _pieces(source: Any) -> Iterator[bytes]:
-    if isinstance(source, BYTES):
+    if isinstance(source, Bytes):
         yield bytes(source)
     elif is_picture(source):
         yield _png(source)

@@ -6,7 +6,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from evoprune.errors import UsageError
 from evoprune.util import file_state
@@ -32,7 +32,10 @@ _NO_COMMENTS = {
 # How HDR is stored: by one of two curves of brightness, or in the format of Dolby Vision that nothing else reads (profile 5).
 PQ, HLG, IPT = "PQ", "HLG", "IPTPQc2"
 # Whether a time may be moved to the nearest keyframe of its part of the video: where that saves much, never, or wherever one is.
-SEEKS = AUTO_SEEK, EXACT, KEYFRAMES = ("auto", "exact", "keyframes")
+Seek = Literal["auto", "exact", "keyframes"]
+SEEKS = AUTO_SEEK, EXACT, KEYFRAMES = get_args(Seek)
+# What reads videos: the first is whichever serves.
+Decoder = Literal["auto", "pyav", "decord"]
 # What else than a file subtitles can be asked from: nowhere, or wherever there are any.
 NO_SUBTITLES, AUTO_SUBTITLES = "none", "auto"
 

@@ -4,19 +4,17 @@ Triton's interpreter runs the kernels of a GPU here, on tensors of the CPU, and 
 """
 
 import inspect
-import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from triton.runtime.interpreter import InterpretedFunction
 
-from evoprune.backend import layers, operators
+from evoprune.backend import layers
 from evoprune.session.loading.model import _warm_up, load_model
 from evoprune.video_qa import VideoQA
+from tests.backend.gpu_ways import gpu_ways
 from tests.tiny import NATIVE, save_tiny
 
-OPERATORS = ("standard_places", "tube_radii", "nearest_selected", "mean_rows", "reuse_scan")
 run_interpreted = InterpretedFunction.run
 
 
@@ -42,18 +40,6 @@ def variant(kernel: InterpretedFunction, args: tuple, kwargs: dict) -> tuple:
     return kernel.fn.__name__, *kinds, *given.items()
 
 
-def attend(q, k, v, query_ends, key_ends, longest, most, scale):
-    """`attend_varlen`, group by group."""
-    pieces = zip(
-        q.split(query_ends.diff().tolist()),
-        k.split(key_ends.diff().tolist()),
-        v.split(key_ends.diff().tolist()),
-        strict=True,
-    )
-    seen = [F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in each), scale=scale) for each in pieces]
-    return torch.cat([each.transpose(0, 1) for each in seen])
-
-
 @pytest.fixture
 def noted(monkeypatch):
     """The variants of all calls, while the CPU takes the ways of a GPU."""
@@ -64,15 +50,8 @@ def noted(monkeypatch):
         return run_interpreted(self, *args, grid=grid, warmup=warmup, **kwargs)
 
     monkeypatch.setattr(InterpretedFunction, "run", run)
-    answers = {"uses_kernels": True, "exact_shapes": False, "is_host": False, "varlen_kernel": attend}
-    for module in [module for name, module in sys.modules.items() if name.startswith("evoprune.")]:
-        for name in answers.keys() & vars(module).keys():
-            monkeypatch.setattr(module, name, lambda *_, answer=answers[name]: answer)
-    library = torch.library.Library("evoprune", "IMPL")
-    for name in OPERATORS:
-        library.impl(name, getattr(operators, f"_{name}_cuda"), "CPU", allow_override=True)
-    yield seen
-    library._destroy()
+    with gpu_ways():
+        yield seen
 
 
 @pytest.mark.filterwarnings("ignore:Warning only once for all operators")

@@ -20,7 +20,7 @@ from evoprune.bench.eval import COST_MODEL, EvalSettings, Evaluation, variants
 from evoprune.bench.questions import VideoQuestions, load_questions
 from evoprune.bench.shared import GreyInput
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.methods.plans import DEFAULT, PRESETS
+from evoprune.methods.budget import DEFAULT
 from evoprune.model import cost
 from evoprune.model.cost import prefill_flop, tower_flop
 from evoprune.session import encoding
@@ -96,7 +96,7 @@ def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
     def opened(session, paths, sampling, **more):
         if more["kind"] is not OpenInput:  # what is only read ahead
             encoded.append(
-                (Path(paths[0]).name, session.pruning.name, session.pruning.share, more["kind"] is GreyInput)
+                (Path(paths[0]).name, session.pruning.name, session.pruning.budget.recorded, more["kind"] is GreyInput)
             )
         return real(session, paths, sampling, **more)
 
@@ -359,6 +359,16 @@ def test_other_settings_are_refused(loaded, tmp_path):
         begun(loaded, folder=tmp_path / "nothing", resume=True)
 
 
+def test_a_record_of_settings_holds_numbers_and_names():
+    asked = replace(SETTINGS, budgets=(0.25, 1.0, "fast", "auto"))
+    written = json.loads(json.dumps(asked.record()))
+    assert written["budgets"] == [0.25, 1.0, "fast", "auto"]
+    again = EvalSettings.of_record(written, ModelOptions())
+    assert again.budgets == asked.budgets and again.record() == asked.record()
+    with pytest.raises(UsageError, match="budget 'fats' is not"):
+        EvalSettings.of_record(written | {"budgets": ["fats"]}, ModelOptions())
+
+
 def test_going_on_where_other_sizes_are_pruned_after_the_tower_is_refused(saved, loaded, tmp_path, monkeypatch):
     asked = replace(SETTINGS, model=ModelOptions(str(saved)), methods=("evoprune", "random"))
     for begun_with, goes_on_with in ((0, 2048), (2048, 0), (2048, 1024), (2048, 2048)):
@@ -421,7 +431,7 @@ def test_a_folder_that_is_there_gets_a_sibling(loaded, tmp_path):
 def test_the_demo_model_on_the_sample_questions():
     """They were chosen so: right with nothing pruned and by default, while a twentieth of the tokens loses some of them."""
     run = Evaluation(
-        EvalSettings("samples/questions.jsonl", (PRESETS[DEFAULT], 0.05)), load_questions(SAMPLES / "questions.jsonl")
+        EvalSettings("samples/questions.jsonl", (DEFAULT, 0.05)), load_questions(SAMPLES / "questions.jsonl")
     )
     run.load()
     run.run()

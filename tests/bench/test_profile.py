@@ -29,7 +29,7 @@ from evoprune.bench.profile_results import (
     median_ratio,
 )
 from evoprune.errors import ModelError, OutOfMemory
-from evoprune.methods.config import PruneConfig
+from evoprune.methods.chain import PruneConfig
 from evoprune.methods.plans import full_plan
 from evoprune.model import cost
 from evoprune.report import Environment, ModelFacts
@@ -120,6 +120,13 @@ def test_what_prunes_nothing_is_there_once(loaded):
     quantised = profile.all_rows([CASE], ProfileSettings(budgets=(1.0,), quantize=("none", "int8")))
     assert [(row.method, row.quantize) for row in quantised[1:]] == [("none", "none"), ("none", "int8")]
     assert (str(Case(1, 8, 9)), str(Case(2, 8, 9))) == ("a picture of 8x9", "2 frames of 8x9")
+
+
+def test_presets_are_rows_with_their_names():
+    settings = ProfileSettings(budgets=(0.1, "fast"), methods=("random", "divprune+fastv:share=1"))
+    rows = [row for row in profile.all_rows([CASE], settings) if row.kind == METHOD]
+    assert [row.name for row in rows if row.method == "random"] == ["random -b 0.1", "random -b fast"]
+    assert [row.budget for row in rows] == [0.1, 0.1, "fast", "fast"]
 
 
 def test_settings_are_those_of_the_methods(loaded):

@@ -20,7 +20,7 @@ from typer.main import get_command
 import evoprune
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.methods.plans import parse_budget_or_name
+from evoprune.methods.budget import Budget
 from evoprune.methods.registry import built_in
 from evoprune_cli.main import ParserError, app
 from experiments.demo.scenes_batches import ScenesRecipe
@@ -132,6 +132,16 @@ def test_each_block_that_is_run_is_in_the_list_of_those():
         listed[name] += int(count)
     found = {str(page.relative_to(ROOT)): len(re.findall("^```sh$", page.read_text("utf-8"), re.M)) for page in PAGES}
     assert {name: count for name, count in found.items() if count} == listed
+
+
+def test_each_row_of_the_results_with_a_command_has_its_time():
+    """A reader knows before he begins how long the commands of a page take."""
+    text = (ROOT / "results/README.md").read_text(encoding="utf-8")
+    head, _, *rows = re.findall(r"^\| (.*) \|$", text, re.M)
+    assert head.split(" | ")[-2:] == ["command", "time"]
+    for file, _, command, time in (row.split(" | ") for row in rows):
+        times = re.findall(r"\b(?:seconds|s|minutes?|min|hours?|h)\b", time)
+        assert bool(times) == ("`" in command), f"{file}: {time}"
 
 
 def test_the_citation_names_the_version():
@@ -265,10 +275,10 @@ def problem(arguments: list[str]) -> str | None:
 def check(name: str, choices: list[str], given: object) -> None:
     """Raises UsageError where an option lists its values and a value is not among them, or there is no such method or budget."""
     for value in ",".join(given).split(",") if isinstance(given, list | tuple) else str(given).split(","):
-        if name == "method" and value.rpartition("+")[2].partition(":")[0] not in ADDED:
+        if name == "method" and methods.parse_names(value)[-1].name not in ADDED:
             methods.registry.check(value)
         elif name == "budget":
-            parse_budget_or_name(value)
+            Budget.parse(value, auto=True)
         elif value not in choices and len(choices) > 1 and all(choice == choice.lower() for choice in choices):
             raise UsageError(f"{name}: {value!r} is none of {choices}", "")
 

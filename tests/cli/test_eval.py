@@ -11,7 +11,7 @@ import pytest
 from evoprune.bench import eval as evaluation
 from evoprune.bench.scores import COSTS, score_rows
 from evoprune.errors import OutOfMemory
-from evoprune.methods.plans import PRESETS
+from evoprune.methods.budget import PRESETS
 from evoprune.session.encoding import OpenInput
 from evoprune_cli.eval import render as table
 from evoprune_cli.terminal import Terminated
@@ -298,7 +298,7 @@ def test_defaults(cli, monkeypatch):
     monkeypatch.delenv("EVOPRUNE_MODEL")
     assert cli("eval", "--data", DATA).code == 130
     (set_by, _), (plain, videos) = made
-    assert set_by.budgets == (PRESETS["fast"],) and (set_by.model.model, plain.model.model) == ("some/model", "demo")
-    assert (plain.budgets, plain.methods, plain.method_args) == (tuple(PRESETS.values())[1:], ("evoprune",), {})
+    assert set_by.budgets == ("fast",) and (set_by.model.model, plain.model.model) == ("some/model", "demo")
+    assert (plain.budgets, plain.methods, plain.method_args) == (tuple(PRESETS)[1:], ("evoprune",), {})
     assert (plain.seed, plain.limit, plain.blind, plain.generation.max_new_tokens) == (0, None, False, 64)
     assert len(videos) == 6 and len(plain.digest) == 64

@@ -9,7 +9,7 @@ import pytest
 from evoprune.bench import profile as measuring
 from evoprune.bench.profile_results import Case, ProfileSettings
 from evoprune.errors import ModelError
-from evoprune.methods.plans import PRESETS
+from evoprune.methods.budget import PRESETS
 from evoprune_cli.profile import render
 from tests.cli.screen import visible
 
@@ -220,8 +220,8 @@ def test_defaults(cli, monkeypatch):
     assert cli("profile").code == 4
     assert asked == [("Qwen/Qwen2.5-VL-3B-Instruct", [Case(8, 224, 336)], "dummy")]
     (s,) = recorded
-    assert (s.budgets, s.methods, s.method_args, s.seed) == (tuple(PRESETS.values())[1:], ("evoprune",), {}, 0)
+    assert (s.budgets, s.methods, s.method_args, s.seed) == (tuple(PRESETS)[1:], ("evoprune",), {}, 0)
     assert (s.new_tokens, s.warmups, s.repetitions, s.time_limit_s) == (4, 1, 3, 150)
     monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
     cli("profile")
-    assert recorded[-1].budgets == (PRESETS["fast"],)
+    assert recorded[-1].budgets == ("fast",)

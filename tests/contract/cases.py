@@ -1,8 +1,11 @@
 """The cases, by name: each returns what is held, field by field, as JSON has it.
 
-Names of fields say how they are compared: `units ...` are sequences of integers, of which a few may differ on another processor;
-`exact ...` counts with EVOPRUNE_CONTRACT=exact alone; of all others, numbers with a fraction may differ a little, the rest must
-not.
+Names of fields, inside of other fields too, say how they are compared: `units ...` are sequences of integers, of which a few may
+differ on another processor; `exact ...` counts with EVOPRUNE_CONTRACT=exact alone; of all others, numbers with a fraction may
+differ a little, the rest must not.
+
+Here is what a user types or calls; files beside this one have the cases of every method, held models, streams, the plug-in for
+vLLM, and other devices.
 """
 
 import json
@@ -13,7 +16,9 @@ from pathlib import Path
 import torch
 
 import evoprune
+from tests.contract import devices, each_method, held_models, served, streams
 from tests.contract.running import command, digest, masked_record, masked_text, packed, process, tokens_of
+from tests.contract.small import Held, steps
 from tests.prompts import processed
 from tests.tiny import tiny_model
 
@@ -29,7 +34,6 @@ METHODS = (
     "evoprune", "none", "evoprune-paper", "evoprune-merge", "divprune", "tome", "cdpruner", "visionzip", "fastv",
     "evoprune+fastv", "random", "mmr", "subsample", "downscale",
 )  # fmt: skip
-Held = dict[str, object]
 
 
 def answered(model: str, inputs: str | list[str], method: str, budget: float | str, *questions: str, **options) -> Held:
@@ -56,13 +60,8 @@ def brief_pruning(pruning: dict) -> dict:
     """What a method decided, in the counts of a report."""
     counts = ("budget", "kept_ratio", "visual_tokens_in", "visual_tokens_kept", "encoder_rows", "encoder_live_share")
     held = {name: pruning[name] for name in (*counts, "kept_per_pair", "positions")}
-    lists = {name: compact(pruning[name]) for name in ("layers", "language_layers", "language_work")}
+    lists = {name: steps(pruning[name]) for name in ("layers", "language_layers", "language_work")}
     return held | {name: value for name, value in lists.items() if value is not None}
-
-
-def compact(pairs: list[list[int]] | None) -> list[list[int]] | None:
-    """Of pairs (layer, count) those whose count is not that of the layer before."""
-    return pairs and [each for before, each in zip([[0, -1], *pairs], pairs, strict=False) if before[1:] != each[1:]]
 
 
 def said(*steps: tuple[str, ...], stdin: str = "", files: tuple[str, ...] = (), kept: bool = True, run=command) -> Held:
@@ -213,7 +212,7 @@ ASK = ("ask", CLIP, COLOUR)
 
 
 def commands() -> Iterator[tuple[str, Callable[[], Held]]]:
-    for name, steps in {
+    for name, typed in {
         "ask": [ASK],
         "ask quiet": [(*ASK, "-q")],
         "ask verbose": [(*ASK, "-v", "-b", "0.1")],
@@ -226,7 +225,7 @@ def commands() -> Iterator[tuple[str, Callable[[], Held]]]:
         "ask compare": [("ask", THREE, COUNT, "--compare", "-Q", COLOUR)],
         "ask error json": [("ask", "gone.mp4", COLOUR, "--json")],
     }.items():
-        yield name, partial(said, *steps)
+        yield name, partial(said, *typed)
     for name, more in {
         "compare json": ("--compare", "--json"),
         "questions json": ("-Q", COUNT, "-Q", HAPPENS, "--json"),
@@ -432,4 +431,14 @@ def transformers() -> Iterator[tuple[str, Callable[[], Held]]]:
     yield "processor inputs of two", partial(as_processor, "demo-scenes", [PICTURE, CLIP], COLOUR, system="Be brief.")
 
 
-CASES = {name: run for kind in (methods, commands, errors, transformers) for name, run in kind()}
+# By what the tests of a kind are about.
+KINDS = {
+    "public": (methods, commands, errors, transformers),
+    "each method": (each_method.cases,),
+    "held models": (held_models.cases,),
+    "live": (streams.cases,),
+    "served": (served.cases,),
+    "devices": (devices.cases,),
+}
+NAMED = {kind: {name: run for cases in made for name, run in cases()} for kind, made in KINDS.items()}
+CASES = {name: run for cases in NAMED.values() for name, run in cases.items()}

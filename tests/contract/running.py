@@ -73,7 +73,26 @@ def materials(folder: Path) -> Path:
     (folder / "no_question.jsonl").write_text('{"video": "samples/square.mp4"}\n')
     (folder / "twice.jsonl").write_text('{"id": "a", "video": "v.mp4", "question": "q"}\n' * 2)
     (folder / "notes.txt").write_text("Notes.\n")
+    (folder / "recipe.json").write_text(json.dumps(recipe()))
     return folder
+
+
+def recipe() -> dict:
+    """A result of `evoprune tune --operations` for the demo model, made up."""
+    steps = (
+        ((2, "rest", "mlp"), (2, "rest", "queries"), (3, "rest", "keys")),
+        ((1, "all", "mlp"),),
+        ((2, "rest", "keys"), (1, "rest", "queries")),
+        ((1, "all", "keys"), (1, "rest", "keys")),
+        ((2, "all", "mlp"), (2, "all", "queries")),
+        ((2, "all", "keys"), (3, "all", "keys"), (1, "all", "queries")),
+    )
+    return {
+        "schema": "evoprune/tune-operations@1",
+        "complete": True,
+        "recipe": {"depth": 4, "after": 1, "key": 0.25, "weights": [0.1, 0.2, 0.7]},
+        "steps": [{"operations": step} for step in steps],
+    }
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import os
 
 import pytest
 
-from tests.contract.cases import CASES
+from tests.contract.cases import CASES, NAMED
 from tests.contract.record import RECORDED
 from tests.contract.running import materials, running, unpacked, where
 
@@ -19,8 +19,8 @@ HELD = json.loads(RECORDED.read_text(encoding="utf-8"))
 MADE_WITH = HELD.pop("recorded with")
 
 
-def differences(path: str, old, new) -> list[str]:
-    """What differs between two values of a field, a line each, which begins with the field."""
+def differences(path: str, old, new, field: str = "") -> list[str]:
+    """What differs between two values, a line each, which begins with the path. `field`: its innermost name."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for name in dict.fromkeys([*old, *new]):
@@ -30,16 +30,15 @@ def differences(path: str, old, new) -> list[str]:
             elif name not in old:
                 lines.append(f"{here}: is {short(new[name])}, and was not there")
             else:
-                lines += differences(here, old[name], new[name])
+                lines += differences(here, old[name], new[name], name)
         return lines
-    if old == new or (path.startswith("exact ") and not EXACT):
+    if old == new or (field.startswith("exact ") and not EXACT):
         return []
-    if path.startswith("units ") and isinstance(old, str) and isinstance(new, str):
-        return different_units(path, unpacked(old), unpacked(new))
+    if field.startswith("units ") and type(old) is type(new) and isinstance(old, str | list):
+        return different_units(path, field, *(unpacked(each) if isinstance(each, str) else each for each in (old, new)))
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [
-            line for i, (a, b) in enumerate(zip(old, new, strict=True)) for line in differences(f"{path}[{i}]", a, b)
-        ]
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for i, (a, b) in pairs for line in differences(f"{path}[{i}]", a, b, field)]
     numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (old, new))
     if numbers and not EXACT and float in (type(old), type(new)) and math.isclose(old, new, rel_tol=1e-3, abs_tol=1e-3):
         return []
@@ -49,9 +48,9 @@ def differences(path: str, old, new) -> list[str]:
     return [f"{path}: was {short(old)}, is {short(new)}"]
 
 
-def different_units(path: str, old: list[int], new: list[int]) -> list[str]:
+def different_units(path: str, field: str, old: list[int], new: list[int]) -> list[str]:
     """Kept units are compared as sets, owners unit by unit. A few may differ: at most 3%, or one."""
-    if path == "units kept":
+    if field == "units kept":
         gone, come = sorted(set(old) - set(new)), sorted(set(new) - set(old))
     else:
         changed = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b]
@@ -76,10 +75,17 @@ def test_every_case_is_recorded():
     assert list(HELD) == list(CASES), "run python -m tests.contract.record"
 
 
-@pytest.mark.skipif(where() != MADE_WITH, reason=f"recorded with {MADE_WITH}")
-@pytest.mark.few(50)
-@pytest.mark.parametrize("name", CASES)
-def test_as_recorded(folder, name):
+def some(kind: str):
+    """Decorates a test of the cases of a kind."""
+
+    def decorate(test):
+        marked = pytest.mark.skipif(where() != MADE_WITH, reason=f"recorded with {MADE_WITH}")(test)
+        return pytest.mark.parametrize("name", NAMED[kind])(marked)
+
+    return decorate
+
+
+def same(folder, name: str) -> None:
     with running(folder):
         new = json.loads(json.dumps(CASES[name]()))
     lines = differences("", HELD.get(name, {}), new)
@@ -89,11 +95,54 @@ def test_as_recorded(folder, name):
         )
 
 
+@pytest.mark.few(50)
+@some("public")
+def test_as_recorded(folder, name):
+    same(folder, name)
+
+
+@pytest.mark.few(8)
+@some("each method")
+def test_every_method(folder, name):
+    same(folder, name)
+
+
+@pytest.mark.few(3)
+@some("held models")
+def test_held_models(folder, name):
+    same(folder, name)
+
+
+@pytest.mark.few(2)
+@some("live")
+def test_streams(folder, name):
+    same(folder, name)
+
+
+@pytest.mark.few(6)
+@some("served")
+def test_what_vllm_reads(folder, name):
+    same(folder, name)
+
+
+@pytest.mark.full
+@some("devices")
+def test_other_devices(folder, name):
+    if "Triton" in name:
+        pytest.importorskip("triton")
+    same(folder, name)
+
+
 def test_a_difference_is_shown_with_its_field_and_both_values():
     old = {"answer": "green", "err": "a\nb", "n": {"x": 1}, "exact f": "1", "share": 0.5}
     new = {"answer": "blue", "err": "a\nc", "n": {"x": 1, "y": 2}, "exact f": "1", "share": 0.5002}
     lines = differences("", old, new)
     assert lines[:4] == ["answer: was 'green', is 'blue'", "err: lines that were (-) and are (+)", "    - b", "    + c"]
     assert lines[4] == "n.y: is 2, and was not there" and len(lines) == (6 if EXACT else 5)
-    few = different_units("units kept", list(range(100)), [*range(99), 200])
-    assert bool(few) == EXACT and different_units("units kept", list(range(10)), list(range(2, 12)))
+    few = different_units("a", "units kept", list(range(100)), [*range(99), 200])
+    assert bool(few) == EXACT and different_units("a", "units kept", list(range(10)), list(range(2, 12)))
+    inner = [{"still 0.25": {"units kept": [1, 2, 3], "exact bits": ["1"]}} for _ in range(2)]
+    inner[1]["still 0.25"] = {"units kept": [1, 2, 4], "exact bits": ["2"]}
+    assert len(differences("", *inner)) == (2 if EXACT else 0)
+    inner[1]["still 0.25"]["units kept"] = [5, 2, 4]
+    assert differences("", *inner)[0].startswith("still 0.25.units kept: 3 were, 3 are; 2 differ: was [1, 3]")

@@ -10,7 +10,7 @@ import torch
 from evoprune import methods
 from evoprune.contrib import common, inner, language
 from evoprune.contrib.common import vicinity_clusters
-from evoprune.methods.plans import keep_count
+from evoprune.methods.budget import keep_count
 from tests.contrib.eager import (
     BEFORE,
     DROPPING,

@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evoprune
 from evoprune import methods
 from evoprune.backend import devices
-from evoprune.methods.config import PruneConfig
-from evoprune.methods.plans import parse_budget
+from evoprune.methods.chain import PruneConfig
 from evoprune.report import stats_block
 from evoprune.session import inspection
 from evoprune.session.cache import Cache
@@ -82,12 +81,11 @@ def test_the_limit_lies_between_the_sizes_that_were_measured():
 @pytest.mark.parametrize("budget", [0.1, 0.25, 0.5, "fast", "balanced"])
 @pytest.mark.parametrize("grid", [GRID, (1, 4, 6), (1, 1, LIMIT - 1), (4, 16, 31)])
 def test_a_small_input_is_pruned_after_the_tower_with_as_many_tokens(grid, budget):
-    share = parse_budget(budget)
-    small, inside, after = (plan(name, grid, CUDA, share) for name in ("evoprune", ALWAYS, AFTER))
+    small, inside, after = (plan(name, grid, CUDA, budget) for name in ("evoprune", ALWAYS, AFTER))
     assert small.layers == (prod(grid),) * small.depth and small.rows == prod(grid) and not small.reuse
     assert small.keep == inside.keep and small.exact
     assert small == after and small.after_tower_below == LIMIT and not inside.after_tower_below
-    assert inside == plan(ALWAYS, grid, CPU, share) == plan("evoprune", grid, CPU, share)
+    assert inside == plan(ALWAYS, grid, CPU, budget) == plan("evoprune", grid, CPU, budget)
     assert len(inside.stages) > 1 and inside.layers < small.layers
 
 

@@ -1,12 +1,9 @@
-"""Plans: budgets, the encoder's, and those of language methods."""
+"""Plans: how tokens are spread over frame pairs, the encoder's plan, and those of language methods."""
 
 import math
-import pickle
-import re
 from dataclasses import replace
 from fractions import Fraction
 from math import prod
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,27 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.errors import UsageError
 from evoprune.methods.evoprune import FarthestPatches, FarthestPoints
 from evoprune.methods.plans import (
     ALLOCATIONS,
-    DEFAULT,
-    IN_WORDS,
-    PRESETS,
     EncoderPlan,
     Stage,
     TowerShape,
     apportion,
     full_plan,
-    keep_count,
-    keep_tokens,
-    largest_share,
     layer_weights,
-    parse_budget,
-    parse_budget_or_name,
-    plain,
     rows_after_layers,
-    share_of,
     spread,
 )
 from evoprune.vision.encoder import encode
@@ -43,62 +29,6 @@ from tests.methods.kinds import one_of_each
 from tests.methods.tokens import AFTER
 from tests.vision.clips import changes, clip
 from tests.vision.tower import tiny_tower
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("full", 1.0), ("1", 1.0), ("0.3", 0.3), ("1e-6", 1e-6), (0.7, 0.7), ("12.5 %", 0.125), ("100%", 1.0)],
-)
-def test_parse_budget(text, value):
-    assert parse_budget(text) == value and DEFAULT in PRESETS
-
-
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "full"])
-def test_a_preset_keeps_its_name_and_a_larger_share_of_a_still(name):
-    preset = parse_budget(name)
-    assert (preset.name, f"{preset}", f"{preset:g}", plain(preset)) == (name,) * 4 and plain(0.5) == 0.5
-    again = pickle.loads(pickle.dumps(preset))
-    assert preset == again and (float(again), again.still) == (float(preset), preset.still) and preset != float(preset)
-    assert parse_budget(preset) is preset
-    assert keep_tokens(preset, (2, 10, 10)) == keep_count(float(preset), 200)
-    assert keep_tokens(preset, (1, 10, 20)) == keep_count(preset.still, 200) > keep_tokens(float(preset), (1, 10, 20))
-
-
-def test_several_inputs_have_one_share_together():
-    preset, still, video = PRESETS["fast"], (1, 10, 10), (3, 10, 10)
-    assert share_of(preset, [still]) == preset.still and share_of(preset, [video]) == pytest.approx(float(preset))
-    assert share_of(preset, [still, video]) == (keep_tokens(preset, still) + keep_tokens(preset, video)) / 400
-    assert share_of(0.25, [still]) == largest_share(0.25) == 0.25 and largest_share(preset) == preset.still
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["0", "-0.1", "1.0001", "25", "250", "101%", "0%", "%", "nan%", "nan", "inf", "", "Fast", "half", 0, 1.5, math.nan],
-)
-def test_other_budgets_are_refused_with_the_way_out(text):
-    with pytest.raises(UsageError) as caught:
-        parse_budget(text)
-    assert repr(text) in caught.value.message
-    assert all(name in caught.value.hint for name in PRESETS)
-    assert ("did you mean" in caught.value.hint) == (text in ("1.0001", "25", "Fast", 1.5))
-
-
-@pytest.mark.parametrize(
-    ("text", "meant"),
-    [("25", "0.25 (or 25%)"), (12.5, "0.125 (or 12.5%)"), ("Fast", "fast"), ("balansed", "balanced"), ("atuo", "auto")],
-)
-def test_what_was_probably_meant(text, meant):
-    with pytest.raises(UsageError) as caught:
-        parse_budget_or_name(text)
-    assert caught.value.hint.startswith(f"did you mean {meant}? ")
-
-
-@pytest.mark.parametrize(
-    ("budget", "units", "keep"),
-    [(1.0, 7, 7), (0.5, 4, 2), (0.5, 5, 3), (0.5, 1, 1), (0.1, 4, 1), (1e-9, 1000, 1), (0.25, 6, 2), (0.24, 6, 1)],
-)
-def test_keep_count_is_the_nearest_rounds_halves_up_and_keeps_at_least_one(budget, units, keep):
-    assert keep_count(budget, units) == keep
 
 
 @settings(deadline=None)
@@ -130,15 +60,6 @@ def test_apportion(groups, data):
         assert all(
             abs(count * sum(weights) - total * w) < sum(weights) for count, w in zip(counts, weights, strict=True)
         )
-
-
-def test_the_help_says_of_presets_what_the_guide_says():
-    said = re.findall(r"(\w+) \(([\d.]+); (?:accuracy )?([\d.]+%), ([\d.]+)x", IN_WORDS)
-    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text("utf-8")
-    for name, share, kept, speed in said:
-        assert share == f"{float(PRESETS[name]):g}"
-        assert f"| `-b {name}` | {share} | {PRESETS[name].still:g} | {kept} | {speed} times |" in guide
-    assert ["full", *(each[0] for each in said)] == list(PRESETS)
 
 
 # Schedules: which layers reduce how much.

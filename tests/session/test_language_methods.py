@@ -10,7 +10,7 @@ from evoprune import Cache, VideoQA, methods
 from evoprune.bench.agreement import agreement, reference
 from evoprune.contrib.operations import ALL, REST, Recipe
 from evoprune.errors import UsageError
-from evoprune.methods.plans import PRESETS
+from evoprune.methods.budget import PRESETS
 from evoprune.report import stats_block
 from tests.recipes import TINY, document, write_recipe
 
@@ -106,8 +106,8 @@ def test_a_preset_keeps_its_larger_share_of_a_picture(load, tmp_path):
     """Inside the language model too, where no plan of an input says how many tokens that is."""
     preset, picture = PRESETS["fast"], tmp_path / "noise.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 280, 3), dtype=np.uint8)).save(picture)
-    for path, most in ((picture, preset.still), (CLIP, float(preset))):
-        answer = load("fastv", preset).encode(path).ask(QUESTIONS[0])
+    for path, most in ((picture, preset.still), (CLIP, preset.video)):
+        answer = load("fastv", "fast").encode(path).ask(QUESTIONS[0])
         assert answer.text
         report = answer.report.pruning
         shares = [read / report.visual_tokens_in for _, read in report.language_layers]

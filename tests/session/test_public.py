@@ -17,7 +17,6 @@ import torch
 import evoprune
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.methods.plans import PRESETS
 from evoprune.session.options import (
     GenerationOptions,
     ModelOptions,
@@ -248,9 +247,9 @@ def test_numbers_of_numpy_and_settings_that_are_no_texts_are_welcome():
 
 def test_a_preset_keeps_its_name():
     fast = PruneOptions("fast")
-    assert fast == PruneOptions(PRESETS["fast"]) == replace(fast, seed=0) == pickle.loads(pickle.dumps(fast))
-    assert fast != PruneOptions(float(PRESETS["fast"])) and record([fast], ("budget",))["budget"] == "fast"
-    assert PruneOptions(0.1) == PruneOptions("0.1") == PruneOptions("10%")
+    assert fast == replace(fast, seed=0) == pickle.loads(pickle.dumps(fast)) and fast.config().budget.name == "fast"
+    assert fast != PruneOptions(0.1) and record([fast], ("budget",))["budget"] == fast.budget == "fast"
+    assert PruneOptions(0.1) == PruneOptions("0.1") == PruneOptions("10%") and PruneOptions("full").budget == 1.0
     assert PruneOptions("auto").budget == "auto" and PruneOptions(method_args=None).method_args == {}
 
 

@@ -116,7 +116,7 @@ def test_jumps_change_nothing_but_how_much_is_decoded(name, folder, decoded, mon
         assert [number_of(rgb) for rgb in pixels(straight)] == [min(int(t * 10 + 0.01), 255) for t in times]
     decoded[0] = 0
     assert numbers(info, [0.0, 5.0, 10.0, 15.0, 20.0, 25.0]) == [0, 50, 100, 150, 200, 250]
-    assert decoded[0] < (200 if short else 2 * 256)  # some of them by threads whose work is not needed
+    assert decoded[0] < (200 if short else 3 * 256)  # some of them by threads whose work is not needed
 
 
 @pytest.mark.few(8)

@@ -17,10 +17,11 @@ from evoprune.errors import UsageError
 from evoprune.methods import parse
 from evoprune.methods.base import Selector
 from evoprune.methods.baselines import Nothing, Random
+from evoprune.methods.budget import keep_count
 from evoprune.methods.chain import MethodChain
 from evoprune.methods.evoprune import EvoPrune, Reuse
 from evoprune.methods.evoprune_paper import EvoPrunePaper
-from evoprune.methods.plans import ALLOCATIONS, keep_count
+from evoprune.methods.plans import ALLOCATIONS
 from evoprune.methods.registry import built_in
 from evoprune.methods.types import Selection, Tokens
 from evoprune.vision import attention, encoder

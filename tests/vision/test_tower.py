@@ -10,9 +10,9 @@ from evoprune import methods
 from evoprune.backend import devices
 from evoprune.backend.layers import join_tower
 from evoprune.methods.base import Merger
+from evoprune.methods.budget import keep_count
 from evoprune.methods.chain import MethodChain
 from evoprune.methods.evoprune import EvoPrune
-from evoprune.methods.plans import keep_count
 from evoprune.model.config import MODEL_TYPES, vision_sizes
 from evoprune.model.weights import Tower
 from evoprune.vision import attention, tower

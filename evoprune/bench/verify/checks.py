@@ -55,7 +55,7 @@ from evoprune.hf.context import EvoPrune
 from evoprune.language import generate, static
 from evoprune.language.generate import Visual, embed_prompt
 from evoprune.methods import parse
-from evoprune.methods.config import PruneConfig
+from evoprune.methods.chain import PruneConfig
 from evoprune.methods.registry import built_in
 from evoprune.methods.select import STEPS, grid_tables
 from evoprune.methods.types import ascending

@@ -26,7 +26,7 @@ from evoprune.language.generate import TokenStream, Visual, embed_prompt, prefil
 from evoprune.language.prompt import Place, Tokenizer, has_tokenizer, load_tokenizer
 from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import MIN_COLUMNS, NativeStaticCache, step
-from evoprune.methods.registry import parse
+from evoprune.methods.chain import MethodChain
 from evoprune.model.config import PATCHES, Config, GenerationSettings, head_size
 from evoprune.model.cost import shortage
 from evoprune.model.weights import Model, QwenVL, empty, fill_random, name_in_memory
@@ -358,7 +358,7 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     values = visual.patch_embed.proj.weight[0].numel()
     pixels = torch.randint(256, (units * PATCHES, values), dtype=torch.uint8, device=device)
     # As of a larger input, whose reuse and selections inside the tower take more kernels.
-    plan = parse("evoprune:inner=always").plan(tower_shape(visual), grid, units // 4)
+    plan = MethodChain.parse("evoprune:inner=always").plan(tower_shape(visual), grid, units // 4)
     encoded = encode(visual, [pixels], plan)
     if not native:
         x, of_head = (pixels.new_zeros(2, wide, dtype=dtype) for wide in (text.hidden_size, head_size(text)))

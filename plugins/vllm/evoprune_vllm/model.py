@@ -121,7 +121,7 @@ class _Pruned(SupportsMultiModalPruning):
         if current_platform.is_cpu():
             _let_cpu_runner_prune()
         budget = request_budget({}, multimodal.video_pruning_rate)
-        logger.info("videos are encoded by evoprune: method %s, budget %g", self.method.name, budget)
+        logger.info("videos are encoded by evoprune: method %s, budget %g", self.method.name, budget.video)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """vLLM's; then the tower's linear layers are packed, where that makes products on a CPU faster."""

@@ -18,7 +18,7 @@ from vllm.model_executor.models.qwen3_vl import Qwen3VLDummyInputsBuilder, Qwen3
 from vllm.multimodal.inputs import MultiModalFieldConfig
 
 from evoprune.errors import EvopruneError
-from evoprune.methods.plans import Grid, keep_tokens
+from evoprune.methods.plans import Grid
 from evoprune.model.config import VisionConfig, vision_sizes
 from evoprune_vllm.positions import LIMIT, extent
 from evoprune_vllm.pruning import BUDGET, request_budget
@@ -81,7 +81,7 @@ class Processor:
             grids = in_units(made["video_grid_thw"], sizes.spatial_merge_size)
             known = self._get_hf_mm_inputs(mm_items, without_own(hf_kwargs))[0].get("video_metadata")
             seconds = self._seconds(sizes, known or [None] * len(grids), grids)
-            kept = [keep_tokens(budget, grid) for grid in grids]
+            kept = [budget.keep(grid) for grid in grids]
             made[KEEP] = torch.tensor(kept, dtype=torch.int64, device="cpu")
             made[SECONDS] = torch.tensor(seconds, dtype=torch.float64, device="cpu")
         return made

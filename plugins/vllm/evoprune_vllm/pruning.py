@@ -13,8 +13,9 @@ import torch
 from evoprune import methods
 from evoprune.errors import PluginError, UsageError, names_plugins
 from evoprune.language.prompt import video_positions
+from evoprune.methods.budget import FULL, Budget
 from evoprune.methods.chain import MethodChain
-from evoprune.methods.plans import Grid, parse_budget
+from evoprune.methods.plans import Grid
 from evoprune.model.config import vision_sizes
 from evoprune.util import did_you_mean
 from evoprune.vision.encoder import Encoded, encode
@@ -54,15 +55,16 @@ def served_method(additional: Any) -> MethodChain:
     return method
 
 
-def request_budget(options: Mapping[str, Any], rate: float | None) -> float:
+def request_budget(options: Mapping[str, Any], rate: float | None) -> Budget:
     """The share of visual tokens that stays in a request, by its `mm_processor_kwargs` and the server's rate. Raises UsageError."""
     unknown = [name for name in options if name.startswith("evoprune_") and name != BUDGET]
     if unknown:
         raise UsageError(f"no option {unknown[0]!r}", f"{did_you_mean(unknown[0], [BUDGET])}a request may set {BUDGET}")
     if BUDGET not in options:
-        return round(1 - (rate or 0.0), 9)
-    budget = parse_budget(options[BUDGET])
-    if budget < 1 and not rate:
+        share = round(1 - (rate or 0.0), 9)
+        return Budget(share, share)
+    budget = Budget.parse(options[BUDGET])
+    if budget != FULL and not rate:
         hint = "start it with --video-pruning-rate, which may be as small as 1e-9, and set budgets in requests"
         raise UsageError("this server prunes nothing, for it was started without a rate", hint)
     return budget

@@ -8,12 +8,15 @@ from hypothesis import strategies as st
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.methods import registry
-from evoprune.methods.chain import inflection, tokens_before_inflection
-from evoprune.methods.config import PruneConfig
-from evoprune.methods.plans import AUTO_MOST, PRESETS, Inflection, TowerShape, parse_budget_or_name
+from evoprune.methods.budget import FULL, PRESETS, Budget
+from evoprune.methods.chain import PruneConfig, inflection, tokens_before_inflection
+from evoprune.methods.plans import Inflection, TowerShape
 from evoprune.video_qa import VideoQA
-from tests.methods.tokens import encoded, ranked, snapped, tokens_of
+from evoprune.vision.encoder import encode
+from evoprune.vision.tower import tower_shape
+from tests.methods.tokens import ranked, snapped, tokens_of
 from tests.vision.clips import changes, clip
+from tests.vision.tower import tiny_tower
 
 CLIP, STILL = (5, 4, 5), (1, 4, 5)
 
@@ -22,23 +25,24 @@ CLIP, STILL = (5, 4, 5), (1, 4, 5)
     ("text", "clip", "still"), [("0.1", 10, 2), ("10%", 10, 2), ("fast", 10, 6), ("full", 100, 20), ("auto", 50, 10)]
 )
 def test_a_budget_keeps_a_share_of_a_clip_and_of_a_still(text, clip, still):
-    config = PruneConfig.of(parse_budget_or_name(text), "evoprune")
-    assert (config.keep(CLIP), config.keep(STILL)) == (clip, still)
+    config = PruneConfig.of(text, "evoprune")
+    assert (config.budget.keep(CLIP), config.budget.keep(STILL)) == (clip, still)
     tower = TowerShape(8, (7,))
     assert [config.plan(tower, grid).keep for grid in (CLIP, STILL)] == [clip, still]
-    assert config.share_of_all([CLIP, STILL]) == pytest.approx((clip + still) / 120)
+    assert config.budget.share_of_all([CLIP, STILL]) == pytest.approx((clip + still) / 120)
 
 
 @pytest.mark.parametrize(
     ("budget", "name", "acts", "reported"),
     [(0.25, "evoprune", True, 0.25), (1.0, "evoprune", False, 1.0), (0.25, "none", False, 1.0),
-     (1.0, "evoprune+fastv", True, 1.0), (PRESETS["fast"], "divprune", True, "fast"), ("auto", "evoprune", True, "auto"),
+     (1.0, "evoprune+fastv", True, 1.0), (1.0, "divprune+fastv:share=1", False, 1.0), (1.0, "fastv", False, 1.0),
+     (0.25, "fastv", True, 0.25), (PRESETS["fast"], "divprune", True, "fast"), ("auto", "evoprune", True, "auto"),
      ("auto:inflection", "visionzip", True, "auto:inflection")],
 )  # fmt: skip
 def test_what_acts_and_what_reports_say(budget, name, acts, reported):
     config = PruneConfig.of(budget, name)
-    assert (config.acts, config.budget, config.name) == (acts, reported, name)
-    assert config.method.inflection == (budget == "auto:inflection") and config.share in (budget, AUTO_MOST)
+    assert (config.acts, config.budget.recorded, config.name) == (acts, reported, name)
+    assert config.budget == (FULL if name == "none" else Budget.parse(budget, auto=True))
 
 
 @pytest.mark.parametrize(
@@ -56,8 +60,8 @@ def test_what_cannot_be_is_refused(budget, name, args):
 
 
 def test_a_method_is_looked_up_once_for_a_whole_answer(monkeypatch):
-    asked, real = [], registry.parse
-    monkeypatch.setattr(registry, "parse", lambda *args: asked.append(args[0]) or real(*args))
+    asked, real = [], registry.members
+    monkeypatch.setattr(registry, "members", lambda *args: asked.append(args[0]) or real(*args))
     str(VideoQA.load("demo", method="divprune").encode("samples/square.mp4", frames=4).ask("What?", max_new_tokens=1))
     assert asked == ["divprune"]
 
@@ -93,22 +97,24 @@ def test_the_methods_that_rank_tokens():
 @pytest.mark.parametrize("name", RANKING)
 def test_the_count_is_the_contents_inside_the_bounds(name):
     for kind in ("random", "duplicates", "constant", "drift"):
-        tokens, method = tokens_of(kind, (5, 4, 5)), methods.parse(name).by_inflection()
+        tokens, config = tokens_of(kind, (5, 4, 5)), PruneConfig.of("auto:inflection", name)
+        method = config.method
         keep = min(50, max(5, inflection(method.selector.scores(tokens))))
         assert tokens_before_inflection(method.selector, tokens, 50) == keep
-        assert not method.exact and (method.name, method.args) == (methods.get(name).name, methods.get(name).args)
-        assert method.plan(TowerShape(8, (7,)), (5, 4, 5), 50).token_stage.reduce == Inflection(methods.get(name))
+        assert method == methods.parse(name)
+        assert config.plan(TowerShape(8, (7,)), (5, 4, 5)).token_stage.reduce == Inflection(methods.get(name))
 
 
 def test_it_works_behind_reuse():
-    method = methods.parse("reuse+visionzip").by_inflection()
-    assert not method.exact and method.args == methods.parse("reuse+visionzip").args
-    made = encoded(method, clip((5, 4, 5), changes((5, 4, 5), 0.4)), (5, 4, 5), 50)
-    assert 5 <= len(made.kept) < 50
+    config = PruneConfig.of("auto:inflection", "reuse+visionzip")
+    visual = tiny_tower()
+    plan = config.plan(tower_shape(visual), (5, 4, 5))
+    made = encode(visual, [clip((5, 4, 5), changes((5, 4, 5), 0.4))], plan)
+    assert plan.reuse and 5 <= len(made.kept) < 50
 
 
 @pytest.mark.parametrize("name", ["evoprune", "divprune", "pool", "reuse+divprune", "tome", "none", "downscale"])
 def test_methods_without_scores_are_refused(name):
     with pytest.raises(UsageError, match="has no scores") as caught:
-        methods.parse(name).by_inflection()
+        PruneConfig.of("auto:inflection", name)
     assert "visionzip" in caught.value.hint

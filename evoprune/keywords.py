@@ -1,0 +1,147 @@
+"""The options of Python's functions, for type checkers and editors alone; `help` has them with their defaults.
+
+Made of the classes of options by `python -m evoprune_cli.keywords > evoprune/keywords.py`; do not edit.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ModelKeywords(TypedDict, total=False):
+    """Which model is loaded, and how."""
+
+    revision: str | None
+    """Branch, tag or commit of a hub id."""
+    device: str | torch.device
+    """auto: CUDA if there is any, else the CPU."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] | torch.dtype
+    """auto: bf16 where the hardware has it; demo models fp32."""
+    quantize: Literal["none", "int8", "int4"]
+    """Bits of weights and products, on CPUs alone: fewer are faster, smaller and less exact. int8: tower and language
+    model. int4: the same, with 4-bit weights while the language model generates."""
+    store_quantized: bool
+    """Keep the quantised weights on disk (at most 32 GiB) for later runs."""
+    load_format: Literal["auto", "dummy"]
+    """auto reads the weights. dummy makes random ones: times and counts are right, answers mean nothing. It needs a
+    folder with config.json and a tokenizer."""
+    engine: Literal["auto", "native", "transformers"]
+    """What runs the language model: native is evoprune, transformers is Hugging Face's own code, for checkpoints that
+    are quantised and for Qwen3.5 and mixtures of experts. auto: native where it can."""
+    offline: bool
+    """Never use the network."""
+    threads: int | Literal["auto"] | None
+    """Threads on the CPU; None leaves torch's number, auto goes by the model's size."""
+
+
+class PruneKeywords(TypedDict, total=False):
+    """How visual tokens are pruned."""
+
+    budget: float | Literal["full", "high", "balanced", "fast", "auto", "auto:inflection"]
+    """Share of visual tokens kept: 0.1, 10%, or high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.7x),
+    fast (0.1; 95.8%, 4.4x). Accuracy: what the worst of the demo models keeps. Speed: of the first token, against
+    Hugging Face at 3B dimensions. Presets keep more of a still: 0.7, 0.5 and 0.3. full prunes nothing; auto lets the
+    content decide, auto:inflection a method's scores."""
+    method: str
+    """How tokens are pruned, by name (see evoprune methods). NAME:SETTING=VALUE for its settings; reuse+NAME to encode
+    changed units alone; ipcv+NAME to compute a third of the rows in most layers; NAME+fastv to drop tokens inside the
+    language model, too."""
+    method_args: dict[str, Any] | None
+    """Settings of the method, by name."""
+    seed: int
+    """Seed of everything random."""
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """What of a video is looked at."""
+
+    fps: float | None
+    """Frames a second to look at; default: the model's rate."""
+    frames: int | None
+    """Number of frames to look at, instead of fps; odd numbers round up."""
+    start_s: float
+    """Where to start, in seconds; below 0 from the end."""
+    end_s: float | None
+    """Where to stop, in seconds; below 0 from the end; None for the end."""
+    max_frames: int | None
+    """At most this many frames; default: the model's limit."""
+    max_visual_tokens: int | None
+    """Limit before pruning: above it, frames become smaller, then fewer; default: 24576, for real models on a CPU
+    4096."""
+    frame_rate: float
+    """Frames a second of an array, or in a folder of frames. Video files have their own rate."""
+    decoder: Literal["auto", "pyav", "decord"]
+    """Library that reads the video; auto is pyav."""
+    seek: Literal["auto", "exact", "keyframes"]
+    """Which frame is taken for each equal part of the video: exact, that in its middle; keyframes, the keyframe nearest
+    to it, if the part has one, which is read many times as fast. auto: keyframes where that saves seconds, else
+    exact."""
+    subtitles: str | PathLike[str]
+    """Subtitles for the prompt. auto: a file beside the video, else a text track in it. FILE: SRT, WebVTT, ASS, or a
+    video with a text track."""
+    max_subtitle_tokens: int
+    """Limit of the subtitles: above it, lines are left out evenly."""
+
+
+class GenerationKeywords(TypedDict, total=False):
+    """How an answer is generated."""
+
+    max_new_tokens: int
+    """Longest answer, in tokens."""
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    """Nucleus sampling."""
+    top_k: int
+    """Draw among the N most probable tokens; 0: all."""
+    repetition_penalty: float | None
+    """Above 1, tokens of prompt and answer are less probable; 1: off; default: that of the model's
+    generation_config.json."""
+    system: str | None
+    """A system prompt."""
+    think: Literal["off", "on"]
+    """Whether a model that can do both thinks before it answers. max_new_tokens counts thoughts and answer together."""
+
+
+class StreamKeywords(TypedDict, total=False):
+    """How a stream is remembered."""
+
+    window_s: float
+    """The stream is encoded in windows of so many seconds, each with a fixed number of tokens."""
+    memory_s: float
+    """As many tokens are remembered as so many seconds have. Beyond it the oldest windows are thinned."""
+    memory_tokens: int | None
+    """The same in tokens, instead of memory_s."""
+
+
+class EvoPruneKeywords(TypedDict, total=False):
+    """Settings of pruning."""
+
+    budget: float | Literal["full", "high", "balanced", "fast"]
+    """Share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset."""
+    method: str
+    """Name of a pruning method."""
+    method_args: dict[str, Any] | None
+    """Settings of the method, by name."""
+    positions: Literal["host", "qwen"]
+    """host gives each token the position that the model itself gives it, so that budget 1.0 is the model's own output;
+    qwen starts the text after a video at the end of the video's time, as Qwen trained its models."""
+    seed: int
+    """Seed of methods that draw at random."""
+    pack: bool | Literal["int8"]
+    """On a CPU, encode with copies of the tower's linear layers in the order in which products read them, which is
+    faster. int8: with copies in 8 bits, twice as fast as float32 and less exact."""
+    pictures: bool
+    """Prune pictures too, each to the same share of its tokens. Otherwise they stay whole."""
+
+
+class LoadKeywords(ModelKeywords, PruneKeywords, total=False):
+    """The options of both."""
+
+
+class ReadAheadKeywords(ModelKeywords, SamplingKeywords, total=False):
+    """The options of both."""

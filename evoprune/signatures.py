@@ -1,0 +1,90 @@
+"""What `help` says of a function whose `**options` are fields of dataclasses of options. Imports no torch.
+
+Type checkers and editors read the same in keywords.py, which `python -m evoprune_cli.keywords` writes.
+"""
+
+import re
+import textwrap
+from collections.abc import Callable, Iterable
+from dataclasses import Field, fields
+from inspect import Parameter, cleandoc, signature
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from evoprune.util import OPTION, parts_of
+
+WIDTH = 100  # columns of a line of help
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def takes(*kinds: type, **defaults: Any) -> Callable[[Function], Function]:
+    """Decorate a function whose last parameter, `**options`, stands for the fields of `kinds`, dataclasses of options.
+
+    Its signature gets a parameter, and its docstring a paragraph, for each field but those that it names itself. `defaults`:
+    those that are not a field's own.
+    """
+
+    def decorate(function: Function) -> Function:
+        written = signature(function)
+        *own, _ = written.parameters.values()
+        without = {parameter.name for parameter in own}
+        options = [
+            Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            for kind in kinds
+            for field in fields(kind)
+            if field.name not in without
+        ]
+        options = [each.replace(default=defaults.get(each.name, each.default)) for each in options]
+        function.__signature__ = written.replace(parameters=[*own, *options])
+        function.__doc__ = explained(function.__doc__, *kinds, without=without, **defaults)
+        return function
+
+    return decorate
+
+
+def explained(doc: str | None, *kinds: type, without: Iterable[str] = (), **defaults: Any) -> str:
+    """A docstring with a paragraph for each field of `kinds`: its name, its type, its default and what it means."""
+    paragraphs = [
+        textwrap.fill(
+            f"{field.name} ({type_code(field)} = {defaults.get(field.name, field.default)!r}): {meaning(kind, field)}",
+            WIDTH,
+            initial_indent="    ",
+            subsequent_indent="        ",
+            break_on_hyphens=False,
+        )
+        for kind in kinds
+        for field in fields(kind)
+        if field.name not in without
+    ]
+    return "\n".join([cleandoc(doc or ""), "", "Options:", *paragraphs]).lstrip()
+
+
+def meaning(kind: type, field: Field) -> str:
+    """What the help of an option says in Python, where a keyword stands for each flag of the command line."""
+    said = field.metadata[OPTION]
+    if said.in_python:
+        return said.in_python
+    names = {f"--{each.name.replace('_', '-')}": each.name for each in fields(kind)}
+    names |= {flag: each.name for each in fields(kind) for flag in each.metadata[OPTION].flags}
+    return re.sub(r"(?<![\w-])--?[a-z][a-z-]*", lambda match: names.get(match[0], match[0]), said.help)
+
+
+def type_code(field: Field) -> str:
+    """The type of an option in Python, as code."""
+    also = field.metadata[OPTION].also
+    return code(field.type) + (f" | {also}" if also else "")
+
+
+def code(declared: Any) -> str:
+    """A type as it is written: `float | Literal["full", "fast"] | None`."""
+    parts = parts_of(declared)
+    if len(parts) > 1:
+        return " | ".join(map(code, parts))
+    if declared is NoneType:
+        return "None"
+    if get_origin(declared) is Literal:
+        words = ", ".join(f'"{word}"' for word in get_args(declared))
+        return f"Literal[{words}]"
+    inside = ", ".join(map(code, get_args(declared)))
+    name = (get_origin(declared) or declared).__name__
+    return f"{name}[{inside}]" if inside else name

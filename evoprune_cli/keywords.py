@@ -1,0 +1,58 @@
+"""Writes what type checkers and editors read of options: `python -m evoprune_cli.keywords > evoprune/keywords.py`."""
+
+import textwrap
+from dataclasses import fields
+
+from evoprune.hf.context import EvoPrune
+from evoprune.language.settings import GenerationOptions
+from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions, StreamOptions
+from evoprune.signatures import meaning, type_code
+
+KINDS = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions, StreamOptions, EvoPrune)
+# Of functions that take those of several classes.
+JOINED = {"LoadKeywords": (ModelOptions, PruneOptions), "ReadAheadKeywords": (ModelOptions, SamplingOptions)}
+POSITIONAL = ("model",)  # what functions that load a model take as a parameter of its own
+HEAD = '''"""The options of Python's functions, for type checkers and editors alone; `help` has them with their defaults.
+
+Made of the classes of options by `python -m evoprune_cli.keywords > evoprune/keywords.py`; do not edit.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+if TYPE_CHECKING:
+    import torch
+'''
+WIDTH = 120
+
+
+def module() -> str:
+    """The text of evoprune/keywords.py."""
+    return "\n\n".join([HEAD, *map(_keywords, KINDS), *(_joined(name, kinds) for name, kinds in JOINED.items())])
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__name__.removesuffix('Options')}Keywords"
+
+
+def _keywords(kind: type) -> str:
+    about, *_ = (kind.__doc__ or "").split("\n")
+    lines = [f"class {_name(kind)}(TypedDict, total=False):", f'    """{about.split(". ")[0].rstrip(".")}."""', ""]
+    for field in fields(kind):
+        if field.name in POSITIONAL:
+            continue
+        lines.append(f"    {field.name}: {type_code(field)}")
+        lines.append(
+            textwrap.fill(f'"""{meaning(kind, field)}"""', WIDTH, initial_indent="    ", subsequent_indent="    ")
+        )
+    return "\n".join([*lines, ""])
+
+
+def _joined(name: str, kinds: tuple[type, ...]) -> str:
+    return f'class {name}({", ".join(map(_name, kinds))}, total=False):\n    """The options of both."""\n'
+
+
+if __name__ == "__main__":
+    print(module(), end="")

@@ -1,0 +1,33 @@
+"""Mistakes that a type checker finds, one a line, with nothing else wrong."""
+
+import torch
+
+import evoprune
+
+
+def mistakes(qa: evoprune.VideoQA, video: evoprune.EncodedInputs, model: torch.nn.Module) -> None:
+    evoprune.VideoQA.load("demo", budget="blanced")
+    evoprune.VideoQA.load("demo", devise="cpu")
+    evoprune.VideoQA.load("demo", quantize="int2")
+    evoprune.VideoQA.load("demo", seed="one")
+    evoprune.VideoQA.load("demo", dtype="fp61")
+    evoprune.VideoQA.load("demo", threads="all")
+    qa.encode("clip.mp4", frams=4)
+    qa.encode("clip.mp4", seek="exactly")
+    qa.encode("clip.mp4", start_s="1:30")
+    qa.encode(3)
+    qa.ask("clip.mp4", "What?", think="yes")
+    video.ask("What?", temperature="hot")
+    video.ask("What?", max_tokens=3)
+    video.ask(["What?"])
+    qa.stream(window="2s")
+    evoprune.EvoPrune(budget="auto")
+    evoprune.EvoPrune(bugdet=0.1)
+    evoprune.apply(model, budget="blanced")
+    evoprune.apply(model, position="host")
+    evoprune.encode(model, torch.zeros(1), torch.zeros(1), budget="tiny")
+    evoprune.processor_inputs("demo", "clip.mp4", "What?", frams=4)
+    evoprune.read_frames("clip.mp4", frames="all")
+    evoprune.read_ahead("clip.mp4", fsp=2.0)
+    evoprune.Cache(limit_bytes="2 GiB")
+    evoprune.VideoQa.load("demo")
