@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.backend.devices import CHUNK_UNITS, environment
+from evoprune.backend.devices import PIECE_UNITS, environment
 from evoprune.cpu.linear import PackedLinear, can_pack, linear, pack
 from evoprune.cpu.quantize import Int4Linear, Int8Linear, Unquantised, check, int4_weights, int8_weights, quantize
 from evoprune.errors import UsageError, first_line
@@ -274,9 +274,9 @@ def pieces(packed: nn.Module, sizes: Sizes, repeat: int) -> None:
     """Prints the time of a short tower on a clip, some units at a time and all at once."""
     config, units = packed.config, sizes.clip * sizes.grid[0] * sizes.grid[1]
     patches = torch.randn(units * PATCHES, packed.patch_embed.proj.weight[0].numel()).to(DTYPE)
-    some = min(CHUNK_UNITS, sizes.grids * sizes.grid[0] * sizes.grid[1])
+    some = min(PIECE_UNITS, sizes.grids * sizes.grid[0] * sizes.grid[1])
     plan = full_plan(tower_shape(packed), (sizes.clip, *sizes.grid))
-    runs = [partial(encode, packed, [patches], plan, chunk_units=chunk_units) for chunk_units in (some, units)]
+    runs = [partial(encode, packed, [patches], plan, piece_units=piece_units) for piece_units in (some, units)]
     ms = times(medians(runs, repeat))
     rows = [(f"{some} units at a time", *ms[0]), (f"all {units:,} at once", *ms[1])]
     show(f"A tower of {config.depth} layers on {2 * sizes.clip} frames", ("", "ms", "of as built"), rows)

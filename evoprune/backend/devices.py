@@ -25,10 +25,10 @@ from evoprune.backend import limits
 from evoprune.errors import DeviceWarning, UsageError, first_line, is_out_of_memory
 from evoprune.report import Environment
 
-# Units encoded at a time, rounded up to whole frame pairs. 512 units (2,048 patches) keep matrix products at full speed and their
+# Units whose rows go through a product at a time. 512 units (2,048 patches) keep matrix products at full speed and their
 # results in a CPU's caches (`python -m experiments.kernels`). A GPU needs more to be busy.
-CHUNK_UNITS = 512
-GPU_CHUNK_UNITS = 8192
+PIECE_UNITS = 512
+GPU_PIECE_UNITS = 8192
 # Entries of a score matrix held at a time, for the same reasons.
 SCORES = 1 << 21
 GPU_SCORES = 1 << 26
@@ -125,9 +125,9 @@ def exact_shapes(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def largest_chunk(device: torch.device) -> int:
-    """Return how many units are encoded at a time; the caller rounds up to whole frame pairs."""
-    return CHUNK_UNITS if exact_shapes(device) else GPU_CHUNK_UNITS
+def largest_piece(device: torch.device) -> int:
+    """Return how many units are embedded, and rows go through a product, at a time."""
+    return PIECE_UNITS if exact_shapes(device) else GPU_PIECE_UNITS
 
 
 def launch_bound_units(device: torch.device) -> int:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from evoprune.backend.devices import environment, is_host, largest_chunk, now, on_cuda, peak_memory, reset_peak_memory
+from evoprune.backend.devices import environment, is_host, largest_piece, now, on_cuda, peak_memory, reset_peak_memory
 from evoprune.backend.limits import available_cores
 from evoprune.bench.clips import (
     AFTER_PAIR,
@@ -278,9 +278,9 @@ class Bench:
         # Large squares, and the tower's own widest product over as many rows as it computes at a time.
         sides = (4096, 8192) if on_cuda(loaded.device) else (1024, 2048)
         vision = model.config.vision_config
-        chunk_units = min(largest_chunk(model.device), max((clip.units for clip in self._clips.values()), default=1))
+        piece_units = min(largest_piece(model.device), max((clip.units for clip in self._clips.values()), default=1))
         widest = max(3 * vision.hidden_size, vision.intermediate_size)
-        self._shapes = [*((side,) * 3 for side in sides), (PATCHES * chunk_units, vision.hidden_size, widest)]
+        self._shapes = [*((side,) * 3 for side in sides), (PATCHES * piece_units, vision.hidden_size, widest)]
 
     def rate(self) -> float:
         """Floating-point operations a second in plain matrix products."""

@@ -8,7 +8,7 @@ counted from the first frame of the stream.
 The newest half of the memory is whole, windows before it are thinned (`kept_counts`). What is left keeps its position. Before
 positions leave the range that the model knows, keys are rotated back, so that the video begins at the oldest window that is left.
 
-What has not changed since the window before is not encoded again, but may become a token of each window (vision/encoder.py).
+What has not changed since the window before is not encoded again, but may become a token of each window (segments.py).
 
 The way of a frame: `VideoStream.add` collects it, `_encode` encodes its window, `window_columns` makes columns of the prompt of its
 tokens, and `StreamMemory.read` reads these into the KV cache.
@@ -28,6 +28,7 @@ from evoprune.errors import UsageError, names_plugins
 from evoprune.language.decoder import KVCache, forward
 from evoprune.language.generate import PrefillState, Visual, embed_ids, embed_prompt, prefill
 from evoprune.language.prompt import CONTENTS, MARKERS, Place, build_prompt, prompt_positions, timestamps
+from evoprune.live.segments import Earlier, NothingNew, encode_segment
 from evoprune.methods.chain import select
 from evoprune.methods.evoprune import FarthestPoints
 from evoprune.methods.types import Tokens, ascending
@@ -46,7 +47,7 @@ from evoprune.util import brief, check_type
 from evoprune.video.frames import FrameChunk
 from evoprune.video.info import VIDEO, Video, fitted
 from evoprune.video.plan import Plan, SamplingPlan
-from evoprune.vision.encoder import Encoded, EncodedRows, NothingNew, Segment
+from evoprune.vision.encoder import Encoded, EncodedRows
 from evoprune.vision.preprocess import resize
 from evoprune.vision.tower import tower_shape
 
@@ -92,13 +93,13 @@ class EncodedWindow:
     """A window of so many `frames`, which ends before slot `end`, and its columns as `decoder.forward` takes them.
 
     `positions`, int64 `[3, C]`, are counted from the beginning of the stream; `last`, int64 `[3, 1]`: the largest unpruned.
-    `segment`: what the next window takes over; None in one that waits to be read.
+    `earlier`: what the next window takes over; None in one that waits to be read, and where nothing can be.
     """
 
     frames: int
     end: int
     encoding: Encoding
-    segment: Segment | None
+    earlier: Earlier | None
     window: Window
     embeds: torch.Tensor
     positions: torch.Tensor
@@ -143,19 +144,22 @@ class _Overtaken(Exception):
 
 @dataclass(eq=False)
 class _WindowInput(OpenInput):
-    """Frames that are there already, encoded as a segment of a file."""
+    """Frames that are there already, encoded as a segment of a longer video. `left`: what the next one takes over."""
 
     threaded: ClassVar[bool] = False
 
     pixels: np.ndarray
-    segment: Segment
+    earlier: Earlier | None
     pause: Callable[[], None]
 
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         yield FrameChunk(0, self.pixels, tuple(self.plan.sampling.times_s))
 
     def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
-        self.encoded = super().rows(patches, **options, pause=self.pause, segment=self.segment)
+        visual = self.session.loaded.model.model.visual
+        self.encoded, self.left = encode_segment(
+            visual, patches, self.plan.encoder, self.earlier, pause=self.pause, **options
+        )
         return self.encoded
 
 
@@ -197,9 +201,8 @@ class VideoStream(Askable):
         self._memory: StreamMemory | None = None
         self._waiting: list[EncodedWindow] = []
         self._following = 0  # position after the latest window, counted from the beginning of the stream
-        # the encoding of the latest window; what the next one is
-        self._latest = None
-        self._segment = Segment()
+        self._latest: Encoding | None = None  # of the latest window
+        self._earlier: Earlier | None = None  # what the next window takes over
         self._unfinished: EncodedWindow | None = None  # as the latest question saw it
         self._count = self._done = 0  # frames that were looked at; the slot after the last finished window
         self._open: int | None = None  # the number of the answer that is being read
@@ -316,7 +319,7 @@ class VideoStream(Askable):
             self._turn += 1
             self._memory = None
             self._latest = None
-            self._segment = None
+            self._earlier = None
             self._unfinished = None
             self._waiting = []
             self._slots = []
@@ -367,11 +370,11 @@ class VideoStream(Askable):
         self._done = end
         if not (window and (window.frames, window.end) == (len(slots), end)):
             window = self._encode(slots, frames, done, end, self._pause)
-        self._segment = window.segment
+        self._earlier = window.earlier
         self._following = int(window.last.max()) + 1
         with self._lock.lock:
             self._check_open()
-            self._waiting.append(replace(window, segment=None))
+            self._waiting.append(replace(window, earlier=None))
             self._latest = window.encoding
             self._unfinished = None
             self.encoded = self.encoded + 1
@@ -452,18 +455,16 @@ class VideoStream(Askable):
             limited=False,
         )
         pixels = np.stack(frames)
-        segment = Segment(self._segment.earlier)
         clock = Clock(torch.device("cpu"))
-        window = _WindowInput(session, plan, clock, pixels, segment, pause)
+        window = _WindowInput(session, plan, clock, pixels, self._earlier, pause)
         try:
             encoding = window.encode()
         except NothingNew:  # then all of it is encoded anew
-            segment = Segment()
-            window = _WindowInput(session, plan, Clock(torch.device("cpu")), pixels, segment, pause)
+            window = _WindowInput(session, plan, Clock(torch.device("cpu")), pixels, None, pause)
             encoding = window.encode()
         order = staying_order(window.encoded, encoding.tokens)
         columns = window_columns(session.loaded, encoding, order, slots, step_s, self._following)
-        return EncodedWindow(count, end, encoding, Segment(segment.left), **columns)
+        return EncodedWindow(count, end, encoding, window.left, **columns)
 
     def _pause(self) -> None:
         """Called before each layer of the encoder."""

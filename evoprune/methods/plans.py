@@ -73,7 +73,7 @@ class TowerShape:
 
 @dataclass(frozen=True)
 class WholePairs:
-    """A selector keeps all rows of a frame pair or none; the others go on in chunks."""
+    """A selector keeps all rows of a frame pair or none."""
 
     selector: Any
 
@@ -113,21 +113,21 @@ class Stage:
     exact: bool = True  # whether `rows` does not depend on the content
 
     @property
-    def inside_chunk(self) -> bool:
-        """Whether each chunk is reduced by itself; otherwise the video as a whole is."""
+    def inside_pairs(self) -> bool:
+        """Whether rows are merged or set aside inside frame pairs; otherwise it selects among those of the video."""
         return isinstance(self.reduce, Merge | SetAside)
 
     @property
     def selector(self) -> Any:
         """Its selector; None where rows merge or are set aside."""
-        return None if self.inside_chunk else getattr(self.reduce, "selector", self.reduce)
+        return None if self.inside_pairs else getattr(self.reduce, "selector", self.reduce)
 
 
 @dataclass(frozen=True)
 class EncoderPlan:
     """The encoder's work on one video.
 
-    Raises ValueError: stages that are out of order, or that reduce chunks after the video as a whole was reduced.
+    Raises ValueError: stages that are out of order, or that merge or set aside after a selection among the rows of the video.
     """
 
     grid: Grid  # (T, H, W) in units, as the encoder sees it; an input method makes it smaller than the video's own
@@ -141,7 +141,7 @@ class EncoderPlan:
 
     def __post_init__(self):
         for stage, after in pairwise(self.stages):
-            if after.first_layer < stage.first_layer or (after.inside_chunk and not stage.inside_chunk):
+            if after.first_layer < stage.first_layer or (after.inside_pairs and not stage.inside_pairs):
                 raise ValueError(f"stage {after} cannot come after {stage}")
         if self.row_stages and any(isinstance(stage.reduce, SetAside) for stage in self.stages):
             raise ValueError("rows that are set aside come back after the last layer, and none may be selected before")
@@ -165,17 +165,17 @@ class EncoderPlan:
     def token_stage(self) -> Stage | None:
         """The stage that selects tokens after the tower."""
         last = self.stages[-1] if self.stages else None
-        return last if last and last.first_layer == self.depth and not last.inside_chunk else None
+        return last if last and last.first_layer == self.depth and not last.inside_pairs else None
 
     @property
-    def inside_chunks(self) -> list[Stage]:
-        """The stages that reduce each chunk by itself; they come first."""
-        return [stage for stage in self.stages if stage.inside_chunk]
+    def inside_pairs(self) -> list[Stage]:
+        """The stages that merge rows or set them aside inside frame pairs; they come first."""
+        return [stage for stage in self.stages if stage.inside_pairs]
 
     @property
     def row_stages(self) -> list[Stage]:
         """The stages between layers that select among the rows of the whole video."""
-        return [stage for stage in self.stages if not stage.inside_chunk and stage is not self.token_stage]
+        return [stage for stage in self.stages if not stage.inside_pairs and stage is not self.token_stage]
 
     @property
     def spans(self) -> list[range]:

@@ -16,6 +16,8 @@ from evoprune.model.numerics import without_autocast
 from evoprune.model.weights import Tower
 
 SMALL_CHANGE = 128 * 2**20  # bytes that any run takes, however small
+# Of all rows of a layer: they themselves, queries, keys, values, and what attention makes of them, and of some of these a copy.
+ROW_COPIES = 6
 # The rate of a whole forward pass, as a share of a plain matrix product's. Only for estimates.
 EFFICIENCY = 0.5
 DELTA_CHUNK = 64  # columns that a Gated DeltaNet computes together when it reads a prompt, as in transformers
@@ -68,24 +70,29 @@ def _size(size: int) -> str:
 
 
 def working_memory(
-    config: Config, units: int, chunk_units: int, prompt: int | Sequence[int], bytes_each: int, late: int = 0
+    config: Config,
+    units: int,
+    piece_units: int,
+    prompt: int | Sequence[int],
+    bytes_each: int,
+    rows: int | None = None,
+    left: int | None = None,
 ) -> int:
     """Bytes that are in use at once beside the weights, roughly.
 
-    `units`: N, of the video, of which at most `chunk_units` go through the tower together; `prompt`: tokens that the language model
-    reads, in each layer or in all; `bytes_each`: of a weight; `late`: rows, selected among all units after some layers, that go
-    through the other layers together.
+    Args:
+        units: N, of the video. `piece_units`: rows that go through a product at a time.
+        prompt: tokens that the language model reads, in each layer or in all. `bytes_each`: of a weight.
+        rows: the most that a layer of the tower computes; `left`: those that leave the tower. None for all units.
     """
-    chunk_units = min(units, chunk_units)
+    piece_units = min(units, piece_units)
     vision = config.vision_config
-    wide = PATCHES * vision.hidden_size
-    rows = units * vision.out_hidden_size * vision.layers_read * bytes_each
-    tower = pixel_bytes(config, chunk_units, bytes_each) + tower_bytes(config, chunk_units, bytes_each)
-    if late:
-        # The features of all units, and a second copy for comparing them; then the selected rows. The MLP takes these in turn.
-        rows = 2 * units * wide * bytes_each + late * vision.out_hidden_size * vision.layers_read * bytes_each
-        tower = max(tower, late * wide * (12 * 4 + bytes_each))
-    return SMALL_CHANGE + rows + max(tower, language_bytes(config, prompt, bytes_each))
+    row_bytes = PATCHES * vision.hidden_size * bytes_each
+    # All units are embedded in pieces, which are then joined; a selection among them compares a copy.
+    embedding = 2 * units * row_bytes + pixel_bytes(config, piece_units, bytes_each)
+    layers = ROW_COPIES * (units if rows is None else rows) * row_bytes + tower_bytes(config, piece_units, bytes_each)
+    features = (units if left is None else left) * vision.out_hidden_size * vision.layers_read * bytes_each
+    return SMALL_CHANGE + features + max(embedding, layers, language_bytes(config, prompt, bytes_each))
 
 
 def pixel_bytes(config: Config, units: int, bytes_each: int) -> int:

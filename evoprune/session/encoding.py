@@ -27,7 +27,7 @@ from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache, Entry, content_hash, own_code
 from evoprune.session.options import SamplingOptions
 from evoprune.session.patches import PATIENCE_S, TICK_S, Count, KeptPatches, Piece, content_key, patch_bytes
-from evoprune.session.planning import TEXT, chunk_bytes, fitting_chunks, plan_input
+from evoprune.session.planning import TEXT, chunk_bytes, fitting_pieces, plan_input
 from evoprune.session.report import Encoding
 from evoprune.session.session import Session
 from evoprune.util import brief
@@ -175,14 +175,13 @@ class OpenInput:
         if held:
             self.session.loaded.patches.close(self._key, held)
 
-    def encode(self, progress: Progress | None = None, chunks: Sequence[int] | None = None) -> Encoding:
+    def encode(self, progress: Progress | None = None, pieces: Sequence[int] | None = None) -> Encoding:
         """Reads, preprocesses and encodes it.
 
         Args:
             progress: called in this thread, while frames are waited for with "read", those read and in all; with "encode", those
-                encoded, after every chunk; then, where all of the video goes through some of the tower's layers together, with
-                "layers", those done and in all.
-            chunks: how many units go through the tower at a time, and fewer where memory runs out; default: `fitting_chunks`.
+                embedded, after every piece that was read; then with "layers", those of the tower that are done and in all.
+            pieces: how many rows go through a product at a time, and fewer where memory runs out; default: `fitting_pieces`.
 
         Raises VideoError: unreadable. OutOfMemory. ModelError: numbers that are NaN or infinite.
         """
@@ -195,7 +194,7 @@ class OpenInput:
         read_before = 0.0 if self.early else before["read"]  # that somebody waited for
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
-        result, cache = self._result(clock, progress, chunks, warnings)
+        result, cache = self._result(clock, progress, pieces, warnings)
         wall = before["plan"] + read_before + clock.now() - start
         rows, tokens = (None, result) if isinstance(result, Encoded) else (result, result.nothing_selected())
         wanted = pruning.acts and pruning.budget.keep(plan.full.grid) < plan.units
@@ -212,7 +211,7 @@ class OpenInput:
         return Encoding(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
 
     def _result(
-        self, clock: Clock, progress: Progress | None, chunks: Sequence[int] | None, warnings: list[str]
+        self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> tuple[Encoded | EncodedRows, str]:
         """Return the tokens, or the rows where the method reads the question; and whether they were in the cache, as
         `Encoding.cache`.
@@ -222,9 +221,9 @@ class OpenInput:
         plan = self.plan
         loaded = self.session.loaded
         pruning = self.session.pruning
-        if chunks is None:
+        if pieces is None:
             with self.clock.stage("plan"):
-                chunks = fitting_chunks(self.session, plan)
+                pieces = fitting_pieces(self.session, plan)
         with clock.stage("compile"):
             loaded.ready()
         start = clock.now()
@@ -234,14 +233,14 @@ class OpenInput:
         late = pruning.method.reads_question and plan.encoder.prunes
         try:
             with closing(self):
-                for chunk_units in chunks:
+                for piece_units in pieces:
                     try:
                         with memory_guard("encode"):
-                            rows = self.rows(self._patches(clock, progress), chunk_units=chunk_units, **options)
+                            rows = self.rows(self._patches(clock, progress), piece_units=piece_units, **options)
                             result = rows if late else select_tokens(rows)
                         break
                     except OutOfMemory as problem:
-                        if problem.stage != "encode" or chunk_units == chunks[-1]:
+                        if problem.stage != "encode" or piece_units == pieces[-1]:
                             raise
                     loaded.patches.clear()
                     empty_cache()
@@ -338,13 +337,13 @@ class CachedInput(OpenInput):
             return self.cache.load(self.key, self.session.device)
 
     def _result(
-        self, clock: Clock, progress: Progress | None, chunks: Sequence[int] | None, warnings: list[str]
+        self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> tuple[Encoded | EncodedRows, str]:
         if self.stored:
             self.read_s = self.stored.read_s
             self.moved = self.stored.moved
             return self.stored.encoded, "hit"
-        result, _ = super()._result(clock, progress, chunks, warnings)
+        result, _ = super()._result(clock, progress, pieces, warnings)
         # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.
         whole = not self.damaged and (self.plan.info.changes_size or not self.other_shape)
         with clock.stage("store"):
@@ -434,18 +433,18 @@ class OpenInputs:
         """
         count = len(self.plans)
         kept = sum(plan.encoder.keep for plan in self.plans)
-        chunks = []
+        pieces = []
         encodings = []
         for opened in self.inputs:
             others = TEXT + kept - opened.plan.encoder.keep
             stored = opened.stored
             with opened.clock.stage("plan"):
-                chunks.append([] if stored else fitting_chunks(self.session, opened.plan, others))
+                pieces.append([] if stored else fitting_pieces(self.session, opened.plan, others))
         for number, opened in enumerate(self.inputs):
             if progress and count > 1:
                 progress("input", number + 1, count)
             with named(self._names):
-                encodings.append(opened.encode(progress, chunks[number]))
+                encodings.append(opened.encode(progress, pieces[number]))
         return EncodedInputs(self.session, encodings)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from evoprune.model.cost import kv_bytes
 from evoprune.session.loading.find import DTYPES, FoundModel
 from evoprune.session.options import PruneOptions
 from evoprune.session.patches import LIMIT_BYTES, patch_bytes
-from evoprune.session.planning import TEXT, chunk_sizes, encoding_bytes
+from evoprune.session.planning import TEXT, encoding_bytes, piece_sizes
 from evoprune.video.plan import ONE_FRAME, Plan
 from evoprune.vision.tower import tower_shape
 
@@ -114,7 +114,7 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
     prompt = config.method.prompt_columns(depth, encoder.keep, TEXT, share)
     pair = encoder.grid[1] * encoder.grid[2]
     available = available_memory(str(model.device))
-    for size in chunk_sizes(model.device, encoder):  # as a run does where memory is short
+    for size in piece_sizes(model.device, encoder):  # as a run does where memory is short
         working = encoding_bytes(model.config, encoder, max(pair, size), DTYPES[model.dtype].itemsize, prompt)
         needed = model.weights_bytes + working
         if available is None or needed <= available:

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import torch
 
-from evoprune.backend.devices import is_host, largest_chunk
+from evoprune.backend.devices import is_host, largest_piece
 from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.language.prompt import Tokenizer
-from evoprune.methods.plans import EncoderPlan, WholePairs
+from evoprune.methods.plans import EncoderPlan, SetAside, WholePairs
 from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import carried_bytes, shortage, working_memory
 from evoprune.model.cost import estimate_first_token as estimate_seconds
@@ -112,48 +112,51 @@ def plan_input(session: Session, info: Video, sampling: SamplingOptions, name: s
 
 
 def encoding_bytes(
-    config: Config, encoder: EncoderPlan, chunk_units: int, bytes_each: int, prompt: int | Sequence[int]
+    config: Config, encoder: EncoderPlan, piece_units: int, bytes_each: int, prompt: int | Sequence[int]
 ) -> int:
     """Bytes that encoding a video and reading the prompt take beside the weights, roughly.
 
     `bytes_each`: of a weight. `prompt`: tokens that the language model reads, in each layer or in all.
     """
-    stages = encoder.row_stages
-    selected = stages[0].rows if stages else 0
-    means = 0
-    if any(isinstance(stage.reduce, WholePairs) for stage in stages):
-        # Their rows go on in chunks; the means of all of them are made in float32.
-        selected = min(chunk_units, encoder.units)
-        means = encoder.units * PATCHES * config.vision_config.hidden_size * 4
-    return working_memory(config, encoder.units, chunk_units, prompt, bytes_each, selected) + means
+    row_bytes = PATCHES * config.vision_config.hidden_size
+    rows, left = max(encoder.layers), encoder.rows
+    more = 0
+    if any(isinstance(stage.reduce, WholePairs) for stage in encoder.row_stages):
+        more = encoder.units * row_bytes * 4  # the means of all frame pairs are made in float32
+    if any(isinstance(stage.reduce, SetAside) for stage in encoder.stages):
+        more = 2 * encoder.units * row_bytes * (bytes_each + 4)  # their earlier states, and in float32 how they move
+    return working_memory(config, encoder.units, piece_units, prompt, bytes_each, rows, left) + more
 
 
 def chunk_bytes(session: Session, plan: Plan) -> int:
-    """Bytes of decoded frames to hold at a time: no more frames than the encoder takes, and no more than a few large ones."""
+    """Bytes of decoded frames to hold at a time: no more frames than are embedded at a time, and no more than a few large ones."""
     limits, (_, height, width) = session.loaded.video, plan.grid
-    pairs = -(-largest_chunk(session.loaded.model.device) // (height * width))
+    pairs = -(-largest_piece(session.loaded.model.device) // (height * width))
     return min(CHUNK_BYTES, pairs * limits.temporal_patch_size * plan.source.width * plan.source.height * 3)
 
 
-def chunk_sizes(device: torch.device, encoder: EncoderPlan) -> list[int]:
-    """Return how many units may go through the tower at a time: the usual number, then half as many each time, down to a frame
+def piece_sizes(device: torch.device, encoder: EncoderPlan) -> list[int]:
+    """Return how many rows may go through a product at a time: the usual number, then half as many each time, down to a frame
     pair.
     """
-    sizes = [min(largest_chunk(device), encoder.units)]
+    largest = largest_piece(device)
+    sizes = [largest]
+    size = min(largest, encoder.units)
     min_units = encoder.grid[1] * encoder.grid[2]
-    while sizes[-1] > min_units:
-        sizes.append(max(min_units, sizes[-1] // 2))
+    while size > min_units:
+        size = max(min_units, size // 2)
+        sizes.append(size)
     return sizes
 
 
-def fitting_chunks(session: Session, plan: Plan, other_tokens: int = TEXT) -> list[int]:
-    """Those of `chunk_sizes` for which there is enough memory.
+def fitting_pieces(session: Session, plan: Plan, other_tokens: int = TEXT) -> list[int]:
+    """Those of `piece_sizes` for which there is enough memory.
 
     Raises OutOfMemory: there is not enough even for a frame pair, or for the prompt, with `other_tokens` beside the video's.
     """
     model = session.loaded.model
     encoder = plan.encoder
-    sizes = chunk_sizes(model.device, encoder)
+    sizes = piece_sizes(model.device, encoder)
     pair = encoder.grid[1] * encoder.grid[2]
     prompt = session.prompt_columns(encoder.keep, other_tokens)
     for number, size in enumerate(sizes):
@@ -170,7 +173,7 @@ def fitting_chunks(session: Session, plan: Plan, other_tokens: int = TEXT) -> li
 
 
 def check_carried(session: Session, plan: Plan) -> None:
-    """Raises OutOfMemory where there is too little for what a window of a stream leaves to the next one (vision/encoder.py)."""
+    """Raises OutOfMemory where there is too little for what a window of a stream leaves to the next one (live/segments.py)."""
     model, (_, height, width) = session.loaded.model, plan.encoder.grid
     needed = 2 * carried_bytes(model.config, height * width, model.dtype.itemsize)  # two windows' are held at once
     if plan.encoder.reuse and (short := shortage(needed, str(model.device))):

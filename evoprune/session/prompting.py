@@ -23,7 +23,7 @@ from evoprune.model.config import VisionConfig
 from evoprune.model.cost import language_bytes, shortage
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.options import GenerationOptions
-from evoprune.session.planning import TEXT, fitting_chunks
+from evoprune.session.planning import TEXT, fitting_pieces
 from evoprune.session.session import Session
 from evoprune.util import brief, counted
 from evoprune.video.info import VIDEO
@@ -182,7 +182,7 @@ def longest_prompt(
     for plan in plans:
         other_tokens = max(TEXT, longest) + kept - plan.encoder.keep
         if other_tokens > TEXT and not any(plan is each for each in encoded):
-            fitting_chunks(session, plan, other_tokens)
+            fitting_pieces(session, plan, other_tokens)
     return longest
 
 

@@ -1,4 +1,4 @@
-"""Attention of rows inside their groups (windows or frame pairs), over all groups of a chunk.
+"""Attention of rows inside their groups (windows or frame pairs).
 
 Groups of similar length share a *bucket*: they are padded to a common length, and a mask covers the padding. Equal groups of
 neighbouring rows need no padding, so their bucket is a view without gather or mask. On a CPU, `buckets` sorts the groups by
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.backend.attention import NEVER, attends_by_products, varlen_kernel
-from evoprune.methods.types import ascending, runs
+from evoprune.methods.types import ascending, cat, runs
 from evoprune.model.config import PATCHES
 from evoprune.model.numerics import without_autocast
 from evoprune.vision.layout import Groups, Scope, TokenLayout, attention_groups, order_tables
@@ -27,7 +27,8 @@ class Bucket:
     """A batch of B groups, with Q query rows and K key rows each."""
 
     shape: tuple[int, int]  # (B, Q)
-    query: torch.Tensor | None = None  # int64 `[B, Q]` rows, or None where the bucket is all rows in order
+    # int64 `[B, Q]` rows, or neighbouring ones in order, or None where the bucket is all rows in order
+    query: torch.Tensor | slice | None = None
     key: torch.Tensor | None = None  # int64 `[B, K]` rows, or None where the keys are the queries
     # int64 or bool `[B, K]`, how much each key weighs, 0 at padding; None where all weigh the same
     weight: torch.Tensor | None = None
@@ -35,6 +36,19 @@ class Bucket:
     # int64 `[R]`, twice: the group of each row, and its number in it; None where `query` and `inside` say it
     back: tuple[torch.Tensor, torch.Tensor] | None = None
     layout: TokenLayout | None = None  # of all rows, if keys may be of other frame pairs than their group
+
+    def parts(self, rows: int) -> Iterator["Bucket"]:
+        """Yields the bucket in parts of whole groups, of at most so many query or key rows, or of one group."""
+        groups, longest = self.shape
+        at_once = max(1, rows // max(longest, 0 if self.key is None else self.key.shape[1]))
+        if at_once >= groups:
+            yield self
+            return
+        for first in range(0, groups, at_once):
+            of = slice(first, min(first + at_once, groups))
+            query = slice(of.start * longest, of.stop * longest) if self.query is None else self.query[of]
+            key, weight, inside = (x if x is None else x[of] for x in (self.key, self.weight, self.valid))
+            yield Bucket((of.stop - of.start, longest), query, key, weight, inside, layout=self.layout)
 
     def by_head(self, x: torch.Tensor, which: str) -> torch.Tensor:
         """Rows of `x` `[R, 4, heads, d]` as `[B, heads, Q*4 or K*4, d]`; `which`: "query" or "key"."""
@@ -187,31 +201,38 @@ def grouped_attention(
     plan: AttentionPlan,
     received: torch.Tensor | None = None,
     timer: devices.Timer | None = None,
+    at_once: int | None = None,
 ) -> torch.Tensor:
     """Softmax attention of every row to the key rows of its group, `[R, 4, heads, d]`.
 
     Args:
         q, k, v: `[R, 4, heads, d]`, after rotary.
         received: float32 `[R]`, to which the attention is added that each row receives: the mean over heads and over the queries of
-            a group, summed over the row's 4 patches and over the groups of its own chunk. Later chunks are left out, because the
-            result must not depend on the chunk size. `timer` measures the time for it.
+            a group, summed over the row's 4 patches. Queries of other frame pairs are left out. `timer` measures the time for it.
+        at_once: rows of groups that attend at a time, except in a kernel, which bounds the memory; None for all.
     """
     timer = timer or nullcontext()
     if isinstance(plan, Packed):
         if received is not None:
             with timer:
-                received += attention_received(q, k, plan)
+                received += attention_received(q, k, plan, at_once)
         return attend_packed(q, k, v, plan)
     out = None
     for bucket in plan:
-        answer = _attend_bucket(q, k, v, bucket, received, timer)
-        if bucket.query is None:
-            return answer.reshape(q.shape)
+        parts = list(bucket.parts(at_once or len(k)))
         if bucket.back is not None:
-            return answer[bucket.back]
-        out = torch.empty_like(q) if out is None else out
-        valid = ... if bucket.valid is None else bucket.valid
-        out[bucket.query[valid]] = answer[valid]
+            answers = [_attend_bucket(q, k, v, part, received, timer) for part in parts]
+            return cat(answers)[bucket.back]
+        for part in parts:
+            answer = _attend_bucket(q, k, v, part, received, timer)
+            if part.query is None:
+                return answer.reshape(q.shape)
+            out = torch.empty_like(q) if out is None else out
+            if isinstance(part.query, slice):
+                out[part.query] = answer.flatten(0, 1)
+            else:
+                valid = ... if part.valid is None else part.valid
+                out[part.query[valid]] = answer[valid]
     return out
 
 
@@ -284,12 +305,15 @@ def attend_by_products(
     return out, None if received is None else received.view(batch, heads, keys).sum(1)
 
 
-def attention_received(q: torch.Tensor, k: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+def attention_received(
+    q: torch.Tensor, k: torch.Tensor, plan: AttentionPlan, at_once: int | None = None
+) -> torch.Tensor:
     """float32, like the rows of `k`: as `received` of `grouped_attention`, without the output of the attention."""
     total = torch.zeros(len(k), dtype=torch.float32, device=k.device)
     for bucket in [static_bucket(plan.layout, plan.scope, plan.size_bias)] if isinstance(plan, Packed) else plan:
-        per_key = received_by_keys(bucket.by_head(q, "query"), bucket.by_head(k, "key"), bucket)
-        add_by_row(total, per_key, bucket)
+        for part in bucket.parts(at_once or len(k)):
+            per_key = received_by_keys(part.by_head(q, "query"), part.by_head(k, "key"), part)
+            add_by_row(total, per_key, part)
     return total
 
 
@@ -317,8 +341,8 @@ def add_by_row(received: torch.Tensor, per_key: torch.Tensor, bucket: Bucket) ->
     """Adds what the key patches of a bucket receive (`per_key`, float32 `[B, K*4]`) to their rows in `received`, float32 `[R]`."""
     per_row = per_key.view(len(per_key), -1, PATCHES).sum(2)
     index = bucket.key if bucket.key is not None else bucket.query
-    if index is None:
-        received += per_row.flatten()
+    if index is None or isinstance(index, slice):
+        received[index or slice(None)] += per_row.flatten()
         return
     if bucket.layout is not None:  # keys of other frame pairs receive nothing
         pair = bucket.layout.pair_of_row

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from evoprune.cpu.linear import linear
 from evoprune.model.config import vision_sizes
-from evoprune.vision.layout import Geometry, TokenLayout
+from evoprune.vision.layout import Geometry
 
 EPS = 1e-6  # of all norms
 
@@ -67,13 +67,13 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
 
 
-def embed(visual, patches: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-    """Return the rows before the first layer, `[R, 4, hidden]`, from patches `[R, 4, values]`; `layout`: of these rows."""
+def embed(visual, patches: torch.Tensor, geo: Geometry, unit: torch.Tensor) -> torch.Tensor:
+    """Return the rows before the first layer, `[R, 4, hidden]`, from patches `[R, 4, values]`; `unit`: int64 `[R]`, of each row."""
     proj = visual.patch_embed.proj
     x = F.linear(patches, proj.weight.flatten(1), proj.bias)
     if vision_sizes(visual.config).num_position_embeddings is None:
         return x
-    return x + learned_positions(visual.pos_embed.weight, layout.geometry)[layout.place].to(x.dtype)
+    return x + learned_positions(visual.pos_embed.weight, geo)[unit % geo.units].to(x.dtype)
 
 
 def learned_positions(table: torch.Tensor, geo: Geometry) -> torch.Tensor:

@@ -68,13 +68,13 @@ def geometry(height: int, width: int, side: int = 4, device: str = "cpu") -> Geo
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The live rows of a run of frame pairs."""
+    """The live rows of frame pairs."""
 
     geometry: Geometry  # of one frame pair
     pairs: int
     unit: torch.Tensor  # int64 `[R]`, the unit whose place each row has, in window order
-    # int64 `[N]`, the row that represents each unit, or -1 for a dropped one. R + p is the row that an earlier chunk encoded at
-    # place p. Of it only keys and values are left (`tower.CarriedKeys`).
+    # int64 `[N]`, the row that represents each unit, or -1 for a dropped one. R + p is a row from before these frame pairs at place
+    # p, of which only keys and values are there (live/segments.py).
     unit_to_row: torch.Tensor
     # Where the row of a unit may be: at the same place, in the same window or frame pair, or anywhere in the clip. A group of at
     # least this scope contains all rows of its units.
@@ -88,7 +88,7 @@ class TokenLayout:
 
     @cached_property
     def size(self) -> torch.Tensor:
-        """int64 `[R]`: the cluster size of each row; rows of earlier chunks are left out."""
+        """int64 `[R]`: the cluster size of each row; rows from before are left out."""
         sizes = torch.zeros(self.rows + 1, dtype=torch.int64, device=self.unit_to_row.device)
         row = torch.where(self.unit_to_row >= 0, self.unit_to_row, self.rows).clamp(max=self.rows)
         return sizes.scatter_add_(0, row, torch.ones_like(row))[:-1]
@@ -119,7 +119,7 @@ class TokenLayout:
 
     @cached_property
     def pair_of_row(self) -> torch.Tensor:
-        """int64 `[R + P]`: the frame pair of each row, -1 for those of earlier chunks."""
+        """int64 `[R + P]`: the frame pair of each row, -1 for those from before."""
         return F.pad(self.unit // self.geometry.units, (0, self.geometry.units), value=-1)
 
     @cached_property
@@ -170,7 +170,7 @@ def referring_layout(geo: Geometry, source: torch.Tensor, counts: tuple[int, ...
     pair.
 
     `source`: int64 `[pairs, H*W]`, the frame pair whose row represents each unit, counted from the first of these; a negative
-    number is one of an earlier chunk. `counts`, `unit`: as in the layout.
+    number is one before them. `counts`, `unit`: as in the layout.
     """
     pairs = len(source)
     rows = sum(counts)

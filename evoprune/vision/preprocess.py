@@ -1,4 +1,4 @@
-"""The way of frames to rows: the resize, Hugging Face's patch order, what has not changed, and chunks of whole frame pairs.
+"""The way of frames to the patches of rows: the resize, Hugging Face's patch order, and what has not changed.
 
 1. `resize` and `pixel_patches` make patches of uint8 frames. The 2x2 patches of a unit are four consecutive rows, and units are in
    raster order. A row holds the pixels by channel, frame, y and x. `normalised`, the result is that of `Qwen2VLImageProcessor`,
@@ -7,9 +7,8 @@
    Each unit is compared with the frame pair last encoded at its place, because a comparison with the one just before would miss
    slow changes. It has changed if the mean colour of any of its 16 blocks in a frame has: such means average out noise, but not a
    stroke one pixel wide. A small drift in the brightness of the whole picture is no change.
-3. `in_chunks` divides the video. A chunk goes through the tower together: it has enough rows for efficient matrix products, and
-   few enough to bound the memory. With reuse, a frame pair of a still picture has few rows. So frame pairs are scanned one after
-   another before the tower runs, and a unit that needs no row keeps only the number of its reference.
+3. `row_patches` does so piece by piece, each of some whole frame pairs. Of a unit that needs no row only the number of its
+   reference is kept.
 """
 
 import math
@@ -26,7 +25,7 @@ from evoprune.backend.operators import reuse_scan
 from evoprune.methods.types import ascending, cat
 from evoprune.model.config import PATCHES
 from evoprune.video.plan import InputLimits, Plan
-from evoprune.vision.layout import Geometry, TokenLayout, full_layout, referring_layout, window_order
+from evoprune.vision.layout import Geometry, window_order
 
 # Mean and standard deviation of red, green and blue, on a scale from 0 to 1.
 Normal = tuple[tuple[float, ...], tuple[float, ...]]
@@ -34,8 +33,6 @@ CLIP: Normal = InputLimits.image_mean, InputLimits.image_std
 # The most by which a device shrinks a side of a frame: torch's kernel for CUDA refuses to shrink one far more.
 MAX_SHRINK = 32
 FLOATS = 1 << 24  # values of frames that a device resizes at a time, in float32: 64 MiB
-# A chunk may represent this many times more units than it has rows. Attention reads a key for each row that represents its units.
-SPARSE = 8
 
 
 def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torch.device) -> torch.Tensor:
@@ -150,16 +147,16 @@ def scan(
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Neighbouring whole frame pairs."""
+class RowPatches:
+    """The patches of some neighbouring whole frame pairs, of the units that are rows."""
 
-    first: int  # number of the first frame pair in the video
-    patches: torch.Tensor  # `[R, 4, values]`, normalised, of the units that are rows, in window order
-    layout: TokenLayout  # of these rows, units counted from the first of these frame pairs
-    # int64 `[pairs, H*W]`, the number of the frame pair whose row represents each unit: its own if the unit is a row. None without
-    # reuse, where every unit is a row.
-    source: torch.Tensor | None = None
-    references: ReferenceBlocks | None = None  # of reuse, behind these frame pairs
+    patches: torch.Tensor  # `[R, 4, values]`, normalised, in window order
+    unit: torch.Tensor  # int64 `[R]`, the unit of each row, counted from the first frame pair of the video
+    counts: tuple[int, ...]  # rows of each frame pair
+    # int64 `[pairs, H*W]`, the number of the frame pair whose row represents each unit: its own if the unit is a row. A negative
+    # number is one before this video.
+    source: torch.Tensor
+    references: ReferenceBlocks | None  # of reuse, behind these frame pairs; None without reuse
 
 
 def in_pairs(patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int) -> Iterator[torch.Tensor]:
@@ -178,80 +175,56 @@ def in_pairs(patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int) ->
         yield torch.cat(held)
 
 
-def in_chunks(
+def row_patches(
     patches: Iterable[torch.Tensor],
     geo: Geometry,
     pairs: int,
     *,
     normal: Normal,
-    rows: int,
+    units: int,
     threshold: float,
     dtype: torch.dtype,
     timer: devices.Timer,
     even: list[torch.Tensor] | None = None,
     references: ReferenceBlocks | None = None,
-) -> Iterator[Chunk]:
-    """Cuts a video into chunks of `rows` rows, rounded up to whole frame pairs; the last may have fewer.
-
-    Where reading waits, reuse compares as many frame pairs at a time as have `rows` units, and a chunk has all rows of these.
-    A chunk also ends once it represents `SPARSE` * `rows` units, so its memory does not grow with the video.
+) -> Iterator[RowPatches]:
+    """Yields the patches of the rows of a video, of `units` units at a time, rounded up to whole frame pairs.
 
     Args:
         patches: `[n, values]`, of `pairs` frame pairs, in pieces: pixels (uint8), or already `normal`ised, as by a processor.
         threshold: of reuse, in levels of 255; 0 for no reuse. `timer` measures the search for references.
         even: a list to which each piece adds whether each of its frame pairs has one colour, until one has not; or None.
-        references: of the segment before, if there is one. A unit that a row of it represents has a negative `Chunk.source`.
+        references: of what comes before the video, if there is anything. A unit that it represents has a negative source.
 
     Raises ValueError: the number of patches does not fit `pairs` frame pairs.
     """
     device = torch.device(geo.device)
     done = 0
-    first = 0
-    held = []
-    counts = ()
-
-    def chunk() -> Chunk:
-        values, unit, source = map(cat, zip(*held, strict=True))
-        if source is None:
-            return Chunk(first, values, full_layout(geo, len(counts)))
-        with timer:
-            layout = referring_layout(geo, source - first, counts, unit)
-            return Chunk(first, values, layout, source, references)
-
-    # The scan costs a CPU nothing more frame pair by frame pair. It waits for an accelerator once for each piece.
-    here = devices.exact_shapes(device)
-    at_once = 1 if threshold and here else -(-rows // geo.units)
     moved = (devices.to_device(piece, device) for piece in patches)
-    for piece in in_pairs(moved, geo.units * PATCHES, at_once):
+    for piece in in_pairs(moved, geo.units * PATCHES, -(-units // geo.units)):
         count, rest = divmod(len(piece), geo.units * PATCHES)
         if rest or done + count > pairs:
             raise ValueError(f"patches do not add up to {pairs} frame pairs of {geo.units} units")
-        if even is not None and (not even or not here or even[-1]):
+        if even is not None and (not even or not devices.exact_shapes(device) or even[-1]):
             of_pair = piece.view(count, -1, piece.shape[1])  # one colour: all patches are equal within one level of 255
             even.append((of_pair.amax(1) - of_pair.amin(1)).max() < 1 / 255)
-        # rows of each frame pair
-        source = None
+        own = done + ascending(count, device)[:, None]
+        source = own.expand(count, geo.units)
         alive = None
-        own = (geo.units,) * count
+        counts = (geo.units,) * count
         if threshold:
             with timer:
                 means = patch_means(piece, geo.units, normal)
                 source, references = scan(means, references, threshold=threshold)
-                alive = source == done + ascending(count, source.device)[:, None]
-                own = tuple(alive.sum(1).tolist())
-        unit = window_order(geo, count, alive, sum(own))
+                alive = source == own
+                counts = tuple(alive.sum(1).tolist())  # which waits for an accelerator, once for each piece
+        unit = window_order(geo, count, alive, sum(counts))
         values = piece.view(-1, PATCHES, piece.shape[1])[unit]
         if values.dtype == torch.uint8:
             values = normalised(values, normal)
-        held.append((values.to(dtype), unit + (done - first) * geo.units if held else unit, source))
-        done = done + count
-        counts = counts + own
-        if sum(counts) >= rows or (done - first) * geo.units >= SPARSE * rows:
-            yield chunk()
-            first = done
-            held = []
-            counts = ()
+        if done:
+            unit = unit + done * geo.units
+        yield RowPatches(values.to(dtype), unit, counts, source, references)
+        done += count
     if done != pairs:
         raise ValueError(f"patches end after {done} of {pairs} frame pairs")
-    if held:
-        yield chunk()

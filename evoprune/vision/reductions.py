@@ -1,4 +1,4 @@
-"""What happens to the rows of a chunk between layers, and what a selector needs of them.
+"""What happens to rows between layers without a selector, and what a selector needs of them.
 
 A `Reduction` reduces rows: `Merging`, as a merger decides, and `Followers`, which set rows aside (IPCV). `Gathering` collects.
 """
@@ -11,7 +11,7 @@ import torch
 from evoprune.backend import devices
 from evoprune.methods.base import Merger, Selector
 from evoprune.methods.plans import Stage, TowerShape
-from evoprune.methods.ranking import merge_rows, snap, unit_features
+from evoprune.methods.ranking import merge_rows, snap
 from evoprune.methods.types import Candidates, ascending, runs, share_rows, tally, true_indices
 from evoprune.model.numerics import without_autocast
 from evoprune.vision.attention import AttentionPlan, attention_received
@@ -24,7 +24,7 @@ MIDDLE = 7 / 32, 23 / 32  # the layers of "middle", in relative depth: those of 
 
 
 class Reduction:
-    """The base of what merges rows or sets them aside; by itself it does nothing. One object a chunk."""
+    """The base of what merges rows or sets them aside; by itself it does nothing. One object a video."""
 
     size_bias: bool = True  # whether attention weighs a row by its cluster size inside the group
     needs: frozenset[str] = frozenset()  # what `after` compares of a layer: as in `Merger.needs`
@@ -44,7 +44,8 @@ class Reduction:
         """Return the rows for the next layer and their layout, from `x` (`[R, 4, hidden]`) after a layer whose attention has
         `scope`.
 
-        `compared`: keys (`[R, 4, heads, d]`) and attention received (float32 `[R]`) of the layer, None unless `needs` asks for it.
+        `compared`: features of keys (float32 `[R, 4 * d]`) and attention received (float32 `[R]`) of the layer, None unless `needs`
+        asks for it.
         """
         return x, layout
 
@@ -62,7 +63,7 @@ class Reduction:
 
 
 class Gathering:
-    """Collects what a selector needs, chunk after chunk; attention and keys are those of the tower's last full-attention layer.
+    """Collects what a selector needs; attention and keys are those of the tower's last full-attention layer.
 
     `merge`: the patch merger, from float32 `[R, 4, hidden]` to `[R, D]`.
 
@@ -80,54 +81,52 @@ class Gathering:
         # After which states are added
         self.middle = range(first, last + 1) if "middle" in selector.needs else range(0)
         self._merge = merge
+        self._needs = selector.needs
         self._states: torch.Tensor | None = None
-        self._collected: dict[str, list[torch.Tensor]] = {name: [] for name in sorted(selector.needs)}
-        self._seen: dict[str, torch.Tensor] | None = None
+        self._values: dict[str, torch.Tensor] = {}
+
+    @property
+    def needs_keys(self) -> bool:
+        return "keys" in self._needs
 
     def look(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
-        plain: torch.Tensor,
+        keys: torch.Tensor | None,
         layout: TokenLayout,
         groups: AttentionPlan,
+        at_once: int,
         spread: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        """Computes the values of one chunk, in that layer; `q`, `k`, `groups` as in `attention_received`, of frame pairs.
+        """Computes the values of rows in that layer; `q`, `k`, `groups`, `at_once` as in `attention_received`, of frame pairs.
 
-        `plain`: `[R, 4, heads, d]`, keys before rotary; `spread`: the values of all rows of the chunk, of those of the layer.
+        `keys`: float32 `[R, 4 * d]`, features of keys before rotary; `spread`: the values of all rows, of those of the layer.
         """
-        self._seen = {}
-        if "attention" in self._collected:
-            self._seen["attention"] = spread(attention_received(q, k, groups)[: len(q)] * layout.geometry.units)
-        if "keys" in self._collected:
-            self._seen["keys"] = spread(unit_features(plain))
+        if "attention" in self._needs:
+            self._values["attention"] = spread(
+                attention_received(q, k, groups, at_once)[: len(q)] * layout.geometry.units
+            )
+        if self.needs_keys:
+            self._values["keys"] = spread(keys)
 
     def add_states(self, x: torch.Tensor) -> None:
-        """Adds the rows of one chunk after one of the layers `middle`, `[R, 4, hidden]`, to the states of which it is the mean."""
+        """Adds the rows after one of the layers `middle`, `[R, 4, hidden]`, to the states of which it is the mean."""
         share = x.float() / len(self.middle)
         self._states = share if self._states is None else self._states + share
 
-    def finish(self) -> None:
-        """Stores the values of a chunk."""
-        if self._seen is None:  # the chunk has no rows
-            return
-        values = self._seen
-        self._seen = None
-        if self._states is not None:
-            values["middle"], self._states = self._merge(self._states).float(), None
-        for name, value in values.items():
-            self._collected[name].append(value)
-
     def collected(self, order: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the values of the whole video by name, float32 `[E, ...]`, in the `order` of these rows, int64 `[E]`."""
-        return {name: torch.cat(pieces)[order] for name, pieces in self._collected.items()}
+        """Return the values by name, float32 `[E, ...]`, in the `order` of these rows, int64 `[E]`."""
+        if self._states is not None:
+            self._values["middle"] = self._merge(self._states).float()
+            self._states = None
+        return {name: self._values[name][order] for name in sorted(self._values)}
 
 
 class Merging(Reduction):
-    """Rows of one chunk merge after some layers, in windows or frame pairs, as a merger decides.
+    """Rows merge after some layers, in windows or frame pairs, as a merger decides.
 
-    `left`: by the number of layers that have run, where rows merge, the rows of each of the chunk's frame pairs from there on.
+    `left`: by the number of layers that have run, where rows merge, the rows of each frame pair from there on.
     `failed` gets bool tensors without dimension, which are read at the end: whether a group did not lose its rows.
     """
 
@@ -149,8 +148,8 @@ class Merging(Reduction):
 
         Raises RuntimeError: the merger removed no row in a round, or too many; raised only where shapes are not static.
         """
-        keys, received = compared
-        features = x.flatten(1).float() if keys is None else unit_features(keys)
+        features, received = compared
+        features = x.flatten(1).float() if features is None else features
         target = self._left[layer + 1]
         static = not devices.exact_shapes(x.device)
         rows = _RoundRows(x, features, received, layout, scope)
@@ -276,7 +275,7 @@ def most_rounds(layout: TokenLayout, scope: Scope, target: Sequence[int], merger
 
 
 class Followers(Reduction):
-    """The rows of one chunk, of which every unit is a row, that are set aside and come back at the end of the tower.
+    """Rows, of which every unit is one, that are set aside and come back at the end of the tower.
 
     After some layers (`Stage.first_layer`) each frame pair keeps the rows that the last layer changed most. A dropped row remembers
     its state and the kept rows nearest to it. Until `SetAside.until` it moves as these move on average, and it stays a key and a

@@ -6,7 +6,8 @@ happens between layers in reductions.py.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from evoprune.backend.devices import Timer
 from evoprune.backend.layers import give_up, joined, kernels
 from evoprune.cpu.linear import linear
 from evoprune.methods.plans import TowerShape
+from evoprune.methods.ranking import unit_features
 from evoprune.methods.types import ascending
 from evoprune.model.config import PATCHES, VisionConfig, vision_sizes
 from evoprune.vision.attention import AttentionPlan, Packed, grouped_attention, plan_attention
@@ -68,53 +70,31 @@ def tower_geometry(visual, height: int, width: int) -> Geometry:
     return geometry(height, width, tower_shape(visual).window, str(visual.patch_embed.proj.weight.device))
 
 
-class CarriedKeys:
-    """The latest encoded row of each of P places: its index among all rows, and its keys and values in each layer.
+def in_pieces(function: Callable[..., Any], piece: int, *rows: torch.Tensor) -> Any:
+    """Return what a function makes of `rows`, tensors of equally many entries, of which it gets `piece` at a time.
 
-    At first these are the keys and values of the segment before (`earlier`), if there is one, whose rows have no index: -1.
+    It returns a tensor, or several, of as many entries. This bounds the memory of what is made on the way.
     """
-
-    def __init__(self, earlier: dict[int, torch.Tensor] | None = None):
-        self.keys_values = dict(earlier or {})  # by layer: [P, 2, 4, heads, d]
-        self._follows = False
-        self._number: torch.Tensor | None = None  # int64 [P]
-        for places in list(self.keys_values.values())[:1]:
-            self._number = places.new_full((len(places),), -1, dtype=torch.int64)
-
-    def begin(self, follows: bool) -> None:
-        """Starts a chunk; `follows`: whether a later one, or another segment, does."""
-        self._follows = follows
-
-    def seen_by(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[R or R + P, 4, heads, d]`: a chunk's in `layer`, and the references'; keeps those of later chunks."""
-        earlier = self.keys_values.pop(layer, None)
-        if earlier is None and not self._follows:
-            return k, v
-        both = torch.stack([k, v], 1)
-        if earlier is not None:
-            both = torch.cat([both, earlier])
-        if self._follows:
-            self.keys_values[layer] = both[layout.unit_to_row[-layout.geometry.units :]]
-        return both.unbind(1) if earlier is not None and layout.reach == "clip" else (k, v)
-
-    def among_all(self, layout: TokenLayout, count: int) -> torch.Tensor:
-        """`unit_to_row` of the chunk's layout as indices among all rows, of which so many come before the chunk's."""
-        unit_to_row = layout.unit_to_row + count
-        if self._number is not None:
-            number = torch.cat([ascending(layout.rows, unit_to_row.device) + count, self._number])
-            unit_to_row = number[layout.unit_to_row]
-        if self._follows:
-            self._number = unit_to_row[-layout.geometry.units :]
-        return unit_to_row
+    if len(rows[0]) <= piece:
+        return function(*rows)
+    made: list[torch.Tensor] = []
+    done = 0
+    several = False
+    for parts in zip(*(x.split(piece) for x in rows), strict=True):
+        values = function(*parts)
+        several = isinstance(values, tuple)
+        values = values if several else (values,)
+        if not made:
+            made = [value.new_empty(len(rows[0]), *value.shape[1:]) for value in values]
+        for whole, value in zip(made, values, strict=True):
+            whole[done : done + len(value)] = value
+        done += len(parts[0])
+    return tuple(made) if several else made[0]
 
 
-def in_pieces(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, piece: int | None) -> torch.Tensor:
-    """Return what a function makes of `x`, of which it gets `piece` entries at a time; all where that is None."""
-    if not piece or len(x) <= piece:
-        return function(x)
-    return torch.cat([function(part) for part in x.split(piece)])
+# Keys and values `[K, 4, heads, d]` that a layer attends to, from its number and those of its own rows: K is R, or more where
+# something before the video is visible, too.
+Visible = Callable[[int, torch.Tensor, torch.Tensor, TokenLayout], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -124,10 +104,10 @@ class LayerRun:
     visual: torch.nn.Module
     timer: Timer  # of pruning
     computed: list[int]  # rows of each of the tower's layers so far, to which those of these layers are added
+    piece: int  # rows that go through a product at a time, and about as many that attend: it bounds the memory
     reduction: Reduction = field(default_factory=Reduction)  # what is done with rows between two layers
-    carried: CarriedKeys | None = None  # rows of earlier chunks that this chunk attends to; None without reuse
+    visible: Visible | None = None  # adds what is before the video; None where there is nothing
     gathering: Gathering | None = None  # collects the inputs of a selector
-    piece: int | None = None  # rows that go through an MLP at a time, which bounds the memory; None for all
     on_layer: Callable[[int], None] = lambda done: None  # called after each layer with the number of finished layers
     # `[R', n, D]`, the DeepStack features of the rows that leave, of the n layers with some so far; None at first
     deepstack: torch.Tensor | None = None
@@ -138,7 +118,7 @@ class LayerRun:
         if layer in inner:  # it has features for the layer of that number in the language model
             number = inner.index(layer)
             features = in_pieces(
-                lambda piece: merge_patches(self.visual, piece, number), self.reduction.all_rows(x), self.piece
+                lambda piece: merge_patches(self.visual, piece, number), self.piece, self.reduction.all_rows(x)
             )
             self.deepstack = torch.cat([self.deepstack, features[:, None]], 1)
         if self.gathering and layer in self.gathering.middle:
@@ -150,7 +130,7 @@ class VisionBlock:
     """A layer of the tower: attention of rows inside their windows or frame pairs, then the MLP of each row; both add to the rows.
 
     `attend` and `transform` are its halves in plain PyTorch. `by_kernels` computes the same on CUDA in five products and four
-    kernels, where these have about 45 operations, for rows that attend to none of an earlier chunk and that nothing reduces or
+    kernels, where these have about 45 operations, for rows that attend to nothing before the video and that nothing reduces or
     looks at.
     """
 
@@ -173,34 +153,54 @@ class VisionBlock:
         `rotation`: cosines and sines of each row, `[R, 4, 1, 1, d]`. `plans`: of the layout, once they are made.
         """
         run = self.run
-        weights = self.weights
-        qkv = linear(weights.attn.qkv, self.kind.norm(weights.norm1, x))
-        qkv = qkv.view(*x.shape[:2], 3, self.heads, -1)
-        q, k = rotate(qkv[:, :, :2], *rotation).unbind(2)
-        v = qkv[:, :, 2]
-        plain = qkv[:, :, 1]
-        rotated = k
-        if run.carried:
-            k, v = run.carried.seen_by(self.number, k, v, layout)
+        looks = run.gathering is not None and self.number == run.gathering.layer
+        keep_plain = "keys" in needs or (looks and run.gathering.needs_keys)
+        q, k, v, *plain = in_pieces(partial(self.queries_keys_values, keep_plain), run.piece, x, *rotation)
+        features = plain[0] if keep_plain else None
+        if "keys_rotary" in needs:
+            with run.timer:
+                features = unit_features(k)
+        if run.visible:
+            k, v = run.visible(self.number, k, v, layout)
         if self.scope not in plans:
             # Before rows merge, the log of every cluster size is 0.
             size_bias = run.reduction.size_bias and layout.reach != "place"
             plans[self.scope] = plan_attention(layout, self.scope, q, size_bias)
         plan = plans[self.scope]
         received = torch.zeros(len(k), dtype=torch.float32, device=k.device) if "attention" in needs else None
-        mixed = grouped_attention(q, k, v, plan, received, run.timer)
-        if run.gathering and self.number == run.gathering.layer:
+        mixed = grouped_attention(q, k, v, plan, received, run.timer, run.piece)
+        if looks:
             with run.timer:
-                run.gathering.look(q, k, plain, layout, plan, run.reduction.spread)
-        x = linear(weights.attn.proj, mixed.flatten(2), plus=x)
-        return x, (None if "hidden" in needs else plain if "keys" in needs else rotated, received)
+                run.gathering.look(q, k, features, layout, plan, run.piece, run.reduction.spread)
+        del q, k, v
+        compared = None if "hidden" in needs else features, received
+        return in_pieces(self.add_attention, run.piece, x, mixed), compared
+
+    def queries_keys_values(
+        self, keep_plain: bool, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values of rows `[R, 4, hidden]`, `[R, 4, heads, d]` each, the first two rotated.
+
+        With `keep_plain` also the features of keys before rotary, float32 `[R, 4 * d]`.
+        """
+        qkv = linear(self.weights.attn.qkv, self.kind.norm(self.weights.norm1, x))
+        qkv = qkv.view(*x.shape[:2], 3, self.heads, -1)
+        q, k = rotate(qkv[:, :, :2], cos, sin).unbind(2)
+        if not keep_plain:
+            return q, k, qkv[:, :, 2]
+        with self.run.timer:
+            return q, k, qkv[:, :, 2], unit_features(qkv[:, :, 1])
+
+    def add_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """Rows `[R, 4, hidden]` and the output of their attention, `[R, 4, heads, d]`, projected."""
+        return linear(self.weights.attn.proj, mixed.flatten(2), plus=x)
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:
         """Return the rows `[R, 4, hidden]` after the MLP; those that the reduction has set aside stay."""
         active = self.run.reduction.active(self.number)
         rows = x if active is None else x[active]
         self.run.computed[self.number] += len(rows)
-        rows = in_pieces(self.mlp, rows, self.run.piece)
+        rows = in_pieces(self.mlp, self.run.piece, rows)
         return rows if active is None else x.index_copy(0, active, rows)
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
@@ -225,8 +225,7 @@ class VisionBlock:
         q, k, v = kernels(x.device).rotate_into_groups(qkv, *table, layout.place, self.heads, *plan.keys)
         mixed = plan.attend(q, k, v, scale=dim**-0.5)
         x, normed = self._add_norm(x, weights.attn.proj(mixed[..., :dim].flatten(1)), weights.norm2)
-        piece = self.run.piece and self.run.piece * PATCHES
-        return self._add_norm(x, in_pieces(self._mlp_by_kernels, normed, piece), after)
+        return self._add_norm(x, in_pieces(self._mlp_by_kernels, self.run.piece * PATCHES, normed), after)
 
     def _add_norm(
         self, x: torch.Tensor, plus: torch.Tensor | None, norm: torch.nn.Module | None
@@ -254,10 +253,10 @@ def run_layers(run: LayerRun, layers: range, x: torch.Tensor, layout: TokenLayou
     reduction = run.reduction
     if run.deepstack is None:
         run.deepstack = x.new_empty(len(x), 0, sizes.out_hidden_size)
-    if not layers or not layout.rows:  # all units are reused
+    if not layers:
         return x, layout
     table: Table = rotary(sizes, layout.geometry)
-    if run.carried is None and run.gathering is None and type(reduction) is Reduction and can_fuse(x):
+    if run.visible is None and run.gathering is None and type(reduction) is Reduction and can_fuse(x):
         x, layers = _run_by_kernels(run, layers, x, layout, table)
         if not layers:
             return x, layout

@@ -210,7 +210,7 @@ def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, 
     real, calls, problems = getattr(__import__(module, fromlist=[name]), name), [], []
 
     def breaks(*args, **how):
-        at_once = how.get("chunk_units", 0)
+        at_once = how.get("piece_units", 0)
         if not (calls and at_once < calls[-1][1]):  # else the same video again, with less of it at a time
             calls.append([len(calls) + 1, at_once])
         calls[-1][1] = at_once

@@ -65,15 +65,15 @@ FAULTS = {
     "a norm of the language model scaled": Fault("logits", f"{DECODER}:norm", "* weight", "* (weight * 1.02)"),
     "a tower that is not pruned": Fault(
         "counts",
-        f"{ENCODER}:_Run.select_rows",
+        f"{ENCODER}:EncoderRun.select_rows",
         "plan.keep if whole_pairs else stage.rows",
         "len(rows.values)",
     ),
     "units that reuse the row of their neighbour": Fault(
         "reuse",
-        f"{ENCODER}:_Run.collect",
-        "self.carried.among_all(layout, self.count) if",
-        "self.carried.among_all(layout, self.count).roll(1) if",
+        f"{ENCODER}:referring_layout",
+        "* geo.units + place]",
+        "* geo.units + place.roll(1)]",
     ),
     "pixels too bright": Fault(
         "patches", "evoprune.hf.processor_inputs:normalised", "_by_channel(std", "0.98 * _by_channel(std"
@@ -93,7 +93,9 @@ FAULTS = {
     "a word of the question before that stays": Fault(
         "again", "evoprune.session.prompting:PromptReader._take_prefix", "cache.crop(known)", "cache.crop(known + 1)"
     ),
-    "later chunks own the rows of the first": Fault("chunks", f"{ENCODER}:_Run.collect", "self.count) if", "0) if"),
+    "later rows of a layer overwrite the first": Fault(
+        "chunks", f"{TOWER}:in_pieces", "done += len(parts[0])", "done += 0 * len(parts[0])"
+    ),
     "one wait for each norm": Fault(
         "waits", "evoprune.vision.families:norm", ".mul_(weight)", ".mul_(weight + 0 * weight.sum().item())"
     ),

@@ -228,7 +228,7 @@ def test_a_row_that_runs_out_of_memory_stays(loaded, monkeypatch):
     asked = []
 
     def encode(visual, patches, plan, **more):
-        name = next((stage.reduce.merger.name for stage in plan.inside_chunks), None)
+        name = next((stage.reduce.merger.name for stage in plan.inside_pairs), None)
         asked.append((name, plan.keep))
         if name == "evoprune-paper" and plan.keep == 5:
             raise torch.OutOfMemoryError("CUDA out of memory.")

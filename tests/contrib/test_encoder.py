@@ -177,7 +177,7 @@ def test_earlytom_the_whole_encoder_line_by_line(grid, full_layers, settings_, s
     plan = plan_of(method, tower_shape(visual), grid, keep)
     frames = earlytom_slowly(visual, patches, grid, method, {stage.first_layer for stage in plan.row_stages})
     for size in (1, 10**6):
-        rows = encode_rows(visual, [patches], plan, chunk_units=size)
+        rows = encode_rows(visual, [patches], plan, piece_units=size)
         assert rows.rows.unit.tolist() == [of[0] * units + i for of, *_ in frames for i in range(units)]
         number = {pair: i for i, (of, *_) in enumerate(frames) for pair in of}
         assert rows.tokens.unit_to_row.tolist() == [number[p] * units + i for p in range(grid[0]) for i in range(units)]
@@ -195,7 +195,7 @@ def test_earlytom_exactly_the_budget_comes_out(keep):
     """Also where it is more than the tokens that are left: 80 of 180."""
     grid, method = (9, 4, 5), methods.get("earlytom:threshold=-1:window=20")
     for patches in (random_patches(grid), torch.zeros(720, 1176)):
-        whole, cut = (encoded(method, patches, grid, keep, chunk_units=size) for size in (10**6, 1))
+        whole, cut = (encoded(method, patches, grid, keep, piece_units=size) for size in (10**6, 1))
         assert len(whole.kept) == keep and (whole.kept.diff() > 0).all() and whole.features.isfinite().all()
         assert (
             torch.equal(whole.kept, cut.kept)
@@ -238,7 +238,7 @@ def test_earlytom_nothing_but_the_selections_waits_for_a_gpu(kernel, monkeypatch
     plan, patches = plan_of(method, tower_shape(tiny_tower()), grid, 30), random_patches(grid)
     expected = encode_rows(tiny_tower(), [patches], plan)
     with monkeypatch.context() as patch, take_gpu_route(patch, kernel) as mode:
-        made = encode_rows(tiny_tower(), [patches], plan, chunk_units=40)
+        made = encode_rows(tiny_tower(), [patches], plan, piece_units=40)
         with mode.pause():
             kept = select_tokens(made).kept
     assert torch.equal(kept, select_tokens(expected).kept) and made.layers == expected.layers
@@ -363,7 +363,7 @@ def test_ipcv_the_whole_encoder_line_by_line(grid, full_layers, first, follow):
     assert stage.reduce == SetAside(int(0.35 * grid[1] * grid[2]), first + follow, 3)
     expected = ipcv_slowly(visual, patches, grid, stage)
     for size in (1, 10**6):
-        rows = encode_rows(visual, [patches], plan, chunk_units=size)
+        rows = encode_rows(visual, [patches], plan, piece_units=size)
         torch.testing.assert_close(rows.tokens.rows.double(), expected, atol=1e-4, rtol=1e-4)
         assert rows.tokens.unit_to_row.tolist() == list(range(math.prod(grid)))
 
@@ -409,11 +409,11 @@ def test_dart_is_the_default():
 
 
 @pytest.mark.parametrize("kernel", [True, False])
-@pytest.mark.parametrize(("full_layers", "chunk_units"), [((1, 3), 10**6), ((0, 2), 40), ((3,), 1)])
-def test_nothing_waits_for_a_gpu(full_layers, chunk_units, kernel, monkeypatch):
+@pytest.mark.parametrize(("full_layers", "piece_units"), [((1, 3), 10**6), ((0, 2), 40), ((3,), 1)])
+def test_nothing_waits_for_a_gpu(full_layers, piece_units, kernel, monkeypatch):
     method = MethodChain(encoder=Ipcv(), selector=Random())
     assert_same_on_a_gpu(
-        monkeypatch, random_patches((3, 5, 7)), (3, 5, 7), method, 20, kernel, full_layers, chunk_units
+        monkeypatch, random_patches((3, 5, 7)), (3, 5, 7), method, 20, kernel, full_layers, piece_units
     )
 
 

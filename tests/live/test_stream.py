@@ -439,7 +439,7 @@ def test_what_a_window_leaves_to_the_next_one_counts_as_memory(demo, monkeypatch
         for number in range(8):
             frame[:28, :28] = 30 * number
             stream.add(frame, number / 2)
-        held = sum(each.nbytes for each in stream._segment.earlier.keys_values.values())
+        held = sum(each.nbytes for each in stream._earlier.keys_values.values())
     assert asked == [2 * held] * 2
 
 

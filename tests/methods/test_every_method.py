@@ -33,7 +33,7 @@ QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("name", AFTER)
 def test_the_result_does_not_depend_on_the_chunk_size(name):
     args = methods.parse(name), clip(GRID, changes(GRID, 0.4)), GRID, 23
-    whole, *others = (encoded(*args, question=QUESTION, chunk_units=size) for size in (10**6, 1, 40))
+    whole, *others = (encoded(*args, question=QUESTION, piece_units=size) for size in (10**6, 1, 40))
     for other in others:
         assert torch.equal(other.kept, whole.kept)
         torch.testing.assert_close(other.features, whole.features, atol=2e-5, rtol=1e-5)

@@ -228,7 +228,7 @@ def test_before_and_between_which_layers_evoprune_selects(settings, tower, grid,
 
 def test_a_merger_plans_rows_for_each_frame_pair():
     plan = methods.parse("tome").plan(TowerShape(4, (1, 3)), (2, 4, 6), 9)  # 4 and 5 of 24
-    assert [stage.reduce.left for stage in plan.inside_chunks] == [(19, 19), (14, 14), (9, 10), (4, 5)]
+    assert [stage.reduce.left for stage in plan.inside_pairs] == [(19, 19), (14, 14), (9, 10), (4, 5)]
     assert (plan.layers, plan.rows, plan.exact) == ((48, 38, 28, 19), 9, True)
     plan = methods.parse("evoprune-merge").plan(SHAPE, GRID, 2)  # a row stays in each frame pair at least
     assert (plan.keep, plan.rows) == (2, 5) and plan.stages[-1].reduce.left == (1,) * 5

@@ -255,7 +255,7 @@ def test_the_documented_methods_are_short_and_complete(documented):
 def test_the_documented_methods_keep_their_budget_in_the_encoder(documented, name, keep):
     patches, question = clip(GRID, changes(GRID, 0.5)), torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
     args = methods.parse(name), patches, GRID, keep
-    made, in_pieces = (encoded(*args, question=question, chunk_units=size) for size in (10**6, 1))
+    made, in_pieces = (encoded(*args, question=question, piece_units=size) for size in (10**6, 1))
     assert len(made.kept) == keep and torch.equal(made.kept, in_pieces.kept)
     if keep < 96:
         live = [rows for _, rows in made.layers]

@@ -13,7 +13,7 @@ from evoprune.cpu.quantize import saved_bytes
 from evoprune.errors import NO_MEMORY, USE_LESS, OutOfMemory, error_record, is_out_of_memory, memory_guard
 from evoprune.methods.plans import TowerShape
 from evoprune.model import cost
-from evoprune.model.cost import kv_bytes, language_bytes, prefill_flop, working_memory
+from evoprune.model.cost import ROW_COPIES, kv_bytes, language_bytes, prefill_flop, working_memory
 from evoprune.model.weights import empty
 from evoprune.session import encoding, planning
 from evoprune.session.encoding import open_inputs
@@ -83,13 +83,13 @@ def test_its_many_names(problem):
 
 
 def test_what_is_foretold_of_a_real_model():
-    """At 3B: a block in the tower is small, a whole video in it is not, and a long prompt costs on its own."""
+    """At 3B: what a product makes of a piece is small, of a whole video it is not, and a long prompt costs on its own."""
     config = describe_model(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct")).config
     few = working_memory(config, 4096, 512, 1024, 2)
     assert 2**28 < few < GIB
     assert working_memory(config, 4096, 4096, 1024, 2) > few + GIB
     assert working_memory(config, 24_576, 512, 24_576, 2) > few + 2 * GIB
-    # No more units at a time than there are.
+    # No more rows at a time than there are.
     assert working_memory(config, 100, 10**9, 50, 2) == working_memory(config, 100, 100, 50, 2)
     # The input embedding and the quantised layers, of int4 those of int8 too.
     whole = empty(config).to(torch.bfloat16)
@@ -99,26 +99,27 @@ def test_what_is_foretold_of_a_real_model():
 
 
 def test_what_is_foretold_of_rows_that_are_held_for_a_whole_video():
-    """At 3B, 16,384 units: merged frame pairs go on in chunks, and their means are made in float32."""
+    """At 3B, 16,384 units, in bf16."""
     config = describe_model(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct")).config
     tower, grid = TowerShape(32, (7, 15, 23, 31)), (64, 16, 16)
+    row = 4 * 1280 * 2
 
-    def foretold(name: str, chunk_units: int = 2048) -> int:
+    def foretold(name: str, piece_units: int = 512) -> int:
         return planning.encoding_bytes(
-            config, methods.parse(name).plan(tower, grid, 1638), chunk_units, 2, 1638 + planning.TEXT
+            config, methods.parse(name).plan(tower, grid, 1638), piece_units, 2, 1638 + planning.TEXT
         )
 
-    held = 16_384 * 4 * 1280 * 4
-    assert foretold("divprune") == foretold("ipcv") < foretold("earlytom") < foretold("divprune") + 3 * held
-    assert held < foretold("earlytom") < foretold("divprune", 16_384)
+    after = foretold("divprune")
+    assert foretold("earlytom") == after + 16_384 * 2 * row  # means of frame pairs, in float32
+    assert foretold("ipcv") == after + 16_384 * 6 * row  # earlier states, and what moves, in float32
+    assert foretold("evoprune") < after < foretold("divprune", 4096)
 
-    def selected(units: int, late: int, chunk_units: int = 2048) -> int:
-        return working_memory(config, units, chunk_units, 1024, 2, late)
+    def selected(units: int, rows: int, piece_units: int = 128) -> int:
+        return working_memory(config, units, piece_units, 1024, 2, rows, rows)
 
-    # In bf16: the features of all units, and a copy for their distances; a selected row in the tower and after it.
-    assert selected(32_768, 100) - selected(16_384, 100) == 16_384 * 2 * 4 * 1280 * 2
-    assert selected(16_384, 8192) - selected(16_384, 4096) == 4096 * (4 * 1280 * (12 * 4 + 2) + 2048 * 2)
-    assert selected(16_384, 100, 4096) > selected(16_384, 100) + GIB / 2  # the layers before go on in chunks
+    # The embeddings of all units, and a copy for their distances; a selected row in the tower and after it.
+    assert selected(32_768, 100) - selected(16_384, 100) == 16_384 * 2 * row
+    assert selected(16_384, 12_288) - selected(16_384, 8192) == 4096 * (ROW_COPIES * row + 2048 * 2)
 
 
 def test_layers_that_read_fewer_tokens_hold_and_cost_less():
@@ -187,12 +188,12 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
     qa, used, real = VideoQA(loaded, budget=0.5, method="evs"), [], encoding.encode_rows
     per_pair, needed = 24, cost.working_memory
 
-    def encode(*args, chunk_units, **how):
-        used.append(chunk_units)
-        return real(*args, chunk_units=chunk_units, **how)
+    def encode(*args, piece_units, **how):
+        used.append(piece_units)
+        return real(*args, piece_units=piece_units, **how)
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr(planning, "largest_chunk", lambda device: 4 * per_pair)
+    monkeypatch.setattr(planning, "largest_piece", lambda device: 4 * per_pair)
     video = qa.encode(CLIP)
     assert video.plan.grid[1:] == (4, 6) and used == [96]
     free = needed(loaded.model.config, video.plan.visual_tokens, 48, video.plan.encoder.keep + planning.TEXT, 4)
@@ -213,15 +214,15 @@ def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, tmp_path, threade
     whole = "".join(open_inputs(qa.session, [clip]).encode().ask("What happens?", max_new_tokens=4))
     loaded.patches.clear()
 
-    def encode(*args, chunk_units, **how):
-        used.append(chunk_units)
-        made = real(*args, chunk_units=chunk_units, **how)  # all of it was read by then
-        if chunk_units > room:
+    def encode(*args, piece_units, **how):
+        used.append(piece_units)
+        made = real(*args, piece_units=piece_units, **how)  # all of it was read by then
+        if piece_units > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return made
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr(planning, "largest_chunk", lambda device: 96)
+    monkeypatch.setattr(planning, "largest_piece", lambda device: 96)
     if room < 24:
         with pytest.raises(OutOfMemory, match=OUT):
             open_inputs(qa.session, [clip]).encode()

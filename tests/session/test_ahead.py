@@ -406,7 +406,7 @@ def test_what_breaks_off_ahead_ends_the_session_if_it_is_about_the_video(demo, m
     monkeypatch.setattr(module, "read_frames", breaks)
     monkeypatch.setattr(module, "PIECE_BYTES", 1)
     qa, done = VideoQA(demo), []
-    monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 1)
+    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 1)
     with begun(SQUARE) as ahead:
         wait_for(lambda: all_read(ahead))
         opened = open_inputs(qa.session, [SQUARE], ahead=ahead)

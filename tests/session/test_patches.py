@@ -154,15 +154,15 @@ def test_smaller_chunks_read_nothing_again(loaded, read, monkeypatch):
     """Also where memory runs out before all is read."""
     real, tried = encoding.encode_rows, []
 
-    def encode(visual, pieces, plan, *, chunk_units, **how):
-        tried.append(chunk_units)
+    def encode(visual, pieces, plan, *, piece_units, **how):
+        tried.append(piece_units)
         if len(tried) < 3:
             next(iter(pieces))
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(visual, pieces, plan, chunk_units=chunk_units, **how)
+        return real(visual, pieces, plan, piece_units=piece_units, **how)
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 96)
+    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 96)
     video = VideoQA(loaded, budget=0.5).encode("samples/three.mp4")
     assert len(tried) == 3 and len(read) == 1 and video.report.sampling.frames > 4
 

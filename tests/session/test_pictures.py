@@ -104,10 +104,10 @@ def test_the_memory_of_all_inputs_is_checked_before_any_frame_is_read(loaded, mo
     ):
         asked.clear()
         with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception):
-            patch.setattr(f"evoprune.session.{place}.fitting_chunks", noting)
+            patch.setattr(f"evoprune.session.{place}.fitting_pieces", noting)
             ask()
         assert asked == [TEXT + other for other in others]
-    monkeypatch.setattr("evoprune.session.prompting.fitting_chunks", noting)
+    monkeypatch.setattr("evoprune.session.prompting.fitting_pieces", noting)
     asked.clear()
     assert qa.ask([held, held], "Why? " * 100, max_new_tokens=1).text is not None and not asked
 

@@ -29,7 +29,7 @@ CLIP, OTHER, QUESTION = "samples/square.mp4", "samples/arrivals.webm", "What hap
 SLOW = (
     "evoprune.session.encoding.probe",
     "evoprune.session.encoding.plan_input",
-    "evoprune.session.encoding.fitting_chunks",
+    "evoprune.session.encoding.fitting_pieces",
     "evoprune.session.encoding.content_hash",
     "evoprune.session.encoding.patches_of",
     "evoprune.session.encoding.encode_rows",
@@ -129,7 +129,7 @@ def picture(folder):
 )
 def test_of_one_video(kernels, slow, method, threaded, monkeypatch):
     monkeypatch.setattr("evoprune.session.encoding.OpenInput.threaded", threaded)
-    monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
+    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 24)
     qa = VideoQA(kernels, budget=0.25, method=method)
     with timed(slow) as reports:
         video = qa.encode(OTHER)

@@ -264,7 +264,7 @@ def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
     """A chunk holds what the encoder takes at a time, however small the frames are before they are resized."""
     write_video(tmp_path / "small.mp4", (np.full((32, 32, 3), i, np.uint8) for i in range(120)), fps=4)
     done = []
-    monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 8)
+    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 8)
     VideoQA(loaded).encode(tmp_path / "small.mp4", frames=32, progress=lambda *now: done.append(now))
     frames = [count for stage, count, _ in done if stage == "encode"]
     assert frames[0] <= 16 and frames[-1] == 32
@@ -289,7 +289,7 @@ def test_times_add_up(loaded, threaded, monkeypatch):
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 @pytest.mark.parametrize("method", ["evoprune", "evs"])
 def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method):
-    monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
+    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 24)
     qa, done = VideoQA(loaded, budget=budget, method=method), []
     beside = qa.encode(LONG, progress=lambda *now: done.append(now))
     monkeypatch.setattr(OpenInput, "threaded", False)
@@ -297,11 +297,11 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
     for name in ("features", "kept", "rows", "unit_to_row"):
         assert torch.equal(getattr(beside.encoded, name), getattr(apart.encoded, name)), name
     assert beside.encoded.layers == apart.encoded.layers
-    # Told by the stage that is the last, in order; and then by the layers that have to wait for all of it.
-    late = [("layers", 1, 2), ("layers", 2, 2)] if method == "evoprune" and budget < 1 else []
+    # Told by the stage that is the last, in order; and then by the layers, which wait for all of it.
+    layers = [("layers", 1, 2), ("layers", 2, 2)]
     read = [count for stage, count, _ in done if stage == "read"]  # told in between, as they come
     assert read[-1] == 16 and read == sorted(set(read))
-    assert [step for step in done if step[0] != "read"] == [("encode", n, 16) for n in range(2, 17, 2)] + late
+    assert [step for step in done if step[0] != "read"] == [("encode", n, 16) for n in range(2, 17, 2)] + layers
 
 
 @pytest.mark.few(2)
@@ -309,7 +309,7 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
 @pytest.mark.parametrize("threaded", [True, False])
 def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, threaded, kept):
     """What is kept is ready before it is encoded, else three chunks, one without a thread; none is made twice, or left out."""
-    monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
+    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 24)
     monkeypatch.setattr(OpenInput, "threaded", threaded)
     monkeypatch.setattr(OpenInput, "shares", kept)
     qa, made = VideoQA(loaded, budget=0.25), []
@@ -380,7 +380,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
         fails()
         return pixel_patches(*args)
 
-    monkeypatch.setattr("evoprune.session.planning.largest_chunk", lambda device: 24)
+    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 24)
     if stage == "read":
         reading.each = fails
     if stage == "preprocess":

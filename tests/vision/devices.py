@@ -66,7 +66,7 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
     monkeypatch.setattr(devices, "exact_shapes", lambda device: False)
     for where, name in (
         (encoder.EncodedRows, "finish"),
-        (encoder._Run, "select_rows"),
+        (encoder.EncoderRun, "select_rows"),
     ):
         monkeypatch.setattr(where, name, pausing(getattr(where, name)))
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: by_hand if kernel else None)
@@ -74,10 +74,10 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
 
 
 def assert_same_on_a_gpu(
-    monkeypatch, patches, grid, method, keep, kernel, full_layers=(1, 3), chunk_units=10**6
+    monkeypatch, patches, grid, method, keep, kernel, full_layers=(1, 3), piece_units=10**6
 ) -> None:
     """Encodes a video both ways and compares; raises where the host would wait for a GPU."""
-    how = {"visual": tiny_tower(full_layers), "chunk_units": chunk_units}
+    how = {"visual": tiny_tower(full_layers), "piece_units": piece_units}
     expected = encode_patches(patches, grid, method, keep, **how)
     with monkeypatch.context() as patch, take_gpu_route(patch, kernel):
         made = encode_patches(patches, grid, method, keep, **how)

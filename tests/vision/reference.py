@@ -53,7 +53,7 @@ def rows_slowly(visual, patches, grid, method, keep, changed=None) -> list[Row]:
     shape = tower_shape(visual)
     plan = plan_of(method, shape, grid, keep)
     stages = {stage.first_layer: stage for stage in plan.stages}
-    merger = next((stage.reduce.merger for stage in plan.inside_chunks), None)
+    merger = next((stage.reduce.merger for stage in plan.inside_pairs), None)
     rows = embedded(visual, patches, geo, total, changed)
     inner = list(getattr(visual.config, "deepstack_visual_indexes", ()))
     for layer, block in enumerate(visual.blocks):

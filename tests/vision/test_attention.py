@@ -98,6 +98,25 @@ def test_attention_against_loops_on_any_layout(shape, merges, scope, size_bias, 
     torch.testing.assert_close(attention_received(q, k, plan), received, atol=2e-6, rtol=1e-5)
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
+    st.lists(st.sampled_from(["window", "pair"]), min_size=0, max_size=3),
+    st.sampled_from(["window", "pair"]),
+    st.booleans(),
+    st.integers(1, 200),
+    st.integers(0, 99),
+)
+def test_the_answer_does_not_depend_on_how_many_rows_attend_at_a_time(shape, merges, scope, size_bias, at_once, seed):
+    layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed)
+    q, k, v = rows_of(layout, seed)
+    plan, whole, parts = plan_of(layout, scope, size_bias), torch.zeros(layout.rows), torch.zeros(layout.rows)
+    expected = grouped_attention(q, k, v, plan, whole)
+    made = grouped_attention(q, k, v, plan, parts, at_once=at_once)
+    torch.testing.assert_close(made, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-6)
+
+
 def test_equal_groups_of_neighbours_are_one_view_without_mask():
     for layout, scope, shape in (
         (full_layout(geometry(8, 4), 3), "window", (6, 16)),

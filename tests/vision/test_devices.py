@@ -23,7 +23,7 @@ from tests.vision.devices import NoWaiting, assert_same_on_a_gpu, take_gpu_route
 from tests.vision.results import encode_noise, encode_patches
 from tests.vision.test_attention import HEADS, plan_of, rows_of
 from tests.vision.test_encoder import papers
-from tests.vision.test_preprocess import chunks_of
+from tests.vision.test_preprocess import pieces_of
 from tests.vision.tower import random_layout, random_patches, tiny_tower
 
 
@@ -104,30 +104,28 @@ def test_torchs_own_kernel_accepts_the_arguments():
         papers(), st.builds(EvoPrune, depth=st.sampled_from([0.25, 0.5, 1.0]), reuse=st.sampled_from([0.0, 8.0]))
     ),
     full_layers=st.sampled_from([(1, 3), (), (0,), (2,), (0, 1, 2, 3)]),
-    chunk_units=st.integers(1, 200),
+    piece_units=st.integers(1, 200),
     kernel=st.booleans(),
 )
-def test_the_result_is_the_cpus_on_any_clip(monkeypatch, grid, share, keep, method, full_layers, chunk_units, kernel):
+def test_the_result_is_the_cpus_on_any_clip(monkeypatch, grid, share, keep, method, full_layers, piece_units, kernel):
     # A unit of a still clip is as far from the token before it as from the one behind: rounding decides which it joins.
     assume(share or not isinstance(method, EvoPrune))
     patches, kept = clip(grid, changes(grid, share)), max(1, round(prod(grid) * keep))
-    assert_same_on_a_gpu(monkeypatch, patches, grid, method, kept, kernel, full_layers, chunk_units)
+    assert_same_on_a_gpu(monkeypatch, patches, grid, method, kept, kernel, full_layers, piece_units)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3, 0.0])
-def test_reuse_waits_once_for_the_counts_of_a_chunk(share, monkeypatch):
+def test_reuse_waits_once_for_the_counts_of_a_piece(share, monkeypatch):
     grid, read, real = (20, 3, 5), [], torch.Tensor.tolist
     patches = clip(grid, changes(grid, share))
-    expected = list(chunks_of([patches], grid, 60, 5.0))
+    expected = list(pieces_of([patches], grid, 60, 5.0))
     with monkeypatch.context() as patch, take_gpu_route(patch, False):
         patch.setattr(torch.Tensor, "tolist", lambda x: read.append(len(x)) or real(x))
-        made = list(chunks_of(patches.split(7 * 60), grid, 60, 5.0))
+        made = list(pieces_of(patches.split(7 * 60), grid, 60, 5.0))
     assert read == [4] * 5
-    assert all(
-        chunk.first % 4 == chunk.layout.pairs % 4 == 0 for chunk in made
-    )  # so many frame pairs are compared at once
+    assert all(len(piece.counts) == 4 for piece in made)  # so many frame pairs are compared at once
     for field in ("patches", "source"):
-        assert torch.equal(*(torch.cat([getattr(chunk, field) for chunk in chunks]) for chunks in (made, expected)))
+        assert torch.equal(*(torch.cat([getattr(piece, field) for piece in pieces]) for pieces in (made, expected)))
 
 
 @pytest.mark.few(1)
@@ -136,7 +134,7 @@ def test_reuse_waits_once_for_the_counts_of_a_chunk(share, monkeypatch):
 def test_every_shape_is_known_on_a_device_without_values(keep, kernel, monkeypatch):
     """PyTorch's meta tensors have shapes but no values: reading one raises, and so does mixing it with one on the CPU.
 
-    With reuse, how many units have changed is read once for each chunk (tests/second_device counts it).
+    With reuse, how many units have changed is read once for each piece (tests/second_device counts it).
     """
     grid, meta = (2, 5, 7), torch.device("meta")
 
@@ -149,7 +147,7 @@ def test_every_shape_is_known_on_a_device_without_values(keep, kernel, monkeypat
     method = EvoPrunePaper(first=0.0, last=1.0)
     patches = clip(grid, changes(grid, 0.3))
     expected = encode_patches(patches, grid, method, keep, tiny_tower((0, 2)))
-    made = encode_patches(patches, grid, method, keep, visual, chunk_units=30)
+    made = encode_patches(patches, grid, method, keep, visual, piece_units=30)
     assert made.features.is_meta and made.features.dtype == torch.bfloat16 and made.unit_to_row.is_meta
     assert made.layers == expected.layers and made.rows.shape == expected.rows.shape
     assert made.features.shape == (keep, 24) and made.kept.shape == (keep,) and made.unit_to_row.shape == (70,)

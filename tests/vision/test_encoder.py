@@ -110,12 +110,12 @@ def still_frames(grid, scene: str) -> torch.Tensor:
         ((3, 6, 9), 16, EvoPrunePaper(features="hidden")),
     ],
 )
-def test_the_result_does_not_depend_on_the_chunk_size(scene, grid, keep, method):
+def test_the_result_does_not_depend_on_the_size_of_pieces(scene, grid, keep, method):
     """Also where ties decide."""
     patches = random_patches(grid) if scene == "noise" else patchify(still_frames(grid, scene))
     units = grid[1] * grid[2]
     whole, *others = (
-        encode_patches(patches, grid, method, keep, chunk_units=size) for size in (10**6, 1, 2 * units, 3 * units)
+        encode_patches(patches, grid, method, keep, piece_units=size) for size in (10**6, 1, 2 * units, 3 * units)
     )
     assert len(whole.kept) == keep and whole.features.isfinite().all()
     check_result(whole, grid)
@@ -125,20 +125,20 @@ def test_the_result_does_not_depend_on_the_chunk_size(scene, grid, keep, method)
 
 @pytest.mark.few(4)
 @pytest.mark.parametrize("cuts", [[139], [140, 140], [0, 5, 400], [140, 280, 420, 560], [700]])
-@pytest.mark.parametrize("chunk_units", [35, 70])
-def test_the_result_does_not_depend_on_how_patches_are_cut_into_pieces(cuts, chunk_units):
+@pytest.mark.parametrize("piece_units", [35, 70])
+def test_the_result_does_not_depend_on_how_patches_are_cut_into_pieces(cuts, piece_units):
     grid, method = (5, 5, 7), EvoPrunePaper()
-    whole = encode_noise(grid, method, 40, chunk_units=chunk_units)
+    whole = encode_noise(grid, method, 40, piece_units=piece_units)
     pieces = iter(random_patches(grid).tensor_split(cuts))
-    assert_same(encode_patches(pieces, grid, method, 40, chunk_units=chunk_units), whole, atol=0)
+    assert_same(encode_patches(pieces, grid, method, 40, piece_units=piece_units), whole, atol=0)
 
 
 @pytest.mark.parametrize("rows", [[], [136], [140], [276, 3], [280, 1], [280, 140]], ids=str)
-@pytest.mark.parametrize("chunk_units", [1, 10**6])
-def test_patches_that_do_not_add_up_are_refused(rows, chunk_units):
+@pytest.mark.parametrize("piece_units", [1, 10**6])
+def test_patches_that_do_not_add_up_are_refused(rows, piece_units):
     pieces = [torch.zeros(n, 1176) for n in rows]
     with pytest.raises(ValueError, match="patches"):
-        encode_patches(pieces, (2, 5, 7), EvoPrunePaper(), 20, chunk_units=chunk_units)
+        encode_patches(pieces, (2, 5, 7), EvoPrunePaper(), 20, piece_units=piece_units)
 
 
 @st.composite
@@ -163,9 +163,9 @@ def papers(draw):
     st.sampled_from([(1, 3), (), (0,), (1,), (2,), (0, 1, 2, 3)]),
     st.integers(1, 200),
 )
-def test_exactly_the_budget_comes_out(grid, budget, method, full_layers, chunk_units):
+def test_exactly_the_budget_comes_out(grid, budget, method, full_layers, piece_units):
     keep, visual = keep_count(budget, prod(grid)), tiny_tower(full_layers)
-    encoded = encode_noise(grid, method, keep, full_layers, chunk_units=chunk_units)
+    encoded = encode_noise(grid, method, keep, full_layers, piece_units=piece_units)
     plan = plan_of(method, tower_shape(visual), grid, keep)
     assert len(encoded.kept) == len(encoded.features) == keep
     assert encoded.layers == list(enumerate(plan.layers)) and len(encoded.rows) == plan.rows
@@ -249,21 +249,21 @@ METHODS = [name for name in built_in() if name not in (*INNER, "downscale", "sub
 COMBINED = ["reuse+divprune", "reuse+visionzip", "ipcv+divprune", "ipcv+nuwa"]
 
 
-def encoded(name: str, chunk_units: int):
+def encoded(name: str, piece_units: int):
     method, visual = parse(name), tiny_tower((1, 3))
     plan = method.plan(tower_shape(visual), GRID, 40)
     random = torch.Generator().manual_seed(1)
     question = torch.randn(6, 24, generator=random) if method.reads_question else None
     patches = clip(GRID, changes(GRID, 0.4))
-    return encode(visual, [patches], plan, question=question, chunk_units=chunk_units)
+    return encode(visual, [patches], plan, question=question, piece_units=piece_units)
 
 
 @pytest.mark.few(12)
-@pytest.mark.parametrize("chunk_units", [70, 10**6])
+@pytest.mark.parametrize("piece_units", [70, 10**6])
 @pytest.mark.parametrize("kernel", [True, False], ids=["varlen", "padded"])
 @pytest.mark.parametrize("name", [*METHODS, *COMBINED])
-def test_every_method_is_the_cpus(name, kernel, chunk_units, monkeypatch):
-    expected = encoded(name, chunk_units)
+def test_every_method_is_the_cpus(name, kernel, piece_units, monkeypatch):
+    expected = encoded(name, piece_units)
     take_gpu_route(monkeypatch, kernel)  # methods may wait for the device where they select
     calls = []
 
@@ -272,7 +272,7 @@ def test_every_method_is_the_cpus(name, kernel, chunk_units, monkeypatch):
         return varlen_by_hand(*given, **how)
 
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: counted if kernel else None)
-    assert_same(encoded(name, chunk_units), expected, atol=1e-4)
+    assert_same(encoded(name, piece_units), expected, atol=1e-4)
     assert bool(calls) == kernel
 
 
@@ -319,7 +319,7 @@ def test_attention_and_keys_are_those_of_the_last_full_attention_layer(share, fu
             run_layer(block, rows, geo, "pair" if layer in full_layers else "window", True)
     row_of = {unit: row for row in rows for unit in row.units}
     for size in (1, 10**6):
-        tokens = tokens_of(patches, grid, True, full_layers, chunk_units=size)
+        tokens = tokens_of(patches, grid, True, full_layers, piece_units=size)
         expected = torch.tensor([row_of[unit].attention for unit in range(prod(grid))]) * geo.units
         torch.testing.assert_close(tokens.attention, expected, atol=1e-4, rtol=1e-4)
         keys = torch.stack([row_of[unit].plain.mean(1).flatten() for unit in range(prod(grid))]).float()
@@ -344,7 +344,7 @@ def test_the_middle_is_the_mean_of_states_after_the_patch_merger(share):
         means = [(states[1][unit] + states[2][unit] + states[3][unit]) / 3 for unit in range(prod(grid))]
         expected = [merged_patches(visual.merger, mean) for mean in means]
     for size in (1, 10**6):
-        tokens = tokens_of(patches, grid, True, selector=LooksInside(), chunk_units=size)
+        tokens = tokens_of(patches, grid, True, selector=LooksInside(), piece_units=size)
         torch.testing.assert_close(tokens.middle.double(), torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.vision_utils import get_vision_window_index
 
-from evoprune.vision.encoder import Rows
+from evoprune.methods.types import Selection
 from evoprune.vision.layout import (
     TokenLayout,
     attention_groups,
@@ -17,6 +17,7 @@ from evoprune.vision.layout import (
     order_tables,
     window_order,
 )
+from evoprune.vision.rows import Rows
 from tests.vision.tower import groups_by_hand, merge_at_random, place_key, random_layout, referring
 
 SCOPES = ("window", "pair")
@@ -137,11 +138,11 @@ def test_selected_units_are_rows_in_window_order_and_own_their_clusters(grid, sh
     kept = torch.randperm(n, generator=random)[:keep].sort().values
     owner = torch.randint(keep, (n,), generator=random)
     owner[kept] = torch.arange(keep)
-    rows = Rows(kept[:, None], kept[:, None, None], kept, owner)
-    made, order = rows.sorted_by(order_tables(geo, grid[0])[1][kept])
+    units, (_, rank) = torch.arange(n), order_tables(geo, grid[0])
+    rows = Rows(units[:, None], units[:, None, None], units, units)
+    made = rows.take(Selection(kept, owner, averages=False), owner, rank)
     layout = TokenLayout(geo, grid[0], made.unit, made.unit_to_row, "clip")
     alive = torch.zeros(n, dtype=torch.bool).index_fill_(0, kept, True).view(grid[0], -1)
     assert torch.equal(made.unit, window_order(geo, grid[0], alive, keep)) and torch.equal(made.unit, made.values[:, 0])
     assert torch.equal(made.unit[made.unit_to_row], kept[owner]) and torch.equal(made.unit, made.deepstack[:, 0, 0])
     assert sum(layout.per_pair) == layout.rows == keep
-    assert torch.equal(made.unit, kept[order])

@@ -18,11 +18,10 @@ from evoprune.vision.encoder import encode_rows
 from evoprune.vision.layout import geometry
 from evoprune.vision.preprocess import (
     CLIP,
-    SPARSE,
-    in_chunks,
     patch_means,
     patchify,
     resize,
+    row_patches,
     scan,
 )
 from evoprune.vision.tower import tower_shape
@@ -137,22 +136,12 @@ def test_patches_of_a_video_against_loops(shape, cut):
     torch.testing.assert_close(patchify(frames, **cut), patches_by_hand(frames, **whole), atol=1e-5, rtol=1e-5)
 
 
-# Which frame pairs go through the tower together.
+# Which units are rows, piece by piece.
 
 
-def chunks_of(pieces, grid, rows, threshold, dtype=torch.float32):
+def pieces_of(pieces, grid, units, threshold, dtype=torch.float32):
     geo, timer = geometry(*grid[1:]), Timer(torch.device("cpu"))
-    return in_chunks(pieces, geo, grid[0], normal=CLIP, rows=rows, threshold=threshold, dtype=dtype, timer=timer)
-
-
-def filled(rows: list[int], units: int, enough: int) -> list[list[int]]:
-    """The frame pairs of each chunk, from the rows of each: no more once there are enough rows or units."""
-    made = [[]]
-    for pair in range(len(rows)):
-        made[-1].append(pair)
-        if sum(rows[i] for i in made[-1]) >= enough or units * len(made[-1]) >= SPARSE * enough:
-            made.append([])
-    return made if made[-1] else made[:-1]
+    return row_patches(pieces, geo, grid[0], normal=CLIP, units=units, threshold=threshold, dtype=dtype, timer=timer)
 
 
 @settings(deadline=None, max_examples=80)
@@ -160,42 +149,33 @@ def filled(rows: list[int], units: int, enough: int) -> list[list[int]]:
     grid=st.tuples(st.integers(1, 12), st.integers(1, 3), st.integers(1, 6)),
     share=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     seed=st.integers(0, 99),
-    rows=st.integers(1, 120),
+    units=st.integers(1, 120),
     reuse=st.booleans(),
 )
-def test_a_chunk_is_as_many_frame_pairs_as_it_takes(grid, share, seed, rows, reuse):
+def test_pieces_together_have_the_rows_of_the_video(grid, share, seed, units, reuse):
     count, height, width = grid
     patches, geo = clip(grid, changes(grid, share, seed), seed), geometry(height, width)
-    made = list(chunks_of(patches.tensor_split(3), grid, rows, 5.0 if reuse else 0.0))
+    made = list(pieces_of(patches.tensor_split(3), grid, units, 5.0 if reuse else 0.0))
     source = torch.arange(count)[:, None].expand(-1, geo.units)
     if reuse:
         source, _ = scan(patch_means(patches, geo.units), threshold=5.0)
     layout = referring(geo, source)
-    expected = filled(list(layout.per_pair), geo.units, rows)
-    assert [(chunk.first, chunk.layout.pairs) for chunk in made] == [(pairs[0], len(pairs)) for pairs in expected]
-    # Together they have the rows of the whole video, in its order, and nothing of any other unit.
-    assert torch.equal(torch.cat([c.patches for c in made]), patches.view(-1, 4, PATCH_WIDTH)[layout.unit])
-    assert all(c.patches.untyped_storage().nbytes() == c.patches.nbytes for c in made)
-    assert torch.equal(torch.cat([c.layout.unit + c.first * geo.units for c in made]), layout.unit)
-    for chunk in made:
-        assert chunk.layout.rows == len(chunk.patches)
-        if reuse:
-            assert torch.equal(chunk.source, source[chunk.first : chunk.first + chunk.layout.pairs])
-        else:
-            assert chunk.source is None
+    at_once = -(-units // geo.units)
+    assert [len(piece.counts) for piece in made] == [min(at_once, count - at) for at in range(0, count, at_once)]
+    # In its order, and nothing of any other unit.
+    assert torch.equal(torch.cat([piece.patches for piece in made]), patches.view(-1, 4, PATCH_WIDTH)[layout.unit])
+    assert all(piece.patches.untyped_storage().nbytes() == piece.patches.nbytes for piece in made)
+    assert torch.equal(torch.cat([piece.unit for piece in made]), layout.unit)
+    assert torch.equal(torch.cat([piece.source for piece in made]), source)
+    assert sum((piece.counts for piece in made), ()) == layout.per_pair
 
 
-@pytest.mark.parametrize(("share", "pairs"), [(0.0, {16}), (0.3, set(range(3, 16))), (1.0, {2})])
 @pytest.mark.parametrize("threshold", [0.0, 5.0])
-def test_a_chunk_is_made_as_soon_as_its_last_frame_pair_is_read(share, pairs, threshold):
-    """Otherwise the tower would stand still while frames are read."""
-    grid, read, sizes = (40, 3, 5), [], []
-    patches = clip(grid, changes(grid, share)).split(4 * 15)
-    for chunk in chunks_of((read.append(1) or piece for piece in patches), grid, 30, threshold):
-        assert len(read) == chunk.first + chunk.layout.pairs
-        sizes.append(chunk.layout.pairs)
-    # A still clip is a few chunks, because units are bounded too; noise is two frame pairs at a time.
-    assert sum(sizes) == 40 and len(sizes) > 2 and {*sizes[:-1]} <= (pairs if threshold else {2})
+def test_a_piece_is_made_as_soon_as_its_last_frame_pair_is_read(threshold):
+    grid, read = (40, 3, 5), []
+    patches = clip(grid, changes(grid, 0.3)).split(4 * 15)
+    for number, piece in enumerate(pieces_of((read.append(1) or part for part in patches), grid, 30, threshold)):
+        assert len(piece.counts) == 2 and len(read) == 2 * (number + 1)
 
 
 # `reuse+NAME`: a selector behind reuse in time.

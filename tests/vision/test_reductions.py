@@ -3,7 +3,6 @@
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from math import prod
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -21,16 +20,11 @@ from evoprune.methods.evoprune import THRESHOLD, EvoPrune, FarthestPoints
 from evoprune.methods.plans import Stage
 from evoprune.methods.select import assign_clusters, farthest_points, points_of
 from evoprune.methods.types import Selection
-from evoprune.model.cost import carried_bytes
-from evoprune.vision import encoder
-from evoprune.vision.encoder import NothingNew, Segment, encode_rows, select_tokens
 from evoprune.vision.preprocess import patch_means, scan
-from evoprune.vision.tower import tower_shape
-from tests.methods.tokens import plan_of
 from tests.vision.clips import changes, clip
 from tests.vision.reference import encode_slowly
 from tests.vision.results import assert_same, check_result, encode_clip, encode_patches
-from tests.vision.tower import QWEN3_WIDTH, random_patches, tiny_qwen3, tiny_tower
+from tests.vision.tower import random_patches, tiny_tower
 
 AFTER = EvoPrune(depth=1.0)  # the selection comes after the tower
 
@@ -53,13 +47,13 @@ def encoded_units(patches, grid, threshold=THRESHOLD) -> torch.Tensor:
     name=st.sampled_from(
         ["evoprune", "evoprune:depth=1", "evoprune:depth=0.5:first=0:rows=1", "reuse+divprune", "reuse+visionzip"]
     ),
-    chunk_units=st.integers(1, 200),
+    piece_units=st.integers(1, 200),
 )
-def test_the_result_does_not_depend_on_the_chunk_size(grid, share, seed, share_kept, name, chunk_units):
+def test_the_result_does_not_depend_on_the_size_of_pieces(grid, share, seed, share_kept, name, piece_units):
     method, changed = methods.parse(name), changes(grid, share, seed)
     keep = max(1, round(prod(grid) * share_kept))
-    whole = encode_clip(grid, changed, method, keep, seed, chunk_units=10**6)
-    assert_same(encode_clip(grid, changed, method, keep, seed, chunk_units=chunk_units), whole)
+    whole = encode_clip(grid, changed, method, keep, seed, piece_units=10**6)
+    assert_same(encode_clip(grid, changed, method, keep, seed, piece_units=piece_units), whole)
     assert len(whole.kept) == len(whole.features) == keep
     if name != "reuse+visionzip":  # whose tokens are means although they count once
         check_result(whole, grid, whole_clip=True)
@@ -89,115 +83,19 @@ def test_the_farthest_points_are_selected_a_token_is_the_mean_of_its_cluster_and
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_chunk_may_have_nothing_new(dtype, packed):
+def test_a_piece_may_have_nothing_new(dtype, packed):
     visual, grid = deepcopy(tiny_tower()).to(dtype), (6, 5, 6)
     if packed:
         pack(visual)
     changed = torch.zeros(6, 30, dtype=torch.bool)
     changed[0] = changed[3, :4] = True  # the others have no rows at all; in the fourth new rows see old ones
     patches = clip(grid, changed, drift=0).to(dtype)
-    whole, cut = (encode_patches(patches, grid, AFTER, 9, visual, chunk_units=size) for size in (10**6, 1))
+    whole, cut = (encode_patches(patches, grid, AFTER, 9, visual, piece_units=size) for size in (10**6, 1))
     assert cut.layers == whole.layers and cut.layers[0][1] == 34
     assert torch.equal(cut.unit_to_row, whole.unit_to_row) and len(cut.kept) == 9
     assert cut.rows.dtype == dtype
     error = (cut.rows.float() - whole.rows.float()).norm() / whole.rows.float().norm()
     assert error < (1e-5 if dtype == torch.float32 else 2e-2)
-
-
-def test_what_is_carried_to_the_next_chunk_does_not_grow(monkeypatch):
-    held, run_layers = [], encoder.run_layers
-
-    def measured(run, *args):
-        result = run_layers(run, *args)
-        kept = run.carried.keys_values.values()
-        held.append(sum(x.untyped_storage().nbytes() for x in kept))
-        return result
-
-    monkeypatch.setattr(encoder, "run_layers", measured)
-    grid, changed = (24, 3, 5), changes((24, 3, 5), 0.1)
-    changed[-1] = True
-    encode_clip(grid, changed, AFTER, 30, chunk_units=1)
-    per_place = 4 * (2 * 4 * 32 * 4)  # keys and values of four patches in four layers
-    assert len(held) > 10 and {*held[:-1]} == {15 * per_place} and held[-1] == 0  # nothing follows the last chunk
-    assert carried_bytes(SimpleNamespace(vision_config=tiny_tower().config), 15, 4) == 15 * per_place
-
-
-# Segments of a longer video: what has not changed is not encoded again, and the result is that of the whole.
-
-PLACES = 5, 6
-
-
-def in_segments(visual, patches, method, pairs, budget, **how):
-    """The segments of a video, each of so many frame pairs (`pairs`), with K tokens or this share of its units."""
-    segment, made = Segment(), []
-    for piece, count in zip(patches.split([4 * prod(PLACES) * n for n in pairs]), pairs, strict=True):
-        grid = (count, *PLACES)
-        plan = plan_of(method, tower_shape(visual), grid, max(1, round(budget * prod(grid))))
-        made.append((encode_rows(visual, [piece], plan, segment=segment, **how), segment.left))
-        segment = Segment(segment.left)
-    return made
-
-
-@pytest.mark.parametrize("chunk_units", [1, 60, 10**6])
-@pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
-@pytest.mark.parametrize("tower", [tiny_tower, tiny_qwen3])
-def test_without_selections_between_layers_segments_are_the_whole(tower, share, chunk_units):
-    visual, grid, pairs = tower(), (9, *PLACES), (3, 1, 3, 2)
-    changed = changes(grid, share)
-    patches = clip(grid, changed, width=QWEN3_WIDTH if tower is tiny_qwen3 else 1176)
-    method = methods.parse("evoprune:depth=1:first=0")
-    ((whole, _),) = in_segments(visual, patches, method, (9,), 1 / 3)  # a plan with another count has the same rows
-    parts = [rows for rows, _ in in_segments(visual, patches, method, pairs, 1 / 3, chunk_units=chunk_units)]
-    for values in (lambda rows: rows.tokens.rows, lambda rows: rows.rows.deepstack):
-        of_units = torch.cat([values(part)[part.tokens.unit_to_row] for part in parts])
-        torch.testing.assert_close(of_units, values(whole)[whole.tokens.unit_to_row], atol=2e-5, rtol=1e-5)
-    assert sum(part.layers[0][1] for part in parts) == whole.layers[0][1] == changed.sum()
-    assert all(len(select_tokens(part).kept) == round(prod(part.plan.grid) / 3) for part in parts)
-
-
-@pytest.mark.parametrize("name", ["evoprune", "evoprune:first=0", "evoprune:first=0.2:rows=0.4:depth=0.5"])
-def test_selections_between_layers_see_rows_of_their_own_segment_alone(name, monkeypatch):
-    visual, grid, pairs = tiny_tower(), (9, *PLACES), (3, 3, 3)
-    entered, enter = [], Segment.enter
-    monkeypatch.setattr(Segment, "enter", lambda *args: entered.append(enter(*args)) or entered[-1])
-    patches = clip(grid, changes(grid, 0.3))
-    method = methods.parse(name)
-    parts, cut = (in_segments(visual, patches, method, pairs, 0.4, chunk_units=size) for size in (10**6, 1))
-    for number, ((part, _), (other, _)) in enumerate(zip(parts, cut, strict=True)):
-        torch.testing.assert_close(part.tokens.rows, other.tokens.rows, atol=2e-5, rtol=1e-5)
-        assert torch.equal(part.tokens.unit_to_row, other.tokens.unit_to_row) and part.layers == other.layers
-        owner, computed = part.tokens.unit_to_row, part.layers[-1][1]
-        assert (owner >= 0).all() and owner.unique().numel() == len(part.rows.unit) >= computed
-        assert (part.rows.unit.diff() > 0).all() and torch.equal(
-            owner[part.rows.unit], torch.arange(len(part.rows.unit))
-        )
-        tokens = select_tokens(part)
-        assert len(tokens.kept) == 36 and tokens.features.isfinite().all()
-        if number:
-            before, place = parts[number - 1][1].features, part.rows.unit % prod(PLACES)
-            taken = torch.tensor(
-                [bool((row == of).all()) for row, of in zip(part.tokens.rows, before[place], strict=True)]
-            )
-            assert taken.sum() == len(part.rows.unit) - computed > 0
-    for layout in entered:  # units of the segment before have its row at their place
-        outside = (layout.unit_to_row >= layout.rows).nonzero()[:, 0]
-        assert torch.equal(layout.unit_to_row[outside] - layout.rows, outside % prod(PLACES))
-
-
-def test_a_segment_without_anything_new_is_refused():
-    patches = clip((4, *PLACES), changes((4, *PLACES), 0.0))
-    with pytest.raises(NothingNew):
-        in_segments(tiny_tower(), patches, methods.parse("evoprune"), (2, 2), 0.5)
-
-
-@pytest.mark.parametrize("name", ["tome", "evoprune-paper", "divprune", "reuse+vispruner", "evoprune:reuse=0", "none"])
-def test_what_needs_more_than_rows_leaves_nothing(name):
-    patches = clip((4, *PLACES), changes((4, *PLACES), 0.3))
-    visual, method = tiny_tower(), methods.parse(name)
-    parts = in_segments(visual, patches, method, (2, 2), 0.5)
-    plan = plan_of(method, tower_shape(visual), (2, *PLACES), 30)
-    alone = encode_rows(visual, [patches[len(patches) // 2 :]], plan)
-    assert parts[0][1] is None and torch.equal(parts[1][0].tokens.rows, alone.tokens.rows)
 
 
 # Rows selected between two layers of the tower, for all layers after them.
@@ -235,7 +133,7 @@ def test_selected_rows_against_loops(share, keep, full_layers):
     ):  # fmt: skip
         units, owner, tokens = encode_slowly(visual, patches, grid, method, keep, changed if method.reuse else None)
         for size in (1, 30, 10**6):
-            made = encode_patches(patches, grid, method, keep, visual, chunk_units=size)
+            made = encode_patches(patches, grid, method, keep, visual, piece_units=size)
             assert made.unit_to_row.tolist() == owner and len(made.kept) == keep
             torch.testing.assert_close(made.rows.double(), tokens, atol=1e-4, rtol=1e-4)
             if len(units) == keep < made.layers[0][1] and getattr(method, "rows", 0) == 1:

@@ -16,8 +16,9 @@ from evoprune.methods.evoprune import EvoPrune
 from evoprune.model.config import MODEL_TYPES, vision_sizes
 from evoprune.model.weights import Tower
 from evoprune.vision import attention, tower
+from evoprune.vision.encoder import encode_rows
 from evoprune.vision.tower import tower_shape
-from tests.methods.tokens import plan_of
+from tests.methods.tokens import Largest, plan_of
 from tests.tiny import tiny_model
 from tests.vision.clips import changes, clip
 from tests.vision.devices import varlen_by_hand
@@ -119,7 +120,7 @@ def test_pruned_features_against_loops(name, budget):
     torch.testing.assert_close(made.features.double(), tokens[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(made.deepstack.double(), tokens[1:], rtol=1e-4, atol=1e-4)
     for size in (1, 30):
-        cut = encode_patches(patches, GRID, method, keep, tiny_qwen3(), chunk_units=size)
+        cut = encode_patches(patches, GRID, method, keep, tiny_qwen3(), piece_units=size)
         assert_same(cut, made, atol=1e-4)
         torch.testing.assert_close(cut.deepstack, made.deepstack, rtol=1e-4, atol=1e-4)
 
@@ -128,7 +129,7 @@ def test_pruned_features_against_loops(name, budget):
 def test_rows_that_come_back_and_whole_pairs_have_features_too(name):
     patches, method = random_patches(GRID, width=QWEN3_WIDTH), methods.parse(name)
     made, cut = (
-        encode_patches(patches, GRID, method, 15, tiny_qwen3(), question=torch.ones(2, 24), chunk_units=size)
+        encode_patches(patches, GRID, method, 15, tiny_qwen3(), question=torch.ones(2, 24), piece_units=size)
         for size in (10**6, 1)
     )
     assert made.deepstack.shape == (3, 15, 24)
@@ -171,3 +172,29 @@ def test_the_bare_tree_has_the_weights_of_transformers_tower(model):
     patches = random_patches((3, 4, 6), width=theirs.patch_embed.proj.weight[0].numel())
     made, expected = (encode_patches(patches, (3, 4, 6), EvoPrune(), 18, visual) for visual in (ours, theirs))
     assert torch.equal(made.features, expected.features) and torch.equal(made.kept, expected.kept)
+
+
+@pytest.mark.parametrize("piece", [1, 3, 6, 7, 8])
+def test_pieces_together_are_the_whole(piece):
+    x, y = torch.arange(14.0).view(7, 2), torch.arange(7)[:, None]
+    given = []
+
+    def both(a, b):
+        given.append(len(a))
+        return a * 2, b + 1
+
+    one, other = tower.in_pieces(both, piece, x, y)
+    assert torch.equal(one, x * 2) and torch.equal(other, y + 1) and other.dtype == torch.int64
+    assert sum(given) == 7 and max(given) <= piece
+    assert torch.equal(tower.in_pieces(lambda a: a[:, :1] + 1, piece, x), x[:, :1] + 1)
+
+
+@pytest.mark.parametrize("name", ["none", "divprune", "reuse+divprune"])
+def test_what_a_layer_makes_on_the_way_is_bounded(name):
+    """Queries, keys, values and MLPs of 600 units are made in pieces of 20: nothing is larger than the rows themselves."""
+    grid = (30, 4, 5)
+    pieces = clip(grid, changes(grid, 0.5)).split(4 * 20)
+    plan = plan_of(methods.parse(name), tower_shape(tiny_tower()), grid, 60)
+    with Largest() as largest:
+        encode_rows(tiny_tower(), (piece.clone() for piece in pieces), plan, piece_units=20)
+    assert largest.numbers <= max(20 * 4 * PATCH_WIDTH, prod(grid) * 4 * 32)

@@ -1,5 +1,5 @@
 """The checks: with nothing pruned every step from pixels to the answer, against transformers on the same weights. Below that:
-counts, what must not depend on chunks or threads, reuse and every method. Then kernels, memory, waits, time to the first token."""
+counts, what must not depend on pieces or threads, reuse and every method. Then kernels, memory, waits, time to the first token."""
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -64,7 +64,7 @@ from evoprune.model.config import PATCHES
 from evoprune.model.weights import shared
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.loading.stored import calibrate
-from evoprune.session.planning import TEXT, encoding_bytes, fitting_chunks
+from evoprune.session.planning import TEXT, encoding_bytes, fitting_pieces
 from evoprune.util import counted, size
 from evoprune.video.frames import read_frames
 from evoprune.video.plan import Plan
@@ -314,10 +314,10 @@ def counts(subject: Subject) -> Outcome:
     return Outcome(HELD, "; ".join(said))
 
 
-def chunks(subject: Subject) -> Outcome:
-    """Return the same tokens from chunks of one frame pair."""
+def pieces(subject: Subject) -> Outcome:
+    """Return the same tokens where as many rows as a frame pair has units go through a product at a time."""
     qa = subject.asking()
-    usual, small = (subject.encode(qa, [subject.video], chunk_units=units) for units in (None, 1))
+    usual, small = (subject.encode(qa, [subject.video], in_pieces=small) for small in (False, True))
     return _same(subject, usual, small, subject.logits_noise, 2)
 
 
@@ -522,11 +522,11 @@ def memory(subject: Subject) -> Outcome:
     if not reset_peak_memory(device):
         return skipped("this system cannot measure it for a part of a run")
     (plan,) = subject.plans(qa.session, [subject.video])
-    chunk_units = fitting_chunks(qa.session, plan)[0]
+    piece_units = fitting_pieces(qa.session, plan)[0]
     encoder = plan.encoder
     prompt = qa.session.prompt_columns(encoder.keep, TEXT)
     config = subject.loaded.model.config
-    estimate = encoding_bytes(config, encoder, chunk_units, subject.dtype.itemsize, prompt)
+    estimate = encoding_bytes(config, encoder, piece_units, subject.dtype.itemsize, prompt)
     on_cuda = device.startswith("cuda")
     before = torch.cuda.memory_allocated(device) if on_cuda else sum(memory_in_use(device))  # as `peak_memory` counts
     subject.encode(qa, [subject.video]).read_along(QUESTION, [0])

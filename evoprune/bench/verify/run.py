@@ -42,7 +42,7 @@ CHECKS = (
     Check("inputs", "the same about a picture and a video together", checks.inputs, slow=True),
     Check("again", "a second question about a video, with the same question asked first", checks.again),
     Check("counts", "rows of each layer and tokens, with the plan", checks.counts),
-    Check("chunks", "tokens from the smallest chunks, with those from the usual ones", checks.chunks),
+    Check("chunks", "tokens from the smallest pieces, with those from the usual ones", checks.pieces),
     Check("reuse", "a clip that stands still, with and without reuse", checks.reuse),
     Check("model", "EvoPrune(...)(model) of transformers, with VideoQA, both pruned", checks.transformers_model),
     Check("plain", "kernels and graphs of a GPU, with plain PyTorch", checks.accelerated),

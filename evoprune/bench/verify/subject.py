@@ -293,15 +293,16 @@ class Subject:
         return VideoQA(self.loaded, budget=budget, method="none" if budget == 1 else method)
 
     def encode(
-        self, qa: VideoQA, paths: Sequence[Path], sampling: SamplingOptions = SAMPLING, chunk_units: int | None = None
+        self, qa: VideoQA, paths: Sequence[Path], sampling: SamplingOptions = SAMPLING, in_pieces: bool = False
     ) -> EncodedInputs:
-        """As `VideoQA.encode`, perhaps with another size of chunks."""
+        """As `VideoQA.encode`, perhaps in the smallest pieces."""
 
-        class InChunks(OpenInput):
+        class InPieces(OpenInput):
             def rows(self, patches, **options):
-                return super().rows(patches, **options | {"chunk_units": chunk_units})
+                _, height, width = self.plan.encoder.grid
+                return super().rows(patches, **options | {"piece_units": height * width})
 
-        kind = InChunks if chunk_units else OpenInput
+        kind = InPieces if in_pieces else OpenInput
         with closing(open_inputs(qa.session, paths, sampling, kind=kind)) as opened:
             return opened.encode()
 
