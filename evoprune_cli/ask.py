@@ -291,9 +291,11 @@ def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
     """Where fewer frames, or smaller ones, are looked at than the flags or the model's own rate ask for."""
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
         asked = sampling.frames is not None or sampling.fps is not None
-        wanted = f"the {plan.sampling.wanted:,} asked for" if asked else f"the model's {plan.sampling.wanted:,}"
-        every = roughly(plan.sampling.seconds_per_frame)
-        tell(f"reading {plan.frame_limit:,} frames, one every {every}, not {wanted} (--max-frames)")
+        rate = "asked for:" if asked else "at the model's rate"
+        every_s = plan.sampling.seconds_per_frame
+        every = f"{every_s:,.0f} s" if every_s >= 100 else f"{every_s:.3g} s"
+        wanted = f"{rate} {plan.sampling.wanted:,} (--max-frames {plan.sampling.wanted})"
+        tell(f"reading {plan.sampling.frames:,} frames, one every {every}; {wanted}")
     if plan.token_capped:
         from evoprune.video.info import VIDEO
         from evoprune.video.plan import MAX_VISUAL_TOKENS
