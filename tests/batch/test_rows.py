@@ -197,7 +197,7 @@ def test_all_that_is_wrong_is_named_at_once(tmp_path):
     assert "1m30s" in caught.value.hint and "relative" in caught.value.hint and "yt-dlp" not in caught.value.hint
     with pytest.raises(UsageError) as caught:
         read(jsonl(ROW | {"video": "rtsp://example.org/a.mp4"}, {}))
-    assert "yt-dlp" in caught.value.hint
+    assert "evoprune watch rtsp://example.org/a.mp4 -Q " in caught.value.hint
 
 
 def test_a_row_may_have_several_inputs():

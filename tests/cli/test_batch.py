@@ -113,7 +113,7 @@ def no_weights(monkeypatch):
         (("--overwrite", "-o", *CLIPS, *ASKED), "samples/square.mp4 is there, and holds no records of a batch", 2),
         (("--from", "samples/questions.jsonl", "-o", "./samples/questions.jsonl", "--overwrite"), "is to be read", 2),
         (("--from", "-"), "nothing is piped", 2),
-        (("rtsp://example.org/a.mp4", *ASKED), "yt-dlp", 3),
+        (("rtsp://example.org/a.mp4", *ASKED), "evoprune watch rtsp://example.org/a.mp4 -Q ", 3),
         ((*CLIPS, *ASKED, "-m", "samples"), "config.json", 4),
     ],
 )  # fmt: skip

@@ -735,6 +735,21 @@ def test_a_misspelt_file_has_the_near_name_in_the_hint(cli, command, near):
     assert result.code in (2, 3, 4) and f"hint: did you mean {near}? " in result.err
 
 
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("rtsp://me:sesame@host/x", 'live video: evoprune watch rtsp://host/x -Q "What happens?"'),
+        ("udp://host:9", 'live video: evoprune watch udp://host:9 -Q "What happens?"'),
+        ("htp://host/x.mp4", "download it first; videos of http:// and https:// are read as they are"),
+        ("www.example.com/clip.mp4", "an address begins with https://: https://www.example.com/clip.mp4"),
+    ],
+)
+def test_addresses_that_are_not_read_say_what_is(cli, given, hint):
+    for words in ((given, "What?"), ("samples/square.mp4", given, "What?")):
+        result = cli("ask", *words)
+        assert result.code == 3 and result.err.endswith(f"hint: {hint}\n")
+
+
 def test_a_name_that_no_file_is_like_gets_none(cli):
     assert "did you mean" not in cli("ask", "nothing.mp4", "What?").err
     assert "did you mean" not in cli("ask", "samples/b.mp4", "What?").err  # an ending alone is no likeness
