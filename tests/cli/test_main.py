@@ -682,8 +682,8 @@ def test_entries_of_the_cache_that_are_no_files(cli, monkeypatch, tmp_path, kind
 @pytest.mark.parametrize(
     ("line", "hint"),
     [
-        ("help", "evoprune --help"),
-        ("help ask", "evoprune ask --help"),
+        ("man", "evoprune --help"),
+        ("help aks", "did you mean evoprune ask?"),
         ("models", "evoprune inspect -m"),
         ("modles", "evoprune inspect -m"),
         ("version", "evoprune --version"),
@@ -703,6 +703,12 @@ def test_what_is_typed_in_the_place_of_a_command_leads_to_one(cli, line, hint):
     error, hinted = result.err.splitlines()
     assert result.code == 2 and error.startswith("error: No such ") and hinted.startswith("hint: ") and hint in hinted
     assert "Did you mean" not in error
+
+
+@pytest.mark.parametrize(("line", "same"), [("help", "--help"), ("help ask", "ask --help")])
+def test_help_is_a_word_too(cli, line, same):
+    result = cli(*line.split())
+    assert result.code == 0 and result.out and result == cli(*same.split())
 
 
 def test_every_hint_about_a_command_names_one_that_there_is():

@@ -163,6 +163,11 @@ def test_what_makes_no_sense(cli, args, says):
     assert result.code == 2 and says in result.record["error"]["message"] and "hint: " in result.err
 
 
+def test_a_question_without_its_flag(cli):
+    result = cli("watch", CLIP, QUESTION)
+    assert result.code == 2 and 'hint: put -Q before a question: evoprune watch SOURCE -Q "' in result.err
+
+
 @pytest.mark.parametrize(
     ("name", "answers", "says"),
     [("stall", 1, "nothing came from"), ("nothing", 0, "cannot read")],
