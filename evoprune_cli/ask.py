@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -245,16 +246,25 @@ def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> li
             raise UsageError("no question, and stdin is the video", 'cat clip.mp4 | evoprune ask - "What happens?"')
         given = [_question_from_stdin(inputs)]
     if not all(q.strip() for q in given):
-        raise UsageError("the question is empty", USAGE)
+        raise UsageError("the question is empty", _usage(inputs))
     return given
+
+
+def _usage(inputs: Sequence[str]) -> str:
+    """An example of the command with the user's own inputs, if there are such."""
+    if not all(map(_exists, inputs)):
+        return USAGE
+    names = " ".join(shlex.quote(without_password(shown(path))) for path in inputs)
+    return f'evoprune ask {names} "{"What happens?" if len(inputs) == 1 else "What differs?"}"'
 
 
 def _question_from_stdin(inputs: Sequence[str]) -> str:
     """Raises UsageError: there is none; the last of several inputs may be meant as one."""
     *before, last = inputs
-    named = f"there is a file {shown(last)}; to ask that as the question: -Q {shown(last)}" if before else ""
+    word = before and not PATH.fullmatch(last)
+    named = f"there is a file {shown(last)}; to ask that as the question: -Q {shown(last)}" if word else ""
     if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("no question", named or f"{USAGE}, or -i for a prompt")
+        raise UsageError("no question", named or f"{_usage(inputs)}, or -i for a prompt")
     try:
         question = sys.stdin.read(MAX_QUESTION + 1)
     except UnicodeDecodeError as problem:
@@ -264,7 +274,7 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
         raise UsageError(said, "no model reads so much")
     question = question.removeprefix("\ufeff").strip()
     if not question:
-        raise UsageError("no question, and stdin is empty", named or USAGE)
+        raise UsageError("no question, and stdin is empty", named or _usage(inputs))
     return question
 
 

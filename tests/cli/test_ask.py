@@ -230,6 +230,8 @@ def test_the_last_word_is_the_question_unless_it_is_a_path(words, inputs, questi
         ((CLIP, "gone.mp4", DIFFERS), 3, "no such file: gone.mp4\nhint: check the path\n"),
         ((CLIP, "gone.mp4", "-Q", DIFFERS), 3, "no such file: gone.mp4"),
         ((CLIP, "docs"), 2, "no question\nhint: there is a file docs; to ask that as the question: -Q docs\n"),
+        ((CLIP,), 2, f'no question\nhint: evoprune ask {CLIP} "What happens?", or -i for a prompt\n'),
+        ((CLIP, OTHER), 2, f'no question\nhint: evoprune ask {CLIP} {OTHER} "What differs?", or -i for a prompt\n'),
         ((CLIP, "what", "is", "it"), 2, "unexpected extra words: what is it\nhint: quote the question"),
         (("-", "-", DIFFERS), 2, "standard input is there twice"),
         ((CLIP, OTHER, DIFFERS, "--subtitles", "a.srt"), 2, "a.srt holds the subtitles of one video"),
