@@ -107,6 +107,7 @@ class Rules:
 
     fields: str  # a hint for errors in the fields of a row
     file: str = "give a JSONL or CSV file of rows"  # a hint for errors of the file
+    passes_on: bool = False  # whether the output repeats the fields that are not read
     numbered: bool = False  # a row without an id is named by its line's number; else by a digest of what it asks
     # Called with each row and its fields; returns the row completed, or raises ValueError to refuse it
     complete: Callable[[Row, dict[str, Any]], Row] = lambda row, fields: row
@@ -215,7 +216,8 @@ def _rows(lines: Iterable[Line], name: str, folder: str, span: tuple[float, floa
             videos.setdefault(path, f"{places[row.id]}: " if name else "")
     wrong.check(videos, name)
     if unused:
-        warnings.warn(f"{name}: fields that are not used: {_named(unused)}", EvopruneWarning, stacklevel=4)
+        are = "passed on, not read" if rules.passes_on else "not used"
+        warnings.warn(f"{name}: fields that are {are}: {_named(unused)}", EvopruneWarning, stacklevel=4)
     return list(rows.values())
 
 

@@ -474,6 +474,7 @@ def test_a_table_has_the_rows_as_they_came_and_their_answers(run, tmp_path):
     )
     assert "no such file" in found[1]["error"] and not found[1]["answer"] and found[1]["finish_reason"] == "error"
     assert "--resume" not in result.err
+    assert "rows.csv: fields that are passed on, not read: note in 1 row\n" in result.err
 
 
 def test_a_table_is_not_gone_on_with_and_replaces_only_a_table(run, tmp_path):
