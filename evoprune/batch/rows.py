@@ -460,11 +460,18 @@ def holds_some(folder: str) -> bool:
 
 
 def left_out(video: str) -> str:
-    """What a folder of videos holds besides them, as a line; empty where that is nothing. Hidden files do not count."""
-    if not os.path.isdir(video) or not (videos := files(video, VIDEOS)) or len(videos) <= len(files(video, IMAGES)):
+    """What a folder of videos, or of images, holds besides them, as a line; empty where that is nothing.
+
+    Hidden files do not count, nor other files beside images.
+    """
+    if not os.path.isdir(video):
         return ""
+    videos, images = files(video, VIDEOS), files(video, IMAGES)
     with os.scandir(video) as entries:
         others = [entry.is_dir() for entry in entries if entry.name[0] != "." and entry.path not in videos]
+    if len(videos) <= len(images):
+        taken = f"{counted(len(images), 'image')} as one video"
+        return f"{video}: {taken}; folders inside it are not searched (-r)" if images and any(others) else ""
     counts = {"folder": sum(others), "other file": len(others) - sum(others)}
     skipped = [counted(count, noun) for noun, count in counts.items() if count]
     return f"{video}: {counted(len(videos), 'video')}; left out: {', '.join(skipped)}" if skipped else ""

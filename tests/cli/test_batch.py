@@ -500,5 +500,8 @@ def test_folders_inside_folders(run, out, tmp_path):
     assert refused.code == 2 and "-r also searches" in refused.err
     assert run(tmp_path / "all", "-r", "-Q", QUESTIONS[0]).code == 0
     assert [record["video"]["path"] for record in records(out)] == [str(deep / "x.mp4")]
+    write_image(tmp_path / "all" / "a.png", numbered_frame(0))
+    result = run(tmp_path / "all", "-Q", QUESTIONS[0], "--overwrite")
+    assert result.code == 0 and "1 image as one video; folders inside it are not searched (-r)\n" in result.err
     (tmp_path / "none").mkdir()
     assert run(tmp_path / "none", "-r", "-Q", QUESTIONS[0], "--overwrite").code == 2
