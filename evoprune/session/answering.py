@@ -132,6 +132,8 @@ class Answer(Uncopied, Iterator[str]):
             self.report.finish_reason = self.report.finish_reason or "interrupt"
 
     def __repr__(self) -> str:
+        if self.report.answer is None and self.report.finish_reason is None:
+            return "<Answer, not read yet; .text reads it>"
         return f"<Answer {self.report.answer or ''!r}, {self.report.finish_reason or 'not complete'}>"
 
 

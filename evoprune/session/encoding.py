@@ -518,7 +518,7 @@ def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[flo
     made: list[Input] = []
     for value in inputs:
         if is_frames(value):
-            made.append(held_video(value, frame_rate, times_s))
+            made.append(held_video(value, frame_rate, times_s, several=len(inputs) > 1))
         elif is_given(value):
             made.append(value)
         elif isinstance(value, str | os.PathLike) and not isinstance(os.fspath(value), bytes):
