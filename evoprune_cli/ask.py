@@ -368,9 +368,7 @@ class Conversation:
 
         `encode_full`: encodes the inputs once more with nothing pruned; None where nothing is to be compared.
         """
-        self._inputs = inputs
-        self._generation = generation
-        self._encode_full = encode_full
+        self._inputs, self._generation, self._encode_full = inputs, generation, encode_full
         _print_warnings(inputs.report)
         self._warned = set(inputs.report.warnings)
 
@@ -386,8 +384,7 @@ class Conversation:
                 with progress(not self._quiet) as show:
                     self._full = self._encode_full(show)
             answer = self._say(self._full, question, "full")
-            report.compare = answer.report
-            self._half = None
+            report.compare, self._half = answer.report, None
             from evoprune.bench.agreement import agreement, reference
 
             ended = answer.report.finish_reason == "stop"

@@ -259,9 +259,7 @@ class Tally:
 
     def start(self, file: "RecordFile", left: int, show) -> None:
         """The model is loaded, and `left` rows have no answer yet. `show`: see `terminal.progress`."""
-        self._file = file
-        self._before = self._total - left
-        self._show = show
+        self._file, self._before, self._show = file, self._total - left, show
         self._begun = self._reported = time.monotonic()
         self._show_rows()
 

@@ -258,10 +258,7 @@ class OpenInput:
         """Yield all patches, once more in each pass."""
         begun = self._begun
         self._begun = None
-        self.damaged = 0
-        self.other_shape = False
-        self.moved = False
-        self.read_s = ()
+        self.damaged, self.other_shape, self.moved, self.read_s = 0, False, False, ()
         for piece in clock.each("wait", begun or self._read_now()):
             self._tell()
             self.damaged += piece.damaged
@@ -341,8 +338,7 @@ class CachedInput(OpenInput):
         self, clock: Clock, progress: Progress | None, chunks: Sequence[int] | None, warnings: list[str]
     ) -> tuple[Encoded | EncodedRows, str]:
         if self.stored:
-            self.read_s = self.stored.read_s
-            self.moved = self.stored.moved
+            self.read_s, self.moved = self.stored.read_s, self.stored.moved
             return self.stored.encoded, "hit"
         result, _ = super()._result(clock, progress, chunks, warnings)
         # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.

@@ -356,8 +356,7 @@ class _Run:
         rows = Rows(*map(cat, (*zip(*live, strict=True), *zip(*of_units, strict=True))))
         if self.segment:
             self.segment.chunks_done(rows.unit_to_row)
-        self.pieces = []
-        self.carried = self.carried if self.segment else None
+        self.pieces, self.carried = [], self.carried if self.segment else None
         return rows
 
     def select_rows(self, rows: Rows, stage: Stage, seed: int) -> tuple[Rows, Selection | None]:
@@ -551,9 +550,7 @@ class Segment:
         stage, whole = plan.token_stage, any(isinstance(stage.reduce, WholePairs) for stage in plan.row_stages)
         if not plan.reuse or plan.inside_chunks or whole or (stage and stage.selector and stage.selector.needs):
             return None
-        self._units = plan.units
-        self._places = geo.units
-        self.left = None
+        self._units, self._places, self.left = plan.units, geo.units, None
         self._outside: torch.Tensor | None = None  # bool `[N]`: units that have rows of the segment before
         return self
 
