@@ -21,20 +21,12 @@ from tests.video.files import numbered_frame, numbered_frames, write_video
 QUESTION = "What is there?"
 RATE = 10.0
 
+pytestmark = pytest.mark.usefixtures("spool")
+
 
 @pytest.fixture(scope="module")
 def qa():
-    return evoprune.VideoQA.load("demo", budget=0.5, threads=1)
-
-
-@pytest.fixture(autouse=True)
-def spool(tmp_path, monkeypatch):
-    """The folder for temporary files; nothing stays in it."""
-    folder = tmp_path / "spool"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    yield folder
-    assert not list(folder.iterdir())
+    return evoprune.VideoQA.load("demo", budget=0.5)
 
 
 @pytest.fixture(scope="module")
