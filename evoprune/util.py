@@ -20,6 +20,9 @@ _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 FILE_URL = "file://"
 WEB = re.compile("https?://", re.IGNORECASE)  # how an address on the web begins
+ADDRESS = re.compile(r"([a-z][a-z\d+.-]*)://.*", re.IGNORECASE | re.DOTALL)  # also behind a folder; with its scheme
+WWW = re.compile(r"www\.[^/\s]+\.[^/\s]+(/\S*)?", re.IGNORECASE)  # an address on the web without how it begins
+STREAMS = ("rtsp", "rtsps", "udp", "tcp")  # how addresses of live video begin that no file can be read from
 DOWNLOAD_HINT = "download what is on the web first, e.g. with yt-dlp"
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 LONGEST = 200  # characters of a path in a message
@@ -87,8 +90,16 @@ def missing_hint(path: str, usual: str) -> str:
         return "write it to a file, and give the path of that"
     if path.startswith(FILE_URL):
         return f"leave out {FILE_URL}"
-    if "://" in path:
-        return DOWNLOAD_HINT
+    if WWW.fullmatch(path):
+        return f"an address begins with https://: https://{shown(path)}"
+    if address := ADDRESS.search(path):
+        if address[1].lower() in STREAMS:
+            return f'live video: evoprune watch {without_password(shown(address[0]))} -Q "What happens?"'
+        return (
+            DOWNLOAD_HINT
+            if WEB.match(path)
+            else "download it first; videos of http:// and https:// are read as they are"
+        )
     near = near_file(path)
     return f"did you mean {shown(near)}? {usual}".rstrip() if near else usual
 

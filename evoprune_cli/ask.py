@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -250,16 +251,25 @@ def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> li
             raise UsageError("no question, and stdin is the video", 'cat clip.mp4 | evoprune ask - "What happens?"')
         given = [_question_from_stdin(inputs)]
     if not all(q.strip() for q in given):
-        raise UsageError("the question is empty", USAGE)
+        raise UsageError("the question is empty", _usage(inputs))
     return given
+
+
+def _usage(inputs: Sequence[str]) -> str:
+    """An example of the command with the user's own inputs, if there are such."""
+    if not all(map(_exists, inputs)):
+        return USAGE
+    names = " ".join(shlex.quote(without_password(shown(path))) for path in inputs)
+    return f'evoprune ask {names} "{"What happens?" if len(inputs) == 1 else "What differs?"}"'
 
 
 def _question_from_stdin(inputs: Sequence[str]) -> str:
     """Raises UsageError: there is none; the last of several inputs may be meant as one."""
     *before, last = inputs
-    named = f"there is a file {shown(last)}; to ask that as the question: -Q {shown(last)}" if before else ""
+    word = before and not PATH.fullmatch(last)
+    named = f"there is a file {shown(last)}; to ask that as the question: -Q {shown(last)}" if word else ""
     if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("no question", named or f"{USAGE}, or -i for a prompt")
+        raise UsageError("no question", named or f"{_usage(inputs)}, or -i for a prompt")
     try:
         question = sys.stdin.read(MAX_QUESTION + 1)
     except UnicodeDecodeError as problem:
@@ -269,7 +279,7 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
         raise UsageError(said, "no model reads so much")
     question = question.removeprefix("\ufeff").strip()
     if not question:
-        raise UsageError("no question, and stdin is empty", named or USAGE)
+        raise UsageError("no question, and stdin is empty", named or _usage(inputs))
     return question
 
 
@@ -296,9 +306,11 @@ def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
     """Where fewer frames, or smaller ones, are looked at than the flags or the model's own rate ask for."""
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
         asked = sampling.frames is not None or sampling.fps is not None
-        wanted = f"the {plan.sampling.wanted:,} asked for" if asked else f"the model's {plan.sampling.wanted:,}"
-        every = roughly(plan.sampling.seconds_per_frame)
-        tell(f"reading {plan.frame_limit:,} frames, one every {every}, not {wanted} (--max-frames)")
+        rate = "asked for:" if asked else "at the model's rate"
+        every_s = plan.sampling.seconds_per_frame
+        every = f"{every_s:,.0f} s" if every_s >= 100 else f"{every_s:.3g} s"
+        wanted = f"{rate} {plan.sampling.wanted:,} (--max-frames {plan.sampling.wanted})"
+        tell(f"reading {plan.sampling.frames:,} frames, one every {every}; {wanted}")
     if plan.token_capped:
         from evoprune.video.info import VIDEO
         from evoprune.video.plan import MAX_VISUAL_TOKENS
@@ -356,9 +368,7 @@ class Conversation:
 
         `encode_full`: encodes the inputs once more with nothing pruned; None where nothing is to be compared.
         """
-        self._inputs = inputs
-        self._generation = generation
-        self._encode_full = encode_full
+        self._inputs, self._generation, self._encode_full = inputs, generation, encode_full
         _print_warnings(inputs.report)
         self._warned = set(inputs.report.warnings)
 
@@ -374,8 +384,7 @@ class Conversation:
                 with progress(not self._quiet) as show:
                     self._full = self._encode_full(show)
             answer = self._say(self._full, question, "full")
-            report.compare = answer.report
-            self._half = None
+            report.compare, self._half = answer.report, None
             from evoprune.bench.agreement import agreement, reference
 
             ended = answer.report.finish_reason == "stop"

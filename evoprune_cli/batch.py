@@ -116,7 +116,7 @@ def batch(
         raise UsageError("the system prompt is not valid text", "write it in UTF-8")
     settings = Settings(pipeline.model, pipeline.pruning, pipeline.sampling.timeless, pipeline.generation)
     span = pipeline.sampling.start_s, pipeline.sampling.end_s
-    rows = _rows(videos or [], questions or [], source, quiet, span, recursive)
+    rows = _rows(videos or [], questions or [], source, quiet, span, recursive, is_table(output))
     tally = Tally(len(rows), quiet, _check_files(rows, source, output, quiet))
     kind = partial(TableFile, rows=rows) if is_table(output) else RecordFile
     with naming_pipe(output, "read"):
@@ -183,9 +183,13 @@ def _rows(
     quiet: bool,
     span: tuple[float, float | None],
     recursive: bool,
+    passes_on: bool,
 ) -> list["Row"]:
-    """Return all rows. `span`: start and end in seconds of those that say none."""
-    from evoprune.batch.rows import left_out, load_rows, product_rows, read_all, read_rows
+    """Return all rows.
+
+    `span`: start and end in seconds of those that say none. `passes_on`: the output repeats all their fields.
+    """
+    from evoprune.batch.rows import BATCH, left_out, load_rows, product_rows, read_all, read_rows
 
     if source is None:
         if not videos:
@@ -202,13 +206,14 @@ def _rows(
         raise UsageError("-r is about folders, and --from names every video", "leave out one of the two")
     if videos or questions:
         raise UsageError("--from excludes videos and questions", "the rows of the file name both")
+    rules = replace(BATCH, passes_on=passes_on)
     if source != DASH:
         with naming_pipe(source):
-            return load_rows(source, *span)
+            return load_rows(source, *span, rules)
     stdin = getattr(sys.stdin, "buffer", None)
     if stdin is None or sys.stdin.isatty():
         raise UsageError("--from - reads stdin, and nothing is piped into it", "pipe rows into it, or name a file")
-    return read_rows(read_all(stdin, "stdin", "name a file with --from"), "stdin", "", *span)
+    return read_rows(read_all(stdin, "stdin", "name a file with --from"), "stdin", "", *span, rules)
 
 
 def _check_files(rows: list["Row"], source: str | None, output: str, quiet: bool) -> list[str]:
@@ -254,9 +259,7 @@ class Tally:
 
     def start(self, file: "RecordFile", left: int, show) -> None:
         """The model is loaded, and `left` rows have no answer yet. `show`: see `terminal.progress`."""
-        self._file = file
-        self._before = self._total - left
-        self._show = show
+        self._file, self._before, self._show = file, self._total - left, show
         self._begun = self._reported = time.monotonic()
         self._show_rows()
 

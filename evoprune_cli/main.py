@@ -68,6 +68,12 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 class Group(TyperGroup):
     """All commands. To find the one that a line names, nothing imports pydantic."""
 
+    def parse_args(self, ctx, args):
+        """Takes `help COMMAND` for `COMMAND --help`."""
+        if args[:1] == ["help"]:
+            args = [*args[1:], "--help"]
+        return super().parse_args(ctx, args)
+
     def get_help_option(self, ctx):
         """With a default that is False, and not None, which Typer would convert with pydantic."""
         option = super().get_help_option(ctx)
@@ -318,8 +324,8 @@ def _report(problem: Exception) -> int:
 
 
 def _command() -> str | None:
-    """Return the subcommand that was typed: the first word that is no option, since no option before it takes a value."""
-    return next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    """Return the subcommand that was typed, also after `help`: the first word that is no option."""
+    return next((word for word in sys.argv[1:] if not word.startswith("-") and word != "help"), None)
 
 
 def _hint(text: str) -> str:
@@ -331,6 +337,8 @@ def _hint(text: str) -> str:
         return "what follows -- is no option: put options before it"
     if _command() == "ask" and "unexpected extra argument" in text:
         return f"quote the question: {USAGE}; a second one: -Q"
+    if _command() == "watch" and "unexpected extra argument" in text:
+        return 'put -Q before a question: evoprune watch SOURCE -Q "What happens?"'
     if _command() == "ask" and "Missing argument" in text:
         return USAGE
     known = [command.name for command in app.registered_commands]
@@ -346,8 +354,6 @@ def _meant(typed: str | None, known: Sequence[str]) -> str:
     if typed is None:
         return TRIED["version"] if sys.argv[1:2] in (["-V"], ["-v"], ["-version"]) else ""
     word = typed.lower()
-    if word == "help" and (about := [name for name in known if name in sys.argv[2:]]):
-        return f"evoprune {about[0]} --help"
     if word in TRIED:
         return TRIED[word]
     near = get_close_matches(word, [*known, *TRIED], 1)

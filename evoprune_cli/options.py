@@ -126,8 +126,7 @@ def command(
 
         own = signature(function).parameters.values()
         parameters = [each for parameter in own for each in (pipeline if parameter.name == "options" else [parameter])]
-        run.__signature__ = Signature([*parameters, *FOR_ALL])
-        run.__annotations__ = {}
+        run.__signature__, run.__annotations__ = Signature([*parameters, *FOR_ALL]), {}
         run.short = short.split()
         return run
 

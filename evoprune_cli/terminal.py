@@ -297,8 +297,7 @@ class Wrapped:
                 self._gap += character
                 if character == "\n":
                     self._write(self._gap)
-                    self._gap = ""
-                    self._column = 0
+                    self._gap, self._column = "", 0
                 continue
             self._word += character
             wide = self._cells(character) > 1
@@ -313,9 +312,7 @@ class Wrapped:
         gap = sum(TAB if c == "\t" else 1 for c in self._gap)
         word = self._cells(self._word)
         if self._column and not self._inside and self._column + gap + word > self._width:
-            self._gap = "\n"
-            self._column = 0
-            gap = 0
+            self._gap, self._column, gap = "\n", 0, 0
         self._write(self._gap + self._word)
         self._column = self._column + gap + word
         if self._column > self._width:  # the terminal breaks what is longer than a line

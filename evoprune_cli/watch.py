@@ -20,7 +20,7 @@ from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.ask import Conversation, typed_questions
 from evoprune_cli.running import SOME_FAILED, load
-from evoprune_cli.terminal import check_output, columns, note, print_error, printable, progress, tell
+from evoprune_cli.terminal import check_output, columns, note, print_error, print_titled, printable, progress, tell
 
 MAX_LINE = 2**22  # bytes of a question
 TICK_S = 0.05
@@ -181,19 +181,23 @@ class _Watching:
     def serve(self, asked: list[str], every_s: float | None, questions: str | None) -> int:
         """Return the questions of the command line and of the pipe, until the source ends, or nobody can ask any more."""
         lines = None if questions is None else _lines(questions)
+        if every_s is not None:
+            every_s = self._possible(every_s)
         next_s = every_s
         asked_s = -1.0
+        answered_s = 0.0
         skips = False
         while True:
             ended = self._feed.ended.wait(TICK_S)
             if (self._feed.backlog.stride > 1) != skips:
                 skips = not skips
-                self._clear()
-                more = "too slow for all frames: some are skipped, evenly"
-                self._speak(more if skips else "no frames are skipped any more")
+                if skips:
+                    self._warn("too slow for all frames: some are skipped, evenly")
+                else:
+                    self._clear()
+                    self._speak("no frames are skipped any more")
             if self._status and time.monotonic() - self._latest >= STATUS_S:  # over the line before
-                self._latest = time.monotonic()
-                self._there = True
+                self._latest, self._there = time.monotonic(), True
                 _write(f"\r{self._state()}\x1b[K")
             latest_s = self._feed.latest_s  # first: what is before that frame was fed
             now_s = self._stream.until_s or 0.0
@@ -205,7 +209,13 @@ class _Watching:
                     self._answer(question)
             if due:
                 over_s = max(next_s, floor((now_s if new else latest_s) / every_s) * every_s)
-                self._say_left_out(next_s, over_s, every_s, new)
+                why = "no frame was looked at in between"
+                if not new:
+                    why = "no frame came since the one before"
+                elif next_s <= answered_s:
+                    why = "the video went on meanwhile"
+                self._say_left_out(next_s, over_s, every_s, new, why)
+                answered_s = self._feed.latest_s
                 next_s = over_s + every_s
                 self._feed.ask_at(next_s)
             while lines and not lines.empty():
@@ -217,16 +227,27 @@ class _Watching:
                 self._clear()
                 return SOME_FAILED if self._failed else 0
 
-    def _say_left_out(self, first_s: float, over_s: float, every_s: float, asked: bool) -> None:
+    def _possible(self, every_s: float) -> float:
+        """Return how often the questions are asked: no more often than a frame is looked at. Says so where less was wanted."""
+        step_s = self._stream.step_s
+        if step_s is None or every_s >= step_s:
+            return every_s
+        self._warn(f"one frame is looked at every {step_s:.3g} s (--fps), so -Q is asked no more often than that")
+        self._feed.ask_at(step_s)
+        return step_s
+
+    def _say_left_out(self, first_s: float, over_s: float, every_s: float, asked: bool, why: str) -> None:
         """Name the moments from `first_s` to `over_s` that have no answer; if it was `asked`, the last one has."""
         count = round((over_s - first_s) / every_s) + (not asked)
         if not count:
             return
         last_s = first_s + (count - 1) * every_s
         when = f"at {clock(first_s)}" if count == 1 else f"from {clock(first_s)} to {clock(last_s)}"
-        why = "the video went on meanwhile" if asked else "no frame came since the one before"
+        self._warn(f"{counted(count, 'answer')} left out, {when}: {why}")
+
+    def _warn(self, text: str) -> None:
         self._clear()
-        self._speak(f"{counted(count, 'answer')} left out, {when}: {why}")
+        print_titled("warning:", text)
 
     def _ask_line(self, line: bytes) -> None:
         """A question of the pipe; one that is none has a record, and does not end anything."""

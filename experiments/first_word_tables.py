@@ -394,7 +394,8 @@ def chart(records: Sequence[Row]) -> str:
                     elements.append(text(LEFT, y + 13, error_of(sides[side])[:80], size=11.5, fill=SOFT))
                 else:
                     faster = ratio(sides.get(TRANSFORMERS, []), sides[side], "first_word")
-                    elements += _bar(y, row, longest, None if side == TRANSFORMERS else faster)
+                    said = seconds(middle(sides[side], "first_word"))
+                    elements += _bar(y, row, longest, said, None if side == TRANSFORMERS else faster)
                 y += PITCH
             y += 26
     words = "Seconds, medians; the stages of the median turn. What is read while the encoder works is part of encode."
@@ -402,8 +403,8 @@ def chart(records: Sequence[Row]) -> str:
     return document(chart_title(records), WIDTH, y + 18, elements)
 
 
-def _bar(y: float, row: Row, longest: float, faster: float | None) -> list[str]:
-    """The stages of a wait side by side, and what it is in all."""
+def _bar(y: float, row: Row, longest: float, wait: str, faster: float | None) -> list[str]:
+    """Return the stages of a turn side by side, and `wait`, the median of all turns, in seconds."""
     from experiments.figure_method import text
 
     made = []
@@ -412,7 +413,7 @@ def _bar(y: float, row: Row, longest: float, faster: float | None) -> list[str]:
         wide = (WIDTH - LEFT - RIGHT) * length / longest
         made.append(f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{TALL}" fill="{colour}"/>')
         x += wide
-    said = f"{seconds(row['first_word'])} s" + (f", {times_as_fast(faster)} times as fast" if faster else "")
+    said = f"{wait} s" + (f", {times_as_fast(faster)} times as fast" if faster else "")
     return [*made, text(x + 6, y + 13, said, size=11.5)]
 
 

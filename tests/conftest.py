@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -94,3 +95,13 @@ def saved(tmp_path_factory):
 def folder(saved, tmp_path):
     """A copy that a test may damage."""
     return shutil.copytree(saved, tmp_path / "tiny")
+
+
+@pytest.fixture
+def spool(tmp_path, monkeypatch):
+    """The folder for temporary files; nothing stays in it."""
+    folder = tmp_path / "spool"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    assert not list(folder.iterdir())

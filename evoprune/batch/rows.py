@@ -107,6 +107,7 @@ class Rules:
 
     fields: str  # a hint for errors in the fields of a row
     file: str = "give a JSONL or CSV file of rows"  # a hint for errors of the file
+    passes_on: bool = False  # whether the output repeats the fields that are not read
     numbered: bool = False  # a row without an id is named by its line's number; else by a digest of what it asks
     # Called with each row and its fields; returns the row completed, or raises ValueError to refuse it
     complete: Callable[[Row, dict[str, Any]], Row] = lambda row, fields: row
@@ -216,7 +217,8 @@ def _rows(lines: Iterable[Line], name: str, folder: str, span: tuple[float, floa
             videos.setdefault(path, f"{places[row.id]}: " if name else "")
     wrong.check(videos, name)
     if unused:
-        warnings.warn(f"{name}: fields that are not used: {_named(unused)}", EvopruneWarning, stacklevel=4)
+        are = "passed on, not read" if rules.passes_on else "not used"
+        warnings.warn(f"{name}: fields that are {are}: {_named(unused)}", EvopruneWarning, stacklevel=4)
     return list(rows.values())
 
 
@@ -463,11 +465,19 @@ def holds_some(folder: str) -> bool:
 
 
 def left_out(video: str) -> str:
-    """Return what a folder of videos holds besides them, as a line; empty where that is nothing. Hidden files do not count."""
-    if not os.path.isdir(video) or not (videos := files(video, VIDEOS)) or len(videos) <= len(files(video, IMAGES)):
+    """Return what a folder of videos, or of images, holds besides them, as a line; empty where that is nothing.
+
+    Hidden files do not count, nor other files beside images.
+    """
+    if not os.path.isdir(video):
         return ""
+    videos = files(video, VIDEOS)
+    images = files(video, IMAGES)
     with os.scandir(video) as entries:
         others = [entry.is_dir() for entry in entries if entry.name[0] != "." and entry.path not in videos]
+    if len(videos) <= len(images):
+        taken = f"{counted(len(images), 'image')} as one video"
+        return f"{video}: {taken}; folders inside it are not searched (-r)" if images and any(others) else ""
     counts = {"folder": sum(others), "other file": len(others) - sum(others)}
     skipped = [counted(count, noun) for noun, count in counts.items() if count]
     return f"{video}: {counted(len(videos), 'video')}; left out: {', '.join(skipped)}" if skipped else ""

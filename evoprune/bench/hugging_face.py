@@ -19,8 +19,7 @@ def hugging_face_model(model: Model, attention: str = "sdpa"):
     """Return the model of transformers for this family (`Qwen3VLForConditionalGeneration`, ...), on the tensors of `model`."""
     reference = meta_model(model.config, model.dtype, attention)
     if not model.native:
-        reference.model.visual = model.model.visual
-        reference.model.language_model = model.model.language_model
+        reference.model.visual, reference.model.language_model = model.model.visual, model.model.language_model
         reference.lm_head = model.lm_head
         return reference.eval()
     # Those that are a part of a padded matrix as a user has them.

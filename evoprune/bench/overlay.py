@@ -207,11 +207,9 @@ def mp4(pictures: Iterable[Image.Image], seconds: float) -> bytes:
             if stream is None:
                 stream = out.add_stream("libx264", rate=1 / step, options={"crf": "18", "preset": "veryfast"})
                 stream.width, stream.height = picture.size
-                stream.pix_fmt = "yuv420p"
-                stream.codec_context.time_base = step
+                stream.pix_fmt, stream.codec_context.time_base = "yuv420p", step
             frame = av.VideoFrame.from_image(picture).reformat(format="yuv420p")
-            frame.pts = number
-            frame.time_base = step
+            frame.pts, frame.time_base = number, step
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     return file.getvalue()

@@ -470,8 +470,7 @@ class Patches:
                 delattr(self._model, name)
                 if name in self._replaced:
                     setattr(self._model, name, self._replaced[name])
-        self._installed = {}
-        self._replaced = {}
+        self._installed, self._replaced = {}, {}
 
 
 class _Patch:

@@ -237,10 +237,7 @@ class KVCache:
         sizes = [cropped.get(id(sizes)) for sizes in self.sizes]
         whole = self._whole if length else 0
         # In one statement: after a signal between two (Ctrl-C), some of these would be old and some new.
-        self.length = length
-        self.lengths = lengths
-        self.sizes = sizes
-        self._whole = whole
+        self.length, self.lengths, self.sizes, self._whole = length, lengths, sizes, whole
 
     def keep(self, columns: torch.Tensor) -> None:
         """Drops all columns but some, int64 `[n]` on the CPU, ascending, which move up to the front; their positions stay.
@@ -296,11 +293,7 @@ class KVCache:
         lengths = [before + more for before, more in zip(self.lengths, columns, strict=True)]
         sizes = list(sizes)
         whole = length if len(set(columns)) > 1 else self._whole
-        # in one statement, as above
-        self.length = length
-        self.lengths = lengths
-        self.sizes = sizes
-        self._whole = whole
+        self.length, self.lengths, self.sizes, self._whole = length, lengths, sizes, whole  # in one statement, as above
 
     def sizes_with(self, sizes: torch.Tensor | None, columns: int) -> list[torch.Tensor | None]:
         """Of each layer the cluster sizes of its columns and of new ones, whose `sizes` (None for 1 each) are the same in all."""

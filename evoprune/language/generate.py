@@ -161,8 +161,7 @@ class PrefillState:
         embeds = embed_ids(self.model, ids)
         begin_pass(self.model)
         logits = layers_of(self.model).logits(self.model, embeds, positions, self.cache, last=len(ids))
-        self.answered = self.answered + len(ids)
-        self.logits = logits[-1]
+        self.answered, self.logits = self.answered + len(ids), logits[-1]
         return logits
 
     def decode(self, ids: Sequence[int], left: int, pick: Callable[..., int]) -> int:

@@ -45,8 +45,7 @@ class HostedCache:
             raise ValueError(f"a cache of {self.length} columns cannot be cut to {length}")
         for layer in self.states.layers:
             if layer.get_seq_length() > length:
-                layer.keys = layer.keys[:, :, :length]
-                layer.values = layer.values[:, :, :length]
+                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
         self.sizes = None if self.sizes is None else self.sizes[:length]
         self.length = length
 
@@ -136,8 +135,7 @@ def forward(
         hidden.append(
             _read(model, inputs_embeds[strip], places[..., strip], cache, every, before + start, deepstack, strip)
         )
-    cache.length = before + columns
-    cache.sizes = every
+    cache.length, cache.sizes = before + columns, every
     return torch.cat(hidden)[-last:] if len(hidden[-1]) < last else hidden[-1][-last:]
 
 

@@ -77,8 +77,7 @@ class StaticCache(ABC):
         with self._lock:
             self._holder = None
             self.fill(cache, position, read)
-            self._holder = holder
-            self._room = read - cache.length
+            self._holder, self._room = holder, read - cache.length
 
     def following(self, model, holder: object, token: int, pick: Callable[..., int]) -> int | None:
         """Return the token behind `token`, as `pick` takes it from logits and `best_of`; None if the cache is another's, or
@@ -94,8 +93,7 @@ class StaticCache(ABC):
             else:
                 self.graphs[self.read] = devices.run_and_capture(lambda: step(model, self), self.token.device)
             following = pick(self.logits, self.best)
-            self._holder = holder
-            self._room = self._room - 1
+            self._holder, self._room = holder, self._room - 1
             return following
 
 

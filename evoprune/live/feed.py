@@ -101,9 +101,7 @@ class Backlog:
             if self.stride > 1 and self._looked:
                 max_stride = self.window_s / (2 * self.step_s)
                 self.stride = max(1.0, min(max_stride, self._busy_s / (self._looked * self.step_s * BUSY)))
-            self._since = now
-            self._idle = 0.0
-            self._taken = 0
+            self._since, self._idle, self._taken = now, 0.0, 0
 
     def early_s(self, time_s: float) -> float:
         """Return how many seconds early a frame of that time is, by its own clock; below 0 if it is late."""
@@ -205,8 +203,7 @@ class LiveFeed:
         backlog = self.backlog
         try:
             while (timed_frame := backlog.take(0.1)) or not backlog.ended:
-                stream.skipped = backlog.skipped
-                stream.lag_s = backlog.lag_s
+                stream.skipped, stream.lag_s = backlog.skipped, backlog.lag_s
                 if timed_frame is None:
                     stream.catch_up()
                     continue

@@ -139,8 +139,7 @@ class LiveSource:
                     yield header["time_s"], frames[0].copy(), header["clock_gap_s"]
                     del frames  # so that its memory can be used again
             finally:
-                self._worker = None
-                worker.busy = True
+                self._worker, worker.busy = None, True
 
     def _here(self, due: Due) -> Iterator:
         """Yield the same without a worker process."""

@@ -317,13 +317,8 @@ class VideoStream(Askable):
         self._problem = self._problem or "the stream is closed"  # which ends what is being encoded
         with self._feeding, self._lock.lock:
             self._turn += 1
-            self._memory = None
-            self._latest = None
-            self._earlier = None
-            self._unfinished = None
-            self._waiting = []
-            self._slots = []
-            self._frames = []
+            self._memory, self._latest, self._earlier, self._unfinished = None, None, None, None
+            self._waiting, self._slots, self._frames = [], [], []
 
     @property
     def step_s(self) -> float | None:
@@ -365,23 +360,16 @@ class VideoStream(Askable):
         frames = self._frames
         done = self._done
         window = self._unfinished
-        self._slots = []
-        self._frames = []
-        self._done = end
+        self._slots, self._frames, self._done = [], [], end
         if not (window and (window.frames, window.end) == (len(slots), end)):
             window = self._encode(slots, frames, done, end, self._pause)
-        self._earlier = window.earlier
-        self._following = int(window.last.max()) + 1
+        self._earlier, self._following = window.earlier, int(window.last.max()) + 1
         with self._lock.lock:
             self._check_open()
             self._waiting.append(replace(window, earlier=None))
-            self._latest = window.encoding
-            self._unfinished = None
-            self.encoded = self.encoded + 1
+            self._latest, self._unfinished, self.encoded = window.encoding, None, self.encoded + 1
             if self._open is not None and len(self._waiting) > MAX_WAITING:
-                self._turn = self._turn + 1
-                self._open = None
-                self._lock.generating = False
+                self._turn, self._open, self._lock.generating = self._turn + 1, None, False
             if self._open is None:
                 self._read_waiting(polite=len(self._waiting) <= MAX_WAITING)
 
@@ -417,8 +405,7 @@ class VideoStream(Askable):
         owed, owed_wall = (dict.fromkeys(OF_INPUTS, 0.0), 0.0) if self._paid else self._spent
         for stage, spent in seconds.items():
             owed[stage] += spent
-        self._spent = (owed, owed_wall + wall)
-        self._paid = False
+        self._spent, self._paid = (owed, owed_wall + wall), False
 
     def _encode(
         self, slots: Sequence[int], frames: Sequence[np.ndarray], done: int, end: int, pause: Callable[[], None]
@@ -516,8 +503,7 @@ class VideoStream(Askable):
                 raise UsageError("nothing was seen yet", "feed frames first: add(frame, time_s)")
             report = inputs_report(self._engine, [encoding])
             seen = self._seen(self._unread)
-            report.stream = seen and asdict(seen)
-            report.video.duration_s = encoding.plan.sampling.end_s
+            report.stream, report.video.duration_s = seen and asdict(seen), encoding.plan.sampling.end_s
             return report
 
     @property
@@ -550,22 +536,19 @@ class VideoStream(Askable):
             text = memory.columns + sum(len(window.embeds) for window in unread) - seen.tokens + len(ids)
             check_context(loaded, text, seen.tokens, options.max_new_tokens)
             check_memory(self._engine, text, seen.tokens)
-            report.tokens = TokenCounts(text, seen.tokens, text + seen.tokens, 0)
-            report.stream = asdict(seen)
+            report.tokens, report.stream = TokenCounts(text, seen.tokens, text + seen.tokens, 0), asdict(seen)
             following = memory.look(*unread) if unread else memory.following
             positions = (ascending(len(ids), "cpu") + following).expand(3, -1)
             state = prefill(loaded.model, embed_ids(loaded.model, ids), positions, following + len(ids), memory.cache)
             windows = [*memory.windows, *(encoded.window for encoded in unread)]
             state.prompt_ids = torch.cat([before, *(window.ids for window in windows), ids])
-        self._open = self._turn
-        self._lock.generating = True
+        self._open, self._lock.generating = self._turn, True
         return state
 
     def _ended(self, turn: int) -> None:
         release_omp_threads()  # the encoder computes in another thread
         if self._open == turn:
-            self._open = None
-            self._lock.generating = False
+            self._open, self._lock.generating = None, False
 
 
 @torch.inference_mode()
@@ -721,8 +704,7 @@ class StreamMemory:
         head = torch.ones(self._head, dtype=torch.bool, device="cpu")
         self.cache.keep(torch.cat([head, *stay]).nonzero()[:, 0])
         for window, kept in zip(self.windows, stay, strict=True):
-            window.order = window.order[kept]
-            window.visual = window.visual[kept]
+            window.order, window.visual = window.order[kept], window.visual[kept]
         self.windows = [window for window in self.windows if len(window.order)]
 
 

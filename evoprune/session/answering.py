@@ -94,8 +94,7 @@ class Answer(Uncopied, Iterator[str]):
                 raise
             except Exception as problem:
                 self._problem = _once_more(problem)
-                self.report.finish_reason = "error"
-                self.report.error = error_record(problem)
+                self.report.finish_reason, self.report.error = "error", error_record(problem)
                 raise
             except BaseException:
                 self.report.finish_reason = self.report.finish_reason or "interrupt"
@@ -132,6 +131,8 @@ class Answer(Uncopied, Iterator[str]):
             self.report.finish_reason = self.report.finish_reason or "interrupt"
 
     def __repr__(self) -> str:
+        if self.report.answer is None and self.report.finish_reason is None:
+            return "<Answer, not read yet; .text reads it>"
         return f"<Answer {self.report.answer or ''!r}, {self.report.finish_reason or 'not complete'}>"
 
 
@@ -202,9 +203,7 @@ class Askable(ABC, Uncopied):
     def _report_of(self, question: str, options: GenerationOptions, seed: int = 0) -> Report:
         report = self._blank_report()
         fresh = Report()
-        report.id = fresh.id
-        report.created_utc = fresh.created_utc
-        report.question = question
+        report.id, report.created_utc, report.question = fresh.id, fresh.created_utc, question
         report.generation = options.record(seed)
         demo = self._engine.loaded.demo  # which answers whatever it is asked
         if demo and "demo_model" not in report.warnings and unknown_words(question, demo.world):
@@ -245,8 +244,7 @@ class Askable(ABC, Uncopied):
 
         def update() -> None:
             ids[:] = tokens.ids
-            report.tokens.new = len(ids)
-            report.finish_reason = tokens.finish_reason
+            report.tokens.new, report.finish_reason = len(ids), tokens.finish_reason
             clock.seconds["pack"] = packing.seconds - packed
             total = earlier + clock.now() - start
             fill_times(report, clock.seconds, total, loaded.device, packing.seconds - before)

@@ -257,10 +257,7 @@ class OpenInput:
         """Yield all patches, once more in each pass."""
         begun = self._begun
         self._begun = None
-        self.damaged = 0
-        self.other_shape = False
-        self.moved = False
-        self.read_s = ()
+        self.damaged, self.other_shape, self.moved, self.read_s = 0, False, False, ()
         for piece in clock.each("wait", begun or self._read_now()):
             self._tell()
             self.damaged += piece.damaged
@@ -340,8 +337,7 @@ class CachedInput(OpenInput):
         self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> tuple[Encoded | EncodedRows, str]:
         if self.stored:
-            self.read_s = self.stored.read_s
-            self.moved = self.stored.moved
+            self.read_s, self.moved = self.stored.read_s, self.stored.moved
             return self.stored.encoded, "hit"
         result, _ = super()._result(clock, progress, pieces, warnings)
         # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.
@@ -517,7 +513,7 @@ def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[flo
     made: list[Input] = []
     for value in inputs:
         if is_frames(value):
-            made.append(held_video(value, frame_rate, times_s))
+            made.append(held_video(value, frame_rate, times_s, several=len(inputs) > 1))
         elif is_given(value):
             made.append(value)
         elif isinstance(value, str | os.PathLike) and not isinstance(os.fspath(value), bytes):

@@ -84,9 +84,7 @@ def inputs_report(session: Session, encodings: Sequence[Encoding]) -> Report:
     )
     if len(report.inputs) == 1:
         only = report.inputs[0]
-        report.video = only.video
-        report.sampling = only.sampling
-        report.subtitles = only.subtitles
+        report.video, report.sampling, report.subtitles = only.video, only.sampling, only.subtitles
     fill_pruning(report, session, encodings)
     report.time_ms.load = None if session.load_seconds is None else session.load_seconds * 1000
     for part, spent in loaded.load_seconds.items():
@@ -117,8 +115,7 @@ def _input_facts(session: Session, encoding: Encoding) -> InputFacts:
     grid = [count, height * merge, width * merge]
     sampling = Sampling(frames=plan.sampling.frames, resized_hw=[plan.height, plan.width], grid_thw=grid)
     if plan.sampling is not ONE_FRAME:
-        sampling.start_s = plan.sampling.start_s
-        sampling.end_s = plan.sampling.end_s
+        sampling.start_s, sampling.end_s = plan.sampling.start_s, plan.sampling.end_s
         sampling.timestamps_s = list(plan.sampling.times_s)
         sampling.seek = KEYFRAMES if plan.moved else EXACT
         sampling.read_s = list(plan.read_s)

@@ -32,12 +32,15 @@ STORED_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")  # of pictures 
 RATE_HINT = "frame_rate=30, in frames a second, or times_s=[...], in seconds"
 
 
-def held_video(frames: Any, frame_rate: float | None, times_s: Sequence[float] | None) -> HeldVideo:
+def held_video(
+    frames: Any, frame_rate: float | None, times_s: Sequence[float] | None, several: bool = False
+) -> HeldVideo:
     """Describes frames as a video: an array, or what numpy makes one of, uint8 `[T, H, W, 3]`, RGB.
 
     Args:
         frame_rate: frames a second; None where there are times.
         times_s: when each frame begins, in seconds, ascending. The first one is the beginning of the video.
+        several: whether it is one of several inputs, for hints.
 
     Raises UsageError: an array of another shape or dtype, or no rate and no times, both, or wrong ones.
     """
@@ -48,7 +51,10 @@ def held_video(frames: Any, frame_rate: float | None, times_s: Sequence[float] |
         raise UsageError(f"the frames of class {type(frames).__name__} are no array: {problem}", hint) from problem
     shape = list(array.shape)
     if array.ndim == 3 and shape[-1] == 3:
-        raise UsageError(f"an array of shape {shape} is one frame", "of a picture: PIL.Image.fromarray(array)")
+        hint = "of a picture: PIL.Image.fromarray(array)"
+        if several:
+            hint = f"frames of one video: numpy.stack(list); {hint}"
+        raise UsageError(f"an array of shape {shape} is one frame", hint)
     if array.ndim != 4 or shape[-1] != 3:
         hint = "frames are [T, H, W, 3], RGB"
         if array.ndim == 4 and shape[1] == 3:
@@ -170,7 +176,8 @@ def _pieces(source: Any) -> Iterator[bytes]:
 
 
 def _read(file: Any) -> Iterator[bytes]:
-    """Yield what an open file holds from where it stands."""
+    """Yield what an open file holds from where it stands. Raises VideoError: that is its end, and no pipe's."""
+    begun = False
     while True:
         try:
             piece = file.read(CHUNK_BYTES)
@@ -180,8 +187,20 @@ def _read(file: Any) -> Iterator[bytes]:
             hint = "open it as open(path, 'rb')"
             raise UsageError(f"the open file {name_of(file)} gives {type(piece).__name__}, not bytes", hint)
         if not piece:
+            if not begun and _stands(file) > 0:
+                said = f"{name_of(file)} is read from where it stands, which is its end"
+                raise VideoError(said, "file.seek(0) goes back to its beginning")
             return
+        begun = True
         yield piece
+
+
+def _stands(file: Any) -> int:
+    """Where an open file stands, in bytes; 0 where that is unknown, as of a pipe."""
+    try:
+        return file.tell()
+    except (AttributeError, OSError, ValueError):
+        return 0
 
 
 def _png(picture: Any) -> bytes:

@@ -344,11 +344,8 @@ class Followers(Reduction):
         near = nearest_rows(rows, kept, dropped, self._plan.neighbours)
         self._near = (near + first[:, :, None] * keep).flatten(0, 1)
         first = first * geo.units
-        self._kept = (kept + first).flatten()
-        self._dropped = (dropped + first).flatten()
-        self._saved = x
-        self._earlier = None
-        self._layout = layout
+        self._kept, self._dropped = (kept + first).flatten(), (dropped + first).flatten()
+        self._saved, self._earlier, self._layout = x, None, layout
         # the others own nothing
         unit = layout.unit[self._kept]
         unit_to_row = torch.full_like(layout.unit_to_row, -1)

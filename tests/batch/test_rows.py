@@ -197,7 +197,7 @@ def test_all_that_is_wrong_is_named_at_once(tmp_path):
     assert "1m30s" in caught.value.hint and "relative" in caught.value.hint and "yt-dlp" not in caught.value.hint
     with pytest.raises(UsageError) as caught:
         read(jsonl(ROW | {"video": "rtsp://example.org/a.mp4"}, {}))
-    assert "yt-dlp" in caught.value.hint
+    assert "evoprune watch rtsp://example.org/a.mp4 -Q " in caught.value.hint
 
 
 def test_a_row_may_have_several_inputs():
@@ -343,6 +343,7 @@ def test_rows_that_one_encoding_serves_are_together(rows):
         ("10.mkv 2.mp4 1.webm .0.mp4 3.mp4/", "1.webm 2.mp4 10.mkv", "3 videos; left out: 1 folder"),
         ("a.mp4 b.mp4 a.jpg notes.txt folder/", "a.mp4 b.mp4", "2 videos; left out: 1 folder, 2 other files"),
         ("a.mp4", "a.mp4", None),
+        ("a.png folder/", ".", "1 image as one video; folders inside it are not searched (-r)"),
         ("a.mp4 b.mp4 a.jpg b.jpg", None, "holds 2 images and 2 videos"),
         ("a.txt", None, "neither videos nor images in the folder"),
     ],

@@ -113,7 +113,7 @@ def no_weights(monkeypatch):
         (("--overwrite", "-o", *CLIPS, *ASKED), "samples/square.mp4 is there, and holds no records of a batch", 2),
         (("--from", "samples/questions.jsonl", "-o", "./samples/questions.jsonl", "--overwrite"), "is to be read", 2),
         (("--from", "-"), "nothing is piped", 2),
-        (("rtsp://example.org/a.mp4", *ASKED), "yt-dlp", 3),
+        (("rtsp://example.org/a.mp4", *ASKED), "evoprune watch rtsp://example.org/a.mp4 -Q ", 3),
         ((*CLIPS, *ASKED, "-m", "samples"), "config.json", 4),
     ],
 )  # fmt: skip
@@ -474,6 +474,7 @@ def test_a_table_has_the_rows_as_they_came_and_their_answers(run, tmp_path):
     )
     assert "no such file" in found[1]["error"] and not found[1]["answer"] and found[1]["finish_reason"] == "error"
     assert "--resume" not in result.err
+    assert "rows.csv: fields that are passed on, not read: note in 1 row\n" in result.err
 
 
 def test_a_table_is_not_gone_on_with_and_replaces_only_a_table(run, tmp_path):
@@ -499,5 +500,8 @@ def test_folders_inside_folders(run, out, tmp_path):
     assert refused.code == 2 and "-r also searches" in refused.err
     assert run(tmp_path / "all", "-r", "-Q", QUESTIONS[0]).code == 0
     assert [record["video"]["path"] for record in records(out)] == [str(deep / "x.mp4")]
+    write_image(tmp_path / "all" / "a.png", numbered_frame(0))
+    result = run(tmp_path / "all", "-Q", QUESTIONS[0], "--overwrite")
+    assert result.code == 0 and "1 image as one video; folders inside it are not searched (-r)\n" in result.err
     (tmp_path / "none").mkdir()
     assert run(tmp_path / "none", "-r", "-Q", QUESTIONS[0], "--overwrite").code == 2

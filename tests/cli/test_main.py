@@ -682,8 +682,8 @@ def test_entries_of_the_cache_that_are_no_files(cli, monkeypatch, tmp_path, kind
 @pytest.mark.parametrize(
     ("line", "hint"),
     [
-        ("help", "evoprune --help"),
-        ("help ask", "evoprune ask --help"),
+        ("man", "evoprune --help"),
+        ("help aks", "did you mean evoprune ask?"),
         ("models", "evoprune inspect -m"),
         ("modles", "evoprune inspect -m"),
         ("version", "evoprune --version"),
@@ -703,6 +703,12 @@ def test_what_is_typed_in_the_place_of_a_command_leads_to_one(cli, line, hint):
     error, hinted = result.err.splitlines()
     assert result.code == 2 and error.startswith("error: No such ") and hinted.startswith("hint: ") and hint in hinted
     assert "Did you mean" not in error
+
+
+@pytest.mark.parametrize(("line", "same"), [("help", "--help"), ("help ask", "ask --help")])
+def test_help_is_a_word_too(cli, line, same):
+    result = cli(*line.split())
+    assert result.code == 0 and result.out and result == cli(*same.split())
 
 
 def test_every_hint_about_a_command_names_one_that_there_is():
@@ -733,6 +739,21 @@ def test_every_hint_about_a_command_names_one_that_there_is():
 def test_a_misspelt_file_has_the_near_name_in_the_hint(cli, command, near):
     result = cli(*command.split())
     assert result.code in (2, 3, 4) and f"hint: did you mean {near}? " in result.err
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("rtsp://me:sesame@host/x", 'live video: evoprune watch rtsp://host/x -Q "What happens?"'),
+        ("udp://host:9", 'live video: evoprune watch udp://host:9 -Q "What happens?"'),
+        ("htp://host/x.mp4", "download it first; videos of http:// and https:// are read as they are"),
+        ("www.example.com/clip.mp4", "an address begins with https://: https://www.example.com/clip.mp4"),
+    ],
+)
+def test_addresses_that_are_not_read_say_what_is(cli, given, hint):
+    for words in ((given, "What?"), ("samples/square.mp4", given, "What?")):
+        result = cli("ask", *words)
+        assert result.code == 3 and result.err.endswith(f"hint: {hint}\n")
 
 
 def test_a_name_that_no_file_is_like_gets_none(cli):

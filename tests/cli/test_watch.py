@@ -80,6 +80,20 @@ def test_a_moment_without_new_frames_is_left_out_aloud(cli, tmp_path):
     assert "2 answers left out, from 0:02.0 to 0:03.0: no frame came" in result.err
 
 
+def test_no_answer_is_left_out_between_two_frames(cli):
+    """What is asked about more often than a frame is looked at is asked about at every frame, and that is said once."""
+    result = cli("watch", CLIP, *ASKED, "--every", "0.1s", "--window", "2s", "--fps", "1", "--json", "-q")
+    assert [each["stream"]["end_s"] for each in records(result.out)] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert result.err == "warning: one frame is looked at every 1 s (--fps), so -Q is asked no more often than that\n"
+
+
+def test_frames_that_come_late_are_no_slow_answers(cli, tmp_path):
+    clip = write_video(tmp_path / "rare.mkv", numbered_frames(4), pts=[0.0, 0.5, 3.5, 4.0])
+    result = cli("watch", clip, "--pace", "file", *ASKED, "--every", "1s", "--window", "2s", "-q")
+    assert result.code == 0 and "meanwhile" not in result.err
+    assert "warning: 2 answers left out, from 0:02.0 to 0:03.0: no frame " in result.err
+
+
 def test_what_does_not_wait_says_which_answers_were_left_out(cli, untagged, monkeypatch):
     def slow(self, question, *args):
         time.sleep(2.2)
@@ -147,6 +161,11 @@ def test_the_status_line_is_for_terminals(cli):
 def test_what_makes_no_sense(cli, args, says):
     result = cli("watch", *args, "--json")
     assert result.code == 2 and says in result.record["error"]["message"] and "hint: " in result.err
+
+
+def test_a_question_without_its_flag(cli):
+    result = cli("watch", CLIP, QUESTION)
+    assert result.code == 2 and 'hint: put -Q before a question: evoprune watch SOURCE -Q "' in result.err
 
 
 @pytest.mark.parametrize(

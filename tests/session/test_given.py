@@ -21,20 +21,12 @@ from tests.video.files import numbered_frame, numbered_frames, write_video
 QUESTION = "What is there?"
 RATE = 10.0
 
+pytestmark = pytest.mark.usefixtures("spool")
+
 
 @pytest.fixture(scope="module")
 def qa():
-    return evoprune.VideoQA.load("demo", budget=0.5, threads=1)
-
-
-@pytest.fixture(autouse=True)
-def spool(tmp_path, monkeypatch):
-    """The folder for temporary files; nothing stays in it."""
-    folder = tmp_path / "spool"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    yield folder
-    assert not list(folder.iterdir())
+    return evoprune.VideoQA.load("demo", budget=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +203,14 @@ class OnAnotherDevice:
 
 
 GREY = np.zeros((2, 28, 28, 3), np.uint8)
+
+
+def at_its_end() -> io.BytesIO:
+    file = io.BytesIO(b"what was read")
+    file.read()
+    return file
+
+
 WRONG = [
     (GREY, {}, "no rate", "frame_rate=30"),
     (GREY, {"frame_rate": 2.0, "times_s": [0, 1]}, "exclude each other", "times_s"),
@@ -221,6 +221,7 @@ WRONG = [
     (GREY, {"times_s": "ab"}, "not a list of numbers", "times_s=[...]"),
     (GREY, {"times_s": 3}, "not a list of numbers", "times_s=[...]"),
     (GREY[0], {"frame_rate": 2.0}, "is one frame", "PIL.Image.fromarray"),
+    ([GREY[0], GREY[0]], {"frame_rate": 2.0}, "is one frame", "frames of one video: numpy.stack(list)"),
     (GREY.transpose(0, 3, 1, 2), {"frame_rate": 2.0}, "no video", "transpose(0, 2, 3, 1)"),
     (GREY[..., 0], {"frame_rate": 2.0}, "no video", "[T, H, W, 3]"),
     (GREY / 255, {"frame_rate": 2.0}, "float64", "astype('uint8')"),
@@ -234,6 +235,8 @@ WRONG = [
     ([], {}, "not a path", "an array of frames"),
     ([[GREY]], {"frame_rate": 2.0}, "an input is", "an array of frames"),
     (b"", {}, "<bytes> is empty", "end"),
+    (at_its_end(), {}, "<file> is read from where it stands, which is its end", "file.seek(0)"),
+    (io.BytesIO(), {}, "<file> is empty", "end"),
     (b"some text", {}, "<bytes> is not a video", "MP4"),
     (io.BytesIO(b"\0" * 4000), {}, "<file>", "MP4"),
 ]  # fmt: skip

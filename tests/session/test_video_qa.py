@@ -477,7 +477,7 @@ def test_they_say_in_a_line_what_they_are(loaded):
     )
     assert "2 frames, 1 frame pair of 4x6 units" in repr(qa.encode(CLIP, frames=2))
     assert repr(video.encoded).startswith("<Encoded: 14 of 144 visual tokens, ")
-    assert repr(video.ask("What happens?")) == "<Answer '', not complete>"
+    assert repr(video.ask("What happens?")) == "<Answer, not read yet; .text reads it>"
     made = asked(video, n=1)
     assert repr(made) == f"<Answer {made.text!r}, length>"
     assert made.report.tokens.new == 1 and made.report.rate.generate_tok_s is None

@@ -176,16 +176,6 @@ def test_a_working_folder_that_is_gone(tmp_path, monkeypatch):
         probe("a.mp4")
 
 
-@pytest.fixture
-def spool(tmp_path, monkeypatch):
-    """The folder for temporary files; nothing stays in it."""
-    folder = tmp_path / "spool"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    yield folder
-    assert not list(folder.iterdir())
-
-
 @pytest.mark.parametrize("source", ["video.mp4", "./-", "--", "", "rtsp://x", "folder/"])
 def test_paths_pass_unchanged_and_nothing_is_read(source, spool):
     with local_file(source, stdin=None) as path:

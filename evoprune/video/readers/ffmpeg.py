@@ -270,8 +270,7 @@ def video_stream(container: InputContainer, path: str, *, threads: int = 1) -> V
     picture_size(width * height)
     if stream.codec_context.codec.canonical_name in UNTHREADED:
         threads = 1
-    stream.thread_type = "AUTO" if threads > 1 else "NONE"
-    stream.codec_context.thread_count = threads
+    stream.thread_type, stream.codec_context.thread_count = "AUTO" if threads > 1 else "NONE", threads
     return stream
 
 
@@ -343,8 +342,7 @@ def decoder(stream: VideoStream) -> VideoStream | VideoCodecContext:
     if name is None or stream.metadata.get("alpha_mode") != "1":
         return stream
     context = CodecContext.create(name, "r")
-    context.options = stream.codec_context.options
-    context.thread_count = stream.codec_context.thread_count
+    context.options, context.thread_count = stream.codec_context.options, stream.codec_context.thread_count
     return context
 
 

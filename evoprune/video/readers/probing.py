@@ -200,11 +200,9 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
             times.counted_s = 0.0
             times.restarts += 1
             times.gap_s = max(times.gap_s, passed)
-        times.first_s = min(times.first_s, shown)
-        times.last_s = max(times.last_s, shown)
+        times.first_s, times.last_s = min(times.first_s, shown), max(times.last_s, shown)
         times.claimed_s = max(times.claimed_s, shown + length)
-        times.length_s = length
-        times.decoded_s = decoded
+        times.length_s, times.decoded_s = length, decoded
         times.counted_s += length
     return times
 

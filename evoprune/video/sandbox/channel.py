@@ -118,9 +118,7 @@ class FrameMemory:
         size = prod(shape)
         descriptor = None
         if self._forks != _forks:  # a forked copy may hold arrays that this process has released: do not reuse them
-            self._forks = _forks
-            self._pieces = []
-            self._free = []
+            self._forks, self._pieces, self._free = _forks, [], []
         if self._free:
             number = self._free.pop()
         elif len(self._pieces) == PIECES or 2 * size <= self._size:  # the last array may be small, and held for long

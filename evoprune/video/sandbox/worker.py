@@ -201,8 +201,7 @@ def main(descriptor: int) -> None:
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # not every system has it
         file.write("1000")
     channel = Channel(socket.socket(fileno=descriptor), descriptors=1)
-    ffmpeg.report_alive = channel.report_alive
-    ffmpeg.picture_size = _allow
+    ffmpeg.report_alive, ffmpeg.picture_size = channel.report_alive, _allow
     global counted
     counted = partial(setattr, channel, "done")
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the other end is closed
