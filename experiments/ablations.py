@@ -16,7 +16,7 @@ import numpy as np
 from evoprune.bench.eval import EvalSettings, Evaluation, told
 from evoprune.bench.scores import FULL
 from evoprune.methods.budget import Budget
-from evoprune.methods.evoprune import EvoPrune
+from evoprune.methods.evoprune import EvoPruneMethod
 from evoprune.methods.plans import ALLOCATIONS
 from evoprune.methods.registry import REUSE
 from evoprune.session.options import ModelOptions
@@ -58,7 +58,7 @@ def _tried(setting: str, *values: float) -> dict[str, str]:
 
 
 PAPER, OURS = "evoprune-paper", "evoprune"
-OWN = EvoPrune()
+OWN = EvoPruneMethod()
 NO_ATTENTION = "attention=0:critical=0"
 ABLATIONS = {
     "allocation": Ablation(

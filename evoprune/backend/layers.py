@@ -19,7 +19,7 @@ def join(model) -> None:
         for part, names in TOGETHER.items():
             module = layer.get_submodule(part)
             linears = [module.get_submodule(name) for name in names]
-            if not all(map(is_plain, linears)):
+            if not all(map(is_unhooked_linear, linears)):
                 continue
             rows = [linear.out_features for linear in linears]
             weight = torch.cat([linear.weight.detach() for linear in linears])
@@ -38,7 +38,7 @@ def join_tower(visual) -> None:
     for block in visual.blocks:
         mlp = block.mlp
         linears = [getattr(mlp, name, None) for name in (*TOGETHER["mlp"], "down_proj")]
-        if not all(linear is not None and is_plain(linear) for linear in linears):
+        if not all(linear is not None and is_unhooked_linear(linear) for linear in linears):
             continue
         gate, up, down = linears
         inner = gate.out_features
@@ -63,7 +63,7 @@ def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     return parameters if first.weight.data_ptr() == parameters[0].data_ptr() else None
 
 
-def is_plain(module: torch.nn.Module) -> bool:
+def is_unhooked_linear(module: torch.nn.Module) -> bool:
     """Return whether a module is a linear layer that has no hooks: whoever sets a hook wants to see its calls."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return type(module) is torch.nn.Linear and not hooked

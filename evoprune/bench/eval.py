@@ -168,7 +168,7 @@ def variants(settings: EvalSettings) -> list[Variant]:
     """Return the rows in order: full, blind, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
     pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
     asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
-    pruned = [Variant(METHOD, options.method, options.budget) for options in asked if options.config().acts]
+    pruned = [Variant(METHOD, options.method, options.budget) for options in asked if options.config().prunes]
     blind = [Variant(BLIND)] if settings.blind else []
     return [Variant(FULL), *blind, *pruned]
 

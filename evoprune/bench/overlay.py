@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from evoprune.errors import UsageError
-from evoprune.methods.types import ascending
+from evoprune.methods.types import arange_on
 from evoprune.session.encoding import OpenInput, Progress, open_inputs
 from evoprune.session.options import SamplingOptions
 from evoprune.session.session import Session
@@ -64,12 +64,12 @@ class Fates:
     @property
     def encoded(self) -> torch.Tensor:
         """bool `[N]`: not reused from an earlier frame pair. A unit that is read may have been reused."""
-        return self.source == ascending(len(self.source), self.source.device)
+        return self.source == arange_on(len(self.source), self.source.device)
 
     @property
     def fate(self) -> torch.Tensor:
         """int64 `[N]`: the index in `FATES` of each unit's fate."""
-        moved = (self.owner >= 0) & (self.owner != ascending(len(self.owner), self.owner.device))
+        moved = (self.owner >= 0) & (self.owner != arange_on(len(self.owner), self.owner.device))
         applies = torch.stack([self.chosen, ~self.encoded, moved, torch.ones_like(moved)])
         return applies.int().argmax(0)
 
@@ -94,7 +94,7 @@ def fates(video: EncodedRows) -> Fates:
     chosen = torch.zeros(len(row), dtype=torch.bool, device=row.device)
     chosen[kept] = True
     _, height, width = video.plan.grid
-    source = (video.source.cpu() * height * width + ascending(height * width, "cpu")).flatten()
+    source = (video.source.cpu() * height * width + arange_on(height * width, "cpu")).flatten()
     return Fates(video.plan.grid, chosen, source, owner, len(video.rows.unit))
 
 

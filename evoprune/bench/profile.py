@@ -52,7 +52,7 @@ from evoprune.errors import ModelError, OutOfMemory, memory_guard, names_plugins
 from evoprune.language import generate
 from evoprune.methods.chain import PruneConfig
 from evoprune.methods.plans import EncoderPlan
-from evoprune.methods.types import ascending
+from evoprune.methods.types import arange_on
 from evoprune.model import cost
 from evoprune.model.config import PATCHES, Config, vision_sizes
 from evoprune.model.cost import Clock, matmul_rate, shortage, tower_flop
@@ -200,7 +200,7 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
     device, (time_, rows, columns) = clip.patches.device, clip.grid
     grid_thw = torch.tensor([[time_, 2 * rows, 2 * columns]], dtype=torch.int64, device=device)
     # Row 0 is the place in the text; the others are the positions in time, height and width.
-    positions = torch.cat([ascending(len(clip.ids), "cpu")[None], clip.positions])[:, None].to(device)
+    positions = torch.cat([arange_on(len(clip.ids), "cpu")[None], clip.positions])[:, None].to(device)
     with clock.stage("encode"):
         encoded = reference.model.visual(clip.patches, grid_thw=grid_thw)
     with clock.stage("prefill"):
@@ -308,7 +308,7 @@ def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRo
     """Return the rows of all cases in the order of their turns. A method that prunes nothing is the budget of 1.0, always there."""
     named = [name for name in settings.methods if name != "none"]
     asked = product(settings.budgets, named, settings.quantize)
-    pruned = [(budget, name, quantize) for budget, name, quantize in asked if settings.config(name, budget).acts]
+    pruned = [(budget, name, quantize) for budget, name, quantize in asked if settings.config(name, budget).prunes]
     full = 1.0 in settings.budgets or "none" in settings.methods
     rows = []
     for case in cases:

@@ -63,7 +63,7 @@ def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[
     """`METHODS` and `more` at each of `budgets` or `BUDGETS`, without those that prune nothing. Raises as `methods.parse`."""
     named = [name for name in dict.fromkeys((*METHODS, *more)) if name != "none"]
     pairs = product(named, sorted(set(budgets or BUDGETS), reverse=True))
-    return [Candidate(name, budget) for name, budget in pairs if PruneConfig.of(budget, name).acts]
+    return [Candidate(name, budget) for name, budget in pairs if PruneConfig.of(budget, name).prunes]
 
 
 class Trial(NamedTuple):

@@ -13,7 +13,7 @@ from evoprune.methods.base import Selector
 from evoprune.methods.plans import spread
 from evoprune.methods.ranking import BLOCK, closest, highest, of_pairs, ranked, scaled, snap
 from evoprune.methods.settings import Count, Share
-from evoprune.methods.types import Selection, Tokens, ascending
+from evoprune.methods.types import Selection, Tokens, arange_on
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class VisionZip(Selector):
         attention = snap(tokens.attention)
         keys = F.normalize(tokens.keys, dim=1)
         into = torch.full_like(tokens.unit_to_row, -1)
-        index = tokens.by_pair(ascending(len(into), into.device))
+        index = tokens.by_pair(arange_on(len(into), into.device))
         for here, share in zip(index, spread(keep, len(index)), strict=True):
             best = here[highest(attention[here], round(self.dominant * share))]
             into[best] = best
@@ -76,7 +76,7 @@ class VisPruner(Selector):
 
 def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
     """int64 `[keep]`: the rows of `unit` (`[n, D]`, the most attended first) left when rounds remove up to `step` similar ones."""
-    left = ascending(len(unit) if keep else 0, unit.device)
+    left = arange_on(len(unit) if keep else 0, unit.device)
     while len(left) > keep:
         even = left[::2]
         odd = left[1::2]
@@ -127,14 +127,14 @@ class Nuwa(Selector):
         """
         height, width = score.shape
         attention = score.flatten()[kept]
-        own = ascending(len(kept), kept.device)
+        own = arange_on(len(kept), kept.device)
         weak = own[attention < attention.quantile(self.weak)]
         unit = F.normalize(middle.float(), dim=1)
-        places = ascending(height * width, kept.device)
+        places = arange_on(height * width, kept.device)
         at = torch.stack([places // width, places % width], 1).float()
         near = 1 - torch.cdist(at[kept[weak]], at) / (self.reach * (hypot(height - 1, width - 1) or 1))
         weight = (unit[kept[weak]] @ unit.T).clamp(min=0) * near.clamp(min=0)
-        weight[ascending(len(weak), kept.device), kept[weak]] = 0  # its own weight is exactly 1, below
+        weight[arange_on(len(weak), kept.device), kept[weak]] = 0  # its own weight is exactly 1, below
         token, place = weight.nonzero().unbind(1)
         weight = torch.cat([torch.ones_like(attention), weight[token, place]])
         return torch.cat([own, weak[token]]), torch.cat([kept, place]), weight
@@ -194,7 +194,7 @@ class Scope(Selector):
         # What a row adds only shrinks while others are selected. So earlier sums are upper bounds, and only the highest are
         # computed again.
         unit = tokens.normalised
-        every = ascending(len(unit), unit.device)
+        every = arange_on(len(unit), unit.device)
         cover = torch.zeros_like(unit[:, 0])
         weight = snap(tokens.attention).double() ** self.alpha if self.alpha else torch.ones_like(every).double()
 

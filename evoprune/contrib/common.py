@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 
 from evoprune.methods.ranking import BLOCK, highest, snap
-from evoprune.methods.types import Selection, Tokens, ascending
+from evoprune.methods.types import Selection, Tokens, arange_on
 
 
 def transitions(tokens: Tokens) -> torch.Tensor:
@@ -31,7 +31,7 @@ STEPS = 16384  # distances are integers of this many steps of the tokens' root m
 
 def peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
     """int64 `[count]`, ascending: the rows of `x` (`[n, D]`) with the highest peak scores."""
-    return highest(peak_scores(x, neighbours), count) if count else ascending(0, x.device)
+    return highest(peak_scores(x, neighbours), count) if count else arange_on(0, x.device)
 
 
 def joined_peaks(x: torch.Tensor, count: int, neighbours: int | None = None) -> torch.Tensor:
@@ -77,7 +77,7 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
     Of equally dense rows the first counts as denser. O(n^2 D), memory O(n D).
     """
     points, step = _points(x)
-    index = ascending(len(points), x.device)
+    index = arange_on(len(points), x.device)
     blocks = index.split(BLOCK)
 
     @lru_cache(MAX_BLOCKS if len(blocks) <= MAX_BLOCKS else 0)
@@ -107,7 +107,7 @@ def vicinity_clusters(x: torch.Tensor, place: torch.Tensor, count: int, cutoff: 
     """
     points = _points(x)[0]
     scale = cutoff * (2 * (points - points.mean(0)).square().sum(1).mean()).sqrt().clamp(min=1)
-    index = ascending(len(points), x.device)
+    index = arange_on(len(points), x.device)
     place = place.double()
     blocks = index.split(BLOCK)
     dense = snap(torch.cat([(-(_distances(points[block], points) / scale).square()).exp().sum(1) for block in blocks]))
@@ -149,7 +149,7 @@ def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selectio
 
     `weight`, float32 `[N]`, is the weight of each unit in its mean; None for equal weights.
     """
-    stays = into == ascending(len(into), into.device)
+    stays = into == arange_on(len(into), into.device)
     number = stays.cumsum(0) - 1
     return Selection(stays.nonzero().flatten(), torch.where(into < 0, -1, number[into]), weight)
 
@@ -159,7 +159,7 @@ def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
 
     A unit that n others join has weight max(1 / (n + 1), `least`), and the n share the rest evenly; alone it has weight 1.
     """
-    stays = into == ascending(len(into), into.device)
+    stays = into == arange_on(len(into), into.device)
     others = torch.bincount(into[(into >= 0) & ~stays], minlength=len(into))[into.clamp(min=0)]
     own = torch.where(others > 0, (1 / (others + 1).float()).clamp(min=least), 1.0)
     return torch.where(stays, own, (1 - own) / others.clamp(min=1))
@@ -170,4 +170,4 @@ def turns(order: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     order = order[group[order].argsort(stable=True)]
     size = torch.bincount(group)
     before = (size.cumsum(0) - size)[group[order]]
-    return torch.empty_like(order).index_copy_(0, order, ascending(len(order), order.device) - before)
+    return torch.empty_like(order).index_copy_(0, order, arange_on(len(order), order.device) - before)

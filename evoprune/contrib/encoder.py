@@ -14,7 +14,7 @@ from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.plans import Grid, SetAside, Stage, TowerShape, WholePairs, spread
 from evoprune.methods.ranking import highest, snap
 from evoprune.methods.settings import Count, Share
-from evoprune.methods.types import Selection, Tokens, ascending
+from evoprune.methods.types import Selection, Tokens, arange_on
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,13 @@ class MergedFrames(Runs, Selector):
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         frame, first = frames_of(tokens)
-        places = ascending(tokens.unit_to_row.numel() // len(frame), frame.device)
+        places = arange_on(tokens.unit_to_row.numel() // len(frame), frame.device)
         into, weight = self.merged(similarities(tokens.rows.view(len(first), len(places), -1), self.window))
         into = torch.tensor(into, dtype=torch.int64, device=frame.device)
         weight = torch.tensor(weight, dtype=torch.float32, device=frame.device)
-        stays = into == ascending(len(into), into.device)
+        stays = into == arange_on(len(into), into.device)
         unit_to_token = (stays.cumsum(0) - 1)[into[frame]]
-        own = first[frame] == ascending(len(frame), frame.device)  # others are in their frame's state already
+        own = first[frame] == arange_on(len(frame), frame.device)  # others are in their frame's state already
         return Selection(
             (first[stays][:, None] * len(places) + places).flatten(),
             (unit_to_token[:, None] * len(places) + places).flatten(),
@@ -165,7 +165,7 @@ def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
     """int64 `[T]`, the number of the frame that represents each frame pair; and int64 `[F]`, the first frame pair of each frame."""
     places = tokens.grid[1] * tokens.grid[2]
     frame = tokens.unit_to_row.view(tokens.grid[0], places)[:, 0] // places
-    first = torch.searchsorted(frame, ascending(len(tokens.rows) // places, frame.device))
+    first = torch.searchsorted(frame, arange_on(len(tokens.rows) // places, frame.device))
     return frame, first
 
 
@@ -184,12 +184,12 @@ def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
 def highest_of_stretches(score: torch.Tensor, count: int) -> torch.Tensor:
     """int64 `[count]`: the highest of `score` (`[n]`) in each of `count` stretches, of which the first may be longer by one."""
     if not count:
-        return ascending(0, score.device)
+        return arange_on(0, score.device)
     length, longer = divmod(len(score), count)
-    number = ascending(count, score.device)
+    number = arange_on(count, score.device)
     start = number * length + number.clamp(max=longer)
-    index = start[:, None] + ascending(length + 1, score.device)
-    inside = ascending(length + 1, score.device) < (length + (number < longer))[:, None]
+    index = start[:, None] + arange_on(length + 1, score.device)
+    inside = arange_on(length + 1, score.device) < (length + (number < longer))[:, None]
     values = score[index.clamp(max=len(score) - 1)].masked_fill(~inside, -torch.inf)
     return start + values.argmax(1)
 

@@ -21,7 +21,7 @@ from evoprune.methods.budget import keep_count
 from evoprune.methods.plans import apportion
 from evoprune.methods.ranking import BLOCK, closest, highest, ranked, snap
 from evoprune.methods.settings import Part, Share
-from evoprune.methods.types import Selection, ascending
+from evoprune.methods.types import Selection, arange_on
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class PruneVidInner(FastV):
     depth: Part = 11 / 32
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
-        queries = ascending(len(tokens.queries), tokens.visual.device)
+        queries = arange_on(len(tokens.queries), tokens.visual.device)
         return tokens.unrotated().attention(queries, most=True, causal=False)
 
     def select(self, tokens: LayerTokens) -> Selection:
-        index = ascending(len(tokens.pair), tokens.pair.device)
+        index = arange_on(len(tokens.pair), tokens.pair.device)
         score = relative(self.score(tokens))
         sizes = tokens.pair.unique_consecutive(return_counts=True)[1].tolist()
         counts = apportion(tokens.left, sizes, sizes)
@@ -142,10 +142,10 @@ def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
     others = torch.ones(count, dtype=torch.bool, device=device).index_fill_(0, kept, False).nonzero()[:, 0]
     unit_to_token = torch.zeros(count, dtype=torch.int64, device=device)
     to = closest(unit[others], unit[kept])[1]
-    unit_to_token[kept], unit_to_token[others] = ascending(len(kept), device), to
+    unit_to_token[kept], unit_to_token[others] = arange_on(len(kept), device), to
     joining = torch.bincount(to, minlength=len(kept))
     later = torch.empty(count, dtype=torch.float32, device=device)  # how many join after a token does, itself included
-    later[kept], later[others] = joining.float(), (joining[to] - turns(ascending(len(to), device), to)).float()
+    later[kept], later[others] = joining.float(), (joining[to] - turns(arange_on(len(to), device), to)).float()
     # float32 has no smaller number of full precision
     return Selection(kept, unit_to_token, torch.exp2(-later).clamp(min=2.0**-126))
 
@@ -188,7 +188,7 @@ def _raters(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     words = text.float().T
     weight = sum((block.float() @ words).softmax(1).sum(0) for block in visual.split(BLOCK))
     raters = (weight > weight.mean()).nonzero()[:, 0]
-    return raters if len(raters) else ascending(len(text), text.device)
+    return raters if len(raters) else arange_on(len(text), text.device)
 
 
 def recycled(dropped: int) -> int:
@@ -236,7 +236,7 @@ class VisiPruner(DroppingMethod):
         if "exits" in tokens.memory:
             tokens.memory["exits"] += bool((cosine >= self.exit).all())
             leaving = 0 < self.exits == tokens.memory["exits"]
-            return Selection(ascending(0, length.device)) if leaving else None
+            return Selection(arange_on(0, length.device)) if leaving else None
         decisive = bool((cosine < self.layer).any())
         if not (decisive or tokens.due):
             return None
@@ -281,7 +281,7 @@ class ViTCoP(DroppingMethod):
         if len(tokens.visual) < len(tokens.visual_embeds):
             return Selection(highest(-relative(length), tokens.left))
         into = []
-        index = ascending(len(tokens.visual), tokens.visual.device)
+        index = arange_on(len(tokens.visual), tokens.visual.device)
         for pair in index.split(tokens.pair.unique_consecutive(return_counts=True)[1].tolist()):
             count = max(1, int(self.centres * len(pair)))
             x = tokens.visual_embeds[pair]
@@ -294,7 +294,7 @@ def merged(cluster: torch.Tensor, length: torch.Tensor, left: int) -> Selection:
 
     `cluster`: int64 `[n]`; if there are more than `left`, those of long keys become one. `length`: float64 `[n]`, of each key.
     """
-    index = ascending(len(cluster), cluster.device)
+    index = arange_on(len(cluster), cluster.device)
     size = torch.bincount(cluster)
     total = torch.zeros(len(size), dtype=torch.float64, device=cluster.device).index_add_(0, cluster, length)
     order = ranked(-relative(total))

@@ -20,7 +20,7 @@ from evoprune.methods.base import LanguageMethod, Reading
 from evoprune.methods.budget import keep_count
 from evoprune.methods.chain import check_selection
 from evoprune.methods.ranking import highest
-from evoprune.methods.types import LayerState, Selection, ascending, true_indices
+from evoprune.methods.types import LayerState, Selection, arange_on, nonzero_fixed
 
 MAX_WEIGHTS = 1 << 24  # attention weights that are held at a time
 
@@ -140,7 +140,7 @@ class LayerTokens:
 
         `rows`: int64 `[q]`, which of `queries` look, None for the prompt's last; `causal`: each at columns up to its own alone.
         """
-        rows = ascending(len(self.queries), self.queries.device)[-1:] if rows is None else rows
+        rows = arange_on(len(self.queries), self.queries.device)[-1:] if rows is None else rows
         heads = self.queries.shape[1]
         columns = len(self.keys)
         keys = self.keys.permute(1, 2, 0).float()
@@ -152,7 +152,7 @@ class LayerTokens:
 
     def last_weights(self, count: int = 1) -> torch.Tensor:
         """float32 `[heads, C]`: the attention of the prompt's last columns to every column, head by head, as the mean over them."""
-        last = ascending(len(self.queries), self.queries.device)[-count:]
+        last = arange_on(len(self.queries), self.queries.device)[-count:]
         weights = self._weights(last, self.keys.permute(1, 2, 0).float(), causal=True)
         return weights.unflatten(0, (-1, len(last))).mean(1)
 
@@ -165,7 +165,7 @@ class LayerTokens:
             logits += self.bias.float()
         if causal:
             own = rows + (columns - len(self.queries))
-            logits.masked_fill_(ascending(columns, rows.device) > own[:, None], -torch.inf)
+            logits.masked_fill_(arange_on(columns, rows.device) > own[:, None], -torch.inf)
         return logits.softmax(-1).flatten(0, 1)
 
 
@@ -256,7 +256,7 @@ class Dropping(Reading):
     def _with_text(self, columns: int, stays: torch.Tensor, count: int) -> torch.Tensor:
         """int64, ascending: those of `columns` that are no visual tokens, or of which `stays` (bool `[n]`, `count` of them)."""
         mask = torch.ones(columns, dtype=torch.bool, device=stays.device).index_copy_(0, self._visual, stays)
-        return true_indices(mask, columns - len(stays) + count)
+        return nonzero_fixed(mask, columns - len(stays) + count)
 
     def after(
         self, state: LayerState, deepstack: torch.Tensor

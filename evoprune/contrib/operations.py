@@ -17,7 +17,7 @@ from evoprune.contrib.language import Drop, Dropping, DroppingMethod, LanguagePl
 from evoprune.errors import UsageError
 from evoprune.methods.base import Reading
 from evoprune.methods.budget import keep_count
-from evoprune.methods.types import LayerState, Selection, true_indices
+from evoprune.methods.types import LayerState, Selection, nonzero_fixed
 from evoprune.model.config import read_object
 from evoprune.util import missing_hint
 
@@ -221,6 +221,6 @@ class _Grouped(Dropping):
         left = self._plan.left(state.after)
         if left == len(self._key):
             return None
-        kept = true_indices(self._key, left)
+        kept = nonzero_fixed(self._key, left)
         self._key = self._key[kept]
         return Selection(kept)

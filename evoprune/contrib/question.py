@@ -12,7 +12,7 @@ from evoprune.methods.base import Selector
 from evoprune.methods.plans import spread
 from evoprune.methods.ranking import highest, of_pairs, ranked, scaled, snap
 from evoprune.methods.settings import Cosine
-from evoprune.methods.types import Selection, Tokens, ascending
+from evoprune.methods.types import Selection, Tokens, arange_on
 
 MIN_RELEVANCE = 1 / 128
 STEP = 1 / 16384
@@ -105,7 +105,7 @@ class Par(Selector):
 
 def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
     """int64 `[N]`: the first token of each one's cluster: neighbours of `unit` (`[T, H, W, D]`) whose cosine is above `link`."""
-    index = ascending(unit[..., 0].numel(), unit.device).view(unit.shape[:3])
+    index = arange_on(unit[..., 0].numel(), unit.device).view(unit.shape[:3])
     ends = []
     for dim in range(3):
         length = unit.shape[dim] - 1

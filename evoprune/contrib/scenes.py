@@ -24,7 +24,7 @@ from evoprune.methods.baselines import most_diverse
 from evoprune.methods.plans import apportion, spread
 from evoprune.methods.ranking import closest, highest, ranked, snap
 from evoprune.methods.settings import Cosine, Count, Share
-from evoprune.methods.types import Selection, Tokens, ascending
+from evoprune.methods.types import Selection, Tokens, arange_on
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class FastVid(Selector):
         x = tokens.features
         attention = snap(tokens.attention)
         into = torch.full_like(tokens.unit_to_row, -1)
-        index = tokens.by_pair(ascending(len(x), x.device))
+        index = tokens.by_pair(arange_on(len(x), x.device))
         for span in segments(like, self.segments, self.threshold):
             new = (like[span.start : span.stop - 1] < self.ignore).nonzero().flatten().tolist()
             part = slice(span.start, span.stop)
@@ -116,7 +116,7 @@ class FlashVid(Selector):
         `attention`: `[g, n]`. `x`: `[g, n, D]`, features. `keep`: how many tokens stay.
         """
         pairs, per_pair = attention.shape
-        index = ascending(attention.numel(), x.device).view(pairs, per_pair)
+        index = arange_on(attention.numel(), x.device).view(pairs, per_pair)
         into = torch.full_like(index, -1).flatten()
         diverse = spread(math.floor(self.diverse * keep + 0.5), pairs)
         best = torch.cat([index[g, most_diverse(x[g], count, attention[g])] for g, count in enumerate(diverse)])
@@ -152,7 +152,7 @@ class FlashVid(Selector):
         strongest = ranked(like)[:most]
         links = torch.zeros(len(rest), dtype=torch.bool, device=unit.device)
         links[strongest] = like[strongest] > self.link
-        root = ascending(len(unit), unit.device)
+        root = arange_on(len(unit), unit.device)
         for g in range(1, last + 1):  # a link leads to the frame pair before, whose roots are known by now
             now = links & (pair == g)
             root[rest[now]] = root[parent[now]]
@@ -258,7 +258,7 @@ class PruneVid(Selector):
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.by_pair(tokens.features.float())
-        index = tokens.by_pair(ascending(len(tokens.unit_to_row), x.device))
+        index = tokens.by_pair(arange_on(len(tokens.unit_to_row), x.device))
         spans = self.segments(x)
         steady = [steadiness(F.normalize(x[span.start : span.stop], dim=2)) for span in spans]
         into = averaged(index, spans, steady, self.static, keep)
@@ -324,7 +324,7 @@ class HoliTom(Selector):
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.by_pair(tokens.features.float())
-        index = tokens.by_pair(ascending(len(tokens.unit_to_row), x.device))
+        index = tokens.by_pair(arange_on(len(tokens.unit_to_row), x.device))
         cosine = snap(torch.cosine_similarity(x[1:], x[:-1], dim=2))
         spans = most_saving(cosine > self.static)
         alone = torch.full(x.shape[1:2], -torch.inf, dtype=torch.float32, device=x.device)

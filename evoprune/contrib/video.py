@@ -10,7 +10,7 @@ from evoprune.methods.base import Selector
 from evoprune.methods.plans import apportion
 from evoprune.methods.ranking import highest, of_pairs, ranked, snap
 from evoprune.methods.settings import Cosine
-from evoprune.methods.types import Selection, Tokens, ascending
+from evoprune.methods.types import Selection, Tokens, arange_on
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Adjacent(Selector):
 
 def neighbours(left: torch.Tensor) -> torch.Tensor:
     """int64 `[N, 4]`: the nearest of the tokens `left` (bool `[T, H, W]`) above, below, left and right of each; -1 for none."""
-    index = torch.where(left, ascending(left.numel(), left.device).view_as(left), -1)
+    index = torch.where(left, arange_on(left.numel(), left.device).view_as(left), -1)
     last = left.numel()
     sides = []
     for dim in (1, 2):
@@ -109,7 +109,7 @@ def highest_apart(score: torch.Tensor, near: torch.Tensor, count: int) -> torch.
     `near`: from `neighbours`. Ties go to the lower index.
     """
     outside = len(score)  # later than all; index -1 finds it, where a token has no neighbour
-    order = torch.empty_like(near[:, 0]).index_copy_(0, ranked(score), ascending(outside, score.device))
+    order = torch.empty_like(near[:, 0]).index_copy_(0, ranked(score), arange_on(outside, score.device))
     order = F.pad(order.masked_fill(score == -torch.inf, outside), (0, 1), value=outside)
     open_ = order.clone()
     taken = torch.zeros_like(order, dtype=torch.bool)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from evoprune.backend.devices import available_memory, is_host
-from evoprune.backend.layers import is_plain
+from evoprune.backend.layers import is_unhooked_linear
 from evoprune.cpu.machine import madvise_cold
 
 # The number of rows that packing assumes. From a few dozen rows up, the arrangement does not depend on it.
@@ -296,4 +296,4 @@ def shared_copy(module: nn.Module, replace: Callable[[nn.Module], nn.Module | No
 
 def packs(module: nn.Module) -> bool:
     """Return whether `packed_copy` packs this module."""
-    return is_plain(module) and can_pack(module.weight)
+    return is_unhooked_linear(module) and can_pack(module.weight)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from evoprune.backend.devices import is_host
-from evoprune.backend.layers import is_plain
+from evoprune.backend.layers import is_unhooked_linear
 from evoprune.cpu.linear import can_pack
 from evoprune.cpu.machine import madvise_cold
 from evoprune.cpu.precision import check_quantize
@@ -246,7 +246,7 @@ def kinds(device: torch.device) -> list[str]:
 def places(model: nn.Module, kind: str) -> Iterator[tuple[str, str]]:
     """Yield the linear layers that are quantised, by name, and what each becomes: "int8" or "int4"."""
     for path, layer in model.named_modules():
-        if is_plain(layer) and not path.endswith(GATES):
+        if is_unhooked_linear(layer) and not path.endswith(GATES):
             decodes = path.startswith(("model.language_model.", "lm_head")) and layer.in_features % GROUP == 0
             yield path, kind if decodes else "int8"
 

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from evoprune.errors import UsageError
 from evoprune.hf import interface
-from evoprune.methods.types import ascending
+from evoprune.methods.types import arange_on
 from evoprune.vision.encoder import Encoded
 
 NAMES = {True: ("pixel_values_videos", "video_grid_thw"), False: ("pixel_values", "image_grid_thw")}
@@ -49,7 +49,7 @@ class Columns:
         # Columns without a place go to an extra place at the front, which is cut off.
         place = torch.where(stays, (places + 1 - from_the_end).clamp(min=0), 0)
         index = torch.full((len(dropped), places + 1), -1, dtype=torch.int64, device=dropped.device)
-        index.scatter_(1, place, ascending(width, dropped.device).expand_as(place))
+        index.scatter_(1, place, arange_on(width, dropped.device).expand_as(place))
         return cls(index[:, 1:], width)
 
     def __repr__(self) -> str:
@@ -73,7 +73,7 @@ class Columns:
 
     def following(self, width: int) -> "Columns":
         """Return the columns of the batch continued up to `width` columns, without further drops."""
-        more = ascending(width, self.index.device)[self.width :]
+        more = arange_on(width, self.index.device)[self.width :]
         return Columns(torch.cat([self.index, more.expand(len(self.index), -1)], 1), width)
 
     def first(self, places: int) -> "Columns":
@@ -300,7 +300,7 @@ def _packed(call: dict) -> bool:
     mask = call.get("attention_mask")
     if at is None or len(at) != 4 or at.ndim != 3 or not (mask is None or mask.all()):
         return False
-    return not torch.equal(at[0], ascending(at.shape[2], at.device).expand_as(at[0]))
+    return not torch.equal(at[0], arange_on(at.shape[2], at.device).expand_as(at[0]))
 
 
 def without_pruned(

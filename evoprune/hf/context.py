@@ -308,7 +308,7 @@ class PrunedModel:
                 hint = "pass the whole conversation without them"
                 raise UsageError("a video cannot go on from past_key_values", hint)
             as_host = self.settings.positions == "host" or call.get("position_ids") is not None
-            optional = as_host and not self.settings.pruning.acts
+            optional = as_host and not self.settings.pruning.prunes
             if (reason := why_not(self.model, call, generating, optional)) is None:
                 return self._prune(call, generating)
             if not optional:

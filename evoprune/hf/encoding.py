@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from evoprune import methods
-from evoprune.backend.layers import is_plain
+from evoprune.backend.layers import is_unhooked_linear
 from evoprune.cpu.linear import PackedLinear, can_pack, packed_copy, shared_copy
 from evoprune.cpu.quantize import Int8Linear, check, quantize
 from evoprune.errors import UsageError, names_plugins
@@ -14,7 +14,7 @@ from evoprune.hf import interface
 from evoprune.methods.budget import DEFAULT, Budget, GivenShare
 from evoprune.methods.chain import PruneConfig
 from evoprune.model.config import vision_sizes
-from evoprune.model.numerics import all_numbers
+from evoprune.model.numerics import all_finite
 from evoprune.session.loading.stored import calibrate_tower
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoder import Encoded, joined
@@ -129,7 +129,7 @@ def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
         raise UsageError(f"video_grid_thw {shapes} are not (T, H, W), H and W in multiples of {merge}", PROCESSOR)
     if not shapes or int(grids.prod(1).sum()) != len(pixels):
         raise UsageError(f"{len(pixels)} patches do not fit video_grid_thw {shapes}", PROCESSOR)
-    if not all_numbers(pixels.detach()):
+    if not all_finite(pixels.detach()):
         raise UsageError("pixel_values_videos hold NaN or infinity", "look at what the processor was given")
 
 
@@ -180,7 +180,7 @@ class PackedTower:
         known = {}
         sample = []
         for name, layer in self._visual.named_modules():
-            if is_plain(layer):
+            if is_unhooked_linear(layer):
                 weight, flat = layer.weight, layer.weight.detach().flatten()
                 known[name] = layer, weight.data_ptr(), 0 if weight.is_inference() else weight._version
                 sample += flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].tolist()

@@ -14,7 +14,7 @@ import torch
 from evoprune.backend.devices import holds_values
 from evoprune.errors import ModelError, UsageError
 from evoprune.language.prompt import VisualSpan, prompt_positions
-from evoprune.methods.types import ascending
+from evoprune.methods.types import arange_on
 from evoprune.model.config import FAMILIES, check_vision, vision_sizes
 
 MODELS = [f"{family.model}ForConditionalGeneration" for family in FAMILIES.values()]
@@ -304,7 +304,7 @@ def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bo
         return model._prepare_position_ids_for_generation(ids, given)
     positions = model.model.compute_3d_position_ids(input_ids=ids, inputs_embeds=None, past_key_values=None, **given)
     if positions is None:
-        positions = ascending(ids.shape[1], ids.device)
+        positions = arange_on(ids.shape[1], ids.device)
     return positions.expand(3, *ids.shape)
 
 

@@ -17,7 +17,7 @@ from evoprune.backend.attention import causal_attention, without_cudnn
 from evoprune.backend.devices import to_device, uses_kernels
 from evoprune.cpu.linear import linear
 from evoprune.methods.base import Reading
-from evoprune.methods.types import LayerState, ascending
+from evoprune.methods.types import LayerState, arange_on
 from evoprune.model.config import head_size
 from evoprune.model.numerics import without_autocast
 
@@ -146,7 +146,7 @@ def attend(
             mask = torch.ones(rows, end, dtype=torch.bool, device=queries.device).tril(end - rows)
         else:
             end = n if start + rows == columns else int(sees[start + rows - 1])
-            mask = ascending(end, queries.device) < sees[start : start + rows, None]
+            mask = arange_on(end, queries.device) < sees[start : start + rows, None]
         if bias is not None:
             mask = bias[:end].expand(len(mask), -1).masked_fill(~mask, -torch.inf)
         strips.append(F.scaled_dot_product_attention(strip, keys[:, :, :end], values[:, :, :end], attn_mask=mask))
@@ -212,7 +212,7 @@ class KVCache:
         capacities = [capacity] * depth if isinstance(capacity, int) else capacity
         shapes = [(1, config.num_key_value_heads, columns, head_size(config)) for columns in capacities]
         self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for shape in shapes]
-        self._whole = 0  # columns up to the last one that has left a layer: among them, layers do not end alike
+        self._uneven_until = 0  # columns up to the last one that has left a layer: among them, layers do not end alike
         # Columns that were read. A forward pass raises it at its end, so a pass that fails leaves the cache as it was.
         self.length = 0
         self.lengths = [0] * depth  # columns that are valid in each layer
@@ -230,21 +230,21 @@ class KVCache:
 
         Raises ValueError: the cache holds fewer, or some columns left only some layers and `length` is less than where that was.
         """
-        if not (0 <= length <= self.length and (length >= self._whole or not length)):
+        if not (0 <= length <= self.length and (length >= self._uneven_until or not length)):
             raise ValueError(f"the cache holds {self.length} columns, not {length}")
         lengths = [max(0, end - (self.length - length)) for end in self.lengths]
         cropped = {id(sizes): sizes[:end] for sizes, end in zip(self.sizes, lengths, strict=True) if sizes is not None}
         sizes = [cropped.get(id(sizes)) for sizes in self.sizes]
-        whole = self._whole if length else 0
+        whole = self._uneven_until if length else 0
         # In one statement: after a signal between two (Ctrl-C), some of these would be old and some new.
-        self.length, self.lengths, self.sizes, self._whole = length, lengths, sizes, whole
+        self.length, self.lengths, self.sizes, self._uneven_until = length, lengths, sizes, whole
 
     def keep(self, columns: torch.Tensor) -> None:
         """Drops all columns but some, int64 `[n]` on the CPU, ascending, which move up to the front; their positions stay.
 
         Raises ValueError: some columns left only some layers.
         """
-        if self._whole:
+        if self._uneven_until:
             raise ValueError("columns that left only some layers cannot be counted alike in all")
         columns = to_device(columns, self._layers[0][0].device)
         count = len(columns)
@@ -292,8 +292,13 @@ class KVCache:
         length = self.length + read
         lengths = [before + more for before, more in zip(self.lengths, columns, strict=True)]
         sizes = list(sizes)
-        whole = length if len(set(columns)) > 1 else self._whole
-        self.length, self.lengths, self.sizes, self._whole = length, lengths, sizes, whole  # in one statement, as above
+        whole = length if len(set(columns)) > 1 else self._uneven_until
+        self.length, self.lengths, self.sizes, self._uneven_until = (
+            length,
+            lengths,
+            sizes,
+            whole,
+        )  # in one statement, as above
 
     def sizes_with(self, sizes: torch.Tensor | None, columns: int) -> list[torch.Tensor | None]:
         """Of each layer the cluster sizes of its columns and of new ones, whose `sizes` (None for 1 each) are the same in all."""

@@ -23,7 +23,7 @@ from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import StaticCache, best_of
 from evoprune.methods.base import Reading
 from evoprune.methods.chain import MethodChain
-from evoprune.methods.types import ascending, generator_seed
+from evoprune.methods.types import arange_on, generator_seed
 from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.numerics import not_a_number_error
 from evoprune.model.weights import HostedVL
@@ -157,7 +157,7 @@ class PrefillState:
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """Reads further tokens of the answer, int64 `[n]`; the logits after each of them, float32 `[n, vocabulary]`."""
-        positions = (ascending(len(ids), "cpu") + self.next_position + self.answered).expand(3, -1)
+        positions = (arange_on(len(ids), "cpu") + self.next_position + self.answered).expand(3, -1)
         embeds = embed_ids(self.model, ids)
         begin_pass(self.model)
         logits = layers_of(self.model).logits(self.model, embeds, positions, self.cache, last=len(ids))

@@ -14,7 +14,7 @@ import torch
 from evoprune.backend.attention import without_cudnn
 from evoprune.backend.devices import is_host, plain, to_device
 from evoprune.language import hybrid
-from evoprune.methods.types import ascending
+from evoprune.methods.types import arange_on
 from evoprune.model.numerics import without_autocast
 from evoprune.model.weights import HostedVL
 
@@ -128,7 +128,7 @@ def forward(
     if not cache.can_crop:
         cache.length = -1  # until all layers have read all columns
     hidden = []
-    places = torch.cat([ascending(columns, "cpu")[None] + before, positions])[:, None]
+    places = torch.cat([arange_on(columns, "cpu")[None] + before, positions])[:, None]
     step = columns if every is None else STRIP
     for start in range(0, columns, step):
         strip = slice(start, min(start + step, columns))
@@ -153,7 +153,7 @@ def _read(
     given = {}
     if sizes is not None or (before and len(embeds) > 1):
         end = before + len(embeds)
-        seen = ascending(end, embeds.device) <= ascending(len(embeds), embeds.device)[:, None] + before
+        seen = arange_on(end, embeds.device) <= arange_on(len(embeds), embeds.device)[:, None] + before
         mask = seen if sizes is None else torch.where(seen, sizes[:end].log().to(embeds.dtype), -torch.inf)
         given["attention_mask"] = mask[None, None]
     if deepstack is not None and len(deepstack):

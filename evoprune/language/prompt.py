@@ -21,7 +21,7 @@ import torch
 
 from evoprune.errors import ModelError, UsageError, first_line, is_out_of_memory, process_error
 from evoprune.language.template import render
-from evoprune.methods.types import ascending
+from evoprune.methods.types import arange_on
 from evoprune.model.config import TEXT, check_fetched, read_object
 from evoprune.util import check_text
 from evoprune.video.info import PICTURE, VIDEO
@@ -210,7 +210,7 @@ def video_positions(
     # In float64, and rounded down once at the end: multiples of a rounded step would drift.
     step = 1.0 if tokens_per_second is None else seconds_per_pair * tokens_per_second
     clock = (torch.arange(t, dtype=torch.float64, device="cpu") * step).floor().long()
-    return torch.stack(torch.meshgrid(clock, ascending(h, "cpu"), ascending(w, "cpu"), indexing="ij")).flatten(1)
+    return torch.stack(torch.meshgrid(clock, arange_on(h, "cpu"), arange_on(w, "cpu"), indexing="ij")).flatten(1)
 
 
 def prompt_positions(length: int, videos: Sequence[VisualSpan], tokens_per_second: float | None) -> torch.Tensor:
@@ -228,13 +228,13 @@ def prompt_positions(length: int, videos: Sequence[VisualSpan], tokens_per_secon
     for video in videos:
         if video.start < at or video.start + video.tokens > length:
             raise ValueError(f"video at {video.start} with {video.tokens} tokens does not fit the prompt")
-        pieces.append((ascending(video.start - at, "cpu") + following).expand(3, -1))
+        pieces.append((arange_on(video.start - at, "cpu") + following).expand(3, -1))
         following += video.start - at
         inside = video_positions(video.grid, video.seconds_per_pair, tokens_per_second) + following
         pieces.append(inside)
         following = int(inside.max()) + 1
         at = video.start + video.tokens
-    pieces.append((ascending(length - at, "cpu") + following).expand(3, -1))
+    pieces.append((arange_on(length - at, "cpu") + following).expand(3, -1))
     return torch.cat(pieces, dim=1)
 
 
@@ -254,7 +254,7 @@ class Place:
     @cached_property
     def columns(self) -> torch.Tensor:
         """int64, on the CPU, of the placeholders."""
-        return torch.cat([ascending(len(run), "cpu") + run.start for run in self.runs])
+        return torch.cat([arange_on(len(run), "cpu") + run.start for run in self.runs])
 
     def spans(self, grid: tuple[int, int, int], seconds_per_pair: float) -> list[VisualSpan]:
         """Return the runs of an input of `grid` (T, H, W), as `prompt_positions` takes them."""

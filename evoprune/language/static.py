@@ -18,7 +18,7 @@ from torch import nn
 from evoprune.backend import devices
 from evoprune.backend.attention import without_cudnn
 from evoprune.backend.devices import available_memory, to_device
-from evoprune.backend.layers import is_plain
+from evoprune.backend.layers import is_unhooked_linear
 from evoprune.errors import DeviceWarning, first_line
 from evoprune.language import hosted
 from evoprune.language.decoder import KVCache, bias_features, frequencies_of, norm, run_layer, turns_by
@@ -274,7 +274,7 @@ def can_step(model) -> bool:
     Two implementations of experts read the choice on the device alone. Others read it on the host.
     """
     modules = [model.lm_head, *model.model.language_model.layers.modules()]
-    if not all(is_plain(layer) for layer in modules if isinstance(layer, nn.Linear)):
+    if not all(is_unhooked_linear(layer) for layer in modules if isinstance(layer, nn.Linear)):
         return False
     if not isinstance(model, HostedVL):
         return True

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from evoprune.methods.plans import EncoderPlan, Stage, WholePairs
-from evoprune.methods.types import Selection, ascending
+from evoprune.methods.types import Selection, arange_on
 from evoprune.vision.encoder import EncodedRows, EncoderRun, encode_rows
 from evoprune.vision.layout import TokenLayout
 from evoprune.vision.preprocess import ReferenceBlocks
@@ -77,7 +77,7 @@ class SegmentRun(EncoderRun):
         layout = super().layout_of(rows, stage)
         if self._outside is None:
             return layout
-        outside = layout.rows + ascending(self.plan.units, layout.unit_to_row.device) % self.geometry.units
+        outside = layout.rows + arange_on(self.plan.units, layout.unit_to_row.device) % self.geometry.units
         return replace(layout, unit_to_row=torch.where(self._outside, outside, layout.unit_to_row))
 
     def visible(
@@ -108,7 +108,7 @@ class SegmentRun(EncoderRun):
         """`outside`: bool `[T, P]`."""
         place = outside.any(0).nonzero()[:, 0]
         rank = torch.zeros_like(outside[0], dtype=torch.int64)
-        rank[place] = len(rows.unit) + ascending(len(place), rank.device)
+        rank[place] = len(rows.unit) + arange_on(len(place), rank.device)
         first = outside.to(torch.uint8).argmax(0)[place]
         unit = torch.cat([rows.unit, first * self.geometry.units + place])
         unit_to_row = torch.where(outside, rank, rows.unit_to_row.view_as(outside)).flatten()

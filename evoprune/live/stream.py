@@ -31,7 +31,7 @@ from evoprune.language.prompt import CONTENTS, MARKERS, Place, build_prompt, pro
 from evoprune.live.segments import Earlier, NothingNew, encode_segment
 from evoprune.methods.chain import select
 from evoprune.methods.evoprune import FarthestPoints
-from evoprune.methods.types import Tokens, ascending
+from evoprune.methods.types import Tokens, arange_on
 from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.cost import Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
@@ -332,10 +332,10 @@ class VideoStream(Askable):
         window = Video(
             self._name, self._options.window_s, width, height, 0, "raw", None, "stream", None, None, None, 0.0
         )
-        self._plan = plan_input(self._engine, replace(window, **self.facts), self._sampling, self._name)
+        self._plan = plan_input(self._session, replace(window, **self.facts), self._sampling, self._name)
         self._origin_s = self._last_s = time_s
         try:
-            loaded = self._engine.loaded
+            loaded = self._session.loaded
             options = self._options
             window_tokens = self._plan.encoder.keep
             room = floor(ROOM * (loaded.model.config.text_config.max_position_embeddings or CONTEXT))
@@ -344,7 +344,7 @@ class VideoStream(Askable):
             if limit < 2 * window_tokens:
                 problem = f"a memory of {limit:,} tokens is less than two windows of {window_tokens:,}"
                 raise UsageError(problem, "a longer memory, shorter windows (window_s, --window) or a lower budget")
-            check_carried(self._engine, self._plan)
+            check_carried(self._session, self._plan)
             head, _ = self._around("?")
             positions = loaded.demo.span if loaded.demo else room
             with self._lock.lock:
@@ -379,7 +379,7 @@ class VideoStream(Askable):
 
         The first question that is read pays for that, and for waiting for the window that is being encoded.
         """
-        clock = Clock(self._engine.device)
+        clock = Clock(self._session.device)
         fresh = None
         start = clock.now()
         with self._gate, self._feeding:
@@ -417,7 +417,7 @@ class VideoStream(Askable):
             done: the slot after the window before.
             pause: called before each layer of the encoder.
         """
-        session = self._engine
+        session = self._session
         base = self._plan
         step_s = self.step_s
         count = len(frames)
@@ -483,7 +483,7 @@ class VideoStream(Askable):
 
     def _around(self, question: str, thinking: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """int64: the ids of a prompt before the video and after it."""
-        loaded = self._engine.loaded
+        loaded = self._session.loaded
         times = [[""]] if loaded.model.config.vision_config.traits.timestamps else ()  # markers go with the frame pairs
         kwargs = {"system": self._system, "times": times, "thinking": thinking}
         prompt = build_prompt(loaded.tokenizer, question, [(VIDEO, 1)], **kwargs)
@@ -501,7 +501,7 @@ class VideoStream(Askable):
             self._check_open()
             if encoding is None:
                 raise UsageError("nothing was seen yet", "feed frames first: add(frame, time_s)")
-            report = inputs_report(self._engine, [encoding])
+            report = inputs_report(self._session, [encoding])
             seen = self._seen(self._unread)
             report.stream, report.video.duration_s = seen and asdict(seen), encoding.plan.sampling.end_s
             return report
@@ -527,7 +527,7 @@ class VideoStream(Askable):
         self._check_open()
         if options.system not in (None, self._system):
             raise UsageError("the system prompt was read when the stream began", "give it to VideoQA.stream()")
-        loaded = self._engine.loaded
+        loaded = self._session.loaded
         with clock.stage("prefill"):
             unread = self._unread
             self._read_waiting(after=unread)
@@ -535,10 +535,10 @@ class VideoStream(Askable):
             (before, ids), seen, memory = self._around(question, options.thinking), self._seen(unread), self._memory
             text = memory.columns + sum(len(window.embeds) for window in unread) - seen.tokens + len(ids)
             check_context(loaded, text, seen.tokens, options.max_new_tokens)
-            check_memory(self._engine, text, seen.tokens)
+            check_memory(self._session, text, seen.tokens)
             report.tokens, report.stream = TokenCounts(text, seen.tokens, text + seen.tokens, 0), asdict(seen)
             following = memory.look(*unread) if unread else memory.following
-            positions = (ascending(len(ids), "cpu") + following).expand(3, -1)
+            positions = (arange_on(len(ids), "cpu") + following).expand(3, -1)
             state = prefill(loaded.model, embed_ids(loaded.model, ids), positions, following + len(ids), memory.cache)
             windows = [*memory.windows, *(encoded.window for encoded in unread)]
             state.prompt_ids = torch.cat([before, *(window.ids for window in windows), ids])
@@ -563,7 +563,7 @@ def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
         given = rows.tokens
     else:
         unit_to_row = torch.full_like(tokens.unit_to_row, -1)
-        unit_to_row[tokens.kept] = ascending(len(tokens.kept), unit_to_row.device)
+        unit_to_row[tokens.kept] = arange_on(len(tokens.kept), unit_to_row.device)
         selector = FarthestPoints(count=0)
         seen = rows.tokens
         given = Tokens(tokens.features, unit_to_row, rows.plan.grid, seen.seed)
@@ -607,7 +607,7 @@ def window_columns(
     else:
         step = 2 * step_s * config.tokens_per_second if config.tokens_per_second else 1.0
         time = torch.tensor([floor(slot / 2 * step) for slot in slots[::2]], dtype=torch.int64, device="cpu")
-        inside = torch.meshgrid(time, *(ascending(side, "cpu") for side in grid[1:]), indexing="ij")
+        inside = torch.meshgrid(time, *(arange_on(side, "cpu") for side in grid[1:]), indexing="ij")
         positions = torch.stack(inside).flatten(1)
     read = [Visual(place, encoded.features, encoded.kept_here, encoded.size, encoded.deepstack)]
     embeds, columns, sizes, deepstack = embed_prompt(loaded.model, ids, read)
@@ -648,7 +648,7 @@ class StreamMemory:
         # Where the text says times, each frame pair has its rows and columns behind the text before it, too.
         alike = int(model.config.vision_config.traits.timestamps)
         self._axes = torch.tensor([[1], [alike], [alike]], dtype=torch.int64, device="cpu")
-        forward(model, embed_ids(model, ids), ascending(len(ids), "cpu").expand(3, -1), self.cache)
+        forward(model, embed_ids(model, ids), arange_on(len(ids), "cpu").expand(3, -1), self.cache)
 
     @property
     def columns(self) -> int:

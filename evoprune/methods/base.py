@@ -49,10 +49,10 @@ class Method:
     def args(self) -> dict[str, Any]:
         """The settings by name, as reports show them."""
 
-        def plain(value: Any) -> Any:  # JSON has no infinite number
+        def json_value(value: Any) -> Any:  # JSON has no infinite number
             return str(value) if isinstance(value, float) and not isfinite(value) else value
 
-        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+        return {f.name: json_value(getattr(self, f.name)) for f in fields(self)}
 
 
 def not_automatic(name: str) -> UsageError:

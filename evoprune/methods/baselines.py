@@ -9,7 +9,7 @@ from evoprune.backend.operators import greedy_cosine
 from evoprune.methods.base import InputMethod, Method, Selector
 from evoprune.methods.plans import Grid, spread
 from evoprune.methods.ranking import of_pairs
-from evoprune.methods.types import Selection, Tokens, ascending, smaller_frame
+from evoprune.methods.types import Selection, Tokens, arange_on, smaller_frame
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Pool(Selector):
 
 def _blocks(length: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """int64 `[length]`, which of `count` blocks of nearly equal length each place is in; int64 `[count]`, their middle places."""
-    edges = ascending(count + 1, device) * length // count
-    return ascending(count, device).repeat_interleave(edges.diff()), (edges[:-1] + edges[1:] - 1) // 2
+    edges = arange_on(count + 1, device) * length // count
+    return arange_on(count, device).repeat_interleave(edges.diff()), (edges[:-1] + edges[1:] - 1) // 2
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from evoprune.methods.base import EncoderMethod, InputMethod, LanguageMethod, Me
 from evoprune.methods.budget import AUTO, AUTO_INFLECTION, AUTO_LEAST, FULL, Budget, keep_count
 from evoprune.methods.plans import EncoderPlan, Grid, Inflection, Stage, TowerShape, full_plan
 from evoprune.methods.ranking import scaled, snap
-from evoprune.methods.types import Selection, Tokens, ascending
+from evoprune.methods.types import Selection, Tokens, arange_on
 from evoprune.model.numerics import without_autocast
 
 
@@ -211,7 +211,7 @@ class PruneConfig:
         return cls(name, method, wanted if method.members else FULL, seed)
 
     @property
-    def acts(self) -> bool:
+    def prunes(self) -> bool:
         """Whether anything is pruned."""
         inner = self.method.language
         return self.budget != FULL or (inner is not None and inner is not self.method.first and inner.left < 1)
@@ -267,7 +267,7 @@ def _faults(selection: Selection, enough: bool, keep: int, units: int, device: t
     count = len(kept)
     if (token := selection.unit_to_token) is not None:
         yield from _unlike("unit_to_token", token, torch.int64, units, device)
-        own = ascending(count, kept.device)
+        own = arange_on(count, kept.device)
         if token.min() < -1 or token.max() >= count or not (token[kept].to(own) == own).all():
             yield "a unit_to_token that is not the index of a kept unit, of each kept unit its own, or -1"
     if selection.weight is not None:
@@ -320,6 +320,6 @@ def tokens_before_inflection(selector: Selector, tokens: Tokens, keep: int) -> i
 def inflection(scores: torch.Tensor) -> int:
     """Return how many of `scores` (float `[N]`) lie before the inflection point of the sorted curve; N if it has none."""
     curve = scaled(scores.float().sort(descending=True).values)
-    line = 1 - ascending(len(curve), curve.device) / max(1, len(curve) - 1)
+    line = 1 - arange_on(len(curve), curve.device) / max(1, len(curve) - 1)
     depth = snap(line - curve)
     return int(depth.argmax()) if depth.max() > 0 and curve[0] > 0 else len(curve)

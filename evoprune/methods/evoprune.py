@@ -62,7 +62,7 @@ ONE_PAIR_POWER = (
 
 @dataclass(frozen=True)
 class FarthestPoints(Selector):
-    """Farthest-point sampling over features and time. Fields as in `EvoPrune`."""
+    """Farthest-point sampling over features and time. Fields as in `EvoPruneMethod`."""
 
     source: ClassVar[str] = "this project"
     drops: ClassVar[bool] = False
@@ -102,7 +102,7 @@ class FarthestPatches(FarthestPoints):
 
 
 @dataclass(frozen=True)
-class EvoPrune(EncoderMethod):
+class EvoPruneMethod(EncoderMethod):
     """Three selections, and reuse before them; see above."""
 
     name: ClassVar[str] = "evoprune"
@@ -159,5 +159,5 @@ class EvoPrune(EncoderMethod):
                 stages.append(Stage(layer, rows, select, self.exact))
         return stages
 
-    def automatic(self) -> "EvoPrune":
+    def automatic(self) -> "EvoPruneMethod":
         return replace(self, within=self.within or WITHIN)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend.operators import BLOCK, snap
-from evoprune.methods.types import Selection, ascending, true_indices
+from evoprune.methods.types import Selection, arange_on, nonzero_fixed
 
 MAX_SCORES = 1 << 22  # scores held at a time (16 MiB), or one row of each group if that is more
 ALL = slice(None)
@@ -63,7 +63,7 @@ def similarity(features: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
 def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, rows: slice = ALL) -> torch.Tensor:
     """`[B, m]`: mean `cosine` (`[B, m, n]`) of the m `rows` to their nearest `valid` others (bool `[B, n]`); 1 for an only row."""
     n = cosine.shape[2]
-    index = ascending(n, cosine.device)
+    index = arange_on(n, cosine.device)
     others = valid[:, None, :] & valid[:, rows, None] & (index[rows, None] != index)
     count = others.sum(-1).clamp(max=neighbours)
     nearest = cosine.masked_fill(~others, -torch.inf).topk(min(neighbours, n), dim=-1).values
@@ -105,7 +105,7 @@ def alternate(valid: torch.Tensor, first: int = 1) -> torch.Tensor:
     """Return the sources of a round, bool `[B, n]`: every second row of each group, from row `first` (0 or 1), may merge into
     another.
     """
-    return (ascending(valid.shape[1], valid.device) % 2 == first) & valid
+    return (arange_on(valid.shape[1], valid.device) % 2 == first) & valid
 
 
 def best_partners(
@@ -132,9 +132,9 @@ def match(
     order = best.argsort(dim=1, descending=True, stable=True)
     late = (last & source).gather(1, order).to(torch.int8) + 2 * (~source).gather(1, order).to(torch.int8)
     order = order.gather(1, late.argsort(dim=1, stable=True))
-    rank = torch.empty_like(order).scatter_(1, order, ascending(n, source.device).expand(b, n))
+    rank = torch.empty_like(order).scatter_(1, order, arange_on(n, source.device).expand(b, n))
     goes = source & (rank < torch.minimum(remove, source.sum(1))[:, None])
-    return torch.where(goes, partner, ascending(n, source.device))
+    return torch.where(goes, partner, arange_on(n, source.device))
 
 
 def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: int, moves: int) -> torch.Tensor:
@@ -145,18 +145,18 @@ def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: in
         rows: how many stay, or more: then the last rows are padding without meaning.
         moves: upper bound of the rows that merge.
     """
-    goes = into != ascending(len(into), into.device)
+    goes = into != arange_on(len(into), into.device)
     stays = ~goes
-    kept = true_indices(stays, rows)
-    moved = true_indices(goes, moves)
+    kept = nonzero_fixed(stays, rows)
+    moved = nonzero_fixed(goes, moves)
     out = x[kept]
     before = size[kept]
     to = (stays.cumsum(0) - 1).clamp(max=rows - 1)[into[moved]]
     # Padding in `moved` weighs nothing.
-    added = torch.where(ascending(moves, into.device) < goes.sum(), size[moved], 0)
+    added = torch.where(arange_on(moves, into.device) < goes.sum(), size[moved], 0)
     after = before.index_add(0, to, added)
     # If several rows merge into one, one of their slots in `total` holds the sum. Any of them will do: all start from the same row.
-    place = torch.empty_like(before).scatter_(0, to, ascending(moves, into.device))[to]
+    place = torch.empty_like(before).scatter_(0, to, arange_on(moves, into.device))[to]
     grown = (after > before)[to]  # other rows must stay exactly as they are
     column = (-1, *[1] * (x.ndim - 1))
     total = out[to].float().mul_(torch.where(grown, before[to], 1).view(column))

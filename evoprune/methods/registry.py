@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 GROUPS = ("evoprune.methods", "evoprune.language_methods")
 # Without these there would be nothing to compare the default with. All others, of evoprune.contrib too, are entry points.
 CORE = {
-    "evoprune": "evoprune.methods.evoprune:EvoPrune",
+    "evoprune": "evoprune.methods.evoprune:EvoPruneMethod",
     "evoprune-paper": "evoprune.methods.evoprune_paper:EvoPrunePaper",
     "none": "evoprune.methods.baselines:Nothing",
     "random": "evoprune.methods.baselines:Random",
@@ -112,17 +112,17 @@ def _is_list(text: str) -> bool:
 
 def _unknown(name: str) -> UsageError:
     """Return the error for a name that no method has."""
-    plain = _plain(name)
+    letters = _letters(name)
     known = (*available(), REUSE)
-    same = [each for each in known if _plain(each) == plain]
+    same = [each for each in known if _letters(each) == letters]
     follows = {entry.name: entry.value for entry in entry_points(group="evoprune.known_as")}
-    near = f"{follows[plain]} follows it; " if plain in follows else did_you_mean(name, same or known, 3)
+    near = f"{follows[letters]} follows it; " if letters in follows else did_you_mean(name, same or known, 3)
     if len(built_in()) == len(CORE):  # a checkout that was installed before these were entry points
         near = "the methods of evoprune.contrib are not installed: pip install evoprune again; "
     return UsageError(f"no pruning method {name!r}", f"{near}evoprune methods lists them all")
 
 
-def _plain(name: str) -> str:
+def _letters(name: str) -> str:
     """Its letters and digits, in lower case."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 

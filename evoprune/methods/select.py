@@ -21,7 +21,7 @@ import torch
 from evoprune.backend.devices import to_device
 from evoprune.backend.operators import nearest_selected, standard_places, tube_radii
 from evoprune.methods.plans import Grid, spread
-from evoprune.methods.types import ascending
+from evoprune.methods.types import arange_on
 
 ALPHA = 1.5
 DIMENSIONS = 128  # of the projected features
@@ -91,7 +91,7 @@ def farthest_points(
     if not 1 <= keep <= units:
         raise ValueError(f"cannot select {keep} of {units} units")
     if keep == units and not within:
-        return ascending(units, points.row.device)
+        return arange_on(units, points.row.device)
     _, turn, tubes = grid_tables(points.grid, str(points.row.device))
     first = (points.salience * (STEPS / 2)).round_()
     needed = units if floor else keep  # a frame pair's share may lie beyond the first `keep` of the clip
@@ -155,7 +155,7 @@ def _tubes(grid: Grid) -> torch.Tensor:
     tube = ((of[0][:, None] * cuts[1] + of[1])[:, :, None] * cuts[2] + of[2]).flatten()
     size = torch.bincount(tube)
     order = tube.argsort(stable=True)
-    rank = ascending(len(tube), "cpu") - (size.cumsum(0) - size).repeat_interleave(size)
+    rank = arange_on(len(tube), "cpu") - (size.cumsum(0) - size).repeat_interleave(size)
     tubes = torch.full((len(size), int(size.max())), len(tube), dtype=torch.int64, device="cpu")
     tubes[tube[order], rank] = order
     return tubes
@@ -167,4 +167,4 @@ def _scattered(height: int, width: int) -> torch.Tensor:
     step = 1.324717957244746
     visits = (n / step % 1 * height).long() * width + (n / step**2 % 1 * width).long()
     first = torch.full((height * width,), len(n), dtype=torch.int64, device="cpu")
-    return first.scatter_reduce(0, visits, ascending(len(n), "cpu"), "amin").argsort(stable=True).argsort()
+    return first.scatter_reduce(0, visits, arange_on(len(n), "cpu"), "amin").argsort(stable=True).argsort()

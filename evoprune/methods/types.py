@@ -17,7 +17,7 @@ from evoprune.backend.operators import mean_rows
 # Counting and indexing.
 
 
-def ascending(count: int, device: torch.device | str) -> torch.Tensor:
+def arange_on(count: int, device: torch.device | str) -> torch.Tensor:
     """int64 `[count]`: 0, 1, 2 and so on."""
     return torch.arange(count, dtype=torch.int64, device=device)
 
@@ -27,15 +27,15 @@ def cat(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def tally(index: torch.Tensor, bins: int) -> torch.Tensor:
+def bincount_fixed(index: torch.Tensor, bins: int) -> torch.Tensor:
     """int64 `[bins]`: how often each number occurs in `index` (int64 `[n]`)."""
     return index.new_zeros(bins).scatter_add_(0, index, torch.ones_like(index))
 
 
-def true_indices(mask: torch.Tensor, count: int) -> torch.Tensor:
+def nonzero_fixed(mask: torch.Tensor, count: int) -> torch.Tensor:
     """int64 `[count]`: the first `count` indices where `mask` (bool `[n]`) is true, ascending; filled up with zeros."""
     slot = torch.where(mask, mask.cumsum(0) - 1, count).clamp(max=count)
-    return slot.new_zeros(count + 1).scatter_(0, slot, ascending(len(mask), mask.device))[:count]
+    return slot.new_zeros(count + 1).scatter_(0, slot, arange_on(len(mask), mask.device))[:count]
 
 
 def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,7 +43,7 @@ def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> 
 
     `start`, `length`: int64 `[B]`, of each run, which may be empty; `longest`: an upper bound; `rows`: all indices are below it.
     """
-    step = ascending(longest, start.device)
+    step = arange_on(longest, start.device)
     last = (length - 1).clamp(min=0)[:, None]
     return (start[:, None] + torch.minimum(step, last)).clamp(max=rows - 1), step < length[:, None]
 
@@ -65,7 +65,7 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
     # down to one row. After p turns a group has given min(p, spare) rows. There are `turns` whole turns; some groups give one more.
     spare = (counts - 1).clamp(min=0)
     give = -missing
-    given = torch.minimum(ascending(longest, sizes.device)[:, None], spare[:, None]).sum(2)  # [B, longest]
+    given = torch.minimum(arange_on(longest, sizes.device)[:, None], spare[:, None]).sum(2)  # [B, longest]
     turns = ((given <= give).sum(1, keepdim=True) - 1).clamp(min=0)
     rest = give - given.gather(1, turns)
     less = _first(spare > turns, excess.argsort(dim=1, descending=True, stable=True), rest)
@@ -173,7 +173,7 @@ class Selection:
         """`[K, D]`, as `rows` (`[E, D]`): the tokens. `row_of`: int64 `[N]`, the row of each unit, None where each has its own."""
         if not self.averages or (self.unit_to_token is None and self.means is None):
             return rows[self.kept if row_of is None else row_of[self.kept]]
-        row = ascending(len(rows), rows.device) if row_of is None else row_of.clamp(min=0)
+        row = arange_on(len(rows), rows.device) if row_of is None else row_of.clamp(min=0)
         if self.means is not None:
             into, unit, weight = self.means
             row = row[unit]

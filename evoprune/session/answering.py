@@ -150,7 +150,7 @@ class Askable(ABC, Uncopied):
     OVERTAKEN = "another question was asked meanwhile"  # why an answer ends that is not the latest one any more
 
     def __init__(self, session: Session):
-        self._engine = session
+        self._session = session
         self._lock = threading.RLock()
         # how often it was asked; whether a report has had the times of the inputs
         self._turn = 0
@@ -192,9 +192,9 @@ class Askable(ABC, Uncopied):
         check_type("on_thoughts", on_thoughts, Callable | None)
         if generation.repetition_penalty is None:
             generation = replace(
-                generation, repetition_penalty=self._engine.loaded.generation.repetition_penalty or 1.0
+                generation, repetition_penalty=self._session.loaded.generation.repetition_penalty or 1.0
             )
-        seed = self._engine.pruning.seed if seed is None else seed
+        seed = self._session.pruning.seed if seed is None else seed
         report = self._report_of(question, generation, seed)
         ids: list[int] = []
         pieces = self._pieces(question, generation, seed, report, ids, on_thoughts or (lambda piece: None))
@@ -205,10 +205,10 @@ class Askable(ABC, Uncopied):
         fresh = Report()
         report.id, report.created_utc, report.question = fresh.id, fresh.created_utc, question
         report.generation = options.record(seed)
-        demo = self._engine.loaded.demo  # which answers whatever it is asked
+        demo = self._session.loaded.demo  # which answers whatever it is asked
         if demo and "demo_model" not in report.warnings and unknown_words(question, demo.world):
             report.warnings.append("demo_question")
-        if not options.thinking and self._engine.loaded.tokenizer.always_thinks:
+        if not options.thinking and self._session.loaded.tokenizer.always_thinks:
             report.warnings.append("always_thinks")
         return report
 
@@ -224,8 +224,8 @@ class Askable(ABC, Uncopied):
         """Generates an answer and keeps its report and its `ids` up to date."""
         self._turn += 1
         turn = self._turn
-        loaded = self._engine.loaded
-        clock = Clock(self._engine.device)
+        loaded = self._session.loaded
+        clock = Clock(self._session.device)
         if self._paid:
             clock.seconds = dict.fromkeys(OF_INPUTS, 0.0)
             earlier = 0.0
@@ -328,11 +328,11 @@ class EncodedInputs(Askable):
         options = GenerationOptions(max_new_tokens=len(ids), system=system, think=think)
         with self._lock:
             self._turn += 1
-            clock = Clock(self._engine.device)
+            clock = Clock(self._session.device)
             state = self._read(question, options, self._report_of(question, options), clock)
             seconds = sum(clock.seconds.values())
             given = torch.tensor(ids, dtype=torch.int64, device="cpu")
-            loaded = self._engine.loaded
+            loaded = self._session.loaded
             with clock.stage("generate"):  # 4 bits are read where there is one row: several are computed in 8
                 logits = teacher_forced_logits(state, given, one_by_one=loaded.quantize == "int4")
             return logits, seconds
@@ -351,13 +351,13 @@ class EncodedInputs(Askable):
     @torch.inference_mode()
     def _select_for(self, question: str, report: Report) -> None:
         """Has the method select tokens for this question; keys and values of earlier ones are of no use then."""
-        loaded = self._engine.loaded
+        loaded = self._session.loaded
         before = self._prune_seconds if self._paid else 0.0
-        self._prompts = PromptReader(self._engine, self.plans)
+        self._prompts = PromptReader(self._session, self.plans)
         ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")
         words = embed_ids(loaded.model, ids)  # without the prompt around them
         self._encodings = [encoding.selected(words) for encoding in self._encodings]
-        fill_pruning(report, self._engine, self._encodings)
+        fill_pruning(report, self._session, self._encodings)
         report.time_ms.encode_prune = (self._prune_seconds - before) * 1000
 
     @property
@@ -387,7 +387,7 @@ def together(session: Session, inputs: Sequence[EncodedInputs]) -> EncodedInputs
     """Inputs that were encoded apart, to be asked about together. Raises UsageError: none, or one of another model or pruning."""
     if not inputs:
         raise UsageError("there is no input", "give at least one path, or what encode made of it")
-    if any(encoded._engine is not session for encoded in inputs):
+    if any(encoded._session is not session for encoded in inputs):
         raise UsageError("an input was encoded by another VideoQA", "encode it with this one")
     if len(inputs) == 1:
         return inputs[0]

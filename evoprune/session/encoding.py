@@ -197,7 +197,7 @@ class OpenInput:
         result, cache = self._result(clock, progress, pieces, warnings)
         wall = before["plan"] + read_before + clock.now() - start
         rows, tokens = (None, result) if isinstance(result, Encoded) else (result, result.nothing_selected())
-        wanted = pruning.acts and pruning.budget.keep(plan.full.grid) < plan.units
+        wanted = pruning.prunes and pruning.budget.keep(plan.full.grid) < plan.units
         if plan.kind == PICTURE and rows is None and wanted and len(tokens.kept) == plan.units:
             warnings.append("whole_picture")  # the method keeps at least one whole frame pair
         plan = replace(plan, read_s=self.read_s, moved=self.moved)

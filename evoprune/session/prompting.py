@@ -45,7 +45,7 @@ class PromptReader:
     """
 
     def __init__(self, session: Session, plans: Sequence[Plan]):
-        self._engine = session
+        self._session = session
         self._loaded = session.loaded
         self._plans = plans
         # How the prompt began, the cache, and how many of its columns no question changes.
@@ -62,7 +62,7 @@ class PromptReader:
         beginning = options.system, options.thinking
         prompt = prompt_about(self._loaded.tokenizer, vision, self._plans, question, *beginning)
         check_context(self._loaded, prompt.text_tokens, kept, options.max_new_tokens)
-        check_memory(self._engine, prompt.text_tokens, kept)
+        check_memory(self._session, prompt.text_tokens, kept)
         return prompt
 
     @names_plugins()
@@ -81,7 +81,7 @@ class PromptReader:
         embeds, columns, sizes, deepstack = embed_prompt(model, prompt.input_ids, visuals)
         positions = positions[:, columns]
         grids = [plan.grid for plan in self._plans]
-        pruning = self._engine.pruning
+        pruning = self._session.pruning
         if dropping := dropping_for(
             model, pruning.method, pruning.budget.share_of_all(grids), visuals, grids, embeds, columns
         ):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.backend.attention import NEVER, attends_by_products, varlen_kernel
-from evoprune.methods.types import ascending, cat, runs
+from evoprune.methods.types import arange_on, cat, runs
 from evoprune.model.config import PATCHES
 from evoprune.model.numerics import without_autocast
 from evoprune.vision.layout import Groups, Scope, TokenLayout, attention_groups, order_tables
@@ -144,8 +144,8 @@ def static_bucket(layout: TokenLayout, scope: Scope, size_bias: bool) -> Bucket:
     if full and even and not layout.mixes(scope):
         return Bucket((total, longest), weight=layout.size.view(total, longest) if size_bias else None)
     group, bounds = layout.row_groups(scope)
-    query = (bounds[:-1, None] + ascending(longest, bounds.device)).clamp(max=layout.rows - 1)
-    back = group, (ascending(layout.rows, group.device) - bounds[group]).clamp(max=longest - 1)
+    query = (bounds[:-1, None] + arange_on(longest, bounds.device)).clamp(max=layout.rows - 1)
+    back = group, (arange_on(layout.rows, group.device) - bounds[group]).clamp(max=longest - 1)
     bucket = Bucket((total, longest), query, back=back, layout=layout if layout.reach == "clip" else None)
     if not layout.mixes(scope):
         return replace(bucket, weight=torch.where(bucket.valid, layout.size[query], 0) if size_bias else bucket.valid)

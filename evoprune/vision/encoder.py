@@ -29,9 +29,9 @@ from evoprune.errors import UsageError
 from evoprune.methods.chain import select, tokens_before_inflection
 from evoprune.methods.plans import EncoderPlan, Inflection, SetAside, Stage, WholePairs
 from evoprune.methods.ranking import closest
-from evoprune.methods.types import Selection, Tokens, ascending, cat, tally
+from evoprune.methods.types import Selection, Tokens, arange_on, bincount_fixed, cat
 from evoprune.model.config import vision_sizes
-from evoprune.model.numerics import all_numbers, not_a_number_error, without_autocast
+from evoprune.model.numerics import all_finite, not_a_number_error, without_autocast
 from evoprune.model.weights import Tower
 from evoprune.vision.families import embed, merge_patches, tower_layers
 from evoprune.vision.layout import TokenLayout, full_layout, order_tables, referring_layout
@@ -229,7 +229,7 @@ class EncoderRun:
             None  # of reuse, of what comes before the frame pairs that are embedded next
         )
         # Results that `checks` puts together, bool tensors without dimension:
-        self.even: list[torch.Tensor] = []  # whether each frame pair of a piece has one colour
+        self.one_colour: list[torch.Tensor] = []  # whether each frame pair of a piece has one colour
         self.failed: list[torch.Tensor] = []  # whether a group lost fewer rows than planned
         self.numbers: list[torch.Tensor] = []  # whether rows are without NaN and infinity
         selector = plan.token_stage.selector if plan.token_stage else None
@@ -279,7 +279,7 @@ class EncoderRun:
         pieces = row_patches(
             patches, geo, plan.grid[0],
             normal=self.normal, units=self.piece, threshold=plan.reuse, dtype=self.dtype, timer=self.timer,
-            even=self.even if plan.prunes else None, references=self.references,
+            one_colour=self.one_colour if plan.prunes else None, references=self.references,
         )  # fmt: skip
         for piece in pieces:
             values.append(embed(self.visual, piece.patches, geo, piece.unit))
@@ -363,7 +363,7 @@ class EncoderRun:
         """Notes whether `rows` are without NaN and infinity; raises ModelError at once where reading values costs nothing."""
         for values in rows:
             if values.numel():
-                self.numbers.append(all_numbers(values))
+                self.numbers.append(all_finite(values))
                 if devices.exact_shapes(self.device) and not self.numbers[-1]:
                     raise not_a_number_error("encode")
 
@@ -371,8 +371,8 @@ class EncoderRun:
         """bool `[3]`, as in `EncodedRows`."""
         no_numbers = torch.stack(self.numbers).all().logical_not()
         no = torch.zeros_like(no_numbers)
-        failed, even = (torch.stack(noted) if noted else no for noted in (self.failed, self.even))
-        return torch.stack([no_numbers, failed.any(), even.all()])
+        failed, one_colour = (torch.stack(noted) if noted else no for noted in (self.failed, self.one_colour))
+        return torch.stack([no_numbers, failed.any(), one_colour.all()])
 
 
 def _nearest_kept(seen: torch.Tensor, unit_to_row: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -382,7 +382,7 @@ def _nearest_kept(seen: torch.Tensor, unit_to_row: torch.Tensor, kept: torch.Ten
     """
     rows = F.normalize(seen.float(), dim=1)
     nearest = closest(rows, rows[unit_to_row[kept]])[1][unit_to_row]
-    return torch.where(unit_to_row < 0, -1, nearest).index_copy_(0, kept, ascending(len(kept), kept.device))
+    return torch.where(unit_to_row < 0, -1, nearest).index_copy_(0, kept, arange_on(len(kept), kept.device))
 
 
 def _reduction(plan: EncoderPlan, failed: list[torch.Tensor]) -> Reduction:
@@ -431,7 +431,7 @@ def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Select
         return video.selection or Selection(unit)
     if stage is None:
         few = len(unit) > keep
-        return Selection(unit[_largest(tally(tokens.unit_to_row, len(unit)), keep)] if few else unit)
+        return Selection(unit[_largest(bincount_fixed(tokens.unit_to_row, len(unit)), keep)] if few else unit)
     selector = stage.selector
     if selector.reads_question:
         if question is None:
@@ -448,7 +448,7 @@ def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:
 
     This serves counts below one row per frame pair, which merging inside frame pairs cannot reach.
     """
-    order = ascending(len(size), size.device)
+    order = arange_on(len(size), size.device)
     even = order * keep // len(size)  # a new value marks each row of an even selection
     first = torch.cat([torch.ones(1, dtype=torch.bool, device=size.device), even[1:] != even[:-1]])
     rank = (size * 2 + first).argsort(descending=True, stable=True)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import devices
-from evoprune.methods.types import ascending, tally, true_indices
+from evoprune.methods.types import arange_on, bincount_fixed, nonzero_fixed
 from evoprune.model.config import PATCHES
 
 Scope = Literal["window", "pair"]
@@ -50,8 +50,8 @@ class Geometry:
     @cached_property
     def window(self) -> torch.Tensor:
         """int64 `[H*W]`: the window of each place, numbered in raster order."""
-        y = ascending(self.height, self.device) // self.side
-        x = ascending(self.width, self.device) // self.side
+        y = arange_on(self.height, self.device) // self.side
+        x = arange_on(self.width, self.device) // self.side
         return (y[:, None] * -(-self.width // self.side) + x).flatten()
 
     @cached_property
@@ -96,7 +96,7 @@ class TokenLayout:
     @cached_property
     def per_pair(self) -> tuple[int, ...]:
         """Rows of each frame pair; waits for an accelerator if `counts` is None."""
-        return self.counts or tuple(tally(self.group_of(self.unit, "pair"), self.pairs).tolist())
+        return self.counts or tuple(bincount_fixed(self.group_of(self.unit, "pair"), self.pairs).tolist())
 
     def longest(self, scope: Scope) -> int:
         """Return an upper bound of the rows of a group, computed without waiting."""
@@ -111,7 +111,7 @@ class TokenLayout:
     def row_groups(self, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 `[R]`, the group of each row; int64 `[G + 1]`, the first row of each group, and the end of the last one."""
         group = self.group_of(self.unit, scope)
-        return group, torch.searchsorted(group, ascending(self.group_count(scope) + 1, group.device))
+        return group, torch.searchsorted(group, arange_on(self.group_count(scope) + 1, group.device))
 
     def group_units(self, scope: Scope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`group_units` of these frame pairs."""
@@ -139,7 +139,7 @@ class TokenLayout:
 @lru_cache(maxsize=64)
 def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
     """int64 `[T * H*W + 1]`: the number of the window or frame pair of each unit, and of padding, which is after the last."""
-    pair = ascending(pairs + 1, geo.device)
+    pair = arange_on(pairs + 1, geo.device)
     place = torch.zeros_like(geo.window)
     if scope == "window":
         pair = pair * geo.windows
@@ -150,7 +150,7 @@ def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
 @lru_cache(maxsize=64)
 def order_tables(geo: Geometry, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
     """int64 `[T * H*W]`, twice: all units in window order, and the rank of each unit in it."""
-    order = (ascending(pairs, geo.device)[:, None] * geo.units + geo.order).flatten()
+    order = (arange_on(pairs, geo.device)[:, None] * geo.units + geo.order).flatten()
     return order, order.argsort()
 
 
@@ -175,8 +175,8 @@ def referring_layout(geo: Geometry, source: torch.Tensor, counts: tuple[int, ...
     pairs = len(source)
     rows = sum(counts)
     number = torch.zeros(pairs * geo.units, dtype=torch.int64, device=source.device)
-    number[unit] = ascending(rows, source.device)
-    place = ascending(geo.units, source.device)
+    number[unit] = arange_on(rows, source.device)
+    place = arange_on(geo.units, source.device)
     unit_to_row = torch.where(source >= 0, number[source.clamp(min=0) * geo.units + place], rows + place).flatten()
     return TokenLayout(geo, pairs, unit, unit_to_row, "place" if rows == pairs * geo.units else "clip", counts, True)
 
@@ -196,13 +196,13 @@ def merged_layout(
             padding: they own no unit, and their `unit` is the first after the last frame pair, so they form a group of their own.
         counts: rows of each frame pair, if known.
     """
-    stays = into == ascending(len(into), into.device)
+    stays = into == arange_on(len(into), into.device)
     rows = int(stays.sum()) if rows is None else rows
     number = (stays.cumsum(0) - 1).clamp(max=rows - 1)
     unit_to_row = torch.where(layout.unit_to_row >= 0, number[into][layout.unit_to_row.clamp(min=0)], -1)
     reach = max(scope, layout.reach, key=WIDTH.get)
     nowhere = layout.pairs * layout.geometry.units
-    unit = torch.where(ascending(rows, into.device) < stays.sum(), layout.unit[true_indices(stays, rows)], nowhere)
+    unit = torch.where(arange_on(rows, into.device) < stays.sum(), layout.unit[nonzero_fixed(stays, rows)], nowhere)
     return TokenLayout(layout.geometry, layout.pairs, unit, unit_to_row, reach, counts, layout.complete)
 
 
@@ -217,9 +217,9 @@ def group_units(geo: Geometry, pairs: int, scope: Scope) -> tuple[torch.Tensor, 
     group = group_table(geo, pairs, scope)[order]
     total = pairs * (geo.windows if scope == "window" else 1)
     widest = geo.largest_window if scope == "window" else geo.units
-    length = tally(group, total)
+    length = bincount_fixed(group, total)
     ends = F.pad(length.cumsum(0), (1, 0))
-    slot = group * widest + ascending(len(order), order.device) - ends[group]
+    slot = group * widest + arange_on(len(order), order.device) - ends[group]
     table = torch.full((total * widest,), len(order), dtype=torch.int64, device=order.device).scatter_(0, slot, order)
     return table.view(total, widest), slot, (ends * PATCHES).int()
 
@@ -242,17 +242,17 @@ class Groups:
 
 def attention_groups(layout: TokenLayout, scope: Scope) -> Groups:
     """Return the groups of a layer whose attention is limited to `scope`; synchronises."""
-    length = tally(layout.group_of(layout.unit, scope), layout.group_count(scope))
+    length = bincount_fixed(layout.group_of(layout.unit, scope), layout.group_count(scope))
     start = length.cumsum(0) - length
     used = length > 0
     start = start[used]
     own = length[used]
     if not layout.mixes(scope):  # the keys of a group are its own rows
-        return Groups(start, own, True, ascending(layout.rows, length.device), own, layout.size)
+        return Groups(start, own, True, arange_on(layout.rows, length.device), own, layout.size)
     # All rows that own some of its units, in any frame pair: a row owns the unit whose place it has, so its own are among them.
     rows = layout.rows + layout.geometry.units
     group = group_table(layout.geometry, layout.pairs, scope)[:-1]
     asked = (layout.unit_to_row >= 0) & used[group]  # a group without query rows needs no keys
     both, count = (group * rows + layout.unit_to_row)[asked].unique(return_counts=True)
-    key_length = tally(both // rows, layout.group_count(scope))[used]
+    key_length = bincount_fixed(both // rows, layout.group_count(scope))[used]
     return Groups(start, own, False, both % rows, key_length, count)

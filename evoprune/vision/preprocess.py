@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.backend.operators import reuse_scan
-from evoprune.methods.types import ascending, cat
+from evoprune.methods.types import arange_on, cat
 from evoprune.model.config import PATCHES
 from evoprune.video.plan import InputLimits, Plan
 from evoprune.vision.layout import Geometry, window_order
@@ -185,7 +185,7 @@ def row_patches(
     threshold: float,
     dtype: torch.dtype,
     timer: devices.Timer,
-    even: list[torch.Tensor] | None = None,
+    one_colour: list[torch.Tensor] | None = None,
     references: ReferenceBlocks | None = None,
 ) -> Iterator[RowPatches]:
     """Yields the patches of the rows of a video, of `units` units at a time, rounded up to whole frame pairs.
@@ -193,7 +193,7 @@ def row_patches(
     Args:
         patches: `[n, values]`, of `pairs` frame pairs, in pieces: pixels (uint8), or already `normal`ised, as by a processor.
         threshold: of reuse, in levels of 255; 0 for no reuse. `timer` measures the search for references.
-        even: a list to which each piece adds whether each of its frame pairs has one colour, until one has not; or None.
+        one_colour: a list to which each piece adds whether each of its frame pairs has one colour, until one has not; or None.
         references: of what comes before the video, if there is anything. A unit that it represents has a negative source.
 
     Raises ValueError: the number of patches does not fit `pairs` frame pairs.
@@ -205,10 +205,10 @@ def row_patches(
         count, rest = divmod(len(piece), geo.units * PATCHES)
         if rest or done + count > pairs:
             raise ValueError(f"patches do not add up to {pairs} frame pairs of {geo.units} units")
-        if even is not None and (not even or not devices.exact_shapes(device) or even[-1]):
+        if one_colour is not None and (not one_colour or not devices.exact_shapes(device) or one_colour[-1]):
             of_pair = piece.view(count, -1, piece.shape[1])  # one colour: all patches are equal within one level of 255
-            even.append((of_pair.amax(1) - of_pair.amin(1)).max() < 1 / 255)
-        own = done + ascending(count, device)[:, None]
+            one_colour.append((of_pair.amax(1) - of_pair.amin(1)).max() < 1 / 255)
+        own = done + arange_on(count, device)[:, None]
         source = own.expand(count, geo.units)
         alive = None
         counts = (geo.units,) * count

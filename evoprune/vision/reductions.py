@@ -12,7 +12,7 @@ from evoprune.backend import devices
 from evoprune.methods.base import Merger, Selector
 from evoprune.methods.plans import Stage, TowerShape
 from evoprune.methods.ranking import merge_rows, snap
-from evoprune.methods.types import Candidates, ascending, runs, share_rows, tally, true_indices
+from evoprune.methods.types import Candidates, arange_on, bincount_fixed, nonzero_fixed, runs, share_rows
 from evoprune.model.numerics import without_autocast
 from evoprune.vision.attention import AttentionPlan, attention_received
 from evoprune.vision.layout import Scope, TokenLayout, merged_layout
@@ -213,9 +213,9 @@ class Merging(Reduction):
         with without_autocast():  # the merger may write into what it gets: nothing reads that again
             local = self._merger.match(candidates, remove)
         # int64 `[R]`: the row that each row merges into, its own index if it stays. A last entry takes the values at padding.
-        into = ascending(layout.rows + 1, row.device)
+        into = arange_on(layout.rows + 1, row.device)
         into = into.scatter_(0, place, row.gather(1, local).flatten())[:-1]
-        stays = into == ascending(layout.rows, into.device)
+        stays = into == arange_on(layout.rows, into.device)
         if static:
             left = sum(target) if last else layout.rows
             moves = layout.rows - sum(target)
@@ -226,7 +226,7 @@ class Merging(Reduction):
                 raise RuntimeError(f"method {self._merger.name} merged nothing in a {rows.scope} that must lose rows")
         attention = rows.attention
         if attention is not None:
-            attention = torch.zeros_like(attention).index_add_(0, into, attention)[true_indices(stays, left)]
+            attention = torch.zeros_like(attention).index_add_(0, into, attention)[nonzero_fixed(stays, left)]
         x, features = (merge_rows(tensor, layout.size, into, left, moves) for tensor in (rows.x, rows.features))
         counts = target if left == sum(target) else None
         return _RoundRows(x, features, attention, merged_layout(layout, into, rows.scope, left, counts), rows.scope)
@@ -258,7 +258,7 @@ class _RoundRows:
     def lengths(self) -> torch.Tensor:
         """int64 `[groups]`: rows of each group. Padding counts as one more group, which is left out."""
         total = self.layout.group_count(self.scope)
-        return tally(self.layout.group_of(self.layout.unit, self.scope), total + 1)[:total]
+        return bincount_fixed(self.layout.group_of(self.layout.unit, self.scope), total + 1)[:total]
 
 
 def most_rounds(layout: TokenLayout, scope: Scope, target: Sequence[int], merger: Merger) -> int:
@@ -340,7 +340,7 @@ class Followers(Reduction):
         order = rank[change[:, rank].argsort(dim=1, descending=True, stable=True)]  # ties by place
         kept = order[:, :keep].sort().values
         dropped = order[:, keep:].sort().values
-        first = ascending(pairs, x.device)[:, None]
+        first = arange_on(pairs, x.device)[:, None]
         near = nearest_rows(rows, kept, dropped, self._plan.neighbours)
         self._near = (near + first[:, :, None] * keep).flatten(0, 1)
         first = first * geo.units
@@ -349,7 +349,7 @@ class Followers(Reduction):
         # the others own nothing
         unit = layout.unit[self._kept]
         unit_to_row = torch.full_like(layout.unit_to_row, -1)
-        unit_to_row[unit] = ascending(len(unit), unit.device)
+        unit_to_row[unit] = arange_on(len(unit), unit.device)
         self._layout_of_kept = TokenLayout(geo, pairs, unit, unit_to_row, "window", (keep,) * pairs)
 
     def _moved(self, kept: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from evoprune.backend.layers import give_up, joined, kernels
 from evoprune.cpu.linear import linear
 from evoprune.methods.plans import TowerShape
 from evoprune.methods.ranking import unit_features
-from evoprune.methods.types import ascending
+from evoprune.methods.types import arange_on
 from evoprune.model.config import PATCHES, VisionConfig, vision_sizes
 from evoprune.vision.attention import AttentionPlan, Packed, grouped_attention, plan_attention
 from evoprune.vision.families import EPS, merge_patches, tower_layers
@@ -38,8 +38,8 @@ def rotary(sizes: VisionConfig, geo: Geometry) -> tuple[torch.Tensor, torch.Tens
     merge = sizes.spatial_merge_size
     quarter = sizes.hidden_size // sizes.num_heads // 4
     speed = 10000.0 ** (torch.arange(quarter, dtype=torch.float32, device=geo.device) / -quarter)
-    y, x = torch.meshgrid(ascending(geo.height, geo.device), ascending(geo.width, geo.device), indexing="ij")
-    dy, dx = torch.meshgrid(ascending(merge, geo.device), ascending(merge, geo.device), indexing="ij")
+    y, x = torch.meshgrid(arange_on(geo.height, geo.device), arange_on(geo.width, geo.device), indexing="ij")
+    dy, dx = torch.meshgrid(arange_on(merge, geo.device), arange_on(merge, geo.device), indexing="ij")
     at = torch.stack([(y.flatten()[:, None] * merge + dy.flatten()), (x.flatten()[:, None] * merge + dx.flatten())], -1)
     angle = (at[..., None].float() * speed).flatten(2)[:, :, None, None]
     cos = angle.cos()

@@ -47,7 +47,7 @@ FAULTS = {
         "logits", "evoprune.language.decoder:_frequencies", "/ theta **", "/ (theta / 2) **"
     ),
     "columns off by one": Fault(
-        "positions", "evoprune.language.prompt:video_positions", 'ascending(w, "cpu")', 'ascending(w, "cpu") + 1'
+        "positions", "evoprune.language.prompt:video_positions", 'arange_on(w, "cpu")', 'arange_on(w, "cpu") + 1'
     ),
     "text behind a video off by one": Fault(
         "positions", "evoprune.session.prompting:prompt_positions", "int(inside.max()) + 1", "int(inside.max()) + 2"

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from evoprune.bundled import DEMOS
-from evoprune.methods.evoprune import EvoPrune
+from evoprune.methods.evoprune import EvoPruneMethod
 from evoprune_cli.inspect import TITLE, lines
 from tests.decoders import needs_decord
 from tests.quantized import KINDS
@@ -160,7 +160,7 @@ def test_overlay_takes_the_options_of_pruning_and_sampling(cli, tmp_path):
     assert told["plan"]["grid"] == [2, 4, 6] and told["plan"]["end_s"] == 3
     assert (
         told["overlay"]["encoded"] == told["overlay"]["units"]
-        and told["overlay"]["rows"] == round(48 * 0.5 ** EvoPrune().rows)
+        and told["overlay"]["rows"] == round(48 * 0.5 ** EvoPruneMethod().rows)
         and told["overlay"]["budget"] == 0.5
     )
 

@@ -65,7 +65,7 @@ def test_all_methods_are_rows_and_every_selector_also_after_reuse():
     assert len(after) > 10 and len(set(names)) == len(names)
     expected = {*methods.built_in(), "evoprune:depth=1", *(f"reuse+{name}" for name in after)}
     assert set(names) == expected - {"none", "operations"}
-    assert all(PruneConfig.of(0.5, name).acts for name in names)
+    assert all(PruneConfig.of(0.5, name).prunes for name in names)
 
 
 def test_a_tie_is_called_a_tie():

@@ -8,7 +8,7 @@ import torch
 
 from evoprune import methods
 from evoprune.live.segments import NothingNew, SegmentRun, encode_segment
-from evoprune.methods.evoprune import EvoPrune
+from evoprune.methods.evoprune import EvoPruneMethod
 from evoprune.model.cost import carried_bytes
 from evoprune.vision.encoder import encode_rows, select_tokens
 from evoprune.vision.tower import tower_shape
@@ -95,7 +95,7 @@ def test_what_needs_more_than_rows_leaves_nothing(name):
 def test_what_a_segment_leaves_to_the_next_one():
     grid = (6, 3, 5)
     patches, visual = clip(grid, changes(grid, 0.1)), tiny_tower()
-    _, left = encode_segment(visual, [patches], plan_of(EvoPrune(depth=1.0), tower_shape(visual), grid, 30), None)
+    _, left = encode_segment(visual, [patches], plan_of(EvoPruneMethod(depth=1.0), tower_shape(visual), grid, 30), None)
     per_place = 4 * (2 * 4 * 32 * 4)  # keys and values of four patches in four layers
     assert sum(x.untyped_storage().nbytes() for x in left.keys_values.values()) == 15 * per_place
     assert carried_bytes(SimpleNamespace(vision_config=visual.config), 15, 4) == 15 * per_place

@@ -41,7 +41,7 @@ def test_a_budget_keeps_a_share_of_a_clip_and_of_a_still(text, clip, still):
 )  # fmt: skip
 def test_what_acts_and_what_reports_say(budget, name, acts, reported):
     config = PruneConfig.of(budget, name)
-    assert (config.acts, config.budget.recorded, config.name) == (acts, reported, name)
+    assert (config.prunes, config.budget.recorded, config.name) == (acts, reported, name)
     assert config.budget == (FULL if name == "none" else Budget.parse(budget, auto=True))
 
 

@@ -18,7 +18,7 @@ from evoprune.methods import registry
 from evoprune.methods.base import Method
 from evoprune.methods.baselines import DivPrune
 from evoprune.methods.chain import MethodChain
-from evoprune.methods.evoprune import EvoPrune, Reuse
+from evoprune.methods.evoprune import EvoPruneMethod, Reuse
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.registry import from_args
 from evoprune.methods.types import Selection, Tokens
@@ -164,12 +164,15 @@ def test_a_name_may_bring_settings():
     [
         ("reuse+divprune", MethodChain(encoder=Reuse(), selector=DivPrune())),
         ("reuse:threshold=5+mmr:lam=0.7", MethodChain(encoder=Reuse(threshold=5.0), selector=Mmr(lam=0.7))),
-        ("evoprune+fastv", MethodChain(encoder=EvoPrune(), language=FastV())),
+        ("evoprune+fastv", MethodChain(encoder=EvoPruneMethod(), language=FastV())),
         ("reuse+mmr+fastv:share=0.3:depth=0.5", MethodChain(None, Reuse(), Mmr(), FastV(share=0.3, depth=0.5))),
         # A plus in a number separates no methods.
-        ("evoprune:reuse=+1.5E+1:count=.1e+1", MethodChain(encoder=EvoPrune(reuse=15.0, count=1.0))),
-        ("evoprune:reuse=1e+1+fastv", MethodChain(encoder=EvoPrune(reuse=10.0), language=FastV())),
-        ("evoprune:count=1+fastv:depth=1e-1", MethodChain(encoder=EvoPrune(count=1.0), language=FastV(depth=0.1))),
+        ("evoprune:reuse=+1.5E+1:count=.1e+1", MethodChain(encoder=EvoPruneMethod(reuse=15.0, count=1.0))),
+        ("evoprune:reuse=1e+1+fastv", MethodChain(encoder=EvoPruneMethod(reuse=10.0), language=FastV())),
+        (
+            "evoprune:count=1+fastv:depth=1e-1",
+            MethodChain(encoder=EvoPruneMethod(count=1.0), language=FastV(depth=0.1)),
+        ),
         ("reuse:threshold=1e+1+mmr:lam=+7e-1+fastv", MethodChain(None, Reuse(10.0), Mmr(lam=0.7), FastV())),
     ],
 )

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evoprune.backend.attention import attend_varlen, varlen_kernel
 from evoprune.backend.devices import Timer
-from evoprune.methods.evoprune import EvoPrune
+from evoprune.methods.evoprune import EvoPruneMethod
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.vision import attention, encoder
 from evoprune.vision.attention import Packed, attend_packed, grouped_attention, plan_attention, with_bias
@@ -101,7 +101,7 @@ def test_torchs_own_kernel_accepts_the_arguments():
     share=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     keep=st.floats(0, 1),
     method=st.one_of(
-        papers(), st.builds(EvoPrune, depth=st.sampled_from([0.25, 0.5, 1.0]), reuse=st.sampled_from([0.0, 8.0]))
+        papers(), st.builds(EvoPruneMethod, depth=st.sampled_from([0.25, 0.5, 1.0]), reuse=st.sampled_from([0.0, 8.0]))
     ),
     full_layers=st.sampled_from([(1, 3), (), (0,), (2,), (0, 1, 2, 3)]),
     piece_units=st.integers(1, 200),
@@ -109,7 +109,7 @@ def test_torchs_own_kernel_accepts_the_arguments():
 )
 def test_the_result_is_the_cpus_on_any_clip(monkeypatch, grid, share, keep, method, full_layers, piece_units, kernel):
     # A unit of a still clip is as far from the token before it as from the one behind: rounding decides which it joins.
-    assume(share or not isinstance(method, EvoPrune))
+    assume(share or not isinstance(method, EvoPruneMethod))
     patches, kept = clip(grid, changes(grid, share)), max(1, round(prod(grid) * keep))
     assert_same_on_a_gpu(monkeypatch, patches, grid, method, kept, kernel, full_layers, piece_units)
 

@@ -19,7 +19,7 @@ from evoprune.methods.base import Selector
 from evoprune.methods.baselines import Nothing, Random
 from evoprune.methods.budget import keep_count
 from evoprune.methods.chain import MethodChain
-from evoprune.methods.evoprune import EvoPrune, Reuse
+from evoprune.methods.evoprune import EvoPruneMethod, Reuse
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.plans import ALLOCATIONS
 from evoprune.methods.registry import built_in
@@ -47,7 +47,7 @@ def test_budget_one_is_hugging_faces_tower(grid, full_layers):
     visual, patches = tiny_tower(full_layers), random_patches(grid)
     with torch.inference_mode():
         theirs = visual(patches, torch.tensor([[grid[0], grid[1] * 2, grid[2] * 2]])).pooler_output
-    for method in (Nothing(), EvoPrune(), EvoPrunePaper(), Random()):
+    for method in (Nothing(), EvoPruneMethod(), EvoPrunePaper(), Random()):
         ours = encode_patches(patches, grid, method, prod(grid), visual)
         torch.testing.assert_close(ours.features, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
         assert torch.equal(ours.kept, torch.arange(prod(grid))) and torch.equal(ours.unit_to_row, ours.kept)
@@ -375,7 +375,7 @@ def test_what_does_not_exist_cannot_be_declared():
 
 def test_nothing_is_gathered_that_is_not_declared(monkeypatch):
     monkeypatch.setattr(encoder, "Gathering", lambda *_: pytest.fail("gathered"))
-    encode_noise((2, 3, 4), EvoPrune(), 3)
+    encode_noise((2, 3, 4), EvoPruneMethod(), 3)
     encode_noise((2, 3, 4), Looks(), 24)  # keeps everything
 
 

@@ -16,7 +16,7 @@ from evoprune.cpu.linear import pack
 from evoprune.errors import ModelError
 from evoprune.methods.base import EncoderMethod, Selector
 from evoprune.methods.baselines import DivPrune
-from evoprune.methods.evoprune import THRESHOLD, EvoPrune, FarthestPoints
+from evoprune.methods.evoprune import THRESHOLD, EvoPruneMethod, FarthestPoints
 from evoprune.methods.plans import Stage
 from evoprune.methods.select import assign_clusters, farthest_points, points_of
 from evoprune.methods.types import Selection
@@ -26,7 +26,7 @@ from tests.vision.reference import encode_slowly
 from tests.vision.results import assert_same, check_result, encode_clip, encode_patches
 from tests.vision.tower import random_patches, tiny_tower
 
-AFTER = EvoPrune(depth=1.0)  # the selection comes after the tower
+AFTER = EvoPruneMethod(depth=1.0)  # the selection comes after the tower
 
 
 def encoded_units(patches, grid, threshold=THRESHOLD) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_the_farthest_points_are_selected_a_token_is_the_mean_of_its_cluster_and
 ):
     grid, keep = (6, 3, 5), 20
     made = encode_clip(grid, changes(grid, share), replace(AFTER, average=average, count=count), keep)
-    every = points_of(made.rows, made.unit_to_row, grid, EvoPrune.alpha)
+    every = points_of(made.rows, made.unit_to_row, grid, EvoPruneMethod.alpha)
     assert torch.equal(made.kept, farthest_points(every, keep))
     owner = assign_clusters(every, made.kept)
     clusters = [made.rows[made.unit_to_row[owner == k]] for k in range(keep)]
@@ -128,8 +128,8 @@ def test_selected_rows_against_loops(share, keep, full_layers):
     patches, visual = clip(grid, changed), tiny_tower(full_layers)
     assert torch.equal(encoded_units(patches, grid), changed)  # else the test shows something else
     for method in (
-        EvoPrune(), EvoPrune(depth=0.75, alpha=1.0), EvoPrune(average=False, reuse=0.0, count=0.0),
-        EvoPrune(rows=1.0), EvoPrune(rows=0.0), EvoPrune(first=0.0), AFTER, Several(), Several(DivPrune()),
+        EvoPruneMethod(), EvoPruneMethod(depth=0.75, alpha=1.0), EvoPruneMethod(average=False, reuse=0.0, count=0.0),
+        EvoPruneMethod(rows=1.0), EvoPruneMethod(rows=0.0), EvoPruneMethod(first=0.0), AFTER, Several(), Several(DivPrune()),
     ):  # fmt: skip
         units, owner, tokens = encode_slowly(visual, patches, grid, method, keep, changed if method.reuse else None)
         for size in (1, 30, 10**6):
@@ -151,7 +151,7 @@ class Given(Selector):
 
 
 @dataclass(frozen=True, eq=False)
-class GivenInside(EvoPrune):
+class GivenInside(EvoPruneMethod):
     given: Given | None = None
 
     @property
@@ -180,7 +180,7 @@ def test_rows_that_are_not_finite_are_found_before_the_selection_or_at_the_end_w
     monkeypatch.setattr(FarthestPoints, "select", lambda *args: selected.append(1) or select(*args))
     monkeypatch.setattr(devices, "exact_shapes", lambda device: not waits)
     with pytest.raises(ModelError, match="encode"):
-        encode_patches(patches, (2, 3, 5), EvoPrune(reuse=0.0, first=0.0), 6)
+        encode_patches(patches, (2, 3, 5), EvoPruneMethod(reuse=0.0, first=0.0), 6)
     assert len(selected) == 2 * waits
 
 
@@ -188,7 +188,7 @@ def test_rows_that_are_not_finite_after_the_selection_are_found_too():
     visual = deepcopy(tiny_tower())
     visual.blocks[3].norm2.weight.data[2] = float("nan")
     with pytest.raises(ModelError, match="encode"):
-        encode_patches(random_patches((2, 3, 5)), (2, 3, 5), EvoPrune(reuse=0.0), 6, visual)
+        encode_patches(random_patches((2, 3, 5)), (2, 3, 5), EvoPruneMethod(reuse=0.0), 6, visual)
 
 
 @dataclass(frozen=True, eq=False)

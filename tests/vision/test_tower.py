@@ -12,7 +12,7 @@ from evoprune.backend.layers import join_tower
 from evoprune.methods.base import Merger
 from evoprune.methods.budget import keep_count
 from evoprune.methods.chain import MethodChain
-from evoprune.methods.evoprune import EvoPrune
+from evoprune.methods.evoprune import EvoPruneMethod
 from evoprune.model.config import MODEL_TYPES, vision_sizes
 from evoprune.model.weights import Tower
 from evoprune.vision import attention, tower
@@ -54,8 +54,8 @@ def on_kernels(monkeypatch):
 @pytest.mark.parametrize(
     ("tower_of", "layers", "joins", "method"),
     [
-        (tiny_tower, 4, False, EvoPrune()),
-        (tiny_tower, 4, True, EvoPrune()),
+        (tiny_tower, 4, False, EvoPruneMethod()),
+        (tiny_tower, 4, True, EvoPruneMethod()),
         (tiny_tower, 4, True, MethodChain()),
         (tiny_qwen3, 6, False, MethodChain()),  # with layer norms and features of inner layers
     ],
@@ -63,7 +63,7 @@ def on_kernels(monkeypatch):
 def test_layers_by_kernels_are_the_plain_ones(on_kernels, monkeypatch, tower_of, layers, joins, method):
     visual, width = deepcopy(tower_of()), QWEN3_WIDTH if tower_of is tiny_qwen3 else PATCH_WIDTH
     patches = clip(FUSED_GRID, changes(FUSED_GRID, 0.5), width=width)
-    given = patches, FUSED_GRID, method, 9 if isinstance(method, EvoPrune) else 36
+    given = patches, FUSED_GRID, method, 9 if isinstance(method, EvoPruneMethod) else 36
     with monkeypatch.context() as patch:
         patch.setattr(tower, "can_fuse", lambda x: False)
         expected = encode_patches(*given, visual)
@@ -170,7 +170,7 @@ def test_the_bare_tree_has_the_weights_of_transformers_tower(model):
     ours = Tower(vision_sizes(theirs.config))
     ours.load_state_dict(theirs.state_dict(), strict=True)
     patches = random_patches((3, 4, 6), width=theirs.patch_embed.proj.weight[0].numel())
-    made, expected = (encode_patches(patches, (3, 4, 6), EvoPrune(), 18, visual) for visual in (ours, theirs))
+    made, expected = (encode_patches(patches, (3, 4, 6), EvoPruneMethod(), 18, visual) for visual in (ours, theirs))
     assert torch.equal(made.features, expected.features) and torch.equal(made.kept, expected.kept)
 
 

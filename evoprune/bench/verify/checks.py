@@ -58,7 +58,7 @@ from evoprune.methods import parse
 from evoprune.methods.chain import PruneConfig
 from evoprune.methods.registry import built_in
 from evoprune.methods.select import STEPS, grid_tables
-from evoprune.methods.types import ascending
+from evoprune.methods.types import arange_on
 from evoprune.model import cost
 from evoprune.model.config import PATCHES
 from evoprune.model.weights import shared
@@ -159,7 +159,7 @@ def logits(subject: Subject) -> Outcome:
     model = subject.loaded.model
     asked = subject.about(subject.video)
     (place,), (last, *inner) = asked.prompt.places, asked.features
-    visuals = [Visual(place, last, ascending(len(place), "cpu"), deepstack=torch.stack(inner) if inner else None)]
+    visuals = [Visual(place, last, arange_on(len(place), "cpu"), deepstack=torch.stack(inner) if inner else None)]
     embeds, _, _, added = embed_prompt(model, asked.prompt.input_ids, visuals)
     cache = generate.new_cache(model, len(embeds))
     options = {"last": asked.text_behind, "deepstack": added}

@@ -207,10 +207,10 @@ def in_one_dtype(host, dtype: torch.dtype) -> None:
                 weight.data = weight.data.to(dtype)
 
 
-def widen(model: HostedVL, dtype: torch.dtype, but: Collection[str]) -> None:
+def widen(model: HostedVL, dtype: torch.dtype, skip: Collection[str]) -> None:
     """Gives weights a dtype, but those of some layers, by name, which are to be quantised, and the input embeddings."""
     for name, weight in model.named_parameters():
-        if name.removesuffix(".weight") not in but and weight is not model.model.language_model.embed_tokens.weight:
+        if name.removesuffix(".weight") not in skip and weight is not model.model.language_model.embed_tokens.weight:
             weight.data = weight.data.to(dtype)
 
 

@@ -199,7 +199,7 @@ def _weights(
             else:
                 weights = hosted.random_hosted(model.config, *read_in)
             if quantize != "none":
-                hosted.widen(weights, DTYPES[model.dtype], but=dict(places(weights, quantize)))
+                hosted.widen(weights, DTYPES[model.dtype], skip=dict(places(weights, quantize)))
         elif files:
             weights = load_weights(model.config, files, *form, quantize)
         else:
@@ -270,8 +270,8 @@ def load_weights(
             unused += [] if computed.search(name) else [stored]
             continue
         weight = content.get_tensor(stored)
-        plain = weight.is_floating_point() and weight.itemsize > 1  # others have scales
-        if weight.shape != wanted[name] or not plain:
+        unscaled = weight.is_floating_point() and weight.itemsize > 1  # others have scales
+        if weight.shape != wanted[name] or not unscaled:
             what = f"{weight.dtype} {list(weight.shape)} where config.json wants {list(wanted[name])}"
             problem = f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", "")
             raise ModelError(problem, BELONG)

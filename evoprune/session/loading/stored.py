@@ -19,7 +19,7 @@ import evoprune
 from evoprune.cpu.quantize import Progress, Weights, levels, places, quantize, restore
 from evoprune.language.generate import layers_of, new_cache
 from evoprune.methods.plans import full_plan
-from evoprune.methods.types import ascending
+from evoprune.methods.types import arange_on
 from evoprune.model.config import PATCHES
 from evoprune.model.weights import Model
 from evoprune.session.cache import Entries, cache_folder, own_code
@@ -137,7 +137,7 @@ def calibrate(model: Model) -> None:
     ids = torch.linspace(0, embed.num_embeddings - 1, 2 * CALIBRATION_TOKENS, dtype=torch.float64, device="cpu").long()
     before, behind = embed(ids).to(seen.dtype).split(CALIBRATION_TOKENS)
     embeds = torch.cat([before, seen, behind])
-    positions = ascending(len(embeds), "cpu").expand(3, -1)
+    positions = arange_on(len(embeds), "cpu").expand(3, -1)
     layers_of(model).logits(model, embeds, positions, new_cache(model, len(embeds)))
 
 
@@ -158,4 +158,4 @@ def _patches(visual) -> torch.Tensor:
     smooth = level + place / 2
     striped = torch.sign(torch.sin(40 * place + level)) * level
     kinds = torch.stack([flat, smooth, striped, noise])
-    return kinds[ascending(count, "cpu") % 4, ascending(count, "cpu")]
+    return kinds[arange_on(count, "cpu") % 4, arange_on(count, "cpu")]

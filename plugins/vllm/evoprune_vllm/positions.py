@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from evoprune.language.prompt import video_positions
-from evoprune.methods.types import ascending
+from evoprune.methods.types import arange_on
 
 DIGITS = (3, 3, 3, 4)  # below 256: of time, height, width, and the bits of the bias
 COLUMNS = sum(DIGITS)  # that the encoder appends to the features of each token
@@ -42,13 +42,13 @@ def known_positions(
     at = 0
     following = 0
     for start, count, more, known in items:
-        pieces.append((ascending(start - at, "cpu") + following).expand(3, -1))
+        pieces.append((arange_on(start - at, "cpu") + following).expand(3, -1))
         following += start - at
         unknown = torch.full((3, count), -1 - following, dtype=torch.int64, device="cpu")
         pieces.append(unknown if known is None else known + following)
         following += more
         at = start + count
-    pieces.append((ascending(length - at, "cpu") + following).expand(3, -1))
+    pieces.append((arange_on(length - at, "cpu") + following).expand(3, -1))
     return torch.cat(pieces, dim=1), following - at
 
 
@@ -71,7 +71,7 @@ def timed(
         is_token += [False] * before + [True] * len(pair) + [False]
         behind = following + before + max(grid[1:])
         own = inside[:, pair % units] + following + before
-        positions += [(ascending(before, "cpu") + following).expand(3, -1), own, own.new_full((3, 1), behind)]
+        positions += [(arange_on(before, "cpu") + following).expand(3, -1), own, own.new_full((3, 1), behind)]
         following = behind + 1
     return torch.tensor(is_token, dtype=torch.bool, device="cpu"), torch.cat(positions, 1)
 
