@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from evoprune.errors import UsageError, VideoError
 from evoprune.report import Report, name_inputs, stats_block, summary, warned
 from evoprune.session.options import GenerationOptions, PipelineOptions, SamplingOptions
-from evoprune.util import check_text, clock, counted, is_url, listed, missing_hint, roughly, shown, without_password
+from evoprune.util import check_text, clock, counted, is_url, listed, missing_hint, shown, without_password
 from evoprune.video.frames import local_file
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
@@ -48,7 +48,6 @@ USAGE = 'evoprune ask video.mp4 "What happens?"'
 # How paths look: a URL of data or of a place, the beginning of a path, or the ending of a file.
 PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
 MAX_QUESTION = 2**22  # characters that are read from stdin, which may never end
-LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
 PROMPT = "> "  # before a question
 HELP = "a question and Enter: the answer; q or Ctrl-D: the end; Ctrl-C: stops an answer; /help: this line"
 HELPS = ("/help", "help", "?")
@@ -207,10 +206,9 @@ def _encode(
     full: bool = False,
     ahead: "Ahead | None" = None,
 ) -> "EncodedInputs":
-    """Encodes the inputs at `paths`. First says on stderr which limits apply, and how long it will take if that is long."""
+    """Encodes the inputs at `paths`. First says on stderr which limits apply."""
     from evoprune.session.cache import Cache
     from evoprune.session.encoding import open_inputs
-    from evoprune.session.planning import QUESTION, estimate_first_token
     from evoprune.session.prompting import longest_prompt
 
     show("reading")
@@ -218,10 +216,10 @@ def _encode(
     stored = Cache() if cache else None
     given = {"names": inputs, "cache": stored, "ahead": ahead}
     with contextlib.closing(open_inputs(session, paths, sampling, **given)) as opened:
-        plans, text = opened.plans, QUESTION + sum(plan.subtitles.tokens for plan in opened.plans)
+        plans = opened.plans
         if questions:
             with opened.planning():
-                text = longest_prompt(session, plans, questions, options.generation)
+                longest_prompt(session, plans, questions, options.generation)
         for plan in [] if quiet or full else plans:
             _note_limits(plan.full, sampling)
             if (lines := plan.subtitles).source is not None:
@@ -230,13 +228,6 @@ def _encode(
                 tell(f"subtitles: {lines.source}, {part}{counted(lines.lines, 'line')}{by}")
             elif lines.note:
                 tell(f"note: no subtitles: {lines.note}")
-        if not quiet and not opened.in_cache:
-            with opened.planning():
-                waits = [
-                    estimate_first_token(session, plan, 0 if number else text) for number, plan in enumerate(plans)
-                ]
-            if None not in waits and (wait := sum(waits)) > LONG_WAIT_S:
-                note(f"estimated first token {'with nothing pruned ' if full else ''}{roughly(wait)}")
         return opened.encode(encoding(show))
 
 

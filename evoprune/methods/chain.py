@@ -178,13 +178,6 @@ class MethodChain:
         work = self.language_work(depth, tokens, budget)
         return tokens + text if work is None else tuple(keys + text for keys, _, _ in work)
 
-    def prompt_work(self, depth: int, tokens: int, text: int, budget: float) -> int | list[tuple[int, ...]]:
-        """Return the same for the cost: of each layer, the positions whose keys, queries and MLP it computes; or of all, a
-        number.
-        """
-        work = self.language_work(depth, tokens, budget)
-        return tokens + text if work is None else [tuple(count + text for count in layer) for layer in work]
-
 
 @dataclass(frozen=True)
 class PruneConfig:

@@ -1,4 +1,4 @@
-"""What a run costs: operations of tower and prefill, bytes of memory, and seconds, estimated or taken.
+"""What a run costs: operations of tower and prefill, bytes of memory, and the seconds of each stage.
 
 A multiply-add counts as two operations. Counts use the actual rows of every layer and the actual length of the prompt.
 """
@@ -18,8 +18,6 @@ from evoprune.model.weights import Tower
 SMALL_CHANGE = 128 * 2**20  # bytes that any run takes, however small
 # Of all rows of a layer: they themselves, queries, keys, values, and what attention makes of them, and of some of these a copy.
 ROW_COPIES = 6
-# The rate of a whole forward pass, as a share of a plain matrix product's. Only for estimates.
-EFFICIENCY = 0.5
 DELTA_CHUNK = 64  # columns that a Gated DeltaNet computes together when it reads a prompt, as in transformers
 
 
@@ -271,11 +269,3 @@ def matmul_rate(
             a @ b
             best = max(best, 2 * rows * inner * columns / (now(place) - start))
     return best
-
-
-def estimate_first_token(
-    model, rows: Sequence[int], grids: int, windows: int, prompt: int | Sequence[int | Sequence[int]]
-) -> float:
-    """Seconds until the first token of a `QwenVL` on a CPU, roughly; arguments as of `tower_flop` and `prefill_flop`."""
-    work = tower_flop(model.config.vision_config, rows, grids, windows) + prefill_flop(model.config.text_config, prompt)
-    return work / (EFFICIENCY * matmul_rate(model.dtype, "cpu", 0.04))  # briefly: the first word waits for it

@@ -385,11 +385,6 @@ class OpenInputs:
         self._files = files or ExitStack()
         self._names = {opened.plan.info.path: opened.plan.name for opened in inputs if not opened.lasting}
 
-    @property
-    def in_cache(self) -> bool:
-        """Whether nothing has to be read or encoded. Reads whole files once, if there is a cache."""
-        return all([opened.stored is not None for opened in self.inputs])
-
     def begin(self) -> None:
         """Starts to read the first one, while something else is computed. Errors: as of `OpenInput.begin`.
 
