@@ -2,11 +2,10 @@
 
 import errno
 import re
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from traceback import walk_tb
+from typing import TypeVar
 
 # What takes less memory, at a shell and in Python.
 USE_LESS = (
@@ -31,10 +30,7 @@ LONG_WORD = re.compile(r"(?=\S{201})(\S{97})\S*(\S{100})(?!\S)")
 LFS = b"version https://git-lfs.github.com/spec/"  # how what git-lfs leaves in the place of a file begins
 LFS_HINT = "the file itself is missing: run `git lfs pull` in its folder, or download it"
 
-# Methods of other packages, as far as they are loaded: the class of each, with how errors name it.
-PLUGINS: dict[type, str] = {}
-# Packages that compute with the quantised weights of a model that was loaded: the name of each, by its module.
-QUANTIZERS: dict[str, str] = {}
+T = TypeVar("T")
 
 
 class EvopruneError(Exception):
@@ -109,42 +105,26 @@ class OutOfMemory(EvopruneError):
     type = "out_of_memory"
 
 
-def _plugin_error(problem: BaseException) -> PluginError | None:
-    """Return the error for an unexpected exception in another package's method or layers, or in code that these called; else
-    None.
-    """
-    packages = {method.__module__.partition(".")[0]: name for method, name in PLUGINS.items()} | QUANTIZERS
-    expected = isinstance(problem, EvopruneError) or is_out_of_memory(problem) or is_interruption(problem)
-    for frame, _ in walk_tb(None if expected else problem.__traceback__):
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package in packages:
-            method = PLUGINS.get(type(frame.f_locals.get("self")), packages[package])
-            other = "quantisation" if package in QUANTIZERS else "method"
-            hint = f"report it to that package's authors, with the traceback, which --debug prints; or choose another {other}"
-            return PluginError(f"{method} failed: {type(problem).__name__}: {first_line(problem)}", hint)
-    return None
+def call(package: str, function: Callable[..., T], *args, **kwargs) -> T:
+    """Return what a function returns that another package may bring, of a method or of quantised layers.
 
-
-@contextmanager
-def names_plugins() -> Iterator[None]:
-    """Also a decorator. What the code of another package's method raises becomes a PluginError that names the method.
-
-    So does SystemExit, with which it would end the whole program, but not what a signal raises meanwhile.
+    `package`: how an error names it; empty for this project's own code. Raises PluginError: the package's code failed.
     """
     try:
-        yield
-    except BaseException as problem:
-        if named := _plugin_error(problem):
-            raise named from problem
-        raise
+        return function(*args, **kwargs)
+    except Exception as problem:
+        if not package or isinstance(problem, EvopruneError) or is_out_of_memory(problem):
+            raise
+        hint = (
+            "report it to that package's authors, with the traceback, which --debug prints; or do without that package"
+        )
+        raise PluginError(f"{package} failed: {type(problem).__name__}: {first_line(problem)}", hint) from problem
 
 
 def error_record(problem: BaseException) -> dict:
     """Return a failure as JSON records hold it: code, type, stage, message, hint. Whatever is not expected is a bug."""
     if is_out_of_memory(problem):  # outside of any stage
         problem = OutOfMemory("out of memory", f"close other programs, or {USE_LESS}")
-    elif named := _plugin_error(problem):
-        problem = named
     elif isinstance(problem, FileNotFoundError) and problem.filename is None:  # from os.getcwd
         problem = UsageError("the current folder is gone", "go to another")
     elif path := _damaged_module(problem):
@@ -161,13 +141,6 @@ def _damaged_module(problem: BaseException) -> str | None:
     """Return the compiled file of a module that Python could not load: it was written in part, which Python does not notice."""
     frames = (frame for frame, _ in walk_tb(problem.__traceback__) if frame.f_code.co_name == "_compile_bytecode")
     return next((frame.f_locals.get("bytecode_path") for frame in frames), None)
-
-
-def is_interruption(problem: BaseException) -> bool:
-    """Return whether a signal is the reason: Ctrl-C, or what this program's handler of any signal has raised."""
-    handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()}
-    frames = (frame for frame, _ in walk_tb(problem.__traceback__))
-    return isinstance(problem, KeyboardInterrupt) or any(frame.f_code in handlers for frame in frames)
 
 
 def is_out_of_memory(problem: BaseException) -> bool:

@@ -19,7 +19,7 @@ from contextlib import ExitStack, closing, nullcontext
 from typing import TYPE_CHECKING, Unpack
 
 from evoprune.backend.devices import holds_values
-from evoprune.errors import UsageError, names_plugins
+from evoprune.errors import UsageError
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import Answer, EncodedInputs, Uncopied, together
 from evoprune.session.encoding import OpenInputs, Progress, inputs_of, open_inputs, paths_of
@@ -254,7 +254,6 @@ class VideoQA(Uncopied):
         return VideoStream(self.session, remembered, sampling, system, name)
 
 
-@names_plugins()
 def load_qa(
     model: ModelOptions,
     pruning: PruneOptions,

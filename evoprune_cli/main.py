@@ -19,7 +19,7 @@ from typer import completion
 from typer.core import TyperGroup
 
 import evoprune
-from evoprune.errors import EvopruneWarning, UsageError, names_plugins
+from evoprune.errors import EvopruneWarning, UsageError
 from evoprune_cli import terminal
 from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.batch import batch
@@ -256,11 +256,9 @@ def _outcome() -> int:
         columns = min(shutil.get_terminal_size().columns, terminal.WIDTH)
         _prepare_completion()
         try:
-            with names_plugins():
-                try:
-                    code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
-                except typer.Abort as ended:  # what Typer makes of an EOFError, and in some versions of Ctrl-C
-                    raise ended.__cause__ or KeyboardInterrupt from None
+            code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
+        except typer.Abort as ended:  # what Typer makes of an EOFError, and in some versions of Ctrl-C
+            raise ended.__cause__ or KeyboardInterrupt from None
         finally:
             for again in _AGAIN:  # the command may end before they arrive, and was interrupted all the same
                 again.join()

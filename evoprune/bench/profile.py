@@ -48,7 +48,7 @@ from evoprune.bundled import DEMOS
 from evoprune.cpu.linear import PackedLinear, can_pack, pack, weights_bytes
 from evoprune.cpu.quantize import check as check_quantize
 from evoprune.cpu.quantize import quantize, saved_bytes
-from evoprune.errors import ModelError, OutOfMemory, memory_guard, names_plugins
+from evoprune.errors import ModelError, OutOfMemory, memory_guard
 from evoprune.language import generate
 from evoprune.methods.chain import PruneConfig
 from evoprune.methods.plans import EncoderPlan
@@ -286,7 +286,6 @@ class Bench:
         """Floating-point operations a second in plain matrix products."""
         return matmul_rate(self._loaded.model.dtype, self._loaded.device, shapes=self._shapes)
 
-    @names_plugins()
     def run(self, row: ProfileRow) -> Turn | str:
         """Return a turn of a row; or why it failed: NaN or infinity, or no memory."""
         settings = self._settings

@@ -14,7 +14,7 @@ import torch
 
 from evoprune.backend.devices import Timer, to_device
 from evoprune.contrib.common import relative
-from evoprune.errors import PLUGINS
+from evoprune.errors import call
 from evoprune.language.decoder import heads_of, norm, rotate
 from evoprune.methods.base import LanguageMethod, Reading
 from evoprune.methods.budget import keep_count
@@ -202,10 +202,10 @@ class DroppingMethod(LanguageMethod):
 
 def select_in_language(method: DroppingMethod, tokens: LayerTokens) -> Selection | None:
     """Return what stays behind a layer of the language model. Raises as `selecting.select`."""
-    name = PLUGINS.get(type(method))
+    name = method.package
     count = len(tokens.visual)
     # Keys and values are those of the cache, and a stranger's code may write into what it gets.
-    selection = method.select(tokens.copied() if name else tokens)
+    selection = call(name, method.select, tokens.copied() if name else tokens)
     if name and selection is not None:
         left = getattr(getattr(selection, "kept", None), "shape", (0,))[0]
         enough = left == tokens.left if method.exact else left <= tokens.left

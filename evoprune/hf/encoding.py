@@ -9,7 +9,7 @@ from evoprune import methods
 from evoprune.backend.layers import is_unhooked_linear
 from evoprune.cpu.linear import PackedLinear, can_pack, packed_copy, shared_copy
 from evoprune.cpu.quantize import Int8Linear, check, quantize
-from evoprune.errors import UsageError, names_plugins
+from evoprune.errors import UsageError
 from evoprune.hf import interface
 from evoprune.methods.budget import DEFAULT, Budget, GivenShare
 from evoprune.methods.chain import PruneConfig
@@ -67,7 +67,6 @@ def encode(
     return encode_with(visual, pixel_values_videos, video_grid_thw, config, question)
 
 
-@names_plugins()
 def encode_with(
     visual,
     pixel_values_videos: torch.Tensor,

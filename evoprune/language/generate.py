@@ -14,7 +14,7 @@ import torch
 
 from evoprune.backend.devices import to_device
 from evoprune.cpu.linear import begin_pass
-from evoprune.errors import EvopruneError, ModelError
+from evoprune.errors import EvopruneError, ModelError, call
 from evoprune.language import decoder, hosted, static
 from evoprune.language.decoder import KVCache
 from evoprune.language.hosted import HostedCache
@@ -136,7 +136,8 @@ def dropping_for(
         before += count
     places = torch.isin(columns, torch.cat([visual.columns for visual in visuals])).nonzero()[:, 0]
     share = method.language_share(budget)
-    return method.language.reading(model, share, embeds, places, torch.cat(pairs), torch.cat(inside))
+    inner = method.language
+    return call(inner.package, inner.reading, model, share, embeds, places, torch.cat(pairs), torch.cat(inside))
 
 
 @dataclass

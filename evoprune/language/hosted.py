@@ -13,6 +13,7 @@ import torch
 
 from evoprune.backend.attention import without_cudnn
 from evoprune.backend.devices import is_host, plain, to_device
+from evoprune.errors import call
 from evoprune.language import hybrid
 from evoprune.methods.types import arange_on
 from evoprune.model.numerics import without_autocast
@@ -190,9 +191,9 @@ def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attentio
     """
     text = model.model.language_model
     if in_few_operations(model, x.device):
-        return hybrid.run(text, x, places[1:], states, attention_mask)
+        return call(model.package, hybrid.run, text, x, places[1:], states, attention_mask)
     kwargs |= {"attention_mask": attention_mask, "past_key_values": states, "use_cache": True}
-    return text(inputs_embeds=x[None], position_ids=places, **kwargs).last_hidden_state[0]
+    return call(model.package, text, inputs_embeds=x[None], position_ids=places, **kwargs).last_hidden_state[0]
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from evoprune.cpu.machine import release_omp_threads
-from evoprune.errors import UsageError, names_plugins
+from evoprune.errors import UsageError
 from evoprune.language.decoder import KVCache, forward
 from evoprune.language.generate import PrefillState, Visual, embed_ids, embed_prompt, prefill
 from evoprune.language.prompt import CONTENTS, MARKERS, Place, build_prompt, prompt_positions, timestamps
@@ -325,7 +325,6 @@ class VideoStream(Askable):
         """Seconds from one frame that is looked at to the next; None before the first one."""
         return self._plan and self._plan.sampling.seconds_per_frame
 
-    @names_plugins()
     def _begin(self, frame: np.ndarray, time_s: float) -> None:
         """Plans a window as a video of its length, and reads what precedes the video in the prompt, which packs weights."""
         height, width, _ = frame.shape
@@ -353,7 +352,6 @@ class VideoStream(Askable):
             self._plan = None
             raise
 
-    @names_plugins()
     def _finish(self, end: int) -> None:
         """Encodes the frames of a window that ends before slot `end`, and reads it unless an answer is being read."""
         slots = self._slots
@@ -373,7 +371,6 @@ class VideoStream(Askable):
             if self._open is None:
                 self._read_waiting(polite=len(self._waiting) <= MAX_WAITING)
 
-    @names_plugins()
     def _look(self) -> Encoding | None:
         """Encodes the frames of the unfinished window for a question, unless the latest one saw the same; None for no frames.
 

@@ -33,6 +33,7 @@ class Method:
     """The base of all methods; by itself it keeps every token."""
 
     name: ClassVar[str] = "none"  # by which users select it
+    package: ClassVar[str] = ""  # how errors name a method of another package; set when it is loaded
     source: ClassVar[str] = ""  # the paper (arXiv id, section where known) that it follows, or "this project"
     acts: ClassVar[Literal["none", "input", "inside", "after", "language"]] = "none"
     # Whether exactly K tokens come out; otherwise the nearest count: at most K, or the method's minimum if that is more.

@@ -13,7 +13,7 @@ import torch
 
 from evoprune.backend import devices
 from evoprune.backend.devices import exact_shapes
-from evoprune.errors import PLUGINS, PluginError, UsageError, names_plugins
+from evoprune.errors import PluginError, UsageError, call
 from evoprune.methods import registry
 from evoprune.methods.base import EncoderMethod, InputMethod, LanguageMethod, Method, Selector, not_automatic
 from evoprune.methods.budget import AUTO, AUTO_INFLECTION, AUTO_LEAST, FULL, Budget, keep_count
@@ -33,11 +33,10 @@ class MethodChain:
     language: LanguageMethod | None = None
 
     @classmethod
-    @names_plugins()
     def parse(cls, text: str, args: dict[str, str] | None = None) -> Self:
         """Return what `text` names: a method as of `registry.get`, or several joined by `+` in the order in which they act.
 
-        Raises UsageError, PluginError: as `registry.get`; `args` for several; methods that cannot act in this order.
+        Raises UsageError: as `registry.get`; `args` for several; methods that cannot act in this order.
         """
         members = registry.members(text, args)
         chain = cls.of(*members)
@@ -145,14 +144,14 @@ class MethodChain:
         `inflection`: whether the curve of the selector's scores decides how many tokens are kept, at most K.
         """
         if self.input:
-            return full_plan(tower, self.input.resize(grid, keep))
+            return full_plan(tower, call(self.input.package, self.input.resize, grid, keep))
         if keep >= prod(grid) or not (self.encoder or self.selector):
             return full_plan(tower, grid)
         stages = []
         reuse = 0.0
         below = self.after_tower_below(tower.launch_bound)
         if self.encoder and prod(grid) >= below:
-            stages += self.encoder.stages(tower, grid, keep)
+            stages += call(self.encoder.package, self.encoder.stages, tower, grid, keep)
             reuse = self.encoder.reuse
         if self.tokens:
             stages.append(Stage(tower.depth, keep, Inflection(self.tokens) if inflection else self.tokens))
@@ -171,7 +170,9 @@ class MethodChain:
 
     def language_work(self, depth: int, tokens: int, budget: float) -> tuple[tuple[int, int, int], ...] | None:
         """As `LanguageMethod.work`, at the share `budget` that the user asked for; None where nothing leaves."""
-        return self.language and self.language.work(depth, tokens, self.language_share(budget))
+        if self.language is None:
+            return None
+        return call(self.language.package, self.language.work, depth, tokens, self.language_share(budget))
 
     def prompt_columns(self, depth: int, tokens: int, text: int, budget: float) -> int | tuple[int, ...]:
         """Positions of a prompt with `text` tokens of text, in each layer of the language model or in all; otherwise as above."""
@@ -224,11 +225,11 @@ class PruneConfig:
 
 def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
     """Return what `selector` selects. Raises PluginError: one of another package returned what its base class does not allow."""
-    name = PLUGINS.get(type(selector))
+    name = selector.package
     units = len(tokens.unit_to_row)
     with without_autocast():
         # Rows are shared with other methods of an evaluation, and a stranger's code may write into what it gets.
-        selection = selector.select(tokens.copied() if name else tokens, keep)
+        selection = call(name, selector.select, tokens.copied() if name else tokens, keep)
     if name:
         count = getattr(getattr(selection, "kept", None), "shape", (0,))[0]
         enough = bool(count) and (selector.suffices(count, keep, units) or not selector.exact)
@@ -307,7 +308,7 @@ def _unlike(
 def tokens_before_inflection(selector: Selector, tokens: Tokens, keep: int) -> int:
     """Return how many tokens `selector` keeps by the curve of its scores (arXiv 2409.01162): at most `keep`."""
     min_keep = min(keep, keep_count(AUTO_LEAST, len(tokens.unit_to_row)))
-    return min(keep, max(min_keep, inflection(selector.scores(tokens))))
+    return min(keep, max(min_keep, inflection(call(selector.package, selector.scores, tokens))))
 
 
 def inflection(scores: torch.Tensor) -> int:

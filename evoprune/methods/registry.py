@@ -14,15 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from warnings import warn
 
-from evoprune.errors import (
-    PLUGINS,
-    EvopruneError,
-    PluginWarning,
-    UsageError,
-    first_line,
-    is_interruption,
-    names_plugins,
-)
+from evoprune.errors import EvopruneError, PluginWarning, UsageError, first_line
 from evoprune.util import did_you_mean
 
 if TYPE_CHECKING:
@@ -133,9 +125,8 @@ def impossible(text: str) -> UsageError:
     return UsageError(f"methods cannot be combined as {text!r}", f"use {REUSE}+NAME or ipcv+NAME, where {kinds}")
 
 
-@names_plugins()
 def get(text: str, args: dict[str, str] | None = None) -> "Method":
-    """Return the method `NAME:SETTING=VALUE:...`, whose settings override `args`, as texts. Raises UsageError, PluginError."""
+    """Return the method `NAME:SETTING=VALUE:...`, whose settings override `args`, as texts. Raises UsageError."""
     check(text)
     first, *others = parse_names(text)
     if others:
@@ -300,9 +291,7 @@ def _load(entry: EntryPoint) -> type["Method"]:
 
     try:
         loaded = entry.load()
-    except BaseException as problem:  # another package's module may raise anything when it is imported
-        if is_interruption(problem):
-            raise
+    except (Exception, SystemExit) as problem:  # another package's module may raise anything when it is imported
         reason = f"{type(problem).__name__}: {first_line(problem)}"
         raise _broken(entry, f"cannot be loaded ({reason})") from problem
     if not (isinstance(loaded, type) and issubclass(loaded, Method)):
@@ -314,7 +303,7 @@ def _load(entry: EntryPoint) -> type["Method"]:
     if "__dataclass_params__" not in vars(loaded):
         raise _broken(entry, f"is no dataclass: {loaded.__name__} needs @dataclass(frozen=True)")
     if not _is_own(entry):
-        PLUGINS[loaded] = _named(entry)
+        loaded.package = _named(entry)
     return loaded
 
 

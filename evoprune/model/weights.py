@@ -147,6 +147,7 @@ class HostedVL(Model):
     """A model whose parts are modules of transformers: `visual`, `language_model`, and `lm_head`."""
 
     native = False
+    package = ""  # how errors name layers that another package has quantised
 
     def __init__(self, config: Config, visual: nn.Module, language_model: nn.Module, lm_head: nn.Module):
         super().__init__(model=Tree(visual=visual, language_model=language_model), lm_head=lm_head)
@@ -179,7 +180,9 @@ def shared(model: Model) -> Model:
     """Another tree on the same tensors. Its layers can be replaced without changing the first one."""
     if isinstance(model, HostedVL):
         parts = model.model.visual, model.model.language_model, model.lm_head
-        return HostedVL(model.config, *(shared_copy(part, lambda module: None) for part in parts))
+        hosted = HostedVL(model.config, *(shared_copy(part, lambda module: None) for part in parts))
+        hosted.package = model.package
+        return hosted
     copy = empty(model.config)
     copy.load_state_dict(model.state_dict(), assign=True)
     copy.tie()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Unpack
 import torch
 
 from evoprune.bundled import unknown_words
-from evoprune.errors import UsageError, error_record, names_plugins
+from evoprune.errors import UsageError, error_record
 from evoprune.language.generate import PrefillState, TokenStream, embed_ids, stream_answer, teacher_forced_logits
 from evoprune.model.cost import Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
@@ -347,7 +347,6 @@ class EncodedInputs(Askable):
     def _blank_report(self) -> Report:
         return deepcopy(self._blank)
 
-    @names_plugins()
     @torch.inference_mode()
     def _select_for(self, question: str, report: Report) -> None:
         """Has the method select tokens for this question; keys and values of earlier ones are of no use then."""

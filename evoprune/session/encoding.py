@@ -19,7 +19,7 @@ import torch
 import evoprune
 from evoprune import methods
 from evoprune.backend.devices import empty_cache
-from evoprune.errors import OutOfMemory, UsageError, memory_guard, names_plugins
+from evoprune.errors import OutOfMemory, UsageError, memory_guard
 from evoprune.model.cost import Clock
 from evoprune.report import BESIDE, OF_INPUTS
 from evoprune.session.ahead import Ahead
@@ -414,7 +414,6 @@ class OpenInputs:
         """Times what is decided about all inputs before anything is read, such as whether the questions fit."""
         return self.inputs[0].clock.stage("plan")
 
-    @names_plugins()
     def encode(self, progress: Progress | None = None) -> EncodedInputs:
         """Reads, preprocesses and encodes one after the other.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from evoprune.errors import USE_LESS, OutOfMemory, UsageError, names_plugins
+from evoprune.errors import USE_LESS, OutOfMemory, UsageError
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
     PrefillState,
@@ -51,7 +51,6 @@ class PromptReader:
         # How the prompt began, the cache, and how many of its columns no question changes.
         self._prefix: tuple[Beginning, KVCache | HostedCache, int] | None = None
 
-    @names_plugins()
     def build(self, question: str, options: GenerationOptions, kept: int) -> Prompt:
         """Return the prompt of a question, with room for all visual tokens of the inputs, of which `kept` will be read.
 
@@ -65,7 +64,6 @@ class PromptReader:
         check_memory(self._session, prompt.text_tokens, kept)
         return prompt
 
-    @names_plugins()
     def read(
         self, encoded: Sequence[Encoded], prompt: Prompt, beginning: Beginning, last: bool = False
     ) -> PrefillState:

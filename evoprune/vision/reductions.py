@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from evoprune.backend import devices
+from evoprune.errors import call
 from evoprune.methods.base import Merger, Selector
 from evoprune.methods.plans import Stage, TowerShape
 from evoprune.methods.ranking import merge_rows, snap
@@ -211,7 +212,7 @@ class Merging(Reduction):
         )
         place = torch.where(valid, row, layout.rows).flatten()
         with without_autocast():  # the merger may write into what it gets: nothing reads that again
-            local = self._merger.match(candidates, remove)
+            local = call(self._merger.package, self._merger.match, candidates, remove)
         # int64 `[R]`: the row that each row merges into, its own index if it stays. A last entry takes the values at padding.
         into = arange_on(layout.rows + 1, row.device)
         into = into.scatter_(0, place, row.gather(1, local).flatten())[:-1]

@@ -17,10 +17,10 @@ import torch
 from evoprune.bench.profile_results import TimeLimit
 from evoprune.bench.verify.run import CHECKS, subject_of, verify
 from evoprune.bench.verify.subject import gap, rounding_again
-from evoprune.errors import QUANTIZERS, ModelError, ModelWarning, PluginError, UsageError
+from evoprune.errors import ModelError, ModelWarning, PluginError, UsageError
 from evoprune.language import hosted
 from evoprune.session.loading import find
-from evoprune.session.loading.find import DTYPES, PACKAGES, check_packages, find_model, quantization_in
+from evoprune.session.loading.find import DTYPES, PACKAGES, find_model, quantization_in
 from evoprune.session.loading.hosted import FUSED, in_one_dtype
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions
@@ -461,14 +461,13 @@ def test_a_tensor_that_is_missing_or_of_another_shape(hybrid, tmp_path, shape, s
         load_model(name)
 
 
-def test_a_package_that_fails_to_compute_is_named(hybrid, monkeypatch):
-    monkeypatch.setattr(find, "_is_installed", lambda package: True)
-    monkeypatch.setitem(QUANTIZERS, "torchao", "a package that another test loaded")
-    check_packages("torchao", "a model")
-    layers = {"__name__": "torchao.layers"}
-    exec("def fails(*given): assert False, 'no kernel'", layers)
-    monkeypatch.setattr(hybrid.model.model.language_model.layers[2].mlp, "forward", layers["fails"])
-    with pytest.raises(PluginError, match="the package torchao failed: AssertionError: no kernel"):
+def test_the_package_of_quantised_layers_that_fail_is_named(hybrid, monkeypatch):
+    def fails(*given):
+        raise AssertionError("no kernel")
+
+    monkeypatch.setattr(hybrid.model, "package", "a layer quantised by torchao")
+    monkeypatch.setattr(hybrid.model.model.language_model.layers[2].mlp, "forward", fails)
+    with pytest.raises(PluginError, match="a layer quantised by torchao failed: AssertionError: no kernel"):
         said(VideoQA(hybrid).encode(CLIP), "What?")
 
 

@@ -23,7 +23,7 @@ from evoprune.bundled import DEMOS, Demo, demo_in
 from evoprune.cpu.linear import can_pack
 from evoprune.cpu.quantize import check as check_quantize
 from evoprune.cpu.quantize import saved_bytes
-from evoprune.errors import QUANTIZERS, ModelError, ModelWarning, UsageError, first_line
+from evoprune.errors import ModelError, ModelWarning, UsageError, first_line
 from evoprune.language.prompt import Tokenizer
 from evoprune.model.config import (
     TEXT,
@@ -496,9 +496,6 @@ def check_packages(quantization: str | None, name: str) -> None:
         what = f"{listed(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
         problem = f"{name} holds weights quantised by {quantization}, and {what}"
         raise ModelError(problem, f"pip install {' '.join(missing)}")
-    for package in packages:
-        module = "optimum" if package == "optimum-quanto" else package.replace("-", "_")
-        QUANTIZERS[module] = f"the package {package}"
 
 
 def _is_installed(package: str) -> bool:

@@ -27,13 +27,14 @@ from evoprune.model.weights import HostedVL, fill_random, name_in_memory
 from evoprune.session.loading.find import (
     ADAPTER,
     BELONG,
+    PACKAGES,
     PLAIN,
     PLAIN_ON_CPU,
     check_packages,
     stored_tensors,
     weight_files,
 )
-from evoprune.util import counted
+from evoprune.util import counted, listed
 
 # Entries of a config that name the modules which are not quantised.
 UNQUANTIZED = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
@@ -92,7 +93,9 @@ def load_hosted(
         said = f"{counted(len(unused), 'tensor')} of the weights are not used in {folder}: {', '.join(unused[:3])}"
         warnings.warn(said, ModelWarning, stacklevel=2)
     model = _of(config, host)
-    if not quantization:  # layers of quantised experts have implementations of their own
+    if quantization:
+        model.package = f"a layer quantised by {listed(PACKAGES.get(quantization, [quantization]))}"
+    else:  # layers of quantised experts have implementations of their own
         use_experts(model)
     return model
 

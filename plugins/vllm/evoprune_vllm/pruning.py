@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from evoprune import methods
-from evoprune.errors import PluginError, UsageError, names_plugins
+from evoprune.errors import PluginError, UsageError
 from evoprune.language.prompt import video_positions
 from evoprune.methods.budget import FULL, Budget
 from evoprune.methods.chain import MethodChain
@@ -28,7 +28,6 @@ EXAMPLE = 'for example --additional-config \'{"evoprune": {"method": "divprune"}
 EXACT = "choose evoprune, evoprune-merge, tome, divprune or another exact method"
 
 
-@names_plugins()
 def served_method(additional: Any) -> MethodChain:
     """Return the method that `--additional-config` names, perhaps with settings (`NAME:SETTING=VALUE`), or the default.
 
@@ -79,7 +78,6 @@ def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float)
     return tuple(levels * each for each in mean), tuple(levels * each for each in std)
 
 
-@names_plugins()
 def encoded(
     visual, patches: torch.Tensor, grid: Grid, keep: int, method: MethodChain, normal: Normal = CLIP
 ) -> Encoded:
