@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -200,27 +199,11 @@ def _terminate(*_) -> None:
     raise terminal.Terminated
 
 
-_AGAIN: list[threading.Timer] = []  # signals that are sent again
-
-
-def _once_more(lost) -> None:
-    """A hook for exceptions that cannot be caught: a signal that arrived in a destructor is sent again."""
-    signals = {KeyboardInterrupt: signal.SIGINT, terminal.Terminated: signal.SIGTERM}
-    if lost.exc_type not in signals:
-        sys.__unraisablehook__(lost)
-        return
-    # From inside the hook it would be lost too.
-    _AGAIN.append(again := threading.Timer(0.01, os.kill, (os.getpid(), signals[lost.exc_type])))
-    again.daemon = True
-    again.start()
-
-
 def run() -> None:
     """Runs the command line and exits with a documented code; a traceback is for `--debug` or EVOPRUNE_DEBUG=1."""
     for number in terminal.ENDINGS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
             signal.signal(number, _terminate)
-    sys.unraisablehook = _once_more
     # Something in the place of streams that were closed at the start, or the next file that is opened would be there.
     for number in range(3):
         try:
@@ -259,9 +242,6 @@ def _outcome() -> int:
             code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
         except typer.Abort as ended:  # what Typer makes of an EOFError, and in some versions of Ctrl-C
             raise ended.__cause__ or KeyboardInterrupt from None
-        finally:
-            for again in _AGAIN:  # the command may end before they arrive, and was interrupted all the same
-                again.join()
         sys.stdout.flush()
     except BrokenPipeError:
         code = _nobody_reads(streams)
