@@ -3,7 +3,6 @@
 Results are delivered in the end, or as far as they are known when a run breaks off.
 """
 
-import gc
 import os
 import re
 import stat
@@ -53,14 +52,8 @@ def prepare() -> None:
 def load(options: PipelineOptions, show: Callable[..., None], quiet: bool, streams: bool = False) -> "VideoQA":
     """Return the model of `ask` and `watch`. `show`: of `terminal.progress`; `streams`: as of `load_qa`."""
     prepare()
-    collects = gc.isenabled()
-    gc.disable()  # imports are an eighth faster: Python does not search a hundred thousand new objects for garbage again and again
-    try:
-        from evoprune.video_qa import load_qa
-    finally:
-        if collects:
-            gc.freeze()  # nothing that is imported is ever garbage
-            gc.enable()
+    from evoprune.video_qa import load_qa
+
     show("loading model")
     qa = load_qa(options.model, options.pruning, progress=partial(show, "quantizing"), streams=streams)
     note_model(qa.session, options.generation, quiet)
