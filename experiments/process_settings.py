@@ -2,7 +2,7 @@
 
     python -m experiments.process_settings -m CKPT --rounds 2          # CKPT: experiments.checkpoint writes one of the 3B model
 
-*kept*: glibc keeps freed memory (`limits.keep_freed_memory`). *spin*: GOMP_SPINCOUNT. *thread*: the window is encoded in another
+*kept*: glibc keeps freed memory, as `KEPT` has it. *spin*: GOMP_SPINCOUNT. *thread*: the window is encoded in another
 thread than the one that loaded the model. *ended*: that one has ended its OpenMP team (`release_omp_threads`). Frames all move. The
 median of the windows after the first one.
 """
@@ -17,25 +17,28 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
-from evoprune.backend.limits import keep_freed_memory
-
+# What has glibc keep the memory that a process frees, up to its peak, in one arena.
+KEPT = {
+    "MALLOC_TRIM_THRESHOLD_": "2147483647",
+    "MALLOC_TOP_PAD_": "67108864",
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_ARENA_MAX": "1",
+}
 # Setting by name: whether memory is kept, the spin count, whether another thread encodes, whether the first one's team is ended.
 SETTINGS = {
     "as Python has them": (False, None, False, False),
     "kept": (True, None, False, False),
     "kept, spin 1,000": (True, 1_000, False, False),
-    "kept, spin 10,000 (the commands)": (True, 10_000, False, False),
+    "kept, spin 10,000": (True, 10_000, False, False),
     "kept, thread": (True, None, True, False),
     "kept, thread, ended": (True, None, True, True),
-    "kept, spin 10,000, thread, ended (watch)": (True, 10_000, True, True),
+    "kept, spin 10,000, thread, ended": (True, 10_000, True, True),
 }
 
 
 def measure(name: str, model: str, frames: int, windows: int) -> float:
     """Seconds of a window, in this process."""
-    kept, _, apart, ended = SETTINGS[name]
-    if kept:
-        keep_freed_memory()
+    _, _, apart, ended = SETTINGS[name]
     from evoprune.cpu.machine import release_omp_threads
     from evoprune.video_qa import VideoQA
     from experiments.live_rate import Paced
@@ -61,13 +64,16 @@ def measure(name: str, model: str, frames: int, windows: int) -> float:
 
 
 def run(name: str, args: argparse.Namespace) -> float:
-    spin = SETTINGS[name][1]
+    kept, spin, _, _ = SETTINGS[name]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "MALLOC_"))}
     command = [sys.executable, "-m", "experiments.process_settings", "--only", name, "-m", args.model]
     command += ["--frames", str(args.frames), "--windows", str(args.windows)]
-    done = subprocess.run(  # noqa: S603 (this Python, and this program)
-        command, env=environment | ({"GOMP_SPINCOUNT": str(spin)} if spin else {}), stdout=subprocess.PIPE, check=True
-    )
+    if kept:
+        environment |= KEPT
+    if spin:
+        environment["GOMP_SPINCOUNT"] = str(spin)
+    # this Python, and this program
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)  # noqa: S603
     return json.loads(done.stdout)
 
 
