@@ -4,31 +4,13 @@ import ctypes
 import functools
 import mmap
 import sys
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-PIECE_BYTES = 2**26  # bytes asked for at a time
 SOFT = 1  # how OpenMP pauses: it keeps what was set
-# in Linux, the second since 5.4, the third since 5.14
-WILL_NEED = 3
-COLD = 20
-POPULATE_READ = 22
-
-
-def page_in(weights: Iterable[torch.Tensor]) -> threading.Thread | None:
-    """Starts to read the pages of memory-mapped tensors, in this order. Returns the thread; None where this is not possible.
-
-    Without it every product waits for the pages of its weights: for the disk, or, where the file is cached, for entries of the page
-    table. Nothing depends on it: a page that was not read yet, or was dropped again, is read when it is used.
-    """
-    if sys.platform != "linux":
-        return None
-    thread = threading.Thread(target=_read, args=(list(weights),), name="evoprune-page-in", daemon=True)
-    thread.start()
-    return thread
+COLD = 20  # in Linux, since 5.4
 
 
 def madvise_cold(weight: torch.Tensor) -> None:
@@ -49,16 +31,6 @@ def _pages(weight: torch.Tensor) -> tuple[int, int]:
     """Return the first address and the number of bytes of the whole pages that a tensor lies in."""
     start = weight.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     return start, -(-(weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE - start
-
-
-def _read(weights: list[torch.Tensor]) -> None:
-    madvise = _madvise()
-    for start, size in map(_pages, weights):  # they are held meanwhile, so their memory stays mapped
-        for offset in range(0, size, PIECE_BYTES):
-            piece = start + offset, min(PIECE_BYTES, size - offset)
-            madvise(*piece, WILL_NEED)  # the disk reads all of it at once
-            if madvise(*piece, POPULATE_READ):
-                return  # an older system, or no memory
 
 
 def release_omp_threads() -> None:

@@ -2,16 +2,14 @@
 
 import json
 import mmap
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from evoprune.backend.devices import memory_in_use
-from evoprune.cpu.machine import madvise_cold, page_in
+from evoprune.cpu.machine import madvise_cold
 from evoprune.errors import UsageError
 from evoprune.session.options import ModelOptions
 
@@ -25,29 +23,6 @@ def test_mapped_files_are_not_the_processs_own_memory(tmp_path):
         assert sum(view[:: mmap.PAGESIZE]) > 0
         own_then, mapped_then = memory_in_use("cpu")
     assert mapped_then - mapped > 0.9 * 2**26 and own_then - own < 2**25
-
-
-def resident(file: Path) -> int:
-    """Bytes of a mapped file in this process's memory."""
-    _, _, after = Path("/proc/self/smaps").read_text().partition(f" {file}\n")
-    return 1024 * int(re.search(r"^Rss: +(\d+) kB", after, re.M)[1])
-
-
-def test_pages_are_read_without_being_used(tmp_path):
-    if not Path("/proc/self/smaps").is_file():
-        pytest.skip("no /proc here")
-    file, size = tmp_path / "weights", 2**24
-    file.write_bytes(bytes(range(256)) * (size // 256))
-    weights = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
-    assert resident(file) < size // 4
-    first, second = weights[100 : size // 2], weights[size // 2 :]
-    thread = page_in(part for part in (first, second))
-    if thread is None:
-        pytest.skip("not on this system")
-    thread.join()
-    if resident(file) < size:
-        pytest.skip("an older system")
-    assert int(second[1]) == 1
 
 
 def test_cool_pages_stay_as_they_are(tmp_path):

@@ -17,7 +17,6 @@ from evoprune.backend.limits import available_cores
 from evoprune.bundled import Demo
 from evoprune.cpu.linear import Packing, weights_bytes
 from evoprune.cpu.linear import pack as pack_layers
-from evoprune.cpu.machine import page_in
 from evoprune.cpu.precision import AUTO_THREADS
 from evoprune.cpu.quantize import Progress, kinds, places
 from evoprune.errors import ModelError, ModelWarning, OutOfMemory, is_out_of_memory
@@ -204,15 +203,6 @@ def _weights(
             weights = load_weights(model.config, files, *form, quantize)
         else:
             weights = random_model(model.config, *form)
-        if model.native and stay_mapped(
-            files, *form, quantize
-        ):  # they are read in the order of their use, unless memory for all of them is missing
-            tower = weights.model.visual
-            language = weights.model.language_model
-            mapped = [*tower.parameters(), *language.layers.parameters(), *language.embed_tokens.parameters()]
-            available = available_memory("cpu")
-            if available is None or available > sum(weight.nbytes for weight in mapped):
-                page_in(mapped)
         read = time.perf_counter()
         store = None
         if model.options.store_quantized and files:
