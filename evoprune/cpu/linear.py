@@ -20,7 +20,6 @@ from torch import nn
 
 from evoprune.backend.devices import available_memory, is_host
 from evoprune.backend.layers import is_unhooked_linear
-from evoprune.cpu.machine import madvise_cold
 
 # The number of rows that packing assumes. From a few dozen rows up, the arrangement does not depend on it.
 ROWS = 512
@@ -142,7 +141,6 @@ class PackedLinear(nn.Module):
         available = available_memory("cpu")
         if available is None or available > self.nbytes + SPARE:
             weights = _packed(plain)
-            madvise_cold(plain)  # a file's pages may count against a container's memory
         self._held = weights, True
         self._packing.remove(plain, weights)
         self._packing.seconds += time.perf_counter() - start

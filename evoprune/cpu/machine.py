@@ -1,36 +1,12 @@
-"""Pages of memory-mapped weights, and threads of this process."""
+"""Threads of this process."""
 
 import ctypes
 import functools
-import mmap
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 SOFT = 1  # how OpenMP pauses: it keeps what was set
-COLD = 20  # in Linux, since 5.4
-
-
-def madvise_cold(weight: torch.Tensor) -> None:
-    """Lets the system take the pages of a memory-mapped tensor before others when memory is short. The tensor stays as it is."""
-    if sys.platform == "linux":
-        _madvise()(*_pages(weight), COLD)  # an older system refuses
-
-
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int]:
-    """Return the system's advice about an address, a number of bytes; 0 if it was taken."""
-    madvise = ctypes.CDLL(None).madvise  # a call through ctypes lets other threads of Python run
-    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    return madvise
-
-
-def _pages(weight: torch.Tensor) -> tuple[int, int]:
-    """Return the first address and the number of bytes of the whole pages that a tensor lies in."""
-    start = weight.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    return start, -(-(weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE - start
 
 
 def release_omp_threads() -> None:

@@ -17,7 +17,6 @@ from torch import nn
 from evoprune.backend.devices import is_host
 from evoprune.backend.layers import is_unhooked_linear
 from evoprune.cpu.linear import can_pack
-from evoprune.cpu.machine import madvise_cold
 from evoprune.cpu.precision import check_quantize
 from evoprune.errors import UsageError
 
@@ -220,9 +219,7 @@ class Unquantised(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (layer,) = self._layer
-        quantised = self._become(layer, large_channels(x))
-        madvise_cold(layer.weight)  # a file's pages may count against a container's memory
-        return quantised(x)
+        return self._become(layer, large_channels(x))(x)
 
 
 def check(kind: str, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Pages of memory-mapped weights, threads, and the memory of this process."""
+"""Threads, and the memory of this process."""
 
 import json
 import mmap
@@ -6,10 +6,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from evoprune.backend.devices import memory_in_use
-from evoprune.cpu.machine import madvise_cold
 from evoprune.errors import UsageError
 from evoprune.session.options import ModelOptions
 
@@ -23,15 +21,6 @@ def test_mapped_files_are_not_the_processs_own_memory(tmp_path):
         assert sum(view[:: mmap.PAGESIZE]) > 0
         own_then, mapped_then = memory_in_use("cpu")
     assert mapped_then - mapped > 0.9 * 2**26 and own_then - own < 2**25
-
-
-def test_cool_pages_stay_as_they_are(tmp_path):
-    file = tmp_path / "weights"
-    file.write_bytes(bytes(range(256)) * 256)
-    weights = torch.from_file(str(file), shared=False, size=2**16, dtype=torch.uint8)
-    before = weights.clone()
-    madvise_cold(weights[10:-10])
-    assert weights.equal(before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the threads in /proc")
