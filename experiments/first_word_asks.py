@@ -141,12 +141,10 @@ class Transformers:
         """The same times and size as ours."""
         from evoprune.session.options import SamplingOptions
         from evoprune.video.frames import probe
-        from evoprune.video.plan import default_max_visual_tokens, make_plan
+        from evoprune.video.plan import make_plan
 
         info = probe(video)
-        on_cpu = self._found.device.type == "cpu"
-        most = default_max_visual_tokens(on_cpu=on_cpu, is_demo=self._found.demo is not None)
-        sampling = replace(SamplingOptions(frames=frames), max_visual_tokens=most)
+        sampling = replace(SamplingOptions(frames=frames), max_visual_tokens=self._found.max_visual_tokens)
         return make_plan(info, self._found.limits[info.kind], **sampling.numbers)
 
     def _inputs(self, plan) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from evoprune.backend.devices import is_host, largest_piece
+from evoprune.backend.devices import largest_piece
 from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.language.prompt import Tokenizer
 from evoprune.methods.plans import EncoderPlan, SetAside, WholePairs
@@ -25,7 +25,7 @@ from evoprune.video.info import (
     Video,
     check_picture,
 )
-from evoprune.video.plan import Plan, SamplingPlan, default_max_visual_tokens, make_plan
+from evoprune.video.plan import Plan, SamplingPlan, make_plan
 from evoprune.vision.tower import tower_shape
 
 CHUNK_BYTES = 64 * 2**20  # of frames as decoded, held at a time
@@ -90,8 +90,7 @@ def plan_input(session: Session, info: Video, sampling: SamplingOptions, name: s
     loaded = session.loaded
     numbers = sampling.numbers
     if numbers["max_visual_tokens"] is None:
-        on_cpu = is_host(torch.device(loaded.device))
-        numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=loaded.is_demo)
+        numbers["max_visual_tokens"] = loaded.found.max_visual_tokens
     limits = loaded.limits[info.kind]
     full = make_plan(info, limits, **numbers)
     encoder = session.pruning.plan(tower_shape(loaded.model.model.visual), full.grid)

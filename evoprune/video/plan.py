@@ -295,11 +295,6 @@ def _check_at_least(min_value: int, name: str, value: float | None) -> None:
         raise UsageError(f"{name} is {value}", f"give a number, {min_value} or more")
 
 
-def default_max_visual_tokens(*, on_cpu: bool, is_demo: bool) -> int:
-    """Return the limit before pruning. A real model on a CPU gets a lower one: more would take many minutes."""
-    return MAX_VISUAL_TOKENS_CPU if on_cpu and not is_demo else MAX_VISUAL_TOKENS
-
-
 def smart_resize(height: int, width: int, min_pixels: float, max_pixels: float, factor: int = 28) -> tuple[int, int]:
     """Return the frame size that the model sees: multiples of `factor`, area within limits, aspect ratio nearly kept.
 

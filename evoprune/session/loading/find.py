@@ -43,6 +43,7 @@ from evoprune.session.loading.files import (
     MODEL_HINT,
     cached_folder,
     cached_id,
+    default_max_visual_tokens,
     input_limits,
     is_bundled,
     is_id,
@@ -122,6 +123,11 @@ class FoundModel:
         if self.options.dtype != "auto":
             return self.options.dtype
         return "bf16" if self.demo is None and has_bf16(self.device) else "fp32"
+
+    @property
+    def max_visual_tokens(self) -> int:
+        """The limit before pruning where none is given."""
+        return default_max_visual_tokens(None if self.random else self.folder, is_host(self.device))
 
     @property
     def native(self) -> bool:
