@@ -345,7 +345,7 @@ class VideoStream(Askable):
                 raise UsageError(problem, "a longer memory, shorter windows (window_s, --window) or a lower budget")
             check_carried(self._session, self._plan)
             head, _ = self._around("?")
-            positions = loaded.demo.span if loaded.demo else room
+            positions = loaded.span or room
             with self._lock.lock:
                 self._memory = StreamMemory(loaded.model, head, limit, window_tokens, positions)
         except BaseException:

@@ -94,6 +94,11 @@ class LoadedModel:
         """How many cores reading videos may keep busy; None for all that this process may use."""
         return self.found.options.cores
 
+    @property
+    def span(self) -> int | None:
+        """Positions in time that the longest clip of its training had; None where the context alone limits them."""
+        return self.demo.span if self.demo else None
+
     def knows(self, info: Video) -> bool:
         """Return whether a file may be of a kind that the model knows. Of a demo model, only clips of its world are."""
         return self.demo is None or world_of(info) == self.demo.world
