@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, ClassVar, Unpack
 
 import torch
 
-from evoprune.bundled import unknown_words
 from evoprune.errors import UsageError, error_record
 from evoprune.language.generate import PrefillState, TokenStream, embed_ids, stream_answer, teacher_forced_logits
 from evoprune.model.cost import Clock
@@ -205,8 +204,7 @@ class Askable(ABC, Uncopied):
         fresh = Report()
         report.id, report.created_utc, report.question = fresh.id, fresh.created_utc, question
         report.generation = options.record(seed)
-        demo = self._session.loaded.demo  # which answers whatever it is asked
-        if demo and "demo_model" not in report.warnings and unknown_words(question, demo.world):
+        if "demo_model" not in report.warnings and not self._session.loaded.knows_words(question):
             report.warnings.append("demo_question")
         if not options.thinking and self._session.loaded.tokenizer.always_thinks:
             report.warnings.append("always_thinks")

@@ -16,6 +16,7 @@ from evoprune.bench import clips
 from evoprune.bench.profile_results import TimeLimit
 from evoprune.bench.verify import checks
 from evoprune.bench.verify.subject import DIFFERS, HELD, SKIPPED, Check, Outcome, Subject, skipped
+from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError, first_line, is_out_of_memory
 from evoprune.language.hosted import without_packages
 from evoprune.model.config import as_written
@@ -113,7 +114,7 @@ class VerifyResults:
 def _facts(loaded: LoadedModel) -> dict[str, Any]:
     """Return what a model is, without its place: its name only where everybody has it."""
     config = loaded.model.config
-    known = loaded.id in BUNDLED_CONFIGS or loaded.is_demo
+    known = loaded.id in (*BUNDLED_CONFIGS, *DEMOS)
     vision = config.vision_config
     text = config.text_config
     return {

@@ -4,7 +4,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from evoprune.backend.devices import available_memory, empty_cache, is_host, run_beside, uses_kernels
 from evoprune.backend.layers import join, join_tower
 from evoprune.backend.limits import available_cores
-from evoprune.bundled import Demo
+from evoprune.bundled import Demo, unknown_words
 from evoprune.cpu.linear import Packing, weights_bytes
 from evoprune.cpu.linear import pack as pack_layers
 from evoprune.cpu.precision import AUTO_THREADS
@@ -46,7 +46,7 @@ from evoprune.session.loading.find import (
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.session.patches import PatchStore
 from evoprune.util import counted, from_keywords, size
-from evoprune.video.info import VIDEO, Video, world_of
+from evoprune.video.info import VIDEO, Video, may_be_of_any_world, world_of
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
@@ -86,10 +86,6 @@ class LoadedModel:
         return f"<LoadedModel {self.id!r} in {self.dtype} on {self.device}>"
 
     @property
-    def is_demo(self) -> bool:
-        return self.demo is not None
-
-    @property
     def cores(self) -> int | None:
         """How many cores reading videos may keep busy; None for all that this process may use."""
         return self.found.options.cores
@@ -102,6 +98,18 @@ class LoadedModel:
     def knows(self, info: Video) -> bool:
         """Return whether a file may be of a kind that the model knows. Of a demo model, only clips of its world are."""
         return self.demo is None or world_of(info) == self.demo.world
+
+    def knows_words(self, question: str) -> bool:
+        """Return whether the model may know the words of a question. Of a demo model, only those of its training are."""
+        return self.demo is None or not unknown_words(question, self.demo.world)
+
+    def doubt(self, inputs: Sequence[Video], subtitles: bool) -> str | None:
+        """Return the warning about inputs, perhaps with `subtitles`, unlike those of the model's training; None for no doubt."""
+        foreign = [info for info in inputs if not self.knows(info)]
+        if foreign:
+            return "demo_untold" if all(map(may_be_of_any_world, foreign)) else "demo_model"
+        unlike = self.demo is not None and (len(inputs) > self.demo.inputs or subtitles)
+        return "demo_inputs" if unlike else None
 
     @property
     def video(self) -> InputLimits:

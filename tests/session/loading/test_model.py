@@ -43,7 +43,7 @@ def test_a_saved_folder_loads_as_it_was(saved, capfd):
     assert all(torch.equal(weight, expected[name]) for name, weight in loaded.model.state_dict().items())
     assert not any(weight.requires_grad for weight in loaded.model.parameters())
     assert (loaded.id, loaded.revision, loaded.dtype, loaded.device) == (str(saved), None, "fp32", "cpu")
-    assert (loaded.is_demo, loaded.load_format) == (False, "auto")
+    assert (loaded.demo, loaded.load_format) == (None, "auto")
     assert loaded.weights_bytes == sum(weight.nbytes for weight in expected.values())
     assert len(loaded.eos_ids) == 2
     assert capfd.readouterr() == ("", "")
@@ -56,7 +56,7 @@ def test_auto_dtype_follows_the_hardware_and_the_demos_are_exact(saved, monkeypa
     assert load_model(str(saved), device="cpu").dtype == expected
     monkeypatch.setitem(DEMOS, name, replace(DEMOS[name], folder=saved))
     demo = load_model(name, device="cpu")
-    assert (demo.dtype, demo.is_demo, demo.demo.world, demo.id) == ("fp32", True, DEMOS[name].world, name)
+    assert (demo.dtype, demo.demo.world, demo.id) == ("fp32", DEMOS[name].world, name)
     assert load_model(name, device="cpu", dtype="bf16").dtype == "bf16"
     known = look_up(ModelOptions(name, device="cpu"))
     assert (known.dtype, known.demo.world) == ("fp32", DEMOS[name].world)
@@ -300,7 +300,7 @@ def dimensions_only(saved, tmp_path_factory):
 def test_random_weights_need_dimensions_only(dimensions_only, capfd):
     loaded = load_model(dimensions_only, load_format="dummy", dtype="bf16")
     assert loaded.tokenizer is None
-    assert (loaded.load_format, loaded.is_demo, loaded.dtype) == ("dummy", False, "bf16")
+    assert (loaded.load_format, loaded.demo, loaded.dtype) == ("dummy", None, "bf16")
     assert loaded.eos_ids == (400,)
     weights = dict(loaded.model.named_parameters())
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
