@@ -22,15 +22,6 @@ VIDEO = "video"
 PICTURE = "picture"
 ARRAY = "array"  # the container of frames that a Python program holds
 FOLDER_FPS = 2.0  # of a folder of images, by default: the rate at which frames for Qwen2.5-VL are usually extracted
-# What the comment of a clip says: which generator made it.
-DEMO_TAG = "evoprune demo clip"
-SCENES_TAG = "evoprune scenes clip"
-_WORLDS = {DEMO_TAG: "shapes", SCENES_TAG: "scenes"}
-# Formats that keep no comment, as FFmpeg calls them: of transport, raw ones, and frames that came without a file.
-_NO_COMMENTS = {
-    "mpegts", "hls", "dash", "rtsp", "rtp", "sdp", "mpeg", "mpegvideo", "mjpeg", "mpjpeg", "h264", "hevc", "av1", "obu", "ivf",
-    "yuv4mpegpipe", "apng", "stream",
-}  # fmt: skip
 # How HDR is stored: by one of two curves of brightness, or in the format of Dolby Vision that nothing else reads (profile 5).
 PQ = "PQ"
 HLG = "HLG"
@@ -141,17 +132,6 @@ def fitted(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
     if across > down:
         return outer[0], max(1, round(outer[0] * size[1] / size[0]))
     return max(1, round(outer[1] * size[0] / size[1])), outer[1]
-
-
-def world_of(info: Video) -> str | None:
-    """Return the name of the world that a file is of, by its generator's tag; None for a file that no generator made."""
-    comments = (text for key, text in info.tags.items() if key.lower() == "comment")
-    return next((_WORLDS[text] for text in comments if text in _WORLDS), None)
-
-
-def may_be_of_any_world(info: Video) -> bool:
-    """Return whether a file is of a format that keeps no tag, so that a generator may have made it all the same."""
-    return not _NO_COMMENTS.isdisjoint(info.container.split(","))
 
 
 @dataclass(frozen=True)

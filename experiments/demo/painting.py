@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.video.info import DEMO_TAG
+from evoprune.bundled import DEMO_TAG
 
 # Seven rows of five dots each, as hexadecimal numbers.
 _DOTS = {

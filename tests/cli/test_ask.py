@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evoprune.bundled import DEMOS
+from evoprune.bundled import DEMOS, SCENES_TAG
 from evoprune.errors import VideoError
 from evoprune.report import Report
 from evoprune.session import encoding, prompting
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.video import frames
-from evoprune.video.info import SCENES_TAG
 from evoprune.video.plan import MAX_VISUAL_TOKENS_CPU
 from evoprune_cli.ask import split_words
 from evoprune_cli.terminal import stdout

@@ -14,7 +14,7 @@ import torch
 from evoprune.backend.devices import available_memory, empty_cache, is_host, run_beside, uses_kernels
 from evoprune.backend.layers import join, join_tower
 from evoprune.backend.limits import available_cores
-from evoprune.bundled import Demo, unknown_words
+from evoprune.bundled import Demo, may_be_of_any_world, unknown_words, world_of
 from evoprune.cpu.linear import Packing, weights_bytes
 from evoprune.cpu.linear import pack as pack_layers
 from evoprune.cpu.precision import AUTO_THREADS
@@ -46,7 +46,7 @@ from evoprune.session.loading.find import (
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.session.patches import PatchStore
 from evoprune.util import counted, from_keywords, size
-from evoprune.video.info import VIDEO, Video, may_be_of_any_world, world_of
+from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
@@ -97,7 +97,7 @@ class LoadedModel:
 
     def knows(self, info: Video) -> bool:
         """Return whether a file may be of a kind that the model knows. Of a demo model, only clips of its world are."""
-        return self.demo is None or world_of(info) == self.demo.world
+        return self.demo is None or world_of(info.tags) == self.demo.world
 
     def knows_words(self, question: str) -> bool:
         """Return whether the model may know the words of a question. Of a demo model, only those of its training are."""
@@ -107,7 +107,7 @@ class LoadedModel:
         """Return the warning about inputs, perhaps with `subtitles`, unlike those of the model's training; None for no doubt."""
         foreign = [info for info in inputs if not self.knows(info)]
         if foreign:
-            return "demo_untold" if all(map(may_be_of_any_world, foreign)) else "demo_model"
+            return "demo_untold" if all(may_be_of_any_world(info.container) for info in foreign) else "demo_model"
         unlike = self.demo is not None and (len(inputs) > self.demo.inputs or subtitles)
         return "demo_inputs" if unlike else None
 

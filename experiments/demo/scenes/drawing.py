@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from evoprune.video.info import SCENES_TAG
+from evoprune.bundled import SCENES_TAG
 from experiments.demo.painting import LOSSLESS, add_noise, blend, write_frames
 from experiments.demo.scenes.clip import Clip
 from experiments.demo.scenes.scenery import FAR, GROUND, NEAR, Scenery, Sprite, make_scenery, thing_shadow, thing_sprite
