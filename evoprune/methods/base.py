@@ -184,8 +184,8 @@ class LanguageMethod(Method, ABC):
     def work(self, depth: int, tokens: int, budget: float) -> tuple[tuple[int, int, int], ...] | None:
         """Of how many visual tokens each layer computes keys and values, queries and output, and the MLP; None: of all.
 
-        The language model has `depth` layers, `tokens` reach it, and `budget`, in (0, 1], is the method's own. The cost, the memory
-        check and estimates read this before a frame is read. An upper bound where the method is not `exact`.
+        The language model has `depth` layers, `tokens` reach it, and `budget`, in (0, 1], is the method's own. The cost and the
+        memory check read this before a frame is read. An upper bound where the method is not `exact`.
         """
 
     @abstractmethod
