@@ -1,4 +1,4 @@
-"""The demo model's training data: endless seeded batches of clips with labels and with questions. Imported by `train`."""
+"""Make the demo model's training data: endless seeded batches of clips with labels and with questions. Imported by `train`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

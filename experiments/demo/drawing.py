@@ -1,4 +1,4 @@
-"""Pictures of procedural clips: frames at any times, and video files."""
+"""Draw procedural clips: frames at any times, and video files."""
 
 from collections.abc import Sequence
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""Trains the bundled demo model from scratch on procedural clips: `python -m experiments.demo.train OUT`.
+"""Train the bundled demo model from scratch on procedural clips: `python -m experiments.demo.train OUT`.
 
 Two stages. First the vision tower alone learns to name what its merge units see on crowded single grids. Then the tower is frozen,
 so that the language model's input does not change, and the language model learns to answer questions, many packed behind each

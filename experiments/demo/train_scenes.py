@@ -1,4 +1,4 @@
-"""Trains the model of the second world from scratch on a CPU: `python -m experiments.demo.train_scenes OUT`.
+"""Train the model of the second world from scratch on a CPU: `python -m experiments.demo.train_scenes OUT`.
 
 Two stages. First the tower alone names what each patch shows, characters of signs included. Then it answers questions with the
 language model, many packed behind each clip: at first without options, about small pictures, and with the tower frozen, because the

@@ -1,4 +1,4 @@
-"""How near a world ranks published methods to their published figures: `python -m experiments.demo.validity -m FOLDER`.
+"""Measure how near a world ranks methods to their published figures: `python -m experiments.demo.validity -m FOLDER`.
 
 Methods of others are run alone on scenes: on pictures and on videos. The table sets what each keeps of
 the full accuracy beside what was published of it for Qwen2.5-VL (docs/methods.md). The mix of clips and questions is fixed by this

@@ -1,4 +1,4 @@
-"""Selects the content of a clip of scenes by a seed: how large, how long, which things, what happens to them.
+"""Choose the content of a clip of scenes by a seed: how large, how long, which things, what happens to them.
 
 Even seeds are pictures, one frame pair in which nothing happens; odd seeds are videos. A video has a plot, the event that happens
 in it most, so that questions that need several such events can be asked often enough.

@@ -1,4 +1,4 @@
-"""Frames of a clip of scenes at any times, with a map of what each pixel shows."""
+"""Draw frames of a clip of scenes at any times, with a map of what each pixel shows."""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
