@@ -130,7 +130,10 @@ def equal_cost(outcome: Outcome) -> list[Match]:
             (row for row in ours if row["tflop_3b"] <= other["tflop_3b"]), key=lambda row: row["tflop_3b"], default=None
         )
         differences = {}
-        for group in (ALL, *_apart(outcome)) if mine else ():
+        groups = (ALL, *_apart(outcome))
+        if mine is None:
+            groups = ()
+        for group in groups:
             pair = [[s for s in samples[row["name"]] if group == ALL or group in s["groups"]] for row in (mine, other)]
             if pair[0]:
                 differences[group] = paired_difference(*pair)
@@ -150,14 +153,17 @@ def _by_method(outcomes: Sequence[Outcome], budgets: Sequence[Recorded]) -> dict
 
 
 def _kept_of_all(rows: Sequence[dict]) -> str:
-    return " / ".join("-" if row["kept_of_full"] is None else f"{100 * row['kept_of_full']:.1f}" for row in rows)
+    """Return the kept accuracy of each row in percent, without its interval."""
+    return " / ".join(_kept(row).partition(" ")[0] for row in rows)
 
 
 def _operations(rows: Sequence[dict], outcome: Outcome) -> str:
     """Of the first row, as a share of the outcome's operations with nothing pruned."""
     whole = (row for row in outcome.document["rows"] if row["row"] == FULL and row["group"] == ALL)
     full = next((row["tflop_3b"] for row in whole), None)
-    return f"{100 * rows[0]['tflop_3b'] / full:.0f}%" if rows and full else ""
+    if not (rows and full):
+        return ""
+    return f"{100 * rows[0]['tflop_3b'] / full:.0f}%"
 
 
 def short(outcomes: Sequence[Outcome], budgets: Sequence[Recorded]) -> str:
@@ -173,7 +179,8 @@ def short(outcomes: Sequence[Outcome], budgets: Sequence[Recorded]) -> str:
         cells = [f"`{name}`"]
         for budget in budgets:
             rows = found[name].get(budget, [])
-            cells += [_kept_of_all(rows) + (_over(rows[0]) if rows else ""), _operations(rows, outcomes[0])]
+            over = "".join(_over(row) for row in rows[:1])
+            cells += [_kept_of_all(rows) + over, _operations(rows, outcomes[0])]
         lines.append(cells)
     return _joined(lines)
 
@@ -209,8 +216,13 @@ def against_ours(outcome: Outcome, budgets: Sequence[Recorded]) -> str:
         return ""
     lines = [["", *(f"-b {budget_text(budget)}" for budget in given)], ["---"] * (len(given) + 1)]
     for name in names:
-        pairs = [(found[OURS, budget], found.get((name, budget))) for budget in given]
-        lines.append([f"`{name}`", *(_difference(*paired_difference(a, b)) if b else "" for a, b in pairs)])
+        cells = [f"`{name}`"]
+        for budget in given:
+            difference = ""
+            if (name, budget) in found:
+                difference = _difference(*paired_difference(found[OURS, budget], found[name, budget]))
+            cells.append(difference)
+        lines.append(cells)
     return _joined(lines)
 
 
@@ -238,33 +250,40 @@ def document(outcomes: Sequence[Outcome], budgets: Sequence[Recorded], chart: st
 
 def _findings(outcomes: Sequence[Outcome], budgets: Sequence[Recorded]) -> list[str]:
     """The most accurate method of each budget (mean of the models) and `evoprune`, with what they keep and cost, as a list."""
-    found, lines = _by_method(outcomes, budgets), []
+    found = _by_method(outcomes, budgets)
+    lines = []
     for budget in budgets:
         at = {name: rows[budget] for name, rows in found.items() if budget in rows}
         if not at:
             continue
         best = max(at, key=lambda name: sum(row["accuracy"] for row in at[name]) / len(at[name]))
-        shown = dict.fromkeys((best, OURS) if OURS in at else (best,))
+        shown = [best]
+        if OURS in at and best != OURS:
+            shown.append(OURS)
         parts = [f"`{name}` {_kept_of_all(at[name])}% with {_operations(at[name], outcomes[0])}" for name in shown]
         lines.append(f"- `-b {budget_text(budget)}`: {'; '.join(parts)}")
+    if not lines:
+        return []
     first = "The most accurate method at each budget (mean of the models)" + f", and `{OURS}`" * (OURS in found)
-    return (
-        [f"{first}: accuracy kept, and share of the operations with nothing pruned.", "\n".join(lines)] if lines else []
-    )
+    return [f"{first}: accuracy kept, and share of the operations with nothing pruned.", "\n".join(lines)]
 
 
 def _of_model(outcome: Outcome, budgets: Sequence[Recorded]) -> list[str]:
     """The section of one model: accuracy and cost of each budget, paired differences, and accuracy by group."""
     videos, answered = outcome.document["videos"], outcome.document["items"]["answered"]
-    failed = f"; {videos['failed']} failed and are left out" if videos["failed"] else ""
+    failed = ""
+    if videos["failed"]:
+        failed = f"; {videos['failed']} failed and are left out"
     whole = {row["row"]: row for row in outcome.document["rows"] if row["row"] != METHOD and row["group"] == ALL}
-    full, blind = whole.get(FULL), whole.get(BLIND)
-    blocks = [
-        f"## {outcome.name}",
-        f"{answered:,} questions about {videos['evaluated']:,} of {videos['wanted']:,} clips{failed}. With nothing pruned: "
-        + (f"{_accuracy(full)}, {full['tokens']:,.0f} tokens, {full['tflop_3b']:.3g} TFLOP." if full else "-")
-        + (f" From the question alone, without the video: {_accuracy(blind)}." if blind else ""),
-    ]
+    first = f"{answered:,} questions about {videos['evaluated']:,} of {videos['wanted']:,} clips{failed}. With nothing pruned: "
+    if FULL in whole:
+        full = whole[FULL]
+        first += f"{_accuracy(full)}, {full['tokens']:,.0f} tokens, {full['tflop_3b']:.3g} TFLOP."
+    else:
+        first += "-"
+    if BLIND in whole:
+        first += f" From the question alone, without the video: {_accuracy(whole[BLIND])}."
+    blocks = [f"## {outcome.name}", first]
     for budget in budgets:
         blocks += [f"### `-b {budget_text(budget)}`", _table(outcome, budget), *_spread(outcome, budget)]
     if steps := own_steps(outcome, budgets):
@@ -297,13 +316,14 @@ def _table(outcome: Outcome, budget: Recorded) -> str:
 
 def _group_table(outcome: Outcome, budget: Recorded, groups: Sequence[str]) -> str:
     """Accuracy in each group at a budget, after that with nothing pruned."""
-    found = {(row["method"], row["group"]): row for row in outcome.document["rows"] if _at(row, budget)}
-    full = {row["group"]: row for row in outcome.document["rows"] if row["row"] == FULL}
+    rows = outcome.document["rows"]
+    found = {(row["method"], row["group"]): _accuracy(row) for row in rows if _at(row, budget)}
+    full = {row["group"]: _accuracy(row) for row in rows if row["row"] == FULL}
     lines = [[f"-b {budget_text(budget)}", *groups], ["---"] * (len(groups) + 1)]
-    lines.append(["nothing pruned", *(_accuracy(full[group]) if group in full else "" for group in groups)])
+    lines.append(["nothing pruned", *(full.get(group, "") for group in groups)])
     for row in outcome.rows(budget):
-        cells = (found.get((row["method"], group)) for group in groups)
-        lines.append([f"`{row['method']}`", *(_accuracy(cell) if cell else "" for cell in cells)])
+        cells = (found.get((row["method"], group), "") for group in groups)
+        lines.append([f"`{row['method']}`", *cells])
     return _joined(lines)
 
 
@@ -313,8 +333,11 @@ def _spread(outcome: Outcome, budget: Recorded) -> list[str]:
     drawn = next((row for row in rows if row["method"] == "random"), None)
     if drawn is None:
         return []
-    apart, half = rows[0]["accuracy"] - drawn["accuracy"], (drawn["high"] - drawn["low"]) / 2
-    times = f", {apart / half:.1f} times the half-width of the interval of `random`" if half else ""
+    apart = rows[0]["accuracy"] - drawn["accuracy"]
+    half = (drawn["high"] - drawn["low"]) / 2
+    times = ""
+    if half:
+        times = f", {apart / half:.1f} times the half-width of the interval of `random`"
     return [f"From `random` to the best row: {100 * apart:.1f} points{times}."]
 
 
@@ -340,8 +363,12 @@ def _cost_table(matches: Sequence[Match], apart: Sequence[str]) -> str:
     lines.append(["---"] * len(lines[0]))
     for match in matches:
         cells = [f"`{match.other['name']}`", f"{match.other['tflop_3b']:.3g}"]
-        cells += [f"`{match.ours['name']}`", f"{match.ours['tflop_3b']:.3g}"] if match.ours else ["all cost more", ""]
-        lines.append([*cells, *(_difference(*match.differences[g]) if g in match.differences else "" for g in groups)])
+        if match.ours:
+            cells += [f"`{match.ours['name']}`", f"{match.ours['tflop_3b']:.3g}"]
+        else:
+            cells += ["all cost more", ""]
+        differences = {group: _difference(*found) for group, found in match.differences.items()}
+        lines.append([*cells, *(differences.get(group, "") for group in groups)])
     return _joined(lines)
 
 
@@ -366,7 +393,9 @@ def _selection_ms(samples: Sequence[dict], method: str, budget: Recorded) -> str
     """The mean; empty if some answers come from a run that was not timed."""
     mine = [s for s in samples if "error" not in s and _at(s, budget) and s["method"] == method]
     times = [s["prune_ms"] for s in mine if "prune_ms" in s]
-    return f"{sum(times) / len(times):.2f}" if len(times) == len(mine) else ""
+    if len(times) < len(mine):
+        return ""
+    return f"{sum(times) / len(times):.2f}"
 
 
 def _accuracy(row: dict) -> str:

@@ -44,7 +44,9 @@ def read(folders: Sequence[Path]) -> Samples:
         for folder in folders:
             for sample in samples_of(folder, name):
                 if sample["row"] in (FULL, METHOD):
-                    key = NONE if sample["row"] == FULL else (sample["method"], sample["budget"])
+                    key = NONE
+                    if sample["row"] == METHOD:
+                        key = (sample["method"], sample["budget"])
                     rows.setdefault(key, {})[sample["video"], sample["id"]] = sample
         shared = set.intersection(*(set(each) for each in rows.values()))
         found[name] = {key: [each[which] for which in sorted(shared)] for key, each in rows.items()}
@@ -56,7 +58,9 @@ def speeds(page: str) -> dict[Key, float]:
     found: dict[Key, float] = {}
 
     def add(method: str, share: str, cell: str) -> None:
-        key = NONE if method == FULL_ROW else (method, Budget.parse(share).video)
+        key = NONE
+        if method != FULL_ROW:
+            key = (method, Budget.parse(share).video)
         found[key] = min(float(cell), found.get(key, float(cell)))
 
     for block in re.findall(r"(?:^\|.*\n)+", page, re.M):
@@ -72,9 +76,11 @@ def speeds(page: str) -> dict[Key, float]:
 
 
 def speed_of(key: Key, fast: dict[Key, float]) -> float | None:
+    """Return the speed of a row; of a method that selects after the encoder, that of the bound."""
     name, budget = key
-    after = methods.parse(name).acts == "after"
-    return fast.get((BOUND if after else name, Budget.parse(budget).video))
+    if methods.parse(name).acts == "after":
+        name = BOUND
+    return fast.get((name, Budget.parse(budget).video))
 
 
 def worst(samples: Samples, key: Key) -> float:
@@ -99,12 +105,10 @@ def short(samples: Samples, world: str, fast: dict[Key, float]) -> list[str]:
 
     def cells(key: Key) -> list[str]:
         spent = np.mean([s["tflop_3b"] for s in sets[0][key]]) / np.mean([s["tflop_3b"] for s in sets[0][NONE]])
-        speed = speed_of(key, fast)
-        return [
-            " / ".join(f"{each:.1f}" for each in shares(key)),
-            f"{100 * spent:.0f}%",
-            f"{speed:.2f}" if speed else "",
-        ]
+        found = [" / ".join(f"{each:.1f}" for each in shares(key)), f"{100 * spent:.0f}%", ""]
+        if speed := speed_of(key, fast):
+            found[-1] = f"{speed:.2f}"
+        return found
 
     names = dict.fromkeys(name for name, budget in sorted(rows_of(samples), key=str) if budget in budgets)
     for name in sorted(names, key=lambda name: -np.mean([shares((name, budget)) for budget in budgets])):
@@ -117,7 +121,11 @@ def verdicts(samples: Samples, key: Key, ours: Key) -> list[str]:
     made = []
     for rows in samples.values():
         mean, low, high = paired_difference(rows[ours], rows[key])
-        word = "better" if low > 0 else "worse" if high < 0 else "tie"
+        word = "tie"
+        if low > 0:
+            word = "better"
+        elif high < 0:
+            word = "worse"
         made.append(f"{word} {in_points(mean, low, high)}")
     return made
 
@@ -151,7 +159,9 @@ def table(samples: Samples, fast: dict[Key, float]) -> list[str]:
             f"{ours[best]:.2f}",
         ]
         lines.append("| " + " | ".join([*cells, *verdicts(samples, key, best)]) + " |")
-    return [*lines, "", f"Not profiled: {', '.join(missing)}."] if missing else lines
+    if missing:
+        lines += ["", f"Not profiled: {', '.join(missing)}."]
+    return lines
 
 
 def worst_of(samples: Samples) -> dict[Key, float]:
@@ -169,13 +179,16 @@ def worst_in_tables(page: str, compared: str) -> tuple[dict[Key, float], dict[Ke
 
 def chart(presets: dict[Key, float], others: dict[Key, float], fast: dict[Key, float]) -> str:
     """SVG of accuracy kept against speed. Arguments: percent of each row in the worst of the sets, and speeds."""
-    inside, after = [], []
+    inside = []
+    after = []
     for key, kept_there in sorted(others.items(), key=str):
         speed = speed_of(key, fast)
         if key[0] in (OURS, "none") or not speed:
             continue
-        is_after = methods.parse(key[0]).acts == "after"
-        (after if is_after else inside).append(Point(speed, kept_there, label="" if is_after else key[0]))
+        if methods.parse(key[0]).acts == "after":
+            after.append(Point(speed, kept_there))
+        else:
+            inside.append(Point(speed, kept_there, label=key[0]))
     ours = [(OURS, name) for name in PRESETS if (OURS, name) in presets and speed_of((OURS, name), fast)]
     line = [Point(speed_of(key, fast), presets[key], label=f"-b {key[1]}") for key in ours]
     series = [

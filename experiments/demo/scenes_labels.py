@@ -82,12 +82,19 @@ def _story(clip: Clip, thing, before: float, now: float) -> int:
     if before < thing.turn <= now:
         return CHANGED
     motion = _motion(clip, thing, before, now, least=4.0)
-    return motion if motion in (STILL, IGNORED) else CAME - 1 + motion
+    if motion in (STILL, IGNORED):
+        return motion
+    return CAME - 1 + motion
 
 
 def _looks(thing, t: float) -> tuple[int, int, int]:
-    colour = list(COLOURS).index(thing.colour if thing.is_sign or t < thing.turn else thing.after)
-    return LOOKS.index(thing.outline), IGNORED if thing.is_sign else TEXTURES.index(thing.texture), colour
+    """Return the labels of outline, texture and colour at time t."""
+    outline = LOOKS.index(thing.outline)
+    colours = list(COLOURS)
+    if thing.is_sign:
+        return outline, IGNORED, colours.index(thing.colour)
+    colour = thing.colour if t < thing.turn else thing.after
+    return outline, TEXTURES.index(thing.texture), colours.index(colour)
 
 
 def _motion(clip: Clip, thing, t: float, then: float, least: float = 2.0) -> int:
@@ -145,15 +152,17 @@ class Head(nn.Module):
             held = (label >= 0) & (label != blank)
             if not held.any():
                 continue
+            is_character = name in ("left", "right")
             weight = torch.ones(out.shape[-1])
             if blank >= 0:  # most patches show nothing
-                weight[blank] = 0.1 if name in ("left", "right") else 0.2
+                weight[blank] = 0.1 if is_character else 0.2
             loss = loss + F.cross_entropy(out.flatten(0, 2), label.flatten(), weight, ignore_index=IGNORED)
-            right["character" if name in ("left", "right") else name] = (
-                (out.argmax(-1) == label)[held].float().mean().item()
-            )
+            logged = "character" if is_character else name
+            right[logged] = (out.argmax(-1) == label)[held].float().mean().item()
         there = units == 1
-        right["middle"] = (middle.argmax(-1) == 1)[there].float().mean().item() if there.any() else 1.0
+        right["middle"] = 1.0
+        if there.any():
+            right["middle"] = (middle.argmax(-1) == 1)[there].float().mean().item()
         return loss, right
 
     def told(self, states: torch.Tensor, story: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
@@ -162,5 +171,7 @@ class Head(nn.Module):
             return states.new_zeros(()), {}
         out = self.story(F.rms_norm(states, states.shape[-1:])).float()
         happened = (story != IGNORED) & (story != STILL) & (story != EMPTY)
-        right = {"story": (out.argmax(-1) == story)[happened].float().mean().item()} if happened.any() else {}
+        right = {}
+        if happened.any():
+            right["story"] = (out.argmax(-1) == story)[happened].float().mean().item()
         return F.cross_entropy(out.flatten(0, -2), story.flatten(), STORY_WEIGHT, ignore_index=IGNORED), right

@@ -110,33 +110,49 @@ def train_stage(
         modules, aim = [visual.merger.mlp], trained(recipe.reader).visual
     elif stage == 2:
         modules.append(model.model.language_model)
-        shares = [recipe.tower_rate, recipe.tower_rate, recipe.reader_rate if recipe.reader else 1.0]
+        of_reader = 1.0
+        if recipe.reader:
+            of_reader = recipe.reader_rate
+        shares = [recipe.tower_rate, recipe.tower_rate, of_reader]
     opts = optimizers(recipe, modules, shares)
     if state:
         first = state["step"] + 1
         for optimizer, saved in zip(opts, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    made = (question_batches, recipe, tokenizer) if stage == 2 else (vision_batches, recipe)
-    batches = in_worker(*made, first + (recipe.vision_steps if stage == MATCH else 0), team.rank)
+    start = first
+    if stage == MATCH:  # goes on with the batches of the first stage
+        start += recipe.vision_steps
+    if stage == 2:
+        batches = in_worker(question_batches, recipe, tokenizer, start, team.rank)
+    else:
+        batches = in_worker(vision_batches, recipe, start, team.rank)
     parameters = [p for module in modules for p in module.parameters()]
-    learn, log = partial(learn_from, opts=opts, parameters=parameters, team=team), Log(run, stage)
+    learn = partial(learn_from, opts=opts, parameters=parameters, team=team)
+    log = Log(run, stage)
     for step in range(first, steps):
         for optimizer in opts:
             for group in optimizer.param_groups:
-                own = stage == 2 and group["module"] < 2  # tower and head
-                group["lr"] = group["peak"] * rate(step, steps, recipe) * (tower_share(step, recipe) if own else 1.0)
+                group["lr"] = group["peak"] * rate(step, steps, recipe)
+                if stage == 2 and group["module"] < 2:  # tower and head
+                    group["lr"] *= tower_share(step, recipe)
         if stage == 1:
             vision_step(model, head, next(batches), learn, log)
         elif stage == MATCH:
             match_step(visual, aim, next(batches), learn, log)
         else:
-            question_step(model, head, next(batches), learn, log, 0.0 if step < recipe.open_steps else recipe.labels)
+            labels = 0.0
+            if step >= recipe.open_steps:
+                labels = recipe.labels
+            question_step(model, head, next(batches), learn, log, labels)
         keep_large(visual)
         last = step + 1 == steps
         late = team.any(time.monotonic() > end)
         if team.rank == 0:
             log.write(step + 1, last)
-            run.save(stage, step, (model, head), opts, every=0.0 if late or last else 180.0)
+            every_s = 180.0
+            if late or last:
+                every_s = 0.0
+            run.save(stage, step, (model, head), opts, every=every_s)
         if late:
             return False
     return True
@@ -211,7 +227,10 @@ def question_step(model, head: Head, batch: dict, learn: Learn, log: Log, labels
         video = merged.reshape(len(batch["pack"]["tokens"]), -1, merged.shape[-1])
         loss, numbers, good, states = answer_loss(model, video, batch, batch["pack"])
         told, happened = head.told(states, batch["story"])
-    learn(loss + labels * (seen + told) if labels else loss)
+    with_labels = loss
+    if labels:
+        with_labels = loss + labels * (seen + told)
+    learn(with_labels)
     log.add("loss", loss.item())
     log.add("seen", seen.item())
     for label in ("character", "motion", "story"):

@@ -108,18 +108,24 @@ class Run:
         self.args = args
         self.folder: Path = args.output
         self.file = self.folder / "first_word.json"
-        self.record: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        self.record: dict[str, Any] = {}
+        if self.file.exists():
+            self.record = json.loads(self.file.read_text(encoding="utf-8"))
         self.begun = time.monotonic()
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         self.peers = args.peers
-        self.model: Path = args.model or (DEMOS["demo"].folder if args.tiny else self.folder / "checkpoint")
+        self.model: Path = args.model or self.folder / "checkpoint"
+        if args.tiny and not args.model:
+            self.model = DEMOS["demo"].folder
         self._read_through: set[Path] = set()
 
     @property
     def clips(self) -> list[Clip]:
         """The clips: of `hd` all lengths, of other kinds the shortest."""
-        lengths = {kind: self.args.minutes if kind == "hd" else self.args.minutes[:1] for kind in self.args.kinds}
-        shrunk = "-tiny" if self.args.tiny else ""
+        lengths = {kind: self.args.minutes[:1] for kind in self.args.kinds}
+        if "hd" in lengths:
+            lengths["hd"] = self.args.minutes
+        shrunk = "-tiny" * self.args.tiny
         return [
             Clip(kind, m, self.folder / "clips" / f"{kind}-{m:g}min{shrunk}.{KINDS[kind].ending}")
             for kind, minutes in lengths.items()
@@ -179,9 +185,13 @@ class Run:
 def prepare(run: Run, until: float) -> None:
     """Makes the clips, the checkpoint and the environment of the other readers, unless they are there."""
     args = run.args
-    wanted = run.clips if {READING, CURVE} & {*args.parts} else asked_clips(run)
+    wanted = asked_clips(run)
+    if {READING, CURVE} & {*args.parts}:
+        wanted = run.clips
     (run.folder / "clips").mkdir(exist_ok=True)
-    shrink = str(TINY if args.tiny else 1)
+    shrink = "1"
+    if args.tiny:
+        shrink = str(TINY)
     for clip in wanted:
         if not clip.path.exists():
             how = ("--seconds", str(60 * clip.minutes), "--shrink", shrink)
@@ -206,8 +216,10 @@ def make(run: Run, name: str, arguments: Sequence[str], until: float) -> None:
     log = run.folder / "logs" / f"{name}.txt"
     left = until - time.monotonic()
     code = run_process([sys.executable, *arguments], log, max(left, 0.1), {})
-    if code != 0:
-        run.say(f"{name}: {'no time was left' if code is None else last_line(log)}")
+    if code is None:
+        run.say(f"{name}: no time was left")
+    elif code != 0:
+        run.say(f"{name}: {last_line(log)}")
 
 
 def about(run: Run) -> dict[str, Any]:
@@ -298,11 +310,8 @@ def fastest(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
 def read_in_turn(run: Run, part: str, cases: Sequence[tuple[Frames, list[str]]], until: float) -> None:
     """Rounds of each case. Each may take its share of the time that is left."""
     wanted = run.args.sides or READERS
-    sides = {
-        name: run.side(sys.executable if name in OURS else run.peers, "experiments.speed.first_word_readers", name)
-        for name in READERS
-        if name in wanted
-    }
+    pythons = {name: sys.executable if name in OURS else run.peers for name in READERS if name in wanted}
+    sides = {name: run.side(python, "experiments.speed.first_word_readers", name) for name, python in pythons.items()}
     turn_s = run.args.turn_s[part]
     try:
         for number, (case, names) in enumerate(cases):
@@ -328,7 +337,10 @@ def read_in_turn(run: Run, part: str, cases: Sequence[tuple[Frames, list[str]]],
                     before = done.get(name)
                     if round_ and ("error" in before or left < AGAIN * before["seconds"]):
                         continue
-                    done[name] = sides[name].ask(request, min(turn_s, left) if round_ == 0 else turn_s)
+                    limit_s = turn_s
+                    if round_ == 0:
+                        limit_s = min(turn_s, left)
+                    done[name] = sides[name].ask(request, limit_s)
                     run.add(part, {**case.facts, "side": name, "round": round_, **done[name]})
     finally:
         for side in sides.values():
@@ -361,8 +373,10 @@ def asking_sides(run: Run) -> list[str]:
 
 def model_options(run: Run) -> tuple[str, ...]:
     """The options that all sides have. Earlier versions do not know `--seek`."""
-    seek = () if run.args.seek == AUTO_SEEK else ("--seek", run.args.seek)
-    return "-m", str(run.model.absolute()), "--device", run.args.device, "--dtype", run.args.dtype, *seek
+    options = ("-m", str(run.model.absolute()), "--device", run.args.device, "--dtype", run.args.dtype)
+    if run.args.seek == AUTO_SEEK:
+        return options
+    return *options, "--seek", run.args.seek
 
 
 def loaded(run: Run, until: float) -> None:
@@ -373,16 +387,13 @@ def loaded(run: Run, until: float) -> None:
     """
     warm_files(run)
     apart = not run.args.device.startswith("cuda")
+    asks = 1
+    if apart:
+        asks = 2
     names = asking_sides(run)
-    sides = {
-        name: run.side(
-            run.peers if name == TRANSFORMERS else sys.executable,
-            "experiments.speed.first_word_asks",
-            name,
-            *model_options(run),
-        )
-        for name in names
-    }
+    pythons = dict.fromkeys(names, sys.executable) | {TRANSFORMERS: run.peers}
+    module = "experiments.speed.first_word_asks"
+    sides = {name: run.side(pythons[name], module, name, *model_options(run)) for name in names}
     lasted: dict[str, float] = dict.fromkeys(names, 0.0)
     failed: set[str] = set()
     try:
@@ -391,7 +402,7 @@ def loaded(run: Run, until: float) -> None:
                 begun = time.monotonic()
                 if name in failed or (round_ and until - begun < AGAIN * lasted[name]):
                     continue
-                for clip, frames, answer, first in visit(run, sides[name], until, 2 if apart else 1):
+                for clip, frames, answer, first in visit(run, sides[name], until, asks):
                     facts = {"clip": clip.title, "asked_frames": frames, "side": name, "round": round_, "first": first}
                     run.add(LOADED, facts | answer)
                     if "error" in answer:
@@ -427,7 +438,9 @@ def start(run: Run, until: float) -> None:
     warm_files(run)
     clip, frames = questions(run)[0]
     video = str(clip.path.absolute())
-    more = ("-n", str(run.args.new_tokens), *(() if frames is None else ("--frames", str(frames))))
+    more = ["-n", str(run.args.new_tokens)]
+    if frames is not None:
+        more += ["--frames", str(frames)]
     commands = {}
     for name in asking_sides(run):
         if name == TRANSFORMERS:
@@ -549,14 +562,27 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     kind = "cuda" if args.device.startswith("cuda") else "cpu"
-    args.minutes = sorted(float(text) for text in (args.minutes or ("0.5,1" if args.tiny else "10,60")).split(","))
+    if not args.minutes:
+        args.minutes = "0.5,1" if args.tiny else "10,60"
+    args.minutes = sorted(float(text) for text in args.minutes.split(","))
     args.budgets = args.budgets.split(",")
-    args.sides = args.sides.split(";") if args.sides else None
-    args.kinds = args.kinds.split(",") if args.kinds else ["hd"] if kind == "cuda" else [*KINDS]
+    if args.sides:
+        args.sides = args.sides.split(";")
+    if args.kinds:
+        args.kinds = args.kinds.split(",")
+    elif kind == "cuda":
+        args.kinds = ["hd"]
+    else:
+        args.kinds = [*KINDS]
     if unknown := {*args.kinds} - {*KINDS}:
         parser.error(f"no kind {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
-    usual = dict.fromkeys(SECONDS[kind], DRY_S) if args.tiny else SECONDS[kind]
-    args.parts = args.parts.split(",") if args.parts else [part for part in PARTS if part in usual]
+    usual = SECONDS[kind]
+    if args.tiny:
+        usual = dict.fromkeys(usual, DRY_S)
+    if args.parts:
+        args.parts = args.parts.split(",")
+    else:
+        args.parts = [part for part in PARTS if part in usual]
     if unknown := {*args.parts} - {*PARTS}:
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     limits = dict(usual)

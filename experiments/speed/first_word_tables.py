@@ -37,7 +37,10 @@ def seconds(value: float | None) -> str:
 
 
 def times_as_fast(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+    """Write a ratio in two digits."""
+    if value is None:
+        return ""
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 
 def machine(record: Row) -> str:
@@ -45,7 +48,9 @@ def machine(record: Row) -> str:
     about = record["about"]
     cores = "1 core" if about["cores"] == 1 else f"{about['cores']} cores"
     name = f"{cores} of {about['cpu']}"
-    return name if about["device"] == "cpu" else f"{about['device_name']}, {name}"
+    if about["device"] == "cpu":
+        return name
+    return f"{about['device_name']}, {name}"
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
@@ -87,9 +92,11 @@ def title_of(side: str, rows: Sequence[Row] = ()) -> str:
     """A side as the tables name it."""
     if not side.startswith(TRANSFORMERS):
         name, _, more = side.partition(", ")
-        return f"evoprune `-b {name}`" + (f", {more}" if more else "")
+        return f"evoprune `-b {name}`" + f", {more}" * bool(more)
     reader = next((row["reader"] for row in rows if "reader" in row), None)
-    return f"transformers, fed by {reader}" if reader else "transformers"
+    if reader is None:
+        return "transformers"
+    return f"transformers, fed by {reader}"
 
 
 def waits(record: Row) -> dict[tuple, dict[str, list[Row]]]:
@@ -195,7 +202,9 @@ def reading_cell(turns: Sequence[Row]) -> str:
         return f"over {seconds(over)}" if over else "failed"
     others = max(row.get("others", 0) for row in turns)
     moved = max(row.get("moved_s", 0.0) for row in turns)
-    return seconds(value) + (f" ({others} other frames, up to {seconds(moved)} s off)" if moved > RIGHT_S else "")
+    if moved <= RIGHT_S:
+        return seconds(value)
+    return f"{seconds(value)} ({others} other frames, up to {seconds(moved)} s off)"
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
@@ -219,7 +228,8 @@ def reading_table(record: Row) -> list[str]:
         sides = grouped(rows, lambda row: row["side"])
         count = next(row["asked"] for row in rows)
         title = f"{clip}: {count} frames, {part_s:.3g} s apart"
-        lines.append([title, *(reading_cell(sides[name]) if name in sides else "" for name in names)])
+        cells = {name: reading_cell(turns) for name, turns in sides.items()}
+        lines.append([title, *(cells.get(name, "") for name in names)])
     return [*table(["seconds", *names], lines), "", *failures(record["reading"])]
 
 
@@ -313,7 +323,9 @@ def summary(records: Sequence[Row]) -> list[str]:
             turns = sides.get(name, [])
             faster = ratio(sides.get(TRANSFORMERS, []), turns, "first_word")
             cell = seconds(middle(turns, "first_word"))
-            cells.append(f"{cell}, {times_as_fast(faster)} times as fast" if faster and name != TRANSFORMERS else cell)
+            if faster and name != TRANSFORMERS:
+                cell += f", {times_as_fast(faster)} times as fast"
+            cells.append(cell)
         rows.append([title_of(name, [row for _, _, sides in columns for row in sides.get(name, [])]), *cells])
     return table(heads, rows)
 
@@ -362,13 +374,11 @@ def chart_title(records: Sequence[Row]) -> str:
     return f"From the path to the first word. {'; '.join(said)}"
 
 
-WIDTH, LEFT, RIGHT, PITCH, TALL = (
-    830,
-    196,
-    150,
-    25,
-    17,
-)  # of the chart, in pixels: bars begin at LEFT, texts follow them
+WIDTH = 830  # of the chart, in pixels
+LEFT = 196  # where bars begin
+RIGHT = 150  # room for the text after a bar
+PITCH = 25  # from one bar to the next
+TALL = 17
 
 
 def chart(records: Sequence[Row]) -> str:
@@ -395,9 +405,11 @@ def chart(records: Sequence[Row]) -> str:
                 if row is None:
                     elements.append(svg.text(LEFT, y + 13, error_of(sides[side])[:80], size=11.5, fill=SOFT))
                 else:
+                    said = f"{seconds(middle(sides[side], 'first_word'))} s"
                     faster = ratio(sides.get(TRANSFORMERS, []), sides[side], "first_word")
-                    said = seconds(middle(sides[side], "first_word"))
-                    elements += _bar(y, row, longest, said, None if side == TRANSFORMERS else faster)
+                    if faster and side != TRANSFORMERS:
+                        said += f", {times_as_fast(faster)} times as fast"
+                    elements += _bar(y, row, longest, said)
                 y += PITCH
             y += 26
     words = "Seconds, medians; the stages of the median turn. What is read while the encoder works is part of encode."
@@ -405,16 +417,14 @@ def chart(records: Sequence[Row]) -> str:
     return svg.document(chart_title(records), WIDTH, y + 18, elements)
 
 
-def _bar(y: float, row: Row, longest: float, wait: str, faster: float | None) -> list[str]:
-    """Return the stages of a turn side by side, and `wait`, the median of all turns, in seconds."""
-
+def _bar(y: float, row: Row, longest: float, said: str) -> list[str]:
+    """Draw the stages of a turn side by side, and behind them what is said of the wait."""
     made = []
     x = float(LEFT)
     for length, colour in zip(stages(row), STAGES.values(), strict=True):
         wide = (WIDTH - LEFT - RIGHT) * length / longest
         made.append(f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{TALL}" fill="{colour}"/>')
         x += wide
-    said = f"{wait} s" + (f", {times_as_fast(faster)} times as fast" if faster else "")
     return [*made, svg.text(x + 6, y + 13, said, size=11.5)]
 
 

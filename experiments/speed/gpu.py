@@ -184,9 +184,15 @@ def lines_of(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not isinstance(value, float):
+        return str(value)
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def summary(done: Sequence[dict[str, Any]]) -> list[str]:
@@ -262,7 +268,11 @@ def _first(mine: Sequence[dict]) -> list[str]:
         seconds, asked = each["found"]["seconds"], each["found"]["asked"]
         for turn, one in enumerate(asked):
             times = one["time_ms"]
-            title, before = (each["step"], seconds) if turn == 0 else ("  again", {})
+            title = "  again"
+            before = {}
+            if turn == 0:
+                title = each["step"]
+                before = seconds
             rows.append(
                 [
                     title,
@@ -301,7 +311,10 @@ def details(done: Sequence[dict[str, Any]]) -> list[str]:
         title = f"== {each['part']}: {each['step']}"
         if each.get("output"):
             lines += ["", f"{title}, {each['state']}", *each["output"]]
-        for row in each["found"].get("rows", []) if each["part"] == "operations" else ():
+        rows = []
+        if each["part"] == "operations":
+            rows = each["found"].get("rows", [])
+        for row in rows:
             for what in ("by_operator", "by_kernel", "most", "read_at"):
                 columns = ("name", "ms", "count") if what.startswith("by") else ("name", "count")
                 lines += ["", f"{title}, {row['case']}, {row['row']}: {what}", *lines_of(columns, row[what])]
@@ -323,7 +336,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     args.parts = args.parts.split(",")
     if unknown := {*args.parts} - {*SECONDS}:
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(SECONDS)}")
-    limits = dict.fromkeys(SECONDS, DRY_SECONDS) if args.dry else dict(SECONDS)
+    limits = dict(SECONDS)
+    if args.dry:
+        limits = dict.fromkeys(SECONDS, DRY_SECONDS)
     for text in filter(None, args.seconds.split(",")):
         name, _, number = text.partition("=")
         if name not in limits or not number.replace(".", "", 1).isdigit():
