@@ -85,11 +85,8 @@ def accuracy(
                     for method, budget in product(methods, budgets):
                         qa = VideoQA(loaded[clip.world], budget=budget, method=method)
                         streams = [name for name in STREAMS if name.startswith(only)]
-                        streams = (
-                            streams
-                            if method == methods[0] and not plain
-                            else [name for name in streams if name in PLAIN]
-                        )
+                        if plain or method != methods[0]:
+                            streams = [name for name in streams if name in PLAIN]
                         for name, made in asked(qa, video, streams).items():
                             samples[clip.world, method, budget][name] += made
             print(f"{pair[0]}, {time.process_time() - begun:.0f} s", flush=True)
@@ -103,18 +100,27 @@ def asked(qa: VideoQA, video, streams: list[str]) -> dict[str, list[dict]]:
     times = plan.sampling.times_s
     with closing(read_frames(plan.info, times)) as chunks:
         frames = np.concatenate([chunk.frames.copy() for chunk in chunks])
-    found, step, tokens = {FILE: answers(of_file, video)}, plan.sampling.seconds_per_frame, of_file.plan.encoder.keep
+    found = {FILE: answers(of_file, video)}
+    step = plan.sampling.seconds_per_frame
+    tokens = plan.encoder.keep
     for name in streams:
         windows, share, before_s, grey = STREAMS[name]
-        length = len(times) / windows if windows else StreamOptions.window_s / step
+        length = StreamOptions.window_s / step
+        if windows:
+            length = len(times) / windows
         size = max(2, 2 * round(length / 2))
         least = 2 * math.ceil(tokens * min(1, size / len(times)))
-        limit = {} if share == 1 else {"memory_tokens": max(least, math.floor(share * tokens))}
+        limit = {}
+        if share < 1:
+            limit["memory_tokens"] = max(least, math.floor(share * tokens))
         with qa.stream(fps=1 / step, window_s=size * step, **limit) as stream:
             start = math.ceil(before_s / (size * step)) * size * step  # at the beginning of a window
             if before_s:
-                for number, frame in enumerate(frames[::-1, ::-1, ::-1][:size]):
-                    stream.add(np.full_like(frame, 128) if grey else frame, number * step)
+                others = frames[::-1, ::-1, ::-1][:size]
+                if grey:
+                    others = np.full_like(others, 128)
+                for number, frame in enumerate(others):
+                    stream.add(frame, number * step)
                 stream.flush()
             for number, frame in enumerate(frames):
                 stream.add(frame, start + number * step)
@@ -143,7 +149,9 @@ def table(samples: dict[tuple[str, str, float], dict[str, list[dict]]]) -> str:
         ]
         for name, made in rows.items():
             right, tokens = (np.mean([each[key] for each in made]) for key in ("right", "tokens"))
-            difference = "" if name == FILE else in_points(*paired_difference(made, rows[FILE]))
+            difference = ""
+            if name != FILE:
+                difference = in_points(*paired_difference(made, rows[FILE]))
             lines.append(f"| {name} | {tokens:.1f} | {100 * right:.1f}% | {difference} |")
         lines.append("")
     return "\n".join(lines)

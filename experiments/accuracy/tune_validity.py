@@ -87,8 +87,11 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
 
 def correlations(records: Records, accuracy: np.ndarray, clips: int | None = None) -> list[float]:
     """Of agreement, of -KL and of labels with accuracy: over all clips, or the median over draws of so many of them."""
-    total, random = records.right.shape[1], np.random.default_rng(0)
-    draws = [np.arange(total)] if clips is None else [random.choice(total, clips, replace=False) for _ in range(DRAWS)]
+    total = records.right.shape[1]
+    random = np.random.default_rng(0)
+    draws = [np.arange(total)]
+    if clips is not None:
+        draws = [random.choice(total, clips, replace=False) for _ in range(DRAWS)]
     found = []
     for chosen in draws:
         tokens = records.tokens[:, chosen].sum(1)
@@ -125,8 +128,10 @@ def recommended(records: Records, chosen: Sequence[int], goal: float) -> tuple[i
         for s, (name, low) in enumerate(zip(records.names, lows, strict=True))
     ]
     row = fastest(rows)
-    best = None if row is None else row["at"]
-    return None if best is None else (best, lows[best])
+    if row is None:
+        return None
+    best = row["at"]
+    return best, lows[best]
 
 
 def draws(tune: Records, heldout: Records, clips: int, goal: float) -> list[Draw | None]:
@@ -159,8 +164,11 @@ def report(title: str, tune: Records, heldout: Records | None, goals: Sequence[f
         f"{len(tune.names)} settings, {tune.right.shape[1]} clips, {questions:,} questions.",
         "",
     ]
-    others = tune.accuracy if heldout is None else heldout.accuracy
-    which = "the same clips" if heldout is None else f"{int(heldout.questions[0].sum()):,} questions about other clips"
+    others = tune.accuracy
+    which = "the same clips"
+    if heldout is not None:
+        others = heldout.accuracy
+        which = f"{int(heldout.questions[0].sum()):,} questions about other clips"
     lines += ["Rank correlation with labelled accuracy over the settings (of drawn clips the median of 200 draws).", ""]
     lines += ["| score on | accuracy on | agreement | -KL | labels |", "|---|---|---|---|---|"]
     rows = [

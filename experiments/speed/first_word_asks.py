@@ -35,13 +35,17 @@ class Ours:
 
         how = {"device": args.device, "dtype": args.dtype, "threads": "auto", "offline": True}
         self._qa = VideoQA.load(args.model, budget=args.side, **how)
-        self._sampling = {} if args.seek == AUTO_SEEK else {"seek": args.seek}
+        self._sampling = {}
+        if args.seek != AUTO_SEEK:
+            self._sampling["seek"] = args.seek
         self.facts = {"load": time.perf_counter() - begun}
 
     def ask(self, video: str, frames: int | None, new_tokens: int, word: Word) -> dict[str, Any]:
         os.utime(video)  # another state of the file: patches that were kept of an earlier question do not serve
         begun = time.perf_counter()
-        sampling = self._sampling | ({} if frames is None else {"frames": frames})
+        sampling = dict(self._sampling)
+        if frames is not None:
+            sampling["frames"] = frames
         if sampling:
             answer = self._qa.encode(video, **sampling).ask(QUESTION, max_new_tokens=new_tokens)
         else:
