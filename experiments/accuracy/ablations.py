@@ -57,7 +57,8 @@ def _tried(setting: str, *values: float) -> dict[str, str]:
     return {f"{setting} {value:g}": f"{setting}={value:g}" for value in values}
 
 
-PAPER, OURS = "evoprune-paper", "evoprune"
+PAPER = "evoprune-paper"
+OURS = "evoprune"
 OWN = EvoPruneMethod()
 NO_ATTENTION = "attention=0:critical=0"
 ABLATIONS = {
@@ -231,7 +232,8 @@ def report(names: Iterable[str], run: Evaluation, group: str | None = None) -> s
     """All tables as Markdown, over all questions or those of one group."""
     samples = [s for s in run.samples if "error" not in s and (group is None or group in s["groups"])]
     full = [s for s in samples if s["row"] == FULL]
-    settings, of = run.settings, f", group {group!r}" if group else ""
+    settings = run.settings
+    of = f", group {group!r}" if group else ""
     lines = [
         f"{settings.data}: {len({s['video'] for s in full}):,} clips{of}, "
         f"{len(full):,} questions; with nothing pruned {100 * np.mean([s['right'] for s in full]):.1f}%.",

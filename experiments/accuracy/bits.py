@@ -74,7 +74,8 @@ def table(paths: list[Path]) -> list[str]:
                 [{"video": a["video"], "id": i, "right": a[side]} for i, a in enumerate(answers)]
                 for side in ("bits", "exact")
             ]
-            count, kl = len(answers), sorted(value for a in answers for value in a["kl"])
+            count = len(answers)
+            kl = sorted(value for a in answers for value in a["kl"])
             right = [sum(a[side] for a in answers) / count for side in ("exact", "bits")]
             agreed = sum(a["agree"] for a in answers) / sum(a["tokens"] for a in answers)
             difference = in_points(*paired_difference(*sides))

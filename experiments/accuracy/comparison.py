@@ -34,7 +34,8 @@ from experiments.accuracy.comparison_tables import OURS, Outcome, Recorded, docu
 from experiments.demo.worlds import SHAPES, WORLDS
 from experiments.demo.write import clips_asked, data_text, demo_videos
 
-BUDGETS, CLIPS = (0.5, 0.25, 0.1), 100
+BUDGETS = (0.5, 0.25, 0.1)
+CLIPS = 100
 
 
 def compared() -> list[str]:
@@ -142,7 +143,8 @@ def chart(outcomes: Sequence[Outcome], budgets: Sequence[Recorded]) -> str:
                 full = 100 * row["accuracy"]
                 series.append(Series("full", (Point(full, -0.5), Point(full, len(names) - 0.5)), INK, dashed=True))
         panels.append(Panel(outcome.name, "accuracy, %", "", tuple(series), from_zero=False))
-    settings, count = outcomes[0].document["settings"], outcomes[0].document["videos"]["evaluated"]
+    settings = outcomes[0].document["settings"]
+    count = outcomes[0].document["videos"]["evaluated"]
     facts = f"{settings['data']}, {count:,} clips, 95% intervals over videos. "
     facts += "The most accurate method on top: mean over models and budgets."
     return draw("Accuracy of each method at the same budgets", facts, panels, rows=names)

@@ -270,7 +270,8 @@ def _findings(outcomes: Sequence[Outcome], budgets: Sequence[Recorded]) -> list[
 
 def _of_model(outcome: Outcome, budgets: Sequence[Recorded]) -> list[str]:
     """The section of one model: accuracy and cost of each budget, paired differences, and accuracy by group."""
-    videos, answered = outcome.document["videos"], outcome.document["items"]["answered"]
+    videos = outcome.document["videos"]
+    answered = outcome.document["items"]["answered"]
     failed = ""
     if videos["failed"]:
         failed = f"; {videos['failed']} failed and are left out"

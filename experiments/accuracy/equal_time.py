@@ -28,7 +28,9 @@ from experiments.accuracy.paired import in_points, paired_difference
 
 OURS = "evoprune"
 ALIKE = 1.03  # times that differ by less are equal
-BOUND, FULL_ROW = "bound of all methods after the encoder", "budget 1.0"  # in the page
+# in the page
+BOUND = "bound of all methods after the encoder"
+FULL_ROW = "budget 1.0"
 RATIO = "times as fast as Hugging Face"
 
 Key = tuple[str, float | str]  # a method and a budget
@@ -197,7 +199,8 @@ def chart(presets: dict[Key, float], others: dict[Key, float], fast: dict[Key, f
         *(Series("after the encoder, if selecting costs nothing", (point,), SOFT, hollow=True) for point in after),
         Series("", (Point(1.0, 100.0, label="Hugging Face"),), INK),
     ]
-    x_label, y_label = "first token, times as fast as Hugging Face", "accuracy kept, worst of four sets, %"
+    x_label = "first token, times as fast as Hugging Face"
+    y_label = "accuracy kept, worst of four sets, %"
     facts = (
         "Two generated worlds, two demo models each. Other methods have the tokens of balanced and of fast. "
         "3B dimensions, 8 moving frames, fp32, two CPU threads."

@@ -52,7 +52,8 @@ def evaluated(out: Path, name: str, args: argparse.Namespace) -> list[dict]:
         model=ModelOptions(model, device="cpu", dtype="fp32"),
     )
     with demo_videos(clips_asked(world, args.split, args.seed, args.limit)) as videos:
-        run, folder = Evaluation(settings, videos), folder_of(out, name)
+        run = Evaluation(settings, videos)
+        folder = folder_of(out, name)
         run.keep_in(folder, resume=folder.exists())
         run.load()
         run.run(lambda *what: print(f"{name}: {told(*what)}", file=sys.stderr, flush=True), args.processes)
@@ -71,7 +72,8 @@ def table(samples: dict[str, list[dict]]) -> list[str]:
     lines = ["| | worst | " + " | ".join(heads) + " |", "|---" * (len(columns) + 2) + "|"]
     rows = dict.fromkeys((s["method"], s["budget"]) for each in samples.values() for s in each if s["row"] == METHOD)
     for method, budget in rows:
-        cells, whole = [], []
+        cells = []
+        whole = []
         for name, group in columns:
             found = [s for s in samples[name] if group is None or group in s["groups"]]
             full = [s for s in found if s["row"] == FULL]

@@ -162,7 +162,9 @@ def hours_text(hours: float, method: str) -> str:
     loaded = replace(
         load_model("demo"), demo=None
     )  # as a model that may use all of its context: the answers say nothing
-    qa, rows, begun = VideoQA(loaded, method=method, budget=0.25), [], time.perf_counter()
+    qa = VideoQA(loaded, method=method, budget=0.25)
+    rows = []
+    begun = time.perf_counter()
     pictures = np.random.default_rng(0).integers(0, 256, (64, 112, 168, 3), dtype=np.uint8)
     every = max(300, 60 * round(hours * 60 / 12))
     with qa.stream() as stream:
@@ -172,7 +174,8 @@ def hours_text(hours: float, method: str) -> str:
             if (second + 1) % every == 0:
                 asked_at = time.perf_counter()
                 next(stream.ask("What happens?", max_new_tokens=1), None)
-                wait_ms, seen = 1000 * (time.perf_counter() - asked_at), stream.seen
+                wait_ms = 1000 * (time.perf_counter() - asked_at)
+                seen = stream.seen
                 own = memory_in_use("cpu")[0]
                 reset_peak_memory("cpu")  # which gives back what is free
                 rows.append((second + 1, seen, own, memory_in_use("cpu")[0], wait_ms))
@@ -212,7 +215,8 @@ def main() -> None:
     hours = hours_text(args.hours, args.method[0]) if args.hours else ""
     samples = accuracy(args.minutes, args.budgets, args.method, args.only, args.plain)
     rows = [rows[FILE] for key, rows in samples.items() if key[1:] == (args.method[0], args.budgets[0])]
-    clips, questions = len({each["video"] for made in rows for each in made}), sum(map(len, rows))
+    clips = len({each["video"] for made in rows for each in made})
+    questions = sum(map(len, rows))
     facts = {"minutes": args.minutes, "hours": args.hours, "clips": clips, "questions": questions}
     page = PAGE.format(**facts, tables=table(samples), hours_text=hours)
     args.output.write_text(page, encoding="utf-8")

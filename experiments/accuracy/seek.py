@@ -46,7 +46,9 @@ VIDEOS = {SHAPES.name: (), SCENES.name: ("video",)}  # the groups of questions a
 KEYFRAME_S = 1.0
 RATES = (2.0, 0.75)  # frames a second: the models' own; and parts of 1 to 1.5 s, so that each has a keyframe
 BUDGETS = ("full", "balanced", "fast")
-EXACT, KEYFRAMES, RANDOM = "exact", "keyframes", "random"
+EXACT = "exact"
+KEYFRAMES = "keyframes"
+RANDOM = "random"
 # Groups of questions, of either world.
 KINDS = ("flash", "moment", "time", "events", "motion", "space", "detail", "gist")
 TOKENS = 64

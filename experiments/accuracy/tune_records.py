@@ -45,13 +45,16 @@ def start(model: ModelOptions, folder: str):
 def lines_of(loaded, folder: Path, clip: ClipName) -> list[dict]:
     """A line of the full answers, then one a setting."""
     with demo_video(clip, folder) as video:
-        rows, references, made = SharedRows(), [], []
+        rows = SharedRows()
+        references = []
+        made = []
         for setting in (FULL, *settings()):
             session = Session(loaded, PruneOptions(setting.budget, setting.method, seed=clip.seed).config())
             kind = partial(SharedInput, shared_rows=rows)
             with closing(open_inputs(session, [video.path], kind=kind)) as opened:
                 encoded = opened.encode()
-            cost, answers = Cost(loaded, encoded), []
+            cost = Cost(loaded, encoded)
+            answers = []
             for number, row in enumerate(video.rows):
                 answer = encoded.ask(row.prompt, max_new_tokens=TOKENS)
                 right = bool(grade(row, answer.text))

@@ -20,7 +20,8 @@ from evoprune.bench.tune import bounds, design_effect, smoothed
 from evoprune.bench.tune import recommended as fastest
 
 FULL = "none -b 1"
-DRAWS, COUNTS = 200, (4, 8, 16, 32)
+DRAWS = 200
+COUNTS = (4, 8, 16, 32)
 POINT = 0.01
 
 
@@ -63,7 +64,8 @@ def read(path: Path) -> Records:
 
     right = table(lambda answer: answer["right"])
     tflop = np.array([np.mean([found[name]["tflop_3b"] for found in whole]) for name in names])
-    at, others = names.index(FULL), [i for i, name in enumerate(names) if name != FULL]
+    at = names.index(FULL)
+    others = [i for i, name in enumerate(names) if name != FULL]
     tables = [
         right,
         table(lambda a: 1),
@@ -120,7 +122,8 @@ class Draw:
 def recommended(records: Records, chosen: Sequence[int], goal: float) -> tuple[int, float] | None:
     """What `tune` would recommend from these clips, with operations for times, and its lower bound; None where there is none."""
     counts = [(records.agree[s, chosen], records.tokens[s, chosen]) for s in range(len(records.names))]
-    tokens, effect = records.tokens[:, chosen].sum(1), design_effect(counts)
+    tokens = records.tokens[:, chosen].sum(1)
+    effect = design_effect(counts)
     shares = smoothed(records.agree[:, chosen].sum(1), tokens, records.kl[:, chosen].sum(1) / tokens)
     lows = [bounds(share, int(count), len(chosen), effect)[0] for share, count in zip(shares, tokens, strict=True)]
     rows = [
@@ -136,7 +139,8 @@ def recommended(records: Records, chosen: Sequence[int], goal: float) -> tuple[i
 
 def draws(tune: Records, heldout: Records, clips: int, goal: float) -> list[Draw | None]:
     """Of disjoint sets of clips; None where no setting passes."""
-    order, made = np.random.default_rng(1).permutation(tune.right.shape[1]), []
+    order = np.random.default_rng(1).permutation(tune.right.shape[1])
+    made = []
     for first in range(0, len(order) - clips + 1, clips):
         found = recommended(tune, order[first : first + clips], goal)
         if found is None:

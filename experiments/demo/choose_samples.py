@@ -23,7 +23,9 @@ from experiments.demo.drawing import write_video
 from experiments.demo.questions import MAKERS
 from experiments.demo.samples import CLIPS, drawn
 
-BUDGETS, DRAWS, SHOWN = (1.0, 0.25), 40, 10
+BUDGETS = (1.0, 0.25)
+DRAWS = 40
+SHOWN = 10
 NAME = re.compile(rf"the ((?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(SHAPES)}|shape))")
 
 

@@ -42,7 +42,8 @@ def outline_mask(outline: str, radius: int, bar: float = 0.34, hole: float = 0.5
     n = 8 * radius
     axis = (np.arange(n) + 0.5) / (n / 2) - 1
     x, y = axis[None, :], axis[:, None]
-    far, angle = np.hypot(x, y), np.arctan2(x, -y)
+    far = np.hypot(x, y)
+    angle = np.arctan2(x, -y)
     inside = {
         "circle": lambda: far <= 1,
         "square": lambda: (np.abs(x) <= 0.88) & (np.abs(y) <= 0.88),

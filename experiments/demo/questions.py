@@ -178,7 +178,8 @@ def _relation(clip, rng):
 
 def _place(clip, rng):
     for t in clip.things:
-        box, x = t.box(clip.seconds), refer(clip, t, rng)
+        box = t.box(clip.seconds)
+        x = refer(clip, t, rng)
         for axis, middle, less, more in ((0, clip.width / 2, "left", "right"), (1, clip.height / 2, "top", "bottom")):
             text = f"Is the {x} in the {less} or {more} half?"
             if box[axis + 2] < middle:
@@ -190,7 +191,8 @@ def _place(clip, rng):
 def _exists(clip, rng):
     names = {t.name for t in clip.shapes}
     if names and rng.random() < 0.5:
-        name, answer = pick(rng, *sorted(names)), "yes"
+        name = pick(rng, *sorted(names))
+        answer = "yes"
     else:  # a shape and a colour that are there, but not together, where there are enough
         kinds = list(SHAPES)
         if rng.random() < 0.7:
@@ -201,7 +203,8 @@ def _exists(clip, rng):
         absent = [n for n in (f"{c} {k}" for c in colours for k in kinds) if n not in names]
         if not absent:
             return
-        name, answer = pick(rng, *absent), "no"
+        name = pick(rng, *absent)
+        answer = "no"
     yield pick(rng, f"Is there a {name}?", f"Can you see a {name}?"), answer
 
 

@@ -21,7 +21,9 @@ from experiments.demo.scenes_model import prompt
 from experiments.demo.training_clips import through_codec
 
 GROUPS = ("text", "look", "place", "count", "gist", "events", "motion", "moment", "choice", "open", "lesson")
-IMAGE, VIDEO = 6, 7  # ids of <|image_pad|> and <|video_pad|>
+# ids of <|image_pad|> and <|video_pad|>
+IMAGE = 6
+VIDEO = 7
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,19 @@ from experiments.demo.scenes.clip import COLOURS, MOTIONS, OUTLINES, SIGN, TEXTU
 
 IGNORED = -100
 LOOKS = (*OUTLINES, SIGN)
-NOTHING, BLANK = len(LOOKS), len(CHARACTERS)
-PATCH, SLOT = 14, 7
+NOTHING = len(LOOKS)
+BLANK = len(CHARACTERS)
+PATCH = 14
+SLOT = 7
 # What has become of a unit since the frame pair before: its thing is still there, has come by one of MOTIONS, is new or changed;
 # or the thing that it showed is gone, or has moved away; or it shows no thing, now and before.
-STILL, CAME, NEW, CHANGED, GONE, LEFT, EMPTY = 0, 1, 5, 6, 7, 8, 9
+STILL = 0
+CAME = 1
+NEW = 5
+CHANGED = 6
+GONE = 7
+LEFT = 8
+EMPTY = 9
 STORY_WEIGHT = torch.tensor([0.2, 1, 1, 1, 1, 1, 1, 1, 1, 0.05])
 # Of a patch: outline of the thing at its middle, texture, colour, the characters in its left and right half, and where the thing
 # goes from one frame of the pair to the next. Of a unit: whether the middle of a thing lies in it.
@@ -36,7 +44,9 @@ def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[
     Returns:
         int64 `[pairs, units, 4, 6]` of patches and `[pairs, units]` of units.
     """
-    pairs, height, width = len(times) // 2, clip.height // PATCH, clip.width // PATCH
+    pairs = len(times) // 2
+    height = clip.height // PATCH
+    width = clip.width // PATCH
     first, second = (maps[i::2, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH] for i in (0, 1))
     labels = np.full((pairs, height, width, len(PATCH_CLASSES)), IGNORED)
     middles = np.zeros((pairs, height // 2, width // 2), np.int64)
@@ -62,16 +72,20 @@ def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[
 
 def story_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> np.ndarray:
     """What has become of each unit since the frame pair before, int64 `[pairs, units]`, IGNORED in the first; as `dense_labels`."""
-    pairs, height, width = len(times) // 2, clip.height // 28, clip.width // 28
+    pairs = len(times) // 2
+    height = clip.height // 28
+    width = clip.width // 28
     # The thing at the middle of a unit's patches, of the last of them that shows one.
     shown = maps[::2, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].reshape(pairs, height, 2, width, 2).astype(np.int64)
     shown = shown.transpose(0, 1, 3, 2, 4).reshape(pairs, height * width, 4).max(-1)
     labels = np.full((pairs, height * width), IGNORED)
     for pair in range(1, pairs):
-        before, now = times[2 * pair - 2], times[2 * pair]
+        before = times[2 * pair - 2]
+        now = times[2 * pair]
         of_things = [_story(clip, thing, before, now) for thing in clip.things]
         left = [LEFT if thing.visible(now) else GONE for thing in clip.things]
-        there, was = np.array([*of_things, EMPTY]), np.array([*left, EMPTY])
+        there = np.array([*of_things, EMPTY])
+        was = np.array([*left, EMPTY])
         labels[pair] = np.where(shown[pair] >= 0, there[shown[pair]], was[shown[pair - 1]])
     return labels
 

@@ -42,7 +42,8 @@ class Head(nn.Module):
         outs = self.linear(flat).float().split(self.sizes, -1)
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places = [p.flatten().expand(flat.shape[:2]) for p in (y, x)]
-        loss, right = 0.0, {}
+        loss = 0.0
+        right = {}
         for name, out, label in zip([*ATTRIBUTES, "row", "column"], outs, [*labels.unbind(-1), *places], strict=True):
             weight = None
             if name == "shape":  # most units hold nothing
@@ -109,7 +110,8 @@ def train_stage(run: Run, stage: int, steps: int, model, head: Head, tokenizer, 
         made = [question_batches, recipe, tokenizer, first]
     batches = in_worker(*made)
     learn = partial(learn_from, opts=opts, parameters=[p for module in modules for p in module.parameters()])
-    seen, clock = {}, time.monotonic()
+    seen = {}
+    clock = time.monotonic()
     for step in range(first, steps):
         batch = next(batches)
         for optimizer in opts:
@@ -122,7 +124,8 @@ def train_stage(run: Run, stage: int, steps: int, model, head: Head, tokenizer, 
         if (step + 1) % 50 == 0 or step + 1 == steps:
             means = {name: float(np.mean(values)) for name, values in seen.items()}
             run.log(stage=stage, step=step + 1, seconds=time.monotonic() - clock, **means)
-            seen, clock = {}, time.monotonic()
+            seen = {}
+            clock = time.monotonic()
         run.save(stage, step, (model, head), opts)
     run.saved = -math.inf
     run.save(stage, steps - 1, (model, head), opts)

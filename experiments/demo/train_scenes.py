@@ -72,7 +72,8 @@ def trained(folder: str):
 
 def train(team: Team, folder: Path, recipe: ScenesRecipe, minutes: float) -> None:
     """All stages, from the checkpoint in `folder` if there is one; stops after `minutes` with a checkpoint."""
-    run, end = Run(folder, recipe), time.monotonic() + 60 * minutes
+    run = Run(folder, recipe)
+    end = time.monotonic() + 60 * minutes
     model, head, tokenizer = build(folder, recipe)
     state = run.load()
     if state:
@@ -103,11 +104,15 @@ def train_stage(
     team: Team, run: Run, stage: int | str, model, head: Head, tokenizer, state: dict | None, end: float
 ) -> bool:
     """One stage, from `state` if it is a checkpoint of this stage; whether it is finished."""
-    recipe, first, visual = run.recipe, 0, model.model.visual
+    recipe = run.recipe
+    first = 0
+    visual = model.model.visual
     steps = {1: recipe.vision_steps, MATCH: recipe.match_steps, 2: recipe.steps}[stage]
-    modules, shares = [visual, head], [1.0, 1.0]
+    modules = [visual, head]
+    shares = [1.0, 1.0]
     if stage == MATCH:
-        modules, aim = [visual.merger.mlp], trained(recipe.reader).visual
+        modules = [visual.merger.mlp]
+        aim = trained(recipe.reader).visual
     elif stage == 2:
         modules.append(model.model.language_model)
         of_reader = 1.0
@@ -169,11 +174,14 @@ class Log:
     """Means since the last line: of losses, and of the share of right answers by group."""
 
     def __init__(self, run: Run, stage: int | str):
-        self.run, self.stage = run, stage
+        self.run = run
+        self.stage = stage
         self._clear()
 
     def _clear(self) -> None:
-        self.clock, self.steps, self.sums = time.monotonic(), 0, {}
+        self.clock = time.monotonic()
+        self.steps = 0
+        self.sums = {}
 
     def add(self, name: str, total: float, count: float = 1) -> None:
         old = self.sums.get(name, (0.0, 0.0))

@@ -68,7 +68,8 @@ def _adapt_inputs(cls, videos: bool) -> None:
         tester = getattr(self, "model_tester", None)
         if not hasattr(tester, "prepare_config_and_inputs_for_common"):
             return
-        make_config, make_inputs = tester.get_config, tester.prepare_config_and_inputs_for_common
+        make_config = tester.get_config
+        make_inputs = tester.prepare_config_and_inputs_for_common
         rope = copy.deepcopy(getattr(tester, "rope_parameters", None))  # which the config may change
         config = make_config()
         if not hasattr(config, "vision_config"):  # of a language model alone
@@ -123,7 +124,8 @@ def with_patches(config, inputs: dict, before: int, videos: bool) -> tuple:
     if "image_grid_thw" not in inputs:
         return config, inputs
     factor = MERGE // before
-    pixels, grids = inputs["pixel_values"].repeat_interleave(factor**2, 0), inputs["image_grid_thw"].clone()
+    pixels = inputs["pixel_values"].repeat_interleave(factor**2, 0)
+    grids = inputs["image_grid_thw"].clone()
     grids[:, 1:] *= factor
     if not videos:
         return config, inputs | {"pixel_values": pixels, "image_grid_thw": grids}

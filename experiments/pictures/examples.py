@@ -102,7 +102,9 @@ def overlay_facts(record: dict) -> str:
 
 def described(run: figure_method.Run) -> str:
     """The text in the place of the figure of the method."""
-    n, pairs, before = run.video.fates.counts(), run.video.plan.grid[0], run.first_layers
+    n = run.video.fates.counts()
+    pairs = run.video.plan.grid[0]
+    before = run.first_layers
     pairs = ("", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight")[pairs]
     return (
         f"{pairs} frame pairs of a clip: {n['units']} units, of which {n['units'] - n['encoded']} are reused and {n['encoded']} "

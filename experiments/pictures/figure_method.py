@@ -21,11 +21,18 @@ from evoprune.bench.chart import COLOURS, INK, SOFT
 from evoprune.bench.overlay import TracedVideo, trace
 from experiments.svg import EDGE, document, text
 
-CLIP, BUDGET, MOST_PAIRS = "samples/flash.mp4", 0.1, 8
-WIDTH, HEIGHT = 830, 690
-OURS, OTHERS, REUSED = COLOURS[0], COLOURS[1], "#CFE3F1"
+CLIP = "samples/flash.mp4"
+BUDGET = 0.1
+MOST_PAIRS = 8
+WIDTH = 830
+HEIGHT = 690
+OURS = COLOURS[0]
+OTHERS = COLOURS[1]
+REUSED = "#CFE3F1"
 STRIPS, PITCH, GAP = 78, 138, 10  # the first row of frames, from one to the next, and between two frames, in pixels
-BARS, TALL = 644, 84  # where the bars of layers stand, and how tall the bar of all units is
+# where the bars of layers stand, and how tall the bar of all units is
+BARS = 644
+TALL = 84
 GRID = "#E4E4E4"
 
 
@@ -74,7 +81,9 @@ def measure(clip: str, budget: float) -> Run:
 def figure(run: Run) -> str:
     """The figure as SVG."""
     n, (pairs, height, width) = run.video.fates.counts(), run.video.plan.grid
-    changed, before, total = n["encoded"], run.first_layers, len(run.layers)
+    changed = n["encoded"]
+    before = run.first_layers
+    total = len(run.layers)
     layer = "layer 1" if before == 1 else f"layer {before}"
     strips = (
         (
@@ -129,7 +138,8 @@ def _units(run: Run, strip: int) -> Iterator[str]:
     """A row of frame pairs: all units, those that are encoded, or those that are selected."""
     (width, height), fates = _panel(run.video), run.video.fates
     pairs, rows, columns = run.video.plan.grid
-    side, top = width / columns, STRIPS + PITCH * strip + 38
+    side = width / columns
+    top = STRIPS + PITCH * strip + 38
     shown = (torch.ones_like(fates.chosen), fates.encoded, fates.chosen)[strip].view(pairs, rows, columns)
     sizes = run.sizes.view(pairs, rows, columns)
     for pair in range(pairs):
@@ -163,14 +173,17 @@ def _marked(x: float, y: float, side: float, size: int) -> Iterator[str]:
 
 def _towers(run: Run) -> Iterator[str]:
     """The rows of each layer and the language model, here and where a method prunes after the encoder."""
-    n, total, before = run.video.fates.counts(), len(run.layers), run.first_layers
+    n = run.video.fates.counts()
+    total = len(run.layers)
+    before = run.first_layers
     top = STRIPS + 3 * PITCH + 6
     yield f'<path d="M{EDGE} {top - 12}H{WIDTH - EDGE}" stroke="{GRID}"/>'
     yield text(EDGE, top + 12, "4  Few rows go on", size=14, weight=600)
     yield text(EDGE, top + 30, "rows in each layer of the tower; grey: no row", size=11.5, fill=SOFT)
     end = EDGE + total * 30
     yield from _bars(EDGE, 25, 30, run.layers, n["units"], OURS)
-    first, rest = (f"layers 1 to {before}" if before > 1 else "layer 1"), f"layers {before + 1} to {total}"
+    first = f"layers 1 to {before}" if before > 1 else "layer 1"
+    rest = f"layers {before + 1} to {total}"
     for x, words in ((EDGE, first), (EDGE + 30 * before + 36, rest)):
         yield text(x, BARS + 16, words, size=11)
     yield text(EDGE, BARS + 32, f"live share {run.live_share:.2f}", size=11, fill=OURS, weight=600)
@@ -194,7 +207,8 @@ def _towers(run: Run) -> Iterator[str]:
 def _bars(left: float, wide: float, step: float, rows: Sequence[int], units: int, colour: str) -> Iterator[str]:
     """A bar a layer, as tall as its rows, before a pale one as tall as all units; a number where it changes."""
     for number, count in enumerate(rows):
-        x, tall = left + number * step, TALL * count / units
+        x = left + number * step
+        tall = TALL * count / units
         yield f'<rect x="{x:.1f}" y="{BARS - TALL}" width="{wide}" height="{TALL}" fill="#EFEFEF"/>'
         yield f'<rect x="{x:.1f}" y="{BARS - tall:.1f}" width="{wide}" height="{tall:.1f}" fill="{colour}"/>'
         if number == 0 or count != rows[number - 1]:

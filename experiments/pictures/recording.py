@@ -19,7 +19,8 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 COMMAND = ["ask", "samples/square.mp4", "What colour is the square?"]
-COLUMNS, ROWS = 92, 24
+COLUMNS = 92
+ROWS = 24
 WIDE, TALL, EDGE = 7.8, 17, 16  # of a letter and a line, and around the text, in pixels
 TYPED = 1.2  # seconds for the command
 START = 1.0  # most seconds from the command to its first output
@@ -86,7 +87,8 @@ def record(arguments: list[str]) -> list[tuple[float, str]]:
     ours, its = os.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
     command = [sys.executable, "-m", "evoprune_cli", *arguments]
-    began, pieces = time.monotonic(), []
+    began = time.monotonic()
+    pieces = []
     process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=os.environ | {"TERM": "xterm-256color"})  # noqa: S603
     os.close(its)
     while True:
@@ -119,7 +121,8 @@ def drawing(command: str, pieces: list[tuple[float, str]]) -> str:
     body = [_typed(command, total)]
     for number, (row, line, since, until) in enumerate(span for span in spans if span[1]):
         body.append(_line(number, row + 1, line, (since + TYPED) / total, until and (until + TYPED) / total))
-    width, tall = round(COLUMNS * WIDE + 2 * EDGE), round(height * TALL + 2 * EDGE)
+    width = round(COLUMNS * WIDE + 2 * EDGE)
+    tall = round(height * TALL + 2 * EDGE)
     size = f'width="{width}" height="{tall}" viewBox="0 0 {width} {tall}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" xml:space="preserve">'
     return "\n".join(
@@ -144,7 +147,8 @@ def _line(number: int, row: int, line: Line, since: float, until: float | None) 
     """A line of the terminal that is visible from one share of the time to another, or to the end."""
     hidden = f" {100 * until:.2f}% {{ visibility: hidden }}" if until else ""
     css = f"@keyframes l{number} {{ 0% {{ visibility: hidden }} {100 * since:.2f}% {{ visibility: visible }}{hidden} }}"
-    made, column = [], 0
+    made = []
+    column = 0
     for words, style in line:
         place = f'x="{EDGE + column * WIDE:.1f}" textLength="{len(words) * WIDE:.1f}"'
         kind = f' class="{style}"' if style else ""

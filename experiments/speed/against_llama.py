@@ -53,7 +53,8 @@ def ours(qa: VideoQA, folder: Path, new: int) -> dict:
     for _ in answer:
         pass
     report = answer.report
-    times, tokens = report.time_ms, report.pruning.visual_tokens_kept
+    times = report.time_ms
+    tokens = report.pruning.visual_tokens_kept
     return {
         "encode": times.encode / 1000,
         "prefill": times.prefill / 1000,

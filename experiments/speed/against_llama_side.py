@@ -22,7 +22,10 @@ class Side:
         )
         self.context = self.llama.ctx
         options = mtmd_cpp.mtmd_context_params_default()
-        options.use_gpu, options.n_threads, options.print_timings, options.image_min_tokens = False, threads, False, 4
+        options.use_gpu = False
+        options.n_threads = threads
+        options.print_timings = False
+        options.image_min_tokens = 4
         self.media = mtmd_cpp.mtmd_init_from_file(projector.encode(), self.llama.model, options)
         if not self.media:
             raise SystemExit("the projector cannot be loaded")
@@ -49,14 +52,16 @@ class Side:
         counts = [mtmd_cpp.mtmd_input_chunk_get_n_tokens(piece) for piece in pieces]
         pictures = [mtmd_cpp.mtmd_input_chunk_get_type(piece) == 1 for piece in pieces]
         width = llama_cpp.llama_model_n_embd(self.llama.model)
-        start, features = time.perf_counter(), []
+        start = time.perf_counter()
+        features = []
         for piece, count, picture in zip(pieces, counts, pictures, strict=True):
             if picture:
                 if mtmd_cpp.mtmd_encode_chunk(self.media, piece):
                     raise SystemExit("a frame cannot be encoded")
                 found = mtmd_cpp.mtmd_get_output_embd(self.media)
                 features.append(np.ctypeslib.as_array(found, (count * width,)).copy())
-        encoded, past = time.perf_counter(), llama_cpp.llama_pos(0)
+        encoded = time.perf_counter()
+        past = llama_cpp.llama_pos(0)
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
         waiting = iter(features)
         for number, (piece, picture) in enumerate(zip(pieces, pictures, strict=True), 1):

@@ -48,7 +48,8 @@ def ask(code: Path, *more: str) -> Asked:
     done = subprocess.run(  # noqa: S603 (this Python, and this program)
         command, cwd=code, env=environment | {"PYTHONPATH": str(code)}, stdout=subprocess.PIPE, check=True
     )
-    spent, record = time.perf_counter() - start, json.loads(done.stdout)
+    spent = time.perf_counter() - start
+    record = json.loads(done.stdout)
     return Asked(record["time_ms"]["encode"], record["time_ms"]["total"], spent, record["env"]["threads"])
 
 

@@ -53,7 +53,8 @@ def _write_weights(folder: Path, config: Config, shards: int) -> None:
 
     model = random_model(config, torch.bfloat16, torch.device("cpu"))
     weights = {_published(name): weight for name, weight in model.named_parameters()}
-    total, seen = sum(weight.nbytes for weight in weights.values()), 0
+    total = sum(weight.nbytes for weight in weights.values())
+    seen = 0
     pieces: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
     for name, weight in weights.items():
         pieces[seen * shards // total][name] = weight
@@ -76,10 +77,12 @@ def _tokenizer(demo: dict) -> dict:
     """A tokenizer with a vocabulary of the published size: the demo's words, and random joins of them."""
     special = {token["content"] for token in demo["added_tokens"]}
     words = [word for word in demo["model"]["vocab"] if word not in special]
-    known, merges = set(words), list(demo["model"]["merges"])
+    known = set(words)
+    merges = list(demo["model"]["merges"])
     draw = random.Random(0)  # noqa: S311 (no secret)
     while len(words) < WORDS:
-        first, second = draw.choice(words), draw.choice(words)
+        first = draw.choice(words)
+        second = draw.choice(words)
         if len(first) + len(second) <= 12 and first + second not in known:
             words.append(first + second)
             known.add(first + second)

@@ -20,8 +20,12 @@ from evoprune.video.sandbox import isolation
 from experiments.timing import medians
 
 FPS = 25
-CLIP_S, LONG_SIZE, CLIP_SIZE, LARGE_SIZE = 8, (180, 320), (360, 640), (1080, 1920)
-FEW, AT_A_TIME = 8, 8
+CLIP_S = 8
+LONG_SIZE = (180, 320)
+CLIP_SIZE = (360, 640)
+LARGE_SIZE = (1080, 1920)
+FEW = 8
+AT_A_TIME = 8
 OTHER_FRAME = 2.0  # mean difference in levels of 255, above which two pictures are not the same frame
 
 
@@ -62,7 +66,8 @@ def write_clip(path: Path, kind: Kind, seconds: float, size: tuple[int, int]) ->
         (stream.height, stream.width), stream.pix_fmt, stream.gop_size = size, "yuv420p", kind.gop
         for i, rgb in enumerate(moving_pictures(round(seconds * FPS), *size)):
             frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
-            frame.pts, frame.time_base = i, Fraction(1, FPS)
+            frame.pts = i
+            frame.time_base = Fraction(1, FPS)
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
 
@@ -86,7 +91,8 @@ def get_batch(info: Video, times_s: Sequence[float]) -> np.ndarray:
 @contextmanager
 def in_this_process() -> Iterator[None]:
     """Videos are read in this process, not in one of their own."""
-    usual, isolation.POSSIBLE = isolation.POSSIBLE, False
+    usual = isolation.POSSIBLE
+    isolation.POSSIBLE = False
     try:
         yield
     finally:

@@ -15,7 +15,8 @@ import sys
 from statistics import median
 
 SIDES = HUGGING_FACE, EVOPRUNE = ("hugging_face", "evoprune")
-MODEL, TURNS = "Qwen/Qwen2.5-VL-3B-Instruct", 2
+MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
+TURNS = 2
 
 
 def measure(side: str, args: argparse.Namespace) -> list[dict]:

@@ -14,7 +14,8 @@ from experiments.speed.first_word_readers import EXACT, KEYFRAMES, READERS
 
 BEGIN = "<!-- first word: python -m experiments.speed.first_word -o DIR --readme -->"
 END = "<!-- end of first word -->"
-PAGE, CHART = "first_word.md", "first_word.svg"
+PAGE = "first_word.md"
+CHART = "first_word.svg"
 STAGES = {"reading and preparing": "#E69F00", "encode": "#0072B2", "prefill": "#56B4E9"}
 RIGHT_S = 0.02  # farther from its time, a frame is another one
 Row = dict[str, Any]

@@ -38,8 +38,13 @@ SPARE = 6.0  # seconds between the last turn that a step may begin and its end
 TAIL = 30  # lines of the output of a step that failed
 QWEN = "Qwen/Qwen{}-Instruct"
 M3, M7, Q4, Q35 = *(QWEN.format(name) for name in ("2.5-VL-3B", "2.5-VL-7B", "3-VL-4B")), "Qwen/Qwen3.5-4B"
-SMALL, LONGER, MIDDLE, LARGE, LONGEST = "8x224x336", "32x224x336", "32x364x644", "64x364x644", "128x364x644"
-STEP, VERIFY = ("-m", "experiments.speed.gpu_steps"), ("-m", "evoprune_cli", "verify", "--quick", "--quiet")
+SMALL = "8x224x336"
+LONGER = "32x224x336"
+MIDDLE = "32x364x644"
+LARGE = "64x364x644"
+LONGEST = "128x364x644"
+STEP = ("-m", "experiments.speed.gpu_steps")
+VERIFY = ("-m", "evoprune_cli", "verify", "--quick", "--quiet")
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ def _step(name: str, model: str, *cases: str, budgets: Sequence[float] = (0.25,)
 
 def dry_steps() -> list[Step]:
     """The same at the size of the demo on a CPU, each kind once."""
-    demo, small = ("-m", "demo", "--device", "cpu"), ("--cases", "4x56x84", "--rounds", "1")
+    demo = ("-m", "demo", "--device", "cpu")
+    small = ("--cases", "4x56x84", "--rounds", "1")
     plain = {"EVOPRUNE_PLAIN": "1"}
     return [
         Step("correctness", "demo", (*VERIFY, *demo, "--dtype", "fp32")),
@@ -101,7 +107,9 @@ class Run:
     """The steps that ran, and their files in `folder`; `done` has a record of each."""
 
     def __init__(self, output: Path, folder: Path):
-        self.output, self.folder, self.begun = output, folder, time.monotonic()
+        self.output = output
+        self.folder = folder
+        self.begun = time.monotonic()
         self.done: list[dict[str, Any]] = []
 
     def part(self, todo: Sequence[Step], seconds: float) -> None:
@@ -115,7 +123,8 @@ class Run:
 
     def step(self, step: Step, seconds: float) -> None:
         stem = f"{len(self.done):02}-{step.part}-{step.name}".replace(" ", "-")
-        found, log = self.folder / f"{stem}.json", self.folder / f"{stem}.txt"
+        found = self.folder / f"{stem}.json"
+        log = self.folder / f"{stem}.txt"
         record = {"part": step.part, "step": step.name, "state": "not begun", "seconds": 0.0, "found": {}}
         self.done.append(record)
         begun = time.monotonic()
@@ -236,7 +245,8 @@ def _table(mine: Sequence[dict]) -> list[str]:
         "tokens",
     )
     names = "encode", "prune", "prefill", "first_token", "vs_hf", "vs_hf_varlen", "vs_full", "token"
-    rows, errors = [], []
+    rows = []
+    errors = []
     for each in mine:
         for row in each["found"].get("rows", []):
             if "error" in row:
@@ -248,7 +258,8 @@ def _table(mine: Sequence[dict]) -> list[str]:
 
 
 def _decoding(mine: Sequence[dict]) -> list[str]:
-    rows, tokens = [], {}
+    rows = []
+    tokens = {}
     for each in mine:
         found = each["found"]
         for name, ms in found.get("token_ms", {}).items():
@@ -265,7 +276,8 @@ def _decoding(mine: Sequence[dict]) -> list[str]:
 def _first(mine: Sequence[dict]) -> list[str]:
     rows = []
     for each in mine:
-        seconds, asked = each["found"]["seconds"], each["found"]["asked"]
+        seconds = each["found"]["seconds"]
+        asked = each["found"]["asked"]
         for turn, one in enumerate(asked):
             times = one["time_ms"]
             title = "  again"

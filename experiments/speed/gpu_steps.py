@@ -21,19 +21,25 @@ from typing import Any
 
 BEGUN = time.perf_counter()
 QUESTION = "What happens in the video?"
-HF, HF_VARLEN, FULL = "HF", "HF+", "ours 1.0"
+HF = "HF"
+HF_VARLEN = "HF+"
+FULL = "ours 1.0"
 INSIDE = "evoprune:inner=always"  # what a GPU does with larger inputs
 # Calls of CUDA's interface, as the profiler names them, by what they do.
 LAUNCHES = "cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx"
-TO_HOST, GRAPHS = "Memcpy DtoH", "cudaGraphLaunch"
-WIDTH, LINES = 70, 24  # of a profiler's table
+TO_HOST = "Memcpy DtoH"
+GRAPHS = "cudaGraphLaunch"
+# of a profiler's table
+WIDTH = 70
+LINES = 24
 
 
 class Record:
     """What a step has found so far: `found`, which `save` writes into its file. `left`: seconds until no turn begins."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.found = args, {}
+        self.args = args
+        self.found = {}
 
     @property
     def left(self) -> float:
@@ -125,7 +131,8 @@ def varlen_tower(bench) -> Iterator[None]:
     """transformers' tower with one call of a varlen kernel a layer, as FlashAttention has it, in place of a loop over windows."""
     attention = type(bench._reference.model.visual.blocks[0].attn)
     rotate = sys.modules[attention.__module__].apply_rotary_pos_emb_vision
-    plain, groups = attention.forward, {}  # the longest group, read once for all layers
+    plain = attention.forward
+    groups = {}  # the longest group, read once for all layers
 
     def forward(self, hidden_states, cu_seqlens, position_embeddings=None, **_):
         if id(cu_seqlens) not in groups:
@@ -159,7 +166,8 @@ def table(record: Record) -> None:
             todo.append((row, HF_VARLEN, lambda: varlen_tower(bench)))
     for number in range(-1, record.args.rounds):
         for row, name, how in todo:
-            key, turn = (case_text(row.case), name), row.error
+            key = (case_text(row.case), name)
+            turn = row.error
             if key in errors or (record.left < 0 and turns.get(key)):
                 continue
             if turn is None:
@@ -296,7 +304,8 @@ def first(record: Record) -> None:
             begun = time.perf_counter()
             answer = qa.encode(video).ask(QUESTION, max_new_tokens=args.tokens)
             text = answer.text
-            whole, report = time.perf_counter() - begun, answer.report
+            whole = time.perf_counter() - begun
+            report = answer.report
             times = {name: value for name, value in vars(report.time_ms).items() if value is not None}
             return {"whole_ms": 1000 * whole, "time_ms": times, "tokens": vars(report.tokens), "answer": text[:80]}
 
@@ -336,7 +345,8 @@ def profiled(device: str, run: Callable[[], Any]) -> str:
     out = io.StringIO()
     for order in ("cumulative", "tottime"):
         pstats.Stats(python, stream=out).sort_stats(order).print_stats(LINES)
-    found, how = seen.key_averages(), {"row_limit": LINES, "max_name_column_width": WIDTH}
+    found = seen.key_averages()
+    how = {"row_limit": LINES, "max_name_column_width": WIDTH}
     orders = ["self_cpu_time_total"] + ["self_device_time_total"] * (device != "cpu")
     tables = [found.table(sort_by=order, **how) for order in orders]
     return "\n".join([*tables, out.getvalue()])
@@ -369,7 +379,8 @@ def around(name: str, context: Callable[[], Any]) -> Iterator[list]:
     owner = profile
     for part in path:
         owner = getattr(owner, part)
-    plain, seen = getattr(owner, last), []
+    plain = getattr(owner, last)
+    seen = []
 
     def inside(*args, **kwargs):
         with context() as each:
@@ -390,7 +401,8 @@ def counting():
     class Counting(Waiting):
         def __init__(self):
             super().__init__()
-            self.operations, self.copies = Counter(), 0
+            self.operations = Counter()
+            self.copies = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             made = super().__torch_dispatch__(func, types, args, kwargs)

@@ -32,7 +32,8 @@ from evoprune.vision.tower import rotary, rotate, tower_geometry, tower_shape
 from experiments.timing import medians
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
-CPU, DTYPE = torch.device("cpu"), torch.bfloat16
+CPU = torch.device("cpu")
+DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def kernels(inner: int, outer: int, copies: int) -> Iterator[tuple[str, int, lis
     int4 = [Int4Linear(int4_weights(layer), (outer, inner)) for layer in layers]
     yield "int4, groups of 32 (as built)", int4[0].nbytes, int4
     # The quantised layer knows groups of 32 only. The time does not depend on the values.
-    group, numbers = 128, torch.randint(16, (outer, inner), dtype=torch.int32)
+    group = 128
+    numbers = torch.randint(16, (outer, inner), dtype=torch.int32)
     scales = torch.ones(inner // group, outer, 2, dtype=DTYPE)
     held = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1) for _ in layers]
     products = [partial(_int4_product, packed=packed, group=group, scales=scales.clone()) for packed in held]
@@ -131,10 +133,12 @@ def byte_products(sizes: Sizes, repeat: int) -> None:
     built = Int8Linear(stored)
     engine = torch.backends.quantized.engine
     torch.backends.quantized.engine = "fbgemm"
-    scales, zeros = built.scale.double(), torch.zeros(outer, dtype=torch.int64)
+    scales = built.scale.double()
+    zeros = torch.zeros(outer, dtype=torch.int64)
     weights = torch.quantize_per_channel(plain.weight.float(), scales, zeros, 0, torch.qint8)
     held = torch.ops.quantized.linear_prepack(weights, None)
-    product, rows = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32, []
+    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+    rows = []
     for count in sizes.rows:
         x = torch.randn(count, inner)
         whole = built.to_bytes(x, built.large)[0].float()
@@ -173,7 +177,8 @@ def call_layers(module: nn.Module) -> None:
 
 def conversions(model: QwenVL, sizes: Sizes) -> None:
     """Prints how long packing and quantising take for a layer, and for the whole model. `model`: with one decoder layer."""
-    text, vision = sizes.config.text_config, sizes.config.vision_config
+    text = sizes.config.text_config
+    vision = sizes.config.vision_config
     rows = []
     for kind in ("packed", "int8", "int4"):
         fresh = shared(model)  # other layers on the same weights
@@ -250,7 +255,8 @@ def layer_inputs(visual: nn.Module, sizes: Sizes) -> tuple[torch.Tensor, tuple[t
 def layers(plain: nn.Module, packed: nn.Module, sizes: Sizes, repeat: int) -> None:
     """Prints the time of one layer as built, and with one alternative at a time. `plain` and `packed`: the tower."""
     x, turn, groups = layer_inputs(plain, sizes)
-    heads, sdpa = plain.config.num_heads, F.scaled_dot_product_attention
+    heads = plain.config.num_heads
+    sdpa = F.scaled_dot_product_attention
     run = partial(layer, packed.blocks[0])
     ways = {
         "as built": run,
@@ -272,7 +278,8 @@ def layers(plain: nn.Module, packed: nn.Module, sizes: Sizes, repeat: int) -> No
 
 def pieces(packed: nn.Module, sizes: Sizes, repeat: int) -> None:
     """Prints the time of a short tower on a clip, some units at a time and all at once."""
-    config, units = packed.config, sizes.clip * sizes.grid[0] * sizes.grid[1]
+    config = packed.config
+    units = sizes.clip * sizes.grid[0] * sizes.grid[1]
     patches = torch.randn(units * PATCHES, packed.patch_embed.proj.weight[0].numel()).to(DTYPE)
     some = min(PIECE_UNITS, sizes.grids * sizes.grid[0] * sizes.grid[1])
     plan = full_plan(tower_shape(packed), (sizes.clip, *sizes.grid))
@@ -320,7 +327,8 @@ def measure(sizes: Sizes, repeat: int, backend: str = "inductor") -> None:
     """Prints everything."""
     single_rows(sizes, repeat)
     memory(sizes, repeat)
-    vision, text = sizes.config.vision_config, sizes.config.text_config
+    vision = sizes.config.vision_config
+    text = sizes.config.text_config
     small = replace(
         sizes.config,
         vision_config=replace(vision, depth=2, fullatt_block_indexes=(1,)),  # one layer in windows, one in frame pairs
@@ -328,7 +336,8 @@ def measure(sizes: Sizes, repeat: int, backend: str = "inductor") -> None:
     )
     model = random_model(small, DTYPE, CPU)
     conversions(model, sizes)
-    plain, packed = model.model.visual, shared(model).model.visual
+    plain = model.model.visual
+    packed = shared(model).model.visual
     pack(packed)
     layers(plain, packed, sizes, repeat)
     pieces(packed, sizes, repeat)
@@ -354,7 +363,8 @@ def main() -> None:
         return
     if not can_pack(torch.empty(1, dtype=DTYPE)):
         parser.exit(2, "this CPU has no products in bf16\n")
-    env, rate = environment("cpu"), matmul_rate(DTYPE) / 1e9
+    env = environment("cpu")
+    rate = matmul_rate(DTYPE) / 1e9
     print(f"{env.device_name}, {env.threads} threads, {rate:.0f} GFLOP/s in bf16 products; torch {env.torch}")
     print(f"Medians of {args.repeat} rounds after one of warm-up, all rows of a table in turn")
     measure(sizes, args.repeat)

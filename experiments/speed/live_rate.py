@@ -29,8 +29,10 @@ class Paced:
         self.facts = {}
         generator = np.random.default_rng(0)
         scene = generator.integers(0, 256, (height // 14 + 40, width // 14 + 40, 3), dtype=np.uint8)
-        self._scene, self._size = scene.repeat(14, 0).repeat(14, 1), (height, width)
-        self._seconds, self._closed = seconds, False
+        self._scene = scene.repeat(14, 0).repeat(14, 1)
+        self._size = (height, width)
+        self._seconds = seconds
+        self._closed = False
 
     def frame(self, number: int) -> np.ndarray:
         """Frame after frame, the scene moves."""
@@ -69,9 +71,13 @@ def of_file(qa: VideoQA, source: Paced, frames: int, step_s: float) -> tuple[flo
 
 def run(qa: VideoQA, source: Paced, window_s: float, fps: float, every_s: float | None, memory_s: float) -> dict:
     """One stream to its end, with questions or without."""
-    waits, own, recoveries, lags = [], [], [], []
+    waits = []
+    own = []
+    recoveries = []
+    lags = []
     stream = qa.stream(window_s=window_s, fps=fps, memory_s=memory_s)
-    begun, asked_at = time.monotonic(), time.monotonic()
+    begun = time.monotonic()
+    asked_at = time.monotonic()
     with LiveFeed(stream, source, window_s) as feed:
         feed.begun.wait()
         while not feed.ended.wait(0.1):
@@ -89,7 +95,9 @@ def run(qa: VideoQA, source: Paced, window_s: float, fps: float, every_s: float 
                 while feed.backlog.lag_s > usual + 0.5 and not feed.ended.wait(0.1):
                     pass
                 recoveries.append(time.monotonic() - answered)
-        seconds, seen, skipped = time.monotonic() - begun, stream.seen, feed.backlog.skipped
+        seconds = time.monotonic() - begun
+        seen = stream.seen
+        skipped = feed.backlog.skipped
         feed.check()
     facts = {"rate": seen.frames / seconds, "seen": seen, "skipped": skipped, "lag": max(lags), "waits": waits}
     return facts | {"own": own, "recoveries": recoveries}
@@ -134,7 +142,8 @@ def main() -> None:
             flush=True,
         )
         if found["waits"]:
-            waits, own = found["waits"], found["own"]
+            waits = found["waits"]
+            own = found["own"]
             print(
                 f"{len(waits)} questions: first token {median(waits):.2f} s (at most {max(waits):.2f}), of them reading it "
                 f"{median(own):.2f} s; the lag is as before after {median(found['recoveries']):.1f} s (at most "

@@ -34,7 +34,8 @@ def random_tower(name: str, dtype: torch.dtype):
 
 def measure(visual, patches: torch.Tensor, grid_thw: torch.Tensor, rounds: int) -> list[tuple[str, float, float]]:
     """Of each way: its name, its median milliseconds, and how far its tokens are from Hugging Face's, relative to these."""
-    packed, none = PackedTower(visual), patch_config(1.0, "none", None)
+    packed = PackedTower(visual)
+    none = patch_config(1.0, "none", None)
     ways = {
         "Hugging Face": lambda: visual(patches, grid_thw=grid_thw).pooler_output,
         "EvoPrune": lambda: encode_with(visual, patches, grid_thw, none).features,
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    dtype, case = DTYPES[options.dtype], Case(*map(int, options.case.split("x")))
+    dtype = DTYPES[options.dtype]
+    case = Case(*map(int, options.case.split("x")))
     frames, _ = synthetic_frames("motion", case)
     patches = patchify(frames).to(dtype)
     grid_thw = torch.tensor([[case.frames // 2, case.height // 14, case.width // 14]])

@@ -31,7 +31,8 @@ def measure(form: str, model: str, video: str, budget: str, tokens: int, questio
     linear.START_PASSES, linear.PASS_BYTES = FORMS[form]
     from evoprune.video_qa import VideoQA
 
-    encoded, found = VideoQA.load(model, budget=budget).encode(video), []
+    encoded = VideoQA.load(model, budget=budget).encode(video)
+    found = []
     for number in range(questions):
         begun = time.perf_counter()
         answer = encoded.ask(f"What happens? {number}", max_new_tokens=tokens)

@@ -40,7 +40,9 @@ def measure(name: str, model: str, frames: int, windows: int) -> float:
     from evoprune.video_qa import VideoQA
     from experiments.speed.live_rate import Paced
 
-    qa, source, spent = VideoQA.load(model, budget=0.25), Paced(280, 392, 0), []
+    qa = VideoQA.load(model, budget=0.25)
+    source = Paced(280, 392, 0)
+    spent = []
 
     def work() -> None:
         with qa.stream(window_s=frames / 4, fps=4.0, memory_s=1.5 * frames) as stream:

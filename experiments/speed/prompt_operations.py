@@ -37,7 +37,9 @@ class Operations(TorchDispatchMode):
 
 def count(model: HostedVL, columns: int, before: int, own: bool) -> int:
     """Operations of a pass of `columns` behind `before` others: ours, or those of the modules of transformers."""
-    cache, text, given = hosted.HostedCache(model), model.model.language_model, {}
+    cache = hosted.HostedCache(model)
+    text = model.model.language_model
+    given = {}
     for length in filter(None, (before, columns)):
         x = torch.zeros(length, text.config.hidden_size, device="meta", dtype=torch.bfloat16)
         places = torch.zeros(4, 1, length, device="meta", dtype=torch.int64)

@@ -118,7 +118,8 @@ class _Placer:
     """Places things so that they can be told: each name once, all of their ways on the frame, no more than partly hidden."""
 
     def __init__(self, rng, clip: Clip):
-        self.rng, self.clip = rng, clip
+        self.rng = rng
+        self.clip = clip
         self.things: list[Thing] = []
         self.taken: list[int] = []  # the things of this scene
         self.names: set[tuple] = set()
@@ -197,7 +198,8 @@ class _Placer:
 
     def _somewhere(self, thing: Thing) -> Thing | None:
         """Put a thing where its whole way stays on the frame and it hides nothing for good; None after 12 tries."""
-        clip, camera = self.clip, self.clip.camera
+        clip = self.clip
+        camera = self.clip.camera
         dx, dy = MOTIONS.get(thing.motion, (0, 0))
         room = clip.height - 2 * thing.radius
         if dx:
