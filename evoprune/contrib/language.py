@@ -201,7 +201,7 @@ class DroppingMethod(LanguageMethod):
 
 
 def select_in_language(method: DroppingMethod, tokens: LayerTokens) -> Selection | None:
-    """Return what stays behind a layer of the language model. Raises as `selecting.select`."""
+    """Return what stays behind a layer of the language model. Raises as `select` (methods/chain.py)."""
     name = method.package
     count = len(tokens.visual)
     # Keys and values are those of the cache, and a stranger's code may write into what it gets.

@@ -1,7 +1,7 @@
 """Linear layers fused with the operation that follows; on the CPU, their weights are packed once.
 
 PyTorch's plain CPU product rearranges the whole weight matrix in every call. Packed layers rearrange it once. That saves most
-for products with a single row, which decoding consists of (`python -m experiments.kernels`). With many rows the plain product
+for products with a single row, which decoding consists of (`python -m experiments.speed.kernels`). With many rows the plain product
 is as fast. Packing a weight takes as long as dozens of products with it save, so layers can wait for it: short answers go without,
 and longer ones pack some layers with each token (`Packing`). The operators are those that torch.compile uses; where this torch has
 none, layers are not packed.

@@ -150,7 +150,7 @@ def _what(value) -> str:
 
 
 class PackedTower:
-    """The tower of a model with its linear layers packed (`cpu.linear`) or in 8 bits (`cpu.integers`), to encode on a CPU.
+    """The tower of a model with its linear layers packed (`cpu.linear`) or in 8 bits (`cpu.quantize`), to encode on a CPU.
 
     The model keeps its own tower, in which nothing changes. Both share the other weights.
 

@@ -1,4 +1,4 @@
-"""Looks for sample clips that the demo model understands: `python -m experiments.demo.choose_samples three.mp4`.
+"""Look for sample clips that the demo model understands: `python -m experiments.demo.choose_samples three.mp4`.
 
 A clip is judged by the model's weakest answer to what it is to be asked, with nothing pruned and at the default budget. Each
 question counts in all wordings of the generator; one about two things in either order of their names. The strongest clips are
@@ -23,7 +23,9 @@ from experiments.demo.drawing import write_video
 from experiments.demo.questions import MAKERS
 from experiments.demo.samples import CLIPS, drawn
 
-BUDGETS, DRAWS, SHOWN = (1.0, 0.25), 40, 10
+BUDGETS = (1.0, 0.25)
+DRAWS = 40
+SHOWN = 10
 NAME = re.compile(rf"the ((?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(SHAPES)}|shape))")
 
 

@@ -1,4 +1,4 @@
-"""Renders the clips in `samples/` and their questions: `python -m experiments.demo.samples samples`.
+"""Render the clips in `samples/` and their questions: `python -m experiments.demo.samples samples`.
 
 They come from seeds of their own (split "samples"). They were chosen for their variety, and so that the demo model answers their
 questions with nothing pruned and by default; what it says about them is no measurement. `choose_samples.py` found three of the

@@ -9,7 +9,8 @@ from experiments.demo.scenes.asking import Draft, QuestionType, name, refer
 from experiments.demo.scenes.clip import Clip
 from experiments.demo.scenes.looking import placed, times_asked, yes
 
-UNIT, APART = 28, 20  # pixels
+UNIT = 28  # pixels
+APART = 20  # pixels
 LISTED = 6
 VERBS = {"appears": "appear", "vanishes": "vanish", "flashes": "flash"}
 
@@ -33,7 +34,8 @@ def _beside(clip, rng):
     lie = [t for t in clip.things if not t.speed]
     drafts = []
     for one in lie:
-        other, a = lie[int(rng.integers(len(lie)))], refer(clip, one, rng)
+        other = lie[int(rng.integers(len(lie)))]
+        a = refer(clip, one, rng)
         b = refer(clip, other, rng)
         way, far = pick(rng, ("left of", other.x - one.x), ("above", other.y - one.y))
         if other is not one and None not in (a, b) and abs(far) > APART:

@@ -17,7 +17,8 @@ class Team:
     """The processes of a run, seen from one of them; `rank` 0 writes log and checkpoints."""
 
     def __init__(self, rank: int, size: int):
-        self.rank, self.size = rank, size
+        self.rank = rank
+        self.size = size
 
     def average(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replaces each tensor by its mean over all processes, which must hold the same shapes."""

@@ -1,4 +1,4 @@
-"""Trains the bundled demo model from scratch on procedural clips: `python -m experiments.demo.train OUT`.
+"""Train the bundled demo model from scratch on procedural clips: `python -m experiments.demo.train OUT`.
 
 Two stages. First the vision tower alone learns to name what its merge units see on crowded single grids. Then the tower is frozen,
 so that the language model's input does not change, and the language model learns to answer questions, many packed behind each
@@ -42,7 +42,8 @@ class Head(nn.Module):
         outs = self.linear(flat).float().split(self.sizes, -1)
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places = [p.flatten().expand(flat.shape[:2]) for p in (y, x)]
-        loss, right = 0.0, {}
+        loss = 0.0
+        right = {}
         for name, out, label in zip([*ATTRIBUTES, "row", "column"], outs, [*labels.unbind(-1), *places], strict=True):
             weight = None
             if name == "shape":  # most units hold nothing
@@ -51,8 +52,12 @@ class Head(nn.Module):
             if not (label >= 0).any():
                 continue
             part = F.cross_entropy(out.flatten(0, 1), label.flatten(), weight, ignore_index=-100)
-            loss = loss + part * (0.2 if name in ("row", "column") else 1.0)
-            held = (label >= 0) & ((label < out.shape[-1] - 1) if name == "shape" else True)
+            if name in ("row", "column"):
+                part = part * 0.2
+            loss = loss + part
+            held = label >= 0
+            if name == "shape":
+                held &= label < out.shape[-1] - 1
             right[name] = (out.argmax(-1) == label)[held].float().mean().item()
         return loss, right
 
@@ -89,29 +94,38 @@ def train(folder: Path, recipe: Recipe) -> None:
 
 def train_stage(run: Run, stage: int, steps: int, model, head: Head, tokenizer, state: dict | None) -> None:
     """One stage, from `state` if it is a checkpoint of this stage."""
-    recipe, visual, first = run.recipe, model.model.visual, 0
-    modules = [visual, head] if stage == 1 else [visual.merger.mlp, model.model.language_model]
+    recipe = run.recipe
+    visual = model.model.visual
+    first = 0
+    modules = [visual, head]
+    if stage == 2:
+        modules = [visual.merger.mlp, model.model.language_model]
     opts = optimizers(recipe, modules)
     if state:
         first = state["step"] + 1
         for optimizer, saved in zip(opts, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    made = (vision_batches, recipe, first) if stage == 1 else (question_batches, recipe, tokenizer, first)
+    made = [vision_batches, recipe, first]
+    if stage == 2:
+        made = [question_batches, recipe, tokenizer, first]
     batches = in_worker(*made)
     learn = partial(learn_from, opts=opts, parameters=[p for module in modules for p in module.parameters()])
-    seen, clock = {}, time.monotonic()
+    seen = {}
+    clock = time.monotonic()
     for step in range(first, steps):
         batch = next(batches)
         for optimizer in opts:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate(step, steps, recipe)
-        for report in vision_step(visual, head, batch, learn) if stage == 1 else question_steps(model, batch, learn):
+        reports = vision_step(visual, head, batch, learn) if stage == 1 else question_steps(model, batch, learn)
+        for report in reports:
             for name, value in report.items():
                 seen.setdefault(name, []).append(value)
         if (step + 1) % 50 == 0 or step + 1 == steps:
             means = {name: float(np.mean(values)) for name, values in seen.items()}
             run.log(stage=stage, step=step + 1, seconds=time.monotonic() - clock, **means)
-            seen, clock = {}, time.monotonic()
+            seen = {}
+            clock = time.monotonic()
         run.save(stage, step, (model, head), opts)
     run.saved = -math.inf
     run.save(stage, steps - 1, (model, head), opts)

@@ -115,7 +115,9 @@ class Run:
 
     def __init__(self, folder: Path, recipe):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.recipe, self.saved = folder, recipe, time.monotonic()
+        self.folder = folder
+        self.recipe = recipe
+        self.saved = time.monotonic()
         self.checkpoint = folder / "checkpoint.pt"
 
     def log(self, **record) -> None:
@@ -150,7 +152,8 @@ class Run:
 
 class _Stream(torch.utils.data.IterableDataset):
     def __init__(self, make, *args):
-        self.make, self.args = make, args
+        self.make = make
+        self.args = args
 
     def __iter__(self):
         torch.set_num_threads(1)

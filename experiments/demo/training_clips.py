@@ -28,9 +28,13 @@ def through_codec(frames: np.ndarray, quality: int, gop: int = 12) -> np.ndarray
     import av
 
     encoder = av.CodecContext.create("mpeg4", "w")
-    encoder.width, encoder.height, encoder.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-    encoder.time_base, encoder.gop_size = Fraction(1, 12), gop
-    encoder.options, encoder.thread_count = {"qmin": str(quality), "qmax": str(quality)}, 1
+    encoder.width = frames.shape[2]
+    encoder.height = frames.shape[1]
+    encoder.pix_fmt = "yuv420p"
+    encoder.time_base = Fraction(1, 12)
+    encoder.gop_size = gop
+    encoder.options = {"qmin": str(quality), "qmax": str(quality)}
+    encoder.thread_count = 1
     decoder = av.CodecContext.create("mpeg4", "r")
     packets = [p for f in frames for p in encoder.encode(av.VideoFrame.from_ndarray(f, format="rgb24"))]
     packets += encoder.encode()

@@ -1,8 +1,8 @@
-"""Writes clips of a demo model's world, and questions about them: `python -m experiments.demo.write FOLDER --clips 60`.
+"""Write clips of a demo model's world, and questions about them: `python -m experiments.demo.write FOLDER --clips 60`.
 
 `evoprune eval --data FOLDER/questions.jsonl` asks them; clips of scenes are for `-m demo-scenes`. The clips go by split, block and
 number alone, and the same are the same file each time. Every pixel is as it was drawn. The figures in results/ are of compressed
-files (`--compressed`), whose rate factors go by the clip's number; `experiments.comparison` and others make these themselves.
+files (`--compressed`), whose rate factors go by the clip's number; `comparison.py` and others make these themselves.
 """
 
 import argparse

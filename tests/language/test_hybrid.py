@@ -8,7 +8,7 @@ from evoprune.errors import DeviceWarning
 from evoprune.language import hosted, hybrid
 from evoprune.language.generate import GenerationOptions, TokenStream, prefill
 from evoprune.model.weights import HostedVL
-from experiments.prompt_operations import Operations
+from experiments.speed.prompt_operations import Operations
 from tests import tiny
 from tests.tiny import tiny_model
 

@@ -1,4 +1,4 @@
-"""Frames of a clip of scenes at any times, with a map of what each pixel shows."""
+"""Draw frames of a clip of scenes at any times, with a map of what each pixel shows."""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -47,7 +47,8 @@ def render_with_map(clip: Clip, times: Sequence[float]) -> tuple[np.ndarray, np.
     rng = np.random.default_rng((9, *clip.seed))
     frames = np.empty((len(times), clip.height, clip.width, 3), np.uint8)
     maps = np.empty(frames.shape[:3], np.int8)
-    scenery_of, sprite_of = cache(partial(make_scenery, clip)), cache(thing_sprite)
+    scenery_of = cache(partial(make_scenery, clip))
+    sprite_of = cache(thing_sprite)
     for number, t in enumerate(times):
         canvas, maps[number] = _sharp(clip, t, scenery_of(int(t >= clip.cut)), sprite_of)
         for _ in range(clip.blur):
@@ -58,7 +59,9 @@ def render_with_map(clip: Clip, times: Sequence[float]) -> tuple[np.ndarray, np.
 
 def _sharp(clip: Clip, t: float, scenery: Scenery, sprite_of: Callable[..., Sprite]) -> tuple[np.ndarray, np.ndarray]:
     """The frame at time t without blur and noise, float32, and its map."""
-    camera, shake, margin = clip.camera, _shake(clip, t), scenery.margin
+    camera = clip.camera
+    shake = _shake(clip, t)
+    margin = scenery.margin
 
     def seen_of(layer: np.ndarray, depth: float) -> np.ndarray:
         left, top = (
@@ -92,7 +95,8 @@ def _sharp(clip: Clip, t: float, scenery: Scenery, sprite_of: Callable[..., Spri
 
 def _shake(clip: Clip, t: float) -> tuple[int, int]:
     """The offset of a camera in a hand: a sum of slow waves, in whole pixels."""
-    a, phase = clip.camera.shake, clip.seed[-1] % 628 / 100
+    a = clip.camera.shake
+    phase = clip.seed[-1] % 628 / 100
     if not a:
         return 0, 0
     return (
