@@ -54,7 +54,9 @@ class EvopruneError(Exception):
         self.stage = stage or self.stage
 
     def __str__(self) -> str:
-        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+        if not self.hint:
+            return self.message
+        return f"{self.message}\nhint: {self.hint}"
 
 
 class UsageError(EvopruneError):
@@ -113,9 +115,10 @@ def _plugin_error(problem: BaseException) -> PluginError | None:
     """Return the error for an unexpected exception in another package's method or layers, or in code that these called; else
     None.
     """
+    if isinstance(problem, EvopruneError) or is_out_of_memory(problem) or is_interruption(problem):
+        return None
     packages = {method.__module__.partition(".")[0]: name for method, name in PLUGINS.items()} | QUANTIZERS
-    expected = isinstance(problem, EvopruneError) or is_out_of_memory(problem) or is_interruption(problem)
-    for frame, _ in walk_tb(None if expected else problem.__traceback__):
+    for frame, _ in walk_tb(problem.__traceback__):
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if package in packages:
             method = PLUGINS.get(type(frame.f_locals.get("self")), packages[package])
@@ -174,8 +177,9 @@ def is_out_of_memory(problem: BaseException) -> bool:
     """Return whether a host or a device ran out of memory, by the type of what was raised, or by what it says."""
     if isinstance(problem, MemoryError) or (isinstance(problem, OSError) and problem.errno == errno.ENOMEM):
         return True
-    said = str(problem) if isinstance(problem, RuntimeError | OSError | ImportError) else ""
-    return re.search("|".join(NO_MEMORY), said) is not None
+    if not isinstance(problem, RuntimeError | OSError | ImportError):
+        return False
+    return re.search("|".join(NO_MEMORY), str(problem)) is not None
 
 
 class memory_guard:  # noqa: N801 (called as a function)
@@ -198,8 +202,12 @@ class memory_guard:  # noqa: N801 (called as a function)
         said = re.search(
             r"Tried to allocate ([\d.]+ \wiB).*?(?:of which ([\d.]+ \wiB) is free|$)", str(problem), re.DOTALL
         )
-        wanted = "" if not said else f": {said[1]} wanted" + (f", {said[2]} free" if said[2] else "")
-        raise OutOfMemory(f"out of memory in {self.stage}{wanted}", USE_LESS, stage=self.stage) from problem
+        message = f"out of memory in {self.stage}"
+        if said:
+            message += f": {said[1]} wanted"
+        if said and said[2]:
+            message += f", {said[2]} free"
+        raise OutOfMemory(message, USE_LESS, stage=self.stage) from problem
 
 
 def process_error(what: str, problem: OSError, stage: str | None = None) -> EvopruneError:

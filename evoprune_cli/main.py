@@ -66,7 +66,7 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Group(TyperGroup):
-    """All commands. To find the one that a line names, nothing imports pydantic."""
+    """Hold all commands. To find the one that a line names, nothing imports pydantic."""
 
     def parse_args(self, ctx, args):
         """Takes `help COMMAND` for `COMMAND --help`."""
@@ -191,7 +191,8 @@ def main(
 
 
 for command in (ask, batch, watch, evaluate, tune, inspect, profile, verify, methods):
-    app.command("eval" if command is evaluate else command.__name__, cls=Command)(command)
+    name = {evaluate: "eval"}.get(command, command.__name__)
+    app.command(name, cls=Command)(command)
 # Of the JSON lines of these commands; the others print a report.
 SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "inspect", "methods", "tune", "verify")}
 
@@ -204,7 +205,7 @@ _AGAIN: list[threading.Timer] = []  # signals that are sent again
 
 
 def _once_more(lost) -> None:
-    """A hook for exceptions that cannot be caught: a signal that arrived in a destructor is sent again."""
+    """Send a signal again that arrived in a destructor: a hook for exceptions that cannot be caught."""
     signals = {KeyboardInterrupt: signal.SIGINT, terminal.Terminated: signal.SIGTERM}
     if lost.exc_type not in signals:
         sys.__unraisablehook__(lost)
@@ -227,8 +228,10 @@ def run() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
-    sys.stdout = terminal.ClosedOutput() if sys.stdout is None else sys.stdout
-    sys.stderr = open(os.devnull, "w") if sys.stderr is None else sys.stderr  # noqa: SIM115 (open to the end)
+    if sys.stdout is None:
+        sys.stdout = terminal.ClosedOutput()
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
@@ -287,7 +290,7 @@ def _outcome() -> int:
 
 
 def _nobody_reads(streams) -> int:
-    """The reader closed the pipe, which is no error. What is still buffered is dropped, or the last flush would fail."""
+    """Drop the buffers, or the last flush would fail: the reader closed the pipe, which is no error."""
     sink = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         with contextlib.suppress(OSError, ValueError):
@@ -352,7 +355,9 @@ def _hint(text: str) -> str:
 def _meant(typed: str | None, known: Sequence[str]) -> str:
     """Return the command that does what somebody typed in the place of one, or that is spelt like it; empty where there is none."""
     if typed is None:
-        return TRIED["version"] if sys.argv[1:2] in (["-V"], ["-v"], ["-version"]) else ""
+        if sys.argv[1:2] in (["-V"], ["-v"], ["-version"]):
+            return TRIED["version"]
+        return ""
     word = typed.lower()
     if word in TRIED:
         return TRIED[word]

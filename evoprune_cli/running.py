@@ -71,7 +71,8 @@ def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> Non
     """Says on stderr what a model's files ask for and is not done, and what would make it faster."""
     if quiet:
         return
-    loaded, files = session.loaded, session.loaded.generation
+    loaded = session.loaded
+    files = loaded.generation
     wanted = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # what transformers takes for those that are not there
     wanted |= {name: getattr(files, name) for name in wanted if getattr(files, name) is not None}
     others = {name: value for name, value in wanted.items() if value != getattr(asked, name)}
@@ -113,7 +114,8 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
     folder = os.path.dirname(real)
     if beside is not None and not os.path.exists(folder) and Path(os.path.realpath(beside)).is_relative_to(folder):
         return
-    writable = os.access(path if os.path.exists(path) else folder, os.W_OK)
+    changed = path if os.path.exists(path) else folder
+    writable = os.access(changed, os.W_OK)
     if os.path.isdir(path) or not os.path.isdir(folder) or not writable:
         raise UsageError(f"cannot write {path}", "name a file in a folder that exists and can be written")
     read = list(filter(None, inputs))
@@ -137,10 +139,9 @@ def check_new_folder(path: str) -> None:
 def is_one_of(path: str, files: Iterable[str]) -> bool:
     """Return whether it is one of these files, perhaps by another name."""
     real = os.path.realpath(path)
-    status = os.stat(path) if os.path.exists(path) else None
+    there = os.path.exists(path)
     return any(
-        os.path.realpath(file) == real
-        or (status is not None and os.path.exists(file) and os.path.samestat(status, os.stat(file)))
+        os.path.realpath(file) == real or (there and os.path.exists(file) and os.path.samefile(path, file))
         for file in files
     )
 
@@ -179,7 +180,8 @@ def write_bytes(path: str, content: bytes) -> None:
         folder = os.path.dirname(os.path.realpath(path))
         given = path.startswith(OPEN_FILES)
         if given or (os.path.exists(path) and not (os.path.isfile(path) and os.access(folder, os.W_OK))):
-            with open(path, "ab" if given else "wb") as file:
+            mode = "ab" if given else "wb"
+            with open(path, mode) as file:
                 file.write(content)
             return
         write_file(os.path.realpath(path), content)
@@ -189,7 +191,7 @@ def write_bytes(path: str, content: bytes) -> None:
 
 @contextmanager
 def rescuing(ready: Callable[[], bool], deliver: Callable[[dict[str, Any]], Any]) -> Iterator[None]:
-    """Where the block breaks off and results are ready, calls `deliver` with the record of what ended it."""
+    """Call `deliver` with the record of what ended the block, where it breaks off and results are ready."""
     try:
         yield
     except BaseException as problem:

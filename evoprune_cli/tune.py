@@ -131,8 +131,9 @@ def tune(
     def deliver(error: dict[str, Any] | None = None) -> dict[str, Any]:
         """Prints, writes and draws the results; returns them. `error`: what cut the run short."""
         document = rounded({"schema": tuning.schema} | tuning.document(error))
+        form = render_operations if "steps" in document else render
         try:
-            show(document, render_operations if "steps" in document else render, json)
+            show(document, form, json)
         finally:  # also where nobody reads stdout
             write(document, output, chart, draw_chart)
         return document
@@ -151,7 +152,8 @@ def tune(
         from evoprune.bench.tune import TuneSettings, Tuning
         from evoprune.contrib.operation_search import OperationTuning
 
-        tuning = (OperationTuning if operations else Tuning)(TuneSettings(**settings))
+        kind = OperationTuning if operations else Tuning
+        tuning = kind(TuneSettings(**settings))
         tell("loading model")
         tuning.load(partial(tell, "quantizing"))
         tuning.ahead = ahead

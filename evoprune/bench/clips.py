@@ -177,7 +177,7 @@ def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
 
 
 def place_of(grid: tuple[int, int, int], times: bool) -> Place:
-    """Where the prompt has the units of a clip. `times`: whether the time of each frame pair is in it."""
+    """Return where the prompt has the units of a clip. `times`: whether the time of each frame pair is in it."""
     if not times:
         return Place((range(TEXT_BEFORE, TEXT_BEFORE + prod(grid)),))
     pairs = grid[0]
@@ -195,7 +195,7 @@ def text_tokens(config: VisionConfig, case: Case, limits: InputLimits) -> int:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip ready for the tower, and the prompt around it."""
+    """Hold a clip ready for the tower, and the prompt around it."""
 
     pixels: torch.Tensor  # uint8 `[4 * N, values]`, patches in Hugging Face's order, on the device of the weights
     patches: torch.Tensor  # the same normalised, in the dtype of the weights: what transformers is given

@@ -43,7 +43,7 @@ GAP = 12
 
 @dataclass(frozen=True)
 class Fates:
-    """What became of the N units of a video. Units are numbered frame pair after frame pair, in raster order.
+    """Tell the fate of each of the N units of a video. Units are numbered frame pair after frame pair, in raster order.
 
     A unit is *read*, if the language model reads a token at its place; else *reused*, if it was not encoded because it has not
     changed since an earlier frame pair; else *merged*, if its row became part of the row at another unit's place; else *dropped*.
@@ -100,7 +100,7 @@ def fates(video: EncodedRows) -> Fates:
 
 @dataclass(frozen=True)
 class TracedVideo:
-    """A video's frames and what the encoder did with them.
+    """Hold a video's frames and what the encoder did with them.
 
     `frames`: uint8 `[F, H, W, 3]`, at the size that the encoder reads; two are a frame pair. `damaged`: packets not decoded.
     `warnings`: as in a report, and `demo_overlay` where a demo model read a video that it was not trained for.
@@ -114,7 +114,8 @@ class TracedVideo:
 
     @property
     def summary(self) -> str:
-        n, (count, height, width) = self.fates.counts(), self.plan.grid
+        n = self.fates.counts()
+        count, height, width = self.plan.grid
         pairs = f"{counted(count, 'frame pair')} of {height}x{width} units"
         return f"{pairs}: {n['units']:,} units, {n['encoded']:,} encoded, {n['read']:,} tokens read"
 
@@ -161,7 +162,8 @@ def trace(
         report = opened.encode(progress).report
     warnings = list(plan.info.warnings)
     warnings += [code for code in ("cut_short", "damaged_video", "equal_scores") if code in report.inputs[0].warnings]
-    warnings += [] if session.loaded.knows(plan.info) else ["demo_overlay"]
+    if not session.loaded.knows(plan.info):
+        warnings.append("demo_overlay")
     return TracedVideo(plan, torch.cat(traced.shown), fates(traced.made), warnings, report.video.damaged or 0)
 
 
@@ -207,9 +209,11 @@ def mp4(pictures: Iterable[Image.Image], seconds: float) -> bytes:
             if stream is None:
                 stream = out.add_stream("libx264", rate=1 / step, options={"crf": "18", "preset": "veryfast"})
                 stream.width, stream.height = picture.size
-                stream.pix_fmt, stream.codec_context.time_base = "yuv420p", step
+                stream.pix_fmt = "yuv420p"
+                stream.codec_context.time_base = step
             frame = av.VideoFrame.from_image(picture).reformat(format="yuv420p")
-            frame.pts, frame.time_base = number, step
+            frame.pts = number
+            frame.time_base = step
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     return file.getvalue()
@@ -254,7 +258,7 @@ class Marks:
         self._draw.ellipse(place, MARK, BACKGROUND, self._thick)
 
     def arrow(self, y: int, x: int, later: bool) -> None:
-        """On a unit that merged into one of a later or an earlier frame pair: to the right or to the left."""
+        """Mark a unit that merged into one of a later or an earlier frame pair: to the right or to the left."""
         across, down = self._middle(y, x)
         reach = self._side // 8 if later else -self._side // 8
         corners = [(across - reach, down - abs(reach)), (across + reach, down), (across - reach, down + abs(reach))]
@@ -298,7 +302,9 @@ class Overlay:
         size = _text_size(width)
         drawn = list(self._captioned([pair * (len(self._video.frames) // count) for pair in shown], round(0.85 * size)))
         rows = [_joined(drawn[at : at + across], GAP, across=True) for at in range(0, len(drawn), across)]
-        number = f"{len(shown)} of {count} frame pairs" if len(shown) < count else "Each frame pair"
+        number = "Each frame pair"
+        if len(shown) < count:
+            number = f"{len(shown)} of {count} frame pairs"
         note = f"{number}, by its first frame. A square is a unit, which can become one token."
         above = text_picture(self._title, width, size)
         return _framed([above, *rows, text_picture(note, width, size, FAINT), *self._legend(width, size)])
@@ -359,11 +365,13 @@ class Overlay:
             yield _joined([self.panel(frame), caption], GAP // 4)
 
     def _legend(self, width: int, size: int) -> list[Image.Image]:
-        fates, counts = self._video.fates, self._video.fates.counts()
-        again = int((fates.chosen & ~fates.encoded).sum())
-        of_earlier = f", {again:,} of them with the row of an earlier frame pair" if again else ""
+        fates = self._video.fates
+        counts = fates.counts()
+        units = f"{counts['read']:,} of {counts['units']:,} units"
+        if again := int((fates.chosen & ~fates.encoded).sum()):
+            units += f", {again:,} of them with the row of an earlier frame pair"
         meanings = {
-            "read": f"one token of the language model each. {counts['read']:,} of {counts['units']:,} units{of_earlier}.",
+            "read": f"one token of the language model each. {units}.",
             "reused": f"unchanged since an earlier frame pair, so not encoded again. {counted(counts['reused'], 'unit')}.",
             "merged": "averaged into the unit with the dot at the end of the line; an arrow points to an earlier or a later frame "
             f"pair. {counted(counts['merged'], 'unit')}.",

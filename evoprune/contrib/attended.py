@@ -18,7 +18,7 @@ from evoprune.methods.types import Selection, Tokens, arange_on
 
 @dataclass(frozen=True)
 class VisionZip(Selector):
-    """The most attended tokens as they are, and means of the other tokens."""
+    """Keep the most attended tokens as they are, and means of the other tokens."""
 
     name = "visionzip"
     source = "arXiv 2412.04467"
@@ -76,7 +76,9 @@ class VisPruner(Selector):
 
 def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
     """int64 `[keep]`: the rows of `unit` (`[n, D]`, the most attended first) left when rounds remove up to `step` similar ones."""
-    left = arange_on(len(unit) if keep else 0, unit.device)
+    if keep == 0:
+        return arange_on(0, unit.device)
+    left = arange_on(len(unit), unit.device)
     while len(left) > keep:
         even = left[::2]
         odd = left[1::2]
@@ -164,10 +166,14 @@ class Mmr(Selector):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"attention" if self.importance == "attention" else "keys"})
+        if self.importance == "attention":
+            return frozenset({"attention"})
+        return frozenset({"keys"})
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
-        return tokens.attention if self.importance == "attention" else tokens.keys.norm(dim=1)
+        if self.importance == "attention":
+            return tokens.attention
+        return tokens.keys.norm(dim=1)
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         return Selection(most_relevant(tokens.features, self.scores(tokens), keep, self.lam))
@@ -196,7 +202,9 @@ class Scope(Selector):
         unit = tokens.normalised
         every = arange_on(len(unit), unit.device)
         cover = torch.zeros_like(unit[:, 0])
-        weight = snap(tokens.attention).double() ** self.alpha if self.alpha else torch.ones_like(every).double()
+        weight = torch.ones_like(every).double()
+        if self.alpha:
+            weight = snap(tokens.attention).double() ** self.alpha
 
         def cosine(rows: torch.Tensor) -> torch.Tensor:
             return (unit[rows] @ unit.T).mul_(16384).round_()  # in steps, as of `ranking.snap`
@@ -210,7 +218,8 @@ class Scope(Selector):
             while not known[best := bounds.argmax()]:
                 stale = torch.where(known, -torch.inf, bounds).topk(min(32, len(unit))).indices
                 stale = stale[~known[stale]]
-                bounds[stale], known[stale] = adds(stale), True
+                bounds[stale] = adds(stale)
+                known[stale] = True
             bounds[best] = -1
             cover = torch.maximum(cover, cosine(best[None])[0])
         return Selection((bounds < 0).nonzero().flatten())

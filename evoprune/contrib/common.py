@@ -31,7 +31,9 @@ STEPS = 16384  # distances are integers of this many steps of the tokens' root m
 
 def peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
     """int64 `[count]`, ascending: the rows of `x` (`[n, D]`) with the highest peak scores."""
-    return highest(peak_scores(x, neighbours), count) if count else arange_on(0, x.device)
+    if count == 0:
+        return arange_on(0, x.device)
+    return highest(peak_scores(x, neighbours), count)
 
 
 def joined_peaks(x: torch.Tensor, count: int, neighbours: int | None = None) -> torch.Tensor:
@@ -39,8 +41,10 @@ def joined_peaks(x: torch.Tensor, count: int, neighbours: int | None = None) -> 
 
     `neighbours`: None for as many as there are peaks, up to `NEIGHBOURS`; at least 2, as with one, itself, all would be as dense.
     """
-    neighbours = min(NEIGHBOURS, max(2, count)) if neighbours is None else neighbours
-    centres, (points, _) = peaks(x, count, neighbours), _points(x)
+    if neighbours is None:
+        neighbours = min(NEIGHBOURS, max(2, count))
+    centres = peaks(x, count, neighbours)
+    points, _ = _points(x)
     to = torch.cat([_distances(block, points[centres]).argmin(1) for block in points.split(BLOCK)])
     return centres[to].index_copy(0, centres, centres)
 
@@ -80,7 +84,9 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
     index = arange_on(len(points), x.device)
     blocks = index.split(BLOCK)
 
-    @lru_cache(MAX_BLOCKS if len(blocks) <= MAX_BLOCKS else 0)
+    held = MAX_BLOCKS if len(blocks) <= MAX_BLOCKS else 0
+
+    @lru_cache(held)
     def distances(number: int) -> torch.Tensor:
         return _distances(points[blocks[number]], points)
 

@@ -218,9 +218,8 @@ def joined(spans: list[range], like: list[float]) -> list[range]:
     """
     merged: list[range] = []
     for number, span in enumerate(spans):
-        left = like[span.start - 1] if merged else -math.inf
         right = like[span.stop - 1] if number + 1 < len(spans) else -math.inf
-        if merged and (len(merged[-1]) == 1 or (len(span) == 1 and left >= right)):
+        if merged and (len(merged[-1]) == 1 or (len(span) == 1 and like[span.start - 1] >= right)):
             span = range(merged.pop().start, span.stop)
         merged.append(span)
     return merged
@@ -240,9 +239,12 @@ def marginal_gains(means: torch.Tensor, video: torch.Tensor, beta: float) -> lis
     for step in range(len(unit)):
         now = represents - beta * repeats
         best = int(now.masked_fill(~open_, -torch.inf).argmax())
-        gains[best], open_[best] = now[best], False
+        gains[best] = now[best]
+        open_[best] = False
         to = snap(unit @ unit[best])
-        repeats = torch.maximum(repeats, to) if step else to
+        if step:
+            to = torch.maximum(repeats, to)
+        repeats = to
     return gains.tolist()
 
 

@@ -26,7 +26,9 @@ class Evs(Selector):
 
     @property
     def scores(self) -> Callable[[Tokens], torch.Tensor] | None:
-        return None if self.floor else lambda tokens: dissimilarity(tokens).flatten()
+        if self.floor:
+            return None
+        return lambda tokens: dissimilarity(tokens).flatten()
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         change = dissimilarity(tokens)
@@ -52,8 +54,9 @@ def dissimilarity(tokens: Tokens) -> torch.Tensor:
     """
     pairs = tokens.features.view(tokens.grid[0], -1, tokens.features.shape[1])
     later = 1 - snap(torch.cosine_similarity(pairs[1:].float(), pairs[:-1].float(), dim=-1))
-    first = later[:1] if len(later) else torch.zeros(pairs.shape[:2], dtype=torch.float32, device=pairs.device)
-    return torch.cat([first, later])
+    if len(later) == 0:
+        return torch.zeros(pairs.shape[:2], dtype=torch.float32, device=pairs.device)
+    return torch.cat([later[:1], later])
 
 
 @dataclass(frozen=True)
