@@ -112,7 +112,9 @@ def stated(stream: VideoStream) -> str | None:
         return curve
     if context.codec_tag in DOLBY_TAGS:
         return IPT
-    return PQ if "Mastering Display Metadata" in said or "Content Light Level Metadata" in said else None
+    if "Mastering Display Metadata" in said or "Content Light Level Metadata" in said:
+        return PQ
+    return None
 
 
 def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
@@ -126,7 +128,11 @@ def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
         return PQ  # there is no ICtCp of SDR
     if frame.color_trc not in UNSTATED:
         return None
-    return header or (PQ if any(name in data for name in HDR_METADATA) else None)
+    if header:
+        return header
+    if any(name in data for name in HDR_METADATA):
+        return PQ
+    return None
 
 
 def _side_data(frame: VideoFrame) -> dict[str, bytes]:
@@ -179,7 +185,9 @@ class Converter:
             rgba = self._reformat(frame, "rgba").to_ndarray().astype(np.uint16)
             alpha = rgba[..., 3:]
             if alpha.min() < 255:
-                opaque = rgba[..., :3] if plain else self._computed(frame, frame.width, frame.height, hdr, own)
+                opaque = rgba[..., :3]
+                if not plain:
+                    opaque = self._computed(frame, frame.width, frame.height, hdr, own)
                 mixed = (opaque * alpha + 255 * (255 - alpha) + 127) // 255
                 frame = VideoFrame.from_ndarray(mixed.astype(np.uint8), format="rgb24")
                 plain = True
@@ -191,7 +199,8 @@ class Converter:
         self, frame: VideoFrame, width: int, height: int, hdr: str | None, own: np.ndarray | None
     ) -> np.ndarray:
         """Return the same for HDR, and for a matrix of `_own_matrix`."""
-        stored = self._reformat(frame, "gbrp16" if own is None else "yuv444p16", width, height)
+        form = "gbrp16" if own is None else "yuv444p16"
+        stored = self._reformat(frame, form, width, height)
         planes = [np.frombuffer(plane, np.uint16).reshape(height, -1)[:, :width] for plane in stored.planes]
         matrix, offset = _scaled(frame, own)
         to_bt709 = _to_bt709(frame, hdr)
@@ -211,8 +220,9 @@ class Converter:
             raise ValueError("libswscale would end the process")
         if native := SWAPPED.get(frame.format.name):
             frame = self._reformatter.reformat(frame, format=native)
-        matrix = _replacement(frame)
-        how = {"src_colorspace": matrix, "dst_colorspace": matrix} if matrix else {}
+        how = {}
+        if matrix := _replacement(frame):
+            how = {"src_colorspace": matrix, "dst_colorspace": matrix}
         return self._reformatter.reformat(frame, width, height, format=form, **how)
 
 
@@ -229,8 +239,9 @@ def _replacement(frame: VideoFrame) -> str | None:
         return "BT2020" if frame.color_primaries == ColorPrimaries.BT2020 else "ITU709"
     if matrix == Matrix.BT2020C:
         return "BT2020"
-    unknown = matrix == Matrix.RESERVED or matrix > max(Matrix)
-    return "DEFAULT" if unknown or matrix in (Matrix.YCGCO, Matrix.ICTCP, Matrix.IPT_C2) else None
+    if matrix in (Matrix.RESERVED, Matrix.YCGCO, Matrix.ICTCP, Matrix.IPT_C2) or matrix > max(Matrix):
+        return "DEFAULT"
+    return None
 
 
 def _own_matrix(frame: VideoFrame, hdr: str | None) -> np.ndarray | None:
@@ -241,7 +252,9 @@ def _own_matrix(frame: VideoFrame, hdr: str | None) -> np.ndarray | None:
         return FROM_IPT
     if frame.colorspace == Matrix.ICTCP:
         return FROM_ICTCP[hdr]
-    return FROM_YCGCO if frame.colorspace == Matrix.YCGCO else None
+    if frame.colorspace == Matrix.YCGCO:
+        return FROM_YCGCO
+    return None
 
 
 def _scaled(frame: VideoFrame, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -255,7 +268,8 @@ def _scaled(frame: VideoFrame, own: np.ndarray | None) -> tuple[np.ndarray, np.n
     if own is None:
         matrix = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])
         zero = [0, 0, 0]
-        one = [255 << 8 if limited else full] * 3
+        white = 255 << 8 if limited else full
+        one = [white] * 3
     elif limited:
         matrix = own
         level = 1 << 8
@@ -326,4 +340,6 @@ def _described(frame: VideoFrame) -> str:
 
 
 def _named(numbers: type[IntEnum], number: int) -> str:
-    return numbers(number).name.lower().replace("_", "-") if number in set(numbers) else f"{number}"
+    if number not in set(numbers):
+        return f"{number}"
+    return numbers(number).name.lower().replace("_", "-")

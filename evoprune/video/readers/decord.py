@@ -64,7 +64,8 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
         # By number where the system can, because decord's FFmpeg takes some names for patterns; else by absolute path,
         # because it takes what precedes a colon for a protocol.
         name = f"/dev/fd/{file.fileno()}"
-        name = name if os.path.exists(name) else os.path.abspath(info.path)
+        if not os.path.exists(name):
+            name = os.path.abspath(info.path)
         reader = decord.VideoReader(name, num_threads=ffmpeg.thread_count(available_cores()))
         stamps = _stamps(info, reader)
         # One float32 step more, because decord rounds its times to 32 bits.

@@ -27,7 +27,7 @@ _ALIVE = _LENGTH.pack(0)  # in the place of a message's length; then what is don
 
 
 class Channel:
-    """One end of a connected Unix socket. Sending and receiving may raise OSError; the caller closes a `descriptor` that came.
+    """Hold one end of a connected Unix socket. Sending and receiving may raise OSError; the caller closes a `descriptor` that came.
 
     `done`: how many frames of the answer are there, which signs of life tell; 0 after each message.
     """
