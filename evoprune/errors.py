@@ -60,14 +60,14 @@ class EvopruneError(Exception):
 
 
 class UsageError(EvopruneError):
-    """Flags or arguments that make no sense, alone or together, an output that cannot be written, or a limit of the system."""
+    """Report flags or arguments that make no sense, alone or together, an output that cannot be written, or a system's limit."""
 
     exit_code = 2
     type = "usage"
 
 
 class VideoError(EvopruneError):
-    """The video is missing, unreadable, not a video, or empty in the range asked for."""
+    """Report a video that is missing, unreadable, not a video, or empty in the range asked for."""
 
     exit_code = 3
     type = "video"
@@ -75,7 +75,7 @@ class VideoError(EvopruneError):
 
 
 class ModelError(EvopruneError):
-    """The model is missing, of an unsupported kind, damaged, or cannot be reached."""
+    """Report a model that is missing, of an unsupported kind, damaged, or cannot be reached."""
 
     exit_code = 4
     type = "model"
@@ -83,7 +83,7 @@ class ModelError(EvopruneError):
 
 
 class PluginError(EvopruneError):
-    """The code that another package brings failed: a method, or layers of quantised weights."""
+    """Report a failure in code that another package brings: a method, or layers of quantised weights."""
 
     type = "plugin"
 
@@ -93,11 +93,11 @@ class EvopruneWarning(UserWarning):
 
 
 class PluginWarning(EvopruneWarning):
-    """A method of another package is installed and not used."""
+    """Warn of a method of another package that is installed and not used."""
 
 
 class DeviceWarning(EvopruneWarning):
-    """A GPU is there and cannot be used."""
+    """Warn of a GPU that is there and cannot be used."""
 
 
 class ModelWarning(EvopruneWarning):
@@ -105,7 +105,7 @@ class ModelWarning(EvopruneWarning):
 
 
 class OutOfMemory(EvopruneError):
-    """A stage needed more memory than there is."""
+    """Report a stage that needed more memory than there is."""
 
     exit_code = 5
     type = "out_of_memory"
@@ -183,7 +183,7 @@ def is_out_of_memory(problem: BaseException) -> bool:
 
 
 class memory_guard:  # noqa: N801 (called as a function)
-    """A context that turns running out of memory, on the CPU or on a device, into an `OutOfMemory` that names the stage.
+    """Turn running out of memory in a block, on the CPU or on a device, into an `OutOfMemory` that names the stage.
 
     No generator: from Python 3.12 on, the frame of one that raises is part of a cycle, which keeps all memory that the failed
     work had until the garbage collector comes.

@@ -137,7 +137,7 @@ class Pruning:
 
 @dataclass
 class InputTimes:
-    """Of one input; as in `Times`."""
+    """Hold the times of one input, as in `Times`."""
 
     read: float | None = None
     preprocess: float | None = None

@@ -31,7 +31,7 @@ SOME = 10  # texts that a sentence names before it only counts them
 
 
 def clock(seconds: float | None) -> str:
-    """1:02:03.5, 2:31.4 or 0:06.0."""
+    """Write a time: 1:02:03.5, 2:31.4 or 0:06.0."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds * 10), 600)
@@ -301,7 +301,7 @@ def check_known(given: Iterable[str], *declared: type) -> None:
 
 
 def check_types(options: Any) -> None:
-    """`check_type` of each field of a dataclass, which then holds Python's own numbers, as JSON and torch's seeds need them."""
+    """Check the type of each field of a dataclass, which then holds Python's own numbers, as JSON and torch's seeds need them."""
     for field_ in fields(options):
         object.__setattr__(options, field_.name, check_type(field_.name, getattr(options, field_.name), field_.type))
 

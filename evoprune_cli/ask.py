@@ -385,7 +385,7 @@ class Conversation:
     def begin(
         self, inputs: "EncodedInputs", generation: GenerationOptions, encode_full: Callable[..., "EncodedInputs"] | None
     ) -> None:
-        """From now on questions can be answered. Prints the warnings, which are about the inputs and the model: before any answer.
+        """Take the encoded inputs, so that questions can be answered. Prints their and the model's warnings, before any answer.
 
         `encode_full`: encodes the inputs once more with nothing pruned; None where nothing is to be compared.
         """
@@ -538,7 +538,7 @@ def _print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
 def typed_questions(
     twice: bool = True, meanwhile: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 ) -> Iterator[str]:
-    """Questions, one a line, until the input ends (Ctrl-D) or a line says so. Empty lines are skipped, commands carried out.
+    """Yield questions, one a line, until the input ends (Ctrl-D) or a line says so. Empty lines are skipped, commands carried out.
 
     `meanwhile`: makes the context in which a line is waited for.
 

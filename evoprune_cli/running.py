@@ -45,7 +45,7 @@ MP4_END = b"\0\0\0(\xa9cmt\0\0\0 data\0\0\0\1\0\0\0\0evoprune overlay"  # a comm
 
 
 def prepare() -> None:
-    """To be called before torch is imported. Raises OutOfMemory: there is not even memory for the libraries."""
+    """Prepare for torch, before it is imported. Raises OutOfMemory: there is not even memory for the libraries."""
     check_libraries()
     keep_freed_memory()
 
@@ -90,7 +90,7 @@ def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> Non
 
 
 def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[str] = ()) -> None:
-    """As `check_writable`, for an SVG file. Raises UsageError also where matplotlib, which draws it, is missing."""
+    """Check an SVG file as `check_writable`. Raises UsageError also where matplotlib, which draws it, is missing."""
     if path is not None and not path.startswith(OPEN_FILES) and not path.lower().endswith(".svg"):
         raise UsageError(f"--chart {path}: charts are SVG files", "name it .svg")
     if path is not None and find_spec("matplotlib") is None:

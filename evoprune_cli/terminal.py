@@ -38,7 +38,7 @@ ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(si
 
 
 class Terminated(BaseException):
-    """One of `ENDINGS` as an exception, so that finished results are printed and files closed."""
+    """Raise one of `ENDINGS` as an exception, so that finished results are printed and files closed."""
 
 
 def stdout() -> TextIO:
@@ -408,7 +408,7 @@ class Line:
         self._said = _Said(what, at=self._begun, first_at=self._begun)
 
     def show(self, what: str, done: int = 0, total: int = 0, detail: str = "") -> None:
-        """From now on says `what`: with `done` of `total`, where there is something to count, and with what is done just now."""
+        """Say `what` from now on: with `done` of `total`, where there is something to count, and with what is done just now."""
         now = self._now()
         before = self._said
         said = _Said(what, done, total, detail, now, done, now)

@@ -245,13 +245,13 @@ class Marks:
         self._thick = max(1, round(side / 28))
 
     def line(self, start: tuple[int, int], end: tuple[int, int]) -> None:
-        """From a merged unit to its owner."""
+        """Draw a line from a merged unit to its owner."""
         ends = [self._middle(*start), self._middle(*end)]
         self._draw.line(ends, BACKGROUND, 3 * self._thick)
         self._draw.line(ends, MARK, self._thick)
 
     def dot(self, y: int, x: int) -> None:
-        """On a unit that others merged into."""
+        """Draw a dot on a unit that others merged into."""
         across, down = self._middle(y, x)
         radius = 5 * self._side // 32
         place = (across - radius, down - radius, across + radius, down + radius)

@@ -45,7 +45,7 @@ class SharedRows:
         self._held: OrderedDict[tuple, tuple[EncodedRows, float]] = OrderedDict()
 
     def encode_rows(self, visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **options) -> EncodedRows:
-        """As `vision.encoder.encode_rows`."""
+        """Encode rows as `vision.encoder.encode_rows`."""
         key = (_tower_work(plan), *sorted((name, value) for name, value in options.items() if name != "on_layer"))
         if key in self._held:
             for _ in patches:  # the reader of the patches counts damaged frames

@@ -200,7 +200,7 @@ class Operations(DroppingMethod):
 
 
 class _Grouped(Dropping):
-    """As `Dropping`, but only a group without keys in all later layers leaves."""
+    """Read a prompt as `Dropping` does, but drop a group only where no later layer has its keys."""
 
     _key: torch.Tensor | None = None  # bool, the visual tokens in the key group that are there; None before it is known
 

@@ -250,7 +250,7 @@ def marginal_gains(means: torch.Tensor, video: torch.Tensor, beta: float) -> lis
 
 @dataclass(frozen=True)
 class PruneVid(Selector):
-    """In clusters of frame pairs; then neighbours merge."""
+    """Prune in clusters of frame pairs; then merge neighbours."""
 
     name = "prunevid"
     source = "arXiv 2412.16117, the stage before the language model"
@@ -315,7 +315,7 @@ def steadiness(unit: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class HoliTom(Selector):
-    """In the segments that save most."""
+    """Prune in the segments that save most."""
 
     name = "holitom"
     source = "arXiv 2505.21334, the stage before the language model"

@@ -40,7 +40,7 @@ class Evs(Selector):
 
 @dataclass(frozen=True)
 class EvsNoFloor(Evs):
-    """As the paper: the first frame pair has no right to stay."""
+    """Follow the paper: the first frame pair has no right to stay."""
 
     name = "evs-nofloor"
 

@@ -14,7 +14,7 @@ from evoprune.methods.types import Selection, Tokens, arange_on, smaller_frame
 
 @dataclass(frozen=True)
 class Nothing(Method):
-    """The language model reads every token, whatever the budget is."""
+    """Leave every token to the language model, whatever the budget is."""
 
     source = "this project; the unpruned model"
 
@@ -51,7 +51,7 @@ class Subsample(InputMethod):
 
 @dataclass(frozen=True)
 class Downscale(InputMethod):
-    """As many frame pairs, of smaller frames: whole units in nearly the same ratio, at least one."""
+    """Keep as many frame pairs, of smaller frames: whole units in nearly the same ratio, at least one."""
 
     name = "downscale"
     source = "VTC-Bench, a baseline there"
@@ -94,7 +94,7 @@ def _blocks(length: int, count: int, device: torch.device) -> tuple[torch.Tensor
 
 @dataclass(frozen=True)
 class DivPrune(Selector):
-    """The most diverse tokens, by greedy max-min distance."""
+    """Keep the most diverse tokens, by greedy max-min distance."""
 
     name = "divprune"
     source = "arXiv 2503.02175"

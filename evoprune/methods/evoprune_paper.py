@@ -40,7 +40,9 @@ class EvoPrunePaper(Merger):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({self.features, "attention"} if self.attention or self.critical else {self.features})
+        if self.attention or self.critical:
+            return frozenset({self.features, "attention"})
+        return frozenset({self.features})
 
     def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
         weights = layer_weights(tower.depth, self.allocation, self.first, self.last)
@@ -48,7 +50,9 @@ class EvoPrunePaper(Merger):
 
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
         c = candidates
-        attention = None if c.attention is None else ranking.snap(ranking.relative_attention(c.attention, c.valid))
+        attention = None
+        if c.attention is not None:
+            attention = ranking.snap(ranking.relative_attention(c.attention, c.valid))
         source = ranking.alternate(c.valid, self.absorbed)
         best, partner = self._best_partners(c, attention, source)
         at_most = torch.minimum(remove, c.valid.sum(1) // 2)  # one row must be left, also where all are sources

@@ -34,7 +34,7 @@ GOLDEN = (5**0.5 - 1) / 2
 
 @dataclass(frozen=True)
 class Points:
-    """The N units of a video as points with distances, in whole steps; E rows represent them."""
+    """Hold the N units of a video as points with distances, in whole steps; E rows represent them."""
 
     grid: Grid
     row: torch.Tensor  # int64 [N], the row of each unit, -1 for none
@@ -54,14 +54,14 @@ def points_of(rows: torch.Tensor, unit_to_row: torch.Tensor, grid: Grid, alpha: 
 
 
 def places_and_salience(rows: torch.Tensor, unit_to_row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where rows are in the space of the distance, at most about 1 long, and `salience` of `Points`; of equal features, equal.
+    """Place rows in the space of the distance, at most about 1 long, with `salience` of `Points`; equal for equal features.
 
     A row counts as often as it represents a unit.
     """
-    project = rows.shape[1] > 4 * DIMENSIONS and len(rows) > UNPROJECTED  # otherwise projection saves nothing
-    return standard_places(
-        rows, unit_to_row, to_device(_projection(rows.shape[1]), rows.device) if project else None, STEPS
-    )
+    projection = None
+    if rows.shape[1] > 4 * DIMENSIONS and len(rows) > UNPROJECTED:  # otherwise projection saves nothing
+        projection = to_device(_projection(rows.shape[1]), rows.device)
+    return standard_places(rows, unit_to_row, projection, STEPS)
 
 
 @lru_cache(maxsize=8)

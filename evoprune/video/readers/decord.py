@@ -53,7 +53,7 @@ def check(info: Video) -> None:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """As `readers` says, without `damaged`. Raises VideoError also where decord stops at damage or returns other frames."""
+    """Read as `readers` says, without `damaged`. Raises VideoError also where decord stops at damage or returns other frames."""
     check(info)
     decord = load()
     with ffmpeg.reading(info.path), open(info.path, "rb") as file, _refusing(info):

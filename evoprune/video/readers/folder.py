@@ -66,7 +66,7 @@ def probe(folder: str, fps: float) -> Video:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """As `readers` says. Opens only the images that are needed, one at a time; `damaged` gets their indices.
+    """Read images as `readers` says. Opens only the images that are needed, one at a time; `damaged` gets their indices.
 
     A damaged image is replaced by the one before it, at the beginning by the first that can be decoded.
     """
@@ -102,7 +102,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """As of `pyav`: every image is a keyframe."""
+    """Yield intervals as `pyav` does: every image is a keyframe."""
     for i, image in enumerate(list_images(info.path)):
         if decode_image(image) is None:
             damaged(i)

@@ -126,7 +126,10 @@ def _container_at(peek: Peek, at: int) -> Step | None:
 
 
 def _element_end(peek: Peek, at: int) -> int | None:
-    """Of Matroska. Live recordings do not state how long their segments and clusters are: these are entered."""
+    """Find the end of an element of Matroska.
+
+    Live recordings do not state how long their segments and clusters are: these are entered.
+    """
     head = peek(at, 12)
     if not head or not head[0] & 0xF0:
         return None
@@ -226,7 +229,7 @@ def _ivf_end(peek: Peek, at: int) -> int:
 
 
 def _ogg_end(peek: Peek, at: int) -> int | None:
-    """Of a page; of the pages that begin streams, one a stream, all together."""
+    """Find the end of a page; of the pages that begin streams, one a stream, all together."""
     end = _page_end(peek, at)
     if peek(at, 6)[5:] and peek(at, 6)[5] & 2:
         while end is not None and peek(end, 4) == b"OggS" and peek(end, 6)[5] & 2:
@@ -280,7 +283,7 @@ def _is_packet(peek: Peek, at: int, number: int) -> bool:
 
 
 def _packets_end(peek: Peek, at: int) -> int | None:
-    """Of packets of MPEG-TS in a row, however many files they are of. Looks at few of them."""
+    """Find the end of packets of MPEG-TS in a row, however many files they are of. Looks at few of them."""
 
     def inside(count: int) -> bool:
         return all(_is_packet(peek, at, number) for number in range(max(0, count - 4), count))

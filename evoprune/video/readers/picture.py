@@ -95,7 +95,7 @@ def probe(path: str) -> Video:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """As `readers` says, resized to the size in `info` as Hugging Face does it. Raises what `probe` raises."""
+    """Read a picture as `readers` says, resized to the size in `info` as Hugging Face does it. Raises what `probe` raises."""
     with _opened(info.path) as image:
         rgb = _rgb(ImageOps.exif_transpose(image), info.path)
     if rgb.size != (info.width, info.height):

@@ -51,7 +51,7 @@ def read(
     part_s: float = 0.0,
     cores: int | None = None,
 ) -> ffmpeg.Frames:
-    """As `readers` says; `damaged` may be called more than once for the same damage.
+    """Read frames as `readers` says; `damaged` may be called more than once for the same damage.
 
     `seek`, `part_s`: as of `frames.read_frames`. `cores`: that may be kept busy; default: all that this process may use.
     """

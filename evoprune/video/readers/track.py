@@ -44,7 +44,7 @@ class Keyframe:
 
 
 class Track:
-    """For one thread. To be closed. `threads`: of the decoder."""
+    """Decode a part of a file, for one thread. To be closed. `threads`: of the decoder."""
 
     def __init__(self, path: str, part: Part, threads: int = 1):
         self.info = part.info
