@@ -369,10 +369,12 @@ class Conversation:
         self._quiet = quiet
         plain = not json and not quiet
         self._echo = several and plain and sys.stderr.isatty()  # questions of the command line, on stderr
-        self._stats = (plain if stats is None else stats) or (verbose and not quiet)
         self._blocks = 0 if interactive else 1  # so many, then lines
         if verbose or stats:
             self._blocks = math.inf
+        if stats is None:
+            stats = plain
+        self._stats = stats or (verbose and not quiet)
         self._generation: GenerationOptions | None = None
         self._inputs: EncodedInputs | None = None
         self._full: EncodedInputs | None = None
@@ -456,12 +458,14 @@ class Conversation:
             report = self._half
             self._half = None
         self.answered += len(unanswered)
+        if report:
+            unanswered = unanswered[1:]
         if report and interrupted:
             self._finish(report)
         elif report and self._json:
             print_json(report)
         if self._json:
-            for missing in unanswered[1 if report else 0 :]:
+            for missing in unanswered:
                 print_json(self._failure(missing, problem))
             problem.reported = True
 

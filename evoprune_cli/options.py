@@ -305,8 +305,10 @@ class Command(TyperCommand):
                 # A word for values in the place of a type of Python; those of arguments need none.
                 name = re.sub(r"^([^-\s]\S*) <.*>$", r"\1", record[0])
                 name = name.replace("<str>", "TEXT").replace("<int>", "N").replace("<float>", "N")
-                panel = (everything and getattr(param, "rich_help_panel", None)) or "Options"
-                sections.setdefault(panel if is_option else "Arguments", []).append((name, record[1]))
+                panel = "Arguments"
+                if is_option:
+                    panel = (everything and getattr(param, "rich_help_panel", None)) or "Options"
+                sections.setdefault(panel, []).append((name, record[1]))
         for title, rows in sections.items():
             if rows:
                 with formatter.section(title):

@@ -321,7 +321,7 @@ class Wrapped:
         """Writes the word that has begun."""
         if not self._word:
             return
-        gap = sum(TAB if c == "\t" else 1 for c in self._gap)
+        gap = len(self._gap) + (TAB - 1) * self._gap.count("\t")
         word = self._cells(self._word)
         if self._column and not self._inside and self._column + gap + word > self._width:
             self._gap = "\n"
@@ -536,7 +536,8 @@ def table(
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
     rows = list(rows)
     for number, title in enumerate(titles):
-        grid.add_column(title, justify="right" if number and right else "left", overflow="fold")
+        side = "right" if number and right else "left"
+        grid.add_column(title, justify=side, overflow="fold")
     for row in rows:
         grid.add_row(*row)
     wide = Measurement.get(console, console.options.update(width=10_000), grid).maximum

@@ -257,9 +257,9 @@ def render(document: dict, width: int = 80) -> str:
     lines = _heading(document, width)
     said = [_verdict(document)]
     if document["rows"]:
-        best = document["recommended"]
+        marks = {document["recommended"]: "*"}
         body, meanings = _fitting(
-            document, lambda row: f"{'*' if row['name'] == best else ' '} {row['name']}", COLUMNS, DROPPED, width
+            document, lambda row: f"{marks.get(row['name'], ' ')} {row['name']}", COLUMNS, DROPPED, width
         )
         lines += ["", *body, ""]
         said.append(meanings)

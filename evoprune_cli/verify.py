@@ -73,7 +73,8 @@ def verify(
         from evoprune.bench.verify.run import verify as run
         from evoprune.session.loading.model import load_model
 
-        limit = TimeLimit(UNLIMITED_S if time_limit is None else time_limit, begun=begun)
+        seconds = UNLIMITED_S if time_limit is None else time_limit
+        limit = TimeLimit(seconds, begun=begun)
         tell("loading model")
         loaded = load_model(pipeline.model, pack=False, to_answer=True)
         with subject_of(loaded, path) as subject:

@@ -223,8 +223,9 @@ def _rows(lines: Iterable[Line], name: str, folder: str, span: tuple[float, floa
             )
     videos: dict[str, str] = {}
     for row in rows.values():
+        place = f"{places[row.id]}: " if name else ""
         for path in row.paths:
-            videos.setdefault(path, f"{places[row.id]}: " if name else "")
+            videos.setdefault(path, place)
     wrong.check(videos, name)
     if unused:
         are = "passed on, not read" if rules.passes_on else "not used"
@@ -288,8 +289,10 @@ def _row(
     )
     row.generation(GenerationOptions())  # refuses what is out of range
     row = rules.complete(row, fields)
-    digest = hashlib.sha256(json.dumps(row.asked, sort_keys=True).encode()).hexdigest()[:16]
-    name = fields.get("id", number if rules.numbered else digest)
+    name = number
+    if not rules.numbered:
+        name = hashlib.sha256(json.dumps(row.asked, sort_keys=True).encode()).hexdigest()[:16]
+    name = fields.get("id", name)
     right = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
     _must(right, "id is neither a text nor a whole number")
     return replace(row, id=str(name), cells=cells)

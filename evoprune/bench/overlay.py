@@ -416,20 +416,26 @@ def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
 
 
 def _joined(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> Image.Image:
-    """Pictures in a column, aligned to the left; or in a row, centred vertically."""
-    sizes = [picture.size[::-1] if across else picture.size for picture in pictures]
-    wide = max(size[0] for size in sizes)
-    length = sum(size[1] + gap for size in sizes) - gap
-    canvas = Image.new("RGB", (length, wide) if across else (wide, length), BACKGROUND)
+    """Join pictures in a column, aligned to the left; or in a row, centred vertically."""
+    widths = [picture.width for picture in pictures]
+    heights = [picture.height for picture in pictures]
+    gaps = gap * (len(pictures) - 1)
     at = 0
-    for picture, size in zip(pictures, sizes, strict=True):
-        canvas.paste(picture, (at, (wide - size[0]) // 2) if across else (0, at))
-        at += size[1] + gap
+    if across:
+        canvas = Image.new("RGB", (sum(widths) + gaps, max(heights)), BACKGROUND)
+        for picture in pictures:
+            canvas.paste(picture, (at, (canvas.height - picture.height) // 2))
+            at += picture.width + gap
+    else:
+        canvas = Image.new("RGB", (max(widths), sum(heights) + gaps), BACKGROUND)
+        for picture in pictures:
+            canvas.paste(picture, (0, at))
+            at += picture.height + gap
     return canvas
 
 
 def _framed(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures in a column with a margin around it; width and height are even, as H.264 needs."""
+    """Join pictures in a column with a margin around it; width and height are even, as H.264 needs."""
     column = _joined(pictures, GAP // 2)
     return ImageOps.expand(column, (GAP, GAP, GAP + column.width % 2, GAP + column.height % 2), BACKGROUND)
 

@@ -468,7 +468,9 @@ def paced(
         rounds = 1 if phase == ROUND else 2  # a measured round comes after each warm-up
         if result is None or limit.left >= last * rounds:
             begun = limit.spent
-            result = run_round(f"{phase} {number + 1} of {wanted}", 0 if result else rounds)
+            if result is not None:
+                rounds = 0
+            result = run_round(f"{phase} {number + 1} of {wanted}", rounds)
             last = limit.spent - begun
             measured = phase == ROUND
             yield phase, result

@@ -260,16 +260,23 @@ class ProfileResults:
         flop = row.counts.tower_flop
         reached = [flop / spent / rate for spent, rate in zip(encode, self.matmul_rates, strict=True)]
         peaks = [sample.peak_bytes for sample in row.samples if sample.peak_bytes is not None]
-        return Figures(
+        figures = Figures(
             *(Spread.of(row.seconds(stage)) for stage in ("encode", "prefill", "generate", "first_token")),
-            generate_tok_s=median(passes / spent for spent in generate) if passes else None,
+            generate_tok_s=None,
             prune_share=median_ratio(row.seconds("prune"), encode),
             vs_hf=self._against(row, HUGGING_FACE, "first_token"),
-            vs_bound=self._against(row, BOUND, "first_token") if row.kind == METHOD else None,
+            vs_bound=None,
             encode_vs_hf=self._against(row, HUGGING_FACE, "encode"),
-            matmul_share=None if row.kind == BOUND else median(reached),
+            matmul_share=None,
             peak_bytes=max(peaks, default=None),
         )
+        if passes:
+            figures = figures._replace(generate_tok_s=median(passes / spent for spent in generate))
+        if row.kind == METHOD:
+            figures = figures._replace(vs_bound=self._against(row, BOUND, "first_token"))
+        if row.kind != BOUND:
+            figures = figures._replace(matmul_share=median(reached))
+        return figures
 
     def document(self) -> dict[str, Any]:
         """Return all of it as plain data for JSON: times in milliseconds, sizes in bytes."""

@@ -127,10 +127,13 @@ def precision(rows: Sequence[dict]) -> str | None:
 
 def _firsts(keys: Sequence[tuple]) -> list[int | None]:
     """Return for each row the number of the first method's row at its budget; None for that method's own rows, full and blind."""
-    plain = [(row == METHOD, method, budget) for row, method, budget in keys]
-    first = next((method for compared, method, _ in plain if compared), None)
-    known = {budget: n for n, (compared, method, budget) in enumerate(plain) if compared and method == first}
-    return [known.get(budget) if compared and method != first else None for compared, method, budget in plain]
+    first = next((method for row, method, _ in keys if row == METHOD), None)
+    known = {budget: n for n, (row, method, budget) in enumerate(keys) if row == METHOD and method == first}
+    firsts: list[int | None] = [None] * len(keys)
+    for n, (row, method, budget) in enumerate(keys):
+        if row == METHOD and method != first:
+            firsts[n] = known.get(budget)
+    return firsts
 
 
 def _difference(name: str, accuracy: np.ndarray, drawn: np.ndarray, row: int, other: int | None) -> dict:

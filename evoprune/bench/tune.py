@@ -623,13 +623,16 @@ class Tuning(Run):
         rows = result_rows(self.known, self.settings.agree)
         passing = recommended(rows)
         best = max(rows, key=lambda row: (row["low"], row["agreement"], -row["first_token"]), default=None)
+        notes = []
+        if self.answering and self.answering.made:
+            notes = self._notes()
         return {
             **self.facts(),
             "rows": rows,
             "recommended": passing and passing["name"],
             "options": passing and {"budget": passing["budget"], "method": passing["method"]},
             "best": best and best["name"],
-            "notes": self._notes() if self.answering and self.answering.made else [],
+            "notes": notes,
             "error": error,
         }
 

@@ -194,7 +194,9 @@ class Scope(Selector):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"attention"} if self.alpha else ())
+        if self.alpha == 0:
+            return frozenset()
+        return frozenset({"attention"})
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         # What a row adds only shrinks while others are selected. So earlier sums are upper bounds, and only the highest are

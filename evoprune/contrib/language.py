@@ -212,8 +212,9 @@ def select_in_language(method: DroppingMethod, tokens: LayerTokens) -> Selection
     """Return what stays behind a layer of the language model. Raises as `selecting.select`."""
     name = PLUGINS.get(type(method))
     count = len(tokens.visual)
-    # Keys and values are those of the cache, and a stranger's code may write into what it gets.
-    selection = method.select(tokens.copied() if name else tokens)
+    if name:  # keys and values are those of the cache, and a stranger's code may write into what it gets
+        tokens = tokens.copied()
+    selection = method.select(tokens)
     if name and selection is not None:
         left = getattr(getattr(selection, "kept", None), "shape", (0,))[0]
         enough = left == tokens.left if method.exact else left <= tokens.left

@@ -535,7 +535,9 @@ def _parse_text(content: dict, family: str) -> TextConfig:
 def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
     """Return the layers of a language model of `depth` layers that are Gated DeltaNets. Raises as `parse_config`."""
     interval = whole(1, 1000).check(given["full_attention_interval"], "text_config.full_attention_interval")
-    kinds = [FULL if (layer + 1) % interval == 0 else LINEAR for layer in range(depth)]
+    kinds = [LINEAR] * depth
+    for layer in range(interval - 1, depth, interval):
+        kinds[layer] = FULL
     net = pick(DeltaNet, {"layer_types": kinds} | given, "text_config")
     _check(len(net.layer_types) == depth, f"layer_types names {len(net.layer_types)} layers of {depth}")
     for kind in net.layer_types:
@@ -636,9 +638,8 @@ def as_written(config: Config) -> dict[str, Any]:
     """Return the content of a `config.json` that `parse_config` reads as this config; it has no ids of special tokens."""
 
     def as_json(entries: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in entries if value is not None
-        }
+        content = {name: value for name, value in entries if value is not None}
+        return content | {name: list(value) for name, value in content.items() if isinstance(value, tuple)}
 
     content = asdict(config, dict_factory=as_json)
     vision = content["vision_config"]

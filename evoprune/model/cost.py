@@ -203,7 +203,10 @@ def parameter_count(config: Config) -> int:
     attention = h * (2 * wide + 2 * keys)
     if text.output_gate:
         attention += h * wide
-    attention += 2 * head if text.head_norms else wide + 2 * keys  # biases
+    if text.head_norms:
+        attention += 2 * head
+    else:
+        attention += wide + 2 * keys  # biases
     with torch.device("meta"):
         total = sum(weight.numel() for weight in Tower(config.vision_config).parameters())
     total += text.vocab_size * h + h
