@@ -207,7 +207,10 @@ class Rate:
 
 @dataclass
 class Memory:
-    """`peak_bytes` counts mapped pages of files, which the system can drop; `own_bytes` says what is in use without them."""
+    """Hold amounts of memory.
+
+    `peak_bytes` counts mapped pages of files, which the system can drop; `own_bytes` says what is in use without them.
+    """
 
     weights_bytes: int | None = None
     peak_bytes: int | None = None

@@ -75,7 +75,7 @@ class Group(TyperGroup):
         return super().parse_args(ctx, args)
 
     def get_help_option(self, ctx):
-        """With a default that is False, and not None, which Typer would convert with pydantic."""
+        """Return the option with a default that is False, and not None, which Typer would convert with pydantic."""
         option = super().get_help_option(ctx)
         option.default = False
         return option

@@ -155,7 +155,7 @@ class _Watching:
         quiet: bool,
         speak: Callable[[str], None],
     ):
-        """`begin`: called with the first question, until which a window may fill. `prompt`: questions are typed."""
+        """Watch a stream. `begin`: called with the first question, until which a window may fill. `prompt`: questions are typed."""
         self._talk = talk
         self._begin = begin
         self._stream = stream

@@ -63,12 +63,12 @@ class Fates:
 
     @property
     def encoded(self) -> torch.Tensor:
-        """bool `[N]`: not reused from an earlier frame pair. A unit that is read may have been reused."""
+        """Return bool `[N]`: not reused from an earlier frame pair. A unit that is read may have been reused."""
         return self.source == arange_on(len(self.source), self.source.device)
 
     @property
     def fate(self) -> torch.Tensor:
-        """int64 `[N]`: the index in `FATES` of each unit's fate."""
+        """Return int64 `[N]`: the index in `FATES` of each unit's fate."""
         moved = (self.owner >= 0) & (self.owner != arange_on(len(self.owner), self.owner.device))
         applies = torch.stack([self.chosen, ~self.encoded, moved, torch.ones_like(moved)])
         return applies.int().argmax(0)
@@ -181,7 +181,7 @@ def png(picture: Image.Image) -> bytes:
 
 
 def gif(pictures: Iterable[Image.Image], seconds: float, palette: Image.Image) -> bytes:
-    """At least one RGB picture, all of one size, as a GIF that repeats for ever.
+    """Encode RGB pictures, at least one, all of one size, as a GIF that repeats for ever.
 
     Each takes so many seconds, rounded to hundredths; at least 0.02, because players slow down what is faster.
     """
@@ -351,7 +351,7 @@ class Overlay:
         return f"{minutes:.0f}:{seconds:05.2f}: {', '.join(counts)}"
 
     def _of_frame(self, units: np.ndarray, frame: int) -> np.ndarray:
-        """`[h, w]` in units: the values of an array `[N]` for the frame's pair."""
+        """Return `[h, w]` in units: the values of an array `[N]` for the frame's pair."""
         grid = self._video.plan.grid
         return units.reshape(grid)[frame // (len(self._video.frames) // grid[0])]
 

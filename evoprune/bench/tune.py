@@ -60,7 +60,7 @@ class Candidate:
 
 
 def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[Candidate]:
-    """`METHODS` and `more` at each of `budgets` or `BUDGETS`, without those that prune nothing. Raises as `methods.parse`."""
+    """List `METHODS` and `more` at each of `budgets` or `BUDGETS`, without those that prune nothing. Raises as `methods.parse`."""
     named = [name for name in dict.fromkeys((*METHODS, *more)) if name != "none"]
     pairs = product(named, sorted(set(budgets or BUDGETS), reverse=True))
     return [Candidate(name, budget) for name, budget in pairs if PruneConfig.of(budget, name).prunes]
@@ -203,7 +203,9 @@ def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
 
 
 def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
-    """`first_token` of each. TuneSettings of a method with equally many rows and tokens do the same work; times differ by noise."""
+    """Return `first_token` of each. Settings of a method with equally many rows and tokens do the same work; times differ by
+    noise.
+    """
     of_work = defaultdict(list)
     works = {}
     for candidate, seen in tried.items():
@@ -227,7 +229,9 @@ def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarray:
-    """`[S]`: the share of `agree`ing `tokens` of each of S candidates, estimated from all: it does not rise with the mean `kl`."""
+    """Return `[S]`: the share of `agree`ing `tokens` of each of S candidates, estimated from all: it does not rise with the mean
+    `kl`.
+    """
     blocks: list[tuple[float, float, list[int]]] = []  # agreeing tokens, tokens, and the candidates that share them
     for candidate in np.argsort(kl, kind="stable"):
         block = float(agree[candidate]), float(tokens[candidate]), [int(candidate)]
@@ -389,7 +393,10 @@ class Answering:
         return inputs
 
     def _answered(self, path: str, opened: OpenInputs | Exception, videos: int) -> FullAnswers:
-        """`opened`: the video, to be read, or why it cannot be. `videos`: how many are to be answered from now on."""
+        """Answer in full.
+
+        `opened`: the video, to be read, or why it cannot be. `videos`: how many are to be answered from now on.
+        """
         if isinstance(opened, Exception):
             raise opened
         self._held.append(opened)

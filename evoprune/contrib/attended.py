@@ -66,7 +66,7 @@ class VisPruner(Selector):
         return of_pairs(map(self.kept, attention, unit, spread(keep, len(unit))), unit.shape[1])
 
     def kept(self, attention: torch.Tensor, unit: torch.Tensor, keep: int) -> torch.Tensor:
-        """int64 `[keep]`, ascending: what a frame pair keeps, by `attention` (`[n]`) and `unit` (`[n, D]`)."""
+        """Return int64 `[keep]`, ascending: what a frame pair keeps, by `attention` (`[n]`) and `unit` (`[n, D]`)."""
         order = ranked(attention)
         first = int(self.important * keep)
         rest = order[first:]
@@ -75,7 +75,9 @@ class VisPruner(Selector):
 
 
 def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
-    """int64 `[keep]`: the rows of `unit` (`[n, D]`, the most attended first) left when rounds remove up to `step` similar ones."""
+    """Return int64 `[keep]`: the rows of `unit` (`[n, D]`, the most attended first) left when rounds remove up to `step` similar
+    ones.
+    """
     if keep == 0:
         return arange_on(0, unit.device)
     left = arange_on(len(unit), unit.device)
@@ -143,7 +145,7 @@ class Nuwa(Selector):
 
 
 def rank_in_cell(score: torch.Tensor) -> torch.Tensor:
-    """int64 `[T, H, W]`: how many places of its cell come before each place by `score` (`[T, H, W]`); ties by index."""
+    """Return int64 `[T, H, W]`: how many places of its cell come before each place by `score` (`[T, H, W]`); ties by index."""
     height, width = score.shape[1:]
     even = F.pad(score, (0, width % 2, 0, height % 2), value=-torch.inf)
     cells = even.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).transpose(2, 3).flatten(3)
@@ -180,7 +182,9 @@ class Mmr(Selector):
 
 
 def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, lam: float = 0.5) -> torch.Tensor:
-    """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by maximal marginal relevance; `lam` weighs `importance` (`[N]`)."""
+    """Return int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by maximal marginal relevance; `lam` weighs `importance`
+    (`[N]`).
+    """
     important = lam * snap(scaled(importance.float()))
     return greedy_cosine(F.normalize(features.float(), dim=1), None, important, 1 - lam, keep, False)
 

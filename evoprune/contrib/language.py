@@ -141,7 +141,8 @@ class LayerTokens:
         return replace(self, **own, **others)
 
     def attention(self, rows: torch.Tensor | None = None, *, most: bool = False, causal: bool = True) -> torch.Tensor:
-        """float32 `[n]`: the attention that each visual token gets, as the mean or the maximum (`most`) over heads and queries.
+        """Return float32 `[n]`: the attention that each visual token gets, as the mean or the maximum (`most`) over heads and
+        queries.
 
         `rows`: int64 `[q]`, which of `queries` look, None for the prompt's last; `causal`: each at columns up to its own alone.
         """
@@ -159,7 +160,9 @@ class LayerTokens:
         return received / (heads * len(rows))
 
     def last_weights(self, count: int = 1) -> torch.Tensor:
-        """float32 `[heads, C]`: the attention of the prompt's last columns to every column, head by head, as the mean over them."""
+        """Return float32 `[heads, C]`: the attention of the prompt's last columns to every column, head by head, as the mean
+        over them.
+        """
         last = arange_on(len(self.queries), self.queries.device)[-count:]
         weights = self._weights(last, self.keys.permute(1, 2, 0).float(), causal=True)
         return weights.unflatten(0, (-1, len(last))).mean(1)
@@ -187,7 +190,7 @@ class DroppingMethod(LanguageMethod):
         """
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
-        """float32 `[n]`, at least 0: what the tokens that stay have most of; here attention of the last token."""
+        """Return float32 `[n]`, at least 0: what the tokens that stay have most of; here attention of the last token."""
         return tokens.attention()
 
     def select(self, tokens: LayerTokens) -> Selection | None:
@@ -263,7 +266,9 @@ class Dropping(Reading):
         return (self._with_text(columns, no_token, 0), columns - self._text), []
 
     def _with_text(self, columns: int, stays: torch.Tensor, count: int) -> torch.Tensor:
-        """int64, ascending: those of `columns` that are no visual tokens, or of which `stays` (bool `[n]`, `count` of them)."""
+        """Return int64, ascending: those of `columns` that are no visual tokens, or of which `stays` (bool `[n]`, `count` of
+        them).
+        """
         mask = torch.ones(columns, dtype=torch.bool, device=stays.device).index_copy_(0, self._visual, stays)
         return nonzero_fixed(mask, columns - len(stays) + count)
 

@@ -51,7 +51,7 @@ class CdPruner(Selector):
 
 
 def like_question(tokens: Tokens) -> torch.Tensor:
-    """float32 `[N]`: the mean cosine of each token to the tokens of the question, rounded so that equal tokens are ties."""
+    """Return float32 `[N]`: the mean cosine of each token to the tokens of the question, rounded so that equal tokens are ties."""
     return snap((tokens.normalised @ F.normalize(tokens.question, dim=1).T).mean(1))
 
 
@@ -104,7 +104,9 @@ class Par(Selector):
 
 
 def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
-    """int64 `[N]`: the first token of each one's cluster: neighbours of `unit` (`[T, H, W, D]`) whose cosine is above `link`."""
+    """Return int64 `[N]`: the first token of each one's cluster: neighbours of `unit` (`[T, H, W, D]`) whose cosine is above
+    `link`.
+    """
     index = arange_on(unit[..., 0].numel(), unit.device).view(unit.shape[:3])
     ends = []
     for dim in range(3):
@@ -156,6 +158,6 @@ class Dart(Selector):
 
 
 def longest(x: torch.Tensor, count: int) -> torch.Tensor:
-    """int64 `[min(count, n)]`: the rows of `x` (`[n, D]`) of greatest L1 norm, the greatest first; ties by index."""
+    """Return int64 `[min(count, n)]`: the rows of `x` (`[n, D]`) of greatest L1 norm, the greatest first; ties by index."""
     norm = x.abs().sum(1)
     return ranked(snap(norm / norm.max().clamp(min=1e-12)))[:count]

@@ -48,7 +48,7 @@ class EvsNoFloor(Evs):
 
 
 def dissimilarity(tokens: Tokens) -> torch.Tensor:
-    """float32 `[T, H * W]`: 1 - cosine of each token to the same place in the frame pair before.
+    """Return float32 `[T, H * W]`: 1 - cosine of each token to the same place in the frame pair before.
 
     The first frame pair is compared with the second; 0 if there is only one.
     """
@@ -86,7 +86,9 @@ class Adjacent(Selector):
 
 
 def neighbours(left: torch.Tensor) -> torch.Tensor:
-    """int64 `[N, 4]`: the nearest of the tokens `left` (bool `[T, H, W]`) above, below, left and right of each; -1 for none."""
+    """Return int64 `[N, 4]`: the nearest of the tokens `left` (bool `[T, H, W]`) above, below, left and right of each; -1 for
+    none.
+    """
     index = torch.where(left, arange_on(left.numel(), left.device).view_as(left), -1)
     last = left.numel()
     sides = []
@@ -101,13 +103,14 @@ def neighbours(left: torch.Tensor) -> torch.Tensor:
 
 
 def redundancy(unit: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
-    """float32 `[N]`: the greatest cosine of each token (`[N, D]`) to its neighbours (int64 `[N, 4]`), -2 without any."""
+    """Return float32 `[N]`: the greatest cosine of each token (`[N, D]`) to its neighbours (int64 `[N, 4]`), -2 without any."""
     cosines = [snap((unit * unit[to.clamp(min=0)]).sum(1)).masked_fill(to < 0, -2) for to in near.unbind(1)]
     return torch.stack(cosines).amax(0)
 
 
 def highest_apart(score: torch.Tensor, near: torch.Tensor, count: int) -> torch.Tensor:
-    """int64, `count` or fewer: the tokens of highest `score` (`[N]`, -inf for none), without neighbours of those taken before.
+    """Return int64, `count` or fewer: the tokens of highest `score` (`[N]`, -inf for none), without neighbours of those taken
+    before.
 
     `near`: from `neighbours`. Ties go to the lower index.
     """
@@ -146,6 +149,6 @@ class VidCom2(Selector):
 
 
 def likeness(unit: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """`[T, n]` in (0, 5]: the affinity of tokens `unit` (`[T, n, D]`) to `mean` (`[T or 1, 1, D]`)."""
+    """Return `[T, n]` in (0, 5]: the affinity of tokens `unit` (`[T, n, D]`) to `mean` (`[T or 1, 1, D]`)."""
     distance = (unit - mean).square().sum(2)
     return sum((-distance / (2 * scale)).exp() for scale in SCALES)

@@ -128,7 +128,7 @@ class Merger(EncoderMethod, ABC):
 
     @abstractmethod
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
-        """int64 `[B, n]`: which row of its group each of the B groups' rows merges into, itself if it stays.
+        """Return int64 `[B, n]`: which row of its group each of the B groups' rows merges into, itself if it stays.
 
         The encoder calls this in rounds until every group has lost its rows, `remove` (int64 `[B]`) at most and one at least. On a
         GPU, it must not read values back (`item`, `nonzero`, masks as indices).

@@ -87,7 +87,9 @@ class Pool(Selector):
 
 
 def _blocks(length: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 `[length]`, which of `count` blocks of nearly equal length each place is in; int64 `[count]`, their middle places."""
+    """Return int64 `[length]`, which of `count` blocks of nearly equal length each place is in; int64 `[count]`, their middle
+    places.
+    """
     edges = arange_on(count + 1, device) * length // count
     return arange_on(count, device).repeat_interleave(edges.diff()), (edges[:-1] + edges[1:] - 1) // 2
 
@@ -104,7 +106,7 @@ class DivPrune(Selector):
 
 
 def most_diverse(features: torch.Tensor, keep: int, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by greedy max-min distance; ties go to the lower index.
+    """Return int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by greedy max-min distance; ties go to the lower index.
 
     `weight`: float `[N]`, at least 0; multiplies the distance of a row to the selected rows. None for 1.
     """

@@ -25,7 +25,7 @@ from evoprune.model.numerics import without_autocast
 
 @dataclass(frozen=True)
 class MethodChain:
-    """`reuse+divprune`, `evoprune+fastv` or a method alone. The budget is that of the first part."""
+    """Chain methods: `reuse+divprune`, `evoprune+fastv` or one alone. The budget is that of the first part."""
 
     input: InputMethod | None = None
     encoder: EncoderMethod | None = None

@@ -88,7 +88,7 @@ class FarthestPoints(Selector):
         return count == keep or (self.within > 0 and keep_count(AUTO_LEAST, units) <= count <= keep)
 
     def _sizes(self, unit_to_token: torch.Tensor, tokens: int) -> torch.Tensor | None:
-        """float32 `[tokens]`: the cluster size that the language model assumes for each token; None for 1."""
+        """Return float32 `[tokens]`: the cluster size that the language model assumes for each token; None for 1."""
         if not self.count or tokens == len(unit_to_token):
             return None
         return unit_counts(unit_to_token, tokens) ** self.count

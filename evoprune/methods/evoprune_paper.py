@@ -68,7 +68,7 @@ class EvoPrunePaper(Merger):
     def _best_partners(
         self, c: Candidates, attention: torch.Tensor | None, source: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """`ranking.best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
+        """Find `ranking.best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
         pieces = ranking.strips(*c.valid.shape)
         density = None
         partners = []
@@ -83,7 +83,7 @@ class EvoPrunePaper(Merger):
         return tuple(torch.cat(of_each, 1) for of_each in zip(*partners, strict=True))
 
     def _critical(self, attention: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
-        """bool `[B, n]`: the most attended rows of each group, a share of `critical`, rounded up; ties by index."""
+        """Return bool `[B, n]`: the most attended rows of each group, a share of `critical`, rounded up; ties by index."""
         if not self.critical:
             return torch.zeros_like(valid)
         rank = attention.masked_fill(~valid, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)

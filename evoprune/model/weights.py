@@ -73,7 +73,7 @@ def _merger(config: VisionConfig, norm: nn.Module) -> Tree:
 
 
 def _embedding(count: int, wide: int) -> nn.Embedding:
-    """From a tensor: drawing one imports the whole of torch.compile, even without memory."""
+    """Make an embedding of a tensor: drawing one imports the whole of torch.compile, even without memory."""
     weight = torch.empty(count, wide, dtype=torch.float32, device=torch.get_default_device())
     return nn.Embedding.from_pretrained(weight)
 

@@ -104,7 +104,7 @@ def patches(subject: Subject) -> Outcome:
 
 
 def _patches_of_transformers(subject: Subject, plan: Plan) -> torch.Tensor:
-    """`[patches, values]`, from its processor of pictures, which works without torchvision; frames are resized by Pillow."""
+    """Make `[patches, values]` by its processor of pictures, which works without torchvision; frames are resized by Pillow."""
     from PIL import Image
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

@@ -92,7 +92,7 @@ USUAL = tuple(Matrix(number) for number in (0, 1, 2, 4, 5, 6, 7, 9))  # which li
 
 
 def stated(stream: VideoStream) -> str | None:
-    """`Video.hdr_format` by the header of a stream, of which no frame was decoded yet: decoders replace the curve."""
+    """Return `Video.hdr_format` by the header of a stream, of which no frame was decoded yet: decoders replace the curve."""
     level = av.logging.get_level()
     av.logging.set_level(av.logging.INFO)  # FFmpeg logs what PyAV has no attribute for
     try:
@@ -118,7 +118,7 @@ def stated(stream: VideoStream) -> str | None:
 
 
 def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
-    """`Video.hdr_format` of a frame. `header`: what it is where it does not say so itself."""
+    """Return `Video.hdr_format` of a frame. `header`: what it is where it does not say so itself."""
     data = _side_data(frame)
     if header == IPT or frame.colorspace == Matrix.IPT_C2 or _is_dolby_own(data.get("DOVI_METADATA")):
         return IPT
@@ -165,7 +165,8 @@ class Converter:
         self._reformatter = VideoReformatter()
 
     def rgb(self, frame: VideoFrame, width: int, height: int) -> np.ndarray:
-        """uint8 `[height, width, 3]`: the frame, scaled to this size. Its transparent parts are put over white, as in pictures.
+        """Return uint8 `[height, width, 3]`: the frame, scaled to this size. Its transparent parts are put over white, as in
+        pictures.
 
         Raises VideoError: its format or its matrix cannot be converted.
         """
@@ -245,7 +246,9 @@ def _replacement(frame: VideoFrame) -> str | None:
 
 
 def _own_matrix(frame: VideoFrame, hdr: str | None) -> np.ndarray | None:
-    """`[3, 3]`: makes channels from 0 to 1 of a stored Y from 0 to 1 and two differences; None where libswscale does."""
+    """Return the matrix `[3, 3]` that makes channels from 0 to 1 of a stored Y from 0 to 1 and two differences; None where
+    libswscale does.
+    """
     if not _is_yuv(frame.format):
         return None
     if hdr == IPT:
@@ -258,7 +261,7 @@ def _own_matrix(frame: VideoFrame, hdr: str | None) -> np.ndarray | None:
 
 
 def _scaled(frame: VideoFrame, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """float32 `[3, 3]` and `[3, 1]`: matrix and offset that make channels from 0 to 65535 of three planes of 16 bits.
+    """Return float32 `[3, 3]` and `[3, 1]`: matrix and offset that make channels from 0 to 65535 of three planes of 16 bits.
 
     These are G, B and R, or with a matrix of `_own_matrix` Y and two differences. libswscale adds zeros to values of fewer bits.
     """
@@ -285,7 +288,7 @@ def _scaled(frame: VideoFrame, own: np.ndarray | None) -> tuple[np.ndarray, np.n
 
 
 def _to_bt709(frame: VideoFrame, hdr: str | None) -> np.ndarray:
-    """float32 `[3, 3]`: the matrix that makes light of BT.709 of the light of an HDR frame's channels."""
+    """Return float32 `[3, 3]`: the matrix that makes light of BT.709 of the light of an HDR frame's channels."""
     if hdr == IPT:
         matrix = FROM_DOLBY_LMS
     elif frame.colorspace == Matrix.ICTCP:
@@ -297,7 +300,7 @@ def _to_bt709(frame: VideoFrame, hdr: str | None) -> np.ndarray:
 
 
 def _mapped(channels: np.ndarray, hdr: str, to_bt709: np.ndarray) -> np.ndarray:
-    """uint8 `[3, n]`: RGB of SDR, of the channels of HDR, uint16 `[3, n]`."""
+    """Return uint8 `[3, n]`: RGB of SDR, of the channels of HDR, uint16 `[3, n]`."""
     light = to_bt709 @ _light(hdr)[channels]
     # FFmpeg's `tonemap=mobius` of the brightest channel; the others keep their ratio to it.
     square = KNEE * KNEE
@@ -311,7 +314,8 @@ def _mapped(channels: np.ndarray, hdr: str, to_bt709: np.ndarray) -> np.ndarray:
 
 @cache
 def _light(hdr: str) -> np.ndarray:
-    """float32 `[65536]`: the light that a display of 1000 cd/m2 shows for each 16-bit signal, in units of 100 cd/m2 (BT.2100).
+    """Return float32 `[65536]`: the light that a display of 1000 cd/m2 shows for each 16-bit signal, in units of 100 cd/m2
+    (BT.2100).
 
     The system gamma of HLG, 1.2, applies to each channel, as in zimg.
     """
@@ -327,7 +331,7 @@ def _light(hdr: str) -> np.ndarray:
 
 @cache
 def _gamma() -> np.ndarray:
-    """uint8 `[4096]`: the levels of SDR (BT.1886) by the root of their light, of which dark light takes more steps."""
+    """Return uint8 `[4096]`: the levels of SDR (BT.1886) by the root of their light, of which dark light takes more steps."""
     return np.round(255 * np.linspace(0, 1, 2**12) ** (2 / 2.4)).astype(np.uint8)
 
 

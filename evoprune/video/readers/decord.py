@@ -103,7 +103,7 @@ def _refusing(info: Video) -> Iterator[None]:
 
 
 def _stamps(info: Video, reader) -> np.ndarray:
-    """float32 `[frames]`: the time of each frame in seconds from the first, in display order."""
+    """Return float32 `[frames]`: the time of each frame in seconds from the first, in display order."""
     stamps = reader.get_frame_timestamp(range(len(reader)))[:, 0]
     if len(stamps) == 1:
         return np.zeros_like(stamps)

@@ -462,7 +462,7 @@ def turned_size(size: tuple[int, int], rotation_deg: int) -> tuple[int, int]:
 def to_rgb(
     frame: VideoFrame, width: int, height: int, rotation_deg: int, mirrored: bool, converter: colour.Converter
 ) -> np.ndarray:
-    """uint8 `[height, width, 3]`: the frame as `Converter.rgb` says, rotated and scaled to this size.
+    """Return uint8 `[height, width, 3]`: the frame as `Converter.rgb` says, rotated and scaled to this size.
 
     A frame of another shape keeps it, between black borders.
     """

@@ -78,7 +78,7 @@ class Part:
 
 
 def parts(path: str, damaged: ffmpeg.Damage = ffmpeg.ignore_damage) -> list[Part]:
-    """At least one. Those behind it that cannot be read are left out, and `damaged` is called for each.
+    """Return the parts, at least one. Those behind it that cannot be read are left out, and `damaged` is called for each.
 
     Raises VideoError: nothing in the first can be decoded, or as `ffmpeg.open_video` and `spans`.
     """
@@ -221,7 +221,7 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
 
 @dataclass
 class _Lengths:
-    """`Video.duration_s`, `Video.stated_s`, and how often the file's clock starts anew, with its largest step ahead."""
+    """Hold `Video.duration_s`, `Video.stated_s`, and how often the file's clock starts anew, with its largest step ahead."""
 
     duration_s: float | None
     stated_s: float | None = None

@@ -87,7 +87,7 @@ class Channel:
         return bytes(content)
 
     def shut(self) -> None:
-        """For another thread: whoever receives gets an EOFError."""
+        """Shut the channel, for another thread: whoever receives gets an EOFError."""
         with suppress(OSError):  # the other end is closed
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -134,7 +134,7 @@ class FrameMemory:
 
 
 def shared_memory(size: int) -> tuple[mmap.mmap, int]:
-    """`size` bytes, and a file descriptor of them for another process, which cannot shrink them."""
+    """Make `size` bytes of memory, and a file descriptor of them for another process, which cannot shrink them."""
     import fcntl
 
     descriptor = os.memfd_create("evoprune-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

@@ -225,7 +225,7 @@ class Scope:
         self._workers: set[WorkerProcess] = set()
 
     def enter(self) -> None:
-        """From now on, what this thread reads is read in this scope, within the one that it inherits."""
+        """Have this thread read in this scope from now on, within the one that it inherits."""
         self._outer = _scope.get()
         _scope.set(self)
 

@@ -293,7 +293,7 @@ def _begin(
 
 
 def _mapped(descriptor: int) -> np.ndarray:
-    """uint8 `[bytes]`: memory that is shared with the other process. Closes the descriptor."""
+    """Return uint8 `[bytes]`: memory that is shared with the other process. Closes the descriptor."""
     with os.fdopen(descriptor, "rb+", buffering=0) as file:
         try:
             return np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)

@@ -41,7 +41,7 @@ class Measured(TokenCounts):
 
 
 class EvoPruneQwen25VL(lmms):
-    """Its arguments are lmms-eval's model_args.
+    """Answer the questions of lmms-eval; the arguments are its model_args.
 
     Args:
         pretrained: hub id, local folder, or `demo`. `system_prompt`: instead of the model's own.
