@@ -391,9 +391,7 @@ class Conversation:
 
         `encode_full`: encodes the inputs once more with nothing pruned; None where nothing is to be compared.
         """
-        self._inputs = inputs
-        self._generation = generation
-        self._encode_full = encode_full
+        self._inputs, self._generation, self._encode_full = inputs, generation, encode_full
         _print_warnings(inputs.report)
         self._warned = set(inputs.report.warnings)
 

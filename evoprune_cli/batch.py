@@ -264,9 +264,7 @@ class Tally:
 
     def start(self, file: "RecordFile", left: int, show) -> None:
         """Begin once the model is loaded, when `left` rows have no answer yet. `show`: see `terminal.progress`."""
-        self._file = file
-        self._before = self._total - left
-        self._show = show
+        self._file, self._before, self._show = file, self._total - left, show
         self._begun = self._reported = time.monotonic()
         self._show_rows()
 

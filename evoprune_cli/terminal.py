@@ -308,8 +308,7 @@ class Wrapped:
                 self._gap += character
                 if character == "\n":
                     self._write(self._gap)
-                    self._gap = ""
-                    self._column = 0
+                    self._gap, self._column = "", 0
                 continue
             self._word += character
             wide = self._cells(character) > 1
@@ -324,8 +323,7 @@ class Wrapped:
         gap = len(self._gap) + (TAB - 1) * self._gap.count("\t")
         word = self._cells(self._word)
         if self._column and not self._inside and self._column + gap + word > self._width:
-            self._gap = "\n"
-            self._column = 0
+            self._gap, self._column = "\n", 0
             gap = 0
         self._write(self._gap + self._word)
         self._column = self._column + gap + word

@@ -202,8 +202,7 @@ class _Watching:
                     self._clear()
                     self._speak("no frames are skipped any more")
             if self._status and time.monotonic() - self._latest >= STATUS_S:  # over the line before
-                self._latest = time.monotonic()
-                self._there = True
+                self._latest, self._there = time.monotonic(), True
                 _write(f"\r{self._state()}\x1b[K")
             latest_s = self._feed.latest_s  # first: what is before that frame was fed
             now_s = self._stream.until_s or 0.0

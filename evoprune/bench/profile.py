@@ -395,23 +395,20 @@ def measure(
     for phase, (rate, turns) in paced(run_round, settings, limit):
         for row, turn in turns.items():
             if isinstance(turn, str):
-                row.error = turn
-                row.samples = []
+                row.error, row.samples = turn, []
             else:
                 row.counts = turn.counts
                 if phase != WARM_UP:
                     row.samples = [*row.samples, turn.sample]
         if phase == WARM_UP:
-            results.warmups += 1
-            results.warmup_seconds = limit.spent
+            results.warmups, results.warmup_seconds = results.warmups + 1, limit.spent
             continue
         if phase == COUNTED:
             results.warmups -= 1
             notes.append("without a warm-up: a second round would not have ended in time, so the first one counts")
         results.rows = _with_bounds([replace(row) for row in rows])
         results.matmul_rates.append(rate)
-        results.rounds += 1
-        results.seconds = limit.spent
+        results.rounds, results.seconds = results.rounds + 1, limit.spent
         results.notes = [*notes, *_left_out(asked, rows, limit)]
         yield results
 

@@ -286,8 +286,7 @@ class Dropping(Reading):
             stays = torch.zeros_like(old, dtype=torch.bool).index_fill_(0, kept, True)
             stay = self._with_text(len(state.x), stays, len(kept))
             self._visual = torch.searchsorted(stay, old[kept])
-            self._pair = self._pair[kept]
-            self._place = self._place[kept]
+            self._pair, self._place = self._pair[kept], self._place[kept]
             every = state.x, *deepstack
             new = torch.stack([tensor[stay] for tensor in every])
             if selection.unit_to_token is not None and len(kept):

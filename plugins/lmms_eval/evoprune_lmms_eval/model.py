@@ -93,8 +93,7 @@ class EvoPruneQwen25VL(lmms):
                 contents = [path.removeprefix(folder) for path in paths]
                 if self._shown != contents:
                     self._inputs = self._shown = None  # its memory goes before the next one is encoded
-                    self._inputs = self._qa.encode(paths, **vars(self._sampling))
-                    self._shown = contents
+                    self._inputs, self._shown = self._qa.encode(paths, **vars(self._sampling)), contents
             text, report = self._answer(without_tags(question), settings)
             self.cache_hook.add_partial("generate_until", (question, settings), text)
             counts = ("visual_tokens_in", "visual_tokens_kept", "encoder_live_share")
