@@ -38,7 +38,7 @@ QUANTIZERS: dict[str, str] = {}
 
 
 class EvopruneError(Exception):
-    """Base of every expected failure: `message` says what and where, `hint` what to do about it. As a text it has both.
+    """Report an expected failure, as the base of all: `message` says what and where, `hint` what to do. As a text it has both.
 
     `exit_code` is what the command line ends with, `type` the short name in JSON records.
     """
@@ -174,7 +174,7 @@ def is_interruption(problem: BaseException) -> bool:
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
-    """Return whether a host or a device ran out of memory, by the type of what was raised, or by what it says."""
+    """Return whether a host or a device ran out of memory, by the exception's type, or by its text."""
     if isinstance(problem, MemoryError) or (isinstance(problem, OSError) and problem.errno == errno.ENOMEM):
         return True
     if not isinstance(problem, RuntimeError | OSError | ImportError):
@@ -211,7 +211,7 @@ class memory_guard:  # noqa: N801 (called as a function)
 
 
 def process_error(what: str, problem: OSError, stage: str | None = None) -> EvopruneError:
-    """Return the error for what the system refuses where a process is started or served: `what` cannot be done."""
+    """Return the error where the system refuses to start or serve a process: `what` cannot be done."""
     message = f"cannot {what}: {problem.strerror}"
     if problem.errno == errno.ENOMEM:
         return OutOfMemory(message, "close other programs", stage=stage)

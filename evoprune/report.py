@@ -639,7 +639,7 @@ def _totals(report) -> list[str]:
 
 
 def _memory(memory) -> list[str]:
-    """Return the peak; and on a CPU what of the memory in use is the process's own, and what are pages of files."""
+    """Return the peak; and on a CPU how much memory in use is the process's own, and how much are pages of files."""
     if memory.peak_bytes is None:
         return []
     lines = [f"{'memory':<11}peak {size(memory.peak_bytes)}; weights {size(memory.weights_bytes)}"]

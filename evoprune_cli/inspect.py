@@ -144,7 +144,7 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
 def _about_video(
     video: str, options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool
 ) -> Iterator[dict]:
-    """Yield what a video holds, what a scan finds, what a model would look at, and an overlay: each as soon as it is known."""
+    """Yield the facts about a video, of a scan, of a model's plan, and an overlay: each as soon as it is known."""
     if clear_cache:
         raise UsageError("--clear-cache is not about a video", "evoprune inspect --clear-cache")
     from evoprune.video.frames import local_file, probe

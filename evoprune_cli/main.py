@@ -332,7 +332,7 @@ def _command() -> str | None:
 
 
 def _hint(text: str) -> str:
-    """Return what to do about what the parser says."""
+    """Return the hint for a message of the parser."""
     dashed = [word for word in sys.argv[2:] if word.startswith("-") and os.path.exists(word)]
     if dashed and "--" not in sys.argv:
         return f"a file whose name begins with a dash is ./{dashed[0]}"

@@ -68,7 +68,7 @@ def load(options: PipelineOptions, show: Callable[..., None], quiet: bool, strea
 
 
 def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> None:
-    """Says on stderr what a model's files ask for and is not done, and what would make it faster."""
+    """Tell on stderr which settings of a model's files are not followed, and how it would be faster."""
     if quiet:
         return
     loaded = session.loaded

@@ -85,7 +85,7 @@ def verify(
 
 
 def render(document: dict, width: int = 80) -> str:
-    """Return the record as lines: what was verified, a line a check, what was measured, and the verdict."""
+    """Return the record as lines: the model and the machine, a line for each check, the figures, and the verdict."""
     model = document["model"]
     env = document["env"]
     about = f"{model['id'] or model['family']}, {model['dtype']}, {model['device']}: {env['device_name']}"

@@ -490,7 +490,7 @@ def holds_some(folder: str) -> bool:
 
 
 def left_out(video: str) -> str:
-    """Return what a folder of videos, or of images, holds besides them, as a line; empty where that is nothing.
+    """Name the other things in a folder of videos, or of images, as a line; empty where there are none.
 
     Hidden files do not count, nor other files beside images.
     """

@@ -1,4 +1,4 @@
-"""An overlay: a video's frames with what became of each unit, which is read by the language model, reused, merged or dropped.
+"""An overlay: a video's frames with the fate of each unit: read by the language model, reused, merged or dropped.
 
 `trace` encodes a video and keeps its frames; `Overlay` draws them, frame pairs side by side, or frame after frame, with a title and
 a legend; `overlay_file` makes a file of that. A unit that is read keeps its colours, a little brighter. Any other is darker, with a

@@ -1,4 +1,4 @@
-"""Methods inside the language model: a plan of what leaves after which layer, what a method sees there, and what of it stays.
+"""Methods inside the language model: a plan of the layers after which tokens leave, the tokens seen there, and the choice.
 
 A method is a `DroppingMethod` with two functions, `drops`, and `score` or `select`. contrib/inner.py has examples.
 """
@@ -266,9 +266,7 @@ class Dropping(Reading):
         return (self._with_text(columns, no_token, 0), columns - self._text), []
 
     def _with_text(self, columns: int, stays: torch.Tensor, count: int) -> torch.Tensor:
-        """Return int64, ascending: those of `columns` that are no visual tokens, or of which `stays` (bool `[n]`, `count` of
-        them).
-        """
+        """Return int64, ascending: the columns of text, and of the visual tokens that stay (`stays`, bool `[n]`, `count` true)."""
         mask = torch.ones(columns, dtype=torch.bool, device=stays.device).index_copy_(0, self._visual, stays)
         return nonzero_fixed(mask, columns - len(stays) + count)
 

@@ -198,7 +198,7 @@ class OperationTuning(Run):
         }
 
     def _rows(self) -> list[dict[str, Any]]:
-        """Return what each budget takes of the order, and what that cost."""
+        """Return for each budget the operations that it removes, and their cost."""
         recipe = self.recipe
         rows = []
         for budget in sorted({*(self.settings.budgets or BUDGETS)}, reverse=True):

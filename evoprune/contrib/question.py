@@ -62,7 +62,7 @@ def relevant(relevance: torch.Tensor) -> torch.Tensor:
 
 
 def widest(unit: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
-    """For each of T groups, int64 `[count]`, ascending: rows whose volume, times the weight of each, is greatest; greedily.
+    """Return for each of T groups int64 `[count]`, ascending: the rows of greatest weighted volume, found greedily.
 
     `unit`: `[T, n, D]`; `weight`: `[T, n]`; `counts`: how many of each group. All groups select a row at a time.
     """
@@ -104,8 +104,8 @@ class Par(Selector):
 
 
 def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
-    """Return int64 `[N]`: the first token of each one's cluster: neighbours of `unit` (`[T, H, W, D]`) whose cosine is above
-    `link`.
+    """Return int64 `[N]`: the first token of each token's cluster. Neighbours in `unit` (`[T, H, W, D]`) with a cosine above `link`
+    are in one.
     """
     index = arange_on(unit[..., 0].numel(), unit.device).view(unit.shape[:3])
     ends = []

@@ -75,7 +75,7 @@ def parse_setting(text: str) -> tuple[str, str | None]:
 
 
 def built_in() -> list[str]:
-    """Names of this project's methods: those of the core, then those of evoprune.contrib."""
+    """List the names of this project's methods: first the core, then evoprune.contrib."""
     return [*CORE, *(name for name, entry in _plugins().items() if _is_own(entry))]
 
 

@@ -350,7 +350,7 @@ def shown_otherwise(
 
 
 def decoder(stream: VideoStream) -> VideoStream | VideoCodecContext:
-    """Return what decodes a stream. FFmpeg's own decoders of VP8 and VP9 leave out transparency; those of libvpx do not."""
+    """Return the decoder of a stream. FFmpeg's own decoders of VP8 and VP9 leave out transparency; those of libvpx do not."""
     name = WITH_ALPHA.get(stream.codec_context.codec.canonical_name)
     if name is None or stream.metadata.get("alpha_mode") != "1":
         return stream
