@@ -302,11 +302,17 @@ def _difference(row: dict, name: str = "difference") -> str:
     return f"tie {said}" if is_tie(row, name) else said
 
 
+def _kept(row: dict) -> str:
+    if row["row"] == "full":
+        return ""
+    return _percent(row["kept_of_full"])
+
+
 # Columns to drop where the terminal has too few characters, in this order: `DROPPED`.
 ANSWERS: dict[str, Callable[[dict], str]] = {
     "accuracy": _accuracy,
     "vs full": _difference,
-    "kept": lambda row: "" if row["row"] == "full" else _percent(row["kept_of_full"]),
+    "kept": _kept,
 }
 COSTS: dict[str, Callable[[dict], str]] = {
     "tokens": lambda row: f"{row['layer_tokens']:,.0f}",

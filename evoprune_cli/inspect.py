@@ -291,6 +291,12 @@ def _times(value: list[float]) -> str:
     return ", ".join(times) + " s"
 
 
+def _parameters(count: int) -> str:
+    if count < 10**9:
+        return f"{count:,}"
+    return f"{count / 10**9:.2f} billion"
+
+
 def _layers(value: dict[str, int]) -> str:
     return f"{counted(value['layers'], 'layer')}, hidden size {value['hidden_size']:,}"
 
@@ -301,7 +307,7 @@ SHOWN: dict[str, Callable[[Any], str]] = {  # values that their names explain
     "timestamps_s": _times,
     "tower": _layers,
     "language_model": _layers,
-    "parameters": lambda n: f"{n / 10**9:.2f} billion" if n >= 10**9 else f"{n:,}",
+    "parameters": _parameters,
     "duration_s": lambda seconds: f"{seconds:.3f} s ({clock(seconds)})",
     "seconds": lambda seconds: f"{seconds:.3f} s",
 }

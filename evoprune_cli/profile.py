@@ -350,7 +350,13 @@ def _of(show: Callable[[Any], str], name: str) -> Cell:
 
 def _count(show: Callable[[Any], str], name: str) -> Cell:
     """Return a cell for a count; a dash where the row has none."""
-    return lambda row, figures: show(getattr(row.counts, name)) if row.counts else "-"
+
+    def cell(row: ProfileRow, figures: Figures | None) -> str:
+        if row.counts is None:
+            return "-"
+        return show(getattr(row.counts, name))
+
+    return cell
 
 
 # The head: what was measured, and how.

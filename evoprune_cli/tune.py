@@ -203,6 +203,15 @@ COLUMNS: dict[str, tuple[Callable[[dict], str], str]] = {
     ),
     "videos": (lambda row: f"{row['videos']}", "on which it was tried"),
 }
+
+
+def _if_measured(row: dict, form: str) -> str:
+    """Fill in figures of a row; a dash where they were not measured."""
+    if row["kl"] is None:
+        return "-"
+    return form.format(**row)
+
+
 # The same of recipes of operations.
 OPERATIONS: dict[str, tuple[Callable[[dict], str], str]] = {
     "work": (
@@ -211,11 +220,11 @@ OPERATIONS: dict[str, tuple[Callable[[dict], str], str]] = {
     ),
     "operations": (lambda row: f"{row['operations']:,}", "left out"),
     "KL": (
-        lambda row: "-" if row["kl"] is None else f"{row['kl']:.3f}",
+        lambda row: _if_measured(row, "{kl:.3f}"),
         "mean of KL(unpruned, pruned) in nats a token; -: not measured",
     ),
     "agree": (
-        lambda row: "-" if row["kl"] is None else f"{100 * row['agree']:.1f}%",
+        lambda row: _if_measured(row, "{agree:.1%}"),
         "tokens with the same first choice",
     ),
 }

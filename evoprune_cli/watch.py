@@ -273,7 +273,9 @@ class _Watching:
             print_error(wrong.message, wrong.hint)
         else:
             identity = fields.get("id")
-            self._answer(asked, identity=None if identity is None else str(identity))
+            if identity is not None:
+                identity = str(identity)
+            self._answer(asked, identity=identity)
 
     def _answer(self, question: str, **kwargs) -> None:
         self._clear()

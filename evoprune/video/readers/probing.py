@@ -257,9 +257,10 @@ def _lengths(path: str, span: Span, stream: VideoStream, start: float | None, st
     elif name in ffmpeg.DENSE and container.duration is not None and len(container.streams) == 1:
         stated = max(container.duration / av.time_base - start, duration)
         # It includes the wrong duration of a frame that was copied from an MP4, see `_measured`.
-        every = _measured(_all_packets(path, span), name, step) if stated - duration > 0.5 else None
-        if every and every.claimed_s - start >= stated - 1e-2:
-            stated = duration
+        if stated - duration > 0.5:
+            every = _measured(_all_packets(path, span), name, step)
+            if every and every.claimed_s - start >= stated - 1e-2:
+                stated = duration
     return _Lengths(duration, stated, times.restarts, times.gap_s)
 
 

@@ -221,10 +221,12 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
         warnings = []
         cues = list(_cues(container, stream, stream.time_base, origin_s, warnings))
         index = stream.index
-        language = f" ({stream.language})" if stream.language else ""
+        name = f"{prefix}track {number}"
+        if stream.language:
+            name += f" ({stream.language})"
     if len(every) > 1:
         cues += _cues_behind(path, index, warnings)
-    return Subtitles(f"{prefix}track {number}{language}", _lines(cues), warnings)
+    return Subtitles(name, _lines(cues), warnings)
 
 
 def _cues_behind(path: str, index: int, warnings: list[str]) -> Iterator[tuple[float, float, list[str]]]:

@@ -149,7 +149,9 @@ class Track:
             # Before the first true keyframe, frames may lack the frames that they were predicted from.
             if _is_whole(frame):
                 landed = time > latest
-                return chain([(time, frame)], frames) if landed else None
+                if not landed:
+                    return None
+                return chain([(time, frame)], frames)
             latest = max(latest, time)
         return None
 

@@ -72,7 +72,8 @@ class Channel:
             if length > LARGEST:
                 raise OSError(f"a message of {length:,} bytes")
             if length:
-                return json.loads(self._exactly(length)), descriptors[0] if descriptors else None
+                message = json.loads(self._exactly(length))
+                return message, next(iter(descriptors), None)
             (done,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
             if on_alive:
                 on_alive(done)
