@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class EvopruneError(Exception):
-    """Base of every expected failure: `message` says what and where, `hint` what to do about it. As a text it has both.
+    """Report an expected failure, as the base of all: `message` says what and where, `hint` what to do. As a text it has both.
 
     `exit_code` is what the command line ends with, `type` the short name in JSON records.
     """
@@ -50,18 +50,20 @@ class EvopruneError(Exception):
         self.stage = stage or self.stage
 
     def __str__(self) -> str:
-        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+        if not self.hint:
+            return self.message
+        return f"{self.message}\nhint: {self.hint}"
 
 
 class UsageError(EvopruneError):
-    """Flags or arguments that make no sense, alone or together, an output that cannot be written, or a limit of the system."""
+    """Report flags or arguments that make no sense, alone or together, an output that cannot be written, or a system's limit."""
 
     exit_code = 2
     type = "usage"
 
 
 class VideoError(EvopruneError):
-    """The video is missing, unreadable, not a video, or empty in the range asked for."""
+    """Report a video that is missing, unreadable, not a video, or empty in the range asked for."""
 
     exit_code = 3
     type = "video"
@@ -69,7 +71,7 @@ class VideoError(EvopruneError):
 
 
 class ModelError(EvopruneError):
-    """The model is missing, of an unsupported kind, damaged, or cannot be reached."""
+    """Report a model that is missing, of an unsupported kind, damaged, or cannot be reached."""
 
     exit_code = 4
     type = "model"
@@ -77,7 +79,7 @@ class ModelError(EvopruneError):
 
 
 class PluginError(EvopruneError):
-    """The code that another package brings failed: a method, or layers of quantised weights."""
+    """Report a failure in code that another package brings: a method, or layers of quantised weights."""
 
     type = "plugin"
 
@@ -87,11 +89,11 @@ class EvopruneWarning(UserWarning):
 
 
 class PluginWarning(EvopruneWarning):
-    """A method of another package is installed and not used."""
+    """Warn of a method of another package that is installed and not used."""
 
 
 class DeviceWarning(EvopruneWarning):
-    """A GPU is there and cannot be used."""
+    """Warn of a GPU that is there and cannot be used."""
 
 
 class ModelWarning(EvopruneWarning):
@@ -99,7 +101,7 @@ class ModelWarning(EvopruneWarning):
 
 
 class OutOfMemory(EvopruneError):
-    """A stage needed more memory than there is."""
+    """Report a stage that needed more memory than there is."""
 
     exit_code = 5
     type = "out_of_memory"
@@ -144,15 +146,16 @@ def _damaged_module(problem: BaseException) -> str | None:
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
-    """Return whether a host or a device ran out of memory, by the type of what was raised, or by what it says."""
+    """Return whether a host or a device ran out of memory, by the exception's type, or by its text."""
     if isinstance(problem, MemoryError) or (isinstance(problem, OSError) and problem.errno == errno.ENOMEM):
         return True
-    said = str(problem) if isinstance(problem, RuntimeError | OSError | ImportError) else ""
-    return re.search("|".join(NO_MEMORY), said) is not None
+    if not isinstance(problem, RuntimeError | OSError | ImportError):
+        return False
+    return re.search("|".join(NO_MEMORY), str(problem)) is not None
 
 
 class memory_guard:  # noqa: N801 (called as a function)
-    """A context that turns running out of memory, on the CPU or on a device, into an `OutOfMemory` that names the stage.
+    """Turn running out of memory in a block, on the CPU or on a device, into an `OutOfMemory` that names the stage.
 
     No generator: from Python 3.12 on, the frame of one that raises is part of a cycle, which keeps all memory that the failed
     work had until the garbage collector comes.
@@ -171,12 +174,16 @@ class memory_guard:  # noqa: N801 (called as a function)
         said = re.search(
             r"Tried to allocate ([\d.]+ \wiB).*?(?:of which ([\d.]+ \wiB) is free|$)", str(problem), re.DOTALL
         )
-        wanted = "" if not said else f": {said[1]} wanted" + (f", {said[2]} free" if said[2] else "")
-        raise OutOfMemory(f"out of memory in {self.stage}{wanted}", USE_LESS, stage=self.stage) from problem
+        message = f"out of memory in {self.stage}"
+        if said:
+            message += f": {said[1]} wanted"
+        if said and said[2]:
+            message += f", {said[2]} free"
+        raise OutOfMemory(message, USE_LESS, stage=self.stage) from problem
 
 
 def process_error(what: str, problem: OSError, stage: str | None = None) -> EvopruneError:
-    """Return the error for what the system refuses where a process is started or served: `what` cannot be done."""
+    """Return the error where the system refuses to start or serve a process: `what` cannot be done."""
     message = f"cannot {what}: {problem.strerror}"
     if problem.errno == errno.ENOMEM:
         return OutOfMemory(message, "close other programs", stage=stage)

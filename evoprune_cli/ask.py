@@ -41,7 +41,7 @@ from evoprune_cli.terminal import (
 if TYPE_CHECKING:
     from evoprune.session.ahead import Ahead
     from evoprune.session.answering import Answer, EncodedInputs
-    from evoprune.video.plan import Plan
+    from evoprune.video.plan import Plan, PromptSubtitles
 
 STDIN = "-"
 USAGE = 'evoprune ask video.mp4 "What happens?"'
@@ -97,7 +97,9 @@ def ask(
     echo "What happens?" | evoprune ask clip.mp4 --json
     """
     inputs, first = split_words(words)
-    given = [*([] if first is None else [first]), *(more or [])]
+    given = list(more or [])
+    if first is not None:
+        given.insert(0, first)
     questions = given or [""]
     several = interactive or len(given) > 1
     shown = {"interactive": interactive, "several": several, "show_thoughts": show_thoughts}
@@ -169,8 +171,8 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
         (only,) = inputs
         if not _exists(only) and not PATH.search(only):
             raise VideoError(f"no such file: {only}", missing_hint(only, f"the video comes first: {USAGE}"))
-    missing = [word for word in inputs if not _exists(word)] if len(inputs) > 1 else []
-    if not missing:
+    missing = [word for word in inputs if not _exists(word)]
+    if len(inputs) == 1 or not missing:
         return
     name = missing[0]
     last = inputs[-1]
@@ -182,8 +184,10 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
         if any(word.startswith("-") for word in words):
             hint = "what follows -- is no option: put options before it"
         raise UsageError(f"unexpected extra words: {' '.join(words)}", hint)
-    ask_it = f"; to ask it as a question: -Q {name}" if name == last and question is None else ""
-    raise VideoError(f"no such file: {shown(name)}", missing_hint(name, f"check the path{ask_it}"))
+    hint = "check the path"
+    if name == last and question is None:
+        hint += f"; to ask it as a question: -Q {name}"
+    raise VideoError(f"no such file: {shown(name)}", missing_hint(name, hint))
 
 
 def _exists(word: str) -> bool:
@@ -220,14 +224,10 @@ def _encode(
         if questions:
             with opened.planning():
                 longest_prompt(session, plans, questions, options.generation)
-        for plan in [] if quiet or full else plans:
-            _note_limits(plan.full, sampling)
-            if (lines := plan.subtitles).source is not None:
-                cut = lines.lines_in_prompt < lines.lines
-                part, by = (f"{lines.lines_in_prompt:,} of ", " (--max-subtitle-tokens)") if cut else ("", "")
-                tell(f"subtitles: {lines.source}, {part}{counted(lines.lines, 'line')}{by}")
-            elif lines.note:
-                tell(f"note: no subtitles: {lines.note}")
+        if not quiet and not full:
+            for plan in plans:
+                _note_limits(plan.full, sampling)
+                _note_subtitles(plan.subtitles)
         return opened.encode(encoding(show))
 
 
@@ -247,18 +247,20 @@ def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> li
 
 
 def _usage(inputs: Sequence[str]) -> str:
-    """An example of the command with the user's own inputs, if there are such."""
+    """Write an example of the command with the user's own inputs, if there are such."""
     if not all(map(_exists, inputs)):
         return USAGE
     names = " ".join(shlex.quote(without_password(shown(path))) for path in inputs)
-    return f'evoprune ask {names} "{"What happens?" if len(inputs) == 1 else "What differs?"}"'
+    question = "What happens?" if len(inputs) == 1 else "What differs?"
+    return f'evoprune ask {names} "{question}"'
 
 
 def _question_from_stdin(inputs: Sequence[str]) -> str:
     """Raises UsageError: there is none; the last of several inputs may be meant as one."""
     *before, last = inputs
-    word = before and not PATH.fullmatch(last)
-    named = f"there is a file {shown(last)}; to ask that as the question: -Q {shown(last)}" if word else ""
+    named = ""
+    if before and not PATH.fullmatch(last):
+        named = f"there is a file {shown(last)}; to ask that as the question: -Q {shown(last)}"
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("no question", named or f"{_usage(inputs)}, or -i for a prompt")
     try:
@@ -294,10 +296,11 @@ def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool, ahea
 
 
 def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
-    """Where fewer frames, or smaller ones, are looked at than the flags or the model's own rate ask for."""
+    """Say where fewer frames, or smaller ones, are looked at than the flags or the model's own rate ask for."""
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
-        asked = sampling.frames is not None or sampling.fps is not None
-        rate = "asked for:" if asked else "at the model's rate"
+        rate = "asked for:"
+        if sampling.frames is None and sampling.fps is None:
+            rate = "at the model's rate"
         every_s = plan.sampling.seconds_per_frame
         every = f"{every_s:,.0f} s" if every_s >= 100 else f"{every_s:.3g} s"
         wanted = f"{rate} {plan.sampling.wanted:,} (--max-frames {plan.sampling.wanted})"
@@ -306,9 +309,23 @@ def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
         from evoprune.video.info import VIDEO
         from evoprune.video.plan import MAX_VISUAL_TOKENS
 
-        where = " on a CPU" if sampling.max_visual_tokens is None and plan.token_limit < MAX_VISUAL_TOKENS else ""
+        most = f"{plan.token_limit:,} tokens"
+        if sampling.max_visual_tokens is None and plan.token_limit < MAX_VISUAL_TOKENS:
+            most += " on a CPU"
         seen = f"{plan.sampling.frames} frames" if plan.kind == VIDEO else "a picture"
-        note(f"at most {plan.token_limit:,} tokens{where} (--max-visual-tokens): {seen} of {plan.width}x{plan.height}")
+        note(f"at most {most} (--max-visual-tokens): {seen} of {plan.width}x{plan.height}")
+
+
+def _note_subtitles(lines: "PromptSubtitles") -> None:
+    """Say which subtitles are read, how many of their lines, or why none are."""
+    if lines.source is None:
+        if lines.note:
+            tell(f"note: no subtitles: {lines.note}")
+        return
+    read = counted(lines.lines, "line")
+    if lines.lines_in_prompt < lines.lines:
+        read = f"{lines.lines_in_prompt:,} of {read} (--max-subtitle-tokens)"
+    tell(f"subtitles: {lines.source}, {read}")
 
 
 class Conversation:
@@ -332,7 +349,7 @@ class Conversation:
         several: bool,
         show_thoughts: bool = False,
     ):
-        """The options of a command; `several`: there is more than one question."""
+        """Take the options of a command; `several`: there is more than one question."""
         self._show_thoughts = show_thoughts
         self.answered = 0
         self._names = inputs
@@ -341,8 +358,12 @@ class Conversation:
         self._quiet = quiet
         plain = not json and not quiet
         self._echo = several and plain and sys.stderr.isatty()  # questions of the command line, on stderr
-        self._stats = (plain if stats is None else stats) or (verbose and not quiet)
-        self._blocks = math.inf if verbose or stats else 0 if interactive else 1  # so many, then lines
+        self._blocks = 0 if interactive else 1  # so many, then lines
+        if verbose or stats:
+            self._blocks = math.inf
+        if stats is None:
+            stats = plain
+        self._stats = stats or (verbose and not quiet)
         self._generation: GenerationOptions | None = None
         self._inputs: EncodedInputs | None = None
         self._full: EncodedInputs | None = None
@@ -355,7 +376,7 @@ class Conversation:
     def begin(
         self, inputs: "EncodedInputs", generation: GenerationOptions, encode_full: Callable[..., "EncodedInputs"] | None
     ) -> None:
-        """From now on questions can be answered. Prints the warnings, which are about the inputs and the model: before any answer.
+        """Take the encoded inputs, so that questions can be answered. Prints their and the model's warnings, before any answer.
 
         `encode_full`: encodes the inputs once more with nothing pruned; None where nothing is to be compared.
         """
@@ -379,8 +400,8 @@ class Conversation:
             from evoprune.bench.agreement import agreement, reference
 
             ended = answer.report.finish_reason == "stop"
-            settings = self._generation.system, self._generation.think
-            given = reference(self._full, question, answer.ids, ended, *settings)
+            generation = self._generation
+            given = reference(self._full, question, answer.ids, ended, generation.system, generation.think)
             report.agreement = agreement(given, self._inputs).record()
         self.answered += 1  # before it is printed: a record that is interrupted must not be printed twice
         self._finish(report)
@@ -398,7 +419,10 @@ class Conversation:
             print_error(problem.message, problem.hint)
             return False
         except BaseException as problem:
-            self.break_off(problem, [question] if self.answered == before else [])
+            unanswered = [question]
+            if self.answered != before:
+                unanswered = []
+            self.break_off(problem, unanswered)
             if not (goes_on and isinstance(problem, KeyboardInterrupt)):
                 raise
             note()  # ends the line on which the terminal printed ^C
@@ -421,12 +445,14 @@ class Conversation:
             report = self._half
             self._half = None
         self.answered += len(unanswered)
+        if report:
+            unanswered = unanswered[1:]
         if report and interrupted:
             self._finish(report)
         elif report and self._json:
             print_json(report)
         if self._json:
-            for missing in unanswered[1 if report else 0 :]:
+            for missing in unanswered:
                 print_json(self._failure(missing, problem))
             problem.reported = True
 
@@ -458,7 +484,9 @@ class Conversation:
             for _ in answer:
                 pass
         else:
-            print_stream(chain([f"{label}: {first}" if self._encode_full else first], answer))
+            if self._encode_full:
+                first = f"{label}: {first}"
+            print_stream(chain([first], answer))
         self._running = None
         return answer
 
@@ -477,11 +505,11 @@ class Conversation:
             note()
             for line in stats_block(report, columns(), self._verbose):
                 note(paint(printable(line), "2"))
+        elif report.compare:
+            tell(f"pruned: {summary(report)}")
+            tell(f"full: {summary(report.compare)}")
         else:
-            for title, record in (
-                {"pruned: ": report, "full: ": report.compare}.items() if report.compare else [("", report)]
-            ):
-                tell(f"{title}{summary(record)}")
+            tell(summary(report))
 
     def _failure(self, question: str, problem: BaseException) -> Report:
         """Return the record of a question that has no answer."""
@@ -501,7 +529,7 @@ def _print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
 def typed_questions(
     twice: bool = True, meanwhile: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 ) -> Iterator[str]:
-    """Questions, one a line, until the input ends (Ctrl-D) or a line says so. Empty lines are skipped, commands carried out.
+    """Yield questions, one a line, until the input ends (Ctrl-D) or a line says so. Empty lines are skipped, commands carried out.
 
     `meanwhile`: makes the context in which a line is waited for.
 

@@ -65,7 +65,7 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Group(TyperGroup):
-    """All commands. To find the one that a line names, nothing imports pydantic."""
+    """Hold all commands. To find the one that a line names, nothing imports pydantic."""
 
     def parse_args(self, ctx, args):
         """Takes `help COMMAND` for `COMMAND --help`."""
@@ -74,7 +74,7 @@ class Group(TyperGroup):
         return super().parse_args(ctx, args)
 
     def get_help_option(self, ctx):
-        """With a default that is False, and not None, which Typer would convert with pydantic."""
+        """Return the option with a default that is False, and not None, which Typer would convert with pydantic."""
         option = super().get_help_option(ctx)
         option.default = False
         return option
@@ -190,7 +190,8 @@ def main(
 
 
 for command in (ask, batch, watch, evaluate, tune, inspect, profile, verify, methods):
-    app.command("eval" if command is evaluate else command.__name__, cls=Command)(command)
+    name = {evaluate: "eval"}.get(command, command.__name__)
+    app.command(name, cls=Command)(command)
 # Of the JSON lines of these commands; the others print a report.
 SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "inspect", "methods", "tune", "verify")}
 
@@ -210,8 +211,10 @@ def run() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
-    sys.stdout = terminal.ClosedOutput() if sys.stdout is None else sys.stdout
-    sys.stderr = open(os.devnull, "w") if sys.stderr is None else sys.stderr  # noqa: SIM115 (open to the end)
+    if sys.stdout is None:
+        sys.stdout = terminal.ClosedOutput()
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
@@ -265,7 +268,7 @@ def _outcome() -> int:
 
 
 def _nobody_reads(streams) -> int:
-    """The reader closed the pipe, which is no error. What is still buffered is dropped, or the last flush would fail."""
+    """Drop the buffers, or the last flush would fail: the reader closed the pipe, which is no error."""
     sink = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         with contextlib.suppress(OSError, ValueError):
@@ -307,7 +310,7 @@ def _command() -> str | None:
 
 
 def _hint(text: str) -> str:
-    """Return what to do about what the parser says."""
+    """Return the hint for a message of the parser."""
     dashed = [word for word in sys.argv[2:] if word.startswith("-") and os.path.exists(word)]
     if dashed and "--" not in sys.argv:
         return f"a file whose name begins with a dash is ./{dashed[0]}"
@@ -330,7 +333,9 @@ def _hint(text: str) -> str:
 def _meant(typed: str | None, known: Sequence[str]) -> str:
     """Return the command that does what somebody typed in the place of one, or that is spelt like it; empty where there is none."""
     if typed is None:
-        return TRIED["version"] if sys.argv[1:2] in (["-V"], ["-v"], ["-version"]) else ""
+        if sys.argv[1:2] in (["-V"], ["-v"], ["-version"]):
+            return TRIED["version"]
+        return ""
     word = typed.lower()
     if word in TRIED:
         return TRIED[word]

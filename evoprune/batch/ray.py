@@ -26,13 +26,13 @@ TRIES = 3  # for a span whose workers die
 
 
 class WorkerDied(EvopruneError):
-    """The worker died each time that it tried a span."""
+    """Report a worker that died each time that it tried a span."""
 
     type = "worker_died"
 
 
 class RemoteError(EvopruneError):
-    """An error in another process, made from its record."""
+    """Stand for an error in another process, made from its record."""
 
     def __init__(self, error: dict[str, Any]):
         super().__init__(error["message"], error["hint"], stage=error["stage"])

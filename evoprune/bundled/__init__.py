@@ -10,7 +10,7 @@ _WEIGHTS = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Demo:
-    """A demo model: its folder, and the world, a generator of clips, that it knows (docs/demo-model.md)."""
+    """Describe a demo model: its folder, and the world, a generator of clips, that it knows (docs/demo-model.md)."""
 
     folder: Path
     world: str

@@ -25,7 +25,7 @@ from evoprune.model.numerics import without_autocast
 
 @dataclass(frozen=True)
 class MethodChain:
-    """`reuse+divprune`, `evoprune+fastv` or a method alone. The budget is that of the first part."""
+    """Chain methods: `reuse+divprune`, `evoprune+fastv` or one alone. The budget is that of the first part."""
 
     input: InputMethod | None = None
     encoder: EncoderMethod | None = None
@@ -58,7 +58,7 @@ class MethodChain:
 
     @property
     def possible(self) -> bool:
-        """Whether what acts before the language model can act together: one method, or one that combines and a selector."""
+        """Return whether the methods before the language model can act together: one, or one that combines and a selector."""
         before = self.before.members
         combines = self.encoder is not None and self.encoder.combines
         if before == [self.encoder, self.selector]:
@@ -67,12 +67,12 @@ class MethodChain:
 
     @property
     def members(self) -> list[Method]:
-        """The parts that there are, in the order in which they act."""
+        """Return the parts that there are, in the order in which they act."""
         return [part for part in (self.input, self.encoder, self.selector, self.language) if part]
 
     @property
     def first(self) -> Method:
-        return self.members[0] if self.members else Method()
+        return next(iter(self.members), Method())
 
     @property
     def name(self) -> str:
@@ -80,22 +80,26 @@ class MethodChain:
 
     @property
     def acts(self) -> str:
-        """Where the first part acts, as `Method.acts`."""
+        """Say where the first part acts, as `Method.acts`."""
         return self.first.acts
 
     @property
     def before(self) -> "MethodChain":
-        """What acts before the language model."""
+        """Return the parts that act before the language model."""
         return replace(self, language=None)
 
     @property
     def tokens(self) -> Selector | None:
-        """What selects the tokens after the tower; None where every row becomes a token."""
-        return self.selector or (self.encoder.tokens if self.encoder else None)
+        """Return the selector of the tokens after the tower; None where every row becomes a token."""
+        if self.selector or not self.encoder:
+            return self.selector
+        return self.encoder.tokens
 
     @property
     def exact(self) -> bool:
-        """Whether exactly K tokens reach the language model; of a language method alone, whether it leaves exactly its own."""
+        """Return whether exactly K tokens reach the language model; for a language method alone, whether it leaves exactly its own
+        number.
+        """
         return all(part.exact for part in self.before.members or self.members)
 
     @property
@@ -108,7 +112,7 @@ class MethodChain:
 
     @property
     def args(self) -> dict[str, Any]:
-        """The settings as reports show them: those of the first part, and by name those of the others."""
+        """Return the settings as reports show them: first those of the first part, then by name those of the others."""
         args = dict(self.first.args)
         if self.encoder and self.encoder.combines:
             args[self.tokens.name] = self.tokens.args
@@ -118,7 +122,7 @@ class MethodChain:
 
     @property
     def reading(self) -> tuple[str, str]:
-        """Where a method that reads the question is refused: what is wrong, and which method does not."""
+        """Return the texts for where a method that reads the question is refused: what is wrong, and which method does not."""
         if self.encoder is None:
             return f"method {self.tokens.name} reads the question", "another method"
         name = self.encoder.name
@@ -133,7 +137,9 @@ class MethodChain:
     def check_scores(self) -> None:
         """Raise UsageError if its tokens have no scores, whose inflection could decide how many are kept."""
         if self.tokens is None or self.tokens.scores is None:
-            name = self.tokens.name if self.selector or (self.encoder and self.encoder.combines) else self.first.name
+            name = self.first.name
+            if self.selector or (self.encoder and self.encoder.combines):
+                name = self.tokens.name
             problem = f"method {name} has no scores whose curve could decide the budget"
             alternative = "take a method that ranks tokens, such as visionzip, with auto:inflection"
             raise UsageError(problem, f"give a share such as 0.25, or {alternative}")
@@ -154,7 +160,8 @@ class MethodChain:
             stages += call(self.encoder.package, self.encoder.stages, tower, grid, keep)
             reuse = self.encoder.reuse
         if self.tokens:
-            stages.append(Stage(tower.depth, keep, Inflection(self.tokens) if inflection else self.tokens))
+            selector = Inflection(self.tokens) if inflection else self.tokens
+            stages.append(Stage(tower.depth, keep, selector))
         return EncoderPlan(grid, keep, tower.depth, reuse, tuple(stages), below)
 
     def after_tower_below(self, launch_bound: int) -> int:
@@ -162,27 +169,35 @@ class MethodChain:
 
         `launch_bound`: as in `TowerShape`.
         """
-        return launch_bound if self.encoder and self.encoder.small_after_tower else 0
+        if not self.encoder or not self.encoder.small_after_tower:
+            return 0
+        return launch_bound
 
     def language_share(self, budget: float) -> float:
         """Return the budget of the language method, in (0, 1], where the user asked for `budget`."""
-        return budget if self.language is self.first else self.language.left
+        if self.language is self.first:
+            return budget
+        return self.language.left
 
     def language_work(self, depth: int, tokens: int, budget: float) -> tuple[tuple[int, int, int], ...] | None:
-        """As `LanguageMethod.work`, at the share `budget` that the user asked for; None where nothing leaves."""
+        """Return the work as `LanguageMethod.work`, at the share `budget` that the user asked for; None where nothing leaves."""
         if self.language is None:
             return None
         return call(self.language.package, self.language.work, depth, tokens, self.language_share(budget))
 
     def prompt_columns(self, depth: int, tokens: int, text: int, budget: float) -> int | tuple[int, ...]:
-        """Positions of a prompt with `text` tokens of text, in each layer of the language model or in all; otherwise as above."""
+        """Count the positions of a prompt with `text` tokens of text, in each layer of the language model or in all; otherwise as
+        above.
+        """
         work = self.language_work(depth, tokens, budget)
-        return tokens + text if work is None else tuple(keys + text for keys, _, _ in work)
+        if work is None:
+            return tokens + text
+        return tuple(keys + text for keys, _, _ in work)
 
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """How visual tokens are pruned, as planning, encoding, answering and reports carry it. Made by `of`."""
+    """Say how visual tokens are pruned, as planning, encoding, answering and reports carry it. Made by `of`."""
 
     name: str  # of the method, as the user wrote it
     method: MethodChain
@@ -202,11 +217,13 @@ class PruneConfig:
             method = method.automatic()
         elif wanted.name == AUTO_INFLECTION:
             method.check_scores()
-        return cls(name, method, wanted if method.members else FULL, seed)
+        if not method.members:
+            wanted = FULL
+        return cls(name, method, wanted, seed)
 
     @property
     def prunes(self) -> bool:
-        """Whether anything is pruned."""
+        """Return whether anything is pruned."""
         inner = self.method.language
         return self.budget != FULL or (inner is not None and inner is not self.method.first and inner.left < 1)
 
@@ -217,7 +234,9 @@ class PruneConfig:
 
     def after_tower_below(self, device: torch.device) -> int:
         """Return the number of units below which a device prunes an input after the tower alone; 0 if no size changes anything."""
-        return 0 if self.budget == FULL else self.method.after_tower_below(devices.launch_bound_units(device))
+        if self.budget == FULL:
+            return 0
+        return self.method.after_tower_below(devices.launch_bound_units(device))
 
 
 # Selectors are run, and those of other packages checked.
@@ -229,7 +248,9 @@ def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
     units = len(tokens.unit_to_row)
     with without_autocast():
         # Rows are shared with other methods of an evaluation, and a stranger's code may write into what it gets.
-        selection = call(name, selector.select, tokens.copied() if name else tokens, keep)
+        if name:
+            tokens = tokens.copied()
+        selection = call(name, selector.select, tokens, keep)
     if name:
         count = getattr(getattr(selection, "kept", None), "shape", (0,))[0]
         enough = bool(count) and (selector.suffices(count, keep, units) or not selector.exact)
@@ -281,8 +302,12 @@ def _faults(selection: Selection, enough: bool, keep: int, units: int, device: t
 def _wrong_means(means: tuple[torch.Tensor, ...], count: int, units: int, device: torch.device) -> Iterator[str]:
     if not isinstance(means, tuple) or len(means) != 3:
         yield "means that are not three tensors"
-    (token, unit, weight), dtypes = means, (torch.int64, torch.int64, torch.float32)
-    for name, value, dtype in zip(("tokens", "units", "weights"), means, dtypes, strict=True):
+    token, unit, weight = means
+    for name, value, dtype in (
+        ("tokens", token, torch.int64),
+        ("units", unit, torch.int64),
+        ("weights", weight, torch.float32),
+    ):
         yield from _unlike(f"means, {name}", value, dtype, len(token), device)
     outside = (token < 0) | (token >= count) | (unit < 0) | (unit >= units)
     total = torch.zeros(count, dtype=torch.float32, device=token.device)
@@ -316,4 +341,6 @@ def inflection(scores: torch.Tensor) -> int:
     curve = scaled(scores.float().sort(descending=True).values)
     line = 1 - arange_on(len(curve), curve.device) / max(1, len(curve) - 1)
     depth = snap(line - curve)
-    return int(depth.argmax()) if depth.max() > 0 and curve[0] > 0 else len(curve)
+    if depth.max() <= 0 or curve[0] <= 0:
+        return len(curve)
+    return int(depth.argmax())

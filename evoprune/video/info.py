@@ -73,7 +73,7 @@ class Video:
 
     @property
     def warnings(self) -> list[str]:
-        """What the model sees in another way than players show it."""
+        """Name what the model sees in another way than players show it."""
         flags = {
             "hdr_video": self.hdr,
             "dolby_vision": self.hdr_format == IPT,
@@ -93,7 +93,7 @@ class Video:
 
     @property
     def cut_short(self) -> bool:
-        """Whether the end of the video is missing. Differences up to 0.5 s or 2% come from ways of counting."""
+        """Return whether the end of the video is missing. Differences up to 0.5 s or 2% come from ways of counting."""
         if self.stated_s is None or self.duration_s is None:
             return False
         return self.stated_s - self.duration_s > max(0.5, 0.02 * self.stated_s)
@@ -136,7 +136,7 @@ def fitted(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class ScanResult:
-    """What decoding a video from beginning to end found; `duration_s` and `stated_s` as in `Video`.
+    """Hold the results of decoding a video from beginning to end; `duration_s` and `stated_s` as in `Video`.
 
     Containers that hide their damage, such as Matroska, reveal it only by a `duration_s` below `stated_s`.
     """
@@ -175,7 +175,7 @@ class Subtitles:
 
 @dataclass(frozen=True)
 class PromptSubtitles:
-    """What the prompt has of a video's `Subtitles`."""
+    """Hold the part of a video's `Subtitles` that the prompt has."""
 
     text: str = ""  # in front of the question; empty without subtitles
     source: str | None = None
@@ -186,8 +186,9 @@ class PromptSubtitles:
     note: str | None = None
 
     def record(self) -> dict[str, Any] | None:
-        names = ("source", "lines", "lines_in_prompt", "tokens")
-        return {name: getattr(self, name) for name in names} if self.source is not None else None
+        if self.source is None:
+            return None
+        return {name: getattr(self, name) for name in ("source", "lines", "lines_in_prompt", "tokens")}
 
 
 NOTHING_SAID = PromptSubtitles()
@@ -233,7 +234,7 @@ def files(folder: str, endings: tuple[str, ...]) -> list[str]:
 
 
 def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[list[str], list[str]]:
-    """Find the files of subtitles beside a video: those of its name, the preferred first, and those that add a language to it.
+    """Find the files of subtitles beside a video: first of its own name, the preferred first; then with a language added to it.
 
     `listdir`: as of `os`, or one that remembers. Raises OSError: the folder cannot be read.
     """

@@ -87,11 +87,12 @@ def weights(subject: Subject) -> Outcome:
 
 
 def patches(subject: Subject) -> Outcome:
-    """Return the patches of each frame, which are those of a picture in one half of the values and in the other."""
+    """Compare the patches of each frame, whose two halves are the patches of a picture."""
     worst = Gap(0.0, 0.0)
     for path, name in ((subject.video, "pixel_values_videos"), (subject.picture, "pixel_values")):
         asked = subject.about(path)
-        (plan,), pixels = asked.plans, asked.call[name].cpu()
+        (plan,) = asked.plans
+        pixels = asked.call[name].cpu()
         expected = _patches_of_transformers(subject, plan)
         if pixels.shape != expected.shape:
             return Outcome(DIFFERS, f"patches {list(pixels.shape)}, expected {list(expected.shape)}")
@@ -103,7 +104,7 @@ def patches(subject: Subject) -> Outcome:
 
 
 def _patches_of_transformers(subject: Subject, plan: Plan) -> torch.Tensor:
-    """`[patches, values]`, from its processor of pictures, which works without torchvision; frames are resized by Pillow."""
+    """Make `[patches, values]` by its processor of pictures, which works without torchvision; frames are resized by Pillow."""
     from PIL import Image
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -114,7 +115,9 @@ def _patches_of_transformers(subject: Subject, plan: Plan) -> torch.Tensor:
     )
     with closing(read_frames(plan.source, plan.sampling.times_s, decoder=plan.decoder)) as chunks:
         frames = [Image.fromarray(frame) for chunk in chunks for frame in chunk.frames]
-    frames = [frame.resize(size, Image.Resampling.BICUBIC) for frame in (frames if len(frames) > 1 else 2 * frames)]
+    if len(frames) == 1:
+        frames *= 2
+    frames = [frame.resize(size, Image.Resampling.BICUBIC) for frame in frames]
     pixels = processor(images=frames, return_tensors="pt")["pixel_values"]
     first, second = pixels.view(len(frames) // 2, 2, -1, 3, 2, limits.patch_size**2).unbind(1)
     return torch.stack([first[..., 0, :], second[..., 1, :]], -2).flatten(0, 1).flatten(1)
@@ -155,11 +158,13 @@ def positions(subject: Subject) -> Outcome:
 
 
 def logits(subject: Subject) -> Outcome:
-    """Return the language model alone: both sides read the features of transformers' tower."""
+    """Compare the language models alone: both read the features of transformers' tower."""
     model = subject.loaded.model
     asked = subject.about(subject.video)
-    (place,), (last, *inner) = asked.prompt.places, asked.features
-    visuals = [Visual(place, last, arange_on(len(place), "cpu"), deepstack=torch.stack(inner) if inner else None)]
+    (place,) = asked.prompt.places
+    last, *inner = asked.features
+    deepstack = torch.stack(inner) if inner else None
+    visuals = [Visual(place, last, arange_on(len(place), "cpu"), deepstack=deepstack)]
     embeds, _, _, added = embed_prompt(model, asked.prompt.input_ids, visuals)
     cache = generate.new_cache(model, len(embeds))
     options = {"last": asked.text_behind, "deepstack": added}
@@ -194,7 +199,9 @@ def _same_answer(subject: Subject, *paths: Path) -> Outcome:
         limits = gap(features.flatten(0, 1), asked.features.flatten(0, 1)).limits(subject.features_noise)
     theirs = subject.logits(asked.call, asked.positions, features, ids[: rows - 1], last=rows).float().cpu()
     ends = torch.tensor(subject.loaded.eos_ids, dtype=torch.int64, device="cpu")
-    ours = torch.stack([theirs[row, ids[row]] if row < len(ids) else theirs[row, ends].max() for row in range(rows)])
+    chosen = [theirs[row, token] for row, token in enumerate(ids[:rows])]
+    chosen += [theirs[row, ends].max() for row in range(len(ids), rows)]
+    ours = torch.stack(chosen)
     margin = (theirs.amax(1) - ours) / (theirs.amax(1) - theirs.mean(1))  # 0: its choice; 1: a token as good as any
     first = next((row for row in range(rows) if margin[row] > 0), None)
     same = f"{counted(rows, 'token')} equal, {len(text)} characters"
@@ -328,7 +335,8 @@ def threads(subject: Subject) -> Outcome:
     qa = subject.asking()
     usual = subject.encode(qa, [subject.video])
     usual.read_along(QUESTION, [0])
-    torch.set_num_threads(2 if before == 1 else 1)
+    other = 2 if before == 1 else 1
+    torch.set_num_threads(other)
     try:
         return _same(subject, usual, subject.encode(qa, [subject.video]), subject.logits_noise, 2)
     finally:
@@ -339,16 +347,19 @@ def _same(subject: Subject, first: EncodedInputs, second: EncodedInputs, noise: 
     """Return whether two encodings have the same tokens and lead to the same logits."""
     kept, again = ({*encoding.encoded.kept.tolist()} for encoding in (first, second))
     flips = len(kept - again) / len(kept)
-    limits = {"tokens_selected_otherwise": (flips, FLIPS if subject.dtype.itemsize == 2 else 0.0)}
+    max_flips = FLIPS if subject.dtype.itemsize == 2 else 0.0
+    limits = {"tokens_selected_otherwise": (flips, max_flips)}
     distance = gap(*(each.read_along(QUESTION, subject.words)[0] for each in (second, first)), centred=True)
-    if not flips:
+    tokens = counted(len(kept), "token")
+    if flips:
+        tokens += f", {flips:.0%} of them other ones"
+    else:
         limits |= distance.limits(noise, times)
-    other_ones = f", {flips:.0%} of them other ones" if flips else ""
-    return judged(f"{counted(len(kept), 'token')}{other_ones}; logits: {distance}", limits)
+    return judged(f"{tokens}; logits: {distance}", limits)
 
 
 def again(subject: Subject) -> Outcome:
-    """A second question goes on from what the first one left in the cache.
+    """Compare a second question, which goes on from the cache that the first one left.
 
     A language model that transformers runs reads the same columns at a time in both: only what differs between two fresh ones is
     rounding.
@@ -500,10 +511,12 @@ def kernels(subject: Subject) -> Outcome:
         capability = torch.backends.cpu.get_cpu_capability()
         products = f"oneDNN, {capability}" if torch.backends.mkldnn.is_available() else capability
         products += ", packed" if can_pack(subject.loaded.model.lm_head.weight) else ", plain"
-        tower = "products" if dtype == torch.bfloat16 else tower
+        if dtype == torch.bfloat16:
+            tower = "products"
     else:
         products = f"torch's for {device.type}, fp32 with {torch.get_float32_matmul_precision()} precision"
-        tower = "varlen" if varlen_kernel(device, dtype) else tower
+        if varlen_kernel(device, dtype):
+            tower = "varlen"
     return Outcome(HELD, f"attention: tower {tower}, language model {language}; products: {products}")
 
 
