@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 import torch
 
+from evoprune.backend.cpu.linear import PackedLinear, can_pack, pack, weights_bytes
+from evoprune.backend.cpu.quantize import check as check_quantize
+from evoprune.backend.cpu.quantize import quantize, saved_bytes
 from evoprune.backend.devices import environment, is_host, largest_piece, now, on_cuda, peak_memory, reset_peak_memory
 from evoprune.backend.limits import available_cores
 from evoprune.bench.clips import (
@@ -45,9 +48,6 @@ from evoprune.bench.profile_results import (
 )
 from evoprune.bench.shared import after_tower_below, after_tower_note
 from evoprune.bundled import DEMOS
-from evoprune.cpu.linear import PackedLinear, can_pack, pack, weights_bytes
-from evoprune.cpu.quantize import check as check_quantize
-from evoprune.cpu.quantize import quantize, saved_bytes
 from evoprune.errors import ModelError, OutOfMemory, memory_guard
 from evoprune.language import generate
 from evoprune.methods.chain import PruneConfig

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from evoprune.backend import layers
 from evoprune.backend.attention import causal_attention, without_cudnn
+from evoprune.backend.cpu.linear import linear
 from evoprune.backend.devices import to_device, uses_kernels
-from evoprune.cpu.linear import linear
 from evoprune.methods.base import Reading
 from evoprune.methods.types import LayerState, arange_on
 from evoprune.model.config import head_size

@@ -3,7 +3,7 @@
     python -m experiments.speed.packing CKPT --rounds 3          # CKPT: `checkpoint` writes one of the 3B model
 
 Questions about one video, in processes of their own, forms in turn. *never*: weights stay plain. *at once*: all are packed with the
-first token. *as built*: some with each token, see `evoprune.cpu.linear.Packing`. Whole: seconds from the question to the last word.
+first token. *as built*: some with each token, see `evoprune.backend.cpu.linear.Packing`. Whole: seconds from the question to the last word.
 Silence: the longest time between two words. The answers of all forms must be equal.
 """
 
@@ -15,7 +15,7 @@ import time
 from itertools import pairwise
 from statistics import median
 
-from evoprune.cpu import linear
+from evoprune.backend.cpu import linear
 
 # The passes after which packing begins, and the bytes packed in a pass from then on.
 FORMS = {

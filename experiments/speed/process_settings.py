@@ -39,7 +39,7 @@ SETTINGS = {
 def measure(name: str, model: str, frames: int, windows: int) -> float:
     """Seconds of a window, in this process."""
     _, _, apart, ended = SETTINGS[name]
-    from evoprune.cpu.machine import release_omp_threads
+    from evoprune.backend.cpu.machine import release_omp_threads
     from evoprune.video_qa import VideoQA
     from experiments.speed.live_rate import Paced
 

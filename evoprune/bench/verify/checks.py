@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend
 
 from evoprune.backend import operators
 from evoprune.backend.attention import varlen_kernel
+from evoprune.backend.cpu.linear import PackedLinear, can_pack, packs
+from evoprune.backend.cpu.quantize import kinds, quantize, saved_bytes
 from evoprune.backend.devices import (
     can_capture,
     exact_shapes,
@@ -47,8 +49,6 @@ from evoprune.bench.verify.subject import (
     skipped,
 )
 from evoprune.bench.verify.waiting import Waiting
-from evoprune.cpu.linear import PackedLinear, can_pack, packs
-from evoprune.cpu.quantize import kinds, quantize, saved_bytes
 from evoprune.errors import UsageError, first_line, is_out_of_memory
 from evoprune.hf import interface
 from evoprune.hf.context import EvoPrune

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
+from evoprune.backend.cpu.linear import can_pack
+from evoprune.backend.cpu.quantize import check as check_quantize
+from evoprune.backend.cpu.quantize import saved_bytes
 from evoprune.backend.devices import has_bf16, is_host, pick_device
 from evoprune.bundled import DEMOS, Demo, demo_in
-from evoprune.cpu.linear import can_pack
-from evoprune.cpu.quantize import check as check_quantize
-from evoprune.cpu.quantize import saved_bytes
 from evoprune.errors import ModelError, ModelWarning, UsageError, first_line
 from evoprune.language.prompt import Tokenizer
 from evoprune.model.config import (

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
+from evoprune.backend.cpu.linear import Packing, weights_bytes
+from evoprune.backend.cpu.linear import pack as pack_layers
+from evoprune.backend.cpu.precision import AUTO_THREADS
+from evoprune.backend.cpu.quantize import Progress, kinds, places
 from evoprune.backend.devices import available_memory, empty_cache, is_host, run_beside, uses_kernels
 from evoprune.backend.layers import join, join_tower
 from evoprune.backend.limits import available_cores
 from evoprune.bundled import Demo, may_be_of_any_world, unknown_words, world_of
-from evoprune.cpu.linear import Packing, weights_bytes
-from evoprune.cpu.linear import pack as pack_layers
-from evoprune.cpu.precision import AUTO_THREADS
-from evoprune.cpu.quantize import Progress, kinds, places
 from evoprune.errors import ModelError, ModelWarning, OutOfMemory, is_out_of_memory
 from evoprune.language import hybrid
 from evoprune.language.generate import TokenStream, Visual, embed_prompt, prefill

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evoprune.backend.cpu import linear
+from evoprune.backend.cpu.linear import PackedLinear
+from evoprune.backend.cpu.quantize import Int8Linear
 from evoprune.backend.devices import accelerator, available_memory, exact_shapes, pick_device
 from evoprune.bundled import DEMOS
-from evoprune.cpu import linear
-from evoprune.cpu.linear import PackedLinear
-from evoprune.cpu.quantize import Int8Linear
 from evoprune.errors import DeviceWarning, EvopruneWarning, ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language.generate import prefill
 from evoprune.model.config import FAMILIES, parse_config

@@ -29,7 +29,7 @@ def test_the_threads_of_a_team_end_and_come_back():
     code = """
 import json, os, threading
 import torch
-from evoprune.cpu.machine import _openmp, use_one_omp_thread, release_omp_threads
+from evoprune.backend.cpu.machine import _openmp, use_one_omp_thread, release_omp_threads
 from evoprune.vision.preprocess import resize
 
 def product():
