@@ -140,7 +140,7 @@ def ask(
             if not quiet:
                 names = listed([os.path.basename(os.path.abspath(path)) for path in names])
                 tell(f"Ask about {names}. /help for help, q or Ctrl-D to end.")
-            from evoprune.cpu.linear import packing_meanwhile
+            from evoprune.backend.cpu.linear import packing_meanwhile
 
             for question in typed_questions(meanwhile=partial(packing_meanwhile, qa.session.loaded.model)):
                 questions.append(question)

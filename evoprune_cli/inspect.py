@@ -173,7 +173,6 @@ def _about_video(
                 count = partial(_show_frames, show, frames)
                 count(0)
                 yield {"scan": asdict(scan_video(path, folder_fps=rate, on_frames=count))}
-        from evoprune.backend.devices import is_host
         from evoprune.session.inspection import memory_facts, model_facts, plan_facts
         from evoprune.session.loading.find import look_up
         from evoprune.video.plan import default_max_visual_tokens, make_plan
@@ -182,8 +181,7 @@ def _about_video(
         numbers = pipeline.sampling.numbers
         yield {"model": model_facts(model)}
         if numbers["max_visual_tokens"] is None:
-            on_cpu = is_host(model.device)
-            numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=model.demo is not None)
+            numbers["max_visual_tokens"] = default_max_visual_tokens(str(model.device), is_demo=model.demo is not None)
         plan = make_plan(info, model.limits[info.kind], **numbers)
         yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}
         yield {"memory": memory_facts(model, plan, pipeline.pruning)}

@@ -16,9 +16,9 @@ from itertools import cycle
 from statistics import median
 from typing import Any
 
+from evoprune.backend.cpu.precision import LOAD_FORMATS, QUANTIZE
 from evoprune.bench.chart import COLOURS, INK, PALE, Panel, Point, Series, draw
 from evoprune.bench.profile_results import BOUND, METHOD, SYNTHETIC, Case, Figures, ProfileResults, ProfileRow, Spread
-from evoprune.cpu.precision import LOAD_FORMATS, QUANTIZE
 from evoprune.errors import UsageError
 from evoprune.report import device_text
 from evoprune.session.options import ModelOptions, PruneOptions

@@ -81,7 +81,7 @@ def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> Non
         tell(f"note: the model's generation_config.json has tokens drawn otherwise than here; as it says: {flags}")
     usual = (loaded.dtype, loaded.quantize) == ("fp32", "none") and loaded.found.can_be_quantized
     if usual and loaded.weights_bytes >= LARGE_MODEL:
-        from evoprune.cpu.quantize import kinds
+        from evoprune.backend.cpu.quantize import kinds
 
         if "int8" in kinds(loaded.model.device):  # a CPU that has no bf16 products, but those of 8 bits
             gain = "about twice as fast, less exact, and takes a third of the memory"

@@ -20,11 +20,11 @@ MODEL, TURNS = "Qwen/Qwen2.5-VL-3B-Instruct", 2
 
 def measure(side: str, args: argparse.Namespace) -> list[dict]:
     """The turns of one process: name, tokens, seconds of encode and prefill."""
+    from evoprune.backend.cpu.linear import pack_waiting
     from evoprune.bench.clips import prepare, synthetic_frames
     from evoprune.bench.hugging_face import hugging_face_model
     from evoprune.bench.profile import run_evoprune, run_hugging_face
     from evoprune.bench.profile_results import Case
-    from evoprune.cpu.linear import pack_waiting
     from evoprune.methods.chain import PruneConfig
     from evoprune.session.loading.model import load_model
     from evoprune.vision.tower import tower_shape

@@ -144,8 +144,7 @@ class Transformers:
         from evoprune.video.plan import default_max_visual_tokens, make_plan
 
         info = probe(video)
-        on_cpu = self._found.device.type == "cpu"
-        most = default_max_visual_tokens(on_cpu=on_cpu, is_demo=self._found.demo is not None)
+        most = default_max_visual_tokens(str(self._found.device), is_demo=self._found.demo is not None)
         sampling = replace(SamplingOptions(frames=frames), max_visual_tokens=most)
         return make_plan(info, self._found.limits[info.kind], **sampling.numbers)
 

@@ -14,9 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from evoprune.backend.cpu.linear import PackedLinear, can_pack, linear, pack
+from evoprune.backend.cpu.quantize import (
+    Int4Linear,
+    Int8Linear,
+    Unquantised,
+    check,
+    int4_weights,
+    int8_weights,
+    quantize,
+)
 from evoprune.backend.devices import PIECE_UNITS, environment
-from evoprune.cpu.linear import PackedLinear, can_pack, linear, pack
-from evoprune.cpu.quantize import Int4Linear, Int8Linear, Unquantised, check, int4_weights, int8_weights, quantize
 from evoprune.errors import UsageError, first_line
 from evoprune.methods.plans import full_plan
 from evoprune.model.config import PATCHES, Config, vision_sizes

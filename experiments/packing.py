@@ -3,8 +3,8 @@
     python -m experiments.packing CKPT --rounds 3          # CKPT: experiments.checkpoint writes one of the 3B model
 
 Questions about one video, in processes of their own, forms in turn. *never*: weights stay plain. *at once*: all are packed with the
-first token. *as built*: some with each token, see `evoprune.cpu.linear.Packing`. Whole: seconds from the question to the last word.
-Silence: the longest time between two words. The answers of all forms must be equal.
+first token. *as built*: some with each token, see `Packing` (backend/cpu/linear.py). Whole: seconds from the question to the last
+word. Silence: the longest time between two words. The answers of all forms must be equal.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import time
 from itertools import pairwise
 from statistics import median
 
-from evoprune.cpu import linear
+from evoprune.backend.cpu import linear
 
 # The passes after which packing begins, and the bytes packed in a pass from then on.
 FORMS = {

@@ -36,7 +36,7 @@ def measure(name: str, model: str, frames: int, windows: int) -> float:
     kept, _, apart, ended = SETTINGS[name]
     if kept:
         keep_freed_memory()
-    from evoprune.cpu.machine import release_omp_threads
+    from evoprune.backend.cpu.machine import release_omp_threads
     from evoprune.video_qa import VideoQA
     from experiments.live_rate import Paced
 

@@ -22,11 +22,11 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from evoprune import methods
+from evoprune.backend.cpu.linear import pack_waiting
 from evoprune.backend.devices import environment
 from evoprune.bench.agreement import Reference, agreement, reference
 from evoprune.bench.scores import Z95, share_variance, wilson
 from evoprune.bench.shared import SharedInput, SharedRows, after_tower_below, after_tower_note
-from evoprune.cpu.linear import pack_waiting
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.methods.chain import PruneConfig
 from evoprune.session.ahead import Ahead

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from evoprune import methods
+from evoprune.backend.cpu.linear import weights_bytes
 from evoprune.backend.devices import environment, memory_in_use, peak_memory
-from evoprune.cpu.linear import weights_bytes
 from evoprune.errors import UsageError
 from evoprune.hf import interface
 from evoprune.hf.columns import (

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from evoprune import methods
+from evoprune.backend.cpu.linear import PackedLinear, can_pack, packed_copy, shared_copy
+from evoprune.backend.cpu.quantize import Int8Linear, check, quantize
 from evoprune.backend.layers import is_unhooked_linear
-from evoprune.cpu.linear import PackedLinear, can_pack, packed_copy, shared_copy
-from evoprune.cpu.quantize import Int8Linear, check, quantize
 from evoprune.errors import UsageError, names_plugins
 from evoprune.hf import interface
 from evoprune.methods.budget import DEFAULT, Budget, GivenShare

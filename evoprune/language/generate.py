@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from evoprune.backend.cpu.linear import begin_pass
 from evoprune.backend.devices import to_device
-from evoprune.cpu.linear import begin_pass
 from evoprune.errors import EvopruneError, ModelError
 from evoprune.language import decoder, hosted, static
 from evoprune.language.decoder import KVCache

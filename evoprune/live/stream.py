@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from evoprune.cpu.machine import release_omp_threads
+from evoprune.backend.cpu.machine import release_omp_threads
 from evoprune.errors import UsageError, names_plugins
 from evoprune.language.decoder import KVCache, forward
 from evoprune.language.generate import PrefillState, Visual, embed_ids, embed_prompt, prefill

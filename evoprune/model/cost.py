@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from evoprune.backend.devices import available_memory, now
+from evoprune.backend.devices import available_memory, efficiency, now
 from evoprune.errors import memory_guard
 from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, TextConfig, head_size
 from evoprune.model.numerics import without_autocast
@@ -18,8 +18,6 @@ from evoprune.model.weights import Tower
 SMALL_CHANGE = 128 * 2**20  # bytes that any run takes, however small
 # Of all rows of a layer: they themselves, queries, keys, values, and what attention makes of them, and of some of these a copy.
 ROW_COPIES = 6
-# The rate of a whole forward pass, as a share of a plain matrix product's. Only for estimates.
-EFFICIENCY = 0.5
 DELTA_CHUNK = 64  # columns that a Gated DeltaNet computes together when it reads a prompt, as in transformers
 
 
@@ -275,7 +273,13 @@ def matmul_rate(
 
 def estimate_first_token(
     model, rows: Sequence[int], grids: int, windows: int, prompt: int | Sequence[int | Sequence[int]]
-) -> float:
-    """Seconds until the first token of a `QwenVL` on a CPU, roughly; arguments as of `tower_flop` and `prefill_flop`."""
+) -> float | None:
+    """Seconds until the first token of a `QwenVL`, roughly; None where the device does not tell (`efficiency`).
+
+    Arguments as of `tower_flop` and `prefill_flop`.
+    """
+    share = efficiency(model.device)
+    if share is None:
+        return None
     work = tower_flop(model.config.vision_config, rows, grids, windows) + prefill_flop(model.config.text_config, prompt)
-    return work / (EFFICIENCY * matmul_rate(model.dtype, "cpu", 0.04))  # briefly: the first word waits for it
+    return work / (share * matmul_rate(model.dtype, str(model.device), 0.04))  # briefly: the first word waits for it

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
-from evoprune.backend.expected import expects_host
 from evoprune.backend.limits import available_memory
 from evoprune.bundled import demo_in
 from evoprune.errors import ModelError, UsageError, VideoError
@@ -75,7 +74,7 @@ def expected(options: ModelOptions) -> Expected | None:
             return None
     config = read_config(BUNDLED_CONFIGS[name] if folder is None else folder / "config.json")
     demo = None if random else demo_in(folder)
-    most = default_max_visual_tokens(on_cpu=expects_host(options.device), is_demo=demo is not None)
+    most = default_max_visual_tokens(options.device, is_demo=demo is not None)
     return Expected(input_limits(folder, config.vision_config), most)
 
 

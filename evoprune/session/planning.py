@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from evoprune.backend.devices import is_host, largest_piece
+from evoprune.backend.devices import largest_piece
 from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.language.prompt import Tokenizer
 from evoprune.methods.plans import EncoderPlan, SetAside, WholePairs
@@ -92,8 +92,7 @@ def plan_input(session: Session, info: Video, sampling: SamplingOptions, name: s
     loaded = session.loaded
     numbers = sampling.numbers
     if numbers["max_visual_tokens"] is None:
-        on_cpu = is_host(torch.device(loaded.device))
-        numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=loaded.is_demo)
+        numbers["max_visual_tokens"] = default_max_visual_tokens(loaded.device, is_demo=loaded.is_demo)
     limits = loaded.limits[info.kind]
     full = make_plan(info, limits, **numbers)
     encoder = session.pruning.plan(tower_shape(loaded.model.model.visual), full.grid)
@@ -181,8 +180,8 @@ def check_carried(session: Session, plan: Plan) -> None:
 
 
 def estimate_first_token(session: Session, plan: Plan, text: int = QUESTION) -> float | None:
-    """Seconds until the first token, roughly, with `text` tokens around the video; None on CUDA and for a demo model."""
-    if not is_host(torch.device(session.loaded.device)) or session.loaded.is_demo:
+    """Seconds until the first token, roughly, with `text` tokens around the video; None off the CPU, and for a demo model."""
+    if session.loaded.is_demo:
         return None
     model = session.loaded.model
     encoder = plan.encoder
@@ -192,4 +191,6 @@ def estimate_first_token(session: Session, plan: Plan, text: int = QUESTION) -> 
     pruning = session.pruning
     work = pruning.method.prompt_work(depth, encoder.keep, text, pruning.budget.share_of_all([encoder.grid]))
     seconds = estimate_seconds(model, [*encoder.layers, encoder.rows], count, windows, work)
-    return seconds if session.loaded.quantize == "none" else seconds / 2  # products of bytes take about half the time
+    if seconds is None or session.loaded.quantize == "none":
+        return seconds
+    return seconds / 2  # products of bytes take about half the time

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
+from evoprune.backend.expected import visual_token_limit
 from evoprune.errors import UsageError, VideoError
 from evoprune.methods.plans import EncoderPlan, Grid
 from evoprune.model.config import list_of, number, whole
 from evoprune.video.info import EXACT, NOTHING_SAID, PICTURE, VIDEO, PromptSubtitles, Video
 
-# Visual tokens before pruning: Qwen2.5-VL's own limit for a video, and what a CPU encodes in about a minute.
+# Visual tokens before pruning: Qwen2.5-VL's own limit for a video.
 MAX_VISUAL_TOKENS = 24_576
-MAX_VISUAL_TOKENS_CPU = 4_096
 # Units of a frame where a model limits all frames together: Qwen's own limit, without which four frames would share all of it.
 MAX_FRAME_TOKENS = 768
 
@@ -295,9 +295,9 @@ def _check_at_least(min_value: int, name: str, value: float | None) -> None:
         raise UsageError(f"{name} is {value}", f"give a number, {min_value} or more")
 
 
-def default_max_visual_tokens(*, on_cpu: bool, is_demo: bool) -> int:
-    """Return the limit before pruning. A real model on a CPU gets a lower one: more would take many minutes."""
-    return MAX_VISUAL_TOKENS_CPU if on_cpu and not is_demo else MAX_VISUAL_TOKENS
+def default_max_visual_tokens(device: str, *, is_demo: bool) -> int:
+    """Return the limit before pruning, on a device by its name: the model's, or that of the device if it is lower."""
+    return MAX_VISUAL_TOKENS if is_demo else min(MAX_VISUAL_TOKENS, visual_token_limit(device))
 
 
 def smart_resize(height: int, width: int, min_pixels: float, max_pixels: float, factor: int = 28) -> tuple[int, int]:

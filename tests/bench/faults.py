@@ -107,7 +107,7 @@ FAULTS = {
     ),
     "packed layers without their bias": Fault(
         "packed",
-        "evoprune.cpu.linear:PackedLinear.forward",
+        "evoprune.backend.cpu.linear:PackedLinear.forward",
         "self.weights_for(x), self.bias",
         "self.weights_for(x), None",
     ),
@@ -123,8 +123,8 @@ FAULTS = {
         "radii.long()",
         "radii.roll(torch.get_num_threads()).long()",
     ),
-    "scales of 8 bits too small": Fault("int8", "evoprune.cpu.quantize:int8_weights", "/ 127)", "/ 200)"),
-    "zeros of 4 bits off by one": Fault("int4", "evoprune.cpu.quantize:_int4_piece", ".add_(8)", ".add_(9)"),
+    "scales of 8 bits too small": Fault("int8", "evoprune.backend.cpu.quantize:int8_weights", "/ 127)", "/ 200)"),
+    "zeros of 4 bits off by one": Fault("int4", "evoprune.backend.cpu.quantize:_int4_piece", ".add_(8)", ".add_(9)"),
     "a method that selects one token too few": Fault(
         "methods",
         "evoprune.methods.baselines:DivPrune.select",

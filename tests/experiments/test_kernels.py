@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from evoprune.cpu.quantize import check
+from evoprune.backend.cpu.quantize import check
 from evoprune.methods.plans import full_plan
 from evoprune.model.config import parse_config
 from evoprune.session.loading.model import random_model

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from evoprune import VideoQA
+from evoprune.backend.cpu.quantize import MAX_LARGE, quantize
 from evoprune.bench.agreement import agreement, reference
-from evoprune.cpu.quantize import MAX_LARGE, quantize
 from evoprune.session.loading.model import load_model
 from evoprune.session.loading.stored import calibrate
 from experiments.demo.write import clips_asked, demo_video
@@ -35,7 +35,7 @@ def demo(kind, share=MAX_LARGE) -> VideoQA:
         grow(layer.post_attention_layernorm, layer.mlp.gate_proj, layer.mlp.up_proj)
     if kind != "none":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("evoprune.cpu.quantize.MAX_LARGE", share)
+            patch.setattr("evoprune.backend.cpu.quantize.MAX_LARGE", share)
             quantize(loaded.model, kind, calibrate)
     return VideoQA(loaded, budget=1.0)
 

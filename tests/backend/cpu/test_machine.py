@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from evoprune.backend.cpu.machine import madvise_cold, page_in
 from evoprune.backend.devices import memory_in_use
-from evoprune.cpu.machine import madvise_cold, page_in
 from evoprune.errors import UsageError
 from evoprune.session.options import ModelOptions
 
@@ -65,7 +65,7 @@ def test_the_threads_of_a_team_end_and_come_back():
     code = """
 import json, os, threading
 import torch
-from evoprune.cpu.machine import _openmp, use_one_omp_thread, release_omp_threads
+from evoprune.backend.cpu.machine import _openmp, use_one_omp_thread, release_omp_threads
 from evoprune.vision.preprocess import resize
 
 def product():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.cpu.quantize import GROUP, Bytes, Int4Linear, Int8Linear, check, large_channels, levels, quantize
+from evoprune.backend.cpu.quantize import GROUP, Bytes, Int4Linear, Int8Linear, check, large_channels, levels, quantize
 from evoprune.errors import UsageError
 from evoprune.methods.plans import full_plan
 from evoprune.session.loading.stored import calibrate
@@ -178,7 +178,7 @@ def test_kinds_and_devices():
 def test_weights_quantised_piece_by_piece_are_the_same(make, out, monkeypatch):
     layer, x = layer_of(out=out), torch.randn(2, 96)
     whole = make(layer)(x)
-    monkeypatch.setattr("evoprune.cpu.quantize.PIECE_WEIGHTS", 64 * 96)
+    monkeypatch.setattr("evoprune.backend.cpu.quantize.PIECE_WEIGHTS", 64 * 96)
     assert torch.equal(make(layer)(x), whole)
 
 

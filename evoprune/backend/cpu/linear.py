@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from evoprune.backend.cpu.machine import madvise_cold
 from evoprune.backend.devices import available_memory, is_host
 from evoprune.backend.layers import is_unhooked_linear
-from evoprune.cpu.machine import madvise_cold
 
 # The number of rows that packing assumes. From a few dozen rows up, the arrangement does not depend on it.
 ROWS = 512

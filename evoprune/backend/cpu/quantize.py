@@ -14,11 +14,11 @@ from functools import lru_cache, partial
 import torch
 from torch import nn
 
+from evoprune.backend.cpu.linear import can_pack
+from evoprune.backend.cpu.machine import madvise_cold
+from evoprune.backend.cpu.precision import check_quantize
 from evoprune.backend.devices import is_host
 from evoprune.backend.layers import is_unhooked_linear
-from evoprune.cpu.linear import can_pack
-from evoprune.cpu.machine import madvise_cold
-from evoprune.cpu.precision import check_quantize
 from evoprune.errors import UsageError
 
 GROUP = 32  # int4 weights that share a scale

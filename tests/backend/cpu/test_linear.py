@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.cpu import linear as module
-from evoprune.cpu.linear import (
+from evoprune.backend.cpu import linear as module
+from evoprune.backend.cpu.linear import (
     MANY_ROWS,
     SMALL_WEIGHT,
     START_PASSES,
