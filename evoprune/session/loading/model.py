@@ -344,7 +344,7 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
         ),
     )
     model = random_model(small, dtype, device)
-    prepare(model)
+    prepare(model, packs=False)
     visual = model.model.visual
     grid = (2, 8, 8)
     words = 8
