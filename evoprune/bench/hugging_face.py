@@ -1,19 +1,9 @@
 """Plain Hugging Face transformers on the same weights: the reference that everything is measured against."""
 
-from importlib.util import find_spec
-
 import torch
 
-from evoprune.backend.devices import is_host
 from evoprune.model.weights import Model
 from evoprune.session.loading.hosted import meta_model, with_frequencies
-
-
-def fastest_attention(model: Model) -> str:
-    """Return the fastest attention that transformers has here for this model: flash-attn's where it is installed, else torch's."""
-    if is_host(model.device) or model.dtype.itemsize != 2 or find_spec("flash_attn") is None:
-        return "sdpa"
-    return "flash_attention_2"
 
 
 def hugging_face_model(model: Model, attention: str = "sdpa"):

@@ -16,10 +16,19 @@ from typing import NamedTuple
 
 import torch
 
+from evoprune.backend.attention import attention_note, transformers_attention
 from evoprune.backend.cpu.linear import PackedLinear, can_pack, pack, weights_bytes
 from evoprune.backend.cpu.quantize import check as check_quantize
 from evoprune.backend.cpu.quantize import quantize, saved_bytes
-from evoprune.backend.devices import environment, is_host, largest_piece, now, on_cuda, peak_memory, reset_peak_memory
+from evoprune.backend.devices import (
+    environment,
+    largest_piece,
+    now,
+    peak_memory,
+    peak_memory_note,
+    product_sides,
+    reset_peak_memory,
+)
 from evoprune.backend.limits import available_cores
 from evoprune.bench.clips import (
     AFTER_PAIR,
@@ -32,7 +41,7 @@ from evoprune.bench.clips import (
     prepare,
     text_tokens,
 )
-from evoprune.bench.hugging_face import fastest_attention, hugging_face_model
+from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.bench.profile_results import (
     FULL,
     HUGGING_FACE,
@@ -140,8 +149,8 @@ def quantized_models(
         quantize(model, name, calibrate, lambda done, total, title=title: progress(f"{title}: {done} of {total}"))
         models[name] = replace(loaded, model=model, quantize=name, weights_bytes=weights_bytes(model))
         notes.append(_ready(name, model, start))
-    if not on_cuda(loaded.device):
-        notes.append("peak memory is the process's, with the weights of all rows in it")
+    if note := peak_memory_note(loaded.device):
+        notes.append(note)
     return models, missing, notes
 
 
@@ -264,16 +273,13 @@ class Bench:
         self._loaded = loaded
         self._settings = settings
         model = loaded.model
-        attention = fastest_attention(model)
+        attention = transformers_attention(model.device, model.dtype)
         self._reference = hugging_face_model(model, attention)
         names = [name for name in settings.quantize if any(row.quantize == name for row in rows)]
         cases = {case: [row for row in rows if row.case == case] for case in dict.fromkeys(row.case for row in rows)}
         needed = {c: working_memory(model.config, c, loaded.video, model.dtype.itemsize) for c in cases}
         self._models, missing, self.notes = quantized_models(loaded, names, max(needed.values()), progress)
-        if not is_host(model.device):
-            note = f"transformers runs {attention}"
-            if attention == "sdpa":
-                note += ", whose tower loops over windows in Python; flash-attn, which does not, is not installed"
+        if note := attention_note(model.device, attention):
             self.notes.append(note)
         for row in rows:
             row.error = missing.get(row.quantize)
@@ -290,7 +296,7 @@ class Bench:
                         if (config := settings.config(name, budget)).method.acts == "input":
                             self._clips[case, name, budget] = prepare(loaded, *frames, config)
         # Large squares, and the tower's own widest product over as many rows as it computes at a time.
-        sides = (4096, 8192) if on_cuda(loaded.device) else (1024, 2048)
+        sides = product_sides(model.device)
         vision = model.config.vision_config
         piece_units = min(largest_piece(model.device), max((clip.units for clip in self._clips.values()), default=1))
         widest = max(3 * vision.hidden_size, vision.intermediate_size)

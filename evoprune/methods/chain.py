@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 
 from evoprune.backend import devices
-from evoprune.backend.devices import exact_shapes
+from evoprune.backend.devices import HOST
 from evoprune.errors import PluginError, UsageError, call
 from evoprune.methods import registry
 from evoprune.methods.base import EncoderMethod, InputMethod, LanguageMethod, Method, Selector, not_automatic
@@ -326,7 +326,7 @@ def _unlike(
     if value.dtype != dtype or value.ndim != 1 or length not in (None, len(value)):
         given = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
         yield f"{name} as {given} where {wanted} {shape} was asked for"
-    if value.device != device and not (name == "kept" and exact_shapes(value.device)):
+    if value.device not in ((device, HOST) if name == "kept" else (device,)):
         yield f"{name} on {value.device} where the tokens are on {device}"
 
 

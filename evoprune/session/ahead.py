@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
-from evoprune.backend.expected import expects_host
 from evoprune.backend.limits import available_memory
 from evoprune.errors import ModelError, UsageError, VideoError
 from evoprune.session.loading.files import (
@@ -81,7 +80,7 @@ def expected(options: ModelOptions) -> Expected | None:
         if folder is None:
             return None
     config = read_config(BUNDLED_CONFIGS[name] if folder is None else folder / "config.json")
-    most = default_max_visual_tokens(None if random else folder, expects_host(options.device))
+    most = default_max_visual_tokens(None if random else folder, options.device)
     return Expected(input_limits(folder, config.vision_config), most)
 
 

@@ -18,7 +18,7 @@ import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.backend.devices import empty_cache
+from evoprune.backend.devices import empty_cache, kind
 from evoprune.errors import OutOfMemory, UsageError, memory_guard
 from evoprune.model.cost import Clock
 from evoprune.report import BESIDE, OF_INPUTS
@@ -366,7 +366,7 @@ def entry_key(session: Session, plan: Plan) -> str | None:
         "size": [plan.height, plan.width],
         "encoder": asdict(plan.encoder),
         "pixels": [*limits.normal, limits.patch_size, limits.temporal_patch_size, limits.merge_size],
-        "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, torch.device(loaded.device).type],
+        "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, kind(loaded.device)],
         "method": [repr(pruning.method.before), pruning.seed],  # the repr names the classes and all settings
         "code": [evoprune.__version__, torch.__version__, own_code(), methods.plugin_code(pruning.name)],
         "reader": version(READERS[plan.decoder]),

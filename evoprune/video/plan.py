@@ -15,9 +15,8 @@ from evoprune.methods.plans import EncoderPlan, Grid
 from evoprune.model.config import list_of, number, whole
 from evoprune.video.info import EXACT, NOTHING_SAID, PICTURE, VIDEO, PromptSubtitles, Video
 
-# Visual tokens before pruning: Qwen2.5-VL's own limit for a video, and what a CPU encodes in about a minute.
+# Visual tokens before pruning: Qwen2.5-VL's own limit for a video.
 MAX_VISUAL_TOKENS = 24_576
-MAX_VISUAL_TOKENS_CPU = 4_096
 # Units of a frame where a model limits all frames together: Qwen's own limit, without which four frames would share all of it.
 MAX_FRAME_TOKENS = 768
 

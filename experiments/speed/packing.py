@@ -3,8 +3,8 @@
     python -m experiments.speed.packing CKPT --rounds 3          # CKPT: `checkpoint` writes one of the 3B model
 
 Questions about one video, in processes of their own, forms in turn. *never*: weights stay plain. *at once*: all are packed with the
-first token. *as built*: some with each token, see `evoprune.backend.cpu.linear.Packing`. Whole: seconds from the question to the last word.
-Silence: the longest time between two words. The answers of all forms must be equal.
+first token. *as built*: some with each token, see `Packing` (backend/cpu/linear.py). Whole: seconds from the question to the last
+word. Silence: the longest time between two words. The answers of all forms must be equal.
 """
 
 import argparse

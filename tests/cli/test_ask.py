@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evoprune.backend.expected import MAX_VISUAL_TOKENS_CPU
 from evoprune.bundled import DEMOS, SCENES_TAG
 from evoprune.errors import VideoError
 from evoprune.report import Report
@@ -23,7 +24,6 @@ from evoprune.session import encoding, prompting
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.video import frames
-from evoprune.video.plan import MAX_VISUAL_TOKENS_CPU
 from evoprune_cli.ask import split_words
 from evoprune_cli.terminal import stdout
 from tests.cli.screen import visible

@@ -122,7 +122,7 @@ def test_a_bias_in_features_of_heads_is_that_in_a_mask(cuts, dtype, near, monkey
         return torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
 
     expected, masked, shapes = made(), with_blind_columns(), []
-    monkeypatch.setattr(decoder, "uses_kernels", lambda device: True)
+    monkeypatch.setattr("evoprune.backend.attention.uses_kernels", lambda device: True)
     monkeypatch.setattr(decoder, "causal_attention", lower_right)
     assert_close(made(), expected, near)
     ends = [end for end in [*cuts, LENGTH] if end != LENGTH or LENGTH - 1 not in cuts]

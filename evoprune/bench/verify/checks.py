@@ -16,12 +16,12 @@ from evoprune.backend.attention import varlen_kernel
 from evoprune.backend.cpu.linear import PackedLinear, can_pack, packs
 from evoprune.backend.cpu.quantize import kinds, quantize, saved_bytes
 from evoprune.backend.devices import (
-    can_capture,
+    capture_on,
+    counted_memory,
     exact_shapes,
     is_host,
-    memory_in_use,
     peak_memory,
-    plainly,
+    plain_pytorch,
     reset_peak_memory,
     uses_kernels,
 )
@@ -540,8 +540,7 @@ def memory(subject: Subject) -> Outcome:
     prompt = qa.session.prompt_columns(encoder.keep, TEXT)
     config = subject.loaded.model.config
     estimate = encoding_bytes(config, encoder, piece_units, subject.dtype.itemsize, prompt)
-    on_cuda = device.startswith("cuda")
-    before = torch.cuda.memory_allocated(device) if on_cuda else sum(memory_in_use(device))  # as `peak_memory` counts
+    before = counted_memory(device)
     subject.encode(qa, [subject.video]).read_along(QUESTION, [0])
     peak = peak_memory(device) - before
     return judged(f"{size(max(0, peak))} beside the weights, estimated {size(estimate)}", {"bytes": (peak, estimate)})
@@ -581,7 +580,7 @@ def accelerated(subject: Subject) -> Outcome:
     figures: dict[str, tuple[float, float]] = {}
     for name, share in _selections(subject.device).items():
         figures[f"{name}_unlike"] = (1 - share, 1 - SAME)
-    with plainly():
+    with plain_pytorch():
         expected = subject.encode(subject.asking(1.0), [subject.video]).encoded.every_feature
     actual = subject.encode(subject.asking(1.0), [subject.video]).encoded.every_feature
     features = gap(actual, expected)
@@ -629,7 +628,7 @@ def _selections(device: torch.device) -> dict[str, float]:
 
     selected = torch.arange(0, units, 4, dtype=torch.int64, device=device)
     actual = outputs()
-    with plainly():
+    with plain_pytorch():
         expected = outputs()
     return {name: float((actual[name] == expected[name]).float().mean()) for name in actual}
 
@@ -637,7 +636,7 @@ def _selections(device: torch.device) -> dict[str, float]:
 @torch.inference_mode()
 def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
     """Logits along an answer `[n, vocabulary]`: from steps in a graph, and from plain decoding. Or why there is no graph."""
-    if not can_capture(subject.device):
+    if capture_on(subject.device) is None:
         return "this device has none"
     if not static.can_step(subject.loaded.model):
         return "layers have hooks, quantised weights, or experts that are chosen on the host"
@@ -647,7 +646,7 @@ def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
     answer.text  # which generates it  # noqa: B018
     embeds = generate.embed_ids(model, torch.arange(64, dtype=torch.int64, device="cpu"))
     positions = torch.arange(64, dtype=torch.int64, device="cpu").expand(3, -1)
-    with plainly():
+    with plain_pytorch():
         state = generate.prefill(model, embeds, positions, 64)
         ids = torch.tensor([*(answer.ids or [0]), 0], dtype=torch.int64, device="cpu")
         plain = generate.teacher_forced_logits(state, ids, one_by_one=True)[1:]

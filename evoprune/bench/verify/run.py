@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from evoprune.backend.devices import environment, exact_convolutions, peak_memory
+from evoprune.backend.hosted import without_packages
 from evoprune.bench import clips
 from evoprune.bench.profile_results import TimeLimit
 from evoprune.bench.verify import checks
 from evoprune.bench.verify.subject import DIFFERS, HELD, SKIPPED, Check, Outcome, Subject, skipped
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError, first_line, is_out_of_memory
-from evoprune.language.hosted import without_packages
 from evoprune.model.config import as_written
 from evoprune.session.loading.find import BUNDLED_CONFIGS
 from evoprune.session.loading.model import LoadedModel

@@ -21,7 +21,7 @@ from torch import nn
 from evoprune.bench.hugging_face import hugging_face_model, share_equal
 from evoprune.bench.profile_results import TimeLimit
 from evoprune.hf.processor_inputs import NAMES, TYPES, arguments, read_patches
-from evoprune.language.hosted import in_few_operations
+from evoprune.language.hosted import run_for, run_modules
 from evoprune.model.cost import shortage
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import OpenInput, open_inputs
@@ -456,7 +456,7 @@ class Subject:
         Modules that both sides run differ in how many columns they read at a time, and in nothing else.
         """
         model = self.loaded.model
-        if model.native or in_few_operations(model, self.device):
+        if model.native or run_for(model, self.device) is not run_modules:
             return self._otherwise[1]
         asked = self.about(self.video)
         columns = asked.text_behind, len(asked.prompt.input_ids) - asked.text_behind

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import evoprune
+from evoprune.backend.expected import visual_token_limit
 from evoprune.bundled import demo_in
 from evoprune.errors import EvopruneWarning, ModelError, first_line
 from evoprune.model.config import (
@@ -29,7 +30,7 @@ from evoprune.model.config import (
 )
 from evoprune.util import shorten
 from evoprune.video.info import PICTURE, VIDEO
-from evoprune.video.plan import MAX_VISUAL_TOKENS, MAX_VISUAL_TOKENS_CPU, InputLimits
+from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits
 
 # The published dimensions (config.json of the repositories), so that benchmarks need no network.
 BUNDLED_CONFIGS = {
@@ -181,10 +182,11 @@ def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None =
         return checked(InputLimits, content, inner or "")
 
 
-def default_max_visual_tokens(folder: Path | None, on_cpu: bool) -> int:
-    """Return the limit before pruning where none is given, of the model with the files in `folder`; None for a bundled config.
+def default_max_visual_tokens(folder: Path | None, device: str) -> int:
+    """Return the limit before pruning where none is given, of a model on a device by its name.
 
-    On a CPU it is lower but for models as small as those of the package: more would take many minutes.
+    `folder`: of the model's files; None for a bundled config. Models as small as those of the package have no limit of the device.
     """
-    small = demo_in(folder) is not None
-    return MAX_VISUAL_TOKENS_CPU if on_cpu and not small else MAX_VISUAL_TOKENS
+    if demo_in(folder):
+        return MAX_VISUAL_TOKENS
+    return min(MAX_VISUAL_TOKENS, visual_token_limit(device))

@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 
 from evoprune.backend.cpu.linear import Packing, weights_bytes
-from evoprune.backend.cpu.linear import pack as pack_layers
 from evoprune.backend.cpu.precision import AUTO_THREADS
 from evoprune.backend.cpu.quantize import Progress, kinds, places
-from evoprune.backend.devices import available_memory, empty_cache, is_host, run_beside, uses_kernels
-from evoprune.backend.layers import join, join_tower
+from evoprune.backend.devices import empty_cache, run_beside
 from evoprune.backend.limits import available_cores
+from evoprune.backend.weights import prepare
 from evoprune.bundled import Demo, may_be_of_any_world, unknown_words, world_of
 from evoprune.errors import ModelError, ModelWarning, OutOfMemory, is_out_of_memory
 from evoprune.language import hybrid
@@ -53,7 +52,6 @@ from evoprune.vision.tower import tower_shape
 
 # Weights of a model for each of its threads. The demo model has 4 million, the smallest Qwen 2 billion.
 WEIGHTS_PER_THREAD = 32_000_000
-RESERVED_BYTES = 2**29  # that packed weights leave for the work itself
 
 
 @dataclass
@@ -314,31 +312,17 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Qw
 def make_ready(
     model: Model, quantize: str, *, pack: bool = True, progress: Progress | None = None, store: str | None = None
 ) -> Packing:
-    """Quantises the linear layers of a model on the CPU in place, or packs them; on CUDA, joins them. Arguments as `load_model`.
+    """Quantises the linear layers of a model in place, or prepares them as its device has it. Arguments as of `load_model`.
 
-    Those of the tower are packed now, those of the language model later, as `Packing` says: the tower is a sixth of a 3B model, and
-    packed it encodes about a tenth faster; the language model would make words wait. Where memory is short, none are. `store`: the
-    fingerprint of quantised weights on disk; None for no storing. Returns what layers that wait share.
+    `store`: the fingerprint of quantised weights on disk; None for no storing. Returns what layers that wait share.
     """
-    packing = Packing()
-    if uses_kernels(model.device):
-        if model.native:
-            join(model)
-        join_tower(model.model.visual)
-    if not is_host(model.device):
-        return packing
-    if quantize != "none":
-        from evoprune.session.loading.stored import quantize_once
+    if quantize == "none":
+        return prepare(model, pack)
+    from evoprune.session.loading.stored import quantize_once
 
-        quantize_once(model, quantize, store, progress)
-        empty_cache()  # of the weights that were quantised
-        return packing
-    linear_bytes = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
-    available = available_memory("cpu")
-    if pack and (available is None or available > linear_bytes + RESERVED_BYTES):
-        pack_layers(model.model.visual)
-        pack_layers(model, packing)
-    return packing
+    quantize_once(model, quantize, store, progress)
+    empty_cache()  # of the weights that were quantised
+    return Packing()
 
 
 def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: bool) -> None:
@@ -363,8 +347,7 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
         ),
     )
     model = random_model(small, dtype, device)
-    join(model)
-    join_tower(model.model.visual)
+    prepare(model, packs=False)
     visual = model.model.visual
     grid = (2, 8, 8)
     words = 8

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evoprune.backend import weights
 from evoprune.backend.cpu import linear
 from evoprune.backend.cpu.linear import PackedLinear
 from evoprune.backend.cpu.quantize import Int8Linear
@@ -24,7 +25,7 @@ from evoprune.errors import DeviceWarning, EvopruneWarning, ModelError, OutOfMem
 from evoprune.language.generate import prefill
 from evoprune.model.config import FAMILIES, parse_config
 from evoprune.model.cost import shortage
-from evoprune.session.loading import find, model
+from evoprune.session.loading import model
 from evoprune.session.loading.find import DTYPES, FoundModel, look_up
 from evoprune.session.loading.model import InputLimits, threads_of_each, use_threads
 from evoprune.session.options import ModelOptions
@@ -52,7 +53,7 @@ def test_a_saved_folder_loads_as_it_was(saved, capfd):
 @pytest.mark.parametrize("name", DEMOS)
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
 def test_auto_dtype_follows_the_hardware_and_the_demos_are_exact(saved, monkeypatch, has_bf16, expected, name):
-    monkeypatch.setattr(find, "has_bf16", lambda device: has_bf16)
+    monkeypatch.setattr("evoprune.backend.devices._has_bf16", lambda device: has_bf16)
     assert load_model(str(saved), device="cpu").dtype == expected
     monkeypatch.setitem(DEMOS, name, replace(DEMOS[name], folder=saved))
     demo = load_model(name, device="cpu")
@@ -116,7 +117,8 @@ def test_large_layers_of_the_language_model_are_packed_when_few_rows_come(saved,
 def test_forms_of_the_weights(saved, quantize, monkeypatch):
     sizes = {}
     for available in (None, 0):
-        monkeypatch.setattr(model, "available_memory", lambda _, available=available: available)
+        for module in (model, weights):
+            monkeypatch.setattr(module, "available_memory", lambda _, available=available: available)
         loaded = model.load_model(str(saved), dtype="fp32", quantize=quantize)
         layer = loaded.model.model.language_model.layers[0].mlp.up_proj
         assert loaded.quantize == quantize
