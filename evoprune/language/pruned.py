@@ -24,9 +24,7 @@ class PrunedPrompt:
     positions: torch.Tensor | None = None  # int64 `[3, C]` on the CPU, those in the whole prompt
     last: torch.Tensor | None = None  # int64 `[3, 1]`, the largest of the whole prompt
     embeds: torch.Tensor | None = None  # `[C, hidden]`, where text was embedded
-    deepstack: torch.Tensor | None = (
-        None  # `[n, C, hidden]`, added to these after each of the first n layers; None for 0
-    )
+    deepstack: torch.Tensor | None = None  # `[n, C, hidden]`, added after each of the first n layers; None for 0
 
     def __len__(self) -> int:
         return len(self.columns)
