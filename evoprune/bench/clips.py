@@ -25,7 +25,7 @@ import torch
 
 from evoprune.bench.profile_results import SYNTHETIC, Case
 from evoprune.errors import UsageError
-from evoprune.language.prompt import Place, prompt_positions
+from evoprune.language.prompt import Place, place_of_pairs, prompt_positions
 from evoprune.methods.chain import PruneConfig
 from evoprune.model.config import VisionConfig
 from evoprune.session.loading.model import LoadedModel
@@ -180,11 +180,7 @@ def place_of(grid: tuple[int, int, int], times: bool) -> Place:
     """Return where the prompt has the units of a clip. `times`: whether the time of each frame pair is in it."""
     if not times:
         return Place((range(TEXT_BEFORE, TEXT_BEFORE + prod(grid)),))
-    pairs = grid[0]
-    units = grid[1] * grid[2]
-    starts = [TEXT_BEFORE + pair * (BEFORE_PAIR + units + AFTER_PAIR) + BEFORE_PAIR for pair in range(pairs)]
-    around = tuple(range(start - BEFORE_PAIR, start + units + AFTER_PAIR) for start in starts)
-    return Place(tuple(range(start, start + units) for start in starts), around)
+    return place_of_pairs([BEFORE_PAIR] * grid[0], grid[1] * grid[2], start=TEXT_BEFORE, after=AFTER_PAIR)
 
 
 def text_tokens(config: VisionConfig, case: Case, limits: InputLimits) -> int:

@@ -59,6 +59,7 @@ from evoprune.bench.shared import after_tower_below, after_tower_note
 from evoprune.bundled import DEMOS
 from evoprune.errors import ModelError, OutOfMemory, memory_guard
 from evoprune.language import generate
+from evoprune.language.pruned import prune_prompt
 from evoprune.methods.chain import PruneConfig
 from evoprune.methods.plans import EncoderPlan
 from evoprune.methods.types import arange_on
@@ -190,15 +191,16 @@ def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: Pru
         options = {"normal": loaded.video.normal, "question": question, "seed": config.seed}
         encoded = encode(visual, [clip.pixels], plan, **options)
     with clock.stage("prefill"):
-        visuals = [generate.Visual(clip.place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
-        embeds, columns, sizes, deepstack = generate.embed_prompt(model, clip.ids, visuals)
+        embed_text = partial(generate.embed_ids, model)
+        prompt = prune_prompt(clip.ids, [clip.place], [encoded], clip.positions, embed_text)
         share = config.budget.share_of_all([clip.grid])
-        dropping = generate.dropping_for(model, method, share, visuals, [clip.grid], embeds, columns)
-        positions = clip.positions[:, columns]
-        state = generate.prefill(model, embeds, positions, clip.following, None, sizes, dropping, deepstack)
+        dropping = generate.dropping_for(model, method, share, [encoded], prompt)
+        state = generate.prefill(
+            model, prompt.embeds, prompt.positions, clip.following, None, prompt.sizes, dropping, prompt.deepstack
+        )
     with clock.stage("generate"):
         tokens = list(generate.TokenStream(state, generate.GenerationOptions(new_tokens), eos_ids=()))
-    counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept), len(columns))
+    counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept), len(prompt))
     if not dropping:
         return Turn(counts, _sample(loaded, clock, encoded.prune_seconds, 0.0), tokens)
     sample = _sample(loaded, clock, encoded.prune_seconds, dropping.timer.seconds())

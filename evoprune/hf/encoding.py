@@ -64,17 +64,17 @@ def encode(
     """
     config = patch_config(budget, method, method_args, seed, has_question=question is not None)
     visual = interface.tower_of(model)
-    return encode_with(visual, pixel_values_videos, video_grid_thw, config, question)
+    return joined(encode_each(visual, pixel_values_videos, video_grid_thw, config, question))
 
 
-def encode_with(
+def encode_each(
     visual,
     pixel_values_videos: torch.Tensor,
     video_grid_thw: torch.Tensor,
     config: PruneConfig,
     question: torch.Tensor | None = None,
-) -> Encoded:
-    """As `encode`, with a tower, and what `patch_config` made."""
+) -> list[Encoded]:
+    """As `encode`, with a tower, and what `patch_config` made; returns each video by itself."""
     _check_videos(visual, pixel_values_videos, video_grid_thw)
     _check_question(visual, question)
     merge = visual.config.spatial_merge_size
@@ -87,7 +87,7 @@ def encode_with(
         plan = config.plan(tower, grid)
         kwargs = {"normal": normal, "question": question, "seed": config.seed}
         videos.append(encode_video(visual, [patches], plan, **kwargs))
-    return joined(videos)
+    return videos
 
 
 def patch_config(

@@ -17,7 +17,7 @@ from evoprune.backend.devices import environment
 from evoprune.bench.clips import synthetic_frames
 from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.bench.profile_results import Case
-from evoprune.hf.encoding import PackedTower, encode_with, patch_config
+from evoprune.hf.encoding import PackedTower, encode_each, patch_config
 from evoprune.session.loading.find import DTYPES, describe_model
 from evoprune.session.loading.model import random_model
 from evoprune.session.options import ModelOptions
@@ -38,8 +38,8 @@ def measure(visual, patches: torch.Tensor, grid_thw: torch.Tensor, rounds: int) 
     none = patch_config(1.0, "none", None)
     ways = {
         "Hugging Face": lambda: visual(patches, grid_thw=grid_thw).pooler_output,
-        "EvoPrune": lambda: encode_with(visual, patches, grid_thw, none).features,
-        "EvoPrune, pack=True": lambda: encode_with(packed.current(), patches, grid_thw, none).features,
+        "EvoPrune": lambda: encode_each(visual, patches, grid_thw, none)[0].features,
+        "EvoPrune, pack=True": lambda: encode_each(packed.current(), patches, grid_thw, none)[0].features,
     }
     with torch.inference_mode():
         made = [way().float() for way in ways.values()]

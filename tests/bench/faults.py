@@ -86,9 +86,9 @@ FAULTS = {
     ),
     "every input reads the tokens of the last": Fault(
         "inputs",
-        "evoprune.session.prompting:PromptReader.read",
-        "Visual(place, each.features,",
-        "Visual(place, encoded[-1].features[: len(each.features)],",
+        "evoprune.session.prompting:prune_prompt",
+        "*(tokens.features.to(words) for tokens in read)",
+        "*(read[-1].features[: len(tokens.features)].to(words) for tokens in read)",
     ),
     "a word of the question before that stays": Fault(
         "again", "evoprune.session.prompting:PromptReader._take_prefix", "cache.crop(known)", "cache.crop(known + 1)"

@@ -53,7 +53,7 @@ from evoprune.errors import UsageError, first_line, is_out_of_memory
 from evoprune.hf import interface
 from evoprune.hf.context import EvoPrune
 from evoprune.language import generate, static
-from evoprune.language.generate import Visual, embed_prompt
+from evoprune.language.pruned import prune_prompt
 from evoprune.methods import parse
 from evoprune.methods.chain import PruneConfig
 from evoprune.methods.registry import built_in
@@ -69,6 +69,7 @@ from evoprune.util import counted, size
 from evoprune.video.frames import read_frames
 from evoprune.video.plan import Plan
 from evoprune.video_qa import VideoQA
+from evoprune.vision.encoder import Encoded
 from evoprune.vision.tower import tower_shape
 
 LEVEL = 1.01 / 255  # one level of a pixel, and rounding
@@ -161,14 +162,18 @@ def logits(subject: Subject) -> Outcome:
     """Compare the language models alone: both read the features of transformers' tower."""
     model = subject.loaded.model
     asked = subject.about(subject.video)
-    (place,) = asked.prompt.places
     last, *inner = asked.features
-    deepstack = torch.stack(inner) if inner else None
-    visuals = [Visual(place, last, arange_on(len(place), "cpu"), deepstack=deepstack)]
-    embeds, _, _, added = embed_prompt(model, asked.prompt.input_ids, visuals)
-    cache = generate.new_cache(model, len(embeds))
-    options = {"last": asked.text_behind, "deepstack": added}
-    ours = generate.layers_of(model).logits(model, embeds, asked.positions, cache, **options)
+    (plan,) = asked.plans
+    every = arange_on(plan.units, "cpu")
+    added = None
+    if inner:
+        added = torch.stack(inner)
+    tokens = Encoded(last, every, last, every, (plan.grid,), [], 0.0, deepstack=added)
+    whole = asked.prompt
+    prompt = prune_prompt(whole.input_ids, whole.places, [tokens], asked.positions, partial(generate.embed_ids, model))
+    cache = generate.new_cache(model, len(prompt))
+    options = {"last": asked.text_behind, "deepstack": prompt.deepstack}
+    ours = generate.layers_of(model).logits(model, prompt.embeds, prompt.positions, cache, **options)
     return _within(gap(ours, subject.video_logits, centred=True), subject.language_noise)
 
 

@@ -20,11 +20,13 @@ from evoprune.backend.weights import prepare
 from evoprune.bundled import Demo, may_be_of_any_world, unknown_words, world_of
 from evoprune.errors import ModelError, ModelWarning, OutOfMemory, is_out_of_memory
 from evoprune.language import hybrid
-from evoprune.language.generate import TokenStream, Visual, embed_prompt, prefill
+from evoprune.language.generate import TokenStream, embed_ids, prefill
 from evoprune.language.prompt import Place, Tokenizer, has_tokenizer, load_tokenizer
+from evoprune.language.pruned import prune_prompt
 from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import MIN_COLUMNS, NativeStaticCache, step
 from evoprune.methods.chain import MethodChain
+from evoprune.methods.types import arange_on
 from evoprune.model.config import PATCHES, Config, GenerationSettings, head_size
 from evoprune.model.cost import shortage
 from evoprune.model.weights import Model, QwenVL, empty, fill_random, name_in_memory
@@ -366,10 +368,10 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
             torch.linalg.solve_triangular(chunks, chunks, upper=False, unitriangular=True)  # loads that library
         return
     place = Place((range(words, words + units),))
-    visuals = [Visual(place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
     ids = torch.zeros(2 * words + units, dtype=torch.int64, device="cpu")
-    embeds, columns, sizes, deepstack = embed_prompt(model, ids, visuals)
-    state = prefill(model, embeds, columns.expand(3, -1), len(ids), None, sizes, None, deepstack)
+    positions = arange_on(len(ids), "cpu").expand(3, -1)
+    prompt = prune_prompt(ids, [place], [encoded], positions, partial(embed_ids, model))
+    state = prefill(model, prompt.embeds, prompt.positions, len(ids), None, prompt.sizes, None, prompt.deepstack)
     list(TokenStream(state, GenerationOptions(max_new_tokens=2), eos_ids=()))
     steps = NativeStaticCache(model, MIN_COLUMNS)
     steps.fill(state.cache, len(ids) + 1, MIN_COLUMNS)

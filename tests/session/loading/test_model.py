@@ -117,8 +117,7 @@ def test_large_layers_of_the_language_model_are_packed_when_few_rows_come(saved,
 def test_forms_of_the_weights(saved, quantize, monkeypatch):
     sizes = {}
     for available in (None, 0):
-        for module in (model, weights):
-            monkeypatch.setattr(module, "available_memory", lambda _, available=available: available)
+        monkeypatch.setattr(weights, "available_memory", lambda _, available=available: available)
         loaded = model.load_model(str(saved), dtype="fp32", quantize=quantize)
         layer = loaded.model.model.language_model.layers[0].mlp.up_proj
         assert loaded.quantize == quantize
