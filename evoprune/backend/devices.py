@@ -406,3 +406,28 @@ def run_beside(function: Callable[[], None], device: torch.device) -> Callable[[
     thread.start()
     atexit.register(thread.join)  # a compiler that runs while the interpreter ends crashes it
     return thread.join
+
+
+# Values that are read where this costs nothing, as on the CPU; elsewhere something serves that needs no reading.
+
+
+def count_or_bound(count: Callable[[], int], like: torch.Tensor, bound: int) -> int:
+    """Return what `count` reads on the device of `like`, or else an upper bound of it."""
+    return count() if exact_shapes(like.device) else bound
+
+
+def nonzero_or_all(mask: torch.Tensor) -> torch.Tensor | slice:
+    """Return where a mask (bool `[n]`) is true, int64, or else all of it."""
+    return mask.nonzero().flatten() if exact_shapes(mask.device) else slice(None)
+
+
+def known_false(flag: torch.Tensor) -> bool:
+    """Return whether `flag` (bool, without dimension) was read and is false, or else False."""
+    return exact_shapes(flag.device) and not flag
+
+
+def read_together(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two tensors `[n]` on the CPU: as they are, or else by one copy, as int64."""
+    if exact_shapes(second.device):
+        return first, second
+    return torch.cat([first.long(), second]).cpu().split([len(first), len(second)])
