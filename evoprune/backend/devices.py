@@ -416,9 +416,12 @@ def count_or_bound(count: Callable[[], int], like: torch.Tensor, bound: int) -> 
     return count() if exact_shapes(like.device) else bound
 
 
-def nonzero_or_all(mask: torch.Tensor) -> torch.Tensor | slice:
-    """Return where a mask (bool `[n]`) is true, int64, or else all of it."""
-    return mask.nonzero().flatten() if exact_shapes(mask.device) else slice(None)
+def positive_or_all(number: torch.Tensor, *along: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return `number` (`[n]`) where it is above 0, and there what goes `along` with it (`[n, ...]`), or else all of each."""
+    if not exact_shapes(number.device):
+        return number, *along
+    at = (number > 0).nonzero().flatten()
+    return number[at], *(x[at] for x in along)
 
 
 def known_false(flag: torch.Tensor) -> bool:

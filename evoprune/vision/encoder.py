@@ -135,8 +135,8 @@ class EncodedRows:
     layers: list[tuple[int, int]]  # as in `Encoded`
     selection: Selection | None  # inside the tower, if the language model reads exactly those rows
     timer: devices.Timer  # of pruning
-    # bool `[3]`, read at the end, so that nothing synchronises earlier: whether a row has NaN or infinite values, whether a merger
-    # did not remove its rows, and whether every frame pair has one colour
+    # bool `[3]`, read at the end, so that nothing synchronises earlier: whether all rows are without NaN and infinity, whether
+    # mergers have removed their rows, and whether every frame pair has one colour
     checks: torch.Tensor
 
     def nothing_selected(self) -> Encoded:
@@ -159,10 +159,10 @@ class EncodedRows:
         Raises ModelError: a row has NaN or infinite values. RuntimeError: a merger did not remove its rows.
         """
         checks, kept = devices.read_together(self.checks, kept)
-        no_numbers, failed, flat = map(bool, checks.tolist())
-        if no_numbers:
+        numbers, as_planned, flat = map(bool, checks.tolist())
+        if not numbers:
             raise not_a_number_error("encode")
-        if failed:
+        if not as_planned:
             name = self.plan.stages[0].reduce.merger.name
             raise RuntimeError(f"method {name} did not remove as many rows as it was asked to")
         return flat, self.timer.seconds(), kept
@@ -341,7 +341,7 @@ class EncoderRun:
         if max_rows >= len(rows) and not any(self.counts[1:]):
             return rows
         with self.timer:
-            order, unit_to_row = rows.unit_order()
+            order, unit_to_row = rows.unit_order
             seen = rows.values[order]
             if "hidden" not in selector.needs:
                 seen = tower_layers(self.visual).norm(self.visual.blocks[stage.first_layer].norm1, seen)
@@ -377,11 +377,10 @@ class EncoderRun:
 
     def checks(self, rows: Rows) -> torch.Tensor:
         """bool `[3]`, as in `EncodedRows`."""
-        no_numbers = torch.stack(self.numbers).all().logical_not()
-        no = torch.zeros_like(no_numbers)
-        failed = torch.stack(rows.as_planned).all().logical_not() if rows.as_planned else no
-        one_colour = torch.stack(self.one_colour).all() if self.one_colour else no
-        return torch.stack([no_numbers, failed, one_colour])
+        numbers = torch.stack(self.numbers).all()
+        as_planned = torch.stack(rows.as_planned).all() if rows.as_planned else torch.ones_like(numbers)
+        one_colour = torch.stack(self.one_colour).all() if self.one_colour else torch.zeros_like(numbers)
+        return torch.stack([numbers, as_planned, one_colour])
 
 
 def _nearest_kept(tokens: Tokens, kept: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.types import arange_on, bincount_fixed, nonzero_fixed
+from evoprune.methods.types import arange_on, bincount_fixed
 from evoprune.model.config import PATCHES
 
 Scope = Literal["window", "pair"]
@@ -93,7 +93,11 @@ def order_tables(geo: Geometry, pairs: int) -> tuple[torch.Tensor, torch.Tensor]
 def window_order(geo: Geometry, pairs: int, alive: torch.Tensor | None = None, count: int = 0) -> torch.Tensor:
     """int64 `[R]`: the units of `pairs` frame pairs in window order; with `alive` (bool `[T, H*W]`) those `count`."""
     units, _ = order_tables(geo, pairs)
-    return units if alive is None else units[nonzero_fixed(alive.flatten()[units], count)]
+    if alive is None:
+        return units
+    there = alive.flatten()[units]
+    slot = there.cumsum(0).mul_(there)  # 0 for the others
+    return units.new_zeros(count + 1).scatter_(0, slot, units)[1:]
 
 
 @lru_cache(maxsize=64)

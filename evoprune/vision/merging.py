@@ -33,10 +33,11 @@ class Merging(Hook):
     def __call__(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
         if done not in self._left:
             return rows
-        features = rows.values.flatten(1).float()
-        for name in ("keys", "keys_rotary"):
-            if name in self._merger.needs and "hidden" not in self._merger.needs:
-                features = seen[name]
+        keys = self._merger.needs & {"keys", "keys_rotary"}
+        if "hidden" in self._merger.needs or not keys:
+            features = rows.values.flatten(1).float()
+        else:
+            features = seen[max(keys)]
         scope = self._tower.scope(done - 1)
         return merge_in_rounds(rows, scope, self._left[done], self._merger, features, seen.get("attention"))
 
@@ -69,11 +70,10 @@ def merge_in_rounds(
     for left_rounds in reversed(range(rounds)):
         lengths = rows.lengths(scope)
         start = lengths.cumsum(0) - lengths
-        busy = devices.nonzero_or_all(lengths > wanted)
-        remove = (lengths - wanted)[busy]
+        remove, start, lengths = devices.positive_or_all(lengths - wanted, start, lengths)
         if not len(remove):
             break
-        into = _partners(rows, start[busy], lengths[busy], longest, remove, merger, features, attention)
+        into = _partners(rows, start, lengths, longest, remove, merger, features, attention)
         stays = into == arange_on(len(into), into.device)
         moves = devices.count_or_bound(lambda: int((~stays).sum()), into, len(rows) - sum(target))  # noqa: B023
         if not moves:

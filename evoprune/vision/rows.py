@@ -93,6 +93,12 @@ class Rows:
         """Rows of each frame pair; waits for an accelerator if `counts` is None."""
         return self.counts or tuple(self.lengths("pair").tolist())
 
+    @cached_property
+    def unit_order(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 `[R]`, the rows in ascending order of their units; int64 `[N]`, `unit_to_row` in this order. `take` knows it."""
+        order = self.unit.argsort()
+        return order, _or_none(order.argsort())[self.unit_to_row]
+
     # Groups, windows or frame pairs.
 
     def group_count(self, scope: Scope) -> int:
@@ -130,7 +136,8 @@ class Rows:
             reach, complete: of the new rows; complete if these are, too.
         """
         _, rank = order_tables(self.geometry, self.pairs)
-        place = _ranks(rank[selection.kept], len(rank))  # of each token among the new rows
+        at = rank[selection.kept]
+        place = torch.zeros_like(rank).scatter_(0, at, 1).cumsum(0)[at] - 1  # of each token among the new rows
         unit_to_row = _or_none(place)[unit_to_token]
         joins = None if selection.unit_to_token is None else unit_to_row
         means = selection.means
@@ -138,7 +145,7 @@ class Rows:
             means = place[means[0]], *means[1:]
         unit = torch.empty_like(place).scatter_(0, place, selection.kept)
         ordered = replace(selection, kept=unit, unit_to_token=joins, means=means)
-        return replace(
+        made = replace(
             self,
             values=self.mean(self.values, ordered),
             deepstack=self.mean(self.deepstack, ordered),
@@ -150,6 +157,8 @@ class Rows:
             counts=None,
             complete=complete and self.complete,
         )
+        made.unit_order = place, unit_to_token
+        return made
 
     def mean(self, x: torch.Tensor, selection: Selection) -> torch.Tensor:
         """Return `[K, ...]`, what `x` (`[R, ...]`) is for each selected unit."""
@@ -177,7 +186,9 @@ class Rows:
         """
 
         def merged(x: torch.Tensor) -> torch.Tensor:
-            return merge_rows(x, self.size, into, left, moves) if x.numel() else x[:left]
+            if x.numel():
+                return merge_rows(x, self.size, into, left, moves)
+            return x if len(x) == left else x[:left]
 
         stays = into == arange_on(len(into), into.device)
         number = (stays.cumsum(0) - 1).clamp(max=left - 1)
@@ -198,15 +209,9 @@ class Rows:
         """Return the rows with those that are set aside."""
         return self if self.aside is None else self.aside.whole(self)
 
-    def unit_order(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 `[R]`, the rows in ascending order of their units; int64 `[N]`, `unit_to_row` in this order."""
-        place = _ranks(self.unit, len(self.unit_to_row))
-        order = torch.zeros_like(place).scatter_(0, place, arange_on(len(place), place.device))
-        return order, _or_none(place)[self.unit_to_row]
-
     def by_unit(self) -> "Rows":
         """Return the rows in ascending order of their units."""
-        order, unit_to_row = self.unit_order()
+        order, unit_to_row = self.unit_order
         return replace(
             self,
             values=self.values[order],
@@ -220,7 +225,9 @@ class Rows:
 def all_units(values: torch.Tensor, deepstack: torch.Tensor, geo: Geometry, pairs: int) -> Rows:
     """Return the rows of a video of which every unit is one."""
     order, rank = order_tables(geo, pairs)
-    return Rows(values, order, rank, geo, deepstack, counts=(geo.units,) * pairs, complete=True)
+    rows = Rows(values, order, rank, geo, deepstack, counts=(geo.units,) * pairs, complete=True)
+    rows.unit_order = rank, arange_on(len(rank), rank.device)
+    return rows
 
 
 def reused_units(
@@ -247,11 +254,6 @@ def reused_units(
         values, unit, unit_to_row, geo, deepstack,
         reach=reach, size_bias=reach != "place", counts=tuple(counts), complete=True,
     )  # fmt: skip
-
-
-def _ranks(number: torch.Tensor, total: int) -> torch.Tensor:
-    """int64 `[n]`: the rank of each of `number` (int64 `[n]`), which differ and are below `total`."""
-    return number.new_zeros(total).scatter_(0, number, 1).cumsum(0)[number] - 1
 
 
 def _or_none(index: torch.Tensor) -> torch.Tensor:
