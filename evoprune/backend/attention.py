@@ -4,11 +4,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 
+from evoprune.backend import devices
 from evoprune.backend.devices import as_current, is_host, uses_kernels
+
+T = TypeVar("T")
 
 # Keys from which on the fused kernel is faster, because scores no longer stay in the cache. With the 36,864 patches of a picture of
 # 2688x2688 pixels it takes a third of the time.
@@ -74,6 +78,19 @@ def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
     if torch.cuda.get_device_capability(device) < (8, 0) or not torch.backends.cuda.is_flash_attention_available():
         return None
     return attend_varlen
+
+
+def form_of_groups(
+    like: torch.Tensor, by_length: Callable[[], T], packed: Callable[[Callable], T], padded: Callable[[], T]
+) -> T:
+    """Return groups that attend, in the form for the device and the dtype of `like`.
+
+    `by_length` reads their lengths, `packed` takes the kernel of `varlen_kernel`, and `padded` serves where there is none.
+    """
+    if devices.exact_shapes(like.device):
+        return by_length()
+    kernel = varlen_kernel(like.device, like.dtype)
+    return packed(kernel) if kernel else padded()
 
 
 def attend_varlen(

@@ -460,3 +460,31 @@ def run_beside(function: Callable[[], None], device: torch.device) -> Callable[[
     thread.start()
     atexit.register(thread.join)  # a compiler that runs while the interpreter ends crashes it
     return thread.join
+
+
+# Values that are read where this costs nothing, as on the CPU; elsewhere something serves that needs no reading.
+
+
+def count_or_bound(count: Callable[[], int], like: torch.Tensor, bound: int) -> int:
+    """Return what `count` reads on the device of `like`, or else an upper bound of it."""
+    return count() if exact_shapes(like.device) else bound
+
+
+def positive_or_all(number: torch.Tensor, *along: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return `number` (`[n]`) where it is above 0, and there what goes `along` with it (`[n, ...]`), or else all of each."""
+    if not exact_shapes(number.device):
+        return number, *along
+    at = (number > 0).nonzero().flatten()
+    return number[at], *(x[at] for x in along)
+
+
+def known_false(flag: torch.Tensor) -> bool:
+    """Return whether `flag` (bool, without dimension) was read and is false, or else False."""
+    return exact_shapes(flag.device) and not flag
+
+
+def read_together(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two tensors `[n]` on the CPU: as they are, or else by one copy, as int64."""
+    if exact_shapes(second.device):
+        return first, second
+    return torch.cat([first.long(), second]).cpu().split([len(first), len(second)])

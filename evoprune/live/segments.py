@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from evoprune.methods.plans import EncoderPlan, Stage, WholePairs
-from evoprune.methods.types import Selection, arange_on
+from evoprune.methods.types import arange_on
 from evoprune.vision.encoder import EncodedRows, EncoderRun, encode_rows
-from evoprune.vision.layout import TokenLayout
 from evoprune.vision.preprocess import ReferenceBlocks
 from evoprune.vision.rows import Rows
 
@@ -63,55 +62,61 @@ class SegmentRun(EncoderRun):
         if earlier:
             self.references = earlier.references
 
-    def embed(self, patches: Iterable[torch.Tensor]) -> tuple[Rows, TokenLayout]:
-        rows, layout = super().embed(patches)
-        if not layout.rows:
+    def embed(self, patches: Iterable[torch.Tensor]) -> Rows:
+        rows = super().embed(patches)
+        if not len(rows):
             raise NothingNew
         if self._earlier:
-            self._outside = layout.unit_to_row >= layout.rows
-            rows.unit_to_row = torch.where(self._outside, -1, layout.unit_to_row)
-        return rows, layout
+            self._outside = rows.unit_to_row >= len(rows)
+        return rows
 
-    def layout_of(self, rows: Rows, stage: Stage) -> TokenLayout:
-        """As in the base, but units may also have rows of the segment before."""
-        layout = super().layout_of(rows, stage)
+    def select_rows(self, rows: Rows, stage: Stage) -> Rows:
+        """As in the base, among rows of this segment; units may also have rows of the segment before."""
         if self._outside is None:
-            return layout
-        outside = layout.rows + arange_on(self.plan.units, layout.unit_to_row.device) % self.geometry.units
-        return replace(layout, unit_to_row=torch.where(self._outside, outside, layout.unit_to_row))
+            return super().select_rows(rows, stage)
+        left = super().select_rows(self._inside(rows), stage)
+        outside = len(left) + arange_on(self.plan.units, left.unit_to_row.device) % self.geometry.units
+        unit_to_row = torch.where(self._outside, outside, left.unit_to_row)
+        return replace(left, unit_to_row=unit_to_row, reach="clip", size_bias=True)
 
-    def visible(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _inside(self, rows: Rows) -> Rows:
+        """Return the rows without those of the segment before."""
+        return replace(rows, unit_to_row=torch.where(self._outside, -1, rows.unit_to_row))
+
+    def visible(self, layer: int, k: torch.Tensor, v: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys and values of a layer, and behind them those of the segment before; keeps those for the next one."""
         both = torch.stack([k, v], 1)
         if self._earlier:
             both = torch.cat([both, self._earlier.keys_values[layer]])
-        self._keys_values[layer] = both[layout.unit_to_row[-self.geometry.units :]]
-        return both.unbind(1) if self._earlier and layout.reach == "clip" else (k, v)
+        self._keys_values[layer] = both[rows.unit_to_row[-self.geometry.units :]]
+        return both.unbind(1) if self._earlier and rows.reach == "clip" else (k, v)
 
-    def finish(self, rows: Rows, selection: Selection | None) -> tuple[Rows, Selection | None]:
+    def finish(self, rows: Rows) -> Rows:
         """Return the rows with those of the segment before that represent units here, each at the first of them.
 
-        `selection`: of the tokens, among the rows that were computed; returned where there are no others.
+        No selection is then the language model's: it is among the rows that were computed.
         """
-        places = self.geometry.units
-        if self._earlier:
-            rows = self._with_earlier(rows, self._outside.view(-1, places))
-            selection = None
-        last = rows.unit_to_row[-places:]
+        if self._outside is not None:
+            rows = self._with_earlier(super().finish(self._inside(rows)))
+            self.selection = None
+        else:
+            rows = super().finish(rows)
+        last = rows.unit_to_row[-self.geometry.units :]
         references = replace(self.references, pair=torch.full_like(self.references.pair, -1), seen=0)
         self.left = Earlier(references, self._keys_values, rows.values[last], rows.deepstack[last])
-        return rows, selection
+        return rows
 
-    def _with_earlier(self, rows: Rows, outside: torch.Tensor) -> Rows:
-        """`outside`: bool `[T, P]`."""
+    def _with_earlier(self, rows: Rows) -> Rows:
+        """Return rows by unit, and those of the segment before."""
+        outside = self._outside.view(-1, self.geometry.units)
         place = outside.any(0).nonzero()[:, 0]
         rank = torch.zeros_like(outside[0], dtype=torch.int64)
-        rank[place] = len(rows.unit) + arange_on(len(place), rank.device)
+        rank[place] = len(rows) + arange_on(len(place), rank.device)
         first = outside.to(torch.uint8).argmax(0)[place]
-        unit = torch.cat([rows.unit, first * self.geometry.units + place])
-        unit_to_row = torch.where(outside, rank, rows.unit_to_row.view_as(outside)).flatten()
-        values = torch.cat([rows.values, self._earlier.features[place]])
-        deepstack = torch.cat([rows.deepstack, self._earlier.deepstack[place]])
-        return Rows(values, deepstack, unit, unit_to_row).by_unit()[0]
+        return replace(
+            rows,
+            values=torch.cat([rows.values, self._earlier.features[place]]),
+            deepstack=torch.cat([rows.deepstack, self._earlier.deepstack[place]]),
+            unit=torch.cat([rows.unit, first * self.geometry.units + place]),
+            unit_to_row=torch.where(outside, rank, rows.unit_to_row.view_as(outside)).flatten(),
+        ).by_unit()

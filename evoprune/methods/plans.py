@@ -5,7 +5,8 @@ cache's key read it.
 """
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -94,12 +95,14 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class SetAside:
-    """Rows are set aside, follow similar rows, and come back after the last layer (vision/reductions.py)."""
+class SetAside(ABC):
+    """Rows are set aside inside frame pairs, and come back after the last layer; how is the method's (contrib/ipcv.py)."""
 
     left: int  # rows of each frame pair that stay
-    until: int  # number of layers up to which rows that were set aside are keys and values of attention
-    neighbours: int  # how many of the rows that stay each other row follows
+
+    @abstractmethod
+    def hook(self, first_layer: int) -> Callable:
+        """Return what does so in one video from `first_layer` on, as in `Stage`: a `Hook` (vision/hooks.py)."""
 
 
 @dataclass(frozen=True)
@@ -178,10 +181,11 @@ class EncoderPlan:
         return [stage for stage in self.stages if not stage.inside_pairs and stage is not self.token_stage]
 
     @property
-    def spans(self) -> list[range]:
-        """The layers before the first of `row_stages`, and those after each."""
+    def steps(self) -> list[tuple[range, Stage | None]]:
+        """The layers up to each of `row_stages`, with it; and those after the last one, with None."""
         edges = [0, *(stage.first_layer for stage in self.row_stages), self.depth]
-        return [range(first, last) for first, last in pairwise(edges)]
+        layers = [range(first, last) for first, last in pairwise(edges)]
+        return list(zip(layers, [*self.row_stages, None], strict=True))
 
     @property
     def layers(self) -> tuple[int, ...]:

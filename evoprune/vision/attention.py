@@ -1,9 +1,9 @@
 """Attention of rows inside their groups (windows or frame pairs).
 
-Groups of similar length share a *bucket*: they are padded to a common length, and a mask covers the padding. Equal groups of
-neighbouring rows need no padding, so their bucket is a view without gather or mask. On a CPU, `buckets` sorts the groups by
-their lengths. On a GPU, reading the lengths would synchronise. There `Packed` holds all groups for a kernel that reads the
-lengths on the device; without one, `static_bucket` pads them to the greatest possible length. `plan_attention` chooses.
+`attention_groups` makes what a layer's attention needs, once until rows change. Where reading values costs nothing, groups of
+similar length are padded to a common length, and a mask covers the padding; equal groups of neighbouring rows need neither.
+Elsewhere, reading the lengths would synchronise. There `PackedGroups` holds all groups for a kernel that reads the lengths on the
+device; without one, all groups are padded to the greatest possible length.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,19 +15,20 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import devices
-from evoprune.backend.attention import NEVER, attends_by_products, varlen_kernel
-from evoprune.methods.types import arange_on, cat, runs
+from evoprune.backend.attention import NEVER, attends_by_products, form_of_groups
+from evoprune.methods.types import arange_on, bincount_fixed, cat, runs
 from evoprune.model.config import PATCHES
 from evoprune.model.numerics import without_autocast
-from evoprune.vision.layout import Groups, Scope, TokenLayout, attention_groups, order_tables
+from evoprune.vision.layout import Scope, group_table, group_units, order_tables
+from evoprune.vision.rows import Rows
 
 
 @dataclass(frozen=True)
-class Bucket:
+class PaddedGroups:
     """A batch of B groups, with Q query rows and K key rows each."""
 
     shape: tuple[int, int]  # (B, Q)
-    # int64 `[B, Q]` rows, or neighbouring ones in order, or None where the bucket is all rows in order
+    # int64 `[B, Q]` rows, or neighbouring ones in order, or None where the groups are all rows in order
     query: torch.Tensor | slice | None = None
     key: torch.Tensor | None = None  # int64 `[B, K]` rows, or None where the keys are the queries
     # int64 or bool `[B, K]`, how much each key weighs, 0 at padding; None where all weigh the same
@@ -35,10 +36,10 @@ class Bucket:
     inside: torch.Tensor | None = None  # bool `[B, Q]`, False at padding; None without padding, and with `back`
     # int64 `[R]`, twice: the group of each row, and its number in it; None where `query` and `inside` say it
     back: tuple[torch.Tensor, torch.Tensor] | None = None
-    layout: TokenLayout | None = None  # of all rows, if keys may be of other frame pairs than their group
+    rows: Rows | None = None  # all, if keys may be of other frame pairs than their group
 
-    def parts(self, rows: int) -> Iterator["Bucket"]:
-        """Yields the bucket in parts of whole groups, of at most so many query or key rows, or of one group."""
+    def parts(self, rows: int) -> Iterator["PaddedGroups"]:
+        """Yields the batch in parts of whole groups, of at most so many query or key rows, or of one group."""
         groups, longest = self.shape
         at_once = max(1, rows // max(longest, 0 if self.key is None else self.key.shape[1]))
         if at_once >= groups:
@@ -48,7 +49,7 @@ class Bucket:
             of = slice(first, min(first + at_once, groups))
             query = slice(of.start * longest, of.stop * longest) if self.query is None else self.query[of]
             key, weight, inside = (x if x is None else x[of] for x in (self.key, self.weight, self.valid))
-            yield Bucket((of.stop - of.start, longest), query, key, weight, inside, layout=self.layout)
+            yield PaddedGroups((of.stop - of.start, longest), query, key, weight, inside, rows=self.rows)
 
     def by_head(self, x: torch.Tensor, which: str) -> torch.Tensor:
         """Rows of `x` `[R, 4, heads, d]` as `[B, heads, Q*4 or K*4, d]`; `which`: "query" or "key"."""
@@ -73,116 +74,148 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """All groups of a layout, for a device whose values the CPU does not read. Arguments as of `plan_attention`."""
+class PackedGroups:
+    """All groups of rows, for a device whose values the CPU does not read."""
 
-    layout: TokenLayout
+    rows: Rows
     scope: Scope
-    size_bias: bool
     kernel: Callable  # `varlen_kernel`
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Attention of all groups in one call of the kernel; arguments `[patches, heads, d]`, keys group after group."""
-        longest = longest_key = self.layout.longest(self.scope)
-        if self.layout.mixes(self.scope):
-            longest_key = self.layout.group_units(self.scope)[0].shape[1]
+        longest = longest_key = self.rows.longest(self.scope)
+        if self.rows.mixes(self.scope):
+            longest_key = self.rows.geometry.largest(self.scope)
         return self.kernel(q, k, v, *self.ends, longest * PATCHES, longest_key * PATCHES, scale=scale)
 
     @cached_property
     def keys(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """int64 `[K]`, key rows, group after group, None for all in order; int64 `[K]`, how much each weighs, None for evenly."""
-        layout = self.layout
-        if not layout.mixes(self.scope):
-            return None, layout.size if self.size_bias else None
-        if self.size_bias and layout.complete:
-            return layout.unit_to_row[order_tables(layout.geometry, layout.pairs)[0]], None
-        used = layout.group_units(self.scope)[1]
-        key, weight = (x.flatten()[used] for x in keys_of_units(layout, self.scope, self.size_bias))
+        rows = self.rows
+        if not rows.mixes(self.scope):
+            return None, rows.size if rows.size_bias else None
+        if rows.size_bias and rows.complete:
+            return rows.unit_to_row[order_tables(rows.geometry, rows.pairs)[0]], None
+        used = group_units(rows.geometry, rows.pairs, self.scope)[1]
+        key, weight = (x.flatten()[used] for x in keys_of_units(rows, self.scope))
         return key.clamp(min=0), weight.long()
 
     @cached_property
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Two int32 `[G + 1]`, each a zero and the ends of all groups: counted in query patches, and in key patches."""
-        query = (self.layout.row_groups(self.scope)[1] * PATCHES).int()
-        return query, self.layout.group_units(self.scope)[2] if self.layout.mixes(self.scope) else query
+        rows = self.rows
+        query = (first_rows(rows, self.scope)[1] * PATCHES).int()
+        return query, group_units(rows.geometry, rows.pairs, self.scope)[2] if rows.mixes(self.scope) else query
 
 
-AttentionPlan = list[Bucket] | Packed
+Groups = list[PaddedGroups] | PackedGroups
 
 
-def plan_attention(layout: TokenLayout, scope: Scope, like: torch.Tensor, size_bias: bool) -> AttentionPlan:
-    """Return how the rows of a layout attend inside their groups of `scope`, by the device and the dtype of `like`.
-
-    `size_bias` adds to the scores of a key the log of its cluster size inside the group (proportional attention: ToMe, arXiv
-    2210.09461, section 3).
-    """
-    if devices.exact_shapes(like.device):
-        return buckets(attention_groups(layout, scope), size_bias, layout)
-    kernel = varlen_kernel(like.device, like.dtype)
-    return Packed(layout, scope, size_bias, kernel) if kernel else [static_bucket(layout, scope, size_bias)]
+def attention_groups(rows: Rows, scope: Scope, like: torch.Tensor) -> Groups:
+    """Return how rows attend inside their groups of `scope`, on the device and in the dtype of `like`."""
+    return form_of_groups(
+        like,
+        by_length=lambda: groups_by_length(rows, scope),
+        packed=lambda kernel: PackedGroups(rows, scope, kernel),
+        padded=lambda: [padded_groups(rows, scope)],
+    )
 
 
-def keys_of_units(layout: TokenLayout, scope: Scope, size_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def first_rows(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 `[R]`, the group of each row; int64 `[G + 1]`, the first row of each group, and the end of the last one."""
+    group = rows.group(scope)
+    return group, torch.searchsorted(group, arange_on(rows.group_count(scope) + 1, group.device))
+
+
+def keys_of_units(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the keys of groups without reading values, `[G, K]`: int64, the row of each of a group's units; and bool, which count.
 
-    A row of several units of a group is as many keys, which weigh together what `size_bias` says; without it one counts.
+    A row of several units of a group is as many keys, which weigh together what the size bias says; without it one counts.
     """
-    key = F.pad(layout.unit_to_row, (0, 1), value=-1)[layout.group_units(scope)[0]]
-    if size_bias:
+    key = F.pad(rows.unit_to_row, (0, 1), value=-1)[group_units(rows.geometry, rows.pairs, scope)[0]]
+    if rows.size_bias:
         return key, key >= 0
     key = key.sort(1, descending=True).values
     return key, F.pad(key[:, 1:] != key[:, :-1], (1, 0), value=True) & (key >= 0)
 
 
-def static_bucket(layout: TokenLayout, scope: Scope, size_bias: bool) -> Bucket:
-    """Return all groups, padded to the greatest length that a group can have."""
-    geo = layout.geometry
-    longest = layout.longest(scope)
-    total = layout.group_count(scope)
-    full = scope == "pair" or geo.windows * geo.largest_window == geo.units  # groups have equally many units
-    even = layout.counts is not None and min(layout.counts) == longest if scope == "pair" else layout.reach == "place"
-    if full and even and not layout.mixes(scope):
-        return Bucket((total, longest), weight=layout.size.view(total, longest) if size_bias else None)
-    group, bounds = layout.row_groups(scope)
-    query = (bounds[:-1, None] + arange_on(longest, bounds.device)).clamp(max=layout.rows - 1)
-    back = group, (arange_on(layout.rows, group.device) - bounds[group]).clamp(max=longest - 1)
-    bucket = Bucket((total, longest), query, back=back, layout=layout if layout.reach == "clip" else None)
-    if not layout.mixes(scope):
-        return replace(bucket, weight=torch.where(bucket.valid, layout.size[query], 0) if size_bias else bucket.valid)
-    if size_bias and layout.complete and full:
-        return replace(bucket, key=layout.unit_to_row[layout.group_units(scope)[0]])
-    key, weight = keys_of_units(layout, scope, size_bias)
-    return replace(bucket, key=key, weight=weight)
+def padded_groups(rows: Rows, scope: Scope) -> PaddedGroups:
+    """Return all groups, padded to the greatest length that a group can have; reads no value."""
+    longest = rows.longest(scope)
+    full = rows.geometry.even(scope)
+    same = rows.counts is not None and min(rows.counts) == longest
+    if full and not rows.mixes(scope) and (rows.reach == "place" or (scope == "pair" and same)):
+        shape = len(rows) // longest, longest
+        return PaddedGroups(shape, weight=rows.size.view(shape) if rows.size_bias else None)
+    group, bounds = first_rows(rows, scope)
+    query = (bounds[:-1, None] + arange_on(longest, bounds.device)).clamp(max=len(rows) - 1)
+    back = group, (arange_on(len(rows), group.device) - bounds[group]).clamp(max=longest - 1)
+    groups = PaddedGroups((rows.group_count(scope), longest), query, back=back, rows=_if_clip(rows))
+    if not rows.mixes(scope):
+        return replace(
+            groups, weight=torch.where(groups.valid, rows.size[query], 0) if rows.size_bias else groups.valid
+        )
+    if rows.size_bias and rows.complete and full:
+        return replace(groups, key=rows.unit_to_row[group_units(rows.geometry, rows.pairs, scope)[0]])
+    key, weight = keys_of_units(rows, scope)
+    return replace(groups, key=key, weight=weight)
 
 
-def _padded(groups: Groups, members: torch.Tensor, size_bias: bool, layout: TokenLayout) -> Bucket:
-    """Return the bucket of some groups (int64 `[B]`), padded to the longest of them."""
-    longest, longest_key = (int(lengths[members].max()) for lengths in (groups.length, groups.key_length))
-    start = groups.key_length.cumsum(0) - groups.key_length
-    query, valid = runs(groups.start[members], groups.length[members], longest, layout.rows)
-    key, key_valid = runs(start[members], groups.key_length[members], longest_key, len(groups.keys))
-    weight = torch.where(key_valid, groups.count[key], 0) if size_bias else None if key_valid.all() else key_valid
-    clip = layout if layout.reach == "clip" else None
-    key = None if groups.consecutive else groups.keys[key]
-    return Bucket(tuple(query.shape), query, key, weight, None if valid.all() else valid, layout=clip)
+def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
+    """Return batches of groups of similar length; reads values.
 
-
-def buckets(groups: Groups, size_bias: bool, layout: TokenLayout) -> list[Bucket]:
-    """Sorts groups into buckets of similar length.
-
-    Up to four different numbers of keys get a bucket each; more are put together where they differ by less than a quarter. Where
-    queries and keys are not the same rows, a bucket is divided again: its numbers of queries differ by less than a half. So a group
+    Up to four different numbers of keys get a batch each; more are put together where they differ by less than a quarter. Where
+    queries and keys are not the same rows, a batch is divided again: its numbers of queries differ by less than a half. So a group
     with one new row is not padded to a full group.
     """
-    lengths = groups.key_length.unique()
-    if groups.consecutive and len(lengths) == 1:
-        shape = (len(groups.length), int(lengths))
-        return [Bucket(shape, weight=groups.count.view(shape) if size_bias else None)]
-    padded = []
-    for like in _alike(groups.key_length, 0.75 if len(lengths) > 4 else 1.0):
-        batches = [like] if groups.consecutive else [like[subset] for subset in _alike(groups.length[like], 0.5)]
-        padded += [_padded(groups, members, size_bias, layout) for members in batches]
-    return padded
+    length = rows.lengths(scope)
+    start = length.cumsum(0) - length
+    used = length > 0  # a group has query rows, which are neighbours
+    start = start[used]
+    length = length[used]
+    keys = None  # int64, key rows, group after group; None where the keys of a group are its own rows
+    key_start = start
+    key_length = length
+    count = rows.size if rows.size_bias else None  # how many of the group's units each key row represents
+    if rows.mixes(scope):
+        keys, key_length, count = _keys_of_groups(rows, scope, used)
+        key_start = key_length.cumsum(0) - key_length
+    lengths = key_length.unique()
+    if keys is None and len(lengths) == 1:
+        shape = len(length), int(lengths)
+        return [PaddedGroups(shape, weight=count.view(shape) if rows.size_bias else None)]
+
+    def padded(members: torch.Tensor) -> PaddedGroups:
+        longest, longest_key = (int(each[members].max()) for each in (length, key_length))
+        query, valid = runs(start[members], length[members], longest, len(rows))
+        total = len(rows) if keys is None else len(keys)
+        key, key_valid = runs(key_start[members], key_length[members], longest_key, total)
+        weight = torch.where(key_valid, count[key], 0) if rows.size_bias else None if key_valid.all() else key_valid
+        key = None if keys is None else keys[key]
+        inside = None if valid.all() else valid
+        return PaddedGroups(tuple(query.shape), query, key, weight, inside, rows=_if_clip(rows))
+
+    batches = []
+    for like in _alike(key_length, 0.75 if len(lengths) > 4 else 1.0):
+        parts = [like] if keys is None else [like[subset] for subset in _alike(length[like], 0.5)]
+        batches += map(padded, parts)
+    return batches
+
+
+def _if_clip(rows: Rows) -> Rows | None:
+    return rows if rows.reach == "clip" else None
+
+
+def _keys_of_groups(rows: Rows, scope: Scope, used: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the rows that represent units of each group that is `used` (bool `[G]`): its own, and others, in any frame pair.
+
+    int64, these rows, group after group; int64, how many each group has; int64, how many units of the group each represents.
+    """
+    limit = len(rows) + rows.geometry.units
+    group = group_table(rows.geometry, rows.pairs, scope)[:-1]
+    asked = (rows.unit_to_row >= 0) & used[group]  # a group without query rows needs no keys
+    both, count = (group * limit + rows.unit_to_row)[asked].unique(return_counts=True)
+    return both % limit, bincount_fixed(both // limit, rows.group_count(scope))[used], count
 
 
 def _alike(length: torch.Tensor, share: float) -> Iterator[torch.Tensor]:
@@ -198,7 +231,7 @@ def grouped_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    plan: AttentionPlan,
+    groups: Groups,
     received: torch.Tensor | None = None,
     timer: devices.Timer | None = None,
     at_once: int | None = None,
@@ -212,19 +245,19 @@ def grouped_attention(
         at_once: rows of groups that attend at a time, except in a kernel, which bounds the memory; None for all.
     """
     timer = timer or nullcontext()
-    if isinstance(plan, Packed):
+    if isinstance(groups, PackedGroups):
         if received is not None:
             with timer:
-                received += attention_received(q, k, plan, at_once)
-        return attend_packed(q, k, v, plan)
+                received += attention_received(q, k, groups, at_once)
+        return attend_packed(q, k, v, groups)
     out = None
-    for bucket in plan:
-        parts = list(bucket.parts(at_once or len(k)))
-        if bucket.back is not None:
-            answers = [_attend_bucket(q, k, v, part, received, timer) for part in parts]
-            return cat(answers)[bucket.back]
+    for batch in groups:
+        parts = list(batch.parts(at_once or len(k)))
+        if batch.back is not None:
+            answers = [_attend_padded(q, k, v, part, received, timer) for part in parts]
+            return cat(answers)[batch.back]
         for part in parts:
-            answer = _attend_bucket(q, k, v, part, received, timer)
+            answer = _attend_padded(q, k, v, part, received, timer)
             if part.query is None:
                 return answer.reshape(q.shape)
             out = torch.empty_like(q) if out is None else out
@@ -236,31 +269,31 @@ def grouped_attention(
     return out
 
 
-def _attend_bucket(
+def _attend_padded(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    bucket: Bucket,
+    groups: PaddedGroups,
     received: torch.Tensor | None,
     timer: AbstractContextManager,
 ) -> torch.Tensor:
-    """Attention of one bucket, `[B, Q, 4, heads, d]`; arguments as in `grouped_attention`."""
-    query, key, value = (bucket.by_head(x, which) for x, which in ((q, "query"), (k, "key"), (v, "key")))
-    bias = None if bucket.bias is None else bucket.bias.to(q.dtype)
+    """Attention of a batch of groups, `[B, Q, 4, heads, d]`; arguments as in `grouped_attention`."""
+    query, key, value = (groups.by_head(x, which) for x, which in ((q, "query"), (k, "key"), (v, "key")))
+    bias = None if groups.bias is None else groups.bias.to(q.dtype)
     per_key = None
     if attends_by_products(q, key.shape[2]):
         weight = None
         if received is not None:
             with timer:
-                weight = query_weight(bucket, q)
+                weight = query_weight(groups, q)
         answer, per_key = attend_by_products(query, key, value, bias, weight, timer)
     else:
         answer = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     if received is not None:
         with timer:
             if per_key is None:
-                per_key = received_by_keys(query, key, bucket)
-            add_by_row(received, per_key, bucket)
+                per_key = received_by_keys(query, key, groups)
+            add_by_row(received, per_key, groups)
     return answer.unflatten(2, (-1, PATCHES)).permute(0, 2, 3, 1, 4)
 
 
@@ -305,63 +338,63 @@ def attend_by_products(
     return out, None if received is None else received.view(batch, heads, keys).sum(1)
 
 
-def attention_received(
-    q: torch.Tensor, k: torch.Tensor, plan: AttentionPlan, at_once: int | None = None
-) -> torch.Tensor:
+def attention_received(q: torch.Tensor, k: torch.Tensor, groups: Groups, at_once: int | None = None) -> torch.Tensor:
     """float32, like the rows of `k`: as `received` of `grouped_attention`, without the output of the attention."""
     total = torch.zeros(len(k), dtype=torch.float32, device=k.device)
-    for bucket in [static_bucket(plan.layout, plan.scope, plan.size_bias)] if isinstance(plan, Packed) else plan:
-        for part in bucket.parts(at_once or len(k)):
+    for batch in [padded_groups(groups.rows, groups.scope)] if isinstance(groups, PackedGroups) else groups:
+        for part in batch.parts(at_once or len(k)):
             per_key = received_by_keys(part.by_head(q, "query"), part.by_head(k, "key"), part)
             add_by_row(total, per_key, part)
     return total
 
 
 @without_autocast()
-def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-    """Return the attention that each key patch of a bucket receives, float32 `[B, K*4]`, from `queries` and `keys` by head."""
+def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, groups: PaddedGroups) -> torch.Tensor:
+    """Return the attention that each key patch of groups receives, float32 `[B, K*4]`, from `queries` and `keys` by head."""
     batch, heads, _, dim = queries.shape
-    weight = query_weight(bucket, queries.transpose(1, 2))
+    weight = query_weight(groups, queries.transpose(1, 2))
     total = torch.zeros(batch, keys.shape[2], dtype=torch.float32, device=keys.device)
     step = max(1, devices.scores_at_a_time(queries.device) // (batch * heads * keys.shape[2]))
     for at in range(0, queries.shape[2], step):
         scores = (queries[:, :, at : at + step] * dim**-0.5) @ keys.transpose(2, 3)
-        probs = (scores.float() if bucket.bias is None else scores.float() + bucket.bias).softmax(-1)
+        probs = (scores.float() if groups.bias is None else scores.float() + groups.bias).softmax(-1)
         total += torch.einsum("bhqk,bq->bk", probs, weight[:, at : at + step])
     return total
 
 
-def query_weight(bucket: Bucket, q: torch.Tensor) -> torch.Tensor:
+def query_weight(groups: PaddedGroups, q: torch.Tensor) -> torch.Tensor:
     """float32 `[B, Q*4]`: the weight of each query (`q`: `[..., heads, d]`) in the mean over heads and queries of its group."""
-    valid = q.new_ones(bucket.shape, dtype=torch.float32) if bucket.valid is None else bucket.valid.float()
+    valid = q.new_ones(groups.shape, dtype=torch.float32) if groups.valid is None else groups.valid.float()
     return (valid / valid.sum(1, keepdim=True).clamp(min=1) / PATCHES / q.shape[-2]).repeat_interleave(PATCHES, dim=1)
 
 
-def add_by_row(received: torch.Tensor, per_key: torch.Tensor, bucket: Bucket) -> None:
-    """Adds what the key patches of a bucket receive (`per_key`, float32 `[B, K*4]`) to their rows in `received`, float32 `[R]`."""
+def add_by_row(received: torch.Tensor, per_key: torch.Tensor, groups: PaddedGroups) -> None:
+    """Adds what the key patches of groups receive (`per_key`, float32 `[B, K*4]`) to their rows in `received`, float32 `[R]`."""
     per_row = per_key.view(len(per_key), -1, PATCHES).sum(2)
-    index = bucket.key if bucket.key is not None else bucket.query
+    index = groups.key if groups.key is not None else groups.query
     if index is None or isinstance(index, slice):
         received[index or slice(None)] += per_row.flatten()
         return
-    if bucket.layout is not None:  # keys of other frame pairs receive nothing
-        pair = bucket.layout.pair_of_row
-        per_row = torch.where(pair[index] == pair[bucket.query[:, :1]], per_row, 0)
-    if bucket.weight is not None:
-        per_row = torch.where(bucket.weight > 0, per_row, 0)
+    if groups.rows is not None:  # keys of other frame pairs receive nothing
+        pair = groups.rows.pair_of_row
+        per_row = torch.where(pair[index] == pair[groups.query[:, :1]], per_row, 0)
+    if groups.weight is not None:
+        per_row = torch.where(groups.weight > 0, per_row, 0)
     received.index_add_(0, index.clamp(min=0).flatten(), per_row.flatten())
 
 
-def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Packed) -> torch.Tensor:
+def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: PackedGroups) -> torch.Tensor:
     """Attention of all groups by a kernel that reads their lengths on the GPU; it takes neither mask nor bias."""
     dim = q.shape[-1]
-    (keys, weight), key, value = plan.keys, k, v
+    keys, weight = groups.keys
+    key = k
+    value = v
     if keys is not None:
         key = k[keys]
         value = v[keys]
     if weight is not None:
         q, key, value = with_bias(q, key, value, weight)
-    answer = plan.attend(*(x.flatten(0, 1) for x in (q, key, value)), scale=dim**-0.5)
+    answer = groups.attend(*(x.flatten(0, 1) for x in (q, key, value)), scale=dim**-0.5)
     return answer[..., :dim].unflatten(0, (-1, PATCHES))
 
 

@@ -4,9 +4,9 @@ All rows of a video go through a layer before the first goes through the next. W
 which takes some rows through a product at a time, and some windows or frame pairs through attention (tower.py). The result does not
 depend on how many, up to rounding. Without pruning the output is Hugging Face's.
 
-The plan's stages say where rows are left behind. A selection covers the whole video; a frame pair then also reads the selected rows
-of other pairs that represent its units. Merging and setting aside stay inside a frame pair (reductions.py). Last, `select_tokens`
-selects among the rows after the tower what the language model reads.
+The plan's steps are some layers, and a selection among the rows of the whole video. A frame pair then also reads the selected rows
+of other pairs that represent its units. Merging and setting aside stay inside a frame pair: they are hooks after a layer
+(hooks.py). Last, `select_tokens` selects among the rows after the tower what the language model reads.
 
 The plan states how many rows every layer computes, so all shapes are known on a GPU too. The program synchronises with it
 only at a selection between layers, at the end, when it reads all checks, and with reuse for patches that are on the GPU.
@@ -27,18 +27,27 @@ from evoprune.backend import devices
 from evoprune.backend.attention import without_cudnn
 from evoprune.errors import UsageError
 from evoprune.methods.chain import select, tokens_before_inflection
-from evoprune.methods.plans import EncoderPlan, Inflection, SetAside, Stage, WholePairs
+from evoprune.methods.plans import EncoderPlan, Inflection, Merge, SetAside, Stage, TowerShape, WholePairs
 from evoprune.methods.ranking import closest
 from evoprune.methods.types import Selection, Tokens, arange_on, bincount_fixed, cat
 from evoprune.model.config import vision_sizes
 from evoprune.model.numerics import all_finite, not_a_number_error, without_autocast
 from evoprune.model.weights import Tower
 from evoprune.vision.families import embed, merge_patches, tower_layers
-from evoprune.vision.layout import TokenLayout, full_layout, order_tables, referring_layout
+from evoprune.vision.hooks import Hook, looks
+from evoprune.vision.merging import Merging
 from evoprune.vision.preprocess import CLIP, Normal, ReferenceBlocks, row_patches
-from evoprune.vision.reductions import Followers, Gathering, Merging, Reduction
-from evoprune.vision.rows import Rows
-from evoprune.vision.tower import LayerRun, Visible, in_pieces, run_layers, tower_geometry, tower_shape
+from evoprune.vision.rows import Rows, all_units, reused_units
+from evoprune.vision.tower import (
+    Layer,
+    Visible,
+    in_pieces,
+    rotation_of,
+    run_by_kernels,
+    run_layer,
+    tower_geometry,
+    tower_shape,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -126,8 +135,8 @@ class EncodedRows:
     layers: list[tuple[int, int]]  # as in `Encoded`
     selection: Selection | None  # inside the tower, if the language model reads exactly those rows
     timer: devices.Timer  # of pruning
-    # bool `[3]`, read at the end, so that nothing synchronises earlier: whether a row has NaN or infinite values, whether a merger
-    # did not remove its rows, and whether every frame pair has one colour
+    # bool `[3]`, read at the end, so that nothing synchronises earlier: whether all rows are without NaN and infinity, whether
+    # mergers have removed their rows, and whether every frame pair has one colour
     checks: torch.Tensor
 
     def nothing_selected(self) -> Encoded:
@@ -149,13 +158,11 @@ class EncodedRows:
 
         Raises ModelError: a row has NaN or infinite values. RuntimeError: a merger did not remove its rows.
         """
-        checks = self.checks
-        if not devices.exact_shapes(kept.device):  # one copy from an accelerator
-            checks, kept = torch.cat([checks.long(), kept]).cpu().split([len(checks), len(kept)])
-        no_numbers, failed, flat = map(bool, checks.tolist())
-        if no_numbers:
+        checks, kept = devices.read_together(self.checks, kept)
+        numbers, as_planned, flat = map(bool, checks.tolist())
+        if not numbers:
             raise not_a_number_error("encode")
-        if failed:
+        if not as_planned:
             name = self.plan.stages[0].reduce.merger.name
             raise RuntimeError(f"method {name} did not remove as many rows as it was asked to")
         return flat, self.timer.seconds(), kept
@@ -199,7 +206,7 @@ class EncoderRun:
         pause: called after each layer; it may wait.
     """
 
-    visible: Visible | None = None  # as in `LayerRun`
+    visible: Visible | None = None  # as of `run_layer`
 
     def __init__(
         self,
@@ -213,7 +220,6 @@ class EncoderRun:
         pause: Callable[[], None] = lambda: None,
     ):
         weight = visual.patch_embed.proj.weight
-        tower = tower_shape(visual)
         self.visual = visual
         self.plan = plan
         self.normal = normal
@@ -230,47 +236,31 @@ class EncoderRun:
         )
         # Results that `checks` puts together, bool tensors without dimension:
         self.one_colour: list[torch.Tensor] = []  # whether each frame pair of a piece has one colour
-        self.failed: list[torch.Tensor] = []  # whether a group lost fewer rows than planned
         self.numbers: list[torch.Tensor] = []  # whether rows are without NaN and infinity
-        selector = plan.token_stage.selector if plan.token_stage else None
-        needs = selector and selector.needs
-        self.gathering = Gathering(selector, tower, lambda x: self.merge_patches(x.to(self.dtype))) if needs else None
-        if self.gathering and not all(isinstance(stage.reduce, WholePairs) for stage in plan.row_stages):
-            problem = "selects behind a selection between layers, and gets nothing but the rows"
-            raise TypeError(f"method {selector.name} {problem}")
-        self.reduction = _reduction(plan, self.failed)
-        self.computed = [0] * tower.depth
+        tower = tower_shape(visual)
+        self.hooks = _hooks(plan, tower, lambda x: self.merge_patches(x.to(self.dtype)))
+        self.computed = [0] * tower.depth  # rows of each layer
         self.source: torch.Tensor | None = None  # as in `EncodedRows`
         self.counts: tuple[int, ...] = ()  # rows that enter the tower, of each frame pair
+        self.selection: Selection | None = None  # as in `EncodedRows`
 
     @torch.inference_mode()
     @without_cudnn()
     def encode(self, patches: Iterable[torch.Tensor]) -> EncodedRows:
         """Encodes the video. Arguments and errors as of `encode_rows`."""
-        plan = self.plan
-        selection = None
         with without_autocast() if isinstance(self.visual, Tower) else nullcontext():
-            rows, layout = self.embed(patches)
-            rows = self.run_layers(rows, layout, plan.spans[0], self.reduction)
-            if plan.row_stages:
-                self.note_numbers(rows.values, rows.deepstack)
-            for stage, layers in zip(plan.row_stages, plan.spans[1:], strict=True):
-                rows, selection = self.select_rows(rows, stage)
-                rows = self.run_layers(rows, self.layout_of(rows, stage), layers, Reduction())
-            rows.values = self.merge_patches(rows.values)
-            self.note_numbers(rows.values, rows.deepstack)
-            rows, order = rows.by_unit()
-            gathered = {}  # the inputs that the selector declared
-            if self.gathering:
-                with self.timer:
-                    gathered = self.gathering.collected(order)
-        rows, selection = self.finish(rows, selection)
-        tokens = Tokens(rows.values, rows.unit_to_row, plan.grid, self.seed, gathered)
+            rows = self.embed(patches)
+            for layers, stage in self.plan.steps:
+                rows = self.run_layers(rows, layers)
+                if stage:
+                    rows = self.select_rows(rows, stage)
+            rows = self.finish(rows)
+        tokens = Tokens(rows.values, rows.unit_to_row, self.plan.grid, self.seed, rows.given)
         layers = list(enumerate(self.computed))
-        return EncodedRows(plan, rows, tokens, self.source, layers, selection, self.timer, self.checks())
+        return EncodedRows(self.plan, rows, tokens, self.source, layers, self.selection, self.timer, self.checks(rows))
 
-    def embed(self, patches: Iterable[torch.Tensor]) -> tuple[Rows, TokenLayout]:
-        """Return the rows before the first layer, one for each unit that is not reused, and how they attend."""
+    def embed(self, patches: Iterable[torch.Tensor]) -> Rows:
+        """Return the rows before the first layer, one for each unit that is not reused."""
         plan = self.plan
         geo = self.geometry
         values = []
@@ -288,42 +278,55 @@ class EncoderRun:
             self.counts += piece.counts
             self.references = piece.references
         self.source = cat(sources)
-        layout = full_layout(geo, plan.grid[0])
-        if plan.reuse:
-            with self.timer:
-                layout = referring_layout(geo, self.source, self.counts, cat(units))
         x = cat(values)
         deepstack = x.new_empty(len(x), 0, vision_sizes(self.visual.config).out_hidden_size)
-        return Rows(x, deepstack, layout.unit, layout.unit_to_row), layout
+        if not plan.reuse:
+            return all_units(x, deepstack, geo, plan.grid[0])
+        with self.timer:
+            return reused_units(x, deepstack, geo, self.source, self.counts, cat(units))
 
-    def layout_of(self, rows: Rows, stage: Stage) -> TokenLayout:
-        """Return how rows attend that a stage has selected."""
-        if isinstance(stage.reduce, WholePairs):
-            return full_layout(self.geometry, len(rows.values) // self.geometry.units)
-        complete = not any(stage.selector.drops for stage in self.plan.row_stages)
-        return TokenLayout(self.geometry, self.plan.grid[0], rows.unit, rows.unit_to_row, "clip", complete=complete)
+    def run_layers(self, rows: Rows, layers: range) -> Rows:
+        """Return the rows after `layers`, and after what the hooks do."""
+        if not self.hooks and self.visible is None:
+            layers = run_by_kernels(self.visual, layers, rows, self.piece, self.after_layer)
+        attending = None  # the rows that groups and rotation are of
+        for number in layers:
+            if number == 0:
+                rows = self.call_hooks(0, rows, {})
+            if rows is not attending:
+                groups = {}
+                rotation = rotation_of(self.visual, rows)
+                attending = rows
+            computed = rows.computed
+            needs = frozenset().union(*(hook.needs(number + 1) for hook in self.hooks))
+            layer = Layer.of(self.visual, number)
+            seen = run_layer(layer, rows, groups, rotation, self.piece, needs, self.timer, self.visible)
+            rows = self.call_hooks(number + 1, rows, seen)
+            self.after_layer(number + 1, rows, computed)
+        return rows
 
-    def run_layers(self, rows: Rows, layout: TokenLayout, layers: range, reduction: Reduction) -> Rows:
-        """Return the rows after `layers`, in which they attend as `layout` says."""
-        run = LayerRun(
-            self.visual, self.timer, self.computed, self.piece, reduction, self.visible, self.gathering,
-            self.after_layer, rows.deepstack,
-        )  # fmt: skip
-        # which the first layer may free
-        x = rows.values
-        rows.values = None
-        x, left = run_layers(run, layers, x, layout)
-        if left is layout:
-            return Rows(x, run.deepstack, rows.unit, rows.unit_to_row)
-        return Rows(x, run.deepstack, left.unit, left.unit_to_row)
+    def call_hooks(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
+        """Return what the hooks make of the rows after `done` layers; `seen`: as of `Hook`."""
+        with self.timer if self.hooks else nullcontext():
+            for hook in self.hooks:
+                rows = hook(done, rows, seen)
+        return rows
 
-    def after_layer(self, done: int) -> None:
-        """Called with the number of finished layers."""
+    def after_layer(self, done: int, rows: Rows, computed: int) -> None:
+        """Called with the number of finished layers, their rows, and how many the last one has computed."""
+        self.computed[done - 1] = computed
+        inner = vision_sizes(self.visual.config).deepstack_visual_indexes
+        if done - 1 in inner:  # it has features for the layer of that number in the language model
+            number = inner.index(done - 1)
+            features = in_pieces(
+                lambda piece: merge_patches(self.visual, piece, number), self.piece, rows.whole().values
+            )
+            rows.deepstack = torch.cat([rows.deepstack, features[:, None]], 1)
         self.on_layer(done, self.plan.depth)
         self.pause()
 
-    def select_rows(self, rows: Rows, stage: Stage) -> tuple[Rows, Selection | None]:
-        """Return the rows that go on; and the selection, if the language model reads exactly these rows.
+    def select_rows(self, rows: Rows, stage: Stage) -> Rows:
+        """Return the rows that go on; notes the selection, if the language model reads exactly these rows.
 
         A selector that asks for no hidden states gets rows after the norm of the next layer, which reduces the few channels that
         are large in all rows. All rows of a video without any change go on if there are few enough of them.
@@ -332,71 +335,80 @@ class EncoderRun:
         selector = stage.selector
         whole_pairs = isinstance(stage.reduce, WholePairs)
         max_rows = plan.keep if whole_pairs else stage.rows
-        if max_rows >= len(rows.values) and not any(self.counts[1:]):
-            return rows, None
-        (by_unit, _), rows.values = rows.by_unit(), None  # frees the rows in the old order
+        self.selection = None
+        if not self.numbers:  # before the first selection
+            self.note_numbers(rows.values, rows.deepstack)
+        if max_rows >= len(rows) and not any(self.counts[1:]):
+            return rows
         with self.timer:
-            seen = by_unit.values
+            order, unit_to_row = rows.unit_order
+            seen = rows.values[order]
             if "hidden" not in selector.needs:
                 seen = tower_layers(self.visual).norm(self.visual.blocks[stage.first_layer].norm1, seen)
-            seen = seen.flatten(1)
-            tokens = Tokens(seen, by_unit.unit_to_row, plan.grid, self.seed)
-            selection = select(selector, tokens, min(max_rows, len(seen)))
-            unit_to_row = selection.unit_to_token
-            if unit_to_row is None:
-                unit_to_row = _nearest_kept(seen, by_unit.unit_to_row, selection.kept)
+            tokens = Tokens(seen.flatten(1), unit_to_row, plan.grid, self.seed)
+            selection = select(selector, tokens, min(max_rows, len(rows)))
+            unit_to_token = selection.unit_to_token
+            if unit_to_token is None:
+                unit_to_token = _nearest_kept(tokens, selection.kept)
             del seen, tokens  # as large as all rows
-            _, rank = order_tables(self.geometry, plan.grid[0])  # of each unit in window order
-            kept_rows = by_unit.take(selection, unit_to_row, rank)
-        final = not whole_pairs and selector.suffices(len(selection.kept), plan.keep, plan.units)
-        return kept_rows, selection if final else None
+            left = rows.take(selection, unit_to_token, "place" if whole_pairs else "clip", not selector.drops)
+        if not whole_pairs and selector.suffices(len(left), plan.keep, plan.units):
+            self.selection = selection
+        return left
 
     def merge_patches(self, x: torch.Tensor) -> torch.Tensor:
         """Rows `[E, D]` as the language model reads them, from rows `[E, 4, hidden]`."""
         return in_pieces(partial(merge_patches, self.visual), self.piece, x)
 
-    def finish(self, rows: Rows, selection: Selection | None) -> tuple[Rows, Selection | None]:
-        """Return the rows after the tower, ordered by unit, and the selection, as they leave the encoder."""
-        return rows, selection
+    def finish(self, rows: Rows) -> Rows:
+        """Return the rows as they leave the encoder, after the patch merger and ordered by unit."""
+        rows = rows.whole()
+        rows.values = self.merge_patches(rows.values)
+        self.note_numbers(rows.values, rows.deepstack)
+        return rows.by_unit()
 
     def note_numbers(self, *rows: torch.Tensor) -> None:
         """Notes whether `rows` are without NaN and infinity; raises ModelError at once where reading values costs nothing."""
         for values in rows:
             if values.numel():
                 self.numbers.append(all_finite(values))
-                if devices.exact_shapes(self.device) and not self.numbers[-1]:
+                if devices.known_false(self.numbers[-1]):
                     raise not_a_number_error("encode")
 
-    def checks(self) -> torch.Tensor:
+    def checks(self, rows: Rows) -> torch.Tensor:
         """bool `[3]`, as in `EncodedRows`."""
-        no_numbers = torch.stack(self.numbers).all().logical_not()
-        no = torch.zeros_like(no_numbers)
-        failed, one_colour = (torch.stack(noted) if noted else no for noted in (self.failed, self.one_colour))
-        return torch.stack([no_numbers, failed.any(), one_colour.all()])
+        numbers = torch.stack(self.numbers).all()
+        as_planned = torch.stack(rows.as_planned).all() if rows.as_planned else torch.ones_like(numbers)
+        one_colour = torch.stack(self.one_colour).all() if self.one_colour else torch.zeros_like(numbers)
+        return torch.stack([numbers, as_planned, one_colour])
 
 
-def _nearest_kept(seen: torch.Tensor, unit_to_row: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """int64 `[N]`, for a selector that says nothing of it: which of `kept` (int64 `[K]`) is most similar to each unit, by cosine.
+def _nearest_kept(tokens: Tokens, kept: torch.Tensor) -> torch.Tensor:
+    """int64 `[N]`: which of `kept` (int64 `[K]`) is most similar to each unit, by cosine; for a selector that does not say it."""
+    rows = F.normalize(tokens.rows.float(), dim=1)
+    nearest = closest(rows, rows[tokens.unit_to_row[kept]])[1][tokens.unit_to_row]
+    return torch.where(tokens.unit_to_row < 0, -1, nearest).index_copy_(0, kept, arange_on(len(kept), kept.device))
 
-    `seen`: `[E, D]`, rows; `unit_to_row`: int64 `[N]`.
+
+def _hooks(plan: EncoderPlan, tower: TowerShape, merge: Callable[[torch.Tensor], torch.Tensor]) -> list[Hook]:
+    """Return what happens after layers beside the selections; `merge`: the patch merger.
+
+    Raises TypeError: stages that cannot be together, or a selector that does not get what it needs. Other errors as of `looks`.
     """
-    rows = F.normalize(seen.float(), dim=1)
-    nearest = closest(rows, rows[unit_to_row[kept]])[1][unit_to_row]
-    return torch.where(unit_to_row < 0, -1, nearest).index_copy_(0, kept, arange_on(len(kept), kept.device))
-
-
-def _reduction(plan: EncoderPlan, failed: list[torch.Tensor]) -> Reduction:
-    """Return what the stages do with the rows of frame pairs. Raises TypeError where they cannot be together."""
+    selector = plan.token_stage.selector if plan.token_stage else None
+    before = after = []
+    if selector and selector.needs:
+        if not all(isinstance(stage.reduce, WholePairs) for stage in plan.row_stages):
+            problem = "selects behind a selection between layers, and gets nothing but the rows"
+            raise TypeError(f"method {selector.name} {problem}")
+        before, after = looks(selector, tower, merge)
     stages = plan.inside_pairs
-    if not stages:
-        return Reduction()
-    if isinstance(stages[0].reduce, SetAside) and len(stages) == 1:
-        return Followers(stages[0], plan.depth)
-    mergers = {stage.reduce.merger for stage in stages if not isinstance(stage.reduce, SetAside)}
-    if len(mergers) != 1:
+    aside = [stage.reduce.hook(stage.first_layer) for stage in stages if isinstance(stage.reduce, SetAside)]
+    left = {stage.first_layer: stage.reduce.left for stage in stages if isinstance(stage.reduce, Merge)}
+    mergers = {stage.reduce.merger for stage in stages if isinstance(stage.reduce, Merge)}
+    if len(aside) + len(mergers) > 1:
         raise TypeError("the rows of a frame pair are merged by one merger, or set aside once")
-    left = {stage.first_layer: stage.reduce.left for stage in stages}
-    return Merging(mergers.pop(), left, failed)
+    return [*before, *aside, *(Merging(merger, left, tower) for merger in mergers), *after]
 
 
 @torch.inference_mode()
@@ -414,7 +426,9 @@ def select_tokens(video: EncodedRows, question: torch.Tensor | None = None) -> E
         features = rows.values
         deepstack = rows.deepstack
         if selection is not video.selection:
-            features, deepstack = rows.averaged(replace(selection, kept=kept))
+            here = replace(selection, kept=kept)
+            features = rows.mean(features, here)
+            deepstack = rows.mean(deepstack, here)
     return video.encoded(features, kept, selection.size, deepstack)
 
 

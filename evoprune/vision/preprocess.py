@@ -18,11 +18,11 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.backend.operators import reuse_scan
-from evoprune.methods.types import arange_on, cat
+from evoprune.backend.pixels import resized
+from evoprune.methods.types import arange_on
 from evoprune.model.config import PATCHES
 from evoprune.video.plan import InputLimits, Plan
 from evoprune.vision.layout import Geometry, window_order
@@ -32,7 +32,6 @@ Normal = tuple[tuple[float, ...], tuple[float, ...]]
 CLIP: Normal = InputLimits.image_mean, InputLimits.image_std
 # The most by which a device shrinks a side of a frame: torch's kernel for CUDA refuses to shrink one far more.
 MAX_SHRINK = 32
-FLOATS = 1 << 24  # values of frames that a device resizes at a time, in float32: 64 MiB
 
 
 def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torch.device) -> torch.Tensor:
@@ -48,22 +47,10 @@ def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torc
 
 
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resizes frames (uint8 `[F, H, W, 3]`) by antialiased bicubic interpolation; the result is PIL's within one level of 255.
-
-    On a CPU torch reduces bytes: rows, which it rounds to bytes, and then columns. On another device float32 goes the same way.
-    """
+    """Resizes frames (uint8 `[F, H, W, 3]`) by antialiased bicubic interpolation; the result is PIL's within one level of 255."""
     if frames.shape[1:3] == (height, width):
         return frames
-    planes = frames.permute(0, 3, 1, 2)
-    kwargs = {"mode": "bicubic", "antialias": True}
-    if devices.is_host(frames.device):
-        return F.interpolate(planes, size=(height, width), **kwargs).permute(0, 2, 3, 1)
-    resized = []
-    for part in planes.split(max(1, FLOATS // planes[0].numel())):
-        for size in ((frames.shape[1], width), (height, width)):
-            part = F.interpolate(part.float(), size=size, **kwargs).round_().clamp_(0, 255)
-        resized.append(part.byte())
-    return cat(resized).permute(0, 2, 3, 1)
+    return resized(frames.permute(0, 3, 1, 2), height, width).permute(0, 2, 3, 1)
 
 
 def patchify(
@@ -205,7 +192,7 @@ def row_patches(
         count, rest = divmod(len(piece), geo.units * PATCHES)
         if rest or done + count > pairs:
             raise ValueError(f"patches do not add up to {pairs} frame pairs of {geo.units} units")
-        if one_colour is not None and (not one_colour or not devices.exact_shapes(device) or one_colour[-1]):
+        if one_colour is not None and not (one_colour and devices.known_false(one_colour[-1])):
             of_pair = piece.view(count, -1, piece.shape[1])  # one colour: all patches are equal within one level of 255
             one_colour.append((of_pair.amax(1) - of_pair.amin(1)).max() < 1 / 255)
         own = done + arange_on(count, device)[:, None]

@@ -1,58 +1,259 @@
-"""The rows of a video: their values, and which units they represent."""
+"""The rows of a video: one table from the embedding to the tokens.
 
-from dataclasses import dataclass, replace
+A *row* is a unit that is computed. It has the place of one unit (`unit`) and may represent many (`unit_to_row`). Rows are in
+window order (layout.py) until the last layer has run, and from there on in the order of their units. A layer replaces `values`.
+Only `take` and `merge` make fewer rows, `by_unit` alone puts them in another order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.types import Selection
+from evoprune.backend import devices
+from evoprune.methods.ranking import merge_rows
+from evoprune.methods.types import Selection, arange_on, bincount_fixed, nonzero_fixed
+from evoprune.vision.layout import Geometry, Scope, group_table, order_tables
+
+Reach = Literal["place", "window", "pair", "clip"]
+WIDTH = {reach: width for width, reach in enumerate(("place", "window", "pair", "clip"))}
 
 
-@dataclass
+class Aside(Protocol):
+    """Rows that are set aside, and come back after the last layer."""
+
+    active: (
+        torch.Tensor | None
+    )  # int64, the rows that layers compute, the others are keys and values alone; None for all
+
+    def whole(self, rows: "Rows") -> "Rows":
+        """Return `rows` with those that are set aside."""
+
+
+@dataclass(eq=False)
 class Rows:
-    """Rows of a video, in window order from the embedding to the last layer. What reads them by unit gets `by_unit`."""
+    """R rows, which represent the N units of a video."""
 
-    values: torch.Tensor  # `[E, 4, hidden]`, or `[E, D]` after the patch merger
-    deepstack: torch.Tensor  # `[E, n, D]`, the features of inner layers so far; averaged where the rows are
-    unit: torch.Tensor  # int64 `[E]`, the unit whose place each row has
-    unit_to_row: torch.Tensor  # int64 `[N]`, the row that represents each unit, -1 for none
+    values: torch.Tensor  # `[R, 4, hidden]`, or `[R, D]` after the patch merger
+    unit: torch.Tensor  # int64 `[R]`, the unit whose place each row has
+    # int64 `[N]`, the row that represents each unit, or -1 for a dropped one. R + p is a row from before the video at place p, of
+    # which only keys and values are there (live/segments.py).
+    unit_to_row: torch.Tensor
+    geometry: Geometry  # of one frame pair
+    deepstack: torch.Tensor  # `[R, n, D]`, the features of inner layers so far
+    given: dict[str, torch.Tensor] = field(default_factory=dict)  # `[R, ...]`, what a selector needs, by name
+    # Where the row of a unit may be: at the same place, in the same window or frame pair, or anywhere in the clip. A group of at
+    # least this scope contains all rows of its units.
+    reach: Reach = "place"
+    size_bias: bool = (
+        False  # whether attention adds the log of the cluster size inside the group (ToMe, arXiv 2210.09461, section 3)
+    )
+    counts: tuple[int, ...] | None = None  # rows of each frame pair; None where only the device knows them
+    complete: bool = False  # whether every unit is known to have a row
+    aside: Aside | None = None  # then `deepstack` and `given` may already be of all rows
+    as_planned: list[torch.Tensor] = field(
+        default_factory=list
+    )  # bool without dimension: whether a merger left its number of rows
 
-    def by_unit(self) -> tuple["Rows", torch.Tensor]:
-        """Return the rows in ascending order of their units; and the index here of each, int64 `[E]`."""
-        unit, order = self.unit.sort()
-        unit_to_row = _or_none(order.argsort())[self.unit_to_row]
-        deepstack = self.deepstack[order] if self.deepstack.numel() else self.deepstack
-        return Rows(self.values[order], deepstack, unit, unit_to_row), order
+    def __len__(self) -> int:
+        return len(self.unit)
 
-    def take(self, selection: Selection, unit_to_token: torch.Tensor, rank: torch.Tensor) -> "Rows":
-        """Return a row for each selected unit, in ascending order of `rank`.
+    @property
+    def pairs(self) -> int:
+        """T, the frame pairs of the video."""
+        return len(self.unit_to_row) // self.geometry.units
+
+    @property
+    def computed(self) -> int:
+        """Number of rows that a layer computes."""
+        return len(self) if self.aside is None or self.aside.active is None else len(self.aside.active)
+
+    @cached_property
+    def size(self) -> torch.Tensor:
+        """int64 `[R]`: the cluster size of each row; rows from before are left out."""
+        sizes = torch.zeros(len(self) + 1, dtype=torch.int64, device=self.unit_to_row.device)
+        row = torch.where(self.unit_to_row >= 0, self.unit_to_row, len(self)).clamp(max=len(self))
+        return sizes.scatter_add_(0, row, torch.ones_like(row))[:-1]
+
+    @cached_property
+    def place(self) -> torch.Tensor:
+        """int64 `[R]`: raster index of each row inside its frame pair."""
+        return self.unit % self.geometry.units
+
+    @cached_property
+    def pair_of_row(self) -> torch.Tensor:
+        """int64 `[R + P]`: the frame pair of each row, -1 for those from before."""
+        return F.pad(self.unit // self.geometry.units, (0, self.geometry.units), value=-1)
+
+    @cached_property
+    def per_pair(self) -> tuple[int, ...]:
+        """Rows of each frame pair; waits for an accelerator if `counts` is None."""
+        return self.counts or tuple(self.lengths("pair").tolist())
+
+    @cached_property
+    def unit_order(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 `[R]`, the rows in ascending order of their units; int64 `[N]`, `unit_to_row` in this order. `take` knows it."""
+        order = self.unit.argsort()
+        return order, _or_none(order.argsort())[self.unit_to_row]
+
+    # Groups, windows or frame pairs.
+
+    def group_count(self, scope: Scope) -> int:
+        """Number of windows or frame pairs."""
+        return self.pairs * self.geometry.groups(scope)
+
+    def group(self, scope: Scope) -> torch.Tensor:
+        """int64 `[R]`: the number of the window or frame pair of each row, counted over all frame pairs."""
+        return group_table(self.geometry, self.pairs, scope)[self.unit]
+
+    def lengths(self, scope: Scope) -> torch.Tensor:
+        """int64 `[G]`: rows of each group. Padding counts as one more group, which is left out."""
+        total = self.group_count(scope)
+        return bincount_fixed(self.group(scope), total + 1)[:total]
+
+    def longest(self, scope: Scope) -> int:
+        """Return an upper bound of the rows of a group, computed without waiting."""
+        rows = max(self.counts) if self.counts else devices.count_or_bound(self._most_of_a_pair, self.unit, len(self))
+        return min(rows, self.geometry.largest(scope))
+
+    def mixes(self, scope: Scope) -> bool:
+        """Return whether a group of `scope` may have units that rows of other groups represent."""
+        return WIDTH[self.reach] > WIDTH[scope]
+
+    def _most_of_a_pair(self) -> int:
+        return max(self.per_pair)
+
+    # Fewer rows, and another order.
+
+    def take(self, selection: Selection, unit_to_token: torch.Tensor, reach: Reach = "clip", complete: bool = False):
+        """Return a row for each selected unit.
 
         Args:
-            selection: among these rows, which are ordered by unit.
             unit_to_token: int64 `[N]`, the index in `selection.kept` of what represents each unit, -1 for none.
-            rank: int64 `[N]`, of each unit.
+            reach, complete: of the new rows; complete if these are, too.
         """
-        order = rank[selection.kept].argsort()
-        place = _or_none(order.argsort())
-        unit_to_row = place[unit_to_token]
+        _, rank = order_tables(self.geometry, self.pairs)
+        at = rank[selection.kept]
+        place = torch.zeros_like(rank).scatter_(0, at, 1).cumsum(0)[at] - 1  # of each token among the new rows
+        unit_to_row = _or_none(place)[unit_to_token]
         joins = None if selection.unit_to_token is None else unit_to_row
         means = selection.means
         if means is not None:
             means = place[means[0]], *means[1:]
-        ordered = replace(selection, kept=selection.kept[order], unit_to_token=joins, means=means)
-        values, deepstack = self.averaged(ordered)
-        return Rows(values, deepstack, ordered.kept, unit_to_row)
+        unit = torch.empty_like(place).scatter_(0, place, selection.kept)
+        ordered = replace(selection, kept=unit, unit_to_token=joins, means=means)
+        made = replace(
+            self,
+            values=self.mean(self.values, ordered),
+            deepstack=self.mean(self.deepstack, ordered),
+            given={name: self.mean(value, ordered) for name, value in self.given.items()},
+            unit=unit,
+            unit_to_row=unit_to_row,
+            reach=reach,
+            size_bias=reach != "place",
+            counts=None,
+            complete=complete and self.complete,
+        )
+        made.unit_order = place, unit_to_token
+        return made
 
-    def averaged(self, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `[K, ...]`, values and DeepStack features of the selected units."""
-        means = []
-        for x in (self.values, self.deepstack):
-            shape = len(selection.kept), *x.shape[1:]
-            mean = x.new_empty(shape)
+    def mean(self, x: torch.Tensor, selection: Selection) -> torch.Tensor:
+        """Return `[K, ...]`, what `x` (`[R, ...]`) is for each selected unit."""
+        shape = len(selection.kept), *x.shape[1:]
+        return selection.features(x.flatten(1), self.unit_to_row).view(shape) if x.numel() else x.new_empty(shape)
+
+    def merge(
+        self,
+        into: torch.Tensor,
+        scope: Scope,
+        left: int,
+        moves: int,
+        counts: tuple[int, ...] | None = None,
+        size_bias: bool = True,
+    ) -> "Rows":
+        """Return the rows after every row r has merged into row `into[r]` (int64 `[R]`), itself if it stays, inside groups of
+        `scope`. A row that others merge into becomes the size-weighted mean.
+
+        Args:
+            left: number of rows in the result. If more than stay, the last rows are padding: they represent no unit, and their
+                `unit` is the first after the last frame pair, so they form a group of their own.
+            moves: upper bound of the rows that merge.
+            counts: rows of each frame pair, if known.
+            size_bias: as in `Rows`.
+        """
+
+        def merged(x: torch.Tensor) -> torch.Tensor:
             if x.numel():
-                mean = selection.features(x.flatten(1), self.unit_to_row).view(shape)
-            means.append(mean)
-        return tuple(means)
+                return merge_rows(x, self.size, into, left, moves)
+            return x if len(x) == left else x[:left]
+
+        stays = into == arange_on(len(into), into.device)
+        number = (stays.cumsum(0) - 1).clamp(max=left - 1)
+        alive = arange_on(left, into.device) < stays.sum()
+        return replace(
+            self,
+            values=merged(self.values),
+            deepstack=merged(self.deepstack),
+            given={name: merged(value) for name, value in self.given.items()},
+            unit=torch.where(alive, self.unit[nonzero_fixed(stays, left)], len(self.unit_to_row)),
+            unit_to_row=torch.where(self.unit_to_row >= 0, number[into][self.unit_to_row.clamp(min=0)], -1),
+            reach=max(scope, self.reach, key=WIDTH.get),
+            size_bias=size_bias,
+            counts=counts,
+        )
+
+    def whole(self) -> "Rows":
+        """Return the rows with those that are set aside."""
+        return self if self.aside is None else self.aside.whole(self)
+
+    def by_unit(self) -> "Rows":
+        """Return the rows in ascending order of their units."""
+        order, unit_to_row = self.unit_order
+        return replace(
+            self,
+            values=self.values[order],
+            deepstack=self.deepstack[order] if self.deepstack.numel() else self.deepstack,
+            given={name: value[order] for name, value in self.given.items()},
+            unit=self.unit[order],
+            unit_to_row=unit_to_row,
+        )
+
+
+def all_units(values: torch.Tensor, deepstack: torch.Tensor, geo: Geometry, pairs: int) -> Rows:
+    """Return the rows of a video of which every unit is one."""
+    order, rank = order_tables(geo, pairs)
+    rows = Rows(values, order, rank, geo, deepstack, counts=(geo.units,) * pairs, complete=True)
+    rows.unit_order = rank, arange_on(len(rank), rank.device)
+    return rows
+
+
+def reused_units(
+    values: torch.Tensor,
+    deepstack: torch.Tensor,
+    geo: Geometry,
+    source: torch.Tensor,
+    counts: Sequence[int],
+    unit: torch.Tensor,
+) -> Rows:
+    """Return the rows with reuse: some units are rows, and a row at its place in an earlier frame pair represents each other unit.
+
+    `source`: int64 `[pairs, H*W]`, the frame pair whose row represents each unit; a negative number is one before the video.
+    `counts`, `unit`: as in `Rows`.
+    """
+    units = source.numel()
+    rows = len(unit)
+    number = torch.zeros(units, dtype=torch.int64, device=source.device)
+    number[unit] = arange_on(rows, source.device)
+    place = arange_on(geo.units, source.device)
+    unit_to_row = torch.where(source >= 0, number[source.clamp(min=0) * geo.units + place], rows + place).flatten()
+    reach = "place" if rows == units else "clip"
+    return Rows(
+        values, unit, unit_to_row, geo, deepstack,
+        reach=reach, size_bias=reach != "place", counts=tuple(counts), complete=True,
+    )  # fmt: skip
 
 
 def _or_none(index: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ from evoprune.model.weights import QwenVL, Tree, shared
 from evoprune.session.loading.find import describe_model
 from evoprune.session.loading.model import random_model
 from evoprune.session.options import ModelOptions
-from evoprune.vision.attention import Bucket, grouped_attention
+from evoprune.vision.attention import PaddedGroups, grouped_attention
 from evoprune.vision.encoder import encode
 from evoprune.vision.families import norm as tower_norm
 from evoprune.vision.tower import rotary, rotate, tower_geometry, tower_shape
@@ -218,7 +218,7 @@ def as_built(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     groups, heads, rows, dim = q.shape
     units = rows // PATCHES
     q, k, v = (x.transpose(1, 2).reshape(-1, PATCHES, heads, dim) for x in (q, k, v))
-    return grouped_attention(q, k, v, [Bucket((groups, units))]).view(groups, rows, heads, dim).transpose(1, 2)
+    return grouped_attention(q, k, v, [PaddedGroups((groups, units))]).view(groups, rows, heads, dim).transpose(1, 2)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -54,24 +54,24 @@ FAULTS = {
     ),
     "the bias of keys and queries left out": Fault(
         "tower",
-        f"{TOWER}:VisionBlock.attend",
-        "linear(weights.attn.qkv, self.kind.norm(weights.norm1, x))",
-        "F.linear(self.kind.norm(weights.norm1, x), weights.attn.qkv.weight)",
+        f"{TOWER}:Layer.queries_keys_values",
+        "linear(self.weights.attn.qkv, self.kind.norm(self.weights.norm1, x))",
+        "F.linear(self.kind.norm(self.weights.norm1, x), self.weights.attn.qkv.weight)",
     ),
     "the bias of cluster sizes left out": Fault("model", f"{DECODER}:_bias", "sizes.log()", "sizes.log() * 0"),
     "a norm of the tower scaled": Fault(
-        "tower", f"{TOWER}:VisionBlock.mlp", "self.weights.norm2, x)", "self.weights.norm2, x) * 1.02"
+        "tower", f"{TOWER}:Layer.mlp", "self.weights.norm2, x)", "self.weights.norm2, x) * 1.02"
     ),
     "a norm of the language model scaled": Fault("logits", f"{DECODER}:norm", "* weight", "* (weight * 1.02)"),
     "a tower that is not pruned": Fault(
         "counts",
         f"{ENCODER}:EncoderRun.select_rows",
         "plan.keep if whole_pairs else stage.rows",
-        "len(rows.values)",
+        "len(rows)",
     ),
     "units that reuse the row of their neighbour": Fault(
         "reuse",
-        f"{ENCODER}:referring_layout",
+        f"{ENCODER}:reused_units",
         "* geo.units + place]",
         "* geo.units + place.roll(1)]",
     ),
@@ -136,7 +136,7 @@ FAULTS = {
 QWEN3_FAULTS = {
     "features of another inner layer": Fault(
         "tower",
-        f"{TOWER}:LayerRun.finish",
+        f"{ENCODER}:EncoderRun.after_layer",
         "merge_patches(self.visual, piece, number)",
         "merge_patches(self.visual, piece, 0)",
     ),

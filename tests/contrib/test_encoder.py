@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.contrib.encoder import EarlyTom, FrameTokens, Ipcv, MergedFrames, Runs, highest_of_stretches, similarities
+from evoprune.contrib.earlytom import EarlyTom, FrameTokens, MergedFrames, Runs, highest_of_stretches, similarities
+from evoprune.contrib.ipcv import Follow, Ipcv
 from evoprune.methods.baselines import Random
 from evoprune.methods.chain import MethodChain
-from evoprune.methods.plans import EncoderPlan, SetAside, Stage, TowerShape, WholePairs, full_plan
+from evoprune.methods.plans import EncoderPlan, Stage, TowerShape, WholePairs, full_plan
 from evoprune.methods.types import Tokens
 from evoprune.vision.encoder import encode_rows, select_tokens, selected
-from evoprune.vision.layout import full_layout, geometry
-from evoprune.vision.reductions import Followers
+from evoprune.vision.layout import geometry
+from evoprune.vision.rows import Rows, all_units
 from evoprune.vision.tower import tower_shape
 from tests.contrib.line_by_line import shares
 from tests.contrib.public import public_tokens
@@ -270,8 +271,8 @@ def computed(x: torch.Tensor) -> torch.Tensor:
     return x + (x.roll(1, -1) * x + x.roll(3, -1)) / 8
 
 
-def aside(first: int, *rule: int) -> Stage:
-    return Stage(first, 0, SetAside(*rule))
+def every_unit(values: torch.Tensor, geo, pairs: int) -> Rows:
+    return all_units(values, values.new_empty(len(values), 0, 1), geo, pairs)
 
 
 @pytest.mark.parametrize("case", IPCV["cases"], ids=lambda case: f"{case['grid']}-{case['kind']}")
@@ -280,21 +281,20 @@ def test_does_what_the_public_code_does(case):
     grid, depth, first = case["grid"], case["depth"], case["first"]
     x = public_tokens(case["kind"], case["seed"], tuple(grid)).features
     n = len(x)
-    followers = Followers(aside(first, int(0.35 * n), first + case["follow"], 10), depth)
-    rows, layout = x.view(n, 4, -1), full_layout(geometry(*grid[1:], side=16), 1)
-    followers.begin(rows)
+    followers = Follow(int(0.35 * n), first + case["follow"], 10).hook(first)
+    rows = every_unit(x.view(n, 4, -1), geometry(*grid[1:], side=16), 1)
+    rows = followers(0, rows, {})
     for layer in range(depth):
-        rows = attended(rows.flatten(1)).view_as(rows)
-        active = followers.active(layer)
+        x = attended(rows.values.flatten(1)).view_as(rows.values)
+        active = followers.active
         if active is None:
-            rows = computed(rows.flatten(1)).view_as(rows)
+            rows.values = computed(x.flatten(1)).view_as(x)
         else:
-            rows = rows.index_copy(0, active, computed(rows[active].flatten(1)).view(-1, *rows.shape[1:]))
-        if followers.acts(layer, layout):
-            rows, layout = followers.after(layer, "pair", rows, layout, (None, None))
+            rows.values = x.index_copy(0, active, computed(x[active].flatten(1)).view(-1, *x.shape[1:]))
+        rows = followers(layer + 1, rows, {})
     assert followers._kept.tolist() == case["kept"]
     assert [set(near) for near in followers._near.tolist()] == [set(near) for near in case["near"]]
-    torch.testing.assert_close(rows.flatten(1).sum(1), torch.tensor(case["sums"]), atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(rows.whole().values.flatten(1).sum(1), torch.tensor(case["sums"]), atol=2e-3, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -360,7 +360,7 @@ def test_ipcv_the_whole_encoder_line_by_line(grid, full_layers, first, follow):
     plan = MethodChain(encoder=method, selector=Random()).plan(tower_shape(visual), grid, 5)
     stage, tokens = plan.stages
     assert stage.first_layer == first and tokens.selector == Random()
-    assert stage.reduce == SetAside(int(0.35 * grid[1] * grid[2]), first + follow, 3)
+    assert stage.reduce == Follow(int(0.35 * grid[1] * grid[2]), first + follow, 3)
     expected = ipcv_slowly(visual, patches, grid, stage)
     for size in (1, 10**6):
         rows = encode_rows(visual, [patches], plan, piece_units=size)
@@ -371,7 +371,7 @@ def test_ipcv_the_whole_encoder_line_by_line(grid, full_layers, first, follow):
 def test_ipcv_the_plan():
     tower, units = TowerShape(32, (7, 15, 23, 31)), 4 * 60
     plan = methods.parse("ipcv").plan(tower, (4, 6, 10), 24)
-    assert plan.stages[0] == Stage(3, 4 * 21, SetAside(21, 10, 10)) and (plan.rows, plan.keep, plan.exact) == (
+    assert plan.stages[0] == Stage(3, 4 * 21, Follow(21, 10, 10)) and (plan.rows, plan.keep, plan.exact) == (
         units,
         24,
         True,
@@ -418,21 +418,23 @@ def test_nothing_waits_for_a_gpu(full_layers, piece_units, kernel, monkeypatch):
 
 
 def test_equal_rows_go_by_index():
-    followers, layout = Followers(aside(1, 3, 2, 2), 4), full_layout(geometry(3, 6), 2)
-    followers.begin(torch.zeros(36, 4, 2))
-    followers.after(0, "pair", torch.ones(36, 4, 2), layout, (None, None))
-    assert layout.unit[followers._kept].tolist() == [0, 1, 2, 18, 19, 20]
+    followers, rows = Follow(3, 2, 2).hook(1), every_unit(torch.zeros(36, 4, 2), geometry(3, 6), 2)
+    followers(0, rows, {})
+    rows.values = torch.ones(36, 4, 2)
+    followers(1, rows, {})
+    assert rows.unit[followers._kept].tolist() == [0, 1, 2, 18, 19, 20]
     assert followers._near.unique(dim=0).tolist() == [[0, 1], [3, 4]]
 
 
 def test_ipcv_no_matrix_of_all_pairs():
     """16,384 units at a time, in 64 frame pairs: no tensor is larger than the rows."""
     grid, hidden = (64, 16, 16), 8
-    followers, layout = Followers(aside(1, 89, 2, 10), 4), full_layout(geometry(16, 16), 64)
     x = features_of("random", 16384, width=4 * hidden).view(-1, 4, hidden)
+    followers, rows = Follow(89, 2, 10).hook(1), every_unit(torch.zeros_like(x), geometry(16, 16), 64)
     with Largest() as largest:
-        followers.begin(torch.zeros_like(x))
-        for layer in range(4):
-            if followers.acts(layer, layout):
-                x, layout = followers.after(layer, "pair", x, layout, (None, None))
-    assert len(x) == math.prod(grid) and largest.numbers <= 64 * 167 * 89 < 16384**2 / 100
+        followers(0, rows, {})
+        rows.values = x
+        for done in range(1, 5):
+            rows = followers(done, rows, {})
+        rows = rows.whole()
+    assert len(rows) == len(rows.values) == math.prod(grid) and largest.numbers <= 64 * 167 * 89 < 16384**2 / 100

@@ -50,8 +50,8 @@ def test_without_selections_between_layers_segments_are_the_whole(tower, share, 
 @pytest.mark.parametrize("name", ["evoprune", "evoprune:first=0", "evoprune:first=0.2:rows=0.4:depth=0.5"])
 def test_selections_between_layers_see_rows_of_their_own_segment_alone(name, monkeypatch):
     visual, grid, pairs = tiny_tower(), (9, *PLACES), (3, 3, 3)
-    entered, layout_of = [], SegmentRun.layout_of
-    monkeypatch.setattr(SegmentRun, "layout_of", lambda *args: entered.append(layout_of(*args)) or entered[-1])
+    entered, select_rows = [], SegmentRun.select_rows
+    monkeypatch.setattr(SegmentRun, "select_rows", lambda *args: entered.append(select_rows(*args)) or entered[-1])
     patches = clip(grid, changes(grid, 0.3))
     method = methods.parse(name)
     parts, cut = (in_segments(visual, patches, method, pairs, 0.4, piece_units=size) for size in (10**6, 1))
@@ -71,9 +71,9 @@ def test_selections_between_layers_see_rows_of_their_own_segment_alone(name, mon
                 [bool((row == of).all()) for row, of in zip(part.tokens.rows, before[place], strict=True)]
             )
             assert taken.sum() == len(part.rows.unit) - computed > 0
-    for layout in entered:  # units of the segment before have its row at their place
-        outside = (layout.unit_to_row >= layout.rows).nonzero()[:, 0]
-        assert torch.equal(layout.unit_to_row[outside] - layout.rows, outside % prod(PLACES))
+    for rows in entered:  # units of the segment before have its row at their place
+        outside = (rows.unit_to_row >= len(rows)).nonzero()[:, 0]
+        assert torch.equal(rows.unit_to_row[outside] - len(rows), outside % prod(PLACES))
 
 
 def test_a_segment_without_anything_new_is_refused():

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.contrib.encoder import EvoPruneMerge
 from evoprune.methods import ranking
+from evoprune.methods.evoprune_merge import EvoPruneMerge
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.plans import TowerShape
 from evoprune.methods.ranking import (

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evoprune
-from evoprune.backend import devices
+from evoprune.backend import attention, devices
 from evoprune.backend.devices import LAUNCH_BOUND_UNITS
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import group_by_span, product_rows
@@ -29,7 +29,6 @@ from evoprune.model.config import MODEL_TYPES, QWEN2, QWEN2_5
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.video.plan import InputLimits
-from evoprune.vision import attention
 from evoprune.vision.preprocess import MAX_SHRINK, patches_of
 from tests.backend.recorder import Graphs, Recorder
 from tests.bench.faults import FAULTS
@@ -151,7 +150,7 @@ def test_frames_are_copied_once_and_resized_there(shape, height, width, monkeypa
     assert copies.shapes == [shape] and there.device.type == NAME and there.dtype == torch.uint8
     levels = (there.cpu().int() - here.int()).abs()
     assert levels.max() <= 1 and (levels > 0).float().mean() < 0.02
-    monkeypatch.setattr("evoprune.vision.preprocess.FLOATS", 1)  # frame by frame
+    monkeypatch.setattr("evoprune.backend.pixels.FLOATS", 1)  # frame by frame
     assert torch.equal(patches_of(frames, plan, limits, there.device).cpu(), there.cpu())
 
 

@@ -1,7 +1,7 @@
 """The encoder as a GPU runs it: no shape depends on values, and the host waits only where it must."""
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from math import prod
 
@@ -11,20 +11,27 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from evoprune.backend import attention
 from evoprune.backend.attention import attend_varlen, varlen_kernel
 from evoprune.backend.devices import Timer
 from evoprune.methods.evoprune import EvoPruneMethod
 from evoprune.methods.evoprune_paper import EvoPrunePaper
-from evoprune.vision import attention, encoder
-from evoprune.vision.attention import Packed, attend_packed, grouped_attention, plan_attention, with_bias
+from evoprune.vision import encoder
+from evoprune.vision.attention import (
+    PackedGroups,
+    attend_packed,
+    attention_groups,
+    grouped_attention,
+    with_bias,
+)
 from evoprune.vision.layout import geometry
 from tests.vision.clips import changes, clip
 from tests.vision.devices import NoWaiting, assert_same_on_a_gpu, take_gpu_route
 from tests.vision.results import encode_noise, encode_patches
-from tests.vision.test_attention import HEADS, plan_of, rows_of
+from tests.vision.test_attention import HEADS, groups_of, heads_of
 from tests.vision.test_encoder import papers
 from tests.vision.test_preprocess import pieces_of
-from tests.vision.tower import random_layout, random_patches, tiny_tower
+from tests.vision.tower import random_patches, random_rows, tiny_tower
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -37,12 +44,12 @@ from tests.vision.tower import random_layout, random_patches, tiny_tower
     st.integers(0, 99),
 )
 def test_attention_is_the_cpus_on_any_layout(monkeypatch, shape, merges, scope, size_bias, kernel, seed):
-    layout = random_layout(geometry(*shape[1:]), shape[0], merges, seed, share=0.9)
-    q, k, v = rows_of(layout, seed)
-    theirs, mine = torch.zeros(layout.rows), torch.zeros(layout.rows)
-    expected = grouped_attention(q, k, v, plan_of(layout, scope, size_bias), theirs)
+    rows = replace(random_rows(geometry(*shape[1:]), shape[0], merges, seed, share=0.9), size_bias=size_bias)
+    q, k, v = heads_of(rows, seed)
+    theirs, mine = torch.zeros(len(rows)), torch.zeros(len(rows))
+    expected = grouped_attention(q, k, v, groups_of(rows, scope), theirs)
     with monkeypatch.context() as patch, take_gpu_route(patch, kernel):
-        made = grouped_attention(q, k, v, plan_attention(layout, scope, q, size_bias), mine)
+        made = grouped_attention(q, k, v, attention_groups(rows, scope, q), mine)
     torch.testing.assert_close(made, expected, atol=3e-6, rtol=1e-5)
     torch.testing.assert_close(mine, theirs, atol=3e-6, rtol=1e-5)
 
@@ -84,14 +91,13 @@ def test_the_kernel_is_used_only_on_gpus_that_can_run_it(monkeypatch):
 
 
 def test_torchs_own_kernel_accepts_the_arguments():
-    layout = random_layout(geometry(5, 7), 2, ["pair"], seed=1)
-    q, k, v = (x.bfloat16() for x in rows_of(layout))
-    plan = Packed(layout, "window", True, attend_varlen)
-    assert (
-        len(plan.keys[0]) == len(layout.unit_to_row) and layout.per_pair and len(plan.ends[1]) == 9
-    )  # made of real values
+    rows = random_rows(geometry(5, 7), 2, ["pair"], seed=1)
+    q, k, v = (x.bfloat16() for x in heads_of(rows))
+    groups = PackedGroups(rows, "window", attend_varlen)
+    made_of_values = groups.keys[0], rows.per_pair, groups.ends[1]
+    assert [len(each) for each in made_of_values] == [len(rows.unit_to_row), 2, 9]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made = attend_packed(q, k, v, plan)
+        made = attend_packed(q, k, v, groups)
     assert made.shape == q.shape and made.dtype == q.dtype
 
 

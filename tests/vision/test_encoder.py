@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
+from evoprune.backend import attention
 from evoprune.backend.cpu.linear import pack
-from evoprune.contrib.encoder import ToMe
+from evoprune.contrib.tome import ToMe
 from evoprune.errors import UsageError
 from evoprune.methods import parse
 from evoprune.methods.base import Selector
@@ -24,7 +25,7 @@ from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.plans import ALLOCATIONS
 from evoprune.methods.registry import built_in
 from evoprune.methods.types import Selection, Tokens
-from evoprune.vision import attention, encoder
+from evoprune.vision import encoder
 from evoprune.vision.encoder import encode, encode_rows, select_tokens
 from evoprune.vision.layout import geometry
 from evoprune.vision.preprocess import patchify
@@ -374,7 +375,7 @@ def test_what_does_not_exist_cannot_be_declared():
 
 
 def test_nothing_is_gathered_that_is_not_declared(monkeypatch):
-    monkeypatch.setattr(encoder, "Gathering", lambda *_: pytest.fail("gathered"))
+    monkeypatch.setattr(encoder, "looks", lambda *_: pytest.fail("gathered"))
     encode_noise((2, 3, 4), EvoPruneMethod(), 3)
     encode_noise((2, 3, 4), Looks(), 24)  # keeps everything
 

@@ -1,5 +1,6 @@
 """Rows, owners and attention groups, against loops over units."""
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -9,34 +10,27 @@ from hypothesis import strategies as st
 from transformers.vision_utils import get_vision_window_index
 
 from evoprune.methods.types import Selection
-from evoprune.vision.layout import (
-    TokenLayout,
-    attention_groups,
-    full_layout,
-    geometry,
-    order_tables,
-    window_order,
-)
-from evoprune.vision.rows import Rows
-from tests.vision.tower import groups_by_hand, merge_at_random, place_key, random_layout, referring
+from evoprune.vision.attention import groups_by_length
+from evoprune.vision.layout import geometry, window_order
+from evoprune.vision.rows import Rows, all_units
+from tests.vision.tower import groups_by_hand, merge_at_random, numbered, place_key, random_rows, referring
 
 SCOPES = ("window", "pair")
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 10), st.integers(1, 10))
 
 
-def groups_as_made(layout: TokenLayout, scope: str) -> list[tuple[list[int], dict[int, int]]]:
-    """`attention_groups` in the form of `groups_by_hand`."""
-    made = attention_groups(layout, scope)
-    groups, at = [], 0
-    for start, length, keys in zip(made.start.tolist(), made.length.tolist(), made.key_length.tolist(), strict=True):
-        rows = made.keys[at : at + keys].tolist()
-        assert len(set(rows)) == len(rows)
-        groups.append(
-            (list(range(start, start + length)), dict(zip(rows, made.count[at : at + keys].tolist(), strict=True)))
-        )
-        at += keys
-    assert at == len(made.keys) == len(made.count)
-    return groups
+def groups_as_made(rows: Rows, scope: str) -> list[tuple[list[int], dict[int, int]]]:
+    """`groups_by_length` in the form of `groups_by_hand`."""
+    every, groups = torch.arange(len(rows)), []
+    for batch in groups_by_length(replace(rows, size_bias=True), scope):
+        query = every.view(batch.shape) if batch.query is None else batch.query
+        inside = torch.ones_like(query, dtype=torch.bool) if batch.inside is None else batch.inside
+        keys = query if batch.key is None else batch.key
+        for asking, valid, key, weight in zip(query, inside, keys, batch.weight, strict=True):
+            counts = dict(zip(key[weight > 0].tolist(), weight[weight > 0].tolist(), strict=True))
+            assert len(counts) == (weight > 0).sum()
+            groups.append((asking[valid].tolist(), counts))
+    return sorted(groups, key=lambda group: group[0])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (3, 5), (4, 6), (5, 7), (8, 8), (9, 4), (13, 2), (1, 17)])
@@ -45,24 +39,24 @@ def test_window_order_is_hugging_faces(size, pairs):
     index, ends = get_vision_window_index(
         torch.tensor([[pairs, size[0] * 2, size[1] * 2]]), spatial_merge_size=2, window_size=112, patch_size=14
     )
-    layout = full_layout(geometry(*size), pairs)
-    assert torch.equal(layout.unit, index)
-    windows = attention_groups(layout, "window")
-    assert (windows.length * 4).tolist() == ends.diff().tolist()
-    assert geometry(*size).windows * pairs == len(windows.length)
+    rows = numbered(geometry(*size), pairs)
+    assert torch.equal(rows.unit, index)
+    windows = rows.lengths("window")
+    assert (windows * 4).tolist() == ends.diff().tolist()
+    assert geometry(*size).windows * pairs == len(windows)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_dropped_units_have_no_key(scope):
-    layout = random_layout(geometry(5, 6), 2, ["window", "pair"], seed=3)
-    owner = layout.unit_to_row.clone()
-    lost = [u for u in range(0, len(owner), 3) if u not in layout.unit.tolist()]
+    rows = random_rows(geometry(5, 6), 2, ["window", "pair"], seed=3)
+    owner = rows.unit_to_row.clone()
+    lost = [u for u in range(0, len(owner), 3) if u not in rows.unit.tolist()]
     assert lost
     owner[lost] = -1
-    layout = TokenLayout(layout.geometry, layout.pairs, layout.unit, owner, "pair")
-    assert groups_as_made(layout, scope) == groups_by_hand(layout, scope)
-    assert layout.size.sum() == len(owner) - len(lost)
-    merged, _ = merge_at_random(layout, "pair", 1)
+    rows = replace(rows, unit_to_row=owner)
+    assert groups_as_made(rows, scope) == groups_by_hand(rows, scope)
+    assert rows.size.sum() == len(owner) - len(lost)
+    merged = merge_at_random(rows, "pair", 1)
     assert (merged.unit_to_row[lost] == -1).all() and (merged.unit_to_row >= 0).sum() == len(owner) - len(lost)
 
 
@@ -77,7 +71,8 @@ def test_dropped_units_have_no_key(scope):
     ],
 )
 def test_groups_are_plain_as_long_as_no_row_left_its_group(scopes, scope, plain):
-    assert attention_groups(random_layout(geometry(6, 9), 2, scopes, seed=1), scope).consecutive == plain
+    batches = groups_by_length(random_rows(geometry(6, 9), 2, scopes, seed=1), scope)
+    assert all((batch.key is None) == plain for batch in batches)
 
 
 @st.composite
@@ -99,35 +94,33 @@ def sources(draw):
 @given(sources())
 def test_references_against_loops(made):
     source, geo = made
-    layout = referring(geo, source)
+    rows = referring(geo, source)
     encoded = [t * geo.units + p for t, places in enumerate(source.tolist()) for p, at in enumerate(places) if at == t]
-    rows = sorted(encoded, key=lambda unit: place_key(geo, unit))
-    assert layout.unit.tolist() == rows and layout.rows == len(rows)
-    for unit, row in enumerate(layout.unit_to_row.tolist()):
+    order = sorted(encoded, key=lambda unit: place_key(geo, unit))
+    assert rows.unit.tolist() == order and len(rows) == len(order)
+    for unit, row in enumerate(rows.unit_to_row.tolist()):
         pair, place = divmod(unit, geo.units)
         at = int(source[pair, place])
-        assert row == (rows.index(at * geo.units + place) if at >= 0 else len(rows) + place)
-    assert list(layout.counts) == [sum(unit // geo.units == pair for unit in rows) for pair in range(len(source))]
-    assert layout.counts == layout.per_pair and layout.pairs == len(source)
-    assert layout.reach == ("place" if len(rows) == source.numel() else "clip")
-    if layout.reach == "place":
-        full = full_layout(geo, len(source))
-        assert torch.equal(layout.unit, full.unit) and torch.equal(layout.unit_to_row, full.unit_to_row)
+        assert row == (order.index(at * geo.units + place) if at >= 0 else len(order) + place)
+    assert list(rows.counts) == [sum(unit // geo.units == pair for unit in order) for pair in range(len(source))]
+    assert rows.counts == rows.per_pair and rows.pairs == len(source)
+    assert rows.reach == ("place" if len(order) == source.numel() else "clip")
+    if rows.reach == "place":
+        full = numbered(geo, len(source))
+        assert torch.equal(rows.unit, full.unit) and torch.equal(rows.unit_to_row, full.unit_to_row)
 
 
 @settings(deadline=None, max_examples=100)
 @given(sources(), st.sampled_from(SCOPES))
 def test_groups_see_rows_of_earlier_frame_pairs(made, scope):
     source, geo = made
-    layout = referring(geo, source)
-    pair_of_row = (layout.unit // geo.units).tolist() + [-1] * geo.units
-    by_hand = groups_by_hand(layout, scope)
-    assert groups_as_made(layout, scope) == by_hand
-    assert layout.pair_of_row.tolist() == pair_of_row
-    groups = attention_groups(layout, scope)
-    if layout.reach != "place":
-        assert not groups.consecutive and groups.key_length.sum() == len(groups.keys)
-        assert (groups.keys < layout.rows + geo.units).all()
+    rows = referring(geo, source)
+    pair_of_row = (rows.unit // geo.units).tolist() + [-1] * geo.units
+    by_hand = groups_by_hand(rows, scope)
+    assert groups_as_made(rows, scope) == by_hand
+    assert rows.pair_of_row.tolist() == pair_of_row
+    for batch in groups_by_length(rows, scope) if rows.reach != "place" else ():
+        assert (batch.key < len(rows) + geo.units).all()
 
 
 @settings(deadline=None, max_examples=60)
@@ -138,11 +131,14 @@ def test_selected_units_are_rows_in_window_order_and_own_their_clusters(grid, sh
     kept = torch.randperm(n, generator=random)[:keep].sort().values
     owner = torch.randint(keep, (n,), generator=random)
     owner[kept] = torch.arange(keep)
-    units, (_, rank) = torch.arange(n), order_tables(geo, grid[0])
-    rows = Rows(units[:, None], units[:, None, None], units, units)
-    made = rows.take(Selection(kept, owner, averages=False), owner, rank)
-    layout = TokenLayout(geo, grid[0], made.unit, made.unit_to_row, "clip")
+    units = window_order(geo, grid[0])
+    made = all_units(units[:, None], units[:, None, None], geo, grid[0]).take(
+        Selection(kept, owner, averages=False), owner
+    )
     alive = torch.zeros(n, dtype=torch.bool).index_fill_(0, kept, True).view(grid[0], -1)
     assert torch.equal(made.unit, window_order(geo, grid[0], alive, keep)) and torch.equal(made.unit, made.values[:, 0])
     assert torch.equal(made.unit[made.unit_to_row], kept[owner]) and torch.equal(made.unit, made.deepstack[:, 0, 0])
-    assert sum(layout.per_pair) == layout.rows == keep
+    assert sum(made.per_pair) == len(made) == keep
+    back = made.by_unit()
+    assert torch.equal(back.unit, kept) and torch.equal(back.unit, back.values[:, 0])
+    assert torch.equal(back.unit_to_row, owner)

@@ -159,15 +159,15 @@ def test_pieces_together_have_the_rows_of_the_video(grid, share, seed, units, re
     source = torch.arange(count)[:, None].expand(-1, geo.units)
     if reuse:
         source, _ = scan(patch_means(patches, geo.units), threshold=5.0)
-    layout = referring(geo, source)
+    rows = referring(geo, source)
     at_once = -(-units // geo.units)
     assert [len(piece.counts) for piece in made] == [min(at_once, count - at) for at in range(0, count, at_once)]
     # In its order, and nothing of any other unit.
-    assert torch.equal(torch.cat([piece.patches for piece in made]), patches.view(-1, 4, PATCH_WIDTH)[layout.unit])
+    assert torch.equal(torch.cat([piece.patches for piece in made]), patches.view(-1, 4, PATCH_WIDTH)[rows.unit])
     assert all(piece.patches.untyped_storage().nbytes() == piece.patches.nbytes for piece in made)
-    assert torch.equal(torch.cat([piece.unit for piece in made]), layout.unit)
+    assert torch.equal(torch.cat([piece.unit for piece in made]), rows.unit)
     assert torch.equal(torch.cat([piece.source for piece in made]), source)
-    assert sum((piece.counts for piece in made), ()) == layout.per_pair
+    assert sum((piece.counts for piece in made), ()) == rows.per_pair
 
 
 @pytest.mark.parametrize("threshold", [0.0, 5.0])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.backend import devices
+from evoprune.backend import attention, devices
 from evoprune.backend.layers import join_tower
 from evoprune.methods.base import Merger
 from evoprune.methods.budget import keep_count
@@ -15,7 +15,7 @@ from evoprune.methods.chain import MethodChain
 from evoprune.methods.evoprune import EvoPruneMethod
 from evoprune.model.config import MODEL_TYPES, vision_sizes
 from evoprune.model.weights import Tower
-from evoprune.vision import attention, tower
+from evoprune.vision import tower
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import Largest, plan_of
@@ -42,12 +42,12 @@ def on_kernels(monkeypatch):
         ran.append(args[1])
         return real(*args)
 
-    real = tower.VisionBlock.by_kernels
+    real = tower.Layer.by_kernels
     monkeypatch.setattr(devices, "exact_shapes", lambda device: False)
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: varlen_by_hand)
     monkeypatch.setattr(tower, "varlen_kernel", lambda device, dtype: varlen_by_hand)
     monkeypatch.setattr(tower, "kernels", lambda device: kernels)
-    monkeypatch.setattr(tower.VisionBlock, "by_kernels", counted)
+    monkeypatch.setattr(tower.Layer, "by_kernels", counted)
     return ran
 
 
@@ -79,16 +79,16 @@ def test_layers_by_kernels_are_the_plain_ones(on_kernels, monkeypatch, tower_of,
 
 
 def test_a_kernel_that_fails_leaves_the_other_layers_to_pytorch(on_kernels, monkeypatch, recwarn):
-    patches, real = random_patches(FUSED_GRID), tower.VisionBlock._mlp_by_kernels
+    patches, real = random_patches(FUSED_GRID), tower.Layer._mlp_by_kernels
 
-    def fails(block, x):
-        if block.number == 2:
+    def fails(layer, x):
+        if layer.number == 2:
             raise RuntimeError("no kernel image")
-        return real(block, x)
+        return real(layer, x)
 
     expected = encode_patches(patches, FUSED_GRID, MethodChain(), 36)
     monkeypatch.setattr(devices, "_failed", set())
-    monkeypatch.setattr(tower.VisionBlock, "_mlp_by_kernels", fails)
+    monkeypatch.setattr(tower.Layer, "_mlp_by_kernels", fails)
     made = encode_patches(patches, FUSED_GRID, MethodChain(), 36)
     assert made.layers == expected.layers
     torch.testing.assert_close(made.features, expected.features, atol=2e-4, rtol=2e-4)

@@ -1,10 +1,11 @@
-"""A vision tower small enough for loops in Python, and layouts that were merged at random."""
+"""A vision tower small enough for loops in Python, and rows that were merged at random."""
 
 from functools import cache
 
 import torch
 
-from evoprune.vision.layout import Geometry, TokenLayout, full_layout, merged_layout, referring_layout, window_order
+from evoprune.vision.layout import Geometry, window_order
+from evoprune.vision.rows import Rows, all_units, reused_units
 from tests.tiny import QWEN2_5_VISION, QWEN3_VISION
 
 PATCH_WIDTH, QWEN3_WIDTH = 1176, 1536
@@ -55,11 +56,17 @@ def random_patches(grid: tuple[int, int, int], seed: int = 0, width: int = PATCH
     return torch.randn(t * h * w * 4, width, generator=torch.Generator().manual_seed(seed))
 
 
-def merge_at_random(layout: TokenLayout, scope: str, seed: int, share: float = 0.6) -> tuple[TokenLayout, torch.Tensor]:
-    """Merges about `share` of the rows of each window or frame pair into others of it; also returns where each row went."""
+def numbered(geo: Geometry, pairs: int) -> Rows:
+    """A row for each unit; its values are its number."""
+    units = window_order(geo, pairs)
+    return all_units(units[:, None].float(), torch.empty(len(units), 0, 1), geo, pairs)
+
+
+def merge_at_random(rows: Rows, scope: str, seed: int, share: float = 0.6) -> Rows:
+    """Merges about `share` of the rows of each window or frame pair into others of it."""
     random = torch.Generator().manual_seed(seed)
-    group = layout.group_of(layout.unit, scope)
-    into = torch.arange(layout.rows)
+    group = rows.group(scope)
+    into = torch.arange(len(rows))
     for g in group.unique():
         members = (group == g).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=random)]
@@ -67,22 +74,24 @@ def merge_at_random(layout: TokenLayout, scope: str, seed: int, share: float = 0
         if going > 0:
             staying = members[going:]
             into[members[:going]] = staying[torch.randint(len(staying), (going,), generator=random)]
-    return merged_layout(layout, into, scope), into
+    moves = int((into != torch.arange(len(rows))).sum())
+    return rows.merge(into, scope, len(rows) - moves, moves)
 
 
-def random_layout(geo: Geometry, pairs: int, scopes: list[str], seed: int = 0, share: float = 0.6) -> TokenLayout:
-    """A full layout after one round of random merges for each of `scopes`."""
-    layout = full_layout(geo, pairs)
+def random_rows(geo: Geometry, pairs: int, scopes: list[str], seed: int = 0, share: float = 0.6) -> Rows:
+    """All rows after one round of random merges for each of `scopes`."""
+    rows = numbered(geo, pairs)
     for step, scope in enumerate(scopes):
-        layout, _ = merge_at_random(layout, scope, seed * 31 + step, share)
-    return layout
+        rows = merge_at_random(rows, scope, seed * 31 + step, share)
+    return rows
 
 
-def referring(geo: Geometry, source: torch.Tensor) -> TokenLayout:
-    """The layout with reuse, of which a chunk knows the rows of each frame pair."""
+def referring(geo: Geometry, source: torch.Tensor) -> Rows:
+    """The rows with reuse."""
     alive = source == torch.arange(len(source))[:, None]
     counts = tuple(alive.sum(1).tolist())
-    return referring_layout(geo, source, counts, window_order(geo, len(source), alive, sum(counts)))
+    unit = window_order(geo, len(source), alive, sum(counts))
+    return reused_units(unit[:, None].float(), torch.empty(len(unit), 0, 1), geo, source, counts, unit)
 
 
 def place_key(geo: Geometry, unit: int) -> tuple[int, int, int, int, int]:
@@ -97,13 +106,13 @@ def group_key(geo: Geometry, unit: int, scope: str) -> tuple[int, ...]:
     return place_key(geo, unit)[: 1 if scope == "pair" else 3]
 
 
-def groups_by_hand(layout: TokenLayout, scope: str) -> list[tuple[list[int], dict[int, int]]]:
+def groups_by_hand(rows: Rows, scope: str) -> list[tuple[list[int], dict[int, int]]]:
     """Of every group with query rows: those rows, and how many of the group's units each key row represents."""
-    geo = layout.geometry
+    geo = rows.geometry
     groups: dict[tuple, tuple[list[int], dict[int, int]]] = {}
-    for row, unit in enumerate(layout.unit.tolist()):
+    for row, unit in enumerate(rows.unit.tolist()):
         groups.setdefault(group_key(geo, unit, scope), ([], {}))[0].append(row)
-    for unit, row in enumerate(layout.unit_to_row.tolist()):
+    for unit, row in enumerate(rows.unit_to_row.tolist()):
         key = group_key(geo, unit, scope)
         if row >= 0 and key in groups:
             counts = groups[key][1]

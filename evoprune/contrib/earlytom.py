@@ -1,49 +1,18 @@
-"""Methods inside the vision encoder: EvoPrune's merging with other settings, ToMe, EarlyTom, IPCV."""
+"""EarlyTom: whole frame pairs merge between layers of the vision encoder."""
 
 from collections import deque
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.contrib.question import Dart
 from evoprune.methods.base import EncoderMethod, Selector
-from evoprune.methods.evoprune_paper import EvoPrunePaper
-from evoprune.methods.plans import Grid, SetAside, Stage, TowerShape, WholePairs, spread
+from evoprune.methods.plans import Grid, Stage, TowerShape, WholePairs, spread
 from evoprune.methods.ranking import highest, snap
-from evoprune.methods.settings import Count, Share
+from evoprune.methods.settings import Share
 from evoprune.methods.types import Selection, Tokens, arange_on
-
-
-@dataclass(frozen=True)
-class EvoPruneMerge(EvoPrunePaper):
-    name = "evoprune-merge"
-    source = "arXiv 2603.03681, with other settings"
-
-    allocation: str = "decreasing"
-    attention: Annotated[float, "(-inf, inf)"] = 0.0
-    critical: Share = 0.0
-
-
-@dataclass(frozen=True)
-class ToMe(EvoPrunePaper):
-    """Without penalties, equally much in every layer, and the other row of each two absorbed; the rest is fixed."""
-
-    name = "tome"
-    source = "arXiv 2210.09461, section 3"
-    absorbed = 0
-
-    allocation: str = "mean"
-    first: float = 0.0
-    last: float = 1.0
-
-    diversity: ClassVar[float] = 0.0
-    attention: ClassVar[float] = 0.0
-    critical: ClassVar[float] = 0.0
-    neighbours: ClassVar[int] = 1
-    features: ClassVar[str] = "keys"
 
 
 @dataclass(frozen=True)
@@ -192,27 +161,3 @@ def highest_of_stretches(score: torch.Tensor, count: int) -> torch.Tensor:
     inside = arange_on(length + 1, score.device) < (length + (number < longer))[:, None]
     values = score[index.clamp(max=len(score) - 1)].masked_fill(~inside, -torch.inf)
     return start + values.argmax(1)
-
-
-@dataclass(frozen=True)
-class Ipcv(EncoderMethod):
-    """O(N n D) to find the nearest of n rows. Users may name another selector of tokens: `ipcv+NAME`."""
-
-    name = "ipcv"
-    source = "arXiv 2512.18747"
-    combines = True
-    tokens = Dart()
-
-    keep: Annotated[float, "(0, 1]"] = 0.35  # share of the rows that stay
-    first: Share = 3 / 32  # share of the tower's layers before rows are set aside
-    follow: Share = 7 / 32  # share of the layers in which these rows follow and are keys and values
-    neighbours: Count = 10  # how many rows each of them follows
-
-    def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
-        units = prod(grid[1:])
-        first = max(1, round(self.first * tower.depth))
-        left = max(1, int(self.keep * units))
-        if first >= tower.depth or left == units:
-            return []
-        until = min(first + round(self.follow * tower.depth), tower.depth)
-        return [Stage(first, grid[0] * left, SetAside(left, until, self.neighbours))]

@@ -1,0 +1,160 @@
+"""IPCV: rows are set aside, follow similar rows, and come back at the end of the vision encoder."""
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Annotated
+
+import torch
+
+from evoprune.contrib.question import Dart
+from evoprune.methods.base import EncoderMethod
+from evoprune.methods.plans import Grid, SetAside, Stage, TowerShape
+from evoprune.methods.ranking import snap
+from evoprune.methods.settings import Count, Share
+from evoprune.methods.types import arange_on
+from evoprune.vision.hooks import Hook
+from evoprune.vision.rows import Rows
+
+
+@dataclass(frozen=True)
+class Ipcv(EncoderMethod):
+    """O(N n D) to find the nearest of n rows. Users may name another selector of tokens: `ipcv+NAME`."""
+
+    name = "ipcv"
+    source = "arXiv 2512.18747"
+    combines = True
+    tokens = Dart()
+
+    keep: Annotated[float, "(0, 1]"] = 0.35  # share of the rows that stay
+    first: Share = 3 / 32  # share of the tower's layers before rows are set aside
+    follow: Share = 7 / 32  # share of the layers in which these rows follow and are keys and values
+    neighbours: Count = 10  # how many rows each of them follows
+
+    def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
+        units = prod(grid[1:])
+        first = max(1, round(self.first * tower.depth))
+        left = max(1, int(self.keep * units))
+        if first >= tower.depth or left == units:
+            return []
+        until = min(first + round(self.follow * tower.depth), tower.depth)
+        return [Stage(first, grid[0] * left, Follow(left, until, self.neighbours))]
+
+
+@dataclass(frozen=True)
+class Follow(SetAside):
+    """Rows that are set aside follow the nearest of those that stay."""
+
+    until: int  # number of layers up to which rows that were set aside are keys and values of attention
+    neighbours: int  # how many of the rows that stay each other row follows
+
+    def hook(self, first_layer: int) -> "Followers":
+        return Followers(self, first_layer)
+
+
+class Followers(Hook):
+    """Rows, of which every unit is one, that are set aside in one video.
+
+    After some layers (`Stage.first_layer`) each frame pair keeps the rows that the last layer changed most. A dropped row remembers
+    its state and the kept rows nearest to it. Until `Follow.until` it moves as these move on average, and it stays a key and a
+    value of attention, but no MLP computes it. Then the kept rows go on alone. After the last layer all dropped rows come back,
+    moved in the same way. Every shape follows from the plan, so nothing synchronises.
+    """
+
+    def __init__(self, plan: Follow, first: int):
+        self.active: torch.Tensor | None = None
+        self._plan = plan
+        self._first = first
+        self._earlier: torch.Tensor | None = None  # the rows before the layer whose changes decide
+
+    def __call__(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
+        if done == self._first - 1:
+            self._earlier = rows.values
+        elif done == self._first:
+            self._divide(rows)
+            rows.aside = self
+            self.active = self._kept
+        elif self._first < done <= self._plan.until:
+            rows.values = self._moved(rows.values[self._kept])
+        if done == self._plan.until:
+            self.active = None
+            return self._kept_alone(rows)
+        return rows
+
+    def whole(self, rows: Rows) -> Rows:
+        if len(rows) == len(self._all.unit):
+            return replace(rows, aside=None)
+        return replace(
+            self._all,
+            values=self._moved(rows.values),
+            deepstack=self._spread(rows.deepstack),
+            given={name: self._spread(value) for name, value in rows.given.items()},
+        )
+
+    def _divide(self, rows: Rows) -> None:
+        """Decides which rows stay, and whom the others follow."""
+        geo = rows.geometry
+        pairs = rows.pairs
+        keep = self._plan.left
+        x = rows.values.flatten(1).float().view(pairs, geo.units, -1)
+        change = (x - self._earlier.flatten(1).float().view_as(x)).norm(dim=2)
+        change = snap(change / change.amax(1, keepdim=True).clamp(min=1e-30))
+        rank = geo.order.argsort()  # of each place in window order
+        order = rank[change[:, rank].argsort(dim=1, descending=True, stable=True)]  # ties by place
+        kept = order[:, :keep].sort().values
+        dropped = order[:, keep:].sort().values
+        first = arange_on(pairs, x.device)[:, None]
+        near = nearest_rows(x, kept, dropped, self._plan.neighbours)
+        self._near = (near + first[:, :, None] * keep).flatten(0, 1)
+        self._kept = (kept + first * geo.units).flatten()
+        self._dropped = (dropped + first * geo.units).flatten()
+        self._all = replace(rows)  # with the values of now
+        self._earlier = None
+
+    def _kept_alone(self, rows: Rows) -> Rows:
+        """Return the rows that stay; the units of the others belong to none."""
+        unit = rows.unit[self._kept]
+        unit_to_row = torch.full_like(rows.unit_to_row, -1)
+        unit_to_row[unit] = arange_on(len(unit), unit.device)
+        return replace(
+            rows,
+            values=rows.values[self._kept],
+            unit=unit,
+            unit_to_row=unit_to_row,
+            reach="window",
+            counts=(self._plan.left,) * rows.pairs,
+            complete=False,
+        )
+
+    def _moved(self, kept: torch.Tensor) -> torch.Tensor:
+        """Return all rows `[R, 4, hidden]`, from the kept ones: a dropped row has moved as the rows that it follows, on average."""
+        saved = self._all.values
+        moved = saved.index_copy(0, self._kept, kept)
+        move = self._mean_of_near(kept.float() - saved[self._kept].float())
+        return moved.index_copy_(0, self._dropped, (saved[self._dropped].float() + move).to(moved.dtype))
+
+    def _spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Values `[R, ...]` of all rows: a dropped row has the mean of those that it follows; as they are if they are of all."""
+        rows = len(self._all)
+        if len(values) == rows:
+            return values
+        full = values.new_empty(rows, *values.shape[1:])
+        full[self._kept] = values
+        full[self._dropped] = self._mean_of_near(values).to(values.dtype)
+        return full
+
+    def _mean_of_near(self, values: torch.Tensor) -> torch.Tensor:
+        """float32 `[dropped, ...]`: for each dropped row the mean of `values` (`[kept, ...]`) over the rows that it follows."""
+        return sum(values[near].float() for near in self._near.unbind(1)) / self._near.shape[1]
+
+
+def nearest_rows(rows: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor, count: int) -> torch.Tensor:
+    """int64 `[B, d, min(count, k)]`: indices in `kept` of the rows nearest to each dropped row, the nearest first; ties by index.
+
+    `rows`: float32 `[B, n, D]`; `kept`, `dropped`: int64 `[B, k]` and `[B, d]`, indices of rows.
+    """
+    wide = (-1, -1, rows.shape[2])
+    dropped_rows, kept_rows = (rows.gather(1, index[:, :, None].expand(wide)) for index in (dropped, kept))
+    distance = torch.cdist(dropped_rows, kept_rows)
+    longest = distance.flatten(1).amax(1)[:, None, None] if distance.numel() else distance.new_ones(())
+    order = snap(distance / longest.clamp(min=1e-30)).argsort(dim=2, stable=True)
+    return order[:, :, :count]

@@ -1,0 +1,139 @@
+"""Rows merge after some layers, inside windows or frame pairs, as a merger decides."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from evoprune.backend import devices
+from evoprune.errors import call
+from evoprune.methods.base import Merger
+from evoprune.methods.plans import TowerShape
+from evoprune.methods.ranking import merge_rows
+from evoprune.methods.types import Candidates, arange_on, nonzero_fixed, runs, share_rows
+from evoprune.model.numerics import without_autocast
+from evoprune.vision.hooks import Hook
+from evoprune.vision.layout import Scope
+from evoprune.vision.rows import Rows
+
+
+class Merging(Hook):
+    """Merges rows after some layers.
+
+    `left`: by the number of layers that have run, where rows merge, the rows of each frame pair from there on.
+    """
+
+    def __init__(self, merger: Merger, left: Mapping[int, tuple[int, ...]], tower: TowerShape):
+        self._merger = merger
+        self._left = left
+        self._tower = tower
+
+    def needs(self, done: int) -> frozenset[str]:
+        return self._merger.needs if done in self._left else frozenset()
+
+    def __call__(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
+        if done not in self._left:
+            return rows
+        keys = self._merger.needs & {"keys", "keys_rotary"}
+        if "hidden" in self._merger.needs or not keys:
+            features = rows.values.flatten(1).float()
+        else:
+            features = seen[max(keys)]
+        scope = self._tower.scope(done - 1)
+        return merge_in_rounds(rows, scope, self._left[done], self._merger, features, seen.get("attention"))
+
+
+def merge_in_rounds(
+    rows: Rows,
+    scope: Scope,
+    target: tuple[int, ...],
+    merger: Merger,
+    features: torch.Tensor,
+    attention: torch.Tensor | None,
+) -> Rows:
+    """Return the rows after they have merged in groups of `scope`, until each frame pair has its `target`.
+
+    Where lengths are not read, the rounds cannot end early: there are as many as the worst case needs, and until the last one
+    merged rows stay at the end as padding.
+
+    Args:
+        features: float32 `[R, D]`, which the merger compares; a merged row has the size-weighted mean.
+        attention: float32 `[R]`, received in the layer; a merged row has the sum.
+
+    Raises RuntimeError: the merger removed no row in a round, or too many; raised only where lengths are read.
+    """
+    longest = rows.longest(scope)
+    goal = devices.to_device(torch.tensor(target, dtype=torch.int64, device="cpu"), rows.unit.device)
+    wanted = share_rows(rows.lengths(scope).view(len(target), -1), goal, longest).flatten()
+    rounds = devices.count_or_bound(
+        lambda: len(rows) - sum(target), rows.unit, most_rounds(rows, scope, target, merger)
+    )
+    for left_rounds in reversed(range(rounds)):
+        lengths = rows.lengths(scope)
+        start = lengths.cumsum(0) - lengths
+        remove, start, lengths = devices.positive_or_all(lengths - wanted, start, lengths)
+        if not len(remove):
+            break
+        into = _partners(rows, start, lengths, longest, remove, merger, features, attention)
+        stays = into == arange_on(len(into), into.device)
+        moves = devices.count_or_bound(lambda: int((~stays).sum()), into, len(rows) - sum(target))  # noqa: B023
+        if not moves:
+            raise RuntimeError(f"method {merger.name} merged nothing in a {scope} that must lose rows")
+        left = len(rows) - moves
+        if left_rounds:
+            left = devices.count_or_bound(lambda: left, into, len(rows))  # noqa: B023
+        if attention is not None:
+            attention = torch.zeros_like(attention).index_add_(0, into, attention)[nonzero_fixed(stays, left)]
+        features = merge_rows(features, rows.size, into, left, moves)
+        counts = target if left == sum(target) else None
+        rows = rows.merge(into, scope, left, moves, counts, merger.size_bias)
+    as_planned = (rows.lengths(scope) == wanted).all()
+    rows.as_planned.append(as_planned)
+    if devices.known_false(as_planned):
+        raise RuntimeError(f"method {merger.name} left {len(rows)} rows where {sum(target)} were planned")
+    # A merger that removed too many rows leaves padding, which must stay inside the last frame pair until this is read.
+    return replace(rows, unit=rows.unit.clamp(max=len(rows.unit_to_row) - 1))
+
+
+def _partners(
+    rows: Rows,
+    start: torch.Tensor,
+    length: torch.Tensor,
+    longest: int,
+    remove: torch.Tensor,
+    merger: Merger,
+    features: torch.Tensor,
+    attention: torch.Tensor | None,
+) -> torch.Tensor:
+    """int64 `[R]`: the row that each row merges into, its own index if it stays.
+
+    `start`, `length`, `remove`: int64 `[B]`, of groups their first row, their rows, and how many these must lose.
+    """
+    longest = devices.count_or_bound(lambda: int(length.max()), length, longest)
+    row, valid = runs(start, length, longest, len(rows))
+    candidates = Candidates(
+        features=features[row],
+        attention=None if attention is None else attention[row],
+        place=rows.place[row],
+        size=rows.size[row],
+        valid=valid,
+        width=rows.geometry.width,
+    )
+    with without_autocast():  # the merger may write into what it gets: nothing reads that again
+        local = call(merger.package, merger.match, candidates, remove)
+    place = torch.where(valid, row, len(rows)).flatten()
+    into = arange_on(len(rows) + 1, row.device)  # the last entry takes the values at padding
+    return into.scatter_(0, place, row.gather(1, local).flatten())[:-1]
+
+
+def most_rounds(rows: Rows, scope: Scope, target: Sequence[int], merger: Merger) -> int:
+    """Return the most rounds until every group has lost its rows, for any content."""
+    worst = 0
+    for count, left in set(zip(rows.per_pair, target, strict=True)):
+        if scope == "pair":
+            worst = max(worst, merger.rounds(count, left))
+        else:  # only the device knows how many rows a window has and loses
+            longest = min(count, rows.geometry.largest_window)
+            cases = ((n, max(1, n - (count - left))) for n in range(1, longest + 1))
+            worst = max([worst, *(merger.rounds(n, fewest) for n, fewest in cases)])
+    return worst
