@@ -32,7 +32,7 @@ SETTINGS = {
 
 
 def measure(name: str, model: str, frames: int, windows: int) -> float:
-    """Seconds of a window, in this process."""
+    """Return seconds of a window, in this process."""
     kept, _, apart, ended = SETTINGS[name]
     if kept:
         keep_freed_memory()
