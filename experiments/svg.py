@@ -13,7 +13,7 @@ LOOK = {  # of `text`: attributes, and what is not written
 
 
 def document(title: str, width: int, height: int, elements: Iterable[str]) -> str:
-    """An SVG document of so many pixels: a white card with a thin edge, and the elements on it."""
+    """Return an SVG document of so many pixels: a white card with a thin edge, and the elements on it."""
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img"'
     look = f'font-family="{FONT}" font-size="12" fill="{INK}"'
     head = [
@@ -26,7 +26,7 @@ def document(title: str, width: int, height: int, elements: Iterable[str]) -> st
 
 
 def text(x: float, y: float, words: str, anchor: str = "start", **look: str | float) -> str:
-    """Words whose baseline starts, is centred or ends at (x, y). `look`: fill, size, weight."""
+    """Return words whose baseline starts, is centred or ends at (x, y). `look`: fill, size, weight."""
     look["anchor"] = anchor
     wanted = [(named, look[name]) for name, (named, usual) in LOOK.items() if look.get(name, usual) != usual]
     more = "".join(f" {named}={quoteattr(str(value))}" for named, value in wanted)

@@ -6,7 +6,7 @@ from statistics import median
 
 
 def medians(runs: Sequence[Callable[[], object]], repeat: int) -> list[float]:
-    """Median milliseconds of each, called in turn so that all meet the same disturbances. The first round does not count."""
+    """Return median milliseconds of each, called in turn so that all meet the same disturbances. The first round does not count."""
     spent = [[] for _ in runs]
     for _ in range(repeat + 1):
         for run, times in zip(runs, spent, strict=True):

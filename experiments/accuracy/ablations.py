@@ -198,7 +198,7 @@ ABLATIONS = {
 
 
 def specs(names: Iterable[str]) -> tuple[str, ...]:
-    """All variants of some ablations, each once."""
+    """Return all variants of some ablations, each once."""
     return tuple(dict.fromkeys(spec for name in names for spec in ABLATIONS[name].specs().values()))
 
 
@@ -229,7 +229,7 @@ def table(ablation: Ablation, samples: Sequence[dict], budgets: Sequence[float |
 
 
 def report(names: Iterable[str], run: Evaluation, group: str | None = None) -> str:
-    """All tables as Markdown, over all questions or those of one group."""
+    """Return all tables as Markdown, over all questions or those of one group."""
     samples = [s for s in run.samples if "error" not in s and (group is None or group in s["groups"])]
     full = [s for s in samples if s["row"] == FULL]
     settings = run.settings

@@ -31,13 +31,13 @@ TOKENS = 64
 
 
 def start(model: str, kind: str, folder: str):
-    """What each process begins with: the function that makes the lines of a clip."""
+    """Return what each process begins with: the function that makes the lines of a clip."""
     loaded = [load_model(ModelOptions(model, dtype="fp32", threads=1, quantize=bits)) for bits in ("none", kind)]
     return partial(lines_of, loaded, Path(folder))
 
 
 def lines_of(loaded: list, folder: Path, clip: ClipName) -> list[dict]:
-    """A line a budget."""
+    """Return a line a budget."""
     made = []
     with demo_video(clip, folder) as video:
         for budget in BUDGETS if video.rows else ():

@@ -39,7 +39,7 @@ CLIPS = 100
 
 
 def compared() -> list[str]:
-    """The rows: methods by name, this package's own first, then `evoprune` and each selector after the tower with reuse.
+    """Return the rows: methods by name, this package's own first, then `evoprune` and each selector after the tower with reuse.
 
     Without `operations`, for which each model must have a recipe: `--method` adds it.
     """

@@ -46,7 +46,7 @@ GROUPS_LEGEND = {
 
 
 def share(budget: Recorded) -> float:
-    """The share of a video's tokens that a budget keeps."""
+    """Return the share of a video's tokens that a budget keeps."""
     return Budget.parse(budget).video
 
 
@@ -76,7 +76,7 @@ class Outcome:
     samples: list[dict]
 
     def rows(self, budget: Recorded) -> list[dict]:
-        """The rows of a budget over all questions, the most accurate first."""
+        """Return the rows of a budget over all questions, the most accurate first."""
         found = [row for row in self.document["rows"] if _at(row, budget) and row["group"] == ALL]
         return sorted(found, key=lambda row: -row["accuracy"])
 
@@ -142,7 +142,7 @@ def equal_cost(outcome: Outcome) -> list[Match]:
 
 
 def _by_method(outcomes: Sequence[Outcome], budgets: Sequence[Recorded]) -> dict[str, dict[Recorded, list[dict]]]:
-    """The rows of each method at each budget, one a model. Variants and combinations are left out."""
+    """Return the rows of each method at each budget, one a model. Variants and combinations are left out."""
     found: dict[str, dict[Recorded, list[dict]]] = {}
     for outcome in outcomes:
         for budget in budgets:
@@ -167,7 +167,7 @@ def _operations(rows: Sequence[dict], outcome: Outcome) -> str:
 
 
 def short(outcomes: Sequence[Outcome], budgets: Sequence[Recorded]) -> str:
-    """What each method keeps in each model, and what it costs in the first one, as a Markdown table.
+    """Return what each method keeps in each model, and what it costs in the first one, as a Markdown table.
 
     The best method on average comes first.
     """
@@ -186,13 +186,13 @@ def short(outcomes: Sequence[Outcome], budgets: Sequence[Recorded]) -> str:
 
 
 def _over(row: dict) -> str:
-    """A mark where a row keeps more tokens than its budget allows: of a preset, its share of a still."""
+    """Return a mark where a row keeps more tokens than its budget allows: of a preset, its share of a still."""
     inner = row["layer_tokens"] < row["tokens"]  # whose budget is a mean over layers
     return " †" * (row["kept_share"] > OVER * Budget.parse(row["budget"]).largest and not inner)
 
 
 def own_steps(outcome: Outcome, budgets: Sequence[Recorded]) -> list[str]:
-    """What `evoprune` loses from each budget to the next smaller one, paired, as Markdown."""
+    """Return what `evoprune` loses from each budget to the next smaller one, paired, as Markdown."""
     found = {
         budget: [s for s in outcome.samples if "error" not in s and _at(s, budget) and s["method"] == OURS]
         for budget in budgets
@@ -227,7 +227,7 @@ def against_ours(outcome: Outcome, budgets: Sequence[Recorded]) -> str:
 
 
 def document(outcomes: Sequence[Outcome], budgets: Sequence[Recorded], chart: str, command: str) -> str:
-    """All of it in Markdown."""
+    """Return all of it in Markdown."""
     settings, videos = (outcomes[0].document[name] for name in ("settings", "videos"))
     clips = f"{videos['evaluated']:,} clips of {settings['data']}"
     blocks = [
@@ -269,7 +269,7 @@ def _findings(outcomes: Sequence[Outcome], budgets: Sequence[Recorded]) -> list[
 
 
 def _of_model(outcome: Outcome, budgets: Sequence[Recorded]) -> list[str]:
-    """The section of one model: accuracy and cost of each budget, paired differences, and accuracy by group."""
+    """Return the section of one model: accuracy and cost of each budget, paired differences, and accuracy by group."""
     videos = outcome.document["videos"]
     answered = outcome.document["items"]["answered"]
     failed = ""
@@ -329,7 +329,7 @@ def _group_table(outcome: Outcome, budget: Recorded, groups: Sequence[str]) -> s
 
 
 def _spread(outcome: Outcome, budget: Recorded) -> list[str]:
-    """How well the clips separate methods: from random tokens to the best row, in half-widths of the interval."""
+    """Return how well the clips separate methods: from random tokens to the best row, in half-widths of the interval."""
     rows = outcome.rows(budget)
     drawn = next((row for row in rows if row["method"] == "random"), None)
     if drawn is None:
@@ -391,7 +391,7 @@ def _at(row: dict, budget: Recorded) -> bool:
 
 
 def _selection_ms(samples: Sequence[dict], method: str, budget: Recorded) -> str:
-    """The mean; empty if some answers come from a run that was not timed."""
+    """Return the mean; empty if some answers come from a run that was not timed."""
     mine = [s for s in samples if "error" not in s and _at(s, budget) and s["method"] == method]
     times = [s["prune_ms"] for s in mine if "prune_ms" in s]
     if len(times) < len(mine):

@@ -39,7 +39,7 @@ NONE: Key = "none", 1.0
 
 
 def read(folders: Sequence[Path]) -> Samples:
-    """The rows of all folders, on the questions that every row of a set answered."""
+    """Return the rows of all folders, on the questions that every row of a set answered."""
     found: Samples = {}
     for name in SETS:
         rows: dict[Key, dict] = {}
@@ -86,17 +86,17 @@ def speed_of(key: Key, fast: dict[Key, float]) -> float | None:
 
 
 def worst(samples: Samples, key: Key) -> float:
-    """Percent of the accuracy kept in the worst of the sets."""
+    """Return percent of the accuracy kept in the worst of the sets."""
     return min(kept(rows[key], rows[NONE]) for rows in samples.values())
 
 
 def rows_of(samples: Samples) -> set[Key]:
-    """Those that all sets have."""
+    """Return those that all sets have."""
     return set.intersection(*(set(rows) for rows in samples.values()))
 
 
 def short(samples: Samples, world: str, fast: dict[Key, float]) -> list[str]:
-    """What each method keeps in a world with each set of weights, its share of the operations, and its speed."""
+    """Return what each method keeps in a world with each set of weights, its share of the operations, and its speed."""
     sets = [rows for name, rows in samples.items() if name.split(",")[0] == world]
     budgets = [budget for budget in PRESETS if any(key[0] != OURS and key[1] == budget for key in rows_of(samples))]
     heads = [head for budget in budgets for head in (f"`-b {budget}` keeps", "operations", "first token")]
@@ -133,7 +133,7 @@ def verdicts(samples: Samples, key: Key, ours: Key) -> list[str]:
 
 
 def table(samples: Samples, fast: dict[Key, float]) -> list[str]:
-    """A row for each row of the others: the most accurate of ours that takes no longer, and what it keeps more."""
+    """Return a row for each row of the others: the most accurate of ours that takes no longer, and what it keeps more."""
     rows = rows_of(samples)
     ours = {key: speed_of(key, fast) for key in rows if key[0] == OURS} | {NONE: fast[NONE]}
     ours = {key: speed for key, speed in ours.items() if speed}
@@ -167,12 +167,12 @@ def table(samples: Samples, fast: dict[Key, float]) -> list[str]:
 
 
 def worst_of(samples: Samples) -> dict[Key, float]:
-    """What each row keeps in the worst of the sets, in percent."""
+    """Return what each row keeps in the worst of the sets, in percent."""
     return {key: worst(samples, key) for key in rows_of(samples)}
 
 
 def worst_in_tables(page: str, compared: str) -> tuple[dict[Key, float], dict[Key, float]]:
-    """What the presets keep in the table of a page, and the other methods in the table at equal time of another one."""
+    """Return what the presets keep in the table of a page, and the other methods in the table at equal time of another one."""
     presets = re.findall(r"^\| `-b (\w+)` \| ([\d.]+) \| [^|]*\(", page, re.M)
     others = re.findall(r"^\| `([\w-]+) -b (\w+)` \| [\d.]+ \| ([\d.]+) \|", compared, re.M)
     ours = {(OURS, preset): float(kept) for preset, kept in reversed(presets)}  # of several tables the first counts
@@ -209,7 +209,7 @@ def chart(presets: dict[Key, float], others: dict[Key, float], fast: dict[Key, f
 
 
 def page(samples: Samples, fast: dict[Key, float]) -> str:
-    """All tables in Markdown."""
+    """Return all tables in Markdown."""
     blocks = []
     for world in dict.fromkeys(name.split(",")[0] for name in SETS):
         about = len({s["video"] for s in samples[world][NONE]})

@@ -30,18 +30,18 @@ GROUPS = ("picture", "video", "text", "events")  # of scenes; of shapes there ar
 
 
 def folder_of(out: Path, name: str) -> Path:
-    """Where the run of a set is kept."""
+    """Return where the run of a set is kept."""
     return out / name.replace(", ", "-")
 
 
 def samples_of(out: Path, name: str) -> list[dict]:
-    """The samples of a set that a run kept."""
+    """Return the samples of a set that a run kept."""
     with open(folder_of(out, name) / "samples.jsonl", encoding="utf-8") as file:
         return [sample for sample in map(json.loads, file) if "error" not in sample]
 
 
 def evaluated(out: Path, name: str, args: argparse.Namespace) -> list[dict]:
-    """The samples of one set."""
+    """Return the samples of one set."""
     world, model = SETS[name]
     settings = EvalSettings(
         data_text(world, args.split, args.seed),
@@ -66,7 +66,7 @@ def kept(mine: Sequence[dict], full: Sequence[dict]) -> float:
 
 
 def table(samples: dict[str, list[dict]]) -> list[str]:
-    """Lines of Markdown: a row for each method and budget, a column for each set and group, and the worst set."""
+    """Return lines of Markdown: a row for each method and budget, a column for each set and group, and the worst set."""
     columns = [(name, group) for name in samples for group in (None, *(GROUPS if "scenes" in name else ()))]
     heads = [name if group is None else f"{name}: {group}" for name, group in columns]
     lines = ["| | worst | " + " | ".join(heads) + " |", "|---" * (len(columns) + 2) + "|"]
@@ -87,7 +87,7 @@ def table(samples: dict[str, list[dict]]) -> list[str]:
 
 
 def against(samples: dict[str, list[dict]], others: dict[str, list[dict]]) -> list[str]:
-    """Lines of Markdown: how many points more each row is right than the same row of another run, on the clips of both."""
+    """Return lines of Markdown: how many points more each row is right than the same row of another run, on the clips of both."""
     rows = dict.fromkeys((s["method"], s["budget"]) for each in samples.values() for s in each if s["row"] == METHOD)
     lines = ["| | " + " | ".join(samples) + " |", "|---" * (len(samples) + 1) + "|"]
     for method, budget in rows:

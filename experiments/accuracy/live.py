@@ -94,7 +94,7 @@ def accuracy(
 
 
 def asked(qa: VideoQA, video, streams: list[str]) -> dict[str, list[dict]]:
-    """The samples of a clip: of the file and of some of `STREAMS`."""
+    """Return the samples of a clip: of the file and of some of `STREAMS`."""
     of_file = qa.encode(video.path)
     plan = of_file.plan
     times = plan.sampling.times_s
@@ -158,7 +158,7 @@ def table(samples: dict[tuple[str, str, float], dict[str, list[dict]]]) -> str:
 
 
 def hours_text(hours: float, method: str) -> str:
-    """What the process holds and how long a question takes, every so often in a stream of that length, simulated faster."""
+    """Return what the process holds and how long a question takes, every so often in a stream of that length, simulated faster."""
     loaded = replace(
         load_model("demo"), demo=None
     )  # as a model that may use all of its context: the answers say nothing

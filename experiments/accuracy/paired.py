@@ -26,7 +26,7 @@ def paired_difference(samples: Sequence[dict], others: Sequence[dict]) -> tuple[
 
 
 def in_points(mean: float, low: float, high: float) -> str:
-    """A difference of shares and its interval as text, in percentage points."""
+    """Return a difference of shares and its interval as text, in percentage points."""
     if math.isinf(low):
         return f"{100 * mean:+.1f} (too few videos for an interval)"
     return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"

@@ -58,7 +58,7 @@ Move = Callable[[SamplingPlan, int], tuple[float, ...]]  # the times to read, wi
 
 
 def parts(sampling: SamplingPlan) -> list[tuple[float, float]]:
-    """The equal parts of the span, as seconds [start, end), whose middles are the sampling times."""
+    """Return the equal parts of the span, as seconds [start, end), whose middles are the sampling times."""
     edges = np.linspace(sampling.start_s, sampling.end_s, sampling.frames + 1).tolist()
     return list(pairwise(edges))
 
@@ -68,7 +68,7 @@ def exact(sampling: SamplingPlan, seed: int) -> tuple[float, ...]:
 
 
 def at_keyframes(sampling: SamplingPlan, seed: int) -> tuple[float, ...]:
-    """The times, each moved to the nearest keyframe in its part, if there is one: those that `--seek keyframes` reads."""
+    """Return the times, each moved to the nearest keyframe in its part, if there is one: those that `--seek keyframes` reads."""
     moved = []
     for middle, (start, end) in zip(sampling.times_s, parts(sampling), strict=True):
         first = math.ceil((start - ROUNDING) / KEYFRAME_S)
@@ -105,13 +105,13 @@ Job = tuple[ClipName, Sequence[str]]  # a clip and the budgets at which it is as
 
 
 def start(model: str, groups: Sequence[str], folder: str) -> Callable[[Job], list[dict]]:
-    """What each process begins with: the function that makes the lines of a clip."""
+    """Return what each process begins with: the function that makes the lines of a clip."""
     loaded = load_model(ModelOptions(model, dtype="fp32", threads=1))
     return partial(lines_of, loaded, groups, Path(folder))
 
 
 def lines_of(loaded: LoadedModel, groups: Sequence[str], folder: Path, job: Job) -> list[dict]:
-    """A line a sampling, kind of times and budget."""
+    """Return a line a sampling, kind of times and budget."""
     clip, budgets = job
     made = []
     with demo_video(clip, folder, groups=groups, keyframe_s=KEYFRAME_S) as video:
@@ -216,7 +216,7 @@ def moves(lines: Sequence[dict]) -> list[str]:
 
 
 def read(path: Path) -> list[dict]:
-    """The lines of a file."""
+    """Return the lines of a file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -33,17 +33,17 @@ TOKENS = 64
 
 
 def settings() -> list[Candidate]:
-    """What `evoprune tune` tries, and three other methods."""
+    """Return what `evoprune tune` tries, and three other methods."""
     return candidates() + [Candidate(method, budget) for method in RIVALS for budget in (0.5, 0.25, 0.1)]
 
 
 def start(model: ModelOptions, folder: str):
-    """What each process begins with: the function that makes the lines of a clip."""
+    """Return what each process begins with: the function that makes the lines of a clip."""
     return partial(lines_of, load_model(model), Path(folder))
 
 
 def lines_of(loaded, folder: Path, clip: ClipName) -> list[dict]:
-    """A line of the full answers, then one a setting."""
+    """Return a line of the full answers, then one a setting."""
     with demo_video(clip, folder) as video:
         rows = SharedRows()
         references = []

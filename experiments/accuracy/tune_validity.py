@@ -51,7 +51,7 @@ class Records:
 
 
 def read(path: Path) -> Records:
-    """The records of a file; clips that are not complete are left out."""
+    """Return the records of a file; clips that are not complete are left out."""
     clips: dict[str, dict[str, dict]] = defaultdict(dict)
     for line in path.read_text().splitlines():
         record = json.loads(line)

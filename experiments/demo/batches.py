@@ -57,7 +57,7 @@ PACES = (1.0, 1.0, 1.0, 1.0, 0.5, 2 / 3, 0.8, 1.25, 1.5, 2.0)  # seconds a grid
 
 
 def unit_labels(clip: Clip, times: Sequence[float], height: int, width: int) -> np.ndarray:
-    """The labels of each unit of each grid: int64 `[T * height * width, attributes]`, -100 where there is none."""
+    """Return the labels of each unit of each grid: int64 `[T * height * width, attributes]`, -100 where there is none."""
     grids = len(times) // 2
     labels = np.full((grids, height, width, len(ATTRIBUTES)), -100)
     labels[..., 0] = ATTRIBUTES["shape"]  # one past the shapes and the digit: nothing here
@@ -78,7 +78,7 @@ def unit_labels(clip: Clip, times: Sequence[float], height: int, width: int) -> 
 
 
 def noisy(frames: np.ndarray, rng: np.random.Generator, gop: int) -> np.ndarray:
-    """The frames as they are or, half of the time, as a video codec leaves them."""
+    """Return the frames as they are or, half of the time, as a video codec leaves them."""
     return through_codec(frames, int(rng.integers(2, 6)), gop) if rng.random() < 0.5 else frames
 
 
@@ -151,7 +151,7 @@ ROW = 64  # tokens of a row of questions, unless one alone is longer
 
 
 def packed(prompts: list[list[Question]], ids, start: int) -> dict[str, torch.Tensor]:
-    """The questions and answers of each prompt in rows, several in a row where they fit: int64 `[prompts, rows, L]` each.
+    """Return the questions and answers of each prompt in rows, several in a row where they fit: int64 `[prompts, rows, L]` each.
 
     `tokens`; `place`, positions that begin anew at `start` for every question; `segment`, the question's number from 1, -1 where
     there is none; `target`, the answer's tokens where they are to be predicted, else -100.
@@ -186,7 +186,7 @@ def packed(prompts: list[list[Question]], ids, start: int) -> dict[str, torch.Te
 
 
 def _in_rows(parts: list[tuple], longest: int) -> list[list[tuple]]:
-    """The parts in rows of at most `longest` tokens: the longest part first, each into the first row with room."""
+    """Return the parts in rows of at most `longest` tokens: the longest part first, each into the first row with room."""
     rows = []
     room = []
     for part in sorted(parts, key=lambda part: -len(part[0])):

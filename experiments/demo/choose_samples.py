@@ -30,7 +30,7 @@ NAME = re.compile(rf"the ((?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(SHAPES)}|sha
 
 
 def _has(clip: Clip, event: str, least: int) -> bool:
-    """Whether `event` happens to at least so many shapes, without a digit and before a camera that stands still."""
+    """Return whether `event` happens to at least so many shapes, without a digit and before a camera that stands still."""
     found = sum(thing.event(clip.seconds) == event for thing in clip.things)
     return found >= least and clip.things == clip.shapes and not any(clip.pan)
 
@@ -68,7 +68,7 @@ def lead(qa: VideoQA, video: EncodedInputs, question: str, answer: str) -> float
 
 
 def judged(name: str, seeds: range, models: list[VideoQA]) -> Iterator[tuple[float, int]]:
-    """The weakest answer about each clip that shows what `name` is to show, and the clip's seed."""
+    """Yield the weakest answer about each clip that shows what `name` is to show, and the clip's seed."""
     shows, kinds = WANTED[name]
     with TemporaryDirectory() as folder:
         path = Path(folder, name)

@@ -81,7 +81,7 @@ def refer(clip: Clip, thing: Thing, rng) -> str:
 
 
 def _only(clip: Clip, part: str) -> list[Thing]:
-    """The shapes whose kind, or colour, no other shape has."""
+    """Return the shapes whose kind, or colour, no other shape has."""
     counts = Counter(getattr(t, part) for t in clip.shapes)
     return [t for t in clip.shapes if counts[getattr(t, part)] == 1]
 

@@ -36,7 +36,7 @@ ROWS = COLUMNS = 24
 
 
 def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The labels of each patch and unit of each frame pair, in Hugging Face's order, IGNORED where there is none.
+    """Return the labels of each patch and unit of each frame pair, in Hugging Face's order, IGNORED where there is none.
 
     Args:
         times: two a frame pair. maps: what each pixel shows, `[len(times), height, width]`.
@@ -112,7 +112,7 @@ def _looks(thing, t: float) -> tuple[int, int, int]:
 
 
 def _motion(clip: Clip, thing, t: float, then: float, least: float = 2.0) -> int:
-    """Where it goes on the frame, the camera's motion included: 0 if by less than half of `least` pixels, else by MOTIONS.
+    """Return where it goes on the frame, the camera's motion included: 0 if by less than half of `least` pixels, else by MOTIONS.
 
     IGNORED if it is unclear.
     """
@@ -151,7 +151,7 @@ class Head(nn.Module):
         self.story = nn.Linear(text_hidden, len(STORY_WEIGHT))
 
     def forward(self, flat: torch.Tensor, patches: torch.Tensor, units: torch.Tensor, height: int, width: int):
-        """Loss, and for the log how often it is right; flat `[G, units, 4 * hidden]`, labels of `dense_labels`."""
+        """Return loss, and for the log how often it is right; flat `[G, units, 4 * hidden]`, labels of `dense_labels`."""
         outs = self.patch(flat.unflatten(-1, (4, -1))).float().split(list(PATCH_CLASSES.values()), -1)
         middle, row, column = self.unit(flat).float().split([2, ROWS, COLUMNS], -1)
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

@@ -49,7 +49,7 @@ def hidden_of_rows(
     own: torch.Tensor,
     section: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The language model on prompts, each followed by rows that read the prompt and themselves, but not each other.
+    """Return the language model on prompts, each followed by rows that read the prompt and themselves, but not each other.
 
     Args:
         text: `model.model.language_model`.
@@ -114,7 +114,7 @@ def _of_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape)
 
 
 def _of_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """What the rows' queries `[prompts * rows * tokens, heads * groups, dim]` read of prompt and row, heads joined."""
+    """Return what the rows' queries `[prompts * rows * tokens, heads * groups, dim]` read of prompt and row, heads joined."""
     keys, values = (
         torch.cat([shape.of_prompts(t)[:, None].expand(-1, shape.rows, -1, -1, -1), shape.of_rows(t)], 3)
         for t in (k, v)

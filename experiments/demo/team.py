@@ -42,7 +42,7 @@ class Team:
                 p.grad = torch.zeros_like(p)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process, the same answer in all."""
+        """Return whether the flag is set in any process, the same answer in all."""
         if self.size == 1:
             return flag
         votes = torch.tensor(float(flag), dtype=torch.float32, device="cpu")

@@ -38,7 +38,7 @@ class Head(nn.Module):
         self.linear = nn.Linear(features, sum(self.sizes))
 
     def forward(self, flat: torch.Tensor, labels: torch.Tensor, height: int, width: int):
-        """Loss and, for the log, the accuracy of each attribute; flat `[G, units, F]`, labels `[G, units, A]`."""
+        """Return loss and, for the log, the accuracy of each attribute; flat `[G, units, F]`, labels `[G, units, A]`."""
         outs = self.linear(flat).float().split(self.sizes, -1)
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places = [p.flatten().expand(flat.shape[:2]) for p in (y, x)]
@@ -64,7 +64,7 @@ class Head(nn.Module):
 
 @torch.no_grad()
 def look(visual, batch: dict) -> torch.Tensor:
-    """What the frozen tower sees of a batch of clips: `[G, units, 4 * hidden]`, before the merger's projection."""
+    """Return what the frozen tower sees of a batch of clips: `[G, units, 4 * hidden]`, before the merger's projection."""
     _, height, width = batch["grid"]
     return tower(visual, patchify(batch["frames"]), height, width)[1]
 
@@ -142,7 +142,7 @@ def vision_step(visual, head: Head, batch: tuple, learn: Callable[[torch.Tensor]
 
 
 def question_steps(model, batch: dict, learn: Callable[[torch.Tensor], None]) -> Iterator[dict]:
-    """The steps of stage 2 on one batch, one a pack of questions; yields what to log of each."""
+    """Yield the steps of stage 2 on one batch, one a pack of questions; yields what to log of each."""
     with half_precision():
         flat = look(model.model.visual, batch)
     for pack in batch["packs"]:

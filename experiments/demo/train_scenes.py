@@ -43,7 +43,7 @@ Learn = Callable[[torch.Tensor], None]
 
 
 def build(folder: Path, recipe: ScenesRecipe):
-    """The model, the auxiliary head and the tokenizer before training. The tokenizer is that in `folder` if there is one."""
+    """Return the model, the auxiliary head and the tokenizer before training. The tokenizer is that in `folder` if there is one."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     seed = recipe.seed
@@ -64,7 +64,7 @@ def build(folder: Path, recipe: ScenesRecipe):
 
 
 def trained(folder: str):
-    """The trained model in `folder`, without its output layer, in float32."""
+    """Return the trained model in `folder`, without its output layer, in float32."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).model

@@ -27,7 +27,7 @@ def half_precision() -> torch.autocast:
 
 
 def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[torch.Tensor, ...]:
-    """Loss on the answers of one pack of questions.
+    """Return loss on the answers of one pack of questions.
 
     Args:
         video: the merger's output, `[prompts, units of a prompt, D]`.

@@ -8,7 +8,7 @@ from experiments.demo.clips import COLOURS, SHAPES, Clip, Thing, place
 
 
 def dense_grid(rng: np.random.Generator, height: int, width: int, count: int) -> Clip:
-    """A one-second scene crowded with up to `count` things, to teach the eyes before the words."""
+    """Return a one-second scene crowded with up to `count` things, to teach the eyes before the words."""
     things: list[Thing] = []
     for _ in range(count):
         kind = str(rng.integers(10)) if rng.random() < 0.4 else str(rng.choice(SHAPES))
@@ -19,7 +19,7 @@ def dense_grid(rng: np.random.Generator, height: int, width: int, count: int) ->
 
 
 def through_codec(frames: np.ndarray, quality: int, gop: int = 12) -> np.ndarray:
-    """The frames as MPEG-4 leaves them: uint8 `[T, H, W, 3]`, sides even.
+    """Return the frames as MPEG-4 leaves them: uint8 `[T, H, W, 3]`, sides even.
 
     Args:
         quality: 2 (fine) to 31 (coarse).

@@ -121,7 +121,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def table(found: dict[Cell, float], facts: list[str]) -> str:
-    """The cells, published beside ours, the rank correlations, and whether the world is near enough."""
+    """Return the cells, published beside ours, the rank correlations, and whether the world is near enough."""
     lines = [
         *(f"- {fact}" for fact in facts),
         "",

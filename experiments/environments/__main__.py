@@ -26,7 +26,7 @@ from experiments.environments.recipes import RECIPES, block_of, filled, run, run
 
 
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this script, and those of pytest after `--`."""
+    """Return the options of this script, and those of pytest after `--`."""
     own = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(
         prog="python -m experiments.environments",

@@ -86,7 +86,7 @@ def run(python: Path | str, arguments: Sequence[str], check: bool = True) -> int
 
 
 def block_of(page: str, word: str) -> str:
-    """The text of the one `sh` block of a page that has a word."""
+    """Return the text of the one `sh` block of a page that has a word."""
     blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
     (found,) = (block for block in blocks if word in block)
     return found
@@ -100,5 +100,5 @@ def run_block(text: str, python: Path) -> None:
 
 
 def filled(arguments: str, words: dict) -> list[str]:
-    """The arguments one by one, each with the words in its braces."""
+    """Return the arguments one by one, each with the words in its braces."""
     return [argument.format(**words) for argument in shlex.split(arguments)]

@@ -163,7 +163,7 @@ def serve(side: str, model: str, dtype: str) -> None:
 
 
 def measure(names: list[str], model: str, dtype: str, rounds: int) -> list[str]:
-    """The rows of the table. The sides take turns, after one request each that is not counted."""
+    """Return the rows of the table. The sides take turns, after one request each that is not counted."""
     sides = [Side(name, model, dtype) for name in names]
     for side in sides:
         side.run([rounds], 1)

@@ -29,7 +29,7 @@ TORCHCODEC = "torchcodec"
 
 
 def available() -> list[str]:
-    """The decoders that can be used here; OpenCV first."""
+    """Return the decoders that can be used here; OpenCV first."""
     register()
     try:
         import_module(f"{TORCHCODEC}.decoders")
@@ -40,7 +40,7 @@ def available() -> list[str]:
 
 
 def rows(data: bytes, names: list[str], count: int, rounds: int) -> list[str]:
-    """A row of the table for each decoder. Raises ValueError: one of them read other frames than OpenCV."""
+    """Return a row of the table for each decoder. Raises ValueError: one of them read other frames than OpenCV."""
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
     loader = VIDEO_LOADER_REGISTRY.load(OPENCV)

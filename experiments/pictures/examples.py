@@ -43,7 +43,7 @@ MEASURED = ("model", "compile", "store", "  overlap", "first token", "total", "m
 
 
 def run(*arguments: str) -> tuple[str, str]:
-    """What `evoprune` writes to stdout and stderr, with folders of its own for what it keeps."""
+    """Return what `evoprune` writes to stdout and stderr, with folders of its own for what it keeps."""
     with tempfile.TemporaryDirectory() as kept:
         own = os.environ | {"EVOPRUNE_CACHE_DIR": kept}
         command = [sys.executable, "-m", "evoprune_cli", *arguments]
@@ -68,13 +68,13 @@ def _name(row: dict) -> tuple:
 
 
 def counts(text: str) -> list[list[str]]:
-    """The words of a transcript that are the same in every run: no times and bars, no memory, no processor."""
+    """Return the words of a transcript that are the same in every run: no times and bars, no memory, no processor."""
     lines = [line for line in text.splitlines() if line and not line.startswith(MEASURED)]
     return [re.sub(r"^(\S+|  pruning) +[\d.,]+ *#*", r"\1 ", line).split() for line in lines]
 
 
 def examples(page: str) -> dict[str, str]:
-    """The JSON example in each section of docs/json.md."""
+    """Return the JSON example in each section of docs/json.md."""
     sections = re.split(r"^##+ (.*)\n", page, flags=re.M)
     found = {
         title: re.search(r"^```json\n(.*?)^```", text, re.S | re.M)
@@ -96,12 +96,12 @@ def wrapped(content: Any) -> str:
 
 
 def overlay_facts(record: dict) -> str:
-    """What the overlay shows, as its PNG keeps it: the counts of units, the method and the budget."""
+    """Return what the overlay shows, as its PNG keeps it: the counts of units, the method and the budget."""
     return json.dumps({name: value for name, value in record["overlay"].items() if name != "file"}, sort_keys=True)
 
 
 def described(run: figure_method.Run) -> str:
-    """The text in the place of the figure of the method."""
+    """Return the text in the place of the figure of the method."""
     n = run.video.fates.counts()
     pairs = run.video.plan.grid[0]
     before = run.first_layers

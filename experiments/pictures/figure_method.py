@@ -61,7 +61,7 @@ class Run:
 
     @property
     def first_layers(self) -> int:
-        """How many layers run before the second selection."""
+        """Return how many layers run before the second selection."""
         return next((n for n, rows in enumerate(self.layers) if rows < self.layers[0]), len(self.layers))
 
 
@@ -79,7 +79,7 @@ def measure(clip: str, budget: float) -> Run:
 
 
 def figure(run: Run) -> str:
-    """The figure as SVG."""
+    """Return the figure as SVG."""
     n, (pairs, height, width) = run.video.fates.counts(), run.video.plan.grid
     changed = n["encoded"]
     before = run.first_layers
@@ -122,7 +122,7 @@ def _panel(video: TracedVideo) -> tuple[float, float]:
 
 
 def _definitions(video: TracedVideo) -> Iterator[str]:
-    """The first frame of each frame pair, once for the three rows that show it."""
+    """Yield the first frame of each frame pair, once for the three rows that show it."""
     (width, height), step = _panel(video), len(video.frames) // video.plan.grid[0]
     yield "<defs>"
     for pair in range(video.plan.grid[0]):
@@ -135,7 +135,7 @@ def _definitions(video: TracedVideo) -> Iterator[str]:
 
 
 def _units(run: Run, strip: int) -> Iterator[str]:
-    """A row of frame pairs: all units, those that are encoded, or those that are selected."""
+    """Yield a row of frame pairs: all units, those that are encoded, or those that are selected."""
     (width, height), fates = _panel(run.video), run.video.fates
     pairs, rows, columns = run.video.plan.grid
     side = width / columns
@@ -158,7 +158,7 @@ def _units(run: Run, strip: int) -> Iterator[str]:
 
 
 def _marked(x: float, y: float, side: float, size: int) -> Iterator[str]:
-    """The outline of a unit, and the size of its cluster where that is more than 1."""
+    """Yield the outline of a unit, and the size of its cluster where that is more than 1."""
     place = f'x="{x + 0.75:.2f}" y="{y + 0.75:.2f}" width="{side - 1.5:.2f}" height="{side - 1.5:.2f}"'
     yield f'<rect {place} fill="none" stroke="{OURS}" stroke-width="1.5"/>'
     if size > 1:
@@ -172,7 +172,7 @@ def _marked(x: float, y: float, side: float, size: int) -> Iterator[str]:
 
 
 def _towers(run: Run) -> Iterator[str]:
-    """The rows of each layer and the language model, here and where a method prunes after the encoder."""
+    """Yield the rows of each layer and the language model, here and where a method prunes after the encoder."""
     n = run.video.fates.counts()
     total = len(run.layers)
     before = run.first_layers
@@ -205,7 +205,7 @@ def _towers(run: Run) -> Iterator[str]:
 
 
 def _bars(left: float, wide: float, step: float, rows: Sequence[int], units: int, colour: str) -> Iterator[str]:
-    """A bar a layer, as tall as its rows, before a pale one as tall as all units; a number where it changes."""
+    """Yield a bar a layer, as tall as its rows, before a pale one as tall as all units; a number where it changes."""
     for number, count in enumerate(rows):
         x = left + number * step
         tall = TALL * count / units
@@ -221,7 +221,7 @@ def _arrow(left: float, right: float) -> Iterator[str]:
 
 
 def _model(left: float, width: float, lines: Sequence[str]) -> Iterator[str]:
-    """The box of the language model with some lines on it."""
+    """Yield the box of the language model with some lines on it."""
     tall = 26 + 17 * len(lines)
     top = BARS - TALL / 2 - tall / 2
     yield f'<rect x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{tall}" rx="6" fill="#F3F6F9" stroke="#B8C4CE"/>'

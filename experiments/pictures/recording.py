@@ -69,7 +69,7 @@ class Screen:
                 self.lines[self.row] = []
 
     def shown(self) -> list[Line]:
-        """The lines as they stand, in runs of one style."""
+        """Return the lines as they stand, in runs of one style."""
         made = []
         for line in self.lines:
             runs: list[tuple[str, str]] = []
@@ -106,7 +106,7 @@ def record(arguments: list[str]) -> list[tuple[float, str]]:
 
 
 def drawing(command: str, pieces: list[tuple[float, str]]) -> str:
-    """The SVG of a recording. Programs that know no CSS `white-space` keep its blanks by `xml:space`."""
+    """Return the SVG of a recording. Programs that know no CSS `white-space` keep its blanks by `xml:space`."""
     screen, known, spans = Screen(), {}, []  # known: of each row, since when it has which line
     for moment, text in pieces:
         screen.write(text)
@@ -131,7 +131,7 @@ def drawing(command: str, pieces: list[tuple[float, str]]) -> str:
 
 
 def _typed(command: str, total: float) -> str:
-    """The prompt and the command, letter after letter."""
+    """Return the prompt and the command, letter after letter."""
     frames = "".join(
         f"{100 * TYPED * n / len(command) / total:.2f}% {{ clip-path: inset(0 {100 - 100 * n / len(command):.1f}% 0 0) }} "
         for n in range(len(command) + 1)
@@ -144,7 +144,7 @@ def _typed(command: str, total: float) -> str:
 
 
 def _line(number: int, row: int, line: Line, since: float, until: float | None) -> str:
-    """A line of the terminal that is visible from one share of the time to another, or to the end."""
+    """Return a line of the terminal that is visible from one share of the time to another, or to the end."""
     hidden = f" {100 * until:.2f}% {{ visibility: hidden }}" if until else ""
     css = f"@keyframes l{number} {{ 0% {{ visibility: hidden }} {100 * since:.2f}% {{ visibility: visible }}{hidden} }}"
     made = []

@@ -47,7 +47,7 @@ class Other:
 
 
 def ours(qa: VideoQA, folder: Path, new: int) -> dict:
-    """Seconds of one answer of this package about a folder of frames."""
+    """Return seconds of one answer of this package about a folder of frames."""
     encoded = qa.encode(folder)
     answer = encoded.ask(QUESTION, max_new_tokens=new + 1)
     for _ in answer:

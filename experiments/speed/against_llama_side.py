@@ -31,7 +31,7 @@ class Side:
             raise SystemExit("the projector cannot be loaded")
 
     def chunks(self, frames: np.ndarray, before: str, behind: str):
-        """The prompt in pieces. `frames`: uint8 `[N, H, W, 3]`; two that follow each other are one frame pair."""
+        """Return the prompt in pieces. `frames`: uint8 `[N, H, W, 3]`; two that follow each other are one frame pair."""
         count, height, width, _ = frames.shape
         bitmaps = (mtmd_cpp.mtmd_bitmap_p_ctypes * count)()
         for i, frame in enumerate(np.ascontiguousarray(frames)):
@@ -46,7 +46,7 @@ class Side:
         return made
 
     def answer(self, frames: np.ndarray, before: str, behind: str, new: int) -> dict:
-        """Seconds of encode, prefill and of `new` tokens, and how many tokens the frames and the prompt have."""
+        """Return seconds of encode, prefill and of `new` tokens, and how many tokens the frames and the prompt have."""
         made = self.chunks(frames, before, behind)
         pieces = [mtmd_cpp.mtmd_input_chunks_get(made, i) for i in range(mtmd_cpp.mtmd_input_chunks_size(made))]
         counts = [mtmd_cpp.mtmd_input_chunk_get_n_tokens(piece) for piece in pieces]

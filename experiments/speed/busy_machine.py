@@ -69,7 +69,7 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def seconds_of(code: Path, asks: int, at_once: int, *more: str) -> float:
-    """Seconds for so many runs, so many at a time."""
+    """Return seconds for so many runs, so many at a time."""
     start = time.perf_counter()
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(lambda _: ask(code, *more), range(asks)))
@@ -77,7 +77,7 @@ def seconds_of(code: Path, asks: int, at_once: int, *more: str) -> float:
 
 
 def busy_row(name: str, idle: Sequence[Asked], busy: Sequence[Asked]) -> str:
-    """A row of the first table. A ratio is the median of the rounds' own."""
+    """Return a row of the first table. A ratio is the median of the rounds' own."""
 
     def part(what: str) -> str:
         alone, beside = ([getattr(run, what) for run in runs] for runs in (idle, busy))
@@ -89,13 +89,13 @@ def busy_row(name: str, idle: Sequence[Asked], busy: Sequence[Asked]) -> str:
 
 
 def at_once_row(name: str, threads: int, in_turn: Sequence[float], at_once: Sequence[float]) -> str:
-    """A row of the second table."""
+    """Return a row of the second table."""
     ratio = median(a / b for a, b in zip(in_turn, at_once, strict=True))
     return f"| {name} | {threads} | {median(in_turn):.1f} | {median(at_once):.1f} | {ratio:.2f}x |"
 
 
 def measure(versions: dict[str, Path], asks: int, repeat: int, *more: str) -> list[str]:
-    """The lines of both tables."""
+    """Return the lines of both tables."""
     cores = available_cores()
     idle, busy, in_turn, at_once = ({name: [] for name in versions} for _ in range(4))
     for code in versions.values():  # fills the page cache

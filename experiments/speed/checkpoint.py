@@ -69,12 +69,12 @@ def _write_weights(folder: Path, config: Config, shards: int) -> None:
 
 
 def _published(name: str) -> str:
-    """The inverse of `model.weights.name_in_memory`."""
+    """Return the inverse of `model.weights.name_in_memory`."""
     return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
 
 
 def _tokenizer(demo: dict) -> dict:
-    """A tokenizer with a vocabulary of the published size: the demo's words, and random joins of them."""
+    """Return a tokenizer with a vocabulary of the published size: the demo's words, and random joins of them."""
     special = {token["content"] for token in demo["added_tokens"]}
     words = [word for word in demo["model"]["vocab"] if word not in special]
     known = set(words)

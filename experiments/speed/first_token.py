@@ -20,7 +20,7 @@ TURNS = 2
 
 
 def measure(side: str, args: argparse.Namespace) -> list[dict]:
-    """The turns of one process: name, tokens, seconds of encode and prefill."""
+    """Return the turns of one process: name, tokens, seconds of encode and prefill."""
     from evoprune.backend.cpu.linear import pack_waiting
     from evoprune.bench.clips import prepare, synthetic_frames
     from evoprune.bench.hugging_face import hugging_face_model

@@ -122,7 +122,7 @@ class Run:
 
     @property
     def clips(self) -> list[Clip]:
-        """The clips: of `hd` all lengths, of other kinds the shortest."""
+        """Return the clips: of `hd` all lengths, of other kinds the shortest."""
         lengths = {kind: self.args.minutes[:1] for kind in self.args.kinds}
         if "hd" in lengths:
             lengths["hd"] = self.args.minutes
@@ -224,7 +224,7 @@ def make(run: Run, name: str, arguments: Sequence[str], until: float) -> None:
 
 
 def about(run: Run) -> dict[str, Any]:
-    """The machine, versions and settings."""
+    """Return the machine, versions and settings."""
     from evoprune import __version__
     from evoprune.backend.devices import device_name
     from evoprune.backend.limits import available_cores
@@ -261,12 +261,12 @@ def about(run: Run) -> dict[str, Any]:
 
 
 def shortest(clips: Sequence[Clip]) -> list[Clip]:
-    """The first clip of each kind."""
+    """Return the first clip of each kind."""
     return [clip for number, clip in enumerate(clips) if clip.kind not in {other.kind for other in clips[:number]}]
 
 
 def sparse(clip: Clip) -> Frames:
-    """Frames spread over a whole clip."""
+    """Return frames spread over a whole clip."""
     return Frames(clip, SPARSE, clip.seconds / SPARSE)
 
 
@@ -299,7 +299,7 @@ def curve(run: Run, until: float) -> None:
 
 
 def fastest(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
-    """The other readers that were the fastest with the right frames of a kind of clip, in any of its cases."""
+    """Return the other readers that were the fastest with the right frames of a kind of clip, in any of its cases."""
     cases: dict[tuple, dict[str, list[float]]] = {}
     for row in rows:
         if row["kind"] == kind and row["side"] in PEERS and row.get("moved_s", RIGHT_S) < RIGHT_S:
@@ -352,13 +352,13 @@ def read_in_turn(run: Run, part: str, cases: Sequence[tuple[Frames, list[str]]],
 
 
 def asked_clips(run: Run) -> list[Clip]:
-    """The clips that are asked about."""
+    """Return the clips that are asked about."""
     hd = [clip for clip in run.clips if clip.kind == "hd"]
     return hd if run.args.device.startswith("cuda") else hd[:1]
 
 
 def questions(run: Run) -> list[tuple[Clip, int | None]]:
-    """Clips, and how many frames are looked at; None: as many as the model's rate and limits give."""
+    """Return clips, and how many frames are looked at; None: as many as the model's rate and limits give."""
     asked = asked_clips(run)
     if run.args.frames is not None:
         return [(asked[-1], run.args.frames)]
@@ -368,12 +368,12 @@ def questions(run: Run) -> list[tuple[Clip, int | None]]:
 
 
 def asking_sides(run: Run) -> list[str]:
-    """The rows: transformers, then evoprune at each budget."""
+    """Return the rows: transformers, then evoprune at each budget."""
     return [name for name in (TRANSFORMERS, *run.args.budgets) if not run.args.sides or name in run.args.sides]
 
 
 def model_options(run: Run) -> tuple[str, ...]:
-    """The options that all sides have. Earlier versions do not know `--seek`."""
+    """Return the options that all sides have. Earlier versions do not know `--seek`."""
     options = ("-m", str(run.model.absolute()), "--device", run.args.device, "--dtype", run.args.dtype)
     if run.args.seek == AUTO_SEEK:
         return options
@@ -417,7 +417,7 @@ def loaded(run: Run, until: float) -> None:
 
 
 def visit(run: Run, side: Side, until: float, asks: int) -> Iterator[tuple[Clip, int | None, dict[str, Any], bool]]:
-    """The answers of one turn of a side, and whether each is the first of its process. Ends with one that failed."""
+    """Yield the answers of one turn of a side, and whether each is the first of its process. Ends with one that failed."""
     for clip, frames in questions(run):
         for _ in range(asks):
             first = not side.running
@@ -475,7 +475,7 @@ def start(run: Run, until: float) -> None:
 
 
 def run_once(command: Sequence[str], checkout: Path, seconds: float, log: Path) -> dict[str, Any]:
-    """A process whose stdout is read as it comes: seconds from its start to the first words and the last, CPU time, memory.
+    """Return a process whose stdout is read as it comes: seconds from its start to the first words and the last, CPU time, memory.
 
     `"error"` says why there is no answer.
     """

@@ -142,7 +142,7 @@ class Transformers:
         }
 
     def _plan(self, video: str, frames: int | None):
-        """The same times and size as ours."""
+        """Return the same times and size as ours."""
         from evoprune.session.options import SamplingOptions
         from evoprune.video.frames import probe
         from evoprune.video.plan import make_plan
@@ -152,7 +152,7 @@ class Transformers:
         return make_plan(info, self._found.limits[info.kind], **sampling.numbers)
 
     def _inputs(self, plan) -> dict[str, Any]:
-        """What the processor makes of a video and the question."""
+        """Return what the processor makes of a video and the question."""
         import torch
 
         from evoprune.session.prompting import prompt_about
@@ -182,7 +182,7 @@ class Transformers:
         return inputs
 
     def _frames(self, plan, pair: int) -> Iterator[Any]:
-        """Frames uint8 `[n, height, width, 3]`, whole frame pairs at a time."""
+        """Yield frames uint8 `[n, height, width, 3]`, whole frame pairs at a time."""
         import numpy as np
 
         from experiments.speed.first_word_readers import BLOCK, READERS
@@ -199,7 +199,7 @@ class Transformers:
 
 
 def first_feed() -> str:
-    """The first reader of `FEEDS` that can be imported, which is imported now."""
+    """Return the first reader of `FEEDS` that can be imported, which is imported now."""
     for module, reader in FEEDS.items():
         try:
             import_module(module)
@@ -231,7 +231,7 @@ class _Words:
 
 
 def _clock(device) -> Callable[[], float]:
-    """The time in seconds once the device has done what it was given."""
+    """Return the time in seconds once the device has done what it was given."""
     from evoprune.backend.devices import now
 
     return lambda: now(device)

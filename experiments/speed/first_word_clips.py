@@ -53,11 +53,11 @@ class Kind:
         return [time_s for second in range(self.piece_s) for time_s in _screen_times(second, self.fps)]
 
     def seconds(self, asked: float) -> int:
-        """How long a clip is that lasts at least so many seconds."""
+        """Return how long a clip is that lasts at least so many seconds."""
         return max(1, math.ceil(asked / self.piece_s - 1e-9)) * self.piece_s
 
     def number_at(self, time_s: float) -> int:
-        """The number of the frame on screen at a time of the clip."""
+        """Return the number of the frame on screen at a time of the clip."""
         return bisect_right(self.times_s, time_s % self.piece_s + 1e-6) - 1
 
 
@@ -77,7 +77,7 @@ KINDS = {
 
 
 def _screen_times(second: int, fps: int) -> list[float]:
-    """A page scrolls for a second, then somebody types, then nothing changes for some seconds."""
+    """Return a page scrolls for a second, then somebody types, then nothing changes for some seconds."""
     moment = second % SCREEN_CYCLE
     if moment == 0:
         return [second + number / fps for number in range(fps)]
@@ -87,12 +87,12 @@ def _screen_times(second: int, fps: int) -> list[float]:
 
 
 def even(side: int) -> int:
-    """The side of a picture made smaller, as encoders want it."""
+    """Return the side of a picture made smaller, as encoders want it."""
     return max(2, side // 2 * 2)
 
 
 def pictures(kind: Kind, size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """The frames of the piece: uint8 `[height, width, 3]`."""
+    """Yield the frames of the piece: uint8 `[height, width, 3]`."""
     height, width = size
     frames = _screen(kind, height, width) if kind.screen else _scenes(kind, height, width)
     for number, frame in enumerate(frames):
@@ -136,7 +136,7 @@ def _scenery(draw: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _screen(kind: Kind, height: int, width: int) -> Iterator[np.ndarray]:
-    """A white page with lines of words, which scrolls and is typed on."""
+    """Yield a white page with lines of words, which scrolls and is typed on."""
     draw = np.random.default_rng(1)
     line = max(4, height // 45)
     page = np.full((2 * height, width, 3), 250, np.uint8)
@@ -166,7 +166,7 @@ def _write_number(frame: np.ndarray, number: int) -> None:
 
 
 def number_of(frame: np.ndarray) -> int:
-    """The number in a frame that was read."""
+    """Return the number in a frame that was read."""
     stripes = frame[-_stripe(frame) // 2 :]
     width = frame.shape[1]
     number = 0

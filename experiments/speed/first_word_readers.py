@@ -90,7 +90,7 @@ def opencv_one_pass(path: str, times_s: Sequence[float], part_s: float) -> Frame
 
 
 def opened(path: str):
-    """An open file of OpenCV. Raises OSError."""
+    """Return an open file of OpenCV. Raises OSError."""
     import cv2
 
     video = cv2.VideoCapture(path)
@@ -100,7 +100,7 @@ def opened(path: str):
 
 
 def in_rgb(found: bool, frame: np.ndarray) -> np.ndarray:
-    """A frame of OpenCV. Raises OSError: there was none."""
+    """Return a frame of OpenCV. Raises OSError: there was none."""
     import cv2
 
     if not found:
@@ -155,12 +155,12 @@ def on_screen(decoded, times_s: Sequence[float], begin: float) -> Frames:
 
 
 def blocks(times_s: Sequence[float]) -> Iterator[Sequence[float]]:
-    """The times, so many at once."""
+    """Return the times, so many at once."""
     return (times_s[first : first + BLOCK] for first in range(0, len(times_s), BLOCK))
 
 
 def index_of(time_s: float, rate: float, count: int) -> int:
-    """The number of a frame by the average rate."""
+    """Return the number of a frame by the average rate."""
     return max(0, min(count - 1, int(time_s * rate + 0.01)))
 
 
@@ -204,7 +204,7 @@ def read(name: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def distance(kind, number: int, other: int) -> float:
-    """Seconds between two frames of a piece, which is repeated. A number that no frame has is as far as can be."""
+    """Return seconds between two frames of a piece, which is repeated. A number that no frame has is as far as can be."""
     shown = kind.times_s
     if not 0 <= number < len(shown):
         return kind.piece_s / 2

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of Markdown; all columns but the first are to the right."""
+    """Return lines of Markdown; all columns but the first are to the right."""
     return [
         f"| {' | '.join(heads)} |",
         "|---" + "|--:" * (len(heads) - 1) + "|",
@@ -31,7 +31,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def seconds(value: float | None) -> str:
-    """Seconds in two or three digits."""
+    """Return seconds in two or three digits."""
     if value is None:
         return ""
     return f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
@@ -45,7 +45,7 @@ def times_as_fast(value: float | None) -> str:
 
 
 def machine(record: Row) -> str:
-    """What a run was measured on."""
+    """Return what a run was measured on."""
     about = record["about"]
     cores = "1 core" if about["cores"] == 1 else f"{about['cores']} cores"
     name = f"{cores} of {about['cpu']}"
@@ -55,7 +55,7 @@ def machine(record: Row) -> str:
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    """The rows by a key, in the order in which the keys come."""
+    """Return the rows by a key, in the order in which the keys come."""
     found: dict[Any, list[Row]] = {}
     for row in rows:
         found.setdefault(key(row), []).append(row)
@@ -63,26 +63,26 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 
 def middle(rows: Sequence[Row], name: str) -> float | None:
-    """The median of a value, of the rows that have it."""
+    """Return the median of a value, of the rows that have it."""
     values = [row[name] for row in rows if row.get(name) is not None]
     return median(values) if values else None
 
 
 def middle_row(rows: Sequence[Row]) -> Row | None:
-    """The turn whose wait is the median: its stages add up to it."""
+    """Return the turn whose wait is the median: its stages add up to it."""
     ordered = sorted((row for row in rows if "error" not in row), key=lambda row: row["first_word"])
     return ordered[(len(ordered) - 1) // 2] if ordered else None
 
 
 def ratio(others: Sequence[Row], rows: Sequence[Row], name: str) -> float | None:
-    """How many times as long the others take: the median over the rounds that both have."""
+    """Return how many times as long the others take: the median over the rounds that both have."""
     theirs = {row["round"]: row[name] for row in others if name in row}
     found = [theirs[row["round"]] / row[name] for row in rows if name in row and row["round"] in theirs]
     return median(found) if found else None
 
 
 def error_of(rows: Sequence[Row]) -> str:
-    """Why a side has no result."""
+    """Return why a side has no result."""
     return next((row["error"] for row in rows if "error" in row), "not measured").replace("|", "/")
 
 
@@ -90,7 +90,7 @@ def error_of(rows: Sequence[Row]) -> str:
 
 
 def title_of(side: str, rows: Sequence[Row] = ()) -> str:
-    """A side as the tables name it."""
+    """Return a side as the tables name it."""
     if not side.startswith(TRANSFORMERS):
         name, _, more = side.partition(", ")
         return f"evoprune `-b {name}`" + f", {more}" * bool(more)
@@ -114,12 +114,12 @@ def waits(record: Row) -> dict[tuple, dict[str, list[Row]]]:
 
 
 def stages(row: Row) -> list[float]:
-    """The seconds of `STAGES` in a wait. The first is what is left: what is read while the encoder works is not in it."""
+    """Return the seconds of `STAGES` in a wait. The first is what is left: what is read while the encoder works is not in it."""
     return [max(0.0, row["first_word"] - row["encode"] - row["prefill"]), row["encode"], row["prefill"]]
 
 
 def case_title(clip: str, sides: dict[str, list[Row]]) -> str:
-    """A clip, and what is looked at of it."""
+    """Return a clip, and what is looked at of it."""
     row = next((row for rows in sides.values() for row in rows if row.get("size")), None)
     if row is None:
         return clip
@@ -128,7 +128,7 @@ def case_title(clip: str, sides: dict[str, list[Row]]) -> str:
 
 
 def loaded_tables(record: Row) -> list[str]:
-    """A table for each question: stages, the first word and the last."""
+    """Return a table for each question: stages, the first word and the last."""
     lines = []
     all_first = [row for row in record.get("loaded", []) if row["first"]]
     for (clip, asked), sides in waits(record).items():
@@ -196,7 +196,7 @@ def start_table(record: Row) -> list[str]:
 
 
 def reading_cell(turns: Sequence[Row]) -> str:
-    """The median, and how many frames were others than those on screen at their times; or that there is none."""
+    """Return the median, and how many frames were others than those on screen at their times; or that there is none."""
     value = middle(turns, "seconds")
     if value is None:
         over = next((row["over_s"] for row in turns if "over_s" in row), None)
@@ -209,7 +209,7 @@ def reading_cell(turns: Sequence[Row]) -> str:
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """Why readers failed, each reason once."""
+    """Return why readers failed, each reason once."""
     failed = [row for row in rows if "error" in row and "over_s" not in row]
     said = grouped(failed, lambda row: (row["side"], row["error"]))
     return [
@@ -219,7 +219,7 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 
 def reading_table(record: Row) -> list[str]:
-    """A row for each case, a column for each reader."""
+    """Return a row for each case, a column for each reader."""
     cases = grouped(record.get("reading", []), lambda row: (row["clip"], row["part_s"]))
     if not cases:
         return []
@@ -235,7 +235,7 @@ def reading_table(record: Row) -> list[str]:
 
 
 def curve_tables(record: Row) -> list[str]:
-    """A table for each kind of clip: a row for each distance of frames."""
+    """Return a table for each kind of clip: a row for each distance of frames."""
     lines = []
     for kind, rows in grouped(record.get("curve", []), lambda row: row["kind"]).items():
         names = [name for name in READERS if any(row["side"] == name for row in rows)]
@@ -287,7 +287,7 @@ def settings(record: Row) -> list[str]:
 
 
 def sections(record: Row) -> list[str]:
-    """The tables of a run, each under its heading."""
+    """Return the tables of a run, each under its heading."""
     made = {
         "With the model loaded": loaded_tables(record),
         "From the start of a process": start_table(record),
@@ -302,7 +302,7 @@ def sections(record: Row) -> list[str]:
 
 
 def document(records: Sequence[Row]) -> str:
-    """All tables, a section for each machine."""
+    """Return all tables, a section for each machine."""
     lines = []
     for record in records:
         lines += [f"## {machine(record)}", "", *settings(record), "", *sections(record)]
@@ -332,7 +332,7 @@ def summary(records: Sequence[Row]) -> list[str]:
 
 
 def shown_stats(records: Sequence[Row]) -> list[str]:
-    """A command and the stats that it printed, as a block."""
+    """Return a command and the stats that it printed, as a block."""
     for record in records:
         for row in record.get("start", []):
             if row["side"] == "balanced" and "stats" in row:
@@ -346,7 +346,7 @@ def shown_stats(records: Sequence[Row]) -> list[str]:
 
 
 def readme(records: Sequence[Row]) -> str:
-    """The part of README about the wait: chart, table and stats."""
+    """Return the part of README about the wait: chart, table and stats."""
     lines = [
         "## From the path to the first word",
         "",
@@ -364,7 +364,7 @@ def readme(records: Sequence[Row]) -> str:
 
 
 def chart_title(records: Sequence[Row]) -> str:
-    """What the chart says, in words."""
+    """Return what the chart says, in words."""
     said = []
     for record in records:
         for (clip, _), sides in waits(record).items():
@@ -383,7 +383,7 @@ TALL = 17
 
 
 def chart(records: Sequence[Row]) -> str:
-    """An SVG: for each question bars of the wait, stage after stage."""
+    """Return an SVG: for each question bars of the wait, stage after stage."""
     elements = [svg.text(svg.EDGE, 34, "From the path to the first word, with the model loaded", size=17, weight=600)]
     x = svg.EDGE
     for name, colour in STAGES.items():

@@ -63,7 +63,7 @@ class Step:
 
 
 def steps(settings: str) -> list[Step]:
-    """All steps in their order. `settings`: a folder with what `first` needs of the 3B model beside its weights."""
+    """Return all steps in their order. `settings`: a folder with what `first` needs of the 3B model beside its weights."""
     random = ("-m", settings, "--load-format", "dummy", "--dtype", "bf16")
     plain = {"EVOPRUNE_PLAIN": "1"}
     return [
@@ -87,7 +87,7 @@ def _step(name: str, model: str, *cases: str, budgets: Sequence[float] = (0.25,)
 
 
 def dry_steps() -> list[Step]:
-    """The same at the size of the demo on a CPU, each kind once."""
+    """Return the same at the size of the demo on a CPU, each kind once."""
     demo = ("-m", "demo", "--device", "cpu")
     small = ("--cases", "4x56x84", "--rounds", "1")
     plain = {"EVOPRUNE_PLAIN": "1"}
@@ -155,7 +155,7 @@ class Run:
 
 
 def run_process(command: Sequence[str], log: Path, seconds: float, environment: dict[str, str]) -> int | None:
-    """The exit code of a process whose output goes into a file; None where it had to be stopped."""
+    """Return the exit code of a process whose output goes into a file; None where it had to be stopped."""
     with log.open("w", encoding="utf-8") as out:
         print("$", *(f"{k}={v}" for k, v in environment.items()), *command, file=out, flush=True)
         process = subprocess.Popen(  # noqa: S603 (this Python)
@@ -184,7 +184,7 @@ def run_process(command: Sequence[str], log: Path, seconds: float, environment: 
 
 
 def lines_of(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """A table; numbers to the right."""
+    """Return a table; numbers to the right."""
     texts = [[*columns], *([_cell(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     right = [all(not isinstance(row[n], str) for row in rows) for n in range(len(columns))]
@@ -205,7 +205,7 @@ def _cell(value: Any) -> str:
 
 
 def summary(done: Sequence[dict[str, Any]]) -> list[str]:
-    """The short tables of all parts."""
+    """Return the short tables of all parts."""
     env = next((each["found"]["env"] for each in done if "env" in each["found"]), {})
     named = ("torch", "transformers", "triton", "flash_attn", "flash-linear-attention", "causal-conv1d")
     lines = [

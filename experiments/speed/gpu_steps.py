@@ -53,7 +53,7 @@ class Record:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """The card and the versions of what computes on it."""
+    """Return the card and the versions of what computes on it."""
     import torch
 
     found = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
@@ -73,7 +73,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] = ("evoprune",)):
-    """A benchmark of `evoprune profile` with its rows: `bench.run(row)` is one turn of a row."""
+    """Return a benchmark of `evoprune profile` with its rows: `bench.run(row)` is one turn of a row."""
     from evoprune.backend.devices import LAUNCH_BOUND_UNITS
     from evoprune.bench.clips import case_grid, synthetic_frames
     from evoprune.bench.profile import Bench, all_rows, default_load_format, load, outline
@@ -185,7 +185,7 @@ def case_text(case) -> str:
 
 
 def rows_of(turns: dict[tuple[str, str], list], errors: dict[tuple[str, str], str]) -> list[dict[str, Any]]:
-    """The medians of the turns, and how many times faster the first token is than transformers' and ours at 1.0."""
+    """Return the medians of the turns, and how many times faster the first token is than transformers' and ours at 1.0."""
     made = []
     for (case, name), own in turns.items():
         ms = {stage: 1000 * median(getattr(t.sample, stage) for t in own) for stage in ("encode", "prune", "prefill")}
@@ -244,7 +244,7 @@ def forced(bench, row) -> tuple[float, list[int]]:
 
 
 def generated(bench, count: int) -> tuple[float, list[int]]:
-    """The same of transformers' `generate` about a text as long as the smallest prompt: `count` tokens less one token."""
+    """Return the same of transformers' `generate` about a text as long as the smallest prompt: `count` tokens less one token."""
     import torch
 
     from evoprune.backend.devices import now
@@ -318,7 +318,7 @@ def first(record: Record) -> None:
 
 
 def sample(folder: Path) -> Path:
-    """The sample clip `pan.mp4`; a folder of frames of about its size where nothing here reads videos."""
+    """Return the sample clip `pan.mp4`; a folder of frames of about its size where nothing here reads videos."""
     from importlib.util import find_spec
 
     if find_spec("av"):

@@ -37,7 +37,7 @@ SETTINGS = {
 
 
 def measure(name: str, model: str, frames: int, windows: int) -> float:
-    """Seconds of a window, in this process."""
+    """Return seconds of a window, in this process."""
     _, _, apart, ended = SETTINGS[name]
     from evoprune.backend.cpu.machine import release_omp_threads
     from evoprune.video_qa import VideoQA

@@ -31,7 +31,7 @@ class Side:
         return self._process is not None
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """The answer to a request; `{"error": text}` where there is none in so many seconds, or the process ends."""
+        """Return the answer to a request; `{"error": text}` where there is none in so many seconds, or the process ends."""
         if seconds <= 0:
             return {"error": "not begun: no time was left"}
         if self._process is None:
@@ -97,7 +97,7 @@ def end_group(number: int) -> None:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a file that is not empty: of a traceback, the error."""
+    """Return the last line of a file that is not empty: of a traceback, the error."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].strip()[:200] if lines else "it said nothing"
 

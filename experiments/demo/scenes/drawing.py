@@ -58,7 +58,7 @@ def render_with_map(clip: Clip, times: Sequence[float]) -> tuple[np.ndarray, np.
 
 
 def _sharp(clip: Clip, t: float, scenery: Scenery, sprite_of: Callable[..., Sprite]) -> tuple[np.ndarray, np.ndarray]:
-    """The frame at time t without blur and noise, float32, and its map."""
+    """Return the frame at time t without blur and noise, float32, and its map."""
     camera = clip.camera
     shake = _shake(clip, t)
     margin = scenery.margin
@@ -94,7 +94,7 @@ def _sharp(clip: Clip, t: float, scenery: Scenery, sprite_of: Callable[..., Spri
 
 
 def _shake(clip: Clip, t: float) -> tuple[int, int]:
-    """The offset of a camera in a hand: a sum of slow waves, in whole pixels."""
+    """Return the offset of a camera in a hand: a sum of slow waves, in whole pixels."""
     a = clip.camera.shake
     phase = clip.seed[-1] % 628 / 100
     if not a:
@@ -106,7 +106,7 @@ def _shake(clip: Clip, t: float) -> tuple[int, int]:
 
 
 def _magnified(canvas: np.ndarray, seen: np.ndarray, factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """The middle of the frame, `factor` times as large, by linear interpolation."""
+    """Return the middle of the frame, `factor` times as large, by linear interpolation."""
     nearest = []
     for axis in (0, 1):
         n = canvas.shape[axis]

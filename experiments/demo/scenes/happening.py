@@ -67,7 +67,7 @@ def _often(clip, rng):
 
 
 def _turns(clip, rng):
-    """What changes, and what it was before and is afterwards."""
+    """Yield what changes, and what it was before and is afterwards."""
     changing = [t for t in clip.things if t.after]
     for t, x in referred(clip, rng, changing):
         for when, answer in (("start", t.text or t.colour), ("end", t.after)):
@@ -114,7 +114,7 @@ def _camera(clip, rng):
 
 
 def _scenes(clip, rng):
-    """What is to be seen in one of two scenes."""
+    """Yield what is to be seen in one of two scenes."""
     if not clip.is_uncut:
         before, after = ([t for t in distinct(clip) if t.visible(at)] for at in (0.0, clip.seconds * 0.999))
         yield from one_of_four(clip, rng, "Which of these is there before the cut?", before, after, fill=True)
@@ -122,7 +122,7 @@ def _scenes(clip, rng):
 
 
 def _at(clip, rng):
-    """Whether a thing that is there at some time is there at the start, or at the end."""
+    """Yield whether a thing that is there at some time is there at the start, or at the end."""
     for thing, called in referred(clip, rng):
         if thing.event(clip.seconds) not in ("stays", "blinks") or rng.random() <= THERE:
             when, t = pick(rng, *times_asked(clip).items())
@@ -151,5 +151,5 @@ GIST |= {name: QuestionType(found.make, "gist", GLANCE * found.weight) for name,
 
 
 def types_for(clip: Clip) -> dict[str, QuestionType]:
-    """The types of questions that fit a clip of this family."""
+    """Return the types of questions that fit a clip of this family."""
     return LOOKING | CHECKED if clip.is_still else GIST | HAPPENING | CHECKED_OVER_TIME

@@ -21,7 +21,7 @@ Sprite = tuple[np.ndarray, np.ndarray]  # colours float32 [h, w, 3] and coverage
 
 @lru_cache(maxsize=1024)
 def texture_field(texture: str, size: int, period: int, turn: int = 0) -> np.ndarray:
-    """How far each pixel of a `size` square is from the first colour to the second: float32 in [0, 1].
+    """Return how far each pixel of a `size` square is from the first colour to the second: float32 in [0, 1].
 
     `period`: pixels until the texture repeats itself. turn: eighths of a half circle.
     """
@@ -42,7 +42,7 @@ def texture_field(texture: str, size: int, period: int, turn: int = 0) -> np.nda
 
 
 def thing_sprite(thing: Thing, changed: bool) -> Sprite:
-    """A thing or a sign, before or after its change."""
+    """Return a thing or a sign, before or after its change."""
     if thing.is_sign:
         return _board(thing.after if changed else thing.text, thing)
     first = np.array(COLOURS[thing.after] if changed else thing.rgb, np.float32)
@@ -73,13 +73,13 @@ def _board(text: str, sign: Thing) -> Sprite:
 
 @lru_cache(maxsize=2048)
 def thing_shadow(outline: str, height: int, width: int) -> np.ndarray:
-    """The shadow of a thing or a board of this size in pixels, two pixels larger to each side: float32."""
+    """Return the shadow of a thing or a board of this size in pixels, two pixels larger to each side: float32."""
     cover = np.ones((height, width), np.float32) if outline == SIGN else outline_mask(outline, height // 2)
     return soft_shadow(cover, 2) * np.float32(0.4)
 
 
 def soft_shadow(cover: np.ndarray, reach: int) -> np.ndarray:
-    """The shadow of a coverage, `reach` pixels larger to each side: float32."""
+    """Return the shadow of a coverage, `reach` pixels larger to each side: float32."""
     shadow = np.pad(cover, reach)
     for axis in (0, 1):
         total = np.cumsum(np.pad(shadow, [(reach + 1, reach) if a == axis else (0, 0) for a in (0, 1)]), axis=axis)
@@ -104,7 +104,7 @@ def pink_noise() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def leaves() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The bank, the smallest leaf first: coverage, mixture of two colours, and shadow of each."""
+    """Return the bank, the smallest leaf first: coverage, mixture of two colours, and shadow of each."""
     rng = np.random.default_rng(12)
     # Radii with density r^-3, the law that makes dead leaves look the same at every scale.
     u = (np.arange(BANK) + 0.5) / BANK
@@ -124,7 +124,7 @@ def leaves() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
 
 def _leaf_cover(rng: np.random.Generator, radius: int) -> np.ndarray:
-    """A disc, or a convex polygon of 3 to 7 corners, squeezed and turned: float32 `[2 * radius, 2 * radius]`."""
+    """Return a disc, or a convex polygon of 3 to 7 corners, squeezed and turned: float32 `[2 * radius, 2 * radius]`."""
     axis = (np.arange(2 * radius) + 0.5) - radius
     angle = rng.uniform(0, np.pi)
     squeeze = rng.uniform(0.5, 1)
