@@ -20,7 +20,7 @@ FUSED = {"causal_conv1d_fn", "causal_conv1d_update", "torch_chunk_gated_delta_ru
 _thread = threading.local()
 
 
-def run_of(device: torch.device, few: T, modules: T) -> T:
+def form_of_layers(device: torch.device, few: T, modules: T) -> T:
     """Return which of two functions runs layers: `few`, of few operations, or `modules`, of transformers.
 
     A CPU waits for arithmetic, and takes the modules; so does whoever wants plain PyTorch. A GPU waits for its operations.

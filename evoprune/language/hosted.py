@@ -11,7 +11,7 @@ import torch
 
 from evoprune.backend.attention import without_cudnn
 from evoprune.backend.devices import to_device
-from evoprune.backend.hosted import EXPERTS, run_of, through_experts, without_packages
+from evoprune.backend.hosted import EXPERTS, form_of_layers, through_experts, without_packages
 from evoprune.errors import call
 from evoprune.language import hybrid
 from evoprune.methods.types import arange_on
@@ -75,7 +75,7 @@ def run_modules(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch
 
 def run_for(model: HostedVL, device: torch.device) -> Callable[..., torch.Tensor]:
     """Return what runs the layers: `run_modules`, or `hybrid.run`, which rounds otherwise."""
-    return run_modules if can_crop(model) else run_of(device, hybrid.run, run_modules)
+    return run_modules if can_crop(model) else form_of_layers(device, hybrid.run, run_modules)
 
 
 @torch.inference_mode()

@@ -8,11 +8,13 @@ meta device.
 """
 
 import argparse
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evoprune.backend.devices import plain_pytorch
 from evoprune.language import hosted
 from evoprune.model.weights import HostedVL
 from evoprune.session.loading.find import describe_model
@@ -46,7 +48,7 @@ def count(model: HostedVL, columns: int, before: int, own: bool) -> int:
         with Operations() as seen, torch.no_grad():  # an inference mode would hide copies
             if own and before and length == columns > 1:
                 given["attention_mask"] = torch.ones(columns, before + columns, device="meta").tril(before)[None, None]
-            with patch.object(hosted, "is_host", lambda device: not own):
+            with nullcontext() if own else plain_pytorch():
                 hosted.run(model, x, places, cache.states, **given)
     return seen.count
 
