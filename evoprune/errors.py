@@ -2,11 +2,10 @@
 
 import errno
 import re
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from traceback import walk_tb
+from typing import TypeVar
 
 # What takes less memory, at a shell and in Python.
 USE_LESS = (
@@ -31,14 +30,11 @@ LONG_WORD = re.compile(r"(?=\S{201})(\S{97})\S*(\S{100})(?!\S)")
 LFS = b"version https://git-lfs.github.com/spec/"  # how what git-lfs leaves in the place of a file begins
 LFS_HINT = "the file itself is missing: run `git lfs pull` in its folder, or download it"
 
-# Methods of other packages, as far as they are loaded: the class of each, with how errors name it.
-PLUGINS: dict[type, str] = {}
-# Packages that compute with the quantised weights of a model that was loaded: the name of each, by its module.
-QUANTIZERS: dict[str, str] = {}
+T = TypeVar("T")
 
 
 class EvopruneError(Exception):
-    """Base of every expected failure: `message` says what and where, `hint` what to do about it. As a text it has both.
+    """Report an expected failure, as the base of all: `message` says what and where, `hint` what to do. As a text it has both.
 
     `exit_code` is what the command line ends with, `type` the short name in JSON records.
     """
@@ -54,18 +50,20 @@ class EvopruneError(Exception):
         self.stage = stage or self.stage
 
     def __str__(self) -> str:
-        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+        if not self.hint:
+            return self.message
+        return f"{self.message}\nhint: {self.hint}"
 
 
 class UsageError(EvopruneError):
-    """Flags or arguments that make no sense, alone or together, an output that cannot be written, or a limit of the system."""
+    """Report flags or arguments that make no sense, alone or together, an output that cannot be written, or a system's limit."""
 
     exit_code = 2
     type = "usage"
 
 
 class VideoError(EvopruneError):
-    """The video is missing, unreadable, not a video, or empty in the range asked for."""
+    """Report a video that is missing, unreadable, not a video, or empty in the range asked for."""
 
     exit_code = 3
     type = "video"
@@ -73,7 +71,7 @@ class VideoError(EvopruneError):
 
 
 class ModelError(EvopruneError):
-    """The model is missing, of an unsupported kind, damaged, or cannot be reached."""
+    """Report a model that is missing, of an unsupported kind, damaged, or cannot be reached."""
 
     exit_code = 4
     type = "model"
@@ -81,7 +79,7 @@ class ModelError(EvopruneError):
 
 
 class PluginError(EvopruneError):
-    """The code that another package brings failed: a method, or layers of quantised weights."""
+    """Report a failure in code that another package brings: a method, or layers of quantised weights."""
 
     type = "plugin"
 
@@ -91,11 +89,11 @@ class EvopruneWarning(UserWarning):
 
 
 class PluginWarning(EvopruneWarning):
-    """A method of another package is installed and not used."""
+    """Warn of a method of another package that is installed and not used."""
 
 
 class DeviceWarning(EvopruneWarning):
-    """A GPU is there and cannot be used."""
+    """Warn of a GPU that is there and cannot be used."""
 
 
 class ModelWarning(EvopruneWarning):
@@ -103,48 +101,32 @@ class ModelWarning(EvopruneWarning):
 
 
 class OutOfMemory(EvopruneError):
-    """A stage needed more memory than there is."""
+    """Report a stage that needed more memory than there is."""
 
     exit_code = 5
     type = "out_of_memory"
 
 
-def _plugin_error(problem: BaseException) -> PluginError | None:
-    """Return the error for an unexpected exception in another package's method or layers, or in code that these called; else
-    None.
-    """
-    packages = {method.__module__.partition(".")[0]: name for method, name in PLUGINS.items()} | QUANTIZERS
-    expected = isinstance(problem, EvopruneError) or is_out_of_memory(problem) or is_interruption(problem)
-    for frame, _ in walk_tb(None if expected else problem.__traceback__):
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package in packages:
-            method = PLUGINS.get(type(frame.f_locals.get("self")), packages[package])
-            other = "quantisation" if package in QUANTIZERS else "method"
-            hint = f"report it to that package's authors, with the traceback, which --debug prints; or choose another {other}"
-            return PluginError(f"{method} failed: {type(problem).__name__}: {first_line(problem)}", hint)
-    return None
+def call(package: str, function: Callable[..., T], *args, **kwargs) -> T:
+    """Return what a function returns that another package may bring, of a method or of quantised layers.
 
-
-@contextmanager
-def names_plugins() -> Iterator[None]:
-    """Also a decorator. What the code of another package's method raises becomes a PluginError that names the method.
-
-    So does SystemExit, with which it would end the whole program, but not what a signal raises meanwhile.
+    `package`: how an error names it; empty for this project's own code. Raises PluginError: the package's code failed.
     """
     try:
-        yield
-    except BaseException as problem:
-        if named := _plugin_error(problem):
-            raise named from problem
-        raise
+        return function(*args, **kwargs)
+    except Exception as problem:
+        if not package or isinstance(problem, EvopruneError) or is_out_of_memory(problem):
+            raise
+        hint = (
+            "report it to that package's authors, with the traceback, which --debug prints; or do without that package"
+        )
+        raise PluginError(f"{package} failed: {type(problem).__name__}: {first_line(problem)}", hint) from problem
 
 
 def error_record(problem: BaseException) -> dict:
     """Return a failure as JSON records hold it: code, type, stage, message, hint. Whatever is not expected is a bug."""
     if is_out_of_memory(problem):  # outside of any stage
         problem = OutOfMemory("out of memory", f"close other programs, or {USE_LESS}")
-    elif named := _plugin_error(problem):
-        problem = named
     elif isinstance(problem, FileNotFoundError) and problem.filename is None:  # from os.getcwd
         problem = UsageError("the current folder is gone", "go to another")
     elif path := _damaged_module(problem):
@@ -163,23 +145,17 @@ def _damaged_module(problem: BaseException) -> str | None:
     return next((frame.f_locals.get("bytecode_path") for frame in frames), None)
 
 
-def is_interruption(problem: BaseException) -> bool:
-    """Return whether a signal is the reason: Ctrl-C, or what this program's handler of any signal has raised."""
-    handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()}
-    frames = (frame for frame, _ in walk_tb(problem.__traceback__))
-    return isinstance(problem, KeyboardInterrupt) or any(frame.f_code in handlers for frame in frames)
-
-
 def is_out_of_memory(problem: BaseException) -> bool:
-    """Return whether a host or a device ran out of memory, by the type of what was raised, or by what it says."""
+    """Return whether a host or a device ran out of memory, by the exception's type, or by its text."""
     if isinstance(problem, MemoryError) or (isinstance(problem, OSError) and problem.errno == errno.ENOMEM):
         return True
-    said = str(problem) if isinstance(problem, RuntimeError | OSError | ImportError) else ""
-    return re.search("|".join(NO_MEMORY), said) is not None
+    if not isinstance(problem, RuntimeError | OSError | ImportError):
+        return False
+    return re.search("|".join(NO_MEMORY), str(problem)) is not None
 
 
 class memory_guard:  # noqa: N801 (called as a function)
-    """A context that turns running out of memory, on the CPU or on a device, into an `OutOfMemory` that names the stage.
+    """Turn running out of memory in a block, on the CPU or on a device, into an `OutOfMemory` that names the stage.
 
     No generator: from Python 3.12 on, the frame of one that raises is part of a cycle, which keeps all memory that the failed
     work had until the garbage collector comes.
@@ -198,12 +174,16 @@ class memory_guard:  # noqa: N801 (called as a function)
         said = re.search(
             r"Tried to allocate ([\d.]+ \wiB).*?(?:of which ([\d.]+ \wiB) is free|$)", str(problem), re.DOTALL
         )
-        wanted = "" if not said else f": {said[1]} wanted" + (f", {said[2]} free" if said[2] else "")
-        raise OutOfMemory(f"out of memory in {self.stage}{wanted}", USE_LESS, stage=self.stage) from problem
+        message = f"out of memory in {self.stage}"
+        if said:
+            message += f": {said[1]} wanted"
+        if said and said[2]:
+            message += f", {said[2]} free"
+        raise OutOfMemory(message, USE_LESS, stage=self.stage) from problem
 
 
 def process_error(what: str, problem: OSError, stage: str | None = None) -> EvopruneError:
-    """Return the error for what the system refuses where a process is started or served: `what` cannot be done."""
+    """Return the error where the system refuses to start or serve a process: `what` cannot be done."""
     message = f"cannot {what}: {problem.strerror}"
     if problem.errno == errno.ENOMEM:
         return OutOfMemory(message, "close other programs", stage=stage)

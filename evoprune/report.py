@@ -17,7 +17,7 @@ from math import ceil, floor
 from typing import Any
 
 from evoprune.bundled import DEMOS
-from evoprune.util import budget_text, clock, counted, listed, shorten, shown, size
+from evoprune.util import budget_text, clock, counted, listed, one_line, shorten, shown, size
 
 SCHEMA = "evoprune/answer@1"
 # Why the report of a call of a Hugging Face model is empty, by the name in `warnings`.
@@ -137,7 +137,7 @@ class Pruning:
 
 @dataclass
 class InputTimes:
-    """Of one input; as in `Times`."""
+    """Hold the times of one input, as in `Times`."""
 
     read: float | None = None
     preprocess: float | None = None
@@ -151,7 +151,10 @@ class InputTimes:
 
 @dataclass
 class InputFacts:
-    """One input of a question. `time_ms`: what its encoding took, whichever question paid for it. `warnings`: about this input."""
+    """Hold the facts about one input of a question.
+
+    `time_ms`: times of its encoding, whichever question paid for it. `warnings`: about this input.
+    """
 
     path: str | None = None
     kind: str | None = None
@@ -204,7 +207,10 @@ class Rate:
 
 @dataclass
 class Memory:
-    """`peak_bytes` counts mapped pages of files, which the system can drop; `own_bytes` says what is in use without them."""
+    """Hold amounts of memory.
+
+    `peak_bytes` counts mapped pages of files, which the system can drop; `own_bytes` says what is in use without them.
+    """
 
     weights_bytes: int | None = None
     peak_bytes: int | None = None
@@ -224,13 +230,15 @@ class ModelFacts:
 
     @property
     def precision(self) -> str:
-        """Dtype and bits, as tables name them."""
+        """Name dtype and bits, as tables do."""
         return precision(self.dtype, self.quantize)
 
 
 def precision(dtype: str | None, quantize: str | None) -> str:
-    """ "fp32", or "fp32 int8" where weights are quantised."""
-    return f"{dtype}" if quantize in (None, "none") else f"{dtype} {quantize}"
+    """Name the dtype, and the bits where weights are quantised: "fp32", "fp32 int8"."""
+    if quantize in (None, "none"):
+        return str(dtype)
+    return f"{dtype} {quantize}"
 
 
 @dataclass
@@ -244,7 +252,7 @@ class Environment:
 
 @dataclass
 class Report:
-    """One record: a question, its answer (or error), and everything that was measured on the way.
+    """Hold one record: a question, its answer (or error), and everything that was measured on the way.
 
     `inputs`: each input by itself. Of one input `video`, `sampling`, `pruning` and `subtitles` are the same. Of several `pruning`
     is that of all together, and the others are empty.
@@ -280,7 +288,9 @@ class Report:
     def __str__(self) -> str:
         """Return the stats as lines of text, as the command line prints them, and what the warnings say."""
         stats = stats_block(self)
-        return "\n".join([*stats, *warning_lines(self)]) if stats else repr(self)
+        if not stats:
+            return repr(self)
+        return "\n".join([*stats, *warning_lines(self)])
 
     def __repr__(self) -> str:
         pruning = self.pruning
@@ -298,7 +308,10 @@ class Report:
         return f"<Report: {', '.join(facts) or ': '.join(empty)}>"
 
     def to_json(self, ascii_only: bool = False) -> str:
-        """One compact line; `ascii_only` spells everything else as JSON escapes, as invisible characters always are."""
+        """Write the record as one compact line.
+
+        Invisible characters become JSON escapes; with `ascii_only` all characters outside ASCII do.
+        """
         text = json.dumps(rounded(asdict(self)), ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
         return INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
@@ -364,8 +377,10 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
     `verbose`: also the rows of every layer, settings and versions.
     """
     lines = [*_heading(report, width), *_stages(report, width), *_totals(report), *_memory(report.memory)]
-    lines += _side_by_side(report, report.compare) if report.compare else []
-    lines += _verbose(report) if verbose else []
+    if report.compare:
+        lines += _side_by_side(report, report.compare)
+    if verbose:
+        lines += _verbose(report)
     if report.error:
         lines.append(f"{'error':<11}{report.error['message']}")
     return [piece for line in lines for piece in _folded(line, width)]
@@ -383,8 +398,10 @@ def warned(report: Report) -> list[tuple[str, VideoFacts]]:
     Those of inputs, then those about the model.
     """
     own = [(name, facts.video) for facts in report.inputs for name in facts.warnings]
-    names = [os.path.basename(os.path.abspath(facts.path)) for facts in report.inputs]
-    about = replace(report.video, path=listed(names)) if len(names) > 1 else report.video
+    about = report.video
+    if len(report.inputs) > 1:
+        names = [os.path.basename(os.path.abspath(facts.path)) for facts in report.inputs]
+        about = replace(about, path=listed(names))
     return [*own, *((name, about) for name in report.warnings if name not in {known for known, _ in own})]
 
 
@@ -398,7 +415,8 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
     `answers`: which ones mean nothing; None for the one about this video.
     """
     path = path or os.path.basename(os.path.abspath(video.path or "the video"))
-    path = "standard input" if video.path == "-" else path
+    if video.path == "-":
+        path = "standard input"
     facts = {
         "damaged": video.damaged or 0,
         "ends": clock(video.duration_s),
@@ -409,17 +427,21 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
 
 
 def summary(report: Report) -> str:
-    """One line: tokens, first token and total."""
+    """Write one line: tokens, first token and total."""
     tokens = report.tokens
     times = report.time_ms
     read = f"{counted(tokens.prompt or 0, 'token')} read ({tokens.visual or 0:,} visual), {tokens.new or 0:,} written"
-    first = "not reached" if times.ttft_wall is None else f"{times.ttft_wall:,.0f} ms"
+    first = "not reached"
+    if times.ttft_wall is not None:
+        first = f"{times.ttft_wall:,.0f} ms"
     return f"{read}; first token {first}, total {times.total or 0:,.0f} ms"
 
 
 def device_text(name: str | None, threads: int | None) -> str:
     """Return a device as a record names it, with the threads if it is the CPU."""
-    return f"{name} ({counted(threads, 'thread')})" if threads and (name or "").startswith("cpu") else str(name)
+    if threads and (name or "").startswith("cpu"):
+        return f"{name} ({counted(threads, 'thread')})"
+    return str(name)
 
 
 def _heading(report, width: int) -> list[str]:
@@ -427,13 +449,17 @@ def _heading(report, width: int) -> list[str]:
     pruning = report.pruning
     lines = []
     if model.id or model.device:
-        name = os.path.basename(os.path.abspath(model.id)) if os.path.isabs(model.id or "") else model.id or "?"
+        name = model.id or "?"
+        if os.path.isabs(name):
+            name = os.path.basename(os.path.abspath(name))
         name = shorten(name, max(24, width - 40))
         lines.append(f"{'model':<11}{name}  {model.precision}  {device_text(model.device, report.env.threads)}")
     lines += [_input_line(facts, width) for facts in report.inputs or [report] if facts.video.path]
     if pruning.method:
-        budget = "" if pruning.method == "none" else f" -b {budget_text(pruning.budget)}"
-        lines.append(f"{'pruning':<11}{pruning.method}{budget}: {_kept(pruning)}")
+        flags = pruning.method
+        if pruning.method != "none":
+            flags += f" -b {budget_text(pruning.budget)}"
+        lines.append(f"{'pruning':<11}{flags}: {_kept(pruning)}")
     return lines
 
 
@@ -442,9 +468,14 @@ def _input_line(facts, width: int) -> str:
     video = facts.video
     medium = getattr(facts, "kind", None) or "video"
     size = f"{video.width}x{video.height}"
-    times = f"{_span(facts)}  {size}  {f'{video.fps:.4g}' if video.fps else '?'} fps" if medium == "video" else size
-    known = f"  {times}  {video.codec}  ({video.decoder})" if video.decoder else ""
-    name = "".join(c if c.isprintable() else "?" for c in os.path.basename(os.path.abspath(video.path)))
+    times = size
+    if medium == "video":
+        fps = f"{video.fps:.4g}" if video.fps else "?"
+        times = f"{_span(facts)}  {size}  {fps} fps"
+    known = ""
+    if video.decoder:
+        known = f"  {times}  {video.codec}  ({video.decoder})"
+    name = one_line(os.path.basename(os.path.abspath(video.path)))
     return f"{medium:<11}{shorten(name, max(20, width - 11 - len(known)))}{known}"
 
 
@@ -452,13 +483,14 @@ def _kept(pruning) -> str:
     """Return the share of the visual tokens that is kept; where some leave inside the language model, what is kept where."""
     kept = 100 * (pruning.kept_ratio or 0)
     read = pruning.language_layers or []
-    left = {read[0][1]: 0} if read else {}
+    left: dict[int, int] = {}  # by the number of tokens, how many layers have run before
     for layer, tokens in read:
-        left.setdefault(tokens, layer)  # so many layers have run before
+        left.setdefault(tokens, layer)
     if len(left) < 2:
         return f"{kept:.1f}% kept, {100 - kept:.1f}% pruned"
-    shares = ", ".join([f"{100 * tokens / pruning.visual_tokens_in:.1f}%" for tokens in left][1:])
-    after = ", ".join([str(layer) for layer in left.values()][1:])
+    drops = list(left.items())[1:]
+    shares = ", ".join(f"{100 * tokens / pruning.visual_tokens_in:.1f}%" for tokens, _ in drops)
+    after = ", ".join(str(layer) for _, layer in drops)
     return f"{kept:.1f}% enter the language model; {shares} left after {after} of its {len(read)} layers"
 
 
@@ -476,21 +508,31 @@ def _stages(report, width: int) -> list[str]:
     times = report.time_ms
     flow = _flow(report)
     spent = {stage: getattr(times, stage) or 0 for stage in STAGES if _has_line(times, stage)}
-    longest = max(spent.values(), default=0)
+    longest = max(spent.values(), default=0) or 1
     room = width - 21 - max((len(flow[stage]) for stage in spent), default=0)  # columns left for the bars
-    bar = min(BAR, room - 2) if room >= 6 else 0
+    bar = 0
+    gap = ""
+    if room >= 6:
+        bar = min(BAR, room - 2)
+        gap = "  "
     lines = []
     for stage, ms in spent.items():
-        marks = "#" * (round(bar * ms / longest) if longest else 0)
-        lines.append(f"{stage:<11}{ms:>8,.0f}  {marks:<{bar}}{'  ' if bar else ''}{flow[stage]}".rstrip())
+        marks = "#" * round(bar * ms / longest)
+        lines.append(f"{stage:<11}{ms:>8,.0f}  {marks:<{bar}}{gap}{flow[stage]}".rstrip())
         if pruning := getattr(times, f"{stage}_prune", None):
-            lines.append(f"{'  pruning':<11}{pruning:>8,.0f}{_only_after(report) if stage == 'encode' else ''}")
+            line = f"{'  pruning':<11}{pruning:>8,.0f}"
+            if stage == "encode":
+                line += _only_after(report)
+            lines.append(line)
         if stage == "generate" and (times.pack or 0) >= 1:
             lines.append(f"{'  packing':<11}{times.pack:>8,.0f}  of all stages, once for each layer")
         if stage == "preprocess" and (times.overlap or 0) >= 1:
             lines.append(f"{'  overlap':<11}{-times.overlap:>8,.0f}  ran beside other work")
-    lines = [f"{'stage':<11}{'ms':>8}", *lines] if lines else []
-    return lines + (_each_input(report) if times.read else [])
+    if lines:
+        lines.insert(0, f"{'stage':<11}{'ms':>8}")
+    if times.read:
+        lines += _each_input(report)
+    return lines
 
 
 def _only_after(report) -> str:
@@ -502,7 +544,7 @@ def _only_after(report) -> str:
 
 
 def _has_line(times: Times, stage: str) -> bool:
-    """Not a stage that was not reached, nor that of a video which was timed with an earlier question."""
+    """Return whether a stage was reached, and timed with this question rather than an earlier one about the video."""
     spent = getattr(times, stage)
     if stage in ("prefill", "generate"):
         return spent is not None
@@ -510,7 +552,7 @@ def _has_line(times: Times, stage: str) -> bool:
 
 
 def _each_input(report) -> list[str]:
-    """Of several inputs, what each took and what is kept of it."""
+    """Say of each of several inputs how long it took and how much of it is kept."""
     lines = []
     for number, facts in enumerate(report.inputs, 1):
         kept = facts.pruning
@@ -551,8 +593,11 @@ def _flow(report) -> dict[str, str]:
     elif sampling.frames:
         height, width = sampling.resized_hw
         still = any(facts.kind == "picture" for facts in report.inputs)
-        flow["read"] = "a picture" if still else _frames_read(report)
-        flow["preprocess"] = f"{counted(sampling.frames, 'frame')} of " * (not still) + f"{width}x{height}"
+        flow["read"] = _frames_read(report)
+        flow["preprocess"] = f"{counted(sampling.frames, 'frame')} of {width}x{height}"
+        if still:
+            flow["read"] = "a picture"
+            flow["preprocess"] = f"{width}x{height}"
     if pruning.visual_tokens_kept is not None:
         tokens = counted(pruning.visual_tokens_in, "visual token")
         kept = pruning.visual_tokens_kept
@@ -562,11 +607,14 @@ def _flow(report) -> dict[str, str]:
     if count.prompt is not None:
         drops = [tokens for _, tokens in pruning.language_layers or []]
         fewer = [f"{tokens:,}" for tokens in dict.fromkeys(drops) if tokens < drops[0]]
-        then = f", then {', '.join(fewer)} visual" if fewer else ""
-        read = f"{counted(count.prompt, 'token')} read: {count.visual or 0:,} visual + {count.text or 0} text"
-        flow["prefill"] = read + then
-        speed = f", {report.rate.generate_tok_s:.1f} tok/s" if report.rate.generate_tok_s else ""
-        flow["generate"] = f"{counted(count.new or 0, 'token')} written{speed}"
+        flow["prefill"] = (
+            f"{counted(count.prompt, 'token')} read: {count.visual or 0:,} visual + {count.text or 0} text"
+        )
+        if fewer:
+            flow["prefill"] += f", then {', '.join(fewer)} visual"
+        flow["generate"] = f"{counted(count.new or 0, 'token')} written"
+        if report.rate.generate_tok_s:
+            flow["generate"] += f", {report.rate.generate_tok_s:.1f} tok/s"
     return flow
 
 
@@ -574,19 +622,24 @@ def _totals(report) -> list[str]:
     times = report.time_ms
     lines = []
     if times.ttft_wall is not None:
-        model = f"  (encode + prefill: {times.ttft_model:,.0f})" if times.ttft_model is not None else ""
-        lines.append(f"{'first token':<11}{times.ttft_wall:>8,.0f}{model}")
+        line = f"{'first token':<11}{times.ttft_wall:>8,.0f}"
+        if times.ttft_model is not None:
+            line += f"  (encode + prefill: {times.ttft_model:,.0f})"
+        lines.append(line)
     elif report.answer is None and report.question is not None and times.total is not None:
         lines.append(f"{'first token':<11}  not reached")
     if times.total is not None:
-        said = "" if report.video.path or report.question else "  (the whole call)"
-        said = said if times.load is None else f"  (loading the model, not counted: {times.load:,.0f})"
-        lines.append(f"{'total':<11}{times.total:>8,.0f}{said}")
+        line = f"{'total':<11}{times.total:>8,.0f}"
+        if times.load is not None:
+            line += f"  (loading the model, not counted: {times.load:,.0f})"
+        elif not (report.video.path or report.question):
+            line += "  (the whole call)"
+        lines.append(line)
     return lines
 
 
 def _memory(memory) -> list[str]:
-    """Return the peak; and on a CPU what of the memory in use is the process's own, and what are pages of files."""
+    """Return the peak; and on a CPU how much memory in use is the process's own, and how much are pages of files."""
     if memory.peak_bytes is None:
         return []
     lines = [f"{'memory':<11}peak {size(memory.peak_bytes)}; weights {size(memory.weights_bytes)}"]
@@ -608,39 +661,54 @@ def _side_by_side(pruned, full) -> list[str]:
     )
     lines = [f"{'compare':<16}{'pruned':>9}{'full':>9}"]
     for name, ours, theirs in rows:
-        cells = "".join(f"{'-' if value is None else f'{value:,.0f}':>9}" for value in (ours, theirs))
-        lines.append(f"{name:<16}{cells}" + (f"{theirs / ours:>7.1f}x" if ours and theirs else ""))
+        line = f"{name:<16}{_figure(ours):>9}{_figure(theirs):>9}"
+        if ours and theirs:
+            line += f"{theirs / ours:>7.1f}x"
+        lines.append(line)
     if along := pruned.agreement:
         agree = f"agrees at {along['agree']} of {counted(along['tokens'], 'token')} of the full answer"
         lines.append(f"{'agreement':<16}{agree}, KL {along['kl']:.3f} nats")
-    why = "the demo is too small to gain time" if pruned.model.id in DEMOS else "the first of the two also warms up"
+    why = "the first of the two also warms up"
+    if pruned.model.id in DEMOS:
+        why = "the demo is too small to gain time"
     return [*lines, f"{why}; to measure: evoprune profile"]
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
 
 
 def _folded(line: str, width: int) -> list[str]:
     """Return the line in pieces that fit, broken between words, the later ones indented."""
-    return [line] if len(line) <= width else textwrap.wrap(line, max(width, 30), subsequent_indent=INDENT)
+    if len(line) <= width:
+        return [line]
+    return textwrap.wrap(line, max(width, 30), subsequent_indent=INDENT)
 
 
 def _verbose(report) -> list[str]:
-    """Parts of loading in ms, the grid, rows or tokens of every layer, tokens of every frame pair, settings, versions."""
+    """List the parts of loading in ms, the grid, rows or tokens of every layer, tokens of every frame pair, settings, versions."""
     env = report.env
     times = report.time_ms
     pruning = report.pruning
-    grid = report.sampling.grid_thw
     loads = {"tokenizer": times.load_tokenizer, "weights": times.load_weights, "preparing": times.load_prepare}
-    pairs, rows, wide = grid or (0, 0, 0)
-    said = report.subtitles
-    read = pruning.language_layers
-    work = pruning.language_work
-    return [
+    grid = ["unknown"]
+    if report.sampling.grid_thw:
+        pairs, high, wide = report.sampling.grid_thw
+        grid = [counted(pairs, "frame pair"), "of", f"{high}x{wide}", "patches"]
+    lines = [
         *_wrapped("load", [f"{name}={spent:,.0f}" for name, spent in loads.items() if spent is not None]),
-        *_wrapped("grid", [counted(pairs, "frame pair"), "of", f"{rows}x{wide}", "patches"] if grid else ["unknown"]),
+        *_wrapped("grid", grid),
         *_wrapped("rows", [f"{layer}:{rows:,}" for layer, rows in pruning.layers or []]),
-        *(_wrapped("read", [f"{layer}:{tokens:,}" for layer, tokens in read]) if read else []),
-        *(_wrapped("work", [f"{layer}:{k:,}/{q:,}/{m:,}" for layer, k, q, m in work]) if work else []),
-        *_wrapped("kept", [f"{n:,}" for n in pruning.kept_per_pair or []]),
-        *([_subtitles(said)] if said else []),
+    ]
+    if read := pruning.language_layers:
+        lines += _wrapped("read", [f"{layer}:{tokens:,}" for layer, tokens in read])
+    if work := pruning.language_work:
+        lines += _wrapped("work", [f"{layer}:{k:,}/{q:,}/{m:,}" for layer, k, q, m in work])
+    lines += _wrapped("kept", [f"{n:,}" for n in pruning.kept_per_pair or []])
+    if report.subtitles:
+        lines.append(_subtitles(report.subtitles))
+    return [
+        *lines,
         *_wrapped("settings", [f"{k}={v}" for k, v in (pruning.args or {}).items()] or ["none"]),
         *_wrapped("versions", [f"evoprune {env.evoprune},", f"torch {env.torch},", f"transformers {env.transformers}"]),
         f"{'device':<11}{env.device_name}",
@@ -648,7 +716,7 @@ def _verbose(report) -> list[str]:
 
 
 def _subtitles(said: dict) -> str:
-    name = "".join(c if c.isprintable() else "?" for c in said["source"])
+    name = one_line(said["source"])
     count = f"{said['lines_in_prompt']:,} of {counted(said['lines'], 'line')}, {counted(said['tokens'], 'token')}"
     return f"{'subtitles':<11}{shorten(name, WIDTH - 13 - len(count))}: {count}"
 

@@ -31,49 +31,64 @@ SOME = 10  # texts that a sentence names before it only counts them
 
 
 def clock(seconds: float | None) -> str:
-    """1:02:03.5, 2:31.4 or 0:06.0."""
+    """Write a time: 1:02:03.5, 2:31.4 or 0:06.0."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds * 10), 600)
     hours, minutes = divmod(minutes, 60)
     tail = f"{rest // 10:02d}.{rest % 10}"
-    return f"{hours}:{minutes:02d}:{tail}" if hours else f"{minutes}:{tail}"
+    if not hours:
+        return f"{minutes}:{tail}"
+    return f"{hours}:{minutes:02d}:{tail}"
 
 
 def roughly(seconds: float) -> str:
-    """~0.3 s, ~40 s, ~12 min or ~9 h: an estimate with one digit or two."""
+    """Write an estimate with one digit or two: ~0.3 s, ~40 s, ~12 min or ~9 h."""
     if seconds >= 5700:
         return f"~{seconds / 3600:,.0f} h"
     if seconds >= 95:
         return f"~{seconds / 60:,.0f} min"
-    return f"~{float(f'{seconds:.1g}'):.0f} s" if seconds >= 0.95 else f"~{float(f'{seconds:.1g}'):g} s"
+    digit = float(f"{seconds:.1g}")
+    if seconds >= 0.95:
+        return f"~{digit:.0f} s"
+    return f"~{digit:g} s"
 
 
 def shorten(text: str, width: int) -> str:
     """Return the text with its middle left out where it is too long."""
+    if len(text) <= width:
+        return text
     head = max(0, (width - 3) // 2)
-    return text if len(text) <= width else text[:head] + "..." + text[len(text) - (width - 3 - head) :]
+    return text[:head] + "..." + text[len(text) - (width - 3 - head) :]
 
 
 def shown(path: str) -> str:
     """Return a path in a message: no more than its beginning and end where it is long, or a video inside a data: URL."""
-    return shorten(path, 40 if path.startswith("data:") else LONGEST)
+    if path.startswith("data:"):
+        return shorten(path, 40)
+    return shorten(path, LONGEST)
 
 
 def size(count: int | None) -> str:
     if count is None:
         return "?"
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    if count < 2**30:
+        return f"{count / 2**20:.0f} MiB"
+    return f"{count / 2**30:.1f} GiB"
 
 
 def counted(count: int, noun: str) -> str:
-    """1 token, 2 tokens."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    """Write a number of things: 1 token, 2 tokens."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count:,} {noun}s"
 
 
 def budget_text(budget: float | str) -> str:
-    """0.25, or the name of a budget such as auto."""
-    return budget if isinstance(budget, str) else f"{budget:g}"
+    """Write a budget: 0.25, or a name such as auto."""
+    if isinstance(budget, str):
+        return budget
+    return f"{budget:g}"
 
 
 def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
@@ -81,7 +96,9 @@ def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
     none is.
     """
     near = get_close_matches(word.lower(), list(known), most)
-    return f"did you mean {listed(near, 'or')}? " if near else ""
+    if not near:
+        return ""
+    return f"did you mean {listed(near, 'or')}? "
 
 
 def missing_hint(path: str, usual: str) -> str:
@@ -95,13 +112,12 @@ def missing_hint(path: str, usual: str) -> str:
     if address := ADDRESS.search(path):
         if address[1].lower() in STREAMS:
             return f'live video: evoprune watch {without_password(shown(address[0]))} -Q "What happens?"'
-        return (
-            DOWNLOAD_HINT
-            if WEB.match(path)
-            else "download it first; videos of http:// and https:// are read as they are"
-        )
-    near = near_file(path)
-    return f"did you mean {shown(near)}? {usual}".rstrip() if near else usual
+        if WEB.match(path):
+            return DOWNLOAD_HINT
+        return "download it first; videos of http:// and https:// are read as they are"
+    if near := near_file(path):
+        return f"did you mean {shown(near)}? {usual}".rstrip()
+    return usual
 
 
 def near_file(path: str) -> str | None:
@@ -116,8 +132,9 @@ def near_file(path: str) -> str | None:
     name = os.path.basename(path)
     below = ""
     while above and not os.path.isdir(above):
-        below = os.path.join(name, below) if below else name
-        above, name = os.path.dirname(above), os.path.basename(above)
+        below = _joined(name, below)
+        name = os.path.basename(above)
+        above = os.path.dirname(above)
     try:
         with os.scandir(above or os.curdir) as entries:
             names = [entry.name for entry in islice(entries, MOST_NAMES)]
@@ -128,10 +145,15 @@ def near_file(path: str) -> str | None:
         stems.setdefault(os.path.splitext(each)[0].lower(), []).append(each)
     for stem in get_close_matches(os.path.splitext(name)[0].lower(), stems, 3):
         for near in get_close_matches(name, stems[stem], len(stems[stem]), 0.0):
-            found = os.path.join(above, near, below) if below else os.path.join(above, near)
+            found = os.path.join(above, _joined(near, below))
             if found != path and os.path.exists(found):
                 return found
     return None
+
+
+def _joined(name: str, below: str) -> str:
+    """Join a name and what is below it, which may be nothing."""
+    return os.path.join(name, below) if below else name
 
 
 def is_url(path: Any) -> bool:
@@ -146,14 +168,23 @@ def without_password(source: str) -> str:
 
 def some(texts: Sequence[str], separator: str = ", ") -> str:
     """Return the first `SOME` texts, and how many more there are: a, b, and 3 more."""
-    more = [f"and {len(texts) - SOME:,} more"] if len(texts) > SOME else []
-    return separator.join([*texts[:SOME], *more])
+    first = list(texts[:SOME])
+    if len(texts) > SOME:
+        first.append(f"and {len(texts) - SOME:,} more")
+    return separator.join(first)
 
 
 def listed(names: Sequence[str], word: str = "and") -> str:
-    """a; a and b; a, b and c."""
+    """Join names: a; a and b; a, b and c."""
     *before, last = names
-    return f"{', '.join(before)} {word} {last}" if before else last
+    if not before:
+        return last
+    return f"{', '.join(before)} {word} {last}"
+
+
+def one_line(text: str) -> str:
+    """Return a path, for example, as one line of printable text."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def harmless(text: str) -> str:
@@ -223,12 +254,14 @@ def brief(value: Any) -> str:
         text = repr(value)
     except Exception:  # another package's class may raise anything
         text = ""
-    return text if 0 < len(text) <= 60 and "\n" not in text else f"of class {type(value).__name__}"
+    if 0 < len(text) <= 60 and "\n" not in text:
+        return text
+    return f"of class {type(value).__name__}"
 
 
 @dataclass(frozen=True)
 class Option:
-    """What the command line and Python say of an option."""
+    """Describe an option on the command line and in Python."""
 
     help: str
     flags: tuple[str, ...] = ()  # how it is typed; if there are none, by its name
@@ -252,7 +285,7 @@ def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
 
 
 def from_keywords(given: Mapping[str, Any], *declared: type) -> list:
-    """One object of each of `declared`, dataclasses, made of the keywords that are its fields.
+    """Make an object of each of `declared`, dataclasses, of the keywords that are its fields.
 
     Raises TypeError: a keyword that is a field of none of them. UsageError: a bad value.
     """
@@ -268,7 +301,7 @@ def check_known(given: Iterable[str], *declared: type) -> None:
 
 
 def check_types(options: Any) -> None:
-    """`check_type` of each field of a dataclass, which then holds Python's own numbers, as JSON and torch's seeds need them."""
+    """Check the type of each field of a dataclass, which then holds Python's own numbers, as JSON and torch's seeds need them."""
     for field_ in fields(options):
         object.__setattr__(options, field_.name, check_type(field_.name, getattr(options, field_.name), field_.type))
 
@@ -296,12 +329,13 @@ def check_type(name: str, value: Any, declared: Any) -> Any:
     wanted = [ACCEPTED.get(kind) for kind in kinds_of(declared)]
     if None in wanted:
         return value
-    *first, last = (kind for _, kind in wanted)
-    right = f"{', '.join(first)} or {last}" if first else last
+    right = listed([kind for _, kind in wanted], "or")
     if not any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in wanted):
         raise UsageError(f"{name} is {brief(value)}, not {right}", f"give {right}")
     if isinstance(value, Integral) and not MIN_INTEGER <= value <= MAX_INTEGER:
         raise UsageError(f"{name} is {value}, which 64 bits cannot hold", "give a smaller number")
     if isinstance(value, Real) and not isinstance(value, int | float):
-        return int(value) if isinstance(value, Integral) else float(value)
+        if isinstance(value, Integral):
+            return int(value)
+        return float(value)
     return value

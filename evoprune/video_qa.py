@@ -19,7 +19,7 @@ from contextlib import ExitStack, closing, nullcontext
 from typing import TYPE_CHECKING, Unpack
 
 from evoprune.backend.devices import holds_values
-from evoprune.errors import UsageError, names_plugins
+from evoprune.errors import UsageError
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import Answer, EncodedInputs, Uncopied, together
 from evoprune.session.encoding import OpenInputs, Progress, inputs_of, open_inputs, paths_of
@@ -57,9 +57,9 @@ Path = str | os.PathLike[str]
 class VideoQA(Uncopied):
     """A loaded model with a pruning method and a budget, ready for videos.
 
-    It computes in the dtype that the model was loaded with, also inside torch's autocast. `loaded` is from `loading.load_model`;
-    `load_seconds` is how long that took, for reports. `options`: `budget`, `method`, `method_args`, `seed`, as of `load`. A
-    `Session`, which has all of it, may be given instead.
+    It computes in the dtype that the model was loaded with, also inside torch's autocast. `loaded` is from `load_model`
+    (session/loading/model.py); `load_seconds` is how long that took, for reports. `options`: `budget`, `method`, `method_args`,
+    `seed`, as of `load`. A `Session`, which has all of it, may be given instead.
 
     Raises:
         UsageError: a bad budget or method. ModelError: a model without a tokenizer. TypeError: an unknown option, or a name in
@@ -254,7 +254,6 @@ class VideoQA(Uncopied):
         return VideoStream(self.session, remembered, sampling, system, name)
 
 
-@names_plugins()
 def load_qa(
     model: ModelOptions,
     pruning: PruneOptions,

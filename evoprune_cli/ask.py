@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from evoprune.errors import UsageError, VideoError
 from evoprune.report import Report, name_inputs, stats_block, summary, warned
 from evoprune.session.options import GenerationOptions, PipelineOptions, SamplingOptions
-from evoprune.util import check_text, clock, counted, is_url, listed, missing_hint, roughly, shown, without_password
+from evoprune.util import check_text, clock, counted, is_url, listed, missing_hint, shown, without_password
 from evoprune.video.frames import local_file
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
@@ -41,14 +41,13 @@ from evoprune_cli.terminal import (
 if TYPE_CHECKING:
     from evoprune.session.ahead import Ahead
     from evoprune.session.answering import Answer, EncodedInputs
-    from evoprune.video.plan import Plan
+    from evoprune.video.plan import Plan, PromptSubtitles
 
 STDIN = "-"
 USAGE = 'evoprune ask video.mp4 "What happens?"'
 # How paths look: a URL of data or of a place, the beginning of a path, or the ending of a file.
 PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
 MAX_QUESTION = 2**22  # characters that are read from stdin, which may never end
-LONG_WAIT_S = 5.0  # from here on the estimated wait is printed
 PROMPT = "> "  # before a question
 HELP = "a question and Enter: the answer; q or Ctrl-D: the end; Ctrl-C: stops an answer; /help: this line"
 HELPS = ("/help", "help", "?")
@@ -98,7 +97,9 @@ def ask(
     echo "What happens?" | evoprune ask clip.mp4 --json
     """
     inputs, first = split_words(words)
-    given = [*([] if first is None else [first]), *(more or [])]
+    given = list(more or [])
+    if first is not None:
+        given.insert(0, first)
     questions = given or [""]
     several = interactive or len(given) > 1
     shown = {"interactive": interactive, "several": several, "show_thoughts": show_thoughts}
@@ -140,7 +141,7 @@ def ask(
             if not quiet:
                 names = listed([os.path.basename(os.path.abspath(path)) for path in names])
                 tell(f"Ask about {names}. /help for help, q or Ctrl-D to end.")
-            from evoprune.cpu.linear import packing_meanwhile
+            from evoprune.backend.cpu.linear import packing_meanwhile
 
             for question in typed_questions(meanwhile=partial(packing_meanwhile, qa.session.loaded.model)):
                 questions.append(question)
@@ -170,8 +171,8 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
         (only,) = inputs
         if not _exists(only) and not PATH.search(only):
             raise VideoError(f"no such file: {only}", missing_hint(only, f"the video comes first: {USAGE}"))
-    missing = [word for word in inputs if not _exists(word)] if len(inputs) > 1 else []
-    if not missing:
+    missing = [word for word in inputs if not _exists(word)]
+    if len(inputs) == 1 or not missing:
         return
     name = missing[0]
     last = inputs[-1]
@@ -183,8 +184,10 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
         if any(word.startswith("-") for word in words):
             hint = "what follows -- is no option: put options before it"
         raise UsageError(f"unexpected extra words: {' '.join(words)}", hint)
-    ask_it = f"; to ask it as a question: -Q {name}" if name == last and question is None else ""
-    raise VideoError(f"no such file: {shown(name)}", missing_hint(name, f"check the path{ask_it}"))
+    hint = "check the path"
+    if name == last and question is None:
+        hint += f"; to ask it as a question: -Q {name}"
+    raise VideoError(f"no such file: {shown(name)}", missing_hint(name, hint))
 
 
 def _exists(word: str) -> bool:
@@ -207,10 +210,9 @@ def _encode(
     full: bool = False,
     ahead: "Ahead | None" = None,
 ) -> "EncodedInputs":
-    """Encodes the inputs at `paths`. First says on stderr which limits apply, and how long it will take if that is long."""
+    """Encodes the inputs at `paths`. First says on stderr which limits apply."""
     from evoprune.session.cache import Cache
     from evoprune.session.encoding import open_inputs
-    from evoprune.session.planning import QUESTION, estimate_first_token
     from evoprune.session.prompting import longest_prompt
 
     show("reading")
@@ -218,25 +220,14 @@ def _encode(
     stored = Cache() if cache else None
     given = {"names": inputs, "cache": stored, "ahead": ahead}
     with contextlib.closing(open_inputs(session, paths, sampling, **given)) as opened:
-        plans, text = opened.plans, QUESTION + sum(plan.subtitles.tokens for plan in opened.plans)
+        plans = opened.plans
         if questions:
             with opened.planning():
-                text = longest_prompt(session, plans, questions, options.generation)
-        for plan in [] if quiet or full else plans:
-            _note_limits(plan.full, sampling)
-            if (lines := plan.subtitles).source is not None:
-                cut = lines.lines_in_prompt < lines.lines
-                part, by = (f"{lines.lines_in_prompt:,} of ", " (--max-subtitle-tokens)") if cut else ("", "")
-                tell(f"subtitles: {lines.source}, {part}{counted(lines.lines, 'line')}{by}")
-            elif lines.note:
-                tell(f"note: no subtitles: {lines.note}")
-        if not quiet and not opened.in_cache:
-            with opened.planning():
-                waits = [
-                    estimate_first_token(session, plan, 0 if number else text) for number, plan in enumerate(plans)
-                ]
-            if None not in waits and (wait := sum(waits)) > LONG_WAIT_S:
-                note(f"estimated first token {'with nothing pruned ' if full else ''}{roughly(wait)}")
+                longest_prompt(session, plans, questions, options.generation)
+        if not quiet and not full:
+            for plan in plans:
+                _note_limits(plan.full, sampling)
+                _note_subtitles(plan.subtitles)
         return opened.encode(encoding(show))
 
 
@@ -256,18 +247,20 @@ def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> li
 
 
 def _usage(inputs: Sequence[str]) -> str:
-    """An example of the command with the user's own inputs, if there are such."""
+    """Write an example of the command with the user's own inputs, if there are such."""
     if not all(map(_exists, inputs)):
         return USAGE
     names = " ".join(shlex.quote(without_password(shown(path))) for path in inputs)
-    return f'evoprune ask {names} "{"What happens?" if len(inputs) == 1 else "What differs?"}"'
+    question = "What happens?" if len(inputs) == 1 else "What differs?"
+    return f'evoprune ask {names} "{question}"'
 
 
 def _question_from_stdin(inputs: Sequence[str]) -> str:
     """Raises UsageError: there is none; the last of several inputs may be meant as one."""
     *before, last = inputs
-    word = before and not PATH.fullmatch(last)
-    named = f"there is a file {shown(last)}; to ask that as the question: -Q {shown(last)}" if word else ""
+    named = ""
+    if before and not PATH.fullmatch(last):
+        named = f"there is a file {shown(last)}; to ask that as the question: -Q {shown(last)}"
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("no question", named or f"{_usage(inputs)}, or -i for a prompt")
     try:
@@ -303,10 +296,11 @@ def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool, ahea
 
 
 def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
-    """Where fewer frames, or smaller ones, are looked at than the flags or the model's own rate ask for."""
+    """Say where fewer frames, or smaller ones, are looked at than the flags or the model's own rate ask for."""
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
-        asked = sampling.frames is not None or sampling.fps is not None
-        rate = "asked for:" if asked else "at the model's rate"
+        rate = "asked for:"
+        if sampling.frames is None and sampling.fps is None:
+            rate = "at the model's rate"
         every_s = plan.sampling.seconds_per_frame
         every = f"{every_s:,.0f} s" if every_s >= 100 else f"{every_s:.3g} s"
         wanted = f"{rate} {plan.sampling.wanted:,} (--max-frames {plan.sampling.wanted})"
@@ -315,9 +309,23 @@ def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
         from evoprune.video.info import VIDEO
         from evoprune.video.plan import MAX_VISUAL_TOKENS
 
-        where = " on a CPU" if sampling.max_visual_tokens is None and plan.token_limit < MAX_VISUAL_TOKENS else ""
+        most = f"{plan.token_limit:,} tokens"
+        if sampling.max_visual_tokens is None and plan.token_limit < MAX_VISUAL_TOKENS:
+            most += " on a CPU"
         seen = f"{plan.sampling.frames} frames" if plan.kind == VIDEO else "a picture"
-        note(f"at most {plan.token_limit:,} tokens{where} (--max-visual-tokens): {seen} of {plan.width}x{plan.height}")
+        note(f"at most {most} (--max-visual-tokens): {seen} of {plan.width}x{plan.height}")
+
+
+def _note_subtitles(lines: "PromptSubtitles") -> None:
+    """Say which subtitles are read, how many of their lines, or why none are."""
+    if lines.source is None:
+        if lines.note:
+            tell(f"note: no subtitles: {lines.note}")
+        return
+    read = counted(lines.lines, "line")
+    if lines.lines_in_prompt < lines.lines:
+        read = f"{lines.lines_in_prompt:,} of {read} (--max-subtitle-tokens)"
+    tell(f"subtitles: {lines.source}, {read}")
 
 
 class Conversation:
@@ -341,7 +349,7 @@ class Conversation:
         several: bool,
         show_thoughts: bool = False,
     ):
-        """The options of a command; `several`: there is more than one question."""
+        """Take the options of a command; `several`: there is more than one question."""
         self._show_thoughts = show_thoughts
         self.answered = 0
         self._names = inputs
@@ -350,8 +358,12 @@ class Conversation:
         self._quiet = quiet
         plain = not json and not quiet
         self._echo = several and plain and sys.stderr.isatty()  # questions of the command line, on stderr
-        self._stats = (plain if stats is None else stats) or (verbose and not quiet)
-        self._blocks = math.inf if verbose or stats else 0 if interactive else 1  # so many, then lines
+        self._blocks = 0 if interactive else 1  # so many, then lines
+        if verbose or stats:
+            self._blocks = math.inf
+        if stats is None:
+            stats = plain
+        self._stats = stats or (verbose and not quiet)
         self._generation: GenerationOptions | None = None
         self._inputs: EncodedInputs | None = None
         self._full: EncodedInputs | None = None
@@ -364,7 +376,7 @@ class Conversation:
     def begin(
         self, inputs: "EncodedInputs", generation: GenerationOptions, encode_full: Callable[..., "EncodedInputs"] | None
     ) -> None:
-        """From now on questions can be answered. Prints the warnings, which are about the inputs and the model: before any answer.
+        """Take the encoded inputs, so that questions can be answered. Prints their and the model's warnings, before any answer.
 
         `encode_full`: encodes the inputs once more with nothing pruned; None where nothing is to be compared.
         """
@@ -388,8 +400,8 @@ class Conversation:
             from evoprune.bench.agreement import agreement, reference
 
             ended = answer.report.finish_reason == "stop"
-            settings = self._generation.system, self._generation.think
-            given = reference(self._full, question, answer.ids, ended, *settings)
+            generation = self._generation
+            given = reference(self._full, question, answer.ids, ended, generation.system, generation.think)
             report.agreement = agreement(given, self._inputs).record()
         self.answered += 1  # before it is printed: a record that is interrupted must not be printed twice
         self._finish(report)
@@ -407,7 +419,10 @@ class Conversation:
             print_error(problem.message, problem.hint)
             return False
         except BaseException as problem:
-            self.break_off(problem, [question] if self.answered == before else [])
+            unanswered = [question]
+            if self.answered != before:
+                unanswered = []
+            self.break_off(problem, unanswered)
             if not (goes_on and isinstance(problem, KeyboardInterrupt)):
                 raise
             note()  # ends the line on which the terminal printed ^C
@@ -430,12 +445,14 @@ class Conversation:
             report = self._half
             self._half = None
         self.answered += len(unanswered)
+        if report:
+            unanswered = unanswered[1:]
         if report and interrupted:
             self._finish(report)
         elif report and self._json:
             print_json(report)
         if self._json:
-            for missing in unanswered[1 if report else 0 :]:
+            for missing in unanswered:
                 print_json(self._failure(missing, problem))
             problem.reported = True
 
@@ -467,7 +484,9 @@ class Conversation:
             for _ in answer:
                 pass
         else:
-            print_stream(chain([f"{label}: {first}" if self._encode_full else first], answer))
+            if self._encode_full:
+                first = f"{label}: {first}"
+            print_stream(chain([first], answer))
         self._running = None
         return answer
 
@@ -486,11 +505,11 @@ class Conversation:
             note()
             for line in stats_block(report, columns(), self._verbose):
                 note(paint(printable(line), "2"))
+        elif report.compare:
+            tell(f"pruned: {summary(report)}")
+            tell(f"full: {summary(report.compare)}")
         else:
-            for title, record in (
-                {"pruned: ": report, "full: ": report.compare}.items() if report.compare else [("", report)]
-            ):
-                tell(f"{title}{summary(record)}")
+            tell(summary(report))
 
     def _failure(self, question: str, problem: BaseException) -> Report:
         """Return the record of a question that has no answer."""
@@ -510,7 +529,7 @@ def _print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
 def typed_questions(
     twice: bool = True, meanwhile: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 ) -> Iterator[str]:
-    """Questions, one a line, until the input ends (Ctrl-D) or a line says so. Empty lines are skipped, commands carried out.
+    """Yield questions, one a line, until the input ends (Ctrl-D) or a line says so. Empty lines are skipped, commands carried out.
 
     `meanwhile`: makes the context in which a line is waited for.
 

@@ -145,7 +145,8 @@ def batch(
         with closing(answers) as records:
             for record in records:
                 sources.check_revision(record.model.revision)
-                sources.check_sizes(None if record.error else record.pruning.after_tower_below or 0)
+                if not record.error:
+                    sources.check_sizes(record.pruning.after_tower_below or 0)
                 record.batch["files"] = files[record.id]
                 if not file.written:  # earlier records stay until there is one to write
                     file.begin(again={row.id for row in left})
@@ -199,8 +200,9 @@ def _rows(
         if DASH in videos:
             raise UsageError("a batch takes no video from stdin", "evoprune ask - does; a file of that name is ./-")
         rows = product_rows(videos, questions, *span, recursive)
-        for line in filter(None, map(left_out, [] if quiet or recursive else videos)):
-            tell(line)
+        if not quiet and not recursive:
+            for line in filter(None, map(left_out, videos)):
+                tell(line)
         return rows
     if recursive:
         raise UsageError("-r is about folders, and --from names every video", "leave out one of the two")
@@ -225,13 +227,16 @@ def _check_files(rows: list["Row"], source: str | None, output: str, quiet: bool
     missing = [path for path in videos if not is_url(path) and not os.path.exists(path)]
     names = [shown(path) for path in missing]
     if len(missing) == len(videos):
-        pattern = any(character in missing[0] for character in "*?[")
-        hint = "a pattern that matches nothing stays as it is: no file here has such a name"
         usual = "check the path" if source is None else "paths in a file of rows are relative to it"
-        raise VideoError(f"no such file: {some(names)}", hint if pattern else missing_hint(missing[0], usual))
+        hint = missing_hint(missing[0], usual)
+        if any(character in missing[0] for character in "*?["):
+            hint = "a pattern that matches nothing stays as it is: no file here has such a name"
+        raise VideoError(f"no such file: {some(names)}", hint)
     if missing and not quiet:
-        their = "its rows" if len(missing) == 1 else f"{len(missing):,} of {len(videos):,} videos, whose rows"
-        tell(f"no such file: {some(names)} ({their} will fail)")
+        failing = "its rows"
+        if len(missing) > 1:
+            failing = f"{len(missing):,} of {len(videos):,} videos, whose rows"
+        tell(f"no such file: {some(names)} ({failing} will fail)")
     read = filter(None, [*videos, *(row.subtitles_path for row in rows), source])
     if output != DASH and is_one_of(output, read):
         raise UsageError(f"{output} is what is to be read", "choose another -o")
@@ -258,13 +263,13 @@ class Tally:
         self._waited_s: float | None = None  # for reading; None where that is unknown, as on a Ray cluster
 
     def start(self, file: "RecordFile", left: int, show) -> None:
-        """The model is loaded, and `left` rows have no answer yet. `show`: see `terminal.progress`."""
+        """Begin once the model is loaded, when `left` rows have no answer yet. `show`: see `terminal.progress`."""
         self._file, self._before, self._show = file, self._total - left, show
         self._begun = self._reported = time.monotonic()
         self._show_rows()
 
     def encoding(self, what: str, done: int, total: int) -> None:
-        """How far the encoding of a row's inputs is."""
+        """Show how far the encoding of a row's inputs is."""
         self._show_rows(f"{what} {done:,}/{total:,}")
 
     def _show_rows(self, detail: str = "") -> None:
@@ -287,8 +292,9 @@ class Tally:
             self.failed += 1
             inputs = [facts.path for facts in record.inputs]
             message = record.error["message"]
-            known = any(path in message for path in inputs)
-            said = f"failed: {message if known else f'{listed(inputs)}: {message}'}"
+            said = f"failed: {message}"
+            if not any(path in message for path in inputs):
+                said = f"failed: {listed(inputs)}: {message}"
             if not (self._named & set(inputs) and message.startswith("no such file")):
                 if said != self._last_failure and not self.quiet:  # all rows of a video fail for the same reason
                     tell(said)
@@ -315,11 +321,15 @@ class Tally:
         new = self._file.written
         seconds = time.monotonic() - self._begun
         done = self._before + new - self.failed
-        failed = self._failed()
-        before = f", {self._before:,} of them before" if self._before else ""
-        waited = "" if self._waited_s is None else f"; waited {clock(self._waited_s)} for reading"
-        took = f": {clock(seconds)}, {pace(new, seconds)}{waited}" if new else ""
-        tell(f"{done:,} of {counted(self._total, 'row')} answered{before}{failed}{took}")
+        said = f"{done:,} of {counted(self._total, 'row')} answered"
+        if self._before:
+            said += f", {self._before:,} of them before"
+        said += self._failed()
+        if new:
+            said += f": {clock(seconds)}, {pace(new, seconds)}"
+            if self._waited_s is not None:
+                said += f"; waited {clock(self._waited_s)} for reading"
+        tell(said)
         if self._cut:
             tell(f"{counted(self._cut, 'answer')} may be incomplete: -n (max_new_tokens) allows no more tokens")
         if self._file.resumable and problem:
@@ -332,15 +342,17 @@ class Tally:
     def _line(self, done: int) -> str:
         seconds = time.monotonic() - self._begun
         new = self._file.written
-        rest = f", {pace(new, seconds)}, {roughly(seconds / new * (self._total - done))} left" if new else ""
-        return f"{done:,} of {counted(self._total, 'row')}{self._failed()}{rest}"
+        said = f"{done:,} of {counted(self._total, 'row')}{self._failed()}"
+        if new:
+            said += f", {pace(new, seconds)}, {roughly(seconds / new * (self._total - done))} left"
+        return said
 
     def _failed(self) -> str:
         return f", {self.failed:,} failed" if self.failed else ""
 
 
 def pace(count: int, seconds: float) -> str:
-    """Rows a second, a minute or an hour, whichever is the first above one."""
+    """Write a rate in rows a second, a minute or an hour, whichever is the first above one."""
     units = (("a second", 1), ("a minute", 60), ("an hour", 3600))
     unit, length = next((unit for unit in units if count * unit[1] >= seconds), units[-1])
     return f"{count * length / max(seconds, 1e-3):,.3g} {unit}"

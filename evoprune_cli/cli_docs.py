@@ -31,27 +31,25 @@ def reference() -> str:
     explained = {" ".join(option.split()) for panel in panels for option in re.split(OPTION, panel)}
     sections = [INTRODUCTION, _section("evoprune", above.get_help())]
     for name, text in help_all.items():
-        sections.append(_section(f"evoprune {name}", text if name == "ask" else _without(explained, text)))
+        if name != "ask":
+            text = _without(explained, text)
+        sections.append(_section(f"evoprune {name}", text))
     return "\n".join(sections)
 
 
 def _without(explained: set[str], text: str) -> str:
-    """Help in which a line for each panel names the options that are explained already."""
+    """Shorten help: in each panel a line names the options that are explained already."""
     panels = []
     for panel in text.rstrip().split("\n\n"):
         heading, *options = re.split(OPTION, panel)
         kept = [option.rstrip("\n") for option in options if " ".join(option.split()) not in explained]
         same = [re.search(r"--[\w-]+", option)[0] for option in options if " ".join(option.split()) in explained]
         same = [name for name in same if name not in ("--help", "--help-all")]
-        named = fill(
-            "As in ask: " + ", ".join(same),
-            WIDTH - 2,
-            initial_indent="  ",
-            subsequent_indent="    ",
-            break_on_hyphens=False,
-        )
-        if kept or same or not options:
-            panels.append("\n".join([heading.rstrip("\n"), *kept, *([named] if same else [])]))
+        if same:
+            text = "As in ask: " + ", ".join(same)
+            kept.append(fill(text, WIDTH - 2, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False))
+        if kept or not options:
+            panels.append("\n".join([heading.rstrip("\n"), *kept]))
     return "\n\n".join(panels)
 
 

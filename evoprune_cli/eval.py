@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from evoprune.bench.chart import COLOURS, INK, PALE, Panel, Point, Series, draw
 from evoprune.errors import UsageError
 from evoprune.session.options import PipelineOptions, SamplingOptions
-from evoprune.util import budget_text, counted
+from evoprune.util import budget_text, counted, one_line
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_new_folder, prepare, rescuing, show, write
 from evoprune_cli.terminal import (
@@ -26,7 +26,6 @@ from evoprune_cli.terminal import (
     model_line,
     naming_pipe,
     note,
-    one_line,
     progress,
     short_name,
     table,
@@ -238,8 +237,9 @@ def render(document: dict, width: int = 80) -> str:
     """Return the results: all questions, then group by group; no line longer than `width`."""
     videos = document["videos"]
     asked = counted(document["items"]["answered"], "question")
-    failed = f", {videos['failed']} failed" if videos["failed"] else ""
-    about = f"{asked} about {videos['evaluated']} of {counted(videos['wanted'], 'video')}{failed}"
+    about = f"{asked} about {videos['evaluated']} of {counted(videos['wanted'], 'video')}"
+    if videos["failed"]:
+        about += f", {videos['failed']} failed"
     lines = folded([model_line(document["model"]), f"{one_line(document['settings']['data'])}: {about}"], width)
     rows = [row for row in document["rows"] if row["group"] == "all"]
     notes: list[str] = []
@@ -298,14 +298,21 @@ def _difference(row: dict, name: str = "difference") -> str:
     value, low, high = (_percent(row[f"{name}{end}"], "+") for end in ("", "_low", "_high"))
     if low == "-":  # too few videos
         return value
-    return f"{'tie ' if is_tie(row, name) else ''}{value} ({low} to {high})"
+    said = f"{value} ({low} to {high})"
+    return f"tie {said}" if is_tie(row, name) else said
+
+
+def _kept(row: dict) -> str:
+    if row["row"] == "full":
+        return ""
+    return _percent(row["kept_of_full"])
 
 
 # Columns to drop where the terminal has too few characters, in this order: `DROPPED`.
 ANSWERS: dict[str, Callable[[dict], str]] = {
     "accuracy": _accuracy,
     "vs full": _difference,
-    "kept": lambda row: "" if row["row"] == "full" else _percent(row["kept_of_full"]),
+    "kept": _kept,
 }
 COSTS: dict[str, Callable[[dict], str]] = {
     "tokens": lambda row: f"{row['layer_tokens']:,.0f}",
@@ -339,13 +346,14 @@ def _versus_first(rows: list[dict], width: int) -> tuple[list[str], list[str]]:
     drawn, fits = table(["", f"vs {first}"], body, width)
     if not fits:
         return [], []
-    said = [f"* reads another number of tokens than {first} at this budget; how many: below"] if any(marks) else []
+    if any(marks):
+        drawn += folded([f"* reads another number of tokens than {first} at this budget; how many: below"], width)
     legend = f"vs {first}: the paired difference to the first method, at the same budget"
-    return ["", *drawn, *folded(said, width)], [legend]
+    return ["", *drawn], [legend]
 
 
 def _by_group(title: str, rows: list[dict], names: list[str], width: int) -> list[str]:
-    """Accuracy of each group in percent, a column a row of the table above; in several tables where one is too wide."""
+    """Draw the accuracy of each group in percent, a column a row of the table above; in several tables where one is too wide."""
     from evoprune.bench.scores import TYPE
 
     groups: dict[str, dict[str, dict]] = {}
@@ -377,7 +385,11 @@ def _too_small(rows: Sequence[dict], width: int, title: str = "") -> list[str]:
     names = [one_line(row["group"].removeprefix(TYPE)) for row in rows if row["n"] < LEAST_QUESTIONS]
     if not names:
         return []
-    where = f" in {f'every {title}' if len(names) == len(rows) else ', '.join(names)}" if title else ""
+    where = ""
+    if title and len(names) == len(rows):
+        where = f" in every {title}"
+    elif title:
+        where = f" in {', '.join(names)}"
     said = f"fewer than {LEAST_QUESTIONS} questions{where}: an example, not a measurement"
     return folded([said], width)
 
@@ -395,7 +407,8 @@ def draw_chart(document: dict) -> str:
     ):
         series = []
         for name, (hollow, colour) in ({name: (False, colour) for name, colour in fixed.items()} | looks).items():
-            line = [row for row in rows if row["row" if name in fixed else "method"] == name]
+            field = "row" if name in fixed else "method"
+            line = [row for row in rows if row[field] == name]
             labels = [f"-b {budget_text(row['budget'])}" * (row["row"] == "method") for row in line]
             points = [Point.percent(row[cost], row, "accuracy", label) for row, label in zip(line, labels, strict=True)]
             points.sort(key=lambda point: point.x)

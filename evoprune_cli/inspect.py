@@ -104,7 +104,7 @@ def inspect(
         elif error is None or video is None:
             # What was asked for stands first; about a video, the model comes after it.
             first = "model" if video is None else "overlay"
-            for line in lines({name: facts[name] for name in (first,) if name in facts} | facts):
+            for line in lines({name: facts[name] for name in (first, *facts) if name in facts}):
                 print(printable(line, stdout()), file=stdout())
 
     with rescuing(lambda: True, deliver):
@@ -144,7 +144,7 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
 def _about_video(
     video: str, options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool
 ) -> Iterator[dict]:
-    """Yield what a video holds, what a scan finds, what a model would look at, and an overlay: each as soon as it is known."""
+    """Yield the facts about a video, of a scan, of a model's plan, and an overlay: each as soon as it is known."""
     if clear_cache:
         raise UsageError("--clear-cache is not about a video", "evoprune inspect --clear-cache")
     from evoprune.video.frames import local_file, probe
@@ -156,8 +156,10 @@ def _about_video(
     ending = os.path.splitext(overlay or "")[1].lower()
     if overlay is not None:
         if ending not in OVERLAYS:
+            named = "no ending"
+            if ending:
+                named = repr(ending)
             hint = ".png shows frame pairs side by side, .gif and .mp4 frame after frame"
-            named = repr(ending) if ending else "no ending"
             raise UsageError(f"--overlay {overlay} has {named}, which cannot be drawn", hint)
         check_writable(overlay, inputs=[video])
     with ExitStack() as stack:
@@ -173,17 +175,15 @@ def _about_video(
                 count = partial(_show_frames, show, frames)
                 count(0)
                 yield {"scan": asdict(scan_video(path, folder_fps=rate, on_frames=count))}
-        from evoprune.backend.devices import is_host
         from evoprune.session.inspection import memory_facts, model_facts, plan_facts
         from evoprune.session.loading.find import look_up
-        from evoprune.video.plan import default_max_visual_tokens, make_plan
+        from evoprune.video.plan import make_plan
 
         model = look_up(pipeline.model)
         numbers = pipeline.sampling.numbers
         yield {"model": model_facts(model)}
         if numbers["max_visual_tokens"] is None:
-            on_cpu = is_host(model.device)
-            numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=model.demo is not None)
+            numbers["max_visual_tokens"] = model.max_visual_tokens
         plan = make_plan(info, model.limits[info.kind], **numbers)
         yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}
         yield {"memory": memory_facts(model, plan, pipeline.pruning)}
@@ -192,8 +192,11 @@ def _about_video(
 
 
 def _show_frames(show: Callable[..., None], frames: int, done: int) -> None:
-    """How far a scan is; `frames`: of the video, roughly, 0 where that is unknown."""
-    show("scanning, frame" if frames else f"scanning, frame {done:,}", min(done, frames), frames)
+    """Show how far a scan is; `frames`: of the video, roughly, 0 where that is unknown."""
+    if frames:
+        show("scanning, frame", min(done, frames), frames)
+    else:
+        show(f"scanning, frame {done:,}")
 
 
 def _draw_overlay(file: str, ending: str, path: str, video: str, options: PipelineOptions) -> dict[str, Any]:
@@ -219,12 +222,19 @@ def _draw_overlay(file: str, ending: str, path: str, video: str, options: Pipeli
 
 
 def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
-    """Nested facts as aligned lines, folded to the terminal. `literal`: their names are names of things, printed as they are."""
+    """Write nested facts as aligned lines, folded to the terminal.
+
+    `literal`: their names are names of things, printed as they are.
+    """
     output = []
     for key, value in facts.items():
-        name = "" if literal else key  # which decides what a value looks like
-        plain = key.removesuffix("_s").removesuffix("_bytes").replace("_", " ")
-        title = " " * indent + (key if literal else TITLES.get(key, plain))
+        if literal:
+            name = ""
+            title = key
+        else:
+            name = key  # which decides what a value looks like
+            title = TITLES.get(key, key.removesuffix("_s").removesuffix("_bytes").replace("_", " "))
+        title = " " * indent + title
         if name in FOR_PROGRAMS or (name in OFTEN_NOTHING and not value):
             continue
         if name in BLOCKS:
@@ -260,8 +270,8 @@ def _preset_lines(title: str, presets: dict[str, dict]) -> list[str]:
     indent = " " * (len(title) - len(title.lstrip()) + 2)
     output = [title]
     for name, preset in presets.items():
-        tokens = f"{preset['tokens']:>8,} {'token ' if preset['tokens'] == 1 else 'tokens'}"
-        told = f"-b {preset['share']:<5g} {tokens}  KV cache {size(preset['kv_cache_bytes'])}"
+        noun = "token" if preset["tokens"] == 1 else "tokens"
+        told = f"-b {preset['share']:<5g} {preset['tokens']:>8,} {noun:<6}  KV cache {size(preset['kv_cache_bytes'])}"
         output += _folded(f"{indent}{name:<18}", told, TITLE)
     return output
 
@@ -274,7 +284,15 @@ BLOCKS: dict[str, Callable[[str, Any], list[str]]] = {  # facts of several lines
 
 def _times(value: list[float]) -> str:
     times = [f"{t:g}" for t in value]
-    return ", ".join(times if len(times) <= 8 else [*times[:4], "...", *times[-2:]]) + " s"
+    if len(times) > 8:
+        times[4:-2] = ["..."]
+    return ", ".join(times) + " s"
+
+
+def _parameters(count: int) -> str:
+    if count < 10**9:
+        return f"{count:,}"
+    return f"{count / 10**9:.2f} billion"
 
 
 def _layers(value: dict[str, int]) -> str:
@@ -287,7 +305,7 @@ SHOWN: dict[str, Callable[[Any], str]] = {  # values that their names explain
     "timestamps_s": _times,
     "tower": _layers,
     "language_model": _layers,
-    "parameters": lambda n: f"{n / 10**9:.2f} billion" if n >= 10**9 else f"{n:,}",
+    "parameters": _parameters,
     "duration_s": lambda seconds: f"{seconds:.3f} s ({clock(seconds)})",
     "seconds": lambda seconds: f"{seconds:.3f} s",
 }
@@ -306,4 +324,8 @@ def _value(name: str, value) -> str:
         return size(value)
     if name.endswith("_s"):
         return f"{value:.3f} s"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -19,7 +18,7 @@ from typer import completion
 from typer.core import TyperGroup
 
 import evoprune
-from evoprune.errors import EvopruneWarning, UsageError, names_plugins
+from evoprune.errors import EvopruneWarning, UsageError
 from evoprune_cli import terminal
 from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.batch import batch
@@ -66,7 +65,7 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Group(TyperGroup):
-    """All commands. To find the one that a line names, nothing imports pydantic."""
+    """Hold all commands. To find the one that a line names, nothing imports pydantic."""
 
     def parse_args(self, ctx, args):
         """Takes `help COMMAND` for `COMMAND --help`."""
@@ -75,7 +74,7 @@ class Group(TyperGroup):
         return super().parse_args(ctx, args)
 
     def get_help_option(self, ctx):
-        """With a default that is False, and not None, which Typer would convert with pydantic."""
+        """Return the option with a default that is False, and not None, which Typer would convert with pydantic."""
         option = super().get_help_option(ctx)
         option.default = False
         return option
@@ -191,7 +190,8 @@ def main(
 
 
 for command in (ask, batch, watch, evaluate, tune, inspect, profile, verify, methods):
-    app.command("eval" if command is evaluate else command.__name__, cls=Command)(command)
+    name = {evaluate: "eval"}.get(command, command.__name__)
+    app.command(name, cls=Command)(command)
 # Of the JSON lines of these commands; the others print a report.
 SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "inspect", "methods", "tune", "verify")}
 
@@ -200,35 +200,21 @@ def _terminate(*_) -> None:
     raise terminal.Terminated
 
 
-_AGAIN: list[threading.Timer] = []  # signals that are sent again
-
-
-def _once_more(lost) -> None:
-    """A hook for exceptions that cannot be caught: a signal that arrived in a destructor is sent again."""
-    signals = {KeyboardInterrupt: signal.SIGINT, terminal.Terminated: signal.SIGTERM}
-    if lost.exc_type not in signals:
-        sys.__unraisablehook__(lost)
-        return
-    # From inside the hook it would be lost too.
-    _AGAIN.append(again := threading.Timer(0.01, os.kill, (os.getpid(), signals[lost.exc_type])))
-    again.daemon = True
-    again.start()
-
-
 def run() -> None:
     """Runs the command line and exits with a documented code; a traceback is for `--debug` or EVOPRUNE_DEBUG=1."""
     for number in terminal.ENDINGS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
             signal.signal(number, _terminate)
-    sys.unraisablehook = _once_more
     # Something in the place of streams that were closed at the start, or the next file that is opened would be there.
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
-    sys.stdout = terminal.ClosedOutput() if sys.stdout is None else sys.stdout
-    sys.stderr = open(os.devnull, "w") if sys.stderr is None else sys.stderr  # noqa: SIM115 (open to the end)
+    if sys.stdout is None:
+        sys.stdout = terminal.ClosedOutput()
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
@@ -256,14 +242,9 @@ def _outcome() -> int:
         columns = min(shutil.get_terminal_size().columns, terminal.WIDTH)
         _prepare_completion()
         try:
-            with names_plugins():
-                try:
-                    code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
-                except typer.Abort as ended:  # what Typer makes of an EOFError, and in some versions of Ctrl-C
-                    raise ended.__cause__ or KeyboardInterrupt from None
-        finally:
-            for again in _AGAIN:  # the command may end before they arrive, and was interrupted all the same
-                again.join()
+            code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
+        except typer.Abort as ended:  # what Typer makes of an EOFError, and in some versions of Ctrl-C
+            raise ended.__cause__ or KeyboardInterrupt from None
         sys.stdout.flush()
     except BrokenPipeError:
         code = _nobody_reads(streams)
@@ -287,7 +268,7 @@ def _outcome() -> int:
 
 
 def _nobody_reads(streams) -> int:
-    """The reader closed the pipe, which is no error. What is still buffered is dropped, or the last flush would fail."""
+    """Drop the buffers, or the last flush would fail: the reader closed the pipe, which is no error."""
     sink = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         with contextlib.suppress(OSError, ValueError):
@@ -329,7 +310,7 @@ def _command() -> str | None:
 
 
 def _hint(text: str) -> str:
-    """Return what to do about what the parser says."""
+    """Return the hint for a message of the parser."""
     dashed = [word for word in sys.argv[2:] if word.startswith("-") and os.path.exists(word)]
     if dashed and "--" not in sys.argv:
         return f"a file whose name begins with a dash is ./{dashed[0]}"
@@ -352,7 +333,9 @@ def _hint(text: str) -> str:
 def _meant(typed: str | None, known: Sequence[str]) -> str:
     """Return the command that does what somebody typed in the place of one, or that is spelt like it; empty where there is none."""
     if typed is None:
-        return TRIED["version"] if sys.argv[1:2] in (["-V"], ["-v"], ["-version"]) else ""
+        if sys.argv[1:2] in (["-V"], ["-v"], ["-version"]):
+            return TRIED["version"]
+        return ""
     word = typed.lower()
     if word in TRIED:
         return TRIED[word]

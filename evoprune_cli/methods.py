@@ -6,9 +6,10 @@ from typing import Any
 
 from evoprune import methods as registry
 from evoprune.errors import EvopruneError
+from evoprune.util import one_line
 from evoprune_cli import options as opt
 from evoprune_cli.running import print_text
-from evoprune_cli.terminal import folded, one_line, page_width, print_document, table
+from evoprune_cli.terminal import folded, page_width, print_document, table
 
 ACTS = {
     "none": "nowhere",

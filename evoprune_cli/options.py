@@ -34,10 +34,13 @@ MakeOptions = Callable[[], PipelineOptions]  # makes them of what was typed; rai
 def one_of(*words: str) -> dict[str, Any]:
     """Return the metavar and the completion of an option that takes one of these. Words in capitals are no values: FILE, N."""
     names = [word.partition("[")[0] for word in words if word[0].islower()]  # of "cuda[:N]", "cuda"
-    return {
-        "metavar": "|".join(words),
-        "autocompletion": lambda incomplete: [] if "FILE" in words and not incomplete else names,
-    }
+
+    def complete(incomplete: str) -> list[str]:
+        if "FILE" in words and not incomplete:
+            return []
+        return names
+
+    return {"metavar": "|".join(words), "autocompletion": complete}
 
 
 def list_of(*names: str) -> dict[str, Any]:
@@ -69,8 +72,9 @@ def _exists(method: str) -> bool:
 
 
 def _budget_lists(context: typer.Context, incomplete: str) -> list[str]:
-    """In `eval` of all budgets, elsewhere of those that are numbers."""
-    return _after_commas(incomplete, lambda last: ALL_BUDGETS if context.info_name == "eval" else PRESETS)
+    """Complete a list of budgets: in `eval` of all, elsewhere of those that are numbers."""
+    budgets = ALL_BUDGETS if context.info_name == "eval" else PRESETS
+    return _after_commas(incomplete, lambda last: budgets)
 
 
 ALL_BUDGETS = (*PRESETS, *AUTOS)
@@ -124,9 +128,14 @@ def command(
                 given["options"] = partial(_made, said, {name: given.pop(name) for name in said})
             return function(**given)
 
-        own = signature(function).parameters.values()
-        parameters = [each for parameter in own for each in (pipeline if parameter.name == "options" else [parameter])]
-        run.__signature__, run.__annotations__ = Signature([*parameters, *FOR_ALL]), {}
+        parameters = []
+        for own in signature(function).parameters.values():
+            if own.name == "options":
+                parameters += pipeline
+            else:
+                parameters.append(own)
+        run.__signature__ = Signature([*parameters, *FOR_ALL])
+        run.__annotations__ = {}
         run.short = short.split()
         return run
 
@@ -141,10 +150,16 @@ def _names(name: str, said: Option) -> str:
 def _parameter(panel: str, field: Any, said: Option) -> Parameter:
     """Return an option of the pipeline, as Typer takes parameters of a command."""
     default = field.default if said.unless_typed is None else said.unless_typed
-    declared = said.typed or (str if str in kinds_of(field.type) else field.type)
-    words = said.words or words_of(field.type)
+    declared = said.typed
+    if declared is None:
+        declared = str if str in kinds_of(field.type) else field.type
+    if default is None:
+        declared = declared | None
+    how = {"metavar": said.metavar}
+    if words := said.words or words_of(field.type):
+        how = one_of(*words)
     annotation = option(
-        declared | None if default is None else declared,
+        declared,
         _names(field.name, said),
         said.help,
         panel,
@@ -152,15 +167,15 @@ def _parameter(panel: str, field: Any, said: Option) -> Parameter:
         min=said.least,
         max=said.most,
         show_default=default != "",
-        **COMPLETED.get(field.name) or (one_of(*words) if words else {"metavar": said.metavar}),
+        **COMPLETED.get(field.name, how),
     )
     return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _made(said: dict[str, Option], typed: dict[str, Any]) -> PipelineOptions:
     try:
-        values = {name: said[name].parse(value) if said[name].parse else value for name, value in typed.items()}
-        return PipelineOptions.of(**values)
+        parsed = {name: said[name].parse(value) for name, value in typed.items() if said[name].parse}
+        return PipelineOptions.of(**typed | parsed)
     except UsageError as problem:  # which may begin with the name of a field in Python
         name = problem.message.partition(" is ")[0]
         if name in said:
@@ -262,11 +277,13 @@ FOR_ALL = [
 
 
 class Command(TyperCommand):
-    """A command with a short and a full help."""
+    """Provide a command with a short and a full help."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
-        """Nothing where names alone are wanted, for a shell or a document: Typer would import pydantic for the values."""
-        return [] if ctx.resilient_parsing else super().parse_args(ctx, args)
+        """Parse the words, but none where a shell or a document wants names alone: Typer would import pydantic for the values."""
+        if ctx.resilient_parsing:
+            return []
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx):
         """Runs the command; stdout is then for its answers alone."""
@@ -288,8 +305,10 @@ class Command(TyperCommand):
                 # A word for values in the place of a type of Python; those of arguments need none.
                 name = re.sub(r"^([^-\s]\S*) <.*>$", r"\1", record[0])
                 name = name.replace("<str>", "TEXT").replace("<int>", "N").replace("<float>", "N")
-                panel = (everything and getattr(param, "rich_help_panel", None)) or "Options"
-                sections.setdefault(panel if is_option else "Arguments", []).append((name, record[1]))
+                panel = "Arguments"
+                if is_option:
+                    panel = (everything and getattr(param, "rich_help_panel", None)) or "Options"
+                sections.setdefault(panel, []).append((name, record[1]))
         for title, rows in sections.items():
             if rows:
                 with formatter.section(title):

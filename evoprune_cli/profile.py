@@ -16,13 +16,13 @@ from itertools import cycle
 from statistics import median
 from typing import Any
 
+from evoprune.backend.cpu.precision import LOAD_FORMATS, QUANTIZE
 from evoprune.bench.chart import COLOURS, INK, PALE, Panel, Point, Series, draw
 from evoprune.bench.profile_results import BOUND, METHOD, SYNTHETIC, Case, Figures, ProfileResults, ProfileRow, Spread
-from evoprune.cpu.precision import LOAD_FORMATS, QUANTIZE
 from evoprune.errors import UsageError
 from evoprune.report import device_text
 from evoprune.session.options import ModelOptions, PruneOptions
-from evoprune.util import budget_text, counted, without_password
+from evoprune.util import budget_text, counted, one_line, without_password
 from evoprune.util import size as size_text
 from evoprune.video.info import PICTURE, VIDEO, Video
 from evoprune_cli import options as opt
@@ -33,7 +33,6 @@ from evoprune_cli.terminal import (
     fitting,
     folded,
     json_line,
-    one_line,
     page_width,
     progress,
     short_name,
@@ -158,7 +157,10 @@ def profile(
             raise UsageError("--pictures excludes a video and --frames", "leave them out; --size takes other sizes")
         counts = [1]
         sizes = sizes or [*PICTURES]
-    check_output() if output is None else check_writable(output, inputs=[video or ""])
+    if output is None:
+        check_output()
+    else:
+        check_writable(output, inputs=[video or ""])
     check_chart(chart, inputs=[video or ""])
     results = None
 
@@ -166,13 +168,11 @@ def profile(
         """Prints or writes the results, and the chart; of a run that breaks off, those of the finished rounds."""
         if error is not None:
             results.interrupted = error["type"] in ("interrupted", "terminated")
-        text = render(results, form, WIDTH if output else page_width())
         try:
-            print_text(text) if output is None else write_bytes(output, text.encode())
-        except UsageError:
-            if output is not None:
-                print_text(text)  # it took minutes to find out
-            raise
+            if output is None:
+                print_text(render(results, form, page_width()))
+            else:
+                _write_or_print(output, render(results, form, WIDTH))
         finally:  # also where nobody reads stdout
             if chart:
                 write_bytes(chart, draw_chart(results).encode())
@@ -195,7 +195,6 @@ def profile(
             swept.config(name, 1.0).method for name in swept.methods
         ]  # refuses wrong settings before a model is looked for
         unit = UNITS[0]
-        kind = None if info else synthetic or SYNTHETIC[0]
         if config := outline(model):
             unit = config.limits[VIDEO].unit
             if not size:  # as many units, of another side in pixels
@@ -204,12 +203,26 @@ def profile(
                 check_fits(reducer, config)
         show("loading model")
         loaded = load(model, cases)
-        about = {"video": video and without_password(video), "synthetic": kind}
-        read = partial(video_frames, info) if info else partial(synthetic_frames, kind, unit=unit)
+        if info:
+            about = {"video": without_password(video), "synthetic": None}
+            read = partial(video_frames, info)
+        else:
+            kind = synthetic or SYNTHETIC[0]
+            about = {"video": None, "synthetic": kind}
+            read = partial(synthetic_frames, kind, unit=unit)
         for results in measure(loaded, cases, read, swept, about=about, progress=show, limit=limit):  # noqa: B007
             pass
     deliver()
     return SOME_FAILED if any(row.error for row in results.rows) else 0
+
+
+def _write_or_print(path: str, text: str) -> None:
+    """Write results to a file. Where that fails, print them, which took minutes to find out, and raise the UsageError."""
+    try:
+        write_bytes(path, text.encode())
+    except UsageError:
+        print_text(text)
+        raise
 
 
 @contextmanager
@@ -240,23 +253,25 @@ def _inputs(
 
 
 def _frames(texts: list[str]) -> list[int]:
-    """Even numbers of frames, each once."""
+    """Parse even numbers of frames, each once."""
     if wrong := [text for text in texts if not re.fullmatch("[0-9]{1,9}", text) or not int(text)]:
         raise UsageError(f"--frames {wrong[0]!r} is not a number of frames", "for example --frames 8,32")
     return list(dict.fromkeys(int(text) + int(text) % 2 for text in texts or ["8"]))
 
 
 def _sizes(texts: list[str]) -> list[tuple[int, int]]:
-    """(height, width) in pixels, each once."""
+    """Parse pairs (height, width) in pixels, each once."""
+    example = "for example --size 224x336"
     sizes = {}
     for text in texts:
         match = re.fullmatch("([0-9]{1,9})x([0-9]{1,9})", text)
-        sides = [int(side) for side in match.groups()] if match else [0]
+        if not match:
+            raise UsageError(f"--size {text!r} is not HEIGHTxWIDTH in pixels", example)
+        sides = int(match[1]), int(match[2])
         if not all(sides) or not any(all(side % unit == 0 for side in sides) for unit in UNITS):
-            units = "in multiples of 28, the side of a merge unit, or of 32 with Qwen3-VL"
-            what = units if match else "HEIGHTxWIDTH in pixels"
-            raise UsageError(f"--size {text!r} is not {what}", "for example --size 224x336")
-        sizes[int(match[1]), int(match[2])] = True
+            units = "multiples of 28, the side of a merge unit, or of 32 with Qwen3-VL"
+            raise UsageError(f"--size {text!r} is not in {units}", example)
+        sizes[sides] = True
     return list(sizes)
 
 
@@ -290,40 +305,58 @@ def render(results: ProfileResults, form: str, width: int = 80) -> str:
     """Return the results as `table`, `md`, `csv` or `json`; `width` is that of a table, in columns."""
     if form == "json":
         return json_line(results.document()) + "\n"
-    return _table(results, width) if form == "table" else _markdown(results) if form == "md" else _csv(results)
+    if form == "table":
+        return _table(results, width)
+    if form == "md":
+        return _markdown(results)
+    return _csv(results)
 
 
 # The cells.
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1000:,.0f}" if seconds >= 0.1 else f"{seconds * 1000:.1f}"
+    if seconds < 0.1:
+        return f"{seconds * 1000:.1f}"
+    return f"{seconds * 1000:,.0f}"
 
 
 def _near(spread: Spread) -> str:
     """Return the median, and how far the farthest round is from it, if there is more than one round."""
     far = max(spread.high - spread.median, spread.median - spread.low)
-    return f"{_ms(spread.median)} ±{far / spread.median:.0%}" if far else _ms(spread.median)
+    if not far:
+        return _ms(spread.median)
+    return f"{_ms(spread.median)} ±{far / spread.median:.0%}"
 
 
 def _range(spread: Spread) -> str:
     """Return the median, and the range of the rounds."""
-    apart = spread.low < spread.high
-    return f"{_ms(spread.median)} ({_ms(spread.low)}-{_ms(spread.high)})" if apart else _ms(spread.median)
+    if spread.low == spread.high:
+        return _ms(spread.median)
+    return f"{_ms(spread.median)} ({_ms(spread.low)}-{_ms(spread.high)})"
 
 
 def _of(show: Callable[[Any], str], name: str) -> Cell:
     """Return a cell for a figure; a dash where the row has no figures, and nothing where this one is unknown."""
 
     def cell(row: ProfileRow, figures: Figures | None) -> str:
-        value = getattr(figures, name, None)
-        return "-" if figures is None else "" if value is None else show(value)
+        if figures is None:
+            return "-"
+        value = getattr(figures, name)
+        return "" if value is None else show(value)
 
     return cell
 
 
 def _count(show: Callable[[Any], str], name: str) -> Cell:
-    return lambda row, figures: show(getattr(row.counts, name)) if row.counts else "-"
+    """Return a cell for a count; a dash where the row has none."""
+
+    def cell(row: ProfileRow, figures: Figures | None) -> str:
+        if row.counts is None:
+            return "-"
+        return show(getattr(row.counts, name))
+
+    return cell
 
 
 # The head: what was measured, and how.
@@ -339,15 +372,17 @@ def _head(results: ProfileResults) -> list[str]:
     model = results.model
     env = results.env
     asked = results.settings
-    args = "; ".join(f"{name}={value}" for name, value in (asked["method_args"] or {}).items())
-    weights = " (true dimensions, random weights)" if model.load_format == "dummy" else ""
+    args = [f"{name}={value}" for name, value in (asked["method_args"] or {}).items()]
+    name = one_line(model.id)
+    if model.load_format == "dummy":
+        name += " (true dimensions, random weights)"
+    read = [_source(results), f"{asked['text_tokens']} text tokens", counted(asked["new_tokens"], "new token")]
     return [
         f"evoprune profile {env.evoprune}, torch {env.torch}, transformers {env.transformers}",  # as results.py knows it
-        f"{one_line(model.id)}{weights}, {model.dtype}",
+        f"{name}, {model.dtype}",
         f"{device_text(model.device, env.threads)}: {env.device_name}, "
         f"{median(results.matmul_rates) / 1e9:,.0f} GFLOP/s in matrix products",
-        f"{_source(results)}; {asked['text_tokens']} text tokens; {counted(asked['new_tokens'], 'new token')}"
-        + (f"; {one_line(args)}" if args else ""),
+        "; ".join([*read, *map(one_line, args)]),
         f"{counted(results.rounds, 'round')} after {results.warmups} of warm-up, {results.seconds:.0f} s in all",
     ]
 
@@ -358,28 +393,45 @@ def _tail(results: ProfileResults) -> list[str]:
 
 
 def _caption(results: ProfileResults, case: Case) -> str:
-    units = next((row.counts.units for row in results.of(case) if row.counts), None)
-    return f"{case}" + (f": {counted(units, 'unit')}" if units else "")
+    for row in results.of(case):
+        if row.counts:
+            return f"{case}: {counted(row.counts.units, 'unit')}"
+    return str(case)
 
 
 # For a terminal: a table of times, and below it one of the work behind them. Columns are dropped in the order of `DROPPED` where
 # the terminal has too few characters.
 
 _prune_share = _of("{:.1%}".format, "prune_share")
+
+
+def _pruning(row: ProfileRow, figures: Figures | None) -> str:
+    """Return the cell for the time of pruning; nothing where nothing is pruned."""
+    if figures and row.kind != METHOD:
+        return ""
+    return _prune_share(row, figures)
+
+
+def _rate(tokens_s: float) -> str:
+    if tokens_s < 10:
+        return f"{tokens_s:.2f}"
+    return f"{tokens_s:,.0f}"
+
+
 TIMES: dict[str, Cell] = {
     "encode ms": _of(_near, "encode"),
     "prefill": _of(lambda spread: _ms(spread.median), "prefill"),
     "first token": _of(_near, "first_token"),
     "vs HF": _of("{:.2f}x".format, "vs_hf"),
     "vs bound": _of("{:.2f}x".format, "vs_bound"),
-    "tok/s": _of(lambda rate: f"{rate:.2f}" if rate < 10 else f"{rate:,.0f}", "generate_tok_s"),
+    "tok/s": _of(_rate, "generate_tok_s"),
 }
 WORK: dict[str, Cell] = {
     "tokens": _count("{:,}".format, "tokens"),
     "live": _count("{:.2f}".format, "live_share"),
     "tower vs HF": _of("{:.2f}x".format, "encode_vs_hf"),
     "matmul": _of("{:.0%}".format, "matmul_share"),
-    "pruning": lambda row, figures: "" if figures and row.kind != METHOD else _prune_share(row, figures),
+    "pruning": _pruning,
     "peak": _of(size_text, "peak_bytes"),
 }
 DROPPED = ("tok/s", "peak", "prefill", "pruning", "matmul", "encode ms", "tower vs HF", "vs bound")
@@ -415,16 +467,21 @@ MARKDOWN: dict[str, Cell] = {
 
 
 def _markdown(results: ProfileResults) -> str:
-    only_case = results.cases[0] if len(results.cases) == 1 else None
-    seen = _caption(results, only_case) if only_case else f"{len(results.cases)} sizes"
+    columns: dict[str, Cell] = {"": lambda row, figures: row.name, **MARKDOWN}
+    if len(results.cases) == 1:
+        seen = _caption(results, results.cases[0])
+    else:
+        seen = f"{len(results.cases)} sizes"
+        columns = {
+            "frames": lambda row, figures: f"{row.case.frames:,}",
+            "size": lambda row, figures: f"{row.case.height}x{row.case.width}",
+            **columns,
+        }
     head = "; ".join([*_head(results)[:3], seen, *_head(results)[3:]]) + "."
-    titles = ["", *MARKDOWN] if only_case else ["frames", "size", "", *MARKDOWN]
-    lines = [head, "", _cells(titles), _cells("---" for _ in titles)]
+    lines = [head, "", _cells(columns), _cells("---" for _ in columns)]
     for row in results.rows:
         figures = results.figures(row)
-        case = row.case
-        where = [] if only_case else [f"{case.frames:,}", f"{case.height}x{case.width}"]
-        lines.append(_cells([*where, row.name, *(cell(row, figures) for cell in MARKDOWN.values())]))
+        lines.append(_cells(cell(row, figures) for cell in columns.values()))
     notes = (*_legend(MARKDOWN), "Times: the median (lowest-highest) of the rounds", *_tail(results))
     return "\n".join([*lines, "", *(f"- {note[0].upper()}{note[1:]}." for note in notes)]) + "\n"
 
@@ -434,7 +491,7 @@ def _cells(texts) -> str:
 
 
 def _csv(results: ProfileResults) -> str:
-    """One line a row, each complete in itself; empty where a value is unknown."""
+    """Write one line a row, each complete in itself; empty where a value is unknown."""
     document = results.document()
     rows = []
     common = {"rounds": results.rounds, "warmups": results.warmups, "new_tokens": results.settings["new_tokens"]}
@@ -467,25 +524,33 @@ FIXED = {"Hugging Face": PALE, "budget 1.0": INK}  # colours
 
 
 def draw_chart(results: ProfileResults) -> str:
-    """SVG. Where sizes are swept, time against them; else the tower's time against its live share."""
+    """Draw SVG. Where sizes are swept, time against them; else the tower's time against its live share."""
     cases = results.cases
     model = results.model
-    sweep = len(cases) > 1
-    sizes = ", ".join(sorted({f"{case.height}x{case.width}" for case in cases}))
-    facts = [
-        model.dtype,
-        device_text(model.device, results.env.threads),
-        f"frames of {sizes}" if sweep else str(cases[0]),
-        _source(results),
-    ]
-    facts.append(f"median and range of {results.rounds} rounds" if results.rounds > 1 else "1 round")
-    name = short_name(model.id) + " with random weights" * (model.load_format == "dummy")
-    used = ", ".join(dict.fromkeys(one_line(row.method) for row in results.rows if row.kind == METHOD))
-    title = f"{name}: {'time to the first token' if sweep else f'encode against live share of {used}'}"
     longest = max((max(row.seconds("first_token")) for row in results.rows if row.samples), default=0)
-    unit, factor = ("seconds", 1.0) if longest >= 2 else ("milliseconds", 1000.0)
-    panels = _sweep(results, unit, factor) if sweep else [_live_share(results, unit, factor)]
-    return draw(title, ", ".join(facts), panels)
+    unit = "milliseconds"
+    factor = 1000.0
+    if longest >= 2:
+        unit = "seconds"
+        factor = 1.0
+    if len(cases) > 1:
+        sizes = ", ".join(sorted({f"{case.height}x{case.width}" for case in cases}))
+        seen = f"frames of {sizes}"
+        subject = "time to the first token"
+        panels = _sweep(results, unit, factor)
+    else:
+        used = ", ".join(dict.fromkeys(one_line(row.method) for row in results.rows if row.kind == METHOD))
+        seen = str(cases[0])
+        subject = f"encode against live share of {used}"
+        panels = [_live_share(results, unit, factor)]
+    rounds = "1 round"
+    if results.rounds > 1:
+        rounds = f"median and range of {results.rounds} rounds"
+    name = short_name(model.id)
+    if model.load_format == "dummy":
+        name += " with random weights"
+    facts = [model.dtype, device_text(model.device, results.env.threads), seen, _source(results), rounds]
+    return draw(f"{name}: {subject}", ", ".join(facts), panels)
 
 
 def _point(x: float, spread: Spread, factor: float, label: str = "") -> Point:
@@ -528,7 +593,9 @@ def _live_share(results: ProfileResults, unit: str, factor: float) -> Panel:
         figures = results.figures(row)
         if figures and row.kind != BOUND and row.quantize == "none":  # a line a method
             name = row.method if row.kind == METHOD else row.name
-            label = f"-b {budget_text(row.budget)}" if row.counts.live_share < 1 else ""
+            label = ""
+            if row.counts.live_share < 1:
+                label = f"-b {budget_text(row.budget)}"
             lines.setdefault(name, []).append(_point(row.counts.live_share, figures.encode, factor, label))
     colours = FIXED | dict(zip((name for name in lines if name not in FIXED), cycle(COLOURS), strict=False))
     full = [(Point(0, 0), Point(1, points[0].y)) for name, points in lines.items() if name == "budget 1.0"]

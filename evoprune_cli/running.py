@@ -3,7 +3,6 @@
 Results are delivered in the end, or as far as they are known when a run breaks off.
 """
 
-import gc
 import os
 import re
 import stat
@@ -14,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evoprune.backend.limits import check_libraries, keep_freed_memory
+from evoprune.backend.limits import check_libraries
 from evoprune.batch.output import OPEN_FILES, write_file
 from evoprune.errors import UsageError
 from evoprune.session.options import GenerationOptions, PipelineOptions
@@ -45,22 +44,15 @@ MP4_END = b"\0\0\0(\xa9cmt\0\0\0 data\0\0\0\1\0\0\0\0evoprune overlay"  # a comm
 
 
 def prepare() -> None:
-    """To be called before torch is imported. Raises OutOfMemory: there is not even memory for the libraries."""
+    """Prepare for torch, before it is imported. Raises OutOfMemory: there is not even memory for the libraries."""
     check_libraries()
-    keep_freed_memory()
 
 
 def load(options: PipelineOptions, show: Callable[..., None], quiet: bool, streams: bool = False) -> "VideoQA":
     """Return the model of `ask` and `watch`. `show`: of `terminal.progress`; `streams`: as of `load_qa`."""
     prepare()
-    collects = gc.isenabled()
-    gc.disable()  # imports are an eighth faster: Python does not search a hundred thousand new objects for garbage again and again
-    try:
-        from evoprune.video_qa import load_qa
-    finally:
-        if collects:
-            gc.freeze()  # nothing that is imported is ever garbage
-            gc.enable()
+    from evoprune.video_qa import load_qa
+
     show("loading model")
     qa = load_qa(options.model, options.pruning, progress=partial(show, "quantizing"), streams=streams)
     note_model(qa.session, options.generation, quiet)
@@ -68,10 +60,11 @@ def load(options: PipelineOptions, show: Callable[..., None], quiet: bool, strea
 
 
 def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> None:
-    """Says on stderr what a model's files ask for and is not done, and what would make it faster."""
+    """Tell on stderr which settings of a model's files are not followed, and how it would be faster."""
     if quiet:
         return
-    loaded, files = session.loaded, session.loaded.generation
+    loaded = session.loaded
+    files = loaded.generation
     wanted = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # what transformers takes for those that are not there
     wanted |= {name: getattr(files, name) for name in wanted if getattr(files, name) is not None}
     others = {name: value for name, value in wanted.items() if value != getattr(asked, name)}
@@ -81,7 +74,7 @@ def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> Non
         tell(f"note: the model's generation_config.json has tokens drawn otherwise than here; as it says: {flags}")
     usual = (loaded.dtype, loaded.quantize) == ("fp32", "none") and loaded.found.can_be_quantized
     if usual and loaded.weights_bytes >= LARGE_MODEL:
-        from evoprune.cpu.quantize import kinds
+        from evoprune.backend.cpu.quantize import kinds
 
         if "int8" in kinds(loaded.model.device):  # a CPU that has no bf16 products, but those of 8 bits
             gain = "about twice as fast, less exact, and takes a third of the memory"
@@ -89,7 +82,7 @@ def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> Non
 
 
 def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[str] = ()) -> None:
-    """As `check_writable`, for an SVG file. Raises UsageError also where matplotlib, which draws it, is missing."""
+    """Check an SVG file as `check_writable`. Raises UsageError also where matplotlib, which draws it, is missing."""
     if path is not None and not path.startswith(OPEN_FILES) and not path.lower().endswith(".svg"):
         raise UsageError(f"--chart {path}: charts are SVG files", "name it .svg")
     if path is not None and find_spec("matplotlib") is None:
@@ -113,7 +106,8 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
     folder = os.path.dirname(real)
     if beside is not None and not os.path.exists(folder) and Path(os.path.realpath(beside)).is_relative_to(folder):
         return
-    writable = os.access(path if os.path.exists(path) else folder, os.W_OK)
+    changed = path if os.path.exists(path) else folder
+    writable = os.access(changed, os.W_OK)
     if os.path.isdir(path) or not os.path.isdir(folder) or not writable:
         raise UsageError(f"cannot write {path}", "name a file in a folder that exists and can be written")
     read = list(filter(None, inputs))
@@ -137,10 +131,9 @@ def check_new_folder(path: str) -> None:
 def is_one_of(path: str, files: Iterable[str]) -> bool:
     """Return whether it is one of these files, perhaps by another name."""
     real = os.path.realpath(path)
-    status = os.stat(path) if os.path.exists(path) else None
+    there = os.path.exists(path)
     return any(
-        os.path.realpath(file) == real
-        or (status is not None and os.path.exists(file) and os.path.samestat(status, os.stat(file)))
+        os.path.realpath(file) == real or (there and os.path.exists(file) and os.path.samefile(path, file))
         for file in files
     )
 
@@ -179,7 +172,8 @@ def write_bytes(path: str, content: bytes) -> None:
         folder = os.path.dirname(os.path.realpath(path))
         given = path.startswith(OPEN_FILES)
         if given or (os.path.exists(path) and not (os.path.isfile(path) and os.access(folder, os.W_OK))):
-            with open(path, "ab" if given else "wb") as file:
+            mode = "ab" if given else "wb"
+            with open(path, mode) as file:
                 file.write(content)
             return
         write_file(os.path.realpath(path), content)
@@ -189,7 +183,7 @@ def write_bytes(path: str, content: bytes) -> None:
 
 @contextmanager
 def rescuing(ready: Callable[[], bool], deliver: Callable[[dict[str, Any]], Any]) -> Iterator[None]:
-    """Where the block breaks off and results are ready, calls `deliver` with the record of what ended it."""
+    """Call `deliver` with the record of what ended the block, where it breaks off and results are ready."""
     try:
         yield
     except BaseException as problem:

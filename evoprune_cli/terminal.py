@@ -18,7 +18,7 @@ from typing import Any, TextIO, TypeVar
 
 from evoprune.errors import UsageError, error_record
 from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, precision, warning_text, warning_title
-from evoprune.util import clock, counted, harmless, roughly, size
+from evoprune.util import clock, counted, harmless, one_line, roughly, size
 
 LEAST_S = 1.0  # that a line of progress has counted before it says how much longer it takes
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
@@ -38,11 +38,11 @@ ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(si
 
 
 class Terminated(BaseException):
-    """One of `ENDINGS` as an exception, so that finished results are printed and files closed."""
+    """Raise one of `ENDINGS` as an exception, so that finished results are printed and files closed."""
 
 
 def stdout() -> TextIO:
-    """Stdout, also inside `only_answers_on_stdout`."""
+    """Return stdout, also inside `only_answers_on_stdout`."""
     return _stdout or sys.stdout
 
 
@@ -60,33 +60,37 @@ def only_answers_on_stdout() -> Iterator[None]:
 
 
 def columns() -> int:
-    """Columns of stderr: those of the terminal, at most 80."""
-    return min(WIDTH, width_of(sys.stderr)) if sys.stderr.isatty() else WIDTH
+    """Return the columns of stderr: as many as the terminal has, at most 80."""
+    if not sys.stderr.isatty():
+        return WIDTH
+    return min(WIDTH, width_of(sys.stderr))
 
 
 def page_width() -> int:
-    """Columns for tables on stdout, at most 80."""
+    """Return the columns for tables on stdout, at most 80."""
     return min(WIDTH, width_of(stdout()))
 
 
 def width_of(terminal) -> int:
-    """Columns of a stream that is a terminal, by COLUMNS or by the terminal itself; 80 where neither says."""
+    """Return the columns of a stream that is a terminal, by COLUMNS or by the terminal itself; 80 where neither says."""
     stated = os.environ.get("COLUMNS", "")
+    if stated.isdecimal():
+        return int(stated) or WIDTH
     try:
-        width = int(stated) if stated.isdecimal() else os.get_terminal_size(terminal.fileno()).columns
+        return os.get_terminal_size(terminal.fileno()).columns or WIDTH
     except OSError:
-        width = 0
-    return width if width > 0 else WIDTH
+        return WIDTH
 
 
 def paint(text: str, code: str) -> str:
-    """In colour where stderr is a terminal that wants it (https://no-color.org)."""
-    plain = not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain else f"\x1b[{code}m{text}\x1b[0m"
+    """Colour a text where stderr is a terminal that wants it (https://no-color.org)."""
+    if not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{code}m{text}\x1b[0m"
 
 
 class ClosedOutput(io.StringIO):
-    """In the place of a stdout that was closed when the program was started. Whatever is written there is an error."""
+    """Stand in for a stdout that was closed when the program was started. Whatever is written there is an error."""
 
     def write(self, text: str) -> int:
         """Raises UsageError."""
@@ -111,18 +115,15 @@ def encodable(text: str, stream=None) -> str:
 
     On a terminal so do control characters: what a model says, and what a file is called, is not to be obeyed.
     """
-    text = harmless(text) if (stream or sys.stderr).isatty() else text
-    encoding = (stream or sys.stderr).encoding or "ascii"
+    stream = stream or sys.stderr
+    if stream.isatty():
+        text = harmless(text)
+    encoding = stream.encoding or "ascii"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def one_line(text: str) -> str:
-    """Return a path, for example, as one line of printable text."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
 def printable(text: str, stream=None) -> str:
-    """Text as one line without control characters, within the stream's encoding."""
+    """Return a text as one line without control characters, within the stream's encoding."""
     return encodable(one_line(text), stream)
 
 
@@ -142,7 +143,9 @@ def print_json(report: Report) -> None:
         proper = (stream.encoding or "").lower().replace("-", "") == "utf8" and bool(text.encode("utf-8"))
     except UnicodeEncodeError:  # a path with bytes that are not UTF-8
         proper = False
-    write_whole(f"{text if proper else report.to_json(ascii_only=True)}\n")
+    if not proper:
+        text = report.to_json(ascii_only=True)
+    write_whole(f"{text}\n")
 
 
 def print_document(document: dict[str, Any]) -> None:
@@ -189,7 +192,7 @@ def json_line(document: dict[str, Any]) -> str:
 
 
 def failure(problem: BaseException) -> dict:
-    """`errors.error_record` for everything that can end a command: also signals, and values from the environment."""
+    """Make an `errors.error_record` of whatever can end a command: also signals, and values from the environment."""
     for ending, code, name in ((KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")):
         if isinstance(problem, ending):
             return {"code": code, "type": name, "stage": None, "message": name, "hint": None}
@@ -203,13 +206,13 @@ def failure(problem: BaseException) -> dict:
 
 
 def print_traceback(problem: BaseException) -> None:
-    """Where tracebacks are wanted."""
+    """Print the traceback, where tracebacks are wanted."""
     if "--debug" in sys.argv[1:] or os.environ.get("EVOPRUNE_DEBUG", "") not in ("", "0"):
         traceback.print_exception(problem)
 
 
 def print_error(message: str, hint: str | None) -> None:
-    """The two lines of an error."""
+    """Print the two lines of an error."""
     print_titled("error:", message)
     if hint:
         print_titled("hint:", hint)
@@ -218,13 +221,18 @@ def print_error(message: str, hint: str | None) -> None:
 def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None:
     """Prints a warning about a video; in a batch with its path, and with how many `more` videos it applies to."""
     template = WARNINGS.get(name, name)
-    answers = f"its answers about {more + 1:,} videos mean" if more else None
-    path = video.path if more is not None else None
-    text = warning_text(name, video, path, answers)
-    if more is not None and text == template:  # a warning that names no video
-        text += f" ({path}{f' and {more:,} more' if more else ''})"
-    elif more and "{video}" in template:
-        text += f" (and {counted(more, 'more video')})"
+    if more is None:
+        text = warning_text(name, video)
+    elif more == 0:
+        text = warning_text(name, video, video.path)
+        if text == template:  # a warning that names no video
+            text += f" ({video.path})"
+    else:
+        text = warning_text(name, video, video.path, f"its answers about {more + 1:,} videos mean")
+        if text == template:
+            text += f" ({video.path} and {more:,} more)"
+        elif "{video}" in template:
+            text += f" (and {counted(more, 'more video')})"
     print_titled(f"{warning_title(name)}:", text)
 
 
@@ -261,16 +269,19 @@ def print_titled(title: str, text: str) -> None:
     """Words of the command line are not broken, also those with spaces: most are paths. `title`: one of `COLOURS`."""
     text = printable(text)
     for word in sys.argv[1:]:
-        text = text.replace(word, word.replace(" ", GLUE)) if " " in word.strip() else text
+        if " " in word.strip():
+            text = text.replace(word, word.replace(" ", GLUE))
     first, *rest = (line.replace(GLUE, " ") for line in _folded(f"{title} {text}", len(title) + 1))
     for line in (paint(title, COLOURS[title]) + first.removeprefix(title), *rest):
         note(line)
 
 
 def _folded(text: str, indent: int) -> list[str]:
-    """Lines for stderr: on a terminal folded at spaces, the later ones indented; elsewhere one line, for programs that read it."""
+    """Fold a text for a stderr that is a terminal, at spaces, and indent later lines; elsewhere leave one line, for programs."""
+    if not sys.stderr.isatty():
+        return [text]
     settings = {"subsequent_indent": " " * indent, "break_on_hyphens": False, "break_long_words": False}
-    return textwrap.wrap(text, max(columns(), 30), **settings) if sys.stderr.isatty() else [text]
+    return textwrap.wrap(text, max(columns(), 30), **settings)
 
 
 class Wrapped:
@@ -289,7 +300,7 @@ class Wrapped:
         self._inside = False  # a word that is longer than a line: the terminal breaks it
 
     def add(self, text: str) -> None:
-        """The next piece. Between two wide characters, as of Chinese, a line may end without a space."""
+        """Take the next piece. Between two wide characters, as of Chinese, a line may end without a space."""
         for character in text:
             if character.isspace():
                 self.flush()
@@ -309,10 +320,11 @@ class Wrapped:
         """Writes the word that has begun."""
         if not self._word:
             return
-        gap = sum(TAB if c == "\t" else 1 for c in self._gap)
+        gap = len(self._gap) + (TAB - 1) * self._gap.count("\t")
         word = self._cells(self._word)
         if self._column and not self._inside and self._column + gap + word > self._width:
-            self._gap, self._column, gap = "\n", 0, 0
+            self._gap, self._column = "\n", 0
+            gap = 0
         self._write(self._gap + self._word)
         self._column = self._column + gap + word
         if self._column > self._width:  # the terminal breaks what is longer than a line
@@ -332,7 +344,10 @@ def print_stream(pieces) -> None:
     try:
         for piece in pieces:
             text = encodable(piece, stream)
-            wrapped.add(text) if wrapped else show(text)
+            if wrapped:
+                wrapped.add(text)
+            else:
+                show(text)
     finally:
         if wrapped:
             wrapped.flush()
@@ -351,7 +366,10 @@ class Thoughts:
 
     def add(self, piece: str) -> None:
         self._begun = True
-        self._wrapped.add(piece) if self._wrapped else self._show(piece)
+        if self._wrapped:
+            self._wrapped.add(piece)
+        else:
+            self._show(piece)
 
     def end(self) -> None:
         """Ends the line, if there is one."""
@@ -380,7 +398,7 @@ def encoding(show: Callable[[str, int, int], None]) -> Callable[[str, int, int],
 
 
 class Line:
-    """A line of progress: what is done, of how much, for how long already, and for how much longer."""
+    """Tell the progress in a line: what is done, of how much, for how long already, and for how much longer."""
 
     def __init__(self, what: str, now: Callable[[], float] = time.monotonic):
         self._now = now
@@ -388,7 +406,7 @@ class Line:
         self._said = _Said(what, at=self._begun, first_at=self._begun)
 
     def show(self, what: str, done: int = 0, total: int = 0, detail: str = "") -> None:
-        """From now on says `what`: with `done` of `total`, where there is something to count, and with what is done just now."""
+        """Say `what` from now on: with `done` of `total`, where there is something to count, and with what is done just now."""
         now = self._now()
         before = self._said
         said = _Said(what, done, total, detail, now, done, now)
@@ -397,13 +415,17 @@ class Line:
         self._said = said
 
     def text(self, width: int) -> str:
-        """As much of it as fits into so many columns."""
+        """Return as much of the line as fits into so many columns."""
         from rich.cells import cell_len, set_cell_size
 
         said = self._said
         now = self._now()
-        what = f"{said.what} {said.done:,}/{said.total:,}" if said.total else said.what
-        detail = f"{what}: {said.detail}" if said.detail else what
+        what = said.what
+        if said.total:
+            what += f" {said.done:,}/{said.total:,}"
+        detail = what
+        if said.detail:
+            detail += f": {said.detail}"
         elapsed = clock(now - self._begun).partition(".")[0]
         left = said.left_s(now)
         rest = [] if left is None else [f"{roughly(left)} left"]
@@ -413,7 +435,7 @@ class Line:
 
 @dataclass(frozen=True)
 class _Said:
-    """What a `Line` was told last, and when; `first`: what was done when this counting began, at `first_at`."""
+    """Hold the last message to a `Line`, and its time; `first`: how many were done when this counting began, at `first_at`."""
 
     what: str
     done: int = 0
@@ -424,7 +446,7 @@ class _Said:
     first_at: float = 0.0
 
     def left_s(self, now: float) -> float | None:
-        """Seconds that the rest of this counting will take, roughly; None where nothing tells yet."""
+        """Estimate how many seconds the rest of this counting will take; None where nothing tells yet."""
         spent = self.at - self.first_at
         done = self.done - self.first
         if not self.total or done <= 0 or spent < LEAST_S:
@@ -436,7 +458,10 @@ def downloading(show: Callable[..., None]) -> Callable[[int, int], None]:
     """Return a callback for `frames.local_file` that shows how much was downloaded."""
 
     def step(done: int, total: int) -> None:
-        show(f"downloading, {size(done)} of {size(total)}" if total else f"downloading, {size(done)}")
+        text = f"downloading, {size(done)}"
+        if total:
+            text += f" of {size(total)}"
+        show(text)
 
     return step
 
@@ -479,7 +504,7 @@ def short_name(model: str) -> str:
 
 
 def model_line(model: dict) -> str:
-    """Its id, precision and device. `model`: of a document of results."""
+    """Name a model's id, precision and device. `model`: from a document of results."""
     return f"{one_line(model['id'])}, {precision(model['dtype'], model.get('quantize'))}, {model['device']}"
 
 
@@ -489,7 +514,7 @@ def failures(document: dict) -> list[str]:
 
 
 def folded(texts: Iterable[str], width: int, **settings: bool) -> list[str]:
-    """Lines no longer than `width`; those that continue one are indented, empty ones stay."""
+    """Fold texts to lines no longer than `width`; lines that continue one are indented, empty ones stay."""
     return [line for text in texts for line in textwrap.wrap(text, width, subsequent_indent="  ", **settings) or [""]]
 
 
@@ -509,7 +534,8 @@ def table(
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
     rows = list(rows)
     for number, title in enumerate(titles):
-        grid.add_column(title, justify="right" if number and right else "left", overflow="fold")
+        side = "right" if number and right else "left"
+        grid.add_column(title, justify=side, overflow="fold")
     for row in rows:
         grid.add_row(*row)
     wide = Measurement.get(console, console.options.update(width=10_000), grid).maximum

@@ -131,8 +131,9 @@ def tune(
     def deliver(error: dict[str, Any] | None = None) -> dict[str, Any]:
         """Prints, writes and draws the results; returns them. `error`: what cut the run short."""
         document = rounded({"schema": tuning.schema} | tuning.document(error))
+        form = render_operations if "steps" in document else render
         try:
-            show(document, render_operations if "steps" in document else render, json)
+            show(document, form, json)
         finally:  # also where nobody reads stdout
             write(document, output, chart, draw_chart)
         return document
@@ -151,7 +152,8 @@ def tune(
         from evoprune.bench.tune import TuneSettings, Tuning
         from evoprune.contrib.operation_search import OperationTuning
 
-        tuning = (OperationTuning if operations else Tuning)(TuneSettings(**settings))
+        kind = OperationTuning if operations else Tuning
+        tuning = kind(TuneSettings(**settings))
         tell("loading model")
         tuning.load(partial(tell, "quantizing"))
         tuning.ahead = ahead
@@ -201,6 +203,15 @@ COLUMNS: dict[str, tuple[Callable[[dict], str], str]] = {
     ),
     "videos": (lambda row: f"{row['videos']}", "on which it was tried"),
 }
+
+
+def _if_measured(row: dict, form: str) -> str:
+    """Fill in figures of a row; a dash where they were not measured."""
+    if row["kl"] is None:
+        return "-"
+    return form.format(**row)
+
+
 # The same of recipes of operations.
 OPERATIONS: dict[str, tuple[Callable[[dict], str], str]] = {
     "work": (
@@ -209,11 +220,11 @@ OPERATIONS: dict[str, tuple[Callable[[dict], str], str]] = {
     ),
     "operations": (lambda row: f"{row['operations']:,}", "left out"),
     "KL": (
-        lambda row: "-" if row["kl"] is None else f"{row['kl']:.3f}",
+        lambda row: _if_measured(row, "{kl:.3f}"),
         "mean of KL(unpruned, pruned) in nats a token; -: not measured",
     ),
     "agree": (
-        lambda row: "-" if row["kl"] is None else f"{100 * row['agree']:.1f}%",
+        lambda row: _if_measured(row, "{agree:.1%}"),
         "tokens with the same first choice",
     ),
 }
@@ -255,9 +266,9 @@ def render(document: dict, width: int = 80) -> str:
     lines = _heading(document, width)
     said = [_verdict(document)]
     if document["rows"]:
-        best = document["recommended"]
+        marks = {document["recommended"]: "*"}
         body, meanings = _fitting(
-            document, lambda row: f"{'*' if row['name'] == best else ' '} {row['name']}", COLUMNS, DROPPED, width
+            document, lambda row: f"{marks.get(row['name'], ' ')} {row['name']}", COLUMNS, DROPPED, width
         )
         lines += ["", *body, ""]
         said.append(meanings)

@@ -73,7 +73,8 @@ def verify(
         from evoprune.bench.verify.run import verify as run
         from evoprune.session.loading.model import load_model
 
-        limit = TimeLimit(UNLIMITED_S if time_limit is None else time_limit, begun=begun)
+        seconds = UNLIMITED_S if time_limit is None else time_limit
+        limit = TimeLimit(seconds, begun=begun)
         tell("loading model")
         loaded = load_model(pipeline.model, pack=False, to_answer=True)
         with subject_of(loaded, path) as subject:
@@ -84,7 +85,7 @@ def verify(
 
 
 def render(document: dict, width: int = 80) -> str:
-    """Return the record as lines: what was verified, a line a check, what was measured, and the verdict."""
+    """Return the record as lines: the model and the machine, a line for each check, the figures, and the verdict."""
     model = document["model"]
     env = document["env"]
     about = f"{model['id'] or model['family']}, {model['dtype']}, {model['device']}: {env['device_name']}"

@@ -96,9 +96,11 @@ def watch(
     warm_up()  # while this process imports what it needs
     if every and not asked:
         raise UsageError("--every without a question", "-Q TEXT")
-    every_s = None if every is None else parse_time(every)
-    if every_s is not None and every_s <= 0:
-        raise UsageError(f"--every {every}", "give a time above 0")
+    every_s = None
+    if every is not None:
+        every_s = parse_time(every)
+        if every_s <= 0:
+            raise UsageError(f"--every {every}", "give a time above 0")
     if questions == STDIN and source == STDIN:
         raise UsageError("standard input is both the video and the questions", "give one of them by its name")
     if not all(text.strip() for text in asked):
@@ -122,7 +124,7 @@ def watch(
 
         limits = {"fps": pipeline.sampling.fps, "max_visual_tokens": pipeline.sampling.max_visual_tokens}
         stream = qa.stream(system=pipeline.generation.system, name=opened.name, **limits, **vars(pipeline.stream))
-        with LiveFeed(stream, opened, pipeline.stream.window_s, inf if every_s is None else every_s) as feed:
+        with LiveFeed(stream, opened, pipeline.stream.window_s, every_s or inf) as feed:
             with progress(not quiet) as show:
                 show("waiting for a frame")
                 while not feed.begun.wait(TICK_S):
@@ -140,7 +142,7 @@ def watch(
 
 
 class _Watching:
-    """A stream that is asked about while it is fed. Ctrl-C ends the answer to a typed question, otherwise the command."""
+    """Ask about a stream while it is fed. Ctrl-C ends the answer to a typed question, otherwise the command."""
 
     def __init__(
         self,
@@ -153,7 +155,7 @@ class _Watching:
         quiet: bool,
         speak: Callable[[str], None],
     ):
-        """`begin`: called with the first question, until which a window may fill. `prompt`: questions are typed."""
+        """Watch a stream. `begin`: called with the first question, until which a window may fill. `prompt`: questions are typed."""
         self._talk = talk
         self._begin = begin
         self._stream = stream
@@ -168,7 +170,7 @@ class _Watching:
         self._there = False
 
     def converse(self) -> int:
-        """Questions from the terminal, until q or Ctrl-C. The end of the source does not end it."""
+        """Answer questions from the terminal, until q or Ctrl-C. The end of the source does not end it."""
         self._speak("Ask about what was seen. /help for help; q, Ctrl-D or Ctrl-C to end.")
         questions = typed_questions(twice=False)
         while True:
@@ -179,7 +181,10 @@ class _Watching:
             self._answer(question, typed=True)
 
     def serve(self, asked: list[str], every_s: float | None, questions: str | None) -> int:
-        """Return the questions of the command line and of the pipe, until the source ends, or nobody can ask any more."""
+        """Answer the questions of the command line and of the pipe, until the source ends, or nobody can ask any more.
+
+        Returns the exit code.
+        """
         lines = None if questions is None else _lines(questions)
         if every_s is not None:
             every_s = self._possible(every_s)
@@ -208,12 +213,14 @@ class _Watching:
                 for question in asked:
                     self._answer(question)
             if due:
-                over_s = max(next_s, floor((now_s if new else latest_s) / every_s) * every_s)
+                until_s = now_s
                 why = "no frame was looked at in between"
                 if not new:
+                    until_s = latest_s
                     why = "no frame came since the one before"
                 elif next_s <= answered_s:
                     why = "the video went on meanwhile"
+                over_s = max(next_s, floor(until_s / every_s) * every_s)
                 self._say_left_out(next_s, over_s, every_s, new, why)
                 answered_s = self._feed.latest_s
                 next_s = over_s + every_s
@@ -242,7 +249,9 @@ class _Watching:
         if not count:
             return
         last_s = first_s + (count - 1) * every_s
-        when = f"at {clock(first_s)}" if count == 1 else f"from {clock(first_s)} to {clock(last_s)}"
+        when = f"at {clock(first_s)}"
+        if count > 1:
+            when = f"from {clock(first_s)} to {clock(last_s)}"
         self._warn(f"{counted(count, 'answer')} left out, {when}: {why}")
 
     def _warn(self, text: str) -> None:
@@ -250,10 +259,10 @@ class _Watching:
         print_titled("warning:", text)
 
     def _ask_line(self, line: bytes) -> None:
-        """A question of the pipe; one that is none has a record, and does not end anything."""
+        """Answer a question of the pipe; a line that is none has a record, and does not end anything."""
         try:
             fields = jsonlib.loads(line)
-            asked, identity = (fields.get(name) if isinstance(fields, dict) else None for name in ("question", "id"))
+            asked = fields.get("question") if isinstance(fields, dict) else None
             if not isinstance(asked, str) or not asked.strip():
                 raise ValueError('no "question"')
         except (ValueError, RecursionError) as problem:
@@ -263,7 +272,10 @@ class _Watching:
             self._talk.break_off(wrong, [line.decode(errors="replace").rstrip("\n")])
             print_error(wrong.message, wrong.hint)
         else:
-            self._answer(asked, identity=None if identity is None else str(identity))
+            identity = fields.get("id")
+            if identity is not None:
+                identity = str(identity)
+            self._answer(asked, identity=identity)
 
     def _answer(self, question: str, **kwargs) -> None:
         self._clear()
@@ -284,12 +296,20 @@ class _Watching:
         until_s = self._stream.until_s
         feed = self._feed
         backlog = self._feed.backlog
-        skipped = f", {backlog.skipped:,} skipped" if backlog.skipped else ""
-        skipped += f" (now {100 - 100 / backlog.stride:.0f}%)" if backlog.stride > 1 else ""
-        state = "failed" if feed.problem else "ended" if feed.ended.is_set() else f"lag {backlog.lag_s:.1f} s"
-        held = f"{clock(until_s or 0.0)} seen"
-        tokens = f", {counted(seen.frames, 'frame')}, {counted(seen.tokens, 'token')}" if seen else ""
-        return printable(f"{held}{skipped}; {state}{tokens}, {size(memory_in_use(self._device)[0])}")[: columns() - 1]
+        said = f"{clock(until_s or 0.0)} seen"
+        if backlog.skipped:
+            said += f", {backlog.skipped:,} skipped"
+        if backlog.stride > 1:
+            said += f" (now {100 - 100 / backlog.stride:.0f}%)"
+        if feed.problem:
+            said += "; failed"
+        elif feed.ended.is_set():
+            said += "; ended"
+        else:
+            said += f"; lag {backlog.lag_s:.1f} s"
+        if seen:
+            said += f", {counted(seen.frames, 'frame')}, {counted(seen.tokens, 'token')}"
+        return printable(f"{said}, {size(memory_in_use(self._device)[0])}")[: columns() - 1]
 
 
 def _write(text: str) -> None:
@@ -299,14 +319,15 @@ def _write(text: str) -> None:
 
 
 def _lines(path: str) -> "queue.SimpleQueue[bytes | None]":
-    """Lines of a pipe as they come, none of them empty, then None; read by a thread that holds no lock of Python's streams."""
+    """Queue the lines of a pipe as they come, none of them empty, then None; a thread reads that locks no stream of Python."""
     if path != STDIN and not os.path.exists(path):
         raise UsageError(f"no such file: {path}", missing_hint(path, "--questions - reads stdin"))
     pending: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def read() -> None:
         typed = path == STDIN
-        with contextlib.suppress(OSError), open(sys.stdin.fileno() if typed else path, "rb", closefd=not typed) as file:
+        name = sys.stdin.fileno() if typed else path
+        with contextlib.suppress(OSError), open(name, "rb", closefd=not typed) as file:
             for line in filter(bytes.strip, iter(partial(file.readline, MAX_LINE), b"")):
                 pending.put(line)
         pending.put(None)

@@ -1,5 +1,6 @@
-"""Measurements and training that are not part of the installed package. Run them from the root of the repository.
+"""Measure, compare, draw and train: what is not part of the installed package. Run it from the root of the repository.
 
-`python -m experiments.NAME --help`, with NAME one of ablations, comparison, kernels, decoders, first_word,
-checkpoint, demo.train and demo.samples. The other modules are imported by these.
+`python -m experiments.FOLDER.NAME --help`. The folders: `speed` times, `accuracy` compares answers, `environments` runs tests and
+vLLM in environments of their own, `pictures` draws for README and docs, `demo` makes the clips and trains the demo models.
+`timing.py` and `svg.py` are imported by several.
 """

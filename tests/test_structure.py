@@ -16,7 +16,7 @@ from evoprune.model.config import MODEL_TYPES
 ROOT = Path(__file__).parent.parent
 # Entries of evoprune/ in their order: each imports only what comes before it.
 ORDER = (
-    "errors", "util", "bundled", "report", "backend", "cpu", "model", "methods", "video", "vision", "language",
+    "errors", "util", "bundled", "report", "backend", "model", "methods", "video", "vision", "language",
     "session", "hf", "live", "video_qa", "batch", "bench", "contrib",
 )  # fmt: skip
 # Functions of torch that make a tensor from numbers. Without dtype and device, the result is of the host program's defaults.
@@ -262,6 +262,32 @@ def test_no_other_file_asks_what_a_device_is():
     assert len(list(asked_devices(ast.parse(asked)))) == 10
     others = "x.device, torch.backends.cuda.flash_sdp_enabled(), dtype.type, x.to('cpu'), name == 'auto', zeros(device='cpu')"
     assert not list(asked_devices(ast.parse(others)))
+
+
+# What backend/ asks about a device, and who else does: `verify`, to say which checks a device has.
+QUESTIONS = ("exact_shapes", "expects_host", "is_host", "uses_kernels", "wants_plain_pytorch")
+ANSWERED_FOR = ("evoprune.backend.", "evoprune.bench.verify.", "evoprune.vision.")
+
+
+def questions(code: ast.Module) -> Iterator[ast.AST]:
+    """Where code has one of the questions, wherever it comes from."""
+    for node in ast.walk(code):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+        names += [getattr(node, "attr", None), getattr(node, "id", None)]
+        if {*names} & {*QUESTIONS}:
+            yield node
+
+
+def test_outside_backend_nobody_asks_what_depends_on_a_device():
+    others = [name for name in modules() if not name.startswith(ANSWERED_FOR)]
+    fail_on(
+        (f"{name}:{node.lineno} {ast.unparse(node)}" for name in others for node in questions(tree(name))),
+        "questions for a device: call a function of backend/ that does what depends on it",
+    )
+    defined = {node.name for name in modules() for node in tree(name).body if isinstance(node, ast.FunctionDef)}
+    assert {*QUESTIONS} <= defined
+    asked = "from evoprune.backend.devices import HOST, is_host\nif devices.exact_shapes(device) or uses_kernels(device): pass"
+    assert len(list(questions(ast.parse(asked)))) == 3
 
 
 def test_imports_are_found_wherever_they_are_written(monkeypatch):

@@ -1,12 +1,14 @@
 """A model of any family small enough for tests: seeded random weights, byte-level tokenizer, the hub's file layout."""
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from evoprune.model.config import FAMILIES
+from evoprune.vision.encoder import Encoded
 
 _NAMES = (
     "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
@@ -180,3 +182,11 @@ def save_tiny(folder: str | Path, seed: int = 0, family: str = "qwen2_5_vl", hea
     }.items():
         (folder / name).write_text(json.dumps(content))
     return folder
+
+
+def encoded_tokens(features, kept, size=None, deepstack=None, grid=None) -> Encoded:
+    """Tokens as the encoder would return them, of units that have no rows. `grid`: (T, H, W), by default one row of units."""
+    kept = torch.as_tensor(kept)
+    grid = grid or (1, 1, int(kept.max()) + 1)
+    nothing = torch.full((math.prod(grid),), -1)
+    return Encoded(features, kept, features[:0], nothing, (grid,), [], 0.0, size=size, deepstack=deepstack)

@@ -1,4 +1,4 @@
-"""Questions for a device, and what it does in its own way: kernels, graphs, and what else is chosen by the device.
+"""What depends on the device: functions that others call with a device or with tensors on it, and that ask what it is.
 
-Kernels and graphs have a plain form in PyTorch beside it, which runs where they cannot, and with `EVOPRUNE_PLAIN=1`.
+Kernels and graphs have a form in plain PyTorch beside them, which runs where they cannot, and with `EVOPRUNE_PLAIN=1`.
 """

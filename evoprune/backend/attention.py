@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
@@ -49,6 +50,21 @@ def attends_by_products(queries: torch.Tensor, keys: int) -> bool:
     keys.
     """
     return is_host(queries.device) and queries.dtype == torch.bfloat16 and keys < LONG
+
+
+def transformers_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """Return the fastest attention that transformers has on a device: flash-attn's where it is installed, else torch's."""
+    if is_host(device) or dtype.itemsize != 2 or find_spec("flash_attn") is None:
+        return "sdpa"
+    return "flash_attention_2"
+
+
+def attention_note(device: torch.device, attention: str) -> str | None:
+    """Return what is to be known of transformers' tower where it runs this attention; None on a CPU."""
+    if is_host(device):
+        return None
+    slow = ", whose tower loops over windows in Python; flash-attn, which does not, is not installed"
+    return f"transformers runs {attention}{slow if attention == 'sdpa' else ''}"
 
 
 def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
@@ -110,3 +126,30 @@ def causal_attention(
         if not torch.backends.cuda.can_use_flash_attention(params) or queries.shape[3] % 8:
             return None
     return torch.ops.aten._scaled_dot_product_flash_attention(queries, keys, values, 0.0, True, False, scale=scale)[0]
+
+
+def bias_features(bias: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """`[n, e]`: features behind those of keys, `dim`, whose product with ones is a bias on their scores, float32 `[n]`.
+
+    A kernel that takes no mask takes them: heads may have up to 256 features, in multiples of eight. Scores are divided by the root
+    of `dim`. The bias is the sum of two numbers, because one in bf16 would be off by up to 2^-9 of it.
+    """
+    value = (bias * dim**0.5).clamp(min=torch.finfo(dtype).min / 4)  # -inf times 0 would be NaN
+    high = value.to(dtype)
+    return F.pad(torch.stack([high, (value - high.float()).to(dtype)], -1), (0, -(dim + 2) % 8))
+
+
+def room_for_bias(bias: torch.Tensor, like: torch.Tensor, kv_heads: int, dim: int) -> torch.Tensor | None:
+    """`[2, kv_heads, n, dim + e]`: room for the keys and values of a layer; behind keys the features of a bias, behind values 0.
+
+    Kernels that take masks are slow on a GPU. None where there are no others, or for a single column: then the bias is a mask.
+
+    Args:
+        bias: float32 `[n]`, on the scores of keys. like: columns `[L, hidden]`, whose dtype is that of the keys. dim: of a head.
+    """
+    if len(like) == 1 or not uses_kernels(like.device):
+        return None
+    features = bias_features(bias, dim, like.dtype)
+    room = features.new_zeros(2, kv_heads, len(features), dim + features.shape[1])
+    room[0, :, :, dim:] = features
+    return room

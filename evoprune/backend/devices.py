@@ -1,7 +1,10 @@
-"""The questions for a device: which one is used and what it has, how much is computed at a time, copies, waits, time, memory.
+"""What a device does in its own way: its dtype, how much is computed at a time, copies, waits, time, memory.
 
 Also whether kernels and graphs are used, what happens where a kernel fails (plain PyTorch, and one warning), and functions on
 streams of CUDA: as a graph, whose one launch runs all kernels again on the same memory, or beside the program.
+
+A device is torch's, chosen when a model is loaded (`pick_device`); tensors carry it from then on. Functions outside of this package
+hand it on, and do not ask what it is.
 """
 
 import atexit
@@ -12,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import lru_cache, wraps
 from importlib.metadata import version
@@ -25,8 +28,9 @@ from evoprune.backend import limits
 from evoprune.errors import DeviceWarning, UsageError, first_line, is_out_of_memory
 from evoprune.report import Environment
 
+HOST = torch.device("cpu")  # whose values the program reads without waiting
 # Units whose rows go through a product at a time. 512 units (2,048 patches) keep matrix products at full speed and their
-# results in a CPU's caches (`python -m experiments.kernels`). A GPU needs more to be busy.
+# results in a CPU's caches (`python -m experiments.speed.kernels`). A GPU needs more to be busy.
 PIECE_UNITS = 512
 GPU_PIECE_UNITS = 8192
 # Entries of a score matrix held at a time, for the same reasons.
@@ -37,6 +41,9 @@ GPU_SCORES = 1 << 26
 # pruned (0.73 to 0.99 times as fast), at 1,536 it lost against a selection after the tower (by 9%, calculated), at 4,784 it won
 # against one (1.6 times as fast). It is nearer to the sizes that lost: what is between them has not been measured.
 LAUNCH_BOUND_UNITS = 2048
+# Sides of square products that keep a device busy.
+SIDES = (1024, 2048)
+GPU_SIDES = (4096, 8192)
 
 
 def pick_device(name: str) -> torch.device:
@@ -54,13 +61,18 @@ def pick_device(name: str) -> torch.device:
         reason = first_line(problem).partition(". ")[0]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         hint = "cpu always works, auto finds a GPU"
-        if on_cuda(name) and visible is not None:  # which may hide GPUs from this process
+        if _on_cuda(name) and visible is not None:  # which may hide GPUs from this process
             hint += f"; CUDA_VISIBLE_DEVICES is {visible!r}"
         raise UsageError(f"device {name!r} cannot be used here: {reason}", hint) from problem
     return device
 
 
-def has_bf16(device: torch.device) -> bool:
+def default_dtype(device: torch.device) -> str:
+    """Return the name of the dtype in which it computes fastest: bf16 if it multiplies that in hardware, else fp32."""
+    return "bf16" if _has_bf16(device) else "fp32"
+
+
+def _has_bf16(device: torch.device) -> bool:
     """Return whether it multiplies bf16 in hardware; where it does not, as on older GPUs of CUDA, bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -87,7 +99,7 @@ def environment(device: str) -> Environment:
 
 def describe_devices() -> dict[str, str]:
     """Return the devices here by name: the product of each, and what it has."""
-    devices = {"cpu": f"{device_name('cpu')}, bf16 {'yes' if has_bf16(torch.device('cpu')) else 'no'}"}
+    devices = {"cpu": f"{device_name('cpu')}, bf16 {'yes' if _has_bf16(torch.device('cpu')) else 'no'}"}
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         devices[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"
@@ -96,7 +108,7 @@ def describe_devices() -> dict[str, str]:
 
 def device_name(device: str) -> str:
     """Return the name of the product."""
-    if on_cuda(device):
+    if _on_cuda(device):
         return torch.cuda.get_device_name(device)
     try:
         with open("/proc/cpuinfo") as f:
@@ -105,9 +117,28 @@ def device_name(device: str) -> str:
         return platform.processor() or platform.machine()
 
 
-def on_cuda(name: str) -> bool:
-    """Return whether a device of this name, as options have it, is one of CUDA: torch counts its memory, Ray shares it out."""
+def kind(device: str) -> str:
+    """Return the kind of a device of this name: "cuda" of "cuda:1". Devices of a kind compute the same numbers."""
+    return torch.device(device).type
+
+
+def _on_cuda(name: str) -> bool:
+    """Return whether a device of this name, as options have it, is one of CUDA, whose memory torch counts."""
     return name.startswith("cuda")
+
+
+def cluster_share(device: str, gpus: int, cores: Sequence[int]) -> tuple[int, dict[str, float]]:
+    """Return how many processes with a model a cluster has room for, and the share of each, as Ray names it.
+
+    On GPUs each has one. On CPUs each has as many cores as the smallest node.
+
+    Args:
+        device: as options have it. gpus: of the whole cluster. cores: of each node.
+    """
+    if _on_cuda(device) or (device == "auto" and gpus):
+        return max(1, gpus), {"num_gpus": 1}
+    min_cores = min((count for count in cores if count), default=1)
+    return max(1, sum(count // min_cores for count in cores)), {"num_cpus": min_cores}
 
 
 def holds_values(device: torch.device) -> bool:
@@ -125,6 +156,11 @@ def exact_shapes(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def busy_cores(device: torch.device) -> int:
+    """Return how many cores a model keeps busy: on the CPU those of torch's threads; another device is driven by one."""
+    return torch.get_num_threads() if is_host(device) else 1
+
+
 def largest_piece(device: torch.device) -> int:
     """Return how many units are embedded, and rows go through a product, at a time."""
     return PIECE_UNITS if exact_shapes(device) else GPU_PIECE_UNITS
@@ -138,6 +174,11 @@ def launch_bound_units(device: torch.device) -> int:
 def scores_at_a_time(device: torch.device) -> int:
     """Return how many entries of a score matrix are held at a time."""
     return SCORES if exact_shapes(device) else GPU_SCORES
+
+
+def product_sides(device: torch.device) -> tuple[int, ...]:
+    """Return the sides of square products that keep it busy, by which its rate is measured."""
+    return SIDES if is_host(device) else GPU_SIDES
 
 
 def accelerator() -> str | None:
@@ -198,7 +239,7 @@ class Timer:
 
 def peak_memory(device: str) -> int | None:
     """Bytes: on CUDA the allocator's peak, else the largest resident size of this process so far. None where unknown."""
-    if on_cuda(device):
+    if _on_cuda(device):
         return torch.cuda.max_memory_allocated(device)
     try:
         # Not getrusage: on Linux its peak includes the process that started this one.
@@ -212,9 +253,19 @@ def peak_memory(device: str) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def peak_memory_note(device: str) -> str | None:
+    """Return what `peak_memory` counts beside the model in question, where that is more."""
+    return None if _on_cuda(device) else "peak memory is the process's, with the weights of all rows in it"
+
+
+def counted_memory(device: str) -> int:
+    """Bytes in use now, as `peak_memory` counts them. Raises TypeError where the system does not tell."""
+    return torch.cuda.memory_allocated(device) if _on_cuda(device) else sum(memory_in_use(device))
+
+
 def memory_in_use(device: str) -> tuple[int | None, int | None]:
     """Bytes of this process now: its own, and pages of files mapped into memory. None where unknown, and on CUDA."""
-    if on_cuda(device):
+    if _on_cuda(device):
         return None, None
     try:
         own, shared, mapped = limits.kib(Path("/proc/self/status"), "RssAnon", "RssShmem", "RssFile")
@@ -225,7 +276,7 @@ def memory_in_use(device: str) -> tuple[int | None, int | None]:
 
 def reset_peak_memory(device: str) -> bool:
     """Restarts the count of `peak_memory`; False where the system cannot."""
-    if on_cuda(device):
+    if _on_cuda(device):
         torch.cuda.reset_peak_memory_stats(device)
         return True
     try:
@@ -242,7 +293,7 @@ def available_memory(device: str) -> int | None:
 
     On CUDA: what is free on the device and in torch's own allocator. Else see `limits.available_memory`.
     """
-    if on_cuda(device):
+    if _on_cuda(device):
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     return limits.available_memory() if holds_values(torch.device(device)) else None
@@ -269,27 +320,27 @@ def exact_convolutions() -> Iterator[None]:
 # Kernels, and what replaces them.
 
 _failed: set[str] = set()
-_plainly: list[bool] = []
+_plain_pytorch: list[bool] = []
 
 
-def plain() -> bool:
-    """Return whether nothing but plain PyTorch is wanted: EVOPRUNE_PLAIN is set, and not to 0, or this is inside of `plainly`."""
-    return bool(_plainly) or os.environ.get("EVOPRUNE_PLAIN", "0") not in ("", "0")
+def wants_plain_pytorch() -> bool:
+    """Return whether EVOPRUNE_PLAIN is set, and not to 0, or this is inside of `plain_pytorch`."""
+    return bool(_plain_pytorch) or os.environ.get("EVOPRUNE_PLAIN", "0") not in ("", "0")
 
 
 def uses_kernels(device: torch.device) -> bool:
-    """Return whether kernels are used there: on CUDA, unless only plain PyTorch is wanted."""
-    return device.type == "cuda" and not plain()
+    """Return whether kernels are used there: on CUDA, unless plain PyTorch is wanted."""
+    return device.type == "cuda" and not wants_plain_pytorch()
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
-    """Provide a context in which no kernel and no graph is used."""
-    _plainly.append(True)
+def plain_pytorch() -> Iterator[None]:
+    """Provide a context in which no kernel and no graph is used, and transformers' own layers run."""
+    _plain_pytorch.append(True)
     try:
         yield
     finally:
-        _plainly.pop()
+        _plain_pytorch.pop()
 
 
 @lru_cache(maxsize=1)
@@ -322,7 +373,7 @@ def with_fallback(what: str, plain_form: Callable) -> Callable[[Callable], Calla
     def decorate(function: Callable) -> Callable:
         @wraps(function)
         def run(*args, **kwargs):
-            if plain() or failed(what) or not has_triton():
+            if wants_plain_pytorch() or failed(what) or not has_triton():
                 return plain_form(*args, **kwargs)
             try:
                 return function(*args, **kwargs)
@@ -361,8 +412,11 @@ def on_its_device(function: Callable) -> Callable:
     return run
 
 
-def can_capture(device: torch.device) -> bool:
-    return uses_kernels(device) and torch.version.cuda is not None
+def capture_on(device: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
+    """Return `run_and_capture` of a device; None where there are no graphs, or plain PyTorch is wanted."""
+    if not uses_kernels(device) or torch.version.cuda is None:
+        return None
+    return lambda function: run_and_capture(function, device)
 
 
 def run_and_capture(function: Callable[[], None], device: torch.device) -> Callable[[], None]:

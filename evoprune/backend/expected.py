@@ -1,5 +1,6 @@
 """Which device torch is going to use, told before torch is imported, which takes seconds."""
 
+import math
 import os
 import re
 from importlib.util import find_spec
@@ -11,6 +12,15 @@ from evoprune.backend.limits import ROOT
 NODES = ("nvidia[0-9]*", "kfd", "dxg")
 # In torch's module `version`: of CUDA or ROCm, if torch was built with it.
 BUILT_WITH = re.compile(r"^(?:cuda|hip)\b[^=]*=\s*['\"]", re.MULTILINE)
+
+
+# Visual tokens before pruning that a CPU encodes in about a minute.
+MAX_VISUAL_TOKENS_CPU = 4_096
+
+
+def visual_token_limit(name: str) -> float:
+    """Return how many visual tokens a device of this name takes before pruning; infinity where the model alone limits them."""
+    return MAX_VISUAL_TOKENS_CPU if expects_host(name) else math.inf
 
 
 def expects_host(name: str, root: Path = ROOT) -> bool:

@@ -46,7 +46,7 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class Settings(PipelineOptions):
-    """The options of a batch. Each row has its own part of the video instead of `start_s` and `end_s`."""
+    """Hold the options of a batch. Each row has its own part of the video instead of `start_s` and `end_s`."""
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> "VideoQA":
         """Loads the model; raises what `VideoQA.load` raises."""
@@ -58,12 +58,14 @@ class Settings(PipelineOptions):
         """Return all of it as flat data for JSON, as records hold it."""
         code = methods.plugin_code(self.pruning.method)
         facts = record((self.model, self.pruning, self.sampling, self.generation), RECORDED)
-        return facts | ({"plugins": code} if code else {})
+        if code:
+            facts["plugins"] = code
+        return facts
 
 
 @dataclass(frozen=True)
 class Found:
-    """A record that an earlier run wrote: its row and settings, whether the row failed, and its bytes [start, end) of the file.
+    """Describe a record of an earlier run: its row and settings, whether the row failed, and its bytes [start, end) of the file.
 
     `files`: what it was made of (`Sources`), and `revision`: the commit of a hub model. Empty, and None, where that is unknown.
     `after_tower_below`: as in the record's pruning; 0 where no size changes what is pruned, None where the row failed.
@@ -81,7 +83,7 @@ class Found:
 
 
 class Sources:
-    """What the records of a batch are made of: states (`file_state`) of the files of the model and of the inputs, when it begins.
+    """Hold the states (`file_state`) of the files of a batch, model and inputs, when it begins.
 
     None is unknown, such as the files of a hub model, whose commit each record has.
     """
@@ -173,8 +175,13 @@ def size_rule_changes(before: int | None, now: int | None) -> str:
     """
     if before is None or now is None or before == now:
         return ""
-    which = [f"those of fewer than {units:,} visual tokens" if units else "none" for units in (before, now)]
-    return f"the inputs pruned after the tower alone were {which[0]}, are {which[1]}"
+    return f"the inputs pruned after the tower alone were {_inputs_below(before)}, are {_inputs_below(now)}"
+
+
+def _inputs_below(units: int) -> str:
+    if units == 0:
+        return "none"
+    return f"those of fewer than {units:,} visual tokens"
 
 
 def file_changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
@@ -227,7 +234,7 @@ class RecordFile:
 
     @property
     def resumable(self) -> bool:
-        """Whether a later run can go on with the file."""
+        """Return whether a later run can go on with the file."""
         return self.regular
 
     def _is_own(self) -> bool:
@@ -336,13 +343,18 @@ class RecordFile:
                     files = dict(about.get("files") or {})
                     commit = dict(record.get("model") or {}).get("revision")
                     place = end, end + len(line)
-                    below = None if failed else dict(record.get("pruning") or {}).get("after_tower_below") or 0
+                    below = None
+                    if not failed:
+                        below = dict(record.get("pruning") or {}).get("after_tower_below") or 0
                     records.append(Found(record["id"], about["row"], settings, failed, *place, files, commit, below))
                 except (ValueError, KeyError, TypeError) as problem:
                     if _is_torn(line, bool(records)):
                         break
-                    damaged = "if nobody needs that line, delete it, and the same command goes on; or choose another -o"
-                    hint = damaged if records else OTHER_HINT
+                    hint = OTHER_HINT
+                    if records:
+                        hint = (
+                            "if nobody needs that line, delete it, and the same command goes on; or choose another -o"
+                        )
                     raise UsageError(f"{self.name}, line {number} is no record of a batch", hint) from problem
                 end += len(line)
         return records

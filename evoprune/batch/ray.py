@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import Any
 
-from evoprune.backend.devices import on_cuda
+from evoprune.backend.devices import cluster_share
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
 from evoprune.batch.run import answers, failure_report
@@ -26,13 +26,13 @@ TRIES = 3  # for a span whose workers die
 
 
 class WorkerDied(EvopruneError):
-    """The worker died each time that it tried a span."""
+    """Report a worker that died each time that it tried a span."""
 
     type = "worker_died"
 
 
 class RemoteError(EvopruneError):
-    """An error in another process, made from its record."""
+    """Stand for an error in another process, made from its record."""
 
     def __init__(self, error: dict[str, Any]):
         super().__init__(error["message"], error["hint"], stage=error["stage"])
@@ -88,12 +88,8 @@ def _lines(ray, spans: Sequence[Span], settings: Settings, where: dict[str, Any]
 
 def _workers(ray, device: str) -> tuple[int, dict[str, float]]:
     """Return how many workers there is room for, and the share of each: a GPU, or as many cores as the smallest node has."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if on_cuda(device) or (device == "auto" and gpus):
-        return max(1, gpus), {"num_gpus": 1}
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    min_cores = min((count for count in cores if count), default=1)
-    return max(1, sum(count // min_cores for count in cores)), {"num_cpus": min_cores}
+    return cluster_share(device, int(ray.cluster_resources().get("GPU", 0)), cores)
 
 
 class Tries:

@@ -52,7 +52,7 @@ Line = tuple[str, int, dict[str, Any] | ValueError]
 
 @dataclass(frozen=True)
 class Row:
-    """A question about one input or several, or about a span of the videos among them."""
+    """Hold a question about one input or several, or about a span of the videos among them."""
 
     id: str  # the row's name in the results
     inputs: tuple[str, ...]  # the paths of videos and pictures as the user wrote them
@@ -76,12 +76,12 @@ class Row:
 
     @property
     def video(self) -> str:
-        """The input's name; of several, their names."""
+        """Name the input; of several, all."""
         return ", ".join(self.inputs)
 
     @property
     def prompt(self) -> str:
-        """The text that the model gets: the question, then the options as lines with letters, in lmms-eval's wording."""
+        """Write the text that the model gets: the question, then the options as lines with letters, in lmms-eval's wording."""
         if not self.options:
             return self.question
         lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
@@ -89,8 +89,10 @@ class Row:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The fields that the model's answer depends on, as plain data."""
-        about = {"inputs": list(self.inputs)} if len(self.inputs) > 1 else {"video": self.video}
+        """Return the fields that the model's answer depends on, as plain data."""
+        about = {"video": self.video}
+        if len(self.inputs) > 1:
+            about = {"inputs": list(self.inputs)}
         facts = {"question": self.question, "start_s": self.start_s, "end_s": self.end_s, "options": list(self.options)}
         names = ("fps", "frames", "frame_rate", "max_new_tokens", "subtitles")
         own = {name: getattr(self, name) for name in names}
@@ -98,12 +100,14 @@ class Row:
 
     def generation(self, usual: GenerationOptions) -> GenerationOptions:
         """Return how the answer is generated: as `usual`, but for what the row says itself."""
-        return usual if self.max_new_tokens is None else replace(usual, max_new_tokens=self.max_new_tokens)
+        if self.max_new_tokens is None:
+            return usual
+        return replace(usual, max_new_tokens=self.max_new_tokens)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the rows of a file must hold beyond `video` and `question`."""
+    """Say what the rows of a file must hold beyond `video` and `question`."""
 
     fields: str  # a hint for errors in the fields of a row
     file: str = "give a JSONL or CSV file of rows"  # a hint for errors of the file
@@ -127,16 +131,21 @@ class Span:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Fields of `SamplingOptions`."""
+        """Return the fields of `SamplingOptions` that the rows set."""
         row = self.rows[0]
-        own = {} if row.fps is None and row.frames is None else {"fps": row.fps, "frames": row.frames}
-        own |= {} if row.frame_rate is None else {"frame_rate": row.frame_rate}
-        own |= {} if row.subtitles_path is None else {"subtitles": row.subtitles_path}
-        return {"start_s": row.start_s, "end_s": row.end_s} | own
+        own = {"start_s": row.start_s, "end_s": row.end_s}
+        if row.fps is not None or row.frames is not None:
+            own["fps"] = row.fps
+            own["frames"] = row.frames
+        if row.frame_rate is not None:
+            own["frame_rate"] = row.frame_rate
+        if row.subtitles_path is not None:
+            own["subtitles"] = row.subtitles_path
+        return own
 
 
 def group_by_span(rows: Iterable[Row]) -> list[Span]:
-    """Rows that share an encoding, together, in the order of their first rows."""
+    """Group rows that share an encoding, in the order of their first rows."""
     inputs: dict[tuple[str, ...], dict[tuple, list[Row]]] = {}
     for row in rows:
         encoding = (row.start_s, row.end_s, row.fps, row.frames, row.frame_rate, row.subtitles_path)
@@ -207,14 +216,16 @@ def _rows(lines: Iterable[Line], name: str, folder: str, span: tuple[float, floa
             if row.id in rows:
                 message = f"{place}: the same id (or the same question) as {places[row.id]}"
                 wrong.add(message, "give every row an id of its own")
-            rows[row.id], places[row.id] = row, place
+            rows[row.id] = row
+            places[row.id] = place
             unused.update(
                 field for field, value in fields.items() if value is not None and field not in (*FIELDS, *SAME)
             )
     videos: dict[str, str] = {}
     for row in rows.values():
+        place = f"{places[row.id]}: " if name else ""
         for path in row.paths:
-            videos.setdefault(path, f"{places[row.id]}: " if name else "")
+            videos.setdefault(path, place)
     wrong.check(videos, name)
     if unused:
         are = "passed on, not read" if rules.passes_on else "not used"
@@ -223,11 +234,13 @@ def _rows(lines: Iterable[Line], name: str, folder: str, span: tuple[float, floa
 
 
 def _named(unused: Counter) -> str:
-    """Fields, each with the number of its rows, and with the one that may be meant."""
+    """List fields, each with the number of its rows, and with the one that may be meant."""
     texts = []
     for name, count in unused.items():
-        near = did_you_mean(name, (*FIELDS, *SAME)).strip()
-        texts.append(f"{shorten(name, 40)} in {counted(count, 'row')}{f' ({near})' if near else ''}")
+        text = f"{shorten(name, 40)} in {counted(count, 'row')}"
+        if near := did_you_mean(name, (*FIELDS, *SAME)).strip():
+            text += f" ({near})"
+        texts.append(text)
     return some(texts)
 
 
@@ -255,8 +268,12 @@ def _row(
         inputs = tuple(_file(path, "input") for path in fields["inputs"])
     else:
         inputs = (_file(fields.get("video"), "video"),)
-    subtitles = _file(fields["subtitles"], "subtitles") if "subtitles" in fields else None
-    named = subtitles in (None, NO_SUBTITLES, AUTO_SUBTITLES)
+    subtitles = None
+    if "subtitles" in fields:
+        subtitles = _file(fields["subtitles"], "subtitles")
+    subtitles_path = subtitles
+    if subtitles not in (None, NO_SUBTITLES, AUTO_SUBTITLES):
+        subtitles_path = _path(folder, subtitles)
     row = Row(
         id="",
         inputs=inputs,
@@ -266,14 +283,16 @@ def _row(
         end_s=end,
         options=_options(fields.get("options", [])),
         subtitles=subtitles,
-        subtitles_path=subtitles if named else _path(folder, subtitles),
+        subtitles_path=subtitles_path,
         answer=fields.get("answer"),
         **numbers,
     )
     row.generation(GenerationOptions())  # refuses what is out of range
     row = rules.complete(row, fields)
-    digest = hashlib.sha256(json.dumps(row.asked, sort_keys=True).encode()).hexdigest()[:16]
-    name = fields.get("id", number if rules.numbered else digest)
+    name = number
+    if not rules.numbered:
+        name = hashlib.sha256(json.dumps(row.asked, sort_keys=True).encode()).hexdigest()[:16]
+    name = fields.get("id", name)
     right = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
     _must(right, "id is neither a text nor a whole number")
     return replace(row, id=str(name), cells=cells)
@@ -296,7 +315,9 @@ def _path(folder: str, text: str) -> str:
     """
     if is_url(text):
         return text
-    file = unquote(text.removeprefix(FILE_URL)) if text.startswith(FILE_URL) else os.path.expanduser(text)
+    file = os.path.expanduser(text)
+    if text.startswith(FILE_URL):
+        file = unquote(text.removeprefix(FILE_URL))
     path = os.path.join(folder, file)
     try:
         possible = b"\0" not in os.fsencode(path)
@@ -329,7 +350,9 @@ def _options(options: Any) -> tuple[str, ...]:
     in_order = LETTERS[: len(options)]
     mixed = letters != in_order and sorted(letters) == list(in_order)
     _must(not mixed, f"the letters of the options are {', '.join(letters)}, not in order")
-    return tuple(match[3] for match in lettered) if letters == in_order else options
+    if letters != in_order:
+        return options
+    return tuple(match[3] for match in lettered)
 
 
 def _file(value: Any, name: str) -> str:
@@ -356,13 +379,15 @@ def _text(value: Any, name: str) -> str:
 def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
     """Return a number that a row may have, in CSV as a text; None where it has none."""
     number = value
-    for read in (float, kind) if isinstance(value, str) else ():
-        with suppress(ValueError):
-            number = read(value)
+    if isinstance(value, str):
+        for read in (float, kind):
+            with suppress(ValueError):
+                number = read(value)
     if kind is int and isinstance(number, float) and number.is_integer():  # 8.0, as spreadsheets write 8
         number = int(number)
     right = number is None or isinstance(number, (int, kind))
-    _must(right, f"{name} is not a {'whole ' if kind is int else ''}number")
+    noun = "whole number" if kind is int else "number"
+    _must(right, f"{name} is not a {noun}")
     return check_type(name, number, kind | None)
 
 
@@ -465,7 +490,7 @@ def holds_some(folder: str) -> bool:
 
 
 def left_out(video: str) -> str:
-    """Return what a folder of videos, or of images, holds besides them, as a line; empty where that is nothing.
+    """Name the other things in a folder of videos, or of images, as a line; empty where there are none.
 
     Hidden files do not count, nor other files beside images.
     """
@@ -476,11 +501,15 @@ def left_out(video: str) -> str:
     with os.scandir(video) as entries:
         others = [entry.is_dir() for entry in entries if entry.name[0] != "." and entry.path not in videos]
     if len(videos) <= len(images):
+        if not images or not any(others):
+            return ""
         taken = f"{counted(len(images), 'image')} as one video"
-        return f"{video}: {taken}; folders inside it are not searched (-r)" if images and any(others) else ""
+        return f"{video}: {taken}; folders inside it are not searched (-r)"
     counts = {"folder": sum(others), "other file": len(others) - sum(others)}
     skipped = [counted(count, noun) for noun, count in counts.items() if count]
-    return f"{video}: {counted(len(videos), 'video')}; left out: {', '.join(skipped)}" if skipped else ""
+    if not skipped:
+        return ""
+    return f"{video}: {counted(len(videos), 'video')}; left out: {', '.join(skipped)}"
 
 
 def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
@@ -512,21 +541,26 @@ def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:
         except ValueError as problem:
             raise UsageError(f"{name} is not JSON: {problem}", hint) from problem
         for number, fields in enumerate(rows, 1):
-            yield "row", number, fields if isinstance(fields, dict) else ValueError("not a JSON object")
+            yield "row", number, _object(fields)
     else:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                try:
-                    fields = loads(line, once=True)
-                except ValueError as problem:
-                    fields = (
-                        ValueError(f"not JSON: {problem}") if isinstance(problem, json.JSONDecodeError) else problem
-                    )
-                yield (
-                    "line",
-                    number,
-                    fields if isinstance(fields, dict | ValueError) else ValueError("not a JSON object"),
-                )
+                yield "line", number, _object_of(line)
+
+
+def _object_of(line: str) -> dict[str, Any] | ValueError:
+    """Return the JSON object of a line, or the problem with it."""
+    try:
+        return _object(loads(line, once=True))
+    except json.JSONDecodeError as problem:
+        return ValueError(f"not JSON: {problem}")
+    except ValueError as problem:
+        return problem
+
+
+def _object(fields: Any) -> dict[str, Any] | ValueError:
+    """Return what was read from JSON if it is an object, else the problem."""
+    return fields if isinstance(fields, dict) else ValueError("not a JSON object")
 
 
 def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
@@ -546,6 +580,8 @@ def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
             for name in LIST_COLUMNS:
                 if name in cells:
                     cells[name] = [entry.strip() for entry in cells[name].split("|")]
-            yield "line", reader.line_num, ValueError("more cells than the head has") if None in row else cells
+            if None in row:
+                cells = ValueError("more cells than the head has")
+            yield "line", reader.line_num, cells
     except csv.Error as problem:
         yield "line", reader.line_num + 1, ValueError(str(problem))  # line_num counts the last line that was whole

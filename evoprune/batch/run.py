@@ -96,7 +96,10 @@ def _asked(
         report = None
         if encoded:
             report, error = _tried(partial(answered, row), on_failure)
-        yield _named(report, row, settings) if report else failure_report(row, settings, error)
+        if report:
+            yield _named(report, row, settings)
+        else:
+            yield failure_report(row, settings, error)
 
 
 def _tried(work: Callable[[], T], on_failure: Callable[[Exception], None]) -> tuple[T | None, dict | None]:

@@ -21,9 +21,9 @@ def is_table(path: str) -> bool:
 
 
 class TableFile(RecordFile):
-    """A CSV file (RFC 4180, UTF-8, comma) that grows by whole rows, each on the disk when `add` returns, as they are finished.
+    """Write a CSV file (RFC 4180, UTF-8, comma) that grows by whole rows as they are finished, each on the disk when `add` returns.
 
-    The columns are those of the rows, in the order in which they come up, then `COLUMNS`. A column of a row that is called as one
+    It has the columns of the rows, in the order in which they come up, then `COLUMNS`. A column of a row that is called as one
     of `COLUMNS` is `row_` and its name. A table has no place for settings, so nothing can go on with it.
 
     Raises UsageError as `RecordFile`, and for `resume`.
@@ -57,13 +57,14 @@ class TableFile(RecordFile):
         """Appends a row, which is on the disk when this returns. Neither a signal nor a full disk tears it."""
         cells = self._rows[record.id]
         tokens = record.tokens
+        total = record.time_ms.total
         own = (
             harmless(record.answer or ""),
-            harmless(record.error["message"]) if record.error else "",
+            harmless((record.error or {}).get("message", "")),
             record.finish_reason,
             tokens.visual,
             tokens.new,
-            None if record.time_ms.total is None else round(record.time_ms.total, 3),
+            None if total is None else round(total, 3),
         )
         self._append([*(cells.get(name, "") for name in self._names), *own])
         self.written += 1

@@ -13,7 +13,7 @@ KEPT = 1024  # tokens whose probabilities are kept for every token of an answer,
 
 @dataclass(frozen=True)
 class Reference:
-    """An answer of the unpruned model."""
+    """Hold an answer of the unpruned model."""
 
     question: str
     system: str | None
@@ -49,7 +49,9 @@ def reference(
 
     Where the model `ended` it by itself, the end counts as one more token: an answer that would have run on is another one.
     """
-    ids = (*ids, 0) if ended or not ids else tuple(ids)
+    ids = tuple(ids)
+    if ended or not ids:
+        ids = (*ids, 0)
     logits, seconds = video.read_along(question, ids, system, think)
     logs = logits.log_softmax(-1)
     best, tokens = logs.topk(min(KEPT, logs.shape[1] - 1))

@@ -25,7 +25,7 @@ CUT = 1 / 3  # an axis may start above zero where everything lies above this sha
 
 @dataclass(frozen=True)
 class Point:
-    """A measured value, its interval from `low` to `high` where that is known, and a label beside it."""
+    """Hold a measured value, its interval from `low` to `high` where that is known, and a label beside it."""
 
     x: float
     y: float
@@ -55,7 +55,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot.
+    """Describe one plot.
 
     `x_ticks` replace those at round numbers. Unless `from_zero`, the axis of the values with intervals starts near the lowest,
     where all are above a third of the highest, and its label says so.
@@ -81,16 +81,14 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], rows: Sequence[str]
 
     looks = {"svg.fonttype": "none", "svg.hashsalt": "evoprune", "font.size": 8.5, "axes.edgecolor": SOFT}
     with rc_context(looks | {"xtick.color": SOFT, "ytick.color": SOFT, "text.color": INK, "axes.labelcolor": INK}):
-        figure = Figure((830 / 96, 1.6 + 0.24 * len(rows) if rows else 4.6), layout="constrained")
+        height = 1.6 + 0.24 * len(rows) if rows else 4.6
+        figure = Figure((830 / 96, height), layout="constrained")
         (every,) = figure.subplots(1, len(panels), squeeze=False, sharex=bool(rows), sharey=True)
-        values = [
-            value
-            for panel in panels
-            for series in panel.series
-            for point in series.points
-            for value in (point.x if rows else point.y, point.low, point.high)
-            if value is not None
-        ]
+        points = [point for panel in panels for series in panel.series for point in series.points]
+        if rows:
+            values = [value for point in points for value in (point.x, point.low, point.high) if value is not None]
+        else:
+            values = [value for point in points for value in (point.y, point.low, point.high) if value is not None]
         cut = (
             not any(panel.from_zero for panel in panels) and min(values, default=0) >= CUT * max(values, default=0) > 0
         )
@@ -99,23 +97,28 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], rows: Sequence[str]
                 _draw_series(axes, series, sideways=bool(rows))
             axes.set_title(panel.title, loc="left", fontsize=9.5, fontweight="bold")
             axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(axis="x" if rows else "y", color="#E4E4E4")
             axes.set_axisbelow(True)
             if rows:
+                axes.grid(axis="x", color="#E4E4E4")
                 axes.set_yticks(range(len(rows)), rows, color=INK)
                 axes.set_ylim(len(rows) - 0.5, -0.5)
-            elif panel.x_ticks:
-                axes.set_xticks(panel.x_ticks, [f"{tick:,.6g}" for tick in panel.x_ticks])
-            if not rows:
+                start = _start(axes.xaxis, values, cut)
+                axes.set_xlim(start)
+            else:
+                axes.grid(axis="y", color="#E4E4E4")
+                if panel.x_ticks:
+                    axes.set_xticks(panel.x_ticks, [f"{tick:,.6g}" for tick in panel.x_ticks])
                 axes.margins(x=0.1)  # room for labels
                 axes.set_xlim(left=0)
-            ticks = (axes.xaxis if rows else axes.yaxis).get_major_locator()
-            start = ticks.tick_values(min(values), max(values))[0] if cut else 0
-            (axes.set_xlim if rows else axes.set_ylim)(start)
+                start = _start(axes.yaxis, values, cut)
+                axes.set_ylim(start)
         begins = f" (axis from {start:,.3g})" if cut else ""
-        for number, (axes, panel) in enumerate(zip(every, panels, strict=True)):
-            axes.set_xlabel(panel.x_label + (begins if rows else ""))
-            axes.set_ylabel(panel.y_label + begins if not rows and number == 0 else "")
+        for axes, panel in zip(every, panels, strict=True):
+            axes.set_xlabel(panel.x_label)
+            if rows:
+                axes.set_xlabel(panel.x_label + begins)
+        if not rows:
+            every[0].set_ylabel(panels[0].y_label + begins)
         figure.supxlabel(textwrap.fill(subtitle, 130), x=0.01, ha="left", fontsize=8.25, color=SOFT)
         named = {name: handle for axes in every for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
         figure.legend(  # with the title: two things outside the plots would overlap
@@ -133,26 +136,41 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], rows: Sequence[str]
     )  # by which it is known again
 
 
+def _start(axis, values: Sequence[float], cut: bool) -> float:
+    """Return where the axis of the values begins: at 0, or, where it is cut, at the tick below the lowest."""
+    if not cut:
+        return 0
+    return axis.get_major_locator().tick_values(min(values), max(values))[0]
+
+
 def _draw_series(axes, series: Series, sideways: bool) -> None:
-    """The line, the marks and the intervals of a series; sideways without a line between them."""
+    """Draw the line, the marks and the intervals of a series; sideways without a line between them."""
     x = [point.x for point in series.points]
     y = [point.y for point in series.points]
     name = series.name or None
     if series.dashed:
         axes.plot(x, y, "--", color=series.colour, linewidth=1.3, label=name)
         return
-    ends = [
-        [math.nan if end is None else abs(end - value) for end, value in zip(limits, x if sideways else y, strict=True)]
-        for limits in ([point.low for point in series.points], [point.high for point in series.points])
-    ]
+    low = [point.low for point in series.points]
+    high = [point.high for point in series.points]
+    if sideways:
+        looks = {"xerr": [_distances(low, x), _distances(high, x)], "fmt": "o"}
+    else:
+        looks = {"yerr": [_distances(low, y), _distances(high, y)], "fmt": "o-"}
+    if series.hollow:
+        looks["markerfacecolor"] = "white"
     axes.errorbar(
-        x, y, **{"xerr" if sideways else "yerr": ends}, fmt="o" if sideways else "o-", color=series.colour, label=name,
-        markersize=4.5, markerfacecolor="white" if series.hollow else series.colour, linewidth=1.6, elinewidth=1.1, capsize=3,
-    )  # fmt: skip
+        x, y, **looks, color=series.colour, label=name, markersize=4.5, linewidth=1.6, elinewidth=1.1, capsize=3
+    )
+
+
+def _distances(ends: Sequence[float | None], values: Sequence[float]) -> list[float]:
+    """Return how far ends of intervals are from their values; NaN for an end that is not known."""
+    return [math.nan if end is None else abs(end - value) for end, value in zip(ends, values, strict=True)]
 
 
 def _label_points(axes, panel: Panel, sideways: bool) -> None:
-    """Labels beside their points, in the order of the series.
+    """Write labels beside their points, in the order of the series.
 
     A label is where there is nothing else; else where it lies on lines and intervals alone; else it is left out.
     """
@@ -174,10 +192,16 @@ def _label_points(axes, panel: Panel, sideways: bool) -> None:
     for point, colour in every:
         found: list = []  # places where there is room, the best last
         for x, y in AROUND:
+            side = "left" if x > 0 else "right"
             label = axes.annotate(
-                point.label, (point.x, point.y), (x, y), textcoords="offset points", ha="left" if x > 0 else "right",
-                fontsize=8.25, color=colour,
-            )  # fmt: skip
+                point.label,
+                (point.x, point.y),
+                (x, y),
+                textcoords="offset points",
+                ha=side,
+                fontsize=8.25,
+                color=colour,
+            )
             label.set_in_layout(False)
             box = label.get_window_extent()
             free, apart = room(box)
@@ -202,10 +226,13 @@ def _on_lines(axes, panel: Panel, sideways: bool) -> "np.ndarray":
             paths.append([(point.x, point.y) for point in series.points])
         for point in series.points:
             ends = [end for end in (point.low, point.high) if end is not None]
-            paths.append([(end, point.y) if sideways else (point.x, end) for end in ends])
+            if sideways:
+                paths.append([(end, point.y) for end in ends])
+            else:
+                paths.append([(point.x, end) for end in ends])
     steps = np.linspace(0, 1, 200)[:, None]
     places = [np.empty((0, 2))]
-    for path in paths:
-        corners = axes.transData.transform(path) if path else []
+    for path in filter(None, paths):
+        corners = axes.transData.transform(path)
         places += [start + steps * (end - start) for start, end in pairwise(corners)]
     return np.concatenate(places)

@@ -25,7 +25,7 @@ import torch
 
 from evoprune.bench.profile_results import SYNTHETIC, Case
 from evoprune.errors import UsageError
-from evoprune.language.prompt import Place, prompt_positions
+from evoprune.language.prompt import Place, place_of_pairs, prompt_positions
 from evoprune.methods.chain import PruneConfig
 from evoprune.model.config import VisionConfig
 from evoprune.session.loading.model import LoadedModel
@@ -43,7 +43,7 @@ Draw = Callable[[int], np.ndarray]  # f to integers [H, W, 3], 0 to 255
 
 
 def synthetic_clip(content: str, frames: int, height: int, width: int, unit: int = UNIT) -> np.ndarray:
-    """uint8 `[frames, height, width, 3]`: one of `SYNTHETIC`. Raises ValueError: another, or sizes of no whole grids."""
+    """Return uint8 `[frames, height, width, 3]`: one of `SYNTHETIC`. Raises ValueError: another, or sizes of no whole grids."""
     if content not in SYNTHETIC:
         raise ValueError(f"no synthetic clip {content!r}: one of {', '.join(SYNTHETIC)}")
     if min(frames, height, width) < 1 or frames % PAIR or height % unit or width % unit:
@@ -56,7 +56,7 @@ def synthetic_clip(content: str, frames: int, height: int, width: int, unit: int
 
 
 def _mix(*numbers: int | np.ndarray) -> np.ndarray:
-    """Of each number in turn the hash of it and what was made before: uint32, of the shape that the numbers broadcast to.
+    """Hash each number in turn, with what was made before: uint32, of the shape that the numbers broadcast to.
 
     The hash is lowbias32, https://nullprogram.com/blog/2018/07/31/. Products of uint32 of one dimension or more wrap silently.
     """
@@ -70,17 +70,17 @@ def _mix(*numbers: int | np.ndarray) -> np.ndarray:
 
 
 def _byte(*numbers: int | np.ndarray) -> np.ndarray:
-    """int64, 0 to 255."""
+    """Return the hash of numbers as int64, 0 to 255."""
     return (_mix(*numbers) >> np.uint32(24)).astype(np.int64)
 
 
 def _axes(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """y, x and c, which broadcast."""
+    """Return y, x and c, which broadcast."""
     return np.arange(height)[:, None, None], np.arange(width)[:, None], np.arange(3)
 
 
 def _texture(seed: int, height: int, width: int) -> np.ndarray:
-    """int64 `[height, width, 3]`, 0 to 255: smooth on each of `SCALES`, between bytes at every `s`-th pixel."""
+    """Return int64 `[height, width, 3]`, 0 to 255: smooth on each of `SCALES`, between bytes at every `s`-th pixel."""
     texture = np.zeros((height, width, 3), np.int64)
     for s, weight in SCALES:
         b = _byte(seed, s, *_axes((height - 1) // s + 2, (width - 1) // s + 2))
@@ -133,7 +133,7 @@ def _motion(height: int, width: int) -> Draw:
 
 
 def _away(centre: int, size: int) -> np.ndarray:
-    """int64 `[size]`: how far each row, or column, is from `centre`, the short way round the edges."""
+    """Return int64 `[size]`: how far each row, or column, is from `centre`, the short way round the edges."""
     return (np.arange(size) - centre + size // 2) % size - size // 2
 
 
@@ -167,7 +167,7 @@ def video_frames(info: Video, case: Case) -> Frames:
 
 
 def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
-    """(T, H, W) of a case in units. Raises UsageError: the frames cannot be cut into merge units."""
+    """Return (T, H, W) of a case in units. Raises UsageError: the frames cannot be cut into merge units."""
     if case.height % limits.unit or case.width % limits.unit:
         raise UsageError(
             f"frames of {case.height}x{case.width} pixels are no whole number of merge units",
@@ -177,14 +177,10 @@ def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
 
 
 def place_of(grid: tuple[int, int, int], times: bool) -> Place:
-    """Where the prompt has the units of a clip. `times`: whether the time of each frame pair is in it."""
+    """Return where the prompt has the units of a clip. `times`: whether the time of each frame pair is in it."""
     if not times:
         return Place((range(TEXT_BEFORE, TEXT_BEFORE + prod(grid)),))
-    pairs = grid[0]
-    units = grid[1] * grid[2]
-    starts = [TEXT_BEFORE + pair * (BEFORE_PAIR + units + AFTER_PAIR) + BEFORE_PAIR for pair in range(pairs)]
-    around = tuple(range(start - BEFORE_PAIR, start + units + AFTER_PAIR) for start in starts)
-    return Place(tuple(range(start, start + units) for start in starts), around)
+    return place_of_pairs([BEFORE_PAIR] * grid[0], grid[1] * grid[2], start=TEXT_BEFORE, after=AFTER_PAIR)
 
 
 def text_tokens(config: VisionConfig, case: Case, limits: InputLimits) -> int:
@@ -195,7 +191,7 @@ def text_tokens(config: VisionConfig, case: Case, limits: InputLimits) -> int:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip ready for the tower, and the prompt around it."""
+    """Hold a clip ready for the tower, and the prompt around it."""
 
     pixels: torch.Tensor  # uint8 `[4 * N, values]`, patches in Hugging Face's order, on the device of the weights
     patches: torch.Tensor  # the same normalised, in the dtype of the weights: what transformers is given

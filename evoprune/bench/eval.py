@@ -61,7 +61,8 @@ NOTE = (
 class Cost:
     def __init__(self, loaded: LoadedModel, encoded: EncodedInputs):
         config = describe_model(ModelOptions(COST_MODEL)).config
-        vision, (grids, height, width) = config.vision_config, encoded.plan.grid
+        vision = config.vision_config
+        grids, height, width = encoded.plan.grid
         windows = tower_geometry(loaded.model.model.visual, height, width).windows
         entered = [rows for _, rows in encoded.report.pruning.layers]
         rows = [*stretched(entered, vision.depth), encoded.report.pruning.encoder_rows]
@@ -75,8 +76,10 @@ class Cost:
         depth = self._text.num_hidden_layers
         read = [count for _, count in pruning.language_layers or [(0, pruning.visual_tokens_kept)]]
         work = pruning.language_work or [[layer, *[count] * 3] for layer, count in pruning.language_layers or []]
-        lengths = [[tokens.text + count for count in counts] for _, *counts in stretched(work, depth)] if work else None
-        prefill = prefill_flop(self._text, lengths or tokens.prompt) / 1e12
+        lengths = tokens.prompt
+        if work:
+            lengths = [[tokens.text + count for count in counts] for _, *counts in stretched(work, depth)]
+        prefill = prefill_flop(self._text, lengths) / 1e12
         return {
             "units": pruning.visual_tokens_in,
             "tokens": pruning.visual_tokens_kept,
@@ -96,7 +99,9 @@ Progress = Callable[..., None]
 
 def told(what: str, done: int = 0, total: int = 0, detail: str = "") -> str:
     """Return what a `Progress` is called with, as a line of a log."""
-    return f"{what} {done} of {total}: {detail}" if total else what
+    if not total:
+        return what
+    return f"{what} {done} of {total}: {detail}"
 
 
 # Options that results hold also at their defaults.
@@ -107,7 +112,7 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What is asked, and how; two runs with the same settings give the same results, but for `timed`.
+    """Hold the settings of a run; two runs with the same ones give the same results, but for `timed`.
 
     Each method runs at each budget.
     """
@@ -129,7 +134,9 @@ class EvalSettings:
 
     @classmethod
     def of_record(cls, record: dict[str, Any], model: ModelOptions) -> "EvalSettings":
-        """Those of a record, whose file may have changed since; `model`: what answers do not depend on, such as the device.
+        """Read the settings of a record, though its file may have changed since.
+
+        `model`: options that answers do not depend on, such as the device.
 
         Raises KeyError, TypeError, ValueError or UsageError: it is no such record.
         """
@@ -146,7 +153,9 @@ class EvalSettings:
         own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling", "generation")}
         code = {name: code for text in self.methods for name, code in methods.plugin_code(text).items()}
         options = record((self.sampling, self.generation, self.model), RECORDED)
-        return own | options | ({"plugins": code} if code else {})
+        if code:
+            options["plugins"] = code
+        return own | options
 
 
 @dataclass(frozen=True)
@@ -169,18 +178,21 @@ def variants(settings: EvalSettings) -> list[Variant]:
     pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
     asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
     pruned = [Variant(METHOD, options.method, options.budget) for options in asked if options.config().prunes]
-    blind = [Variant(BLIND)] if settings.blind else []
-    return [Variant(FULL), *blind, *pruned]
+    unpruned = [Variant(FULL)]
+    if settings.blind:
+        unpruned.append(Variant(BLIND))
+    return unpruned + pruned
 
 
 class Evaluation:
-    """One run: construct it with `videos`, `load` a model, `run`, see `document`.
+    """Run an evaluation: construct it with `videos`, `load` a model, `run`, see `document`.
 
     Raises UsageError: methods, settings or groups that do not exist.
     """
 
     def __init__(self, settings: EvalSettings, videos: Sequence[VideoQuestions]):
-        self.settings, self.variants = settings, variants(settings)
+        self.settings = settings
+        self.variants = variants(settings)
         self.folder: RunFolder | None = None
         self.ahead: Ahead | None = None  # what may have read the first videos already
         chosen = of_groups(videos, settings.groups)
@@ -205,7 +217,8 @@ class Evaluation:
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
         """Writes samples into a folder from now on; with `resume` that of an earlier run, whose samples are kept (`RunFolder`)."""
-        self.folder = (RunFolder.resume if resume else RunFolder.create)(path, self._record())
+        opening = RunFolder.resume if resume else RunFolder.create
+        self.folder = opening(path, self._record())
         self.folder.check_size_rule(self._after_tower_below())
         self.samples = list(self.folder.samples)
         states = {sample["video"]: sample.get("files") for sample in self.samples}
@@ -294,9 +307,12 @@ class Evaluation:
         return Session(self.loaded, options.config())
 
     def _open(self, variant: Variant, video: VideoQuestions, span: Span, rows: SharedRows | None = None) -> OpenInputs:
-        """`rows`: of all variants; None for what is only to be read."""
-        kind = OpenInput if rows is None else partial(SharedInput, shared_rows=rows)
-        kind = GreyInput if variant.row == BLIND else kind
+        """Open a video for a variant. `rows`: of all variants; None for a video that is only to be read."""
+        kind = OpenInput
+        if variant.row == BLIND:
+            kind = GreyInput
+        elif rows is not None:
+            kind = partial(SharedInput, shared_rows=rows)
         sampling = replace(self.settings.sampling, **span.sampling)
         given = {"names": [video.name], "kind": kind, "ahead": self.ahead}
         return open_inputs(self._session(variant, video), [video.path], sampling, **given)
@@ -331,9 +347,11 @@ class Evaluation:
                 **cost.of(answer.report),
             }
             if settings.timed:
-                # A method that does not read the question did all its work before the first one.
-                prune_ms = answer.report.time_ms.encode_prune if session.pruning.method.reads_question else pruned
-                sample["prune_ms"] = prune_ms + (answer.report.time_ms.prefill_prune or 0.0)
+                times = answer.report.time_ms
+                prune_ms = pruned  # a method that does not read the question did all its work before the first one
+                if session.pruning.method.reads_question:
+                    prune_ms = times.encode_prune
+                sample["prune_ms"] = prune_ms + (times.prefill_prune or 0.0)
             yield _about(video, row) | sample
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
@@ -359,9 +377,13 @@ class Evaluation:
         """Return the settings, the state of the model's files if it is known, and the rule of sizes where the model's device has
         one.
         """
+        known = self.settings.record()
         state = self.loaded.found.state if self.loaded else self.settings.model.state()
-        below = self._after_tower_below()
-        return self.settings.record() | ({"files": state} if state else {}) | ({SIZE_RULE: below} if below else {})
+        if state:
+            known["files"] = state
+        if below := self._after_tower_below():
+            known[SIZE_RULE] = below
+        return known
 
     def _after_tower_below(self) -> int | None:
         """Return the number of units below which a method prunes inputs after the tower alone; None before a model is loaded."""

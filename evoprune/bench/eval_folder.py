@@ -4,7 +4,7 @@ import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunFolder:
-    """The folder of one run. `samples` are those of the videos that were finished when it was opened.
+    """Keep the samples of one run in a folder. `samples`: of the videos that were finished when it was opened.
 
     `model`: the state of the files of its model (`FoundModel.state`); None where that is unknown. `after_tower_below`: the number
     of units below which its device prunes inputs after the tower alone; 0 where it prunes none so, None where that is unknown.
@@ -47,8 +47,8 @@ class RunFolder:
 
         Raises UsageError: it cannot be made.
         """
-        for number in count(1):
-            place = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        others = (path.with_name(f"{path.name}-{number}") for number in count(2))
+        for place in chain([path], others):
             with _writing(place), suppress(FileExistsError):
                 place.mkdir(parents=True)
                 break
@@ -141,7 +141,8 @@ def _finished(text: bytes) -> list[dict]:
             video = []
         video.append(sample)
         if sample.get("last"):
-            samples += [] if "error" in sample else video
+            if "error" not in sample:
+                samples += video
             video = []
     return samples
 

@@ -1,25 +1,17 @@
 """Plain Hugging Face transformers on the same weights: the reference that everything is measured against."""
 
-from importlib.util import find_spec
-
 import torch
 
-from evoprune.backend.devices import is_host
 from evoprune.model.weights import Model
 from evoprune.session.loading.hosted import meta_model, with_frequencies
-
-
-def fastest_attention(model: Model) -> str:
-    """Return the fastest attention that transformers has here for this model: flash-attn's where it is installed, else torch's."""
-    installed = find_spec("flash_attn") is not None
-    return "flash_attention_2" if installed and not is_host(model.device) and model.dtype.itemsize == 2 else "sdpa"
 
 
 def hugging_face_model(model: Model, attention: str = "sdpa"):
     """Return the model of transformers for this family (`Qwen3VLForConditionalGeneration`, ...), on the tensors of `model`."""
     reference = meta_model(model.config, model.dtype, attention)
     if not model.native:
-        reference.model.visual, reference.model.language_model = model.model.visual, model.model.language_model
+        reference.model.visual = model.model.visual
+        reference.model.language_model = model.model.language_model
         reference.lm_head = model.lm_head
         return reference.eval()
     # Those that are a part of a padded matrix as a user has them.

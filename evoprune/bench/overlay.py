@@ -1,4 +1,4 @@
-"""An overlay: a video's frames with what became of each unit, which is read by the language model, reused, merged or dropped.
+"""An overlay: a video's frames with the fate of each unit: read by the language model, reused, merged or dropped.
 
 `trace` encodes a video and keeps its frames; `Overlay` draws them, frame pairs side by side, or frame after frame, with a title and
 a legend; `overlay_file` makes a file of that. A unit that is read keeps its colours, a little brighter. Any other is darker, with a
@@ -43,7 +43,7 @@ GAP = 12
 
 @dataclass(frozen=True)
 class Fates:
-    """What became of the N units of a video. Units are numbered frame pair after frame pair, in raster order.
+    """Tell the fate of each of the N units of a video. Units are numbered frame pair after frame pair, in raster order.
 
     A unit is *read*, if the language model reads a token at its place; else *reused*, if it was not encoded because it has not
     changed since an earlier frame pair; else *merged*, if its row became part of the row at another unit's place; else *dropped*.
@@ -63,12 +63,12 @@ class Fates:
 
     @property
     def encoded(self) -> torch.Tensor:
-        """bool `[N]`: not reused from an earlier frame pair. A unit that is read may have been reused."""
+        """Return bool `[N]`: not reused from an earlier frame pair. A unit that is read may have been reused."""
         return self.source == arange_on(len(self.source), self.source.device)
 
     @property
     def fate(self) -> torch.Tensor:
-        """int64 `[N]`: the index in `FATES` of each unit's fate."""
+        """Return int64 `[N]`: the index in `FATES` of each unit's fate."""
         moved = (self.owner >= 0) & (self.owner != arange_on(len(self.owner), self.owner.device))
         applies = torch.stack([self.chosen, ~self.encoded, moved, torch.ones_like(moved)])
         return applies.int().argmax(0)
@@ -100,7 +100,7 @@ def fates(video: EncodedRows) -> Fates:
 
 @dataclass(frozen=True)
 class TracedVideo:
-    """A video's frames and what the encoder did with them.
+    """Hold a video's frames and what the encoder did with them.
 
     `frames`: uint8 `[F, H, W, 3]`, at the size that the encoder reads; two are a frame pair. `damaged`: packets not decoded.
     `warnings`: as in a report, and `demo_overlay` where a demo model read a video that it was not trained for.
@@ -114,7 +114,8 @@ class TracedVideo:
 
     @property
     def summary(self) -> str:
-        n, (count, height, width) = self.fates.counts(), self.plan.grid
+        n = self.fates.counts()
+        count, height, width = self.plan.grid
         pairs = f"{counted(count, 'frame pair')} of {height}x{width} units"
         return f"{pairs}: {n['units']:,} units, {n['encoded']:,} encoded, {n['read']:,} tokens read"
 
@@ -161,7 +162,8 @@ def trace(
         report = opened.encode(progress).report
     warnings = list(plan.info.warnings)
     warnings += [code for code in ("cut_short", "damaged_video", "equal_scores") if code in report.inputs[0].warnings]
-    warnings += [] if session.loaded.knows(plan.info) else ["demo_overlay"]
+    if not session.loaded.knows(plan.info):
+        warnings.append("demo_overlay")
     return TracedVideo(plan, torch.cat(traced.shown), fates(traced.made), warnings, report.video.damaged or 0)
 
 
@@ -179,7 +181,7 @@ def png(picture: Image.Image) -> bytes:
 
 
 def gif(pictures: Iterable[Image.Image], seconds: float, palette: Image.Image) -> bytes:
-    """At least one RGB picture, all of one size, as a GIF that repeats for ever.
+    """Encode RGB pictures, at least one, all of one size, as a GIF that repeats for ever.
 
     Each takes so many seconds, rounded to hundredths; at least 0.02, because players slow down what is faster.
     """
@@ -207,9 +209,11 @@ def mp4(pictures: Iterable[Image.Image], seconds: float) -> bytes:
             if stream is None:
                 stream = out.add_stream("libx264", rate=1 / step, options={"crf": "18", "preset": "veryfast"})
                 stream.width, stream.height = picture.size
-                stream.pix_fmt, stream.codec_context.time_base = "yuv420p", step
+                stream.pix_fmt = "yuv420p"
+                stream.codec_context.time_base = step
             frame = av.VideoFrame.from_image(picture).reformat(format="yuv420p")
-            frame.pts, frame.time_base = number, step
+            frame.pts = number
+            frame.time_base = step
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     return file.getvalue()
@@ -241,20 +245,20 @@ class Marks:
         self._thick = max(1, round(side / 28))
 
     def line(self, start: tuple[int, int], end: tuple[int, int]) -> None:
-        """From a merged unit to its owner."""
+        """Draw a line from a merged unit to its owner."""
         ends = [self._middle(*start), self._middle(*end)]
         self._draw.line(ends, BACKGROUND, 3 * self._thick)
         self._draw.line(ends, MARK, self._thick)
 
     def dot(self, y: int, x: int) -> None:
-        """On a unit that others merged into."""
+        """Draw a dot on a unit that others merged into."""
         across, down = self._middle(y, x)
         radius = 5 * self._side // 32
         place = (across - radius, down - radius, across + radius, down + radius)
         self._draw.ellipse(place, MARK, BACKGROUND, self._thick)
 
     def arrow(self, y: int, x: int, later: bool) -> None:
-        """On a unit that merged into one of a later or an earlier frame pair: to the right or to the left."""
+        """Mark a unit that merged into one of a later or an earlier frame pair: to the right or to the left."""
         across, down = self._middle(y, x)
         reach = self._side // 8 if later else -self._side // 8
         corners = [(across - reach, down - abs(reach)), (across + reach, down), (across - reach, down + abs(reach))]
@@ -298,7 +302,9 @@ class Overlay:
         size = _text_size(width)
         drawn = list(self._captioned([pair * (len(self._video.frames) // count) for pair in shown], round(0.85 * size)))
         rows = [_joined(drawn[at : at + across], GAP, across=True) for at in range(0, len(drawn), across)]
-        number = f"{len(shown)} of {count} frame pairs" if len(shown) < count else "Each frame pair"
+        number = "Each frame pair"
+        if len(shown) < count:
+            number = f"{len(shown)} of {count} frame pairs"
         note = f"{number}, by its first frame. A square is a unit, which can become one token."
         above = text_picture(self._title, width, size)
         return _framed([above, *rows, text_picture(note, width, size, FAINT), *self._legend(width, size)])
@@ -345,7 +351,7 @@ class Overlay:
         return f"{minutes:.0f}:{seconds:05.2f}: {', '.join(counts)}"
 
     def _of_frame(self, units: np.ndarray, frame: int) -> np.ndarray:
-        """`[h, w]` in units: the values of an array `[N]` for the frame's pair."""
+        """Return `[h, w]` in units: the values of an array `[N]` for the frame's pair."""
         grid = self._video.plan.grid
         return units.reshape(grid)[frame // (len(self._video.frames) // grid[0])]
 
@@ -359,11 +365,13 @@ class Overlay:
             yield _joined([self.panel(frame), caption], GAP // 4)
 
     def _legend(self, width: int, size: int) -> list[Image.Image]:
-        fates, counts = self._video.fates, self._video.fates.counts()
-        again = int((fates.chosen & ~fates.encoded).sum())
-        of_earlier = f", {again:,} of them with the row of an earlier frame pair" if again else ""
+        fates = self._video.fates
+        counts = fates.counts()
+        units = f"{counts['read']:,} of {counts['units']:,} units"
+        if again := int((fates.chosen & ~fates.encoded).sum()):
+            units += f", {again:,} of them with the row of an earlier frame pair"
         meanings = {
-            "read": f"one token of the language model each. {counts['read']:,} of {counts['units']:,} units{of_earlier}.",
+            "read": f"one token of the language model each. {units}.",
             "reused": f"unchanged since an earlier frame pair, so not encoded again. {counted(counts['reused'], 'unit')}.",
             "merged": "averaged into the unit with the dot at the end of the line; an arrow points to an earlier or a later frame "
             f"pair. {counted(counts['merged'], 'unit')}.",
@@ -408,20 +416,26 @@ def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
 
 
 def _joined(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> Image.Image:
-    """Pictures in a column, aligned to the left; or in a row, centred vertically."""
-    sizes = [picture.size[::-1] if across else picture.size for picture in pictures]
-    wide = max(size[0] for size in sizes)
-    length = sum(size[1] + gap for size in sizes) - gap
-    canvas = Image.new("RGB", (length, wide) if across else (wide, length), BACKGROUND)
+    """Join pictures in a column, aligned to the left; or in a row, centred vertically."""
+    widths = [picture.width for picture in pictures]
+    heights = [picture.height for picture in pictures]
+    gaps = gap * (len(pictures) - 1)
     at = 0
-    for picture, size in zip(pictures, sizes, strict=True):
-        canvas.paste(picture, (at, (wide - size[0]) // 2) if across else (0, at))
-        at += size[1] + gap
+    if across:
+        canvas = Image.new("RGB", (sum(widths) + gaps, max(heights)), BACKGROUND)
+        for picture in pictures:
+            canvas.paste(picture, (at, (canvas.height - picture.height) // 2))
+            at += picture.width + gap
+    else:
+        canvas = Image.new("RGB", (max(widths), sum(heights) + gaps), BACKGROUND)
+        for picture in pictures:
+            canvas.paste(picture, (0, at))
+            at += picture.height + gap
     return canvas
 
 
 def _framed(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures in a column with a margin around it; width and height are even, as H.264 needs."""
+    """Join pictures in a column with a margin around it; width and height are even, as H.264 needs."""
     column = _joined(pictures, GAP // 2)
     return ImageOps.expand(column, (GAP, GAP, GAP + column.width % 2, GAP + column.height % 2), BACKGROUND)
 

@@ -16,7 +16,19 @@ from typing import NamedTuple
 
 import torch
 
-from evoprune.backend.devices import environment, is_host, largest_piece, now, on_cuda, peak_memory, reset_peak_memory
+from evoprune.backend.attention import attention_note, transformers_attention
+from evoprune.backend.cpu.linear import PackedLinear, can_pack, pack, weights_bytes
+from evoprune.backend.cpu.quantize import check as check_quantize
+from evoprune.backend.cpu.quantize import quantize, saved_bytes
+from evoprune.backend.devices import (
+    environment,
+    largest_piece,
+    now,
+    peak_memory,
+    peak_memory_note,
+    product_sides,
+    reset_peak_memory,
+)
 from evoprune.backend.limits import available_cores
 from evoprune.bench.clips import (
     AFTER_PAIR,
@@ -29,7 +41,7 @@ from evoprune.bench.clips import (
     prepare,
     text_tokens,
 )
-from evoprune.bench.hugging_face import fastest_attention, hugging_face_model
+from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.bench.profile_results import (
     FULL,
     HUGGING_FACE,
@@ -45,11 +57,9 @@ from evoprune.bench.profile_results import (
 )
 from evoprune.bench.shared import after_tower_below, after_tower_note
 from evoprune.bundled import DEMOS
-from evoprune.cpu.linear import PackedLinear, can_pack, pack, weights_bytes
-from evoprune.cpu.quantize import check as check_quantize
-from evoprune.cpu.quantize import quantize, saved_bytes
-from evoprune.errors import ModelError, OutOfMemory, memory_guard, names_plugins
+from evoprune.errors import ModelError, OutOfMemory, memory_guard
 from evoprune.language import generate
+from evoprune.language.pruned import prune_prompt
 from evoprune.methods.chain import PruneConfig
 from evoprune.methods.plans import EncoderPlan
 from evoprune.methods.types import arange_on
@@ -70,7 +80,7 @@ Progress = Callable[[str], None]
 
 
 def default_load_format(name: str) -> str:
-    """Random weights where there is a bundled config of that name, else the model's own."""
+    """Choose random weights where there is a bundled config of that name, else the model's own."""
     return "dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto"
 
 
@@ -80,7 +90,9 @@ def outline(options: ModelOptions) -> FoundModel | None:
     random = options.load_format == "dummy"
     if random and not (name in BUNDLED_CONFIGS or name in DEMOS or Path(name).is_dir()):
         return None
-    return describe_model(replace(options, revision=None) if random else options)
+    if random:
+        options = replace(options, revision=None)
+    return describe_model(options)
 
 
 def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
@@ -106,11 +118,13 @@ def quantized_models(
     for name in names:
         check_quantize(name, torch.device(loaded.device))
     # Where layers are not packed they may have been joined, and stay so.
-    ours = shared(loaded.model) if can_pack(next(loaded.model.parameters())) else loaded.model
+    ours = loaded.model
+    if can_pack(next(ours.parameters())):
+        ours = shared(ours)
     notes = []
     missing = {}
-    parts = ours.model.visual, ours.model.language_model
-    tower, language = (sum(weight.nbytes for weight in part.parameters()) for part in parts)
+    tower = sum(weight.nbytes for weight in ours.model.visual.parameters())
+    language = sum(weight.nbytes for weight in ours.model.language_model.parameters())
     all_bytes = sum(weight.nbytes for weight in loaded.model.parameters())
     if can_pack(next(ours.parameters())):
         progress("packing weights")
@@ -136,8 +150,8 @@ def quantized_models(
         quantize(model, name, calibrate, lambda done, total, title=title: progress(f"{title}: {done} of {total}"))
         models[name] = replace(loaded, model=model, quantize=name, weights_bytes=weights_bytes(model))
         notes.append(_ready(name, model, start))
-    if not on_cuda(loaded.device):
-        notes.append("peak memory is the process's, with the weights of all rows in it")
+    if note := peak_memory_note(loaded.device):
+        notes.append(note)
     return models, missing, notes
 
 
@@ -155,7 +169,7 @@ def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: 
 
 
 class Turn(NamedTuple):
-    """What one run counted and measured, and the tokens that it generated."""
+    """Hold the counts and times of one run, and the tokens that it generated."""
 
     counts: Counts
     sample: Sample
@@ -163,29 +177,35 @@ class Turn(NamedTuple):
 
 
 def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: PruneConfig, new_tokens: int) -> Turn:
-    """evoprune from patches to new tokens; as many visual tokens as `plan` keeps reach the language model."""
-    model, visual, method = loaded.model, loaded.model.model.visual, config.method
+    """Run evoprune from patches to new tokens; as many visual tokens as `plan` keeps reach the language model."""
+    model = loaded.model
+    visual = model.model.visual
+    method = config.method
     reset_peak_memory(loaded.device)
     clock = Clock(torch.device(loaded.device))
     with clock.stage("encode"):
-        embed = model.model.language_model.embed_tokens
-        question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device)) if method.reads_question else None
+        question = None
+        if method.reads_question:
+            embed = model.model.language_model.embed_tokens
+            question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device))
         options = {"normal": loaded.video.normal, "question": question, "seed": config.seed}
         encoded = encode(visual, [clip.pixels], plan, **options)
     with clock.stage("prefill"):
-        visuals = [generate.Visual(clip.place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
-        embeds, columns, sizes, deepstack = generate.embed_prompt(model, clip.ids, visuals)
+        embed_text = partial(generate.embed_ids, model)
+        prompt = prune_prompt(clip.ids, [clip.place], [encoded], clip.positions, embed_text)
         share = config.budget.share_of_all([clip.grid])
-        dropping = generate.dropping_for(model, method, share, visuals, [clip.grid], embeds, columns)
-        positions = clip.positions[:, columns]
-        state = generate.prefill(model, embeds, positions, clip.following, None, sizes, dropping, deepstack)
+        dropping = generate.dropping_for(model, method, share, [encoded], prompt)
+        state = generate.prefill(
+            model, prompt.embeds, prompt.positions, clip.following, None, prompt.sizes, dropping, prompt.deepstack
+        )
     with clock.stage("generate"):
         tokens = list(generate.TokenStream(state, generate.GenerationOptions(new_tokens), eos_ids=()))
-    counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept), len(columns))
-    sample = _sample(loaded, clock, encoded.prune_seconds, dropping.timer.seconds() if dropping else 0.0)
-    if dropping:
-        work = dropping.work and tuple((layer, *layer_work) for layer, layer_work in enumerate(dropping.work))
-        counts = replace(counts, language_layers=tuple(enumerate(dropping.layers)), language_work=work)
+    counts = _counts(visual, clip, encoded.layers, len(encoded.rows), len(encoded.kept), len(prompt))
+    if not dropping:
+        return Turn(counts, _sample(loaded, clock, encoded.prune_seconds, 0.0), tokens)
+    sample = _sample(loaded, clock, encoded.prune_seconds, dropping.timer.seconds())
+    work = dropping.work and tuple((layer, *layer_work) for layer, layer_work in enumerate(dropping.work))
+    counts = replace(counts, language_layers=tuple(enumerate(dropping.layers)), language_work=work)
     return Turn(counts, sample, tokens)
 
 
@@ -197,8 +217,9 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
     reset_peak_memory(loaded.device)
     clock = Clock(torch.device(loaded.device))
     text = reference.model.language_model
-    device, (time_, rows, columns) = clip.patches.device, clip.grid
-    grid_thw = torch.tensor([[time_, 2 * rows, 2 * columns]], dtype=torch.int64, device=device)
+    device = clip.patches.device
+    pairs, rows, columns = clip.grid
+    grid_thw = torch.tensor([[pairs, 2 * rows, 2 * columns]], dtype=torch.int64, device=device)
     # Row 0 is the place in the text; the others are the positions in time, height and width.
     positions = torch.cat([arange_on(len(clip.ids), "cpu")[None], clip.positions])[:, None].to(device)
     with clock.stage("encode"):
@@ -206,7 +227,8 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
     with clock.stage("prefill"):
         embeds = text.embed_tokens(clip.ids.to(device))
         video = clip.place.columns.to(device)
-        embeds[video], inner = encoded.pooler_output, {}
+        embeds[video] = encoded.pooler_output
+        inner = {}
         if getattr(encoded, "deepstack_features", None):
             mask = torch.zeros_like(positions[0], dtype=torch.bool).index_fill_(1, video, True)
             inner = {"visual_pos_masks": mask, "deepstack_visual_embeds": encoded.deepstack_features}
@@ -252,15 +274,15 @@ class Bench:
     ):
         self._loaded = loaded
         self._settings = settings
-        model, attention = loaded.model, fastest_attention(loaded.model)
+        model = loaded.model
+        attention = transformers_attention(model.device, model.dtype)
         self._reference = hugging_face_model(model, attention)
         names = [name for name in settings.quantize if any(row.quantize == name for row in rows)]
         cases = {case: [row for row in rows if row.case == case] for case in dict.fromkeys(row.case for row in rows)}
         needed = {c: working_memory(model.config, c, loaded.video, model.dtype.itemsize) for c in cases}
         self._models, missing, self.notes = quantized_models(loaded, names, max(needed.values()), progress)
-        if not is_host(model.device):
-            slow = ", whose tower loops over windows in Python; flash-attn, which does not, is not installed"
-            self.notes.append(f"transformers runs {attention}{slow if attention == 'sdpa' else ''}")
+        if note := attention_note(model.device, attention):
+            self.notes.append(note)
         for row in rows:
             row.error = missing.get(row.quantize)
         self._clips: dict[tuple, Clip] = {}  # of a case, and of a case, method and budget where that acts on the input
@@ -276,7 +298,7 @@ class Bench:
                         if (config := settings.config(name, budget)).method.acts == "input":
                             self._clips[case, name, budget] = prepare(loaded, *frames, config)
         # Large squares, and the tower's own widest product over as many rows as it computes at a time.
-        sides = (4096, 8192) if on_cuda(loaded.device) else (1024, 2048)
+        sides = product_sides(model.device)
         vision = model.config.vision_config
         piece_units = min(largest_piece(model.device), max((clip.units for clip in self._clips.values()), default=1))
         widest = max(3 * vision.hidden_size, vision.intermediate_size)
@@ -286,7 +308,6 @@ class Bench:
         """Floating-point operations a second in plain matrix products."""
         return matmul_rate(self._loaded.model.dtype, self._loaded.device, shapes=self._shapes)
 
-    @names_plugins()
     def run(self, row: ProfileRow) -> Turn | str:
         """Return a turn of a row; or why it failed: NaN or infinity, or no memory."""
         settings = self._settings
@@ -383,7 +404,9 @@ def measure(
             if isinstance(turn, str):
                 row.error, row.samples = turn, []
             else:
-                row.counts, row.samples = turn.counts, row.samples + [turn.sample] * (phase != WARM_UP)
+                row.counts = turn.counts
+                if phase != WARM_UP:
+                    row.samples = [*row.samples, turn.sample]
         if phase == WARM_UP:
             results.warmups, results.warmup_seconds = results.warmups + 1, limit.spent
             continue
@@ -426,7 +449,9 @@ def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: Ti
     cases = {row.case for row in kept}
     missing = [f"all rows of {case}" for case in dict.fromkeys(row.case for row in asked) if case not in cases]
     missing += [f"{row.name}, {row.case}" for row in asked if row.case in cases and (row.name, row.case) not in there]
-    return [f"left out to end within {limit.seconds:g} s: {'; '.join(missing)}"] if missing else []
+    if not missing:
+        return []
+    return [f"left out to end within {limit.seconds:g} s: {'; '.join(missing)}"]
 
 
 def paced(
@@ -447,7 +472,9 @@ def paced(
         rounds = 1 if phase == ROUND else 2  # a measured round comes after each warm-up
         if result is None or limit.left >= last * rounds:
             begun = limit.spent
-            result = run_round(f"{phase} {number + 1} of {wanted}", 0 if result else rounds)
+            if result is not None:
+                rounds = 0
+            result = run_round(f"{phase} {number + 1} of {wanted}", rounds)
             last = limit.spent - begun
             measured = phase == ROUND
             yield phase, result
@@ -461,7 +488,8 @@ def _with_bounds(rows: list[ProfileRow]) -> list[ProfileRow]:
     seen = set()
     full = None
     for row in rows:
-        full = row if row.kind == FULL else full
+        if row.kind == FULL:
+            full = row
         if row.kind == METHOD and row.method != "none" and (row.case, row.budget) not in seen:
             seen.add((row.case, row.budget))
             like = [r for r in rows if (r.kind, r.case, r.budget) == (METHOD, row.case, row.budget)]

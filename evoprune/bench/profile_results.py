@@ -39,14 +39,15 @@ class ProfileSettings:
 
 @dataclass
 class TimeLimit:
-    """The seconds that a run may take since it `begun`, by the clock `now`."""
+    """Limit the seconds that a run may take since it `begun`, by the clock `now`."""
 
     seconds: float
     now: Callable[[], float] = time.perf_counter
     begun: float | None = None
 
     def __post_init__(self):
-        self.begun = self.now() if self.begun is None else self.begun
+        if self.begun is None:
+            self.begun = self.now()
 
     @property
     def spent(self) -> float:
@@ -76,7 +77,7 @@ RATIOS = {  # names in the document, and in `Figures`
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """The size of a clip: its number of frames, and their height and width in pixels. One frame is a picture."""
+    """Hold the size of a clip: its number of frames, and their height and width in pixels. One frame is a picture."""
 
     frames: int
     height: int
@@ -84,7 +85,9 @@ class Case:
 
     def __str__(self) -> str:
         size = f"{self.height}x{self.width}"
-        return f"a picture of {size}" if self.frames == 1 else f"{self.frames} frames of {size}"
+        if self.frames == 1:
+            return f"a picture of {size}"
+        return f"{self.frames} frames of {size}"
 
     def of_units(self, larger: float) -> "Case":
         """Return the same number of units, whose side in pixels is so many times larger."""
@@ -93,7 +96,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Sample:
-    """One row's turn in one round, in seconds."""
+    """Hold the times of one row in one round, in seconds."""
 
     encode: float  # the tower
     prune: float  # scores, merging and selection, part of `encode`
@@ -109,7 +112,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Counts:
-    """How much work a row has, the same in every round."""
+    """Count the work of a row, the same in every round."""
 
     units: int  # N, of the clip
     encoder_rows: int  # that leave the tower
@@ -125,7 +128,7 @@ class Counts:
 
 @dataclass(eq=False)
 class ProfileRow:
-    """One row at one case. `samples`: one for each measured round; none if the row failed with an `error`."""
+    """Hold one row at one case. `samples`: one for each measured round; none if the row failed with an `error`."""
 
     kind: str
     case: Case
@@ -138,20 +141,23 @@ class ProfileRow:
 
     @property
     def name(self) -> str:
-        fixed = {HUGGING_FACE: "Hugging Face", FULL: "budget 1.0"}
-        weights = "" if self.quantize == "none" else f" {self.quantize}"
-        return (
-            fixed.get(self.kind)
-            or f"{'bound' if self.kind == BOUND else self.method} -b {budget_text(self.budget)}{weights}"
-        )
+        if self.kind == HUGGING_FACE:
+            return "Hugging Face"
+        if self.kind == FULL:
+            return "budget 1.0"
+        pruner = "bound" if self.kind == BOUND else self.method
+        name = f"{pruner} -b {budget_text(self.budget)}"
+        if self.quantize != "none":
+            name += f" {self.quantize}"
+        return name
 
     def seconds(self, stage: str) -> list[float]:
-        """Of every round; `stage` is a field of Sample, or `first_token`."""
+        """Return the times of all rounds in seconds; `stage` is a field of Sample, or `first_token`."""
         return [getattr(sample, stage) for sample in self.samples]
 
 
 class Spread(NamedTuple):
-    """The median of several rounds, and the lowest and the highest of them."""
+    """Hold the median of several rounds, and the lowest and the highest of them."""
 
     median: float
     low: float
@@ -181,7 +187,7 @@ def bound_of(full: ProfileRow, method: ProfileRow) -> ProfileRow:
 
 
 class Figures(NamedTuple):
-    """The figures of a row: medians over the rounds in seconds, and ratios as medians of the rounds' own."""
+    """Hold the figures of a row: medians over the rounds in seconds, and ratios as medians of the rounds' own."""
 
     encode: Spread
     prefill: Spread
@@ -217,7 +223,7 @@ class ProfileResults:
 
     @property
     def remarks(self) -> list[str]:
-        """The notes, and why there are fewer rounds than the settings ask for."""
+        """Return the notes, and why there are fewer rounds than the settings ask for."""
         wanted = self.settings["repetitions"]
         limit = self.settings["time_limit_s"]
         said = list(self.notes)
@@ -240,10 +246,12 @@ class ProfileResults:
         """Return how many times as fast `row` is as the `other` kind of row at its case, if that has samples."""
         peers = (r for r in self.of(row.case) if r.kind == other and (other != BOUND or r.budget == row.budget))
         peer = next((r for r in peers if r.samples), None)
-        return median_ratio(peer.seconds(stage), row.seconds(stage)) if peer else None
+        if peer is None:
+            return None
+        return median_ratio(peer.seconds(stage), row.seconds(stage))
 
     def figures(self, row: ProfileRow) -> Figures | None:
-        """None where the row has no samples."""
+        """Compute the figures of a row; None where it has no samples."""
         if not row.samples:
             return None
         encode = row.seconds("encode")
@@ -252,16 +260,23 @@ class ProfileResults:
         flop = row.counts.tower_flop
         reached = [flop / spent / rate for spent, rate in zip(encode, self.matmul_rates, strict=True)]
         peaks = [sample.peak_bytes for sample in row.samples if sample.peak_bytes is not None]
-        return Figures(
+        figures = Figures(
             *(Spread.of(row.seconds(stage)) for stage in ("encode", "prefill", "generate", "first_token")),
-            generate_tok_s=median(passes / spent for spent in generate) if passes else None,
+            generate_tok_s=None,
             prune_share=median_ratio(row.seconds("prune"), encode),
             vs_hf=self._against(row, HUGGING_FACE, "first_token"),
-            vs_bound=self._against(row, BOUND, "first_token") if row.kind == METHOD else None,
+            vs_bound=None,
             encode_vs_hf=self._against(row, HUGGING_FACE, "encode"),
-            matmul_share=None if row.kind == BOUND else median(reached),
+            matmul_share=None,
             peak_bytes=max(peaks, default=None),
         )
+        if passes:
+            figures = figures._replace(generate_tok_s=median(passes / spent for spent in generate))
+        if row.kind == METHOD:
+            figures = figures._replace(vs_bound=self._against(row, BOUND, "first_token"))
+        if row.kind != BOUND:
+            figures = figures._replace(matmul_share=median(reached))
+        return figures
 
     def document(self) -> dict[str, Any]:
         """Return all of it as plain data for JSON: times in milliseconds, sizes in bytes."""

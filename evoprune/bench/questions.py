@@ -57,7 +57,7 @@ FILLERS = re.compile(rf"{JOINS.pattern}|[,:.–—()\[\]-]|an?|the|option", re.I
 
 @dataclass
 class Word:
-    """A word or a sign of an answer.
+    """Hold a word or a sign of an answer.
 
     A letter that is not `sure` can only contradict another ("vitamin C", the C of "B and C").
     """
@@ -75,7 +75,9 @@ def grade(row: Row, said: str) -> bool | None:
     if not row.options:
         return normalised(said) == normalised(row.answer)
     choice = chosen_option(said, row.options)
-    return None if choice is None else row.options[choice] == row.answer
+    if choice is None:
+        return None
+    return row.options[choice] == row.answer
 
 
 def normalised(text: str) -> str:
@@ -109,7 +111,9 @@ def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
     named = _stated(words) | _of_lines(words) or _anywhere(words)
     if len(named) != 1:
         named = _last_letter(words) or _repeated(words)
-    return max(named) if len(named) == 1 and named != {-1} else None
+    if len(named) != 1 or named == {-1}:
+        return None
+    return max(named)
 
 
 def _stated(words: list[Word]) -> frozenset[int]:
@@ -128,7 +132,9 @@ def _stated(words: list[Word]) -> frozenset[int]:
         stop = next((i for i in range(start, end) if words[i].kind in ("stop", "line")), end)
         sure = next((i for i in range(start, stop) if words[i].kind == "name" and words[i].sure), stop)
         if sure < stop:
-            return _decided(words, sure) if words[sure].letter else _anywhere(words[start:stop])
+            if words[sure].letter:
+                return _decided(words, sure)
+            return _anywhere(words[start:stop])
         end = place
     return frozenset()
 
@@ -140,13 +146,15 @@ def _of_lines(words: list[Word]) -> frozenset[int]:
     named: frozenset[int] = frozenset()
     for line in _lines(words):
         first = line[0]
-        second = line[1] if len(line) > 1 else Word("line", "")
-        if first.kind == "name" and first.letter and first.sure and (first.marked or second.kind in ENDS):
+        alone = len(line) == 1 or line[1].kind in ENDS
+        if first.kind == "name" and first.letter and first.sure and (first.marked or alone):
             named |= _decided(line, 0)
         elif _names_alone(line):
             named |= _anywhere(line)
     others = (word.options for word in words if word.kind == "name" and word.marked)
-    return named if len(named.union(*others)) == 1 else frozenset()
+    if len(named.union(*others)) != 1:
+        return frozenset()
+    return named
 
 
 def _last_letter(words: list[Word]) -> frozenset[int]:
@@ -162,7 +170,9 @@ def _last_letter(words: list[Word]) -> frozenset[int]:
         return chosen
     listed = last - 1 in letters and chosen not in earlier  # one more of A, B, C, line by line
     ends = last + 1 == len(lines)  # else an explanation may follow each letter
-    return chosen if ends and not listed else frozenset()
+    if listed or not ends:
+        return frozenset()
+    return chosen
 
 
 def _repeated(words: list[Word]) -> frozenset[int]:
@@ -172,9 +182,10 @@ def _repeated(words: list[Word]) -> frozenset[int]:
         return frozenset()
     counts = Counter(_anywhere(line) for line in lines if _names_alone(line))
     chosen = _anywhere(lines[-1])
-    return (
-        chosen if all(counts[chosen] > count for option, count in counts.items() if option != chosen) else frozenset()
-    )
+    count = counts.pop(chosen)
+    if count <= max(counts.values(), default=0):
+        return frozenset()
+    return chosen
 
 
 def _lines(words: list[Word]) -> list[list[Word]]:
@@ -205,7 +216,9 @@ def _decided(words: list[Word], place: int) -> frozenset[int]:
         word = words[number]
         if word.kind == "name":
             alone = number + 1 == len(words) or words[number + 1].kind in ENDS
-            return named | word.options if (joined or alone) and not named & word.options else named
+            if (joined or alone) and not named & word.options:
+                return named | word.options
+            return named
         if not FILLERS.fullmatch(word.text):
             break
         joined = joined or bool(JOINS.fullmatch(word.text))
@@ -228,8 +241,10 @@ def read(said: str, options: tuple[str, ...]) -> list[Word]:
         if kind == "letter":
             letter = next(char for char in text if char.isalpha()).upper()
             words.append(Word("name", text, names[letter], letter=True, marked=len(text) > 1))
+        elif kind in names:
+            words.append(Word("name", text, names[kind]))
         else:
-            words.append(Word("name", text, names[kind]) if kind in names else Word(kind, text))
+            words.append(Word(kind, text))
     edge = Word("line", "")
     for before, word, after in zip([edge, *words], words, [*words[1:], edge], strict=False):
         if word.letter and not word.marked:
@@ -274,7 +289,12 @@ def _drop_denied(words: list[Word]) -> None:
             clause.append(word)
             sentence.append(word)
         elif word.kind in ("clause", "aside", "stop", "line"):
-            for name in sentence if word.text == "?" else clause if denied else []:
+            plain = []
+            if word.text == "?":
+                plain = sentence
+            elif denied:
+                plain = clause
+            for name in plain:
                 name.kind = "plain"
             clause = []
             denied = word.kind == "aside"
@@ -289,11 +309,12 @@ def _drop_denied(words: list[Word]) -> None:
 
 @lru_cache(maxsize=256)
 def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, frozenset[int]]]:
-    """Return a pattern whose last group is the kind of a word, and what its groups of texts, and letters, name.
+    """Return a pattern, its last group the kind of a word, and the options that its groups of texts, and letters, name.
 
     Long texts go first.
     """
-    letters = {letter: {index if index < len(options) else -1} for index, letter in enumerate(LETTERS)}
+    letters = {letter: {-1} for letter in LETTERS}
+    letters |= {letter: {index} for index, letter in enumerate(LETTERS[: len(options)])}
     patterns: dict[str, set[int]] = {}
     for index, option in enumerate(options):
         pattern = _pattern(option, LETTERS[index])
@@ -333,7 +354,7 @@ def _pattern(option: str, letter: str) -> str:
 
 @dataclass(frozen=True)
 class VideoQuestions:
-    """A video and the rows that ask about it. Results name it by `name`, and intervals are clustered by it."""
+    """Hold a video and the rows that ask about it. Results name it by `name`, and intervals are clustered by it."""
 
     name: str
     path: Path
@@ -393,7 +414,9 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
         if choice is None:
             raise ValueError(f"the answer {answer!r} is none of the options")
         answer = row.options[choice]
-    return replace(row, question=asked, answer=answer, type=None if type is None else str(type), groups=tuple(groups))
+    if type is not None:
+        type = str(type)
+    return replace(row, question=asked, answer=answer, type=type, groups=tuple(groups))
 
 
 GRADED = Rules(

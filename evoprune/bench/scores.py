@@ -30,11 +30,13 @@ _AT_ONCE = 2**22  # weights held at a time
 
 def row_name(row: str, method: str, budget: float | str) -> str:
     """Return the name of a row in tables."""
-    return row if row != METHOD else f"{method} -b {budget_text(budget)}"
+    if row != METHOD:
+        return row
+    return f"{method} -b {budget_text(budget)}"
 
 
 def score_rows(samples: Sequence[dict]) -> list[dict]:
-    """One dict a row and group, the group of all questions first, full before what is compared with it.
+    """Return a dict for each row and group, the group of all questions first, full before the rows compared with it.
 
     `difference` is accuracy - that of full, `kept_of_full` accuracy / that of full, `first_difference` accuracy - that of the row
     named `first`: the first method's at the same budget. Each, like accuracy, has a 95% interval over videos, None where the
@@ -124,11 +126,14 @@ def precision(rows: Sequence[dict]) -> str | None:
 
 
 def _firsts(keys: Sequence[tuple]) -> list[int | None]:
-    """For each row the number of the first method's row at its budget; None for that method's own rows, full and blind."""
-    plain = [(row == METHOD, method, budget) for row, method, budget in keys]
-    first = next((method for compared, method, _ in plain if compared), None)
-    known = {budget: n for n, (compared, method, budget) in enumerate(plain) if compared and method == first}
-    return [known.get(budget) if compared and method != first else None for compared, method, budget in plain]
+    """Return for each row the number of the first method's row at its budget; None for that method's own rows, full and blind."""
+    first = next((method for row, method, _ in keys if row == METHOD), None)
+    known = {budget: n for n, (row, method, budget) in enumerate(keys) if row == METHOD and method == first}
+    firsts: list[int | None] = [None] * len(keys)
+    for n, (row, method, budget) in enumerate(keys):
+        if row == METHOD and method != first:
+            firsts[n] = known.get(budget)
+    return firsts
 
 
 def _difference(name: str, accuracy: np.ndarray, drawn: np.ndarray, row: int, other: int | None) -> dict:
@@ -175,12 +180,14 @@ def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, floa
     n = float(clusters)
     if 0 < share < 1 and clusters > 1:
         variance = share_variance(right, asked)
-        n = min(total, share * (1 - share) / variance) if variance else total
+        n = total
+        if variance:
+            n = min(total, share * (1 - share) / variance)
     return wilson(share, n)
 
 
 def share_variance(right: np.ndarray, asked: np.ndarray) -> float:
-    """Of a share of right answers, estimated over its clusters; arguments as of `accuracy_interval`, two clusters at least."""
+    """Estimate the variance of a share of right answers over its clusters, two at least; arguments as of `accuracy_interval`."""
     clusters = len(asked)
     total = float(asked.sum())
     residual = right - float(right.sum()) / total * asked

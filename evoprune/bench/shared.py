@@ -35,7 +35,7 @@ def after_tower_note(below: int) -> str:
 
 
 class SharedRows:
-    """The tower's rows of one video in one model. Methods that act after the encoder differ only in what they select.
+    """Share the tower's rows of one video in one model. Methods that act after the encoder differ only in what they select.
 
     `saved` is the seconds that the latest call would have taken more if its rows had not been there.
     """
@@ -45,7 +45,7 @@ class SharedRows:
         self._held: OrderedDict[tuple, tuple[EncodedRows, float]] = OrderedDict()
 
     def encode_rows(self, visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **options) -> EncodedRows:
-        """As `vision.encoder.encode_rows`."""
+        """Encode rows as `vision.encoder.encode_rows`."""
         key = (_tower_work(plan), *sorted((name, value) for name, value in options.items() if name != "on_layer"))
         if key in self._held:
             for _ in patches:  # the reader of the patches counts damaged frames
@@ -65,7 +65,7 @@ class SharedRows:
 
 @dataclass(eq=False)
 class SharedInput(OpenInput):
-    """An input with shared rows."""
+    """Encode an input with shared rows."""
 
     shared_rows: SharedRows
 
@@ -89,9 +89,12 @@ class GreyInput(OpenInput):
 
 
 def _tower_work(plan: EncoderPlan) -> tuple:
-    """Return what the tower's rows depend on: everything if tokens may be selected inside, else what is collected."""
-    inside = plan.stages[:-1] if plan.token_stage else plan.stages
+    """Return all that the tower's rows depend on: the plan if tokens may be selected inside, else what is collected."""
+    inside = plan.stages
+    needs = frozenset()
+    if plan.token_stage:
+        inside = plan.stages[:-1]
+        needs = plan.token_stage.selector.needs
     if any(not isinstance(stage.reduce, SetAside) for stage in inside):
         return (plan,)
-    needs = plan.token_stage.selector.needs if plan.token_stage else frozenset()
     return plan.grid, plan.reuse, inside, needs, plan.prunes

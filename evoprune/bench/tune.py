@@ -11,7 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import accumulate, product
@@ -22,11 +22,11 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from evoprune import methods
+from evoprune.backend.cpu.linear import pack_waiting
 from evoprune.backend.devices import environment
 from evoprune.bench.agreement import Reference, agreement, reference
 from evoprune.bench.scores import Z95, share_variance, wilson
 from evoprune.bench.shared import SharedInput, SharedRows, after_tower_below, after_tower_note
-from evoprune.cpu.linear import pack_waiting
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.methods.chain import PruneConfig
 from evoprune.session.ahead import Ahead
@@ -49,7 +49,7 @@ MIN_CANDIDATES = 3  # candidates that are never left out for want of time
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method, with its settings in its name, at a budget."""
+    """Hold a method, with its settings in its name, at a budget."""
 
     method: str
     budget: float
@@ -60,14 +60,14 @@ class Candidate:
 
 
 def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[Candidate]:
-    """`METHODS` and `more` at each of `budgets` or `BUDGETS`, without those that prune nothing. Raises as `methods.parse`."""
+    """List `METHODS` and `more` at each of `budgets` or `BUDGETS`, without those that prune nothing. Raises as `methods.parse`."""
     named = [name for name in dict.fromkeys((*METHODS, *more)) if name != "none"]
     pairs = product(named, sorted(set(budgets or BUDGETS), reverse=True))
     return [Candidate(name, budget) for name, budget in pairs if PruneConfig.of(budget, name).prunes]
 
 
 class Trial(NamedTuple):
-    """What a video shows of a candidate."""
+    """Hold the figures of a candidate on one video."""
 
     agree: int  # tokens of the full answers at which the first choice is the full model's
     tokens: int  # all of them
@@ -87,12 +87,13 @@ def observed(trials: Sequence[Trial]) -> float:
 
 
 def promising(known: Known, goal: float) -> list[Candidate]:
-    """Those that reach the goal, the fastest first; then the others, the most agreeing first."""
+    """Sort candidates: first those that reach the goal, by time; then the others, by agreement."""
 
     def key(candidate: Candidate) -> tuple[bool, float]:
         share = observed(known[candidate])
-        ratio = median(trial.first_s / trial.full_s for trial in known[candidate])
-        return (False, ratio) if share >= goal else (True, -share)
+        if share < goal:
+            return True, -share
+        return False, median(trial.first_s / trial.full_s for trial in known[candidate])
 
     return sorted((candidate for candidate in known if known[candidate]), key=key)
 
@@ -138,7 +139,8 @@ def search(
         for video in these:
             for candidate in alive:
                 took = [earlier.took_s for earlier in known[candidate]]
-                if left() >= (mean(took) if took else first_guess(video)):
+                expected = mean(took) if took else first_guess(video)
+                if left() >= expected:
                     yield candidate, video
                     known[candidate].append(trial(candidate, video))
 
@@ -147,7 +149,7 @@ SAME_TIME = 0.05  # medians of times that differ by less are taken as equal
 
 
 def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
-    """One dict a candidate that was tried, the fastest first (docs/json.md).
+    """Return a dict for each candidate that was tried, the fastest first (docs/json.md).
 
     `agreement` is estimated from all candidates (`smoothed`), with its 95% interval over videos; `observed` is its own. `passes`:
     the interval lies at or above the goal. `frontier`: no other is at least as fast and agrees more.
@@ -158,7 +160,10 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
     shares = _estimates(tried)
     times = _times(tried)
     for candidate, seen in tried.items():
-        tokens, videos, share, kl = sum(seen.tokens), len(seen.tokens), shares[candidate], np.concatenate(seen.kl)
+        tokens = sum(seen.tokens)
+        videos = len(seen.tokens)
+        share = shares[candidate]
+        kl = np.concatenate(seen.kl)
         low, high = bounds(share, tokens, videos, effect)
         rows.append(
             {
@@ -198,7 +203,9 @@ def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
 
 
 def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
-    """`first_token` of each. TuneSettings of a method with equally many rows and tokens do the same work; times differ by noise."""
+    """Return `first_token` of each. Settings of a method with equally many rows and tokens do the same work; times differ by
+    noise.
+    """
     of_work = defaultdict(list)
     works = {}
     for candidate, seen in tried.items():
@@ -222,7 +229,9 @@ def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarray:
-    """`[S]`: the share of `agree`ing `tokens` of each of S candidates, estimated from all: it does not rise with the mean `kl`."""
+    """Return `[S]`: the share of `agree`ing `tokens` of each of S candidates, estimated from all: it does not rise with the mean
+    `kl`.
+    """
     blocks: list[tuple[float, float, list[int]]] = []  # agreeing tokens, tokens, and the candidates that share them
     for candidate in np.argsort(kl, kind="stable"):
         block = float(agree[candidate]), float(tokens[candidate]), [int(candidate)]
@@ -249,12 +258,16 @@ def design_effect(candidates: Sequence[tuple[np.ndarray, np.ndarray]]) -> float 
         share = float(agree.sum()) / total
         over_videos += share_variance(agree, tokens)
         independent += share * (1 - share) / total
-    return max(1.0, over_videos / independent) if independent else None
+    if not independent:
+        return None
+    return max(1.0, over_videos / independent)
 
 
 def bounds(share: float, tokens: int, videos: int, effect: float | None) -> tuple[float, float]:
     """Return the 95% interval of a share, for tokens / `design_effect` independent tokens; one a video if that is None."""
-    return wilson(share, float(videos) if effect is None else max(1.0, tokens / effect))
+    if effect is None:
+        return wilson(share, float(videos))
+    return wilson(share, max(1.0, tokens / effect))
 
 
 def provable(tokens: float) -> float:
@@ -274,7 +287,7 @@ Progress = Callable[..., None]  # what comes next; perhaps how many of it are do
 
 @dataclass(frozen=True)
 class FullAnswers:
-    """What the unpruned model says about a video, a reference a question."""
+    """Hold the answers of the unpruned model about a video, a reference a question."""
 
     path: str
     references: tuple[Reference, ...]
@@ -301,7 +314,10 @@ def encode(
     given = {"names": [path], "kind": kind, "ahead": ahead}
     with closing(open_inputs(session, [Path(path)], sampling, **given)) as opened:
         video = opened.encode()
-    return video, video.report.time_ms.encode / 1000 + (rows.saved if rows else 0.0)
+    seconds = video.report.time_ms.encode / 1000
+    if rows:
+        seconds += rows.saved
+    return video, seconds
 
 
 class Answering:
@@ -342,15 +358,21 @@ class Answering:
         loaded = self.session.loaded
         # What takes cores from the model would falsify the times.
         upcoming = Upcoming(videos, self._open, loaded) if idle_cores(loaded) else None
-        with closing(upcoming) if upcoming else nullcontext():
+        with ExitStack() as cleanup:
+            if upcoming:
+                cleanup.enter_context(closing(upcoming))
             for number, path in enumerate(videos):
                 if self.made and self._left < self._next_s:
                     return
                 progress("answering in full, video", number, len(videos))
                 try:
-                    _, opened = next(upcoming) if upcoming else (path, self._open(path, loaded.cores))
+                    if upcoming:
+                        _, opened = next(upcoming)
+                    else:
+                        opened = self._open(path, loaded.cores)
                     self.made.append(self._answered(path, opened, len(videos) - number))
-                    self._next_s = self.made[-1].took_s if len(self.made) > 1 else self._next_s
+                    if len(self.made) > 1:
+                        self._next_s = self.made[-1].took_s
                 except (VideoError, ModelError, OutOfMemory) as problem:
                     self.problems[path] = problem
         if not self.made:
@@ -371,7 +393,10 @@ class Answering:
         return inputs
 
     def _answered(self, path: str, opened: OpenInputs | Exception, videos: int) -> FullAnswers:
-        """`opened`: the video, to be read, or why it cannot be. `videos`: how many are to be answered from now on."""
+        """Answer in full.
+
+        `opened`: the video, to be read, or why it cannot be. `videos`: how many are to be answered from now on.
+        """
         if isinstance(opened, Exception):
             raise opened
         self._held.append(opened)
@@ -394,7 +419,10 @@ class Answering:
         return FullAnswers(path, tuple(references), seconds + references[0].seconds, self._now() - start)
 
     def _plan(self, video: EncodedInputs, encoding: float, videos: int) -> None:
-        """The longest answers to the most questions for which there is time, by a short answer; `encoding`: seconds a video."""
+        """Choose the longest answers to the most questions for which there is time, by a short answer.
+
+        `encoding`: seconds a video.
+        """
         question = self._questions[0]
         every = len(self._questions)
         for _ in range(2):  # the first time also warms up
@@ -421,7 +449,7 @@ SHARE_OF_FULL = 1 / 3  # of the time limit that the full answers may take
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """What is tuned, and on what. Raises UsageError: no video or question, or a number out of range."""
+    """Hold the settings of a tuning, and its videos. Raises UsageError: no video or question, or a number out of range."""
 
     videos: tuple[str, ...]  # paths of files or folders of frames
     questions: tuple[str, ...] = GENERAL  # asked of every one
@@ -489,14 +517,20 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """Return what every document says of a run, as plain data for JSON."""
-        answers, problems = (self.answering.made, self.answering.problems) if self.answering else ([], {})
+        answers = []
+        problems = {}
+        asked = 0
+        if self.answering:
+            answers = self.answering.made
+            problems = self.answering.problems
+            asked = self.answering.asked
         failures = [{"video": path, "message": error_record(problem)["message"]} for path, problem in problems.items()]
         return {
             "model": asdict(self.loaded.facts()) if self.loaded else None,
             "env": asdict(environment(self.loaded.device)) if self.loaded else None,
             "settings": self.settings.record(),
             "videos": {"wanted": len(self.settings.videos), "answered": len(answers), "failed": len(problems)},
-            "questions": self.answering.asked if self.answering else 0,
+            "questions": asked,
             "answer_tokens": sum(full.tokens for full in answers),
             "seconds": self.spent_s,
             "failures": failures,
@@ -596,13 +630,16 @@ class Tuning(Run):
         rows = result_rows(self.known, self.settings.agree)
         passing = recommended(rows)
         best = max(rows, key=lambda row: (row["low"], row["agreement"], -row["first_token"]), default=None)
+        notes = []
+        if self.answering and self.answering.made:
+            notes = self._notes()
         return {
             **self.facts(),
             "rows": rows,
             "recommended": passing and passing["name"],
             "options": passing and {"budget": passing["budget"], "method": passing["method"]},
             "best": best and best["name"],
-            "notes": self._notes() if self.answering and self.answering.made else [],
+            "notes": notes,
             "error": error,
         }
 
@@ -640,4 +677,6 @@ class Tuning(Run):
 
     def _best(self) -> str:
         best = recommended(result_rows(self.known, self.settings.agree))
-        return f"; best so far: {best['name']}, first token {1 / best['first_token']:.1f}x as fast" if best else ""
+        if not best:
+            return ""
+        return f"; best so far: {best['name']}, first token {1 / best['first_token']:.1f}x as fast"

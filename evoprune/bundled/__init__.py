@@ -1,6 +1,7 @@
 """The models that come with the package, by name: where each is, what it was trained on, and in which words. No numpy."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ _WEIGHTS = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Demo:
-    """A demo model: its folder, and the world, a generator of clips, that it knows (docs/demo-model.md)."""
+    """Describe a demo model: its folder, and the world, a generator of clips, that it knows (docs/demo-model.md)."""
 
     folder: Path
     world: str
@@ -25,6 +26,28 @@ DEMOS = {
 
 def demo_in(folder: Path | None) -> Demo | None:
     return next((demo for demo in DEMOS.values() if folder and demo.folder.resolve() == folder.resolve()), None)
+
+
+# What the comment of a clip says: which generator made it.
+DEMO_TAG = "evoprune demo clip"
+SCENES_TAG = "evoprune scenes clip"
+_WORLDS = {DEMO_TAG: "shapes", SCENES_TAG: "scenes"}
+# Formats that keep no comment, as FFmpeg calls them: of transport, raw ones, and frames that came without a file.
+_NO_COMMENTS = {
+    "mpegts", "hls", "dash", "rtsp", "rtp", "sdp", "mpeg", "mpegvideo", "mjpeg", "mpjpeg", "h264", "hevc", "av1", "obu", "ivf",
+    "yuv4mpegpipe", "apng", "stream",
+}  # fmt: skip
+
+
+def world_of(tags: Mapping[str, str]) -> str | None:
+    """Return the name of the world that a file is of, by its generator's tag; None for a file that no generator made."""
+    comments = (text for key, text in tags.items() if key.lower() == "comment")
+    return next((_WORLDS[text] for text in comments if text in _WORLDS), None)
+
+
+def may_be_of_any_world(container: str) -> bool:
+    """Return whether a file is of a format that keeps no tag, so that a generator may have made it all the same."""
+    return not _NO_COMMENTS.isdisjoint(container.split(","))
 
 
 WORDS = {  # by the world that a model knows; of scenes with the words of options, and of the request for a letter

@@ -18,7 +18,7 @@ from evoprune.methods.types import Selection, Tokens, arange_on
 
 @dataclass(frozen=True)
 class VisionZip(Selector):
-    """The most attended tokens as they are, and means of the other tokens."""
+    """Keep the most attended tokens as they are, and means of the other tokens."""
 
     name = "visionzip"
     source = "arXiv 2412.04467"
@@ -66,7 +66,7 @@ class VisPruner(Selector):
         return of_pairs(map(self.kept, attention, unit, spread(keep, len(unit))), unit.shape[1])
 
     def kept(self, attention: torch.Tensor, unit: torch.Tensor, keep: int) -> torch.Tensor:
-        """int64 `[keep]`, ascending: what a frame pair keeps, by `attention` (`[n]`) and `unit` (`[n, D]`)."""
+        """Return int64 `[keep]`, ascending: what a frame pair keeps, by `attention` (`[n]`) and `unit` (`[n, D]`)."""
         order = ranked(attention)
         first = int(self.important * keep)
         rest = order[first:]
@@ -75,8 +75,12 @@ class VisPruner(Selector):
 
 
 def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
-    """int64 `[keep]`: the rows of `unit` (`[n, D]`, the most attended first) left when rounds remove up to `step` similar ones."""
-    left = arange_on(len(unit) if keep else 0, unit.device)
+    """Return int64 `[keep]`: the rows of `unit` (`[n, D]`, the most attended first) left when rounds remove up to `step` similar
+    ones.
+    """
+    if keep == 0:
+        return arange_on(0, unit.device)
+    left = arange_on(len(unit), unit.device)
     while len(left) > keep:
         even = left[::2]
         odd = left[1::2]
@@ -141,7 +145,7 @@ class Nuwa(Selector):
 
 
 def rank_in_cell(score: torch.Tensor) -> torch.Tensor:
-    """int64 `[T, H, W]`: how many places of its cell come before each place by `score` (`[T, H, W]`); ties by index."""
+    """Return int64 `[T, H, W]`: how many places of its cell come before each place by `score` (`[T, H, W]`); ties by index."""
     height, width = score.shape[1:]
     even = F.pad(score, (0, width % 2, 0, height % 2), value=-torch.inf)
     cells = even.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).transpose(2, 3).flatten(3)
@@ -164,17 +168,23 @@ class Mmr(Selector):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"attention" if self.importance == "attention" else "keys"})
+        if self.importance == "attention":
+            return frozenset({"attention"})
+        return frozenset({"keys"})
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
-        return tokens.attention if self.importance == "attention" else tokens.keys.norm(dim=1)
+        if self.importance == "attention":
+            return tokens.attention
+        return tokens.keys.norm(dim=1)
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         return Selection(most_relevant(tokens.features, self.scores(tokens), keep, self.lam))
 
 
 def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, lam: float = 0.5) -> torch.Tensor:
-    """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by maximal marginal relevance; `lam` weighs `importance` (`[N]`)."""
+    """Return int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by maximal marginal relevance; `lam` weighs `importance`
+    (`[N]`).
+    """
     important = lam * snap(scaled(importance.float()))
     return greedy_cosine(F.normalize(features.float(), dim=1), None, important, 1 - lam, keep, False)
 
@@ -188,7 +198,9 @@ class Scope(Selector):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"attention"} if self.alpha else ())
+        if self.alpha == 0:
+            return frozenset()
+        return frozenset({"attention"})
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         # What a row adds only shrinks while others are selected. So earlier sums are upper bounds, and only the highest are
@@ -196,7 +208,9 @@ class Scope(Selector):
         unit = tokens.normalised
         every = arange_on(len(unit), unit.device)
         cover = torch.zeros_like(unit[:, 0])
-        weight = snap(tokens.attention).double() ** self.alpha if self.alpha else torch.ones_like(every).double()
+        weight = torch.ones_like(every).double()
+        if self.alpha:
+            weight = snap(tokens.attention).double() ** self.alpha
 
         def cosine(rows: torch.Tensor) -> torch.Tensor:
             return (unit[rows] @ unit.T).mul_(16384).round_()  # in steps, as of `ranking.snap`
@@ -210,7 +224,8 @@ class Scope(Selector):
             while not known[best := bounds.argmax()]:
                 stale = torch.where(known, -torch.inf, bounds).topk(min(32, len(unit))).indices
                 stale = stale[~known[stale]]
-                bounds[stale], known[stale] = adds(stale), True
+                bounds[stale] = adds(stale)
+                known[stale] = True
             bounds[best] = -1
             cover = torch.maximum(cover, cosine(best[None])[0])
         return Selection((bounds < 0).nonzero().flatten())

@@ -10,7 +10,7 @@ from evoprune.methods.types import Selection, Tokens, arange_on
 
 
 def transitions(tokens: Tokens) -> torch.Tensor:
-    """float32 `[T - 1]`: the cosine of the mean tokens of neighbouring frame pairs, rounded."""
+    """Return float32 `[T - 1]`: the cosine of the mean tokens of neighbouring frame pairs, rounded."""
     mean = tokens.by_pair(tokens.features.float()).mean(1)
     return snap(torch.cosine_similarity(mean[1:], mean[:-1], dim=1))
 
@@ -30,17 +30,21 @@ STEPS = 16384  # distances are integers of this many steps of the tokens' root m
 
 
 def peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
-    """int64 `[count]`, ascending: the rows of `x` (`[n, D]`) with the highest peak scores."""
-    return highest(peak_scores(x, neighbours), count) if count else arange_on(0, x.device)
+    """Return int64 `[count]`, ascending: the rows of `x` (`[n, D]`) with the highest peak scores."""
+    if count == 0:
+        return arange_on(0, x.device)
+    return highest(peak_scores(x, neighbours), count)
 
 
 def joined_peaks(x: torch.Tensor, count: int, neighbours: int | None = None) -> torch.Tensor:
-    """int64 `[n]`: the nearest of the `count` peaks to each row of `x` (`[n, D]`); a peak joins itself.
+    """Return int64 `[n]`: the nearest of the `count` peaks to each row of `x` (`[n, D]`); a peak joins itself.
 
     `neighbours`: None for as many as there are peaks, up to `NEIGHBOURS`; at least 2, as with one, itself, all would be as dense.
     """
-    neighbours = min(NEIGHBOURS, max(2, count)) if neighbours is None else neighbours
-    centres, (points, _) = peaks(x, count, neighbours), _points(x)
+    if neighbours is None:
+        neighbours = min(NEIGHBOURS, max(2, count))
+    centres = peaks(x, count, neighbours)
+    points, _ = _points(x)
     to = torch.cat([_distances(block, points[centres]).argmin(1) for block in points.split(BLOCK)])
     return centres[to].index_copy(0, centres, centres)
 
@@ -71,7 +75,8 @@ def join_groups(
 
 
 def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """float64 `[n]`: the logarithm of density times distance to the nearest denser row; for the densest row, the greatest distance.
+    """Return float64 `[n]`: the logarithm of density times distance to the nearest denser row; for the densest row, the greatest
+    distance.
 
     Density is exp(-m), m the mean squared distance / D to the `neighbours` nearest rows, itself the first; a constant is left out.
     Of equally dense rows the first counts as denser. O(n^2 D), memory O(n D).
@@ -80,7 +85,9 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
     index = arange_on(len(points), x.device)
     blocks = index.split(BLOCK)
 
-    @lru_cache(MAX_BLOCKS if len(blocks) <= MAX_BLOCKS else 0)
+    held = MAX_BLOCKS if len(blocks) <= MAX_BLOCKS else 0
+
+    @lru_cache(held)
     def distances(number: int) -> torch.Tensor:
         return _distances(points[blocks[number]], points)
 
@@ -98,7 +105,7 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
 
 
 def vicinity_clusters(x: torch.Tensor, place: torch.Tensor, count: int, cutoff: float, near: float) -> torch.Tensor:
-    """int64 `[n]`: the one of `count` centres whose cluster each row of `x` (`[n, D]`) is in (ViTCoP, arXiv 2601.17818).
+    """Return int64 `[n]`: the one of `count` centres whose cluster each row of `x` (`[n, D]`) is in (ViTCoP, arXiv 2601.17818).
 
     Each row follows the nearest of the denser rows whose `place` (`[n, 2]`) is at most `near` away, or else of all denser rows.
     What ends at a centre is its cluster. Centres are the rows of the greatest density times distance to the one they would follow.
@@ -126,14 +133,14 @@ def vicinity_clusters(x: torch.Tensor, place: torch.Tensor, count: int, cutoff: 
 
 
 def _points(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float64 `[n, D]`, the rows of `x` in steps; and the length of a step."""
+    """Return float64 `[n, D]`, the rows of `x` in steps; and the length of a step."""
     x = x.double()
     step = x.square().sum(1).mean().sqrt().clamp(min=1e-30) / STEPS
     return x / step, step
 
 
 def _distances(block: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """`[p, n]`: distances in whole steps."""
+    """Return `[p, n]`: distances in whole steps."""
     return torch.cdist(block, points).round_()
 
 
@@ -155,7 +162,7 @@ def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selectio
 
 
 def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
-    """float32 `[N]`: the weight of each unit in the mean that it joins; `into` as in `gathered`.
+    """Return float32 `[N]`: the weight of each unit in the mean that it joins; `into` as in `gathered`.
 
     A unit that n others join has weight max(1 / (n + 1), `least`), and the n share the rest evenly; alone it has weight 1.
     """
@@ -166,7 +173,7 @@ def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
 
 
 def turns(order: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """int64 `[n]`: how many of the same `group` (int64 `[n]`, from 0) come before each token in `order` (int64 `[n]`)."""
+    """Return int64 `[n]`: how many of the same `group` (int64 `[n]`, from 0) come before each token in `order` (int64 `[n]`)."""
     order = order[group[order].argsort(stable=True)]
     size = torch.bincount(group)
     before = (size.cumsum(0) - size)[group[order]]

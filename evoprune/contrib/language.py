@@ -1,4 +1,4 @@
-"""Methods inside the language model: a plan of what leaves after which layer, what a method sees there, and what of it stays.
+"""Methods inside the language model: a plan of the layers after which tokens leave, the tokens seen there, and the choice.
 
 A method is a `DroppingMethod` with two functions, `drops`, and `score` or `select`. contrib/inner.py has examples.
 """
@@ -14,7 +14,7 @@ import torch
 
 from evoprune.backend.devices import Timer, to_device
 from evoprune.contrib.common import relative
-from evoprune.errors import PLUGINS
+from evoprune.errors import call
 from evoprune.language.decoder import heads_of, norm, rotate
 from evoprune.methods.base import LanguageMethod, Reading
 from evoprune.methods.budget import keep_count
@@ -26,7 +26,7 @@ MAX_WEIGHTS = 1 << 24  # attention weights that are held at a time
 
 
 class Drop(NamedTuple):
-    """A place at which visual tokens leave the language model."""
+    """Hold a place at which visual tokens leave the language model."""
 
     after: int  # layers that have run by then, at least 1
     left: int  # visual tokens that the other layers read
@@ -34,7 +34,7 @@ class Drop(NamedTuple):
 
 @dataclass(frozen=True)
 class LanguagePlan:
-    """The visual tokens that each layer of the language model reads."""
+    """Plan the visual tokens that each layer of the language model reads."""
 
     depth: int  # layers of the language model
     tokens: int  # visual tokens that reach it
@@ -45,16 +45,18 @@ class LanguagePlan:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Visual tokens that each layer reads."""
+        """Count the visual tokens that each layer reads."""
         return tokens_of_layers(self.depth, self.tokens, self.drops)
 
     @property
     def work(self) -> tuple[tuple[int, int, int], ...] | None:
-        """As of `LanguageMethod.work`."""
-        return tuple((count,) * 3 for count in self.layers) if self.drops else None
+        """Return the work as `LanguageMethod.work`."""
+        if not self.drops:
+            return None
+        return tuple((count,) * 3 for count in self.layers)
 
     def left(self, after: int) -> int:
-        """Visual tokens that the plan leaves once `after` layers have run."""
+        """Count the visual tokens that the plan leaves once `after` layers have run."""
         return self.layers[min(after, self.depth - 1)]
 
 
@@ -88,7 +90,10 @@ def several_drops(
     for _ in range(60):
         middle = (low + high) / 2
         mean = sum(run * share for run, share in zip(runs, shares(middle), strict=True)) / max(1, sum(runs))
-        low, high = (middle, high) if mean < budget else (low, middle)
+        if mean < budget:
+            low = middle
+        else:
+            high = middle
     # Rounded before it is rounded down: a share that is a little below a half by the search alone is that half.
     counts = [max(1, math.floor(round(share * tokens, 6) + 0.5)) for share in shares(high)]
     return _plan(depth, tokens, layers, counts)
@@ -97,17 +102,17 @@ def several_drops(
 def _plan(depth: int, tokens: int, layers: Sequence[int], counts: Sequence[int]) -> LanguagePlan:
     """Return the plan without drops at which nothing would leave; of several after the same layer, the last."""
     drops: list[Drop] = []
-    for after, left in zip(layers, counts, strict=True):
-        if drops and drops[-1].after == after:
-            drops.pop()
-        if after and left < (drops[-1].left if drops else tokens):
+    read = tokens
+    for after, left in dict(zip(layers, counts, strict=True)).items():
+        if after and left < read:
             drops.append(Drop(after, left))
+            read = left
     return LanguagePlan(depth, tokens, tuple(drops), looks=tuple(drop.after for drop in drops))
 
 
 @dataclass(frozen=True)
 class LayerTokens:
-    """The n visual tokens that a layer of the language model read. A *column* is one token of the prompt."""
+    """Hold the n visual tokens that a layer of the language model read. A *column* is one token of the prompt."""
 
     after: int  # layers that have run, this one included
     left: int  # tokens to leave; where the method is not `exact`, at most so many
@@ -136,11 +141,13 @@ class LayerTokens:
         return replace(self, **own, **others)
 
     def attention(self, rows: torch.Tensor | None = None, *, most: bool = False, causal: bool = True) -> torch.Tensor:
-        """float32 `[n]`: the attention that each visual token gets, as the mean or the maximum (`most`) over heads and queries.
+        """Return float32 `[n]`: the attention that each visual token gets, as the mean or the maximum (`most`) over heads and
+        queries.
 
         `rows`: int64 `[q]`, which of `queries` look, None for the prompt's last; `causal`: each at columns up to its own alone.
         """
-        rows = arange_on(len(self.queries), self.queries.device)[-1:] if rows is None else rows
+        if rows is None:
+            rows = arange_on(len(self.queries), self.queries.device)[-1:]
         heads = self.queries.shape[1]
         columns = len(self.keys)
         keys = self.keys.permute(1, 2, 0).float()
@@ -148,10 +155,14 @@ class LayerTokens:
         for block in rows.split(max(1, MAX_WEIGHTS // (heads * columns))):
             given = self._weights(block, keys, causal)[:, self.visual]
             received = torch.maximum(received, given.amax(0)) if most else received + given.sum(0)
-        return received if most else received / (heads * len(rows))
+        if most:
+            return received
+        return received / (heads * len(rows))
 
     def last_weights(self, count: int = 1) -> torch.Tensor:
-        """float32 `[heads, C]`: the attention of the prompt's last columns to every column, head by head, as the mean over them."""
+        """Return float32 `[heads, C]`: the attention of the prompt's last columns to every column, head by head, as the mean
+        over them.
+        """
         last = arange_on(len(self.queries), self.queries.device)[-count:]
         weights = self._weights(last, self.keys.permute(1, 2, 0).float(), causal=True)
         return weights.unflatten(0, (-1, len(last))).mean(1)
@@ -179,7 +190,7 @@ class DroppingMethod(LanguageMethod):
         """
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
-        """float32 `[n]`, at least 0: what the tokens that stay have most of; here attention of the last token."""
+        """Return float32 `[n]`, at least 0: what the tokens that stay have most of; here attention of the last token."""
         return tokens.attention()
 
     def select(self, tokens: LayerTokens) -> Selection | None:
@@ -201,11 +212,12 @@ class DroppingMethod(LanguageMethod):
 
 
 def select_in_language(method: DroppingMethod, tokens: LayerTokens) -> Selection | None:
-    """Return what stays behind a layer of the language model. Raises as `selecting.select`."""
-    name = PLUGINS.get(type(method))
+    """Return what stays behind a layer of the language model. Raises as `select` (methods/chain.py)."""
+    name = method.package
     count = len(tokens.visual)
-    # Keys and values are those of the cache, and a stranger's code may write into what it gets.
-    selection = method.select(tokens.copied() if name else tokens)
+    if name:  # keys and values are those of the cache, and a stranger's code may write into what it gets
+        tokens = tokens.copied()
+    selection = call(name, method.select, tokens)
     if name and selection is not None:
         left = getattr(getattr(selection, "kept", None), "shape", (0,))[0]
         enough = left == tokens.left if method.exact else left <= tokens.left
@@ -214,7 +226,7 @@ def select_in_language(method: DroppingMethod, tokens: LayerTokens) -> Selection
 
 
 class Dropping(Reading):
-    """The prompt of a `DroppingMethod`. Arguments: as of `LanguageMethod.reading`."""
+    """Read the prompt of a `DroppingMethod`. Arguments: as of `LanguageMethod.reading`."""
 
     work = None
 
@@ -254,7 +266,7 @@ class Dropping(Reading):
         return (self._with_text(columns, no_token, 0), columns - self._text), []
 
     def _with_text(self, columns: int, stays: torch.Tensor, count: int) -> torch.Tensor:
-        """int64, ascending: those of `columns` that are no visual tokens, or of which `stays` (bool `[n]`, `count` of them)."""
+        """Return int64, ascending: the columns of text, and of the visual tokens that stay (`stays`, bool `[n]`, `count` true)."""
         mask = torch.ones(columns, dtype=torch.bool, device=stays.device).index_copy_(0, self._visual, stays)
         return nonzero_fixed(mask, columns - len(stays) + count)
 
@@ -295,7 +307,9 @@ class Dropping(Reading):
         keys = state.keys[0].transpose(0, 1)
         values = state.values[0].transpose(0, 1)
         due = after in {drop.after for drop in self._plan.drops}
-        latest, (cos, sin), texts = layers[after - 1], state.places, slice(len(x) - self._text, None)
+        latest = layers[after - 1]
+        cos, sin = state.places
+        texts = slice(len(x) - self._text, None)
         seen = LayerTokens(
             after, left, due, x[self._visual], self._visual, self._pair, self._place, state.queries[0][texts],
             keys, values, state.bias, *self._embeds, self._memory,

@@ -30,7 +30,7 @@ ORDER = ("queries", "mlp", "keys")
 
 
 class Loss(NamedTuple):
-    """What a removal costs. `kl`: mean KL in nats a token. `agree`: share of tokens with the same first choice."""
+    """Hold the cost of a removal. `kl`: mean KL in nats a token. `agree`: share of tokens with the same first choice."""
 
     kl: float
     agree: float
@@ -184,7 +184,9 @@ class OperationTuning(Run):
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
         """Return the results so far, for JSON, which `Recipe.read` reads if `complete`; `error` is what cut the run short."""
-        facts = {name: value for name, value in asdict(self._blank).items() if name != "steps"} if self._blank else None
+        facts = None
+        if self._blank:
+            facts = {name: value for name, value in asdict(self._blank).items() if name != "steps"}
         return {
             **self.facts(),
             "measurements": self._measured,
@@ -196,7 +198,7 @@ class OperationTuning(Run):
         }
 
     def _rows(self) -> list[dict[str, Any]]:
-        """Return what each budget takes of the order, and what that cost."""
+        """Return for each budget the operations that it removes, and their cost."""
         recipe = self.recipe
         rows = []
         for budget in sorted({*(self.settings.budgets or BUDGETS)}, reverse=True):

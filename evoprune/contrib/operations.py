@@ -118,10 +118,12 @@ class Recipe:
         weight = dict(zip(KINDS, self.weights, strict=True))
         sizes = {ALL: self.key, REST: 1 - self.key}
         work = {op: weight[op[2]] * sizes[op[1]] for op in self._every}
+        if not work:
+            return 1.0
         gone = self._gone(removed)
         left = sum(own for op, own in work.items() if op not in gone)
         # Rounded, so that what leaves a quarter by the sum of many shares fits into a budget of a quarter.
-        return round(left / sum(work.values()), 9) if work else 1.0
+        return round(left / sum(work.values()), 9)
 
     def plan(self, tokens: int, removed: Iterable[Operation]) -> OperationPlan:
         """Return the plan for so many visual tokens. A group that no later layer reads leaves for good."""
@@ -130,8 +132,11 @@ class Recipe:
         if not gone:
             return OperationPlan(self.depth, tokens, ())
         end, rest_end = (_last_keys(gone, group, self.depth) + 1 for group in (ALL, REST))
-        drops = [Drop(rest_end, key)] if rest_end < end and key < tokens else []
-        drops += [Drop(end, 0)] if end < self.depth else []
+        drops = []
+        if rest_end < end and key < tokens:
+            drops.append(Drop(rest_end, key))
+        if end < self.depth:
+            drops.append(Drop(end, 0))
         looks = sorted({self.after, *(drop.after for drop in drops)})
         return OperationPlan(self.depth, tokens, tuple(drops), looks=tuple(looks), key=key, gone=gone)
 
@@ -176,7 +181,7 @@ class Operations(DroppingMethod):
 
     @property
     def args(self) -> dict[str, Any]:
-        """The recipe is its digest."""
+        """Return the settings, with the digest of the recipe in its place."""
         return super().args | {"recipe": self.recipe and self.recipe.digest}
 
     def drops(self, depth: int, tokens: int, budget: float) -> OperationPlan:
@@ -195,7 +200,7 @@ class Operations(DroppingMethod):
 
 
 class _Grouped(Dropping):
-    """As `Dropping`, but only a group without keys in all later layers leaves."""
+    """Read a prompt as `Dropping` does, but drop a group only where no later layer has its keys."""
 
     _key: torch.Tensor | None = None  # bool, the visual tokens in the key group that are there; None before it is known
 

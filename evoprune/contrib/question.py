@@ -51,7 +51,7 @@ class CdPruner(Selector):
 
 
 def like_question(tokens: Tokens) -> torch.Tensor:
-    """float32 `[N]`: the mean cosine of each token to the tokens of the question, rounded so that equal tokens are ties."""
+    """Return float32 `[N]`: the mean cosine of each token to the tokens of the question, rounded so that equal tokens are ties."""
     return snap((tokens.normalised @ F.normalize(tokens.question, dim=1).T).mean(1))
 
 
@@ -62,7 +62,7 @@ def relevant(relevance: torch.Tensor) -> torch.Tensor:
 
 
 def widest(unit: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
-    """For each of T groups, int64 `[count]`, ascending: rows whose volume, times the weight of each, is greatest; greedily.
+    """Return for each of T groups int64 `[count]`, ascending: the rows of greatest weighted volume, found greedily.
 
     `unit`: `[T, n, D]`; `weight`: `[T, n]`; `counts`: how many of each group. All groups select a row at a time.
     """
@@ -104,7 +104,9 @@ class Par(Selector):
 
 
 def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
-    """int64 `[N]`: the first token of each one's cluster: neighbours of `unit` (`[T, H, W, D]`) whose cosine is above `link`."""
+    """Return int64 `[N]`: the first token of each token's cluster. Neighbours in `unit` (`[T, H, W, D]`) with a cosine above `link`
+    are in one.
+    """
     index = arange_on(unit[..., 0].numel(), unit.device).view(unit.shape[:3])
     ends = []
     for dim in range(3):
@@ -156,6 +158,6 @@ class Dart(Selector):
 
 
 def longest(x: torch.Tensor, count: int) -> torch.Tensor:
-    """int64 `[min(count, n)]`: the rows of `x` (`[n, D]`) of greatest L1 norm, the greatest first; ties by index."""
+    """Return int64 `[min(count, n)]`: the rows of `x` (`[n, D]`) of greatest L1 norm, the greatest first; ties by index."""
     norm = x.abs().sum(1)
     return ranked(snap(norm / norm.max().clamp(min=1e-12)))[:count]

@@ -136,7 +136,7 @@ class FlashVid(Selector):
         return into.view_as(index), weight.view_as(index)
 
     def linked(self, unit: torch.Tensor, rest: torch.Tensor, pair: torch.Tensor, most: int) -> torch.Tensor:
-        """int64 `[r]`: the root of each one's tree of at most `most` links, the strongest first.
+        """Return int64 `[r]`: the root of each one's tree of at most `most` links, the strongest first.
 
         `unit`: `[n, D]`, all of the segment. `rest`, `pair`: int64 `[r]`, those to link, ascending, and their frame pairs.
         """
@@ -161,7 +161,7 @@ class FlashVid(Selector):
     def merged(
         self, mean: torch.Tensor, roots: torch.Tensor, pair: torch.Tensor, keep: int, into: torch.Tensor
     ) -> torch.Tensor:
-        """`into` (int64 `[n]`, the root of each token) after trees are merged around density peaks until `keep` are left.
+        """Return `into` (int64 `[n]`, the root of each token) after trees are merged around density peaks until `keep` are left.
 
         `mean`: `[r, D]`, of each tree. `roots`, `pair`: int64 `[r]`, its root and the root's frame pair.
         """
@@ -194,7 +194,7 @@ class Mmg(Selector):
         return Selection(torch.cat(kept))
 
     def distinct(self, x: torch.Tensor, span: range, keep: int) -> torch.Tensor:
-        """int64 `[keep]`, ascending: tokens of a segment that are density peaks and differ from the frame pair before.
+        """Return int64 `[keep]`, ascending: tokens of a segment that are density peaks and differ from the frame pair before.
 
         `x`: `[T, n, D]`, the features of the video.
         """
@@ -218,9 +218,8 @@ def joined(spans: list[range], like: list[float]) -> list[range]:
     """
     merged: list[range] = []
     for number, span in enumerate(spans):
-        left = like[span.start - 1] if merged else -math.inf
         right = like[span.stop - 1] if number + 1 < len(spans) else -math.inf
-        if merged and (len(merged[-1]) == 1 or (len(span) == 1 and left >= right)):
+        if merged and (len(merged[-1]) == 1 or (len(span) == 1 and like[span.start - 1] >= right)):
             span = range(merged.pop().start, span.stop)
         merged.append(span)
     return merged
@@ -240,15 +239,18 @@ def marginal_gains(means: torch.Tensor, video: torch.Tensor, beta: float) -> lis
     for step in range(len(unit)):
         now = represents - beta * repeats
         best = int(now.masked_fill(~open_, -torch.inf).argmax())
-        gains[best], open_[best] = now[best], False
+        gains[best] = now[best]
+        open_[best] = False
         to = snap(unit @ unit[best])
-        repeats = torch.maximum(repeats, to) if step else to
+        if step:
+            to = torch.maximum(repeats, to)
+        repeats = to
     return gains.tolist()
 
 
 @dataclass(frozen=True)
 class PruneVid(Selector):
-    """In clusters of frame pairs; then neighbours merge."""
+    """Prune in clusters of frame pairs; then merge neighbours."""
 
     name = "prunevid"
     source = "arXiv 2412.16117, the stage before the language model"
@@ -304,7 +306,9 @@ def _runs(labels: list[int]) -> list[tuple[int, int]]:
 
 
 def steadiness(unit: torch.Tensor) -> torch.Tensor:
-    """float32 `[n]`: the mean cosine of each two of a place's tokens (`[g, n, D]`, of length one or zero); -inf where g is 1."""
+    """Return float32 `[n]`: the mean cosine of each two of a place's tokens (`[g, n, D]`, of length one or zero); -inf where g
+    is 1.
+    """
     count = len(unit) * (len(unit) - 1)
     if not count:
         return torch.full(unit.shape[1:2], -torch.inf, dtype=torch.float32, device=unit.device)
@@ -313,7 +317,7 @@ def steadiness(unit: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class HoliTom(Selector):
-    """In the segments that save most."""
+    """Prune in the segments that save most."""
 
     name = "holitom"
     source = "arXiv 2505.21334, the stage before the language model"
@@ -378,7 +382,7 @@ def most_saving(same: torch.Tensor) -> list[range]:
 def averaged(
     index: torch.Tensor, spans: list[range], still: list[torch.Tensor], limit: float, keep: int
 ) -> torch.Tensor | None:
-    """int64 `[T, n]`: the unit that each joins when the stillest places are averaged over time until `keep` units are left.
+    """Return int64 `[T, n]`: the unit that each joins when the stillest places are averaged over time until `keep` units are left.
 
     Places are averaged over their segment (`spans`); the last one over as many of its first frame pairs as necessary.
 

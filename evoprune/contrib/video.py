@@ -26,7 +26,9 @@ class Evs(Selector):
 
     @property
     def scores(self) -> Callable[[Tokens], torch.Tensor] | None:
-        return None if self.floor else lambda tokens: dissimilarity(tokens).flatten()
+        if self.floor:
+            return None
+        return lambda tokens: dissimilarity(tokens).flatten()
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         change = dissimilarity(tokens)
@@ -38,7 +40,7 @@ class Evs(Selector):
 
 @dataclass(frozen=True)
 class EvsNoFloor(Evs):
-    """As the paper: the first frame pair has no right to stay."""
+    """Follow the paper: the first frame pair has no right to stay."""
 
     name = "evs-nofloor"
 
@@ -46,14 +48,15 @@ class EvsNoFloor(Evs):
 
 
 def dissimilarity(tokens: Tokens) -> torch.Tensor:
-    """float32 `[T, H * W]`: 1 - cosine of each token to the same place in the frame pair before.
+    """Return float32 `[T, H * W]`: 1 - cosine of each token to the same place in the frame pair before.
 
     The first frame pair is compared with the second; 0 if there is only one.
     """
     pairs = tokens.features.view(tokens.grid[0], -1, tokens.features.shape[1])
     later = 1 - snap(torch.cosine_similarity(pairs[1:].float(), pairs[:-1].float(), dim=-1))
-    first = later[:1] if len(later) else torch.zeros(pairs.shape[:2], dtype=torch.float32, device=pairs.device)
-    return torch.cat([first, later])
+    if len(later) == 0:
+        return torch.zeros(pairs.shape[:2], dtype=torch.float32, device=pairs.device)
+    return torch.cat([later[:1], later])
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ class Adjacent(Selector):
 
 
 def neighbours(left: torch.Tensor) -> torch.Tensor:
-    """int64 `[N, 4]`: the nearest of the tokens `left` (bool `[T, H, W]`) above, below, left and right of each; -1 for none."""
+    """Return int64 `[N, 4]`: the nearest of the tokens `left` (bool `[T, H, W]`) above, below, left and right of each; -1 for
+    none.
+    """
     index = torch.where(left, arange_on(left.numel(), left.device).view_as(left), -1)
     last = left.numel()
     sides = []
@@ -98,13 +103,14 @@ def neighbours(left: torch.Tensor) -> torch.Tensor:
 
 
 def redundancy(unit: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
-    """float32 `[N]`: the greatest cosine of each token (`[N, D]`) to its neighbours (int64 `[N, 4]`), -2 without any."""
+    """Return float32 `[N]`: the greatest cosine of each token (`[N, D]`) to its neighbours (int64 `[N, 4]`), -2 without any."""
     cosines = [snap((unit * unit[to.clamp(min=0)]).sum(1)).masked_fill(to < 0, -2) for to in near.unbind(1)]
     return torch.stack(cosines).amax(0)
 
 
 def highest_apart(score: torch.Tensor, near: torch.Tensor, count: int) -> torch.Tensor:
-    """int64, `count` or fewer: the tokens of highest `score` (`[N]`, -inf for none), without neighbours of those taken before.
+    """Return int64, `count` or fewer: the tokens of highest `score` (`[N]`, -inf for none), without neighbours of those taken
+    before.
 
     `near`: from `neighbours`. Ties go to the lower index.
     """
@@ -143,6 +149,6 @@ class VidCom2(Selector):
 
 
 def likeness(unit: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """`[T, n]` in (0, 5]: the affinity of tokens `unit` (`[T, n, D]`) to `mean` (`[T or 1, 1, D]`)."""
+    """Return `[T, n]` in (0, 5]: the affinity of tokens `unit` (`[T, n, D]`) to `mean` (`[T or 1, 1, D]`)."""
     distance = (unit - mean).square().sum(2)
     return sum((-distance / (2 * scale)).exp() for scale in SCALES)

@@ -8,7 +8,7 @@ columns than another gets padding at its start. Padding on the left that no row 
 Callbacks of `generate` get ids of the whole prompt.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +19,8 @@ from torch.nn.functional import pad
 
 from evoprune.errors import UsageError
 from evoprune.hf import interface
+from evoprune.language.prompt import Place, VisualSpan
+from evoprune.language.pruned import PrunedPrompt, prune_prompt
 from evoprune.methods.types import arange_on
 from evoprune.vision.encoder import Encoded
 
@@ -162,8 +164,8 @@ class _WholePromptStreamer:
 class Visuals:
     """What is pruned in a call."""
 
-    columns: torch.Tensor  # bool `[B, L]`, the placeholders
-    pixels: torch.Tensor  # `[patches, values]`, those of all, in the order of their placeholders
+    places: list[list[Place]]  # in each row of the batch, padding included
+    pixels: torch.Tensor  # `[patches, values]`, those of all, in the order of their places
     grids: torch.Tensor  # int64 `[n, 3]`, in patches
     videos: tuple[bool, ...]  # of each, whether it is a video
     seconds: tuple[float, ...]  # of each, from one frame pair to the next
@@ -201,55 +203,59 @@ def remember(past: Past | None, results: Iterable[Any]) -> None:
 def find_visuals(model, call: dict, pictures: bool) -> Visuals:
     """Return the videos of a new prompt, and its pictures if those are pruned. Raises UsageError: they do not fit the prompt."""
     kinds = [video for video in (True, False) if call.get(NAMES[video][0]) is not None and (video or pictures)]
-    columns = torch.zeros_like(call["input_ids"], dtype=torch.bool)
     for video in kinds:
-        columns |= _placeholders(model, call, video)
+        _check_placeholders(model, call, video)
     grids = call.get("video_grid_thw")
     if len(interface.seconds_per_pair(call)) != (0 if grids is None else len(grids)):
         raise UsageError("second_per_grid_ts are not one for each video", "pass all that the processor returned")
+    rows = interface.visual_spans(model, call, None)
+    pruned = [[(spans, video) for spans, video in row if video in kinds] for row in rows]
+    places = [
+        [_place(ids, spans, model.config.vision_end_token_id) for spans, _ in row]
+        for ids, row in zip(call["input_ids"].tolist(), pruned, strict=True)
+    ]
+    visuals = [pair for row in pruned for pair in row]
+    videos = tuple(video for _, video in visuals)
+    seconds = tuple(spans[0].seconds_per_pair for spans, _ in visuals)
     pixels, grids = ({video: call[NAMES[video][i]] for video in kinds} for i in (0, 1))
     if len(kinds) == 1:
         (only,) = kinds
-        seconds = interface.seconds_per_pair(call) if only else [1.0] * len(grids[only])
-        return Visuals(columns, pixels[only], grids[only], (only,) * len(grids[only]), tuple(seconds))
+        return Visuals(places, pixels[only], grids[only], videos, seconds)
     patches = {video: pixels[video].split(grids[video].prod(-1).tolist()) for video in kinds}
     parts = {video: iter(zip(patches[video], grids[video], strict=True)) for video in kinds}
-    visuals = [pair for row in interface.visual_spans(model, call, None) for pair in row]
-    pixels, grids = zip(*(next(parts[video]) for _, video in visuals), strict=True)
-    videos = tuple(video for _, video in visuals)
-    seconds = tuple(spans[0].seconds_per_pair for spans, _ in visuals)
-    return Visuals(columns, torch.cat(pixels), torch.stack(grids), videos, seconds)
+    pixels, grids = zip(*(next(parts[video]) for video in videos), strict=True)
+    return Visuals(places, torch.cat(pixels), torch.stack(grids), videos, seconds)
 
 
-def empty_runs(model, call: dict, dropped: torch.Tensor) -> torch.Tensor:
-    """`dropped`, bool `[B, L]`: columns of pruned tokens; with those of the time and markers of each frame pair that keeps none.
+def _place(ids: list[int], spans: Sequence[VisualSpan], end_marker: int) -> Place:
+    """Return where a video or a picture stands in the `ids` of its row.
 
-    The time stands between the end marker of one frame pair and the start marker of the next. Before the first pair it begins with
-    the token with which it begins before the second.
+    Where a video has a run for each frame pair, the time stands between the end marker of one and the start marker of the next.
+    Before the first it begins with the token with which it begins before the second.
     """
-    leaves = dropped.clone()
-    ids = call["input_ids"]
-    for row, visuals in enumerate(interface.visual_spans(model, call, None)):
-        for spans in (spans for spans, _ in visuals if len(spans) > 1):
-            ends = [span.start + span.tokens for span in spans]
-            same = (ids[row, : spans[0].start] == ids[row, ends[0] + 1]).nonzero()
-            starts = [int(same[-1]) if len(same) else spans[0].start - 1, *(end + 1 for end in ends)]
-            for start, span, end in zip(starts, spans, ends, strict=False):
-                marked = int(ids[row, end]) == model.config.vision_end_token_id
-                leaves[row, start : end + 1] |= marked and bool(dropped[row, span.start : end].all())
-    return leaves
+    runs = tuple(range(span.start, span.start + span.tokens) for span in spans)
+    if len(runs) == 1:
+        return Place(runs)
+    around = []
+    before = ids[: runs[0].start]
+    time = ids[runs[0].stop + 1]
+    start = len(before) - 1 - (before[::-1].index(time) if time in before else 0)
+    for run in runs:
+        marked = ids[run.stop] == end_marker
+        around.append(range(start, run.stop + 1) if marked else run)
+        start = run.stop + 1
+    return Place(runs, tuple(around))
 
 
-def _placeholders(model, call: dict, video: bool) -> torch.Tensor:
-    """Return the columns of the videos, or of the pictures: bool `[B, L]`."""
+def _check_placeholders(model, call: dict, video: bool) -> None:
+    """Raises UsageError: the prompt has not as many placeholders of videos, or of pictures, as their grids say."""
     token, name = (model.config.video_token_id, "video") if video else (model.config.image_token_id, "image")
     grids = call.get(NAMES[video][1])
-    columns = call["input_ids"] == token
+    found = int((call["input_ids"] == token).sum())
     units = 0 if grids is None else int(grids.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
-    if not units or units != int(columns.sum()):
-        problem = f"input_ids have {int(columns.sum())} {name} tokens, {NAMES[video][1]} makes {units}"
+    if not units or units != found:
+        problem = f"input_ids have {found} {name} tokens, {NAMES[video][1]} makes {units}"
         raise UsageError(problem, interface.ONE_CALL)
-    return columns
 
 
 def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError | None:
@@ -304,47 +310,51 @@ def _packed(call: dict) -> bool:
 
 
 def without_pruned(
-    model, call: dict, visuals: Visuals, encoded: Encoded, positions: str, generating: bool
+    model, call: dict, visuals: Visuals, encoded: Sequence[Encoded], positions: str, generating: bool
 ) -> tuple[dict, Past]:
-    """Return the call of a new prompt without the columns of pruned tokens, `encoded` of `visuals`, and the `Past` of its cache.
+    """Return the call of a new prompt without the columns of pruned tokens, and the `Past` of its cache.
 
-    The call's own `position_ids` override `positions`. Raises UsageError: as of `interface.encoded_inputs`.
+    `encoded`: of each of `visuals`. The call's own `position_ids` override `positions`. Raises UsageError: as of
+    `interface.encoded_inputs`.
     """
     ids = call["input_ids"]
     mask = call.get("attention_mask")
-    visual = visuals.columns
     if mask is None and generating:
         mask = interface.inferred_mask(model, call)
     used = torch.ones_like(ids) if mask is None else mask
-    dropped = torch.ones(len(encoded.unit_to_row), dtype=torch.bool, device=ids.device)
-    dropped[encoded.kept.to(ids.device)] = False
-    leaves = empty_runs(model, call, torch.zeros_like(visual).masked_scatter(visual, dropped))
+    left = iter(encoded)
+    prompts = [
+        prune_prompt(row, places, list(islice(left, len(places))))
+        for row, places in zip(ids.cpu(), visuals.places, strict=True)
+    ]
+    dropped = torch.ones(ids.shape, dtype=torch.bool, device="cpu")
+    for row, prompt in zip(dropped, prompts, strict=True):
+        row[prompt.columns] = False
     # Where all tokens are kept, padding stays too: the model returns what it returns without pruning.
-    columns = Columns.without(leaves, mask if dropped.any() else None)
+    prunes = bool(dropped.any())
+    columns = Columns.without(dropped.to(ids.device), mask if prunes else None)
     pruned_call = {name: value for name, value in call.items() if name not in interface.VISION_INPUTS}
     pruned_call["input_ids"] = columns.take(ids, interface.pad_id(model, call))
     if mask is not None or columns.padded:
         pruned_call["attention_mask"] = columns.take(used)
     if call.get("mm_token_type_ids") is not None:
         pruned_call["mm_token_type_ids"] = columns.take(call["mm_token_type_ids"])
-    pruned_call |= _targets(call, columns, used if dropped.any() else torch.ones_like(ids))
+    pruned_call |= _targets(call, columns, used if prunes else torch.ones_like(ids))
     at = _positions(model, call, mask, positions, generating)
     pruned_call["position_ids"] = columns.take(at)
     if len(at) == 4:
         pruned_call["position_ids"][0] = interface.text_positions(columns.take(used))
-    per_pair = iter(encoded.kept_per_pair)
-    tokens = [sum(islice(per_pair, grids)) for grids, _, _ in encoded.grids]
-    features = encoded.features
     trained = trained_weights(model.model.visual)
-    if trained and torch.is_grad_enabled():  # in eval mode this is usually no training, so `backward` alone raises
-        features = _NoGradients.apply(features, trained[0])
-    inner = [None] * len(tokens) if encoded.deepstack is None else encoded.deepstack.split(tokens, 1)
-    parts = list(zip(features.split(tokens), inner, visuals.videos, strict=True))
-    videos = [(tensor, deep) for tensor, deep, is_video in parts if is_video]
-    images = [(tensor, deep) for tensor, deep, is_video in parts if not is_video]
-    pruned_call |= interface.encoded_inputs(model, call, videos, images or None)
+    videos = []
+    pictures = []
+    for each, is_video in zip(encoded, visuals.videos, strict=True):
+        features = each.features
+        if trained and torch.is_grad_enabled():  # in eval mode this is usually no training, so `backward` alone raises
+            features = _NoGradients.apply(features, trained[0])
+        (videos if is_video else pictures).append((features, each.deepstack))
+    pruned_call |= interface.encoded_inputs(model, call, videos, pictures or None)
     furthest = at[-3:].amax(0).masked_fill(used == 0, -1).cummax(1).values
-    return pruned_call, Past(columns, furthest + 1 - used.cumsum(1), _sizes(visual, columns, encoded))
+    return pruned_call, Past(columns, furthest + 1 - used.cumsum(1), _sizes(prompts, columns))
 
 
 def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
@@ -364,14 +374,16 @@ def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
     return targets
 
 
-def _sizes(video: torch.Tensor, columns: Columns, encoded: Encoded) -> torch.Tensor | None:
-    """Return the cluster sizes of the columns that are left, float32 `[B, C]`; None for 1."""
-    if encoded.size is None:
+def _sizes(prompts: Sequence[PrunedPrompt], columns: Columns) -> torch.Tensor | None:
+    """Return the cluster sizes of the columns that are left, float32 `[B, C]`; None for 1. `prompts`: of each row."""
+    if all(prompt.sizes is None for prompt in prompts):
         return None
-    units = torch.ones(len(encoded.unit_to_row), dtype=torch.float32, device=video.device)
-    units[encoded.kept.to(video.device)] = encoded.size.to(video.device)
-    every = torch.ones(video.shape, dtype=torch.float32, device=video.device)
-    return columns.take(every.masked_scatter(video, units), 1)
+    device = columns.index.device
+    every = torch.ones(len(prompts), columns.width, dtype=torch.float32, device=device)
+    for row, prompt in zip(every, prompts, strict=True):
+        if prompt.sizes is not None:
+            row[prompt.columns.to(device)] = prompt.sizes.to(device)
+    return columns.take(every, 1)
 
 
 def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:

@@ -12,7 +12,7 @@ pruned. Flash and flex attention take no mask of numbers, so under them every to
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack
@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from evoprune import methods
+from evoprune.backend.cpu.linear import weights_bytes
 from evoprune.backend.devices import environment, memory_in_use, peak_memory
-from evoprune.cpu.linear import weights_bytes
 from evoprune.errors import UsageError
 from evoprune.hf import interface
 from evoprune.hf.columns import (
@@ -38,7 +38,7 @@ from evoprune.hf.columns import (
     with_whole_prompts,
     without_pruned,
 )
-from evoprune.hf.encoding import INT8, PackedTower, encode_with, patch_config
+from evoprune.hf.encoding import INT8, PackedTower, encode_each, patch_config
 from evoprune.methods.budget import DEFAULT, Budget, GivenShare
 from evoprune.model.cost import Clock
 from evoprune.report import Memory, ModelFacts, Report, Sampling, TokenCounts
@@ -338,35 +338,38 @@ class PrunedModel:
         clock = Clock(visual.patch_embed.proj.weight.device)
         with clock.stage("encode"):
             tower = visual if packed is None else packed.current()
-            encoded = encode_with(tower, visuals.pixels, visuals.grids, settings.pruning)
+            encoded = encode_each(tower, visuals.pixels, visuals.grids, settings.pruning)
         pruned, past = without_pruned(self.model, call, visuals, encoded, settings.positions, generating)
         report = call_report(self.model, call, pruned, visuals, encoded, settings)
         report.memory.weights_bytes += packed.nbytes if packed else 0
         report.time_ms.encode = clock.seconds["encode"] * 1000
-        report.time_ms.encode_prune = encoded.prune_seconds * 1000
+        report.time_ms.encode_prune = sum(each.prune_seconds for each in encoded) * 1000
         self._latest = report, past.columns
         return pruned, past
 
 
-def call_report(model, call: dict, pruned: dict, visuals: Visuals, encoded: Encoded, settings: EvoPrune) -> Report:
+def call_report(
+    model, call: dict, pruned: dict, visuals: Visuals, encoded: Sequence[Encoded], settings: EvoPrune
+) -> Report:
     """Return the report of one call with visuals that are pruned; the caller adds the times.
 
     `call`, `pruned`: its arguments as given, and as the model gets them. Its own `position_ids` override those of the settings.
     """
     device = str(model.device)
-    units = len(encoded.unit_to_row)
+    units = sum(len(each.unit_to_row) for each in encoded)
+    kept = sum(len(each.kept) for each in encoded)
     mask = pruned.get("attention_mask")
     grids = visuals.grids.tolist()
     prompt = pruned["input_ids"].numel() if mask is None else int(mask.sum())
     tokens = (call["input_ids"] == model.config.image_token_id) | (call["input_ids"] == model.config.video_token_id)
-    visual = len(encoded.kept) + int(tokens.sum()) - units  # those that are not pruned stay
+    visual = kept + int(tokens.sum()) - units  # those that are not pruned stay
     whole = ["pictures_whole"] if interface.has_picture(call) and all(visuals.videos) else []
     one = len(grids) == 1
     timed = one and visuals.videos[0] and (call.get("second_per_grid_ts") is not None or interface.has_clock(model))
     positions = settings.positions if call.get("position_ids") is None else "given"
     return Report(
         sampling=Sampling(grid_thw=grids[0] if one else None, seconds_per_pair=visuals.seconds[0] if timed else None),
-        pruning=pruning_facts(settings.pruning, units, [encoded], positions),
+        pruning=pruning_facts(settings.pruning, units, encoded, positions),
         tokens=TokenCounts(prompt - visual, visual, prompt),
         memory=Memory(weights_bytes(model), peak_memory(device), *memory_in_use(device)),
         model=ModelFacts(
@@ -375,7 +378,7 @@ def call_report(model, call: dict, pruned: dict, visuals: Visuals, encoded: Enco
             device=device,
         ),
         env=environment(device),
-        warnings=[*whole, *([FLAT] if encoded.flat else [])],
+        warnings=[*whole, *([FLAT] if all(each.flat for each in encoded) else [])],
     )
 
 

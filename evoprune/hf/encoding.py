@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from evoprune import methods
+from evoprune.backend.cpu.linear import PackedLinear, can_pack, packed_copy, shared_copy
+from evoprune.backend.cpu.quantize import Int8Linear, check, quantize
 from evoprune.backend.layers import is_unhooked_linear
-from evoprune.cpu.linear import PackedLinear, can_pack, packed_copy, shared_copy
-from evoprune.cpu.quantize import Int8Linear, check, quantize
-from evoprune.errors import UsageError, names_plugins
+from evoprune.errors import UsageError
 from evoprune.hf import interface
 from evoprune.methods.budget import DEFAULT, Budget, GivenShare
 from evoprune.methods.chain import PruneConfig
@@ -64,18 +64,17 @@ def encode(
     """
     config = patch_config(budget, method, method_args, seed, has_question=question is not None)
     visual = interface.tower_of(model)
-    return encode_with(visual, pixel_values_videos, video_grid_thw, config, question)
+    return joined(encode_each(visual, pixel_values_videos, video_grid_thw, config, question))
 
 
-@names_plugins()
-def encode_with(
+def encode_each(
     visual,
     pixel_values_videos: torch.Tensor,
     video_grid_thw: torch.Tensor,
     config: PruneConfig,
     question: torch.Tensor | None = None,
-) -> Encoded:
-    """As `encode`, with a tower, and what `patch_config` made."""
+) -> list[Encoded]:
+    """As `encode`, with a tower, and what `patch_config` made; returns each video by itself."""
     _check_videos(visual, pixel_values_videos, video_grid_thw)
     _check_question(visual, question)
     merge = visual.config.spatial_merge_size
@@ -88,7 +87,7 @@ def encode_with(
         plan = config.plan(tower, grid)
         kwargs = {"normal": normal, "question": question, "seed": config.seed}
         videos.append(encode_video(visual, [patches], plan, **kwargs))
-    return joined(videos)
+    return videos
 
 
 def patch_config(
@@ -151,7 +150,7 @@ def _what(value) -> str:
 
 
 class PackedTower:
-    """The tower of a model with its linear layers packed (`cpu.linear`) or in 8 bits (`cpu.integers`), to encode on a CPU.
+    """The tower of a model with its linear layers packed (`cpu.linear`) or in 8 bits (`cpu.quantize`), to encode on a CPU.
 
     The model keeps its own tower, in which nothing changes. Both share the other weights.
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import layers
-from evoprune.backend.attention import causal_attention, without_cudnn
-from evoprune.backend.devices import to_device, uses_kernels
-from evoprune.cpu.linear import linear
+from evoprune.backend.attention import causal_attention, room_for_bias, without_cudnn
+from evoprune.backend.cpu.linear import linear
+from evoprune.backend.devices import to_device
 from evoprune.methods.base import Reading
 from evoprune.methods.types import LayerState, arange_on
 from evoprune.model.config import head_size
@@ -99,11 +99,12 @@ def attend(
 
     Args:
         queries: `[1, L, heads, head_dim]`; neighbouring heads share `keys` and `values`, `[1, kv_heads, n, head_dim]`. Queries,
-            and for one column also keys and values, may have the features of a bias behind those of a head (`bias_features`).
+            and for one column also keys and values, may have the features of a bias behind those of a head
+            (`backend.attention.bias_features`).
         bias: `[n]`, added to the logits of each key: the logarithm of its cluster size makes a key weigh as much as that many
             equal keys (arXiv 2210.09461, section 3).
         sees: int64 `[L]`, ascending, how many keys each query sees, n the last; None for the last L columns.
-        wide: `[2, kv_heads, n, head_dim + e]`, room for keys and values (`wide_buffer`), where a kernel takes no mask.
+        wide: `[2, kv_heads, n, head_dim + e]`, room for keys and values (`room_for_bias`), where a kernel takes no mask.
         dim: head_dim, where the queries may have further features.
     """
     _, columns, heads, given = queries.shape
@@ -151,24 +152,6 @@ def attend(
             mask = bias[:end].expand(len(mask), -1).masked_fill(~mask, -torch.inf)
         strips.append(F.scaled_dot_product_attention(strip, keys[:, :, :end], values[:, :, :end], attn_mask=mask))
     return torch.cat(strips, 2).permute(2, 0, 1, 3).reshape(columns, -1)
-
-
-def bias_features(bias: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
-    """`[n, e]`: features behind those of keys, `dim`, whose product with ones is a bias on their scores, float32 `[n]`.
-
-    A kernel that takes no mask takes them: heads may have up to 256 features, in multiples of eight. Scores are divided by the root
-    of `dim`. The bias is the sum of two numbers, because one in bf16 would be off by up to 2^-9 of it.
-    """
-    value = (bias * dim**0.5).clamp(min=torch.finfo(dtype).min / 4)  # -inf times 0 would be NaN
-    high = value.to(dtype)
-    return F.pad(torch.stack([high, (value - high.float()).to(dtype)], -1), (0, -(dim + 2) % 8))
-
-
-def wide_buffer(features: torch.Tensor, kv_heads: int, dim: int) -> torch.Tensor:
-    """`[2, kv_heads, n, dim + e]`: room for the keys and values of a layer; behind keys `features`, `[n, e]`, behind values 0."""
-    room = features.new_zeros(2, kv_heads, len(features), dim + features.shape[1])
-    room[0, :, :, dim:] = features
-    return room
 
 
 def columns_of(wide: torch.Tensor | None, columns: torch.Tensor | slice | None) -> torch.Tensor | None:
@@ -394,11 +377,7 @@ def _bias(sizes: torch.Tensor | None, like: torch.Tensor, config) -> tuple[torch
     if sizes is None:
         return None, None
     bias = sizes.log()
-    dim = head_size(config)
-    wide = None
-    if len(like) > 1 and uses_kernels(like.device):  # kernels that take masks are slow
-        wide = wide_buffer(bias_features(bias, dim, like.dtype), config.num_key_value_heads, dim)
-    return bias.to(like.dtype), wide
+    return bias.to(like.dtype), room_for_bias(bias, like, config.num_key_value_heads, head_size(config))
 
 
 def run_layer(

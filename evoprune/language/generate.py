@@ -1,24 +1,21 @@
-"""From visual features to text: prompt embeddings, prefill, decoding token by token, streamed text.
-
-Pruned columns leave gaps among the positions (`prompt.prompt_positions`).
-"""
+"""From a pruned prompt to text: prefill, decoding token by token, streamed text."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import chain, islice, repeat, takewhile
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from evoprune.backend.cpu.linear import begin_pass
 from evoprune.backend.devices import to_device
-from evoprune.cpu.linear import begin_pass
-from evoprune.errors import EvopruneError, ModelError
+from evoprune.errors import EvopruneError, ModelError, call
 from evoprune.language import decoder, hosted, static
 from evoprune.language.decoder import KVCache
 from evoprune.language.hosted import HostedCache
-from evoprune.language.prompt import THOUGHTS, Place, Tokenizer, opens_thoughts
+from evoprune.language.prompt import THOUGHTS, Tokenizer, opens_thoughts
+from evoprune.language.pruned import PrunedPrompt
 from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import StaticCache, best_of
 from evoprune.methods.base import Reading
@@ -27,6 +24,7 @@ from evoprune.methods.types import arange_on, generator_seed
 from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.numerics import not_a_number_error
 from evoprune.model.weights import HostedVL
+from evoprune.vision.encoder import Encoded
 
 
 def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
@@ -43,100 +41,31 @@ def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
     return embeds.to(norm.weight.dtype)  # embeddings may stay as their file has them
 
 
-@dataclass(frozen=True)
-class Visual:
-    """What the language model reads of one input.
-
-    Raises ValueError: `kept` and `features` differ in length, or `kept` is not ascending within the place.
-    """
-
-    place: Place  # in the unpruned prompt
-    features: torch.Tensor  # `[K, hidden]`, the embeddings of the kept visual tokens
-    kept: torch.Tensor  # int64 `[K]`, indices of these among the placeholders, ascending; on the CPU from then on
-    size: torch.Tensor | None = None  # float32 `[K]`, the weight of each in attention
-    deepstack: torch.Tensor | None = None  # `[n, K, hidden]`, what is added to them after each of the first n layers
-
-    def __post_init__(self):
-        kept = self.kept.cpu()
-        last = len(self.place) - 1
-        object.__setattr__(self, "kept", kept)  # read once: from an accelerator it waits
-        if len(kept) != len(self.features):
-            raise ValueError(f"{len(self.features)} features for {len(kept)} visual tokens")
-        if len(kept) and (kept[0] < 0 or kept[-1] > last or bool((kept.diff() <= 0).any())):
-            raise ValueError(f"kept visual tokens must ascend within 0..{last}")
-
-    @cached_property
-    def columns(self) -> torch.Tensor:
-        """int64 `[K]` on the CPU, the columns of the kept tokens in the unpruned prompt."""
-        return self.place.columns[self.kept]
-
-
-def embed_prompt(
-    model, input_ids: torch.Tensor, visuals: Sequence[Visual]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Return what the language model reads of a pruned prompt: `embeds`, `columns`, `sizes` and `deepstack`.
-
-    `embeds`, `[C, hidden]` in the model's dtype; int64 `[C]` on the CPU, ascending, their columns; float32 `[C]`, their cluster
-    sizes, 1 for text, None where all are 1; and `[n, C, hidden]`, what is added to them after the first n layers, None for nothing.
-    C is L less the tokens that are not kept and the columns that leave with them (`Place.around`). Columns are those of the
-    unpruned prompt, `input_ids` (int64 `[L]`), and so are positions. `visuals`: of its inputs, in the order of their places.
-
-    Raises ModelError: an id that the model does not know.
-    """
-    stays = torch.ones(len(input_ids), dtype=torch.bool, device="cpu")
-    for visual in visuals:
-        for run in visual.place.left_out(visual.kept):
-            stays[run.start : run.stop] = False
-        stays[visual.place.columns] = False
-        stays[visual.columns] = True
-    columns = stays.nonzero()[:, 0]
-    at = [torch.searchsorted(columns, visual.columns) for visual in visuals]
-    with torch.inference_mode():
-        # The model need not know the ids of placeholders.
-        embeds = embed_ids(model, input_ids.cpu()[columns].index_fill_(0, torch.cat(at), 0))
-        at = [to_device(places, embeds.device) for places in at]
-        sizes = deepstack = None
-        if any(visual.size is not None for visual in visuals):
-            sizes = embeds.new_ones(len(columns), dtype=torch.float32)
-        if all(visual.deepstack is not None for visual in visuals):
-            deepstack = embeds.new_zeros(len(visuals[0].deepstack), *embeds.shape)
-        for visual, places in zip(visuals, at, strict=True):
-            embeds[places] = visual.features.to(embeds)
-            if visual.size is not None:
-                sizes[places] = visual.size.to(sizes)
-            if deepstack is not None:
-                deepstack[:, places] = visual.deepstack.to(embeds)
-    return embeds, columns, sizes, deepstack
-
-
 def dropping_for(
-    model,
-    method: MethodChain,
-    budget: float,
-    visuals: Sequence[Visual],
-    grids: Sequence[tuple[int, int, int]],
-    embeds: torch.Tensor,
-    columns: torch.Tensor,
+    model, method: MethodChain, budget: float, read: Sequence[Encoded], prompt: PrunedPrompt
 ) -> Reading | None:
     """Return what leaves while a pruned prompt is read; None where the method lets nothing leave inside the language model.
 
-    `method`, `budget`: as the user named them; `grids`: (T, H, W) in units of each input; `embeds`, `columns`: from `embed_prompt`.
+    `method`, `budget`: as the user named them; `read`: the tokens of each input of the prompt.
     """
-    kept = [visual.kept for visual in visuals]
-    if method.language_work(model.config.text_config.num_hidden_layers, sum(map(len, kept)), budget) is None:
+    tokens = sum(len(each.kept) for each in read)
+    if method.language_work(model.config.text_config.num_hidden_layers, tokens, budget) is None:
         return None
     pairs = []
     inside = []
     before = 0
-    for units, (count, height, width) in zip(kept, grids, strict=True):
+    for each in read:
+        ((count, height, width),) = each.grids
+        units = each.kept_here
         pairs.append(units // (height * width) + before)
         row = units // width % height
         column = units % width
         inside.append(torch.stack([row.float() / height, column.float() / width], 1))
         before += count
-    places = torch.isin(columns, torch.cat([visual.columns for visual in visuals])).nonzero()[:, 0]
+    places = prompt.visual.nonzero()[:, 0]
     share = method.language_share(budget)
-    return method.language.reading(model, share, embeds, places, torch.cat(pairs), torch.cat(inside))
+    inner = method.language
+    return call(inner.package, inner.reading, model, share, prompt.embeds, places, torch.cat(pairs), torch.cat(inside))
 
 
 @dataclass

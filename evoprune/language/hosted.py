@@ -4,23 +4,20 @@ The functions are those of language/decoder.py. Cluster sizes reach the layers o
 linear attention (Gated DeltaNet, arXiv 2412.06464), which have no scores, read tokens as they are.
 """
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 
 import torch
 
 from evoprune.backend.attention import without_cudnn
-from evoprune.backend.devices import is_host, plain, to_device
+from evoprune.backend.devices import to_device
+from evoprune.backend.hosted import EXPERTS, form_of_layers, through_experts, without_packages
+from evoprune.errors import call
 from evoprune.language import hybrid
 from evoprune.methods.types import arange_on
 from evoprune.model.numerics import without_autocast
 from evoprune.model.weights import HostedVL
 
-EXPERTS = "evoprune"  # the name of `through_experts` among transformers' implementations of experts
-# Of each thread: how many contexts of `without_packages` it is in.
-_thread = threading.local()
 STRIP = 2048  # columns that share one mask of numbers; a multiple of the chunks (64) that linear attention computes in
 
 
@@ -70,26 +67,15 @@ def use_experts(model: HostedVL) -> None:
     config._experts_implementation = EXPERTS
 
 
-def through_experts(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return what the experts of a layer make of columns, both `[L, hidden]`. `layer`: a module of transformers.
-
-    Off the CPU a single column goes through a product with copies of its experts' weights, as where transformers generates.
-    The product of groups, which serves several, copies the ends of the groups to the host: in every dtype but bf16, and in bf16
-    on GPUs other than Hopper's and Blackwell's. A CUDA graph cannot do that.
-
-    Args:
-        chosen: int64 `[L, n]`, the experts of each column. weights: `[L, n]`, of what they return.
-    """
-    from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
-
-    if len(x) == 1 and not is_host(x.device):
-        return batched_mm_experts_forward(layer, x, chosen, weights)
-    return grouped_mm_experts_forward(layer, x, chosen, weights)
+def run_modules(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor | None, **kwargs):
+    """As `run`, of `text`, by the modules of transformers."""
+    kwargs |= {"attention_mask": mask, "past_key_values": states, "use_cache": True}
+    return text(inputs_embeds=x[None], position_ids=places, **kwargs).last_hidden_state[0]
 
 
-def in_few_operations(model: HostedVL, device: torch.device) -> bool:
-    """Return whether language/hybrid.py computes the layers, which rounds otherwise than the modules of transformers."""
-    return not (can_crop(model) or is_host(device) or plain())
+def run_for(model: HostedVL, device: torch.device) -> Callable[..., torch.Tensor]:
+    """Return what runs the layers: `run_modules`, or `hybrid.run`, which rounds otherwise."""
+    return run_modules if can_crop(model) else form_of_layers(device, hybrid.run, run_modules)
 
 
 @torch.inference_mode()
@@ -162,37 +148,14 @@ def _read(
     return run(model, embeds, to_device(places, embeds.device), cache.states, **given)
 
 
-@contextmanager
-def without_packages() -> Iterator[None]:
-    """Provide a context, and a decorator, in which this thread's layers of linear attention call no function of fla or
-    causal-conv1d.
-
-    Where these packages are installed, transformers calls them in place of its own functions. fla compiles and times up to 59 forms
-    of its kernels before the first prompt is read, which takes more than a minute.
-    """
-    _thread.depth = getattr(_thread, "depth", 0) + 1
-    try:
-        yield
-    finally:
-        _thread.depth -= 1
-
-
-def uses_packages() -> bool:
-    """Return whether this thread is in no context of `without_packages`."""
-    return not getattr(_thread, "depth", 0)
-
-
 @without_packages()
 def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attention_mask=None, **kwargs) -> torch.Tensor:
     """Return the final hidden states of columns, both `[L, hidden]`, that follow those in `states`, a cache of transformers.
 
     `places`: int64 `[4, 1, L]`, which columns they are, and their M-RoPE positions. `kwargs`: for the model of transformers.
     """
-    text = model.model.language_model
-    if in_few_operations(model, x.device):
-        return hybrid.run(text, x, places[1:], states, attention_mask)
-    kwargs |= {"attention_mask": attention_mask, "past_key_values": states, "use_cache": True}
-    return text(inputs_embeds=x[None], position_ids=places, **kwargs).last_hidden_state[0]
+    run_layers = run_for(model, x.device)
+    return call(model.package, run_layers, model.model.language_model, x, places, states, attention_mask, **kwargs)
 
 
 @torch.inference_mode()

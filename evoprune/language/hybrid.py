@@ -27,7 +27,7 @@ def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor 
 
     Args:
         x: `[L, hidden]`, columns that follow those in `states`.
-        places: int64 `[3, 1, L]`, M-RoPE positions.
+        places: int64 `[4, 1, L]`, which columns they are, and their M-RoPE positions.
         states: a cache of transformers, of which each layer is changed.
         mask: for attention, `[1, 1, L, columns so far]`; None where each column sees all before it, and `states` are empty or
             it is a single one.
@@ -44,7 +44,7 @@ def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor 
     scales = iter(_stacked(delta.norm.weight for delta in deltas))
     dim = deltas[0].head_k_dim
     unit = x.new_full((dim,), dim**-0.5, dtype=torch.float32)
-    cos, sin = (turn[0, :, None] for turn in text.rotary_emb(x[None], places))
+    cos, sin = (turn[0, :, None] for turn in text.rotary_emb(x[None], places[1:]))
     first, second = sin.chunk(2, -1)
     turns = cos, torch.cat([-first, second], -1)
     x, normed = add_norm(x, None, next(gains), eps)

@@ -269,6 +269,20 @@ class Place:
         return [self.around[run] for run in (held == 0).nonzero()[:, 0].tolist()]
 
 
+def place_of_pairs(before: Sequence[int], units: int, *, start: int = 0, after: int = 1) -> Place:
+    """Return the place of a video, from column `start` on, whose frame pairs stand behind their times.
+
+    `before`: how many columns of text stand before the tokens of each frame pair, of which there are `units`; `after` stand behind.
+    """
+    runs = []
+    around = []
+    for text in before:
+        runs.append(range(start + text, start + text + units))
+        around.append(range(start, runs[-1].stop + after))
+        start = around[-1].stop
+    return Place(tuple(runs), tuple(around))
+
+
 def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
     """Return what Qwen3-VL and Qwen3.5 read in front of each frame pair: the mean of the times of its `frames` frames, in
     seconds.

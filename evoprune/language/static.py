@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from evoprune.backend import devices
-from evoprune.backend.attention import without_cudnn
+from evoprune.backend.attention import bias_features, without_cudnn
 from evoprune.backend.devices import available_memory, to_device
 from evoprune.backend.layers import is_unhooked_linear
 from evoprune.errors import DeviceWarning, first_line
 from evoprune.language import hosted
-from evoprune.language.decoder import KVCache, bias_features, frequencies_of, norm, run_layer, turns_by
+from evoprune.language.decoder import KVCache, frequencies_of, norm, run_layer, turns_by
 from evoprune.language.hosted import HostedCache
 from evoprune.model.config import head_size
 from evoprune.model.cost import kv_bytes
@@ -50,6 +50,7 @@ class StaticCache(ABC):
         self.logits = like.new_zeros(len(model.lm_head.weight), dtype=torch.float32)  # of the token that follows
         self.best = like.new_zeros(2, dtype=torch.int64)  # see `best_of`
         self.graphs: dict[int, Callable[[], None]] = {}  # by the columns that they read
+        self._capture = devices.capture_on(like.device)
         self._lock = threading.Lock()
         self._holder: object | None = None  # whose answer it is; None for nobody's
         self._room = 0  # tokens that it has room for
@@ -91,7 +92,7 @@ class StaticCache(ABC):
             if replay := self.graphs.get(self.read):
                 replay()
             else:
-                self.graphs[self.read] = devices.run_and_capture(lambda: step(model, self), self.token.device)
+                self.graphs[self.read] = self._capture(lambda: step(model, self))
             following = pick(self.logits, self.best)
             self._holder, self._room = holder, self._room - 1
             return following
@@ -239,7 +240,7 @@ def begin(
     `position`: of the token that is read next. `decoded`, `left`: how many tokens the answer has, and may still have.
     """
     like = model.model.language_model.norm.weight
-    if not devices.can_capture(like.device) or not _is_even(cache):
+    if devices.capture_on(like.device) is None or not _is_even(cache):
         return None
     need = cache.length + min(left, MAX_NEW)
     columns = max(MIN_COLUMNS, 1 << (need - 1).bit_length())

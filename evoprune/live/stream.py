@@ -16,18 +16,28 @@ tokens, and `StreamMemory.read` reads these into the KV cache.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import floor, isfinite
 from threading import Event, Lock, RLock
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from evoprune.cpu.machine import release_omp_threads
-from evoprune.errors import UsageError, names_plugins
+from evoprune.backend.cpu.machine import release_omp_threads
+from evoprune.errors import UsageError
 from evoprune.language.decoder import KVCache, forward
-from evoprune.language.generate import PrefillState, Visual, embed_ids, embed_prompt, prefill
-from evoprune.language.prompt import CONTENTS, MARKERS, Place, build_prompt, prompt_positions, timestamps
+from evoprune.language.generate import PrefillState, embed_ids, prefill
+from evoprune.language.prompt import (
+    CONTENTS,
+    MARKERS,
+    Place,
+    build_prompt,
+    place_of_pairs,
+    prompt_positions,
+    timestamps,
+)
+from evoprune.language.pruned import PrunedPrompt, prune_prompt
 from evoprune.live.segments import Earlier, NothingNew, encode_segment
 from evoprune.methods.chain import select
 from evoprune.methods.evoprune import FarthestPoints
@@ -90,9 +100,9 @@ class Window:
 
 @dataclass(frozen=True)
 class EncodedWindow:
-    """A window of so many `frames`, which ends before slot `end`, and its columns as `decoder.forward` takes them.
+    """A window of so many `frames`, which ends before slot `end`, and its columns.
 
-    `positions`, int64 `[3, C]`, are counted from the beginning of the stream; `last`, int64 `[3, 1]`: the largest unpruned.
+    The positions of `prompt` are counted from the beginning of the stream.
     `earlier`: what the next window takes over; None in one that waits to be read, and where nothing can be.
     """
 
@@ -101,11 +111,7 @@ class EncodedWindow:
     encoding: Encoding
     earlier: Earlier | None
     window: Window
-    embeds: torch.Tensor
-    positions: torch.Tensor
-    last: torch.Tensor
-    sizes: torch.Tensor | None
-    deepstack: torch.Tensor | None
+    prompt: PrunedPrompt
 
 
 class PriorityLock:
@@ -325,7 +331,6 @@ class VideoStream(Askable):
         """Seconds from one frame that is looked at to the next; None before the first one."""
         return self._plan and self._plan.sampling.seconds_per_frame
 
-    @names_plugins()
     def _begin(self, frame: np.ndarray, time_s: float) -> None:
         """Plans a window as a video of its length, and reads what precedes the video in the prompt, which packs weights."""
         height, width, _ = frame.shape
@@ -346,14 +351,13 @@ class VideoStream(Askable):
                 raise UsageError(problem, "a longer memory, shorter windows (window_s, --window) or a lower budget")
             check_carried(self._session, self._plan)
             head, _ = self._around("?")
-            positions = loaded.demo.span if loaded.demo else room
+            positions = loaded.span or room
             with self._lock.lock:
                 self._memory = StreamMemory(loaded.model, head, limit, window_tokens, positions)
         except BaseException:
             self._plan = None
             raise
 
-    @names_plugins()
     def _finish(self, end: int) -> None:
         """Encodes the frames of a window that ends before slot `end`, and reads it unless an answer is being read."""
         slots = self._slots
@@ -363,7 +367,7 @@ class VideoStream(Askable):
         self._slots, self._frames, self._done = [], [], end
         if not (window and (window.frames, window.end) == (len(slots), end)):
             window = self._encode(slots, frames, done, end, self._pause)
-        self._earlier, self._following = window.earlier, int(window.last.max()) + 1
+        self._earlier, self._following = window.earlier, window.prompt.following
         with self._lock.lock:
             self._check_open()
             self._waiting.append(replace(window, earlier=None))
@@ -373,7 +377,6 @@ class VideoStream(Askable):
             if self._open is None:
                 self._read_waiting(polite=len(self._waiting) <= MAX_WAITING)
 
-    @names_plugins()
     def _look(self) -> Encoding | None:
         """Encodes the frames of the unfinished window for a question, unless the latest one saw the same; None for no frames.
 
@@ -451,7 +454,7 @@ class VideoStream(Askable):
             encoding = window.encode()
         order = staying_order(window.encoded, encoding.tokens)
         columns = window_columns(session.loaded, encoding, order, slots, step_s, self._following)
-        return EncodedWindow(count, end, encoding, window.left, **columns)
+        return EncodedWindow(count, end, encoding, window.left, *columns)
 
     def _pause(self) -> None:
         """Called before each layer of the encoder."""
@@ -533,7 +536,7 @@ class VideoStream(Askable):
             self._read_waiting(after=unread)
             check_question(loaded, question)
             (before, ids), seen, memory = self._around(question, options.thinking), self._seen(unread), self._memory
-            text = memory.columns + sum(len(window.embeds) for window in unread) - seen.tokens + len(ids)
+            text = memory.columns + sum(len(window.prompt) for window in unread) - seen.tokens + len(ids)
             check_context(loaded, text, seen.tokens, options.max_new_tokens)
             check_memory(self._session, text, seen.tokens)
             report.tokens, report.stream = TokenCounts(text, seen.tokens, text + seen.tokens, 0), asdict(seen)
@@ -577,8 +580,8 @@ def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
 
 def window_columns(
     loaded: LoadedModel, encoding: Encoding, order: torch.Tensor, slots: Sequence[int], step_s: float, following: int
-) -> dict[str, Any]:
-    """Return what the language model reads of an encoded window: the fields of `EncodedWindow` from `window` on.
+) -> tuple[Window, PrunedPrompt]:
+    """Return what the language model reads of an encoded window.
 
     Args:
         order: from `staying_order`.
@@ -586,45 +589,33 @@ def window_columns(
         following: the first position after the window before, which counts where the prompt says the time of each frame pair.
     """
     config = loaded.model.config.vision_config
-    encoded = encoding.tokens
     span = encoding.plan.sampling
     times = timestamps([(slot + 0.5) * step_s for slot in slots]) if config.traits.timestamps else []
-    (grid,), specials = encoded.grids, loaded.tokenizer.specials()
+    (grid,), specials = encoding.tokens.grids, loaded.tokenizer.specials()
     start, pad, end = (specials[token] for token in (MARKERS[0], CONTENTS[VIDEO][1], MARKERS[1]))
     units = grid[1] * grid[2]
-    ids = []
-    runs = []
-    around = []
-    for text in times:
-        before = [*loaded.tokenizer.encode(text), start]
-        runs.append(range(len(ids) + len(before), len(ids) + len(before) + units))
-        around.append(range(len(ids), runs[-1].stop + 1))
-        ids += [*before, *[pad] * units, end]
-    ids = torch.tensor(ids or [pad] * units * grid[0], dtype=torch.int64, device="cpu")
-    place = Place(tuple(runs) or (range(len(ids)),), tuple(around))
     if times:
+        words = [[*loaded.tokenizer.encode(text), start] for text in times]
+        ids = [token for before in words for token in (*before, *[pad] * units, end)]
+        place = place_of_pairs([len(before) for before in words], units)
         positions = prompt_positions(len(ids), place.spans(grid, 1.0), None) + following
     else:
+        ids = [pad] * units * grid[0]
+        place = Place((range(len(ids)),))
         step = 2 * step_s * config.tokens_per_second if config.tokens_per_second else 1.0
         time = torch.tensor([floor(slot / 2 * step) for slot in slots[::2]], dtype=torch.int64, device="cpu")
         inside = torch.meshgrid(time, *(arange_on(side, "cpu") for side in grid[1:]), indexing="ij")
         positions = torch.stack(inside).flatten(1)
-    read = [Visual(place, encoded.features, encoded.kept_here, encoded.size, encoded.deepstack)]
-    embeds, columns, sizes, deepstack = embed_prompt(loaded.model, ids, read)
+    ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
+    prompt = prune_prompt(ids, [place], [encoding.tokens], positions, partial(embed_ids, loaded.model))
     stays = torch.full_like(ids, len(order))
-    visual = torch.zeros_like(ids, dtype=torch.bool)
-    stays[read[0].columns], visual[read[0].columns] = order, True
-    for run, tokens in zip(around, runs, strict=True):
+    stays[prompt.columns[prompt.visual]] = order
+    for run, tokens in zip(place.around, place.runs, strict=False):  # text stays as long as the last of its tokens
         first = stays[run.start : run.stop].min()
         stays[run.start : tokens.start] = stays[tokens.stop : run.stop] = first
-    window = Window(
-        span.start_s, span.end_s, int(positions[0, 0]), len(order), stays[columns], visual[columns], ids.unique()
-    )
-    last = positions.amax(1, keepdim=True)
-    return {
-        "window": window, "embeds": embeds, "positions": positions[:, columns], "last": last, "sizes": sizes,
-        "deepstack": deepstack,
-    }  # fmt: skip
+    begins = int(positions[0, 0])
+    window = Window(span.start_s, span.end_s, begins, len(order), stays[prompt.columns], prompt.visual, ids.unique())
+    return window, prompt
 
 
 class StreamMemory:
@@ -673,9 +664,10 @@ class StreamMemory:
         Returns the position of the text after it.
         """
         by = self._head - self._moved * self._axes
-        more = {"deepstack": encoded.deepstack, "pause": pause}
-        forward(self._model, encoded.embeds, encoded.positions + by, self.cache, encoded.sizes, **more)
-        return int((encoded.last + by).max()) + 1
+        prompt = encoded.prompt
+        more = {"deepstack": prompt.deepstack, "pause": pause}
+        forward(self._model, prompt.embeds, prompt.positions + by, self.cache, prompt.sizes, **more)
+        return int((prompt.last + by).max()) + 1
 
     @torch.inference_mode()
     def make_room(self, encoded: EncodedWindow) -> None:
@@ -685,7 +677,7 @@ class StreamMemory:
         becomes free, in whole windows, or every window of a long memory would move the keys, and round them.
         """
         first = encoded.window.time
-        last = int(encoded.last[0])
+        last = int(encoded.prompt.last[0])
         if last - self._moved <= self._room:
             return
         size = last - first + 1

@@ -30,9 +30,10 @@ from evoprune.methods.types import Candidates, LayerState, Selection, Tokens
 
 @dataclass(frozen=True)
 class Method:
-    """The base of all methods; by itself it keeps every token."""
+    """Be the base of all methods; by itself it keeps every token."""
 
     name: ClassVar[str] = "none"  # by which users select it
+    package: ClassVar[str] = ""  # how errors name a method of another package; set when it is loaded
     source: ClassVar[str] = ""  # the paper (arXiv id, section where known) that it follows, or "this project"
     acts: ClassVar[Literal["none", "input", "inside", "after", "language"]] = "none"
     # Whether exactly K tokens come out; otherwise the nearest count: at most K, or the method's minimum if that is more.
@@ -47,10 +48,12 @@ class Method:
 
     @property
     def args(self) -> dict[str, Any]:
-        """The settings by name, as reports show them."""
+        """Return the settings by name, as reports show them."""
 
-        def json_value(value: Any) -> Any:  # JSON has no infinite number
-            return str(value) if isinstance(value, float) and not isfinite(value) else value
+        def json_value(value: Any) -> Any:
+            if isinstance(value, float) and not isfinite(value):
+                return str(value)  # JSON has no infinite number
+            return value
 
         return {f.name: json_value(getattr(self, f.name)) for f in fields(self)}
 
@@ -112,7 +115,7 @@ class EncoderMethod(Method, ABC):
 
     @abstractmethod
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> Sequence[Stage]:
-        """Where how many rows are left, in the order of layers; `keep` is K, fewer than all units of the `grid`."""
+        """Say where how many rows are left, in the order of layers; `keep` is K, fewer than all units of the `grid`."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class Merger(EncoderMethod, ABC):
 
     @abstractmethod
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
-        """int64 `[B, n]`: which row of its group each of the B groups' rows merges into, itself if it stays.
+        """Return int64 `[B, n]`: which row of its group each of the B groups' rows merges into, itself if it stays.
 
         The encoder calls this in rounds until every group has lost its rows, `remove` (int64 `[B]`) at most and one at least. On a
         GPU, it must not read values back (`item`, `nonzero`, masks as indices).
@@ -176,15 +179,15 @@ class LanguageMethod(Method, ABC):
 
     @property
     def left(self) -> float:
-        """The share of what arrives that it leaves in a combination."""
+        """Return the share of what arrives that it leaves in a combination."""
         return self.default_share if self.share is None else self.share
 
     @abstractmethod
     def work(self, depth: int, tokens: int, budget: float) -> tuple[tuple[int, int, int], ...] | None:
         """Of how many visual tokens each layer computes keys and values, queries and output, and the MLP; None: of all.
 
-        The language model has `depth` layers, `tokens` reach it, and `budget`, in (0, 1], is the method's own. The cost, the memory
-        check and estimates read this before a frame is read. An upper bound where the method is not `exact`.
+        The language model has `depth` layers, `tokens` reach it, and `budget`, in (0, 1], is the method's own. The cost and the
+        memory check read this before a frame is read. An upper bound where the method is not `exact`.
         """
 
     @abstractmethod
@@ -202,7 +205,7 @@ class LanguageMethod(Method, ABC):
 
 
 class Reading(ABC):
-    """One prompt while the language model reads it with a language method."""
+    """Follow one prompt while the language model reads it with a language method."""
 
     columns: tuple[int, ...]  # of the prompt, whose keys each layer has, at most
     layers: tuple[int, ...]  # visual tokens whose keys each layer has, once the prompt was read

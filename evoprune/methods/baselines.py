@@ -14,7 +14,7 @@ from evoprune.methods.types import Selection, Tokens, arange_on, smaller_frame
 
 @dataclass(frozen=True)
 class Nothing(Method):
-    """The language model reads every token, whatever the budget is."""
+    """Leave every token to the language model, whatever the budget is."""
 
     source = "this project; the unpruned model"
 
@@ -51,7 +51,7 @@ class Subsample(InputMethod):
 
 @dataclass(frozen=True)
 class Downscale(InputMethod):
-    """As many frame pairs, of smaller frames: whole units in nearly the same ratio, at least one."""
+    """Keep as many frame pairs, of smaller frames: whole units in nearly the same ratio, at least one."""
 
     name = "downscale"
     source = "VTC-Bench, a baseline there"
@@ -87,14 +87,16 @@ class Pool(Selector):
 
 
 def _blocks(length: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 `[length]`, which of `count` blocks of nearly equal length each place is in; int64 `[count]`, their middle places."""
+    """Return int64 `[length]`, which of `count` blocks of nearly equal length each place is in; int64 `[count]`, their middle
+    places.
+    """
     edges = arange_on(count + 1, device) * length // count
     return arange_on(count, device).repeat_interleave(edges.diff()), (edges[:-1] + edges[1:] - 1) // 2
 
 
 @dataclass(frozen=True)
 class DivPrune(Selector):
-    """The most diverse tokens, by greedy max-min distance."""
+    """Keep the most diverse tokens, by greedy max-min distance."""
 
     name = "divprune"
     source = "arXiv 2503.02175"
@@ -104,7 +106,7 @@ class DivPrune(Selector):
 
 
 def most_diverse(features: torch.Tensor, keep: int, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by greedy max-min distance; ties go to the lower index.
+    """Return int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by greedy max-min distance; ties go to the lower index.
 
     `weight`: float `[N]`, at least 0; multiplies the distance of a row to the selected rows. None for 1.
     """

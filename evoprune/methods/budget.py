@@ -34,7 +34,9 @@ class Budget:
         if isinstance(value, Budget) and value.name not in AUTOS:
             return value
         given = value.name if isinstance(value, Budget) else value
-        known = PRESETS | AUTOS if auto else PRESETS
+        known = dict(PRESETS)
+        if auto:
+            known |= AUTOS
         if isinstance(given, str) and given in known:
             return known[given]
         percent = isinstance(given, str) and given.rstrip().endswith("%")
@@ -108,8 +110,11 @@ def _refused(given: float | str, known: dict[str, Budget]) -> UsageError:
         return UsageError(f"budget {given!r} does not work here", hint)
     autos = [name for name in AUTOS if name in known]
     percent = _number(given)
-    likely = f"did you mean {percent / 100:g} (or {percent:g}%)? " if 1 < percent <= 100 else ""
-    also = f", or {' or '.join(autos)}" if autos else ""
-    hint = f"give a number above 0 and up to 1 (0.25 or 25% for a quarter), or one of {', '.join(PRESETS)}{also}"
-    problem = f"budget {given!r} is not a share of tokens to keep"
-    return UsageError(problem, (likely or did_you_mean(str(given), known)) + hint)
+    likely = did_you_mean(str(given), known)
+    if 1 < percent <= 100:
+        likely = f"did you mean {percent / 100:g} (or {percent:g}%)? "
+    names = ", ".join(PRESETS)
+    if autos:
+        names += f", or {' or '.join(autos)}"
+    hint = f"{likely}give a number above 0 and up to 1 (0.25 or 25% for a quarter), or one of {names}"
+    return UsageError(f"budget {given!r} is not a share of tokens to keep", hint)

@@ -12,8 +12,8 @@ from typing import Any, Self
 import torch
 
 from evoprune.backend import devices
-from evoprune.backend.devices import exact_shapes
-from evoprune.errors import PLUGINS, PluginError, UsageError, names_plugins
+from evoprune.backend.devices import HOST
+from evoprune.errors import PluginError, UsageError, call
 from evoprune.methods import registry
 from evoprune.methods.base import EncoderMethod, InputMethod, LanguageMethod, Method, Selector, not_automatic
 from evoprune.methods.budget import AUTO, AUTO_INFLECTION, AUTO_LEAST, FULL, Budget, keep_count
@@ -25,7 +25,7 @@ from evoprune.model.numerics import without_autocast
 
 @dataclass(frozen=True)
 class MethodChain:
-    """`reuse+divprune`, `evoprune+fastv` or a method alone. The budget is that of the first part."""
+    """Chain methods: `reuse+divprune`, `evoprune+fastv` or one alone. The budget is that of the first part."""
 
     input: InputMethod | None = None
     encoder: EncoderMethod | None = None
@@ -33,11 +33,10 @@ class MethodChain:
     language: LanguageMethod | None = None
 
     @classmethod
-    @names_plugins()
     def parse(cls, text: str, args: dict[str, str] | None = None) -> Self:
         """Return what `text` names: a method as of `registry.get`, or several joined by `+` in the order in which they act.
 
-        Raises UsageError, PluginError: as `registry.get`; `args` for several; methods that cannot act in this order.
+        Raises UsageError: as `registry.get`; `args` for several; methods that cannot act in this order.
         """
         members = registry.members(text, args)
         chain = cls.of(*members)
@@ -59,7 +58,7 @@ class MethodChain:
 
     @property
     def possible(self) -> bool:
-        """Whether what acts before the language model can act together: one method, or one that combines and a selector."""
+        """Return whether the methods before the language model can act together: one, or one that combines and a selector."""
         before = self.before.members
         combines = self.encoder is not None and self.encoder.combines
         if before == [self.encoder, self.selector]:
@@ -68,12 +67,12 @@ class MethodChain:
 
     @property
     def members(self) -> list[Method]:
-        """The parts that there are, in the order in which they act."""
+        """Return the parts that there are, in the order in which they act."""
         return [part for part in (self.input, self.encoder, self.selector, self.language) if part]
 
     @property
     def first(self) -> Method:
-        return self.members[0] if self.members else Method()
+        return next(iter(self.members), Method())
 
     @property
     def name(self) -> str:
@@ -81,22 +80,26 @@ class MethodChain:
 
     @property
     def acts(self) -> str:
-        """Where the first part acts, as `Method.acts`."""
+        """Say where the first part acts, as `Method.acts`."""
         return self.first.acts
 
     @property
     def before(self) -> "MethodChain":
-        """What acts before the language model."""
+        """Return the parts that act before the language model."""
         return replace(self, language=None)
 
     @property
     def tokens(self) -> Selector | None:
-        """What selects the tokens after the tower; None where every row becomes a token."""
-        return self.selector or (self.encoder.tokens if self.encoder else None)
+        """Return the selector of the tokens after the tower; None where every row becomes a token."""
+        if self.selector or not self.encoder:
+            return self.selector
+        return self.encoder.tokens
 
     @property
     def exact(self) -> bool:
-        """Whether exactly K tokens reach the language model; of a language method alone, whether it leaves exactly its own."""
+        """Return whether exactly K tokens reach the language model; for a language method alone, whether it leaves exactly its own
+        number.
+        """
         return all(part.exact for part in self.before.members or self.members)
 
     @property
@@ -109,7 +112,7 @@ class MethodChain:
 
     @property
     def args(self) -> dict[str, Any]:
-        """The settings as reports show them: those of the first part, and by name those of the others."""
+        """Return the settings as reports show them: first those of the first part, then by name those of the others."""
         args = dict(self.first.args)
         if self.encoder and self.encoder.combines:
             args[self.tokens.name] = self.tokens.args
@@ -119,7 +122,7 @@ class MethodChain:
 
     @property
     def reading(self) -> tuple[str, str]:
-        """Where a method that reads the question is refused: what is wrong, and which method does not."""
+        """Return the texts for where a method that reads the question is refused: what is wrong, and which method does not."""
         if self.encoder is None:
             return f"method {self.tokens.name} reads the question", "another method"
         name = self.encoder.name
@@ -134,7 +137,9 @@ class MethodChain:
     def check_scores(self) -> None:
         """Raise UsageError if its tokens have no scores, whose inflection could decide how many are kept."""
         if self.tokens is None or self.tokens.scores is None:
-            name = self.tokens.name if self.selector or (self.encoder and self.encoder.combines) else self.first.name
+            name = self.first.name
+            if self.selector or (self.encoder and self.encoder.combines):
+                name = self.tokens.name
             problem = f"method {name} has no scores whose curve could decide the budget"
             alternative = "take a method that ranks tokens, such as visionzip, with auto:inflection"
             raise UsageError(problem, f"give a share such as 0.25, or {alternative}")
@@ -145,17 +150,18 @@ class MethodChain:
         `inflection`: whether the curve of the selector's scores decides how many tokens are kept, at most K.
         """
         if self.input:
-            return full_plan(tower, self.input.resize(grid, keep))
+            return full_plan(tower, call(self.input.package, self.input.resize, grid, keep))
         if keep >= prod(grid) or not (self.encoder or self.selector):
             return full_plan(tower, grid)
         stages = []
         reuse = 0.0
         below = self.after_tower_below(tower.launch_bound)
         if self.encoder and prod(grid) >= below:
-            stages += self.encoder.stages(tower, grid, keep)
+            stages += call(self.encoder.package, self.encoder.stages, tower, grid, keep)
             reuse = self.encoder.reuse
         if self.tokens:
-            stages.append(Stage(tower.depth, keep, Inflection(self.tokens) if inflection else self.tokens))
+            selector = Inflection(self.tokens) if inflection else self.tokens
+            stages.append(Stage(tower.depth, keep, selector))
         return EncoderPlan(grid, keep, tower.depth, reuse, tuple(stages), below)
 
     def after_tower_below(self, launch_bound: int) -> int:
@@ -163,32 +169,35 @@ class MethodChain:
 
         `launch_bound`: as in `TowerShape`.
         """
-        return launch_bound if self.encoder and self.encoder.small_after_tower else 0
+        if not self.encoder or not self.encoder.small_after_tower:
+            return 0
+        return launch_bound
 
     def language_share(self, budget: float) -> float:
         """Return the budget of the language method, in (0, 1], where the user asked for `budget`."""
-        return budget if self.language is self.first else self.language.left
+        if self.language is self.first:
+            return budget
+        return self.language.left
 
     def language_work(self, depth: int, tokens: int, budget: float) -> tuple[tuple[int, int, int], ...] | None:
-        """As `LanguageMethod.work`, at the share `budget` that the user asked for; None where nothing leaves."""
-        return self.language and self.language.work(depth, tokens, self.language_share(budget))
+        """Return the work as `LanguageMethod.work`, at the share `budget` that the user asked for; None where nothing leaves."""
+        if self.language is None:
+            return None
+        return call(self.language.package, self.language.work, depth, tokens, self.language_share(budget))
 
     def prompt_columns(self, depth: int, tokens: int, text: int, budget: float) -> int | tuple[int, ...]:
-        """Positions of a prompt with `text` tokens of text, in each layer of the language model or in all; otherwise as above."""
-        work = self.language_work(depth, tokens, budget)
-        return tokens + text if work is None else tuple(keys + text for keys, _, _ in work)
-
-    def prompt_work(self, depth: int, tokens: int, text: int, budget: float) -> int | list[tuple[int, ...]]:
-        """Return the same for the cost: of each layer, the positions whose keys, queries and MLP it computes; or of all, a
-        number.
+        """Count the positions of a prompt with `text` tokens of text, in each layer of the language model or in all; otherwise as
+        above.
         """
         work = self.language_work(depth, tokens, budget)
-        return tokens + text if work is None else [tuple(count + text for count in layer) for layer in work]
+        if work is None:
+            return tokens + text
+        return tuple(keys + text for keys, _, _ in work)
 
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """How visual tokens are pruned, as planning, encoding, answering and reports carry it. Made by `of`."""
+    """Say how visual tokens are pruned, as planning, encoding, answering and reports carry it. Made by `of`."""
 
     name: str  # of the method, as the user wrote it
     method: MethodChain
@@ -208,11 +217,13 @@ class PruneConfig:
             method = method.automatic()
         elif wanted.name == AUTO_INFLECTION:
             method.check_scores()
-        return cls(name, method, wanted if method.members else FULL, seed)
+        if not method.members:
+            wanted = FULL
+        return cls(name, method, wanted, seed)
 
     @property
     def prunes(self) -> bool:
-        """Whether anything is pruned."""
+        """Return whether anything is pruned."""
         inner = self.method.language
         return self.budget != FULL or (inner is not None and inner is not self.method.first and inner.left < 1)
 
@@ -223,7 +234,9 @@ class PruneConfig:
 
     def after_tower_below(self, device: torch.device) -> int:
         """Return the number of units below which a device prunes an input after the tower alone; 0 if no size changes anything."""
-        return 0 if self.budget == FULL else self.method.after_tower_below(devices.launch_bound_units(device))
+        if self.budget == FULL:
+            return 0
+        return self.method.after_tower_below(devices.launch_bound_units(device))
 
 
 # Selectors are run, and those of other packages checked.
@@ -231,11 +244,13 @@ class PruneConfig:
 
 def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
     """Return what `selector` selects. Raises PluginError: one of another package returned what its base class does not allow."""
-    name = PLUGINS.get(type(selector))
+    name = selector.package
     units = len(tokens.unit_to_row)
     with without_autocast():
         # Rows are shared with other methods of an evaluation, and a stranger's code may write into what it gets.
-        selection = selector.select(tokens.copied() if name else tokens, keep)
+        if name:
+            tokens = tokens.copied()
+        selection = call(name, selector.select, tokens, keep)
     if name:
         count = getattr(getattr(selection, "kept", None), "shape", (0,))[0]
         enough = bool(count) and (selector.suffices(count, keep, units) or not selector.exact)
@@ -287,8 +302,12 @@ def _faults(selection: Selection, enough: bool, keep: int, units: int, device: t
 def _wrong_means(means: tuple[torch.Tensor, ...], count: int, units: int, device: torch.device) -> Iterator[str]:
     if not isinstance(means, tuple) or len(means) != 3:
         yield "means that are not three tensors"
-    (token, unit, weight), dtypes = means, (torch.int64, torch.int64, torch.float32)
-    for name, value, dtype in zip(("tokens", "units", "weights"), means, dtypes, strict=True):
+    token, unit, weight = means
+    for name, value, dtype in (
+        ("tokens", token, torch.int64),
+        ("units", unit, torch.int64),
+        ("weights", weight, torch.float32),
+    ):
         yield from _unlike(f"means, {name}", value, dtype, len(token), device)
     outside = (token < 0) | (token >= count) | (unit < 0) | (unit >= units)
     total = torch.zeros(count, dtype=torch.float32, device=token.device)
@@ -307,14 +326,14 @@ def _unlike(
     if value.dtype != dtype or value.ndim != 1 or length not in (None, len(value)):
         given = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
         yield f"{name} as {given} where {wanted} {shape} was asked for"
-    if value.device != device and not (name == "kept" and exact_shapes(value.device)):
+    if value.device not in ((device, HOST) if name == "kept" else (device,)):
         yield f"{name} on {value.device} where the tokens are on {device}"
 
 
 def tokens_before_inflection(selector: Selector, tokens: Tokens, keep: int) -> int:
     """Return how many tokens `selector` keeps by the curve of its scores (arXiv 2409.01162): at most `keep`."""
     min_keep = min(keep, keep_count(AUTO_LEAST, len(tokens.unit_to_row)))
-    return min(keep, max(min_keep, inflection(selector.scores(tokens))))
+    return min(keep, max(min_keep, inflection(call(selector.package, selector.scores, tokens))))
 
 
 def inflection(scores: torch.Tensor) -> int:
@@ -322,4 +341,6 @@ def inflection(scores: torch.Tensor) -> int:
     curve = scaled(scores.float().sort(descending=True).values)
     line = 1 - arange_on(len(curve), curve.device) / max(1, len(curve) - 1)
     depth = snap(line - curve)
-    return int(depth.argmax()) if depth.max() > 0 and curve[0] > 0 else len(curve)
+    if depth.max() <= 0 or curve[0] <= 0:
+        return len(curve)
+    return int(depth.argmax())

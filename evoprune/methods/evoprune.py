@@ -88,7 +88,7 @@ class FarthestPoints(Selector):
         return count == keep or (self.within > 0 and keep_count(AUTO_LEAST, units) <= count <= keep)
 
     def _sizes(self, unit_to_token: torch.Tensor, tokens: int) -> torch.Tensor | None:
-        """float32 `[tokens]`: the cluster size that the language model assumes for each token; None for 1."""
+        """Return float32 `[tokens]`: the cluster size that the language model assumes for each token; None for 1."""
         if not self.count or tokens == len(unit_to_token):
             return None
         return unit_counts(unit_to_token, tokens) ** self.count
@@ -96,7 +96,7 @@ class FarthestPoints(Selector):
 
 @dataclass(frozen=True)
 class FarthestPatches(FarthestPoints):
-    """The same among patch embeddings as they are: the norm would make flat units as different as any other."""
+    """Do the same among patch embeddings as they are: the norm would make flat units as different as any other."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
@@ -153,10 +153,14 @@ class EvoPruneMethod(EncoderMethod):
         stages = []
         after = min(max(1, round(self.depth * tower.depth)), tower.depth - 1)
         points = replace(self.tokens, average=False, within=0.0)
+        before = units
         for layer, power, select in ((0, self.first, FarthestPatches(*astuple(points))), (after, self.rows, points)):
-            rows = max(keep, round(units * (keep / units) ** (power if grid[0] > 1 else ONE_PAIR_POWER * power)))
-            if rows < (stages[-1].rows if stages else units):
+            if grid[0] == 1:
+                power *= ONE_PAIR_POWER
+            rows = max(keep, round(units * (keep / units) ** power))
+            if rows < before:
                 stages.append(Stage(layer, rows, select, self.exact))
+                before = rows
         return stages
 
     def automatic(self) -> "EvoPruneMethod":

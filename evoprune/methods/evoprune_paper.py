@@ -40,7 +40,9 @@ class EvoPrunePaper(Merger):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({self.features, "attention"} if self.attention or self.critical else {self.features})
+        if self.attention or self.critical:
+            return frozenset({self.features, "attention"})
+        return frozenset({self.features})
 
     def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
         weights = layer_weights(tower.depth, self.allocation, self.first, self.last)
@@ -48,7 +50,9 @@ class EvoPrunePaper(Merger):
 
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
         c = candidates
-        attention = None if c.attention is None else ranking.snap(ranking.relative_attention(c.attention, c.valid))
+        attention = None
+        if c.attention is not None:
+            attention = ranking.snap(ranking.relative_attention(c.attention, c.valid))
         source = ranking.alternate(c.valid, self.absorbed)
         best, partner = self._best_partners(c, attention, source)
         at_most = torch.minimum(remove, c.valid.sum(1) // 2)  # one row must be left, also where all are sources
@@ -64,7 +68,7 @@ class EvoPrunePaper(Merger):
     def _best_partners(
         self, c: Candidates, attention: torch.Tensor | None, source: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """`ranking.best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
+        """Find `ranking.best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
         pieces = ranking.strips(*c.valid.shape)
         density = None
         partners = []
@@ -79,7 +83,7 @@ class EvoPrunePaper(Merger):
         return tuple(torch.cat(of_each, 1) for of_each in zip(*partners, strict=True))
 
     def _critical(self, attention: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
-        """bool `[B, n]`: the most attended rows of each group, a share of `critical`, rounded up; ties by index."""
+        """Return bool `[B, n]`: the most attended rows of each group, a share of `critical`, rounded up; ties by index."""
         if not self.critical:
             return torch.zeros_like(valid)
         rank = attention.masked_fill(~valid, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)

@@ -1,7 +1,7 @@
 """Plans: what the encoder does with a video, and how tokens are spread over its frame pairs. No torch.
 
-A method makes its plan before the first frame is read. The encoder runs it; the memory check, the cost, estimates
-and the cache's key read it.
+A method makes its plan before the first frame is read. The encoder runs it; the memory check, the cost and the
+cache's key read it.
 """
 
 import math

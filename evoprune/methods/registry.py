@@ -14,15 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from warnings import warn
 
-from evoprune.errors import (
-    PLUGINS,
-    EvopruneError,
-    PluginWarning,
-    UsageError,
-    first_line,
-    is_interruption,
-    names_plugins,
-)
+from evoprune.errors import EvopruneError, PluginWarning, UsageError, first_line
 from evoprune.util import did_you_mean
 
 if TYPE_CHECKING:
@@ -69,11 +61,13 @@ def parse_names(text: str) -> list[Named]:
 def parse_setting(text: str) -> tuple[str, str | None]:
     """Return the name and the value of NAME=VALUE; None for the value where there is no equals sign."""
     name, equals, value = text.partition("=")
-    return name, value if equals else None
+    if not equals:
+        return name, None
+    return name, value
 
 
 def built_in() -> list[str]:
-    """Names of this project's methods: those of the core, then those of evoprune.contrib."""
+    """List the names of this project's methods: first the core, then evoprune.contrib."""
     return [*CORE, *(name for name, entry in _plugins().items() if _is_own(entry))]
 
 
@@ -116,14 +110,16 @@ def _unknown(name: str) -> UsageError:
     known = (*available(), REUSE)
     same = [each for each in known if _letters(each) == letters]
     follows = {entry.name: entry.value for entry in entry_points(group="evoprune.known_as")}
-    near = f"{follows[letters]} follows it; " if letters in follows else did_you_mean(name, same or known, 3)
+    near = did_you_mean(name, same or known, 3)
+    if letters in follows:
+        near = f"{follows[letters]} follows it; "
     if len(built_in()) == len(CORE):  # a checkout that was installed before these were entry points
         near = "the methods of evoprune.contrib are not installed: pip install evoprune again; "
     return UsageError(f"no pruning method {name!r}", f"{near}evoprune methods lists them all")
 
 
 def _letters(name: str) -> str:
-    """Its letters and digits, in lower case."""
+    """Return the letters and digits of a name, in lower case."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
@@ -133,9 +129,8 @@ def impossible(text: str) -> UsageError:
     return UsageError(f"methods cannot be combined as {text!r}", f"use {REUSE}+NAME or ipcv+NAME, where {kinds}")
 
 
-@names_plugins()
 def get(text: str, args: dict[str, str] | None = None) -> "Method":
-    """Return the method `NAME:SETTING=VALUE:...`, whose settings override `args`, as texts. Raises UsageError, PluginError."""
+    """Return the method `NAME:SETTING=VALUE:...`, whose settings override `args`, as texts. Raises UsageError."""
     check(text)
     first, *others = parse_names(text)
     if others:
@@ -197,11 +192,13 @@ def _parsed(method: type, setting: Field, text: str) -> Any:
     """
     if setting.default is None and text == "None":
         return None
-    number = type(setting.default) if setting.default is not None else get_args(setting.type)[0]
+    number = get_args(setting.type)[0] if setting.default is None else type(setting.default)
     if hasattr(number, "read"):
         return number.read(text)
     try:
-        return {"true": True, "1": True, "false": False, "0": False}[text.lower()] if number is bool else number(text)
+        if number is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return number(text)
     except (KeyError, ValueError):
         problem = f"method {method.name}: {setting.name}={text!r} is not {number.__name__}"
         raise UsageError(problem, settings_hint(method)) from None
@@ -212,8 +209,9 @@ def _warn_of_ignored(name: str) -> None:
     """Warns, once in a process, of methods of other packages that have the name of the one that is selected."""
     for entry in _entry_points():
         if entry.name == name and _plugins().get(name) is not entry:
-            own = name in (*CORE, REUSE) or _is_own(_plugins()[name])
-            used = "evoprune's own" if own else f"that of {_package(_plugins()[name])}"
+            used = "evoprune's own"
+            if name not in (*CORE, REUSE) and not _is_own(_plugins()[name]):
+                used = f"that of {_package(_plugins()[name])}"
             warn(f"{_named(entry)} is ignored: {name} is {used}; give it another name", PluginWarning, stacklevel=2)
 
 
@@ -248,9 +246,11 @@ def _code_files(entry: EntryPoint, file: Path) -> list[Path]:
         folder = folder.parent
     if (folder / "__init__.py").exists():
         return sorted(folder.rglob("*.py"))
-    files = entry.dist.files or () if entry.dist else ()
+    files = getattr(entry.dist, "files", None) or ()
     installed = [Path(str(path.locate())) for path in files if path.suffix == ".py"]
-    return sorted(installed if file in installed else folder.glob("*.py"))
+    if file in installed:
+        return sorted(installed)
+    return sorted(folder.glob("*.py"))
 
 
 def plugins() -> dict[str, str]:
@@ -267,7 +267,10 @@ def plugins() -> dict[str, str]:
                 _load(entry)
             except EvopruneError as problem:
                 state += f", broken: {problem.message.removeprefix(f'{_named(entry)} ')}"
-        states[f"{entry.name} ({_package(entry)})" if entry.name in states else entry.name] = state
+        name = entry.name
+        if name in states:
+            name += f" ({_package(entry)})"
+        states[name] = state
     return states
 
 
@@ -292,7 +295,9 @@ def _is_own(entry: EntryPoint) -> bool:
 
 
 def _package(entry: EntryPoint) -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown package"
+    if not entry.dist:
+        return "an unknown package"
+    return f"{entry.dist.name} {entry.dist.version}"
 
 
 def _load(entry: EntryPoint) -> type["Method"]:
@@ -300,9 +305,7 @@ def _load(entry: EntryPoint) -> type["Method"]:
 
     try:
         loaded = entry.load()
-    except BaseException as problem:  # another package's module may raise anything when it is imported
-        if is_interruption(problem):
-            raise
+    except (Exception, SystemExit) as problem:  # another package's module may raise anything when it is imported
         reason = f"{type(problem).__name__}: {first_line(problem)}"
         raise _broken(entry, f"cannot be loaded ({reason})") from problem
     if not (isinstance(loaded, type) and issubclass(loaded, Method)):
@@ -314,7 +317,7 @@ def _load(entry: EntryPoint) -> type["Method"]:
     if "__dataclass_params__" not in vars(loaded):
         raise _broken(entry, f"is no dataclass: {loaded.__name__} needs @dataclass(frozen=True)")
     if not _is_own(entry):
-        PLUGINS[loaded] = _named(entry)
+        loaded.package = _named(entry)
     return loaded
 
 

@@ -34,7 +34,7 @@ GOLDEN = (5**0.5 - 1) / 2
 
 @dataclass(frozen=True)
 class Points:
-    """The N units of a video as points with distances, in whole steps; E rows represent them."""
+    """Hold the N units of a video as points with distances, in whole steps; E rows represent them."""
 
     grid: Grid
     row: torch.Tensor  # int64 [N], the row of each unit, -1 for none
@@ -54,19 +54,21 @@ def points_of(rows: torch.Tensor, unit_to_row: torch.Tensor, grid: Grid, alpha: 
 
 
 def places_and_salience(rows: torch.Tensor, unit_to_row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where rows are in the space of the distance, at most about 1 long, and `salience` of `Points`; of equal features, equal.
+    """Place rows in the space of the distance, at most about 1 long, with `salience` of `Points`; equal for equal features.
 
     A row counts as often as it represents a unit.
     """
-    project = rows.shape[1] > 4 * DIMENSIONS and len(rows) > UNPROJECTED  # otherwise projection saves nothing
-    return standard_places(
-        rows, unit_to_row, to_device(_projection(rows.shape[1]), rows.device) if project else None, STEPS
-    )
+    projection = None
+    if rows.shape[1] > 4 * DIMENSIONS and len(rows) > UNPROJECTED:  # otherwise projection saves nothing
+        projection = to_device(_projection(rows.shape[1]), rows.device)
+    return standard_places(rows, unit_to_row, projection, STEPS)
 
 
 @lru_cache(maxsize=8)
 def _projection(width: int) -> torch.Tensor:
-    """float32 `[width, DIMENSIONS]`: orthogonal columns in random directions that keep squared lengths to about an eighth."""
+    """Return float32 `[width, DIMENSIONS]`: orthogonal columns in random directions that keep squared lengths to about an
+    eighth.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
     normal = torch.randn(width, DIMENSIONS, generator=generator, dtype=torch.float32, device="cpu")
     return torch.linalg.qr(normal).Q * math.sqrt(width / DIMENSIONS)
@@ -75,7 +77,7 @@ def _projection(width: int) -> torch.Tensor:
 def farthest_points(
     points: Points, keep: int, *, within: float = 0.0, least: int = 1, floor: float = 0.0
 ) -> torch.Tensor:
-    """int64 `[K]`, ascending: `keep` units of one video, or as many as it takes until every unit is near a selected one.
+    """Return int64 `[K]`, ascending: `keep` units of one video, or as many as it takes until every unit is near a selected one.
 
     Of units with the same radius those come first that are even over time and over each frame pair: they are all that is selected
     where nothing differs, as in a black video.
@@ -105,7 +107,8 @@ def farthest_points(
 
 
 def assign_clusters(points: Points, kept: torch.Tensor) -> torch.Tensor:
-    """int64 `[N]`: the index in `kept` (from `farthest_points`) of the selected unit nearest to each unit; -1 for one without row.
+    """Return int64 `[N]`: the index in `kept` (from `farthest_points`) of the selected unit nearest to each unit; -1 for one
+    without row.
 
     Ties go to the lower index. A selected unit is its own.
     """
@@ -113,7 +116,9 @@ def assign_clusters(points: Points, kept: torch.Tensor) -> torch.Tensor:
 
 
 def _first_of_each_pair(order: torch.Tensor, grid: Grid, keep: int, floor: float) -> torch.Tensor:
-    """`order` (int64 `[N]`, higher first) with the first units of each frame pair before all others: `floor` times its part."""
+    """Return `order` (int64 `[N]`, higher first) with the first units of each frame pair before all others: `floor` times its
+    part.
+    """
     pairs = grid[0]
     places = grid[1] * grid[2]
     counts = torch.tensor([math.floor(floor * part) for part in spread(keep, pairs)], dtype=torch.int64, device="cpu")
@@ -143,7 +148,8 @@ def grid_tables(grid: Grid, device: str) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def _tubes(grid: Grid) -> torch.Tensor:
-    """int64 `[B, L]`: the units of each tube, ascending, padded with N. Along each side of the grid tubes are about equally long.
+    """Return int64 `[B, L]`: the units of each tube, ascending, padded with N. Along each side of the grid tubes are about
+    equally long.
 
     Where there is little time, the square is larger.
     """
@@ -162,7 +168,7 @@ def _tubes(grid: Grid) -> torch.Tensor:
 
 
 def _scattered(height: int, width: int) -> torch.Tensor:
-    """int64 `[height * width]`: the order in which a low-discrepancy sequence (Roberts's R2) first visits the places."""
+    """Return int64 `[height * width]`: the order in which a low-discrepancy sequence (Roberts's R2) first visits the places."""
     n = torch.arange(1, 8 * height * width + 1, dtype=torch.float64, device="cpu")
     step = 1.324717957244746
     visits = (n / step % 1 * height).long() * width + (n / step**2 % 1 * width).long()

@@ -25,11 +25,13 @@ def check_ranges(method: object, **ranges: str) -> None:
     for name, interval in ranges.items():
         low, high = map(float, interval[1:-1].split(","))
         value = getattr(method, name)
-        open_low = interval[0] == "("
-        open_high = interval[-1] == ")"
-        if not ((low < value if open_low else low <= value) and (value < high if open_high else value <= high)):
-            finite = math.isfinite(value) or high < math.inf
-            wrong.append(f"{name}={value:g} is not {_worded(low, high, interval) if finite else 'a finite number'}")
+        outside = not low <= value <= high  # so is what is no number
+        at_open_end = (value == low and interval[0] == "(") or (value == high and interval[-1] == ")")
+        if outside or at_open_end:
+            wanted = _worded(low, high, interval)
+            if not math.isfinite(value) and high == math.inf:
+                wanted = "a finite number"
+            wrong.append(f"{name}={value:g} is not {wanted}")
     if wrong:
         raise ValueError("; ".join(wrong))
 
@@ -40,5 +42,6 @@ def _worded(low: float, high: float, interval: str) -> str:
     below = "below" if interval[-1] == ")" else "at most"
     if high == math.inf:
         return f"{above} {low:g}"
-    ends = above == "at least" and below == "at most"
-    return f"from {low:g} to {high:g}" if ends else f"{above} {low:g} and {below} {high:g}"
+    if interval[0] == "[" and interval[-1] == "]":
+        return f"from {low:g} to {high:g}"
+    return f"{above} {low:g} and {below} {high:g}"

@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must be."""
+    """Say what a value must be."""
 
     what: str  # in words, as after "is not"
     holds: Callable[[Any], bool]
@@ -64,8 +64,9 @@ def number(low: float, high: float) -> Rule:
 
 def list_of(rule: Rule, length: int | None = None) -> Rule:
     """Return a list of values under another rule."""
+    what = f"a list of {length}" if length else "a list"
     return Rule(
-        f"a list{f' of {length}' if length else ''}, each {rule.what}",
+        f"{what}, each {rule.what}",
         lambda v: isinstance(v, list | tuple) and len(v) == (length or len(v)) and all(map(rule.holds, v)),
     )
 
@@ -83,7 +84,9 @@ OBJECT = Rule("an object", lambda v: isinstance(v, dict))
 def section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return an object inside another one; an empty one where it is missing or null. Raises ValueError: it is no object."""
     value = content.get(name)
-    return {} if value is None else OBJECT.check(value, name)
+    if value is None:
+        return {}
+    return OBJECT.check(value, name)
 
 
 def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -91,8 +94,9 @@ def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]
 
     Raises ValueError: a value is not what its rule says.
     """
+    prefix = f"{where}." if where else ""
     return {
-        name: rule.check(content[name], f"{where}.{name}" if where else name)
+        name: rule.check(content[name], f"{prefix}{name}")
         for name, rule in _rules(cls).items()
         if content.get(name) is not None
     }
@@ -192,7 +196,7 @@ EndIds = Annotated[  # of the tokens that end an answer
 
 @dataclass(frozen=True)
 class Family:
-    """How a family of models differs from the others."""
+    """Say how a family of models differs from the others."""
 
     model: str  # its class in transformers, before ForConditionalGeneration
     tower: str  # the class of its vision tower in transformers
@@ -301,7 +305,7 @@ MODEL_TYPES = tuple(FAMILIES)
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower of any family."""
+    """Describe the vision tower of any family."""
 
     depth: Layers
     hidden_size: Size  # features of a patch in the tower
@@ -327,13 +331,13 @@ class VisionConfig:
 
     @property
     def layers_read(self) -> int:
-        """How many layers' features make a visual token: the last one's, and those of DeepStack."""
+        """Count the layers whose features make a visual token: the last one, and those of DeepStack."""
         return 1 + len(self.deepstack_visual_indexes)
 
 
 @dataclass(frozen=True)
 class Qwen2Sizes:
-    """What Qwen2-VL's files call otherwise: `hidden_size` is the language model's, `embed_dim` the tower's."""
+    """Hold the sizes that Qwen2-VL's files call otherwise: `hidden_size` is the language model's, `embed_dim` the tower's."""
 
     embed_dim: Size
     hidden_size: Size
@@ -342,7 +346,7 @@ class Qwen2Sizes:
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """The layers that are no attention, but a Gated DeltaNet (arXiv 2412.06464), whose state does not grow with the prompt."""
+    """Describe layers that are no attention, but a Gated DeltaNet (arXiv 2412.06464). Its state does not grow with the prompt."""
 
     layer_types: Annotated[tuple[str, ...], list_of(TEXT)]  # of each layer of the language model, `FULL` or `LINEAR`
     linear_conv_kernel_dim: Annotated[int, whole(1, 1000)]  # columns that their convolution sees
@@ -362,7 +366,7 @@ class DeltaNet:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in the place of a layer's MLP, and which layers have one."""
+    """Describe a mixture of experts in the place of a layer's MLP, and which layers have one."""
 
     num_experts: Annotated[int, whole(1, 2**16)]
     num_experts_per_tok: Annotated[int, whole(1, 2**16)]  # that a token goes through
@@ -374,7 +378,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The language model."""
+    """Describe the language model."""
 
     vocab_size: Annotated[int, whole(1, 2**24)]
     hidden_size: Size
@@ -398,7 +402,7 @@ class TextConfig:
 
     @property
     def output_gate(self) -> bool:
-        """Whether a gate, projected with the queries and of their size, multiplies what they have attended to."""
+        """Return whether a gate, projected with the queries and of their size, multiplies what they have attended to."""
         return self.delta_net is not None
 
     def is_linear(self, layer: int) -> bool:
@@ -425,7 +429,7 @@ class Config:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What a `generation_config.json` says of choosing tokens; None where it says nothing."""
+    """Hold what a `generation_config.json` says of choosing tokens; None where it says nothing."""
 
     eos_token_id: EndIds = None
     do_sample: Annotated[bool | None, YES_OR_NO] = None
@@ -436,7 +440,7 @@ class GenerationSettings:
 
 
 class Unsupported(ValueError):
-    """This program cannot run a model, whose config is valid."""
+    """Say that this program cannot run a model, whose config is valid."""
 
 
 def parse_config(content: dict) -> Config:
@@ -520,7 +524,9 @@ def _parse_text(content: dict, family: str) -> TextConfig:
     _check(divides, "hidden_size does not divide into heads")
     _check(text.num_attention_heads % text.num_key_value_heads == 0, "key/value heads do not divide the heads")
     sections = list_of(whole(0, 2**16), 3).check(rope["mrope_section"], "mrope_section")
-    share = number(0, 1).check(rope.get("partial_rotary_factor", 1), "partial_rotary_factor") if text.delta_net else 1
+    share = 1
+    if text.delta_net:
+        share = number(0, 1).check(rope.get("partial_rotary_factor", 1), "partial_rotary_factor")
     _check(2 * sum(sections) == int(head_size(text) * share), "mrope_section does not fit the heads")
     number(1e-6, 1e15).check(rope["rope_theta"], "rope_theta")
     return replace(text, head_norms=traits.head_norms, use_sliding_window=False)
@@ -529,7 +535,9 @@ def _parse_text(content: dict, family: str) -> TextConfig:
 def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
     """Return the layers of a language model of `depth` layers that are Gated DeltaNets. Raises as `parse_config`."""
     interval = whole(1, 1000).check(given["full_attention_interval"], "text_config.full_attention_interval")
-    kinds = [FULL if (layer + 1) % interval == 0 else LINEAR for layer in range(depth)]
+    kinds = [LINEAR] * depth
+    for layer in range(interval - 1, depth, interval):
+        kinds[layer] = FULL
     net = pick(DeltaNet, {"layer_types": kinds} | given, "text_config")
     _check(len(net.layer_types) == depth, f"layer_types names {len(net.layer_types)} layers of {depth}")
     for kind in net.layer_types:
@@ -630,9 +638,8 @@ def as_written(config: Config) -> dict[str, Any]:
     """Return the content of a `config.json` that `parse_config` reads as this config; it has no ids of special tokens."""
 
     def as_json(entries: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in entries if value is not None
-        }
+        content = {name: value for name, value in entries if value is not None}
+        return content | {name: list(value) for name, value in content.items() if isinstance(value, tuple)}
 
     content = asdict(config, dict_factory=as_json)
     vision = content["vision_config"]
@@ -646,5 +653,6 @@ def as_written(config: Config) -> dict[str, Any]:
         vision["mlp_ratio"] = vision["intermediate_size"] // wide
     text["rope_parameters"] = {"rope_type": "default"} | text["rope_parameters"]
     if not FAMILIES[family].native:
-        text["model_type"], vision["model_type"] = f"{family}_text", f"{family}_vision"
+        text["model_type"] = f"{family}_text"
+        vision["model_type"] = f"{family}_vision"
     return {"model_type": family, **content}

@@ -1,4 +1,4 @@
-"""What a run costs: operations of tower and prefill, bytes of memory, and seconds, estimated or taken.
+"""What a run costs: operations of tower and prefill, bytes of memory, and the seconds of each stage.
 
 A multiply-add counts as two operations. Counts use the actual rows of every layer and the actual length of the prompt.
 """
@@ -18,8 +18,6 @@ from evoprune.model.weights import Tower
 SMALL_CHANGE = 128 * 2**20  # bytes that any run takes, however small
 # Of all rows of a layer: they themselves, queries, keys, values, and what attention makes of them, and of some of these a copy.
 ROW_COPIES = 6
-# The rate of a whole forward pass, as a share of a plain matrix product's. Only for estimates.
-EFFICIENCY = 0.5
 DELTA_CHUNK = 64  # columns that a Gated DeltaNet computes together when it reads a prompt, as in transformers
 
 
@@ -66,7 +64,9 @@ def shortage(needed: int, device: str) -> str | None:
 
 
 def _size(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{max(0, size) >> 20} MiB"
+    if size >= 2**30:
+        return f"{size / 2**30:.1f} GiB"
+    return f"{max(0, size) >> 20} MiB"
 
 
 def working_memory(
@@ -90,8 +90,12 @@ def working_memory(
     row_bytes = PATCHES * vision.hidden_size * bytes_each
     # All units are embedded in pieces, which are then joined; a selection among them compares a copy.
     embedding = 2 * units * row_bytes + pixel_bytes(config, piece_units, bytes_each)
-    layers = ROW_COPIES * (units if rows is None else rows) * row_bytes + tower_bytes(config, piece_units, bytes_each)
-    features = (units if left is None else left) * vision.out_hidden_size * vision.layers_read * bytes_each
+    if rows is None:
+        rows = units
+    if left is None:
+        left = units
+    layers = ROW_COPIES * rows * row_bytes + tower_bytes(config, piece_units, bytes_each)
+    features = left * vision.out_hidden_size * vision.layers_read * bytes_each
     return SMALL_CHANGE + features + max(embedding, layers, language_bytes(config, prompt, bytes_each))
 
 
@@ -146,7 +150,7 @@ def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int)
         value = net.linear_value_head_dim
         wide = max(wide, heads * (6 * key + 6 * value + 3 * DELTA_CHUNK) * 4)
     widest = longest * (wide + added * bytes_each * text.hidden_size + 3 * inner * bytes_each)
-    held = longest + ANSWER_COLUMNS if isinstance(prompt, int) else [tokens + ANSWER_COLUMNS for tokens in prompt]
+    held = prompt + ANSWER_COLUMNS if isinstance(prompt, int) else [tokens + ANSWER_COLUMNS for tokens in prompt]
     # A recurrent state cannot be cropped: it is kept for the next question, and copied.
     copies = 2 if text.delta_net else 1
     return widest + copies * kv_bytes(config, held, bytes_each)
@@ -163,7 +167,9 @@ def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
     total = 2.0 * rows[0] * PATCHES * pixels * h
     for layer, units in enumerate(rows[:-1]):
         patches = units * PATCHES
-        groups = grids * (1 if layer in config.fullatt_block_indexes else windows)
+        groups = grids
+        if layer not in config.fullatt_block_indexes:
+            groups *= windows
         total += 2 * patches * (4 * h * h + mlp * h) + 4 * patches * (patches / groups) * h
     wide = h * config.spatial_merge_size**2
     merged = sum(rows[layer + 1] for layer in config.deepstack_visual_indexes) + rows[-1]
@@ -192,11 +198,18 @@ def parameter_count(config: Config) -> int:
     h = text.hidden_size
     head = head_size(text)
     wide, keys = (head * heads for heads in (text.num_attention_heads, text.num_key_value_heads))
-    attention = h * (wide * (3 if text.output_gate else 2) + 2 * keys)
-    attention += 2 * head if text.head_norms else wide + 2 * keys  # biases
+    attention = h * (2 * wide + 2 * keys)
+    if text.output_gate:
+        attention += h * wide
+    if text.head_norms:
+        attention += 2 * head
+    else:
+        attention += wide + 2 * keys  # biases
     with torch.device("meta"):
         total = sum(weight.numel() for weight in Tower(config.vision_config).parameters())
-    total += text.vocab_size * h * (1 if config.tie_word_embeddings else 2) + h
+    total += text.vocab_size * h + h
+    if not config.tie_word_embeddings:
+        total += text.vocab_size * h
     for layer in range(text.num_hidden_layers):
         total += 2 * h
         if text.is_linear(layer):
@@ -271,11 +284,3 @@ def matmul_rate(
             a @ b
             best = max(best, 2 * rows * inner * columns / (now(place) - start))
     return best
-
-
-def estimate_first_token(
-    model, rows: Sequence[int], grids: int, windows: int, prompt: int | Sequence[int | Sequence[int]]
-) -> float:
-    """Seconds until the first token of a `QwenVL` on a CPU, roughly; arguments as of `tower_flop` and `prefill_flop`."""
-    work = tower_flop(model.config.vision_config, rows, grids, windows) + prefill_flop(model.config.text_config, prompt)
-    return work / (EFFICIENCY * matmul_rate(model.dtype, "cpu", 0.04))  # briefly: the first word waits for it

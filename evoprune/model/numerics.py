@@ -14,7 +14,7 @@ from evoprune.errors import ModelError
 
 
 def all_finite(x: torch.Tensor) -> torch.Tensor:
-    """bool without dimension, on the device of `x`: whether that, which is not empty, holds neither NaN nor infinity.
+    """Return bool without dimension, on the device of `x`: whether that, which is not empty, holds neither NaN nor infinity.
 
     One pass over `x`, no copy, no synchronisation.
     """

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from evoprune.cpu.linear import shared_copy
+from evoprune.backend.cpu.linear import shared_copy
 from evoprune.model.config import Config, TextConfig, VisionConfig, head_size
 
 
 class Tree(nn.Module):
-    """A node of the tree: a module whose children have these names; `mlp.0` is a child of the child `mlp`."""
+    """Be a node of the tree: a module whose children have these names; `mlp.0` is a child of the child `mlp`."""
 
     def __init__(self, **children: nn.Module):
         super().__init__()
@@ -36,7 +36,7 @@ def _mlp(names: Sequence[str], wide: int, inner: int, bias: bool) -> Tree:
 
 
 class Tower(Tree):
-    """The vision tower's weights."""
+    """Hold the vision tower's weights."""
 
     def __init__(self, config: VisionConfig):
         wide = config.hidden_size
@@ -73,13 +73,13 @@ def _merger(config: VisionConfig, norm: nn.Module) -> Tree:
 
 
 def _embedding(count: int, wide: int) -> nn.Embedding:
-    """From a tensor: drawing one imports the whole of torch.compile, even without memory."""
+    """Make an embedding of a tensor: drawing one imports the whole of torch.compile, even without memory."""
     weight = torch.empty(count, wide, dtype=torch.float32, device=torch.get_default_device())
     return nn.Embedding.from_pretrained(weight)
 
 
 class LanguageModel(Tree):
-    """The language model's weights, without its output layer."""
+    """Hold the language model's weights, without its output layer."""
 
     def __init__(self, config: TextConfig):
         wide = config.hidden_size
@@ -110,7 +110,7 @@ class LanguageModel(Tree):
 
 
 class Model(Tree):
-    """All weights: `model.visual`, `model.language_model` and `lm_head`, the output layer; `config`, a `Config`."""
+    """Hold all weights: `model.visual`, `model.language_model` and `lm_head`, the output layer; `config`, a `Config`."""
 
     config: Config
     native: bool  # whether language/decoder.py runs the language model; else it is a module of transformers, which does
@@ -125,7 +125,7 @@ class Model(Tree):
 
 
 class QwenVL(Model):
-    """A model in this project's own tree."""
+    """Hold a model in this project's own tree."""
 
     native = True
 
@@ -144,9 +144,10 @@ class QwenVL(Model):
 
 
 class HostedVL(Model):
-    """A model whose parts are modules of transformers: `visual`, `language_model`, and `lm_head`."""
+    """Hold a model of modules of transformers: `visual`, `language_model`, and `lm_head`."""
 
     native = False
+    package = ""  # how errors name layers that another package has quantised
 
     def __init__(self, config: Config, visual: nn.Module, language_model: nn.Module, lm_head: nn.Module):
         super().__init__(model=Tree(visual=visual, language_model=language_model), lm_head=lm_head)
@@ -168,7 +169,8 @@ def fill_random(model: nn.Module) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 1:
-                weight.fill_(0 if name.endswith("bias") else 1)
+                value = 0 if name.endswith("bias") else 1
+                weight.fill_(value)
                 continue
             noise = block.roll(int(torch.randint(len(block), (), generator=random, dtype=torch.int64, device="cpu")))
             for piece in weight.view(-1).split(len(noise)):
@@ -179,7 +181,9 @@ def shared(model: Model) -> Model:
     """Another tree on the same tensors. Its layers can be replaced without changing the first one."""
     if isinstance(model, HostedVL):
         parts = model.model.visual, model.model.language_model, model.lm_head
-        return HostedVL(model.config, *(shared_copy(part, lambda module: None) for part in parts))
+        hosted = HostedVL(model.config, *(shared_copy(part, lambda module: None) for part in parts))
+        hosted.package = model.package
+        return hosted
     copy = empty(model.config)
     copy.load_state_dict(model.state_dict(), assign=True)
     copy.tie()

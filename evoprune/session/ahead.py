@@ -20,17 +20,23 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
-from evoprune.backend.expected import expects_host
 from evoprune.backend.limits import available_memory
-from evoprune.bundled import demo_in
 from evoprune.errors import ModelError, UsageError, VideoError
-from evoprune.session.loading.files import BUNDLED_CONFIGS, cached_folder, input_limits, is_bundled, is_id, read_config
+from evoprune.session.loading.files import (
+    BUNDLED_CONFIGS,
+    cached_folder,
+    default_max_visual_tokens,
+    input_limits,
+    is_bundled,
+    is_id,
+    read_config,
+)
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.session.signatures import takes
 from evoprune.util import brief, from_keywords
 from evoprune.video.frames import FrameChunk, choose_decoder, frames_at_once, probe, read_frames
 from evoprune.video.info import IMAGES, Video
-from evoprune.video.plan import InputLimits, Plan, default_max_visual_tokens, make_plan
+from evoprune.video.plan import InputLimits, Plan, make_plan
 from evoprune.video.sandbox.isolation import LOOK_S, Scope, check_wanted, wait_for
 
 if TYPE_CHECKING:
@@ -74,8 +80,7 @@ def expected(options: ModelOptions) -> Expected | None:
         if folder is None:
             return None
     config = read_config(BUNDLED_CONFIGS[name] if folder is None else folder / "config.json")
-    demo = None if random else demo_in(folder)
-    most = default_max_visual_tokens(on_cpu=expects_host(options.device), is_demo=demo is not None)
+    most = default_max_visual_tokens(None if random else folder, options.device)
     return Expected(input_limits(folder, config.vision_config), most)
 
 

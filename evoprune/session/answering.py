@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Unpack
 
 import torch
 
-from evoprune.bundled import unknown_words
-from evoprune.errors import UsageError, error_record, names_plugins
+from evoprune.errors import UsageError, error_record
 from evoprune.language.generate import PrefillState, TokenStream, embed_ids, stream_answer, teacher_forced_logits
 from evoprune.model.cost import Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
@@ -205,8 +204,7 @@ class Askable(ABC, Uncopied):
         fresh = Report()
         report.id, report.created_utc, report.question = fresh.id, fresh.created_utc, question
         report.generation = options.record(seed)
-        demo = self._session.loaded.demo  # which answers whatever it is asked
-        if demo and "demo_model" not in report.warnings and unknown_words(question, demo.world):
+        if "demo_model" not in report.warnings and not self._session.loaded.knows_words(question):
             report.warnings.append("demo_question")
         if not options.thinking and self._session.loaded.tokenizer.always_thinks:
             report.warnings.append("always_thinks")
@@ -347,7 +345,6 @@ class EncodedInputs(Askable):
     def _blank_report(self) -> Report:
         return deepcopy(self._blank)
 
-    @names_plugins()
     @torch.inference_mode()
     def _select_for(self, question: str, report: Report) -> None:
         """Has the method select tokens for this question; keys and values of earlier ones are of no use then."""

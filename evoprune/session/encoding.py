@@ -18,8 +18,8 @@ import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.backend.devices import empty_cache
-from evoprune.errors import OutOfMemory, UsageError, memory_guard, names_plugins
+from evoprune.backend.devices import empty_cache, kind
+from evoprune.errors import OutOfMemory, UsageError, memory_guard
 from evoprune.model.cost import Clock
 from evoprune.report import BESIDE, OF_INPUTS
 from evoprune.session.ahead import Ahead
@@ -366,7 +366,7 @@ def entry_key(session: Session, plan: Plan) -> str | None:
         "size": [plan.height, plan.width],
         "encoder": asdict(plan.encoder),
         "pixels": [*limits.normal, limits.patch_size, limits.temporal_patch_size, limits.merge_size],
-        "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, torch.device(loaded.device).type],
+        "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, kind(loaded.device)],
         "method": [repr(pruning.method.before), pruning.seed],  # the repr names the classes and all settings
         "code": [evoprune.__version__, torch.__version__, own_code(), methods.plugin_code(pruning.name)],
         "reader": version(READERS[plan.decoder]),
@@ -384,11 +384,6 @@ class OpenInputs:
         self.session, self.inputs, self.plans = session, inputs, [opened.plan for opened in inputs]
         self._files = files or ExitStack()
         self._names = {opened.plan.info.path: opened.plan.name for opened in inputs if not opened.lasting}
-
-    @property
-    def in_cache(self) -> bool:
-        """Whether nothing has to be read or encoded. Reads whole files once, if there is a cache."""
-        return all([opened.stored is not None for opened in self.inputs])
 
     def begin(self) -> None:
         """Starts to read the first one, while something else is computed. Errors: as of `OpenInput.begin`.
@@ -419,7 +414,6 @@ class OpenInputs:
         """Times what is decided about all inputs before anything is read, such as whether the questions fit."""
         return self.inputs[0].clock.stage("plan")
 
-    @names_plugins()
     def encode(self, progress: Progress | None = None) -> EncodedInputs:
         """Reads, preprocesses and encodes one after the other.
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from evoprune import methods
-from evoprune.bundled import DEMOS
-from evoprune.cpu.precision import (
+from evoprune.backend.cpu.precision import (
     AUTO_THREADS,
     LOAD_FORMATS,
     DtypeName,
@@ -21,6 +20,7 @@ from evoprune.cpu.precision import (
     parse_threads,
     short_dtype,
 )
+from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
 from evoprune.language.settings import GenerationOptions
 from evoprune.methods.budget import DEFAULT, IN_WORDS, Budget, GivenBudget

@@ -1,17 +1,16 @@
-"""What of an input will be read and computed: frames, subtitles, rows; decided before any frame is read, with memory and time."""
+"""What of an input will be read and computed: frames, subtitles, rows; decided before any frame is read, with the memory."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from evoprune.backend.devices import is_host, largest_piece
+from evoprune.backend.devices import largest_piece
 from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.language.prompt import Tokenizer
 from evoprune.methods.plans import EncoderPlan, SetAside, WholePairs
 from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import carried_bytes, shortage, working_memory
-from evoprune.model.cost import estimate_first_token as estimate_seconds
 from evoprune.session.options import SamplingOptions
 from evoprune.session.session import Session
 from evoprune.util import clock, counted
@@ -26,12 +25,11 @@ from evoprune.video.info import (
     Video,
     check_picture,
 )
-from evoprune.video.plan import Plan, SamplingPlan, default_max_visual_tokens, make_plan
+from evoprune.video.plan import Plan, SamplingPlan, make_plan
 from evoprune.vision.tower import tower_shape
 
 CHUNK_BYTES = 64 * 2**20  # of frames as decoded, held at a time
 TEXT = 64  # tokens of a prompt around the video, roughly
-QUESTION = 40  # the same for an estimate of time
 
 
 def prompt_subtitles(
@@ -92,8 +90,7 @@ def plan_input(session: Session, info: Video, sampling: SamplingOptions, name: s
     loaded = session.loaded
     numbers = sampling.numbers
     if numbers["max_visual_tokens"] is None:
-        on_cpu = is_host(torch.device(loaded.device))
-        numbers["max_visual_tokens"] = default_max_visual_tokens(on_cpu=on_cpu, is_demo=loaded.is_demo)
+        numbers["max_visual_tokens"] = loaded.found.max_visual_tokens
     limits = loaded.limits[info.kind]
     full = make_plan(info, limits, **numbers)
     encoder = session.pruning.plan(tower_shape(loaded.model.model.visual), full.grid)
@@ -178,18 +175,3 @@ def check_carried(session: Session, plan: Plan) -> None:
     needed = 2 * carried_bytes(model.config, height * width, model.dtype.itemsize)  # two windows' are held at once
     if plan.encoder.reuse and (short := shortage(needed, str(model.device))):
         raise OutOfMemory(f"a stream of {plan.width}x{plan.height} pixels {short}", USE_LESS, stage="encode")
-
-
-def estimate_first_token(session: Session, plan: Plan, text: int = QUESTION) -> float | None:
-    """Seconds until the first token, roughly, with `text` tokens around the video; None on CUDA and for a demo model."""
-    if not is_host(torch.device(session.loaded.device)) or session.loaded.is_demo:
-        return None
-    model = session.loaded.model
-    encoder = plan.encoder
-    count, height, width = encoder.grid
-    windows = tower_shape(model.model.visual).windows(height, width)
-    depth = model.config.text_config.num_hidden_layers
-    pruning = session.pruning
-    work = pruning.method.prompt_work(depth, encoder.keep, text, pruning.budget.share_of_all([encoder.grid]))
-    seconds = estimate_seconds(model, [*encoder.layers, encoder.rows], count, windows, work)
-    return seconds if session.loaded.quantize == "none" else seconds / 2  # products of bytes take about half the time

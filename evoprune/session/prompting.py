@@ -1,24 +1,25 @@
 """Prefill: the language model reads a question about videos and pictures. Before that, whether the prompt fits."""
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from evoprune.errors import USE_LESS, OutOfMemory, UsageError, names_plugins
+from evoprune.errors import USE_LESS, OutOfMemory, UsageError
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
     PrefillState,
-    Visual,
     can_crop,
     dropping_for,
-    embed_prompt,
+    embed_ids,
     layers_of,
     new_cache,
     prefill,
 )
 from evoprune.language.hosted import HostedCache
 from evoprune.language.prompt import Prompt, Tokenizer, build_prompt, prompt_positions, timestamps
+from evoprune.language.pruned import prune_prompt
 from evoprune.model.config import VisionConfig
 from evoprune.model.cost import language_bytes, shortage
 from evoprune.session.loading.model import LoadedModel
@@ -51,7 +52,6 @@ class PromptReader:
         # How the prompt began, the cache, and how many of its columns no question changes.
         self._prefix: tuple[Beginning, KVCache | HostedCache, int] | None = None
 
-    @names_plugins()
     def build(self, question: str, options: GenerationOptions, kept: int) -> Prompt:
         """Return the prompt of a question, with room for all visual tokens of the inputs, of which `kept` will be read.
 
@@ -65,7 +65,6 @@ class PromptReader:
         check_memory(self._session, prompt.text_tokens, kept)
         return prompt
 
-    @names_plugins()
     def read(
         self, encoded: Sequence[Encoded], prompt: Prompt, beginning: Beginning, last: bool = False
     ) -> PrefillState:
@@ -74,33 +73,28 @@ class PromptReader:
         `encoded`: the tokens of each input. `last`: no question follows, so nothing has to be kept for one.
         """
         model = self._loaded.model
-        positions = self.positions(prompt)
-        following = int(positions.max()) + 1
-        read = zip(prompt.places, encoded, strict=True)
-        visuals = [Visual(place, each.features, each.kept_here, each.size, each.deepstack) for place, each in read]
-        embeds, columns, sizes, deepstack = embed_prompt(model, prompt.input_ids, visuals)
-        positions = positions[:, columns]
-        grids = [plan.grid for plan in self._plans]
+        pruned = prune_prompt(
+            prompt.input_ids, prompt.places, encoded, self.positions(prompt), partial(embed_ids, model)
+        )
         pruning = self._session.pruning
-        if dropping := dropping_for(
-            model, pruning.method, pruning.budget.share_of_all(grids), visuals, grids, embeds, columns
-        ):
-            return prefill(model, embeds, positions, following, None, sizes, dropping, deepstack)
-        shared = int((columns < prompt.prefix_length).sum())
+        share = pruning.budget.share_of_all([plan.grid for plan in self._plans])
+        if dropping := dropping_for(model, pruning.method, share, encoded, pruned):
+            return prefill(
+                model, pruned.embeds, pruned.positions, pruned.following, None, pruned.sizes, dropping, pruned.deepstack
+            )
+        shared = int((pruned.columns < prompt.prefix_length).sum())
         crops = can_crop(model)
         cache, known = self._take_prefix(beginning, shared, last)
         if shared and not (known or crops or last):  # the prefix by itself, so that a copy can serve each question
             cache = new_cache(model, shared)
             known = shared
-            first = None if sizes is None else sizes[:known]
-            added = None if deepstack is None else deepstack[:, :known]
-            before = embeds[:known], positions[:, :known]
-            layers_of(model).forward(model, *before, cache, sizes=first, deepstack=added)
+            prefix = pruned[:known]
+            given = {"sizes": prefix.sizes, "deepstack": prefix.deepstack}
+            layers_of(model).forward(model, prefix.embeds, prefix.positions, cache, **given)
             self._prefix = beginning, cache, known
             cache = cache.copy()
-        sizes = None if sizes is None else sizes[known:]
-        deepstack = None if deepstack is None else deepstack[:, known:]
-        state = prefill(model, embeds[known:], positions[:, known:], following, cache, sizes, None, deepstack)
+        rest = pruned[known:]
+        state = prefill(model, rest.embeds, rest.positions, rest.following, cache, rest.sizes, None, rest.deepstack)
         if crops:
             self._prefix = beginning, state.cache, shared
         return state

@@ -11,7 +11,7 @@ from evoprune.methods.base import Reading
 from evoprune.methods.chain import PruneConfig
 from evoprune.report import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.session import Session
-from evoprune.video.info import EXACT, KEYFRAMES, may_be_of_any_world
+from evoprune.video.info import EXACT, KEYFRAMES
 from evoprune.video.plan import ONE_FRAME, Plan
 from evoprune.vision.encoder import Encoded, EncodedRows, select_tokens
 
@@ -91,11 +91,9 @@ def inputs_report(session: Session, encodings: Sequence[Encoding]) -> Report:
         setattr(report.time_ms, f"load_{part}", spent * 1000)
     report.time_ms.encode_prune = sum(encoding.tokens.prune_seconds for encoding in encodings) * 1000
     report.warnings = list(dict.fromkeys(name for facts in report.inputs for name in facts.warnings if name != FLAT))
-    foreign = [encoding.plan.info for encoding in encodings if not loaded.knows(encoding.plan.info)]
-    if foreign:
-        report.warnings.append("demo_untold" if all(map(may_be_of_any_world, foreign)) else "demo_model")
-    elif loaded.demo and (len(encodings) > loaded.demo.inputs or any(facts.subtitles for facts in report.inputs)):
-        report.warnings.append("demo_inputs")
+    subtitles = any(facts.subtitles for facts in report.inputs)
+    if doubt := loaded.doubt([encoding.plan.info for encoding in encodings], subtitles):
+        report.warnings.append(doubt)
     if loaded.load_format == "dummy":
         report.warnings.append("random_weights")
     if all(encoding.tokens.flat for encoding in encodings):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from evoprune.errors import UsageError, names_plugins
+from evoprune.errors import UsageError
 from evoprune.methods.chain import MethodChain, PruneConfig
 from evoprune.session.loading.find import FoundModel
 from evoprune.session.loading.model import LoadedModel
@@ -40,7 +40,6 @@ class Session:
         return self.loaded.model.model.visual.patch_embed.proj.weight.device
 
 
-@names_plugins()
 def check_fits(method: MethodChain, model: FoundModel) -> None:
     """Raises UsageError: a method that cannot act in this language model, such as one without a recipe for so many layers."""
     method.language_work(model.config.text_config.num_hidden_layers, 64, 1.0)

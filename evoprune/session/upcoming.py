@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from evoprune.backend.devices import is_host
+from evoprune.backend.devices import busy_cores
 from evoprune.backend.limits import available_cores, available_memory
 from evoprune.session.encoding import OpenInputs
 from evoprune.session.loading.model import LoadedModel
@@ -31,11 +31,10 @@ READER_BYTES = 2**30  # of memory for each: a decoder, frames that wait, and pat
 def idle_cores(loaded: LoadedModel) -> int:
     """Return how many cores the model leaves to reading; perhaps none.
 
-    On a CPU the model has torch's threads, on another device one core drives it. `--threads N` allows N cores in all.
+    The model keeps `busy_cores` busy. `--threads N` allows N cores in all.
     """
     cores = available_cores() if loaded.cores is None else min(available_cores(), loaded.cores)
-    busy = torch.get_num_threads() if is_host(torch.device(loaded.device)) else 1
-    return max(0, cores - busy)
+    return max(0, cores - busy_cores(torch.device(loaded.device)))
 
 
 def readers(loaded: LoadedModel) -> int:

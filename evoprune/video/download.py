@@ -143,5 +143,7 @@ def _unreachable(name: str, error: Exception) -> VideoError:
     if isinstance(problem, TimeoutError):
         return VideoError(f"cannot download {name}: no answer for {TIMEOUT_S:g} s", "try again later")
     reason = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
-    known = isinstance(problem, OSError) and problem.errno in (errno.ECONNREFUSED, errno.ECONNRESET)
-    return VideoError(f"cannot download {name}: {reason}", "try again later" if known else "check the address")
+    hint = "check the address"
+    if isinstance(problem, OSError) and problem.errno in (errno.ECONNREFUSED, errno.ECONNRESET):
+        hint = "try again later"
+    return VideoError(f"cannot download {name}: {reason}", hint)

@@ -175,7 +175,7 @@ def choose_decoder(decoder: str, info: Video | None = None) -> str:
     used.
 
     `auto` is PyAV: decord decodes every frame (readers/decord.py says why), has no AV1, and gives up on damage.
-    `python -m experiments.decoders` measures both.
+    `python -m experiments.speed.decoders` measures both.
 
     Raises UsageError: no such decoder, or it is not installed. VideoError: decord is known to fail on videos like this one.
     """
@@ -187,7 +187,10 @@ def choose_decoder(decoder: str, info: Video | None = None) -> str:
         raise UsageError(f"unknown decoder {decoder!r}", f"choose one of {', '.join(DECODERS)}")
     if decoder != "decord":
         return "pyav"
-    run_task("check_decord", info.path if info else "", {"info": asdict(info) if info else None})
+    if info is None:
+        run_task("check_decord", "", {"info": None})
+    else:
+        run_task("check_decord", info.path, {"info": asdict(info)})
     return "decord"
 
 

@@ -141,7 +141,9 @@ def name_of(source: Any) -> str:
         return "<bytes>"
     if hasattr(source, "read"):
         name = getattr(source, "name", None)  # of a file that was opened by its number this is the number
-        return name if isinstance(name, str) and name else "<file>"
+        if isinstance(name, str) and name:
+            return name
+        return "<file>"
     return without_password(os.fspath(source))
 
 
@@ -196,7 +198,7 @@ def _read(file: Any) -> Iterator[bytes]:
 
 
 def _stands(file: Any) -> int:
-    """Where an open file stands, in bytes; 0 where that is unknown, as of a pipe."""
+    """Return the place of an open file, in bytes; 0 where that is unknown, as of a pipe."""
     try:
         return file.tell()
     except (AttributeError, OSError, ValueError):
@@ -209,7 +211,8 @@ def _png(picture: Any) -> bytes:
         raise UsageError(f"a picture of mode {picture.mode} has more than 16 bits", "give picture.convert('RGB')")
     try:
         if picture.mode not in STORED_MODES:
-            picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+            mode = "RGBA" if picture.has_transparency_data else "RGB"
+            picture = picture.convert(mode)
         content = io.BytesIO()
         picture.save(content, "PNG", compress_level=1, exif=picture.getexif())
     except (OSError, ValueError) as problem:  # its file is damaged, or closed

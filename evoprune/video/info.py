@@ -22,15 +22,6 @@ VIDEO = "video"
 PICTURE = "picture"
 ARRAY = "array"  # the container of frames that a Python program holds
 FOLDER_FPS = 2.0  # of a folder of images, by default: the rate at which frames for Qwen2.5-VL are usually extracted
-# What the comment of a clip says: which generator made it.
-DEMO_TAG = "evoprune demo clip"
-SCENES_TAG = "evoprune scenes clip"
-_WORLDS = {DEMO_TAG: "shapes", SCENES_TAG: "scenes"}
-# Formats that keep no comment, as FFmpeg calls them: of transport, raw ones, and frames that came without a file.
-_NO_COMMENTS = {
-    "mpegts", "hls", "dash", "rtsp", "rtp", "sdp", "mpeg", "mpegvideo", "mjpeg", "mpjpeg", "h264", "hevc", "av1", "obu", "ivf",
-    "yuv4mpegpipe", "apng", "stream",
-}  # fmt: skip
 # How HDR is stored: by one of two curves of brightness, or in the format of Dolby Vision that nothing else reads (profile 5).
 PQ = "PQ"
 HLG = "HLG"
@@ -82,7 +73,7 @@ class Video:
 
     @property
     def warnings(self) -> list[str]:
-        """What the model sees in another way than players show it."""
+        """Name what the model sees in another way than players show it."""
         flags = {
             "hdr_video": self.hdr,
             "dolby_vision": self.hdr_format == IPT,
@@ -102,7 +93,7 @@ class Video:
 
     @property
     def cut_short(self) -> bool:
-        """Whether the end of the video is missing. Differences up to 0.5 s or 2% come from ways of counting."""
+        """Return whether the end of the video is missing. Differences up to 0.5 s or 2% come from ways of counting."""
         if self.stated_s is None or self.duration_s is None:
             return False
         return self.stated_s - self.duration_s > max(0.5, 0.02 * self.stated_s)
@@ -143,20 +134,9 @@ def fitted(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
     return max(1, round(outer[1] * size[0] / size[1])), outer[1]
 
 
-def world_of(info: Video) -> str | None:
-    """Return the name of the world that a file is of, by its generator's tag; None for a file that no generator made."""
-    comments = (text for key, text in info.tags.items() if key.lower() == "comment")
-    return next((_WORLDS[text] for text in comments if text in _WORLDS), None)
-
-
-def may_be_of_any_world(info: Video) -> bool:
-    """Return whether a file is of a format that keeps no tag, so that a generator may have made it all the same."""
-    return not _NO_COMMENTS.isdisjoint(info.container.split(","))
-
-
 @dataclass(frozen=True)
 class ScanResult:
-    """What decoding a video from beginning to end found; `duration_s` and `stated_s` as in `Video`.
+    """Hold the results of decoding a video from beginning to end; `duration_s` and `stated_s` as in `Video`.
 
     Containers that hide their damage, such as Matroska, reveal it only by a `duration_s` below `stated_s`.
     """
@@ -195,7 +175,7 @@ class Subtitles:
 
 @dataclass(frozen=True)
 class PromptSubtitles:
-    """What the prompt has of a video's `Subtitles`."""
+    """Hold the part of a video's `Subtitles` that the prompt has."""
 
     text: str = ""  # in front of the question; empty without subtitles
     source: str | None = None
@@ -206,8 +186,9 @@ class PromptSubtitles:
     note: str | None = None
 
     def record(self) -> dict[str, Any] | None:
-        names = ("source", "lines", "lines_in_prompt", "tokens")
-        return {name: getattr(self, name) for name in names} if self.source is not None else None
+        if self.source is None:
+            return None
+        return {name: getattr(self, name) for name in ("source", "lines", "lines_in_prompt", "tokens")}
 
 
 NOTHING_SAID = PromptSubtitles()
@@ -253,7 +234,7 @@ def files(folder: str, endings: tuple[str, ...]) -> list[str]:
 
 
 def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[list[str], list[str]]:
-    """Find the files of subtitles beside a video: those of its name, the preferred first, and those that add a language to it.
+    """Find the files of subtitles beside a video: first of its own name, the preferred first; then with a language added to it.
 
     `listdir`: as of `os`, or one that remembers. Raises OSError: the folder cannot be read.
     """

@@ -15,9 +15,8 @@ from evoprune.methods.plans import EncoderPlan, Grid
 from evoprune.model.config import list_of, number, whole
 from evoprune.video.info import EXACT, NOTHING_SAID, PICTURE, VIDEO, PromptSubtitles, Video
 
-# Visual tokens before pruning: Qwen2.5-VL's own limit for a video, and what a CPU encodes in about a minute.
+# Visual tokens before pruning: Qwen2.5-VL's own limit for a video.
 MAX_VISUAL_TOKENS = 24_576
-MAX_VISUAL_TOKENS_CPU = 4_096
 # Units of a frame where a model limits all frames together: Qwen's own limit, without which four frames would share all of it.
 MAX_FRAME_TOKENS = 768
 
@@ -28,7 +27,7 @@ Deviations = Annotated[tuple[float, float, float], list_of(number(1e-6, 1000), 3
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """The times at which frames are taken: `times_s`, ascending, the middles of equal shares of the span that they cover.
+    """Hold the times at which frames are taken: `times_s`, ascending, the middles of equal shares of the span that they cover.
 
     `wanted` is the number of frames before `max_frames` limited it.
     """
@@ -63,7 +62,8 @@ ONE_FRAME = SamplingPlan(0.0, 0.5, (0.0,), 1)
 
 @dataclass(frozen=True)
 class InputLimits:
-    """What a model expects of a video, or of a picture: size, normalisation, frame rate. The defaults are Qwen2.5-VL's for video.
+    """Say what a model expects of a video, or of a picture: size, normalisation, frame rate. The defaults are Qwen2.5-VL's for
+    video.
 
     Fields with a rule can be given by a file of the model. Pixels are the area of one frame after resizing, or with `of_all_frames`
     of all frames of a video together; `merge_size` is the side of a unit in patches; mean and deviation are of the red, green and
@@ -101,7 +101,7 @@ class InputLimits:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be read of a video or a picture, which is one frame, and computed.
+    """Plan what is read of a video or a picture, which is one frame, and computed.
 
     `make_plan` sets what is looked at. `encoder` and what follows it are None, empty or False until a model has planned, too.
     `limited` tells whether the options ask for more frames, or a higher rate, than a limit allows, or frames became smaller for
@@ -132,12 +132,14 @@ class Plan:
 
     @property
     def source(self) -> Video:
-        """What frames are read from: videos at their own size, pictures at the one that the encoder reads."""
-        return self.info if self.kind == VIDEO else replace(self.info, width=self.width, height=self.height)
+        """Describe the source of the frames: videos at their own size, pictures at the one that the encoder reads."""
+        if self.kind == VIDEO:
+            return self.info
+        return replace(self.info, width=self.width, height=self.height)
 
     @property
     def reading(self) -> dict[str, Any]:
-        """How `frames.read_frames` reads it: what frames depend on."""
+        """Return the arguments of `frames.read_frames` that frames depend on."""
         return {"decoder": self.decoder, "seek": self.seek, "part_s": self.sampling.seconds_per_frame}
 
     @property
@@ -146,22 +148,22 @@ class Plan:
 
     @property
     def shown_s(self) -> tuple[float, ...]:
-        """The times that the model is told, where it is: those that were asked for, unless some were moved."""
+        """Return the times that a model is told: those that were asked for, unless some were moved."""
         return self.read_s if self.moved else self.sampling.times_s
 
     @property
     def units(self) -> int:
-        """Visual tokens with nothing pruned."""
+        """Count the visual tokens with nothing pruned."""
         return self.full.visual_tokens
 
     @property
     def cut_short(self) -> bool:
-        """Whether what is looked at ends where the file breaks off."""
+        """Return whether what is looked at ends where the file breaks off."""
         return self.info.cut_short and self.sampling.end_s == self.info.duration_s
 
     @property
     def capped(self) -> bool:
-        """Whether a limit, on tokens or on frames, made frames smaller or fewer than the rate or number asked for."""
+        """Return whether a limit, on tokens or on frames, made frames smaller or fewer than the rate or number asked for."""
         return self.token_capped or self.sampling.wanted > self.frame_limit
 
     @property
@@ -170,7 +172,8 @@ class Plan:
 
     def shrunk(self, grid: Grid, limits: InputLimits) -> "Plan":
         """Return the same span of the video on another (T, H, W): T frame pairs spread over it, resized to H x W units."""
-        (pairs, height, width), sampling = grid, self.sampling
+        pairs, height, width = grid
+        sampling = self.sampling
         if pairs != self.grid[0]:
             times_s = even_times(sampling.start_s, sampling.end_s, pairs * limits.temporal_patch_size)
             sampling = replace(sampling, times_s=times_s)
@@ -220,7 +223,10 @@ def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None)
     if not 0 < duration_s < math.inf:
         raise VideoError(f"the video has no length that frames could be spread over ({duration_s} s)")
     start = start_s if start_s >= 0 else max(0.0, duration_s + start_s)
-    end = duration_s if end_s is None else min(end_s if end_s >= 0 else duration_s + end_s, duration_s)
+    end = duration_s if end_s is None else end_s
+    if end < 0:
+        end += duration_s
+    end = min(end, duration_s)
     video = f"the video, which is {duration_s:g} s long"
     if start >= duration_s:
         raise VideoError(f"start {start_s:g} s lies beyond {video}", "choose an earlier start")
@@ -270,11 +276,12 @@ def check_sampling(
 
 
 def parse_time(text: str) -> float:
-    """Seconds from `90`, `90.5`, `1:30`, `01:30:00`, `1:02:03.5`, `90s`, `1m30s` or `2h`; below 0 with a minus sign in front.
+    """Read seconds from `90`, `90.5`, `1:30`, `01:30:00`, `1:02:03.5`, `90s`, `1m30s` or `2h`; below 0 with a minus sign in front.
 
     Raises UsageError: the text is none of these.
     """
-    sign, digits = (-1.0, text.strip()[1:]) if text.strip().startswith("-") else (1.0, text.strip())
+    negative = text.strip().startswith("-")
+    digits = text.strip().removeprefix("-")
     clock = r"(?:(?:([0-9]+):)?([0-9]+):)?([0-9]+(?:\.[0-9]+)?)"
     units = r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+(?:\.[0-9]+)?)s)?"
     if digits and (match := re.fullmatch(clock, digits) or re.fullmatch(units, digits)):
@@ -283,7 +290,7 @@ def parse_time(text: str) -> float:
         # The first field may be any number (90:00 is an hour and a half); those after it are below 60.
         proper = (minutes < 60 or not match[1]) and (seconds < 60 or not (match[1] or match[2]))
         if proper and math.isfinite(total):
-            return sign * total if total else 0.0
+            return -total if negative and total else total
     hint = (
         "write seconds (90.5 or 90.5s), minutes (1:30 or 1m30s) or hours (1:02:03 or 1h2m3s); from the end: -5 or -5s"
     )
@@ -293,11 +300,6 @@ def parse_time(text: str) -> float:
 def _check_at_least(min_value: int, name: str, value: float | None) -> None:
     if value is not None and not min_value <= value < math.inf:
         raise UsageError(f"{name} is {value}", f"give a number, {min_value} or more")
-
-
-def default_max_visual_tokens(*, on_cpu: bool, is_demo: bool) -> int:
-    """Return the limit before pruning. A real model on a CPU gets a lower one: more would take many minutes."""
-    return MAX_VISUAL_TOKENS_CPU if on_cpu and not is_demo else MAX_VISUAL_TOKENS
 
 
 def smart_resize(height: int, width: int, min_pixels: float, max_pixels: float, factor: int = 28) -> tuple[int, int]:
@@ -360,7 +362,8 @@ def make_plan(
         pairs = 1
     else:
         duration_s = duration_of(info)
-        fps = limits.fps if fps is None else fps
+        if fps is None:
+            fps = limits.fps
         sample = partial(plan_sampling, duration_s, fps=fps, min_frames=limits.min_frames, **span)
         frame_limit = limits.max_frames if max_frames is None else max_frames
         # No more pairs than tokens are allowed, so that `times_s` stays short where `frame_limit` is huge.
@@ -399,5 +402,8 @@ def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[
         pairs = min(pairs, max(1, max_units // (rows * cols)))
     if rows * cols > max_units:  # the longer side of a very long picture is cut
         rows, cols = units(1, max_units * area)
-        rows, cols = (rows, min(cols, max_units // rows)) if rows <= cols else (min(rows, max_units // cols), cols)
+        if rows <= cols:
+            cols = min(cols, max_units // rows)
+        else:
+            rows = min(rows, max_units // cols)
     return preferred, (pairs, rows, cols)

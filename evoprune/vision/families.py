@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from evoprune.cpu.linear import linear
+from evoprune.backend.cpu.linear import linear
 from evoprune.model.config import vision_sizes
 from evoprune.vision.layout import Geometry
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from evoprune.backend import devices
+from evoprune.errors import call
 from evoprune.methods.base import Merger
 from evoprune.methods.plans import TowerShape
 from evoprune.methods.ranking import merge_rows
@@ -118,7 +119,7 @@ def _partners(
         width=rows.geometry.width,
     )
     with without_autocast():  # the merger may write into what it gets: nothing reads that again
-        local = merger.match(candidates, remove)
+        local = call(merger.package, merger.match, candidates, remove)
     place = torch.where(valid, row, len(rows)).flatten()
     into = arange_on(len(rows) + 1, row.device)  # the last entry takes the values at padding
     return into.scatter_(0, place, row.gather(1, local).flatten())[:-1]

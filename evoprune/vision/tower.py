@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.backend.attention import varlen_kernel
+from evoprune.backend.cpu.linear import linear
 from evoprune.backend.devices import Timer
 from evoprune.backend.layers import give_up, joined, kernels
-from evoprune.cpu.linear import linear
 from evoprune.methods.plans import TowerShape
 from evoprune.methods.ranking import unit_features
 from evoprune.methods.types import arange_on

@@ -1,4 +1,4 @@
-"""The demo model's training data: endless seeded batches of clips with labels and with questions. Imported by `train`."""
+"""Make the demo model's training data: endless seeded batches of clips with labels and with questions. Imported by `train`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,9 @@ ATTRIBUTES = {
     "motion": len(MOTIONS),
     "digit": 10,
 }
-ROWS, COLUMNS = 12, 16  # the largest grid the head can name places of
+# the largest grid the head can name places of
+ROWS = 12
+COLUMNS = 16
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ PACES = (1.0, 1.0, 1.0, 1.0, 0.5, 2 / 3, 0.8, 1.25, 1.5, 2.0)  # seconds a grid
 
 
 def unit_labels(clip: Clip, times: Sequence[float], height: int, width: int) -> np.ndarray:
-    """The labels of each unit of each grid: int64 `[T * height * width, attributes]`, -100 where there is none."""
+    """Return the labels of each unit of each grid: int64 `[T * height * width, attributes]`, -100 where there is none."""
     grids = len(times) // 2
     labels = np.full((grids, height, width, len(ATTRIBUTES)), -100)
     labels[..., 0] = ATTRIBUTES["shape"]  # one past the shapes and the digit: nothing here
@@ -66,7 +68,8 @@ def unit_labels(clip: Clip, times: Sequence[float], height: int, width: int) -> 
                 continue
             x, y = thing.centre(middle)
             cell = labels[g, min(int(y // 28), height - 1), min(int(x // 28), width - 1)]
-            colour, motion = list(COLOURS).index(thing.colour), list(MOTIONS).index(thing.motion)
+            colour = list(COLOURS).index(thing.colour)
+            motion = list(MOTIONS).index(thing.motion)
             if thing.is_digit:
                 cell[:] = (len(SHAPES), colour, -100, motion, int(thing.kind))
             else:
@@ -75,7 +78,7 @@ def unit_labels(clip: Clip, times: Sequence[float], height: int, width: int) -> 
 
 
 def noisy(frames: np.ndarray, rng: np.random.Generator, gop: int) -> np.ndarray:
-    """The frames as they are or, half of the time, as a video codec leaves them."""
+    """Return the frames as they are or, half of the time, as a video codec leaves them."""
     return through_codec(frames, int(rng.integers(2, 6)), gop) if rng.random() < 0.5 else frames
 
 
@@ -85,7 +88,8 @@ def vision_batches(recipe: Recipe, first: int):
     while True:
         rng = np.random.default_rng((recipe.seed, 1, step))
         height, width = [(4, 6), (4, 6), (6, 4), (5, 7), (6, 8), (8, 12), (12, 8)][int(rng.integers(7))]
-        frames, labels = [], []
+        frames = []
+        labels = []
         for _ in range(max(6, recipe.vision_batch * 24 // (height * width))):
             clip = dense_grid(rng, height * 28, width * 28, round(14 * height * width / 24 * rng.uniform(0.3, 1)))
             times = even_times(0.0, 1.0, 2)
@@ -121,7 +125,8 @@ def question_batches(recipe: Recipe, tokenizer, first: int):
         n = grids * height * width
         count = min(24, max(4, round(recipe.units / n)))
         questions = recipe.questions * (1 if count > 6 else 2)
-        frames, packs = [], [[] for _ in range(recipe.packs)]
+        frames = []
+        packs = [[] for _ in range(recipe.packs)]
         for _ in range(count):
             clip = make_clip("train", int(rng.integers(2**62)), height * 28, width * 28, grids * pace, grids)
             frames.append(noisy(render(clip, even_times(0.0, clip.seconds, 2 * grids)), rng, gop=12))
@@ -146,17 +151,19 @@ ROW = 64  # tokens of a row of questions, unless one alone is longer
 
 
 def packed(prompts: list[list[Question]], ids, start: int) -> dict[str, torch.Tensor]:
-    """The questions and answers of each prompt in rows, several in a row where they fit: int64 `[prompts, rows, L]` each.
+    """Return the questions and answers of each prompt in rows, several in a row where they fit: int64 `[prompts, rows, L]` each.
 
     `tokens`; `place`, positions that begin anew at `start` for every question; `segment`, the question's number from 1, -1 where
     there is none; `target`, the answer's tokens where they are to be predicted, else -100.
     """
-    after, filled = ids(AFTER_QUESTION), []
+    after = ids(AFTER_QUESTION)
+    filled = []
     longest = ROW
     for questions in prompts:
         parts = []
         for number, q in enumerate(questions, 1):
-            asked, said = ids(q.question) + after, [*ids(q.answer), 2]
+            asked = ids(q.question) + after
+            said = [*ids(q.answer), 2]
             n = len(asked) + len(said)
             parts.append(
                 (asked + said, range(start, start + n), [number] * n, [-100] * (len(asked) - 1) + said + [-100])
@@ -179,8 +186,9 @@ def packed(prompts: list[list[Question]], ids, start: int) -> dict[str, torch.Te
 
 
 def _in_rows(parts: list[tuple], longest: int) -> list[list[tuple]]:
-    """The parts in rows of at most `longest` tokens: the longest part first, each into the first row with room."""
-    rows, room = [], []
+    """Return the parts in rows of at most `longest` tokens: the longest part first, each into the first row with room."""
+    rows = []
+    room = []
     for part in sorted(parts, key=lambda part: -len(part[0])):
         at = next((i for i, left in enumerate(room) if left >= len(part[0])), len(rows))
         if at == len(rows):

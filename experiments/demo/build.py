@@ -29,7 +29,7 @@ VOCABULARY = 1024
 
 
 def build_config():
-    """The exact Qwen2.5-VL architecture with tiny numbers."""
+    """Return the exact Qwen2.5-VL architecture with tiny numbers."""
     from transformers import Qwen2_5_VLConfig
 
     return Qwen2_5_VLConfig(

@@ -1,4 +1,4 @@
-"""Looks for sample clips that the demo model understands: `python -m experiments.demo.choose_samples three.mp4`.
+"""Look for sample clips that the demo model understands: `python -m experiments.demo.choose_samples three.mp4`.
 
 A clip is judged by the model's weakest answer to what it is to be asked, with nothing pruned and at the default budget. Each
 question counts in all wordings of the generator; one about two things in either order of their names. The strongest clips are
@@ -23,12 +23,14 @@ from experiments.demo.drawing import write_video
 from experiments.demo.questions import MAKERS
 from experiments.demo.samples import CLIPS, drawn
 
-BUDGETS, DRAWS, SHOWN = (1.0, 0.25), 40, 10
+BUDGETS = (1.0, 0.25)
+DRAWS = 40
+SHOWN = 10
 NAME = re.compile(rf"the ((?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(SHAPES)}|shape))")
 
 
 def _has(clip: Clip, event: str, least: int) -> bool:
-    """Whether `event` happens to at least so many shapes, without a digit and before a camera that stands still."""
+    """Return whether `event` happens to at least so many shapes, without a digit and before a camera that stands still."""
     found = sum(thing.event(clip.seconds) == event for thing in clip.things)
     return found >= least and clip.things == clip.shapes and not any(clip.pan)
 
@@ -66,7 +68,7 @@ def lead(qa: VideoQA, video: EncodedInputs, question: str, answer: str) -> float
 
 
 def judged(name: str, seeds: range, models: list[VideoQA]) -> Iterator[tuple[float, int]]:
-    """The weakest answer about each clip that shows what `name` is to show, and the clip's seed."""
+    """Yield the weakest answer about each clip that shows what `name` is to show, and the clip's seed."""
     shows, kinds = WANTED[name]
     with TemporaryDirectory() as folder:
         path = Path(folder, name)

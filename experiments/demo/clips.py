@@ -37,9 +37,14 @@ class Moving:
 
 
 def event_of(start: float, end: float, seconds: float) -> str:
-    """What happens in a clip to a thing that is there in [start, end): stays, appears, vanishes or flashes."""
-    comes, goes = start > 0, end < seconds
-    return ("flashes" if goes else "appears") if comes else ("vanishes" if goes else "stays")
+    """Say what happens in a clip to a thing that is there in [start, end): stays, appears, vanishes or flashes."""
+    comes = start > 0
+    goes = end < seconds
+    if comes and goes:
+        return "flashes"
+    if comes:
+        return "appears"
+    return "vanishes" if goes else "stays"
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Thing(Moving):
         return self.start <= t < self.end
 
     def box(self, seconds: float) -> tuple[float, float, float, float]:
-        """x0, y0, x1, y1 of all that it ever covers."""
+        """Return x0, y0, x1, y1 of all that it ever covers."""
         (xa, ya), (xb, yb) = self.centre(0), self.centre(seconds)
         r = self.radius
         return min(xa, xb) - r, min(ya, yb) - r, max(xa, xb) + r, max(ya, yb) + r
@@ -98,7 +103,7 @@ class Clip:
 
 
 def setting(split: str, seed: int) -> tuple[int, int, int]:
-    """(height, width, grids) of a clip: pixels, and seconds as well as grids."""
+    """Draw (height, width, grids) of a clip: pixels, and seconds as well as grids."""
     rng = np.random.default_rng((7, SPLITS[split], seed))
     height, width = FRAMES[rng.choice(len(FRAMES), p=[odds for _, odds in FRAMES])][0]
     grids = LENGTHS[rng.choice(len(LENGTHS), p=[odds for _, odds in LENGTHS])][0]
@@ -115,41 +120,54 @@ def make_clip(
     seconds: float | None = None,
     grids: int | None = None,
 ) -> Clip:
-    """The clip number `seed` of a split; splits never share a clip. Size (pixels) and length are drawn from the seed by default.
+    """Make the clip number `seed` of a split; splits never share a clip. Size (pixels) and length are by default drawn from it.
 
     One of `grids` (two sampled frames) lasts `seconds` / `grids`, which bounds how short a flash is.
     """
     drawn = setting(split, seed)
-    height, width, grids = height or drawn[0], width or drawn[1], grids or drawn[2]
-    seconds = float(grids) if seconds is None else seconds
-    step, key = seconds / grids, (SPLITS[split], seed)
+    height = height or drawn[0]
+    width = width or drawn[1]
+    grids = grids or drawn[2]
+    if seconds is None:
+        seconds = float(grids)
+    step = seconds / grids
+    key = (SPLITS[split], seed)
     rng = np.random.default_rng(key)
-    most = 4 if height * width < 30_000 else 6
+    most = 6
+    if height * width < 30_000:
+        most = 4
     # Some clips are full of arrivals or of departures, so that "which comes first?" can be asked often enough.
     plots = (0.35, 0.22, 0.22, 0.21), (0.1, 0.8, 0.05, 0.05), (0.1, 0.05, 0.8, 0.05)
     fates = plots[rng.choice(3, p=[0.6, 0.2, 0.2])]
-    names, things = set(), []
+    names = set()
+    things = []
     for _ in range(int(rng.integers(1, most + 1))):
         while (pair := (str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))))) in names:
             pass
         names.add(pair)
         place(things, rng, *pair, height, width, seconds, step, fates)
     if rng.random() < 0.6:
-        kind, colour = str(rng.integers(10)), str(rng.choice(list(COLOURS)))
+        kind = str(rng.integers(10))
+        colour = str(rng.choice(list(COLOURS)))
         place(things, rng, kind, colour, height, width, seconds, step, fates)
     pan = (0.0, 0.0)
     if split == "portrait" or rng.random() < 0.35:  # three to twelve pixels between two grids
-        angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(3, 12) / step
+        angle = rng.uniform(0, 2 * np.pi)
+        speed = rng.uniform(3, 12) / step
         pan = (float(speed * np.cos(angle)), float(speed * np.sin(angle)))
-    clutter = float(rng.uniform(50, 300)) if rng.random() < 0.5 else 0.0
+    clutter = 0.0
+    if rng.random() < 0.5:
+        clutter = float(rng.uniform(50, 300))
     return Clip(key, height, width, seconds, tuple(things), float(rng.uniform(1, 5)), pan, clutter)
 
 
 def place(things: list[Thing], rng, kind, colour, height, width, seconds, step, fates) -> None:
-    """Adds a thing whose path stays on the frame and clear of the others, if one is found in 30 tries."""
+    """Add a thing whose path stays on the frame and clear of the others, if one is found in 30 tries."""
     digit = kind.isdigit()
     size = "small" if rng.random() < 0.5 else "large"
-    radius = DIGITS[size] if digit else int(rng.integers(SIZES[size][0], SIZES[size][1] + 1))
+    radius = DIGITS[size]
+    if not digit:
+        radius = int(rng.integers(SIZES[size][0], SIZES[size][1] + 1))
     rgb = tuple(int(v) for v in np.clip(np.array(COLOURS[colour]) + rng.integers(-12, 13, 3), 0, 255))
     start, end = 0.0, float("inf")
     event = rng.choice(["stays", "appears", "vanishes", "flashes"], p=fates)
@@ -165,13 +183,17 @@ def place(things: list[Thing], rng, kind, colour, height, width, seconds, step, 
             end = float(rng.uniform(0.25, 0.75) * seconds)
     taken = [other.box(seconds) for other in things]
     for _ in range(30):
-        motion = "still" if digit or rng.random() < 0.45 else str(rng.choice(["left", "right", "up", "down"]))
-        room = (width if motion in ("left", "right") else height) - 2 * radius - 4
-        speed = 0.0 if motion == "still" else min(float(rng.uniform(6, 12)) / step, 0.75 * room / seconds)
+        motion = "still"
+        speed = 0.0
+        if not digit and rng.random() >= 0.45:
+            motion = str(rng.choice(["left", "right", "up", "down"]))
+            side = width if motion in ("left", "right") else height
+            speed = min(float(rng.uniform(6, 12)) / step, 0.75 * (side - 2 * radius - 4) / seconds)
         dx, dy = MOTIONS[motion]
-        lo_x, hi_x = radius + 2 + max(0, -dx * speed * seconds), width - radius - 2 - max(0, dx * speed * seconds)
-        lo_y, hi_y = radius + 2 + max(0, -dy * speed * seconds), height - radius - 2 - max(0, dy * speed * seconds)
-        x, y = float(rng.uniform(lo_x, hi_x)), float(rng.uniform(lo_y, hi_y))
+        far_x = dx * speed * seconds
+        far_y = dy * speed * seconds
+        x = float(rng.uniform(radius + 2 + max(0, -far_x), width - radius - 2 - max(0, far_x)))
+        y = float(rng.uniform(radius + 2 + max(0, -far_y), height - radius - 2 - max(0, far_y)))
         thing = Thing(kind, colour, rgb, size, radius, x, y, motion, speed, start, end)
         x0, y0, x1, y1 = thing.box(seconds)
         if not any(x0 < c + 2 and a < x1 + 2 and y0 < d + 2 and b < y1 + 2 for a, b, c, d in taken):

@@ -1,4 +1,4 @@
-"""Pictures of procedural clips: frames at any times, and video files."""
+"""Draw procedural clips: frames at any times, and video files."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -36,7 +36,8 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     tint = rng.uniform(0.6, 1.0, 3)
     canvas = np.full((height, width, 3), 1.0, np.float32) * (tint * rng.uniform(25, 110)).astype(np.float32)
     for cell, strength in ((56, 14), (21, 9), (7, 6)):
-        rows, cols = _stretch(height, cell), _stretch(width, cell)
+        rows = _stretch(height, cell)
+        cols = _stretch(width, cell)
         grid = rng.standard_normal((3, rows.shape[1], cols.shape[1])).astype(np.float32)
         canvas += float(rng.uniform(0.2, 1.0)) * strength * (rows @ grid @ cols.T).transpose(1, 2, 0)
     return canvas
@@ -47,8 +48,11 @@ def _litter(scenery: np.ndarray, density: float, rng: np.random.Generator) -> No
     height, width, _ = scenery.shape
     for _ in range(int(rng.poisson(density * height * width / 1e6))):
         long, thin = (rng.uniform(6, 16), rng.uniform(1.0, 2.5)) if rng.random() < 0.5 else rng.uniform(4, 12, 2)
-        angle, grey = rng.uniform(0, np.pi), rng.uniform(20, 150)
-        x, y, reach = rng.uniform(0, width), rng.uniform(0, height), int(max(long, thin)) + 2
+        angle = rng.uniform(0, np.pi)
+        grey = rng.uniform(20, 150)
+        x = rng.uniform(0, width)
+        y = rng.uniform(0, height)
+        reach = int(max(long, thin)) + 2
         left, top = max(int(x) - reach, 0), max(int(y) - reach, 0)
         area = scenery[top : int(y) + reach, left : int(x) + reach]
         dy, dx = np.ogrid[top : top + area.shape[0], left : left + area.shape[1]]

@@ -36,7 +36,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
 
 
 def tower(visual, patches: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The vision tower on G grids of height x width units.
+    """Return the vision tower on G grids of height x width units.
 
     Args:
         visual: `model.model.visual`.

@@ -1,4 +1,4 @@
-"""Questions for training alone: each asks for one step of what a harder type needs at once.
+"""Ask questions for training alone: each asks for one step of what a harder type needs at once.
 
 Where one thing is comes before how two lie to each other, and when something happens before what happens first. Imported by
 `experiments.demo.batches` and `experiments.demo.build`; not run by itself.

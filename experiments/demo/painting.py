@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.video.info import DEMO_TAG
+from evoprune.bundled import DEMO_TAG
 
 # Seven rows of five dots each, as hexadecimal numbers.
 _DOTS = {
@@ -42,7 +42,8 @@ def outline_mask(outline: str, radius: int, bar: float = 0.34, hole: float = 0.5
     n = 8 * radius
     axis = (np.arange(n) + 0.5) / (n / 2) - 1
     x, y = axis[None, :], axis[:, None]
-    far, angle = np.hypot(x, y), np.arctan2(x, -y)
+    far = np.hypot(x, y)
+    angle = np.arctan2(x, -y)
     inside = {
         "circle": lambda: far <= 1,
         "square": lambda: (np.abs(x) <= 0.88) & (np.abs(y) <= 0.88),
@@ -65,7 +66,9 @@ def blend(canvas: np.ndarray, colours, cover: np.ndarray, left: int, top: int) -
     outer = slice(y0, y1), slice(x0, x1)
     inner = slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
     area = canvas[outer]
-    area += cover[inner][..., None] * ((colours[inner] if colours.ndim == 3 else colours) - area)
+    if colours.ndim == 3:
+        colours = colours[inner]
+    area += cover[inner][..., None] * (colours - area)
     return outer, inner
 
 
@@ -76,8 +79,11 @@ def _white_noise() -> np.ndarray:
 
 def add_noise(rng: np.random.Generator, canvas: np.ndarray, deviation: float, out: np.ndarray) -> None:
     """Writes the canvas with the noise of a sensor, a piece of a bank from anywhere, as uint8 into `out`."""
-    bank, pixels = _white_noise(), canvas.size
-    start = int(rng.integers(len(bank) - pixels)) if pixels < len(bank) else 0
+    bank = _white_noise()
+    pixels = canvas.size
+    start = 0
+    if pixels < len(bank):
+        start = int(rng.integers(len(bank) - pixels))
     grain = np.resize(bank[start : start + pixels], pixels).reshape(canvas.shape)
     out[:] = np.clip(canvas + np.float32(deviation) * grain, 0, 255)
 
@@ -110,14 +116,20 @@ def write_frames(
     if keyframe_s is not None:
         keyint = round(fps * keyframe_s)
         params += f":keyint={keyint}:min-keyint={keyint}:scenecut=0"
-    x264 = {"preset": preset, "x264-params": params}
-    vp9, lossless = "vp9" in codec, crf == LOSSLESS
-    codec = "libx264rgb" if lossless else codec
-    with av.open(str(path), "w", options={"fflags": "+bitexact"} if vp9 else {}) as container:  # WebM: no random id
+    of_codec = {"crf": str(crf), "preset": preset, "x264-params": params}
+    of_file = {}
+    pix_fmt = "yuv420p"
+    if "vp9" in codec:
+        of_codec = {"crf": str(crf), "b": "0"}
+        of_file = {"fflags": "+bitexact"}  # WebM: no random id
+    if crf == LOSSLESS:
+        codec = "libx264rgb"
+        pix_fmt = "rgb24"
+    with av.open(str(path), "w", options=of_file) as container:
         container.metadata["comment"] = tag
-        stream = container.add_stream(codec, rate=fps, options={"crf": str(crf)} | ({"b": "0"} if vp9 else x264))
+        stream = container.add_stream(codec, rate=fps, options=of_codec)
         stream.height, stream.width = size
-        stream.pix_fmt = "rgb24" if lossless else "yuv420p"
+        stream.pix_fmt = pix_fmt
         stream.codec_context.thread_count = 1  # what comes out depends on their number
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -41,8 +41,9 @@ def ask(
     makers: Mapping[str, Maker] | None = None,
     weights: Mapping[str, float] = WEIGHTS,
 ) -> list[Question]:
-    """Up to `count` different questions about the clip, drawn by weight, 1 where a type is missing. `makers`: by default MAKERS."""
-    makers = MAKERS if makers is None else makers
+    """Ask up to `count` different questions, drawn by weight, 1 where a type is missing. `makers`: by default MAKERS."""
+    if makers is None:
+        makers = MAKERS
     pool = [(t, f) for t, make in makers.items() for f in make(clip, rng)]
     if not pool:
         return []
@@ -56,9 +57,11 @@ def ask(
 
 
 def _groups(clip: Clip, type: str, things: list[Thing]) -> tuple[str, ...]:
-    needs = tuple(name for name, types in GROUPS.items() if type in types)
-    flash = any(thing.event(clip.seconds) == "flashes" for thing in things)
-    return (*needs, *(("flash",) if flash else ()), "panning" if any(clip.pan) else "static")
+    groups = [name for name, types in GROUPS.items() if type in types]
+    if any(thing.event(clip.seconds) == "flashes" for thing in things):
+        groups.append("flash")
+    groups.append("panning" if any(clip.pan) else "static")
+    return tuple(groups)
 
 
 def pick(rng, *phrases):
@@ -66,7 +69,7 @@ def pick(rng, *phrases):
 
 
 def refer(clip: Clip, thing: Thing, rng) -> str:
-    """A name that fits this thing alone: `circle`, `red shape`, `red circle` or `digit`."""
+    """Name a thing as it alone can be named: `circle`, `red shape`, `red circle` or `digit`."""
     if thing.is_digit:
         return "digit"
     names = [thing.name]
@@ -78,7 +81,7 @@ def refer(clip: Clip, thing: Thing, rng) -> str:
 
 
 def _only(clip: Clip, part: str) -> list[Thing]:
-    """The shapes whose kind, or colour, no other shape has."""
+    """Return the shapes whose kind, or colour, no other shape has."""
     counts = Counter(getattr(t, part) for t in clip.shapes)
     return [t for t in clip.shapes if counts[getattr(t, part)] == 1]
 
@@ -137,7 +140,9 @@ def _which(clip, rng):
     for event in ("appears", "vanishes", "flashes"):
         found = [t for t in clip.things if t.event(clip.seconds) == event]
         if len(found) == 1:
-            answer = f"digit {found[0].kind}" if found[0].is_digit else found[0].name
+            answer = found[0].name
+            if found[0].is_digit:
+                answer = f"digit {found[0].kind}"
             yield pick(rng, f"What {event}?", f"Which thing {event}?"), answer, found[0]
 
 
@@ -150,54 +155,72 @@ def _order(clip, rng):
             swapped = rng.random() >= 0.5
             names = [refer(clip, t, rng) for t in (a, b)]
             first = names[time_of(a) >= time_of(b)]
-            one, two = reversed(names) if swapped else names
+            if swapped:
+                names.reverse()
+            one, two = names
             yield f"Which {event} first, the {one} or the {two}?", first, a, b
 
 
 def _relation(clip, rng):
     for a, b in combinations(clip.things, 2):
-        one, two = (a, b) if rng.random() < 0.5 else (b, a)
-        p, q = one.box(clip.seconds), two.box(clip.seconds)
-        x, y = refer(clip, one, rng), refer(clip, two, rng)
+        pair = [a, b]
+        if rng.random() >= 0.5:
+            pair.reverse()
+        p, q = (thing.box(clip.seconds) for thing in pair)
+        x, y = [refer(clip, thing, rng) for thing in pair]
         for axis, less, more, of in ((0, "left", "right", "of the"), (1, "above", "below", "the")):
-            if p[axis + 2] < q[axis] or q[axis + 2] < p[axis]:
-                text = f"Is the {x} {less} or {more} {of} {y}?"
-                yield text, less if p[axis + 2] < q[axis] else more, a, b
+            text = f"Is the {x} {less} or {more} {of} {y}?"
+            if p[axis + 2] < q[axis]:
+                yield text, less, a, b
+            elif q[axis + 2] < p[axis]:
+                yield text, more, a, b
 
 
 def _place(clip, rng):
     for t in clip.things:
-        box, x = t.box(clip.seconds), refer(clip, t, rng)
+        box = t.box(clip.seconds)
+        x = refer(clip, t, rng)
         for axis, middle, less, more in ((0, clip.width / 2, "left", "right"), (1, clip.height / 2, "top", "bottom")):
-            if box[axis + 2] < middle or box[axis] > middle:
-                yield f"Is the {x} in the {less} or {more} half?", less if box[axis + 2] < middle else more, t
+            text = f"Is the {x} in the {less} or {more} half?"
+            if box[axis + 2] < middle:
+                yield text, less, t
+            elif box[axis] > middle:
+                yield text, more, t
 
 
 def _exists(clip, rng):
     names = {t.name for t in clip.shapes}
     if names and rng.random() < 0.5:
-        name, answer = pick(rng, *sorted(names)), "yes"
+        name = pick(rng, *sorted(names))
+        answer = "yes"
     else:  # a shape and a colour that are there, but not together, where there are enough
-        kinds = sorted({t.kind for t in clip.shapes}) if rng.random() < 0.7 else list(SHAPES)
-        colours = sorted({t.colour for t in clip.shapes}) if rng.random() < 0.7 else list(COLOURS)
+        kinds = list(SHAPES)
+        if rng.random() < 0.7:
+            kinds = sorted({t.kind for t in clip.shapes})
+        colours = list(COLOURS)
+        if rng.random() < 0.7:
+            colours = sorted({t.colour for t in clip.shapes})
         absent = [n for n in (f"{c} {k}" for c in colours for k in kinds) if n not in names]
         if not absent:
             return
-        name, answer = pick(rng, *absent), "no"
+        name = pick(rng, *absent)
+        answer = "no"
     yield pick(rng, f"Is there a {name}?", f"Can you see a {name}?"), answer
 
 
 def _describe(clip, rng):
-    """Full sentences, things from left to right."""
+    """Describe the clip in full sentences, things from left to right."""
     said = []
     for t in sorted(clip.things, key=lambda t: t.centre(max(t.start, 0.0))[0]):
         event = t.event(clip.seconds)
         if t.is_digit:
-            said.append(f"The {t.colour} digit {t.kind} " + ("is shown." if event == "stays" else f"{event}."))
+            happens = "is shown" if event == "stays" else event
+            said.append(f"The {t.colour} digit {t.kind} {happens}.")
             continue
         does = "stays still" if t.motion == "still" else f"moves {t.motion}"
-        also = "" if event == "stays" else f" and {event}"
-        said.append(f"A {t.size} {t.name} {does}{also}.")
+        if event != "stays":
+            does += f" and {event}"
+        said.append(f"A {t.size} {t.name} {does}.")
     if said:
         yield pick(rng, "Describe the video.", "What happens?", "What happens in the video?"), " ".join(said)
 

@@ -1,4 +1,4 @@
-"""Renders the clips in `samples/` and their questions: `python -m experiments.demo.samples samples`.
+"""Render the clips in `samples/` and their questions: `python -m experiments.demo.samples samples`.
 
 They come from seeds of their own (split "samples"). They were chosen for their variety, and so that the demo model answers their
 questions with nothing pruned and by default; what it says about them is no measurement. `choose_samples.py` found three of the
@@ -80,7 +80,7 @@ def render(folder: Path) -> None:
 
 
 def questions() -> list[dict[str, str]]:
-    """The lines of `questions.jsonl`."""
+    """Return the lines of `questions.jsonl`."""
     rows = []
     for name, (seed, *_, wanted) in CLIPS.items():
         clip = drawn(name, seed)
@@ -92,13 +92,13 @@ def questions() -> list[dict[str, str]]:
 
 
 def drawn(name: str, seed: int) -> Shapes:
-    """The clip that a seed draws for a file in `samples/`."""
+    """Return the clip that a seed draws for a file in `samples/`."""
     _, height, width, seconds, *_ = CLIPS[name]
     return make_clip("samples", seed, height, width, float(seconds), seconds)
 
 
 def scene(name: str) -> Clip:
-    """The clip of a file in `samples/scenes/`, a frame pair a second."""
+    """Return the clip of a file in `samples/scenes/`, a frame pair a second."""
     seed, height, width, seconds = SCENE_CLIPS[name]
     return compose((SPLITS["samples"], seed), height, width, seconds, float(seconds))
 

@@ -21,7 +21,9 @@ from experiments.demo.scenes_model import prompt
 from experiments.demo.training_clips import through_codec
 
 GROUPS = ("text", "look", "place", "count", "gist", "events", "motion", "moment", "choice", "open", "lesson")
-IMAGE, VIDEO = 6, 7  # ids of <|image_pad|> and <|video_pad|>
+# ids of <|image_pad|> and <|video_pad|>
+IMAGE = 6
+VIDEO = 7
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,13 @@ def vision_batches(recipe: ScenesRecipe, first: int, rank: int = 0):
     step = first
     while True:
         rng = np.random.default_rng((recipe.seed, 1, step))  # of the shape, the same in all processes
-        height, width = draw(rng, SMALL if step < recipe.vision_steps * 0.8 else (*SMALL, ((8, 12), 3.0)))
-        pairs, made, rng = 1 + step % 2, [], np.random.default_rng((recipe.seed, 1, step, rank))
+        sizes = SMALL
+        if step >= recipe.vision_steps * 0.8:
+            sizes = (*SMALL, ((8, 12), 3.0))
+        height, width = draw(rng, sizes)
+        pairs = 1 + step % 2
+        rng = np.random.default_rng((recipe.seed, 1, step, rank))
+        made = []
         for _ in range(max(4, recipe.vision_units // (height * width)) // pairs):
             clip = compose(_key(rng), height, width, pairs, float(pairs), crowd=float(rng.uniform(1, 3)))
             made.append(drawn(clip, rng))
@@ -108,25 +115,40 @@ def question_batches(recipe: ScenesRecipe, tokenizer, first: int, rank: int = 0)
     while True:
         rng = np.random.default_rng((recipe.seed, 2, step))  # of the shape, the same in all processes
         height, width, pairs = _shape(recipe, step, rng)
-        pace = float(rng.choice(PACES)) if pairs > 1 else 1.0
+        pace = 1.0
+        if pairs > 1:
+            pace = float(rng.choice(PACES))
         n = height * width * pairs
-        inputs = 2 if rng.random() < 0.15 and n <= MOST // 2 else 1
+        inputs = 1
+        if rng.random() < 0.15 and n <= MOST // 2:
+            inputs = 2
         image = pairs == 1 and rng.random() < 0.6
+        noun, pad = ("picture", IMAGE) if image else ("video", VIDEO)
         plain = step < recipe.open_steps
         questions = _questions(n, plain)
-        cost = n * inputs + (2 if plain else UNITS_PER_QUESTION) * questions
-        prompts = max(1 if n > recipe.units // 2 else 2, round(recipe.units / cost))
+        share = recipe.lessons
+        cost_of_question = UNITS_PER_QUESTION
+        if plain:
+            share = 0.0
+            cost_of_question = 2
+        prompts = round(recipe.units / (n * inputs + cost_of_question * questions))
+        least = 2
+        if n > recipe.units // 2:
+            least = 1
+        prompts = max(least, prompts)
         rng = np.random.default_rng((recipe.seed, 2, step, rank))
-        crowd = (0.8, 2) if height * width < 60 else (1.0, 1.0)
-        asked, made = [], []
+        crowd = (1.0, 1.0)
+        if height * width < 60:
+            crowd = (0.8, 2)
+        asked = []
+        made = []
         for _ in range(prompts):
             size = height, width, pairs, pairs * pace
             clips = [compose(_key(rng), *size, crowd=float(rng.uniform(*crowd))) for _ in range(inputs)]
             made += [drawn(clip, rng) for clip in clips]
-            share = 0.0 if plain else recipe.lessons
-            asked.append(_asked(clips, "picture" if image else "video", rng, questions, plain, share))
+            asked.append(_asked(clips, noun, rng, questions, plain, share))
         frames, patches, units, story = (torch.from_numpy(np.concatenate(part)) for part in zip(*made, strict=True))
-        prefix, where, after = _prefix(ids, (pairs, height, width), pace, inputs, IMAGE if image else VIDEO, rng)
+        prefix, where, after = _prefix(ids, (pairs, height, width), pace, inputs, pad, rng)
         yield {
             "frames": frames,
             "labels": (patches, units),
@@ -142,35 +164,52 @@ def question_batches(recipe: ScenesRecipe, tokenizer, first: int, rank: int = 0)
 
 
 def _shape(recipe: ScenesRecipe, step: int, rng: np.random.Generator) -> tuple[int, int, int]:
-    """Height and width in units, and frame pairs."""
+    """Draw height and width in units, and frame pairs."""
     if step < recipe.still_steps:
         return *draw(rng, TINY), 1
     while True:
         pairs = draw(rng, PAIRS)
-        height, width = draw(rng, LARGE if step >= recipe.small_steps else STILLS if pairs == 1 else SMALL)
-        if height * width * pairs <= (MOST if step >= recipe.small_steps else MOST // 3):
+        sizes = SMALL
+        most = MOST // 3
+        if step >= recipe.small_steps:
+            sizes = LARGE
+            most = MOST
+        elif pairs == 1:
+            sizes = STILLS
+        height, width = draw(rng, sizes)
+        if height * width * pairs <= most:
             return height, width, pairs
 
 
 def _questions(units: int, plain: bool) -> int:
-    """Questions a prompt: more where what is shared costs more than they do, and where they are short."""
-    return 16 if plain else 8 if units < 60 else 14 if units < 200 else 16
+    """Return how many questions a prompt has: more where what is shared costs more than they do, and where they are short."""
+    if not plain and units < 60:
+        return 8
+    if not plain and units < 200:
+        return 14
+    return 16
 
 
 def _asked(
     clips: list[Clip], noun: str, rng: np.random.Generator, count: int, plain: bool, taught: float
 ) -> list[Question]:
-    """Questions about the clips of one prompt, text and answer as the model gets them, in the order in which they are packed.
+    """Ask about the clips of one prompt: text and answer as the model gets them, in the order in which they are packed.
 
     `plain`: without options. `taught`: the share of lessons.
     """
     questions = []
     for number, clip in enumerate(clips):
-        which = "" if len(clips) == 1 else f"In the {('first', 'second')[number]} {noun}: "
+        which = ""
+        if len(clips) > 1:
+            which = f"In the {('first', 'second')[number]} {noun}: "
         share = -(-count // len(clips))
         fitting = {name: kind for name, kind in types_for(clip).items() if not (plain and name in NEVER_OPEN)}
-        fitting |= lessons(clip, taught, fitting) if taught else {}
-        for q in ask(clip, rng, share, fitting, choice=0.0 if plain else float(rng.choice([0.3, 0.75]))):
+        if taught:
+            fitting |= lessons(clip, taught, fitting)
+        choice = 0.0
+        if not plain:
+            choice = float(rng.choice([0.3, 0.75]))
+        for q in ask(clip, rng, share, fitting, choice=choice):
             questions.append(Question(q.type, which + prompt(q), q.answer, q.options, q.groups))
     return questions
 
@@ -178,9 +217,11 @@ def _asked(
 def _prefix(
     ids, grid, pace: float, inputs: int, pad: int, rng: np.random.Generator
 ) -> tuple[list[int], torch.Tensor, int]:
-    """Ids of all before a question, their positions, and the position after them."""
-    before, n = ids(BEFORE_VIDEO), int(np.prod(grid))
-    prefix, spans = before[:-1], []
+    """Return the ids of all before a question, their positions, and the position after them."""
+    before = ids(BEFORE_VIDEO)
+    n = int(np.prod(grid))
+    prefix = before[:-1]
+    spans = []
     for _ in range(inputs):
         prefix = [*prefix, *ids("<|vision_start|>")]
         spans.append(VisualSpan(len(prefix), grid, pace))
@@ -192,7 +233,7 @@ def _prefix(
 
 
 def _numbered_groups(asked: list[list[Question]]) -> torch.Tensor:
-    """Which groups each question counts in, by its number `64 * prompt + segment`: bool `[64 * (prompts + 1), groups]`."""
+    """Say which groups each question counts in, by its number `64 * prompt + segment`: bool `[64 * (prompts + 1), groups]`."""
     member = torch.zeros(64 * (len(asked) + 1), len(GROUPS), dtype=torch.bool)
     for row, questions in enumerate(asked):
         for segment, q in enumerate(questions, 1):

@@ -12,11 +12,19 @@ from experiments.demo.scenes.clip import COLOURS, MOTIONS, OUTLINES, SIGN, TEXTU
 
 IGNORED = -100
 LOOKS = (*OUTLINES, SIGN)
-NOTHING, BLANK = len(LOOKS), len(CHARACTERS)
-PATCH, SLOT = 14, 7
+NOTHING = len(LOOKS)
+BLANK = len(CHARACTERS)
+PATCH = 14
+SLOT = 7
 # What has become of a unit since the frame pair before: its thing is still there, has come by one of MOTIONS, is new or changed;
 # or the thing that it showed is gone, or has moved away; or it shows no thing, now and before.
-STILL, CAME, NEW, CHANGED, GONE, LEFT, EMPTY = 0, 1, 5, 6, 7, 8, 9
+STILL = 0
+CAME = 1
+NEW = 5
+CHANGED = 6
+GONE = 7
+LEFT = 8
+EMPTY = 9
 STORY_WEIGHT = torch.tensor([0.2, 1, 1, 1, 1, 1, 1, 1, 1, 0.05])
 # Of a patch: outline of the thing at its middle, texture, colour, the characters in its left and right half, and where the thing
 # goes from one frame of the pair to the next. Of a unit: whether the middle of a thing lies in it.
@@ -28,7 +36,7 @@ ROWS = COLUMNS = 24
 
 
 def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The labels of each patch and unit of each frame pair, in Hugging Face's order, IGNORED where there is none.
+    """Return the labels of each patch and unit of each frame pair, in Hugging Face's order, IGNORED where there is none.
 
     Args:
         times: two a frame pair. maps: what each pixel shows, `[len(times), height, width]`.
@@ -36,7 +44,9 @@ def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[
     Returns:
         int64 `[pairs, units, 4, 6]` of patches and `[pairs, units]` of units.
     """
-    pairs, height, width = len(times) // 2, clip.height // PATCH, clip.width // PATCH
+    pairs = len(times) // 2
+    height = clip.height // PATCH
+    width = clip.width // PATCH
     first, second = (maps[i::2, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH] for i in (0, 1))
     labels = np.full((pairs, height, width, len(PATCH_CLASSES)), IGNORED)
     middles = np.zeros((pairs, height // 2, width // 2), np.int64)
@@ -62,16 +72,20 @@ def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[
 
 def story_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> np.ndarray:
     """What has become of each unit since the frame pair before, int64 `[pairs, units]`, IGNORED in the first; as `dense_labels`."""
-    pairs, height, width = len(times) // 2, clip.height // 28, clip.width // 28
+    pairs = len(times) // 2
+    height = clip.height // 28
+    width = clip.width // 28
     # The thing at the middle of a unit's patches, of the last of them that shows one.
     shown = maps[::2, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].reshape(pairs, height, 2, width, 2).astype(np.int64)
     shown = shown.transpose(0, 1, 3, 2, 4).reshape(pairs, height * width, 4).max(-1)
     labels = np.full((pairs, height * width), IGNORED)
     for pair in range(1, pairs):
-        before, now = times[2 * pair - 2], times[2 * pair]
+        before = times[2 * pair - 2]
+        now = times[2 * pair]
         of_things = [_story(clip, thing, before, now) for thing in clip.things]
         left = [LEFT if thing.visible(now) else GONE for thing in clip.things]
-        there, was = np.array([*of_things, EMPTY]), np.array([*left, EMPTY])
+        there = np.array([*of_things, EMPTY])
+        was = np.array([*left, EMPTY])
         labels[pair] = np.where(shown[pair] >= 0, there[shown[pair]], was[shown[pair - 1]])
     return labels
 
@@ -82,16 +96,23 @@ def _story(clip: Clip, thing, before: float, now: float) -> int:
     if before < thing.turn <= now:
         return CHANGED
     motion = _motion(clip, thing, before, now, least=4.0)
-    return motion if motion in (STILL, IGNORED) else CAME - 1 + motion
+    if motion in (STILL, IGNORED):
+        return motion
+    return CAME - 1 + motion
 
 
 def _looks(thing, t: float) -> tuple[int, int, int]:
-    colour = list(COLOURS).index(thing.colour if thing.is_sign or t < thing.turn else thing.after)
-    return LOOKS.index(thing.outline), IGNORED if thing.is_sign else TEXTURES.index(thing.texture), colour
+    """Return the labels of outline, texture and colour at time t."""
+    outline = LOOKS.index(thing.outline)
+    colours = list(COLOURS)
+    if thing.is_sign:
+        return outline, IGNORED, colours.index(thing.colour)
+    colour = thing.colour if t < thing.turn else thing.after
+    return outline, TEXTURES.index(thing.texture), colours.index(colour)
 
 
 def _motion(clip: Clip, thing, t: float, then: float, least: float = 2.0) -> int:
-    """Where it goes on the frame, the camera's motion included: 0 if by less than half of `least` pixels, else by MOTIONS.
+    """Return where it goes on the frame, the camera's motion included: 0 if by less than half of `least` pixels, else by MOTIONS.
 
     IGNORED if it is unclear.
     """
@@ -130,7 +151,7 @@ class Head(nn.Module):
         self.story = nn.Linear(text_hidden, len(STORY_WEIGHT))
 
     def forward(self, flat: torch.Tensor, patches: torch.Tensor, units: torch.Tensor, height: int, width: int):
-        """Loss, and for the log how often it is right; flat `[G, units, 4 * hidden]`, labels of `dense_labels`."""
+        """Return loss, and for the log how often it is right; flat `[G, units, 4 * hidden]`, labels of `dense_labels`."""
         outs = self.patch(flat.unflatten(-1, (4, -1))).float().split(list(PATCH_CLASSES.values()), -1)
         middle, row, column = self.unit(flat).float().split([2, ROWS, COLUMNS], -1)
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -145,15 +166,17 @@ class Head(nn.Module):
             held = (label >= 0) & (label != blank)
             if not held.any():
                 continue
+            is_character = name in ("left", "right")
             weight = torch.ones(out.shape[-1])
             if blank >= 0:  # most patches show nothing
-                weight[blank] = 0.1 if name in ("left", "right") else 0.2
+                weight[blank] = 0.1 if is_character else 0.2
             loss = loss + F.cross_entropy(out.flatten(0, 2), label.flatten(), weight, ignore_index=IGNORED)
-            right["character" if name in ("left", "right") else name] = (
-                (out.argmax(-1) == label)[held].float().mean().item()
-            )
+            logged = "character" if is_character else name
+            right[logged] = (out.argmax(-1) == label)[held].float().mean().item()
         there = units == 1
-        right["middle"] = (middle.argmax(-1) == 1)[there].float().mean().item() if there.any() else 1.0
+        right["middle"] = 1.0
+        if there.any():
+            right["middle"] = (middle.argmax(-1) == 1)[there].float().mean().item()
         return loss, right
 
     def told(self, states: torch.Tensor, story: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
@@ -162,5 +185,7 @@ class Head(nn.Module):
             return states.new_zeros(()), {}
         out = self.story(F.rms_norm(states, states.shape[-1:])).float()
         happened = (story != IGNORED) & (story != STILL) & (story != EMPTY)
-        right = {"story": (out.argmax(-1) == story)[happened].float().mean().item()} if happened.any() else {}
+        right = {}
+        if happened.any():
+            right["story"] = (out.argmax(-1) == story)[happened].float().mean().item()
         return F.cross_entropy(out.flatten(0, -2), story.flatten(), STORY_WEIGHT, ignore_index=IGNORED), right

@@ -9,13 +9,14 @@ from experiments.demo.scenes.asking import Draft, QuestionType, name, refer
 from experiments.demo.scenes.clip import Clip
 from experiments.demo.scenes.looking import placed, times_asked, yes
 
-UNIT, APART = 28, 20  # pixels
+UNIT = 28  # pixels
+APART = 20  # pixels
 LISTED = 6
 VERBS = {"appears": "appear", "vanishes": "vanish", "flashes": "flash"}
 
 
 def _cells(clip, rng):
-    """The row and the column of a thing, in units."""
+    """Return the row and the column of a thing, in units."""
     drafts = []
     for when, t in times_asked(clip).items():
         for thing, x, y in placed(clip, t):
@@ -27,13 +28,14 @@ def _cells(clip, rng):
 
 
 def _beside(clip, rng):
-    """How two things that lie still lie to each other."""
+    """Return how two things that lie still lie to each other."""
     if clip.camera.travels or not clip.is_uncut:
         return []
     lie = [t for t in clip.things if not t.speed]
     drafts = []
     for one in lie:
-        other, a = lie[int(rng.integers(len(lie)))], refer(clip, one, rng)
+        other = lie[int(rng.integers(len(lie)))]
+        a = refer(clip, one, rng)
         b = refer(clip, other, rng)
         way, far = pick(rng, ("left of", other.x - one.x), ("above", other.y - one.y))
         if other is not one and None not in (a, b) and abs(far) > APART:
@@ -85,7 +87,7 @@ HAPPENING = {"when": QuestionType(_when, "lesson", 1.5)}
 
 
 def lessons(clip: Clip, share: float, of: dict[str, QuestionType]) -> dict[str, QuestionType]:
-    """The lessons that fit a clip, so weighted that they are about this share of the questions beside those of `of`."""
+    """Return the lessons that fit a clip, so weighted that they are about this share of the questions beside those of `of`."""
     fitting = LOOKING if clip.is_still else LOOKING | HAPPENING
     weight = sum(kind.weight for kind in of.values()) * share / (1 - share) / sum(k.weight for k in fitting.values())
     return {key: QuestionType(kind.make, kind.group, kind.weight * weight) for key, kind in fitting.items()}

@@ -20,7 +20,7 @@ LARGE = {5: 9.0, 37: -14.0, 90: 7.0}
 
 
 def scenes_config():
-    """The exact Qwen2.5-VL architecture: like the real tower, it first sees a whole frame a quarter of the way in."""
+    """Return the exact Qwen2.5-VL architecture: like the real tower, it first sees a whole frame a quarter of the way in."""
     from transformers import Qwen2_5_VLConfig
 
     return Qwen2_5_VLConfig(
@@ -48,7 +48,7 @@ def keep_large(visual) -> None:
 
 
 def prompt(question: Question) -> str:
-    """The text that the model gets: that of `evoprune eval`, options as lines with letters."""
+    """Return the text that the model gets: that of `evoprune eval`, options as lines with letters."""
     return Row("", (), (), question.question, options=question.options).prompt
 
 

@@ -49,7 +49,7 @@ def hidden_of_rows(
     own: torch.Tensor,
     section: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The language model on prompts, each followed by rows that read the prompt and themselves, but not each other.
+    """Return the language model on prompts, each followed by rows that read the prompt and themselves, but not each other.
 
     Args:
         text: `model.model.language_model`.
@@ -62,7 +62,8 @@ def hidden_of_rows(
         Normalised hidden states of the rows, `[B, S, Q, D]`; and the states of the prompts after half of the layers, `[B, P, D]`.
     """
     att = text.layers[0].self_attn
-    groups, dim = att.num_key_value_groups, att.head_dim
+    groups = att.num_key_value_groups
+    dim = att.head_dim
     shape = Shape(*prefix.shape[:2], *rows.shape[1:3], att.k_proj.out_features // dim, groups, dim)
     cos, sin = _angles(text.rotary_emb.inv_freq, shape.prompts, where, place, section)
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else prefix.dtype
@@ -72,8 +73,10 @@ def hidden_of_rows(
     for number, layer in enumerate(text.layers):
         if number == len(text.layers) // 2:
             middle = x[: shape.before].view(prefix.shape)
-        h, att = layer.input_layernorm(x), layer.self_attn
-        k, v = rotate(att.k_proj(h).unflatten(-1, (-1, dim)), cos, sin), att.v_proj(h).unflatten(-1, (-1, dim))
+        h = layer.input_layernorm(x)
+        att = layer.self_attn
+        k = rotate(att.k_proj(h).unflatten(-1, (-1, dim)), cos, sin)
+        v = att.v_proj(h).unflatten(-1, (-1, dim))
         if layer is text.layers[-1]:  # nothing reads what the prompts become
             x, h, cos, sin = (t[shape.before :] for t in (x, h, cos, sin))
         q = rotate(att.q_proj(h).unflatten(-1, (-1, dim)), cos, sin)
@@ -97,7 +100,9 @@ def _angles(
 
 def _of_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape) -> torch.Tensor:
     """What the prompts' queries `[prompts * length, heads * groups, dim]` read, each of what comes before it, heads joined."""
-    k, v, length = shape.of_prompts(k), shape.of_prompts(v), shape.length
+    k = shape.of_prompts(k)
+    v = shape.of_prompts(v)
+    length = shape.length
     q = q.view(shape.prompts, length, shape.heads, shape.groups, shape.dim).permute(0, 2, 3, 1, 4)
     made = []
     for start in range(0, length, CHUNK):
@@ -109,7 +114,7 @@ def _of_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape)
 
 
 def _of_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """What the rows' queries `[prompts * rows * tokens, heads * groups, dim]` read of prompt and row, heads joined."""
+    """Return what the rows' queries `[prompts * rows * tokens, heads * groups, dim]` read of prompt and row, heads joined."""
     keys, values = (
         torch.cat([shape.of_prompts(t)[:, None].expand(-1, shape.rows, -1, -1, -1), shape.of_rows(t)], 3)
         for t in (k, v)

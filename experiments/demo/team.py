@@ -17,7 +17,8 @@ class Team:
     """The processes of a run, seen from one of them; `rank` 0 writes log and checkpoints."""
 
     def __init__(self, rank: int, size: int):
-        self.rank, self.size = rank, size
+        self.rank = rank
+        self.size = size
 
     def average(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replaces each tensor by its mean over all processes, which must hold the same shapes."""
@@ -41,7 +42,7 @@ class Team:
                 p.grad = torch.zeros_like(p)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process, the same answer in all."""
+        """Return whether the flag is set in any process, the same answer in all."""
         if self.size == 1:
             return flag
         votes = torch.tensor(float(flag), dtype=torch.float32, device="cpu")

@@ -1,4 +1,4 @@
-"""Trains the bundled demo model from scratch on procedural clips: `python -m experiments.demo.train OUT`.
+"""Train the bundled demo model from scratch on procedural clips: `python -m experiments.demo.train OUT`.
 
 Two stages. First the vision tower alone learns to name what its merge units see on crowded single grids. Then the tower is frozen,
 so that the language model's input does not change, and the language model learns to answer questions, many packed behind each
@@ -38,11 +38,12 @@ class Head(nn.Module):
         self.linear = nn.Linear(features, sum(self.sizes))
 
     def forward(self, flat: torch.Tensor, labels: torch.Tensor, height: int, width: int):
-        """Loss and, for the log, the accuracy of each attribute; flat `[G, units, F]`, labels `[G, units, A]`."""
+        """Return loss and, for the log, the accuracy of each attribute; flat `[G, units, F]`, labels `[G, units, A]`."""
         outs = self.linear(flat).float().split(self.sizes, -1)
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places = [p.flatten().expand(flat.shape[:2]) for p in (y, x)]
-        loss, right = 0.0, {}
+        loss = 0.0
+        right = {}
         for name, out, label in zip([*ATTRIBUTES, "row", "column"], outs, [*labels.unbind(-1), *places], strict=True):
             weight = None
             if name == "shape":  # most units hold nothing
@@ -51,15 +52,19 @@ class Head(nn.Module):
             if not (label >= 0).any():
                 continue
             part = F.cross_entropy(out.flatten(0, 1), label.flatten(), weight, ignore_index=-100)
-            loss = loss + part * (0.2 if name in ("row", "column") else 1.0)
-            held = (label >= 0) & ((label < out.shape[-1] - 1) if name == "shape" else True)
+            if name in ("row", "column"):
+                part = part * 0.2
+            loss = loss + part
+            held = label >= 0
+            if name == "shape":
+                held &= label < out.shape[-1] - 1
             right[name] = (out.argmax(-1) == label)[held].float().mean().item()
         return loss, right
 
 
 @torch.no_grad()
 def look(visual, batch: dict) -> torch.Tensor:
-    """What the frozen tower sees of a batch of clips: `[G, units, 4 * hidden]`, before the merger's projection."""
+    """Return what the frozen tower sees of a batch of clips: `[G, units, 4 * hidden]`, before the merger's projection."""
     _, height, width = batch["grid"]
     return tower(visual, patchify(batch["frames"]), height, width)[1]
 
@@ -89,29 +94,38 @@ def train(folder: Path, recipe: Recipe) -> None:
 
 def train_stage(run: Run, stage: int, steps: int, model, head: Head, tokenizer, state: dict | None) -> None:
     """One stage, from `state` if it is a checkpoint of this stage."""
-    recipe, visual, first = run.recipe, model.model.visual, 0
-    modules = [visual, head] if stage == 1 else [visual.merger.mlp, model.model.language_model]
+    recipe = run.recipe
+    visual = model.model.visual
+    first = 0
+    modules = [visual, head]
+    if stage == 2:
+        modules = [visual.merger.mlp, model.model.language_model]
     opts = optimizers(recipe, modules)
     if state:
         first = state["step"] + 1
         for optimizer, saved in zip(opts, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    made = (vision_batches, recipe, first) if stage == 1 else (question_batches, recipe, tokenizer, first)
+    made = [vision_batches, recipe, first]
+    if stage == 2:
+        made = [question_batches, recipe, tokenizer, first]
     batches = in_worker(*made)
     learn = partial(learn_from, opts=opts, parameters=[p for module in modules for p in module.parameters()])
-    seen, clock = {}, time.monotonic()
+    seen = {}
+    clock = time.monotonic()
     for step in range(first, steps):
         batch = next(batches)
         for optimizer in opts:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate(step, steps, recipe)
-        for report in vision_step(visual, head, batch, learn) if stage == 1 else question_steps(model, batch, learn):
+        reports = vision_step(visual, head, batch, learn) if stage == 1 else question_steps(model, batch, learn)
+        for report in reports:
             for name, value in report.items():
                 seen.setdefault(name, []).append(value)
         if (step + 1) % 50 == 0 or step + 1 == steps:
             means = {name: float(np.mean(values)) for name, values in seen.items()}
             run.log(stage=stage, step=step + 1, seconds=time.monotonic() - clock, **means)
-            seen, clock = {}, time.monotonic()
+            seen = {}
+            clock = time.monotonic()
         run.save(stage, step, (model, head), opts)
     run.saved = -math.inf
     run.save(stage, steps - 1, (model, head), opts)
@@ -128,7 +142,7 @@ def vision_step(visual, head: Head, batch: tuple, learn: Callable[[torch.Tensor]
 
 
 def question_steps(model, batch: dict, learn: Callable[[torch.Tensor], None]) -> Iterator[dict]:
-    """The steps of stage 2 on one batch, one a pack of questions; yields what to log of each."""
+    """Yield the steps of stage 2 on one batch, one a pack of questions; yields what to log of each."""
     with half_precision():
         flat = look(model.model.visual, batch)
     for pack in batch["packs"]:

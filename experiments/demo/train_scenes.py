@@ -1,4 +1,4 @@
-"""Trains the model of the second world from scratch on a CPU: `python -m experiments.demo.train_scenes OUT`.
+"""Train the model of the second world from scratch on a CPU: `python -m experiments.demo.train_scenes OUT`.
 
 Two stages. First the tower alone names what each patch shows, characters of signs included. Then it answers questions with the
 language model, many packed behind each clip: at first without options, about small pictures, and with the tower frozen, because the
@@ -43,7 +43,7 @@ Learn = Callable[[torch.Tensor], None]
 
 
 def build(folder: Path, recipe: ScenesRecipe):
-    """The model, the auxiliary head and the tokenizer before training. The tokenizer is that in `folder` if there is one."""
+    """Return the model, the auxiliary head and the tokenizer before training. The tokenizer is that in `folder` if there is one."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     seed = recipe.seed
@@ -64,7 +64,7 @@ def build(folder: Path, recipe: ScenesRecipe):
 
 
 def trained(folder: str):
-    """The trained model in `folder`, without its output layer, in float32."""
+    """Return the trained model in `folder`, without its output layer, in float32."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).model
@@ -72,7 +72,8 @@ def trained(folder: str):
 
 def train(team: Team, folder: Path, recipe: ScenesRecipe, minutes: float) -> None:
     """All stages, from the checkpoint in `folder` if there is one; stops after `minutes` with a checkpoint."""
-    run, end = Run(folder, recipe), time.monotonic() + 60 * minutes
+    run = Run(folder, recipe)
+    end = time.monotonic() + 60 * minutes
     model, head, tokenizer = build(folder, recipe)
     state = run.load()
     if state:
@@ -103,40 +104,60 @@ def train_stage(
     team: Team, run: Run, stage: int | str, model, head: Head, tokenizer, state: dict | None, end: float
 ) -> bool:
     """One stage, from `state` if it is a checkpoint of this stage; whether it is finished."""
-    recipe, first, visual = run.recipe, 0, model.model.visual
+    recipe = run.recipe
+    first = 0
+    visual = model.model.visual
     steps = {1: recipe.vision_steps, MATCH: recipe.match_steps, 2: recipe.steps}[stage]
-    modules, shares = [visual, head], [1.0, 1.0]
+    modules = [visual, head]
+    shares = [1.0, 1.0]
     if stage == MATCH:
-        modules, aim = [visual.merger.mlp], trained(recipe.reader).visual
+        modules = [visual.merger.mlp]
+        aim = trained(recipe.reader).visual
     elif stage == 2:
         modules.append(model.model.language_model)
-        shares = [recipe.tower_rate, recipe.tower_rate, recipe.reader_rate if recipe.reader else 1.0]
+        of_reader = 1.0
+        if recipe.reader:
+            of_reader = recipe.reader_rate
+        shares = [recipe.tower_rate, recipe.tower_rate, of_reader]
     opts = optimizers(recipe, modules, shares)
     if state:
         first = state["step"] + 1
         for optimizer, saved in zip(opts, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    made = (question_batches, recipe, tokenizer) if stage == 2 else (vision_batches, recipe)
-    batches = in_worker(*made, first + (recipe.vision_steps if stage == MATCH else 0), team.rank)
+    start = first
+    if stage == MATCH:  # goes on with the batches of the first stage
+        start += recipe.vision_steps
+    if stage == 2:
+        batches = in_worker(question_batches, recipe, tokenizer, start, team.rank)
+    else:
+        batches = in_worker(vision_batches, recipe, start, team.rank)
     parameters = [p for module in modules for p in module.parameters()]
-    learn, log = partial(learn_from, opts=opts, parameters=parameters, team=team), Log(run, stage)
+    learn = partial(learn_from, opts=opts, parameters=parameters, team=team)
+    log = Log(run, stage)
     for step in range(first, steps):
         for optimizer in opts:
             for group in optimizer.param_groups:
-                own = stage == 2 and group["module"] < 2  # tower and head
-                group["lr"] = group["peak"] * rate(step, steps, recipe) * (tower_share(step, recipe) if own else 1.0)
+                group["lr"] = group["peak"] * rate(step, steps, recipe)
+                if stage == 2 and group["module"] < 2:  # tower and head
+                    group["lr"] *= tower_share(step, recipe)
         if stage == 1:
             vision_step(model, head, next(batches), learn, log)
         elif stage == MATCH:
             match_step(visual, aim, next(batches), learn, log)
         else:
-            question_step(model, head, next(batches), learn, log, 0.0 if step < recipe.open_steps else recipe.labels)
+            labels = 0.0
+            if step >= recipe.open_steps:
+                labels = recipe.labels
+            question_step(model, head, next(batches), learn, log, labels)
         keep_large(visual)
         last = step + 1 == steps
         late = team.any(time.monotonic() > end)
         if team.rank == 0:
             log.write(step + 1, last)
-            run.save(stage, step, (model, head), opts, every=0.0 if late or last else 180.0)
+            every_s = 180.0
+            if late or last:
+                every_s = 0.0
+            run.save(stage, step, (model, head), opts, every=every_s)
         if late:
             return False
     return True
@@ -153,11 +174,14 @@ class Log:
     """Means since the last line: of losses, and of the share of right answers by group."""
 
     def __init__(self, run: Run, stage: int | str):
-        self.run, self.stage = run, stage
+        self.run = run
+        self.stage = stage
         self._clear()
 
     def _clear(self) -> None:
-        self.clock, self.steps, self.sums = time.monotonic(), 0, {}
+        self.clock = time.monotonic()
+        self.steps = 0
+        self.sums = {}
 
     def add(self, name: str, total: float, count: float = 1) -> None:
         old = self.sums.get(name, (0.0, 0.0))
@@ -211,7 +235,10 @@ def question_step(model, head: Head, batch: dict, learn: Learn, log: Log, labels
         video = merged.reshape(len(batch["pack"]["tokens"]), -1, merged.shape[-1])
         loss, numbers, good, states = answer_loss(model, video, batch, batch["pack"])
         told, happened = head.told(states, batch["story"])
-    learn(loss + labels * (seen + told) if labels else loss)
+    with_labels = loss
+    if labels:
+        with_labels = loss + labels * (seen + told)
+    learn(with_labels)
     log.add("loss", loss.item())
     log.add("seen", seen.item())
     for label in ("character", "motion", "story"):

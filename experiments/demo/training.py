@@ -27,7 +27,7 @@ def half_precision() -> torch.autocast:
 
 
 def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[torch.Tensor, ...]:
-    """Loss on the answers of one pack of questions.
+    """Return loss on the answers of one pack of questions.
 
     Args:
         video: the merger's output, `[prompts, units of a prompt, D]`.
@@ -115,7 +115,9 @@ class Run:
 
     def __init__(self, folder: Path, recipe):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.recipe, self.saved = folder, recipe, time.monotonic()
+        self.folder = folder
+        self.recipe = recipe
+        self.saved = time.monotonic()
         self.checkpoint = folder / "checkpoint.pt"
 
     def log(self, **record) -> None:
@@ -150,7 +152,8 @@ class Run:
 
 class _Stream(torch.utils.data.IterableDataset):
     def __init__(self, make, *args):
-        self.make, self.args = make, args
+        self.make = make
+        self.args = args
 
     def __iter__(self):
         torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from experiments.demo.clips import COLOURS, SHAPES, Clip, Thing, place
 
 
 def dense_grid(rng: np.random.Generator, height: int, width: int, count: int) -> Clip:
-    """A one-second scene crowded with up to `count` things, to teach the eyes before the words."""
+    """Return a one-second scene crowded with up to `count` things, to teach the eyes before the words."""
     things: list[Thing] = []
     for _ in range(count):
         kind = str(rng.integers(10)) if rng.random() < 0.4 else str(rng.choice(SHAPES))
@@ -19,7 +19,7 @@ def dense_grid(rng: np.random.Generator, height: int, width: int, count: int) ->
 
 
 def through_codec(frames: np.ndarray, quality: int, gop: int = 12) -> np.ndarray:
-    """The frames as MPEG-4 leaves them: uint8 `[T, H, W, 3]`, sides even.
+    """Return the frames as MPEG-4 leaves them: uint8 `[T, H, W, 3]`, sides even.
 
     Args:
         quality: 2 (fine) to 31 (coarse).
@@ -28,9 +28,13 @@ def through_codec(frames: np.ndarray, quality: int, gop: int = 12) -> np.ndarray
     import av
 
     encoder = av.CodecContext.create("mpeg4", "w")
-    encoder.width, encoder.height, encoder.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-    encoder.time_base, encoder.gop_size = Fraction(1, 12), gop
-    encoder.options, encoder.thread_count = {"qmin": str(quality), "qmax": str(quality)}, 1
+    encoder.width = frames.shape[2]
+    encoder.height = frames.shape[1]
+    encoder.pix_fmt = "yuv420p"
+    encoder.time_base = Fraction(1, 12)
+    encoder.gop_size = gop
+    encoder.options = {"qmin": str(quality), "qmax": str(quality)}
+    encoder.thread_count = 1
     decoder = av.CodecContext.create("mpeg4", "r")
     packets = [p for f in frames for p in encoder.encode(av.VideoFrame.from_ndarray(f, format="rgb24"))]
     packets += encoder.encode()

@@ -1,4 +1,4 @@
-"""How near a world ranks published methods to their published figures: `python -m experiments.demo.validity -m FOLDER`.
+"""Measure how near a world ranks methods to their published figures: `python -m experiments.demo.validity -m FOLDER`.
 
 Methods of others are run alone on scenes: on pictures and on videos. The table sets what each keeps of
 the full accuracy beside what was published of it for Qwen2.5-VL (docs/methods.md). The mix of clips and questions is fixed by this
@@ -20,7 +20,8 @@ from evoprune.session.options import GenerationOptions, ModelOptions
 from experiments.demo.worlds import SCENES
 from experiments.demo.write import clips_asked, data_text, demo_videos
 
-PICTURE, VIDEO = "picture", "video"
+PICTURE = "picture"
+VIDEO = "video"
 SIXTH = 1 / 6
 LONGEST = 12  # tokens of an answer: no answer about scenes is longer
 NEAR, ENOUGH, AGREED = 6.0, 8, 0.7  # percent of full; cells; rank correlation
@@ -70,7 +71,9 @@ def kept(
     model: str, limit: int, seed: int, split: str, processes: int
 ) -> tuple[dict[Cell, float], list[str], list[dict]]:
     """What each cell's method keeps, in percent of the full accuracy; a line on each group, in full and blind; and all answers."""
-    found, facts, samples = {}, [], []
+    found = {}
+    facts = []
+    samples = []
     for group in (PICTURE, VIDEO):
         with demo_videos(clips_asked(SCENES.name, split, seed, limit, [group]), [group]) as videos:
             for budget in dict.fromkeys(cell.budget for cell in CELLS if cell.group == group):
@@ -118,7 +121,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def table(found: dict[Cell, float], facts: list[str]) -> str:
-    """The cells, published beside ours, the rank correlations, and whether the world is near enough."""
+    """Return the cells, published beside ours, the rank correlations, and whether the world is near enough."""
     lines = [
         *(f"- {fact}" for fact in facts),
         "",

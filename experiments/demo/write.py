@@ -1,8 +1,8 @@
-"""Writes clips of a demo model's world, and questions about them: `python -m experiments.demo.write FOLDER --clips 60`.
+"""Write clips of a demo model's world, and questions about them: `python -m experiments.demo.write FOLDER --clips 60`.
 
 `evoprune eval --data FOLDER/questions.jsonl` asks them; clips of scenes are for `-m demo-scenes`. The clips go by split, block and
 number alone, and the same are the same file each time. Every pixel is as it was drawn. The figures in results/ are of compressed
-files (`--compressed`), whose rate factors go by the clip's number; `experiments.comparison` and others make these themselves.
+files (`--compressed`), whose rate factors go by the clip's number; `comparison.py` and others make these themselves.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def seeds(block: int, limit: int) -> range:
 
 
 def clips_asked(world: str, split: str, block: int, limit: int, groups: Collection[str] = ()) -> list[ClipName]:
-    """The first `limit` clips of a block that can have a question of one of the groups.
+    """Return the first `limit` clips of a block that can have a question of one of the groups.
 
     Raises UsageError: a split that the world does not have, or fewer clips in the block.
     """
@@ -56,7 +56,7 @@ def clips_asked(world: str, split: str, block: int, limit: int, groups: Collecti
 
 
 def data_text(world: str, split: str, block: int) -> str:
-    """What the results of an evaluation call the clips."""
+    """Return what the results of an evaluation call the clips."""
     return f"{world} ({split}, block {block})"
 
 
@@ -109,7 +109,7 @@ def demo_video(
 
 @contextmanager
 def demo_videos(clips: Iterable[ClipName], groups: Collection[str] = ()) -> Iterator[list[VideoQuestions]]:
-    """All of these clips that have questions, compressed, as files that are removed at the end."""
+    """Yield all of these clips that have questions, compressed, as files that are removed at the end."""
     with TemporaryDirectory(prefix="evoprune-clips-") as folder:
         yield [video for clip in clips if (video := write_clip(clip, Path(folder), groups=groups)).rows]
 

@@ -86,9 +86,9 @@ FAULTS = {
     ),
     "every input reads the tokens of the last": Fault(
         "inputs",
-        "evoprune.session.prompting:PromptReader.read",
-        "Visual(place, each.features,",
-        "Visual(place, encoded[-1].features[: len(each.features)],",
+        "evoprune.session.prompting:prune_prompt",
+        "*(tokens.features.to(words) for tokens in read)",
+        "*(read[-1].features[: len(tokens.features)].to(words) for tokens in read)",
     ),
     "a word of the question before that stays": Fault(
         "again", "evoprune.session.prompting:PromptReader._take_prefix", "cache.crop(known)", "cache.crop(known + 1)"
@@ -107,7 +107,7 @@ FAULTS = {
     ),
     "packed layers without their bias": Fault(
         "packed",
-        "evoprune.cpu.linear:PackedLinear.forward",
+        "evoprune.backend.cpu.linear:PackedLinear.forward",
         "self.weights_for(x), self.bias",
         "self.weights_for(x), None",
     ),
@@ -123,8 +123,8 @@ FAULTS = {
         "radii.long()",
         "radii.roll(torch.get_num_threads()).long()",
     ),
-    "scales of 8 bits too small": Fault("int8", "evoprune.cpu.quantize:int8_weights", "/ 127)", "/ 200)"),
-    "zeros of 4 bits off by one": Fault("int4", "evoprune.cpu.quantize:_int4_piece", ".add_(8)", ".add_(9)"),
+    "scales of 8 bits too small": Fault("int8", "evoprune.backend.cpu.quantize:int8_weights", "/ 127)", "/ 200)"),
+    "zeros of 4 bits off by one": Fault("int4", "evoprune.backend.cpu.quantize:_int4_piece", ".add_(8)", ".add_(9)"),
     "a method that selects one token too few": Fault(
         "methods",
         "evoprune.methods.baselines:DivPrune.select",

@@ -14,7 +14,7 @@ from evoprune.bench.verify import checks
 from evoprune.bench.verify.run import CHECKS, subject_of, verify
 from evoprune.bench.verify.subject import DIFFERS, HELD, QUESTION, SKIPPED, Check, Outcome, computing_in, gap, judged
 from evoprune.hf import interface
-from evoprune.language import hosted, static
+from evoprune.language import static
 from evoprune.model.config import MODEL_TYPES
 from evoprune.session.loading.model import load_model
 from tests.backend.recorder import Graphs
@@ -64,10 +64,10 @@ def graphs(monkeypatch):
     """The CPU is taken for a GPU, whose graphs are recorded."""
     made = Graphs()
     monkeypatch.setattr(checks, "uses_kernels", lambda device: True)
-    monkeypatch.setattr(checks, "can_capture", made.can_capture)
+    monkeypatch.setattr(checks, "capture_on", made.capture_on)
     monkeypatch.setattr(static, "devices", made)
     monkeypatch.setattr(static, "_caches", WeakKeyDictionary())
-    monkeypatch.setattr(hosted, "is_host", lambda device: False)
+    monkeypatch.setattr("evoprune.backend.hosted.is_host", lambda device: False)
     return made
 
 

@@ -66,11 +66,11 @@ class Stdin(io.StringIO):
 def restored():
     """What the program sets for its process becomes what it was."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    hooks, threads = (sys.excepthook, sys.unraisablehook), torch.get_num_threads()
+    hook, threads = sys.excepthook, torch.get_num_threads()
     try:
         yield
     finally:
-        sys.excepthook, sys.unraisablehook = hooks
+        sys.excepthook = hook
         torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)

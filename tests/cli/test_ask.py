@@ -16,15 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evoprune.bundled import DEMOS
+from evoprune.backend.expected import MAX_VISUAL_TOKENS_CPU
+from evoprune.bundled import DEMOS, SCENES_TAG
 from evoprune.errors import VideoError
 from evoprune.report import Report
 from evoprune.session import encoding, prompting
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.video import frames
-from evoprune.video.info import SCENES_TAG
-from evoprune.video.plan import MAX_VISUAL_TOKENS_CPU
 from evoprune_cli.ask import split_words
 from evoprune_cli.terminal import stdout
 from tests.cli.screen import visible
@@ -400,45 +399,25 @@ def long_clip(tmp_path_factory):
 def notes(cli, tiny_folder, monkeypatch):
     """`notes(clip, flags...)`: the lines on stderr before the first frame is read, by default from a model that is not the demo.
 
-    With `whole` the command runs to its end, and no note may be printed twice; else it stops there.
+    The command stops there.
     """
 
-    def call(clip, *flags: str, model=tiny_folder, whole: bool = False) -> list[str]:
+    def call(clip, *flags: str, model=tiny_folder) -> list[str]:
         def announced(*what):
             print("READING", file=sys.stderr)
-            if whole:
-                return read(*what)
             raise VideoError("enough", "for this test")
 
         with monkeypatch.context() as patch:
-            read = frames.stream_frames
             patch.setattr(frames, "stream_frames", announced)
             patch.setattr(Ahead, "begin", lambda *_: None)  # which reads before
             result = cli("ask", clip, QUESTION, "-m", model, "-n", "1", *flags)
-        assert result.code == (0 if whole else 3), result.err
+        assert result.code == 3, result.err
         before, after = result.err.split("READING\n")
-        assert not any(word in after for word in ("estimated", "reading", "at most"))
+        assert not any(word in after for word in ("reading", "at most"))
         assert all(len(line) <= 80 for line in before.splitlines())
         return before.splitlines()
 
     return call
-
-
-@pytest.mark.few(1)
-@pytest.mark.parametrize(("rate", "says"), [(1e6, " min"), (2e7, " s"), (1e15, None)])
-def test_a_long_wait_is_estimated_before_it_begins(notes, monkeypatch, rate, says):
-    monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: rate)
-    lines = notes(CLIP, whole=True)
-    if says is None:
-        assert lines == []
-    else:
-        assert len(lines) == 1 and lines[0].startswith("estimated first token ~") and lines[0].endswith(says)
-
-
-def test_no_estimate_with_quiet_or_for_the_demo(notes, monkeypatch):
-    monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: 1e6)
-    assert notes(CLIP, "-q") == []
-    assert notes(CLIP, model="demo") == []  # nobody has to wait for that
 
 
 @pytest.mark.few(1)

@@ -24,7 +24,7 @@ from evoprune.methods.budget import Budget
 from evoprune.methods.registry import built_in
 from evoprune_cli.main import ParserError, app
 from experiments.demo.scenes_batches import ScenesRecipe
-from experiments.examples import MADE_BY, counts
+from experiments.pictures.examples import MADE_BY, counts
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/*.md"))]

@@ -11,7 +11,7 @@ from tests.cli.test_documents import PAGES, ROOT, commands, lines_of
 
 LIST = ROOT / "results/demo-model.md"
 HELD_OUT, VALIDATION, PORTRAIT = "heldout", "validation", "portrait"
-MEASURES = ("ablations", "bits", "comparison", "frontier", "seek", "tune_records", "demo.validity")
+MEASURES = ("ablations", "bits", "comparison", "frontier", "seek", "tune_records", "validity")
 NAMED = re.compile(r"(held-out|validation|portrait)[^.|]*?\bblocks? (\d+)(?: (and|to) (\d+))?")
 
 
@@ -25,7 +25,7 @@ def used_by_commands(text: str) -> Iterator[tuple[str, int]]:
     """The split and the block of each command of a page that measures on clips."""
     for line in lines_of(text):
         for module, *rest in commands(line, "python -m"):
-            if module.removeprefix("experiments.") not in MEASURES:
+            if module.rpartition(".")[2] not in MEASURES:
                 continue
             given = dict(pairwise(rest))
             block = given.get("--block", given.get("--seed", "0"))
@@ -90,10 +90,10 @@ def test_commands_and_sentences_are_understood():
     text = """About 40 held-out clips (blocks 3 and 5), and validation clips of blocks 7 to 9.
 
 ```text
-python -m experiments.comparison --seed 2 --limit 5
-python -m experiments.frontier runs/a --split heldout --seed 13
-python -m experiments.seek -o a --block 4
-python -m experiments.bits -o runs/NAME.jsonl --block N
+python -m experiments.accuracy.comparison --seed 2 --limit 5
+python -m experiments.accuracy.frontier runs/a --split heldout --seed 13
+python -m experiments.accuracy.seek -o a --block 4
+python -m experiments.accuracy.bits -o runs/NAME.jsonl --block N
 ```
 """
     assert set(used_by_commands(text)) == {(HELD_OUT, 2), (HELD_OUT, 13), (VALIDATION, 4)}

@@ -10,7 +10,6 @@ import atexit
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -170,38 +169,6 @@ def test_signals_at_two_moments(tmp_path, command):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_signals_at_a_hundred_moments(tmp_path, command):
     check(command, tmp_path, 100)
-
-
-LOST = """
-import signal, sys, time
-from evoprune_cli import main
-
-def thrown_away():
-    try:
-        yield
-    finally:
-        signal.raise_signal(signal.Signals[sys.argv[1]])
-
-def ask(**_):
-    items = thrown_away()
-    next(items)
-    del items  # nothing that is raised now reaches anybody
-    time.sleep(float(sys.argv[2]))
-    return 0
-
-main.app = ask
-main.run()
-"""
-
-
-@pytest.mark.few(2)
-@pytest.mark.parametrize("then_s", [60, 0])  # a command that would go on, and one that ends there
-@pytest.mark.parametrize("how", SIGNALS)
-def test_a_signal_where_nothing_can_be_raised(how, then_s):
-    program = "import signal; signal.signal(2, signal.default_int_handler)\n" + LOST
-    command = [sys.executable, "-c", program, how, str(then_s)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=50)
-    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.Signals[how], b"", b"")  # `run` alone
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def running(folder: Path):
     env = {name: value for name, value in os.environ.items() if not UNSET.match(name)}
     env |= {"COLUMNS": "80", "TERM": "xterm", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env |= {"EVOPRUNE_CONFIG_DIR": str(folder / "config"), "XDG_CACHE_HOME": str(folder / "cache")}
-    threads, hooks = torch.get_num_threads(), (sys.excepthook, sys.unraisablehook)
+    threads, hook = torch.get_num_threads(), sys.excepthook
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         torch.set_num_threads(1)
@@ -112,7 +112,7 @@ def running(folder: Path):
             warnings.simplefilter("ignore")
             yield
     finally:
-        sys.excepthook, sys.unraisablehook = hooks
+        sys.excepthook = hook
         torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)

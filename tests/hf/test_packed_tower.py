@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import evoprune
-from evoprune.cpu.linear import PackedLinear, can_pack
-from evoprune.cpu.quantize import Int8Linear
+from evoprune.backend.cpu.linear import PackedLinear, can_pack
+from evoprune.backend.cpu.quantize import Int8Linear
 from evoprune.hf.encoding import PackedTower
 from evoprune.model.config import MODEL_TYPES, QWEN3_MOE
 from tests.hf.reference import skip_where_not_taken

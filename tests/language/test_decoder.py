@@ -3,6 +3,7 @@
 import itertools
 import sys
 from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -13,14 +14,15 @@ from evoprune import methods
 from evoprune.contrib.inner import PyramidDrop
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
-from evoprune.language.generate import TokenStream, Visual, dropping_for, embed_prompt, prefill, teacher_forced_logits
+from evoprune.language.generate import TokenStream, dropping_for, embed_ids, prefill, teacher_forced_logits
 from evoprune.language.prompt import Place, VisualSpan, prompt_positions
+from evoprune.language.pruned import prune_prompt
 from evoprune.language.settings import GenerationOptions
 from evoprune.model.config import parse_config
 from evoprune.model.weights import QwenVL
 from tests.contrib.eager import BEFORE, COLUMNS, DROPPING, GRID, VISUAL, Eager, a_prompt, deep_model, run_method
 from tests.contrib.test_inner import rule_of
-from tests.tiny import tiny_config, tiny_model
+from tests.tiny import encoded_tokens, tiny_config, tiny_model
 
 LENGTH = 60
 
@@ -122,7 +124,7 @@ def test_a_bias_in_features_of_heads_is_that_in_a_mask(cuts, dtype, near, monkey
         return torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
 
     expected, masked, shapes = made(), with_blind_columns(), []
-    monkeypatch.setattr(decoder, "uses_kernels", lambda device: True)
+    monkeypatch.setattr("evoprune.backend.attention.uses_kernels", lambda device: True)
     monkeypatch.setattr(decoder, "causal_attention", lower_right)
     assert_close(made(), expected, near)
     ends = [end for end in [*cuts, LENGTH] if end != LENGTH or LENGTH - 1 not in cuts]
@@ -341,12 +343,14 @@ def test_decoding_equals_reading_all_of_it_anew(name, sizes):
 @pytest.mark.parametrize("name", DROPPING)
 def test_room_for_the_prompt_and_not_for_what_left(name):
     model, (embeds, positions), method = deep_model(), a_prompt(), methods.parse(name)
-    visuals = [Visual(Place((range(BEFORE, BEFORE + len(VISUAL)),)), embeds[VISUAL], torch.arange(len(VISUAL)))]
-    prompt, columns, _, _ = embed_prompt(model, torch.zeros(COLUMNS, dtype=torch.int64), visuals)
+    visual = encoded_tokens(embeds[VISUAL], torch.arange(len(VISUAL)), grid=GRID)
+    place = Place((range(BEFORE, BEFORE + len(VISUAL)),))
+    ids = torch.zeros(COLUMNS, dtype=torch.int64)
+    prompt = prune_prompt(ids, [place], [visual], positions, partial(embed_ids, model))
 
     def read():
-        dropping = dropping_for(model, method, 0.25, visuals, [GRID], prompt, columns)
-        return dropping, prefill(model, prompt, positions, 60, dropping=dropping)
+        dropping = dropping_for(model, method, 0.25, [visual], prompt)
+        return dropping, prefill(model, prompt.embeds, positions, 60, dropping=dropping)
 
     dropping, state = read()
     room = [keys.shape[2] - 256 for keys, _ in state.cache._layers]
@@ -356,7 +360,7 @@ def test_room_for_the_prompt_and_not_for_what_left(name):
     assert teacher_forced_logits(read()[1], torch.tensor(tokens)).argmax(-1).tolist() == tokens
     # At the full budget there is none, and nothing changes.
     assert method.language_work(8, len(VISUAL), 1.0) is None
-    assert dropping_for(model, method, 1.0, visuals, [GRID], prompt, columns) is None
+    assert dropping_for(model, method, 1.0, [visual], prompt) is None
 
 
 def test_a_cache_that_tokens_have_left_is_cropped_behind_them_only():
@@ -397,9 +401,10 @@ def test_a_method_sees_where_in_their_frames_tokens_are(monkeypatch):
     """Behind each drop too; of two inputs, each in its own grid, of which some units have been left out before."""
     grids, kept = [(2, 3, 4), (1, 2, 5)], [[0, 3, 5, 10, 13, 18, 23], [1, 4, 6, 9]]
     model, (embeds, positions) = deep_model(), a_prompt()
-    visuals = [
-        Visual(Place((range(first, end),)), embeds[first : first + len(some)], torch.tensor(some))
-        for (first, end), some in zip(((5, 29), (31, 41)), kept, strict=True)
+    places = [Place((range(5, 29),)), Place((range(31, 41),))]
+    read = [
+        encoded_tokens(embeds[place.runs[0].start :][: len(some)], some, grid=grid)
+        for place, some, grid in zip(places, kept, grids, strict=True)
     ]
     there = [  # of each token: the number of its frame pair, and its row and column
         (unit // (height * width) + before, unit // width % height / height, unit % width / width)
@@ -416,7 +421,8 @@ def test_a_method_sees_where_in_their_frames_tokens_are(monkeypatch):
         return found
 
     monkeypatch.setattr(PyramidDrop, "select", watched)
-    prompt, columns, _, _ = embed_prompt(model, torch.zeros(COLUMNS, dtype=torch.int64), visuals)
-    dropping = dropping_for(model, methods.parse("pyramiddrop"), 0.5, visuals, grids, prompt, columns)
-    prefill(model, prompt, positions[:, columns], 60, dropping=dropping)
+    ids = torch.zeros(COLUMNS, dtype=torch.int64)
+    prompt = prune_prompt(ids, places, read, positions, partial(embed_ids, model))
+    dropping = dropping_for(model, methods.parse("pyramiddrop"), 0.5, read, prompt)
+    prefill(model, prompt.embeds, prompt.positions, 60, dropping=dropping)
     assert len(seen) == 3

@@ -1,4 +1,4 @@
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import tokenizers
@@ -16,9 +16,8 @@ from transformers.generation import (
 from evoprune.language.generate import (
     GenerationOptions,
     TokenStream,
-    Visual,
     choose,
-    embed_prompt,
+    embed_ids,
     penalised,
     prefill,
     probabilities,
@@ -26,8 +25,9 @@ from evoprune.language.generate import (
     stream_text,
 )
 from evoprune.language.prompt import VIDEO, Tokenizer, VisualSpan, build_prompt, prompt_positions
+from evoprune.language.pruned import prune_prompt
 from tests.thinking import ids_of, thinking_tokenizer
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import encoded_tokens, tiny_model, tiny_tokenizer
 
 TOKENS = 32
 # (T, H, W) in merge units, seconds per grid: short, long in time, fractional, a single grid, wide.
@@ -60,8 +60,8 @@ class Clip:
         self.next_position = int(self.positions.max()) + 1
 
     def embed(self, model, kept):
-        visual = Visual(self.prompt.places[0], self.features[kept], kept)
-        return embed_prompt(model, self.prompt.input_ids, [visual])[:2]
+        tokens = encoded_tokens(self.features[kept], kept)
+        return pruned(model, self.prompt, [tokens], self.positions)
 
     def generate(self, model) -> list[int]:
         """The tokens of transformers."""
@@ -79,8 +79,13 @@ class Clip:
 
     def prefill(self, model, kept=None):
         kept = torch.arange(self.prompt.visual_tokens) if kept is None else kept
-        embeds, columns = self.embed(model, kept)
-        return prefill(model, embeds, self.positions[:, columns], self.next_position)
+        made = self.embed(model, kept)
+        assert made.following == self.next_position
+        return prefill(model, made.embeds, made.positions, made.following)
+
+
+def pruned(model, prompt, read, positions=None):
+    return prune_prompt(prompt.input_ids, prompt.places, read, positions, partial(embed_ids, model))
 
 
 def greedy(model, state, tokens=TOKENS):
@@ -105,21 +110,21 @@ def test_decoding_on_a_pruned_cache_is_one_forward_pass_without_cache(model, gri
     n = clip.prompt.visual_tokens
     chosen = torch.randperm(n, generator=torch.Generator().manual_seed(1))[: max(1, round(share * n))]
     kept = chosen.sort().values
-    embeds, columns = clip.embed(model, kept)
+    made = clip.embed(model, kept)
     state = clip.prefill(model, kept)
     first_logits = state.logits.clone()
     tokens = greedy(model, state)
 
     answer = model.get_input_embeddings()(torch.tensor([tokens]))
     after = torch.arange(clip.next_position, clip.next_position + TOKENS).expand(3, -1)
-    positions = torch.cat([clip.positions[:, columns], after], dim=1)
+    positions = torch.cat([made.positions, after], dim=1)
     with torch.no_grad():
         hidden = model.model.language_model(
-            inputs_embeds=torch.cat([embeds[None], answer], dim=1),
+            inputs_embeds=torch.cat([made.embeds[None], answer], dim=1),
             position_ids=torch.cat([torch.arange(positions.shape[1])[None], positions])[:, None],
             use_cache=False,
         ).last_hidden_state
-        logits = model.lm_head(hidden[0, len(columns) - 1 : -1])
+        logits = model.lm_head(hidden[0, len(made) - 1 : -1])
     torch.testing.assert_close(first_logits, logits[0], atol=1e-5, rtol=1e-5)
     assert logits.argmax(-1).tolist() == tokens
     assert len(set(tokens)) > TOKENS // 4
@@ -129,7 +134,7 @@ def test_decoding_on_a_pruned_cache_is_one_forward_pass_without_cache(model, gri
 def test_impossible_selections_are_refused(model, kept):
     clip = Clip(model, *CLIPS[0])
     with pytest.raises(ValueError, match="visual tokens"):
-        Visual(clip.prompt.places[0], clip.features[:2], torch.tensor(kept))
+        pruned(model, clip.prompt, [encoded_tokens(clip.features[:2], kept)])
 
 
 def test_embedding_a_prompt_with_several_inputs(model):
@@ -137,20 +142,48 @@ def test_embedding_a_prompt_with_several_inputs(model):
     kept = [torch.tensor([1, 4]), torch.tensor([0]), torch.arange(3)]
     sizes = [None, torch.tensor([4.0]), torch.tensor([1.0, 2.0, 3.0])]
     features = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).split([2, 1, 3])
-    visuals = [Visual(*each) for each in zip(prompt.places, features, kept, sizes, strict=True)]
-    embeds, columns, sizes, _ = embed_prompt(model, prompt.input_ids, visuals)
+    read = [encoded_tokens(*each) for each in zip(features, kept, sizes, strict=True)]
+    made = pruned(model, prompt, read)
     dropped = [prompt.places[0].runs[0][i] for i in (0, 2, 3)] + list(prompt.places[1].runs[0][1:])
-    assert columns.tolist() == [i for i in range(len(prompt.input_ids)) if i not in dropped]
-    of_column = dict(zip(columns.tolist(), embeds, strict=True))
-    for visual in visuals:
-        assert torch.equal(torch.stack([of_column.pop(i) for i in visual.columns.tolist()]), visual.features)
+    assert made.columns.tolist() == [i for i in range(len(prompt.input_ids)) if i not in dropped]
+    assert torch.equal(made.ids, prompt.input_ids[made.columns])
+    of_column = dict(zip(made.columns.tolist(), made.embeds, strict=True))
+    at = [place.columns[some].tolist() for place, some in zip(prompt.places, kept, strict=True)]
+    assert made.columns[made.visual].tolist() == [column for columns in at for column in columns]
+    for tokens, columns in zip(read, at, strict=True):
+        assert torch.equal(torch.stack([of_column.pop(i) for i in columns]), tokens.features)
     text = prompt.input_ids[list(of_column)]
     assert torch.equal(torch.stack(list(of_column.values())), model.get_input_embeddings()(text))
-    found = dict(zip(columns.tolist(), sizes.tolist(), strict=True))
-    assert [found[i] for i in visuals[1].columns.tolist() + visuals[2].columns.tolist()] == [4, 1, 2, 3]
-    assert sum(found.values()) == len(columns) - 4 + 10
-    (picture,) = build_prompt(own_tokenizer(), "Which?", [("picture", 5)]).places
-    assert embed_prompt(model, prompt.input_ids, [Visual(picture, features[0], kept[0])])[2] is None
+    found = dict(zip(made.columns.tolist(), made.sizes.tolist(), strict=True))
+    assert [found[i] for i in at[1] + at[2]] == [4, 1, 2, 3]
+    assert sum(found.values()) == len(made) - 4 + 10
+    alone = build_prompt(own_tokenizer(), "Which?", [("picture", 5)])
+    assert pruned(model, alone, [encoded_tokens(features[0], kept[0])]).sizes is None
+
+
+def test_a_part_of_a_pruned_prompt_is_what_the_whole_has_there(model):
+    prompt = build_prompt(own_tokenizer(), "Which?", [(VIDEO, 6)])
+    random = torch.Generator().manual_seed(0)
+    tokens = encoded_tokens(
+        torch.randn(3, 64, generator=random), [0, 2, 5], torch.rand(3), torch.randn(2, 3, 64, generator=random)
+    )
+    positions = torch.arange(3 * len(prompt.input_ids)).view(3, -1)
+    whole = pruned(model, prompt, [tokens], positions)
+    parts = whole[:4], whole[4:]
+    assert [len(part) for part in parts] == [4, len(whole) - 4]
+    assert {part.following for part in parts} == {whole.following} == {positions.numel()}
+    for name, dim in (
+        ("ids", 0),
+        ("columns", 0),
+        ("visual", 0),
+        ("sizes", 0),
+        ("embeds", 0),
+        ("positions", 1),
+        ("deepstack", 1),
+    ):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts], dim), getattr(whole, name))
+    assert (whole.deepstack[:, ~whole.visual] == 0).all()
+    assert torch.equal(whole.deepstack[:, whole.visual], tokens.deepstack)
 
 
 def test_an_answer_ends_at_an_end_token_or_at_its_length(model):

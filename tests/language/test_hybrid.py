@@ -8,7 +8,7 @@ from evoprune.errors import DeviceWarning
 from evoprune.language import hosted, hybrid
 from evoprune.language.generate import GenerationOptions, TokenStream, prefill
 from evoprune.model.weights import HostedVL
-from experiments.prompt_operations import Operations
+from experiments.speed.prompt_operations import Operations
 from tests import tiny
 from tests.tiny import tiny_model
 
@@ -32,7 +32,7 @@ def model():
 @pytest.fixture
 def elsewhere(monkeypatch):
     """The model is taken to be on a device that is no CPU."""
-    monkeypatch.setattr(hosted, "is_host", lambda device: False)
+    monkeypatch.setattr("evoprune.backend.hosted.is_host", lambda device: False)
 
 
 def columns(count, seed=0, scale=1.0):
@@ -54,7 +54,7 @@ def read(model, parts, x, sizes=None):
 
 def as_transformers(*args):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hosted, "is_host", lambda device: True)
+        patch.setattr("evoprune.backend.hosted.is_host", lambda device: True)
         return read(*args)
 
 
@@ -134,7 +134,7 @@ def test_an_answer_is_that_of_transformers_modules(model, elsewhere):
 
     made = answer()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hosted, "is_host", lambda device: True)
+        patch.setattr("evoprune.backend.hosted.is_host", lambda device: True)
         assert answer() == made
     assert len(set(made)) > 1
 
@@ -142,13 +142,13 @@ def test_an_answer_is_that_of_transformers_modules(model, elsewhere):
 def test_a_cpu_and_models_without_linear_attention_run_the_modules(monkeypatch):
     monkeypatch.setattr(hybrid, "run", None)
     read(load(), (5,), columns(5))
-    monkeypatch.setattr(hosted, "is_host", lambda device: False)
+    monkeypatch.setattr("evoprune.backend.hosted.is_host", lambda device: False)
     read(load("qwen3_vl_moe"), (5,), columns(5))
 
 
 def test_without_kernels_it_runs_the_modules(model, elsewhere, monkeypatch):
     monkeypatch.setattr(hybrid, "run", None)
-    with devices.plainly():
+    with devices.plain_pytorch():
         read(model, (5,), columns(5))
 
 
@@ -194,7 +194,7 @@ def test_fewer_operations_than_in_transformers(model, elsewhere):
 
     ours = count()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hosted, "is_host", lambda device: True)
+        patch.setattr("evoprune.backend.hosted.is_host", lambda device: True)
         assert ours < 0.75 * count()
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from evoprune.backend import devices, layers
+from evoprune.backend.attention import bias_features
 from evoprune.errors import DeviceWarning, ModelError
 from evoprune.language import decoder, static
-from evoprune.language.decoder import bias_features
 from evoprune.language.generate import GenerationOptions, PrefillState, TokenStream, prefill
 from evoprune.language.prompt import VisualSpan, prompt_positions
 from evoprune.session.loading.model import load_model
@@ -92,7 +92,7 @@ def test_a_graph_decodes_the_tokens_of_the_plain_decoder(family, sizes, graphs):
     ],
 )
 def test_a_graph_runs_modules_of_transformers(family, on_a_cpu, sizes, graphs, hosted, monkeypatch):
-    monkeypatch.setattr("evoprune.language.hosted.is_host", lambda device: on_a_cpu)
+    monkeypatch.setattr("evoprune.backend.hosted.is_host", lambda device: on_a_cpu)
     model = hosted(family)
     for number, columns in enumerate((40, 25, 45)):
         expected = plainly(model, state_of(model, columns, sizes, seed=number))
@@ -306,8 +306,8 @@ def test_plain_is_a_setting_of_the_environment(value, expected, monkeypatch):
     monkeypatch.delenv("EVOPRUNE_PLAIN", raising=False)
     if value is not None:
         monkeypatch.setenv("EVOPRUNE_PLAIN", value)
-    assert devices.plain() is expected
-    assert not devices.can_capture(torch.device("cpu"))
+    assert devices.wants_plain_pytorch() is expected
+    assert devices.capture_on(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

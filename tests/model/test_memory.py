@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from evoprune import methods
+from evoprune.backend.cpu.quantize import saved_bytes
 from evoprune.backend.devices import available_memory
-from evoprune.cpu.quantize import saved_bytes
 from evoprune.errors import NO_MEMORY, USE_LESS, OutOfMemory, error_record, is_out_of_memory, memory_guard
 from evoprune.methods.plans import TowerShape
 from evoprune.model import cost

@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from evoprune.backend.hosted import FUSED
 from evoprune.bench.profile_results import TimeLimit
 from evoprune.bench.verify.run import CHECKS, subject_of, verify
 from evoprune.bench.verify.subject import gap, rounding_again
-from evoprune.errors import QUANTIZERS, ModelError, ModelWarning, PluginError, UsageError
+from evoprune.errors import ModelError, ModelWarning, PluginError, UsageError
 from evoprune.language import hosted
 from evoprune.session.loading import find
-from evoprune.session.loading.find import DTYPES, PACKAGES, check_packages, find_model, quantization_in
-from evoprune.session.loading.hosted import FUSED, in_one_dtype
+from evoprune.session.loading.find import DTYPES, PACKAGES, find_model, quantization_in
+from evoprune.session.loading.hosted import in_one_dtype
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
@@ -129,20 +130,19 @@ import sys
 import torch
 
 import evoprune
-from evoprune.backend.devices import plainly
+from evoprune.backend import hosted
+from evoprune.backend.devices import plain_pytorch
 from evoprune.bench.profile_results import TimeLimit
 from evoprune.bench.verify.run import CHECKS, subject_of, verify
-from evoprune.language import hosted
-from evoprune.session.loading import hosted as loading
 from evoprune.session.loading.model import load_model
 
-hosted.is_host = loading.is_host = lambda device: False  # the model is taken to be on a GPU
+hosted.is_host = lambda device: False  # the model is taken to be on a GPU
 loaded = load_model("model", device="cpu", dtype="fp32", pack=False)
 encoded = evoprune.VideoQA(loaded, budget=0.3).encode(sys.argv[1], frames=4)
 for question in ("What happens?", "And then?"):
     answer = encoded.ask(question, max_new_tokens=6)
     print(len(answer.text) > 0)
-with plainly():
+with plain_pytorch():
     print(len(encoded.ask("What then?", max_new_tokens=6).text) > 0)
 with subject_of(loaded, None) as subject:
     checks = [check for check in CHECKS if check.name in ("logits", "answer")]
@@ -203,7 +203,7 @@ def test_one_column_goes_through_its_experts_without_groups(columns, on_a_cpu, t
         whole = getattr(moe, f"{name}_mm_experts_forward")
         note = functools.partial(lambda whole, name, *given: calls.append(name) or whole(*given), whole, name)
         monkeypatch.setattr(moe, f"{name}_mm_experts_forward", note)
-    monkeypatch.setattr(hosted, "is_host", lambda device: on_a_cpu)
+    monkeypatch.setattr("evoprune.backend.hosted.is_host", lambda device: on_a_cpu)
     made = hosted.forward(model, embeds, positions, hosted.HostedCache(model))
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
     assert calls == model.config.text_config.num_hidden_layers * [taken]
@@ -461,14 +461,13 @@ def test_a_tensor_that_is_missing_or_of_another_shape(hybrid, tmp_path, shape, s
         load_model(name)
 
 
-def test_a_package_that_fails_to_compute_is_named(hybrid, monkeypatch):
-    monkeypatch.setattr(find, "_is_installed", lambda package: True)
-    monkeypatch.setitem(QUANTIZERS, "torchao", "a package that another test loaded")
-    check_packages("torchao", "a model")
-    layers = {"__name__": "torchao.layers"}
-    exec("def fails(*given): assert False, 'no kernel'", layers)
-    monkeypatch.setattr(hybrid.model.model.language_model.layers[2].mlp, "forward", layers["fails"])
-    with pytest.raises(PluginError, match="the package torchao failed: AssertionError: no kernel"):
+def test_the_package_of_quantised_layers_that_fail_is_named(hybrid, monkeypatch):
+    def fails(*given):
+        raise AssertionError("no kernel")
+
+    monkeypatch.setattr(hybrid.model, "package", "a layer quantised by torchao")
+    monkeypatch.setattr(hybrid.model.model.language_model.layers[2].mlp, "forward", fails)
+    with pytest.raises(PluginError, match="a layer quantised by torchao failed: AssertionError: no kernel"):
         said(VideoQA(hybrid).encode(CLIP), "What?")
 
 
@@ -594,7 +593,7 @@ HYBRID_FAULTS = {
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_verify_of_layers_in_few_operations(hybrid, monkeypatch, fault, dtype):
     """They round otherwise than transformers, which is no fault."""
-    monkeypatch.setattr(hosted, "is_host", lambda device: False)
+    monkeypatch.setattr("evoprune.backend.hosted.is_host", lambda device: False)
     loaded = load_model(str(hybrid.found.folder), dtype=dtype, pack=False)
     if fault is None:
         assert {*outcomes(loaded, "logits", "answer", "again", "model").values()} == {"held"}

@@ -1,6 +1,7 @@
 """Qwen3-VL from a file to logits: transformers' own at full budget; below it, a prompt written by hand and read by its layers."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import evoprune
 from evoprune import methods
 from evoprune.bench.clips import place_of
 from evoprune.bench.hugging_face import hugging_face_model
-from evoprune.language.generate import Visual, embed_prompt, prefill
+from evoprune.language.generate import embed_ids, prefill
 from evoprune.language.prompt import prompt_positions
+from evoprune.language.pruned import prune_prompt
 from evoprune.methods.plans import full_plan
 from evoprune.session.cache import Cache
 from evoprune.session.loading.find import BUNDLED_CONFIGS, read_config
@@ -259,14 +261,13 @@ def test_full_budget_at_true_dimensions(name):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
     place = place_of(grid, times=True)
     ids = torch.arange(place.around[-1].stop + 9) % 1000
-    visuals = [Visual(place, made.features, made.kept, deepstack=made.deepstack)]
-    embeds, _, _, added = embed_prompt(model, ids, visuals)
     positions = prompt_positions(len(ids), place.spans(grid, 1.0), None)
-    logits = prefill(model, embeds, positions, 0, deepstack=added).logits
+    prompt = prune_prompt(ids, [place], [made], positions, partial(embed_ids, model))
+    logits = prefill(model, prompt.embeds, positions, 0, deepstack=prompt.deepstack).logits
     is_visual = torch.zeros(1, len(ids), dtype=torch.bool).index_fill_(1, place.columns, True)
     with torch.inference_mode():
         hidden = theirs.model.language_model(
-            inputs_embeds=embeds[None],
+            inputs_embeds=prompt.embeds[None],
             position_ids=torch.cat([torch.arange(len(ids))[None], positions])[:, None],
             visual_pos_masks=is_visual,
             deepstack_visual_embeds=expected.deepstack_features,

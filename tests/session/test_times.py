@@ -41,7 +41,6 @@ SLOW = (
     "evoprune.session.prompting.prompt_about",
     "evoprune.session.prompting.prefill",
     "evoprune.session.planning.read_subtitles",
-    "evoprune.session.planning.estimate_first_token",
     "evoprune.language.prompt.Tokenizer.encode",
     "evoprune.language.prompt.Tokenizer.render",
     "evoprune.live.stream.prefill",
@@ -63,7 +62,6 @@ class Hands:
 @pytest.fixture
 def hands(monkeypatch):
     hands = Hands()
-    monkeypatch.setattr("evoprune.model.cost.matmul_rate", lambda *_: 1e12)  # which needs a clock that runs
     monkeypatch.setattr("evoprune.model.cost.now", lambda device: hands.now)
     return hands
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.backend import attention
+from evoprune.backend.cpu.linear import pack
 from evoprune.contrib.tome import ToMe
-from evoprune.cpu.linear import pack
 from evoprune.errors import UsageError
 from evoprune.methods import parse
 from evoprune.methods.base import Selector

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.backend import devices
-from evoprune.cpu.linear import pack
+from evoprune.backend.cpu.linear import pack
 from evoprune.errors import ModelError
 from evoprune.methods.base import EncoderMethod, Selector
 from evoprune.methods.baselines import DivPrune

@@ -1,1 +1,1 @@
-"""Whether this machine computes with this model what transformers computes: what `evoprune verify` runs."""
+"""The checks of `evoprune verify`: this machine and this model against transformers."""

@@ -13,13 +13,15 @@ from torch.nn.attention import SDPBackend
 
 from evoprune.backend import operators
 from evoprune.backend.attention import varlen_kernel
+from evoprune.backend.cpu.linear import PackedLinear, can_pack, packs
+from evoprune.backend.cpu.quantize import kinds, quantize, saved_bytes
 from evoprune.backend.devices import (
-    can_capture,
+    capture_on,
+    counted_memory,
     exact_shapes,
     is_host,
-    memory_in_use,
     peak_memory,
-    plainly,
+    plain_pytorch,
     reset_peak_memory,
     uses_kernels,
 )
@@ -47,13 +49,11 @@ from evoprune.bench.verify.subject import (
     skipped,
 )
 from evoprune.bench.verify.waiting import Waiting
-from evoprune.cpu.linear import PackedLinear, can_pack, packs
-from evoprune.cpu.quantize import kinds, quantize, saved_bytes
 from evoprune.errors import UsageError, first_line, is_out_of_memory
 from evoprune.hf import interface
 from evoprune.hf.context import EvoPrune
 from evoprune.language import generate, static
-from evoprune.language.generate import Visual, embed_prompt
+from evoprune.language.pruned import prune_prompt
 from evoprune.methods import parse
 from evoprune.methods.chain import PruneConfig
 from evoprune.methods.registry import built_in
@@ -69,6 +69,7 @@ from evoprune.util import counted, size
 from evoprune.video.frames import read_frames
 from evoprune.video.plan import Plan
 from evoprune.video_qa import VideoQA
+from evoprune.vision.encoder import Encoded
 from evoprune.vision.tower import tower_shape
 
 LEVEL = 1.01 / 255  # one level of a pixel, and rounding
@@ -87,11 +88,12 @@ def weights(subject: Subject) -> Outcome:
 
 
 def patches(subject: Subject) -> Outcome:
-    """Return the patches of each frame, which are those of a picture in one half of the values and in the other."""
+    """Compare the patches of each frame, whose two halves are the patches of a picture."""
     worst = Gap(0.0, 0.0)
     for path, name in ((subject.video, "pixel_values_videos"), (subject.picture, "pixel_values")):
         asked = subject.about(path)
-        (plan,), pixels = asked.plans, asked.call[name].cpu()
+        (plan,) = asked.plans
+        pixels = asked.call[name].cpu()
         expected = _patches_of_transformers(subject, plan)
         if pixels.shape != expected.shape:
             return Outcome(DIFFERS, f"patches {list(pixels.shape)}, expected {list(expected.shape)}")
@@ -103,7 +105,7 @@ def patches(subject: Subject) -> Outcome:
 
 
 def _patches_of_transformers(subject: Subject, plan: Plan) -> torch.Tensor:
-    """`[patches, values]`, from its processor of pictures, which works without torchvision; frames are resized by Pillow."""
+    """Make `[patches, values]` by its processor of pictures, which works without torchvision; frames are resized by Pillow."""
     from PIL import Image
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -114,7 +116,9 @@ def _patches_of_transformers(subject: Subject, plan: Plan) -> torch.Tensor:
     )
     with closing(read_frames(plan.source, plan.sampling.times_s, decoder=plan.decoder)) as chunks:
         frames = [Image.fromarray(frame) for chunk in chunks for frame in chunk.frames]
-    frames = [frame.resize(size, Image.Resampling.BICUBIC) for frame in (frames if len(frames) > 1 else 2 * frames)]
+    if len(frames) == 1:
+        frames *= 2
+    frames = [frame.resize(size, Image.Resampling.BICUBIC) for frame in frames]
     pixels = processor(images=frames, return_tensors="pt")["pixel_values"]
     first, second = pixels.view(len(frames) // 2, 2, -1, 3, 2, limits.patch_size**2).unbind(1)
     return torch.stack([first[..., 0, :], second[..., 1, :]], -2).flatten(0, 1).flatten(1)
@@ -155,15 +159,21 @@ def positions(subject: Subject) -> Outcome:
 
 
 def logits(subject: Subject) -> Outcome:
-    """Return the language model alone: both sides read the features of transformers' tower."""
+    """Compare the language models alone: both read the features of transformers' tower."""
     model = subject.loaded.model
     asked = subject.about(subject.video)
-    (place,), (last, *inner) = asked.prompt.places, asked.features
-    visuals = [Visual(place, last, arange_on(len(place), "cpu"), deepstack=torch.stack(inner) if inner else None)]
-    embeds, _, _, added = embed_prompt(model, asked.prompt.input_ids, visuals)
-    cache = generate.new_cache(model, len(embeds))
-    options = {"last": asked.text_behind, "deepstack": added}
-    ours = generate.layers_of(model).logits(model, embeds, asked.positions, cache, **options)
+    last, *inner = asked.features
+    (plan,) = asked.plans
+    every = arange_on(plan.units, "cpu")
+    added = None
+    if inner:
+        added = torch.stack(inner)
+    tokens = Encoded(last, every, last, every, (plan.grid,), [], 0.0, deepstack=added)
+    whole = asked.prompt
+    prompt = prune_prompt(whole.input_ids, whole.places, [tokens], asked.positions, partial(generate.embed_ids, model))
+    cache = generate.new_cache(model, len(prompt))
+    options = {"last": asked.text_behind, "deepstack": prompt.deepstack}
+    ours = generate.layers_of(model).logits(model, prompt.embeds, prompt.positions, cache, **options)
     return _within(gap(ours, subject.video_logits, centred=True), subject.language_noise)
 
 
@@ -194,7 +204,9 @@ def _same_answer(subject: Subject, *paths: Path) -> Outcome:
         limits = gap(features.flatten(0, 1), asked.features.flatten(0, 1)).limits(subject.features_noise)
     theirs = subject.logits(asked.call, asked.positions, features, ids[: rows - 1], last=rows).float().cpu()
     ends = torch.tensor(subject.loaded.eos_ids, dtype=torch.int64, device="cpu")
-    ours = torch.stack([theirs[row, ids[row]] if row < len(ids) else theirs[row, ends].max() for row in range(rows)])
+    chosen = [theirs[row, token] for row, token in enumerate(ids[:rows])]
+    chosen += [theirs[row, ends].max() for row in range(len(ids), rows)]
+    ours = torch.stack(chosen)
     margin = (theirs.amax(1) - ours) / (theirs.amax(1) - theirs.mean(1))  # 0: its choice; 1: a token as good as any
     first = next((row for row in range(rows) if margin[row] > 0), None)
     same = f"{counted(rows, 'token')} equal, {len(text)} characters"
@@ -328,7 +340,8 @@ def threads(subject: Subject) -> Outcome:
     qa = subject.asking()
     usual = subject.encode(qa, [subject.video])
     usual.read_along(QUESTION, [0])
-    torch.set_num_threads(2 if before == 1 else 1)
+    other = 2 if before == 1 else 1
+    torch.set_num_threads(other)
     try:
         return _same(subject, usual, subject.encode(qa, [subject.video]), subject.logits_noise, 2)
     finally:
@@ -339,16 +352,19 @@ def _same(subject: Subject, first: EncodedInputs, second: EncodedInputs, noise: 
     """Return whether two encodings have the same tokens and lead to the same logits."""
     kept, again = ({*encoding.encoded.kept.tolist()} for encoding in (first, second))
     flips = len(kept - again) / len(kept)
-    limits = {"tokens_selected_otherwise": (flips, FLIPS if subject.dtype.itemsize == 2 else 0.0)}
+    max_flips = FLIPS if subject.dtype.itemsize == 2 else 0.0
+    limits = {"tokens_selected_otherwise": (flips, max_flips)}
     distance = gap(*(each.read_along(QUESTION, subject.words)[0] for each in (second, first)), centred=True)
-    if not flips:
+    tokens = counted(len(kept), "token")
+    if flips:
+        tokens += f", {flips:.0%} of them other ones"
+    else:
         limits |= distance.limits(noise, times)
-    other_ones = f", {flips:.0%} of them other ones" if flips else ""
-    return judged(f"{counted(len(kept), 'token')}{other_ones}; logits: {distance}", limits)
+    return judged(f"{tokens}; logits: {distance}", limits)
 
 
 def again(subject: Subject) -> Outcome:
-    """A second question goes on from what the first one left in the cache.
+    """Compare a second question, which goes on from the cache that the first one left.
 
     A language model that transformers runs reads the same columns at a time in both: only what differs between two fresh ones is
     rounding.
@@ -500,10 +516,12 @@ def kernels(subject: Subject) -> Outcome:
         capability = torch.backends.cpu.get_cpu_capability()
         products = f"oneDNN, {capability}" if torch.backends.mkldnn.is_available() else capability
         products += ", packed" if can_pack(subject.loaded.model.lm_head.weight) else ", plain"
-        tower = "products" if dtype == torch.bfloat16 else tower
+        if dtype == torch.bfloat16:
+            tower = "products"
     else:
         products = f"torch's for {device.type}, fp32 with {torch.get_float32_matmul_precision()} precision"
-        tower = "varlen" if varlen_kernel(device, dtype) else tower
+        if varlen_kernel(device, dtype):
+            tower = "varlen"
     return Outcome(HELD, f"attention: tower {tower}, language model {language}; products: {products}")
 
 
@@ -527,8 +545,7 @@ def memory(subject: Subject) -> Outcome:
     prompt = qa.session.prompt_columns(encoder.keep, TEXT)
     config = subject.loaded.model.config
     estimate = encoding_bytes(config, encoder, piece_units, subject.dtype.itemsize, prompt)
-    on_cuda = device.startswith("cuda")
-    before = torch.cuda.memory_allocated(device) if on_cuda else sum(memory_in_use(device))  # as `peak_memory` counts
+    before = counted_memory(device)
     subject.encode(qa, [subject.video]).read_along(QUESTION, [0])
     peak = peak_memory(device) - before
     return judged(f"{size(max(0, peak))} beside the weights, estimated {size(estimate)}", {"bytes": (peak, estimate)})
@@ -568,7 +585,7 @@ def accelerated(subject: Subject) -> Outcome:
     figures: dict[str, tuple[float, float]] = {}
     for name, share in _selections(subject.device).items():
         figures[f"{name}_unlike"] = (1 - share, 1 - SAME)
-    with plainly():
+    with plain_pytorch():
         expected = subject.encode(subject.asking(1.0), [subject.video]).encoded.every_feature
     actual = subject.encode(subject.asking(1.0), [subject.video]).encoded.every_feature
     features = gap(actual, expected)
@@ -616,7 +633,7 @@ def _selections(device: torch.device) -> dict[str, float]:
 
     selected = torch.arange(0, units, 4, dtype=torch.int64, device=device)
     actual = outputs()
-    with plainly():
+    with plain_pytorch():
         expected = outputs()
     return {name: float((actual[name] == expected[name]).float().mean()) for name in actual}
 
@@ -624,7 +641,7 @@ def _selections(device: torch.device) -> dict[str, float]:
 @torch.inference_mode()
 def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
     """Logits along an answer `[n, vocabulary]`: from steps in a graph, and from plain decoding. Or why there is no graph."""
-    if not can_capture(subject.device):
+    if capture_on(subject.device) is None:
         return "this device has none"
     if not static.can_step(subject.loaded.model):
         return "layers have hooks, quantised weights, or experts that are chosen on the host"
@@ -634,7 +651,7 @@ def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
     answer.text  # which generates it  # noqa: B018
     embeds = generate.embed_ids(model, torch.arange(64, dtype=torch.int64, device="cpu"))
     positions = torch.arange(64, dtype=torch.int64, device="cpu").expand(3, -1)
-    with plainly():
+    with plain_pytorch():
         state = generate.prefill(model, embeds, positions, 64)
         ids = torch.tensor([*(answer.ids or [0]), 0], dtype=torch.int64, device="cpu")
         plain = generate.teacher_forced_logits(state, ids, one_by_one=True)[1:]

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from evoprune.backend.devices import environment, exact_convolutions, peak_memory
+from evoprune.backend.hosted import without_packages
 from evoprune.bench import clips
 from evoprune.bench.profile_results import TimeLimit
 from evoprune.bench.verify import checks
 from evoprune.bench.verify.subject import DIFFERS, HELD, SKIPPED, Check, Outcome, Subject, skipped
+from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError, first_line, is_out_of_memory
-from evoprune.language.hosted import without_packages
 from evoprune.model.config import as_written
 from evoprune.session.loading.find import BUNDLED_CONFIGS
 from evoprune.session.loading.model import LoadedModel
@@ -62,7 +63,7 @@ Progress = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True)
 class Finding:
-    """A check, what came of it, and how long it took."""
+    """Hold a check, its outcome, and how long it took."""
 
     check: Check
     outcome: Outcome
@@ -71,7 +72,7 @@ class Finding:
 
 @dataclass
 class VerifyResults:
-    """What is known so far; `findings` in the order of the checks."""
+    """Hold the results so far; `findings` in the order of the checks."""
 
     loaded: LoadedModel
     findings: list[Finding] = field(default_factory=list)
@@ -82,12 +83,13 @@ class VerifyResults:
 
     @property
     def verdict(self) -> str:
-        """The worst state that there is; `SKIPPED` where nothing was compared."""
+        """Return the worst state that there is; `SKIPPED` where nothing was compared."""
         return next((state for state in (DIFFERS, HELD) if self.of(state)), SKIPPED)
 
     def document(self) -> dict[str, Any]:
         """Return the record, without paths, prompts and names of machines."""
-        loaded, env = self.loaded, environment(self.loaded.device)
+        loaded = self.loaded
+        env = environment(loaded.device)
         counts = {state: len(self.of(state)) for state in (HELD, DIFFERS, SKIPPED)}
         checks = [
             {"name": finding.check.name, "compares": finding.check.compares, "state": finding.outcome.state}
@@ -113,7 +115,7 @@ class VerifyResults:
 def _facts(loaded: LoadedModel) -> dict[str, Any]:
     """Return what a model is, without its place: its name only where everybody has it."""
     config = loaded.model.config
-    known = loaded.id in BUNDLED_CONFIGS or loaded.is_demo
+    known = loaded.id in (*BUNDLED_CONFIGS, *DEMOS)
     vision = config.vision_config
     text = config.text_config
     return {
@@ -138,7 +140,10 @@ def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
     with TemporaryDirectory(prefix="evoprune-verify-") as folder:
         video, still, picture = _material(Path(folder))
         if path is not None:
-            video, picture = (video, Path(path)) if probe(path).kind == PICTURE else (Path(path), picture)
+            if probe(path).kind == PICTURE:
+                picture = Path(path)
+            else:
+                video = Path(path)
         subject = Subject(loaded, video, still, picture)
         subject.asking()  # raises where the device computes nothing
         yield subject

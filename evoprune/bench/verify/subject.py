@@ -21,7 +21,7 @@ from torch import nn
 from evoprune.bench.hugging_face import hugging_face_model, share_equal
 from evoprune.bench.profile_results import TimeLimit
 from evoprune.hf.processor_inputs import NAMES, TYPES, arguments, read_patches
-from evoprune.language.hosted import in_few_operations
+from evoprune.language.hosted import run_for, run_modules
 from evoprune.model.cost import shortage
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import OpenInput, open_inputs
@@ -47,7 +47,7 @@ COARSE = 0.25
 
 @dataclass(frozen=True)
 class Outcome:
-    """What comes of a check.
+    """Hold the outcome of a check.
 
     Attributes:
         state: `HELD`, `DIFFERS` or `SKIPPED`.
@@ -62,7 +62,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison.
+    """Describe one comparison.
 
     Attributes:
         compares: what is compared with what, for people.
@@ -91,7 +91,8 @@ def judged(says: str, limits: dict[str, tuple[float, float]]) -> Outcome:
     """
     figures: dict[str, float | None] = {}
     for name, (value, limit) in limits.items():
-        figures |= {name: value if isfinite(value) else None, f"{name}_limit": limit}
+        figures[name] = value if isfinite(value) else None
+        figures[f"{name}_limit"] = limit
     for name, (value, limit) in limits.items():
         if not value <= limit:  # also where it is no number
             return Outcome(DIFFERS, f"{name.replace('_', ' ')} {value:.2g}, expected at most {limit:.2g}", figures)
@@ -113,8 +114,11 @@ class Gap(NamedTuple):
         """Return the two figures with the limits that `noise`, the distance of one rounding, sets; of few rows the largest
         alone.
         """
-        largest = {"largest_error": (self.largest, times * LARGEST * noise.largest)}
-        return ({"mean_error": (self.mean, times * MEAN * noise.mean)} if self.rows >= FEW else {}) | largest
+        limits = {}
+        if self.rows >= FEW:
+            limits["mean_error"] = (self.mean, times * MEAN * noise.mean)
+        limits["largest_error"] = (self.largest, times * LARGEST * noise.largest)
+        return limits
 
     def worse(self, other: Sequence[float]) -> "Gap":
         return Gap(max(self.mean, other[0]), max(self.largest, other[1]), self.rows)
@@ -145,12 +149,14 @@ WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.floa
 def wider(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
     """Return the dtype that shows the rounding of another; None where the device has none."""
     wide = WIDER.get(dtype)
-    return None if wide == torch.float64 and device.type == "mps" else wide
+    if wide == torch.float64 and device.type == "mps":
+        return None
+    return wide
 
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Until the context ends, the modules of `model` that hold weights compute in `dtype`."""
+    """Have the modules of `model` that hold weights compute in `dtype`, until the context ends."""
     held = [module for module in model.modules() if own_weights(module) and type(module) is not nn.Conv1d]
     for module in held:
         module.forward = partial(_forward_of(module), module, type(module).forward, dtype)
@@ -178,13 +184,17 @@ def own_weights(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
 def _forward_of(module: nn.Module) -> Callable:
     if isinstance(module, nn.Linear):
         return _linear
-    return _embedding if isinstance(module, nn.Embedding) else _others
+    if isinstance(module, nn.Embedding):
+        return _embedding
+    return _others
 
 
 def _linear(layer: nn.Linear, _forward: Callable, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
     rows = layer.weight.split(max(1, MAX_WEIGHTS // layer.in_features))
     output = torch.cat([F.linear(x.to(dtype), piece.to(dtype)) for piece in rows], -1)
-    return output if layer.bias is None else output + layer.bias.to(dtype)
+    if layer.bias is not None:
+        output = output + layer.bias.to(dtype)
+    return output
 
 
 def _embedding(layer: nn.Embedding, forward: Callable, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
@@ -192,7 +202,7 @@ def _embedding(layer: nn.Embedding, forward: Callable, dtype: torch.dtype, ids: 
 
 
 def _others(module: nn.Module, forward: Callable, dtype: torch.dtype, *given: torch.Tensor, **named) -> torch.Tensor:
-    """Norms, convolutions, gates and experts, a layer's at a time."""
+    """Compute norms, convolutions, gates and experts, a layer's at a time."""
     plain = own_weights(module)
     for holder, name, weight in plain:
         if weight.is_floating_point():
@@ -237,7 +247,7 @@ INSIDE = "evoprune:inner=always"  # the clips are small: a GPU would prune them 
 
 
 class Subject:
-    """A model and three files, of which more is made when a check first needs it.
+    """Hold a model and three files, and make more of them when a check first needs it.
 
     Frames may be smaller than the model's own limits have it, so that several frame pairs are few tokens.
 
@@ -262,14 +272,20 @@ class Subject:
 
     @cached_property
     def transformers(self):
-        """Transformers' model, which knows the model's special tokens. It reads the files itself, where there are any and memory
-        for a second copy of the weights; otherwise it is made of our tensors. Equal ones are in memory once."""
+        """Make transformers' model, which knows the model's special tokens.
+
+        It reads the files itself, where there are any and memory for a second copy of the weights; otherwise it is made of our
+        tensors. Equal ones are in memory once.
+        """
         model = self.loaded.model
         origin = self.loaded.found
         short = shortage(self.loaded.weights_bytes, self.loaded.device)
         if origin.random or origin.quantization or short:
-            whole = "quantised weights are in memory once" if origin.quantization else "random weights are in no file"
-            self.not_read = f"a second copy of the weights {short}" if short else whole
+            self.not_read = "random weights are in no file"
+            if short:
+                self.not_read = f"a second copy of the weights {short}"
+            elif origin.quantization:
+                self.not_read = "quantised weights are in memory once"
             reference = hugging_face_model(model)
         else:
             reference = read_whole(origin.folder, self.dtype, self.device)
@@ -289,13 +305,15 @@ class Subject:
         return self.loaded.model.dtype
 
     def asking(self, budget: float = BUDGET, method: str = INSIDE) -> VideoQA:
-        """This project's side; at a budget of 1.0 nothing is pruned."""
-        return VideoQA(self.loaded, budget=budget, method="none" if budget == 1 else method)
+        """Make this project's side; at a budget of 1.0 nothing is pruned."""
+        if budget == 1:
+            method = "none"
+        return VideoQA(self.loaded, budget=budget, method=method)
 
     def encode(
         self, qa: VideoQA, paths: Sequence[Path], sampling: SamplingOptions = SAMPLING, in_pieces: bool = False
     ) -> EncodedInputs:
-        """As `VideoQA.encode`, perhaps in the smallest pieces."""
+        """Encode as `VideoQA.encode`, perhaps in the smallest pieces."""
 
         class InPieces(OpenInput):
             def rows(self, patches, **options):
@@ -318,7 +336,9 @@ class Subject:
 
     @torch.inference_mode()
     def features(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Those of transformers' tower, `[1 + n, tokens, hidden]` in the order of the prompt: the last ones, and n of DeepStack."""
+        """Compute the features of transformers' tower, `[1 + n, tokens, hidden]` in the order of the prompt: the last ones, and n
+        of DeepStack.
+        """
         kinds = call["mm_token_type_ids"][0]
         parts = {}
         for kind, (pixels, grids) in NAMES.items():
@@ -342,7 +362,7 @@ class Subject:
         last: int = 1,
         first: int = 0,
     ) -> torch.Tensor:
-        """Those of transformers' language model after each of the last tokens, `[last, vocabulary]`.
+        """Compute the logits of transformers' language model after each of the last tokens, `[last, vocabulary]`.
 
         Args:
             positions: int64 `[3, L]`, of the prompt; those of the answer follow.
@@ -356,7 +376,8 @@ class Subject:
         more = torch.tensor(answer, dtype=torch.int64, device=self.device)
         embeds = text.embed_tokens(torch.cat([call["input_ids"][0], more]))
         visual = torch.nn.functional.pad(call["mm_token_type_ids"][0] > 0, (0, len(answer)))
-        embeds[visual], inner = features[0].to(embeds), {}
+        embeds[visual] = features[0].to(embeds)
+        inner = {}
         if len(features) > 1:
             inner = {"visual_pos_masks": visual[None], "deepstack_visual_embeds": list(features[1:].to(embeds))}
         row = torch.arange(len(embeds), dtype=torch.int64, device="cpu")
@@ -365,7 +386,8 @@ class Subject:
         places = every[:, None].to(self.device)
         cache = DynamicCache(config=text.config) if first else None
         if first:
-            inner |= {"visual_pos_masks": visual[None, :first]} if inner else {}
+            if inner:
+                inner["visual_pos_masks"] = visual[None, :first]
             read = {"inputs_embeds": embeds[None, :first], "position_ids": places[..., :first]}
             text(**read, past_key_values=cache, use_cache=True, **inner)
             embeds = embeds[first:]
@@ -377,7 +399,7 @@ class Subject:
 
     @torch.inference_mode()
     def last_logits(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Those of transformers' model behind each prompt of a call, `[prompts, vocabulary]`."""
+        """Compute the logits of transformers' model behind each prompt of a call, `[prompts, vocabulary]`."""
         return self.transformers(**call, logits_to_keep=1, use_cache=False).logits[:, -1]
 
     @cached_property
@@ -387,7 +409,7 @@ class Subject:
 
     @torch.inference_mode()
     def logits_along(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Those of transformers' model for each of `words` behind the prompt of a call, `[words, vocabulary]`."""
+        """Compute the logits of transformers' model for each of `words` behind the prompt of a call, `[words, vocabulary]`."""
         read = torch.tensor([self.words[:-1]], dtype=torch.int64, device=self.device)
         call = dict(call)
         for name, more in (("input_ids", read), ("attention_mask", read * 0 + 1), ("mm_token_type_ids", read * 0)):
@@ -396,13 +418,13 @@ class Subject:
 
     @cached_property
     def video_logits(self) -> torch.Tensor:
-        """Transformers', after each token behind the video."""
+        """Compute transformers' logits after each token behind the video."""
         asked = self.about(self.video)
         return self.logits(asked.call, asked.positions, asked.features, last=asked.text_behind)
 
     @cached_property
     def _otherwise(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and logits of transformers on the same weights, rounded otherwise: in a wider dtype, or once more."""
+        """Compute transformers' features and logits on the same weights, rounded otherwise: in a wider dtype, or once more."""
         dtype = None if self.loaded.found.quantization else wider(self.dtype, self.device)
         other = rounding_again if dtype is None else computing_in
         asked = self.about(self.video)
@@ -413,13 +435,13 @@ class Subject:
 
     @cached_property
     def features_noise(self) -> Gap:
-        """How far transformers' features are from those that are rounded otherwise."""
+        """Measure how far transformers' features are from those that are rounded otherwise."""
         features = self.about(self.video).features
         return self.noise(gap(features.flatten(0, 1), self._otherwise[0].flatten(0, 1)))
 
     @cached_property
     def logits_noise(self) -> Gap:
-        """The same of its logits, from pixels on."""
+        """Measure the same of its logits, from pixels on."""
         return self.noise(gap(self.video_logits, self._otherwise[1], centred=True))
 
     def noise(self, distance: Gap) -> Gap:
@@ -434,7 +456,7 @@ class Subject:
         Modules that both sides run differ in how many columns they read at a time, and in nothing else.
         """
         model = self.loaded.model
-        if model.native or in_few_operations(model, self.device):
+        if model.native or run_for(model, self.device) is not run_modules:
             return self._otherwise[1]
         asked = self.about(self.video)
         columns = asked.text_behind, len(asked.prompt.input_ids) - asked.text_behind
@@ -442,19 +464,19 @@ class Subject:
 
     @cached_property
     def language_noise(self) -> Gap:
-        """How far logits may be from those of the same features."""
+        """Measure how far logits may be from those of the same features."""
         return self.noise(gap(self.video_logits, self._same_features, centred=True))
 
     @cached_property
     def logit_noise(self) -> float:
-        """The same of one logit: the largest distance without their means, as a share of the largest logit."""
+        """Measure the same of one logit: the largest distance without their means, as a share of the largest logit."""
         ours, other = (x.cpu().double() for x in (self.video_logits, self._same_features))
         ours, other = (x - x.mean(1, keepdim=True) for x in (ours, other))
         return max(float((ours - other).abs().max() / other.abs().max()), torch.finfo(self.dtype).eps)
 
 
 class Asked:
-    """A question about inputs, as both sides read it.
+    """Hold a question about inputs, as both sides read it.
 
     Attributes:
         plans: what is looked at of each.
@@ -477,7 +499,7 @@ class Asked:
 
     @cached_property
     def features(self) -> torch.Tensor:
-        """Those of transformers' tower, see `Subject.features`."""
+        """Compute the features of transformers' tower, see `Subject.features`."""
         return self._subject.features(self.call)
 
     @property

@@ -40,14 +40,16 @@ class Waiting(TorchDispatchMode):
 
     @property
     def outside(self) -> list[str]:
-        """The places that are in no selection."""
+        """List the places that are in no selection."""
         return [place for place in self.places if not place.split()[1].startswith(("methods/", "contrib/"))]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if self.waits(func, args, kwargs or {}, result):
             lines = [frame for frame in extract_stack() if "evoprune/" in frame.filename and __file__ != frame.filename]
-            where = f"{lines[-1].filename.rpartition('evoprune/')[2]}:{lines[-1].lineno}" if lines else "?"
+            where = "?"
+            if lines:
+                where = f"{lines[-1].filename.rpartition('evoprune/')[2]}:{lines[-1].lineno}"
             self.places.append(f"{func._schema.name.removeprefix('aten::')} {where}")
         return result
 

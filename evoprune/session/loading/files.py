@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import evoprune
+from evoprune.backend.expected import visual_token_limit
+from evoprune.bundled import demo_in
 from evoprune.errors import EvopruneWarning, ModelError, first_line
 from evoprune.model.config import (
     FAMILIES,
@@ -28,7 +30,7 @@ from evoprune.model.config import (
 )
 from evoprune.util import shorten
 from evoprune.video.info import PICTURE, VIDEO
-from evoprune.video.plan import InputLimits
+from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits
 
 # The published dimensions (config.json of the repositories), so that benchmarks need no network.
 BUNDLED_CONFIGS = {
@@ -178,3 +180,13 @@ def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None =
         if only:
             content = {name: content.get(name) for name in only}
         return checked(InputLimits, content, inner or "")
+
+
+def default_max_visual_tokens(folder: Path | None, device: str) -> int:
+    """Return the limit before pruning where none is given, of a model on a device by its name.
+
+    `folder`: of the model's files; None for a bundled config. Models as small as those of the package have no limit of the device.
+    """
+    if demo_in(folder):
+        return MAX_VISUAL_TOKENS
+    return min(MAX_VISUAL_TOKENS, visual_token_limit(device))

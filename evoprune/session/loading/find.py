@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from evoprune.backend.devices import has_bf16, is_host, pick_device
+from evoprune.backend.cpu.linear import can_pack
+from evoprune.backend.cpu.quantize import check as check_quantize
+from evoprune.backend.cpu.quantize import saved_bytes
+from evoprune.backend.devices import default_dtype, pick_device
+from evoprune.backend.weights import are_mapped, are_widened
 from evoprune.bundled import DEMOS, Demo, demo_in
-from evoprune.cpu.linear import can_pack
-from evoprune.cpu.quantize import check as check_quantize
-from evoprune.cpu.quantize import saved_bytes
-from evoprune.errors import QUANTIZERS, ModelError, ModelWarning, UsageError, first_line
+from evoprune.errors import ModelError, ModelWarning, UsageError, first_line
 from evoprune.language.prompt import Tokenizer
 from evoprune.model.config import (
     TEXT,
@@ -43,6 +44,7 @@ from evoprune.session.loading.files import (
     MODEL_HINT,
     cached_folder,
     cached_id,
+    default_max_visual_tokens,
     input_limits,
     is_bundled,
     is_id,
@@ -68,7 +70,6 @@ PACKAGES = {  # that transformers needs for a method of quantisation, besides ac
 }
 BITS = "load_in_8bit", "load_in_4bit"  # which mean bitsandbytes, whatever method is named, as in transformers
 PLAIN = ("BF16", "F16", "F32", "F64")  # dtypes of safetensors whose numbers mean what they say: others have scales
-PLAIN_ON_CPU = ("compressed-tensors", "fp8")  # quantised weights that transformers widens when it loads them on a CPU
 HEAD = "lm_head.weight"
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 HUB_SECONDS = 5.0
@@ -121,7 +122,12 @@ class FoundModel:
         """As the options say; for "auto" bf16 if the device multiplies it in hardware, of a demo fp32."""
         if self.options.dtype != "auto":
             return self.options.dtype
-        return "bf16" if self.demo is None and has_bf16(self.device) else "fp32"
+        return "fp32" if self.demo else default_dtype(self.device)
+
+    @property
+    def max_visual_tokens(self) -> int:
+        """The limit before pruning where none is given."""
+        return default_max_visual_tokens(None if self.random else self.folder, str(self.device))
 
     @property
     def native(self) -> bool:
@@ -208,7 +214,7 @@ class FoundModel:
     def packed_bytes(self) -> int:
         """Of memory that packed weights take on a CPU where it is free, beside the files they come from, which stay mapped."""
         dtype = DTYPES[self.dtype]
-        if not (self.native and is_host(self.device) and self._mapped and self.options.quantize == "none"):
+        if not (self.native and self._mapped and self.options.quantize == "none"):
             return 0
         if not can_pack(torch.empty(1, dtype=dtype, device=self.device)):
             return 0
@@ -229,8 +235,7 @@ class FoundModel:
 
         `quantize`: what becomes of them afterwards; until then they have the dtype of their files.
         """
-        plain = is_host(self.device) and self.quantization in PLAIN_ON_CPU
-        if self.quantization and self.files_here and not plain:
+        if self.quantization and self.files_here and not are_widened(self.device, self.quantization):
             return sum(file.stat().st_size for file in self.files_here)
         return self.parameters * self.read_dtype(quantize).itemsize
 
@@ -496,9 +501,6 @@ def check_packages(quantization: str | None, name: str) -> None:
         what = f"{listed(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
         problem = f"{name} holds weights quantised by {quantization}, and {what}"
         raise ModelError(problem, f"pip install {' '.join(missing)}")
-    for package in packages:
-        module = "optimum" if package == "optimum-quanto" else package.replace("-", "_")
-        QUANTIZERS[module] = f"the package {package}"
 
 
 def _is_installed(package: str) -> bool:
@@ -586,12 +588,8 @@ def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool
 
 def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none") -> bool:
     """Return whether weights are used, or quantised, as they are in their files."""
-    if not files or not is_host(device):
-        return False
-    if quantize != "none":
-        return True
     stored = {content.get_slice(name).get_dtype() for _, content, name in stored_tensors(files[:1])}
-    return stored == {{torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[dtype]}
+    return bool(files) and are_mapped(device, stored, dtype, quantize)
 
 
 def read_generation(folder: Path | None) -> GenerationSettings:

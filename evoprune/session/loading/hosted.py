@@ -10,30 +10,30 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
-from evoprune.backend.devices import is_host
+from evoprune.backend.hosted import choose_functions
+from evoprune.backend.weights import are_widened
 from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memory
-from evoprune.language.hosted import use_experts, uses_packages
+from evoprune.language.hosted import use_experts
 from evoprune.model.config import Config, as_written, read_object
 from evoprune.model.weights import HostedVL, fill_random, name_in_memory
 from evoprune.session.loading.find import (
     ADAPTER,
     BELONG,
+    PACKAGES,
     PLAIN,
-    PLAIN_ON_CPU,
     check_packages,
     stored_tensors,
     weight_files,
 )
-from evoprune.util import counted
+from evoprune.util import counted, listed
 
 # Entries of a config that name the modules which are not quantised.
 UNQUANTIZED = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
@@ -42,10 +42,8 @@ OF_THE_WHOLE = (
     "model_type", "architectures", "vision_config", "text_config", "quantization_config", "tie_word_embeddings", "dtype",
     "torch_dtype",
 )  # fmt: skip
-# Functions in modules of transformers: where fla or causal-conv1d is installed, kernels for GPUs.
-FUSED = {"causal_conv1d_fn", "causal_conv1d_update", "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"}
-# What loggers say again and again. One recommends the packages of `FUSED`, which would not be called. That layers of 8 bits
-# compute in fp16 is said of every product.
+# What loggers say again and again. One recommends packages for GPUs (`backend.hosted.FUSED`), which would not be called. That
+# layers of 8 bits compute in fp16 is said of every product.
 SAID = {
     "transformers.integrations.hub_kernels": "falling back to its reference",
     "bitsandbytes.autograd._functions": "inputs will be cast",
@@ -92,7 +90,9 @@ def load_hosted(
         said = f"{counted(len(unused), 'tensor')} of the weights are not used in {folder}: {', '.join(unused[:3])}"
         warnings.warn(said, ModelWarning, stacklevel=2)
     model = _of(config, host)
-    if not quantization:  # layers of quantised experts have implementations of their own
+    if quantization:
+        model.package = f"a layer quantised by {listed(PACKAGES.get(quantization, [quantization]))}"
+    else:  # layers of quantised experts have implementations of their own
         use_experts(model)
     return model
 
@@ -150,7 +150,7 @@ def _quantized_config(folder: Path, quantization: str, device: torch.device):
     # Some programs write it beside the layers that are quantised; older releases look for it there for few families.
     if not getattr(config, "quantization_config", None):
         config.quantization_config = config.text_config.quantization_config
-    if is_host(device) and quantization in PLAIN_ON_CPU:
+    if are_widened(device, quantization):
         config.quantization_config["dequantize"] = True
     for field in UNQUANTIZED:
         names = config.quantization_config.get(field)
@@ -244,26 +244,10 @@ def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> H
 def _of(config: Config, host) -> HostedVL:
     host.eval().requires_grad_(False)
     model = HostedVL(config, host.model.visual, host.model.language_model, host.lm_head)
-    _choose_functions(model.model.language_model)
+    choose_functions(model.model.language_model)
     for logger in SAID:
         logging.getLogger(logger).addFilter(_is_news)  # the same one is added once
     return model
-
-
-def _choose_functions(module: torch.nn.Module) -> None:
-    """Has transformers run its own functions in `without_packages`, and on tensors of a CPU, where it has imported `FUSED` kernels.
-
-    It calls those whatever the device, and on a CPU they fail.
-    """
-    for source in {type(part).__module__ for part in module.modules()}:
-        functions = vars(sys.modules[source])
-        for name in FUSED & functions.keys():
-            if plain := getattr(functions[name], "__wrapped__", None):
-                functions[name] = partial(_chosen, functions[name], plain)
-
-
-def _chosen(fused: Callable, plain: Callable, x: torch.Tensor, *args, **kwargs):
-    return (fused if uses_packages() and not is_host(x.device) else plain)(x, *args, **kwargs)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -4,29 +4,29 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from evoprune.backend.devices import available_memory, empty_cache, is_host, run_beside, uses_kernels
-from evoprune.backend.layers import join, join_tower
+from evoprune.backend.cpu.linear import Packing, weights_bytes
+from evoprune.backend.cpu.precision import AUTO_THREADS
+from evoprune.backend.cpu.quantize import Progress, kinds, places
+from evoprune.backend.devices import empty_cache, run_beside
 from evoprune.backend.limits import available_cores
-from evoprune.bundled import Demo
-from evoprune.cpu.linear import Packing, weights_bytes
-from evoprune.cpu.linear import pack as pack_layers
-from evoprune.cpu.machine import page_in
-from evoprune.cpu.precision import AUTO_THREADS
-from evoprune.cpu.quantize import Progress, kinds, places
+from evoprune.backend.weights import prepare
+from evoprune.bundled import Demo, may_be_of_any_world, unknown_words, world_of
 from evoprune.errors import ModelError, ModelWarning, OutOfMemory, is_out_of_memory
 from evoprune.language import hybrid
-from evoprune.language.generate import TokenStream, Visual, embed_prompt, prefill
+from evoprune.language.generate import TokenStream, embed_ids, prefill
 from evoprune.language.prompt import Place, Tokenizer, has_tokenizer, load_tokenizer
+from evoprune.language.pruned import prune_prompt
 from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import MIN_COLUMNS, NativeStaticCache, step
 from evoprune.methods.chain import MethodChain
+from evoprune.methods.types import arange_on
 from evoprune.model.config import PATCHES, Config, GenerationSettings, head_size
 from evoprune.model.cost import shortage
 from evoprune.model.weights import Model, QwenVL, empty, fill_random, name_in_memory
@@ -47,14 +47,13 @@ from evoprune.session.loading.find import (
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.session.patches import PatchStore
 from evoprune.util import counted, from_keywords, size
-from evoprune.video.info import VIDEO, Video, world_of
+from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
 
 # Weights of a model for each of its threads. The demo model has 4 million, the smallest Qwen 2 billion.
 WEIGHTS_PER_THREAD = 32_000_000
-RESERVED_BYTES = 2**29  # that packed weights leave for the work itself
 
 
 @dataclass
@@ -87,17 +86,30 @@ class LoadedModel:
         return f"<LoadedModel {self.id!r} in {self.dtype} on {self.device}>"
 
     @property
-    def is_demo(self) -> bool:
-        return self.demo is not None
-
-    @property
     def cores(self) -> int | None:
         """How many cores reading videos may keep busy; None for all that this process may use."""
         return self.found.options.cores
 
+    @property
+    def span(self) -> int | None:
+        """Positions in time that the longest clip of its training had; None where the context alone limits them."""
+        return self.demo.span if self.demo else None
+
     def knows(self, info: Video) -> bool:
         """Return whether a file may be of a kind that the model knows. Of a demo model, only clips of its world are."""
-        return self.demo is None or world_of(info) == self.demo.world
+        return self.demo is None or world_of(info.tags) == self.demo.world
+
+    def knows_words(self, question: str) -> bool:
+        """Return whether the model may know the words of a question. Of a demo model, only those of its training are."""
+        return self.demo is None or not unknown_words(question, self.demo.world)
+
+    def doubt(self, inputs: Sequence[Video], subtitles: bool) -> str | None:
+        """Return the warning about inputs, perhaps with `subtitles`, unlike those of the model's training; None for no doubt."""
+        foreign = [info for info in inputs if not self.knows(info)]
+        if foreign:
+            return "demo_untold" if all(may_be_of_any_world(info.container) for info in foreign) else "demo_model"
+        unlike = self.demo is not None and (len(inputs) > self.demo.inputs or subtitles)
+        return "demo_inputs" if unlike else None
 
     @property
     def video(self) -> InputLimits:
@@ -204,15 +216,6 @@ def _weights(
             weights = load_weights(model.config, files, *form, quantize)
         else:
             weights = random_model(model.config, *form)
-        if model.native and stay_mapped(
-            files, *form, quantize
-        ):  # they are read in the order of their use, unless memory for all of them is missing
-            tower = weights.model.visual
-            language = weights.model.language_model
-            mapped = [*tower.parameters(), *language.layers.parameters(), *language.embed_tokens.parameters()]
-            available = available_memory("cpu")
-            if available is None or available > sum(weight.nbytes for weight in mapped):
-                page_in(mapped)
         read = time.perf_counter()
         store = None
         if model.options.store_quantized and files:
@@ -311,31 +314,17 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Qw
 def make_ready(
     model: Model, quantize: str, *, pack: bool = True, progress: Progress | None = None, store: str | None = None
 ) -> Packing:
-    """Quantises the linear layers of a model on the CPU in place, or packs them; on CUDA, joins them. Arguments as `load_model`.
+    """Quantises the linear layers of a model in place, or prepares them as its device has it. Arguments as of `load_model`.
 
-    Those of the tower are packed now, those of the language model later, as `Packing` says: the tower is a sixth of a 3B model, and
-    packed it encodes about a tenth faster; the language model would make words wait. Where memory is short, none are. `store`: the
-    fingerprint of quantised weights on disk; None for no storing. Returns what layers that wait share.
+    `store`: the fingerprint of quantised weights on disk; None for no storing. Returns what layers that wait share.
     """
-    packing = Packing()
-    if uses_kernels(model.device):
-        if model.native:
-            join(model)
-        join_tower(model.model.visual)
-    if not is_host(model.device):
-        return packing
-    if quantize != "none":
-        from evoprune.session.loading.stored import quantize_once
+    if quantize == "none":
+        return prepare(model, pack)
+    from evoprune.session.loading.stored import quantize_once
 
-        quantize_once(model, quantize, store, progress)
-        empty_cache()  # of the weights that were quantised
-        return packing
-    linear_bytes = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
-    available = available_memory("cpu")
-    if pack and (available is None or available > linear_bytes + RESERVED_BYTES):
-        pack_layers(model.model.visual)
-        pack_layers(model, packing)
-    return packing
+    quantize_once(model, quantize, store, progress)
+    empty_cache()  # of the weights that were quantised
+    return Packing()
 
 
 def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: bool) -> None:
@@ -360,8 +349,7 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
         ),
     )
     model = random_model(small, dtype, device)
-    join(model)
-    join_tower(model.model.visual)
+    prepare(model, packs=False)
     visual = model.model.visual
     grid = (2, 8, 8)
     words = 8
@@ -380,10 +368,10 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
             torch.linalg.solve_triangular(chunks, chunks, upper=False, unitriangular=True)  # loads that library
         return
     place = Place((range(words, words + units),))
-    visuals = [Visual(place, encoded.features, encoded.kept, encoded.size, encoded.deepstack)]
     ids = torch.zeros(2 * words + units, dtype=torch.int64, device="cpu")
-    embeds, columns, sizes, deepstack = embed_prompt(model, ids, visuals)
-    state = prefill(model, embeds, columns.expand(3, -1), len(ids), None, sizes, None, deepstack)
+    positions = arange_on(len(ids), "cpu").expand(3, -1)
+    prompt = prune_prompt(ids, [place], [encoded], positions, partial(embed_ids, model))
+    state = prefill(model, prompt.embeds, prompt.positions, len(ids), None, prompt.sizes, None, prompt.deepstack)
     list(TokenStream(state, GenerationOptions(max_new_tokens=2), eos_ids=()))
     steps = NativeStaticCache(model, MIN_COLUMNS)
     steps.fill(state.cache, len(ids) + 1, MIN_COLUMNS)

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import torch
 
 import evoprune
-from evoprune.cpu.quantize import Progress, Weights, levels, places, quantize, restore
+from evoprune.backend.cpu.quantize import Progress, Weights, levels, places, quantize, restore
 from evoprune.language.generate import layers_of, new_cache
 from evoprune.methods.plans import full_plan
 from evoprune.methods.types import arange_on

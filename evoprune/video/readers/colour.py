@@ -92,7 +92,7 @@ USUAL = tuple(Matrix(number) for number in (0, 1, 2, 4, 5, 6, 7, 9))  # which li
 
 
 def stated(stream: VideoStream) -> str | None:
-    """`Video.hdr_format` by the header of a stream, of which no frame was decoded yet: decoders replace the curve."""
+    """Return `Video.hdr_format` by the header of a stream, of which no frame was decoded yet: decoders replace the curve."""
     level = av.logging.get_level()
     av.logging.set_level(av.logging.INFO)  # FFmpeg logs what PyAV has no attribute for
     try:
@@ -112,11 +112,13 @@ def stated(stream: VideoStream) -> str | None:
         return curve
     if context.codec_tag in DOLBY_TAGS:
         return IPT
-    return PQ if "Mastering Display Metadata" in said or "Content Light Level Metadata" in said else None
+    if "Mastering Display Metadata" in said or "Content Light Level Metadata" in said:
+        return PQ
+    return None
 
 
 def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
-    """`Video.hdr_format` of a frame. `header`: what it is where it does not say so itself."""
+    """Return `Video.hdr_format` of a frame. `header`: what it is where it does not say so itself."""
     data = _side_data(frame)
     if header == IPT or frame.colorspace == Matrix.IPT_C2 or _is_dolby_own(data.get("DOVI_METADATA")):
         return IPT
@@ -126,7 +128,11 @@ def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
         return PQ  # there is no ICtCp of SDR
     if frame.color_trc not in UNSTATED:
         return None
-    return header or (PQ if any(name in data for name in HDR_METADATA) else None)
+    if header:
+        return header
+    if any(name in data for name in HDR_METADATA):
+        return PQ
+    return None
 
 
 def _side_data(frame: VideoFrame) -> dict[str, bytes]:
@@ -159,7 +165,8 @@ class Converter:
         self._reformatter = VideoReformatter()
 
     def rgb(self, frame: VideoFrame, width: int, height: int) -> np.ndarray:
-        """uint8 `[height, width, 3]`: the frame, scaled to this size. Its transparent parts are put over white, as in pictures.
+        """Return uint8 `[height, width, 3]`: the frame, scaled to this size. Its transparent parts are put over white, as in
+        pictures.
 
         Raises VideoError: its format or its matrix cannot be converted.
         """
@@ -179,7 +186,9 @@ class Converter:
             rgba = self._reformat(frame, "rgba").to_ndarray().astype(np.uint16)
             alpha = rgba[..., 3:]
             if alpha.min() < 255:
-                opaque = rgba[..., :3] if plain else self._computed(frame, frame.width, frame.height, hdr, own)
+                opaque = rgba[..., :3]
+                if not plain:
+                    opaque = self._computed(frame, frame.width, frame.height, hdr, own)
                 mixed = (opaque * alpha + 255 * (255 - alpha) + 127) // 255
                 frame = VideoFrame.from_ndarray(mixed.astype(np.uint8), format="rgb24")
                 plain = True
@@ -191,7 +200,8 @@ class Converter:
         self, frame: VideoFrame, width: int, height: int, hdr: str | None, own: np.ndarray | None
     ) -> np.ndarray:
         """Return the same for HDR, and for a matrix of `_own_matrix`."""
-        stored = self._reformat(frame, "gbrp16" if own is None else "yuv444p16", width, height)
+        form = "gbrp16" if own is None else "yuv444p16"
+        stored = self._reformat(frame, form, width, height)
         planes = [np.frombuffer(plane, np.uint16).reshape(height, -1)[:, :width] for plane in stored.planes]
         matrix, offset = _scaled(frame, own)
         to_bt709 = _to_bt709(frame, hdr)
@@ -211,8 +221,9 @@ class Converter:
             raise ValueError("libswscale would end the process")
         if native := SWAPPED.get(frame.format.name):
             frame = self._reformatter.reformat(frame, format=native)
-        matrix = _replacement(frame)
-        how = {"src_colorspace": matrix, "dst_colorspace": matrix} if matrix else {}
+        how = {}
+        if matrix := _replacement(frame):
+            how = {"src_colorspace": matrix, "dst_colorspace": matrix}
         return self._reformatter.reformat(frame, width, height, format=form, **how)
 
 
@@ -229,23 +240,28 @@ def _replacement(frame: VideoFrame) -> str | None:
         return "BT2020" if frame.color_primaries == ColorPrimaries.BT2020 else "ITU709"
     if matrix == Matrix.BT2020C:
         return "BT2020"
-    unknown = matrix == Matrix.RESERVED or matrix > max(Matrix)
-    return "DEFAULT" if unknown or matrix in (Matrix.YCGCO, Matrix.ICTCP, Matrix.IPT_C2) else None
+    if matrix in (Matrix.RESERVED, Matrix.YCGCO, Matrix.ICTCP, Matrix.IPT_C2) or matrix > max(Matrix):
+        return "DEFAULT"
+    return None
 
 
 def _own_matrix(frame: VideoFrame, hdr: str | None) -> np.ndarray | None:
-    """`[3, 3]`: makes channels from 0 to 1 of a stored Y from 0 to 1 and two differences; None where libswscale does."""
+    """Return the matrix `[3, 3]` that makes channels from 0 to 1 of a stored Y from 0 to 1 and two differences; None where
+    libswscale does.
+    """
     if not _is_yuv(frame.format):
         return None
     if hdr == IPT:
         return FROM_IPT
     if frame.colorspace == Matrix.ICTCP:
         return FROM_ICTCP[hdr]
-    return FROM_YCGCO if frame.colorspace == Matrix.YCGCO else None
+    if frame.colorspace == Matrix.YCGCO:
+        return FROM_YCGCO
+    return None
 
 
 def _scaled(frame: VideoFrame, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """float32 `[3, 3]` and `[3, 1]`: matrix and offset that make channels from 0 to 65535 of three planes of 16 bits.
+    """Return float32 `[3, 3]` and `[3, 1]`: matrix and offset that make channels from 0 to 65535 of three planes of 16 bits.
 
     These are G, B and R, or with a matrix of `_own_matrix` Y and two differences. libswscale adds zeros to values of fewer bits.
     """
@@ -255,7 +271,8 @@ def _scaled(frame: VideoFrame, own: np.ndarray | None) -> tuple[np.ndarray, np.n
     if own is None:
         matrix = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])
         zero = [0, 0, 0]
-        one = [255 << 8 if limited else full] * 3
+        white = 255 << 8 if limited else full
+        one = [white] * 3
     elif limited:
         matrix = own
         level = 1 << 8
@@ -271,7 +288,7 @@ def _scaled(frame: VideoFrame, own: np.ndarray | None) -> tuple[np.ndarray, np.n
 
 
 def _to_bt709(frame: VideoFrame, hdr: str | None) -> np.ndarray:
-    """float32 `[3, 3]`: the matrix that makes light of BT.709 of the light of an HDR frame's channels."""
+    """Return float32 `[3, 3]`: the matrix that makes light of BT.709 of the light of an HDR frame's channels."""
     if hdr == IPT:
         matrix = FROM_DOLBY_LMS
     elif frame.colorspace == Matrix.ICTCP:
@@ -283,7 +300,7 @@ def _to_bt709(frame: VideoFrame, hdr: str | None) -> np.ndarray:
 
 
 def _mapped(channels: np.ndarray, hdr: str, to_bt709: np.ndarray) -> np.ndarray:
-    """uint8 `[3, n]`: RGB of SDR, of the channels of HDR, uint16 `[3, n]`."""
+    """Return uint8 `[3, n]`: RGB of SDR, of the channels of HDR, uint16 `[3, n]`."""
     light = to_bt709 @ _light(hdr)[channels]
     # FFmpeg's `tonemap=mobius` of the brightest channel; the others keep their ratio to it.
     square = KNEE * KNEE
@@ -297,7 +314,8 @@ def _mapped(channels: np.ndarray, hdr: str, to_bt709: np.ndarray) -> np.ndarray:
 
 @cache
 def _light(hdr: str) -> np.ndarray:
-    """float32 `[65536]`: the light that a display of 1000 cd/m2 shows for each 16-bit signal, in units of 100 cd/m2 (BT.2100).
+    """Return float32 `[65536]`: the light that a display of 1000 cd/m2 shows for each 16-bit signal, in units of 100 cd/m2
+    (BT.2100).
 
     The system gamma of HLG, 1.2, applies to each channel, as in zimg.
     """
@@ -313,7 +331,7 @@ def _light(hdr: str) -> np.ndarray:
 
 @cache
 def _gamma() -> np.ndarray:
-    """uint8 `[4096]`: the levels of SDR (BT.1886) by the root of their light, of which dark light takes more steps."""
+    """Return uint8 `[4096]`: the levels of SDR (BT.1886) by the root of their light, of which dark light takes more steps."""
     return np.round(255 * np.linspace(0, 1, 2**12) ** (2 / 2.4)).astype(np.uint8)
 
 
@@ -326,4 +344,6 @@ def _described(frame: VideoFrame) -> str:
 
 
 def _named(numbers: type[IntEnum], number: int) -> str:
-    return numbers(number).name.lower().replace("_", "-") if number in set(numbers) else f"{number}"
+    if number not in set(numbers):
+        return f"{number}"
+    return numbers(number).name.lower().replace("_", "-")

@@ -53,7 +53,7 @@ def check(info: Video) -> None:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """As `readers` says, without `damaged`. Raises VideoError also where decord stops at damage or returns other frames."""
+    """Read as `readers` says, without `damaged`. Raises VideoError also where decord stops at damage or returns other frames."""
     check(info)
     decord = load()
     with ffmpeg.reading(info.path), open(info.path, "rb") as file, _refusing(info):
@@ -64,7 +64,8 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
         # By number where the system can, because decord's FFmpeg takes some names for patterns; else by absolute path,
         # because it takes what precedes a colon for a protocol.
         name = f"/dev/fd/{file.fileno()}"
-        name = name if os.path.exists(name) else os.path.abspath(info.path)
+        if not os.path.exists(name):
+            name = os.path.abspath(info.path)
         reader = decord.VideoReader(name, num_threads=ffmpeg.thread_count(available_cores()))
         stamps = _stamps(info, reader)
         # One float32 step more, because decord rounds its times to 32 bits.
@@ -102,7 +103,7 @@ def _refusing(info: Video) -> Iterator[None]:
 
 
 def _stamps(info: Video, reader) -> np.ndarray:
-    """float32 `[frames]`: the time of each frame in seconds from the first, in display order."""
+    """Return float32 `[frames]`: the time of each frame in seconds from the first, in display order."""
     stamps = reader.get_frame_timestamp(range(len(reader)))[:, 0]
     if len(stamps) == 1:
         return np.zeros_like(stamps)

@@ -85,7 +85,7 @@ ORIENTATIONS = {
 
 
 class Shown(NamedTuple):
-    """What a reader yields for a time."""
+    """Hold what a reader yields for a time."""
 
     time_s: float  # the frame's own, from the first frame
     rgb: np.ndarray  # uint8 `[H, W, 3]`, as displayed
@@ -102,7 +102,7 @@ def alive() -> None:
 
 
 def report_alive() -> None:
-    """What `alive` does in the first thread."""
+    """Do what `alive` does in the first thread."""
 
 
 def picture_size(pixels: int, decoders: int = 1) -> None:
@@ -121,7 +121,9 @@ def picture_format(path: str) -> str | None:
     head = _head(path)
     if head[4:8] == b"ftyp":
         brand = PICTURE_BRANDS.get(head[8:12])
-        return "AVIF" if brand == "HEIC" and b"avif" in head[16 : head[3]] else brand
+        if brand == "HEIC" and b"avif" in head[16 : head[3]]:
+            return "AVIF"
+        return brand
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "WEBP"
     if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in (12, 40, 52, 56, 64, 108, 124):
@@ -144,7 +146,9 @@ def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
         return VideoError(f"{path} is a git-lfs pointer", LFS_HINT)
     if kind:
         return VideoError(f"{path} is not a video: it is {kind}", FORMATS)
-    return VideoError(f"{path} is not a video, or its beginning is damaged", FORMATS) if unrecognised else None
+    if unrecognised:
+        return VideoError(f"{path} is not a video, or its beginning is damaged", FORMATS)
+    return None
 
 
 def _head(path: str) -> bytes:
@@ -198,7 +202,7 @@ def check_file(path: str) -> None:
 
 
 class Slice:
-    """One part of an open binary file, as a file of its own that FFmpeg can read and seek in."""
+    """Show one part of an open binary file as a file of its own that FFmpeg can read and seek in."""
 
     def __init__(self, path: str, span: Span):
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (`close` closes it)
@@ -207,7 +211,9 @@ class Slice:
 
     def read(self, count: int) -> bytes:
         left = self._end - self._file.tell()
-        return self._file.read(min(count, left)) if left > 0 else b""
+        if left <= 0:
+            return b""
+        return self._file.read(min(count, left))
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = (self._begin, self._file.tell(), self._end)[whence]
@@ -238,7 +244,9 @@ def open_bytes(file: BinaryIO, format_name: str | None = None) -> InputContainer
     options = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
     nameless = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
     # A video is not refused for tags that are not valid text. PyAV 19 does not refuse it anyway.
-    tags = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+    tags = {}
+    if int(av.__version__.split(".")[0]) < 19:
+        tags = {"metadata_errors": "replace"}
     return av.open(nameless, format=format_name, options=options, **tags)
 
 
@@ -270,19 +278,22 @@ def video_stream(container: InputContainer, path: str, *, threads: int = 1) -> V
     picture_size(width * height)
     if stream.codec_context.codec.canonical_name in UNTHREADED:
         threads = 1
-    stream.thread_type, stream.codec_context.thread_count = "AUTO" if threads > 1 else "NONE", threads
+    stream.thread_type = "AUTO" if threads > 1 else "NONE"
+    stream.codec_context.thread_count = threads
     return stream
 
 
 def tags(container: InputContainer) -> dict[str, str]:
-    """Tags of a container, at most 200, without those that are too long."""
+    """Return the tags of a container, at most 200, without those that are too long."""
     short = ((key, text) for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS)
     return dict(islice(short, 200))
 
 
 def thread_count(cores: int) -> int:
-    """Threads of a decoder for so many cores: one more, at most 16, as each holds a picture; or one."""
-    return min(cores + 1, 16) if cores > 1 else 1
+    """Return the threads of a decoder for so many cores: one more, at most 16, as each holds a picture; or one."""
+    if cores <= 1:
+        return 1
+    return min(cores + 1, 16)
 
 
 def nothing_decoded(path: str) -> VideoError:
@@ -302,7 +313,8 @@ def packets(
     end = None
     slack = 0
     try:
-        for count, packet in enumerate(container.demux() if dense or every_stream else container.demux(stream)):
+        read = container.demux() if dense or every_stream else container.demux(stream)
+        for count, packet in enumerate(read):
             alive()
             if count > container.size:  # more packets than bytes: the index is a loop
                 raise av.error.InvalidDataError(0, "endless")
@@ -327,22 +339,24 @@ def shown_otherwise(
     `hdr`: `Video.hdr_format`.
     """
     context = stream.codec_context
+    interlaced = bool(first.interlaced_frame) if first else context.field_order > 1  # 1 is progressive
     aspect = stream.sample_aspect_ratio
     return {
         "hdr": hdr is not None,
         "hdr_format": hdr,
-        "interlaced": bool(first.interlaced_frame) if first else context.field_order > 1,  # 1 is progressive
+        "interlaced": interlaced,
         "pixel_aspect": float(aspect) if aspect and aspect != 1 else None,
     }
 
 
 def decoder(stream: VideoStream) -> VideoStream | VideoCodecContext:
-    """Return what decodes a stream. FFmpeg's own decoders of VP8 and VP9 leave out transparency; those of libvpx do not."""
+    """Return the decoder of a stream. FFmpeg's own decoders of VP8 and VP9 leave out transparency; those of libvpx do not."""
     name = WITH_ALPHA.get(stream.codec_context.codec.canonical_name)
     if name is None or stream.metadata.get("alpha_mode") != "1":
         return stream
     context = CodecContext.create(name, "r")
-    context.options, context.thread_count = stream.codec_context.options, stream.codec_context.thread_count
+    context.options = stream.codec_context.options
+    context.thread_count = stream.codec_context.thread_count
     return context
 
 
@@ -364,17 +378,26 @@ def decoded_frames(
         except av.error.FFmpegError:  # the next packet may be whole
             broken = True
         if broken:
-            damaged(None if packet is None else packet.dts if packet.pts is None else packet.pts)
+            damaged(_stamp(packet))
         for frame in frames:
             alive()
             if frame.is_corrupt:
-                damaged(frame.dts if frame.pts is None else frame.pts)
+                damaged(_stamp(frame))
             yield frame
+
+
+def _stamp(data: Packet | VideoFrame | None) -> int | None:
+    """Return the time at which a packet or a frame is displayed, or else decoded, in ticks; None where it has none."""
+    if data is None:
+        return None
+    return data.dts if data.pts is None else data.pts
 
 
 def incomplete_joints(info: Video) -> int:
     """Return how many packets may be incomplete without any damage: one where each part of a stream without headers ends."""
-    return info.clock_restarts if info.container in JOINED else 0
+    if info.container not in JOINED:
+        return 0
+    return info.clock_restarts
 
 
 def restarts(passed_s: float, container: str) -> bool:
@@ -409,11 +432,13 @@ def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
     # AVI stores decoding times only. The presentation times that FFmpeg derives are wrong if frames are stored out of
     # order; the decoding times are right up to a constant.
     stamp = frame.dts if stream.container.format.name == AVI else frame.pts
-    return None if stamp is None else float(stamp * stream.time_base)
+    if stamp is None:
+        return None
+    return float(stamp * stream.time_base)
 
 
 def orientation(frame: VideoFrame) -> tuple[int, bool]:
-    """Clockwise rotation in degrees (0, 90, 180 or 270), and whether a left-right flip comes before it."""
+    """Return the clockwise rotation in degrees (0, 90, 180 or 270), and whether a left-right flip comes before it."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # PyAV cannot list side data that includes EXIF, but it reads the rotation
@@ -437,7 +462,7 @@ def turned_size(size: tuple[int, int], rotation_deg: int) -> tuple[int, int]:
 def to_rgb(
     frame: VideoFrame, width: int, height: int, rotation_deg: int, mirrored: bool, converter: colour.Converter
 ) -> np.ndarray:
-    """uint8 `[height, width, 3]`: the frame as `Converter.rgb` says, rotated and scaled to this size.
+    """Return uint8 `[height, width, 3]`: the frame as `Converter.rgb` says, rotated and scaled to this size.
 
     A frame of another shape keeps it, between black borders.
     """

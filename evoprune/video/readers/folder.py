@@ -66,7 +66,7 @@ def probe(folder: str, fps: float) -> Video:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """As `readers` says. Opens only the images that are needed, one at a time; `damaged` gets their indices.
+    """Read images as `readers` says. Opens only the images that are needed, one at a time; `damaged` gets their indices.
 
     A damaged image is replaced by the one before it, at the beginning by the first that can be decoded.
     """
@@ -79,7 +79,10 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
     rgb = None
     for time in times_s:
         wanted = int(min(max((time + ffmpeg.TOLERANCE_S) * info.fps, 0), last))
-        for i in [*range(wanted, done, -1), *(range(wanted + 1, last + 1) if rgb is None else ())]:
+        candidates = list(range(wanted, done, -1))
+        if rgb is None:
+            candidates += range(wanted + 1, last + 1)
+        for i in candidates:
             if decoded := decode_image(images[i]):
                 _, frame, turn = decoded
                 width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])
@@ -99,7 +102,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """As of `pyav`: every image is a keyframe."""
+    """Yield intervals as `pyav` does: every image is a keyframe."""
     for i, image in enumerate(list_images(info.path)):
         if decode_image(image) is None:
             damaged(i)
@@ -110,8 +113,10 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
 def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
     """Return an image's codec, stored pixels and orientation (see `ffmpeg.orientation`); None if it is damaged or too large."""
     try:
+        content = b""
         with open(path, "rb") as file:
-            content = file.read() if os.fstat(file.fileno()).st_size <= MAX_BYTES else b""
+            if os.fstat(file.fileno()).st_size <= MAX_BYTES:
+                content = file.read()
         with ffmpeg.open_bytes(io.BytesIO(content)) as container:
             stream = ffmpeg.video_stream(container, path)
             # Without it, half a JPEG decodes to a picture with a grey bottom.

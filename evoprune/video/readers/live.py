@@ -42,7 +42,7 @@ POLL_S = 0.05  # how often a file is asked whether it has grown
 
 
 class LiveReader:
-    """One connection to a source. `facts`: "finite", whether it has an end of its own; others of `Video`.
+    """Read from one connection to a source. `facts`: "finite", whether it has an end of its own; others of `Video`.
 
     Args:
         source: a URL of `ALLOWED`, a path, or a camera's device; None for the pipe `descriptor`, which is closed at the end.
@@ -60,7 +60,9 @@ class LiveReader:
         self._name = name
         self._timeout_s = timeout_s
         self._follow = follow
-        self._scheme = source.partition("://")[0].lower() if source and "://" in source else None
+        self._scheme = None
+        if source and "://" in source:
+            self._scheme = source.partition("://")[0].lower()
         self._live = source is None or not os.path.isfile(source)  # whether what comes has just been made
         self._open = ExitStack()
         self._held = None
@@ -87,8 +89,9 @@ class LiveReader:
         rate, guessed = ffmpeg.frame_rate(stream)
         hdr = colour.stated(stream)
         self.facts |= {"fps": rate, "rate_guessed": guessed, **ffmpeg.shown_otherwise(stream, hdr)}
-        # A header of MPEG-TS says nothing, so it was the first frames, and later ones may be of another video.
-        self._converter = colour.Converter(name, None if container in ffmpeg.JOINED else hdr)
+        if container in ffmpeg.JOINED:
+            hdr = None  # a header of MPEG-TS says nothing, so it was the first frames, and later ones may be of another video
+        self._converter = colour.Converter(name, hdr)
         self._frames = self._timed()
 
     def next(self, after_s: float) -> dict | None:
@@ -123,7 +126,9 @@ class LiveReader:
         # a second
         limits = {"max_pixels": str(ffmpeg.MAX_PIXELS), "analyzeduration": str(10**6)}
         path = self._source
-        camera = "v4l2" if path and not self._scheme and stat.S_ISCHR(os.stat(path).st_mode) else None
+        camera = None
+        if path and not self._scheme and stat.S_ISCHR(os.stat(path).st_mode):
+            camera = "v4l2"
         if self._scheme:
             protocols, formats = ALLOWED[self._scheme]
             limits |= {
@@ -133,7 +138,9 @@ class LiveReader:
             }
         if self._scheme or camera:
             kwargs = {"format": camera, "options": limits, "timeout": self._timeout_s, "metadata_errors": "replace"}
-            return self._followed(path, kwargs) if self._scheme in ("http", "https") else av.open(path, **kwargs)
+            if self._scheme in ("http", "https"):
+                return self._followed(path, kwargs)
+            return av.open(path, **kwargs)
         limits |= {"protocol_whitelist": "none", "format_whitelist": FORMATS}
         end = time.monotonic() + self._timeout_s
         while True:
@@ -148,7 +155,8 @@ class LiveReader:
                 first, *self._parts = parts
                 file = Slice(path, first)
             else:
-                file = _Following(os.open(path, os.O_RDONLY) if path else os.dup(descriptor), self._timeout_s)
+                number = os.open(path, os.O_RDONLY) if path else os.dup(descriptor)
+                file = _Following(number, self._timeout_s)
             self._open.callback(file.close)
             try:
                 container = av.open(file, options=limits, metadata_errors="replace")
@@ -198,14 +206,17 @@ class LiveReader:
         for number, frame in enumerate(self._decoded()):
             stamp = ffmpeg.frame_time(frame, self._stream)
             now = time.monotonic()
-            passed = step if stamp is None or before is None else stamp - before
+            passed = step
+            if stamp is not None and before is not None:
+                passed = stamp - before
             ahead = passed > JUMP_S if self._scheme else ffmpeg.restarts(passed, self.facts["container"])
             if ahead and passed > 0:
                 self._gap_s = max(self._gap_s, passed)
-            if number:
-                another_clock = ahead or passed < 0
+            if number and (ahead or passed < 0):  # another clock
                 waited = now - arrived if self._live else 0.0  # a file is read as fast as it goes
-                time_s += max(step, waited) if another_clock else passed
+                time_s += max(step, waited)
+            elif number:
+                time_s += passed
             before = stamp
             arrived = now
             yield time_s, frame
@@ -239,7 +250,10 @@ class LiveReader:
                 ffmpeg.picture_size(frame.width * frame.height)
                 yield frame
             ended = packet is None or not packet.size
-            since = None if frames or ended else since or time.monotonic()
+            if frames or ended:
+                since = None
+            elif since is None:
+                since = time.monotonic()
             if since and time.monotonic() - since > self._timeout_s:
                 raise VideoError(f"no frame of {self._name} could be decoded for {self._timeout_s:g} s", GARBAGE)
 
@@ -272,8 +286,10 @@ class LiveReader:
             hint = "is it running, and can it be reached from here? --timeout waits longer"
             return VideoError(f"nothing came from {name} for {self._timeout_s:g} s", hint)
         if isinstance(problem, av.error.InvalidDataError | av.error.ArgumentError):
-            piped = "does the command before it fail? A pipe carries MPEG-TS or Matroska, an MP4 only in fragments"
-            return VideoError(f"{name} sends no video that can be read", GARBAGE if self._source else piped)
+            hint = "does the command before it fail? A pipe carries MPEG-TS or Matroska, an MP4 only in fragments"
+            if self._source:
+                hint = GARBAGE
+            return VideoError(f"{name} sends no video that can be read", hint)
         return VideoError(f"cannot read {name}: {ffmpeg.reason(problem)}", "check the address, and whether it plays")
 
 
@@ -281,7 +297,7 @@ GARBAGE = "does it play elsewhere? Formats are those of files, and of playlists 
 
 
 class _Following:
-    """The bytes of a pipe, or of a file, as they come. `waits`: whether the file may grow."""
+    """Read the bytes of a pipe, or of a file, as they come. `waits`: whether the file may grow."""
 
     def __init__(self, descriptor: int, timeout_s: float):
         self._file = os.fdopen(descriptor, "rb", buffering=0)

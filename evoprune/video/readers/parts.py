@@ -62,7 +62,9 @@ def spans(path: str) -> list[Span]:
             end = step and step(peek, at)
             at = end if end and end > at else None
         last = begins[-1] if begins else 0
-        end = _cut_fragment(peek, last, size) if step is _box_end else size
+        end = size
+        if step is _box_end:
+            end = _cut_fragment(peek, last, size)
         return list(pairwise([0, *begins[1:], end]))
 
 
@@ -124,7 +126,10 @@ def _container_at(peek: Peek, at: int) -> Step | None:
 
 
 def _element_end(peek: Peek, at: int) -> int | None:
-    """Of Matroska. Live recordings do not state how long their segments and clusters are: these are entered."""
+    """Find the end of an element of Matroska.
+
+    Live recordings do not state how long their segments and clusters are: these are entered.
+    """
     head = peek(at, 12)
     if not head or not head[0] & 0xF0:
         return None
@@ -138,22 +143,26 @@ def _element_end(peek: Peek, at: int) -> int | None:
     begin = at + name_bytes + size_bytes
     if size != largest:
         return begin + size
-    return begin if int.from_bytes(head[:name_bytes], "big") in (SEGMENT, CLUSTER) else None
+    if int.from_bytes(head[:name_bytes], "big") in (SEGMENT, CLUSTER):
+        return begin
+    return None
 
 
 def _box_end(peek: Peek, at: int) -> int | None:
-    """Of MP4 and MOV; a box without a length ends with the file."""
+    """Find the end of a box of MP4 or MOV; one without a length ends with the file."""
     head = peek(at, 16)
     if len(head) < 8:
         return None
     size = int.from_bytes(head[:4], "big")
     if size == 1:
         size = max(16, int.from_bytes(head[8:], "big"))
-    return at + size if size >= 8 else None
+    if size < 8:
+        return None
+    return at + size
 
 
 def _boxes(peek: Peek, at: int) -> Iterator[tuple[int, bytes, int | None]]:
-    """Where each box begins, its kind, which may be cut off, and its end."""
+    """Yield the beginning of each box, its kind, which may be cut off, and its end."""
     place: int | None = at
     while place is not None and (head := peek(place, 8)):
         end = _box_end(peek, place)
@@ -168,14 +177,16 @@ def _has_index(peek: Peek, at: int) -> bool:
 
 
 def _cut_fragment(peek: Peek, at: int, size: int) -> int:
-    """Where the header of a fragment begins in which a file of that size ends; else that size."""
+    """Find where the header of a fragment begins in which a file of that size ends; else that size."""
     cut = (place for place, kind, end in _boxes(peek, at) if kind == b"moof" and end is not None and end > size)
     return next(cut, size)
 
 
 def _riff_end(peek: Peek, at: int) -> int | None:
     head = peek(at, 8)
-    return at + 8 + int.from_bytes(head[4:], "little") if head.startswith(b"RIFF") else None
+    if not head.startswith(b"RIFF"):
+        return None
+    return at + 8 + int.from_bytes(head[4:], "little")
 
 
 def avi_index(path: str, span: Span) -> bytes:
@@ -191,22 +202,26 @@ def avi_index(path: str, span: Span) -> bytes:
 
 
 def _flv_end(peek: Peek, at: int) -> int | None:
-    """Of the header, or of a tag: sound, pictures, or notes."""
+    """Find the end of the header, or of a tag: sound, pictures, or notes."""
     head = peek(at, 9)
     if len(head) < 9:
         return None
     if head.startswith(b"FLV"):
         return at + int.from_bytes(head[5:], "big") + 4
-    return at + 11 + int.from_bytes(head[1:4], "big") + 4 if head[0] & 0x1F in (8, 9, 18) else None
+    if head[0] & 0x1F not in (8, 9, 18):
+        return None
+    return at + 11 + int.from_bytes(head[1:4], "big") + 4
 
 
 def _asf_end(peek: Peek, at: int) -> int | None:
     size = int.from_bytes(peek(at, 24)[16:], "little")
-    return at + size if size >= 24 else None
+    if size < 24:
+        return None
+    return at + size
 
 
 def _ivf_end(peek: Peek, at: int) -> int:
-    """Of the header, or of a frame."""
+    """Find the end of the header, or of a frame."""
     head = peek(at, 12)
     if head.startswith(b"DKIF"):
         return at + (int.from_bytes(head[6:8], "little") or 32)
@@ -214,7 +229,7 @@ def _ivf_end(peek: Peek, at: int) -> int:
 
 
 def _ogg_end(peek: Peek, at: int) -> int | None:
-    """Of a page; of the pages that begin streams, one a stream, all together."""
+    """Find the end of a page; of the pages that begin streams, one a stream, all together."""
     end = _page_end(peek, at)
     if peek(at, 6)[5:] and peek(at, 6)[5] & 2:
         while end is not None and peek(end, 4) == b"OggS" and peek(end, 6)[5] & 2:
@@ -231,9 +246,11 @@ def _page_end(peek: Peek, at: int) -> int | None:
 
 
 def _png_end(peek: Peek, at: int) -> int:
-    """Of the signature, or of a chunk."""
+    """Find the end of the signature, or of a chunk."""
     head = peek(at, 8)
-    return at + 8 if head.startswith(b"\x89PNG") else at + 12 + int.from_bytes(head[:4], "big")
+    if head.startswith(b"\x89PNG"):
+        return at + 8
+    return at + 12 + int.from_bytes(head[:4], "big")
 
 
 def _mxf_end(peek: Peek, at: int) -> int | None:
@@ -266,7 +283,7 @@ def _is_packet(peek: Peek, at: int, number: int) -> bool:
 
 
 def _packets_end(peek: Peek, at: int) -> int | None:
-    """Of packets of MPEG-TS in a row, however many files they are of. Looks at few of them."""
+    """Find the end of packets of MPEG-TS in a row, however many files they are of. Looks at few of them."""
 
     def inside(count: int) -> bool:
         return all(_is_packet(peek, at, number) for number in range(max(0, count - 4), count))

@@ -68,15 +68,17 @@ def too_large(path: str) -> VideoError:
 
 
 def probe(path: str) -> Video:
-    """As `readers` says, from the header."""
+    """Probe a picture as `readers` says, from its header."""
     with _opened(path) as image:
         rotation, mirrored = ffmpeg.ORIENTATIONS.get(image.getexif().get(ffmpeg.ORIENTATION_TAG), (0, False))
         width, height = ffmpeg.turned_size(image.size, rotation)
         comment = image.info.get("comment", "")
         tags = {}
         with suppress(UnicodeDecodeError):
-            text = comment.decode() if isinstance(comment, bytes) else comment
-            tags = {"comment": text} if 0 < len(text) <= ffmpeg.TAG_CHARACTERS else {}
+            if isinstance(comment, bytes):
+                comment = comment.decode()
+            if 0 < len(comment) <= ffmpeg.TAG_CHARACTERS:
+                tags["comment"] = comment
         return Video(
             path=path,
             duration_s=None,
@@ -93,7 +95,7 @@ def probe(path: str) -> Video:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """As `readers` says, resized to the size in `info` as Hugging Face does it. Raises what `probe` raises."""
+    """Read a picture as `readers` says, resized to the size in `info` as Hugging Face does it. Raises what `probe` raises."""
     with _opened(info.path) as image:
         rgb = _rgb(ImageOps.exif_transpose(image), info.path)
     if rgb.size != (info.width, info.height):
@@ -142,7 +144,8 @@ def _rgb(image: Image.Image, path: str) -> Image.Image:
         levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > 65535:
             raise VideoError(f"{path} has more than 16 bits, which are not read", CONVERT)
-        levels = levels if transparent is None else np.where(levels == transparent, 65535, levels)
+        if transparent is not None:
+            levels = np.where(levels == transparent, 65535, levels)
         return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise VideoError(f"{path} has floating-point pixels, which are not read", CONVERT)

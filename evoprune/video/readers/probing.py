@@ -31,12 +31,13 @@ def probe(path: str) -> Video:
         return replace(first, cut_off=broken)
     infos = [part.info for part in every]
     largest = max(infos, key=_area)
+    same_rate = all(info.fps == first.fps for info in infos)
     return replace(
         first,
         duration_s=_sum([info.duration_s for info in infos]),
         width=largest.width,
         height=largest.height,
-        fps=first.fps if all(info.fps == first.fps for info in infos) else None,
+        fps=first.fps if same_rate else None,
         variable_rate=None,
         frames_total=_sum([info.frames_total for info in infos]),
         stated_s=_sum([info.stated_s for info in infos]),
@@ -58,13 +59,18 @@ def _area(info: Video) -> int:
 
 
 def _sum(values: Sequence[float | None]) -> float | None:
-    """None if one of them is not known."""
-    return None if None in values else sum(values)
+    """Add values; None if one of them is not known."""
+    if None in values:
+        return None
+    return sum(values)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the files that a joined file consists of. `info` counts times from its own first frame, which comes at `begin_s`."""
+    """Describe one of the files that a joined file consists of.
+
+    `info` counts times from its own first frame, which comes at `begin_s`.
+    """
 
     span: Span
     info: Video
@@ -72,7 +78,7 @@ class Part:
 
 
 def parts(path: str, damaged: ffmpeg.Damage = ffmpeg.ignore_damage) -> list[Part]:
-    """At least one. Those behind it that cannot be read are left out, and `damaged` is called for each.
+    """Return the parts, at least one. Those behind it that cannot be read are left out, and `damaged` is called for each.
 
     Raises VideoError: nothing in the first can be decoded, or as `ffmpeg.open_video` and `spans`.
     """
@@ -98,7 +104,9 @@ def parts_of(info: Video, damaged: ffmpeg.Damage) -> list[Part]:
     """Return the parts of a file that was probed before, which is not probed again unless it was joined."""
     ffmpeg.check_file(info.path)
     found = spans(info.path)
-    return [Part(found[0], info, 0.0)] if len(found) == 1 else parts(info.path, damaged)
+    if len(found) == 1:
+        return [Part(found[0], info, 0.0)]
+    return parts(info.path, damaged)
 
 
 def _probe(path: str, span: Span, container: InputContainer) -> Video:
@@ -155,7 +163,7 @@ def _probe(path: str, span: Span, container: InputContainer) -> Video:
 
 @dataclass
 class _Times:
-    """What the times of some packets tell, in seconds; those of a clock that restarts in parts, one part after the other."""
+    """Sum up the times of some packets, in seconds; where a clock restarts in parts, one part after the other."""
 
     first_s: float  # of the part that is read: the earliest frame, the latest, how long it lasts
     last_s: float
@@ -170,11 +178,13 @@ class _Times:
     def part_s(self, container: str, step: float) -> float:
         """Return how long the part lasts that is read; `step` replaces the length of its last frame."""
         stamped_s = self.last_s - self.first_s + step
-        return self.counted_s if misses_one(stamped_s - self.counted_s, step, container) else stamped_s
+        if misses_one(stamped_s - self.counted_s, step, container):
+            return self.counted_s
+        return stamped_s
 
 
 def _measured(packets: Iterable[Packet | None], container: str, step: float) -> _Times | None:
-    """`step` replaces durations that are not stored. None without a packet that has a time.
+    """Measure the times of packets; None without a packet that has a time. `step` replaces durations that are not stored.
 
     Frames that are stored out of order have no duration of their own in MP4: it is the difference of two decoding times. That of
     the packet that is stored last is none, and replaces that of the frame displayed last.
@@ -185,31 +195,33 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
             continue
         tick, per = packet.time_base.as_integer_ratio()  # fractions would take several times as long
         shown = packet.pts * tick / per
-        decoded = (packet.pts if packet.dts is None else packet.dts) * tick / per
+        stamp = packet.pts if packet.dts is None else packet.dts
+        decoded = stamp * tick / per
         length = (packet.duration or 0) * tick / per or step
         # Elsewhere decoding times are FFmpeg's guess; but no keyframe is displayed before what is stored before it.
         stored = container in ffmpeg.JOINED
         key = packet.is_keyframe
         if times is None:
             times = _Times(shown, shown, length, decoded, shown + length)
-        elif ffmpeg.restarts(
-            passed := decoded - times.decoded_s if stored else key * (shown - times.last_s), container
-        ):
+        passed = decoded - times.decoded_s if stored else key * (shown - times.last_s)
+        if ffmpeg.restarts(passed, container):
             times.parts_s += times.part_s(container, step)
             times.first_s = times.last_s = shown
             times.counted_s = 0.0
             times.restarts += 1
             times.gap_s = max(times.gap_s, passed)
-        times.first_s, times.last_s = min(times.first_s, shown), max(times.last_s, shown)
+        times.first_s = min(times.first_s, shown)
+        times.last_s = max(times.last_s, shown)
         times.claimed_s = max(times.claimed_s, shown + length)
-        times.length_s, times.decoded_s = length, decoded
+        times.length_s = length
+        times.decoded_s = decoded
         times.counted_s += length
     return times
 
 
 @dataclass
 class _Lengths:
-    """`Video.duration_s`, `Video.stated_s`, and how often the file's clock starts anew, with its largest step ahead."""
+    """Hold `Video.duration_s`, `Video.stated_s`, and how often the file's clock starts anew, with its largest step ahead."""
 
     duration_s: float | None
     stated_s: float | None = None
@@ -218,21 +230,17 @@ class _Lengths:
 
 
 def _lengths(path: str, span: Span, stream: VideoStream, start: float | None, step: float) -> _Lengths:
-    """The header is not trusted where packets have times: it includes audio, may count from zero instead of from the first frame,
+    """Measure the length of a video, and read the stated one.
+
+    The header is not trusted where packets have times: it includes audio, may count from zero instead of from the first frame,
     and does not know that the file was cut off. Containers whose duration FFmpeg estimates from their content state none.
     """
-    container, name = stream.container, stream.container.format.name
-    frames = stream.frames if stream.frames <= container.size else 0  # an AVI that was written to a pipe claims 2**30
-    if start is None:
-        stated = (step * frames or None) if name == ffmpeg.AVI else None
-        return _Lengths(step * sum(1 for _ in _all_packets(path, span)), stated)
+    container = stream.container
+    name = container.format.name
     if name == ffmpeg.AVI:
-        stated = step * frames or None
-        # If the index does not list as many frames as the header, the file was cut off. FFmpeg's lacks frames without data.
-        if frames and frames in (len(stream.index_entries), _listed_in_avi(path, span, stream.index)):
-            return _Lengths(stated, stated)
-        decoded = [float(p.dts * p.time_base) for p in _all_packets(path, span) if p.dts is not None]
-        return _Lengths(max(decoded) - min(decoded) + step if decoded else None, stated)
+        return _lengths_in_avi(path, span, stream, start, step)
+    if start is None:
+        return _Lengths(step * sum(1 for _ in _all_packets(path, span)))
     times = _measured(_tail_packets(container, stream), name, step)
     if times is None or times.restarts or (name in ffmpeg.JOINED and _seen_to_restart(container, stream, times)):
         times = _measured(_all_packets(path, span), name, step)
@@ -243,15 +251,31 @@ def _lengths(path: str, span: Span, stream: VideoStream, start: float | None, st
         duration = times.parts_s + times.part_s(name, times.length_s)
     stated = None
     if name == ffmpeg.MOV and len(stream.index_entries):
-        listed = next((entry for entry in reversed(stream.index_entries) if not entry.is_discard), None)
-        missing = float(listed.timestamp * stream.time_base) - times.decoded_s if listed else 0.0
-        stated = duration + max(0.0, missing)
+        stated = duration
+        if listed := next((entry for entry in reversed(stream.index_entries) if not entry.is_discard), None):
+            stated += max(0.0, float(listed.timestamp * stream.time_base) - times.decoded_s)
     elif name in ffmpeg.DENSE and container.duration is not None and len(container.streams) == 1:
         stated = max(container.duration / av.time_base - start, duration)
         # It includes the wrong duration of a frame that was copied from an MP4, see `_measured`.
-        if stated - duration > 0.5 and (every := _measured(_all_packets(path, span), name, step)):
-            stated = stated if every.claimed_s - start < stated - 1e-2 else duration
+        if stated - duration > 0.5:
+            every = _measured(_all_packets(path, span), name, step)
+            if every and every.claimed_s - start >= stated - 1e-2:
+                stated = duration
     return _Lengths(duration, stated, times.restarts, times.gap_s)
+
+
+def _lengths_in_avi(path: str, span: Span, stream: VideoStream, start: float | None, step: float) -> _Lengths:
+    frames = stream.frames if stream.frames <= stream.container.size else 0  # written to a pipe it claims 2**30
+    stated = step * frames or None
+    if start is None:
+        return _Lengths(step * sum(1 for _ in _all_packets(path, span)), stated)
+    # If the index does not list as many frames as the header, the file was cut off. FFmpeg's lacks frames without data.
+    if frames and frames in (len(stream.index_entries), _listed_in_avi(path, span, stream.index)):
+        return _Lengths(stated, stated)
+    decoded = [float(p.dts * p.time_base) for p in _all_packets(path, span) if p.dts is not None]
+    if not decoded:
+        return _Lengths(None, stated)
+    return _Lengths(max(decoded) - min(decoded) + step, stated)
 
 
 def _listed_in_avi(path: str, span: Span, stream: int) -> int:
@@ -262,10 +286,12 @@ def _listed_in_avi(path: str, span: Span, stream: int) -> int:
 
 
 def _measured_rate(path: str, span: Span) -> float | None:
-    """Frames a second by the times of the first packets; None if they have none."""
+    """Measure the frames a second by the times of the first packets; None if they have none."""
     stamps = [float(p.pts * p.time_base) for p in islice(_all_packets(path, span), RATE_PACKETS) if p.pts is not None]
     lasts_s = max(stamps, default=0.0) - min(stamps, default=0.0)
-    return (len(stamps) - 1) / lasts_s if lasts_s else None
+    if not lasts_s:
+        return None
+    return (len(stamps) - 1) / lasts_s
 
 
 def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Times) -> bool:
@@ -278,7 +304,8 @@ def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Time
         except av.error.FFmpegError:
             return False
         packets = (p for p in ffmpeg.packets(container, stream) if p is not None and p.dts is not None)
-        times = [float(p.dts * p.time_base) for p in islice(packets, 1 if place else 250)]
+        count = 1 if place else 250
+        times = [float(p.dts * p.time_base) for p in islice(packets, count)]
         if not times:  # nor is there one later
             break
         begun = begun or times
@@ -290,7 +317,7 @@ def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Time
 
 
 def _tail_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet | None]:
-    """Packets of the last 3 s, as the frame displayed last may not be the one stored last; none if FFmpeg cannot seek there."""
+    """Yield the packets of the last 3 s, as the frame displayed last may not be stored last; none if FFmpeg cannot seek there."""
     if container.duration is None:
         return
     end = ((container.start_time or 0) + container.duration) / av.time_base
@@ -302,7 +329,7 @@ def _tail_packets(container: InputContainer, stream: VideoStream) -> Iterator[Pa
 
 
 def _all_packets(path: str, span: Span) -> Iterator[Packet]:
-    """Those of the stream; an empty one that has a time repeats the frame before it."""
+    """Yield all packets of the stream; an empty one that has a time repeats the frame before it."""
     with ffmpeg.open_video(path, span) as container:
         packets = ffmpeg.packets(container, ffmpeg.video_stream(container, path))
         yield from (packet for packet in packets if packet is not None and (packet.size or packet.dts is not None))

@@ -51,16 +51,16 @@ def read(
     part_s: float = 0.0,
     cores: int | None = None,
 ) -> ffmpeg.Frames:
-    """As `readers` says; `damaged` may be called more than once for the same damage.
+    """Read frames as `readers` says; `damaged` may be called more than once for the same damage.
 
     `seek`, `part_s`: as of `frames.read_frames`. `cores`: that may be kept busy; default: all that this process may use.
     """
     cores = cores or available_cores()
     with ffmpeg.reading(info.path):
         every = parts_of(info, damaged)
-        for number, part in enumerate(every):
-            ends_s = every[number + 1].begin_s - ffmpeg.TOLERANCE_S if number + 1 < len(every) else math.inf
-            starts_s = part.begin_s - ffmpeg.TOLERANCE_S if number else -math.inf
+        begins = [part.begin_s - ffmpeg.TOLERANCE_S for part in every[1:]]
+        spans = zip([-math.inf, *begins], [*begins, math.inf], strict=True)
+        for number, (part, (starts_s, ends_s)) in enumerate(zip(every, spans, strict=True)):
             times = [time - part.begin_s for time in times_s if starts_s <= time < ends_s]
             if times:
                 with closing(
@@ -136,7 +136,8 @@ def _read_part(
     except Unreachable:
         rest = Run(tuple(times_s[done:]), (None,))
     # A decoder with several threads tells of damage some packets later, so that the same damage would count twice.
-    with closing(Track(info.path, part, 1 if any_damage else ffmpeg.thread_count(cores))) as track:
+    threads = 1 if any_damage else ffmpeg.thread_count(cores)
+    with closing(Track(info.path, part, threads)) as track:
         picture = _Picture(info, part)
         for found in _on_screen(track, rest, damaged, sparing=False):
             yield picture.of(*found, moved=False)
@@ -145,7 +146,9 @@ def _read_part(
 def _most_decoders(pixels: int) -> int:
     """Return how many there is memory for."""
     available = available_memory()
-    return 1 if available is None else max(1, int(available / 2 - ROOM_BYTES) // (DECODER_BYTES * pixels))
+    if available is None:
+        return 1
+    return max(1, int(available / 2 - ROOM_BYTES) // (DECODER_BYTES * pixels))
 
 
 class _Picture:
@@ -155,7 +158,8 @@ class _Picture:
         self._size = (info.width, info.height)
         self._turn = (part.info.rotation_deg, part.info.mirrored)
         # Where a clock restarts, frames that do not say what they are may be of another file than the first one.
-        self._converter = colour.Converter(info.path, None if part.info.clock_restarts else part.info.hdr_format)
+        header = None if part.info.clock_restarts else part.info.hdr_format
+        self._converter = colour.Converter(info.path, header)
         self._frame = None
         self._rgb = None
         self._other_shape = False
@@ -181,7 +185,9 @@ def planned(path: str, part: Part, times_s: Sequence[float], seek: str, part_s: 
     ends = [bisect_right(keyframes, time + ffmpeg.TOLERANCE_S, key=_time_of) for time in times_s]
     places = [max(0, end - 1) for end in ends]  # of the last keyframe that is shown before each time
     moves = seek == KEYFRAMES or (seek == AUTO_SEEK and part_s >= LEAST_PART_S)
-    near = [_near(keyframes, time, part_s / 2) if moves else () for time in times_s]
+    near = [()] * len(times_s)
+    if moves:
+        near = [_near(keyframes, time, part_s / 2) for time in times_s]
     if seek == AUTO_SEEK and moves:
         frames = [
             (time - keyframes[place].time_s) * (part.info.fps or ffmpeg.FALLBACK_FPS)
@@ -195,8 +201,10 @@ def planned(path: str, part: Part, times_s: Sequence[float], seek: str, part_s: 
         entries = reversed(keyframes[max(0, place - EARLIER + 1) : place + 1])
         entries = tuple(key if key.time_s > BEGINNING_S else None for key in entries)
         group = tuple(time for _, _, time in same)
-        # Times that may be moved are decoded one by one.
-        runs += [Run((time,), entries, found) for time in group] if found else [Run(group, entries)]
+        if found:  # times that may be moved are decoded one by one
+            runs += [Run((time,), entries, found) for time in group]
+        else:
+            runs.append(Run(group, entries))
     return runs
 
 

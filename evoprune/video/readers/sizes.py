@@ -56,7 +56,8 @@ def stored_sizes(
             if not mark or mark in seen:
                 continue
             seen.add(mark)
-            size = _decoded_size(keyframe, stream, mark if codec in ("h264", "hevc") else None)
+            extradata = mark if codec in ("h264", "hevc") else None
+            size = _decoded_size(keyframe, stream, extradata)
             if size and size not in sizes:
                 sizes.append(size)
     return sizes
@@ -83,8 +84,9 @@ def _parameters(keyframe: Packet, stream: VideoStream, codec: str) -> tuple[byte
     them.
     """
     if codec == "mjpeg":
-        found = JPEG_SIZE.search(bytes(keyframe))
-        return found[0] if found else b"", keyframe
+        if found := JPEG_SIZE.search(bytes(keyframe)):
+            return found[0], keyframe
+        return b"", keyframe
     if codec in HEADS:
         return bytes(keyframe)[: HEADS[codec]], keyframe
     for packet in BitStreamFilterContext(PARAMETERS[codec], stream).filter(keyframe):
@@ -103,4 +105,6 @@ def _decoded_size(keyframe: Packet, stream: VideoStream, extradata: bytes | None
         frames = [*decoder.decode(keyframe), *decoder.decode(None)]
     except av.error.FFmpegError:  # others may be whole
         return None
-    return (frames[0].width, frames[0].height) if frames else None
+    if not frames:
+        return None
+    return frames[0].width, frames[0].height

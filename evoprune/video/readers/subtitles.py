@@ -44,11 +44,15 @@ HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a tex
 
 def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) -> Subtitles:
     """See `evoprune.video.frames.read_subtitles`. `origin_s`: the file's own timestamp of the first frame."""
-    file, why = (choice, None) if choice != AUTO_SUBTITLES else _beside(path)
+    file = choice
+    why = None
+    if choice == AUTO_SUBTITLES:
+        file, why = _beside(path)
     try:
         if file is not None:
-            same = os.path.realpath(file) == os.path.realpath(path)
-            subtitles = _from_file(file, origin_s if same else origin_s - _clock_start(path))
+            if os.path.realpath(file) != os.path.realpath(path):
+                origin_s -= _clock_start(path)
+            subtitles = _from_file(file, origin_s)
             if subtitles.source is None:
                 raise VideoError(f"no subtitles in {file}: {subtitles.note}", HINT)
         elif os.path.isdir(path):
@@ -56,9 +60,9 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
         else:
             subtitles = _from_container(path, origin_s, "")
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        name = file or path
-        said = f"cannot read subtitles from {shown(name)}: {ffmpeg.reason(error)}"
-        raise VideoError(said, missing_hint(name, HINT) if file else HINT) from error
+        hint = missing_hint(file, HINT) if file else HINT
+        said = f"cannot read subtitles from {shown(file or path)}: {ffmpeg.reason(error)}"
+        raise VideoError(said, hint) from error
     if subtitles.source is None:
         return Subtitles(note=why or subtitles.note)
     lines = [line for line in subtitles.lines if line[0] < end_s and (line[1] > start_s or line[0] >= start_s)]
@@ -72,7 +76,9 @@ def _beside(path: str) -> tuple[str | None, str | None]:
         return exact[0], None
     if len(others) == 1:
         return others[0], None
-    return None, f"{len(others)} files beside the video differ in language; name one" if others else None
+    if others:
+        return None, f"{len(others)} files beside the video differ in language; name one"
+    return None, None
 
 
 def _clock_start(path: str) -> float:
@@ -104,7 +110,11 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
     text, warnings = _decoded(content, file)
     text = re.sub("\r{1,2}\n|\r", "\n", text)
     start = text.lstrip()[:16].lower()
-    name = "webvtt" if start.startswith("webvtt") else "ass" if start.startswith("[script info]") else "srt"
+    name = "srt"
+    if start.startswith("webvtt"):
+        name = "webvtt"
+    elif start.startswith("[script info]"):
+        name = "ass"
     if name == "srt" and max(map(len, text.encode().split(b"\n"))) > LONGEST_LINE:
         hint = "is it a file of subtitles? break the line"
         raise VideoError(f"{file} has a line of more than {LONGEST_LINE:,} bytes", hint)
@@ -119,10 +129,10 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
 
 
 def _decoded(content: bytes, file: str) -> tuple[str, list[str]]:
-    marked = content.startswith((BOM_UTF16_LE, BOM_UTF16_BE))
+    encoding = "utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
     warnings = []
     try:
-        text = content.decode("utf-16" if marked else "utf-8-sig")
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
         text = content.decode("cp1252", "replace")
         warnings = ["subtitles_encoding"]
@@ -154,7 +164,9 @@ def _in_milliseconds(text: str, name: str) -> str:
             return f"{_time(start, name)} --> {_time(end, name)} {rest}"
         return match[0]
 
-    return EVENT.sub(event, text) if name == "ass" else SPAN.sub(span, text)
+    if name == "ass":
+        return EVENT.sub(event, text)
+    return SPAN.sub(span, text)
 
 
 def _time(groups: Sequence[str | None], name: str) -> str:
@@ -163,7 +175,9 @@ def _time(groups: Sequence[str | None], name: str) -> str:
     whole = (int(hours or 0) * 60 + int(minutes)) * 60 + int(seconds)
     nanoseconds = int((fraction or "")[:9].ljust(9, "0"))
     milliseconds = 1000 * whole + (nanoseconds + 500_000) // 1_000_000
-    count, rest = divmod(-milliseconds if sign else milliseconds, PARTS[name])
+    if sign:
+        milliseconds = -milliseconds
+    count, rest = divmod(milliseconds, PARTS[name])
     return f"0:0:{count}.{rest}"
 
 
@@ -207,10 +221,12 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
         warnings = []
         cues = list(_cues(container, stream, stream.time_base, origin_s, warnings))
         index = stream.index
-        language = f" ({stream.language})" if stream.language else ""
+        name = f"{prefix}track {number}"
+        if stream.language:
+            name += f" ({stream.language})"
     if len(every) > 1:
         cues += _cues_behind(path, index, warnings)
-    return Subtitles(f"{prefix}track {number}{language}", _lines(cues), warnings)
+    return Subtitles(name, _lines(cues), warnings)
 
 
 def _cues_behind(path: str, index: int, warnings: list[str]) -> Iterator[tuple[float, float, list[str]]]:
@@ -272,7 +288,7 @@ def _plain(text: str, hidden: bool) -> list[str]:
 
 
 def _lines(cues: Iterable[tuple[float, float, list[str]]]) -> list[SubtitleLine]:
-    """One line for each cue, by start. Rolling captions repeat what is still on screen: it counts once, and lasts longer."""
+    """Make a line of each cue, by start. Rolling captions repeat what is still on screen: it counts once, and lasts longer."""
     lines: list[list] = []
     on_screen: dict[str, list] = {}  # the line that last held each text
     for start, end, texts in sorted(cues, key=lambda cue: cue[:2]):

@@ -32,19 +32,19 @@ BACK_S = (
 
 
 class Unreachable(Exception):
-    """A time cannot be decoded from a keyframe on: the part has to be, from its beginning."""
+    """Say that a time cannot be decoded from a keyframe on: the part has to be, from its beginning."""
 
 
 @dataclass(frozen=True, order=True)
 class Keyframe:
-    """A packet that says that it is one. An index may have decoding times: then `time_s` is wrong by a few frames."""
+    """Describe a packet that says that it is a keyframe. `time_s` is wrong by a few frames where an index has decoding times."""
 
     time_s: float  # from the part's first frame
     stamp: int  # by which the packet is recognised, in units of the stream's clock
 
 
 class Track:
-    """For one thread. To be closed. `threads`: of the decoder."""
+    """Decode a part of a file, for one thread. To be closed. `threads`: of the decoder."""
 
     def __init__(self, path: str, part: Part, threads: int = 1):
         self.info = part.info
@@ -67,7 +67,7 @@ class Track:
         self._files.close()
 
     def keyframes(self, start_s: float, end_s: float) -> list[Keyframe]:
-        """Those between two times, and one or more before them, by the index if it is complete, else by all packets.
+        """List the keyframes between two times, and one or more before them, by the index if it is complete, else by all packets.
 
         None where the container does not seek, its clock restarts, or packets have no times or not in their order.
         """
@@ -140,14 +140,18 @@ class Track:
         landed = False
         latest = -math.inf
         packets = self._from(keyframe, note)
-        frames = self._decoded(self._spared(packets, times_s) if sparing else packets, note)
+        if sparing:
+            packets = self._spared(packets, times_s)
+        frames = self._decoded(packets, note)
         for time, frame in frames:
             if time > times_s[0] + ffmpeg.TOLERANCE_S:
                 break
             # Before the first true keyframe, frames may lack the frames that they were predicted from.
             if _is_whole(frame):
                 landed = time > latest
-                return chain([(time, frame)], frames) if landed else None
+                if not landed:
+                    return None
+                return chain([(time, frame)], frames)
             latest = max(latest, time)
         return None
 
@@ -163,7 +167,9 @@ class Track:
             frames = frames or decoder.decode(None)
         except (av.error.FFmpegError, Unreachable):
             return None
-        stamp = ffmpeg.frame_time(frames[0], self._stream) if frames else None
+        if not frames:
+            return None
+        stamp = ffmpeg.frame_time(frames[0], self._stream)
         if stamp is None or not _is_whole(frames[0]):
             return None
         return stamp - self.info.start_s, frames[0]
@@ -192,7 +198,7 @@ class Track:
         return ffmpeg.packets(self._container, self._stream, damaged)
 
     def _stamp(self, packet: Packet) -> int | None:
-        """Matroska has no decoding times."""
+        """Return the time by which a packet is known: in Matroska, which has no decoding times, of display."""
         return packet.pts if self.info.container == ffmpeg.MATROSKA else packet.dts
 
     def _seek(self, time_s: float) -> None:
@@ -229,7 +235,12 @@ class Track:
         count = 0
 
         def time_of(packet: Packet | None) -> float | None:
-            return None if packet is None or packet.pts is None or packet.is_discard else packet.pts * tick
+            if packet is None or packet.pts is None or packet.is_discard:
+                return None
+            return packet.pts * tick
+
+        def bytes_of(packet: Packet | None) -> int:
+            return 0 if packet is None else packet.size
 
         begin_s = self.info.start_s
         try:
@@ -240,13 +251,13 @@ class Track:
                         ends = True
                         break
                     ahead.append(packet)
-                    held += packet.size if packet is not None else 0
+                    held += bytes_of(packet)
                     if (time := time_of(packet)) is not None:
                         insort(shown, time - begin_s)
                 if not ahead:
                     return
                 packet = ahead.popleft()
-                held -= packet.size if packet is not None else 0
+                held -= bytes_of(packet)
                 time = time_of(packet)
                 needed = count < FIRST or time is None or _is_wanted(time - begin_s, shown, times_s)
                 context.skip_frame = "DEFAULT" if needed else "NONREF"

@@ -16,7 +16,7 @@ LOOK_S = 0.5  # how often it is looked whether all threads make progress
 
 
 def in_order(jobs: Sequence[Job], tools: Tools, threads: int, room: int) -> Iterator[Item]:
-    """Yield what is made of each job, job after job.
+    """Yield the results of jobs, job after job.
 
     Args:
         tools: enters what a thread needs, and gives what makes items of a job.

@@ -27,7 +27,7 @@ _ALIVE = _LENGTH.pack(0)  # in the place of a message's length; then what is don
 
 
 class Channel:
-    """One end of a connected Unix socket. Sending and receiving may raise OSError; the caller closes a `descriptor` that came.
+    """Hold one end of a connected Unix socket. Sending and receiving may raise OSError; the caller closes a `descriptor` that came.
 
     `done`: how many frames of the answer are there, which signs of life tell; 0 after each message.
     """
@@ -72,7 +72,8 @@ class Channel:
             if length > LARGEST:
                 raise OSError(f"a message of {length:,} bytes")
             if length:
-                return json.loads(self._exactly(length)), descriptors[0] if descriptors else None
+                message = json.loads(self._exactly(length))
+                return message, next(iter(descriptors), None)
             (done,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
             if on_alive:
                 on_alive(done)
@@ -87,7 +88,7 @@ class Channel:
         return bytes(content)
 
     def shut(self) -> None:
-        """For another thread: whoever receives gets an EOFError."""
+        """Shut the channel, for another thread: whoever receives gets an EOFError."""
         with suppress(OSError):  # the other end is closed
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -134,7 +135,7 @@ class FrameMemory:
 
 
 def shared_memory(size: int) -> tuple[mmap.mmap, int]:
-    """`size` bytes, and a file descriptor of them for another process, which cannot shrink them."""
+    """Make `size` bytes of memory, and a file descriptor of them for another process, which cannot shrink them."""
     import fcntl
 
     descriptor = os.memfd_create("evoprune-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

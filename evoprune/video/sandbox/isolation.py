@@ -47,7 +47,7 @@ HINT = "it is damaged, or made to do harm; if it plays elsewhere, convert it, e.
 
 
 class Crash(VideoError):
-    """The worker process has ended, or cannot be used any more."""
+    """Report a worker process that has ended, or cannot be used any more."""
 
 
 class Stopped(Exception):
@@ -55,7 +55,7 @@ class Stopped(Exception):
 
 
 class WorkerProcess:
-    """A process that reads videos, one request at a time. `path` names the video in messages.
+    """Run a process that reads videos, one request at a time. `path` names the video in messages.
 
     `busy`: one is unanswered. `stopped`: see `stop`.
     """
@@ -158,12 +158,15 @@ class WorkerProcess:
         if code == -signal.SIGKILL and oom_kills() > self._oom_kills:
             hint = "close other programs, give the container more memory, or convert the video to a smaller size"
             return OutOfMemory(f"out of memory: the system ended the decoder of {self.path}", hint, stage="read")
-        end = "its answer is invalid" if code is None else signal.strsignal(-code) if code < 0 else f"exit code {code}"
-        hint = (
-            HINT
-            if self._answered or code is None or code < 0
-            else f"{HINT}; or sys.executable, {sys.executable}, is not Python"
-        )
+        hint = HINT
+        if code is None:
+            end = "its answer is invalid"
+        elif code < 0:
+            end = signal.strsignal(-code)
+        else:
+            end = f"exit code {code}"
+            if not self._answered:
+                hint = f"{HINT}; or sys.executable, {sys.executable}, is not Python"
         problem = Crash(f"the decoder crashed on {self.path} ({end})", hint)
         problem.add_note(os.pread(self._stderr.fileno(), 2**16, 0).decode(errors="replace"))
         return problem
@@ -204,13 +207,14 @@ def keep_idle(count: int) -> Iterator[None]:
     finally:
         _most_idle = before
         with _lock:
-            ended, _idle[:] = _idle[before:], _idle[:before]
+            ended = _idle[before:]
+            del _idle[before:]
         for worker in ended:
             worker.end()
 
 
 class Scope:
-    """What a thread reads, and what the threads read that it starts: entered there, stopped from another thread.
+    """Bound the reading of a thread, and of the threads that it starts: entered there, stopped from another thread.
 
     A thread inherits the scope of the one that starts it where `contextvars.copy_context().run` runs it.
     """
@@ -221,13 +225,13 @@ class Scope:
         self._workers: set[WorkerProcess] = set()
 
     def enter(self) -> None:
-        """From now on, what this thread reads is read in this scope, within the one that it inherits."""
+        """Have this thread read in this scope from now on, within the one that it inherits."""
         self._outer = _scope.get()
         _scope.set(self)
 
     @property
     def stopped(self) -> bool:
-        """Whether it was stopped, or the one around it."""
+        """Return whether it was stopped, or the one around it."""
         return self._stopped or (self._outer is not None and self._outer.stopped)
 
     def stop(self) -> None:
@@ -245,7 +249,8 @@ class Scope:
                 raise Stopped
             self._workers.add(worker)
         try:
-            with self._outer.using(worker) if self._outer else nullcontext():
+            outer = self._outer.using(worker) if self._outer else nullcontext()
+            with outer:
                 yield
         finally:
             with _lock:
@@ -285,7 +290,8 @@ def borrow(path: str) -> Iterator[WorkerProcess]:
     worker = None
     while worker is None:
         with _lock:
-            worker = _idle.pop() if _idle else None
+            if _idle:
+                worker = _idle.pop()
         if worker is None:
             try:
                 worker = WorkerProcess()
@@ -297,7 +303,8 @@ def borrow(path: str) -> Iterator[WorkerProcess]:
     worker.path = path
     scope = _scope.get()
     try:
-        with scope.using(worker) if scope else nullcontext():
+        using = scope.using(worker) if scope else nullcontext()
+        with using:
             yield worker
     finally:
         with _lock:
@@ -312,13 +319,14 @@ def borrow(path: str) -> Iterator[WorkerProcess]:
 def end_all() -> None:
     """End the idle processes. Borrowed ones end with this process."""
     with _lock:
-        ended, _idle[:] = list(_idle), []
+        ended = list(_idle)
+        _idle.clear()
     for worker in ended:
         worker.end()
 
 
 def _forget() -> None:
-    """In a forked copy of this process: the workers belong to the original."""
+    """Forget the workers in a forked copy of this process: they belong to the original."""
     global _lock, _idle
     _lock = threading.RLock()
     _idle = []

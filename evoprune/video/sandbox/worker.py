@@ -147,7 +147,7 @@ def run(task: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class FrameReader:
-    """The frames on screen at given times, in order; arguments as of `isolation.stream_frames`."""
+    """Read the frames on screen at given times, in order; arguments as of `isolation.stream_frames`."""
 
     def __init__(self, info: Video, times_s: Sequence[float], decoder: str, **how):
         ffmpeg.picture_size(info.width * info.height)
@@ -201,7 +201,8 @@ def main(descriptor: int) -> None:
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # not every system has it
         file.write("1000")
     channel = Channel(socket.socket(fileno=descriptor), descriptors=1)
-    ffmpeg.report_alive, ffmpeg.picture_size = channel.report_alive, _allow
+    ffmpeg.report_alive = channel.report_alive
+    ffmpeg.picture_size = _allow
     global counted
     counted = partial(setattr, channel, "done")
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the other end is closed
@@ -232,7 +233,9 @@ def _allow(pixels: int, decoders: int = 1) -> None:
 def _limit(memory: int) -> None:
     """Set the memory limit in bytes, within the hard limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
+    if hard != resource.RLIM_INFINITY:
+        memory = min(memory, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, hard))
 
 
 def _serve(channel: Channel) -> None:
@@ -248,7 +251,8 @@ def _serve(channel: Channel) -> None:
             elif message:
                 pieces.clear()
             if message and message["task"] == "live":
-                message["arguments"]["descriptor"], memory = memory, None
+                message["arguments"]["descriptor"] = memory
+                memory = None
             if memory is not None:  # first, because it closes the descriptor whatever fails later
                 pieces[piece] = _mapped(memory)
             if message:
@@ -289,7 +293,7 @@ def _begin(
 
 
 def _mapped(descriptor: int) -> np.ndarray:
-    """uint8 `[bytes]`: memory that is shared with the other process. Closes the descriptor."""
+    """Return uint8 `[bytes]`: memory that is shared with the other process. Closes the descriptor."""
     with os.fdopen(descriptor, "rb+", buffering=0) as file:
         try:
             return np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)

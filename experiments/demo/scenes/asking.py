@@ -38,7 +38,7 @@ class QuestionType:
 def ask(
     clip: Clip, rng: np.random.Generator, count: int, types: Mapping[str, QuestionType], choice: float = CHOICE
 ) -> list[Question]:
-    """Up to `count` different questions about the clip, drawn by weight; `choice`: see CHOICE."""
+    """Ask up to `count` different questions about the clip, drawn by weight; `choice`: see CHOICE."""
     pool = [(name, draft) for name, type in types.items() for draft in type.make(clip, rng)]
     flash = np.array([any(t.event(clip.seconds) == "flashes" for t in draft.about) for _, draft in pool])
     per_type = Counter((name, b) for (name, _), b in zip(pool, flash, strict=True))
@@ -46,32 +46,39 @@ def ask(
     chosen: list[Question] = []
     while len(chosen) < min(count, len(pool)) and (weights.any() or not chosen):
         wanted = flash == (rng.random() < MOMENT)
-        odds = weights * (wanted if (weights * wanted).any() else 1)
+        odds = weights * wanted
+        if not odds.any():
+            odds = weights
         at = int(rng.choice(len(pool), p=odds / odds.sum()))
         weights[at] = 0.0
         name, draft = pool[at]
-        groups = "picture" if clip.is_still else "video", types[name].group, *(("moment",) if flash[at] else ())
+        groups = ["picture" if clip.is_still else "video", types[name].group]
+        if flash[at]:
+            groups.append("moment")
         options: tuple[str, ...] = ()
         if len(draft.wrong) >= OPTIONS - 1 and not (draft.open and rng.random() >= choice):
             offered = draft.answer, *draft.wrong[: OPTIONS - 1]
             options = tuple(offered[i] for i in rng.permutation(OPTIONS))
-        chosen.append(Question(name, draft.text, draft.answer, options, (*groups, "choice" if options else "open")))
+        groups.append("choice" if options else "open")
+        chosen.append(Question(name, draft.text, draft.answer, options, tuple(groups)))
     return chosen
 
 
 def shuffled(rng, texts) -> tuple[str, ...]:
-    """The different texts, in random order."""
+    """Return the different texts, in random order."""
     different = sorted(set(texts))
     return tuple(different[i] for i in rng.permutation(len(different)))
 
 
 def refer(clip: Clip, thing: Thing, rng, hide: str = "") -> str | None:
-    """A name that fits this thing alone, without the attribute `hide` (outline, texture or colour); None if there is none."""
+    """Name a thing as it alone can be named, without the attribute `hide` (outline, texture or colour); None if there is none."""
     if thing.is_sign:
         if len(clip.signs) == 1:
             return "sign"
         alone = sum(thing.colour in t.colours for t in clip.signs) == 1
-        return f"{thing.colour} sign" if alone and hide != "colour" else None
+        if hide == "colour" or not alone:
+            return None
+        return f"{thing.colour} sign"
     names = []
     for parts in ("outline", "colour outline", "texture outline", "colour", "texture colour outline"):
         parts = parts.split()
@@ -79,35 +86,42 @@ def refer(clip: Clip, thing: Thing, rng, hide: str = "") -> str | None:
             continue
         others = (t for t in clip.shapes if t is not thing)
         if not any(all(getattr(thing, p) in t.looks(p) for p in parts) for t in others):
-            names.append(" ".join([*(getattr(thing, p) for p in parts), *([] if "outline" in parts else ["thing"])]))
-    return pick(rng, *names[:3]) if names else None
+            words = [getattr(thing, p) for p in parts]
+            if "outline" not in parts:
+                words.append("thing")
+            names.append(" ".join(words))
+    if not names:
+        return None
+    return pick(rng, *names[:3])
 
 
 def referred(clip: Clip, rng, things: Iterable[Thing] | None = None, hide: str = "") -> Iterator[tuple[Thing, str]]:
-    """Things, by default all of the clip, with what `refer` calls them; without those that it cannot tell."""
-    for thing in clip.things if things is None else things:
+    """Yield things, by default all of the clip, with what `refer` calls them; without those that it cannot tell."""
+    if things is None:
+        things = clip.things
+    for thing in things:
         if (called := refer(clip, thing, rng, hide)) is not None:
             yield thing, called
 
 
 def name(thing: Thing) -> str:
-    """A thing as an option or an answer: `red star`, or `sign WORD`."""
+    """Name a thing as an option or an answer: `red star`, or `sign WORD`."""
     return f"sign {thing.text}" if thing.is_sign else f"{thing.colour} {thing.outline}"
 
 
 def distinct(clip: Clip) -> list[Thing]:
-    """The shapes whose colour never changes and whose `name` nothing else has."""
+    """Return the shapes whose colour never changes and whose `name` nothing else has."""
     counts = Counter((colour, t.outline) for t in clip.shapes for colour in t.colours)
     return [t for t in clip.shapes if len(t.colours) == 1 and counts[t.colour, t.outline] == 1]
 
 
 def unhurried(clip: Clip) -> list[Thing]:
-    """Those of `distinct` that do not just flash."""
+    """Return those of `distinct` that do not just flash."""
     return [t for t in distinct(clip) if t.event(clip.seconds) != "flashes"]
 
 
 def absent(clip: Clip, rng, count: int) -> list[str]:
-    """Names of things that are nowhere in the clip, of the colours and outlines of those that are where there are enough."""
+    """Name things that are nowhere in the clip, of the colours and outlines of those that are where there are enough."""
     there = {f"{colour} {t.outline}" for t in clip.shapes for colour in t.colours}
     near = {f"{a.colour} {b.outline}" for a in clip.shapes for b in clip.shapes} - there
     far = {f"{c} {o}" for c in COLOURS for o in OUTLINES} - there - near
@@ -115,8 +129,11 @@ def absent(clip: Clip, rng, count: int) -> list[str]:
 
 
 def one_of_four(clip: Clip, rng, text: str, ones: Sequence[Thing], others, fill: bool = False) -> Iterator[Draft]:
-    """The question which of four is one of `ones`, if there are three of `others`; with `fill` absent things stand in for those."""
-    if ones and len(others) >= (1 if fill else 3):
+    """Ask which of four is one of `ones`, if there are three of `others`; with `fill` absent things stand in for those."""
+    least = 3
+    if fill:
+        least = 1
+    if ones and len(others) >= least:
         right = pick(rng, *ones)
         wrong = shuffled(rng, map(name, others))[:3]
         if fill:

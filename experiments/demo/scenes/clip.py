@@ -57,7 +57,7 @@ class Thing(clips.Moving):
         return (len(self.text) * self.pitch + 6) / 2 if self.is_sign else float(self.radius)
 
     def looks(self, part: str) -> tuple[str, ...]:
-        """The outline, the texture, or all colours that it ever has."""
+        """Return the outline, the texture, or all colours that it ever has."""
         return self.colours if part == "colour" else (getattr(self, part),)
 
     def visible(self, t: float) -> bool:
@@ -82,7 +82,7 @@ class Camera:
 
     @property
     def travels(self) -> bool:
-        """Whether things that lie still change their places on the frame; a shake is too small for that."""
+        """Return whether things that lie still change their places on the frame; a shake is too small for that."""
         return self.motion in ("pan", "zoom")
 
     def factor(self, t: float, seconds: float) -> float:
@@ -124,7 +124,7 @@ class Clip:
         return tuple(t for t in self.things if t.is_sign)
 
     def on_frame(self, x: float, y: float, t: float) -> tuple[float, float]:
-        """The pixel that shows the ground's point (x, y) at time t, without the shake."""
+        """Return the pixel that shows the ground's point (x, y) at time t, without the shake."""
         x, y = x - self.camera.dx * t, y - self.camera.dy * t
         z = self.camera.factor(t, self.seconds)
         return self.width / 2 + z * (x - self.width / 2), self.height / 2 + z * (y - self.height / 2)

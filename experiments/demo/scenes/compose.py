@@ -1,4 +1,4 @@
-"""Selects the content of a clip of scenes by a seed: how large, how long, which things, what happens to them.
+"""Choose the content of a clip of scenes by a seed: how large, how long, which things, what happens to them.
 
 Even seeds are pictures, one frame pair in which nothing happens; odd seeds are videos. A video has a plot, the event that happens
 in it most, so that questions that need several such events can be asked often enough.
@@ -40,79 +40,105 @@ def family(seed: int) -> str:
 
 
 def make_clip(split: str, seed: int) -> Clip:
-    """The clip number `seed` of a split; splits never share a clip."""
+    """Make the clip number `seed` of a split; splits never share a clip."""
     key = (SPLITS[split], seed)
     rng = np.random.default_rng((7, *key))
     still = family(seed) == "picture"
-    height, width = draw(rng, PICTURES if still else FRAMES)
-    pairs = 1 if still else draw(rng, LENGTHS)
+    if still:
+        height, width = draw(rng, PICTURES)
+        pairs = 1
+    else:
+        height, width = draw(rng, FRAMES)
+        pairs = draw(rng, LENGTHS)
     return compose(key, height, width, pairs, float(pairs))
 
 
 def draw(rng: np.random.Generator, choices):
-    """One of `((value, odds), ...)`."""
+    """Draw one of `((value, odds), ...)`."""
     odds = np.array([odds for _, odds in choices])
     return choices[rng.choice(len(choices), p=odds / odds.sum())][0]
 
 
 def compose(key: tuple[int, ...], height: int, width: int, pairs: int, seconds: float, crowd: float = 1.0) -> Clip:
-    """A clip of `pairs` frame pairs on height x width units; `crowd` times as many things as usual."""
+    """Make a clip of `pairs` frame pairs on height x width units; `crowd` times as many things as usual."""
     rng = np.random.default_rng(key)
-    camera = _camera(rng, width * 28, seconds) if pairs > 1 else Camera()
-    cut = float(rng.uniform(0.35, 0.65)) * seconds if pairs >= 4 and rng.random() < CUTS else math.inf
-    if cut < seconds:
+    camera = Camera()
+    if pairs > 1:
+        camera = _camera(rng, width * 28, seconds)
+    cut = math.inf
+    if pairs >= 4 and rng.random() < CUTS:
+        cut = float(rng.uniform(0.35, 0.65)) * seconds
         camera = Camera()
     count = int(np.clip(crowd * height * width / rng.uniform(*UNITS_PER_THING), 2, MOST * crowd))
     placer = _Placer(rng, Clip(key, height * 28, width * 28, seconds, pairs, (), camera, cut))
     odds, moving = list(PLOTS.values())[int(rng.integers(len(PLOTS)))]
     if pairs < 3 or cut < seconds:
-        odds, moving = (1.0, 0, 0, 0, 0, 0), moving if pairs > 1 else 0.0
+        odds = (1.0, 0, 0, 0, 0, 0)
+    if pairs == 1:
+        moving = 0.0
     signs = SIGNS[pairs == 1 and rng.random() < PAGES]
-    scenes = [(0.0, math.inf)] if cut > seconds else [(0.0, cut), (cut, math.inf)]
+    scenes = [(0.0, math.inf)]
+    if cut < seconds:
+        scenes = [(0.0, cut), (cut, math.inf)]
     for scene in scenes:
         placer.taken = []
         for number in range(max(2, count // len(scenes))):
             fate = FATES[rng.choice(len(FATES), p=np.array(odds) / sum(odds))]
-            # At least one sign in most scenes.
-            sign = rng.random() < (max(0.7, signs) if number == 0 else signs)
+            share = signs
+            if number == 0:  # at least one sign in most scenes
+                share = max(0.7, signs)
+            sign = rng.random() < share
             placer.add(sign, fate, rng.random() < moving, scene)
-    return replace(
-        placer.clip, things=tuple(placer.things),
-        clutter=float(rng.uniform(0.1, 0.9)), poles=int(rng.integers(1, 4)) if rng.random() < 0.15 else 0,
-        noise=float(rng.uniform(1, 5)), blur=int(rng.random() < 0.25),
-    )  # fmt: skip
+    clutter = float(rng.uniform(0.1, 0.9))
+    poles = 0
+    if rng.random() < 0.15:
+        poles = int(rng.integers(1, 4))
+    noise = float(rng.uniform(1, 5))
+    blur = int(rng.random() < 0.25)
+    return replace(placer.clip, things=tuple(placer.things), clutter=clutter, poles=poles, noise=noise, blur=blur)
 
 
 def _camera(rng: np.random.Generator, width: int, seconds: float) -> Camera:
     motion = draw(rng, (("still", 0.6), ("shake", 0.1), ("pan", 0.2), ("zoom", 0.1)))
     if motion == "pan":
-        angle, speed = int(rng.integers(4)) * np.pi / 2, rng.uniform(0.12, 0.25) * width / seconds
+        angle = int(rng.integers(4)) * np.pi / 2
+        speed = rng.uniform(0.12, 0.25) * width / seconds
         return Camera("pan", float(round(speed * np.cos(angle), 3)), float(round(0.6 * speed * np.sin(angle), 3)))
     if motion == "zoom":
         far = float(rng.uniform(1.2, 1.4))
-        return Camera("zoom", zoom=(1.0, far) if rng.random() < 0.5 else (far, 1.0))
-    return Camera(motion, shake=float(rng.uniform(1, 2.5)) if motion == "shake" else 0.0)
+        if rng.random() < 0.5:
+            return Camera("zoom", zoom=(1.0, far))
+        return Camera("zoom", zoom=(far, 1.0))
+    if motion == "shake":
+        return Camera("shake", shake=float(rng.uniform(1, 2.5)))
+    return Camera(motion)
 
 
 class _Placer:
     """Places things so that they can be told: each name once, all of their ways on the frame, no more than partly hidden."""
 
     def __init__(self, rng, clip: Clip):
-        self.rng, self.clip = rng, clip
+        self.rng = rng
+        self.clip = clip
         self.things: list[Thing] = []
         self.taken: list[int] = []  # the things of this scene
         self.names: set[tuple] = set()
 
     def add(self, sign: bool, fate: str, moves: bool, scene: Span) -> None:
-        spans, turns = self._spans(fate, scene), fate == "turns"
-        turn = float(self.rng.uniform(0.3, 0.7)) * self.clip.seconds if turns else math.inf
+        spans = self._spans(fate, scene)
+        turns = fate == "turns"
+        turn = math.inf
+        if turns:
+            turn = float(self.rng.uniform(0.3, 0.7)) * self.clip.seconds
         for _ in range(8):
             look = self._sign(turns) if sign else self._shape(turns)
             name = look.outline, look.texture, look.colour
             texts = {text for t in self.things if t.is_sign for text in (t.text, t.after) if text}
             if name in self.names or (sign and {look.text, look.after} & texts):
                 continue
-            motion = pick(self.rng, *MOTIONS) if moves else "still"
+            motion = "still"
+            if moves:
+                motion = pick(self.rng, *MOTIONS)
             thing = self._somewhere(replace(look, motion=motion, spans=spans, turn=turn))
             if thing is not None:
                 self.names.add(name)
@@ -126,24 +152,34 @@ class _Placer:
         return colour, tuple(min(max(c + int(d), 0), 255) for c, d in zip(COLOURS[colour], jitter, strict=True))
 
     def _sign(self, turns: bool) -> Thing:
-        """A sign at no place, of a height from 8 to 24, small ones most often, as wide as the frame allows."""
-        colour, text = self._colour(), draw_text(self.rng)
+        """Draw a sign at no place, of a height from 8 to 24, small ones most often, as wide as the frame allows."""
+        colour = self._colour()
+        text = draw_text(self.rng)
         most = min(24.0, 0.6 * self.clip.width / len(text) * 7 / 6)
         glyph = round(8 * (max(most, 8) / 8) ** float(self.rng.random() ** 1.3))
-        after = similar_text(text, self.rng) if turns else ""
-        after = after if after != text else ""
+        after = ""
+        if turns:
+            after = similar_text(text, self.rng)
+        if after == text:
+            after = ""
         return Thing(SIGN, "plain", *colour, (glyph + 7) // 2, 0.0, 0.0, text=text, after=after)
 
     def _shape(self, turns: bool) -> Thing:
-        rng, (colour, rgb) = self.rng, self._colour()
+        rng = self.rng
+        colour, rgb = self._colour()
         radius = int(min(8.0 * (1 - rng.random()) ** (-1 / 1.8), 26, 0.12 * (self.clip.height + self.clip.width)))
-        outline, texture = pick(rng, *OUTLINES), pick(rng, *TEXTURES)
-        after = pick(rng, *(c for c in COLOURS if c != colour)) if turns else ""
+        outline = pick(rng, *OUTLINES)
+        texture = pick(rng, *TEXTURES)
+        after = ""
+        if turns:
+            after = pick(rng, *(c for c in COLOURS if c != colour))
         return Thing(outline, texture, colour, rgb, radius, 0.0, 0.0, after=after)
 
     def _spans(self, fate: str, scene: Span) -> tuple[Span, ...]:
-        """When it is there."""
-        rng, seconds, step = self.rng, self.clip.seconds, self.clip.seconds / self.clip.pairs
+        """Return the spans of time in which a thing of a fate is there."""
+        rng = self.rng
+        seconds = self.clip.seconds
+        step = seconds / self.clip.pairs
         if fate == "appears":
             return ((float(rng.uniform(0.2, 0.8)) * seconds, math.inf),)
         if fate == "vanishes":
@@ -152,8 +188,8 @@ class _Placer:
             length = float(rng.uniform(1.05, 1.6)) * step
             start = float(rng.uniform(0.4 * step, seconds - 0.4 * step - length))
             return ((start, start + length),)
-        gaps = int(rng.integers(1, 1 + min(4, int(seconds / step / 2.4)))) if fate == "blinks" else 0
-        if gaps:
+        if fate == "blinks":
+            gaps = int(rng.integers(1, 1 + min(4, int(seconds / step / 2.4))))
             # As long to be seen as not, each for more than a frame pair.
             edges = np.linspace(0, seconds, 2 * gaps + 2)[1:-1] + rng.uniform(-0.08, 0.08, 2 * gaps) * step
             ends = [0.0, *(float(e) for e in edges), math.inf]
@@ -161,14 +197,20 @@ class _Placer:
         return (scene,)
 
     def _somewhere(self, thing: Thing) -> Thing | None:
-        """The thing at a place where its whole way stays on the frame and it hides nothing for good, or None after 12 tries."""
-        clip, camera = self.clip, self.clip.camera
+        """Put a thing where its whole way stays on the frame and it hides nothing for good; None after 12 tries."""
+        clip = self.clip
+        camera = self.clip.camera
         dx, dy = MOTIONS.get(thing.motion, (0, 0))
-        room = (clip.width - 2 * thing.half) if dx else (clip.height - 2 * thing.radius)
+        room = clip.height - 2 * thing.radius
+        if dx:
+            room = clip.width - 2 * thing.half
         far = float(self.rng.uniform(0.35, 0.7)) * room
         if far < 24:
-            thing, dx, dy = replace(thing, motion="still"), 0, 0
-        speed = far / clip.seconds if dx or dy else 0.0
+            thing = replace(thing, motion="still")
+            dx, dy = 0, 0
+        speed = 0.0
+        if dx or dy:
+            speed = far / clip.seconds
         # A zoom shows the middle alone, and what a pan leaves behind was at the rim.
         rim = (1 - 1 / max(camera.zoom)) / 2
         for _ in range(12):
@@ -177,7 +219,8 @@ class _Placer:
                 (dx * speed, camera.dx, thing.half, clip.width), (dy * speed, camera.dy, thing.radius, clip.height),
             ):  # fmt: skip
                 shift = (way - pan) * clip.seconds
-                low, high = half + 2 + rim * size - min(0, shift), size - half - 2 - rim * size - max(0, shift)
+                low = half + 2 + rim * size - min(0, shift)
+                high = size - half - 2 - rim * size - max(0, shift)
                 if low > high:
                     return None
                 place.append(round(float(self.rng.uniform(low, high)), 2))
@@ -188,14 +231,20 @@ class _Placer:
         return None
 
     def _clear(self, thing: Thing) -> int | None:
-        """-1 if it covers nothing, the number of the thing that it lies on, or None if it hides too much."""
+        """Return -1 if it covers nothing, the number of the thing that it lies on, or None if it hides too much."""
         under = -1
         for number in self.taken:
-            other, least = self.things[number], math.inf
-            for share in (0, 0.25, 0.5, 0.75, 1) if thing.speed or other.speed else (0,):
+            other = self.things[number]
+            least = math.inf
+            shares = (0,)
+            if thing.speed or other.speed:
+                shares = (0, 0.25, 0.5, 0.75, 1)
+            for share in shares:
                 t = share * self.clip.seconds
-                (ax, ay), (bx, by) = thing.centre(t), other.centre(t)
-                across, along = abs(ax - bx) / (thing.half + other.half), abs(ay - by) / (thing.radius + other.radius)
+                ax, ay = thing.centre(t)
+                bx, by = other.centre(t)
+                across = abs(ax - bx) / (thing.half + other.half)
+                along = abs(ay - by) / (thing.radius + other.radius)
                 least = min(least, max(across, along))
             if least >= 1.02:
                 continue

@@ -1,4 +1,4 @@
-"""Frames of a clip of scenes at any times, with a map of what each pixel shows."""
+"""Draw frames of a clip of scenes at any times, with a map of what each pixel shows."""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from evoprune.video.info import SCENES_TAG
+from evoprune.bundled import SCENES_TAG
 from experiments.demo.painting import LOSSLESS, add_noise, blend, write_frames
 from experiments.demo.scenes.clip import Clip
 from experiments.demo.scenes.scenery import FAR, GROUND, NEAR, Scenery, Sprite, make_scenery, thing_shadow, thing_sprite
@@ -47,7 +47,8 @@ def render_with_map(clip: Clip, times: Sequence[float]) -> tuple[np.ndarray, np.
     rng = np.random.default_rng((9, *clip.seed))
     frames = np.empty((len(times), clip.height, clip.width, 3), np.uint8)
     maps = np.empty(frames.shape[:3], np.int8)
-    scenery_of, sprite_of = cache(partial(make_scenery, clip)), cache(thing_sprite)
+    scenery_of = cache(partial(make_scenery, clip))
+    sprite_of = cache(thing_sprite)
     for number, t in enumerate(times):
         canvas, maps[number] = _sharp(clip, t, scenery_of(int(t >= clip.cut)), sprite_of)
         for _ in range(clip.blur):
@@ -57,8 +58,10 @@ def render_with_map(clip: Clip, times: Sequence[float]) -> tuple[np.ndarray, np.
 
 
 def _sharp(clip: Clip, t: float, scenery: Scenery, sprite_of: Callable[..., Sprite]) -> tuple[np.ndarray, np.ndarray]:
-    """The frame at time t without blur and noise, float32, and its map."""
-    camera, shake, margin = clip.camera, _shake(clip, t), scenery.margin
+    """Return the frame at time t without blur and noise, float32, and its map."""
+    camera = clip.camera
+    shake = _shake(clip, t)
+    margin = scenery.margin
 
     def seen_of(layer: np.ndarray, depth: float) -> np.ndarray:
         left, top = (
@@ -91,8 +94,9 @@ def _sharp(clip: Clip, t: float, scenery: Scenery, sprite_of: Callable[..., Spri
 
 
 def _shake(clip: Clip, t: float) -> tuple[int, int]:
-    """The offset of a camera in a hand: a sum of slow waves, in whole pixels."""
-    a, phase = clip.camera.shake, clip.seed[-1] % 628 / 100
+    """Return the offset of a camera in a hand: a sum of slow waves, in whole pixels."""
+    a = clip.camera.shake
+    phase = clip.seed[-1] % 628 / 100
     if not a:
         return 0, 0
     return (
@@ -102,7 +106,7 @@ def _shake(clip: Clip, t: float) -> tuple[int, int]:
 
 
 def _magnified(canvas: np.ndarray, seen: np.ndarray, factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """The middle of the frame, `factor` times as large, by linear interpolation."""
+    """Return the middle of the frame, `factor` times as large, by linear interpolation."""
     nearest = []
     for axis in (0, 1):
         n = canvas.shape[axis]

@@ -8,8 +8,12 @@ from experiments.demo.scenes.signs import similar_text
 
 EVENTS = ("stays", "appears", "vanishes", "flashes", "blinks")
 # Chance that a draft with this answer is asked about, so that no answer is the best guess.
-STAYS, FLASHES, STILL = 0.12, 0.15, 0.15
-THERE, STILL_ASKED = 0.3, 0.3  # likewise, of those that are answered with yes or no
+STAYS = 0.12
+FLASHES = 0.15
+STILL = 0.15
+# likewise, of those that are answered with yes or no
+THERE = 0.3
+STILL_ASKED = 0.3
 CAMERA = ("stands still", "pans left", "pans right", "pans up", "pans down", "zooms in", "zooms out")
 
 
@@ -48,7 +52,8 @@ def _moves(clip, rng):
     """One of four moves, or one of four does not."""
     if not clip.camera.travels and clip.is_uncut:
         named = [t for t in distinct(clip) if t.event(clip.seconds) == "stays"]
-        moving, still = [t for t in named if t.speed], [t for t in named if not t.speed]
+        moving = [t for t in named if t.speed]
+        still = [t for t in named if not t.speed]
         yield from one_of_four(clip, rng, "Which of these moves?", moving, still)
         yield from one_of_four(clip, rng, "Which of these does not move?", still, moving)
 
@@ -62,7 +67,7 @@ def _often(clip, rng):
 
 
 def _turns(clip, rng):
-    """What changes, and what it was before and is afterwards."""
+    """Yield what changes, and what it was before and is afterwards."""
     changing = [t for t in clip.things if t.after]
     for t, x in referred(clip, rng, changing):
         for when, answer in (("start", t.text or t.colour), ("end", t.after)):
@@ -71,7 +76,8 @@ def _turns(clip, rng):
                 values = {similar_text(t.text, rng) for _ in range(6)}
                 text = pick(rng, f"What does the {x} say at the {when}?", f"What is written on the {x} at the {when}?")
             else:
-                values, text = set(COLOURS), f"What colour is the {x} at the {when}?"
+                values = set(COLOURS)
+                text = f"What colour is the {x} at the {when}?"
             yield Draft(text, answer, (other, *shuffled(rng, values - {answer, other})), (t,))
     shapes = [t for t in changing if not t.is_sign]
     if len(shapes) == 1:
@@ -92,7 +98,8 @@ def _lasts(clip, rng):
 
 
 def _camera(clip, rng):
-    camera, right = clip.camera, ""
+    camera = clip.camera
+    right = ""
     if not clip.is_uncut:
         return
     if camera.motion == "pan":
@@ -107,7 +114,7 @@ def _camera(clip, rng):
 
 
 def _scenes(clip, rng):
-    """What is to be seen in one of two scenes."""
+    """Yield what is to be seen in one of two scenes."""
     if not clip.is_uncut:
         before, after = ([t for t in distinct(clip) if t.visible(at)] for at in (0.0, clip.seconds * 0.999))
         yield from one_of_four(clip, rng, "Which of these is there before the cut?", before, after, fill=True)
@@ -115,7 +122,7 @@ def _scenes(clip, rng):
 
 
 def _at(clip, rng):
-    """Whether a thing that is there at some time is there at the start, or at the end."""
+    """Yield whether a thing that is there at some time is there at the start, or at the end."""
     for thing, called in referred(clip, rng):
         if thing.event(clip.seconds) not in ("stays", "blinks") or rng.random() <= THERE:
             when, t = pick(rng, *times_asked(clip).items())
@@ -137,11 +144,12 @@ HAPPENING = {
 }  # fmt: skip
 CHECKED_OVER_TIME = {"then": QuestionType(_at, "events", 0.8), "does_move": QuestionType(_does_move, "motion", 3.0)}
 # What is asked of pictures is asked of videos too, and counts as the gist of a clip: mostly what a glance tells.
-GLANCE, CLOSER = 1.8, 0.6
+GLANCE = 1.8
+CLOSER = 0.6
 GIST = {name: QuestionType(found.make, "gist", CLOSER * found.weight) for name, found in LOOKING.items()}
 GIST |= {name: QuestionType(found.make, "gist", GLANCE * found.weight) for name, found in CHECKED.items()}
 
 
 def types_for(clip: Clip) -> dict[str, QuestionType]:
-    """The types of questions that fit a clip of this family."""
+    """Return the types of questions that fit a clip of this family."""
     return LOOKING | CHECKED if clip.is_still else GIST | HAPPENING | CHECKED_OVER_TIME

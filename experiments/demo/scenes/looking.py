@@ -21,13 +21,13 @@ COUNTED = (0.5, 0.6, 0.7, 0.9)  # chance that a number is asked about: small one
 
 
 def times_asked(clip: Clip) -> dict[str, float]:
-    """The middle of the first and of the last frame pair, as they are asked about; of a still the only one."""
+    """Return the middle of the first and of the last frame pair, as they are asked about; of a still the only one."""
     half = clip.seconds / clip.pairs / 2
     return {"": half} if clip.is_still else {" at the start": half, " at the end": clip.seconds - half}
 
 
 def placed(clip: Clip, t: float) -> list[tuple[Thing, float, float]]:
-    """What is there at a time and lies on the frame, with the pixel of its middle."""
+    """Return what is there at a time and lies on the frame, with the pixel of its middle."""
     found = [(thing, *clip.on_frame(*thing.centre(t), t)) for thing in clip.things if thing.visible(t)]
     return [(thing, x, y) for thing, x, y in found if 0 <= x < clip.width and 0 <= y < clip.height]
 
@@ -76,7 +76,7 @@ def _where(clip, rng):
 
 
 def _top(clip, rng):
-    """What lies on what; the wrong answers are other things in the clip."""
+    """Yield what lies on what; the wrong answers are other things in the clip."""
     named = distinct(clip)
     for t in named:
         if t.under < 0:
@@ -134,7 +134,7 @@ def _missing(clip, rng):
 
 
 def _any(clip, rng):
-    """Whether a thing is there at all."""
+    """Yield whether a thing is there at all."""
     named = [name(t) for t in unhurried(clip)]
     if named and clip.is_uncut:
         for there in (pick(rng, *named), pick(rng, *named)):

@@ -12,20 +12,24 @@ from experiments.demo.painting import blend, glyph_mask, outline_mask
 from experiments.demo.scenes.clip import COLOURS, SIGN, Clip, Thing
 
 FAR, GROUND, NEAR = 0.5, 1.0, 1.6  # how much each layer moves with the camera
-BANK, SMALLEST, LARGEST = 384, 4, 60
+BANK = 384
+SMALLEST = 4
+LARGEST = 60
 PERIOD = 512  # pixels until the bank of noise repeats itself
 Sprite = tuple[np.ndarray, np.ndarray]  # colours float32 [h, w, 3] and coverage float32 [h, w] in [0, 1]
 
 
 @lru_cache(maxsize=1024)
 def texture_field(texture: str, size: int, period: int, turn: int = 0) -> np.ndarray:
-    """How far each pixel of a `size` square is from the first colour to the second: float32 in [0, 1].
+    """Return how far each pixel of a `size` square is from the first colour to the second: float32 in [0, 1].
 
     `period`: pixels until the texture repeats itself. turn: eighths of a half circle.
     """
     axis = np.arange(size) - (size - 1) / 2
-    cos, sin = np.cos(turn * np.pi / 8), np.sin(turn * np.pi / 8)
-    u, v = axis[None, :] * cos + axis[:, None] * sin, axis[:, None] * cos - axis[None, :] * sin
+    cos = np.cos(turn * np.pi / 8)
+    sin = np.sin(turn * np.pi / 8)
+    u = axis[None, :] * cos + axis[:, None] * sin
+    v = axis[:, None] * cos - axis[None, :] * sin
     if texture == "plain":
         return np.zeros((size, size), np.float32)
     wave = 2 * np.pi / period
@@ -38,7 +42,7 @@ def texture_field(texture: str, size: int, period: int, turn: int = 0) -> np.nda
 
 
 def thing_sprite(thing: Thing, changed: bool) -> Sprite:
-    """A thing or a sign, before or after its change."""
+    """Return a thing or a sign, before or after its change."""
     if thing.is_sign:
         return _board(thing.after if changed else thing.text, thing)
     first = np.array(COLOURS[thing.after] if changed else thing.rgb, np.float32)
@@ -52,7 +56,8 @@ def thing_sprite(thing: Thing, changed: bool) -> Sprite:
 
 
 def _board(text: str, sign: Thing) -> Sprite:
-    glyph, pitch = sign.glyph, sign.pitch
+    glyph = sign.glyph
+    pitch = sign.pitch
     height, width = glyph + 6, len(text) * pitch + 6
     back = np.array(sign.rgb, np.float32)
     ink = np.float32(20) if back.mean() > 95 else np.float32(240)
@@ -68,13 +73,13 @@ def _board(text: str, sign: Thing) -> Sprite:
 
 @lru_cache(maxsize=2048)
 def thing_shadow(outline: str, height: int, width: int) -> np.ndarray:
-    """The shadow of a thing or a board of this size in pixels, two pixels larger to each side: float32."""
+    """Return the shadow of a thing or a board of this size in pixels, two pixels larger to each side: float32."""
     cover = np.ones((height, width), np.float32) if outline == SIGN else outline_mask(outline, height // 2)
     return soft_shadow(cover, 2) * np.float32(0.4)
 
 
 def soft_shadow(cover: np.ndarray, reach: int) -> np.ndarray:
-    """The shadow of a coverage, `reach` pixels larger to each side: float32."""
+    """Return the shadow of a coverage, `reach` pixels larger to each side: float32."""
     shadow = np.pad(cover, reach)
     for axis in (0, 1):
         total = np.cumsum(np.pad(shadow, [(reach + 1, reach) if a == axis else (0, 0) for a in (0, 1)]), axis=axis)
@@ -99,7 +104,7 @@ def pink_noise() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def leaves() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The bank, the smallest leaf first: coverage, mixture of two colours, and shadow of each."""
+    """Return the bank, the smallest leaf first: coverage, mixture of two colours, and shadow of each."""
     rng = np.random.default_rng(12)
     # Radii with density r^-3, the law that makes dead leaves look the same at every scale.
     u = (np.arange(BANK) + 0.5) / BANK
@@ -119,9 +124,10 @@ def leaves() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
 
 def _leaf_cover(rng: np.random.Generator, radius: int) -> np.ndarray:
-    """A disc, or a convex polygon of 3 to 7 corners, squeezed and turned: float32 `[2 * radius, 2 * radius]`."""
+    """Return a disc, or a convex polygon of 3 to 7 corners, squeezed and turned: float32 `[2 * radius, 2 * radius]`."""
     axis = (np.arange(2 * radius) + 0.5) - radius
-    angle, squeeze = rng.uniform(0, np.pi), rng.uniform(0.5, 1)
+    angle = rng.uniform(0, np.pi)
+    squeeze = rng.uniform(0.5, 1)
     u = axis[None, :] * np.cos(angle) + axis[:, None] * np.sin(angle)
     v = (axis[:, None] * np.cos(angle) - axis[None, :] * np.sin(angle)) / squeeze
     if rng.random() < 0.4:
@@ -149,7 +155,8 @@ def make_scenery(clip: Clip, scene: int) -> Scenery:
     travel = max(abs(camera.dx), abs(camera.dy)) * clip.seconds + 2 * camera.shake
     margin = int(np.ceil(travel * NEAR)) + 2 if travel else 0
     height, width = clip.height + 2 * margin, clip.width + 2 * margin
-    hue, light = rng.uniform(0.65, 1.0, 3), rng.uniform(60, 150)
+    hue = rng.uniform(0.65, 1.0, 3)
+    light = rng.uniform(60, 150)
     top, left = rng.integers(PERIOD, size=2)
     noise = pink_noise()[(np.arange(height) + top) % PERIOD][:, (np.arange(width) + left) % PERIOD]
     far = noise * np.float32(rng.uniform(8, 24)) + (hue * light).astype(np.float32)
@@ -162,7 +169,9 @@ def make_scenery(clip: Clip, scene: int) -> Scenery:
         near = colours, cover = _layer(height, width)
         for _ in range(clip.poles):
             # A dark post in the foreground, from the top to the bottom.
-            thick, left, grey = int(rng.integers(3, 8)), int(rng.integers(0, width)), rng.uniform(15, 70)
+            thick = int(rng.integers(3, 8))
+            left = int(rng.integers(0, width))
+            grey = rng.uniform(15, 70)
             colours[:, left : left + thick] = np.float32(grey)
             cover[:, left : left + thick] = 1
     return Scenery(margin, far, ground, near)
@@ -180,7 +189,8 @@ def _strew(
     # The mean area of a leaf of the bank, about, with its squeezed and cut shapes.
     count = int(density * height * width / 190)
     which = rng.integers(BANK, size=count)
-    xs, ys = rng.integers(-20, width + 20, count), rng.integers(-20, height + 20, count)
+    xs = rng.integers(-20, width + 20, count)
+    ys = rng.integers(-20, height + 20, count)
     first = np.clip(tint + rng.normal(0, 34, (count, 1)) + rng.normal(0, 20, (count, 3)), 5, 250).astype(np.float32)
     second = np.clip(first + rng.normal(0, 40, (count, 1)) + rng.normal(0, 15, (count, 3)), 5, 250).astype(np.float32)
     for i in range(count):

@@ -41,7 +41,7 @@ class Measured(TokenCounts):
 
 
 class EvoPruneQwen25VL(lmms):
-    """Its arguments are lmms-eval's model_args.
+    """Answer the questions of lmms-eval; the arguments are its model_args.
 
     Args:
         pretrained: hub id, local folder, or `demo`. `system_prompt`: instead of the model's own.
@@ -108,11 +108,15 @@ class EvoPruneQwen25VL(lmms):
             raise UsageError("beams are not searched here", "set num_beams to 1 in the task's generation_kwargs")
         sampled = settings.get("do_sample", True)
         until = settings.get("until") or []
-        until = [until] if isinstance(until, str) else until
+        if isinstance(until, str):
+            until = [until]
+        temperature = 0.0
+        if sampled:
+            temperature = settings.get("temperature") or self._generation.temperature
         options = replace(
             self._generation,
             max_new_tokens=settings.get("max_new_tokens") or self._generation.max_new_tokens,
-            temperature=(settings.get("temperature") or self._generation.temperature) if sampled else 0.0,
+            temperature=temperature,
             top_p=settings.get("top_p") or self._generation.top_p,
             top_k=settings.get("top_k") or self._generation.top_k,
             repetition_penalty=settings.get("repetition_penalty") or self._generation.repetition_penalty,
@@ -142,7 +146,9 @@ def _files(visuals: list, folder: str) -> list[str]:
             paths.append(os.fspath(visual))
         elif isinstance(visual, Image.Image):
             content = BytesIO()
-            (visual.convert("RGBA") if "transparency" in visual.info else visual).save(content, "TIFF", exif=b"")
+            if "transparency" in visual.info:
+                visual = visual.convert("RGBA")
+            visual.save(content, "TIFF", exif=b"")
             paths.append(os.path.join(folder, f"{hashlib.sha256(content.getvalue()).hexdigest()}.tiff"))
             Path(paths[-1]).write_bytes(content.getvalue())
         else:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 
-from evoprune.language.prompt import video_positions
 from evoprune.methods.types import arange_on
 
 DIGITS = (3, 3, 3, 4)  # below 256: of time, height, width, and the bits of the bias
@@ -50,30 +49,6 @@ def known_positions(
         at = start + count
     pieces.append((arange_on(length - at, "cpu") + following).expand(3, -1))
     return torch.cat(pieces, dim=1), following - at
-
-
-def timed(
-    kept: torch.Tensor, grid: tuple[int, int, int], words: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the rows of a video whose frame pairs stand behind their times (Qwen3-VL, Qwen3.5): times, markers and tokens.
-
-    `kept`: int64 `[K]` on the CPU, ascending, the units whose tokens stay. `words`: of each frame pair, how many rows of text stand
-    before its tokens; one stands behind them.
-
-    Returns bool `[n]`, which rows are tokens, and int64 `[3, n]`, the positions of all, counted from the video's own.
-    """
-    units = grid[1] * grid[2]
-    inside = video_positions((1, *grid[1:]), 1.0, None)
-    is_token = []
-    positions = []
-    following = 0
-    for pair, before in zip(kept.split(torch.bincount(kept // units, minlength=grid[0]).tolist()), words, strict=True):
-        is_token += [False] * before + [True] * len(pair) + [False]
-        behind = following + before + max(grid[1:])
-        own = inside[:, pair % units] + following + before
-        positions += [(arange_on(before, "cpu") + following).expand(3, -1), own, own.new_full((3, 1), behind)]
-        following = behind + 1
-    return torch.tensor(is_token, dtype=torch.bool, device="cpu"), torch.cat(positions, 1)
 
 
 def generated_offset(positions: torch.Tensor) -> int:

@@ -5,14 +5,16 @@ of those that stay. `--additional-config '{"evoprune": {"method": "divprune"}}'`
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import torch
 
 from evoprune import methods
-from evoprune.errors import PluginError, UsageError, names_plugins
-from evoprune.language.prompt import video_positions
+from evoprune.errors import PluginError, UsageError
+from evoprune.language.prompt import Place, place_of_pairs, prompt_positions
+from evoprune.language.pruned import prune_prompt
 from evoprune.methods.budget import FULL, Budget
 from evoprune.methods.chain import MethodChain
 from evoprune.methods.plans import Grid
@@ -21,14 +23,13 @@ from evoprune.util import did_you_mean
 from evoprune.vision.encoder import Encoded, encode
 from evoprune.vision.preprocess import CLIP, Normal
 from evoprune.vision.tower import tower_shape
-from evoprune_vllm.positions import as_columns, timed
+from evoprune_vllm.positions import as_columns
 
 BUDGET = "evoprune_budget"
 EXAMPLE = 'for example --additional-config \'{"evoprune": {"method": "divprune"}}\''
 EXACT = "choose evoprune, evoprune-merge, tome, divprune or another exact method"
 
 
-@names_plugins()
 def served_method(additional: Any) -> MethodChain:
     """Return the method that `--additional-config` names, perhaps with settings (`NAME:SETTING=VALUE`), or the default.
 
@@ -79,7 +80,6 @@ def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float)
     return tuple(levels * each for each in mean), tuple(levels * each for each in std)
 
 
-@names_plugins()
 def encoded(
     visual, patches: torch.Tensor, grid: Grid, keep: int, method: MethodChain, normal: Normal = CLIP
 ) -> Encoded:
@@ -112,21 +112,19 @@ def with_columns(
     `words`: where frame pairs have times, how many embeddings of `text`, `[n, D]`, stand before the tokens of each; one stands
     behind them. Then there is a row for each of these as well.
     """
-    rows = tokens_of(found)
-    kept = found.kept.cpu()
-    bias = rows.new_zeros(len(rows), dtype=torch.float32) if found.size is None else found.size.log().to(rows.device)
+    grid = found.grids[0]
+    place = Place((range(prod(grid)),))
     if words:
-        is_token, positions = timed(kept, found.grids[0], words)
-        is_token = is_token.to(rows.device)
-        tokens = rows
-        of_tokens = bias
-        rows = rows.new_zeros(len(is_token), rows.shape[1])
-        bias = bias.new_zeros(len(is_token))
-        rows[is_token], bias[is_token] = tokens, of_tokens
-        rows[~is_token, : text.shape[1]] = text
-    else:
-        positions = video_positions(found.grids[0], seconds, tokens_per_second)[:, kept]
-    return torch.cat([rows, as_columns(positions.to(rows.device), bias, rows.dtype)], 1)
+        place = replace(
+            place_of_pairs(words, grid[1] * grid[2]), around=()
+        )  # a frame pair without tokens keeps its time
+    embeds = found.features[:0] if text is None else text.to(found.features)
+    ids = torch.zeros(len(place) + len(embeds), dtype=torch.int64, device="cpu")
+    positions = prompt_positions(len(ids), place.spans(grid, seconds), tokens_per_second)
+    prompt = prune_prompt(ids, [place], [found], positions, embed=lambda _: embeds)
+    rows = torch.cat([prompt.embeds, *([] if prompt.deepstack is None else prompt.deepstack)], 1)
+    bias = rows.new_zeros(len(rows), dtype=torch.float32) if prompt.sizes is None else prompt.sizes.log()
+    return torch.cat([rows, as_columns(prompt.positions.to(rows.device), bias, rows.dtype)], 1)
 
 
 def try_out(visual, method: MethodChain) -> None:

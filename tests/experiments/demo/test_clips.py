@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evoprune.video.info import DEMO_TAG
+from evoprune.bundled import DEMO_TAG
 from experiments.demo.clips import SHAPES, Clip, Thing, make_clip
 from experiments.demo.drawing import render, thing_mask, write_video
 

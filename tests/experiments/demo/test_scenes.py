@@ -2,8 +2,8 @@
 
 import pytest
 
+from evoprune.bundled import world_of
 from evoprune.video.frames import probe
-from evoprune.video.info import world_of
 from experiments.demo.scenes.clip import COLOURS, Camera, Clip, Thing
 from experiments.demo.scenes.compose import make_clip
 from experiments.demo.scenes.drawing import NOTHING, render, render_with_map, write_file
@@ -52,4 +52,4 @@ def test_a_written_file_says_which_world_it_is_of_and_is_as_large_as_the_clip(tm
     clip = make_clip("validation", seed)
     write_file(clip, tmp_path / name, crf=28)
     info = probe(tmp_path / name)
-    assert world_of(info) == "scenes" and (info.height, info.width) == (clip.height, clip.width)
+    assert world_of(info.tags) == "scenes" and (info.height, info.width) == (clip.height, clip.width)

@@ -1,9 +1,12 @@
 """Positions of prompts with pruned videos, against the positions of the whole prompt, of which columns are dropped."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from evoprune.language.prompt import VisualSpan, prompt_positions, video_positions
+from evoprune.language.prompt import VisualSpan, place_of_pairs, prompt_positions, video_positions
+from evoprune.language.pruned import prune_prompt
 from evoprune_vllm.positions import (
     LIMIT,
     as_columns,
@@ -12,9 +15,9 @@ from evoprune_vllm.positions import (
     generated_offset,
     known_positions,
     split_bias,
-    timed,
     with_videos,
 )
+from tests.tiny import encoded_tokens
 
 TEXT, PICTURE, VIDEO = 0, 1, 2
 # Items of a prompt, with a piece of text in front of each and one at the end.
@@ -106,10 +109,13 @@ def test_positions_of_rows_behind_times(chosen):
         spans[unit // units].start + unit % units for unit in kept.tolist()
     }
     columns = [column for column in range(start, before[-1]) if column not in dropped]
-    is_token, positions = timed(kept, grid, words)
-    assert torch.equal(positions + start, right[:, columns])
+    place = replace(place_of_pairs(words, units), around=())
+    ids = torch.zeros(place.runs[-1].stop + 1, dtype=torch.int64)
+    own = prompt_positions(len(ids), place.spans(grid, 1.0), None)
+    made = prune_prompt(ids, [place], [encoded_tokens(torch.zeros(len(kept), 1), kept, grid=grid)], own)
+    assert torch.equal(made.positions + start, right[:, columns])
     places = {column for span in spans for column in range(span.start, span.start + units)}
-    assert is_token.tolist() == [column in places for column in columns]
+    assert made.visual.tolist() == [column in places for column in columns]
     items = [(start, len(columns), sum(words) + 4 + 4 * 3, None)]
     of_prompt, offset = known_positions(start + len(columns) + 4, items)
     assert torch.equal(of_prompt[:, :start], right[:, :start]) and torch.equal(of_prompt[:, -4:], right[:, -4:])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evoprune.cpu.linear import PackedLinear
+from evoprune.backend.cpu.linear import PackedLinear
 from evoprune.model.weights import Tower
 from tests.plugins.vllm.serving import (
     NEW,

@@ -15,16 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evoprune.backend import weights
+from evoprune.backend.cpu import linear
+from evoprune.backend.cpu.linear import PackedLinear
+from evoprune.backend.cpu.quantize import Int8Linear
 from evoprune.backend.devices import accelerator, available_memory, exact_shapes, pick_device
 from evoprune.bundled import DEMOS
-from evoprune.cpu import linear
-from evoprune.cpu.linear import PackedLinear
-from evoprune.cpu.quantize import Int8Linear
 from evoprune.errors import DeviceWarning, EvopruneWarning, ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language.generate import prefill
 from evoprune.model.config import FAMILIES, parse_config
 from evoprune.model.cost import shortage
-from evoprune.session.loading import find, model
+from evoprune.session.loading import model
 from evoprune.session.loading.find import DTYPES, FoundModel, look_up
 from evoprune.session.loading.model import InputLimits, threads_of_each, use_threads
 from evoprune.session.options import ModelOptions
@@ -43,7 +44,7 @@ def test_a_saved_folder_loads_as_it_was(saved, capfd):
     assert all(torch.equal(weight, expected[name]) for name, weight in loaded.model.state_dict().items())
     assert not any(weight.requires_grad for weight in loaded.model.parameters())
     assert (loaded.id, loaded.revision, loaded.dtype, loaded.device) == (str(saved), None, "fp32", "cpu")
-    assert (loaded.is_demo, loaded.load_format) == (False, "auto")
+    assert (loaded.demo, loaded.load_format) == (None, "auto")
     assert loaded.weights_bytes == sum(weight.nbytes for weight in expected.values())
     assert len(loaded.eos_ids) == 2
     assert capfd.readouterr() == ("", "")
@@ -52,11 +53,11 @@ def test_a_saved_folder_loads_as_it_was(saved, capfd):
 @pytest.mark.parametrize("name", DEMOS)
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
 def test_auto_dtype_follows_the_hardware_and_the_demos_are_exact(saved, monkeypatch, has_bf16, expected, name):
-    monkeypatch.setattr(find, "has_bf16", lambda device: has_bf16)
+    monkeypatch.setattr("evoprune.backend.devices._has_bf16", lambda device: has_bf16)
     assert load_model(str(saved), device="cpu").dtype == expected
     monkeypatch.setitem(DEMOS, name, replace(DEMOS[name], folder=saved))
     demo = load_model(name, device="cpu")
-    assert (demo.dtype, demo.is_demo, demo.demo.world, demo.id) == ("fp32", True, DEMOS[name].world, name)
+    assert (demo.dtype, demo.demo.world, demo.id) == ("fp32", DEMOS[name].world, name)
     assert load_model(name, device="cpu", dtype="bf16").dtype == "bf16"
     known = look_up(ModelOptions(name, device="cpu"))
     assert (known.dtype, known.demo.world) == ("fp32", DEMOS[name].world)
@@ -116,7 +117,7 @@ def test_large_layers_of_the_language_model_are_packed_when_few_rows_come(saved,
 def test_forms_of_the_weights(saved, quantize, monkeypatch):
     sizes = {}
     for available in (None, 0):
-        monkeypatch.setattr(model, "available_memory", lambda _, available=available: available)
+        monkeypatch.setattr(weights, "available_memory", lambda _, available=available: available)
         loaded = model.load_model(str(saved), dtype="fp32", quantize=quantize)
         layer = loaded.model.model.language_model.layers[0].mlp.up_proj
         assert loaded.quantize == quantize
@@ -300,7 +301,7 @@ def dimensions_only(saved, tmp_path_factory):
 def test_random_weights_need_dimensions_only(dimensions_only, capfd):
     loaded = load_model(dimensions_only, load_format="dummy", dtype="bf16")
     assert loaded.tokenizer is None
-    assert (loaded.load_format, loaded.is_demo, loaded.dtype) == ("dummy", False, "bf16")
+    assert (loaded.load_format, loaded.demo, loaded.dtype) == ("dummy", None, "bf16")
     assert loaded.eos_ids == (400,)
     weights = dict(loaded.model.named_parameters())
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}

@@ -1,0 +1,344 @@
+"""Linear layers in 8 and in 4 bits, for the CPU, and models of them. Memory and cheap products are what CPUs without bf16 lack.
+
+int8: one scale for each output feature of the weights, one for each row of the input. A row is rounded by itself, so that results
+do not depend on which rows are computed together. Products run in integers and are exact. The few input channels that are much
+larger than the others would take their precision: these are computed in float32 (LLM.int8(), arXiv 2208.07339, section 3). Which
+these are is found once, by `Unquantised`.
+int4: a scale and a zero for every 32 weights, by PyTorch's own kernel. It covers the language model where it decodes; int8 does the
+rest, and covers the tower.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+
+import torch
+from torch import nn
+
+from evoprune.backend.cpu.linear import can_pack
+from evoprune.backend.cpu.precision import check_quantize
+from evoprune.backend.devices import is_host
+from evoprune.backend.layers import is_unhooked_linear
+from evoprune.errors import UsageError
+
+GROUP = 32  # int4 weights that share a scale
+PIECE_WEIGHTS = 2**20  # weights quantised at a time, about: they fit into a cache
+STEP_ROWS = 64  # rows, by which pieces are cut: kernels arrange rows in steps that divide it
+LARGE = 4.0  # channels are large above so many times the median of all
+MAX_LARGE = 1 / 32  # share of the channels that may be
+# Layers that stay as they are, as in published checkpoints: what is kept and what is written in a Gated DeltaNet, a number a head.
+GATES = "in_proj_a", "in_proj_b"
+
+SCRATCH_BYTES = 2**25  # larger blocks are given back to the system when they are freed
+Weights = dict[str, torch.Tensor]  # of a quantised layer, by name, on the CPU
+Progress = Callable[[int, int], None]
+
+
+class Bytes:
+    """Rounds rows to bytes. Layers with the same input share one, and its last result."""
+
+    def __init__(self):
+        self._last: tuple = (None, None, None)
+
+    def __call__(self, x: torch.Tensor, large: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """uint8 `[R, K]`, with `levels() + 1` for zero: the rows of `x`, `[..., K]`, whose channels `large` (int64) count as 0.
+
+        Also the step of each row, float32 `[R, 1]`; and the large channels, float32 `[R, m]`.
+        """
+        known, known_large, rounded = self._last  # read once: another thread may run the same model
+        if x is known and large is known_large:
+            return rounded
+        rows = x.reshape(-1, x.shape[-1]).float()
+        rest = rows.index_fill(1, large, 0.0) if len(large) else rows
+        step = _largest(rest)[:, None].clamp_(min=1e-30) / levels()
+        middle = torch.full((), levels() + 1.5, dtype=torch.float32, device="cpu")  # truncation after adding 0.5 rounds
+        whole = torch.addcmul(middle, rest, 1 / step, out=rest if len(large) else None).to(torch.uint8)
+        rounded = whole, step, rows[:, large]
+        self._last = x, large, rounded
+        return rounded
+
+
+def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: torch.Tensor | None = None) -> Weights:
+    """Return what an `Int8Linear` is made of, of a layer on the CPU.
+
+    That is `whole`, int8 `[out, in]`; `scale` and `sum` of its rows, float32 `[out]`; `large`, int64, the input channels that are
+    computed in float32; and `wide`, float32 `[m, out]`, their weights. `memory`: int8, where `whole` is written if it fits; the
+    next call with it writes there again.
+    """
+    large = torch.zeros(0, dtype=torch.int64, device="cpu") if large is None else large
+    count = layer.weight.numel()
+    if memory is None or len(memory) < count:
+        memory = torch.empty(count, dtype=torch.int8, device="cpu")
+    whole = memory[:count].view(layer.weight.shape)
+    scales = []
+    sums = []
+    for rows, place in zip(_pieces(layer.weight), _pieces(whole), strict=True):
+        rows = rows.to(torch.float32, copy=True)
+        rows[:, large] = 0.0
+        scales.append(_largest(rows).clamp_(min=1e-12) / 127)
+        rows.div_(scales[-1][:, None]).round_()
+        sums.append(rows.sum(1))  # exact: whole numbers below 2^24
+        place.copy_(rows)
+    # A copy, not `contiguous()`: with one channel that keeps the strides of the transpose, and the product takes another kernel.
+    wide = layer.weight[:, large].float().T.clone(memory_format=torch.contiguous_format)
+    return {"whole": whole, "scale": torch.cat(scales), "sum": torch.cat(sums), "large": large, "wide": wide}
+
+
+class Int8Linear(nn.Module):
+    """`x @ W.T + bias` in bytes, with `int8_weights`. Layers that read the same input share `to_bytes`."""
+
+    def __init__(self, weights: Weights, bias: torch.Tensor | None = None, to_bytes: Bytes | None = None):
+        super().__init__()
+        self.out_features, self.in_features = weights["whole"].shape
+        self.to_bytes = to_bytes or Bytes()
+        self.bias = None if bias is None else bias.detach().float()
+        self.large = weights["large"]
+        self.wide = weights["wide"]
+        self.scale = weights["scale"]
+        self.packed = torch.ops.onednn.qlinear_prepack(weights["whole"], None)
+        self.zero = torch.zeros(self.out_features, dtype=torch.int32, device="cpu")
+        # Bytes are offset by `levels() + 1`. This takes its contribution to the product off again.
+        self.offset = (weights["sum"].double() * self.scale.double() * -(levels() + 1)).float()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds beside parameters and other modules."""
+        return self.packed.numel() + 12 * self.out_features + self.wide.nbytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        whole, step, wide = self.to_bytes(x, self.large)
+        y = _product(whole, self.packed, self.scale, self.zero, self.offset)
+        y = y.mul_(step) if self.bias is None else torch.addcmul(self.bias, y, step, out=y)
+        if len(self.wide):
+            y.addmm_(wide, self.wide)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, offset) -> torch.Tensor:
+    output_args = 1.0, 0, torch.float32, "none", [], ""
+    return torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, scale, zero, offset, *output_args)
+
+
+def _largest(rows: torch.Tensor) -> torch.Tensor:
+    """Return the largest absolute value of each row, without a copy of them."""
+    return torch.maximum(rows.amax(1), -rows.amin(1))
+
+
+def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return weight.split(max(1, PIECE_WEIGHTS // weight.shape[1] // STEP_ROWS) * STEP_ROWS)
+
+
+def large_channels(x: torch.Tensor) -> torch.Tensor:
+    """int64, ascending: the channels of `x` (`[..., K]`) that are more than `LARGE` times the median; the largest `MAX_LARGE`."""
+    size = x.reshape(-1, x.shape[-1]).float().abs().amax(0)
+    max_count = int(len(size) * MAX_LARGE)
+    largest = size.topk(max_count).indices if max_count else size[:0].long()
+    return largest[size[largest] > LARGE * size.median()].sort().values
+
+
+@lru_cache
+def levels() -> int:
+    """Steps on either side of zero to which a row is rounded: 127, or 63 where the CPU adds pairs of products in 16 bits.
+
+    That is so without dot-product instructions (VNNI): two products of 127 and 127 still fit, two of 255 and 127 do not.
+    """
+    return 127 if exact(255) else 63
+
+
+@lru_cache
+def exact(largest: int) -> bool:
+    """Return whether products of bytes up to `largest` with 127 exist and are exact on this CPU."""
+    scale = torch.ones(64, dtype=torch.float32, device="cpu")
+    if not can_pack(scale) or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return False
+    zero = torch.zeros(64, dtype=torch.int32, device="cpu")
+    bytes_ = torch.full((2, 64), largest, dtype=torch.uint8, device="cpu")
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((64, 64), 127, dtype=torch.int8, device="cpu"), None)
+    return bool((_product(bytes_, packed, scale, zero, None) == 64 * largest * 127).all())
+
+
+def int4_weights(layer: nn.Linear) -> Weights:
+    """Return what an `Int4Linear` is made of: `packed`, and `scales` `[groups, rows, 2]` in the weights' dtype."""
+    packed, scales = zip(*(_int4_piece(rows) for rows in _pieces(layer.weight)), strict=True)
+    return {"packed": torch.cat(packed), "scales": torch.cat(scales, 1)}
+
+
+def _int4_piece(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return some rows of a weight in the kernel's arrangement, and their scales and zeros `[groups, rows, 2]`."""
+    # The kernel works in steps of 16 rows. Rows that are added here are cut off from the output.
+    rows = nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
+    groups = rows.view(len(rows), -1, GROUP)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    # Rounded to the dtype in which the kernel reads them, before weights are expressed in them.
+    scale = ((high - low) / 15).clamp_(min=1e-8).to(weight.dtype).float()
+    middle = (low + 8 * scale).to(weight.dtype).float()  # the weight that the kernel's zero, 8, represents
+    whole = ((groups - middle) / scale).add_(8).round_().clamp_(0, 15).to(torch.int32).flatten(1)
+    scales = torch.cat([scale, middle], -1).transpose(0, 1).contiguous().to(weight.dtype)
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), scales
+
+
+class Int4Linear(nn.Module):
+    """`x @ W.T + bias` with `int4_weights` of `shape`, features out and in. `full`: computes several rows, if it is given."""
+
+    def __init__(self, weights: Weights, shape: Sequence[int], bias: torch.Tensor | None = None, full=None):
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.full = full
+        self.bias = bias
+        self.packed = weights["packed"]
+        self.scales = weights["scales"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds beside parameters and other modules."""
+        return self.packed.nbytes + self.scales.nbytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if self.full is not None and len(rows) > 1:
+            return self.full(x)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), self.packed, GROUP, self.scales)
+        y = y[:, : self.out_features]
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(*x.shape[:-1], -1)
+
+
+class Unquantised(nn.Module):
+    """A linear layer whose first input says which of its channels are large.
+
+    `become` is called with the layer and these channels. It puts a quantised layer in the place of this one, and returns the one
+    that computes this call.
+    """
+
+    def __init__(self, layer: nn.Linear, become: Callable[[nn.Linear, torch.Tensor], nn.Module]):
+        super().__init__()
+        self.out_features, self.in_features = layer.weight.shape
+        # in a list, so that it is no part of the tree
+        self._layer = [layer]
+        self._become = become
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (layer,) = self._layer
+        return self._become(layer, large_channels(x))(x)
+
+
+def check(kind: str, device: torch.device) -> None:
+    """Raises UsageError: there is no such kind of quantisation, or not on this device, with this PyTorch or this CPU."""
+    check_quantize(kind)
+    if kind == "none":
+        return
+    if not is_host(device):
+        raise UsageError(f"quantize {kind} works on the CPU, not on {device}", "leave quantize out")
+    if kind not in kinds(device):
+        raise UsageError(f"this PyTorch has no exact {kind} products for this CPU", "leave quantize out")
+
+
+def kinds(device: torch.device) -> list[str]:
+    """Return the kinds of quantisation that work on a device, with this PyTorch and this CPU; without "none"."""
+    if not is_host(device) or not exact(127):
+        return []
+    return ["int8", "int4"] if hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") else ["int8"]
+
+
+def places(model: nn.Module, kind: str) -> Iterator[tuple[str, str]]:
+    """Yield the linear layers that are quantised, by name, and what each becomes: "int8" or "int4"."""
+    for path, layer in model.named_modules():
+        if is_unhooked_linear(layer) and not path.endswith(GATES):
+            decodes = path.startswith(("model.language_model.", "lm_head")) and layer.in_features % GROUP == 0
+            yield path, kind if decodes else "int8"
+
+
+def saved_bytes(model: nn.Module, kind: str) -> int:
+    """Bytes by which quantisation ("int8" or "int4") makes a model smaller, which may be on the meta device.
+
+    An output layer that is the input embedding too stays as well.
+    """
+    saved = 0
+    embedding = model.model.language_model.embed_tokens.weight
+    for path, becomes in places(model, kind):
+        weight = model.get_submodule(path).weight
+        rows, columns = weight.shape
+        row = columns + 16
+        if becomes == "int4":  # beside int8 for prompts; the output layer reads one row alone
+            row = columns // 2 + columns // GROUP * 2 * weight.itemsize + (row if path != "lm_head" else 0)
+        saved += (0 if weight is embedding else weight.nbytes) - rows * row
+    return saved
+
+
+def quantize(
+    model: nn.Module,
+    kind: str,
+    run: Callable[[nn.Module], None],
+    progress: Progress | None = None,
+    store: Callable[[str, Weights], None] | None = None,
+) -> None:
+    """Quantises the linear layers of a model in place, each when its input is known.
+
+    `run`: runs the model on some input, the same in every run; every linear layer is called. `progress`: called with the number of
+    layers done and of all layers. `store`: called with each layer's name and what `restore` makes it of.
+
+    Raises RuntimeError: a layer was not called.
+    """
+    quantised = _Quantised(model, kind, progress)
+    # Memory that layer after layer allocates and frees between what stays would be left in holes: a third of the model.
+    memory = torch.empty(SCRATCH_BYTES, dtype=torch.int8, device="cpu")
+
+    def become(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
+        weights = int8_weights(layer, large, memory) if quantised.reads_rows(path) else {}
+        weights |= int4_weights(layer) if quantised.every[path] == "int4" else {}
+        if store:
+            store(path, weights)
+        return quantised.put(path, layer, weights)
+
+    for path in quantised.every:
+        quantised.replace(path, Unquantised(model.get_submodule(path), partial(become, path)))
+    with torch.inference_mode():
+        run(model)
+    if missing := len(quantised.every) - quantised.done:
+        raise RuntimeError(f"{missing} layers of the model were not called, so they are not quantised")
+
+
+def restore(model: nn.Module, kind: str, read: Callable[[str], Weights], progress: Progress | None = None) -> None:
+    """Puts quantised layers in their places, of the weights that `quantize` stored; `read` gives those of a layer."""
+    quantised = _Quantised(model, kind, progress)
+    for path in quantised.every:
+        quantised.put(path, model.get_submodule(path), read(path))
+
+
+class _Quantised:
+    """A model whose linear layers are quantised one after another."""
+
+    def __init__(self, model: nn.Module, kind: str, progress: Progress | None):
+        self.every = dict(places(model, kind))
+        self.done = 0
+        self._model = model
+        self._progress = progress
+        self._to_bytes = Bytes()
+        self._known = {}
+
+    def reads_rows(self, path: str) -> bool:
+        """Return whether a layer needs int8 weights: all, but an output layer in int4, which reads one row."""
+        return self.every[path] == "int8" or path != "lm_head"
+
+    def replace(self, path: str, layer: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(self._model.get_submodule(parent), name, layer)
+
+    def put(self, path: str, layer: nn.Linear, weights: Weights) -> nn.Module:
+        """Makes the quantised layer of `weights`, and puts it in the place of `layer`."""
+        full = None
+        if self.reads_rows(path):
+            # Layers of one module with the same channels have the same input: `to_bytes` knows it by the same object.
+            key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
+            large = self._known.setdefault(key, weights["large"])
+            full = Int8Linear(weights | {"large": large}, layer.bias, self._to_bytes)
+        quantised = full
+        if self.every[path] == "int4":
+            # The kernel wants the dtype in which the model computes. That of the file may be narrower.
+            weights = weights | {"scales": weights["scales"].to(self._model.dtype)}
+            quantised = Int4Linear(weights, (layer.out_features, layer.in_features), layer.bias, full)
+        self.replace(path, quantised)
+        self.done += 1
+        if self._progress:
+            self._progress(self.done, len(self.every))
+        return quantised

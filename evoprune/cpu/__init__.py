@@ -1,1 +1,0 @@
-"""What a CPU computes its own way: packed and 8-bit layers, threads, and how precise sums are."""

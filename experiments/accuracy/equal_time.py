@@ -1,0 +1,257 @@
+"""Compare all methods with `evoprune`: what each keeps and costs, and which is better at equal time.
+
+    python -m experiments.accuracy.equal_time results/frontier.md --presets DIR --rivals DIR DIR -o tables.md --chart FILE.svg
+
+`experiments.accuracy.frontier` writes the folders: the presets on many clips, for the chart, and the rows to compare, of which the
+clips that all rows share count. The page has times of `evoprune profile` in two kinds of tables: with budgets as columns
+(`| | -b 0.25 |`), and with rows `METHOD -b BUDGET`. Of several runs the slowest counts. A method that selects after the encoder has
+the time of the bound, which leaves its selection out. The chart alone, from tables that were made before:
+
+    python -m experiments.accuracy.equal_time results/frontier.md --tables results/comparison.md --chart results/frontier.svg
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from evoprune import methods
+from evoprune.bench.chart import COLOURS, INK, SOFT, Panel, Point, Series, draw
+from evoprune.bench.scores import FULL, METHOD
+from evoprune.methods.budget import PRESETS, Budget
+from evoprune.util import budget_text
+from experiments.accuracy.frontier import SETS, kept, samples_of
+from experiments.accuracy.frontier import table as by_group
+from experiments.accuracy.paired import in_points, paired_difference
+
+OURS = "evoprune"
+ALIKE = 1.03  # times that differ by less are equal
+# in the page
+BOUND = "bound of all methods after the encoder"
+FULL_ROW = "budget 1.0"
+RATIO = "times as fast as Hugging Face"
+
+Key = tuple[str, float | str]  # a method and a budget
+Samples = dict[str, dict[Key, list[dict]]]  # by set, then by row; with nothing pruned it is NONE
+NONE: Key = "none", 1.0
+
+
+def read(folders: Sequence[Path]) -> Samples:
+    """Return the rows of all folders, on the questions that every row of a set answered."""
+    found: Samples = {}
+    for name in SETS:
+        rows: dict[Key, dict] = {}
+        for folder in folders:
+            for sample in samples_of(folder, name):
+                if sample["row"] in (FULL, METHOD):
+                    key = NONE
+                    if sample["row"] == METHOD:
+                        key = (sample["method"], sample["budget"])
+                    rows.setdefault(key, {})[sample["video"], sample["id"]] = sample
+        shared = set.intersection(*(set(each) for each in rows.values()))
+        found[name] = {key: [each[which] for which in sorted(shared)] for key, each in rows.items()}
+    return found
+
+
+def speeds(page: str) -> dict[Key, float]:
+    """First token of Hugging Face over that of each row, by a video's share; the lowest of all tables."""
+    found: dict[Key, float] = {}
+
+    def add(method: str, share: str, cell: str) -> None:
+        key = NONE
+        if method != FULL_ROW:
+            key = (method, Budget.parse(share).video)
+        found[key] = min(float(cell), found.get(key, float(cell)))
+
+    for block in re.findall(r"(?:^\|.*\n)+", page, re.M):
+        titles, _, *rows = ([cell.strip(" `") for cell in line.strip()[1:-1].split("|")] for line in block.splitlines())
+        for name, *cells in rows:
+            method, _, budget = name.partition(" -b ")
+            if all(title.startswith("-b ") for title in titles[1:]):
+                for title, cell in zip(titles[1:], cells, strict=True):
+                    add(name, title.removeprefix("-b "), cell)
+            elif budget and RATIO in titles:
+                add(method, budget, cells[titles.index(RATIO) - 1])
+    return found
+
+
+def speed_of(key: Key, fast: dict[Key, float]) -> float | None:
+    """Return the speed of a row; of a method that selects after the encoder, that of the bound."""
+    name, budget = key
+    if methods.parse(name).acts == "after":
+        name = BOUND
+    return fast.get((name, Budget.parse(budget).video))
+
+
+def worst(samples: Samples, key: Key) -> float:
+    """Return percent of the accuracy kept in the worst of the sets."""
+    return min(kept(rows[key], rows[NONE]) for rows in samples.values())
+
+
+def rows_of(samples: Samples) -> set[Key]:
+    """Return those that all sets have."""
+    return set.intersection(*(set(rows) for rows in samples.values()))
+
+
+def short(samples: Samples, world: str, fast: dict[Key, float]) -> list[str]:
+    """Return what each method keeps in a world with each set of weights, its share of the operations, and its speed."""
+    sets = [rows for name, rows in samples.items() if name.split(",")[0] == world]
+    budgets = [budget for budget in PRESETS if any(key[0] != OURS and key[1] == budget for key in rows_of(samples))]
+    heads = [head for budget in budgets for head in (f"`-b {budget}` keeps", "operations", "first token")]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+
+    def shares(key: Key) -> list[float]:
+        return [kept(rows[key], rows[NONE]) for rows in sets]
+
+    def cells(key: Key) -> list[str]:
+        spent = np.mean([s["tflop_3b"] for s in sets[0][key]]) / np.mean([s["tflop_3b"] for s in sets[0][NONE]])
+        found = [" / ".join(f"{each:.1f}" for each in shares(key)), f"{100 * spent:.0f}%", ""]
+        if speed := speed_of(key, fast):
+            found[-1] = f"{speed:.2f}"
+        return found
+
+    names = dict.fromkeys(name for name, budget in sorted(rows_of(samples), key=str) if budget in budgets)
+    for name in sorted(names, key=lambda name: -np.mean([shares((name, budget)) for budget in budgets])):
+        lines.append("| " + " | ".join([f"`{name}`", *(c for budget in budgets for c in cells((name, budget)))]) + " |")
+    return lines
+
+
+def verdicts(samples: Samples, key: Key, ours: Key) -> list[str]:
+    """Our row minus the other one, in points, in each set."""
+    made = []
+    for rows in samples.values():
+        mean, low, high = paired_difference(rows[ours], rows[key])
+        word = "tie"
+        if low > 0:
+            word = "better"
+        elif high < 0:
+            word = "worse"
+        made.append(f"{word} {in_points(mean, low, high)}")
+    return made
+
+
+def table(samples: Samples, fast: dict[Key, float]) -> list[str]:
+    """Return a row for each row of the others: the most accurate of ours that takes no longer, and what it keeps more."""
+    rows = rows_of(samples)
+    ours = {key: speed_of(key, fast) for key in rows if key[0] == OURS} | {NONE: fast[NONE]}
+    ours = {key: speed for key, speed in ours.items() if speed}
+    lines = [
+        "| | first token | keeps | ours | first token | " + " | ".join(SETS) + " |",
+        "|---" * (len(SETS) + 5) + "|",
+    ]
+    missing = []
+    others = {key: speed_of(key, fast) for key in rows if key[0] not in (OURS, "none")}
+    for key, speed in sorted(others.items(), key=lambda each: -(each[1] or 0)):
+        text = f"`{key[0]} -b {budget_text(key[1])}`"
+        if not speed:
+            missing.append(text)
+            continue
+        slow = {one: at for one, at in ours.items() if at * ALIKE >= speed}
+        if not slow:
+            lines.append(f"| {text} | {speed:.2f} | {worst(samples, key):.1f} | none so fast | | " + " | " * len(SETS))
+            continue
+        best = max(slow, key=lambda one: worst(samples, one))
+        cells = [
+            text,
+            f"{speed:.2f}",
+            f"{worst(samples, key):.1f}",
+            f"`-b {budget_text(best[1])}`",
+            f"{ours[best]:.2f}",
+        ]
+        lines.append("| " + " | ".join([*cells, *verdicts(samples, key, best)]) + " |")
+    if missing:
+        lines += ["", f"Not profiled: {', '.join(missing)}."]
+    return lines
+
+
+def worst_of(samples: Samples) -> dict[Key, float]:
+    """Return what each row keeps in the worst of the sets, in percent."""
+    return {key: worst(samples, key) for key in rows_of(samples)}
+
+
+def worst_in_tables(page: str, compared: str) -> tuple[dict[Key, float], dict[Key, float]]:
+    """Return what the presets keep in the table of a page, and the other methods in the table at equal time of another one."""
+    presets = re.findall(r"^\| `-b (\w+)` \| ([\d.]+) \| [^|]*\(", page, re.M)
+    others = re.findall(r"^\| `([\w-]+) -b (\w+)` \| [\d.]+ \| ([\d.]+) \|", compared, re.M)
+    ours = {(OURS, preset): float(kept) for preset, kept in reversed(presets)}  # of several tables the first counts
+    return ours, {(name, budget): float(kept) for name, budget, kept in others}
+
+
+def chart(presets: dict[Key, float], others: dict[Key, float], fast: dict[Key, float]) -> str:
+    """SVG of accuracy kept against speed. Arguments: percent of each row in the worst of the sets, and speeds."""
+    inside = []
+    after = []
+    for key, kept_there in sorted(others.items(), key=str):
+        speed = speed_of(key, fast)
+        if key[0] in (OURS, "none") or not speed:
+            continue
+        if methods.parse(key[0]).acts == "after":
+            after.append(Point(speed, kept_there))
+        else:
+            inside.append(Point(speed, kept_there, label=key[0]))
+    ours = [(OURS, name) for name in PRESETS if (OURS, name) in presets and speed_of((OURS, name), fast)]
+    line = [Point(speed_of(key, fast), presets[key], label=f"-b {key[1]}") for key in ours]
+    series = [
+        Series("evoprune", (Point(fast[NONE], 100.0, label="-b full"), *line), COLOURS[0]),
+        *(Series("on the input, inside the encoder or the language model", (point,), COLOURS[1]) for point in inside),
+        *(Series("after the encoder, if selecting costs nothing", (point,), SOFT, hollow=True) for point in after),
+        Series("", (Point(1.0, 100.0, label="Hugging Face"),), INK),
+    ]
+    x_label = "first token, times as fast as Hugging Face"
+    y_label = "accuracy kept, worst of four sets, %"
+    facts = (
+        "Two generated worlds, two demo models each. Other methods have the tokens of balanced and of fast. "
+        "3B dimensions, 8 moving frames, fp32, two CPU threads."
+    )
+    return draw("Accuracy kept against speed", facts, [Panel("", x_label, y_label, tuple(series), from_zero=False)])
+
+
+def page(samples: Samples, fast: dict[Key, float]) -> str:
+    """Return all tables in Markdown."""
+    blocks = []
+    for world in dict.fromkeys(name.split(",")[0] for name in SETS):
+        about = len({s["video"] for s in samples[world][NONE]})
+        blocks += [
+            f"## `{world}`: {about} clips, {len(samples[world][NONE])} questions",
+            "\n".join(short(samples, world, fast)),
+        ]
+    flat = {name: [sample for each in rows.values() for sample in each] for name, rows in samples.items()}
+    blocks += ["## At equal time", "\n".join(table(samples, fast)), "## By kind of question", "\n".join(by_group(flat))]
+    return "\n\n".join(blocks) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("times", type=Path, help="a page with tables of times")
+    parser.add_argument("--presets", type=Path, nargs="+")
+    parser.add_argument("--rivals", type=Path, nargs="+")
+    parser.add_argument(
+        "--tables", type=Path, help="a page made before, to draw the chart without --presets and --rivals"
+    )
+    parser.add_argument("-o", "--output", type=Path, help="of the tables; default: stdout")
+    parser.add_argument("--chart", type=Path)
+    args = parser.parse_args(arguments)
+    times = args.times.read_text(encoding="utf-8")
+    fast = speeds(times)
+    if args.tables:
+        if not args.chart or args.presets or args.rivals:
+            parser.error("--tables goes with --chart alone")
+        ours, others = worst_in_tables(times, args.tables.read_text(encoding="utf-8"))
+        args.chart.write_text(chart(ours, others, fast), encoding="utf-8")
+        return
+    if not args.presets or not args.rivals:
+        parser.error("--presets and --rivals are needed, or --tables")
+    samples = read(args.rivals)
+    if args.output:
+        args.output.write_text(page(samples, fast), encoding="utf-8")
+    else:
+        print(page(samples, fast), end="")
+    if args.chart:
+        drawn = chart(worst_of(read(args.presets)), worst_of(samples), fast)
+        args.chart.write_text(drawn, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Compare two rows of an evaluation on the same questions. Imported by the experiments; not run by itself."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from evoprune.bench.scores import LEAST_VIDEOS, percentile_interval, resampled
+
+
+def paired_difference(samples: Sequence[dict], others: Sequence[dict]) -> tuple[float, float, float]:
+    """Accuracy of one row minus that of another, and its 95% interval over videos, as shares.
+
+    Both answered the same questions, in any order. With fewer than `LEAST_VIDEOS` videos the interval is everything.
+    """
+    right = {(s["video"], s["id"]): s["right"] for s in others}
+    videos = {name: i for i, name in enumerate(sorted({s["video"] for s in samples}))}
+    sums = np.zeros((len(videos), 2))
+    for s in samples:
+        sums[videos[s["video"]]] += (int(s["right"]) - int(right[s["video"], s["id"]]), 1)
+    mean = float(sums[:, 0].sum() / sums[:, 1].sum())
+    if len(videos) < LEAST_VIDEOS:
+        return mean, -math.inf, math.inf
+    drawn = resampled(sums)
+    return mean, *percentile_interval(drawn[:, 0] / drawn[:, 1])
+
+
+def in_points(mean: float, low: float, high: float) -> str:
+    """Return a difference of shares and its interval as text, in percentage points."""
+    if math.isinf(low):
+        return f"{100 * mean:+.1f} (too few videos for an interval)"
+    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"

@@ -1,0 +1,158 @@
+"""Prune inside the models that transformers' own tests make: a pytest plugin for `huggingface_tests`.
+
+The tests' towers have one patch a unit, which evoprune refuses. So the plugin gives them 2x2 patches a unit, all four equal, which
+changes no prompt. It can also turn the pictures of the common inputs into videos.
+"""
+
+import copy
+import functools
+import json
+
+import pytest
+import torch
+import transformers
+
+import evoprune
+from evoprune.errors import EvopruneError
+from evoprune.hf.interface import MODELS
+from evoprune.model.config import FAMILIES
+
+MERGE = 2
+_records: list[dict] = []
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--evoprune", default="unpatched", help="the method that models prune with at budget 1.0")
+    parser.addoption("--evoprune-media", choices=("pictures", "videos"), default="pictures")
+    parser.addoption("--evoprune-outcomes", required=True, help="JSON file for the outcome of each test")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    for cls in {item.cls for item in items if getattr(item, "cls", None) is not None}:
+        _adapt_inputs(cls, config.getoption("--evoprune-media") == "videos")
+    if (method := config.getoption("--evoprune")) != "unpatched":
+        _prune_all_models(method)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    problem = call.excinfo.value if call.excinfo else None
+    report.outcome_record = {  # an attribute, because reports reach the main process of several (`-n`)
+        "test": item.nodeid,
+        "outcome": report.outcome,
+        "refused": isinstance(problem, EvopruneError),
+        "message": f"{type(problem).__name__}: {problem}".splitlines()[0] if problem else None,
+    }
+
+
+def pytest_runtest_logreport(report) -> None:
+    if (report.when == "call" or not report.passed) and hasattr(report, "outcome_record"):
+        _records.append(report.outcome_record)
+
+
+def pytest_sessionfinish(session) -> None:
+    if hasattr(session.config, "workerinput"):
+        return
+    with open(session.config.getoption("--evoprune-outcomes"), "w", encoding="utf-8") as file:
+        json.dump(_records, file)
+
+
+def _adapt_inputs(cls, videos: bool) -> None:
+    """Lets the test class `cls` make its common inputs as this plugin wants them."""
+    set_up = cls.setUp
+
+    @functools.wraps(set_up)
+    def adapted(self):
+        set_up(self)
+        tester = getattr(self, "model_tester", None)
+        if not hasattr(tester, "prepare_config_and_inputs_for_common"):
+            return
+        make_config = tester.get_config
+        make_inputs = tester.prepare_config_and_inputs_for_common
+        rope = copy.deepcopy(getattr(tester, "rope_parameters", None))  # which the config may change
+        config = make_config()
+        if not hasattr(config, "vision_config"):  # of a language model alone
+            return
+        before = config.vision_config.spatial_merge_size
+        tester.get_config = functools.partial(_config, tester, make_config, rope)
+        tester.prepare_config_and_inputs_for_common = lambda: with_patches(*make_inputs(), before, videos)
+        if hasattr(self, "prepare_config_and_inputs_for_generate"):
+            for_generate = self.prepare_config_and_inputs_for_generate
+
+            def fewer(*args, **kwargs) -> tuple:
+                """The inputs of fewer prompts: the tests cut the tensors of their own inputs, so patches are added afterwards."""
+                adapted_inputs = tester.prepare_config_and_inputs_for_common
+                tester.prepare_config_and_inputs_for_common = make_inputs
+                try:
+                    return with_patches(*for_generate(*args, **kwargs), before, videos)
+                finally:
+                    tester.prepare_config_and_inputs_for_common = adapted_inputs
+
+            self.prepare_config_and_inputs_for_generate = fewer
+
+    cls.setUp = adapted
+
+
+def _config(tester, make_config, rope: dict | None):
+    """The tests' config. `rope`: settings that the tester gives to text and tower, of which the tower's config changes them."""
+    if rope is not None:
+        tester.rope_parameters = copy.deepcopy(rope)
+    return _with_units(make_config())
+
+
+def _with_units(config):
+    """The tests' config with 2x2 patches a unit, the published activation and rotation, and layers of full attention that exist."""
+    vision = config.vision_config
+    if getattr(vision, "rope_parameters", None):
+        vision.rope_parameters["rope_theta"] = 10000.0
+    vision.hidden_act = FAMILIES[config.model_type].hidden_act
+    vision.spatial_merge_size = MERGE
+    if hasattr(vision, "fullatt_block_indexes"):
+        vision.fullatt_block_indexes = [vision.depth - 1]
+    return config
+
+
+def with_patches(config, inputs: dict, before: int, videos: bool) -> tuple:
+    """Config and inputs with 2x2 patches a unit.
+
+    Args:
+        before: patches along the side of a unit in the tests' own inputs.
+        videos: whether pictures become videos, in which the rows of a picture follow one another in time.
+    """
+    config = _with_units(config)
+    if "image_grid_thw" not in inputs:
+        return config, inputs
+    factor = MERGE // before
+    pixels = inputs["pixel_values"].repeat_interleave(factor**2, 0)
+    grids = inputs["image_grid_thw"].clone()
+    grids[:, 1:] *= factor
+    if not videos:
+        return config, inputs | {"pixel_values": pixels, "image_grid_thw": grids}
+    rows = grids[:, 1] // MERGE
+    grids = torch.stack([grids[:, 0] * rows, torch.full_like(rows, MERGE), grids[:, 2]], 1)
+    inputs = {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_grid_thw")}
+    ids = inputs["input_ids"]
+    inputs["input_ids"] = ids.masked_fill(ids == config.image_token_id, config.video_token_id)
+    if inputs.get("mm_token_type_ids") is not None:
+        types = inputs["mm_token_type_ids"]
+        inputs["mm_token_type_ids"] = types.masked_fill(types == 1, 2)
+    return config, inputs | {"pixel_values_videos": pixels, "video_grid_thw": grids}
+
+
+def _prune_all_models(method: str) -> None:
+    """Lets every model of the supported classes prune from its first call on."""
+    for cls in (getattr(transformers, model) for model in MODELS):
+        for name in ("forward", "generate"):
+            setattr(cls, name, _from_now_on(getattr(cls, name), name, method))
+
+
+def _from_now_on(stock, name: str, method: str):
+    @functools.wraps(stock)
+    def run(self, *args, **kwargs):
+        if any(own in vars(self) for own in ("forward", "generate")):
+            return stock(self, *args, **kwargs)
+        evoprune.apply(self, budget=1.0, method=method)
+        return getattr(self, name)(*args, **kwargs)
+
+    return run

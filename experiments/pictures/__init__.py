@@ -1,0 +1,1 @@
+"""Draw the pictures and write the examples of README and docs."""

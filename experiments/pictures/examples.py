@@ -1,0 +1,198 @@
+"""Make the pictures and examples of README and docs anew: `python -m experiments.pictures.examples`.
+
+They are the recording, the figure of the method with the counts beside it, the overlay, the transcript, the JSON of docs/json.md
+and docs/cli.md. It takes a minute or two. Charts and tables of results/ have commands of their own.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from evoprune_cli.cli_docs import reference
+from experiments.pictures import figure_method, recording
+
+MADE_BY = "make it anew: python -m experiments.pictures.examples"
+ROOT = Path(__file__).parents[2]
+ASKED = ("ask", "samples/square.mp4", "What colour is the square?")
+OVERLAY = ("inspect", "samples/scenes/crossing.mp4", "-m", "demo-scenes", "-b", "0.25", "--json", "--overlay")
+# What makes the example in each section of docs/json.md.
+JSON = {
+    "ask and batch": (*ASKED, "--json"),
+    "eval": ("eval", "--data", "samples/questions.jsonl", "-b", "0.25", "--json"),
+    "tune": ("tune", "samples/square.mp4", "samples/pan.mp4", "-m", "demo", "-Q", "What happens?", "-b", "0.2",
+        "--method", "evoprune", "--agree", "0.7", "--json"),
+    "profile": ("profile", "-m", "demo", "-b", "0.1", "--frames", "8", "--size", "224x336", "-r", "1", "--format", "json"),
+    "verify": ("verify", "-m", "demo", "--quick", "--json"),
+    "inspect": ("inspect", "--json"),
+    "methods": ("methods", "--json"),
+    "Errors": ("ask", "gone.mp4", "What happens?", "--json"),
+}  # fmt: skip
+WIDTH = 128  # of a line of JSON
+# How lines begin that differ from run to run, or are there where something takes a millisecond.
+MEASURED = ("model", "compile", "store", "  overlap", "first token", "total", "memory", " " * 11)
+
+
+def run(*arguments: str) -> tuple[str, str]:
+    """Return what `evoprune` writes to stdout and stderr, with folders of its own for what it keeps."""
+    with tempfile.TemporaryDirectory() as kept:
+        own = os.environ | {"EVOPRUNE_CACHE_DIR": kept}
+        command = [sys.executable, "-m", "evoprune_cli", *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)  # noqa: S603
+    if not done.stdout:
+        raise SystemExit(f"{shlex.join(arguments)}: {done.stderr}")
+    return done.stdout, done.stderr
+
+
+def filled(shape: Any, real: Any) -> Any:
+    """The fields of `shape`, in its order, with the values of `real`. Of lists of objects, those of the same name, or the first."""
+    if isinstance(shape, dict):
+        return {name: filled(each, real[name]) for name, each in shape.items()}
+    if isinstance(shape, list) and shape and isinstance(shape[0], dict):
+        named = [next((found for found in real if _name(found) == _name(each)), real[0]) for each in shape]
+        return [filled(each, found) for each, found in zip(shape, named, strict=True)]
+    return real
+
+
+def _name(row: dict) -> tuple:
+    return row.get("name"), row.get("group", "all")
+
+
+def counts(text: str) -> list[list[str]]:
+    """Return the words of a transcript that are the same in every run: no times and bars, no memory, no processor."""
+    lines = [line for line in text.splitlines() if line and not line.startswith(MEASURED)]
+    return [re.sub(r"^(\S+|  pruning) +[\d.,]+ *#*", r"\1 ", line).split() for line in lines]
+
+
+def examples(page: str) -> dict[str, str]:
+    """Return the JSON example in each section of docs/json.md."""
+    sections = re.split(r"^##+ (.*)\n", page, flags=re.M)
+    found = {
+        title: re.search(r"^```json\n(.*?)^```", text, re.S | re.M)
+        for title, text in zip(sections[1::2], sections[2::2], strict=True)
+    }
+    return {title: each[1] for title, each in found.items() if each}
+
+
+def wrapped(content: Any) -> str:
+    """JSON in lines of at most `WIDTH`, none of which ends inside a text."""
+    words = re.sub(r'"(?:[^"\\]|\\.)*"(: )?', lambda text: text[0].replace(" ", "\0"), json.dumps(content)).split(" ")
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + 1 + len(word) <= WIDTH:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"  {word}")
+    return "\n".join(lines).replace("\0", " ") + "\n"
+
+
+def overlay_facts(record: dict) -> str:
+    """Return what the overlay shows, as its PNG keeps it: the counts of units, the method and the budget."""
+    return json.dumps({name: value for name, value in record["overlay"].items() if name != "file"}, sort_keys=True)
+
+
+def described(run: figure_method.Run) -> str:
+    """Return the text in the place of the figure of the method."""
+    n = run.video.fates.counts()
+    pairs = run.video.plan.grid[0]
+    before = run.first_layers
+    pairs = ("", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight")[pairs]
+    return (
+        f"{pairs} frame pairs of a clip: {n['units']} units, of which {n['units'] - n['encoded']} are reused and {n['encoded']} "
+        f"have changed; {run.layers[0]} of these enter the tower; after layer {before} of {len(run.layers)}, {run.layers[-1]} "
+        f"rows go on; after the tower {n['read']} of them become tokens. A method that prunes after the encoder computes "
+        f"{n['units']} rows in every layer"
+    )
+
+
+def _write(name: str, change: Callable[[str], str]) -> None:
+    path = ROOT / name
+    text = path.read_text(encoding="utf-8")
+    path.write_text(change(text), encoding="utf-8")
+
+
+def make_recording() -> None:
+    (ROOT / "docs/recording.svg").write_text(
+        recording.drawing(shlex.join(["evoprune", *ASKED]).replace("'", '"'), recording.record([*ASKED])),
+        encoding="utf-8",
+    )
+
+
+def make_method() -> None:
+    made = figure_method.measure(str(ROOT / figure_method.CLIP), figure_method.BUDGET)
+    (ROOT / "docs/method.svg").write_text(figure_method.figure(made), encoding="utf-8")
+    for page, file in (("README.md", "docs/method.svg"), ("docs/method.md", "method.svg")):
+        _write(page, lambda text, file=file: re.sub(rf"!\[[^]]*\]\({file}\)", f"![{described(made)}]({file})", text))
+
+
+def make_overlay() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # evoprune replaces only a file that it wrote
+        file = Path(folder, "overlay.png")
+        record = json.loads(run(*OVERLAY, str(file))[0])
+        facts = PngImagePlugin.PngInfo()
+        facts.add_text("facts", overlay_facts(record))
+        Image.open(file).save(ROOT / "docs/overlay.png", pnginfo=facts, optimize=True)
+
+
+def make_transcript() -> None:
+    answer, stats = run(*ASKED)
+    stats = stats.lstrip("\n")
+    _write(
+        "README.md",
+        lambda text: re.sub(
+            r"(?<=^```text\n)(\$ evoprune ask .*\n)(?:.*\n)*?(?=^```)",
+            lambda m: f"{m[1]}{answer}\n{stats}",
+            text,
+            count=1,
+            flags=re.M,
+        ),
+    )
+
+
+def make_json() -> None:
+    made = {title: json.loads(run(*command)[0]) for title, command in JSON.items()}
+
+    def change(page: str) -> str:
+        for title, example in examples(page).items():
+            page = page.replace(example, wrapped(filled(json.loads(example), made[title])), 1)
+        return page
+
+    _write("docs/json.md", change)
+
+
+def make_cli() -> None:
+    (ROOT / "docs/cli.md").write_text(reference(), encoding="utf-8")
+
+
+MAKERS = {
+    "cli": make_cli,
+    "method": make_method,
+    "overlay": make_overlay,
+    "recording": make_recording,
+    "transcript": make_transcript,
+    "json": make_json,
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.pictures.examples", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--only", nargs="+", choices=MAKERS, default=MAKERS, help="make these alone")
+    os.chdir(ROOT)  # the recording names its clip as README does
+    for name in parser.parse_args(args).only:
+        print(name, flush=True)
+        MAKERS[name]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Write a checkpoint in the hub's file layout with the true dimensions of a published model and random weights.
+
+    python -m experiments.speed.checkpoint CKPT                                    # 3B: 7.5 GB in two shards
+
+It is as large, and takes as long to read, as the published one. Its answers mean nothing. `experiments.speed.first_word` makes one.
+"""
+
+import argparse
+import json
+import random
+import shutil
+from pathlib import Path
+
+import torch
+
+from evoprune.bundled import DEMOS
+from evoprune.model.config import Config
+from evoprune.session.loading.find import BUNDLED_CONFIGS, read_config
+from evoprune.session.loading.model import random_model
+
+MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
+WORDS = 151_643  # of the published vocabulary, before the special tokens
+# In the order of their ids, which follow on the words'.
+SPECIAL_TOKENS = (
+    "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start", "quad_end",
+    "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad",
+)  # fmt: skip
+
+
+def write_checkpoint(folder: Path, model: str = MODEL, shards: int = 2) -> None:
+    """Writes weights in bf16, config, tokenizer and processor settings into `folder`, which must not exist."""
+    made = folder.with_name(folder.name + ".writing")
+    made.mkdir()
+    _write_weights(made, read_config(BUNDLED_CONFIGS[model]), shards)
+    write_settings(made, model)
+    made.rename(folder)
+
+
+def write_settings(folder: Path, model: str = MODEL) -> None:
+    """Writes config, tokenizer and processor settings into `folder`: all that random weights need to be asked."""
+    shutil.copyfile(BUNDLED_CONFIGS[model], folder / "config.json")
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        shutil.copyfile(DEMOS["demo"].folder / name, folder / name)
+    tokenizer = _tokenizer(json.loads((DEMOS["demo"].folder / "tokenizer.json").read_text(encoding="utf-8")))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    # No end of an answer: each is as long as it is allowed to be.
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": []}), encoding="utf-8")
+
+
+def _write_weights(folder: Path, config: Config, shards: int) -> None:
+    """The weights under the names of the published checkpoints."""
+    from safetensors.torch import save_file
+
+    model = random_model(config, torch.bfloat16, torch.device("cpu"))
+    weights = {_published(name): weight for name, weight in model.named_parameters()}
+    total = sum(weight.nbytes for weight in weights.values())
+    seen = 0
+    pieces: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
+    for name, weight in weights.items():
+        pieces[seen * shards // total][name] = weight
+        seen += weight.nbytes
+    files = {}
+    for number, piece in enumerate(pieces, 1):
+        file = f"model-{number:05}-of-{shards:05}.safetensors"
+        save_file(piece, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(piece, file)
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _published(name: str) -> str:
+    """Return the inverse of `model.weights.name_in_memory`."""
+    return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
+
+
+def _tokenizer(demo: dict) -> dict:
+    """Return a tokenizer with a vocabulary of the published size: the demo's words, and random joins of them."""
+    special = {token["content"] for token in demo["added_tokens"]}
+    words = [word for word in demo["model"]["vocab"] if word not in special]
+    known = set(words)
+    merges = list(demo["model"]["merges"])
+    draw = random.Random(0)  # noqa: S311 (no secret)
+    while len(words) < WORDS:
+        first = draw.choice(words)
+        second = draw.choice(words)
+        if len(first) + len(second) <= 12 and first + second not in known:
+            words.append(first + second)
+            known.add(first + second)
+            merges.append([first, second])
+    added = [
+        demo["added_tokens"][0] | {"id": WORDS + number, "content": f"<|{name}|>", "special": True}
+        for number, name in enumerate(SPECIAL_TOKENS)
+    ]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    return demo | {"added_tokens": added, "model": demo["model"] | {"vocab": vocabulary, "merges": merges}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", default=MODEL, choices=sorted(BUNDLED_CONFIGS))
+    parser.add_argument("--shards", type=int, default=2)
+    write_checkpoint(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

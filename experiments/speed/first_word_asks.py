@@ -1,0 +1,273 @@
+"""Answer questions for `experiments.speed.first_word` with one loaded model: ours at a budget, or transformers' own.
+
+`python -m experiments.speed.first_word_asks SIDE -m CKPT` answers as often as it is asked (`turns.serve`). With `--once FILE` it
+asks one question, and prints the words as they come.
+
+transformers gets what a user has to make of a video, in the fastest way there is here: frames of the fastest reader that can be
+imported, resized by torch, in the patches of its processor, which needs torchvision. Times and size of the frames are given to it.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from evoprune.video.info import AUTO_SEEK, EXACT, SEEKS
+from experiments.speed.turns import serve
+
+QUESTION = "What happens in the video?"
+TRANSFORMERS = "transformers"
+# Modules and the readers that need them, the fastest first.
+FEEDS = {"torchcodec": "torchcodec", "decord": "decord", "av": "PyAV, seeking"}
+Word = Callable[[str], None]  # is called with each piece of the answer
+
+
+class Ours:
+    """`VideoQA` at a budget."""
+
+    def __init__(self, args: argparse.Namespace):
+        begun = time.perf_counter()
+        from evoprune import VideoQA
+
+        how = {"device": args.device, "dtype": args.dtype, "threads": "auto", "offline": True}
+        self._qa = VideoQA.load(args.model, budget=args.side, **how)
+        self._sampling = {}
+        if args.seek != AUTO_SEEK:
+            self._sampling["seek"] = args.seek
+        self.facts = {"load": time.perf_counter() - begun}
+
+    def ask(self, video: str, frames: int | None, new_tokens: int, word: Word) -> dict[str, Any]:
+        os.utime(video)  # another state of the file: patches that were kept of an earlier question do not serve
+        begun = time.perf_counter()
+        sampling = dict(self._sampling)
+        if frames is not None:
+            sampling["frames"] = frames
+        if sampling:
+            answer = self._qa.encode(video, **sampling).ask(QUESTION, max_new_tokens=new_tokens)
+        else:
+            answer = self._qa.ask(video, QUESTION, max_new_tokens=new_tokens)
+        moments = []
+        for piece in answer:
+            moments.append(time.perf_counter() - begun)
+            word(piece)
+        report = answer.report
+        times = {name: value / 1000 for name, value in vars(report.time_ms).items() if value is not None}
+        return {
+            "first_word": moments[0],
+            "second_word": moments[1] if len(moments) > 1 else None,
+            "last_word": moments[-1],
+            "encode": times["encode"],
+            "prefill": times["prefill"],
+            "times": times,
+            "words": report.tokens.new,
+            "visual": report.tokens.visual,
+            "prompt": report.tokens.prompt,
+            "frames": report.sampling.frames,
+            "size": report.sampling.resized_hw,
+            "seek": report.sampling.seek,
+            "dtype": report.model.dtype,
+            "threads": report.env.threads,
+            "device": report.env.device_name,
+        }
+
+
+class Transformers:
+    """`generate` of transformers, from the same folder in the same dtype, with a cache of keys and values."""
+
+    def __init__(self, args: argparse.Namespace):
+        begun = time.perf_counter()
+        import torch
+        from transformers import AutoModelForImageTextToText
+
+        from evoprune.language.prompt import load_tokenizer
+        from evoprune.session import prompting  # noqa: F401 (no question waits for imports)
+        from evoprune.session.loading.find import DTYPES, find_model
+        from evoprune.session.options import ModelOptions
+
+        found = find_model(ModelOptions(args.model, device=args.device, dtype=args.dtype, offline=True))
+        self._found = found
+        self._dtype = DTYPES[found.dtype]
+        self._tokenizer = load_tokenizer(found.folder)
+        flash = find_spec("flash_attn") is not None and found.device.type == "cuda"
+        how = {"dtype": self._dtype, "attn_implementation": "flash_attention_2" if flash else "sdpa"}
+        self._model = AutoModelForImageTextToText.from_pretrained(found.folder, **how).to(found.device).eval()
+        self._feed = first_feed()
+        self._passed: dict[str, float] = {}  # when the tower began and ended
+        tower = self._model.model.visual
+        tower.register_forward_pre_hook(lambda *_: self._note("encode begins"))
+        tower.register_forward_hook(lambda *_: self._note("encode ends"))
+        self._now = _clock(found.device)
+        self.facts = {
+            "load": time.perf_counter() - begun,
+            "reader": self._feed,
+            "attention": how["attn_implementation"],
+            "threads": torch.get_num_threads(),
+        }
+
+    def _note(self, what: str) -> None:
+        self._passed.setdefault(what, self._now())
+
+    def ask(self, video: str, frames: int | None, new_tokens: int, word: Word) -> dict[str, Any]:
+        import torch
+        from transformers import GenerationConfig
+
+        plan = self._plan(video, frames)
+        self._passed = {}
+        begun = self._now()
+        inputs = {name: value.to(self._found.device) for name, value in self._inputs(plan).items()}
+        words = _Words(lambda: self._now() - begun, self._tokenizer, word)
+        greedy = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+        with torch.inference_mode():
+            self._model.generate(**inputs, generation_config=greedy, streamer=words)
+        moments = words.moments
+        encode_begins, encode_ends = (self._passed[name] - begun for name in ("encode begins", "encode ends"))
+        return {
+            "first_word": moments[0],
+            "second_word": moments[1] if len(moments) > 1 else None,
+            "last_word": moments[-1],
+            "encode": encode_ends - encode_begins,
+            "prefill": moments[0] - encode_ends,
+            "words": len(moments),
+            "visual": plan.visual_tokens,
+            "prompt": inputs["input_ids"].shape[1],
+            "frames": plan.sampling.frames,
+            "size": [plan.height, plan.width],
+            "seek": EXACT,
+            "dtype": self._found.dtype,
+            **self.facts,
+        }
+
+    def _plan(self, video: str, frames: int | None):
+        """Return the same times and size as ours."""
+        from evoprune.session.options import SamplingOptions
+        from evoprune.video.frames import probe
+        from evoprune.video.plan import make_plan
+
+        info = probe(video)
+        sampling = replace(SamplingOptions(frames=frames), max_visual_tokens=self._found.max_visual_tokens)
+        return make_plan(info, self._found.limits[info.kind], **sampling.numbers)
+
+    def _inputs(self, plan) -> dict[str, Any]:
+        """Return what the processor makes of a video and the question."""
+        import torch
+
+        from evoprune.session.prompting import prompt_about
+        from evoprune.vision.preprocess import normalised, patches_of
+
+        vision = self._found.config.vision_config
+        limits = self._found.limits[plan.kind]
+        prompt = prompt_about(self._tokenizer, vision, [plan], QUESTION, None)
+        types = torch.zeros_like(prompt.input_ids)
+        types[prompt.places[0].columns] = 2
+        pixels = [
+            normalised(patches_of(block, plan, limits, self._found.device), limits.normal)
+            for block in self._frames(plan, limits.temporal_patch_size)
+        ]
+        pairs, rows, columns = plan.grid
+        grid = [[pairs, rows * limits.merge_size, columns * limits.merge_size]]
+        inputs = {
+            "input_ids": prompt.input_ids[None],
+            "attention_mask": torch.ones_like(prompt.input_ids)[None],
+            "mm_token_type_ids": types[None],
+            "pixel_values_videos": torch.cat(pixels).to(self._dtype),
+            "video_grid_thw": torch.tensor(grid, dtype=torch.int64, device="cpu"),
+        }
+        if vision.tokens_per_second is not None:
+            seconds = [plan.sampling.seconds_per_pair(limits.temporal_patch_size)]
+            inputs["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32, device="cpu")
+        return inputs
+
+    def _frames(self, plan, pair: int) -> Iterator[Any]:
+        """Yield frames uint8 `[n, height, width, 3]`, whole frame pairs at a time."""
+        import numpy as np
+
+        from experiments.speed.first_word_readers import BLOCK, READERS
+
+        times_s = plan.sampling.times_s
+        held = []
+        for frame in READERS[self._feed](plan.info.path, times_s, plan.sampling.seconds_per_pair(pair) / pair):
+            held.append(frame)
+            if len(held) == BLOCK // pair * pair:
+                yield np.stack(held)
+                held = []
+        if held:
+            yield np.stack(held)
+
+
+def first_feed() -> str:
+    """Return the first reader of `FEEDS` that can be imported, which is imported now."""
+    for module, reader in FEEDS.items():
+        try:
+            import_module(module)
+        except (ImportError, OSError, RuntimeError):  # of torchcodec where FFmpeg's libraries are missing
+            continue
+        return reader
+    raise ImportError(f"none of {', '.join(FEEDS)} can be imported")
+
+
+class _Words:
+    """What `generate` tells of the prompt and of each token: `moments` has the time of each token."""
+
+    def __init__(self, clock: Callable[[], float], tokenizer, word: Word):
+        self.moments: list[float] = []
+        self._clock = clock
+        self._tokenizer = tokenizer
+        self._word = word
+        self._prompt_seen = False
+
+    def put(self, ids) -> None:
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        self.moments.append(self._clock())
+        self._word(self._tokenizer.decode(ids.flatten().tolist()))
+
+    def end(self) -> None:
+        pass
+
+
+def _clock(device) -> Callable[[], float]:
+    """Return the time in seconds once the device has done what it was given."""
+    from evoprune.backend.devices import now
+
+    return lambda: now(device)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m experiments.speed.first_word_asks", description=__doc__.partition("\n")[0]
+    )
+    made.add_argument("side", help=f"{TRANSFORMERS}, or a budget of evoprune")
+    made.add_argument("-m", "--model", required=True, help="a folder")
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--dtype", default="auto")
+    made.add_argument("--seek", default=AUTO_SEEK, choices=SEEKS, help="of evoprune")
+    made.add_argument("--once", metavar="FILE", help="ask one question about a video, and print the answer")
+    made.add_argument("--frames", type=int, help="default: what the model's rate and limits give")
+    made.add_argument("-n", "--new-tokens", type=int, default=32)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
+    make = Transformers if args.side == TRANSFORMERS else Ours
+    if args.once:
+        make(args).ask(args.once, args.frames, args.new_tokens, lambda piece: print(piece, end="", flush=True))
+        print()
+        return
+
+    def loaded() -> Callable[[dict[str, Any]], dict[str, Any]]:
+        side = make(args)
+        return lambda asked: (
+            side.facts | side.ask(asked["video"], asked["frames"], asked["new_tokens"], lambda piece: None)
+        )
+
+    serve(loaded)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,455 @@
+"""Write the tables and the chart of `experiments.speed.first_word` from its records, and fill in the documents that show them."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from evoprune.bench.chart import SOFT
+from experiments import svg
+from experiments.speed.first_word_asks import TRANSFORMERS
+from experiments.speed.first_word_clips import KINDS
+from experiments.speed.first_word_readers import EXACT, KEYFRAMES, READERS
+
+BEGIN = "<!-- first word: python -m experiments.speed.first_word -o DIR --readme -->"
+END = "<!-- end of first word -->"
+PAGE = "first_word.md"
+CHART = "first_word.svg"
+STAGES = {"reading and preparing": "#E69F00", "encode": "#0072B2", "prefill": "#56B4E9"}
+RIGHT_S = 0.02  # farther from its time, a frame is another one
+Row = dict[str, Any]
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return lines of Markdown; all columns but the first are to the right."""
+    return [
+        f"| {' | '.join(heads)} |",
+        "|---" + "|--:" * (len(heads) - 1) + "|",
+        *(f"| {' | '.join(r)} |" for r in rows),
+    ]
+
+
+def seconds(value: float | None) -> str:
+    """Return seconds in two or three digits."""
+    if value is None:
+        return ""
+    return f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+
+
+def times_as_fast(value: float | None) -> str:
+    """Write a ratio in two digits."""
+    if value is None:
+        return ""
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+
+
+def machine(record: Row) -> str:
+    """Return what a run was measured on."""
+    about = record["about"]
+    cores = "1 core" if about["cores"] == 1 else f"{about['cores']} cores"
+    name = f"{cores} of {about['cpu']}"
+    if about["device"] == "cpu":
+        return name
+    return f"{about['device_name']}, {name}"
+
+
+def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    """Return the rows by a key, in the order in which the keys come."""
+    found: dict[Any, list[Row]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
+def middle(rows: Sequence[Row], name: str) -> float | None:
+    """Return the median of a value, of the rows that have it."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return median(values) if values else None
+
+
+def middle_row(rows: Sequence[Row]) -> Row | None:
+    """Return the turn whose wait is the median: its stages add up to it."""
+    ordered = sorted((row for row in rows if "error" not in row), key=lambda row: row["first_word"])
+    return ordered[(len(ordered) - 1) // 2] if ordered else None
+
+
+def ratio(others: Sequence[Row], rows: Sequence[Row], name: str) -> float | None:
+    """Return how many times as long the others take: the median over the rounds that both have."""
+    theirs = {row["round"]: row[name] for row in others if name in row}
+    found = [theirs[row["round"]] / row[name] for row in rows if name in row and row["round"] in theirs]
+    return median(found) if found else None
+
+
+def error_of(rows: Sequence[Row]) -> str:
+    """Return why a side has no result."""
+    return next((row["error"] for row in rows if "error" in row), "not measured").replace("|", "/")
+
+
+# The waits.
+
+
+def title_of(side: str, rows: Sequence[Row] = ()) -> str:
+    """Return a side as the tables name it."""
+    if not side.startswith(TRANSFORMERS):
+        name, _, more = side.partition(", ")
+        return f"evoprune `-b {name}`" + f", {more}" * bool(more)
+    reader = next((row["reader"] for row in rows if "reader" in row), None)
+    if reader is None:
+        return "transformers"
+    return f"transformers, fed by {reader}"
+
+
+def waits(record: Row) -> dict[tuple, dict[str, list[Row]]]:
+    """The turns of the part `loaded`: of each case, by side. Later questions of a process where there are any, else its first."""
+    found = {}
+    for case, rows in grouped(record.get("loaded", []), lambda row: (row["clip"], row["asked_frames"])).items():
+        later = any(not row["first"] and "error" not in row for row in rows)
+        sides = grouped(rows, lambda row: row["side"])
+        found[case] = {
+            side: [row for row in turns if "error" in row or row["first"] != later] or turns
+            for side, turns in sides.items()
+        }
+    return found
+
+
+def stages(row: Row) -> list[float]:
+    """Return the seconds of `STAGES` in a wait. The first is what is left: what is read while the encoder works is not in it."""
+    return [max(0.0, row["first_word"] - row["encode"] - row["prefill"]), row["encode"], row["prefill"]]
+
+
+def case_title(clip: str, sides: dict[str, list[Row]]) -> str:
+    """Return a clip, and what is looked at of it."""
+    row = next((row for rows in sides.values() for row in rows if row.get("size")), None)
+    if row is None:
+        return clip
+    height, width = row["size"]
+    return f"{clip}, {row['frames']} frames of {width}x{height}"
+
+
+def loaded_tables(record: Row) -> list[str]:
+    """Return a table for each question: stages, the first word and the last."""
+    lines = []
+    all_first = [row for row in record.get("loaded", []) if row["first"]]
+    for (clip, asked), sides in waits(record).items():
+        words = next((row["words"] for rows in sides.values() for row in rows if "words" in row), 0)
+        last = f"last of {words} words, s"
+        heads = [
+            case_title(clip, sides), "frames", "visual tokens", *STAGES, "first word, s", "times as fast", last,
+            "first question of a process, s", f"its {last}",
+        ]  # fmt: skip
+        rows = []
+        for side, turns in sides.items():
+            shown = middle_row(turns)
+            if shown is None:
+                rows.append([title_of(side, turns), error_of(turns), *[""] * (len(heads) - 2)])
+                continue
+            at_first = [
+                row for row in all_first if (row["side"], row["clip"], row["asked_frames"]) == (side, clip, asked)
+            ]
+            rows.append(
+                [
+                    title_of(side, turns),
+                    shown["seek"],
+                    f"{shown['visual']:,}",
+                    *map(seconds, stages(shown)),
+                    seconds(middle(turns, "first_word")),
+                    times_as_fast(ratio(sides.get(TRANSFORMERS, []), turns, "first_word")),
+                    seconds(middle(turns, "last_word")),
+                    seconds(middle(at_first, "first_word")),
+                    seconds(middle(at_first, "last_word")),
+                ]
+            )
+        lines += [*table(heads, rows), ""]
+    return lines
+
+
+def start_table(record: Row) -> list[str]:
+    """Whole processes."""
+    rows = record.get("start", [])
+    if not rows:
+        return []
+    sides = grouped(rows, lambda row: row["side"])
+    heads = [
+        rows[0]["clip"], "first word, s", "times as fast", "second word, s", "last word, s", "CPU time, s", "peak memory, GiB",
+    ]  # fmt: skip
+    cells = []
+    for side, turns in sides.items():
+        if middle(turns, "first_word") is None:
+            cells.append([title_of(side), error_of(turns), *[""] * (len(heads) - 2)])
+            continue
+        cells.append(
+            [
+                title_of(side),
+                seconds(middle(turns, "first_word")),
+                times_as_fast(ratio(sides.get(TRANSFORMERS, []), turns, "first_word")),
+                seconds(middle(turns, "second_word")),
+                seconds(middle(turns, "last_word")),
+                seconds(middle(turns, "cpu")),
+                f"{middle(turns, 'peak_bytes') / 2**30:.1f}",
+            ]
+        )
+    return table(heads, cells)
+
+
+# Reading.
+
+
+def reading_cell(turns: Sequence[Row]) -> str:
+    """Return the median, and how many frames were others than those on screen at their times; or that there is none."""
+    value = middle(turns, "seconds")
+    if value is None:
+        over = next((row["over_s"] for row in turns if "over_s" in row), None)
+        return f"over {seconds(over)}" if over else "failed"
+    others = max(row.get("others", 0) for row in turns)
+    moved = max(row.get("moved_s", 0.0) for row in turns)
+    if moved <= RIGHT_S:
+        return seconds(value)
+    return f"{seconds(value)} ({others} other frames, up to {seconds(moved)} s off)"
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """Return why readers failed, each reason once."""
+    failed = [row for row in rows if "error" in row and "over_s" not in row]
+    said = grouped(failed, lambda row: (row["side"], row["error"]))
+    return [
+        f"- {side} failed with {'; '.join(dict.fromkeys(row['clip'] for row in rows))}: {error}"
+        for (side, error), rows in said.items()
+    ]
+
+
+def reading_table(record: Row) -> list[str]:
+    """Return a row for each case, a column for each reader."""
+    cases = grouped(record.get("reading", []), lambda row: (row["clip"], row["part_s"]))
+    if not cases:
+        return []
+    names = [name for name in READERS if any(row["side"] == name for rows in cases.values() for row in rows)]
+    lines = []
+    for (clip, part_s), rows in cases.items():
+        sides = grouped(rows, lambda row: row["side"])
+        count = next(row["asked"] for row in rows)
+        title = f"{clip}: {count} frames, {part_s:.3g} s apart"
+        cells = {name: reading_cell(turns) for name, turns in sides.items()}
+        lines.append([title, *(cells.get(name, "") for name in names)])
+    return [*table(["seconds", *names], lines), "", *failures(record["reading"])]
+
+
+def curve_tables(record: Row) -> list[str]:
+    """Return a table for each kind of clip: a row for each distance of frames."""
+    lines = []
+    for kind, rows in grouped(record.get("curve", []), lambda row: row["kind"]).items():
+        names = [name for name in READERS if any(row["side"] == name for row in rows)]
+        cells: list[list[str]] = []
+        for part_s, here in grouped(rows, lambda row: row["part_s"]).items():
+            sides = grouped(here, lambda row: row["side"])
+            others = [sides[name] for name in names if name not in (EXACT, KEYFRAMES) and name in sides]
+            timed = [turns for turns in others if middle(turns, "seconds") is not None]
+            best = min(timed, key=lambda turns: middle(turns, "seconds"), default=[])
+            faster = [times_as_fast(ratio(best, sides.get(name, []), "seconds")) for name in (EXACT, KEYFRAMES)]
+            cells.append(
+                [
+                    f"{part_s:g} s, {here[0]['asked']} frames",
+                    *(reading_cell(sides.get(name, [])) for name in names),
+                    *faster,
+                ]
+            )
+        heads = [KINDS[kind].title, *names, "exact: times as fast", "keyframes: times as fast"]
+        lines += [*table(heads, cells), "", *failures(rows), ""]
+    return lines
+
+
+# The documents.
+
+
+def settings(record: Row) -> list[str]:
+    """Machine, versions and settings as a list."""
+    about = record["about"]
+    versions = ", ".join(f"{name} {version or 'missing'}" for name, version in about["versions"].items())
+    threads = about["omp_num_threads"]
+    limits = ", ".join(
+        f"{name} {part['seconds']:.0f} of {part['limit_s']:.0f} s" for name, part in record["parts"].items()
+    )
+    rounds = max((part["rounds"] for part in record["parts"].values()), default=0)
+    dtypes = {row["dtype"] for row in record.get("loaded", []) if "dtype" in row}
+    used = {title_of(row["side"]): row["threads"] for row in record.get("loaded", []) if "threads" in row}
+    lines = [
+        f"{machine(record)}; {about['date']}; OMP_NUM_THREADS {threads or 'not set'}; medians of at most {rounds} rounds.",
+        f"Readers have as many threads as FFmpeg, and evoprune as many workers, as they choose for {about['cores']} cores.",
+        f"Versions: {versions}.",
+        f"Time: {limits}.",
+    ]
+    if used:
+        threads = ", ".join(f"{side} {count}" for side, count in used.items())
+        lines.insert(2, f"Model: {about['model']}, {', '.join(sorted(dtypes))}; threads of torch: {threads}.")
+    if about["tiny"]:
+        lines.insert(0, "**A trial with small clips: its times mean nothing.**")
+    return [f"- {line}" for line in lines]
+
+
+def sections(record: Row) -> list[str]:
+    """Return the tables of a run, each under its heading."""
+    made = {
+        "With the model loaded": loaded_tables(record),
+        "From the start of a process": start_table(record),
+        "Reading": reading_table(record),
+        "Reading, over the distance of the frames": curve_tables(record),
+    }
+    lines = []
+    for heading, found in made.items():
+        if found:
+            lines += [f"### {heading}", "", *found, ""]
+    return lines
+
+
+def document(records: Sequence[Row]) -> str:
+    """Return all tables, a section for each machine."""
+    lines = []
+    for record in records:
+        lines += [f"## {machine(record)}", "", *settings(record), "", *sections(record)]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
+
+
+def summary(records: Sequence[Row]) -> list[str]:
+    """README's table: a column for each question of each machine."""
+    columns = [(record, clip, sides) for record in records for (clip, _), sides in waits(record).items()]
+    names = dict.fromkeys(side for _, _, sides in columns for side in sides)
+    heads = [
+        "first word after, s",
+        *(f"{machine(record)}: {case_title(clip, sides)}" for record, clip, sides in columns),
+    ]
+    rows = []
+    for name in names:
+        cells = []
+        for _, _, sides in columns:
+            turns = sides.get(name, [])
+            faster = ratio(sides.get(TRANSFORMERS, []), turns, "first_word")
+            cell = seconds(middle(turns, "first_word"))
+            if faster and name != TRANSFORMERS:
+                cell += f", {times_as_fast(faster)} times as fast"
+            cells.append(cell)
+        rows.append([title_of(name, [row for _, _, sides in columns for row in sides.get(name, [])]), *cells])
+    return table(heads, rows)
+
+
+def shown_stats(records: Sequence[Row]) -> list[str]:
+    """Return a command and the stats that it printed, as a block."""
+    for record in records:
+        for row in record.get("start", []):
+            if row["side"] == "balanced" and "stats" in row:
+                begins = row["stats"].find("model ")
+                video = "ten-minutes.mp4" if "10 min" in row["clip"] else "clip.mp4"
+                command = (
+                    f'evoprune ask {video} "{record["about"]["question"]}" -m CKPT -n {record["about"]["new_tokens"]}'
+                )
+                return ["```text", f"$ {command}", "", row["stats"][max(0, begins) :].rstrip(), "```"]
+    return []
+
+
+def readme(records: Sequence[Row]) -> str:
+    """Return the part of README about the wait: chart, table and stats."""
+    lines = [
+        "## From the path to the first word",
+        "",
+        f"![{chart_title(records)}](results/{CHART})",
+        "",
+        *summary(records),
+        "",
+        "The model is loaded; the wait begins with the path of the file. 3B dimensions, random weights. transformers has "
+        "the same weights, frames, size and dtype, and gets the frames of the fastest other reader "
+        f"([the whole measurement](results/{PAGE})).",
+        "",
+        *shown_stats(records),
+    ]
+    return "\n".join(lines).strip() + "\n"
+
+
+def chart_title(records: Sequence[Row]) -> str:
+    """Return what the chart says, in words."""
+    said = []
+    for record in records:
+        for (clip, _), sides in waits(record).items():
+            named = [
+                f"{name} {seconds(middle(rows, 'first_word'))} s" for name, rows in sides.items() if middle_row(rows)
+            ]
+            said.append(f"{machine(record)}, {case_title(clip, sides)}: {', '.join(named)}")
+    return f"From the path to the first word. {'; '.join(said)}"
+
+
+WIDTH = 830  # of the chart, in pixels
+LEFT = 196  # where bars begin
+RIGHT = 150  # room for the text after a bar
+PITCH = 25  # from one bar to the next
+TALL = 17
+
+
+def chart(records: Sequence[Row]) -> str:
+    """Return an SVG: for each question bars of the wait, stage after stage."""
+    elements = [svg.text(svg.EDGE, 34, "From the path to the first word, with the model loaded", size=17, weight=600)]
+    x = svg.EDGE
+    for name, colour in STAGES.items():
+        elements += [
+            f'<rect x="{x}" y="48" width="11" height="11" fill="{colour}"/>',
+            svg.text(x + 17, 58, name, size=11.5),
+        ]
+        x += 42 + round(6.3 * len(name))
+    y = 92
+    for record in records:
+        for (clip, _), sides in waits(record).items():
+            elements.append(
+                svg.text(svg.EDGE, y, f"{machine(record)}: {case_title(clip, sides)}", size=12.5, weight=600)
+            )
+            shown = {side: middle_row(rows) for side, rows in sides.items()}
+            longest = max((row["first_word"] for row in shown.values() if row), default=1.0)
+            y += 12
+            for side, row in shown.items():
+                elements.append(svg.text(LEFT - 8, y + 13, title_of(side).replace("`", ""), "end", size=11.5))
+                if row is None:
+                    elements.append(svg.text(LEFT, y + 13, error_of(sides[side])[:80], size=11.5, fill=SOFT))
+                else:
+                    said = f"{seconds(middle(sides[side], 'first_word'))} s"
+                    faster = ratio(sides.get(TRANSFORMERS, []), sides[side], "first_word")
+                    if faster and side != TRANSFORMERS:
+                        said += f", {times_as_fast(faster)} times as fast"
+                    elements += _bar(y, row, longest, said)
+                y += PITCH
+            y += 26
+    words = "Seconds, medians; the stages of the median turn. What is read while the encoder works is part of encode."
+    elements.append(svg.text(svg.EDGE, y, words, size=11, fill=SOFT))
+    return svg.document(chart_title(records), WIDTH, y + 18, elements)
+
+
+def _bar(y: float, row: Row, longest: float, said: str) -> list[str]:
+    """Draw the stages of a turn side by side, and behind them what is said of the wait."""
+    made = []
+    x = float(LEFT)
+    for length, colour in zip(stages(row), STAGES.values(), strict=True):
+        wide = (WIDTH - LEFT - RIGHT) * length / longest
+        made.append(f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{TALL}" fill="{colour}"/>')
+        x += wide
+    return [*made, svg.text(x + 6, y + 13, said, size=11.5)]
+
+
+def write_tables(records: Sequence[Row], folder: Path) -> None:
+    """Writes the page and the chart into a folder."""
+    if not all("about" in record for record in records):
+        return
+    (folder / PAGE).write_text(document(records), encoding="utf-8")
+    if any(waits(record) for record in records):
+        (folder / CHART).write_text(chart(records), encoding="utf-8")
+
+
+def write_documents(records: Sequence[Row], root: Path) -> None:
+    """Fills the places of README.md and results/first_word.md, and draws the chart. Raises ValueError: a place is not there."""
+    fill(root / "README.md", readme(records))
+    fill(root / "results" / PAGE, f"![{chart_title(records)}]({CHART})\n\n{document(records)}")
+    (root / "results" / CHART).write_text(chart(records), encoding="utf-8")
+
+
+def fill(page: Path, words: str) -> None:
+    """Puts words between the marks of a page. Raises ValueError: it has no marks."""
+    text = page.read_text(encoding="utf-8")
+    begin = text.find(BEGIN)
+    end = text.find(END)
+    if not 0 <= begin < end:
+        raise ValueError(f"{page.name} has no place between {BEGIN} and {END}")
+    page.write_text(f"{text[: begin + len(BEGIN)]}\n\n{words.strip()}\n\n{text[end:]}", encoding="utf-8")

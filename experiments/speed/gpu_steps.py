@@ -1,0 +1,494 @@
+"""Measure one step of `experiments.speed.gpu`, which starts these: `python -m experiments.speed.gpu_steps STEP -o FILE`.
+
+A step writes what it has found so far into FILE (JSON) after each turn, and begins no turn after `--seconds`. The weights are
+random and of the true dimensions, because speed does not depend on their values.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+BEGUN = time.perf_counter()
+QUESTION = "What happens in the video?"
+HF = "HF"
+HF_VARLEN = "HF+"
+FULL = "ours 1.0"
+INSIDE = "evoprune:inner=always"  # what a GPU does with larger inputs
+# Calls of CUDA's interface, as the profiler names them, by what they do.
+LAUNCHES = "cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx"
+TO_HOST = "Memcpy DtoH"
+GRAPHS = "cudaGraphLaunch"
+# of a profiler's table
+WIDTH = 70
+LINES = 24
+
+
+class Record:
+    """What a step has found so far: `found`, which `save` writes into its file. `left`: seconds until no turn begins."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.found = {}
+
+    @property
+    def left(self) -> float:
+        return self.args.seconds - (time.perf_counter() - BEGUN)
+
+    def save(self, **found: Any) -> None:
+        self.found |= {"env": self.found.get("env") or environment(self.args.device)} | found
+        written = self.args.output.with_suffix(".writing")
+        written.write_text(json.dumps(self.found), encoding="utf-8")
+        written.replace(self.args.output)  # a process that is stopped leaves a whole file
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Return the card and the versions of what computes on it."""
+    import torch
+
+    found = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
+    for name in ("torch", "transformers", "triton", "flash_attn", "flash-linear-attention", "causal-conv1d"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    cuda = device.startswith("cuda")
+    return found | {
+        "device": torch.cuda.get_device_name(device) if cuda else device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+# The models and the clips: those of `evoprune profile`.
+
+
+def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] = ("evoprune",)):
+    """Return a benchmark of `evoprune profile` with its rows: `bench.run(row)` is one turn of a row."""
+    from evoprune.backend.devices import LAUNCH_BOUND_UNITS
+    from evoprune.bench.clips import case_grid, synthetic_frames
+    from evoprune.bench.profile import Bench, all_rows, default_load_format, load, outline
+    from evoprune.bench.profile_results import Case, ProfileSettings
+    from evoprune.session.options import ModelOptions
+    from evoprune.video.info import VIDEO
+
+    options = ModelOptions(
+        model=args.model, device=args.device, load_format=default_load_format(args.model), dtype=args.dtype
+    )
+    limits = outline(options).limits[VIDEO]
+    unit = limits.unit
+    cases = [
+        Case(*map(int, case.split("x"))).of_units(unit / 28) for case in args.cases
+    ]  # as many units, whatever their size
+    loaded = load(options, cases)
+    settings = ProfileSettings(budgets=tuple(args.budgets), methods=tuple(methods), new_tokens=new_tokens)
+    # DivPrune, which selects after the tower, at the first budget alone. `INSIDE` where it is another method than `evoprune`.
+    small = {case for case in cases if prod(case_grid(case, limits)) < LAUNCH_BOUND_UNITS}
+    rows = [
+        row
+        for row in all_rows(cases, settings)
+        if (row.method != "divprune" or row.budget == args.budgets[0]) and (row.method != INSIDE or row.case in small)
+    ]
+    bench = Bench(loaded, rows, lambda case: synthetic_frames("motion", case, unit), settings, lambda what: None)
+    return bench, rows
+
+
+def label(row) -> str:
+    from evoprune.bench.profile_results import HUGGING_FACE
+
+    if row.kind == HUGGING_FACE:
+        return HF
+    return FULL if row.method == "none" else f"{row.method} {row.budget:g}"
+
+
+def varlen_attention(q, k, v, ends, longest: int):
+    """Attention of rows `[n, heads, d]` inside groups, in one call on a GPU. `ends`: int32, of the groups, from 0."""
+    import torch
+
+    if q.device.type != "cuda":  # group by group, so that this runs everywhere
+        import torch.nn.functional as F
+
+        pieces = zip(*(x.transpose(0, 1).split(ends.diff().tolist(), 1) for x in (q, k, v)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*piece).transpose(0, 1) for piece in pieces])
+    try:
+        from flash_attn import flash_attn_varlen_func as kernel
+    except ImportError:
+        from torch.nn.attention.varlen import varlen_attn as kernel
+    return kernel(q, k, v.contiguous(), ends, ends, longest, longest)
+
+
+@contextmanager
+def varlen_tower(bench) -> Iterator[None]:
+    """transformers' tower with one call of a varlen kernel a layer, as FlashAttention has it, in place of a loop over windows."""
+    attention = type(bench._reference.model.visual.blocks[0].attn)
+    rotate = sys.modules[attention.__module__].apply_rotary_pos_emb_vision
+    plain = attention.forward
+    groups = {}  # the longest group, read once for all layers
+
+    def forward(self, hidden_states, cu_seqlens, position_embeddings=None, **_):
+        if id(cu_seqlens) not in groups:
+            groups[id(cu_seqlens)] = cu_seqlens, cu_seqlens.int(), int(cu_seqlens.diff().max())
+        _, ends, longest = groups[id(cu_seqlens)]
+        rows = len(hidden_states)
+        q, k, v = self.qkv(hidden_states).reshape(rows, 3, self.num_heads, -1).unbind(1)
+        q, k = rotate(q, k, *position_embeddings)
+        return self.proj(varlen_attention(q, k, v, ends, longest).reshape(rows, -1))
+
+    attention.forward = forward
+    try:
+        yield
+    finally:
+        attention.forward = plain
+
+
+# The steps.
+
+
+def table(record: Record) -> None:
+    """Rows in turns: transformers, the same with a varlen kernel, and evoprune; the first turn of each is not counted."""
+    bench, rows = bench_of(record.args, 8, ("evoprune", INSIDE, "divprune"))
+    record.save(ready_s=time.perf_counter() - BEGUN)
+    turns: dict[tuple[str, str], list] = {}
+    errors: dict[tuple[str, str], str] = {}
+    todo = []
+    for row in rows:
+        todo.append((row, label(row), nullcontext))
+        if label(row) == HF:
+            todo.append((row, HF_VARLEN, lambda: varlen_tower(bench)))
+    for number in range(-1, record.args.rounds):
+        for row, name, how in todo:
+            key = (case_text(row.case), name)
+            turn = row.error
+            if key in errors or (record.left < 0 and turns.get(key)):
+                continue
+            if turn is None:
+                with how():
+                    turn = bench.run(row)
+            if isinstance(turn, str):
+                errors[key] = turn
+            elif number >= 0 or record.left < 0:  # the warm-up counts where no other turn comes
+                turns.setdefault(key, []).append(turn)
+        record.save(rows=rows_of(turns, errors), seconds_left=record.left)
+
+
+def case_text(case) -> str:
+    return f"{case.frames}x{case.height}x{case.width}"
+
+
+def rows_of(turns: dict[tuple[str, str], list], errors: dict[tuple[str, str], str]) -> list[dict[str, Any]]:
+    """Return the medians of the turns, and how many times faster the first token is than transformers' and ours at 1.0."""
+    made = []
+    for (case, name), own in turns.items():
+        ms = {stage: 1000 * median(getattr(t.sample, stage) for t in own) for stage in ("encode", "prune", "prefill")}
+        passes = len(own[0].tokens) - 1
+        made.append(
+            {"case": case, "row": name, "turns": len(own)}
+            | {stage: round(value, 2) for stage, value in ms.items()}
+            | {
+                "first_token": round(1000 * median(t.sample.first_token for t in own), 2),
+                "token": round(1000 * median(t.sample.generate for t in own) / passes, 3),
+                "peak_bytes": max(t.sample.peak_bytes or 0 for t in own) or None,
+                "tokens": own[0].counts.tokens,
+                "prompt": own[0].counts.prompt,
+                "first_tokens": own[0].tokens[:4],
+            }
+        )
+    first = {(row["case"], row["row"]): row["first_token"] for row in made}
+    for row in made:
+        for name, other in (("vs_hf", HF), ("vs_hf_varlen", HF_VARLEN), ("vs_full", FULL)):
+            base = first.get((row["case"], other))
+            row[name] = base and round(base / row["first_token"], 3)
+    return made + [{"case": case, "row": name, "error": error} for (case, name), error in errors.items()]
+
+
+def decoding(record: Record) -> None:
+    """Seconds a token, with a first turn of the process and later ones apart; transformers' loop and its `generate` with --hf."""
+    args = record.args
+    bench, rows = bench_of(args, args.tokens)
+    rows = [row for row in rows if label(row) != HF or args.hf]
+    found: dict[str, list[float]] = {}
+    tokens: dict[str, list[int]] = {}
+    ways: dict[str, Callable[[], tuple[float, list[int]]]] = {
+        label(row): lambda row=row: forced(bench, row) for row in rows
+    }
+    if args.hf:
+        ways["HF generate"] = lambda: generated(bench, args.tokens)
+    for _ in range(args.rounds):
+        for name, run in ways.items():
+            if name in found and record.left < 0:
+                continue
+            ms, tokens[name] = run()
+            found.setdefault(name, []).append(ms)
+            later = {name: median(each[1:] or each) for name, each in found.items()}
+            first = {name: each[0] for name, each in found.items()}
+            record.save(token_ms=later, first_turn_ms=first, tokens=tokens, prompt_case=args.cases[0])
+    if record.left > 0:
+        record.save(calls_a_token=calls_a_token(args, bench, rows))
+
+
+def forced(bench, row) -> tuple[float, list[int]]:
+    """Milliseconds a token of a turn, and its tokens."""
+    turn = bench.run(row)
+    if isinstance(turn, str):
+        raise RuntimeError(turn)
+    return 1000 * turn.sample.generate / (len(turn.tokens) - 1), turn.tokens
+
+
+def generated(bench, count: int) -> tuple[float, list[int]]:
+    """Return the same of transformers' `generate` about a text as long as the smallest prompt: `count` tokens less one token."""
+    import torch
+
+    from evoprune.backend.devices import now
+
+    (clip, *_), reference = bench._clips.values(), bench._reference
+    ids = clip.ids.clamp(min=5, max=500)[None].to(clip.patches.device)  # no token that stands for a picture
+
+    def seconds(length: int) -> tuple[float, list[int]]:
+        begun = now(ids.device)
+        how = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "pad_token_id": 0}
+        with torch.inference_mode():
+            made = reference.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
+        return now(ids.device) - begun, made[0, ids.shape[1] :].tolist()
+
+    one, (all_, tokens) = seconds(1)[0], seconds(count)
+    return 1000 * (all_ - one) / (count - 1), tokens
+
+
+def calls_a_token(args: argparse.Namespace, bench, rows) -> dict[str, dict[str, float]]:
+    """Of each row of evoprune, calls of CUDA's interface a decoded token; empty on a CPU."""
+    found: dict[str, dict[str, float]] = {}
+    for row in [row for row in rows if label(row) != HF]:
+        calls = []
+        for count in (1, args.tokens):
+            bench._settings = replace(bench._settings, new_tokens=count)
+            with profiler(args.device) as seen:
+                bench.run(row)
+            calls.append(calls_of(seen.key_averages()))
+        one, all_ = calls
+        found[label(row)] = {name: round((all_[name] - one[name]) / (args.tokens - 1), 2) for name in one}
+    return found
+
+
+def first(record: Record) -> None:
+    """The first question of a process after loading, then the same three times again. With --profile: where the first one goes."""
+    args = record.args
+    import torch
+
+    import evoprune
+
+    video_qa = evoprune.VideoQA  # which is imported now
+    steps = {"import": time.perf_counter() - BEGUN}
+    with tempfile.TemporaryDirectory() as folder:
+        video, options = (
+            sample(Path(folder)),
+            {"device": args.device, "dtype": args.dtype, "load_format": args.load_format},
+        )
+        options["budget"] = "full" if args.budgets[0] == 1 else args.budgets[0]
+        begun = time.perf_counter()
+        qa = video_qa.load(args.model, **options)
+        if args.device.startswith("cuda"):
+            torch.cuda.synchronize(args.device)
+        steps["load"] = time.perf_counter() - begun
+        record.save(seconds={k: round(v, 3) for k, v in steps.items()}, video=video.name, asked=[])
+
+        def ask() -> dict[str, Any]:
+            begun = time.perf_counter()
+            answer = qa.encode(video).ask(QUESTION, max_new_tokens=args.tokens)
+            text = answer.text
+            whole = time.perf_counter() - begun
+            report = answer.report
+            times = {name: value for name, value in vars(report.time_ms).items() if value is not None}
+            return {"whole_ms": 1000 * whole, "time_ms": times, "tokens": vars(report.tokens), "answer": text[:80]}
+
+        if args.profile:
+            record.save(profile=profiled(args.device, lambda: record.found["asked"].append(ask())))
+        for _ in range(args.rounds):
+            if not record.found["asked"] or record.left > 0:
+                record.found["asked"].append(ask())
+                record.save()
+
+
+def sample(folder: Path) -> Path:
+    """Return the sample clip `pan.mp4`; a folder of frames of about its size where nothing here reads videos."""
+    from importlib.util import find_spec
+
+    if find_spec("av"):
+        return Path(__file__).parents[2] / "samples/pan.mp4"
+    from PIL import Image
+
+    from evoprune.bench import clips
+
+    (folder / "frames").mkdir()
+    for number, frame in enumerate(clips.synthetic_clip("motion", 24, 224, 252)):
+        Image.fromarray(frame).save(folder / "frames" / f"{number:02}.png")
+    return folder / "frames"
+
+
+def profiled(device: str, run: Callable[[], Any]) -> str:
+    """Tables of Python's and torch's profiler of one run."""
+    import cProfile
+    import io
+    import pstats
+
+    python = cProfile.Profile()
+    with profiler(device) as seen:
+        python.runcall(run)
+    out = io.StringIO()
+    for order in ("cumulative", "tottime"):
+        pstats.Stats(python, stream=out).sort_stats(order).print_stats(LINES)
+    found = seen.key_averages()
+    how = {"row_limit": LINES, "max_name_column_width": WIDTH}
+    orders = ["self_cpu_time_total"] + ["self_device_time_total"] * (device != "cpu")
+    tables = [found.table(sort_by=order, **how) for order in orders]
+    return "\n".join([*tables, out.getvalue()])
+
+
+def profiler(device: str):
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * device.startswith("cuda")
+    return profile(activities=kinds)
+
+
+def calls_of(found) -> dict[str, int]:
+    """Of a profile: kernels launched, graphs launched, copies to the host, and calls that wait for the device."""
+    counts = {"launches": 0, "graphs": 0, "copies_to_host": 0, "waits": 0}
+    for event in found:
+        counts["launches"] += event.count * (event.key in LAUNCHES)
+        counts["graphs"] += event.count * (event.key == GRAPHS)
+        counts["copies_to_host"] += event.count * event.key.startswith(TO_HOST)
+        counts["waits"] += event.count * (event.key.startswith("cuda") and event.key.endswith("Synchronize"))
+    return counts
+
+
+@contextmanager
+def around(name: str, context: Callable[[], Any]) -> Iterator[list]:
+    """Has each call of a function that `evoprune profile` calls run inside a new `context()`; yields what these gave."""
+    from evoprune.bench import profile
+
+    *path, last = name.split(".")
+    owner = profile
+    for part in path:
+        owner = getattr(owner, part)
+    plain = getattr(owner, last)
+    seen = []
+
+    def inside(*args, **kwargs):
+        with context() as each:
+            seen.append(each)
+            return plain(*args, **kwargs)
+
+    setattr(owner, last, inside)
+    try:
+        yield seen
+    finally:
+        setattr(owner, last, plain)
+
+
+def counting():
+    """A context that counts operations of torch's dispatcher, those that wait for the device, and copies of tensors to the CPU."""
+    from evoprune.bench.verify.waiting import Waiting
+
+    class Counting(Waiting):
+        def __init__(self):
+            super().__init__()
+            self.operations = Counter()
+            self.copies = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = super().__torch_dispatch__(func, types, args, kwargs)
+            self.operations[func._schema.name.removeprefix("aten::")] += 1
+            if func._schema.name in ("aten::_to_copy", "aten::copy_"):
+                to, source = args[:2] if func._schema.name == "aten::copy_" else (made, args[0])
+                self.copies += to.device.type == "cpu" != source.device.type
+            return made
+
+    return Counting()
+
+
+def operations(record: Record) -> None:
+    """Of an encode at 1.0 and at the first budget: operations, launches, waits and copies; and where device time goes there."""
+    args = record.args
+    bench, rows = bench_of(args, 1, ("evoprune", INSIDE))
+    rows = [row for row in rows if row.budget == args.budgets[0] or label(row) == FULL]
+    found = []
+    for row in [row for row in rows if label(row) != HF and not row.error]:
+        if found and record.left < 0:
+            break
+        bench.run(row)  # everything is set up
+        with around("encode", counting) as seen:
+            bench.run(row)
+        (encode,) = seen
+        with counting() as whole:
+            bench.run(row)
+        with around("encode", lambda: profiler(args.device)) as seen:
+            bench.run(row)
+        averages = seen[0].key_averages()
+        found.append(
+            {"case": case_text(row.case), "row": label(row)}
+            | {"operations": encode.operations.total(), "to_first_token": whole.operations.total()}
+            | {"value_reads": len(encode.places), "tensor_copies": encode.copies, **calls_of(averages)}
+            | {"read_at": Counter(encode.places).most_common(20), "most": encode.operations.most_common(20)}
+            | device_time(averages, args.device)
+        )
+        record.save(rows=found)
+
+
+def device_time(averages, device: str) -> dict[str, Any]:
+    """Milliseconds on the device by operator and by kernel, the largest first; on a CPU those of the operators there."""
+    from torch.autograd import DeviceType
+
+    on_cpu = device == "cpu"
+
+    def largest(events) -> list[tuple[str, float, int]]:
+        ms = [(e.key, (e.self_cpu_time_total if on_cpu else e.self_device_time_total) / 1000, e.count) for e in events]
+        ordered = sorted(ms, key=lambda each: -each[1])
+        return [(name[:WIDTH], round(value, 3), count) for name, value, count in ordered[:LINES] if value]
+
+    kernels = [event for event in averages if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    operators = [event for event in averages if event.device_type == DeviceType.CPU]
+    total = sum(event.self_device_time_total for event in kernels) / 1000
+    return {
+        "device_ms": round(total, 2),
+        "by_operator": largest(operators),
+        "by_kernel": [] if on_cpu else largest(kernels),
+    }
+
+
+STEPS = {"table": table, "decoding": decoding, "first": first, "operations": operations}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m experiments.speed.gpu_steps", description=__doc__.partition("\n")[0])
+    made.add_argument("step", choices=STEPS)
+    made.add_argument("-o", "--output", type=Path, required=True)
+    made.add_argument("-m", "--model", required=True)
+    made.add_argument("--device", default="cuda")
+    made.add_argument("--dtype", default="auto")
+    made.add_argument("--load-format", default="auto", help="of the step `first`")
+    made.add_argument("--cases", nargs="+", default=["8x224x336"], metavar="FRAMESxHEIGHTxWIDTH")
+    made.add_argument("-b", "--budgets", nargs="+", type=float, default=[0.25])
+    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--tokens", type=int, default=64, help="of an answer")
+    made.add_argument("--seconds", type=float, default=60.0, help="after which no turn begins")
+    made.add_argument("--hf", action="store_true", help="decoding: with transformers")
+    made.add_argument("--profile", action="store_true", help="first: under the profilers")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    STEPS[args.step](Record(args))
+
+
+if __name__ == "__main__":
+    main()

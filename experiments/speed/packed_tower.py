@@ -1,0 +1,78 @@
+"""Time how fast a Hugging Face model's tower encodes a video: by itself, through `EvoPrune`, and with `pack=True`.
+
+    python -m experiments.speed.packed_tower --threads 1
+
+The tower has a published model's dimensions and random weights, which do not change the speed. Nothing is pruned. The three take
+turns, one round after another, and their medians are compared.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from evoprune.backend.devices import environment
+from evoprune.bench.clips import synthetic_frames
+from evoprune.bench.hugging_face import hugging_face_model
+from evoprune.bench.profile_results import Case
+from evoprune.hf.encoding import PackedTower, encode_each, patch_config
+from evoprune.session.loading.find import DTYPES, describe_model
+from evoprune.session.loading.model import random_model
+from evoprune.session.options import ModelOptions
+from evoprune.vision.preprocess import patchify
+from experiments.timing import medians
+
+
+def random_tower(name: str, dtype: torch.dtype):
+    """transformers' tower at the dimensions of the model `name`, under sdpa, with random weights."""
+    config = describe_model(ModelOptions(name)).config
+    config = replace(config, text_config=replace(config.text_config, num_hidden_layers=1))
+    return hugging_face_model(random_model(config, dtype, torch.device("cpu"))).model.visual
+
+
+def measure(visual, patches: torch.Tensor, grid_thw: torch.Tensor, rounds: int) -> list[tuple[str, float, float]]:
+    """Of each way: its name, its median milliseconds, and how far its tokens are from Hugging Face's, relative to these."""
+    packed = PackedTower(visual)
+    none = patch_config(1.0, "none", None)
+    ways = {
+        "Hugging Face": lambda: visual(patches, grid_thw=grid_thw).pooler_output,
+        "EvoPrune": lambda: encode_each(visual, patches, grid_thw, none)[0].features,
+        "EvoPrune, pack=True": lambda: encode_each(packed.current(), patches, grid_thw, none)[0].features,
+    }
+    with torch.inference_mode():
+        made = [way().float() for way in ways.values()]
+        ms = medians(list(ways.values()), rounds)
+    apart = [float((each - made[0]).norm() / made[0].norm()) for each in made]
+    return list(zip(ways, ms, apart, strict=True))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.speed.packed_tower", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--model", default="Qwen/Qwen2.5-VL-3B-Instruct", help="whose dimensions to take")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--case", default="8x224x336", help="frames x height x width")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    dtype = DTYPES[options.dtype]
+    case = Case(*map(int, options.case.split("x")))
+    frames, _ = synthetic_frames("motion", case)
+    patches = patchify(frames).to(dtype)
+    grid_thw = torch.tensor([[case.frames // 2, case.height // 14, case.width // 14]])
+    env = environment("cpu")
+    print(
+        f"{options.model}, {options.dtype}, {case}, {options.rounds} rounds, {options.threads} threads, {env.device_name}"
+    )
+    print("\n| tower | ms | times as fast as Hugging Face | relative difference |\n|---|---|---|---|")
+    rows = measure(random_tower(options.model, dtype), patches, grid_thw, options.rounds)
+    for name, ms, apart in rows:
+        print(f"| {name} | {ms:,.0f} | {rows[0][1] / ms:.2f} | {apart:.2g} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

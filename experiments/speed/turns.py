@@ -1,0 +1,119 @@
+"""Let processes take turns: each waits while another one works, gets a line of JSON and answers with one.
+
+`Side` is the end of the process that measures, `serve` the end of the one that is measured.
+"""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+class Side:
+    """A process that is started when it is first asked, and again after it has ended. Its stderr goes into a file."""
+
+    def __init__(self, command: Sequence[str], log: Path):
+        self._command = [*command]
+        self._log = log
+        self._process: subprocess.Popen | None = None
+        self._lines: queue.Queue[str | None] = queue.Queue()
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None
+
+    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Return the answer to a request; `{"error": text}` where there is none in so many seconds, or the process ends."""
+        if seconds <= 0:
+            return {"error": "not begun: no time was left"}
+        if self._process is None:
+            self._start()
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._lines.get(timeout=seconds)
+        except queue.Empty:
+            self.end(kill=True)
+            return {"error": f"not done in {seconds:.0f} s", "over_s": seconds}
+        except BrokenPipeError:
+            line = None
+        if line is None:
+            code = self.end()
+            return {"error": f"ended with {code}: {last_line(self._log)}"}
+        return json.loads(line)
+
+    def end(self, kill: bool = False) -> int | None:
+        """Ends the process with what it started; its exit code, None where none runs."""
+        if self._process is None:
+            return None
+        process = self._process
+        self._process = None
+        if not kill:
+            try:
+                process.stdin.close()
+                process.wait(5)
+            except (BrokenPipeError, subprocess.TimeoutExpired):
+                kill = True
+        if kill:
+            end_group(process.pid)
+        return process.wait()
+
+    def _start(self) -> None:
+        self._lines = queue.Queue()
+        with self._log.open("a", encoding="utf-8") as log:
+            self._process = subprocess.Popen(  # noqa: S603 (Python, and a module of ours)
+                self._command,
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
+        threading.Thread(target=_forward, args=(self._process.stdout, self._lines), daemon=True).start()
+
+
+def _forward(lines, into: queue.Queue) -> None:
+    """Puts lines into a queue as they come, and None at their end."""
+    for line in lines:
+        into.put(line)
+    into.put(None)
+
+
+def end_group(number: int) -> None:
+    """Kills a process that leads a session, with what it started."""
+    try:
+        os.killpg(number, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a file that is not empty: of a traceback, the error."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:200] if lines else "it said nothing"
+
+
+def serve(make: Callable[[], Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
+    """Answers lines of stdin until it ends. `make` makes the function that answers; what it raises is each answer.
+
+    Libraries may print: their stdout is sent to stderr.
+    """
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    answer = None
+    for line in sys.stdin:
+        try:
+            answer = answer or make()
+            said = answer(json.loads(line))
+        except Exception as problem:  # whatever a library raises is its result
+            said = {"error": f"{type(problem).__name__}: {problem}".strip()[:300]}
+        print(json.dumps(said), file=answers, flush=True)

@@ -1,0 +1,33 @@
+"""Draw charts as SVG: the document around them, and text. Imported by experiments that draw; not run by itself."""
+
+from collections.abc import Iterable
+from xml.sax.saxutils import escape, quoteattr
+
+from evoprune.bench.chart import INK
+
+EDGE = 24  # pixels between the edge of the document and what is drawn
+FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+LOOK = {  # of `text`: attributes, and what is not written
+    "anchor": ("text-anchor", "start"), "fill": ("fill", INK), "size": ("font-size", 12), "weight": ("font-weight", 400),
+}  # fmt: skip
+
+
+def document(title: str, width: int, height: int, elements: Iterable[str]) -> str:
+    """Return an SVG document of so many pixels: a white card with a thin edge, and the elements on it."""
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img"'
+    look = f'font-family="{FONT}" font-size="12" fill="{INK}"'
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {look}>',
+        "<!-- evoprune -->",
+        f"<title>{escape(title)}</title>",
+    ]
+    card = f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="6" fill="#FFFFFF" stroke="#D0D0D0"/>'
+    return "\n".join([*head, card, *elements, "</svg>", ""])
+
+
+def text(x: float, y: float, words: str, anchor: str = "start", **look: str | float) -> str:
+    """Return words whose baseline starts, is centred or ends at (x, y). `look`: fill, size, weight."""
+    look["anchor"] = anchor
+    wanted = [(named, look[name]) for name, (named, usual) in LOOK.items() if look.get(name, usual) != usual]
+    more = "".join(f" {named}={quoteattr(str(value))}" for named, value in wanted)
+    return f'<text x="{x:.1f}" y="{y:.1f}"{more}>{escape(words)}</text>'

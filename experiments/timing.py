@@ -1,0 +1,16 @@
+"""Time several ways in turn. Imported by experiments that measure; not run by itself."""
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+
+def medians(runs: Sequence[Callable[[], object]], repeat: int) -> list[float]:
+    """Return median milliseconds of each, called in turn so that all meet the same disturbances. The first round does not count."""
+    spent = [[] for _ in runs]
+    for _ in range(repeat + 1):
+        for run, times in zip(runs, spent, strict=True):
+            begin = time.perf_counter()
+            run()
+            times.append(1000 * (time.perf_counter() - begin))
+    return [median(times[1:]) for times in spent]

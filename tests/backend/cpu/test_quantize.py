@@ -1,0 +1,203 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from evoprune.backend.cpu.quantize import GROUP, Bytes, Int4Linear, Int8Linear, check, large_channels, levels, quantize
+from evoprune.errors import UsageError
+from evoprune.methods.plans import full_plan
+from evoprune.session.loading.stored import calibrate
+from evoprune.vision.encoder import encode
+from evoprune.vision.tower import tower_shape
+from tests.quantized import int4, int8, parameters
+from tests.tiny import tiny_model
+
+LARGE = torch.tensor([5, 17])
+
+
+def layer_of(out=64, inner=96, bias=True, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    layer = nn.Linear(inner, out, bias=bias).requires_grad_(False)
+    layer.weight *= torch.rand(out, 1) * 3
+    return layer.to(dtype)
+
+
+def rounded(rows, steps):
+    """Each row rounded to so many steps either side of zero."""
+    step = (rows.double().abs().amax(1, keepdim=True) / steps).clamp(min=1e-30)
+    return (rows.double() / step).round() * step
+
+
+def without(x, channels):
+    return x.index_fill(-1, channels, 0.0)
+
+
+def int8_by_hand(layer, x, large):
+    """Rows of the input and of the weights are rounded, the large channels are not."""
+    rows, weight = x.reshape(-1, x.shape[-1]), layer.weight
+    product = rounded(without(rows, large), levels()) @ rounded(without(weight, large), 127).T
+    product += rows[:, large].double() @ weight[:, large].double().T
+    return product.view(*x.shape[:-1], -1) + (0 if layer.bias is None else layer.bias.double())
+
+
+def int4_by_hand(weight):
+    """Every 32 neighbours rounded to 16 steps from the least to the largest."""
+    out = weight.double().clone()
+    for row in out:
+        for group in row.split(GROUP):
+            low, high = float(group.min()), float(group.max())
+            step = (high - low) / 15
+            group.copy_(torch.tensor([low + round((float(w) - low) / step) * step for w in group]))
+    return out
+
+
+@pytest.mark.parametrize("large", [LARGE[:0], LARGE])
+@pytest.mark.parametrize("rows", [(1,), (3,), (2, 5), (40,)])
+@pytest.mark.parametrize("bias", parameters("int8") and [True, False])
+def test_rows_are_rounded_and_large_channels_are_not(rows, bias, large):
+    layer, x = layer_of(bias=bias), torch.randn(*rows, 96)
+    layer.weight[:, large] *= 50
+    got, expected = int8(layer, large)(x), int8_by_hand(layer, x, large)
+    assert got.shape == expected.shape and got.dtype == x.dtype
+    # Rounding a number the other way, at a tie that falls differently, is one step of one number.
+    assert (got.double() - expected).abs().max() < 0.02 * expected.abs().max()
+    assert (got.double() - expected).abs().median() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("rows", [(1,), (2, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_only_the_weights_are_rounded_to_four_bits(rows, bias):
+    layer, x = layer_of(out=72, bias=bias), torch.randn(*rows, 96)
+    expected = F.linear(x.double(), int4_by_hand(layer.weight), layer.bias.double() if bias else None)
+    got = int4(layer)(x)
+    assert (got.double() - expected).abs().max() < 2e-3 * expected.abs().max()
+    assert (got.double() - expected).abs().median() < 2e-4 * expected.abs().max()
+
+
+def relative(got, expected):
+    return float((got - expected).norm() / expected.norm())
+
+
+def test_large_channels_cost_the_others_no_precision():
+    layer, x = layer_of(256, 512), torch.randn(100, 512)
+    x[:, LARGE] *= 100
+    layer.weight[:, LARGE] /= 100
+    assert large_channels(x).tolist() == LARGE.tolist()
+    error = {name: relative(int8(layer, large)(x), layer(x)) for name, large in (("apart", LARGE), ("in", None))}
+    assert error["apart"] < 0.025 < 0.1 < error["in"]
+
+
+def test_few_channels_are_large():
+    x = torch.randn(50, 320)
+    assert large_channels(x).tolist() == []
+    x[:, :40] *= 100  # an eighth
+    assert len(large_channels(x)) == 10 and set(large_channels(x).tolist()) <= set(range(40))
+    assert large_channels(x[:, :20]).tolist() == []
+
+
+@pytest.mark.parametrize("large", [None, LARGE])
+def test_rows_do_not_depend_on_one_another_nor_on_threads(large):
+    layer, x = int8(layer_of(200, 320), large), torch.randn(300, 320) * torch.rand(300, 1) * 10
+    before, whole = torch.get_num_threads(), layer(x)
+    pieces = torch.cat([layer(piece) for piece in x.split([1, 2, 7, 90, 200])])
+    try:
+        torch.set_num_threads(3)
+        others = layer(x.clone())
+    finally:
+        torch.set_num_threads(before)
+    if large is None:
+        assert torch.equal(whole, pieces) and torch.equal(whole, others)
+    else:  # float32 products of the large channels
+        torch.testing.assert_close(whole, pieces, rtol=0, atol=1e-5 * float(whole.abs().max()))
+
+
+def test_layers_with_the_same_input_round_it_once():
+    to_bytes, x = Bytes(), torch.randn(3, 96)
+    made = to_bytes(x, LARGE)
+    assert to_bytes(x, LARGE) is made
+    assert to_bytes(x, LARGE[:1]) is not made and to_bytes(x.clone(), LARGE) is not made
+
+
+@pytest.mark.parametrize("make", [int8, int4])
+def test_zeros_constants_and_half_precision(make):
+    layer = layer_of()
+    layer.weight[0], layer.weight[1] = 0, 2.5
+    made = make(layer)
+    assert torch.equal(made(torch.zeros(1, 96)), layer.bias[None])
+    torch.testing.assert_close(made(torch.ones(1, 96))[0, :2], layer(torch.ones(1, 96))[0, :2], rtol=1e-3, atol=1e-3)
+    layer, x = layer_of(dtype=torch.bfloat16), torch.randn(1, 96).bfloat16()
+    got, expected = make(layer)(x), F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    assert got.dtype == torch.bfloat16 and (got.double() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_four_bits_decode_and_eight_read_prompts():
+    layer, x = layer_of(), torch.randn(20, 96)
+    eight = int8(layer)
+    made = int4(layer, eight)
+    assert torch.equal(made(x), eight(x)) and torch.equal(made(x[:1]), int4(layer)(x[:1]))
+
+
+def features_of(model):
+    visual, patches = model.model.visual, torch.randn(96, 1176, generator=torch.Generator().manual_seed(1))
+    return encode(visual, [patches], full_plan(tower_shape(visual), (2, 4, 3))).features
+
+
+@pytest.mark.parametrize("kind", parameters("int8", "int4"))
+def test_a_whole_model(kind):
+    plain, seen = tiny_model(), []
+    model = copy.deepcopy(plain)
+    quantize(model, kind, calibrate, progress=lambda done, total: seen.append((done, total)))
+    linear = [name for name, layer in plain.named_modules() if type(layer) is nn.Linear]
+    assert seen == [(done + 1, len(linear)) for done in range(len(linear))]
+    made = {name: type(model.get_submodule(name)) for name in linear}
+    assert {kind for name, kind in made.items() if "visual" in name} == {Int8Linear}
+    assert made["lm_head"] == (Int8Linear if kind == "int8" else Int4Linear)
+    assert relative(features_of(model), features_of(plain)) < 0.05
+    again = copy.deepcopy(plain)
+    quantize(again, kind, calibrate)
+    assert torch.equal(features_of(model), features_of(again))
+
+
+def test_a_layer_that_is_not_called_is_an_error():
+    with pytest.raises(RuntimeError, match="were not called"):
+        quantize(copy.deepcopy(tiny_model()), "int8", lambda model: None)
+
+
+def test_kinds_and_devices():
+    check("none", torch.device("meta"))
+    with pytest.raises(UsageError, match="unknown quantisation"):
+        check("int3", torch.device("cpu"))
+    with pytest.raises(UsageError, match="works on the CPU"):
+        check("int8", torch.device("meta"))
+
+
+@pytest.mark.parametrize("make", [int8, int4])
+@pytest.mark.parametrize("out", [100, 256, 330])
+def test_weights_quantised_piece_by_piece_are_the_same(make, out, monkeypatch):
+    layer, x = layer_of(out=out), torch.randn(2, 96)
+    whole = make(layer)(x)
+    monkeypatch.setattr("evoprune.backend.cpu.quantize.PIECE_WEIGHTS", 64 * 96)
+    assert torch.equal(make(layer)(x), whole)
+
+
+@pytest.mark.parametrize("kind", parameters("int8", "int4"))
+def test_threads_change_no_more_than_float32_does(kind):
+    """On some CPUs the last bit of float32 products, such as that of the patch embedding, depends on the number of threads."""
+    plain, found, without = copy.deepcopy(tiny_model()), [], []
+    model = copy.deepcopy(plain)
+    quantize(model, kind, calibrate)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(features_of(model))
+            without.append(features_of(plain))
+    finally:
+        torch.set_num_threads(before)
+    for features, exact in zip(found, without, strict=True):
+        # A byte that is rounded the other way is one step of many: less than what rounding itself changes.
+        assert (
+            torch.equal(features, found[0]) if torch.equal(exact, without[0]) else relative(features, found[0]) < 0.02
+        )

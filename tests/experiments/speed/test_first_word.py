@@ -1,0 +1,274 @@
+"""A checkpoint is written and can be asked. Every part of `first_word` runs on small clips with the demo model."""
+
+import json
+import re
+import shutil
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from evoprune.bench.hugging_face import share_equal
+from evoprune.bundled import DEMOS
+from evoprune.hf.processor_inputs import processor_inputs
+from evoprune.session.loading.model import load_model
+from evoprune.video.frames import probe, read_frames
+from evoprune.video_qa import VideoQA
+from experiments.speed import checkpoint, first_word, first_word_readers, first_word_tables
+from experiments.speed.first_word import Clip, Frames, Run, fastest, parsed, read_in_turn, run_once
+from experiments.speed.first_word_asks import QUESTION, Transformers
+from experiments.speed.first_word_clips import KINDS, TINY, Kind, join, make_clip, number_of
+from experiments.speed.turns import Side
+from tests.tiny import tiny_config
+from tests.video.files import apart
+
+ROOT = Path(__file__).parents[3]
+CLIP = ROOT / "samples/square.mp4"
+
+
+def test_a_checkpoint_has_every_weight_and_a_tokenizer_of_that_size_and_transformers_reads_it(tmp_path, monkeypatch):
+    tiny = tiny_config().to_dict()
+    tiny["text_config"]["vocab_size"] = 700
+    for name in ("vision_start", "vision_end", "image", "video"):  # transformers has their ids from the config
+        special = f"{name}_pad" if name in ("image", "video") else name
+        tiny[f"{name}_token_id"] = 600 + checkpoint.SPECIAL_TOKENS.index(special)
+    (tmp_path / "config.json").write_text(json.dumps(tiny))
+    monkeypatch.setattr(checkpoint, "WORDS", 600)
+    monkeypatch.setitem(checkpoint.BUNDLED_CONFIGS, "tiny", tmp_path / "config.json")
+    written = tmp_path / "checkpoint"
+    checkpoint.write_checkpoint(written, "tiny")
+    loaded = load_model(str(written), dtype="bf16")
+    assert len(list(written.glob("*.safetensors"))) == 2 and not list(tmp_path.glob("*.writing"))
+    assert loaded.tokenizer.backend.get_vocab_size() == 600 + len(checkpoint.SPECIAL_TOKENS)
+    text = "What colour is the square?"
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode(text)) == text
+    answer = VideoQA(loaded).encode(CLIP, frames=4).ask("What?", max_new_tokens=5)
+    assert answer.text is not None and answer.report.tokens.new == 5  # no token ends an answer
+    side = Transformers(Namespace(model=str(written), device="cpu", dtype="bf16"))
+    plain = load_model(str(written), dtype="bf16", pack=False)
+    assert share_equal(side._model, plain.model) == []  # it has all weights, and no others
+    assert side.ask(str(CLIP), 4, 5, lambda piece: None)["words"] == 5
+
+
+# Clips.
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> dict[str, Clip]:
+    """A clip of each kind, of two pieces."""
+    folder = tmp_path_factory.mktemp("clips")
+    made = {}
+    for name, kind in KINDS.items():
+        clip = made[name] = Clip(name, 2 * kind.piece_s / 60, folder / f"{name}.{kind.ending}")
+        apart(make_clip, clip.path, name, 60 * clip.minutes, TINY)
+    return made
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_frame_carries_its_number_also_where_pieces_are_joined(name, clips):
+    kind, clip = KINDS[name], clips[name]
+    info = probe(clip.path)
+    assert info.duration_s == pytest.approx(clip.seconds, abs=0.1)
+    around = [kind.piece_s - 0.51, kind.piece_s - 0.01, kind.piece_s + 0.01, kind.piece_s + 1.71, clip.seconds - 1.01]
+    times_s = [0.26, 1.01, 2.57, *around]
+    found = [number_of(frame) for chunk in read_frames(info, times_s) for frame in chunk.frames]
+    assert found == [kind.number_at(time_s) for time_s in times_s]
+
+
+def test_a_screen_changes_rarely_and_its_keyframes_are_far_apart(clips):
+    kind = KINDS["screen"]
+    shown = kind.times_s
+    assert shown == sorted(set(shown)) and len(shown) < kind.piece_s * kind.fps / 5
+    assert probe(clips["screen"].path).variable_rate
+
+
+def test_a_clip_that_would_be_too_large_is_not_written(tmp_path, monkeypatch, clips):
+    monkeypatch.setattr("experiments.speed.first_word_clips.MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"out.mp4 would take .* GiB"):
+        join(clips["hd"].path, tmp_path / "out.mp4", KINDS["hd"], 120)
+    assert not (tmp_path / "out.mp4").exists()
+
+
+# Sides.
+
+
+ANSWERS = "from experiments.speed.turns import serve\nimport os, time\n"
+SIDES = {
+    "echoes": "serve(lambda: lambda asked: (print('noise'), asked)[1])",
+    "raises": "def make():\n  raise OSError('no such library')\nserve(make)",
+    "dies": "serve(lambda: lambda asked: os._exit(7))",
+    "hangs": "serve(lambda: lambda asked: time.sleep(60))",
+}
+
+
+def test_a_side_that_fails_ends_or_hangs_says_so(tmp_path):
+    sides = {
+        name: Side([sys.executable, "-c", ANSWERS + code], tmp_path / f"{name}.txt") for name, code in SIDES.items()
+    }
+    begun = time.monotonic()
+    said = {name: side.ask({"a": 1}, 1.5 if name == "hangs" else 60) for name, side in sides.items()}
+    assert said["echoes"] == {"a": 1} and sides["echoes"].ask({"b": 2}, 60) == {"b": 2}
+    assert said["raises"] == {"error": "OSError: no such library"}
+    assert said["dies"]["error"].startswith("ended with 7")
+    assert said["hangs"] == {"error": "not done in 2 s", "over_s": 1.5}
+    assert [side.running for side in sides.values()] == [True, True, False, False]
+    assert sides["echoes"].ask({}, 0) == {"error": "not begun: no time was left"}
+    assert sides["echoes"].end() == 0 and time.monotonic() - begun < 55
+
+
+def test_a_process_is_ended_in_time_and_one_that_fails_shows_why(tmp_path):
+    log = tmp_path / "log.txt"
+    hangs = run_once([sys.executable, "-c", "import time; time.sleep(60)"], ROOT, 1.0, log)
+    assert hangs == {"error": "not done in 1 s", "over_s": 1.0}
+    fails = run_once([sys.executable, "-c", "raise SystemExit('no such model')"], ROOT, 60, log)
+    assert fails == {"error": "ended with 1: no such model"}
+    words = "import sys, time\nfor w in 'ab':\n  print(w, end='', flush=True); time.sleep(0.2)"
+    works = run_once([sys.executable, "-c", words], ROOT, 60, log)
+    assert 0 < works["first_word"] < works["second_word"] == works["last_word"] < works["ended"]
+    assert works["answer"] == "ab" and works["peak_bytes"] > 2**20 and works["cpu"] > 0
+
+
+# Reading.
+
+
+def run_in(folder: Path, *more: str) -> Run:
+    """A run on small clips, in which the other readers are those of this environment."""
+    return Run(parsed(["-o", str(folder), "--tiny", "--peers", sys.executable, *more]))
+
+
+def test_readers_take_turns_and_those_that_fail_are_rows(tmp_path, clips):
+    """Readers that are not installed here fail, each with its reason; times of the others are there."""
+    names = [
+        "evoprune",
+        "evoprune, keyframes",
+        "torchcodec",
+        "OpenCV, seeking",
+        "PyAV, seeking",
+        "PyAV, one pass",
+        "decord",
+    ]
+    run = run_in(tmp_path, "--sides", ";".join(names), "-r", "2")
+    run.record |= {"reading": [], "about": first_word.about(run), "parts": {}}
+    cases = [(Frames(clip, 6, 1.1, 1.0137), names) for clip in (clips["hd"], clips["ts"])]
+    read_in_turn(run, "reading", cases, time.monotonic() + 300)
+    rows = run.record["reading"]
+    assert [row["side"] for row in rows[: len(names)]] == names and {row["round"] for row in rows} == {0, 1}
+    for side in ("evoprune", "PyAV, seeking", "PyAV, one pass"):
+        mine = [row for row in rows if row["side"] == side]
+        assert len(mine) == 4 and all(row["others"] == 0 and row["seconds"] > 0 and row["frames"] == 6 for row in mine)
+    near = [row for row in rows if row["side"] == "evoprune, keyframes"]
+    assert any(row["others"] for row in near) and all(row["moved_s"] <= 1.1 / 2 + 0.05 for row in near)
+    if "torchcodec" in (missing := {row["side"] for row in rows if "error" in row}):
+        assert sum(row["side"] == "torchcodec" for row in rows) == 2  # once for each case
+    page = first_word_tables.document([run.record])
+    assert all(f"- {side} failed with " in page for side in missing)
+    assert json.loads(run.file.read_text())["reading"] == rows
+
+
+def test_a_reader_that_takes_too_long_is_ended_and_the_others_go_on(tmp_path, clips, monkeypatch):
+    run = run_in(tmp_path, "--turn-seconds", "0.001", "--sides", "PyAV, one pass;PyAV, seeking")
+    run.record["reading"] = []
+    monkeypatch.setattr(first_word, "BEGIN_LIMIT_S", 60)
+    case = Frames(clips["uhd"], 4, 1.7, 1.0137), ["PyAV, one pass", "PyAV, seeking"]
+    read_in_turn(run, "reading", [case], time.monotonic() + 120)
+    assert [row["over_s"] for row in run.record["reading"]] == [0.001, 0.001]
+    assert first_word_tables.reading_cell(run.record["reading"][:1]) == "over 0.00"
+
+
+def test_the_fastest_readers_return_the_right_frames():
+    def row(side: str, part_s: float, seconds: float, moved_s: float = 0.0) -> dict:
+        facts = {"clip": "a", "kind": "hd", "part_s": part_s, "moved_s": moved_s}
+        return {"side": side, "seconds": seconds, **facts}
+
+    rows = [row("evoprune", 9.0, 0.1), row("decord", 9.0, 0.2, moved_s=1.0), row("torchcodec", 9.0, 3.0)]
+    rows += [row("PyAV, seeking", 9.0, 4.0), row("torchcodec", 0.5, 3.0), row("OpenCV, one pass", 0.5, 2.0)]
+    failed = {"side": "decord", "clip": "a", "kind": "hd", "part_s": 0.5, "error": "over"}
+    assert fastest([*rows, failed], "hd") == ["torchcodec", "OpenCV, one pass"]
+    assert fastest(rows, "vp9") == ["torchcodec"]
+
+
+def test_frames_that_moved_are_counted():
+    kind = Kind("", "mp4", "", (1, 1), 10, fps=10)
+    assert first_word_readers.distance(kind, 3, 3) == 0
+    assert first_word_readers.distance(kind, 99, 1) == pytest.approx(0.2)  # the piece is repeated
+    assert first_word_readers.distance(kind, 400, 1) == 5  # no frame of the piece
+
+
+# All of it.
+
+
+def test_transformers_gets_what_its_processor_would_make_of_the_video():
+    model, words = str(DEMOS["demo"].folder), []
+    side = Transformers(Namespace(model=model, device="cpu", dtype="auto"))
+    side._feed = "PyAV, seeking"
+    made = side._inputs(side._plan(str(CLIP), None))
+    wanted = processor_inputs(model, CLIP, QUESTION)
+    assert {*made} == {*wanted} and all(torch.equal(made[name], wanted[name]) for name in made)
+    found = side.ask(str(CLIP), None, 8, words.append)
+    assert (found["words"], len(words), found["visual"]) == (8, 8, 144) and found["prompt"] == made["input_ids"].shape[
+        1
+    ]
+    assert 0 < found["encode"] < found["first_word"] < found["last_word"]
+
+
+def test_every_part_runs_and_fills_the_documents(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(first_word, "CURVE_PARTS_S", (0.5, 5.0))
+    monkeypatch.setattr(first_word.signal, "signal", lambda *_: None)
+    quick = ("--tiny", "--kinds", "hd", "--minutes", "0.5", "-r", "1", "-n", "6", "--peers", sys.executable)
+    sides = "evoprune;PyAV, one pass;transformers;balanced"
+    first_word.main(["-o", str(tmp_path), *quick, "--parts", "reading,curve,loaded", "--sides", sides])
+    first_word.main(["-o", str(tmp_path), *quick, "--parts", "start", "--sides", "balanced"])  # the other parts stay
+    record = json.loads((tmp_path / "first_word.json").read_text())
+    timed = {part: [row for row in record[part] if "error" not in row] for part in first_word.PARTS}
+    assert {row["side"] for row in timed["reading"]} >= {"evoprune", "PyAV, one pass"}
+    assert len({row["part_s"] for row in timed["curve"]}) == 2
+    assert [row["side"] for row in timed["loaded"]] == 2 * ["transformers"] + 2 * ["balanced"], record["loaded"]
+    assert [row["first"] for row in timed["loaded"]] == [True, False] * 2
+    assert [row["side"] for row in timed["start"]] == ["balanced"], record["start"]
+    for row in timed["loaded"]:
+        assert 0 < row["encode"] + row["prefill"] <= row["first_word"] <= row["last_word"]
+    assert "encode + prefill" in timed["start"][0]["stats"]
+    assert all(record["about"]["versions"][name] for name in ("evoprune", "torch", "av"))
+    assert "evoprune `-b balanced`" in capsys.readouterr().out
+
+    (tmp_path / "results").mkdir()
+    for page in ("README.md", "results/first_word.md"):
+        shutil.copyfile(ROOT / page, tmp_path / page)
+    first_word_tables.write_documents([record], tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert "| transformers, fed by " in readme and "```text\n$ evoprune ask clip.mp4" in readme
+    first_word_tables.write_documents(
+        [record], tmp_path
+    )  # again: the place is found once more, and nothing is there twice
+    assert (tmp_path / "README.md").read_text() == readme
+    page = (tmp_path / "results/first_word.md").read_text()
+    assert "Not measured yet" not in page and "### Reading" in page and "*Exact* frames" in page
+    drawn = ElementTree.parse(tmp_path / "results/first_word.svg")
+    bars = [e for e in drawn.iter() if e.tag.endswith("rect") and e.get("height") == str(first_word_tables.TALL)]
+    assert len(bars) == 2 * len(first_word_tables.STAGES)
+
+
+def test_a_gpu_takes_eight_minutes_at_most():
+    assert sum(first_word.SECONDS["cuda"].values()) <= 480
+    args = parsed(["-o", "a", "--device", "cuda"])
+    assert args.kinds == ["hd"] and args.parts == ["reading", "loaded", "start"]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--parts", "reading,talking"), "no part talking"),
+        (("--kinds", "hd,film"), "no kind film"),
+        (("--seconds", "reading=soon"), "--seconds reading=soon"),
+        (("--device", "cuda", "--parts", "curve"), "--seconds curve=N"),
+        (("--kinds", "vp9"), "ask about hd"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(more, says, capsys):
+    with pytest.raises(SystemExit):
+        parsed(["-o", "a", *more])
+    assert says in re.sub(r"\s+", " ", capsys.readouterr().err)
