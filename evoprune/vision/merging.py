@@ -34,11 +34,10 @@ class Merging(Hook):
     def __call__(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
         if done not in self._left:
             return rows
-        keys = self._merger.needs & {"keys", "keys_rotary"}
-        if "hidden" in self._merger.needs or not keys:
-            features = rows.values.flatten(1).float()
-        else:
-            features = seen[max(keys)]
+        needs = self._merger.needs
+        keys = "keys_rotary" if "keys_rotary" in needs else "keys"
+        compares_keys = keys in needs and "hidden" not in needs
+        features = seen[keys] if compares_keys else rows.values.flatten(1).float()
         scope = self._tower.scope(done - 1)
         return merge_in_rounds(rows, scope, self._left[done], self._merger, features, seen.get("attention"))
 
