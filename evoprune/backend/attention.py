@@ -9,7 +9,6 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import devices
 from evoprune.backend.devices import as_current, is_host, uses_kernels
 
 T = TypeVar("T")
@@ -63,8 +62,10 @@ def attention_note(device: torch.device, attention: str) -> str | None:
     """Return what is to be known of transformers' tower where it runs this attention; None on a CPU."""
     if is_host(device):
         return None
-    slow = ", whose tower loops over windows in Python; flash-attn, which does not, is not installed"
-    return f"transformers runs {attention}{slow if attention == 'sdpa' else ''}"
+    note = f"transformers runs {attention}"
+    if attention == "sdpa":
+        note += ", whose tower loops over windows in Python; flash-attn, which does not, is not installed"
+    return note
 
 
 def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
@@ -87,7 +88,7 @@ def form_of_groups(
 
     `by_length` reads their lengths, `packed` takes the kernel of `varlen_kernel`, and `padded` serves where there is none.
     """
-    if devices.exact_shapes(like.device):
+    if is_host(like.device):
         return by_length()
     kernel = varlen_kernel(like.device, like.dtype)
     return packed(kernel) if kernel else padded()

@@ -23,6 +23,11 @@ CHANNELS = 64
 SIZES = ["points", "length", "count", "begin"]
 
 
+def _given(x: torch.Tensor | None, instead: torch.Tensor) -> torch.Tensor:
+    """Return `x`, or where it is None another tensor: a kernel takes one in any case."""
+    return instead if x is None else x
+
+
 @triton.jit(do_not_specialize=["length"])
 def _moments(rows, count, mean, variance, length, width, block_rows: tl.constexpr, block: tl.constexpr):
     """Mean and variance of some channels over the rows, each as often as it counts."""
@@ -175,7 +180,8 @@ def standard_places(rows, count, projection, steps, still, rounding):
         rows, mean, variance, variance.mean(), place, squares, length, still, rounding,
         width=width, block_rows=ROWS, block=CHANNELS,
     )  # fmt: skip
-    place = place if projection is None else place @ projection
+    if projection is not None:
+        place = place @ projection
     squares = torch.where(count > 0, squares, 0)
     largest = squares.max().clamp(min=still * width)
     return place / largest.sqrt(), (squares / largest * steps).round_().div_(steps)
@@ -269,7 +275,7 @@ def greedy_cosine(unit, weight, bonus, factor, keep, from_nearest):
         if from_nearest:
             steps.diagonal(start).fill_(-torch.inf)
             nearest[part] = steps.amax(1) / 16384
-    value = bonus if bonus is not None else nearest if weight is None else weight
+    value = _given(bonus, _given(weight, nearest))
     order = torch.empty(keep, dtype=torch.int64, device=unit.device)
     block = triton.next_power_of_2(rows)
     _greedy_cosine[1,](
@@ -477,8 +483,11 @@ def add_norm(
     out = torch.empty_like(x)
     total = x if plus is None else torch.empty_like(x)
     block = triton.next_power_of_2(wide)
-    given = x, x if plus is None else plus, weight, total, out, eps, wide
-    _add_norm[(len(x),)](*given, adds=plus is not None, rounds=rounds, block=block, num_warps=8 if block > 1024 else 4)
+    num_warps = 8 if block > 1024 else 4
+    _add_norm[(len(x),)](
+        x, _given(plus, x), weight, total, out, eps, wide,
+        adds=plus is not None, rounds=rounds, block=block, num_warps=num_warps,
+    )  # fmt: skip
     return total, out
 
 
@@ -520,7 +529,7 @@ def rotate_put(
     dim = x.shape[1] // (heads + 2 * kv_heads)
     out = x.new_empty(1, rows, heads, dim + more)
     _rotate_put[(rows, heads + 2 * kv_heads)](
-        x, *places, *(norms or (x, x)), out, keys, values, x if column is None else column, *keys.stride()[:2], eps,
+        x, *places, *(norms or (x, x)), out, keys, values, _given(column, x), *keys.stride()[:2], eps,
         more=more, dim=dim, block=triton.next_power_of_2(dim + more), heads=heads, kv_heads=kv_heads,
         norms=norms is not None, placed=column is not None, num_warps=1,
     )  # fmt: skip
@@ -613,7 +622,7 @@ def rotate_into_groups(
     if gathers and keys is None:
         keys = torch.arange(rows, dtype=torch.int64, device=qkv.device)
     _rotate_into_groups[rows + total,](
-        qkv, cos, sin, place, place if keys is None else keys, place if weight is None else weight, q, k, v, rows,
+        qkv, cos, sin, place, _given(keys, place), _given(weight, place), q, k, v, rows,
         heads=heads, dim=dim, more=more, root=dim**0.5, least=-NEVER, half=triton.next_power_of_2(dim // 2), gathers=gathers,
     )  # fmt: skip
     return q, k, v

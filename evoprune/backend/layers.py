@@ -60,7 +60,9 @@ def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     if parameters is None or _apart:
         return None
     first = module.q_proj if hasattr(module, "q_proj") else module.gate_proj
-    return parameters if first.weight.data_ptr() == parameters[0].data_ptr() else None
+    if first.weight.data_ptr() != parameters[0].data_ptr():
+        return None
+    return parameters
 
 
 def is_unhooked_linear(module: torch.nn.Module) -> bool:

@@ -33,9 +33,11 @@ def available_cores(root: Path = ROOT) -> int:
 
     The cores of its affinity, or fewer where a control group has a quota of CPU time, which counts in whole cores, rounded up.
     """
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
     quota = min((share for folder in _groups("cpu", root) for share in _quotas(folder)), default=math.inf)
-    return max(1, math.ceil(min(affinity, quota)))
+    return max(1, math.ceil(min(cores, quota)))
 
 
 def available_memory(root: Path = ROOT) -> int | None:
@@ -113,7 +115,12 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
     for mount in mounts:
         where, _, what = mount.partition(" - ")
         kind, _, options = what.split(" ")[:3]
-        name = {"cgroup2": "", "cgroup": controller if controller in options.split(",") else None}.get(kind)
+        if kind == "cgroup2":
+            name = ""
+        elif kind == "cgroup" and controller in options.split(","):
+            name = controller
+        else:
+            continue
         if name not in own or ".." in own[name].split("/"):  # the latter: it was moved out of the visible groups
             continue
         top, point = (re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), field) for field in where.split(" ")[3:5])
@@ -134,4 +141,6 @@ def _left_of_address_space(mapped: int) -> float:
     import resource  # exists wherever /proc does
 
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return math.inf if limit == resource.RLIM_INFINITY else limit - mapped
+    if limit == resource.RLIM_INFINITY:
+        return math.inf
+    return limit - mapped

@@ -66,9 +66,16 @@ def _standard_places(
     mean = first + sum(share @ (piece - first) for share, piece in zip(shares, pieces(), strict=True))
     variance = sum(share @ (piece - mean).square_() for share, piece in zip(shares, pieces(), strict=True))
     scale = (variance + VARIANCE_FLOOR * variance.mean() + (ROUNDING * mean).square_()).clamp_(min=1e-30).rsqrt_()
-    standard = ((piece - mean).mul_(scale) for piece in pieces())
-    places = [(piece if projection is None else piece @ projection, piece.square().sum(1)) for piece in standard]
-    place, salience = (torch.cat(pieces) for pieces in zip(*places, strict=True))
+    places = []
+    saliences = []
+    for piece in pieces():
+        standard = (piece - mean).mul_(scale)
+        saliences.append(standard.square().sum(1))
+        if projection is not None:
+            standard = standard @ projection
+        places.append(standard)
+    place = torch.cat(places)
+    salience = torch.cat(saliences)
     largest = (salience * (count > 0)).max().clamp(min=VARIANCE_FLOOR * rows.shape[1])
     return place / largest.sqrt(), rounded(salience / largest, steps) * (count > 0)
 
@@ -269,7 +276,8 @@ def _mean_rows(
     """
     total = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
     size = total.new_zeros(count).index_add_(0, into, weight)
-    at_once = max(1, (MAX_DISTANCES_ON_DEVICE if rows.device.type != "cpu" else MAX_DISTANCES) // rows.shape[1])
+    most = MAX_DISTANCES_ON_DEVICE if rows.device.type != "cpu" else MAX_DISTANCES
+    at_once = max(1, most // rows.shape[1])
     for batch in torch.arange(len(into), dtype=torch.int64, device=rows.device).split(at_once):
         total.index_add_(0, into[batch], rows[row[batch]].float() * weight[batch][:, None])
     return (total / size[:, None]).to(rows.dtype)
@@ -355,14 +363,17 @@ def _greedy_cosine(
         bonus: float32 `[N]`: the score is bonus - factor * near, rounded; `weight` is then None.
         from_nearest: whether `near` begins as the cosine to the nearest other row; else it begins at 0.
     """
-    near = nearest_cosine(unit) if from_nearest and keep else unit.new_zeros(len(unit))
+    near = unit.new_zeros(len(unit))
+    if from_nearest and keep:
+        near = nearest_cosine(unit)
     selected = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
     for step in range(keep):
         if bonus is not None:
             score = snap(bonus - factor * near)
         else:
             score = 1 - near.clamp(min=-1)
-            score = score if weight is None else snap(score * weight)
+            if weight is not None:
+                score = snap(score * weight)
         latest = score.masked_fill(selected, -torch.inf).argmax()[None]
         selected.index_fill_(0, latest, True)  # an index in brackets would synchronise a GPU
         cosine = snap(unit @ unit.index_select(0, latest)[0])

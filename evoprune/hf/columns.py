@@ -45,7 +45,9 @@ class Columns:
         """
         stays = ~dropped
         width = dropped.shape[1]
-        needed = stays if mask is None else stays & (mask.cumsum(1) > 0)
+        needed = stays
+        if mask is not None:
+            needed = stays & (mask.cumsum(1) > 0)
         places = max(1, int(needed.sum(1).max()))
         from_the_end = stays.flip(1).cumsum(1).flip(1)
         # Columns without a place go to an extra place at the front, which is cut off.
@@ -153,8 +155,10 @@ class _WholePromptStreamer:
         self._prompt = prompt
 
     def put(self, value: torch.Tensor) -> None:
-        self._wrapped.put(value if self._prompt is None else self._prompt.cpu())
-        self._prompt = None
+        if self._prompt is not None:
+            value = self._prompt.cpu()
+            self._prompt = None
+        self._wrapped.put(value)
 
     def end(self) -> None:
         self._wrapped.end()
@@ -206,7 +210,7 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
     for video in kinds:
         _check_placeholders(model, call, video)
     grids = call.get("video_grid_thw")
-    if len(interface.seconds_per_pair(call)) != (0 if grids is None else len(grids)):
+    if grids is not None and len(interface.seconds_per_pair(call)) != len(grids):
         raise UsageError("second_per_grid_ts are not one for each video", "pass all that the processor returned")
     rows = interface.visual_spans(model, call, None)
     pruned = [[(spans, video) for spans, video in row if video in kinds] for row in rows]
@@ -239,22 +243,26 @@ def _place(ids: list[int], spans: Sequence[VisualSpan], end_marker: int) -> Plac
     around = []
     before = ids[: runs[0].start]
     time = ids[runs[0].stop + 1]
-    start = len(before) - 1 - (before[::-1].index(time) if time in before else 0)
+    start = max((at for at, token in enumerate(before) if token == time), default=len(before) - 1)
     for run in runs:
-        marked = ids[run.stop] == end_marker
-        around.append(range(start, run.stop + 1) if marked else run)
+        if ids[run.stop] == end_marker:
+            around.append(range(start, run.stop + 1))
+        else:
+            around.append(run)
         start = run.stop + 1
     return Place(runs, tuple(around))
 
 
 def _check_placeholders(model, call: dict, video: bool) -> None:
     """Raises UsageError: the prompt has not as many placeholders of videos, or of pictures, as their grids say."""
-    token, name = (model.config.video_token_id, "video") if video else (model.config.image_token_id, "image")
-    grids = call.get(NAMES[video][1])
-    found = int((call["input_ids"] == token).sum())
-    units = 0 if grids is None else int(grids.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
+    name = interface.WORDS[video]
+    grids = call.get(f"{name}_grid_thw")
+    found = int((call["input_ids"] == getattr(model.config, f"{name}_token_id")).sum())
+    units = 0
+    if grids is not None:
+        units = int(grids.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
     if not units or units != found:
-        problem = f"input_ids have {found} {name} tokens, {NAMES[video][1]} makes {units}"
+        problem = f"input_ids have {found} {name} tokens, {name}_grid_thw makes {units}"
         raise UsageError(problem, interface.ONE_CALL)
 
 
@@ -321,7 +329,7 @@ def without_pruned(
     mask = call.get("attention_mask")
     if mask is None and generating:
         mask = interface.inferred_mask(model, call)
-    used = torch.ones_like(ids) if mask is None else mask
+    used = interface.mask_or_ones(ids, mask)
     left = iter(encoded)
     prompts = [
         prune_prompt(row, places, list(islice(left, len(places))))
@@ -331,28 +339,27 @@ def without_pruned(
     for row, prompt in zip(dropped, prompts, strict=True):
         row[prompt.columns] = False
     # Where all tokens are kept, padding stays too: the model returns what it returns without pruning.
-    prunes = bool(dropped.any())
-    columns = Columns.without(dropped.to(ids.device), mask if prunes else None)
+    padding = mask if dropped.any() else None
+    columns = Columns.without(dropped.to(ids.device), padding)
     pruned_call = {name: value for name, value in call.items() if name not in interface.VISION_INPUTS}
     pruned_call["input_ids"] = columns.take(ids, interface.pad_id(model, call))
     if mask is not None or columns.padded:
         pruned_call["attention_mask"] = columns.take(used)
     if call.get("mm_token_type_ids") is not None:
         pruned_call["mm_token_type_ids"] = columns.take(call["mm_token_type_ids"])
-    pruned_call |= _targets(call, columns, used if prunes else torch.ones_like(ids))
+    pruned_call |= _targets(call, columns, interface.mask_or_ones(ids, padding))
     at = _positions(model, call, mask, positions, generating)
     pruned_call["position_ids"] = columns.take(at)
     if len(at) == 4:
         pruned_call["position_ids"][0] = interface.text_positions(columns.take(used))
     trained = trained_weights(model.model.visual)
-    videos = []
-    pictures = []
+    features_of = {True: [], False: []}  # of videos, and of pictures
     for each, is_video in zip(encoded, visuals.videos, strict=True):
         features = each.features
         if trained and torch.is_grad_enabled():  # in eval mode this is usually no training, so `backward` alone raises
             features = _NoGradients.apply(features, trained[0])
-        (videos if is_video else pictures).append((features, each.deepstack))
-    pruned_call |= interface.encoded_inputs(model, call, videos, pictures or None)
+        features_of[is_video].append((features, each.deepstack))
+    pruned_call |= interface.encoded_inputs(model, call, features_of[True], features_of[False] or None)
     furthest = at[-3:].amax(0).masked_fill(used == 0, -1).cummax(1).values
     return pruned_call, Past(columns, furthest + 1 - used.cumsum(1), _sizes(prompts, columns))
 
@@ -389,7 +396,7 @@ def _sizes(prompts: Sequence[PrunedPrompt], columns: Columns) -> torch.Tensor | 
 def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:
     """Return the positions of every column of the whole prompt, int64 `[3 or 4, B, L]`; the first of four is the running number."""
     ids = call["input_ids"]
-    used = torch.ones_like(ids) if mask is None else mask
+    used = interface.mask_or_ones(ids, mask)
     given = call.get("position_ids")
     if given is None and rule == "host":
         given = interface.model_positions(model, call, mask, generating)
@@ -419,14 +426,21 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
         raise UsageError(problem, "continue all rows, or pass the whole conversation")
     columns = past.columns.repeated(len(new) // len(past.columns.index))
     known = columns.width + length - columns.places
-    total = mask.shape[1] if mask is not None else new.shape[1] + (0 if generating else known)
+    if mask is not None:
+        total = mask.shape[1]
+    elif generating:
+        total = new.shape[1]
+    else:
+        total = known + new.shape[1]
     if total <= known or (not generating and total != known + new.shape[1]):
         problem = f"{total} columns go on from past_key_values that represent {known}"
         raise UsageError(problem, "count the pruned tokens of the video in ids and attention_mask too")
     columns = columns.following(total)
     if mask is None and generating:
         mask = interface.inferred_mask(model, call)
-    used = torch.ones(len(new), total, dtype=torch.int64, device=new.device) if mask is None else mask
+    used = mask
+    if mask is None:
+        used = torch.ones(len(new), total, dtype=torch.int64, device=new.device)
     pruned_call = {name: value for name, value in call.items() if name not in interface.VISION_INPUTS}
     if mask is not None or columns.padded:
         pruned_call["attention_mask"] = columns.take(used)

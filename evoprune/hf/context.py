@@ -159,7 +159,8 @@ def remove(model: "nn.Module | PrunedModel") -> None:
 
     `model` may be what `apply` returned. Raises ModelError: not a model of a supported class (`interface.MODELS`).
     """
-    model = model.model if isinstance(model, PrunedModel) else model
+    if isinstance(model, PrunedModel):
+        model = model.model
     interface.check_class(model)
     if end := end_of(model):
         end()
@@ -206,8 +207,9 @@ class PrunedModel:
 
         def __getattr__(self, name: str):
             problem = f"{type(self).__name__!r} object has no attribute {name!r}"
-            known = hasattr(vars(self).get("model"), name)
-            raise AttributeError(f"{problem}; take model.{name}: {SWITCH}" if known else problem)
+            if hasattr(vars(self).get("model"), name):
+                problem += f"; take model.{name}: {SWITCH}"
+            raise AttributeError(problem)
 
         def __call__(self, *_: object, **__: object) -> NoReturn:
             raise TypeError(f"call the model itself: {SWITCH}")
@@ -241,7 +243,9 @@ class PrunedModel:
 
     def __enter__(self) -> "PrunedModel":
         pack = self.settings.pack
-        packed = self._packed or (PackedTower(self.model.model.visual, pack) if pack else None)
+        packed = self._packed
+        if pack and packed is None:
+            packed = PackedTower(self.model.model.visual, pack)
         self._patches.install()
         self._packed = packed
         return self
@@ -337,11 +341,14 @@ class PrunedModel:
         interface.warn_of_hooks(visual)
         clock = Clock(visual.patch_embed.proj.weight.device)
         with clock.stage("encode"):
-            tower = visual if packed is None else packed.current()
+            tower = visual
+            if packed is not None:
+                tower = packed.current()
             encoded = encode_each(tower, visuals.pixels, visuals.grids, settings.pruning)
         pruned, past = without_pruned(self.model, call, visuals, encoded, settings.positions, generating)
         report = call_report(self.model, call, pruned, visuals, encoded, settings)
-        report.memory.weights_bytes += packed.nbytes if packed else 0
+        if packed is not None:
+            report.memory.weights_bytes += packed.nbytes
         report.time_ms.encode = clock.seconds["encode"] * 1000
         report.time_ms.encode_prune = sum(each.prune_seconds for each in encoded) * 1000
         self._latest = report, past.columns
@@ -363,12 +370,19 @@ def call_report(
     prompt = pruned["input_ids"].numel() if mask is None else int(mask.sum())
     tokens = (call["input_ids"] == model.config.image_token_id) | (call["input_ids"] == model.config.video_token_id)
     visual = kept + int(tokens.sum()) - units  # those that are not pruned stay
-    whole = ["pictures_whole"] if interface.has_picture(call) and all(visuals.videos) else []
-    one = len(grids) == 1
-    timed = one and visuals.videos[0] and (call.get("second_per_grid_ts") is not None or interface.has_clock(model))
+    warnings = []
+    if interface.has_picture(call) and all(visuals.videos):
+        warnings.append("pictures_whole")
+    if all(each.flat for each in encoded):
+        warnings.append(FLAT)
+    sampling = Sampling()
+    if len(grids) == 1:
+        sampling.grid_thw = grids[0]
+        if visuals.videos[0] and (call.get("second_per_grid_ts") is not None or interface.has_clock(model)):
+            sampling.seconds_per_pair = visuals.seconds[0]
     positions = settings.positions if call.get("position_ids") is None else "given"
     return Report(
-        sampling=Sampling(grid_thw=grids[0] if one else None, seconds_per_pair=visuals.seconds[0] if timed else None),
+        sampling=sampling,
         pruning=pruning_facts(settings.pruning, units, encoded, positions),
         tokens=TokenCounts(prompt - visual, visual, prompt),
         memory=Memory(weights_bytes(model), peak_memory(device), *memory_in_use(device)),
@@ -378,7 +392,7 @@ def call_report(
             device=device,
         ),
         env=environment(device),
-        warnings=[*whole, *([FLAT] if all(each.flat for each in encoded) else [])],
+        warnings=warnings,
     )
 
 

@@ -180,8 +180,10 @@ class PackedTower:
         sample = []
         for name, layer in self._visual.named_modules():
             if is_unhooked_linear(layer):
-                weight, flat = layer.weight, layer.weight.detach().flatten()
-                known[name] = layer, weight.data_ptr(), 0 if weight.is_inference() else weight._version
+                weight = layer.weight
+                flat = weight.detach().flatten()
+                version = 0 if weight.is_inference() else weight._version
+                known[name] = layer, weight.data_ptr(), version
                 sample += flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].tolist()
         packed, packed_known, packed_sample = self._state
         if packed is None or (known, sample) != (packed_known, packed_sample):

@@ -32,6 +32,8 @@ ENCODED = "mm_encoder_outputs"
 ONE_CALL = (
     "pass all that one call of the processor returned, in its order; is <|video_pad|> or <|image_pad|> in a question?"
 )
+# By whether it is a video: with what names of arguments and settings begin.
+WORDS = {True: "video", False: "image"}
 NEEDED = "transformers 5.20 or later"  # where an older one does not do
 # Of layers, where a config names no kinds; then the model takes one mask in place of a dict.
 ONLY_KIND = "full_attention"
@@ -212,7 +214,9 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
             weighted[kind] = mask
             continue
         # The first key that such layers see is above 0 where a cache with a sliding window has dropped some.
-        first = cache.get_mask_sizes(shape[1], (kinds or [ONLY_KIND]).index(kind))[1] if cache is not None else 0
+        first = 0
+        if cache is not None:
+            _, first = cache.get_mask_sizes(shape[1], (kinds or [ONLY_KIND]).index(kind))
         end = first + mask.shape[-1]
         of_keys = torch.nn.functional.pad(bias, (0, max(0, end - bias.shape[1])))[:, None, None, first:end]
         if mask.dtype == torch.bool:
@@ -223,8 +227,9 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
             # Adding to a masked entry could overflow to minus infinity. In eager attention a row of those would be NaN.
             seen = mask > torch.finfo(mask.dtype).min / 2
             weighted[kind] = torch.where(seen, mask + of_keys.to(mask.device, mask.dtype), mask)
-    alone = list(weighted) == [ONLY_KIND] and not hasattr(model.config.text_config, "layer_types")
-    return call | {"attention_mask": weighted[ONLY_KIND] if alone else weighted}
+    if list(weighted) == [ONLY_KIND] and not hasattr(model.config.text_config, "layer_types"):
+        weighted = weighted[ONLY_KIND]
+    return call | {"attention_mask": weighted}
 
 
 def warn_of_hooks(visual) -> None:
@@ -236,7 +241,9 @@ def warn_of_hooks(visual) -> None:
         if not (getattr(hook, "__module__", None) or "").startswith("transformers.")
     ]
     if hooks:
-        named = ", ".join(hooks[:4]) + (f" and {len(hooks) - 4} others" if len(hooks) > 4 else "")
+        named = ", ".join(hooks[:4])
+        if len(hooks) > 4:
+            named += f" and {len(hooks) - 4} others"
         what = f"hooks on the vision tower see nothing, or rows of evoprune, while the model prunes: {named}"
         warnings.warn(f"{what}; take what evoprune.encode returns, or remove the pruning first", stacklevel=3)
 
@@ -282,8 +289,14 @@ def inferred_mask(model, call: dict) -> torch.Tensor:
     ids = call["input_ids"]
     pad = setting(model, call, "pad_token_id")
     ends = setting(model, call, "eos_token_id")
-    is_end = ends is not None and pad in _ids(ends)
-    return torch.ones_like(ids) if pad is None or is_end else ids.ne(pad).long()
+    if pad is None or (ends is not None and pad in _ids(ends)):
+        return torch.ones_like(ids)
+    return ids.ne(pad).long()
+
+
+def mask_or_ones(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the mask of a prompt, `[B, L]`; where it has none, as no row has padding, ones."""
+    return torch.ones_like(ids) if mask is None else mask
 
 
 def text_positions(mask: torch.Tensor) -> torch.Tensor:
@@ -313,8 +326,8 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
     ids = call["input_ids"]
     per_second = vision_sizes(model.config.vision_config).tokens_per_second
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
-    rows = torch.ones_like(ids) if mask is None else mask
-    for row, (used, visuals) in enumerate(zip(rows.cpu().bool(), visual_spans(model, call, mask), strict=True)):
+    rows = mask_or_ones(ids, mask).cpu().bool()
+    for row, (used, visuals) in enumerate(zip(rows, visual_spans(model, call, mask), strict=True)):
         spans = [span for spans, _ in visuals for span in spans]
         positions[:, row, used] = prompt_positions(int(used.sum()), spans, per_second)
     return positions.to(ids.device)
@@ -326,11 +339,16 @@ def visual_spans(model, call: dict, mask: torch.Tensor | None) -> list[list[tupl
     Raises UsageError: a video or picture whose grid is missing, or does not fit its placeholders.
     """
     ids = call["input_ids"].cpu()
-    grids = [call.get(name) for name in ("video_grid_thw", "image_grid_thw")]
-    videos, images = (iter([] if grid is None else grid.tolist()) for grid in grids)
+    grids = {video: _rows(call.get(f"{word}_grid_thw")) for video, word in WORDS.items()}
     seconds = iter(seconds_per_pair(call))
-    rows = torch.ones_like(ids) if mask is None else mask.cpu()
-    return [list(_spans(model.config, ids[row, used.bool()], videos, images, seconds)) for row, used in enumerate(rows)]
+    rows = mask_or_ones(ids, mask).cpu().bool()
+    return [list(_spans(model.config, ids[row, used], grids, seconds)) for row, used in enumerate(rows)]
+
+
+def _rows(grids: torch.Tensor | None) -> Iterator[list[int]]:
+    """Yield the rows of a tensor; of None none."""
+    if grids is not None:
+        yield from grids.tolist()
 
 
 def has_clock(model) -> bool:
@@ -346,11 +364,13 @@ def seconds_per_pair(call: dict) -> Sequence[float]:
     grids = call.get("video_grid_thw")
     if grids is None:
         return []
-    return [1.0] * len(grids) if seconds is None else [float(x) for x in seconds]
+    if seconds is None:
+        return [1.0] * len(grids)
+    return [float(x) for x in seconds]
 
 
 def _spans(
-    config, ids: torch.Tensor, videos: Iterator, images: Iterator, seconds: Iterator[float]
+    config, ids: torch.Tensor, grids: dict[bool, Iterator[list[int]]], seconds: Iterator[float]
 ) -> Iterator[tuple[list[VisualSpan], bool]]:
     """Yield the videos and pictures of one row, in order: the runs of each, and whether it is a video; a picture is one frame
     pair.
@@ -362,12 +382,16 @@ def _spans(
     while len(offsets := tokens[at:].nonzero()):
         token = ids[at + int(offsets[0])]
         is_video = int(token) == config.video_token_id
-        grid = next(videos if is_video else images, None)
+        grid = next(grids[is_video], None)
         if grid is None:
             raise _unfit(is_video, "there is no row for it")
         t, h, w = grid
-        second = next(seconds) if is_video else 1.0
-        runs = t if is_video and apart else 1
+        second = 1.0
+        runs = 1
+        if is_video:
+            second = next(seconds)
+            if apart:
+                runs = t
         spans = []
         for _ in range(runs):
             at += int((tokens[at:].cumsum(0) == 0).sum())  # to the next token, if there is one
@@ -380,6 +404,6 @@ def _spans(
 
 
 def _unfit(video: bool, why: str) -> UsageError:
-    name, grids = ("video", "video_grid_thw") if video else ("image", "image_grid_thw")
-    problem = f"a run of {name} tokens in input_ids does not fit {grids}: {why}"
+    name = WORDS[video]
+    problem = f"a run of {name} tokens in input_ids does not fit {name}_grid_thw: {why}"
     return UsageError(problem, ONE_CALL)

@@ -89,7 +89,9 @@ class SegmentRun(EncoderRun):
         if self._earlier:
             both = torch.cat([both, self._earlier.keys_values[layer]])
         self._keys_values[layer] = both[rows.unit_to_row[-self.geometry.units :]]
-        return both.unbind(1) if self._earlier and rows.reach == "clip" else (k, v)
+        if self._earlier and rows.reach == "clip":
+            return both.unbind(1)
+        return k, v
 
     def finish(self, rows: Rows) -> Rows:
         """Return the rows with those of the segment before that represent units here, each at the first of them.

@@ -141,7 +141,10 @@ class PriorityLock:
 
     def pause(self) -> None:
         """Waits while a question is read, and briefly while a token is generated."""
-        self._calm.wait(0.02 if self.generating else None)
+        if self.generating:
+            self._calm.wait(0.02)
+        else:
+            self._calm.wait()
 
 
 class _Overtaken(Exception):
@@ -387,8 +390,9 @@ class VideoStream(Askable):
         start = clock.now()
         with self._gate, self._feeding:
             self._check_open()
-            window = self._unfinished if self._slots else None
+            window = None
             if self._slots:
+                window = self._unfinished
                 frames = len(self._slots)
                 end = self._slots[-1] + 1
                 if not (window and (window.frames, window.end) == (frames, end)):
@@ -405,7 +409,10 @@ class VideoStream(Askable):
 
     def _owe(self, seconds: dict[str, float], wall: float) -> None:
         """Adds to what the next question that is read pays for."""
-        owed, owed_wall = (dict.fromkeys(OF_INPUTS, 0.0), 0.0) if self._paid else self._spent
+        owed, owed_wall = self._spent
+        if self._paid:
+            owed = dict.fromkeys(OF_INPUTS, 0.0)
+            owed_wall = 0.0
         for stage, spent in seconds.items():
             owed[stage] += spent
         self._spent, self._paid = (owed, owed_wall + wall), False
@@ -464,9 +471,10 @@ class VideoStream(Askable):
     def _read_waiting(self, polite: bool = False, after: Sequence[EncodedWindow] = ()) -> None:
         """Reads the windows that wait; with `polite`, none that a question would have to wait for. Makes room for those `after`."""
         self._memory.cache.crop(self._memory.columns)
+        pause = self._give_way if polite else lambda: None
         try:
             while self._waiting:
-                self._memory.read(self._waiting[0], self._give_way if polite else lambda: None)
+                self._memory.read(self._waiting[0], pause)
                 self._waiting.pop(0)
             for window in after:
                 self._memory.make_room(window)
@@ -590,11 +598,11 @@ def window_columns(
     """
     config = loaded.model.config.vision_config
     span = encoding.plan.sampling
-    times = timestamps([(slot + 0.5) * step_s for slot in slots]) if config.traits.timestamps else []
     (grid,), specials = encoding.tokens.grids, loaded.tokenizer.specials()
     start, pad, end = (specials[token] for token in (MARKERS[0], CONTENTS[VIDEO][1], MARKERS[1]))
     units = grid[1] * grid[2]
-    if times:
+    if config.traits.timestamps:
+        times = timestamps([(slot + 0.5) * step_s for slot in slots])
         words = [[*loaded.tokenizer.encode(text), start] for text in times]
         ids = [token for before in words for token in (*before, *[pad] * units, end)]
         place = place_of_pairs([len(before) for before in words], units)
@@ -602,7 +610,9 @@ def window_columns(
     else:
         ids = [pad] * units * grid[0]
         place = Place((range(len(ids)),))
-        step = 2 * step_s * config.tokens_per_second if config.tokens_per_second else 1.0
+        step = 1.0
+        if config.tokens_per_second:
+            step = 2 * step_s * config.tokens_per_second
         time = torch.tensor([floor(slot / 2 * step) for slot in slots[::2]], dtype=torch.int64, device="cpu")
         inside = torch.meshgrid(time, *(arange_on(side, "cpu") for side in grid[1:]), indexing="ij")
         positions = torch.stack(inside).flatten(1)

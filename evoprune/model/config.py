@@ -15,7 +15,7 @@ import math
 import reprlib
 import stat
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from itertools import chain, pairwise
@@ -152,11 +152,18 @@ def loads(text: str, once: bool = False) -> Any:
         raise too_deep from None
     level = [[value]]
     for _ in range(MAX_LEVELS + 1):
-        inside = chain.from_iterable(inner.values() if isinstance(inner, dict) else inner for inner in level)
+        inside = chain.from_iterable(map(_values, level))
         level = [inner for inner in inside if isinstance(inner, dict | list)]
         if not level:
             return value
     raise too_deep
+
+
+def _values(outer: dict | list) -> Iterable[Any]:
+    """Return what is directly inside an object or a list."""
+    if isinstance(outer, dict):
+        return outer.values()
+    return outer
 
 
 def check_fetched(path: Path) -> None:

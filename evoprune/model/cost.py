@@ -118,14 +118,19 @@ def carried_bytes(config: Config, places: int, bytes_each: int) -> int:
     return places * vision.depth * 2 * PATCHES * vision.hidden_size * bytes_each
 
 
+def _of_each_layer(tokens: int | Sequence[T], depth: int) -> Sequence[int | T]:
+    """Return the tokens in each of `depth` layers, where one number may stand for all."""
+    return [tokens] * depth if isinstance(tokens, int) else tokens
+
+
 def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -> int:
     """Bytes of the language model's keys and values for a prompt of `tokens`, in each layer or in all.
 
     A Gated DeltaNet has a state in their place, in float32, whatever the length of the prompt.
     """
     text = config.text_config
-    depth = config.text_config.num_hidden_layers
-    lengths = [tokens] * depth if isinstance(tokens, int) else tokens
+    depth = text.num_hidden_layers
+    lengths = _of_each_layer(tokens, depth)
     net = getattr(text, "delta_net", None)  # none in the config of a transformers model in hand
     linear = [net is not None and text.is_linear(layer) for layer in range(depth)]
     of_token = 2 * text.num_key_value_heads * head_size(text) * bytes_each
@@ -140,7 +145,7 @@ def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -
 def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int) -> int:
     """Bytes of reading a prompt of `prompt` tokens, in each layer or in all, keys and values included."""
     text = config.text_config
-    longest = prompt if isinstance(prompt, int) else max(prompt)
+    lengths = _of_each_layer(prompt, text.num_hidden_layers)
     added = config.vision_config.layers_read - 1  # by DeepStack, to as many layers
     inner = max(mlp_size(text, layer) for layer in range(text.num_hidden_layers))
     wide = 8 * 4 * text.hidden_size
@@ -149,8 +154,8 @@ def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int)
         key = net.linear_key_head_dim
         value = net.linear_value_head_dim
         wide = max(wide, heads * (6 * key + 6 * value + 3 * DELTA_CHUNK) * 4)
-    widest = longest * (wide + added * bytes_each * text.hidden_size + 3 * inner * bytes_each)
-    held = prompt + ANSWER_COLUMNS if isinstance(prompt, int) else [tokens + ANSWER_COLUMNS for tokens in prompt]
+    widest = max(lengths) * (wide + added * bytes_each * text.hidden_size + 3 * inner * bytes_each)
+    held = [tokens + ANSWER_COLUMNS for tokens in lengths]
     # A recurrent state cannot be cropped: it is kept for the next question, and copied.
     copies = 2 if text.delta_net else 1
     return widest + copies * kv_bytes(config, held, bytes_each)
@@ -235,7 +240,7 @@ def prefill_flop(config: TextConfig, length: int | Sequence[int | Sequence[int]]
     computes keys and values, queries and output, and the MLP.
     """
     h = config.hidden_size
-    lengths = [length] * config.num_hidden_layers if isinstance(length, int) else length
+    lengths = _of_each_layer(length, config.num_hidden_layers)
     key_value, wide = (head_size(config) * heads for heads in (config.num_key_value_heads, config.num_attention_heads))
     total = 2.0 * h * config.vocab_size
     gate = 2 * h * wide if config.output_gate else 0

@@ -58,7 +58,9 @@ class Packing:
     def begin_pass(self) -> None:
         """Says that a pass through the language model begins, for a next token."""
         self.passes += 1
-        self.room = PASS_BYTES if self.passes > START_PASSES else 0
+        self.room = 0
+        if self.passes > START_PASSES:
+            self.room = PASS_BYTES
 
     def add(self, weight: torch.Tensor) -> None:
         """Says that a layer with these weights waits."""
@@ -106,12 +108,13 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
         self.bias = layer.bias
-        # The weights, and whether they stay as they are. One attribute, because several threads may run a model.
-        waits = packing is not None and layer.weight.numel() > SMALL_WEIGHT
-        self._held = (layer.weight.detach(), False) if waits else (_packed(layer.weight), True)
         self._packing = packing
-        if waits:
+        # The weights, and whether they stay as they are. One attribute, because several threads may run a model.
+        if packing is not None and layer.weight.numel() > SMALL_WEIGHT:
+            self._held = layer.weight.detach(), False
             packing.add(layer.weight)
+        else:
+            self._held = _packed(layer.weight), True
 
     @property
     def nbytes(self) -> int:
@@ -159,11 +162,14 @@ class PackedParts(nn.Module):
     def __init__(self, layer: nn.Linear, packing: Packing):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
-        biases = [None] * PARTS if layer.bias is None else layer.bias.chunk(PARTS)
+        biases = [None] * PARTS
+        if layer.bias is not None:
+            biases = [_frozen(bias) for bias in layer.bias.chunk(PARTS)]
         self.parts = nn.ModuleList()
         for weight, bias in zip(layer.weight.chunk(PARTS), biases, strict=False):
             part = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-            part.weight, part.bias = (data if data is None else _frozen(data) for data in (weight, bias))
+            part.weight = _frozen(weight)
+            part.bias = bias
             self.parts.append(PackedLinear(part, packing))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -194,16 +200,20 @@ def linear(
     if isinstance(layer, PackedLinear):
         if silu:
             return torch.ops.mkldnn._linear_pointwise(x, layer.weights_for(x), layer.bias, "swish", [], "")
-        if times is not None or plus is not None:
-            operand, operation = (times, "mul") if plus is None else (plus, "add")
-            return torch.ops.mkldnn._linear_pointwise.binary(x, operand, layer.weights_for(x), layer.bias, operation)
+        fused = torch.ops.mkldnn._linear_pointwise.binary
+        if plus is not None:
+            return fused(x, plus, layer.weights_for(x), layer.bias, "add")
+        if times is not None:
+            return fused(x, times, layer.weights_for(x), layer.bias, "mul")
         return layer(x)
     y = layer(x)
     if silu:
         return F.silu(y)
     if times is not None:
         return y * times
-    return y if plus is None else y + plus
+    if plus is not None:
+        return y + plus
+    return y
 
 
 def weights_bytes(model: nn.Module) -> int:
@@ -233,7 +243,8 @@ def pack(model: nn.Module, packing: Packing | None = None) -> None:
         for name, child in parent.named_children():
             if type(child) is nn.Linear and can_pack(child.weight):
                 large = packing is not None and child.weight.numel() > LARGE_WEIGHT
-                setattr(parent, name, PackedParts(child, packing) if large else PackedLinear(child, packing))
+                form = PackedParts if large else PackedLinear
+                setattr(parent, name, form(child, packing))
     if packing is not None:
         model.packing = packing
 

@@ -48,10 +48,14 @@ class Bytes:
         if x is known and large is known_large:
             return rounded
         rows = x.reshape(-1, x.shape[-1]).float()
-        rest = rows.index_fill(1, large, 0.0) if len(large) else rows
+        rest = rows
+        room = None  # for a result: a copy is free for it
+        if len(large):
+            rest = rows.index_fill(1, large, 0.0)
+            room = rest
         step = _largest(rest)[:, None].clamp_(min=1e-30) / levels()
         middle = torch.full((), levels() + 1.5, dtype=torch.float32, device="cpu")  # truncation after adding 0.5 rounds
-        whole = torch.addcmul(middle, rest, 1 / step, out=rest if len(large) else None).to(torch.uint8)
+        whole = torch.addcmul(middle, rest, 1 / step, out=room).to(torch.uint8)
         rounded = whole, step, rows[:, large]
         self._last = x, large, rounded
         return rounded
@@ -64,7 +68,8 @@ def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: to
     computed in float32; and `wide`, float32 `[m, out]`, their weights. `memory`: int8, where `whole` is written if it fits; the
     next call with it writes there again.
     """
-    large = torch.zeros(0, dtype=torch.int64, device="cpu") if large is None else large
+    if large is None:
+        large = torch.zeros(0, dtype=torch.int64, device="cpu")
     count = layer.weight.numel()
     if memory is None or len(memory) < count:
         memory = torch.empty(count, dtype=torch.int8, device="cpu")
@@ -107,7 +112,10 @@ class Int8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         whole, step, wide = self.to_bytes(x, self.large)
         y = _product(whole, self.packed, self.scale, self.zero, self.offset)
-        y = y.mul_(step) if self.bias is None else torch.addcmul(self.bias, y, step, out=y)
+        if self.bias is None:
+            y.mul_(step)
+        else:
+            torch.addcmul(self.bias, y, step, out=y)
         if len(self.wide):
             y.addmm_(wide, self.wide)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -237,7 +245,9 @@ def kinds(device: torch.device) -> list[str]:
     """Return the kinds of quantisation that work on a device, with this PyTorch and this CPU; without "none"."""
     if not is_host(device) or not exact(127):
         return []
-    return ["int8", "int4"] if hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") else ["int8"]
+    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+        return ["int8"]
+    return ["int8", "int4"]
 
 
 def places(model: nn.Module, kind: str) -> Iterator[tuple[str, str]]:
@@ -245,7 +255,13 @@ def places(model: nn.Module, kind: str) -> Iterator[tuple[str, str]]:
     for path, layer in model.named_modules():
         if is_unhooked_linear(layer) and not path.endswith(GATES):
             decodes = path.startswith(("model.language_model.", "lm_head")) and layer.in_features % GROUP == 0
-            yield path, kind if decodes else "int8"
+            becomes = kind if decodes else "int8"
+            yield path, becomes
+
+
+def reads_rows(path: str, becomes: str) -> bool:
+    """Return whether a quantised layer needs int8 weights: all, but an output layer in int4, which reads one row."""
+    return becomes == "int8" or path != "lm_head"
 
 
 def saved_bytes(model: nn.Module, kind: str) -> int:
@@ -258,10 +274,14 @@ def saved_bytes(model: nn.Module, kind: str) -> int:
     for path, becomes in places(model, kind):
         weight = model.get_submodule(path).weight
         rows, columns = weight.shape
-        row = columns + 16
-        if becomes == "int4":  # beside int8 for prompts; the output layer reads one row alone
-            row = columns // 2 + columns // GROUP * 2 * weight.itemsize + (row if path != "lm_head" else 0)
-        saved += (0 if weight is embedding else weight.nbytes) - rows * row
+        row = 0
+        if reads_rows(path, becomes):
+            row += columns + 16
+        if becomes == "int4":
+            row += columns // 2 + columns // GROUP * 2 * weight.itemsize
+        saved -= rows * row
+        if weight is not embedding:
+            saved += weight.nbytes
     return saved
 
 
@@ -284,8 +304,12 @@ def quantize(
     memory = torch.empty(SCRATCH_BYTES, dtype=torch.int8, device="cpu")
 
     def become(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
-        weights = int8_weights(layer, large, memory) if quantised.reads_rows(path) else {}
-        weights |= int4_weights(layer) if quantised.every[path] == "int4" else {}
+        becomes = quantised.every[path]
+        weights = {}
+        if reads_rows(path, becomes):
+            weights |= int8_weights(layer, large, memory)
+        if becomes == "int4":
+            weights |= int4_weights(layer)
         if store:
             store(path, weights)
         return quantised.put(path, layer, weights)
@@ -316,24 +340,21 @@ class _Quantised:
         self._to_bytes = Bytes()
         self._known = {}
 
-    def reads_rows(self, path: str) -> bool:
-        """Return whether a layer needs int8 weights: all, but an output layer in int4, which reads one row."""
-        return self.every[path] == "int8" or path != "lm_head"
-
     def replace(self, path: str, layer: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         setattr(self._model.get_submodule(parent), name, layer)
 
     def put(self, path: str, layer: nn.Linear, weights: Weights) -> nn.Module:
         """Makes the quantised layer of `weights`, and puts it in the place of `layer`."""
+        becomes = self.every[path]
         full = None
-        if self.reads_rows(path):
+        if reads_rows(path, becomes):
             # Layers of one module with the same channels have the same input: `to_bytes` knows it by the same object.
             key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
             large = self._known.setdefault(key, weights["large"])
             full = Int8Linear(weights | {"large": large}, layer.bias, self._to_bytes)
         quantised = full
-        if self.every[path] == "int4":
+        if becomes == "int4":
             # The kernel wants the dtype in which the model computes. That of the file may be narrower.
             weights = weights | {"scales": weights["scales"].to(self._model.dtype)}
             quantised = Int4Linear(weights, (layer.out_features, layer.in_features), layer.bias, full)

@@ -81,6 +81,8 @@ logger = init_logger("vllm.evoprune")
 
 PICTURE = "image_grid_thw"
 VIDEO = "video_grid_thw"
+GRIDS = {"image_embeds": PICTURE, "pixel_values": PICTURE, "pixel_values_videos": VIDEO}  # of what is encoded
+OF_MODALITY = {"image": PICTURE, "video": VIDEO}
 
 
 class _Pruned(SupportsMultiModalPruning):
@@ -147,10 +149,10 @@ class _Pruned(SupportsMultiModalPruning):
         group = get_tp_group()
         dtype = self.model_config.dtype
         for name in inputs:
-            if name not in ("image_embeds", "pixel_values", "pixel_values_videos"):
+            if name not in GRIDS:
                 continue
-            video = name == "pixel_values_videos"
-            grids = in_units(inputs[VIDEO if video else PICTURE], self.sizes.spatial_merge_size)
+            video = GRIDS[name] == VIDEO
+            grids = in_units(inputs[GRIDS[name]], self.sizes.spatial_merge_size)
             units = [prod(grid) for grid in grids]
             if name == "image_embeds":
                 yield from inputs[name].to(dtype).split(units)
@@ -161,21 +163,28 @@ class _Pruned(SupportsMultiModalPruning):
             if video:
                 kept = inputs[KEEP].tolist()
                 seconds = inputs[SECONDS].tolist()
-                times = inputs.get("timestamps", times)
             placed = video and self.is_multimodal_pruning_enabled
+            if placed:
+                times = inputs.get("timestamps", times)
             pieces = inputs[name].split([count * self.sizes.spatial_merge_size**2 for count in units])
             for patches, grid, keep, step, own in zip(pieces, grids, kept, seconds, times, strict=True):
-                words = [self._words(float(time)) for time in own] if placed else []
-                text = self._text(words, patches.device) if words else None
+                words = [self._words(float(time)) for time in own]
+                text = self._text(words, patches.device)
                 if group.rank_in_group:
-                    shape = keep + (0 if text is None else len(text)), self.wide + (COLUMNS if placed else 0)
-                    made = torch.empty(shape, dtype=dtype, device=group.device)
+                    rows = keep
+                    columns = self.wide
+                    if text is not None:
+                        rows += len(text)
+                    if placed:
+                        columns += COLUMNS
+                    made = torch.empty(rows, columns, dtype=dtype, device=group.device)
                 else:
                     given = patches if patches.dtype == torch.uint8 else patches.float()
                     found = encoded(self.visual, given, grid, keep, self.method, self.normal)
-                    clock = self.sizes.tokens_per_second
-                    lengths = [*map(len, words)]
-                    made = with_columns(found, step, clock, lengths, text) if placed else tokens_of(found)
+                    if placed:
+                        made = with_columns(found, step, self.sizes.tokens_per_second, [*map(len, words)], text)
+                    else:
+                        made = tokens_of(found)
                 yield group.broadcast(made.contiguous())
 
     def _words(self, time: float) -> list[int]:
@@ -183,8 +192,10 @@ class _Pruned(SupportsMultiModalPruning):
         written = self.tokenizer.encode(f"<{time:.1f} seconds>", add_special_tokens=False)
         return [*written, self.config.vision_start_token_id]
 
-    def _text(self, words: list[list[int]], device: torch.device) -> torch.Tensor:
-        """Return the embeddings `[n, hidden]` of times and markers: all processes of a group compute a part of them."""
+    def _text(self, words: list[list[int]], device: torch.device) -> torch.Tensor | None:
+        """Return the embeddings `[n, hidden]` of times and markers; None for none. All processes of a group compute a part."""
+        if not words:
+            return None
         ids = [word for before in words for word in (*before, self.config.vision_end_token_id)]
         return self.language_model.embed_input_ids(torch.tensor(ids, dtype=torch.int64, device=device))
 
@@ -193,15 +204,19 @@ class _Pruned(SupportsMultiModalPruning):
         items = []
         clock = self.sizes.tokens_per_second
         for feature in sorted(mm_features, key=lambda each: each.mm_position.offset):
-            picture = feature.modality == "image"
             place = feature.mm_position
-            (grid,) = in_units(feature.data[PICTURE if picture else VIDEO].data[None], self.sizes.spatial_merge_size)
+            name = OF_MODALITY[feature.modality]
+            (grid,) = in_units(feature.data[name].data[None], self.sizes.spatial_merge_size)
             if "timestamps" in feature.data:
                 words = place.length - int(feature.data[KEEP].data)
                 items.append((place.offset, place.length, words + grid[0] * max(grid[1:]), None))
                 continue
-            seconds = 1.0 if picture else float(feature.data[SECONDS].data)
-            known = video_positions(grid, seconds, clock) if place.length == prod(grid) else None
+            seconds = 1.0
+            if name == VIDEO:
+                seconds = float(feature.data[SECONDS].data)
+            known = None
+            if place.length == prod(grid):
+                known = video_positions(grid, seconds, clock)
             items.append((place.offset, place.length, extent(grid, seconds, clock), known))
         return known_positions(len(input_tokens), items)
 

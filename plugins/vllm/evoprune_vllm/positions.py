@@ -43,8 +43,10 @@ def known_positions(
     for start, count, more, known in items:
         pieces.append((arange_on(start - at, "cpu") + following).expand(3, -1))
         following += start - at
-        unknown = torch.full((3, count), -1 - following, dtype=torch.int64, device="cpu")
-        pieces.append(unknown if known is None else known + following)
+        if known is None:
+            pieces.append(torch.full((3, count), -1 - following, dtype=torch.int64, device="cpu"))
+        else:
+            pieces.append(known + following)
         following += more
         at = start + count
     pieces.append((arange_on(length - at, "cpu") + following).expand(3, -1))

@@ -100,8 +100,9 @@ class Processor:
         found = []
         most = min(LIMIT, 4 * text.max_position_embeddings)  # as many rotary positions as vLLM computes
         for grid, video in zip(grids, known, strict=True):
-            rate = None if video is None else video.sampled_fps
-            seconds = sizes.temporal_patch_size / rate if rate and sizes.tokens_per_second else 1.0
+            seconds = 1.0
+            if sizes.tokens_per_second and video is not None and video.sampled_fps:
+                seconds = sizes.temporal_patch_size / video.sampled_fps
             if self._extent(grid, seconds, sizes.tokens_per_second) >= most:
                 raise ValueError(f"a video of {grid[0] * seconds:,.0f} s has more than the model's {most:,} positions")
             found.append(seconds)
@@ -117,12 +118,15 @@ class Processor:
         stock = super()._get_prompt_updates(mm_items, without_own(hf_processor_mm_kwargs), out_mm_kwargs)
 
         def pruned(update):
+            if update.modality != "video":
+                return update
+
             def placeholders(item: int):
                 return self._placeholders(update, item, int(out_mm_kwargs["video"][item][KEEP].data))
 
             return replace(update, replacement=placeholders)
 
-        return [pruned(update) if update.modality == "video" else update for update in stock]
+        return [pruned(update) for update in stock]
 
     def _placeholders(self, update, item: int, keep: int):
         return update.target * keep

@@ -97,7 +97,14 @@ def encoded(
 
 def tokens_of(found: Encoded) -> torch.Tensor:
     """`[K, (1 + n) * D]`: the features of each token, and those of the n levels of DeepStack."""
-    return torch.cat([found.features, *([] if found.deepstack is None else found.deepstack)], 1)
+    return _beside(found.features, found.deepstack)
+
+
+def _beside(features: torch.Tensor, deepstack: torch.Tensor | None) -> torch.Tensor:
+    """`[K, (1 + n) * D]`, from `[K, D]` and `[n, K, D]`."""
+    if deepstack is None:
+        return features
+    return torch.cat([features, *deepstack], 1)
 
 
 def with_columns(
@@ -115,14 +122,13 @@ def with_columns(
     grid = found.grids[0]
     place = Place((range(prod(grid)),))
     if words:
-        place = replace(
-            place_of_pairs(words, grid[1] * grid[2]), around=()
-        )  # a frame pair without tokens keeps its time
+        # A frame pair without tokens keeps its time.
+        place = replace(place_of_pairs(words, grid[1] * grid[2]), around=())
     embeds = found.features[:0] if text is None else text.to(found.features)
     ids = torch.zeros(len(place) + len(embeds), dtype=torch.int64, device="cpu")
     positions = prompt_positions(len(ids), place.spans(grid, seconds), tokens_per_second)
     prompt = prune_prompt(ids, [place], [found], positions, embed=lambda _: embeds)
-    rows = torch.cat([prompt.embeds, *([] if prompt.deepstack is None else prompt.deepstack)], 1)
+    rows = _beside(prompt.embeds, prompt.deepstack)
     bias = rows.new_zeros(len(rows), dtype=torch.float32) if prompt.sizes is None else prompt.sizes.log()
     return torch.cat([rows, as_columns(prompt.positions.to(rows.device), bias, rows.dtype)], 1)
 
