@@ -37,24 +37,21 @@ class Columns:
     width: int  # number of columns of the whole batch
 
     @classmethod
-    def without(cls, dropped: torch.Tensor, mask: torch.Tensor | None = None) -> "Columns":
-        """Return all columns that are not dropped, in as few places as the longest row needs.
+    def of(cls, left: Sequence[torch.Tensor], ids: torch.Tensor, mask: torch.Tensor | None = None) -> "Columns":
+        """Return the columns that are left of each row, in as few places as the longest row needs.
 
-        `dropped`: bool `[B, L]`. `mask`: `[B, L]`, 0 at padding; None without padding. Padding before a row's first token is
-        removed where it needs more places than the longest row.
+        Args:
+            left: int64 `[n]`, ascending, of each row.
+            ids: int64 `[B, L]`, of the whole batch.
+            mask: `[B, L]`, 0 at padding; None without padding. Padding before a row's first token is removed where it needs more
+                places than the longest row.
         """
-        stays = ~dropped
-        width = dropped.shape[1]
-        needed = stays
+        needed = left
         if mask is not None:
-            needed = stays & (mask.cumsum(1) > 0)
-        places = max(1, int(needed.sum(1).max()))
-        from_the_end = stays.flip(1).cumsum(1).flip(1)
-        # Columns without a place go to an extra place at the front, which is cut off.
-        place = torch.where(stays, (places + 1 - from_the_end).clamp(min=0), 0)
-        index = torch.full((len(dropped), places + 1), -1, dtype=torch.int64, device=dropped.device)
-        index.scatter_(1, place, arange_on(width, dropped.device).expand_as(place))
-        return cls(index[:, 1:], width)
+            padding = (mask.cumsum(1) == 0).sum(1).tolist()
+            needed = [columns[columns >= first] for columns, first in zip(left, padding, strict=True)]
+        places = max(1, *map(len, needed))
+        return cls(_ending_together(left, places, -1).to(ids.device), ids.shape[1])
 
     def __repr__(self) -> str:
         return f"<Columns: {self.places:,} of {self.width:,} in a batch of {len(self.index)}>"
@@ -94,6 +91,11 @@ class Columns:
     def repeated(self, times: int) -> "Columns":
         """Return each row repeated `times` times, for beams or several answers to a prompt."""
         return Columns(self.index.repeat_interleave(times, 0), self.width)
+
+
+def _ending_together(rows: Sequence[torch.Tensor], places: int, fill: float) -> torch.Tensor:
+    """Return the last entries of rows `[n]`, as `[B, places]`; shorter ones with `fill` before them."""
+    return torch.stack([pad(row, (places - len(row), 0), value=fill) for row in rows])  # negative padding cuts
 
 
 def with_whole_prompt(prompt: torch.Tensor, places: int, ids: torch.Tensor) -> torch.Tensor:
@@ -335,12 +337,10 @@ def without_pruned(
         prune_prompt(row, places, list(islice(left, len(places))))
         for row, places in zip(ids.cpu(), visuals.places, strict=True)
     ]
-    dropped = torch.ones(ids.shape, dtype=torch.bool, device="cpu")
-    for row, prompt in zip(dropped, prompts, strict=True):
-        row[prompt.columns] = False
     # Where all tokens are kept, padding stays too: the model returns what it returns without pruning.
-    padding = mask if dropped.any() else None
-    columns = Columns.without(dropped.to(ids.device), padding)
+    prunes = any(len(prompt) < ids.shape[1] for prompt in prompts)
+    padding = mask if prunes else None
+    columns = Columns.of([prompt.columns for prompt in prompts], ids, padding)
     pruned_call = {name: value for name, value in call.items() if name not in interface.VISION_INPUTS}
     pruned_call["input_ids"] = columns.take(ids, interface.pad_id(model, call))
     if mask is not None or columns.padded:
@@ -385,12 +385,13 @@ def _sizes(prompts: Sequence[PrunedPrompt], columns: Columns) -> torch.Tensor | 
     """Return the cluster sizes of the columns that are left, float32 `[B, C]`; None for 1. `prompts`: of each row."""
     if all(prompt.sizes is None for prompt in prompts):
         return None
-    device = columns.index.device
-    every = torch.ones(len(prompts), columns.width, dtype=torch.float32, device=device)
-    for row, prompt in zip(every, prompts, strict=True):
-        if prompt.sizes is not None:
-            row[prompt.columns.to(device)] = prompt.sizes.to(device)
-    return columns.take(every, 1)
+    rows = []
+    for prompt in prompts:
+        sizes = prompt.sizes
+        if sizes is None:
+            sizes = torch.ones(len(prompt), dtype=torch.float32, device="cpu")
+        rows.append(sizes.to(columns.index.device))
+    return _ending_together(rows, columns.places, 1)
 
 
 def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:

@@ -409,10 +409,11 @@ class VideoStream(Askable):
 
     def _owe(self, seconds: dict[str, float], wall: float) -> None:
         """Adds to what the next question that is read pays for."""
-        owed, owed_wall = self._spent
         if self._paid:
             owed = dict.fromkeys(OF_INPUTS, 0.0)
             owed_wall = 0.0
+        else:
+            owed, owed_wall = self._spent
         for stage, spent in seconds.items():
             owed[stage] += spent
         self._spent, self._paid = (owed, owed_wall + wall), False
