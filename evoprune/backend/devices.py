@@ -88,7 +88,7 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def environment(device: str) -> Environment:
-    """Versions, device and threads."""
+    """Return versions, device and threads."""
     return Environment(
         evoprune=evoprune.__version__,
         torch=str(torch.__version__),
@@ -189,21 +189,21 @@ def accelerator() -> str | None:
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`x` on `device`. A copy from the CPU to an accelerator does not wait for it."""
+    """Return `x` on `device`. A copy from the CPU to an accelerator does not wait for it."""
     if x.device.type == "cpu" and device.type == accelerator():
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
 def now(device: torch.device) -> float:
-    """Seconds. On an accelerator it waits until all kernels are done, which run on after Python has gone on."""
+    """Return the time in seconds. On an accelerator it waits until all kernels are done, which run on after Python has gone on."""
     if device.type == accelerator():
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
 class Timer:
-    """A context that adds up the time of its blocks; on an accelerator it records events, which only `seconds` reads."""
+    """Add up the time of the blocks of this context; on an accelerator it records events, which only `seconds` reads."""
 
     def __init__(self, device: torch.device):
         self._device = device if device.type == accelerator() else None
@@ -239,7 +239,7 @@ class Timer:
 
 
 def peak_memory(device: str) -> int | None:
-    """Bytes: on CUDA the allocator's peak, else the largest resident size of this process so far. None where unknown."""
+    """Return bytes: on CUDA the allocator's peak, else the largest resident size of this process so far. None where unknown."""
     if _on_cuda(device):
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -265,14 +265,14 @@ def peak_memory_note(device: str) -> str | None:
 
 
 def counted_memory(device: str) -> int:
-    """Bytes in use now, as `peak_memory` counts them. Raises TypeError where the system does not tell."""
+    """Return the bytes in use now, as `peak_memory` counts them. Raises TypeError where the system does not tell."""
     if _on_cuda(device):
         return torch.cuda.memory_allocated(device)
     return sum(memory_in_use(device))
 
 
 def memory_in_use(device: str) -> tuple[int | None, int | None]:
-    """Bytes of this process now: its own, and pages of files mapped into memory. None where unknown, and on CUDA."""
+    """Return the bytes of this process now: its own, and pages of files mapped into memory. None where unknown, and on CUDA."""
     if _on_cuda(device):
         return None, None
     try:
@@ -297,7 +297,7 @@ def reset_peak_memory(device: str) -> bool:
 
 
 def available_memory(device: str) -> int | None:
-    """Bytes that this process can get now without swapping; None where unknown, and on the meta device, which needs none.
+    """Return the bytes that this process can get now without swapping; None where unknown, and on the meta device.
 
     On CUDA: what is free on the device and in torch's own allocator. Else see `limits.available_memory`.
     """
@@ -367,7 +367,7 @@ def failed(what: str) -> bool:
 
 
 def give_up(what: str, said: str, problem: Exception) -> None:
-    """From now on `what` runs without kernels, which is said. Raises `problem` again if it is about memory."""
+    """Run `what` without kernels from now on, and say so. Raises `problem` again if it is about memory."""
     if is_out_of_memory(problem):
         raise problem
     _failed.add(what)

@@ -41,7 +41,7 @@ def available_cores(root: Path = ROOT) -> int:
 
 
 def available_memory(root: Path = ROOT) -> int | None:
-    """Bytes that this process can get now without swapping; None where unknown.
+    """Return the bytes that this process can get now without swapping; None where unknown.
 
     The least of what Linux has, what the control groups leave, and what is left of the address space (`ulimit -v`). Cached files
     count as available, because the system drops them when memory is short.
@@ -132,7 +132,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def kib(path: Path, *names: str) -> list[int]:
-    """Figures in kibibytes of a file in /proc, in bytes. Raises OSError: no such file. KeyError: no such figure."""
+    """Return figures in kibibytes of a file in /proc, in bytes. Raises OSError: no such file. KeyError: no such figure."""
     values = dict(line.partition(":")[::2] for line in path.read_text("utf-8", "replace").splitlines())
     return [int(values[name].split()[0]) * 1024 for name in names]
 

@@ -30,7 +30,7 @@ PAST = "evoprune"  # attribute that is set on caches; copies of a cache have it 
 
 @dataclass(frozen=True, repr=False)
 class Columns:
-    """The columns that are left of a batch."""
+    """Hold the columns that are left of a batch."""
 
     # int64 `[B, C]`, for each place the column of the whole batch that it holds, ascending; -1 for padding, at the start.
     index: torch.Tensor
@@ -99,7 +99,7 @@ def _ending_together(rows: Sequence[torch.Tensor], places: int, fill: float) -> 
 
 
 def with_whole_prompt(prompt: torch.Tensor, places: int, ids: torch.Tensor) -> torch.Tensor:
-    """int64 `[B * n, L + new]`: `ids`, `[B * n, places + new]`, with the whole `prompt`, `[B, L]`, for the pruned one."""
+    """Return `ids`, int64 `[B * n, places + new]`, with the whole `prompt`, `[B, L]`, for the pruned one."""
     prompt = prompt.to(ids.device).repeat_interleave(len(ids) // len(prompt), 0)
     return torch.cat([prompt, ids[:, places:]], 1)
 
@@ -135,7 +135,7 @@ def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
 
 
 class _OnWholePrompts:
-    """A logits processor or stopping criterion that gets ids of the whole prompt."""
+    """Call a logits processor or stopping criterion with ids of the whole prompt."""
 
     def __init__(self, wrapped: Callable, prompt: torch.Tensor, places: int):
         self._wrapped = wrapped
@@ -150,7 +150,7 @@ class _OnWholePrompts:
 
 
 class _WholePromptStreamer:
-    """A streamer that gets the whole prompt in the first call of `put`, which is the prompt's."""
+    """Hand a streamer the whole prompt in the first call of `put`, which is the prompt's."""
 
     def __init__(self, wrapped, prompt: torch.Tensor):
         self._wrapped = wrapped
@@ -168,7 +168,7 @@ class _WholePromptStreamer:
 
 @dataclass(frozen=True)
 class Visuals:
-    """What is pruned in a call."""
+    """Hold the videos and pictures that are pruned in a call."""
 
     places: list[list[Place]]  # in each row of the batch, padding included
     pixels: torch.Tensor  # `[patches, values]`, those of all, in the order of their places
@@ -179,7 +179,7 @@ class Visuals:
 
 @dataclass(frozen=True)
 class Past:
-    """What later calls must know of a cache whose prompt was pruned."""
+    """Hold what later calls must know of a cache whose prompt was pruned."""
 
     columns: Columns  # of the prompt that are left
     # int64 `[B, L]`, for each column as the last one of the prompt: the position of a later token is this plus the number of tokens
@@ -269,7 +269,7 @@ def _check_placeholders(model, call: dict, video: bool) -> None:
 
 
 def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError | None:
-    """Why this package cannot run a new prompt with videos; None if it can. `optional`: the model's own code does the same."""
+    """Return why this package cannot run a new prompt with videos, or None. `optional`: the model's own code does the same."""
     visual = model.model.visual
     given = [call.get(name) for name in ("pixel_values_videos", "pixel_values")]
     if call.get(interface.ENCODED) or given == [None, None]:

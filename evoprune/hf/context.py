@@ -130,7 +130,7 @@ class EvoPrune:
         raise UsageError(f"{self} has no model yet", "with evoprune.EvoPrune(budget=0.1)(model) as run: ...")
 
     def __exit__(self, *_: object) -> None:
-        """Needed for a with-block to call `__enter__`."""
+        """Do nothing: a with-block needs this to call `__enter__`."""
 
 
 EvoPrune.__init__ = _settings_alone(EvoPrune.__init__)  # written by `dataclass`
@@ -167,7 +167,7 @@ def remove(model: "nn.Module | PrunedModel") -> None:
 
 
 class PrunedModel:
-    """A model that prunes videos, from entering the context (or `apply`) to leaving it (or `remove`).
+    """Prune videos inside a model, from entering the context (or `apply`) to leaving it (or `remove`).
 
     `generate` and direct calls of the model work as before, on shorter prompts. A direct call returns logits of the columns that
     are left (`columns`). Later calls may use the caches; their ids and masks count the whole prompt. Several threads may call the
@@ -398,12 +398,12 @@ def call_report(
 
 @dataclass(frozen=True)
 class _Inside:
-    """What `generate` says in each call of `forward` that it makes: that its columns are the ones to read."""
+    """Tell `forward`, in each call that `generate` makes, that the columns of the call are the ones to read."""
 
     sizes: torch.Tensor | None = None  # float32 `[B, C]`, the cluster sizes of the prompt's columns; None for 1
 
     def __deepcopy__(self, _) -> None:
-        """None: `generate` hands copies of its arguments to an assistant model, whose `forward` need not know this one."""
+        """Return None: `generate` hands copies of its arguments to an assistant model, whose `forward` need not know this one."""
         return None
 
 
@@ -491,7 +491,7 @@ class Patches:
 
 
 class _Patch:
-    """A callable in place of one method of a model. When it is not active, it is that method, except to inner calls."""
+    """Stand for one method of a model; when not active, it is that method, except to inner calls."""
 
     def __init__(self, stock: Callable, run: Run, end: Callable[[], None]):
         functools.update_wrapper(self, stock)

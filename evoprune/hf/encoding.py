@@ -74,7 +74,7 @@ def encode_each(
     config: PruneConfig,
     question: torch.Tensor | None = None,
 ) -> list[Encoded]:
-    """As `encode`, with a tower, and what `patch_config` made; returns each video by itself."""
+    """Do as `encode`, with a tower and what `patch_config` made; return each video by itself."""
     _check_videos(visual, pixel_values_videos, video_grid_thw)
     _check_question(visual, question)
     merge = visual.config.spatial_merge_size
@@ -150,7 +150,7 @@ def _what(value) -> str:
 
 
 class PackedTower:
-    """The tower of a model with its linear layers packed (`cpu.linear`) or in 8 bits (`cpu.quantize`), to encode on a CPU.
+    """Hold the tower of a model with its linear layers packed (`cpu.linear`) or in 8 bits (`cpu.quantize`), to encode on a CPU.
 
     The model keeps its own tower, in which nothing changes. Both share the other weights.
 

@@ -84,11 +84,11 @@ Features = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class _Features(torch.Tensor):
-    """Features of videos in the place of their pixels."""
+    """Hold features of videos in the place of their pixels."""
 
 
 def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequence[Features] | None = None) -> dict:
-    """Arguments of `forward` and `generate` for videos that are encoded already, and for the pictures of the call.
+    """Return the arguments of `forward` and `generate` for videos that are encoded already, and for the pictures of the call.
 
     Before transformers 5.18 the features take the place of the pixels, in grids of one row: generation repeats them for beams, and
     passes them on to the first step only. `model`: after `accept_features`. `pictures`: None where the model is to encode them.
@@ -334,7 +334,7 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
 
 
 def visual_spans(model, call: dict, mask: torch.Tensor | None) -> list[list[tuple[list[VisualSpan], bool]]]:
-    """For each row of a prompt its videos and pictures, in order: the runs of each, and whether it is a video, without padding.
+    """Return for each row of a prompt its videos and pictures, in order: their runs, without padding, and whether each is a video.
 
     Raises UsageError: a video or picture whose grid is missing, or does not fit its placeholders.
     """
@@ -359,7 +359,7 @@ def has_clock(model) -> bool:
 
 
 def seconds_per_pair(call: dict) -> Sequence[float]:
-    """Seconds from frame pair to frame pair, one for each video; 1 if the call does not state them, as in Qwen2.5-VL."""
+    """Return the seconds from frame pair to frame pair, one for each video; 1 if the call does not state them, as in Qwen2.5-VL."""
     seconds = call.get("second_per_grid_ts")
     grids = call.get("video_grid_thw")
     if grids is None:

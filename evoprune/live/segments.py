@@ -18,12 +18,12 @@ from evoprune.vision.rows import Rows
 
 
 class NothingNew(Exception):
-    """A segment has no row of its own."""
+    """Say that a segment has no row of its own."""
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """What a segment leaves to the next one, for each of P places: of the row that represents its last unit."""
+    """Hold what a segment leaves to the next one, for each of P places: of the row that represents its last unit."""
 
     references: ReferenceBlocks  # its pixels
     keys_values: dict[int, torch.Tensor]  # by layer: `[P, 2, 4, heads, d]`
@@ -51,7 +51,7 @@ def encode_segment(
 
 
 class SegmentRun(EncoderRun):
-    """One segment while the tower encodes it; `left` is for the next one."""
+    """Hold one segment while the tower encodes it; `left` is for the next one."""
 
     def __init__(self, visual, plan: EncoderPlan, earlier: Earlier | None, **options: Any):
         super().__init__(visual, plan, **options)
@@ -71,7 +71,7 @@ class SegmentRun(EncoderRun):
         return rows
 
     def select_rows(self, rows: Rows, stage: Stage) -> Rows:
-        """As in the base, among rows of this segment; units may also have rows of the segment before."""
+        """Select as the base does, among rows of this segment; units may also have rows of the segment before."""
         if self._outside is None:
             return super().select_rows(rows, stage)
         left = super().select_rows(self._inside(rows), stage)

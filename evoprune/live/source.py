@@ -27,7 +27,7 @@ Due = Callable[[], float]
 
 
 class LiveSource:
-    """A source and its connections, one after the other. `name`: without a password. `facts`: of `Video`, once it is open.
+    """Read a source by its connections, one after the other. `name`: without a password. `facts`: of `Video`, once it is open.
     `waits`: whether frames that are taken late are all there, as of a file or a download of known length.
 
     Args:
@@ -74,7 +74,7 @@ class LiveSource:
         self.facts: dict = {}
 
     def frames(self, due: Due) -> Iterator[TimedFrame]:
-        """Frames until the source ends; `due` says from which time on the next one is wanted.
+        """Yield frames until the source ends; `due` says from which time on the next one is wanted.
 
         Times go on over all connections: as much time has passed between two as there was.
 
@@ -123,7 +123,7 @@ class LiveSource:
             worker.kill()
 
     def _apart(self, due: Due) -> Iterator:
-        """Facts of a `LiveReader`, then its frames, read by a worker process, which is ended afterwards."""
+        """Yield the facts of a `LiveReader`, then its frames, read by a worker process, which is ended afterwards."""
         with borrow(self.name) as worker:
             self._worker = worker
             if self._closing.is_set():

@@ -427,7 +427,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Vision tower and language model, and whether input and output embeddings share one matrix."""
+    """Describe vision tower and language model, and whether input and output embeddings share one matrix."""
 
     vision_config: VisionConfig
     text_config: TextConfig
@@ -561,7 +561,7 @@ def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
 
 
 def _parse_experts(given: dict, known: Collection[str], family: str) -> Experts:
-    """`known`: names of settings that this family has. Raises as `parse_config`."""
+    """Return the mixture of experts of a config; `known`: names of settings that this family has. Raises as `parse_config`."""
     experts = pick(Experts, given, "text_config")
     active = experts.num_experts_per_tok
     count = experts.num_experts
@@ -584,7 +584,7 @@ def _check_rope(rope: dict) -> None:
 
 
 def head_size(text) -> int:
-    """Features of a head of the language model. `text`: a `TextConfig`, or that of transformers."""
+    """Return the features of a head of the language model. `text`: a `TextConfig`, or that of transformers."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 

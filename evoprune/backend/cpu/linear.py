@@ -35,7 +35,7 @@ PASS_BYTES = 2**28  # of weights that are packed in each pass from then on, abou
 
 
 class Packing:
-    """Which of the layers that wait are packed when: by the number of passes, and while nothing is asked. Also what it took.
+    """Say when layers that wait are packed: by the number of passes, and while nothing is asked. Also what it took.
 
     A layer waits only as long as plain weights give the same numbers as packed ones: else an answer would depend on what was asked
     before. Whether they do is tried, because it depends on the dtype, the CPU and torch: the first layer of each shape does not
@@ -98,7 +98,7 @@ def _equal_products(plain: torch.Tensor, packed: torch.Tensor, rows: int) -> boo
 
 
 class PackedLinear(nn.Module):
-    """A linear layer on the CPU with weights in the order that the matrix product reads. The plain weights are not kept.
+    """Multiply on the CPU with the weights of a linear layer in the order that the product reads. The plain weights are not kept.
 
     `packing`: None packs at once. Else a layer that is not small packs when it is called with few rows and can wait no longer,
     unless memory is short then. Until then it computes with the plain weights.
@@ -154,7 +154,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedParts(nn.Module):
-    """A large linear layer whose weights wait in parts, so that packing all of them makes no word wait.
+    """Hold a large linear layer, whose weights wait in parts, so that packing all of them makes no word wait.
 
     The parts have the same shape, so one of them is the sample for the others.
     """
@@ -193,7 +193,7 @@ def linear(
     times: torch.Tensor | None = None,
     plus: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`layer(x)`, followed by at most one of: SiLU, a product with `times`, a sum with `plus` (`[..., out]`).
+    """Return `layer(x)`, followed by at most one of: SiLU, a product with `times`, a sum with `plus` (`[..., out]`).
 
     `layer`: any module that maps `[..., in]` to `[..., out]`.
     """
@@ -217,7 +217,7 @@ def linear(
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Bytes of all weights as the model holds them (packed, quantised). Shared weights count once."""
+    """Return the bytes of all weights as the model holds them (packed, quantised). Shared weights count once."""
     inside = sum(getattr(module, "nbytes", 0) for module in model.modules())
     return inside + sum(weight.nbytes for weight in model.parameters())
 

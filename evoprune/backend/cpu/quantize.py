@@ -40,7 +40,7 @@ class Bytes:
         self._last: tuple = (None, None, None)
 
     def __call__(self, x: torch.Tensor, large: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """uint8 `[R, K]`, with `levels() + 1` for zero: the rows of `x`, `[..., K]`, whose channels `large` (int64) count as 0.
+        """Return the rows of `x`, `[..., K]`, as uint8 `[R, K]` with `levels() + 1` for zero; channels `large` (int64) count as 0.
 
         Also the step of each row, float32 `[R, 1]`; and the large channels, float32 `[R, m]`.
         """
@@ -89,7 +89,7 @@ def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: to
 
 
 class Int8Linear(nn.Module):
-    """`x @ W.T + bias` in bytes, with `int8_weights`. Layers that read the same input share `to_bytes`."""
+    """Compute `x @ W.T + bias` in bytes, with `int8_weights`. Layers that read the same input share `to_bytes`."""
 
     def __init__(self, weights: Weights, bias: torch.Tensor | None = None, to_bytes: Bytes | None = None):
         super().__init__()
@@ -136,7 +136,7 @@ def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def large_channels(x: torch.Tensor) -> torch.Tensor:
-    """int64, ascending: the channels of `x` (`[..., K]`) that are more than `LARGE` times the median; the largest `MAX_LARGE`."""
+    """Return the channels of `x` (`[..., K]`) above `LARGE` times the median, int64, ascending; at most the largest `MAX_LARGE`."""
     size = x.reshape(-1, x.shape[-1]).float().abs().amax(0)
     max_count = int(len(size) * MAX_LARGE)
     largest = size.topk(max_count).indices if max_count else size[:0].long()
@@ -145,7 +145,7 @@ def large_channels(x: torch.Tensor) -> torch.Tensor:
 
 @lru_cache
 def levels() -> int:
-    """Steps on either side of zero to which a row is rounded: 127, or 63 where the CPU adds pairs of products in 16 bits.
+    """Return the steps on either side of zero to which rows are rounded: 127, or 63 where the CPU adds two products in 16 bits.
 
     That is so without dot-product instructions (VNNI): two products of 127 and 127 still fit, two of 255 and 127 do not.
     """
@@ -185,7 +185,7 @@ def _int4_piece(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Int4Linear(nn.Module):
-    """`x @ W.T + bias` with `int4_weights` of `shape`, features out and in. `full`: computes several rows, if it is given."""
+    """Compute `x @ W.T + bias` with `int4_weights` of `shape`, features out and in. `full`, if given, computes several rows."""
 
     def __init__(self, weights: Weights, shape: Sequence[int], bias: torch.Tensor | None = None, full=None):
         super().__init__()
@@ -212,7 +212,7 @@ class Int4Linear(nn.Module):
 
 
 class Unquantised(nn.Module):
-    """A linear layer whose first input says which of its channels are large.
+    """Stand for a linear layer until its first input says which of its channels are large.
 
     `become` is called with the layer and these channels. It puts a quantised layer in the place of this one, and returns the one
     that computes this call.
@@ -265,7 +265,7 @@ def reads_rows(path: str, becomes: str) -> bool:
 
 
 def saved_bytes(model: nn.Module, kind: str) -> int:
-    """Bytes by which quantisation ("int8" or "int4") makes a model smaller, which may be on the meta device.
+    """Return the bytes by which quantisation ("int8" or "int4") makes a model smaller, which may be on the meta device.
 
     An output layer that is the input embedding too stays as well.
     """
@@ -330,7 +330,7 @@ def restore(model: nn.Module, kind: str, read: Callable[[str], Weights], progres
 
 
 class _Quantised:
-    """A model whose linear layers are quantised one after another."""
+    """Hold a model whose linear layers are quantised one after another."""
 
     def __init__(self, model: nn.Module, kind: str, progress: Progress | None):
         self.every = dict(places(model, kind))

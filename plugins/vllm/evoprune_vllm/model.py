@@ -86,7 +86,7 @@ OF_MODALITY = {"image": PICTURE, "video": VIDEO}
 
 
 class _Pruned(SupportsMultiModalPruning):
-    """Mixed into vLLM's models.
+    """Prune in vLLM's models, into which this is mixed.
 
     Raises:
         UsageError: a method that cannot work here, or an option of vLLM that cannot go with it.
@@ -129,7 +129,7 @@ class _Pruned(SupportsMultiModalPruning):
         logger.info("videos are encoded by evoprune: method %s, budget %g", self.method.name, budget.video)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """vLLM's; then the tower's linear layers are packed, where that makes products on a CPU faster."""
+        """Load as vLLM does; then the tower's linear layers are packed, where that makes products on a CPU faster."""
         loaded = super().load_weights(weights)
         if isinstance(self.visual, Tower):
             pack(self.visual)
@@ -138,7 +138,7 @@ class _Pruned(SupportsMultiModalPruning):
         return loaded
 
     def embed_multimodal(self, **inputs) -> tuple[torch.Tensor, ...]:
-        """Features of each picture and video, `[tokens, hidden]`; pruned videos have `positions.COLUMNS` more columns."""
+        """Return features of each picture and video, `[tokens, hidden]`; pruned videos have `positions.COLUMNS` columns more."""
         with gpu_sync_allowed():  # the encoder reads what it selected
             return tuple(self._features(inputs))
 
@@ -200,7 +200,7 @@ class _Pruned(SupportsMultiModalPruning):
         return self.language_model.embed_input_ids(torch.tensor(ids, dtype=torch.int64, device=device))
 
     def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
-        """`positions.known_positions` of a prompt."""
+        """Return `positions.known_positions` of a prompt."""
         items = []
         clock = self.sizes.tokens_per_second
         for feature in sorted(mm_features, key=lambda each: each.mm_position.offset):
@@ -237,12 +237,12 @@ class _Pruned(SupportsMultiModalPruning):
             return features, mrope_positions, generated_offset(mrope_positions)
 
     def get_encoder_cudagraph_config(self) -> EncoderCudaGraphConfig:
-        """No graphs: how much the encoder computes depends on the video."""
+        """Return no graphs: how much the encoder computes depends on the video."""
         return EncoderCudaGraphConfig(modalities=[], buffer_keys=[], out_hidden_size=self.wide, max_frames_per_video=1)
 
 
 class _Timed(_Pruned):
-    """Of families whose frame pairs have times. Mixed into vLLM's models, by whose names these numbers are kept."""
+    """Prune in families whose frame pairs have times. Mixed into vLLM's models; these numbers are named as there."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -260,7 +260,7 @@ class _Timed(_Pruned):
         self.deepstack_input_embeds_num_tokens = 0
 
     def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
-        """vLLM's, where nothing is pruned: times and markers have no placeholders then."""
+        """Return vLLM's where nothing is pruned: times and markers have no placeholders then."""
         if self.is_multimodal_pruning_enabled:
             return super().get_mrope_input_positions(input_tokens, mm_features)
         return super(_Pruned, self).get_mrope_input_positions(input_tokens, mm_features)
@@ -286,7 +286,7 @@ def _check(sizes: VisionConfig, config: VllmConfig) -> None:
 
 @cache
 def _let_cpu_runner_prune() -> None:
-    """From now on, vLLM's runner on a CPU notes that a model of this module prunes, if it does. Nothing else changes.
+    """Let vLLM's runner on a CPU note from now on that a model of this module prunes, if it does. Nothing else changes.
 
     The runner on GPUs looks at the model after loading. The one on CPUs has a loader of its own, which does not (0.32): vLLM's own
     pruning fails there.

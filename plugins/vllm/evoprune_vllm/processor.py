@@ -36,7 +36,7 @@ FIXED = {
 
 
 def in_units(grids: torch.Tensor, merge: int) -> list[Grid]:
-    """Grids of Hugging Face, int64 `[items, 3]`, in units of `merge` by `merge` patches."""
+    """Return grids of Hugging Face, int64 `[items, 3]`, in units of `merge` by `merge` patches."""
     return [(t, h // merge, w // merge) for t, h, w in grids.tolist()]
 
 
@@ -46,15 +46,15 @@ def without_own(options: Mapping) -> dict:
 
 
 class DummyInputs:
-    """Inputs with which vLLM measures memory; mixed into vLLM's class."""
+    """Make inputs with which vLLM measures memory; mixed into vLLM's class."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """vLLM's text, with the end of a video, which prompts need here."""
+        """Return vLLM's text, with the end of a video, which prompts need here."""
         return super().get_dummy_text(mm_counts) + END
 
 
 class Processor:
-    """Mixed into vLLM's class. A request with a bad option is refused with ValueError, which clients see."""
+    """Process requests, mixed into vLLM's class. One with a bad option is refused with ValueError, which clients see."""
 
     def apply(self, inputs, timing_ctx):
         """Return the prompt with placeholders.
@@ -68,7 +68,7 @@ class Processor:
         return made
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs):
-        """vLLM's, whose options are not those of this package, and K of each video."""
+        """Return what vLLM's returns, which gets no options of this package, and K of each video."""
         for options in (hf_kwargs, *(each for each in hf_kwargs.values() if isinstance(each, Mapping))):
             if fixed := sorted(FIXED & set(options)):
                 raise ValueError(f"{fixed[0]} is fixed by the model")
@@ -92,7 +92,7 @@ class Processor:
         return made
 
     def _seconds(self, sizes: VisionConfig, known: list, grids: list[Grid]) -> list[float]:
-        """Seconds per pair of each video; 1 for a model without a clock, or a video without a frame rate.
+        """Return the seconds per pair of each video; 1 for a model without a clock, or a video without a frame rate.
 
         Raises ValueError: a video lasts longer than the model has positions.
         """
@@ -133,7 +133,7 @@ class Processor:
 
 
 class TimedProcessor(Processor):
-    """Of a family whose frame pairs have times. Mixed into vLLM's class."""
+    """Process requests of a family whose frame pairs have times. Mixed into vLLM's class."""
 
     def _placeholders(self, update, item: int, keep: int):
         stock = update.replacement(item)

@@ -75,7 +75,7 @@ def request_budget(options: Mapping[str, Any], rate: float | None) -> Budget:
 
 
 def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float) -> Normal:
-    """Mean and std for levels from 0 to 1, from those for levels up to 255 times `scale`."""
+    """Return mean and std for levels from 0 to 1, from those for levels up to 255 times `scale`."""
     levels = round(1 / scale) / 255
     return tuple(levels * each for each in mean), tuple(levels * each for each in std)
 
@@ -96,12 +96,12 @@ def encoded(
 
 
 def tokens_of(found: Encoded) -> torch.Tensor:
-    """`[K, (1 + n) * D]`: the features of each token, and those of the n levels of DeepStack."""
+    """Return `[K, (1 + n) * D]`: the features of each token, and those of the n levels of DeepStack."""
     return _beside(found.features, found.deepstack)
 
 
 def _beside(features: torch.Tensor, deepstack: torch.Tensor | None) -> torch.Tensor:
-    """`[K, (1 + n) * D]`, from `[K, D]` and `[n, K, D]`."""
+    """Return `[K, (1 + n) * D]`, from `[K, D]` and `[n, K, D]`."""
     if deepstack is None:
         return features
     return torch.cat([features, *deepstack], 1)
@@ -114,7 +114,7 @@ def with_columns(
     words: Sequence[int] = (),
     text: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`tokens_of` with COLUMNS more: positions counted from the video's own, and the log of the cluster size.
+    """Return `tokens_of` with COLUMNS more: positions counted from the video's own, and the log of the cluster size.
 
     `words`: where frame pairs have times, how many embeddings of `text`, `[n, D]`, stand before the tokens of each; one stands
     behind them. Then there is a row for each of these as well.
