@@ -104,7 +104,7 @@ def _reclaimable(stat: str) -> int:
 def _groups(controller: str, root: Path) -> Iterator[Path]:
     """Yield the folders of the control groups that this process is in, from its own to the outermost that is visible.
 
-    Those of version 1 for this controller, and those of version 2, which may or may not have the controller.
+    Groups of version 1 are those for this controller. Groups of version 2 may or may not have it.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from evoprune.errors import UsageError
 from evoprune.hf import interface
-from evoprune.language.prompt import Place, VisualSpan
+from evoprune.language.prompt import Place
 from evoprune.language.pruned import PrunedPrompt, prune_prompt
 from evoprune.methods.types import arange_on
 from evoprune.vision.encoder import Encoded
@@ -171,7 +171,7 @@ class Visuals:
     """Hold the videos and pictures that are pruned in a call."""
 
     places: list[list[Place]]  # in each row of the batch, padding included
-    pixels: torch.Tensor  # `[patches, values]`, those of all, in the order of their places
+    pixels: torch.Tensor  # `[patches, values]`, of all inputs, in the order of their places
     grids: torch.Tensor  # int64 `[n, 3]`, in patches
     videos: tuple[bool, ...]  # of each, whether it is a video
     seconds: tuple[float, ...]  # of each, from one frame pair to the next
@@ -214,15 +214,14 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
     grids = call.get("video_grid_thw")
     if grids is not None and len(interface.seconds_per_pair(call)) != len(grids):
         raise UsageError("second_per_grid_ts are not one for each video", "pass all that the processor returned")
-    rows = interface.visual_spans(model, call, None)
-    pruned = [[(spans, video) for spans, video in row if video in kinds] for row in rows]
-    places = [
-        [_place(ids, spans, model.config.vision_end_token_id) for spans, _ in row]
-        for ids, row in zip(call["input_ids"].tolist(), pruned, strict=True)
-    ]
-    visuals = [pair for row in pruned for pair in row]
-    videos = tuple(video for _, video in visuals)
-    seconds = tuple(spans[0].seconds_per_pair for spans, _ in visuals)
+    places = []
+    pruned = []
+    for ids, inputs in zip(call["input_ids"].tolist(), interface.placed_inputs(model, call, None), strict=True):
+        inputs = [each for each in inputs if each.is_video in kinds]
+        places.append([_with_times(each.place, ids, model.config.vision_end_token_id) for each in inputs])
+        pruned += inputs
+    videos = tuple(each.is_video for each in pruned)
+    seconds = tuple(each.seconds_per_pair for each in pruned)
     pixels, grids = ({video: call[NAMES[video][i]] for video in kinds} for i in (0, 1))
     if len(kinds) == 1:
         (only,) = kinds
@@ -233,15 +232,15 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
     return Visuals(places, torch.cat(pixels), torch.stack(grids), videos, seconds)
 
 
-def _place(ids: list[int], spans: Sequence[VisualSpan], end_marker: int) -> Place:
-    """Return where a video or a picture stands in the `ids` of its row.
+def _with_times(place: Place, ids: list[int], end_marker: int) -> Place:
+    """Return a place in the `ids` of a row with the columns of times and markers around its runs.
 
     Where a video has a run for each frame pair, the time stands between the end marker of one and the start marker of the next.
     Before the first it begins with the token with which it begins before the second.
     """
-    runs = tuple(range(span.start, span.start + span.tokens) for span in spans)
+    runs = place.runs
     if len(runs) == 1:
-        return Place(runs)
+        return place
     around = []
     before = ids[: runs[0].start]
     time = ids[runs[0].stop + 1]

@@ -120,7 +120,7 @@ class EvoPrune:
         object.__setattr__(self, "pruning", patch_config(self.budget, self.method, self.method_args, self.seed))
 
     def __call__(self, model: nn.Module) -> "PrunedModel":
-        """Return the context for a with-block, at whose beginning pruning starts.
+        """Return the context for a with-block: pruning starts at its beginning.
 
         Raises ModelError: not a model of `interface.MODELS`.
         """

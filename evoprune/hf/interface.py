@@ -5,15 +5,17 @@ tests/hf/test_interface.py checks them, and fails if a release of transformers c
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from importlib.metadata import version
 from inspect import signature
+from math import prod
 
 import torch
 
 from evoprune.backend.devices import holds_values
 from evoprune.errors import ModelError, UsageError
-from evoprune.language.prompt import VisualSpan, prompt_positions
+from evoprune.language.prompt import Place, prompt_positions
 from evoprune.methods.types import arange_on
 from evoprune.model.config import FAMILIES, check_vision, vision_sizes
 
@@ -131,7 +133,7 @@ def _output(visuals: Sequence[Features]):
 def accept_features(model) -> None:
     """Lets the class of `model.model` read the features of `encoded_inputs` before transformers 5.18, once and for all.
 
-    Raises UsageError before that: a model with DeepStack (Qwen3-VL), whose features are of several layers.
+    Raises UsageError before that: a model with DeepStack (Qwen3-VL), which has features of several layers.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -259,7 +261,7 @@ def has_picture(call: dict) -> bool:
 
 
 def is_assistant(call: dict) -> bool:
-    """Return whether a call of `generate` drafts tokens for another model, whose prompt and encoded videos it gets."""
+    """Return whether a call of `generate` drafts tokens for another model: it gets the prompt and encoded videos of that one."""
     return bool(getattr(call.get("generation_config"), "is_assistant", False))
 
 
@@ -327,14 +329,24 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
     per_second = vision_sizes(model.config.vision_config).tokens_per_second
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
     rows = mask_or_ones(ids, mask).cpu().bool()
-    for row, (used, visuals) in enumerate(zip(rows, visual_spans(model, call, mask), strict=True)):
-        spans = [span for spans, _ in visuals for span in spans]
+    for row, (used, inputs) in enumerate(zip(rows, placed_inputs(model, call, mask), strict=True)):
+        spans = [span for each in inputs for span in each.place.spans(each.grid, each.seconds_per_pair)]
         positions[:, row, used] = prompt_positions(int(used.sum()), spans, per_second)
     return positions.to(ids.device)
 
 
-def visual_spans(model, call: dict, mask: torch.Tensor | None) -> list[list[tuple[list[VisualSpan], bool]]]:
-    """Return for each row of a prompt its videos and pictures, in order: their runs, without padding, and whether each is a video.
+@dataclass(frozen=True)
+class PlacedInput:
+    """Hold where a video or a picture, which is one frame pair, stands in a row of a prompt without padding."""
+
+    place: Place  # without what is around the runs
+    grid: tuple[int, int, int]  # frame pairs, and rows and columns of units
+    seconds_per_pair: float
+    is_video: bool
+
+
+def placed_inputs(model, call: dict, mask: torch.Tensor | None) -> list[list[PlacedInput]]:
+    """Return the videos and pictures of each row of a prompt, in order.
 
     Raises UsageError: a video or picture whose grid is missing, or does not fit its placeholders.
     """
@@ -342,7 +354,7 @@ def visual_spans(model, call: dict, mask: torch.Tensor | None) -> list[list[tupl
     grids = {video: _rows(call.get(f"{word}_grid_thw")) for video, word in WORDS.items()}
     seconds = iter(seconds_per_pair(call))
     rows = mask_or_ones(ids, mask).cpu().bool()
-    return [list(_spans(model.config, ids[row, used], grids, seconds)) for row, used in enumerate(rows)]
+    return [list(_placed(model.config, ids[row, used], grids, seconds)) for row, used in enumerate(rows)]
 
 
 def _rows(grids: torch.Tensor | None) -> Iterator[list[int]]:
@@ -369,12 +381,10 @@ def seconds_per_pair(call: dict) -> Sequence[float]:
     return [float(x) for x in seconds]
 
 
-def _spans(
+def _placed(
     config, ids: torch.Tensor, grids: dict[bool, Iterator[list[int]]], seconds: Iterator[float]
-) -> Iterator[tuple[list[VisualSpan], bool]]:
-    """Yield the videos and pictures of one row, in order: the runs of each, and whether it is a video; a picture is one frame
-    pair.
-    """
+) -> Iterator[PlacedInput]:
+    """Yield the videos and pictures of one row, in order."""
     at = 0
     merge = config.vision_config.spatial_merge_size
     apart = vision_sizes(config.vision_config).traits.timestamps
@@ -387,20 +397,21 @@ def _spans(
             raise _unfit(is_video, "there is no row for it")
         t, h, w = grid
         second = 1.0
-        runs = 1
+        count = 1
         if is_video:
             second = next(seconds)
             if apart:
-                runs = t
-        spans = []
-        for _ in range(runs):
+                count = t
+        in_units = (t, h // merge, w // merge)
+        runs = []
+        for _ in range(count):
             at += int((tokens[at:].cumsum(0) == 0).sum())  # to the next token, if there is one
-            spans.append(VisualSpan(at, (t // runs, h // merge, w // merge), second))
-            run = ids[at : at + spans[-1].tokens]
-            if len(run) < spans[-1].tokens or bool((run != token).any()):
+            run = range(at, at + prod(in_units) // count)
+            if run.stop > len(ids) or bool((ids[run.start : run.stop] != token).any()):
                 raise _unfit(is_video, f"its row is {grid}")
-            at += spans[-1].tokens
-        yield spans, is_video
+            runs.append(run)
+            at = run.stop
+        yield PlacedInput(Place(tuple(runs)), in_units, second, is_video)
 
 
 def _unfit(video: bool, why: str) -> UsageError:

@@ -94,7 +94,7 @@ class SegmentRun(EncoderRun):
         return k, v
 
     def finish(self, rows: Rows) -> Rows:
-        """Return the rows with those of the segment before that represent units here, each at the first of them.
+        """Return the rows, and with them rows of the segment before that represent units here, each at the first of these.
 
         No selection is then the language model's: it is among the rows that were computed.
         """

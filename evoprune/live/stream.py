@@ -640,7 +640,7 @@ class StreamMemory:
 
     `ids`: int64 `[n]`, of what precedes it. `limit`: tokens that are held; `window_tokens`: of a full window. `room`: positions for
     the video.
-    `windows`: those of which tokens are left, the oldest first. `following`: position of the text after the video.
+    `windows`: the ones with tokens left, the oldest first. `following`: position of the text after the video.
     """
 
     @torch.inference_mode()
