@@ -118,9 +118,9 @@ def _partners(
         valid=valid,
         width=rows.geometry.width,
     )
+    place = torch.where(valid, row, len(rows)).flatten()
     with without_autocast():  # the merger may write into what it gets: nothing reads that again
         local = call(merger.package, merger.match, candidates, remove)
-    place = torch.where(valid, row, len(rows)).flatten()
     into = arange_on(len(rows) + 1, row.device)  # the last entry takes the values at padding
     return into.scatter_(0, place, row.gather(1, local).flatten())[:-1]
 
