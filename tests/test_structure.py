@@ -266,7 +266,7 @@ def test_no_other_file_asks_what_a_device_is():
 
 # What backend/ asks about a device, and who else does: `verify`, to say which checks a device has.
 QUESTIONS = ("exact_shapes", "expects_host", "is_host", "uses_kernels", "wants_plain_pytorch")
-ANSWERED_FOR = ("evoprune.backend.", "evoprune.bench.verify.", "evoprune.vision.")
+ANSWERED_FOR = ("evoprune.backend.", "evoprune.bench.verify.")
 
 
 def questions(code: ast.Module) -> Iterator[ast.AST]:
