@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from evoprune.errors import UsageError
 from evoprune.hf import interface
-from evoprune.language.prompt import Place, VisualSpan
+from evoprune.language.prompt import Place
 from evoprune.language.pruned import PrunedPrompt, prune_prompt
 from evoprune.methods.types import arange_on
 from evoprune.vision.encoder import Encoded
@@ -227,7 +227,7 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
     return Visuals(places, torch.cat(pixels), torch.stack(grids), videos, seconds)
 
 
-def _place(ids: list[int], spans: Sequence[VisualSpan], end_marker: int) -> Place:
+def _place(ids: list[int], spans: Sequence[interface.VisualSpan], end_marker: int) -> Place:
     """Return where a video or a picture stands in the `ids` of its row.
 
     Where a video has a run for each frame pair, the time stands between the end marker of one and the start marker of the next.

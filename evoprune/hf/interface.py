@@ -3,8 +3,10 @@
 tests/hf/test_interface.py checks them, and fails if a release of transformers changes one.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from importlib.metadata import version
 from inspect import signature
@@ -13,7 +15,7 @@ import torch
 
 from evoprune.backend.devices import holds_values
 from evoprune.errors import ModelError, UsageError
-from evoprune.language.prompt import VisualSpan, prompt_positions
+from evoprune.language.prompt import prompt_positions, video_positions
 from evoprune.methods.types import arange_on
 from evoprune.model.config import FAMILIES, check_vision, vision_sizes
 
@@ -308,6 +310,19 @@ def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bo
     return positions.expand(3, *ids.shape)
 
 
+@dataclass(frozen=True)
+class VisualSpan:
+    """A video inside a prompt, or a picture, or a frame pair behind its time."""
+
+    start: int  # index of its first token
+    grid: tuple[int, int, int]  # (T, H, W): frame pairs, and rows and columns of units
+    seconds_per_pair: float  # as of `video_positions`
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+
 def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor:
     """Return the positions of a prompt's columns by Qwen's rule (`language.prompt`), int64 `[3, B, L]`."""
     ids = call["input_ids"]
@@ -315,8 +330,12 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
     rows = torch.ones_like(ids) if mask is None else mask
     for row, (used, visuals) in enumerate(zip(rows.cpu().bool(), visual_spans(model, call, mask), strict=True)):
-        spans = [span for spans, _ in visuals for span in spans]
-        positions[:, row, used] = prompt_positions(int(used.sum()), spans, per_second)
+        videos = [
+            (span.start, video_positions(span.grid, span.seconds_per_pair, per_second))
+            for spans, _ in visuals
+            for span in spans
+        ]
+        positions[:, row, used] = prompt_positions(int(used.sum()), videos)
     return positions.to(ids.device)
 
 

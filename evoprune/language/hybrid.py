@@ -75,11 +75,14 @@ def add_norm(
     if fast := backend.kernels(x.device):
         try:
             # What quantised layers return need not be contiguous.
-            given = [each if each is None else each.contiguous() for each in (x, plus)]
-            return fast.add_norm(*given, gain, eps, rounds=False)
+            if plus is not None:
+                plus = plus.contiguous()
+            return fast.add_norm(x.contiguous(), plus, gain, eps, rounds=False)
         except Exception as problem:
             backend.give_up(problem)
-    total = x if plus is None else x + plus
+    total = x
+    if plus is not None:
+        total = x + plus
     return total, F.rms_norm(total.float(), gain.shape, gain, eps).to(total.dtype)
 
 

@@ -59,7 +59,9 @@ class StaticCache(ABC):
         """Copies the columns of another cache, which are the same in all layers. `position`: of the first token that is read."""
         sizes = cache.sizes if isinstance(cache, HostedCache) else cache.sizes[0]
         bias = self.logits.new_full((read,), -torch.inf)
-        bias[: cache.length] = 0 if sizes is None else sizes.log()
+        bias[: cache.length] = 0
+        if sizes is not None:
+            bias[: cache.length] = sizes.log()
         self._copy(cache, bias)
         self.read = read
         self.column.fill_(cache.length)
@@ -229,7 +231,9 @@ _caches_lock = threading.Lock()
 
 
 def new_cache(model, columns: int) -> StaticCache:
-    return (HostedStaticCache if isinstance(model, HostedVL) else NativeStaticCache)(model, columns)
+    if isinstance(model, HostedVL):
+        return HostedStaticCache(model, columns)
+    return NativeStaticCache(model, columns)
 
 
 def begin(
@@ -248,7 +252,9 @@ def begin(
         steps = _caches.get(model)
         if model in _caches and steps is None:
             return None
-        known = [size for size in steps.graphs if need <= size <= 4 * columns] if steps else []
+        known = []
+        if steps:
+            known = [size for size in steps.graphs if need <= size <= 4 * columns]
         if not known and min(decoded, left) < PLAIN_TOKENS:
             return None
         if not can_step(model):

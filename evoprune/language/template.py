@@ -82,7 +82,8 @@ def main(seconds: int) -> None:
             (resource.RLIMIT_CORE, 0),
         ):
             _, hard = resource.getrlimit(kind)
-            limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            if hard != resource.RLIM_INFINITY:
+                limit = min(limit, hard)
             with suppress(OSError, ValueError):
                 resource.setrlimit(kind, (limit, limit))
     print(json.dumps(_answer(request)), flush=True)

@@ -138,7 +138,9 @@ class Answer(Uncopied, Iterator[str]):
         return isinstance(text, str) and text in self.text
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (self.text == str(other) if isinstance(other, str | Answer) else False)
+        if self is other:
+            return True
+        return isinstance(other, str | Answer) and self.text == str(other)
 
     __hash__ = None  # in a set or as a key it would not be found by the text that it equals
 
@@ -212,7 +214,8 @@ class Askable(ABC, Uncopied):
             generation = replace(
                 generation, repetition_penalty=self._session.loaded.generation.repetition_penalty or 1.0
             )
-        seed = self._session.pruning.seed if seed is None else seed
+        if seed is None:
+            seed = self._session.pruning.seed
         report = self._report_of(question, generation, seed)
         ids: list[int] = []
         pieces = self._pieces(question, generation, seed, report, ids, on_thoughts or (lambda piece: None))
@@ -284,8 +287,10 @@ class Askable(ABC, Uncopied):
             update()
             thinking = report.thoughts is not None and not report.answer
             report.thoughts = (report.thoughts or "").rstrip() or None
-            if report.finish_reason == "length":
-                report.warnings.append("thoughts_cut" if thinking else "answer_cut")
+            if report.finish_reason == "length" and thinking:
+                report.warnings.append("thoughts_cut")
+            elif report.finish_reason == "length":
+                report.warnings.append("answer_cut")
             elif report.thoughts and not report.answer:
                 report.warnings.append("thoughts_only")
         finally:
@@ -321,8 +326,9 @@ class EncodedInputs(Askable):
         said = []
         for plan, tokens in ((encoding.plan, encoding.tokens) for encoding in self._encodings):
             count, height, width = plan.grid
-            pairs = f"{plan.sampling.frames} frames, {counted(count, 'frame pair')} of {height}x{width} units"
-            size = pairs if plan.kind == VIDEO else f"a picture of {height}x{width} units"
+            size = f"a picture of {height}x{width} units"
+            if plan.kind == VIDEO:
+                size = f"{plan.sampling.frames} frames, {counted(count, 'frame pair')} of {height}x{width} units"
             said.append(f"{plan.name!r}: {size}, {len(tokens.kept):,} of {plan.units:,} visual tokens kept")
         return f"<EncodedInputs {', '.join(said)}>"
 
@@ -373,7 +379,9 @@ class EncodedInputs(Askable):
     def _select_for(self, question: str, report: Report) -> None:
         """Has the method select tokens for this question; keys and values of earlier ones are of no use then."""
         loaded = self._session.loaded
-        before = self._prune_seconds if self._paid else 0.0
+        before = 0.0
+        if self._paid:
+            before = self._prune_seconds
         self._prefix = None
         ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")
         words = embed_ids(loaded.model, ids)  # without the prompt around them

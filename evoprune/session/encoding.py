@@ -141,7 +141,9 @@ class OpenInput:
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         """Return what is looked at, as `video.frames.read_frames` yields it."""
         plan = self.plan
-        read = self.ahead.read_frames if self.ahead else read_frames
+        read = read_frames
+        if self.ahead:
+            read = self.ahead.read_frames
         given = {"chunk_bytes": chunk_bytes, "cores": self.cores, "on_frames": self.count.at_least}
         return read(plan.source, plan.sampling.times_s, **given, **plan.reading)
 
@@ -196,7 +198,11 @@ class OpenInput:
         warnings += plan.info.warnings
         result, cache = self._result(clock, progress, pieces, warnings)
         wall = before["plan"] + read_before + clock.now() - start
-        rows, tokens = (None, result) if isinstance(result, Encoded) else (result, result.nothing_selected())
+        rows = None
+        tokens = result
+        if isinstance(result, EncodedRows):
+            rows = result
+            tokens = rows.nothing_selected()
         wanted = pruning.prunes and pruning.budget.keep(plan.full.grid) < plan.units
         if plan.kind == PICTURE and rows is None and wanted and len(tokens.kept) == plan.units:
             warnings.append("whole_picture")  # the method keeps at least one whole frame pair
@@ -346,7 +352,9 @@ class CachedInput(OpenInput):
             storable = self.key and whole and entry_key(self.session, self.plan) == self.key
             if storable and not self.cache.store(self.key, Entry(result, self.read_s, self.moved)):
                 warnings.append("cache_not_written")
-        return result, "miss" if self.key else "off"
+        if self.key:
+            return result, "miss"
+        return result, "off"
 
 
 def entry_key(session: Session, plan: Plan) -> str | None:
@@ -427,9 +435,11 @@ class OpenInputs:
         encodings = []
         for opened in self.inputs:
             others = TEXT + kept - opened.plan.encoder.keep
-            stored = opened.stored
-            with opened.clock.stage("plan"):
-                pieces.append([] if stored else fitting_pieces(self.session, opened.plan, others))
+            fitting = []
+            if not opened.stored:
+                with opened.clock.stage("plan"):
+                    fitting = fitting_pieces(self.session, opened.plan, others)
+            pieces.append(fitting)
         for number, opened in enumerate(self.inputs):
             if progress and count > 1:
                 progress("input", number + 1, count)
@@ -471,8 +481,11 @@ def open_inputs(
     inputs = []
     if cache and not session.pruning.method.reads_question:
         kind = partial(CachedInput, cache=cache)
-    names = [name_of(path) for path in paths] if names is None else names
-    look = ahead.probe if ahead else probe
+    if names is None:
+        names = [name_of(path) for path in paths]
+    look = probe
+    if ahead:
+        look = ahead.probe
     how = {"offline": session.loaded.found.options.offline}
     if progress:
         how["progress"] = partial(progress, "download")
@@ -513,11 +526,16 @@ def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[flo
         elif isinstance(value, str | os.PathLike) and not isinstance(os.fspath(value), bytes):
             made.append(os.fspath(value))
         else:
-            known = isinstance(value, EncodedInputs)
-            hint = "ask takes it as it is: ask([encoded, ...], question)" if known else KINDS_HINT
             subject = "the input" if value is given else "an input"
-            raise UsageError(f"{subject} is {brief(value)}, not a path", hint)
+            raise UsageError(f"{subject} is {brief(value)}, not a path", _hint(value, KINDS_HINT))
     return made
+
+
+def _hint(value: Any, usual: str) -> str:
+    """Return what to do where a value is not an input that can be opened: what is usual, unless it is encoded already."""
+    if isinstance(value, EncodedInputs):
+        return "ask takes it as it is: ask([encoded, ...], question)"
+    return usual
 
 
 def paths_of(given: Any) -> Sequence[Path]:
@@ -525,12 +543,13 @@ def paths_of(given: Any) -> Sequence[Path]:
 
     Raises UsageError if there are none, or what was given are no paths.
     """
-    paths = [given] if isinstance(given, str | os.PathLike) else given
+    paths = given
+    if isinstance(given, str | os.PathLike):
+        paths = [given]
     if not isinstance(paths, list | tuple) or not paths:
         raise UsageError(f"the input is {brief(given)}, not a path", "give the path of a file or a folder of frames")
     for path in paths:
         if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
-            known = isinstance(path, EncodedInputs)
-            hint = "ask takes it as it is: ask([encoded, ...], question)" if known else "give paths of files or folders"
+            hint = _hint(path, "give paths of files or folders")
             raise UsageError(f"an input is {brief(path)}, not a path", hint)
     return [os.fspath(path) for path in paths]

@@ -87,7 +87,7 @@ def model_facts(model: FoundModel) -> dict:
     return {
         "id": model.id,
         "on_disk": bool(model.files_here),
-        "folder": None if model.folder is None else str(model.folder),
+        "folder": model.folder and str(model.folder),
         "download_bytes": model.download_bytes,
         "tower": {"layers": vision.depth, "hidden_size": vision.hidden_size},
         "language_model": {"layers": text.num_hidden_layers, "hidden_size": text.hidden_size},
@@ -119,7 +119,10 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
         needed = model.weights_bytes + working
         if available is None or needed <= available:
             break
+    most = needed + model.packed_bytes
     patches = patch_bytes(plan, model.limits[plan.kind])
+    if patches <= LIMIT_BYTES:
+        most += patches
     return {
         "method": config.name,
         "budget": config.budget.recorded,
@@ -127,7 +130,7 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
         "weights_bytes": model.weights_bytes,
         "working_bytes": working,
         "needed_bytes": needed,
-        "used_if_free_bytes": needed + model.packed_bytes + (patches if patches <= LIMIT_BYTES else 0),
+        "used_if_free_bytes": most,
         "available_bytes": available,
         "enough": None if available is None else needed <= available,
     }
@@ -141,7 +144,7 @@ def plan_facts(plan: Plan, config) -> dict:
         "start_s": span and span.start_s,
         "end_s": span and span.end_s,
         "frames": plan.sampling.frames,
-        "timestamps_s": list(span.times_s) if span else None,
+        "timestamps_s": span and list(span.times_s),
         "resized_hw": [plan.height, plan.width],
         "grid": list(plan.grid),
         "visual_tokens": n,

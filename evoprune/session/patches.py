@@ -218,7 +218,9 @@ def content_key(plan: Plan, limits: InputLimits, device: torch.device) -> Hashab
     if plan.info.container == ARRAY:
         return None
     try:
-        paths = files(path, IMAGES) if os.path.isdir(path) else [path]
+        paths = [path]
+        if os.path.isdir(path):
+            paths = files(path, IMAGES)
         states = [os.stat(name) for name in paths]
     except (OSError, ValueError):
         return None

@@ -63,7 +63,9 @@ def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtit
         count = (fits + too_many) // 2
         middles = [(2 * i + 1) * len(lines) // (2 * count) for i in range(count)]  # of equal shares
         block = as_text([lines[i] for i in middles])
-        needed = len(tokenizer.encode(block)) if len(block) <= longest else max_tokens + 1
+        needed = max_tokens + 1
+        if len(block) <= longest:
+            needed = len(tokenizer.encode(block))
         if needed <= max_tokens:
             fits = count
             text = block
@@ -165,7 +167,8 @@ def fitting_pieces(session: Session, plan: Plan, other_tokens: int = TEXT) -> li
             return sizes[number:]
     frames = f"{counted(plan.sampling.frames, 'frame')} of {plan.width}x{plan.height} pixels"
     kept = f"{frames}, {encoder.keep:,} visual tokens kept"
-    kept += f", {other_tokens:,} other tokens" if other_tokens > TEXT else ""
+    if other_tokens > TEXT:
+        kept += f", {other_tokens:,} other tokens"
     raise OutOfMemory(f"{plan.name} {short}: {kept}", USE_LESS, stage="encode")
 
 

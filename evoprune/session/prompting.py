@@ -37,10 +37,11 @@ def fitting_prompt(
 def positions_of(prompt: Prompt, plans: Sequence[Plan], loaded: LoadedModel) -> torch.Tensor:
     """int64 `[3, L]`, of the tokens of a prompt about some inputs, by Qwen's rule."""
     pair = loaded.video.temporal_patch_size
-    spans = []
+    per_second = loaded.model.config.vision_config.tokens_per_second
+    videos = []
     for place, plan in zip(prompt.places, plans, strict=True):
-        spans += place.spans(plan.grid, plan.sampling.seconds_per_pair(pair))
-    return prompt_positions(len(prompt.input_ids), spans, loaded.model.config.vision_config.tokens_per_second)
+        videos += place.positions(plan.grid, plan.sampling.seconds_per_pair(pair), per_second)
+    return prompt_positions(len(prompt.input_ids), videos)
 
 
 def prompt_about(
@@ -60,10 +61,12 @@ def prompt_about(
     else:
         videos = [plan.subtitles.text for plan in plans if plan.kind == VIDEO]
         subtitles = "".join(f"Video {number}:\n{text}" for number, text in enumerate(videos, 1) if text)
-    times = [  # before each frame pair, where the model reads them
-        timestamps(plan.shown_s, vision.temporal_patch_size) if vision.traits.timestamps and plan.kind == VIDEO else []
-        for plan in plans
-    ]
+    times = []
+    for plan in plans:
+        before_pairs = []
+        if vision.traits.timestamps and plan.kind == VIDEO:
+            before_pairs = timestamps(plan.shown_s, vision.temporal_patch_size)
+        times.append(before_pairs)
     inputs = [(plan.kind, plan.visual_tokens) for plan in plans]
     kwargs = {"system": system, "thinking": thinking}
     return build_prompt(tokenizer, question, inputs, subtitles=subtitles, times=times, **kwargs)
@@ -98,7 +101,9 @@ def longest_prompt(
 def check_question(loaded: LoadedModel, question: str) -> None:
     """Raises UsageError where the beginning of a question does not fit into the context: all of it might take minutes to split."""
     context = loaded.model.config.text_config.max_position_embeddings
-    beginning = question[: 8 * context] if context else question  # characters for each token
+    if not context:
+        return
+    beginning = question[: 8 * context]  # characters for each token
     # A cut word may take a few tokens more than the whole one, and prompt and answer have as many of their own.
     if len(beginning) < len(question) and len(loaded.tokenizer.encode(beginning)) > context:
         length = f"a question of {len(question):,} characters"

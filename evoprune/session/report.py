@@ -118,6 +118,9 @@ def _input_facts(session: Session, encoding: Encoding) -> InputFacts:
         sampling.seek = KEYFRAMES if plan.moved else EXACT
         sampling.read_s = list(plan.read_s)
         sampling.seconds_per_pair = plan.sampling.seconds_per_pair(session.loaded.video.temporal_patch_size)
+    warnings = [*encoding.warnings, *plan.subtitles.warnings]
+    if tokens.flat:
+        warnings.append(FLAT)
     return InputFacts(
         path=plan.name,
         kind=plan.kind,
@@ -126,7 +129,7 @@ def _input_facts(session: Session, encoding: Encoding) -> InputFacts:
         time_ms=InputTimes(**times, encode_prune=tokens.prune_seconds * 1000),
         cache=encoding.cache,
         subtitles=plan.subtitles.record(),
-        warnings=[*encoding.warnings, *plan.subtitles.warnings, *([FLAT] if tokens.flat else [])],
+        warnings=warnings,
     )
 
 
@@ -152,7 +155,10 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
     # Prefill gives the first token; the rate is that of the passes after it.
     passes = max(0, (report.tokens.new or 0) - 1)
     generating = seconds.get("generate", 0.0) - late_packing
-    report.rate = Rate(passes / generating if passes and generating > 0 else None)
+    rate = Rate()
+    if passes and generating > 0:
+        rate = Rate(passes / generating)
+    report.rate = rate
     report.memory.peak_bytes = peak_memory(device)
     report.memory.own_bytes, report.memory.mapped_bytes = memory_in_use(device)
 

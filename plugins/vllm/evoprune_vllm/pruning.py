@@ -120,7 +120,7 @@ def with_columns(
         )  # a frame pair without tokens keeps its time
     embeds = found.features[:0] if text is None else text.to(found.features)
     ids = torch.zeros(len(place) + len(embeds), dtype=torch.int64, device="cpu")
-    positions = prompt_positions(len(ids), place.spans(grid, seconds), tokens_per_second)
+    positions = prompt_positions(len(ids), place.positions(grid, seconds, tokens_per_second))
     prompt = prune_prompt(ids, [place], [found], positions, embed=lambda _: embeds)
     rows = torch.cat([prompt.embeds, *([] if prompt.deepstack is None else prompt.deepstack)], 1)
     bias = rows.new_zeros(len(rows), dtype=torch.float32) if prompt.sizes is None else prompt.sizes.log()
