@@ -25,13 +25,13 @@ STRIP = 1024  # query columns that share one mask
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMS norm in float32, rounded before it is scaled, as in Hugging Face. torch would scale before it rounds."""
+    """Apply an RMS norm in float32, rounded before it is scaled, as in Hugging Face. torch would scale before it rounds."""
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
 
 
 @lru_cache
 def _frequencies(theta: float, sections: tuple[int, ...], interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each pair of features: radians per position, float32 `[head_dim / 2]`, and which of the three positions, int64."""
+    """Return for each pair of features: radians per position, float32 `[head_dim / 2]`, and which of the three positions, int64."""
     dim = 2 * sum(sections)
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     axes = [axis for axis, size in enumerate(sections) for _ in range(size)]
@@ -56,7 +56,7 @@ def turns_by(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
 
 
 def frequencies_of(config) -> tuple[torch.Tensor, torch.Tensor]:
-    """On the CPU, see `_frequencies`. `config`: of the language model."""
+    """Return the `_frequencies` of a language model, on the CPU. `config`: its own."""
     rope = config.rope_parameters
     return _frequencies(rope["rope_theta"], tuple(rope["mrope_section"]), bool(rope.get("mrope_interleaved")))
 
@@ -67,7 +67,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def heads_of(attention, name: str, x: torch.Tensor, config) -> torch.Tensor:
-    """`[L, heads, head_dim]`, before rotary: queries, keys or values ("q", "k", "v") of normed `x` (`[L, hidden]`), by head.
+    """Return queries, keys or values ("q", "k", "v") of normed `x` (`[L, hidden]`), before rotary: `[L, heads, head_dim]`.
 
     `attention`: of a layer of the language model. Its queries and keys are normed head by head where it has such norms.
     """
@@ -84,7 +84,7 @@ def rows_at(x: torch.Tensor | None, rows: torch.Tensor | slice | None) -> torch.
 
 
 def put_rows(x: torch.Tensor, rows: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """`x` with new values in some rows, or in all."""
+    """Return `x` with new values in some rows, or in all."""
     return new if rows is None else x.index_copy(0, rows, new)
 
 
@@ -97,7 +97,7 @@ def attend(
     wide: torch.Tensor | None = None,
     dim: int | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last L columns, or of other columns: `[L, heads * head_dim]`.
+    """Return causal attention of the last L columns, or of other columns: `[L, heads * head_dim]`.
 
     Args:
         queries: `[1, L, heads, head_dim]`; neighbouring heads share `keys` and `values`, `[1, kv_heads, n, head_dim]`. Queries,
@@ -110,7 +110,8 @@ def attend(
         dim: head_dim, where the queries may have further features.
     """
     _, columns, heads, given = queries.shape
-    (kv_heads, n, whole), dim = keys.shape[1:], dim or given
+    kv_heads, n, whole = keys.shape[1:]
+    dim = dim or given
     if columns == 1:
         # Heads that share keys become columns of one head: keys are read once for all of them, two to four times as fast.
         queries = queries.view(1, kv_heads, -1, given)
@@ -272,7 +273,7 @@ class KVCache:
         return known_keys, known_values
 
     def room(self, layer: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where a layer's new keys and values go, `[kv_heads, columns, head_dim]`; and all of them, as of `put`."""
+        """Return where a layer's new keys and values go, `[kv_heads, columns, head_dim]`; and all of them, as of `put`."""
         before = self.lengths[layer]
         stored = self._layers[layer]
         end = before + columns
@@ -297,7 +298,7 @@ class KVCache:
         )  # in one statement, as above
 
     def sizes_with(self, sizes: torch.Tensor | None, columns: int) -> list[torch.Tensor | None]:
-        """Of each layer the cluster sizes of its columns and of new ones, whose `sizes` (None for 1 each) are the same in all."""
+        """Return for each layer the sizes of its columns and of new ones, whose `sizes` (None: 1 each) are the same in all."""
         if sizes is None and self.sizes[0] is None:
             return [None] * len(self.sizes)
         like = self._layers[0][0]
@@ -361,7 +362,10 @@ def forward(
             bias, wide = _bias(every[i], x, config)
         if dropping:
             blind, rows = dropping.before(i, len(x))
-        entered.append(len(rows[0]) if rows else len(x))
+        count = len(x)
+        if rows:
+            count = len(rows[0])
+        entered.append(count)
         entering = x
         x, *heads = run_layer(layer, x, places, cache, i, config, bias, last, blind, rows, wide)
         if len(deepstack):
@@ -409,7 +413,7 @@ def run_layer(
     rows: Sequence[torch.Tensor] = (),
     wide: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, and all keys and values.
+    """Return the output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, all keys and values.
 
     `cache`: a `KVCache`, or a `StaticCache` for a column alone. `bias`, `wide`: of `attend`.
     `blind`, `rows`: of `Reading.before`. Columns without queries or MLP keep their state.
@@ -420,7 +424,8 @@ def run_layer(
     whole = blind is None and not rows and (len(x) <= last or number < config.num_hidden_layers - 1)
     if whole and (fused := _fused(layer, x, places, cache, number, config, bias, wide)):
         return fused
-    (kv_rows, q_rows, mlp_rows), (cos, sin) = rows or (None,) * 3, places
+    kv_rows, q_rows, mlp_rows = rows or (None,) * 3
+    cos, sin = places
     h = norm(x, layer.input_layernorm.weight, eps)
     keys, values = (heads_of(attention, name, rows_at(h, kv_rows), config) for name in "kv")
     keys = rotate(keys, rows_at(cos, kv_rows), rows_at(sin, kv_rows))

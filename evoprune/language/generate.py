@@ -170,7 +170,7 @@ def new_cache(model, columns: int | Sequence[int]) -> KVCache | HostedCache:
 
 @torch.inference_mode()
 def teacher_forced_logits(state: PrefillState, ids: torch.Tensor, one_by_one: bool = False) -> torch.Tensor:
-    """float32 `[n, vocabulary]`: the logits of every token of an answer (`ids`, int64 `[n]`), each behind those before it.
+    """Return the logits of every token of an answer (`ids`, int64 `[n]`), each behind those before it: float32 `[n, vocabulary]`.
 
     The cache of `state` grows by the answer. `one_by_one`: a pass for each token, as decoding has it; else one for all.
 
@@ -178,7 +178,8 @@ def teacher_forced_logits(state: PrefillState, ids: torch.Tensor, one_by_one: bo
     """
     logits = [state.logits[None]]
     if len(ids) > 1:
-        logits += [state.read(piece) for piece in ids[:-1].split(1 if one_by_one else len(ids))]
+        step = 1 if one_by_one else len(ids)
+        logits += [state.read(piece) for piece in ids[:-1].split(step)]
     logits = torch.cat(logits)
     if not logits.amax(1).isfinite().all():
         raise not_a_number_error("generate")
@@ -265,7 +266,7 @@ def penalised(logits: torch.Tensor, penalty: float, seen: Collection[int]) -> to
 
 
 def probabilities(logits: torch.Tensor, settings: GenerationOptions) -> torch.Tensor:
-    """Of the tokens in a draw, float64 `[vocabulary]`, up to a factor: temperature, `top_k`, nucleus (arXiv 1904.09751)."""
+    """Return those of a draw, float64 `[vocabulary]`, up to a factor: by temperature, `top_k`, nucleus (arXiv 1904.09751)."""
     # From the largest logit down, so that a tiny temperature cannot overflow.
     logits = logits.double()
     logits = (logits - logits.max()) / settings.temperature
@@ -309,7 +310,8 @@ def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Te
     with the first token; then the first piece is an empty one of theirs. What is between thoughts and answer, `</think>` and white
     space, belongs to neither.
     """
-    ids, (begin, end) = iter(ids), map(tokenizer.backend.token_to_id, THOUGHTS)
+    ids = iter(ids)
+    begin, end = map(tokenizer.backend.token_to_id, THOUGHTS)
     thinks = opens_thoughts(tokenizer.backend.decode(prompt_ids[-16:].tolist(), skip_special_tokens=False))
     if not thinks:
         first = list(islice(ids, 1))

@@ -71,7 +71,7 @@ def _stacked(vectors: Iterable[torch.Tensor]) -> torch.Tensor:
 def add_norm(
     x: torch.Tensor, plus: torch.Tensor | None, gain: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x + plus`, or `x` itself, and its RMS norm, which is scaled by `gain` (float32) before it is rounded."""
+    """Return `x + plus`, or `x` itself, and its RMS norm, which is scaled by `gain` (float32) before it is rounded."""
     if fast := backend.kernels(x.device):
         try:
             # What quantised layers return need not be contiguous.

@@ -59,7 +59,7 @@ class Tokenizer:
         return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`. Special tokens in it are encoded as ordinary words.
+        """Return the ids of `text`. Special tokens in it are encoded as ordinary words.
 
         Raises ModelError: the tokenizer breaks down, for example over a pattern that takes too many steps.
         """
@@ -72,7 +72,7 @@ class Tokenizer:
             raise ModelError(message, "take the tokenizer of the original model", stage="prefill") from problem
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids` without special tokens. Incomplete characters become U+FFFD."""
+        """Return the text of `ids` without special tokens. Incomplete characters become U+FFFD."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def render(self, messages: list[dict], thinking: bool = False) -> str:
@@ -200,7 +200,7 @@ def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
 def video_positions(
     grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None
 ) -> torch.Tensor:
-    """int64 `[3, T*H*W]`: time, height and width of a video's units, counted from its own start, in raster order.
+    """Return time, height and width of a video's units, counted from its own start, in raster order: int64 `[3, T*H*W]`.
 
     `grid`: (T, H, W), frame pairs, and rows and columns of units; a picture is one frame pair. `seconds_per_pair`: from one frame
     pair to the next, with fractions; of one it does not matter. `tokens_per_second`: as in `config.VisionConfig`.
@@ -215,7 +215,7 @@ def video_positions(
 
 
 def prompt_positions(length: int, videos: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
-    """int64 `[3, length]`: M-RoPE positions of an unpruned prompt, by Qwen's rule (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    """Return M-RoPE positions of an unpruned prompt, int64 `[3, length]`, by Qwen's rule (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
     Text has the same number in time, height and width. A video token has the time of its frame pair and the row and column of its
     unit, counted from where the video starts. Text after a video continues at the largest position so far plus one; so does the
@@ -390,7 +390,8 @@ def build_prompt(
 
 def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
     """Return the conversation in which an input with times has a placeholder between markers behind each of them."""
-    of_inputs, (start, end) = iter(times), map(re.escape, MARKERS)
+    of_inputs = iter(times)
+    start, end = map(re.escape, MARKERS)
 
     def runs(match: re.Match) -> str:
         return "".join(f"{time}{match[1].join(MARKERS)}" for time in next(of_inputs)) or match[0]
@@ -399,7 +400,7 @@ def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
 
 
 def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequence[Sequence[str]]) -> Iterator[Place]:
-    """Where each input stands, whose runs follow one another."""
+    """Yield where each input stands, whose runs follow one another."""
 
     def around(run: range, time: str) -> range:
         """Return the columns of a run with its markers, and with the time before them if that has not merged with what comes

@@ -76,7 +76,7 @@ class StaticCache(ABC):
         """Return the final hidden state of the next column, whose embedding is `x`; both `[1, hidden]`."""
 
     def begin(self, holder: object, cache: KVCache | HostedCache, position: int, read: int) -> None:
-        """The cache is that of another answer from now on; errors leave it to nobody."""
+        """Gives the cache to another answer from now on; errors leave it to nobody."""
         with self._lock:
             self._holder = None
             self.fill(cache, position, read)
@@ -156,10 +156,9 @@ class HostedStaticCache(StaticCache):
         self._bias = like.new_zeros(capacity)  # of each column, in every layer of attention
         self._states = HostedCache(model).states
         shape = (2, 1, config.num_key_value_heads, capacity, head_size(config))
-        self._states.layers = [
-            layer if _is_linear(layer) else StaticLayer(like.new_zeros(shape), self.column)
-            for layer in self._states.layers
-        ]
+        for number, layer in enumerate(self._states.layers):
+            if not _is_linear(layer):
+                self._states.layers[number] = StaticLayer(like.new_zeros(shape), self.column)
 
     def _copy(self, cache: HostedCache, bias: torch.Tensor) -> None:
         self._bias[: len(bias)] = bias
@@ -207,7 +206,7 @@ def _is_linear(layer) -> bool:
 
 
 def best_of(logits: torch.Tensor) -> torch.Tensor:
-    """int64 `[2]`: the most probable token, and 0 if a logit (float32 `[vocabulary]`) is NaN or infinite. One copy reads both."""
+    """Return the most probable token, and 0 if a logit (float32 `[vocabulary]`) is NaN or infinite; int64 `[2]`, for one copy."""
     return torch.stack([logits.argmax(), logits.amax().isfinite().long()])  # the largest is NaN where any is
 
 
@@ -299,7 +298,7 @@ def can_step(model) -> bool:
 
 
 def give_up(model, problem: Exception) -> None:
-    """From now on, tokens of this model are decoded plainly."""
+    """Has tokens of this model decoded plainly from now on."""
     _caches[model] = None
     said = f"tokens are decoded without a CUDA graph, which takes longer: {first_line(problem)}"
     warnings.warn(said, DeviceWarning, stacklevel=2)

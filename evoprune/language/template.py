@@ -68,7 +68,7 @@ def _apart(request: str, seconds: int) -> dict[str, str]:
 
 
 def main(seconds: int) -> None:
-    """The other process: reads a request from stdin, writes an answer to stdout, under limits where there are any."""
+    """Runs the other process: reads a request from stdin, writes an answer to stdout, under limits where there are any."""
     request = sys.stdin.read()
     import jinja2.sandbox  # noqa: F401 (before there is a limit)
 

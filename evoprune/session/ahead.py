@@ -81,7 +81,10 @@ def expected(options: ModelOptions) -> Expected | None:
         folder = cached_folder(name, options.revision)
         if folder is None:
             return None
-    config = read_config(BUNDLED_CONFIGS[name] if folder is None else folder / "config.json")
+    path = BUNDLED_CONFIGS.get(name)
+    if folder is not None:
+        path = folder / "config.json"
+    config = read_config(path)
     most = default_max_visual_tokens(None if random else folder, options.device)
     return Expected(input_limits(folder, config.vision_config), most)
 
@@ -291,7 +294,7 @@ class Ahead:
                 self._changed.notify_all()
 
     def _drop(self, reading: _Reading) -> None:
-        """To be called with the lock."""
+        """Gives the frames of a reading up. To be called with the lock."""
         reading.dropped = True
         self._held -= sum(piece.frames.nbytes for piece in reading.pieces)
         reading.pieces.clear()

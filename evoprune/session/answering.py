@@ -185,7 +185,7 @@ class Askable(ABC, Uncopied):
         """Return the state from which the answer is decoded."""
 
     def _ended(self, turn: int) -> None:
-        """Called once the answer of that number is complete, was closed or failed."""
+        """Is called once the answer of that number is complete, was closed or failed."""
 
     @takes(GenerationOptions)
     def ask(
@@ -224,7 +224,9 @@ class Askable(ABC, Uncopied):
     def _report_of(self, question: str, options: GenerationOptions, seed: int = 0) -> Report:
         report = self._blank_report()
         fresh = Report()
-        report.id, report.created_utc, report.question = fresh.id, fresh.created_utc, question
+        report.id = fresh.id
+        report.created_utc = fresh.created_utc
+        report.question = question
         report.generation = options.record(seed)
         if "demo_model" not in report.warnings and not self._session.loaded.knows_words(question):
             report.warnings.append("demo_question")
@@ -254,7 +256,8 @@ class Askable(ABC, Uncopied):
             clock.seconds, earlier = self._spent
         fill_times(report, clock.seconds, earlier, loaded.device)
         start = clock.now()
-        packing, packed = loaded.packing, loaded.packing.seconds
+        packing = loaded.packing
+        packed = packing.seconds
         state = self._read(question, options, report, clock)
         tokens = TokenStream(state, options, loaded.eos_ids, seed)
         self._paid = True

@@ -32,7 +32,7 @@ OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that an entry need not h
 
 
 def cache_folder() -> Path:
-    """EVOPRUNE_CACHE_DIR, or `evoprune` where this user's caches are."""
+    """Return EVOPRUNE_CACHE_DIR, or `evoprune` where this user's caches are."""
     standard = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "evoprune")
     return Path(os.path.expanduser(os.environ.get("EVOPRUNE_CACHE_DIR") or standard))
 
@@ -100,7 +100,7 @@ class Entries:
         return self.folder / f"{key}{SUFFIX}"
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Regular files of this cache, entries and unfinished ones; another process may delete them at any time."""
+        """Yield regular files of this cache, entries and unfinished ones; another process may delete them at any time."""
         for ending in (f"{'[0-9a-f]' * 64}{SUFFIX}", f"tmp*{UNFINISHED}"):
             for path in self.folder.glob(ending):
                 with suppress(OSError):

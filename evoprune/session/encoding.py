@@ -263,7 +263,9 @@ class OpenInput:
         """Yield all patches, once more in each pass."""
         begun = self._begun
         self._begun = None
-        self.damaged, self.other_shape, self.moved, self.read_s = 0, False, False, ()
+        self.damaged = 0
+        self.other_shape = self.moved = False
+        self.read_s = ()
         for piece in clock.each("wait", begun or self._read_now()):
             self._tell()
             self.damaged += piece.damaged
@@ -308,7 +310,8 @@ class OpenInput:
 
     def _prepared(self) -> Generator[Piece, None, None]:
         """Yield the patches of each chunk of frames."""
-        plan, limits = self.plan, self.session.loaded.limits[self.plan.kind]
+        plan = self.plan
+        limits = self.session.loaded.limits[plan.kind]
         with closing(self.frames(chunk_bytes(self.session, plan))) as chunks:
             for chunk in self.clock.each("read", chunks):
                 self.count.at_least(chunk.first + len(chunk.frames))
@@ -343,7 +346,8 @@ class CachedInput(OpenInput):
         self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> tuple[Encoded | EncodedRows, str]:
         if self.stored:
-            self.read_s, self.moved = self.stored.read_s, self.stored.moved
+            self.read_s = self.stored.read_s
+            self.moved = self.stored.moved
             return self.stored.encoded, "hit"
         result, _ = super()._result(clock, progress, pieces, warnings)
         # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.
@@ -358,8 +362,10 @@ class CachedInput(OpenInput):
 
 
 def entry_key(session: Session, plan: Plan) -> str | None:
-    """Equal keys mean equal encodings. None without a fingerprint of the model or a readable file."""
-    loaded, pruning, limits = session.loaded, session.pruning, session.loaded.limits[plan.kind]
+    """Return a key; equal ones mean equal encodings. None without a fingerprint of the model or a readable file."""
+    loaded = session.loaded
+    pruning = session.pruning
+    limits = loaded.limits[plan.kind]
     if loaded.fingerprint is None or plan.info.container == ARRAY:
         return None
     try:
@@ -389,7 +395,9 @@ class OpenInputs:
     """
 
     def __init__(self, session: Session, inputs: Sequence[OpenInput], files: ExitStack | None = None):
-        self.session, self.inputs, self.plans = session, inputs, [opened.plan for opened in inputs]
+        self.session = session
+        self.inputs = inputs
+        self.plans = [opened.plan for opened in inputs]
         self._files = files or ExitStack()
         self._names = {opened.plan.info.path: opened.plan.name for opened in inputs if not opened.lasting}
 
@@ -508,7 +516,7 @@ def open_inputs(
 
 
 def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[float] | None = None) -> list[Input]:
-    """One or several inputs, paths as texts, and arrays of frames as videos of that rate or these times.
+    """Return one or several inputs, paths as texts, and arrays of frames as videos of that rate or these times.
 
     Raises UsageError: there are none, or something else; and what `held_video` raises.
     """

@@ -42,8 +42,10 @@ def environment_facts(stdout: TextIO) -> dict:
     demos = {}  # `demo_model`, `demo_model_folder` and so on
     for name, demo in DEMOS.items():
         key = f"{name.replace('-', '_')}_model"
-        there = (demo.folder / "model.safetensors").is_file()
-        demos |= {key: "installed" if there else "missing", f"{key}_folder": str(demo.folder)}
+        demos[key] = "missing"
+        if (demo.folder / "model.safetensors").is_file():
+            demos[key] = "installed"
+        demos[f"{key}_folder"] = str(demo.folder)
     cache = Cache()
     videos, occupied = cache.size()
     models, models_bytes = weights_folder().size()
@@ -119,6 +121,9 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
         needed = model.weights_bytes + working
         if available is None or needed <= available:
             break
+    enough = None
+    if available is not None:
+        enough = needed <= available
     most = needed + model.packed_bytes
     patches = patch_bytes(plan, model.limits[plan.kind])
     if patches <= LIMIT_BYTES:
@@ -132,7 +137,7 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
         "needed_bytes": needed,
         "used_if_free_bytes": most,
         "available_bytes": available,
-        "enough": None if available is None else needed <= available,
+        "enough": enough,
     }
 
 

@@ -353,7 +353,7 @@ class PipelineOptions:
 
     @classmethod
     def of(cls, **options) -> Self:
-        """Made of the fields of all five. Raises UsageError: a bad value. TypeError: an unknown option."""
+        """Return what the fields of all five make. Raises UsageError: a bad value. TypeError: an unknown option."""
         return cls(*from_keywords(options, *cls.KINDS, StreamOptions))
 
 

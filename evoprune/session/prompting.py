@@ -35,7 +35,7 @@ def fitting_prompt(
 
 
 def positions_of(prompt: Prompt, plans: Sequence[Plan], loaded: LoadedModel) -> torch.Tensor:
-    """int64 `[3, L]`, of the tokens of a prompt about some inputs, by Qwen's rule."""
+    """Return the positions of a prompt about some inputs by Qwen's rule, int64 `[3, L]`."""
     pair = loaded.video.temporal_patch_size
     per_second = loaded.model.config.vision_config.tokens_per_second
     videos = []

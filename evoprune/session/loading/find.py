@@ -463,7 +463,7 @@ def download(
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """`work()`, or TimeoutError. HTTP timeouts leave out name resolution, which alone can take half a minute."""
+    """Return `work()`. Raises TimeoutError: HTTP timeouts leave out name resolution, which alone can take half a minute."""
     answer = Future()
 
     def run():
@@ -513,8 +513,8 @@ def check_packages(quantization: str | None, name: str) -> None:
         return
     packages = PACKAGES.get(quantization, [])
     if missing := [package for package in [*packages, "accelerate"] if not _is_installed(package)]:
-        what = f"{listed(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
-        problem = f"{name} holds weights quantised by {quantization}, and {what}"
+        are = "is" if len(missing) == 1 else "are"
+        problem = f"{name} holds weights quantised by {quantization}, and {listed(missing)} {are} not installed"
         raise ModelError(problem, f"pip install {' '.join(missing)}")
 
 
@@ -571,7 +571,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
-    """Of each tensor in safetensors files: its file, that file opened by safetensors, and its name there."""
+    """Yield of each tensor in safetensors files its file, that file opened by safetensors, and its name there."""
     from safetensors import safe_open
 
     for file in files:

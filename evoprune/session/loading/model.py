@@ -347,14 +347,15 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     levels = len(vision.deepstack_visual_indexes)
     depth = max(2, levels)
     full = (0,) if vision.fullatt_block_indexes else ()
+    width = 1
+    if native:
+        width = text.intermediate_size
     small = replace(
         config,
         vision_config=replace(
             vision, depth=depth, fullatt_block_indexes=full, deepstack_visual_indexes=tuple(range(levels))
         ),
-        text_config=replace(
-            text, num_hidden_layers=depth, vocab_size=1024, intermediate_size=text.intermediate_size if native else 1
-        ),
+        text_config=replace(text, num_hidden_layers=depth, vocab_size=1024, intermediate_size=width),
     )
     model = random_model(small, dtype, device)
     prepare(model, packs=False)
