@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evoprune.backend.limits import check_libraries
+from evoprune.backend.limits import check_libraries, keep_freed_memory
 from evoprune.batch.output import OPEN_FILES, write_file
 from evoprune.errors import UsageError
 from evoprune.session.options import GenerationOptions, PipelineOptions
@@ -46,6 +46,7 @@ MP4_END = b"\0\0\0(\xa9cmt\0\0\0 data\0\0\0\1\0\0\0\0evoprune overlay"  # a comm
 def prepare() -> None:
     """Prepare for torch, before it is imported. Raises OutOfMemory: there is not even memory for the libraries."""
     check_libraries()
+    keep_freed_memory()
 
 
 def load(options: PipelineOptions, show: Callable[..., None], quiet: bool, streams: bool = False) -> "VideoQA":

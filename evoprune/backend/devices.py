@@ -29,9 +29,9 @@ from evoprune.errors import DeviceWarning, UsageError, first_line, is_out_of_mem
 from evoprune.report import Environment
 
 HOST = torch.device("cpu")  # whose values the program reads without waiting
-# Units whose rows go through a product at a time. 512 units (2,048 patches) keep matrix products at full speed and their
+# Units whose rows go through a product at a time. 256 units (1,024 patches) keep matrix products at full speed and their
 # results in a CPU's caches (`python -m experiments.speed.kernels`). A GPU needs more to be busy.
-PIECE_UNITS = 512
+PIECE_UNITS = 256
 GPU_PIECE_UNITS = 8192
 # Entries of a score matrix held at a time, for the same reasons.
 SCORES = 1 << 21

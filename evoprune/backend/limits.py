@@ -7,6 +7,7 @@ groups inside it. Functions read `proc` and the mounts below `root`. Where there
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,13 @@ from pathlib import Path
 from evoprune.errors import OutOfMemory
 
 ROOT = Path("/")
+# Options of glibc's mallopt. Freed memory above the trim threshold is given back, what is larger than the map threshold gets new
+# pages each time, and arenas of other threads than the first are kept small.
+TRIM_THRESHOLD = -1
+TOP_PAD = -2
+MMAP_THRESHOLD = -3
+ARENA_MAX = -8
+MALLOC = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26, MMAP_THRESHOLD: 2**30, ARENA_MAX: 1}
 # Bytes that torch and this package take by themselves. No model answers in less.
 LIBRARIES = 2**28
 
@@ -63,6 +71,19 @@ def check_libraries(root: Path = ROOT) -> None:
         figures = f"{max(0, available) >> 20} MiB are available, and the libraries alone take {LIBRARIES >> 20}"
         hint = "close other programs, or give the container more"
         raise OutOfMemory(f"too little memory: {figures}", hint, stage="load")
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep the memory that this process frees, up to its peak; for processes of our own. Only glibc can.
+
+    It would give back what the layers' results took, and get new pages from the system for those of the next layer, which is up to
+    an eighth of the time of encoding at 3B in bf16 (results/machines.md).
+    """
+    import ctypes  # which --help does not need
+
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option, value in MALLOC.items():
+            libc.mallopt(option, value)
 
 
 def oom_kills(root: Path = ROOT) -> int:

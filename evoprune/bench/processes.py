@@ -12,7 +12,7 @@ from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any
 
-from evoprune.backend.limits import oom_kills
+from evoprune.backend.limits import keep_freed_memory, oom_kills
 from evoprune.errors import EvopruneError, EvopruneWarning, OutOfMemory, process_error
 
 Work = Callable[[Any], list[dict]]
@@ -60,6 +60,7 @@ def _begin(start: Callable[[], Work]) -> None:
     sys.stdout = sys.stderr  # the parent's answers go to stdout
     Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore", EvopruneWarning)  # the parent has printed them
+    keep_freed_memory()
     try:
         _work = start()
     except Exception as problem:  # raised here, the pool would print it with its traceback, and report a broken pool

@@ -25,9 +25,8 @@ WIDTH = {reach: width for width, reach in enumerate(("place", "window", "pair", 
 class Aside(Protocol):
     """Rows that are set aside, and come back after the last layer."""
 
-    active: (
-        torch.Tensor | None
-    )  # int64, the rows that layers compute, the others are keys and values alone; None for all
+    # int64, the rows that layers compute; the others are keys and values alone. None for all
+    active: torch.Tensor | None
 
     def whole(self, rows: "Rows") -> "Rows":
         """Return `rows` with those that are set aside."""
@@ -48,15 +47,13 @@ class Rows:
     # Where the row of a unit may be: at the same place, in the same window or frame pair, or anywhere in the clip. A group of at
     # least this scope contains all rows of its units.
     reach: Reach = "place"
-    size_bias: bool = (
-        False  # whether attention adds the log of the cluster size inside the group (ToMe, arXiv 2210.09461, section 3)
-    )
+    # Whether attention adds to scores of a key the log of its cluster size in the group (ToMe, arXiv 2210.09461, section 3)
+    size_bias: bool = False
     counts: tuple[int, ...] | None = None  # rows of each frame pair; None where only the device knows them
     complete: bool = False  # whether every unit is known to have a row
     aside: Aside | None = None  # then `deepstack` and `given` may already be of all rows
-    as_planned: list[torch.Tensor] = field(
-        default_factory=list
-    )  # bool without dimension: whether a merger left its number of rows
+    # bool without dimension, for each time that rows merged: whether as many are left as planned
+    as_planned: list[torch.Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.unit)
@@ -116,19 +113,21 @@ class Rows:
 
     def longest(self, scope: Scope) -> int:
         """Return an upper bound of the rows of a group, computed without waiting."""
-        rows = max(self.counts) if self.counts else devices.count_or_bound(self._most_of_a_pair, self.unit, len(self))
+        if self.counts:
+            rows = max(self.counts)
+        else:
+            rows = devices.count_or_bound(lambda: max(self.per_pair), self.unit, len(self))
         return min(rows, self.geometry.largest(scope))
 
     def mixes(self, scope: Scope) -> bool:
         """Return whether a group of `scope` may have units that rows of other groups represent."""
         return WIDTH[self.reach] > WIDTH[scope]
 
-    def _most_of_a_pair(self) -> int:
-        return max(self.per_pair)
-
     # Fewer rows, and another order.
 
-    def take(self, selection: Selection, unit_to_token: torch.Tensor, reach: Reach = "clip", complete: bool = False):
+    def take(
+        self, selection: Selection, unit_to_token: torch.Tensor, reach: Reach = "clip", complete: bool = False
+    ) -> "Rows":
         """Return a row for each selected unit.
 
         Args:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,26 +71,25 @@ def tower_geometry(visual, height: int, width: int) -> Geometry:
     return geometry(height, width, tower_shape(visual).window, str(visual.patch_embed.proj.weight.device))
 
 
-def in_pieces(function: Callable[..., Any], piece: int, *rows: torch.Tensor) -> Any:
+def in_pieces(
+    function: Callable[..., torch.Tensor], piece: int, *rows: torch.Tensor, into: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return what a function makes of `rows`, tensors of equally many entries, of which it gets `piece` at a time.
 
-    It returns a tensor, or several, of as many entries. This bounds the memory of what is made on the way.
+    It returns a tensor of as many entries. This bounds the memory of what is made on the way.
+
+    `into`: where to write the result if there are several pieces, perhaps one of `rows`: new memory takes time.
     """
     if len(rows[0]) <= piece:
         return function(*rows)
-    made: list[torch.Tensor] = []
     done = 0
-    several = False
     for parts in zip(*(x.split(piece) for x in rows), strict=True):
         values = function(*parts)
-        several = isinstance(values, tuple)
-        values = values if several else (values,)
-        if not made:
-            made = [value.new_empty(len(rows[0]), *value.shape[1:]) for value in values]
-        for whole, value in zip(made, values, strict=True):
-            whole[done : done + len(value)] = value
-        done += len(parts[0])
-    return tuple(made) if several else made[0]
+        if into is None:
+            into = values.new_empty(len(rows[0]), *values.shape[1:])
+        into[done : done + len(values)] = values
+        done += len(values)
+    return into
 
 
 # Keys and values `[K, 4, heads, d]` that a layer attends to, from its number and those of its own rows: K is R, or more where
@@ -118,20 +116,10 @@ class Layer:
         heads = vision_sizes(visual.config).num_heads
         return cls(number, visual.blocks[number], tower_layers(visual), heads, tower_shape(visual).scope(number))
 
-    def queries_keys_values(
-        self, timer: Timer, keep_plain: bool, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values of rows `[R, 4, hidden]`, `[R, 4, heads, d]` each, the first two rotated.
-
-        With `keep_plain` also the features of keys before rotary, float32 `[R, 4 * d]`, whose time `timer` measures.
-        """
-        qkv = linear(self.weights.attn.qkv, self.kind.norm(self.weights.norm1, x))
-        qkv = qkv.view(*x.shape[:2], 3, self.heads, -1)
-        q, k = rotate(qkv[:, :, :2], cos, sin).unbind(2)
-        if not keep_plain:
-            return q, k, qkv[:, :, 2]
-        with timer:
-            return q, k, qkv[:, :, 2], unit_features(qkv[:, :, 1])
+    def queries_keys_values(self, x: torch.Tensor, piece: int) -> torch.Tensor:
+        """Return queries, keys and values of rows `[R, 4, hidden]`, `[R, 4, 3, heads, d]`, before rotary."""
+        normed = in_pieces(partial(self.kind.norm, self.weights.norm1), piece, x)
+        return linear(self.weights.attn.qkv, normed).view(*x.shape[:2], 3, self.heads, -1)
 
     def add_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """Rows `[R, 4, hidden]` and the output of their attention, `[R, 4, heads, d]`, projected."""
@@ -211,10 +199,12 @@ def run_layer(
     """
     timer = timer or nullcontext()
     seen = {}
-    project = partial(layer.queries_keys_values, timer, "keys" in needs)
-    q, k, v, *plain = in_pieces(project, piece, rows.values, *rotation)
-    if plain:
-        seen["keys"] = plain[0]
+    qkv = layer.queries_keys_values(rows.values, piece)
+    if "keys" in needs:
+        with timer:
+            seen["keys"] = unit_features(qkv[:, :, 1])
+    q, k = in_pieces(rotate, piece, qkv[:, :, :2], *rotation, into=qkv[:, :, :2]).unbind(2)
+    v = qkv[:, :, 2]
     if "keys_rotary" in needs:
         with timer:
             seen["keys_rotary"] = unit_features(k)
@@ -228,14 +218,14 @@ def run_layer(
     if PRECISE in needs:
         with timer:
             seen[PRECISE] = attention_received(q, k, groups[layer.scope], piece)
-    del q, k, v
-    rows.values = in_pieces(layer.add_attention, piece, rows.values, mixed)
+    del qkv, q, k, v
+    rows.values = layer.add_attention(rows.values, mixed)
     del mixed
     active = None if rows.aside is None else rows.aside.active
     if active is None:
-        rows.values = in_pieces(layer.mlp, piece, rows.values)
+        rows.values = in_pieces(layer.mlp, piece, rows.values, into=rows.values)
     else:
-        rows.values = rows.values.index_copy(0, active, in_pieces(layer.mlp, piece, rows.values[active]))
+        rows.values.index_copy_(0, active, in_pieces(layer.mlp, piece, rows.values[active]))
     return seen
 
 

@@ -15,6 +15,7 @@ from statistics import median
 
 import numpy as np
 
+from evoprune.backend.limits import keep_freed_memory
 from evoprune.live.feed import LiveFeed
 from evoprune.video_qa import VideoQA
 
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=600.0, help="seconds of the stream that are remembered")
     parser.add_argument("--every", type=float, default=60.0, help="seconds between two questions")
     args = parser.parse_args()
+    keep_freed_memory()  # as `watch` does
     how = {"dtype": args.dtype, "quantize": args.quantize, "threads": args.threads}
     qa = VideoQA.load(args.model, budget=args.budget, method=args.method, **how)
     height, width = map(int, args.size.split("x"))

@@ -2,7 +2,7 @@
 
     python -m experiments.speed.process_settings -m CKPT --rounds 2    # CKPT: `checkpoint` writes one of the 3B model
 
-*kept*: glibc keeps freed memory, as `KEPT` has it. *spin*: GOMP_SPINCOUNT. *thread*: the window is encoded in another
+*kept*: glibc keeps freed memory (`limits.keep_freed_memory`). *spin*: GOMP_SPINCOUNT. *thread*: the window is encoded in another
 thread than the one that loaded the model. *ended*: that one has ended its OpenMP team (`release_omp_threads`). Frames all move. The
 median of the windows after the first one.
 """
@@ -17,28 +17,25 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
-# What has glibc keep the memory that a process frees, up to its peak, in one arena.
-KEPT = {
-    "MALLOC_TRIM_THRESHOLD_": "2147483647",
-    "MALLOC_TOP_PAD_": "67108864",
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_ARENA_MAX": "1",
-}
+from evoprune.backend.limits import keep_freed_memory
+
 # Setting by name: whether memory is kept, the spin count, whether another thread encodes, whether the first one's team is ended.
 SETTINGS = {
     "as Python has them": (False, None, False, False),
     "kept": (True, None, False, False),
     "kept, spin 1,000": (True, 1_000, False, False),
-    "kept, spin 10,000": (True, 10_000, False, False),
+    "kept, spin 10,000 (the commands)": (True, 10_000, False, False),
     "kept, thread": (True, None, True, False),
     "kept, thread, ended": (True, None, True, True),
-    "kept, spin 10,000, thread, ended": (True, 10_000, True, True),
+    "kept, spin 10,000, thread, ended (watch)": (True, 10_000, True, True),
 }
 
 
 def measure(name: str, model: str, frames: int, windows: int) -> float:
     """Return seconds of a window, in this process."""
-    _, _, apart, ended = SETTINGS[name]
+    kept, _, apart, ended = SETTINGS[name]
+    if kept:
+        keep_freed_memory()
     from evoprune.backend.cpu.machine import release_omp_threads
     from evoprune.video_qa import VideoQA
     from experiments.speed.live_rate import Paced
@@ -66,12 +63,10 @@ def measure(name: str, model: str, frames: int, windows: int) -> float:
 
 
 def run(name: str, args: argparse.Namespace) -> float:
-    kept, spin, _, _ = SETTINGS[name]
+    spin = SETTINGS[name][1]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "MALLOC_"))}
     command = [sys.executable, "-m", "experiments.speed.process_settings", "--only", name, "-m", args.model]
     command += ["--frames", str(args.frames), "--windows", str(args.windows)]
-    if kept:
-        environment |= KEPT
     if spin:
         environment["GOMP_SPINCOUNT"] = str(spin)
     # this Python, and this program

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evoprune.backend.attention import attention_note, transformers_attention
-from evoprune.backend.devices import busy_cores, cluster_share, efficiency, kind, product_sides
+from evoprune.backend.devices import busy_cores, cluster_share, kind, product_sides
 from evoprune.backend.expected import MAX_VISUAL_TOKENS_CPU, visual_token_limit
 from evoprune.backend.weights import are_mapped, are_widened
 
@@ -31,7 +31,6 @@ def test_a_cluster_without_cores_has_room_for_one():
 
 def test_a_cpu_computes_with_all_threads_and_its_time_is_estimated():
     assert (busy_cores(CPU), busy_cores(GPU)) == (torch.get_num_threads(), 1)
-    assert efficiency(CPU) == 0.5 and efficiency(GPU) is None
     assert max(product_sides(CPU)) < min(product_sides(GPU))
     assert visual_token_limit("cpu") == MAX_VISUAL_TOKENS_CPU < visual_token_limit("cuda:1")
     assert (kind("cpu"), kind("cuda:1")) == ("cpu", "cuda")

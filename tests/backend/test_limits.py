@@ -1,5 +1,6 @@
 """Cores and memory under made-up control groups of both versions, and under real ones where this machine allows them."""
 
+import ctypes
 import json
 import os
 import re
@@ -252,3 +253,34 @@ def test_a_decoder_that_the_system_ends(limited, tmp_path):
     write_video(path, [np.tile(frame, (64, 128, 1))], codec="mjpeg", pix_fmt="yuvj444p")
     done = limited("memory", memory_limit(140 * 2**20), "-c", READ.format(path=path))
     assert done.stdout == f"read out of memory: the system ended the decoder of {path}\n", done.stderr
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc"
+)
+@pytest.mark.parametrize("kept", [False, True])
+def test_freed_memory_is_kept_where_that_was_asked_for(kept):
+    """In a process of its own, and in a thread that is not the first."""
+    code = f"""
+import threading
+from pathlib import Path
+import numpy as np
+from evoprune.backend.limits import keep_freed_memory, kib
+
+def own():
+    return kib(Path("/proc/self/status"), "RssAnon")[0]
+
+def work():
+    before = own()
+    for size in (2**24, 2**26, 2**27):
+        np.ones(size, np.uint8)
+    print(own() - before)
+
+if {kept}:
+    keep_freed_memory()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (int(made.stdout) > 2**26) == kept

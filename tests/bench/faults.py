@@ -55,8 +55,8 @@ FAULTS = {
     "the bias of keys and queries left out": Fault(
         "tower",
         f"{TOWER}:Layer.queries_keys_values",
-        "linear(self.weights.attn.qkv, self.kind.norm(self.weights.norm1, x))",
-        "F.linear(self.kind.norm(self.weights.norm1, x), self.weights.attn.qkv.weight)",
+        "linear(self.weights.attn.qkv, normed)",
+        "F.linear(normed, self.weights.attn.qkv.weight)",
     ),
     "the bias of cluster sizes left out": Fault("model", f"{DECODER}:_bias", "sizes.log()", "sizes.log() * 0"),
     "a norm of the tower scaled": Fault(

@@ -163,7 +163,7 @@ def test_fewer_bits_are_suggested_where_they_fit(saved, monkeypatch):
     wide, small = (needed_bytes(config, torch.float32, each, mapped=True) for each in ("none", kind))
     assert small < wide
     monkeypatch.setattr(cost, "available_memory", lambda device: small)
-    monkeypatch.setattr("evoprune.session.loading.model.available_memory", lambda device: small)
+    monkeypatch.setattr("evoprune.backend.weights.available_memory", lambda device: small)
     with pytest.raises(OutOfMemory) as caught:
         load_model(str(saved), dtype="fp32")
     assert f"or fewer bits: quantize {kind} needs about " in caught.value.hint
