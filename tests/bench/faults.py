@@ -93,8 +93,8 @@ FAULTS = {
     "a word of the question before that stays": Fault(
         "again", "evoprune.session.answering:EncodedInputs._take_prefix", "cache.crop(known)", "cache.crop(known + 1)"
     ),
-    "later rows of a layer overwrite the first": Fault(
-        "chunks", f"{TOWER}:in_pieces", "done += len(parts[0])", "done += 0 * len(parts[0])"
+    "the rows of a piece in another order": Fault(
+        "chunks", f"{TOWER}:in_pieces", "len(values)] = values", "len(values)] = values.roll(1, 0)"
     ),
     "one wait for each norm": Fault(
         "waits", "evoprune.vision.families:norm", ".mul_(weight)", ".mul_(weight + 0 * weight.sum().item())"
