@@ -330,8 +330,8 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
     rows = mask_or_ones(ids, mask).cpu().bool()
     for row, (used, inputs) in enumerate(zip(rows, placed_inputs(model, call, mask), strict=True)):
-        spans = [span for each in inputs for span in each.place.spans(each.grid, each.seconds_per_pair)]
-        positions[:, row, used] = prompt_positions(int(used.sum()), spans, per_second)
+        videos = [run for each in inputs for run in each.place.positions(each.grid, each.seconds_per_pair, per_second)]
+        positions[:, row, used] = prompt_positions(int(used.sum()), videos)
     return positions.to(ids.device)
 
 

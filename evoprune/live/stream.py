@@ -613,7 +613,7 @@ def window_columns(
         words = [[*loaded.tokenizer.encode(text), start] for text in times]
         ids = [token for before in words for token in (*before, *[pad] * units, end)]
         place = place_of_pairs([len(before) for before in words], units)
-        positions = prompt_positions(len(ids), place.spans(grid, 1.0), None) + following
+        positions = prompt_positions(len(ids), place.positions(grid, 1.0, None)) + following
     else:
         ids = [pad] * units * grid[0]
         place = Place((range(len(ids)),))

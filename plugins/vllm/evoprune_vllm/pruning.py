@@ -126,7 +126,7 @@ def with_columns(
         place = replace(place_of_pairs(words, grid[1] * grid[2]), around=())
     embeds = found.features[:0] if text is None else text.to(found.features)
     ids = torch.zeros(len(place) + len(embeds), dtype=torch.int64, device="cpu")
-    positions = prompt_positions(len(ids), place.spans(grid, seconds), tokens_per_second)
+    positions = prompt_positions(len(ids), place.positions(grid, seconds, tokens_per_second))
     prompt = prune_prompt(ids, [place], [found], positions, embed=lambda _: embeds)
     rows = _beside(prompt.embeds, prompt.deepstack)
     bias = rows.new_zeros(len(rows), dtype=torch.float32) if prompt.sizes is None else prompt.sizes.log()
