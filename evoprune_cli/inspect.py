@@ -180,7 +180,7 @@ def _about_video(
         from evoprune.video.plan import make_plan
 
         model = look_up(pipeline.model)
-        numbers = pipeline.sampling.numbers
+        numbers = pipeline.sampling.plan_arguments
         yield {"model": model_facts(model)}
         if numbers["max_visual_tokens"] is None:
             numbers["max_visual_tokens"] = model.max_visual_tokens

@@ -132,8 +132,8 @@ class _TracedInput(OpenInput):
                 self.shown.append(resize(torch.from_numpy(chunk.frames), self.plan.height, self.plan.width))
                 yield chunk
 
-    def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
-        self.made = super().rows(patches, **options)
+    def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
+        self.made = super().run_tower(patches, **options)
         return self.made
 
 
@@ -149,7 +149,7 @@ def trace(
     Raises UsageError: the method reads the question, or acts inside the language model alone. VideoError. OutOfMemory.
     """
     if session.pruning.method.reads_question:
-        what, instead = session.pruning.method.reading
+        what, instead = session.pruning.method.refusals
         raise UsageError(f"{what}, and an overlay has none", f"use {instead}")
     if session.pruning.method.acts == "language":
         hint = (

@@ -69,7 +69,7 @@ class SharedInput(OpenInput):
 
     shared_rows: SharedRows
 
-    def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
+    def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
         visual = self.session.loaded.model.model.visual
         return self.shared_rows.encode_rows(visual, patches, self.plan.encoder, **options)
 

@@ -107,7 +107,7 @@ def patch_config(
         hint = f"use VideoQA or the command line; here {works} works"
         raise UsageError(f"method {name} acts inside the language model, which is not pruned here", hint)
     if method.reads_question and not has_question:
-        what, instead = method.reading
+        what, instead = method.refusals
         hint = f"pass question=... to evoprune.encode, use VideoQA, or {instead}"
         raise UsageError(f"{what}, and it is not known here", hint)
     return config

@@ -46,12 +46,13 @@ from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.cost import Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
 from evoprune.session.answering import Askable
+from evoprune.session.encoded import EncodedInput
 from evoprune.session.encoding import OpenInput
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.options import GenerationOptions, SamplingOptions, StreamOptions
 from evoprune.session.planning import check_carried, plan_input
 from evoprune.session.prompting import check_context, check_memory, check_question
-from evoprune.session.report import Encoding, inputs_report
+from evoprune.session.report import inputs_report
 from evoprune.session.session import Session, check_streams
 from evoprune.util import brief, check_type
 from evoprune.video.frames import FrameChunk
@@ -108,7 +109,7 @@ class EncodedWindow:
 
     frames: int
     end: int
-    encoding: Encoding
+    encoding: EncodedInput
     earlier: Earlier | None
     window: Window
     prompt: PrunedPrompt
@@ -164,7 +165,7 @@ class _WindowInput(OpenInput):
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         yield FrameChunk(0, self.pixels, tuple(self.plan.sampling.times_s))
 
-    def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
+    def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
         visual = self.session.loaded.model.model.visual
         self.encoded, self.left = encode_segment(
             visual, patches, self.plan.encoder, self.earlier, pause=self.pause, **options
@@ -210,7 +211,7 @@ class VideoStream(Askable):
         self._memory: StreamMemory | None = None
         self._waiting: list[EncodedWindow] = []
         self._following = 0  # position after the latest window, counted from the beginning of the stream
-        self._latest: Encoding | None = None  # of the latest window
+        self._latest: EncodedInput | None = None  # of the latest window
         self._earlier: Earlier | None = None  # what the next window takes over
         self._unfinished: EncodedWindow | None = None  # as the latest question saw it
         self._count = self._done = 0  # frames that were looked at; the slot after the last finished window
@@ -381,7 +382,7 @@ class VideoStream(Askable):
             if self._open is None:
                 self._read_waiting(polite=len(self._waiting) <= MAX_WAITING)
 
-    def _look(self) -> Encoding | None:
+    def _look(self) -> EncodedInput | None:
         """Encodes the frames of the unfinished window for a question, unless the latest one saw the same; None for no frames.
 
         The first question that is read pays for that, and for waiting for the window that is being encoded.
@@ -461,7 +462,7 @@ class VideoStream(Askable):
         except NothingNew:  # then all of it is encoded anew
             window = _WindowInput(session, plan, Clock(torch.device("cpu")), pixels, None, pause)
             encoding = window.encode()
-        order = staying_order(window.encoded, encoding.tokens)
+        order = staying_order(window.encoded, encoding.encoded)
         columns = window_columns(session.loaded, encoding, order, slots, step_s, self._following)
         return EncodedWindow(count, end, encoding, window.left, *columns)
 
@@ -509,7 +510,7 @@ class VideoStream(Askable):
             report.time_ms.encode_prune = 0.0
         return report
 
-    def _report(self, encoding: Encoding | None) -> Report:
+    def _report(self, encoding: EncodedInput | None) -> Report:
         with self._lock:
             self._check_open()
             if encoding is None:
@@ -593,7 +594,12 @@ def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
 
 
 def window_columns(
-    loaded: LoadedModel, encoding: Encoding, order: torch.Tensor, slots: Sequence[int], step_s: float, following: int
+    loaded: LoadedModel,
+    encoding: EncodedInput,
+    order: torch.Tensor,
+    slots: Sequence[int],
+    step_s: float,
+    following: int,
 ) -> tuple[Window, PrunedPrompt]:
     """Return what the language model reads of an encoded window.
 
@@ -604,7 +610,7 @@ def window_columns(
     """
     config = loaded.model.config.vision_config
     span = encoding.plan.sampling
-    (grid,) = encoding.tokens.grids
+    (grid,) = encoding.encoded.grids
     specials = loaded.tokenizer.specials()
     start, pad, end = (specials[token] for token in (MARKERS[0], CONTENTS[VIDEO][1], MARKERS[1]))
     units = grid[1] * grid[2]
@@ -624,7 +630,7 @@ def window_columns(
         inside = torch.meshgrid(time, *(arange_on(side, "cpu") for side in grid[1:]), indexing="ij")
         positions = torch.stack(inside).flatten(1)
     ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
-    prompt = prune_prompt(ids, [place], [encoding.tokens], positions, partial(embed_ids, loaded.model))
+    prompt = prune_prompt(ids, [place], [encoding.encoded], positions, partial(embed_ids, loaded.model))
     stays = torch.full_like(ids, len(order))
     stays[prompt.columns[prompt.visual]] = order
     for run, tokens in zip(place.around, place.runs, strict=False):  # text stays as long as the last of its tokens

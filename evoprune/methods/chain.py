@@ -63,7 +63,7 @@ class MethodChain:
         combines = self.encoder is not None and self.encoder.combines
         if before == [self.encoder, self.selector]:
             return combines
-        return len(before) == 1 and not (combines and self.tokens is None)
+        return len(before) == 1 and not (combines and self.token_selector is None)
 
     @property
     def members(self) -> list[Method]:
@@ -89,7 +89,7 @@ class MethodChain:
         return replace(self, language=None)
 
     @property
-    def tokens(self) -> Selector | None:
+    def token_selector(self) -> Selector | None:
         """Return the selector of the tokens after the tower; None where every row becomes a token."""
         if self.selector or not self.encoder:
             return self.selector
@@ -104,29 +104,29 @@ class MethodChain:
 
     @property
     def reads_question(self) -> bool:
-        return self.tokens is not None and self.tokens.reads_question
+        return self.token_selector is not None and self.token_selector.reads_question
 
     @property
     def weighs(self) -> bool:
-        return self.tokens is not None and self.tokens.weighs
+        return self.token_selector is not None and self.token_selector.weighs
 
     @property
     def args(self) -> dict[str, Any]:
         """Return the settings as reports show them: first those of the first part, then by name those of the others."""
         args = dict(self.first.args)
         if self.encoder and self.encoder.combines:
-            args[self.tokens.name] = self.tokens.args
+            args[self.token_selector.name] = self.token_selector.args
         if self.language and self.language is not self.first:
             args[self.language.name] = self.language.args | {"share": round(self.language.left, 4)}
         return args
 
     @property
-    def reading(self) -> tuple[str, str]:
+    def refusals(self) -> tuple[str, str]:
         """Return the texts for where a method that reads the question is refused: what is wrong, and which method does not."""
         if self.encoder is None:
-            return f"method {self.tokens.name} reads the question", "another method"
+            return f"method {self.token_selector.name} reads the question", "another method"
         name = self.encoder.name
-        return f"method {name} selects with {self.tokens.name}, which reads the question", f"{name}+divprune"
+        return f"method {name} selects with {self.token_selector.name}, which reads the question", f"{name}+divprune"
 
     def automatic(self) -> Self:
         """Return the same with the first part `automatic`. Raises UsageError: it cannot be."""
@@ -136,10 +136,10 @@ class MethodChain:
 
     def check_scores(self) -> None:
         """Raise UsageError if its tokens have no scores, whose inflection could decide how many are kept."""
-        if self.tokens is None or self.tokens.scores is None:
+        if self.token_selector is None or self.token_selector.scores is None:
             name = self.first.name
             if self.selector or (self.encoder and self.encoder.combines):
-                name = self.tokens.name
+                name = self.token_selector.name
             problem = f"method {name} has no scores whose curve could decide the budget"
             alternative = "take a method that ranks tokens, such as visionzip, with auto:inflection"
             raise UsageError(problem, f"give a share such as 0.25, or {alternative}")
@@ -159,8 +159,8 @@ class MethodChain:
         if self.encoder and prod(grid) >= below:
             stages += call(self.encoder.package, self.encoder.stages, tower, grid, keep)
             reuse = self.encoder.reuse
-        if self.tokens:
-            selector = Inflection(self.tokens) if inflection else self.tokens
+        if self.token_selector:
+            selector = Inflection(self.token_selector) if inflection else self.token_selector
             stages.append(Stage(tower.depth, keep, selector))
         return EncoderPlan(grid, keep, tower.depth, reuse, tuple(stages), below)
 

@@ -2,7 +2,7 @@
 
 1. Reuse: a unit whose pixels have not changed since its place was last encoded is not encoded again. Its row stays visible to
    attention (vision/preprocess.py).
-2. Rows: farthest-point sampling over features and time (methods/select.py) selects the rows that enter the tower among the patch
+2. Rows: farthest-point sampling over features and time (methods/farthest.py) selects the rows that enter the tower among the patch
    embeddings, and again, after the first eighth of the layers, those that go on. Both numbers are powers of the budget.
 3. Tokens: after the tower the tokens are selected among these rows in the same way. Each becomes the mean of its cluster.
 4. Bias: the language model's attention adds half the log of the cluster size to each token's logits.
@@ -22,8 +22,8 @@ import torch
 from evoprune.backend.operators import unit_counts
 from evoprune.methods.base import EncoderMethod, Selector
 from evoprune.methods.budget import AUTO_LEAST, keep_count
+from evoprune.methods.farthest import ALPHA, assign_clusters, farthest_points, points_of
 from evoprune.methods.plans import Grid, Stage, TowerShape
-from evoprune.methods.select import ALPHA, assign_clusters, farthest_points, points_of
 from evoprune.methods.settings import Share
 from evoprune.methods.types import Selection, Tokens
 

@@ -1,5 +1,7 @@
 """The methods by name: those of the core, and classes in the entry point group `evoprune.methods`, of evoprune.contrib too.
 
+The group `evoprune.known_as` has other names of methods, for hints.
+
 `parse_names` alone reads what users write. Importing this imports no torch.
 """
 
@@ -95,7 +97,7 @@ def check(text: str) -> None:
         raise impossible(text)
     after_core = before and before[0] in CORE and (len(before) > 1 or last in CORE or own.get(last) is False)
     if after_core or (before == [REUSE] and own.get(last)):
-        raise impossible(text)  # what entry points of other packages are, only `parse` knows
+        raise impossible(text)  # `MethodChain.parse` checks those of other packages
 
 
 def _is_list(text: str) -> bool:

@@ -6,8 +6,7 @@ entries of a file.
 
 `parse_config` reads the config of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5, under Hugging Face's names. Older checkpoints keep
 the language model's numbers at the top level, newer ones in `text_config`; both are read. A model that this program could not run
-faithfully is refused here, before any weights are read. What differs between the families is written down here as values. Only
-`vision/families.py` asks for a family by name, too.
+faithfully is refused here, before any weights are read. What differs between the families is written down here as values.
 """
 
 import json

@@ -61,7 +61,7 @@ class Expected:
 
     def plan(self, info: Video, sampling: SamplingOptions) -> Plan:
         """Return the plan of an input with nothing pruned. Errors: as of `make_plan` and `choose_decoder`."""
-        numbers = sampling.numbers
+        numbers = sampling.plan_arguments
         if numbers["max_visual_tokens"] is None:
             numbers["max_visual_tokens"] = self.max_visual_tokens
         plan = make_plan(info, self.limits[info.kind], **numbers)
@@ -255,7 +255,7 @@ class Ahead:
         plan = self._expected.plan(info, wanted)
         source = plan.source
         times = plan.sampling.times_s
-        how = plan.reading
+        how = plan.read_arguments
         with self._changed:
             reading.state, _ = self._known[reading.path, sampling.frame_rate]
             reading.request = source, times, how

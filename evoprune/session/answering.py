@@ -34,9 +34,10 @@ from evoprune.language.prompt import Prompt
 from evoprune.language.pruned import prune_prompt
 from evoprune.model.cost import Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
+from evoprune.session.encoded import EncodedInput
 from evoprune.session.options import GenerationOptions
 from evoprune.session.prompting import check_not_empty, fitting_prompt, positions_of
-from evoprune.session.report import Encoding, fill_dropped, fill_pruning, fill_times, inputs_report
+from evoprune.session.report import fill_dropped, fill_pruning, fill_times, inputs_report
 from evoprune.session.session import Session
 from evoprune.session.signatures import takes
 from evoprune.util import check_type, counted, from_keywords
@@ -314,7 +315,7 @@ class EncodedInputs(Askable):
     longer.
     """
 
-    def __init__(self, session: Session, encodings: Sequence[Encoding]):
+    def __init__(self, session: Session, encodings: Sequence[EncodedInput]):
         super().__init__(session)
         self._encodings = [encoding.own() for encoding in encodings]
         self.plans = [encoding.plan for encoding in encodings]
@@ -327,7 +328,7 @@ class EncodedInputs(Askable):
 
     def __repr__(self) -> str:
         said = []
-        for plan, tokens in ((encoding.plan, encoding.tokens) for encoding in self._encodings):
+        for plan, tokens in ((encoding.plan, encoding.encoded) for encoding in self._encodings):
             count, height, width = plan.grid
             size = f"a picture of {height}x{width} units"
             if plan.kind == VIDEO:
@@ -342,7 +343,7 @@ class EncodedInputs(Askable):
     @property
     def encoded(self) -> Encoded:
         """The tokens of the first input; none before the question where the method reads it. `rows` of the cache hold no data."""
-        return self._encodings[0].tokens
+        return self._encodings[0].encoded
 
     @property
     def plan(self) -> Plan:
@@ -394,21 +395,21 @@ class EncodedInputs(Askable):
 
     @property
     def _prune_seconds(self) -> float:
-        return sum(encoding.tokens.prune_seconds for encoding in self._encodings)
+        return sum(encoding.encoded.prune_seconds for encoding in self._encodings)
 
     def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
         """Return the state from which the answer is decoded; the tokens are selected first, if the method reads the question."""
         with clock.stage("prefill"):
             kept = sum(encoding.kept for encoding in self._encodings)
             prompt = fitting_prompt(self._session, self.plans, question, options, kept)
-        if selects := any(encoding.rows for encoding in self._encodings):
+        if selects := any(encoding.unselected for encoding in self._encodings):
             with clock.stage("encode"):
                 self._select_for(question, report)
         with clock.stage("prefill"):
             last = self.last_question or selects  # what is selected anew has a prompt of its own
             state = self._prefill(prompt, (options.system, options.thinking), last)
             state.prompt_ids = prompt.input_ids
-            visual = sum(len(encoding.tokens.kept) for encoding in self._encodings)
+            visual = sum(len(encoding.encoded.kept) for encoding in self._encodings)
             columns = state.cache.length
             report.tokens = TokenCounts(columns - visual, visual, columns, 0)
         fill_dropped(report, state.dropping)
@@ -419,7 +420,7 @@ class EncodedInputs(Askable):
         loaded = self._session.loaded
         pruning = self._session.pruning
         model = loaded.model
-        read = [encoding.tokens for encoding in self._encodings]
+        read = [encoding.encoded for encoding in self._encodings]
         positions = positions_of(prompt, self.plans, loaded)
         pruned = prune_prompt(prompt.input_ids, prompt.places, read, positions, partial(embed_ids, model))
         share = pruning.budget.share_of_all([plan.grid for plan in self.plans])

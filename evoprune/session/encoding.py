@@ -25,10 +25,10 @@ from evoprune.report import BESIDE, OF_INPUTS
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache, Entry, content_hash, own_code
+from evoprune.session.encoded import EncodedInput
 from evoprune.session.options import SamplingOptions
 from evoprune.session.patches import PATIENCE_S, TICK_S, Count, KeptPatches, Piece, content_key, patch_bytes
 from evoprune.session.planning import TEXT, chunk_bytes, fitting_pieces, plan_input
-from evoprune.session.report import Encoding
 from evoprune.session.session import Session
 from evoprune.util import brief
 from evoprune.video.frames import FrameChunk, probe, read_frames
@@ -145,9 +145,9 @@ class OpenInput:
         if self.ahead:
             read = self.ahead.read_frames
         given = {"chunk_bytes": chunk_bytes, "cores": self.cores, "on_frames": self.count.at_least}
-        return read(plan.source, plan.sampling.times_s, **given, **plan.reading)
+        return read(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)
 
-    def rows(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
+    def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
         """Return what the tower makes of it. `options`: of `vision.encoder.encode_rows`."""
         return encode_rows(self.session.loaded.model.model.visual, patches, self.plan.encoder, **options)
 
@@ -177,7 +177,7 @@ class OpenInput:
         if held:
             self.session.loaded.patches.close(self._key, held)
 
-    def encode(self, progress: Progress | None = None, pieces: Sequence[int] | None = None) -> Encoding:
+    def encode(self, progress: Progress | None = None, pieces: Sequence[int] | None = None) -> EncodedInput:
         """Reads, preprocesses and encodes it.
 
         Args:
@@ -214,13 +214,13 @@ class OpenInput:
         seconds["read"] += max(
             0.0, -ahead
         )  # waiting for the thread that reads, on a busy machine, or reads for another input
-        return Encoding(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
+        return EncodedInput(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
 
     def _result(
         self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> tuple[Encoded | EncodedRows, str]:
         """Return the tokens, or the rows where the method reads the question; and whether they were in the cache, as
-        `Encoding.cache`.
+        `EncodedInput.cache`.
 
         Writes the seconds of "compile", "encode", "store" and "wait" into `clock`, and adds to the `warnings`.
         """
@@ -242,7 +242,7 @@ class OpenInput:
                 for piece_units in pieces:
                     try:
                         with memory_guard("encode"):
-                            rows = self.rows(self._patches(clock, progress), piece_units=piece_units, **options)
+                            rows = self.run_tower(self._patches(clock, progress), piece_units=piece_units, **options)
                             result = rows if late else select_tokens(rows)
                         break
                     except OutOfMemory as problem:

@@ -282,7 +282,7 @@ class SamplingOptions:
         check_seek(self.seek)
         if not 0 < self.frame_rate < math.inf:
             raise UsageError(f"frame_rate is {self.frame_rate:g}", "give a number above 0")
-        check_sampling(**self.numbers)
+        check_sampling(**self.plan_arguments)
 
     @property
     def timeless(self) -> "SamplingOptions":
@@ -297,7 +297,7 @@ class SamplingOptions:
         return [of_kind[info.kind] for info in inputs]
 
     @property
-    def numbers(self) -> dict[str, Any]:
+    def plan_arguments(self) -> dict[str, Any]:
         """How frames are chosen: what `video.plan.make_plan` takes."""
         others = ("frame_rate", "decoder", "seek", "subtitles", "max_subtitle_tokens")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}

@@ -37,7 +37,7 @@ def prompt_subtitles(
 ) -> PromptSubtitles:
     """Return the subtitles of a span of a video, in at most so many tokens.
 
-    `choice`, errors: as of `probe.read_subtitles`; or none.
+    `choice`, errors: as of `frames.read_subtitles`; or none.
     """
     if choice == NO_SUBTITLES:
         return NOTHING_SAID
@@ -90,7 +90,7 @@ def plan_input(session: Session, info: Video, sampling: SamplingOptions, name: s
     """
     decoder = choose_decoder(sampling.decoder, info)
     loaded = session.loaded
-    numbers = sampling.numbers
+    numbers = sampling.plan_arguments
     if numbers["max_visual_tokens"] is None:
         numbers["max_visual_tokens"] = loaded.found.max_visual_tokens
     limits = loaded.limits[info.kind]

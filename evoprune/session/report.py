@@ -1,51 +1,20 @@
 """Reports: what was looked at, what was kept, how long each stage took; of `VideoQA`, and what a call of a pruned model shares."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from math import prod
-
-import torch
 
 from evoprune.backend.devices import environment, memory_in_use, peak_memory
 from evoprune.methods.base import Reading
 from evoprune.methods.chain import PruneConfig
 from evoprune.report import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
+from evoprune.session.encoded import EncodedInput
 from evoprune.session.session import Session
 from evoprune.video.info import EXACT, KEYFRAMES
-from evoprune.video.plan import ONE_FRAME, Plan
-from evoprune.vision.encoder import Encoded, EncodedRows, select_tokens
+from evoprune.video.plan import ONE_FRAME
+from evoprune.vision.encoder import Encoded
 
 FLAT = "equal_scores"
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """An input that was encoded, and what that took."""
-
-    plan: Plan
-    tokens: Encoded  # what the language model reads; none where a question is to come first
-    rows: EncodedRows | None  # where the method selects tokens for each question, what it selects from
-    seconds: dict[str, float]  # how long each stage was busy, and "overlap": all of `report.OF_INPUTS`
-    wall_seconds: float  # from the start of planning to the end of encoding
-    cache: str  # "hit" (from disk), "miss" (encoded, then stored) or "off"
-    warnings: tuple[str, ...]  # names, as in reports
-    damaged: int  # packets that could not be decoded
-
-    @property
-    def kept(self) -> int:
-        """How many tokens the language model will read."""
-        return self.plan.encoder.keep if self.rows else len(self.tokens.kept)
-
-    def own(self) -> "Encoding":
-        """Return the same one for another conversation, whose selections it times apart."""
-        if not self.rows:
-            return self
-        rows = replace(self.rows, timer=self.rows.timer.copy())
-        return replace(self, rows=rows, tokens=rows.nothing_selected())
-
-    def selected(self, question: torch.Tensor) -> "Encoding":
-        """Return it with the tokens for a question, its embedding `[words, D]`, where the method selects them for each one."""
-        return replace(self, tokens=select_tokens(self.rows, question)) if self.rows else self
 
 
 def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], positions: str) -> Pruning:
@@ -73,7 +42,7 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
     )
 
 
-def inputs_report(session: Session, encodings: Sequence[Encoding]) -> Report:
+def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report:
     """Return the report of inputs that were encoded, without the times of their stages."""
     loaded = session.loaded
     states = {encoding.cache for encoding in encodings}
@@ -93,22 +62,22 @@ def inputs_report(session: Session, encodings: Sequence[Encoding]) -> Report:
     report.time_ms.load = None if session.load_seconds is None else session.load_seconds * 1000
     for part, spent in loaded.load_seconds.items():
         setattr(report.time_ms, f"load_{part}", spent * 1000)
-    report.time_ms.encode_prune = sum(encoding.tokens.prune_seconds for encoding in encodings) * 1000
+    report.time_ms.encode_prune = sum(encoding.encoded.prune_seconds for encoding in encodings) * 1000
     report.warnings = list(dict.fromkeys(name for facts in report.inputs for name in facts.warnings if name != FLAT))
     subtitles = any(facts.subtitles for facts in report.inputs)
     if doubt := loaded.doubt([encoding.plan.info for encoding in encodings], subtitles):
         report.warnings.append(doubt)
     if loaded.load_format == "dummy":
         report.warnings.append("random_weights")
-    if all(encoding.tokens.flat for encoding in encodings):
+    if all(encoding.encoded.flat for encoding in encodings):
         report.warnings.append(FLAT)
     return report
 
 
-def _input_facts(session: Session, encoding: Encoding) -> InputFacts:
+def _input_facts(session: Session, encoding: EncodedInput) -> InputFacts:
     """Return an input by itself; `fill_pruning` adds its pruning."""
     plan = encoding.plan
-    tokens = encoding.tokens
+    tokens = encoding.encoded
     merge = session.loaded.video.merge_size
     facts = {"path": plan.name, "decoder": plan.decoder, "damaged": encoding.damaged}
     known = {f.name: getattr(plan.info, f.name) for f in fields(VideoFacts) if f.name not in facts}
@@ -138,12 +107,12 @@ def _input_facts(session: Session, encoding: Encoding) -> InputFacts:
     )
 
 
-def fill_pruning(report: Report, session: Session, encodings: Sequence[Encoding]) -> None:
+def fill_pruning(report: Report, session: Session, encodings: Sequence[EncodedInput]) -> None:
     """Writes into a report what the encoder computed, and what the language model reads, of all inputs and of each."""
 
-    def pruning(group: Sequence[Encoding]) -> Pruning:
+    def pruning(group: Sequence[EncodedInput]) -> Pruning:
         units = sum(member.plan.units for member in group)
-        return pruning_facts(session.pruning, units, [member.tokens for member in group], "qwen")
+        return pruning_facts(session.pruning, units, [member.encoded for member in group], "qwen")
 
     report.pruning = pruning(encodings)
     for facts, encoding in zip(report.inputs, encodings, strict=True):

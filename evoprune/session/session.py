@@ -12,7 +12,10 @@ from evoprune.session.loading.model import LoadedModel
 
 @dataclass(frozen=True)
 class Session:
-    """Raises UsageError: a method that cannot act in this model."""
+    """Hold a loaded model and how it prunes.
+
+    Raises UsageError: a method that cannot act in this model.
+    """
 
     loaded: LoadedModel
     pruning: PruneConfig

@@ -119,7 +119,7 @@ class Plan:
     encoder: EncoderPlan | None = None
     unshrunk: "Plan | None" = None  # the plan with nothing pruned, where a method makes the input smaller
     name: str = ""
-    decoder: str = ""  # "pyav" or "decord"; for a picture "pillow"
+    decoder: str = ""  # "pyav" or "decord"; "pillow" for a picture, "none" for frames that are held
     seek: str = EXACT  # of `info.SEEKS`
     read_s: tuple[float, ...] = ()  # the times of the frames themselves, as soon as they are read
     moved: bool = False  # whether some of these are keyframes nearby
@@ -138,7 +138,7 @@ class Plan:
         return replace(self.info, width=self.width, height=self.height)
 
     @property
-    def reading(self) -> dict[str, Any]:
+    def read_arguments(self) -> dict[str, Any]:
         """Return the arguments of `frames.read_frames` that frames depend on."""
         return {"decoder": self.decoder, "seek": self.seek, "part_s": self.sampling.seconds_per_frame}
 

@@ -50,7 +50,7 @@ def window_of(stream) -> Held:
     """Of the latest window what was encoded, and of the memory seconds, windows, tokens, frames looked at and thinned windows."""
     seen = stream.seen
     memory = [seen.start_s, seen.end_s, seen.windows, seen.tokens, seen.frames, seen.thinned]
-    made = encoded(stream._latest.tokens)  # which the public report has the counts of alone
+    made = encoded(stream._latest.encoded)  # which the public report has the counts of alone
     return {"pairs": stream.report.pruning.kept_per_pair, "memory": memory} | made
 
 

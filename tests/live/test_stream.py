@@ -421,7 +421,7 @@ def test_what_has_not_changed_since_the_window_before_is_not_encoded_again(demo)
                 frame[:28, :28] = 60 + 20 * (number // 2)
             stream.add(frame, number / 2)
             if number % 4 == 3:
-                rows.append(stream._latest.tokens.layers[0][1])
+                rows.append(stream._latest.encoded.layers[0][1])
                 tokens.append(stream.seen.tokens)
         assert stream.ask(QUESTION).text
     assert rows == [24, 2, 2, 1] and tokens == [12, 24, 36, 48]

@@ -127,7 +127,7 @@ ON_PATCHES = [name for name in NAMES if methods.parse(name).acts != "input" and 
 ALONE = [name for name in ON_PATCHES if not methods.parse(name).reads_question]
 OTHERS = [name for name in NAMES if name not in ALONE]
 CHOOSING = [
-    name for name in ON_PATCHES if methods.parse(name).tokens or isinstance(methods.parse(name).encoder, Merger)
+    name for name in ON_PATCHES if methods.parse(name).token_selector or isinstance(methods.parse(name).encoder, Merger)
 ]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 HALVES = ["bf16", "fp16"]
@@ -228,7 +228,7 @@ def test_video_qa_answers_the_same_whatever_the_default_and_under_autocast(name,
 @pytest.mark.parametrize("name", one_of_each(CHOOSING))
 def test_a_method_chooses_from_the_same_rows_as_without_autocast(name, half, monkeypatch):
     method, calls = methods.parse(name), []
-    kind, call = (type(method.tokens), "select") if method.tokens else (type(method.encoder), "match")
+    kind, call = (type(method.token_selector), "select") if method.token_selector else (type(method.encoder), "match")
     choose = getattr(kind, call)
 
     def seen(*args):

@@ -107,7 +107,7 @@ def facts(encoded, answer) -> dict:
         timed.pop("time_ms")
     for name in ("id", "created_utc", "memory", "rate"):
         del record[name]
-    kept = [encoding.tokens.kept.tolist() for encoding in encoded._encodings]
+    kept = [encoding.encoded.kept.tolist() for encoding in encoded._encodings]
     return record | {"text": text, "units": kept}
 
 
@@ -270,7 +270,7 @@ def test_a_model_that_is_not_here_is_not_expected_and_one_that_is_damaged_says_n
 def frame_numbers(ahead, path) -> list[int]:
     info = ahead.probe(path, folder_fps=2.0)
     plan = expected(DEMO).plan(info, SamplingOptions())
-    chunks = ahead.read_frames(info, plan.sampling.times_s, chunk_bytes=2**20, **plan.reading)
+    chunks = ahead.read_frames(info, plan.sampling.times_s, chunk_bytes=2**20, **plan.read_arguments)
     return [number_of(rgb) for chunk in chunks for rgb in chunk.frames]
 
 
@@ -366,7 +366,7 @@ def test_while_one_is_read_for_somebody_the_next_is_not_waited_for(long, monkeyp
     with begun(long, SQUARE, held_bytes=0) as ahead:
         info = ahead.probe(long, folder_fps=2.0)
         plan = expected(DEMO).plan(info, SamplingOptions())
-        chunks = ahead.read_frames(info, plan.sampling.times_s, chunk_bytes=1, **plan.reading)
+        chunks = ahead.read_frames(info, plan.sampling.times_s, chunk_bytes=1, **plan.read_arguments)
         next(chunks)
         assert frame_numbers(ahead, SQUARE) and read_anew() == [SQUARE]
         chunks.close()
@@ -471,7 +471,7 @@ def test_whoever_reads_when_it_is_closed_is_told(long):
     with begun(long, held_bytes=0) as ahead:
         info = ahead.probe(long, folder_fps=2.0)
         plan = expected(DEMO).plan(info, SamplingOptions())
-        chunks = ahead.read_frames(info, plan.sampling.times_s, chunk_bytes=1, **plan.reading)
+        chunks = ahead.read_frames(info, plan.sampling.times_s, chunk_bytes=1, **plan.read_arguments)
         next(chunks)
     with pytest.raises(RuntimeError, match="closed"):
         list(chunks)

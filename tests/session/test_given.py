@@ -50,7 +50,7 @@ def clip(tmp_path_factory, frames) -> Path:
 
 def features(encoded) -> torch.Tensor:
     (encoding,) = encoded._encodings
-    return encoding.tokens.features
+    return encoding.encoded.features
 
 
 def report(encoded):

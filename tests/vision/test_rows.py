@@ -17,8 +17,8 @@ from evoprune.errors import ModelError
 from evoprune.methods.base import EncoderMethod, Selector
 from evoprune.methods.baselines import DivPrune
 from evoprune.methods.evoprune import THRESHOLD, EvoPruneMethod, FarthestPoints
+from evoprune.methods.farthest import assign_clusters, farthest_points, points_of
 from evoprune.methods.plans import Stage
-from evoprune.methods.select import assign_clusters, farthest_points, points_of
 from evoprune.methods.types import Selection
 from evoprune.vision.preprocess import patch_means, scan
 from tests.vision.clips import changes, clip

@@ -55,8 +55,8 @@ from evoprune.language import generate, static
 from evoprune.language.pruned import prune_prompt
 from evoprune.methods import parse
 from evoprune.methods.chain import PruneConfig
+from evoprune.methods.farthest import STEPS, grid_tables
 from evoprune.methods.registry import built_in
-from evoprune.methods.select import STEPS, grid_tables
 from evoprune.methods.types import arange_on
 from evoprune.model import cost
 from evoprune.model.config import PATCHES

@@ -316,9 +316,9 @@ class Subject:
         """Encode as `VideoQA.encode`, perhaps in the smallest pieces."""
 
         class InPieces(OpenInput):
-            def rows(self, patches, **options):
+            def run_tower(self, patches, **options):
                 _, height, width = self.plan.encoder.grid
-                return super().rows(patches, **options | {"piece_units": height * width})
+                return super().run_tower(patches, **options | {"piece_units": height * width})
 
         kind = InPieces if in_pieces else OpenInput
         with closing(open_inputs(qa.session, paths, sampling, kind=kind)) as opened:

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.backend import operators
-from evoprune.methods import select
+from evoprune.methods import farthest
+from evoprune.methods.farthest import STEPS, UNPROJECTED, assign_clusters, farthest_points, grid_tables, points_of
 from evoprune.methods.plans import spread
-from evoprune.methods.select import STEPS, UNPROJECTED, assign_clusters, farthest_points, grid_tables, points_of
 from tests.threads import one_thread  # noqa: F401
 
 CASES = {
@@ -43,8 +43,8 @@ def video(seed, grid, share=0.4, wide=16, dropped=0.0, signs=False):
 def tubes_of(units: int):
     """Tubes of about so many units, and of at most two frame pairs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "TUBE_UNITS", units)
-        patch.setattr(select, "TUBE_PAIRS", 2)
+        patch.setattr(farthest, "TUBE_UNITS", units)
+        patch.setattr(farthest, "TUBE_PAIRS", 2)
         grid_tables.cache_clear()
         yield
     grid_tables.cache_clear()
@@ -161,13 +161,13 @@ def test_tubes_are_about_equal_and_have_every_unit_once(grid):
     inside = tubes[tubes < count]
     assert torch.equal(inside.sort().values, torch.arange(count)) and tubes.max() <= count
     sizes = (tubes < count).sum(1)
-    assert (tubes.diff(dim=1) >= 0).all() and tubes.shape[1] == sizes.max() <= select.TUBE_UNITS
+    assert (tubes.diff(dim=1) >= 0).all() and tubes.shape[1] == sizes.max() <= farthest.TUBE_UNITS
     for tube, size in zip(tubes, sizes, strict=True):
         unit = tube[:size]
         sides = [x.unique() for x in (unit // places, unit % places // grid[2], unit % grid[2])]
         assert size == math.prod(map(len, sides)) and all((side.diff() == 1).all() for side in sides)
-        assert len(sides[0]) <= select.TUBE_PAIRS
-    if count <= select.TUBE_UNITS and max(grid[1:]) ** 2 <= select.TUBE_UNITS // grid[0] and grid[0] <= 16:
+        assert len(sides[0]) <= farthest.TUBE_PAIRS
+    if count <= farthest.TUBE_UNITS and max(grid[1:]) ** 2 <= farthest.TUBE_UNITS // grid[0] and grid[0] <= 16:
         assert len(tubes) == 1
     _, turn, _ = grid_tables(grid, "cpu")
     assert torch.equal(turn.sort().values, torch.arange(count))
@@ -272,13 +272,13 @@ def test_a_projection_keeps_distances_and_duplicates_and_is_always_the_same():
     made = points(features, owner, grid)
     assert made.place.shape[1] == 128
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "UNPROJECTED", len(features))
+        patch.setattr(farthest, "UNPROJECTED", len(features))
         true = points(features, owner, grid)
     apart, true = (torch.cdist(x.place[:100], x.place[:100]).square() / 2 for x in (made, true))
     assert apart[3, 8] < 0.5
     other = true > 0.1 * STEPS
     assert ((apart / true)[other] - 1).abs().mean() < 0.12
-    select._projection.cache_clear()
+    farthest._projection.cache_clear()
     assert torch.equal(points(features, owner, grid).place, made.place)
 
 
