@@ -148,7 +148,9 @@ class Tokens:
 
     def _given(self, name: str) -> torch.Tensor:
         if name not in self.given:
-            missing = "`reads_question`" if name == "question" else f'"{name}" in its `needs`'
+            missing = f'"{name}" in its `needs`'
+            if name == "question":
+                missing = "`reads_question`"
             raise TypeError(f"there is no {name} here: the method must declare {missing}")
         return self.given[name]
 
@@ -172,15 +174,21 @@ class Selection:
     def features(self, rows: torch.Tensor, row_of: torch.Tensor | None = None) -> torch.Tensor:
         """`[K, D]`, as `rows` (`[E, D]`): the tokens. `row_of`: int64 `[N]`, the row of each unit, None where each has its own."""
         if not self.averages or (self.unit_to_token is None and self.means is None):
-            return rows[self.kept if row_of is None else row_of[self.kept]]
-        row = arange_on(len(rows), rows.device) if row_of is None else row_of.clamp(min=0)
+            if row_of is None:
+                return rows[self.kept]
+            return rows[row_of[self.kept]]
+        if row_of is None:
+            row = arange_on(len(rows), rows.device)
+        else:
+            row = row_of.clamp(min=0)
         if self.means is not None:
             into, unit, weight = self.means
             row = row[unit]
         else:  # which units have a token is not read, which would wait for a GPU: the others weigh nothing
             into = self.unit_to_token.clamp(min=0)
             weight = (self.unit_to_token >= 0).float()
-            weight = weight if self.weight is None else weight * self.weight
+            if self.weight is not None:
+                weight = weight * self.weight
         return mean_rows(rows, into, row, weight, len(self.kept))
 
 

@@ -101,8 +101,11 @@ def merge_patches(visual, x: torch.Tensor, number: int | None = None) -> torch.T
     With `number`, what DeepStack adds after that layer of the language model, from rows of the tower's layer for it. The norm comes
     before the patches are joined, or after, as its width says.
     """
-    merger = visual.merger if number is None else visual.deepstack_merger_list[number]
+    merger = visual.merger
+    if number is not None:
+        merger = visual.deepstack_merger_list[number]
     before, first, second = map(merger.get_submodule, vision_sizes(visual.config).traits.merger)
-    x = x if before.weight.shape[0] == x.shape[-1] else x.flatten(1)
+    if before.weight.shape[0] != x.shape[-1]:
+        x = x.flatten(1)
     x = tower_layers(visual).norm(before, x).flatten(1)
     return linear(second, F.gelu(linear(first, x)))

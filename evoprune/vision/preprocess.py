@@ -22,7 +22,7 @@ import torch
 from evoprune.backend import devices
 from evoprune.backend.operators import reuse_scan
 from evoprune.backend.pixels import resized
-from evoprune.methods.types import arange_on
+from evoprune.methods.types import arange_on, cat
 from evoprune.model.config import PATCHES
 from evoprune.video.plan import InputLimits, Plan
 from evoprune.vision.layout import Geometry, window_order
@@ -66,7 +66,8 @@ def pixel_patches(frames: torch.Tensor, patch: int = 14, temporal: int = 2, merg
     `frames`: uint8 `[F, H, W, 3]`, F a multiple of `temporal` or 1, for a picture, which fills a frame pair; H and W multiples of
     `patch * merge`.
     """
-    frames = frames.expand(temporal, -1, -1, -1) if len(frames) == 1 else frames
+    if len(frames) == 1:
+        frames = frames.expand(temporal, -1, -1, -1)
     f, h, w, c = frames.shape
     unit = patch * merge
     x = frames.reshape(f // temporal, temporal, h // unit, merge, patch, w // unit, merge, patch, c)
@@ -155,9 +156,11 @@ def in_pairs(patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int) ->
             continue
         held.append(piece)
         while (have := sum(map(len, held))) >= size:
-            joined = torch.cat(held) if len(held) > 1 else held[0]
+            joined = cat(held)
             yield joined[:size]
-            held = [joined[size:]] if have > size else []  # never an empty piece
+            held = []
+            if have > size:  # never an empty piece
+                held.append(joined[size:])
     if held:
         yield torch.cat(held)
 

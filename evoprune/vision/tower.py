@@ -161,7 +161,8 @@ class Layer:
             return x + plus, None
         if self.kind.rms:
             return kernels(x.device).add_norm(x, plus, norm.weight, EPS)
-        x = x if plus is None else x + plus
+        if plus is not None:
+            x = x + plus
         return x, self.kind.norm(norm, x)
 
     def _mlp_by_kernels(self, x: torch.Tensor) -> torch.Tensor:
@@ -221,11 +222,10 @@ def run_layer(
     del qkv, q, k, v
     rows.values = layer.add_attention(rows.values, mixed)
     del mixed
-    active = None if rows.aside is None else rows.aside.active
-    if active is None:
+    if rows.active is None:
         rows.values = in_pieces(layer.mlp, piece, rows.values, into=rows.values)
     else:
-        rows.values.index_copy_(0, active, in_pieces(layer.mlp, piece, rows.values[active]))
+        rows.values.index_copy_(0, rows.active, in_pieces(layer.mlp, piece, rows.values[rows.active]))
     return seen
 
 
@@ -253,7 +253,9 @@ def run_by_kernels(visual, layers: range, rows: Rows, piece: int, after: Callabl
             layer = Layer.of(visual, number)
             if layer.scope not in groups:
                 groups[layer.scope] = attention_groups(rows, layer.scope, x)
-            following = visual.blocks[number + 1].norm1 if number + 1 in layers else None
+            following = None
+            if number + 1 in layers:
+                following = visual.blocks[number + 1].norm1
             x, normed = layer.by_kernels(x, normed, following, groups[layer.scope], rows, table, piece)
         except Exception as problem:
             give_up(problem)
