@@ -71,7 +71,7 @@ class TowerShape:
         return "pair" if layer in self.full_layers else "window"
 
     def windows(self, height: int, width: int) -> int:
-        """Number of windows in a frame pair of `height` x `width` units."""
+        """Return the number of windows in a frame pair of `height` x `width` units."""
         return -(-height // self.window) * -(-width // self.window)
 
 
@@ -240,7 +240,7 @@ def layer_weights(depth: int, allocation: str, first: float, last: float) -> dic
 
 
 def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, weights: dict[int, float]) -> list[int]:
-    """Rows of one frame pair after each layer, from `units` down to `keep`.
+    """Return the rows of one frame pair after each layer, from `units` down to `keep`.
 
     A layer that merges inside windows leaves at least one row in each of the `windows`. The next full-attention layer removes the
     excess, even if it is outside the range; in a tower without one, more than `keep` (at least 1) are left. `weights`: from

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import devices
-from evoprune.backend.attention import NEVER, attends_by_products, form_of_groups
+from evoprune.backend.attention import NEVER, attends_by_products, bias_features, form_of_groups
 from evoprune.methods.types import arange_on, bincount_fixed, cat, runs
 from evoprune.model.config import PATCHES
 from evoprune.model.numerics import without_autocast
@@ -39,8 +39,8 @@ class PaddedGroups:
     rows: Rows | None = None  # all; None where the groups are all rows in order
 
     @property
-    def keys(self) -> torch.Tensor | slice | None:
-        """The key rows, in a form of `query`."""
+    def key_rows(self) -> torch.Tensor | slice | None:
+        """The rows that are keys, in one of the forms of `query`."""
         return self.query if self.key is None else self.key
 
     def parts(self, rows: int) -> Iterator["PaddedGroups"]:
@@ -62,7 +62,7 @@ class PaddedGroups:
             yield PaddedGroups((of.stop - of.start, longest), query, key, weight, inside, rows=self.rows)
 
     def by_head(self, x: torch.Tensor, index: torch.Tensor | slice | None) -> torch.Tensor:
-        """Return rows of `x` `[R, 4, heads, d]` as `[B, heads, n*4, d]`; `index`: `query` or `keys`, n of each group."""
+        """Return rows of `x` `[R, 4, heads, d]` as `[B, heads, n*4, d]`; `index`: `query` or `key_rows`, n of each group."""
         if index is not None:
             x = x[index]
         return x.reshape(self.shape[0], -1, *x.shape[-2:]).transpose(1, 2)
@@ -101,7 +101,7 @@ class PackedGroups:
     kernel: Callable  # `varlen_kernel`
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """Attention of all groups in one call of the kernel; arguments `[patches, heads, d]`, keys group after group."""
+        """Return the attention of all groups in one call of the kernel; arguments `[patches, heads, d]`, keys group after group."""
         longest = longest_key = self.rows.longest(self.scope)
         if self.rows.mixes(self.scope):
             longest_key = self.rows.geometry.largest(self.scope)
@@ -147,7 +147,7 @@ def _some(x: torch.Tensor | None, index: slice | torch.Tensor) -> torch.Tensor |
 
 
 def first_rows(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 `[R]`, the group of each row; int64 `[G + 1]`, the first row of each group, and the end of the last one."""
+    """Return int64 `[R]`, the group of each row; int64 `[G + 1]`, the first row of each group, and the end of the last one."""
     group = rows.group(scope)
     return group, torch.searchsorted(group, arange_on(rows.group_count(scope) + 1, group.device))
 
@@ -165,7 +165,7 @@ def keys_of_units(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def equal_groups(rows: Rows, groups: int) -> PaddedGroups:
-    """Return all rows in order as so many groups of equally many rows, each of which attends to its own."""
+    """Return `groups` groups of equally many neighbouring rows, whose keys are their own rows."""
     shape = groups, len(rows) // groups
     if rows.weight is None:
         return PaddedGroups(shape)
@@ -190,6 +190,7 @@ def padded_groups(rows: Rows, scope: Scope) -> PaddedGroups:
     longest = rows.longest(scope)
     full = rows.geometry.even(scope)
     same = rows.counts is not None and min(rows.counts) == longest
+    # Each group has as many rows: one for each unit, or so many in each frame pair.
     if full and not rows.mixes(scope) and (rows.reach == "place" or (scope == "pair" and same)):
         return equal_groups(rows, len(rows) // longest)
     group, bounds = first_rows(rows, scope)
@@ -248,7 +249,7 @@ def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
 
 
 def _runs(start: torch.Tensor, length: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return `runs` as wide as the longest, of which no entries are invalid where the second is None; reads values."""
+    """Return `runs`, as wide as the longest; None for which are valid, if all are. It reads values."""
     index, valid = runs(start, length, int(length.max()), rows)
     return index, None if valid.all() else valid
 
@@ -271,7 +272,7 @@ def _keys_of_groups(
 
 
 def _alike(length: torch.Tensor, share: float) -> Iterator[torch.Tensor]:
-    """Divides groups by `length` (int64 `[G]`), longest first: each time the indices of all above `share` of the longest left."""
+    """Divides groups by `length` (int64 `[G]`), longest first; yields the indices of all above `share` of the longest left."""
     left = length.unique().tolist()
     while left:
         longest = max(left)
@@ -288,7 +289,7 @@ def grouped_attention(
     timer: devices.Timer | None = None,
     at_once: int | None = None,
 ) -> torch.Tensor:
-    """Softmax attention of every row to the key rows of its group, `[R, 4, heads, d]`.
+    """Return the softmax attention of every row to the key rows of its group, `[R, 4, heads, d]`.
 
     Args:
         q, k, v: `[R, 4, heads, d]`, after rotary.
@@ -326,10 +327,10 @@ def _attend_padded(
     received: torch.Tensor | None,
     timer: AbstractContextManager,
 ) -> torch.Tensor:
-    """Attention of a batch of groups, `[B, Q, 4, heads, d]`; arguments as in `grouped_attention`."""
+    """Return the attention of a batch of groups, `[B, Q, 4, heads, d]`; arguments as in `grouped_attention`."""
     query = groups.by_head(q, groups.query)
-    key = groups.by_head(k, groups.keys)
-    value = groups.by_head(v, groups.keys)
+    key = groups.by_head(k, groups.key_rows)
+    value = groups.by_head(v, groups.key_rows)
     bias = groups.bias
     if bias is not None:
         bias = bias.to(q.dtype)
@@ -358,7 +359,7 @@ def attend_by_products(
     weight: torch.Tensor | None,
     timer: AbstractContextManager,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention `[B, heads, Q, d]` as two matrix products; and the attention received, float32 `[B, K]`, or None.
+    """Return attention `[B, heads, Q, d]` as two matrix products; and the attention received, float32 `[B, K]`, or None.
 
     For bf16 on a CPU it takes half the time of the fused kernel, if the scores stay in the cache. `k`, `v`: `[B, heads, K, d]`;
     `bias`: `[B, 1, 1, K]`; `weight`: float32 `[B, Q]`, of each query in the attention received, which `timer` measures.
@@ -398,13 +399,13 @@ def attend_by_products(
 
 
 def attention_received(q: torch.Tensor, k: torch.Tensor, groups: Groups, at_once: int | None = None) -> torch.Tensor:
-    """float32, like the rows of `k`: as `received` of `grouped_attention`, without the output of the attention."""
+    """Return float32, like the rows of `k`: as `received` of `grouped_attention`, without the output of the attention."""
     total = torch.zeros(len(k), dtype=torch.float32, device=k.device)
     if isinstance(groups, PackedGroups):
         groups = [padded_groups(groups.rows, groups.scope)]
     for batch in groups:
         for part in batch.parts(at_once or len(k)):
-            per_key = received_by_keys(part.by_head(q, part.query), part.by_head(k, part.keys), part)
+            per_key = received_by_keys(part.by_head(q, part.query), part.by_head(k, part.key_rows), part)
             add_by_row(total, per_key, part)
     return total
 
@@ -425,7 +426,7 @@ def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, groups: PaddedGr
 
 
 def query_weight(groups: PaddedGroups, q: torch.Tensor) -> torch.Tensor:
-    """float32 `[B, Q*4]`: the weight of each query (`q`: `[..., heads, d]`) in the mean over heads and queries of its group."""
+    """Return the weight of each query (`q`: `[..., heads, d]`) in the mean over its group and heads, float32 `[B, Q*4]`."""
     if groups.valid is None:
         valid = q.new_ones(groups.shape, dtype=torch.float32)
     else:
@@ -436,7 +437,7 @@ def query_weight(groups: PaddedGroups, q: torch.Tensor) -> torch.Tensor:
 def add_by_row(received: torch.Tensor, per_key: torch.Tensor, groups: PaddedGroups) -> None:
     """Adds what the key patches of groups receive (`per_key`, float32 `[B, K*4]`) to their rows in `received`, float32 `[R]`."""
     per_row = per_key.view(len(per_key), -1, PATCHES).sum(2)
-    index = groups.keys
+    index = groups.key_rows
     if index is None or isinstance(index, slice):
         received[index or slice(None)] += per_row.flatten()
         return
@@ -449,7 +450,7 @@ def add_by_row(received: torch.Tensor, per_key: torch.Tensor, groups: PaddedGrou
 
 
 def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: PackedGroups) -> torch.Tensor:
-    """Attention of all groups by a kernel that reads their lengths on the GPU; it takes neither mask nor bias."""
+    """Return the attention of all groups by a kernel that reads their lengths on the GPU; it takes neither mask nor bias."""
     dim = q.shape[-1]
     keys, weight = groups.keys
     key = k
@@ -466,15 +467,11 @@ def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Pac
 def with_bias(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Carries the log of `weight` (int64 `[K]`) in extra head dimensions: q' = [q, 1, 1, 0 ...], k' = [k, high, low, 0 ...].
 
-    The kernel scales all products by 1 / sqrt(d), so the log is multiplied by sqrt(d) here. It is the sum of two numbers, because
-    one bf16 number would be off by up to 2^-9 of it. A weight of 0 is one of e^-`NEVER`. Zeros fill up to a multiple of eight
-    dimensions, which kernels need.
+    They are those of `bias_features`. A weight of 0 is one of e^-`NEVER`.
     """
     dim = q.shape[-1]
-    extra = -(dim + 2) % 8 + 2
-    value = weight.float().log().clamp(min=-NEVER) * dim**0.5
-    high = value.to(k.dtype)
-    low = (value - high.float()).to(k.dtype)
-    more = F.pad(torch.stack([high, low], -1), (0, extra - 2))[:, None, None].expand(*k.shape[:3], extra)
+    more = bias_features(weight.float().log(), dim, k.dtype, least=-NEVER * dim**0.5)
+    extra = more.shape[1]
+    more = more[:, None, None].expand(*k.shape[:3], extra)
     ones = F.pad(q.new_ones(*q.shape[:3], 2), (0, extra - 2))
     return torch.cat([q, ones], -1), torch.cat([k, more], -1), F.pad(v, (0, extra))

@@ -107,7 +107,7 @@ class Encoded:
 
 
 def joined(videos: list[Encoded]) -> Encoded:
-    """Several videos as one; the numbers of units and rows continue from video to video."""
+    """Return several videos as one; the numbers of units and rows continue from video to video."""
     if len(videos) == 1:
         return videos[0]
     units = [0, *accumulate(len(v.unit_to_row) for v in videos)]
@@ -379,7 +379,7 @@ class EncoderRun:
         return left
 
     def merge_patches(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows `[E, D]` as the language model reads them, from rows `[E, 4, hidden]`."""
+        """Return rows `[E, D]` as the language model reads them, from rows `[E, 4, hidden]`."""
         return in_pieces(partial(merge_patches, self.visual), self.piece, x)
 
     def finish(self, rows: Rows) -> Rows:
@@ -413,7 +413,7 @@ def _all(checks: list[torch.Tensor], like: torch.Tensor, without: bool) -> torch
 
 
 def _nearest_kept(tokens: Tokens, kept: torch.Tensor) -> torch.Tensor:
-    """int64 `[N]`: which of `kept` (int64 `[K]`) is most similar to each unit, by cosine; for a selector that does not say it."""
+    """Return int64 `[N]`: which of `kept` (int64 `[K]`) is most similar to each unit, by cosine; for selectors that do not say."""
     rows = F.normalize(tokens.rows.float(), dim=1)
     nearest = closest(rows, rows[tokens.unit_to_row[kept]])[1][tokens.unit_to_row]
     return torch.where(tokens.unit_to_row < 0, -1, nearest).index_copy_(0, kept, arange_on(len(kept), kept.device))
@@ -494,7 +494,7 @@ def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Select
 
 
 def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:
-    """int64 `[keep]`, ascending: the rows of largest cluster `size` (int64 `[E]`); among equal ones, at even distances.
+    """Return int64 `[keep]`, ascending: the rows of largest cluster `size` (int64 `[E]`); among equal ones, at even distances.
 
     This serves counts below one row per frame pair, which merging inside frame pairs cannot reach.
     """

@@ -61,7 +61,7 @@ LAYERS = {  # by activation
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """RMS norm of rows `[..., D]`, in float32; on CPUs with fewer passes over the memory than F.rms_norm."""
+    """Return the RMS norm of rows `[..., D]`, in float32; on CPUs with fewer passes over the memory than F.rms_norm."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = length.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
     return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
@@ -89,7 +89,7 @@ def learned_positions(table: torch.Tensor, geo: Geometry) -> torch.Tensor:
 
 
 def _resampled(x: torch.Tensor, count: int) -> torch.Tensor:
-    """`x` `[side, ...]` linearly resampled to `count` entries, at least 2; the first and the last stay."""
+    """Return `x` `[side, ...]` linearly resampled to `count` entries, at least 2; the first and the last stay."""
     at = torch.arange(count, dtype=torch.float32, device=x.device) * (len(x) - 1) / (count - 1)
     low = at.floor().long().clamp(max=len(x) - 2)
     return torch.lerp(x[low], x[low + 1], (at - low).view(-1, *[1] * (x.ndim - 1)))

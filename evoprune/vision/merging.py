@@ -46,7 +46,7 @@ class Merging(Hook):
         return rows
 
     def _compared(self, rows: Rows, seen: dict[str, torch.Tensor]) -> torch.Tensor:
-        """float32 `[R, D]`: the features that the merger compares."""
+        """Return float32 `[R, D]`: the features that the merger compares."""
         needs = self._merger.needs
         if "hidden" not in needs:
             for keys in ("keys_rotary", "keys"):
@@ -120,7 +120,7 @@ def _partners(
     features: torch.Tensor,
     attention: torch.Tensor | None,
 ) -> torch.Tensor:
-    """int64 `[R]`: the row that each row merges into, its own index if it stays.
+    """Return int64 `[R]`: the row that each row merges into, its own index if it stays.
 
     `start`, `length`, `remove`: int64 `[B]`, of groups their first row, their rows, and how many these must lose.
     """

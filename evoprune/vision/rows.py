@@ -109,15 +109,15 @@ class Rows:
     # Groups, windows or frame pairs.
 
     def group_count(self, scope: Scope) -> int:
-        """Number of windows or frame pairs."""
+        """Return the number of windows or frame pairs."""
         return self.pairs * self.geometry.groups(scope)
 
     def group(self, scope: Scope) -> torch.Tensor:
-        """int64 `[R]`: the number of the window or frame pair of each row, counted over all frame pairs."""
+        """Return int64 `[R]`: the number of the window or frame pair of each row, counted over all frame pairs."""
         return group_table(self.geometry, self.pairs, scope)[self.unit]
 
     def lengths(self, scope: Scope) -> torch.Tensor:
-        """int64 `[G]`: rows of each group. Padding counts as one more group, which is left out."""
+        """Return int64 `[G]`: rows of each group. Padding counts as one more group, which is left out."""
         total = self.group_count(scope)
         return bincount_fixed(self.group(scope), total + 1)[:total]
 
@@ -275,5 +275,5 @@ def reused_units(
 
 
 def _or_none(index: torch.Tensor) -> torch.Tensor:
-    """`index` (int64 `[n]`) with a last entry of -1, which -1 finds."""
+    """Return `index` (int64 `[n]`) with a last entry of -1, which -1 finds."""
     return F.pad(index, (0, 1), value=-1)
