@@ -251,7 +251,9 @@ def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
 def _runs(start: torch.Tensor, length: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return `runs`, as wide as the longest; None for which are valid, if all are. It reads values."""
     index, valid = runs(start, length, int(length.max()), rows)
-    return index, None if valid.all() else valid
+    if valid.all():
+        return index, None
+    return index, valid
 
 
 def _keys_of_groups(

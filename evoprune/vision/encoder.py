@@ -406,7 +406,7 @@ class EncoderRun:
 
 
 def _all(checks: list[torch.Tensor], like: torch.Tensor, without: bool) -> torch.Tensor:
-    """Return bool without dimension, on the device of `like`: whether all checks, bool too, are true; `without` any, that."""
+    """Return whether all checks are true, bool without dimension, as each of them and `like`; `without`: the result for none."""
     if not checks:
         return torch.full_like(like, without)
     return torch.stack(checks).all()
