@@ -4,12 +4,15 @@
 
 The demo model is loaded first. Then a video is opened, encoded and asked about, as `evoprune ask` does it; everything in the main
 process counts, its threads too. A class counts once, however many instances there are.
+
+They are counted in three groups: the way itself; options and reports, which tell how and what was done; and the process that reads
+files, with the memory and the threads that it needs.
 """
 
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +20,9 @@ from evoprune import VideoQA
 
 VIDEO = Path(__file__).parent.parent / "samples/square.mp4"
 QUESTION = "What happens?"
+# Modules whose classes tell of the way, and those of the process of the reader.
+SAYING = ("language.settings", "session.options", "report")
+READER = ("video.sandbox.channel", "video.sandbox.isolation")
 MAKERS = ("__init__", "__new__")  # the first argument of one is the object, of the other the class
 
 
@@ -56,10 +62,26 @@ def made_by_a_question(video: str | Path = VIDEO, question: str = QUESTION) -> C
     return made
 
 
+def module_of(kind: type) -> str:
+    """Return where a class is, in this project."""
+    return kind.__module__.removeprefix("evoprune.")
+
+
+def grouped(kinds: Iterable[type]) -> dict[str, list[type]]:
+    """Return classes by their group."""
+    groups: dict[str, list[type]] = {"the way itself": [], "options and reports": [], "the reader's process": []}
+    names = dict.fromkeys(SAYING, "options and reports") | dict.fromkeys(READER, "the reader's process")
+    for kind in kinds:
+        groups[names.get(module_of(kind), "the way itself")].append(kind)
+    return groups
+
+
 def main() -> None:
     made = made_by_a_question(*sys.argv[1:])
-    for kind, count in made.items():
-        print(f"{kind.__module__.removeprefix('evoprune.'):28} {kind.__qualname__:24} {count:4}")
+    for name, kinds in grouped(made).items():
+        print(f"{name}: {len(kinds)} classes")
+        for kind in kinds:
+            print(f"  {module_of(kind):28} {kind.__qualname__:24} {made[kind]:4}")
     print(f"{len(made)} classes")
 
 

@@ -265,7 +265,7 @@ def test_no_other_file_asks_what_a_device_is():
 
 
 # What backend/ asks about a device, and who else does: `verify`, to say which checks a device has.
-QUESTIONS = ("exact_shapes", "expects_host", "is_host", "uses_kernels", "wants_plain_pytorch")
+QUESTIONS = ("expects_host", "is_host", "uses_kernels", "wants_plain_pytorch")
 ANSWERED_FOR = ("evoprune.backend.", "evoprune.bench.verify.")
 
 
@@ -286,7 +286,9 @@ def test_outside_backend_nobody_asks_what_depends_on_a_device():
     )
     defined = {node.name for name in modules() for node in tree(name).body if isinstance(node, ast.FunctionDef)}
     assert {*QUESTIONS} <= defined
-    asked = "from evoprune.backend.devices import HOST, is_host\nif devices.exact_shapes(device) or uses_kernels(device): pass"
+    asked = (
+        "from evoprune.backend.devices import HOST, is_host\nif devices.is_host(device) or uses_kernels(device): pass"
+    )
     assert len(list(questions(ast.parse(asked)))) == 3
 
 

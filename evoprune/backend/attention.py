@@ -10,7 +10,6 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import devices
 from evoprune.backend.devices import as_current, is_host, uses_kernels
 
 T = TypeVar("T")
@@ -64,12 +63,14 @@ def attention_note(device: torch.device, attention: str) -> str | None:
     """Return what is to be known of transformers' tower where it runs this attention; None on a CPU."""
     if is_host(device):
         return None
-    slow = ", whose tower loops over windows in Python; flash-attn, which does not, is not installed"
-    return f"transformers runs {attention}{slow if attention == 'sdpa' else ''}"
+    note = f"transformers runs {attention}"
+    if attention == "sdpa":
+        note += ", whose tower loops over windows in Python; flash-attn, which does not, is not installed"
+    return note
 
 
 def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
-    """Attention of groups of any lengths in one call; None if torch does not have it, or the device cannot run it in this dtype.
+    """Return attention of groups of any lengths in one call; None where torch does not have it in this dtype on this device.
 
     It is called with queries, keys and values `[patches, heads, d]`, the ends of groups among queries and among keys (int32), the
     greatest number of each, and `scale`.
@@ -88,7 +89,7 @@ def form_of_groups(
 
     `by_length` reads their lengths, `packed` takes the kernel of `varlen_kernel`, and `padded` serves where there is none.
     """
-    if devices.exact_shapes(like.device):
+    if is_host(like.device):
         return by_length()
     kernel = varlen_kernel(like.device, like.dtype)
     return packed(kernel) if kernel else padded()
@@ -104,7 +105,7 @@ def attend_varlen(
     most: int,
     scale: float,
 ) -> torch.Tensor:
-    """See `varlen_kernel`. It is what `torch.nn.attention.varlen` calls, whose import takes as long as a first answer."""
+    """Attend as `varlen_kernel` says. `torch.nn.attention.varlen` calls the same, but its import takes longer."""
     lengths = query_ends, key_ends, longest, most
     return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, False, False, scale=scale)[0]
 
@@ -112,7 +113,7 @@ def attend_varlen(
 def causal_attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None
 ) -> torch.Tensor | None:
-    """Attention of the last L of n columns, by heads, `[..., L, d]`; None where there is no kernel for it without a mask.
+    """Return attention of the last L of n columns, by heads, `[..., L, d]`; None where no kernel does it without a mask.
 
     On CUDA a kernel without a mask is several times faster than one with a mask.
     """
@@ -130,11 +131,11 @@ def causal_attention(
 
 
 def bias_features(bias: torch.Tensor, dim: int, dtype: torch.dtype, least: float = -math.inf) -> torch.Tensor:
-    """`[n, e]`: features behind those of keys, `dim`, whose product with ones is a bias on their scores, float32 `[n]`.
+    """Return features `[n, e]` behind those of keys, `dim`. Their product with ones is a bias on the scores of keys, float32 `[n]`.
 
     A kernel that takes no mask takes them: heads may have up to 256 features, in multiples of eight. Scores are divided by the root
-    of `dim`, so the bias is multiplied by it, and then at least `least`. It is the sum of two numbers, because one in bf16 would be
-    off by up to 2^-9 of it.
+    of `dim`, so the bias is multiplied by it here. It is the sum of two numbers, because one in bf16 would be off by up to 2^-9 of
+    it. Products below `least` become `least`.
     """
     least = max(least, torch.finfo(dtype).min / 4)  # -inf times 0 would be NaN
     value = (bias * dim**0.5).clamp(min=least)
@@ -143,7 +144,7 @@ def bias_features(bias: torch.Tensor, dim: int, dtype: torch.dtype, least: float
 
 
 def room_for_bias(bias: torch.Tensor, like: torch.Tensor, kv_heads: int, dim: int) -> torch.Tensor | None:
-    """`[2, kv_heads, n, dim + e]`: room for the keys and values of a layer; behind keys the features of a bias, behind values 0.
+    """Return room `[2, kv_heads, n, dim + e]` for keys and values of a layer; behind keys features of a bias, behind values 0.
 
     Kernels that take masks are slow on a GPU. None where there are no others, or for a single column: then the bias is a mask.
 

@@ -78,16 +78,17 @@ def _has_bf16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return device.type == "xpu"
+    flags = set()
+    cpuinfo = Path("/proc/cpuinfo")
     if hasattr(torch.cpu, "get_capabilities"):  # not in the oldest torch that is supported
         flags = {name for name, value in torch.cpu.get_capabilities().items() if value}
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    elif cpuinfo.is_file():
+        flags = set(cpuinfo.read_text().split())
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "arm_bf16"})
 
 
 def environment(device: str) -> Environment:
-    """Versions, device and threads."""
+    """Return versions, device and threads."""
     return Environment(
         evoprune=evoprune.__version__,
         torch=str(torch.__version__),
@@ -99,7 +100,8 @@ def environment(device: str) -> Environment:
 
 def describe_devices() -> dict[str, str]:
     """Return the devices here by name: the product of each, and what it has."""
-    devices = {"cpu": f"{device_name('cpu')}, bf16 {'yes' if _has_bf16(torch.device('cpu')) else 'no'}"}
+    bf16 = "yes" if _has_bf16(HOST) else "no"
+    devices = {"cpu": f"{device_name('cpu')}, bf16 {bf16}"}
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         devices[f"cuda:{number}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"
@@ -147,12 +149,11 @@ def holds_values(device: torch.device) -> bool:
 
 
 def is_host(device: torch.device) -> bool:
-    """Return whether it is the CPU: weights may stay in the pages of files, and products are those of oneDNN."""
-    return device.type == "cpu"
+    """Return whether it is the CPU.
 
-
-def exact_shapes(device: torch.device) -> bool:
-    """Return whether reading a value costs nothing, so that shapes may depend on values: on the CPU alone."""
+    Reading a value costs nothing there, so shapes may depend on values. Weights may stay in the pages of files, and products are
+    those of oneDNN.
+    """
     return device.type == "cpu"
 
 
@@ -163,7 +164,7 @@ def busy_cores(device: torch.device) -> int:
 
 def largest_piece(device: torch.device) -> int:
     """Return how many units are embedded, and rows go through a product, at a time."""
-    return PIECE_UNITS if exact_shapes(device) else GPU_PIECE_UNITS
+    return PIECE_UNITS if is_host(device) else GPU_PIECE_UNITS
 
 
 def launch_bound_units(device: torch.device) -> int:
@@ -173,7 +174,7 @@ def launch_bound_units(device: torch.device) -> int:
 
 def scores_at_a_time(device: torch.device) -> int:
     """Return how many entries of a score matrix are held at a time."""
-    return SCORES if exact_shapes(device) else GPU_SCORES
+    return SCORES if is_host(device) else GPU_SCORES
 
 
 def product_sides(device: torch.device) -> tuple[int, ...]:
@@ -188,21 +189,21 @@ def accelerator() -> str | None:
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`x` on `device`. A copy from the CPU to an accelerator does not wait for it."""
+    """Return `x` on `device`. A copy from the CPU to an accelerator does not wait for it."""
     if x.device.type == "cpu" and device.type == accelerator():
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
 def now(device: torch.device) -> float:
-    """Seconds. On an accelerator it waits until all kernels are done, which run on after Python has gone on."""
+    """Return the time in seconds. On an accelerator it waits until all kernels are done, which run on after Python has gone on."""
     if device.type == accelerator():
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
 class Timer:
-    """A context that adds up the time of its blocks; on an accelerator it records events, which only `seconds` reads."""
+    """Add up the time of the blocks of this context; on an accelerator it records events, which only `seconds` reads."""
 
     def __init__(self, device: torch.device):
         self._device = device if device.type == accelerator() else None
@@ -238,7 +239,7 @@ class Timer:
 
 
 def peak_memory(device: str) -> int | None:
-    """Bytes: on CUDA the allocator's peak, else the largest resident size of this process so far. None where unknown."""
+    """Return bytes: on CUDA the allocator's peak, else the largest resident size of this process so far. None where unknown."""
     if _on_cuda(device):
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -250,21 +251,28 @@ def peak_memory(device: str) -> int | None:
         import resource
     except ImportError:  # not a Unix
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":  # in bytes, elsewhere in KiB
+        return peak
+    return peak * 1024
 
 
 def peak_memory_note(device: str) -> str | None:
     """Return what `peak_memory` counts beside the model in question, where that is more."""
-    return None if _on_cuda(device) else "peak memory is the process's, with the weights of all rows in it"
+    if _on_cuda(device):
+        return None
+    return "peak memory is the process's, with the weights of all rows in it"
 
 
 def counted_memory(device: str) -> int:
-    """Bytes in use now, as `peak_memory` counts them. Raises TypeError where the system does not tell."""
-    return torch.cuda.memory_allocated(device) if _on_cuda(device) else sum(memory_in_use(device))
+    """Return the bytes in use now, as `peak_memory` counts them. Raises TypeError where the system does not tell."""
+    if _on_cuda(device):
+        return torch.cuda.memory_allocated(device)
+    return sum(memory_in_use(device))
 
 
 def memory_in_use(device: str) -> tuple[int | None, int | None]:
-    """Bytes of this process now: its own, and pages of files mapped into memory. None where unknown, and on CUDA."""
+    """Return the bytes of this process now: its own, and pages of files mapped into memory. None where unknown, and on CUDA."""
     if _on_cuda(device):
         return None, None
     try:
@@ -289,14 +297,16 @@ def reset_peak_memory(device: str) -> bool:
 
 
 def available_memory(device: str) -> int | None:
-    """Bytes that this process can get now without swapping; None where unknown, and on the meta device, which needs none.
+    """Return the bytes that this process can get now without swapping; None where unknown, and on the meta device.
 
     On CUDA: what is free on the device and in torch's own allocator. Else see `limits.available_memory`.
     """
     if _on_cuda(device):
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    return limits.available_memory() if holds_values(torch.device(device)) else None
+    if not holds_values(torch.device(device)):
+        return None
+    return limits.available_memory()
 
 
 def empty_cache() -> None:
@@ -357,7 +367,7 @@ def failed(what: str) -> bool:
 
 
 def give_up(what: str, said: str, problem: Exception) -> None:
-    """From now on `what` runs without kernels, which is said. Raises `problem` again if it is about memory."""
+    """Run `what` without kernels from now on, and say so. Raises `problem` again if it is about memory."""
     if is_out_of_memory(problem):
         raise problem
     _failed.add(what)
@@ -467,12 +477,12 @@ def run_beside(function: Callable[[], None], device: torch.device) -> Callable[[
 
 def count_or_bound(count: Callable[[], int], like: torch.Tensor, bound: int) -> int:
     """Return what `count` reads on the device of `like`, or else an upper bound of it."""
-    return count() if exact_shapes(like.device) else bound
+    return count() if is_host(like.device) else bound
 
 
 def positive_or_all(number: torch.Tensor, *along: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return `number` (`[n]`) where it is above 0, and there what goes `along` with it (`[n, ...]`), or else all of each."""
-    if not exact_shapes(number.device):
+    if not is_host(number.device):
         return number, *along
     at = (number > 0).nonzero().flatten()
     return number[at], *(x[at] for x in along)
@@ -480,11 +490,11 @@ def positive_or_all(number: torch.Tensor, *along: torch.Tensor) -> tuple[torch.T
 
 def known_false(flag: torch.Tensor) -> bool:
     """Return whether `flag` (bool, without dimension) was read and is false, or else False."""
-    return exact_shapes(flag.device) and not flag
+    return is_host(flag.device) and not flag
 
 
 def read_together(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two tensors `[n]` on the CPU: as they are, or else by one copy, as int64."""
-    if exact_shapes(second.device):
+    if is_host(second.device):
         return first, second
     return torch.cat([first.long(), second]).cpu().split([len(first), len(second)])

@@ -73,5 +73,6 @@ def choose_functions(module: torch.nn.Module) -> None:
 
 
 def _chosen(fused: Callable, own: Callable, x: torch.Tensor, *args, **kwargs):
-    uses_own = getattr(_thread, "depth", 0) or is_host(x.device)
-    return (own if uses_own else fused)(x, *args, **kwargs)
+    if getattr(_thread, "depth", 0) or is_host(x.device):
+        return own(x, *args, **kwargs)
+    return fused(x, *args, **kwargs)

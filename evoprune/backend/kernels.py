@@ -23,9 +23,14 @@ CHANNELS = 64
 SIZES = ["points", "length", "count", "begin"]
 
 
+def _given(x: torch.Tensor | None, instead: torch.Tensor) -> torch.Tensor:
+    """Return `x`, or where it is None another tensor: a kernel takes one in any case."""
+    return instead if x is None else x
+
+
 @triton.jit(do_not_specialize=["length"])
 def _moments(rows, count, mean, variance, length, width, block_rows: tl.constexpr, block: tl.constexpr):
-    """Mean and variance of some channels over the rows, each as often as it counts."""
+    """Write mean and variance of some channels over the rows, each as often as it counts."""
     c = tl.program_id(0) * block + tl.arange(0, block)
     inside = c < width
     first = tl.load(rows + c, mask=inside, other=0.0).to(tl.float32)
@@ -55,7 +60,7 @@ def _standardise(
     rows, mean, variance, average, place, squares, length, still, rounding,
     width: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Rows less their mean, over the deviation of each channel; and the squared length of each."""
+    """Write rows less their mean, over the deviation of each channel; and their squared lengths."""
     r = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     floor = still * tl.load(average)
     total = tl.zeros((block_rows,), tl.float32)
@@ -75,7 +80,7 @@ def _standardise(
 
 @triton.jit
 def _distances(product, half, weight, row_i, row_j, time_i, time_j, valid_i, valid_j):
-    """Rounded distances `[i, j]` of selected points i and candidates j, from the product of their places."""
+    """Write rounded distances `[i, j]` of selected points i and candidates j, from the product of their places."""
     half_i = tl.load(half + row_i, mask=valid_i, other=0.0)
     half_j = tl.load(half + row_j, mask=valid_j, other=0.0)
     weight_j = tl.load(weight + row_j, mask=valid_j, other=0.0)
@@ -104,7 +109,7 @@ def _tube_distances(product, half, weight, row, time, tubes, points, length, sid
 
 @triton.jit(do_not_specialize=SIZES)
 def _greedy(apart, first, row, tubes, out, points, length, block: tl.constexpr):
-    """The radii of one tube."""
+    """Write the radii of one tube."""
     tube = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, block)
     point = tl.load(tubes + tube * length + i, mask=i < length, other=points)
@@ -127,7 +132,7 @@ def _greedy(apart, first, row, tubes, out, points, length, block: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _nearest(product, half, weight, row, time, selected, out, begin, points, count, side: tl.constexpr):
-    """Which selected point is nearest to each of some points, from `begin` to `points`; `product`: `[point, selected]`."""
+    """Write which selected point is nearest to each of some points, from `begin` to `points`; `product`: `[point, selected]`."""
     number = tl.program_id(0) * side + tl.arange(0, side)
     point = begin + number
     own_row = tl.load(row + point, mask=point < points, other=-1)
@@ -151,7 +156,7 @@ def _nearest(product, half, weight, row, time, selected, out, begin, points, cou
 
 @triton.jit
 def _means(rows, order, row, weight, ends, out, width: tl.constexpr, block: tl.constexpr):
-    """Columns of one mean, whose rows are added in the order of their index, so that the sum is always the same."""
+    """Write columns of one mean. Its rows are added in the order of their index, so that the sum is always the same."""
     mean = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
     total = tl.zeros((block,), tl.float32)
@@ -166,7 +171,8 @@ def _means(rows, order, row, weight, ends, out, width: tl.constexpr, block: tl.c
 
 @on_its_device
 def standard_places(rows, count, projection, steps, still, rounding):
-    rows, (length, width) = rows.contiguous(), rows.shape
+    rows = rows.contiguous()
+    length, width = rows.shape
     mean, variance = (torch.empty(width, dtype=torch.float32, device=rows.device) for _ in range(2))
     _moments[triton.cdiv(width, CHANNELS),](rows, count, mean, variance, length, width, block_rows=ROWS, block=CHANNELS)
     place = torch.empty_like(rows, dtype=torch.float32)
@@ -175,7 +181,8 @@ def standard_places(rows, count, projection, steps, still, rounding):
         rows, mean, variance, variance.mean(), place, squares, length, still, rounding,
         width=width, block_rows=ROWS, block=CHANNELS,
     )  # fmt: skip
-    place = place if projection is None else place @ projection
+    if projection is not None:
+        place = place @ projection
     squares = torch.where(count > 0, squares, 0)
     largest = squares.max().clamp(min=still * width)
     return place / largest.sqrt(), (squares / largest * steps).round_().div_(steps)
@@ -183,7 +190,8 @@ def standard_places(rows, count, projection, steps, still, rounding):
 
 @on_its_device
 def tube_radii(place, half, weight, first, row, time, tubes, keep):
-    (count, length), points = tubes.shape, len(row)
+    count, length = tubes.shape
+    points = len(row)
     there = place[row[tubes.clamp(max=points - 1)].clamp(min=0)]
     apart = torch.bmm(there, there.transpose(1, 2))
     blocks = triton.cdiv(length, SIDE)
@@ -197,7 +205,10 @@ def tube_radii(place, half, weight, first, row, time, tubes, keep):
 
 @on_its_device
 def nearest_selected(place, half, weight, row, time, selected, held=1 << 26):
-    nearest, selected, (points, count) = torch.empty_like(row), selected.contiguous(), (len(row), len(selected))
+    nearest = torch.empty_like(row)
+    selected = selected.contiguous()
+    points = len(row)
+    count = len(selected)
     there = place[row[selected]].T
     rows = row.clamp(min=0)
     step = max(1, held // count)  # products are held for so many points at a time
@@ -211,7 +222,8 @@ def nearest_selected(place, half, weight, row, time, selected, held=1 << 26):
 
 @on_its_device
 def mean_rows(rows, into, row, weight, count):
-    rows, width = rows.contiguous(), rows.shape[1]
+    rows = rows.contiguous()
+    width = rows.shape[1]
     sorted_, order = into.sort(stable=True)
     ends = torch.searchsorted(sorted_, torch.arange(count + 1, dtype=torch.int64, device=into.device))
     means = rows.new_empty(count, width)
@@ -269,7 +281,7 @@ def greedy_cosine(unit, weight, bonus, factor, keep, from_nearest):
         if from_nearest:
             steps.diagonal(start).fill_(-torch.inf)
             nearest[part] = steps.amax(1) / 16384
-    value = bonus if bonus is not None else nearest if weight is None else weight
+    value = _given(bonus, _given(weight, nearest))
     order = torch.empty(keep, dtype=torch.int64, device=unit.device)
     block = triton.next_power_of_2(rows)
     _greedy_cosine[1,](
@@ -377,7 +389,7 @@ def _scan(
 
 @on_its_device
 def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most):
-    """`most`: the greatest drift of brightness. Other arguments as of the operator, and of backend/operators.py."""
+    """Return what the operator returns. `most`: the greatest drift of brightness. Other arguments as in backend/operators.py."""
     count, units, _ = means.shape
     low = _bits(1 / most)
     high = _bits(most)
@@ -472,19 +484,22 @@ def _rotate_put(
 def add_norm(
     x: torch.Tensor, plus: torch.Tensor | None, weight: torch.Tensor, eps: float, rounds: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x + plus`, or `x` itself, and its RMS norm, `[rows, wide]`, contiguous. It `rounds` before it scales, or afterwards."""
+    """Return `x + plus`, or `x`, and its RMS norm, `[rows, wide]`, contiguous. It `rounds` before it scales, or afterwards."""
     wide = x.shape[1]
     out = torch.empty_like(x)
     total = x if plus is None else torch.empty_like(x)
     block = triton.next_power_of_2(wide)
-    given = x, x if plus is None else plus, weight, total, out, eps, wide
-    _add_norm[(len(x),)](*given, adds=plus is not None, rounds=rounds, block=block, num_warps=8 if block > 1024 else 4)
+    num_warps = 8 if block > 1024 else 4
+    _add_norm[(len(x),)](
+        x, _given(plus, x), weight, total, out, eps, wide,
+        adds=plus is not None, rounds=rounds, block=block, num_warps=num_warps,
+    )  # fmt: skip
     return total, out
 
 
 @on_its_device
 def silu_times(x: torch.Tensor) -> torch.Tensor:
-    """`[rows, wide]`: SiLU of the first half of each row of `x`, `[rows, 2 * wide]`, times the second."""
+    """Return `[rows, wide]`: SiLU of the first half of each row of `x`, `[rows, 2 * wide]`, times the second."""
     rows = len(x)
     wide = x.shape[1] // 2
     out = x.new_empty(rows, wide)
@@ -520,7 +535,7 @@ def rotate_put(
     dim = x.shape[1] // (heads + 2 * kv_heads)
     out = x.new_empty(1, rows, heads, dim + more)
     _rotate_put[(rows, heads + 2 * kv_heads)](
-        x, *places, *(norms or (x, x)), out, keys, values, x if column is None else column, *keys.stride()[:2], eps,
+        x, *places, *(norms or (x, x)), out, keys, values, _given(column, x), *keys.stride()[:2], eps,
         more=more, dim=dim, block=triton.next_power_of_2(dim + more), heads=heads, kv_heads=kv_heads,
         norms=norms is not None, placed=column is not None, num_warps=1,
     )  # fmt: skip
@@ -536,7 +551,7 @@ def _rotate_into_groups(
     heads: tl.constexpr, dim: tl.constexpr, more: tl.constexpr, root: tl.constexpr, least: tl.constexpr, half: tl.constexpr,
     gathers: tl.constexpr,
 ):  # fmt: skip
-    """One unit's queries, for the first `rows` programs, or one key unit's keys and values: four patches of all heads."""
+    """Write one unit's queries, for the first `rows` programs, or one key unit's keys and values: four patches of all heads."""
     at = tl.program_id(0).to(tl.int64)
     asks = at < rows
     to = tl.where(asks, at, at - rows)
@@ -595,7 +610,7 @@ def rotate_into_groups(
     keys: torch.Tensor | None,
     weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries `[R * 4, heads, d']`, and keys and values `[K * 4, heads, d']` in the order of groups, from `[R, 4, 3 * heads * d]`.
+    """Return queries `[R * 4, heads, d']`, and by groups keys and values `[K * 4, heads, d']`, from `[R, 4, 3 * heads * d]`.
 
     Args:
         cos, sin: float32 `[places, 4, d]`, of the rotary embedding, the first half of the sines negated. place: int64 `[R]`.
@@ -613,7 +628,7 @@ def rotate_into_groups(
     if gathers and keys is None:
         keys = torch.arange(rows, dtype=torch.int64, device=qkv.device)
     _rotate_into_groups[rows + total,](
-        qkv, cos, sin, place, place if keys is None else keys, place if weight is None else weight, q, k, v, rows,
+        qkv, cos, sin, place, _given(keys, place), _given(weight, place), q, k, v, rows,
         heads=heads, dim=dim, more=more, root=dim**0.5, least=-NEVER, half=triton.next_power_of_2(dim // 2), gathers=gathers,
     )  # fmt: skip
     return q, k, v

@@ -43,7 +43,8 @@ def join_tower(visual) -> None:
         gate, up, down = linears
         inner = gate.out_features
         wide = -(-inner // 32) * 32
-        weight, bias = gate.weight.new_zeros(2 * wide, gate.in_features), gate.weight.new_zeros(2 * wide)
+        weight = gate.weight.new_zeros(2 * wide, gate.in_features)
+        bias = gate.weight.new_zeros(2 * wide)
         mlp.wide_down = down.weight.new_zeros(down.out_features, wide)
         for linear, start in ((gate, 0), (up, wide)):
             weight[start : start + inner] = linear.weight.detach()
@@ -60,7 +61,9 @@ def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     if parameters is None or _apart:
         return None
     first = module.q_proj if hasattr(module, "q_proj") else module.gate_proj
-    return parameters if first.weight.data_ptr() == parameters[0].data_ptr() else None
+    if first.weight.data_ptr() != parameters[0].data_ptr():
+        return None
+    return parameters
 
 
 def is_unhooked_linear(module: torch.nn.Module) -> bool:
@@ -89,5 +92,5 @@ def kernels(device: torch.device) -> ModuleType | None:
 
 
 def give_up(problem: Exception) -> None:
-    """From now on, layers compute without fused kernels. Raises `problem` again if it is about memory."""
+    """Have layers compute without fused kernels from now on. Raises `problem` again if it is about memory."""
     devices.give_up("layers", "layers compute without fused kernels", problem)

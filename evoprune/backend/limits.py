@@ -41,13 +41,15 @@ def available_cores(root: Path = ROOT) -> int:
 
     The cores of its affinity, or fewer where a control group has a quota of CPU time, which counts in whole cores, rounded up.
     """
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
     quota = min((share for folder in _groups("cpu", root) for share in _quotas(folder)), default=math.inf)
-    return max(1, math.ceil(min(affinity, quota)))
+    return max(1, math.ceil(min(cores, quota)))
 
 
 def available_memory(root: Path = ROOT) -> int | None:
-    """Bytes that this process can get now without swapping; None where unknown.
+    """Return the bytes that this process can get now without swapping; None where unknown.
 
     The least of what Linux has, what the control groups leave, and what is left of the address space (`ulimit -v`). Cached files
     count as available, because the system drops them when memory is short.
@@ -123,7 +125,7 @@ def _reclaimable(stat: str) -> int:
 def _groups(controller: str, root: Path) -> Iterator[Path]:
     """Yield the folders of the control groups that this process is in, from its own to the outermost that is visible.
 
-    Those of version 1 for this controller, and those of version 2, which may or may not have the controller.
+    Groups of version 1 are those for this controller. Groups of version 2 may or may not have it.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -134,7 +136,12 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
     for mount in mounts:
         where, _, what = mount.partition(" - ")
         kind, _, options = what.split(" ")[:3]
-        name = {"cgroup2": "", "cgroup": controller if controller in options.split(",") else None}.get(kind)
+        if kind == "cgroup2":
+            name = ""
+        elif kind == "cgroup" and controller in options.split(","):
+            name = controller
+        else:
+            continue
         if name not in own or ".." in own[name].split("/"):  # the latter: it was moved out of the visible groups
             continue
         top, point = (re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), field) for field in where.split(" ")[3:5])
@@ -146,7 +153,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def kib(path: Path, *names: str) -> list[int]:
-    """Figures in kibibytes of a file in /proc, in bytes. Raises OSError: no such file. KeyError: no such figure."""
+    """Return figures in kibibytes of a file in /proc, in bytes. Raises OSError: no such file. KeyError: no such figure."""
     values = dict(line.partition(":")[::2] for line in path.read_text("utf-8", "replace").splitlines())
     return [int(values[name].split()[0]) * 1024 for name in names]
 
@@ -155,4 +162,6 @@ def _left_of_address_space(mapped: int) -> float:
     import resource  # exists wherever /proc does
 
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return math.inf if limit == resource.RLIM_INFINITY else limit - mapped
+    if limit == resource.RLIM_INFINITY:
+        return math.inf
+    return limit - mapped

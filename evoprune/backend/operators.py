@@ -46,7 +46,7 @@ mean_rows = torch.ops.evoprune.mean_rows
 def _standard_places(
     rows: torch.Tensor, unit_to_row: torch.Tensor, projection: torch.Tensor | None, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 `[E, d]`, rows less their mean, every channel divided by its standard deviation, and all by the longest's length.
+    """Return float32 `[E, d]`: rows less their mean, over the deviation of each channel, and all over the length of the longest.
 
     Also float32 `[E]`, the squared lengths, in whole steps; 0 of a row without a unit. Of equal rows both are 0.
 
@@ -66,15 +66,22 @@ def _standard_places(
     mean = first + sum(share @ (piece - first) for share, piece in zip(shares, pieces(), strict=True))
     variance = sum(share @ (piece - mean).square_() for share, piece in zip(shares, pieces(), strict=True))
     scale = (variance + VARIANCE_FLOOR * variance.mean() + (ROUNDING * mean).square_()).clamp_(min=1e-30).rsqrt_()
-    standard = ((piece - mean).mul_(scale) for piece in pieces())
-    places = [(piece if projection is None else piece @ projection, piece.square().sum(1)) for piece in standard]
-    place, salience = (torch.cat(pieces) for pieces in zip(*places, strict=True))
+    places = []
+    saliences = []
+    for piece in pieces():
+        standard = (piece - mean).mul_(scale)
+        saliences.append(standard.square().sum(1))
+        if projection is not None:
+            standard = standard @ projection
+        places.append(standard)
+    place = torch.cat(places)
+    salience = torch.cat(saliences)
     largest = (salience * (count > 0)).max().clamp(min=VARIANCE_FLOOR * rows.shape[1])
     return place / largest.sqrt(), rounded(salience / largest, steps) * (count > 0)
 
 
 def unit_counts(unit_to_row: torch.Tensor, rows: int) -> torch.Tensor:
-    """float32 `[rows]`: how many units each row has; `unit_to_row`: int64 `[N]`, -1 for none."""
+    """Return float32 `[rows]`: how many units each row has; `unit_to_row`: int64 `[N]`, -1 for none."""
     count = torch.zeros(rows + 1, dtype=torch.float32, device=unit_to_row.device)
     return count.scatter_(0, unit_to_row + 1, 1, reduce="add")[1:]
 
@@ -94,7 +101,7 @@ def _tube_radii(
     tubes: torch.Tensor,
     keep: int,
 ) -> torch.Tensor:
-    """float32 `[N]`: the radius of each point, in whole steps; -1 for a point without a row.
+    """Return float32 `[N]`: the radius of each point, in whole steps; -1 for a point without a row.
 
     In each tube the points are selected one after another, each the farthest from those before it, and that distance is its radius.
     The first is that of the largest `first`, which is its radius, or one step more than the second's. So radii fall from point to
@@ -139,7 +146,7 @@ def _members(row: torch.Tensor, tubes: torch.Tensor) -> tuple[torch.Tensor, torc
 def _apart(
     place: torch.Tensor, half: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, time: torch.Tensor
 ) -> torch.Tensor:
-    """float32 `[B, selected, candidate]`: rounded distances of points with these `rows` (int64 `[B, L]`) and times."""
+    """Return float32 `[B, selected, candidate]`: rounded distances of points with these `rows` (int64 `[B, L]`) and times."""
     if rows.device.type == "cpu" and len(place) <= FEW_ROWS:
         product = (place @ place.T)[rows[:, :, None], rows[:, None, :]]
     else:
@@ -161,14 +168,14 @@ def _tube_radii_cpu(place, half, weight, first, row, time, tubes, keep):
 
 
 def _greedy(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
-    """float32 `[B, L]`: radii, from distances `[B, L, L]`, and `first` (`[B, L]`, -1 for what is no point)."""
+    """Return float32 `[B, L]`: radii, from distances `[B, L, L]`, and `first` (`[B, L]`, -1 where there is no point)."""
     if len(first) > FEW_TUBES:
         return _greedy_together(apart, first, keep)
     return np.stack([_greedy_in(*tube, keep) for tube in zip(apart, first, strict=True)])
 
 
 def _greedy_in(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
-    """Those of one tube, `[L]`."""
+    """Return the radii of one tube, `[L]`."""
     radii = np.zeros_like(first)
     best = int(first.argmax())
     radii[best] = start = max(first[best], 0)
@@ -219,7 +226,7 @@ def _nearest_selected(
     time: torch.Tensor,
     selected: torch.Tensor,
 ) -> torch.Tensor:
-    """int64 `[N]`: which of `selected` (int64 `[K]`, points) is nearest to each point, a selected one its own; -1 without a row.
+    """Return int64 `[N]`: which of `selected` (int64 `[K]`, points) is nearest to each point, a selected one its own; -1: no row.
 
     Ties go to the lower index. Other arguments as of `tube_radii`.
     """
@@ -263,13 +270,14 @@ def _nearest_selected_cpu(place, half, weight, row, time, selected):
 def _mean_rows(
     rows: torch.Tensor, into: torch.Tensor, row: torch.Tensor, weight: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """`[count, D]`, in the dtype of `rows` (`[E, D]`): weighted means of rows, summed in float32.
+    """Return `[count, D]`, in the dtype of `rows` (`[E, D]`): weighted means of rows, summed in float32.
 
     `into`, `row`: int64 `[m]`, which mean each row joins. `weight`: float32 `[m]`; those of a mean sum to more than 0.
     """
     total = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
     size = total.new_zeros(count).index_add_(0, into, weight)
-    at_once = max(1, (MAX_DISTANCES_ON_DEVICE if rows.device.type != "cpu" else MAX_DISTANCES) // rows.shape[1])
+    most = MAX_DISTANCES_ON_DEVICE if rows.device.type != "cpu" else MAX_DISTANCES
+    at_once = max(1, most // rows.shape[1])
     for batch in torch.arange(len(into), dtype=torch.int64, device=rows.device).split(at_once):
         total.index_add_(0, into[batch], rows[row[batch]].float() * weight[batch][:, None])
     return (total / size[:, None]).to(rows.dtype)
@@ -346,7 +354,7 @@ def _greedy_cosine(
     keep: int,
     from_nearest: bool,
 ) -> torch.Tensor:
-    """int64 `[keep]`, ascending: rows of `unit` (float32 `[N, D]`, of length one), one after another that of the highest score.
+    """Return int64 `[keep]`, ascending: rows of `unit` (float32 `[N, D]`, of length one), each time that of the highest score.
 
     The score of a row is of `near`, its greatest cosine to the selected ones. Cosines are rounded; ties go to the lower index.
 
@@ -355,14 +363,17 @@ def _greedy_cosine(
         bonus: float32 `[N]`: the score is bonus - factor * near, rounded; `weight` is then None.
         from_nearest: whether `near` begins as the cosine to the nearest other row; else it begins at 0.
     """
-    near = nearest_cosine(unit) if from_nearest and keep else unit.new_zeros(len(unit))
+    near = unit.new_zeros(len(unit))
+    if from_nearest and keep:
+        near = nearest_cosine(unit)
     selected = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
     for step in range(keep):
         if bonus is not None:
             score = snap(bonus - factor * near)
         else:
             score = 1 - near.clamp(min=-1)
-            score = score if weight is None else snap(score * weight)
+            if weight is not None:
+                score = snap(score * weight)
         latest = score.masked_fill(selected, -torch.inf).argmax()[None]
         selected.index_fill_(0, latest, True)  # an index in brackets would synchronise a GPU
         cosine = snap(unit @ unit.index_select(0, latest)[0])
@@ -371,7 +382,7 @@ def _greedy_cosine(
 
 
 def nearest_cosine(unit: torch.Tensor) -> torch.Tensor:
-    """float32 `[N]`: the cosine of each row of `unit` (`[N, D]`, of length one) to the most similar other row, -inf if none."""
+    """Return float32 `[N]`: the cosine of each row of `unit` (`[N, D]`, of length one) to the most similar other; -inf if none."""
     best = []
     for start in range(0, len(unit), BLOCK):
         cosine = snap(unit[start : start + BLOCK] @ unit.T)
@@ -410,7 +421,7 @@ reuse_scan = torch.ops.evoprune.reuse_scan
 def _reuse_scan(
     means: torch.Tensor, held: torch.Tensor, pair: torch.Tensor, known: bool, seen: int, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """int64 `[T, units]`, the frame pair whose row represents each unit; and `held` and `pair` after these frame pairs.
+    """Return int64 `[T, units]`: the frame pair whose row represents each unit; and `held` and `pair` after these frame pairs.
 
     Args:
         means: float32 `[T, units, 96]`, of the next frame pairs. held: float32 `[units, 96]`, of each place when it was last
@@ -438,13 +449,13 @@ def _reuse_scan(
 
 
 def differences(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """float32 `[units]`: the greatest difference of a block (float32 `[units, 96]` both), Euclidean over the channels."""
+    """Return float32 `[units]`: the greatest difference of a block (float32 `[units, 96]` both), Euclidean over the channels."""
     difference = (means - reference).view(len(means), BLOCKS, CHANNELS)
     return difference.square_().sum(2).amax(1).sqrt_()
 
 
 def brightness(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """float32 `[96]`: how much brighter the picture is than its references: one factor per channel, repeated for every block.
+    """Return float32 `[96]`: how much brighter the picture is than its references: a factor per channel, repeated for each block.
 
     The median over units, weighted by brightness, ignores changes in less than half of the picture, and noise in dark regions.
     """

@@ -29,7 +29,7 @@ def are_widened(device: torch.device, quantization: str | None) -> bool:
 def prepare(model, packs: bool = True) -> Packing:
     """Prepares the weights of a model for products, in place: packed on a CPU, if `packs`, joined where kernels run.
 
-    Those of the tower are packed now, those of the language model later, as the result says: the tower is a sixth of a 3B model,
+    The tower's are packed now, the language model's later, as the result says: the tower is a sixth of a 3B model,
     and packed it encodes about a tenth faster; the language model would make words wait. Where memory is short, none are.
     """
     packing = Packing()

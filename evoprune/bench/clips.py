@@ -238,6 +238,6 @@ def prepare(
     text = torch.randint(size, (length - len(place),), generator=random, dtype=torch.int64, device="cpu")
     video = torch.zeros(length, dtype=torch.bool, device="cpu").index_fill_(0, place.columns, True)
     ids = torch.zeros(length, dtype=torch.int64, device="cpu").masked_scatter_(~video, text)
-    positions = prompt_positions(length, place.spans(grid, seconds_per_pair), vision.tokens_per_second)
+    positions = prompt_positions(length, place.positions(grid, seconds_per_pair, vision.tokens_per_second))
     patches = normalised(pixels, v.normal).to(weight.dtype)
     return Clip(pixels, patches, grid, seconds_per_pair, ids, place, positions, int(positions.max()) + 1, unpruned)

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from evoprune.errors import UsageError
 from evoprune.hf import interface
-from evoprune.language.prompt import Place, VisualSpan
+from evoprune.language.prompt import Place
 from evoprune.language.pruned import PrunedPrompt, prune_prompt
 from evoprune.methods.types import arange_on
 from evoprune.vision.encoder import Encoded
@@ -30,29 +30,28 @@ PAST = "evoprune"  # attribute that is set on caches; copies of a cache have it 
 
 @dataclass(frozen=True, repr=False)
 class Columns:
-    """The columns that are left of a batch."""
+    """Hold the columns that are left of a batch."""
 
     # int64 `[B, C]`, for each place the column of the whole batch that it holds, ascending; -1 for padding, at the start.
     index: torch.Tensor
     width: int  # number of columns of the whole batch
 
     @classmethod
-    def without(cls, dropped: torch.Tensor, mask: torch.Tensor | None = None) -> "Columns":
-        """Return all columns that are not dropped, in as few places as the longest row needs.
+    def of(cls, left: Sequence[torch.Tensor], ids: torch.Tensor, mask: torch.Tensor | None = None) -> "Columns":
+        """Return the columns that are left of each row, in as few places as the longest row needs.
 
-        `dropped`: bool `[B, L]`. `mask`: `[B, L]`, 0 at padding; None without padding. Padding before a row's first token is
-        removed where it needs more places than the longest row.
+        Args:
+            left: int64 `[n]`, ascending, of each row.
+            ids: int64 `[B, L]`, of the whole batch.
+            mask: `[B, L]`, 0 at padding; None without padding. Padding before a row's first token is removed where it needs more
+                places than the longest row.
         """
-        stays = ~dropped
-        width = dropped.shape[1]
-        needed = stays if mask is None else stays & (mask.cumsum(1) > 0)
-        places = max(1, int(needed.sum(1).max()))
-        from_the_end = stays.flip(1).cumsum(1).flip(1)
-        # Columns without a place go to an extra place at the front, which is cut off.
-        place = torch.where(stays, (places + 1 - from_the_end).clamp(min=0), 0)
-        index = torch.full((len(dropped), places + 1), -1, dtype=torch.int64, device=dropped.device)
-        index.scatter_(1, place, arange_on(width, dropped.device).expand_as(place))
-        return cls(index[:, 1:], width)
+        needed = left
+        if mask is not None:
+            padding = (mask.cumsum(1) == 0).sum(1).tolist()
+            needed = [columns[columns >= first] for columns, first in zip(left, padding, strict=True)]
+        places = max(1, *map(len, needed))
+        return cls(_ending_together(left, places, -1).to(ids.device), ids.shape[1])
 
     def __repr__(self) -> str:
         return f"<Columns: {self.places:,} of {self.width:,} in a batch of {len(self.index)}>"
@@ -94,8 +93,13 @@ class Columns:
         return Columns(self.index.repeat_interleave(times, 0), self.width)
 
 
+def _ending_together(rows: Sequence[torch.Tensor], places: int, fill: float) -> torch.Tensor:
+    """Return the last entries of rows `[n]`, as `[B, places]`; shorter ones with `fill` before them."""
+    return torch.stack([pad(row, (places - len(row), 0), value=fill) for row in rows])  # negative padding cuts
+
+
 def with_whole_prompt(prompt: torch.Tensor, places: int, ids: torch.Tensor) -> torch.Tensor:
-    """int64 `[B * n, L + new]`: `ids`, `[B * n, places + new]`, with the whole `prompt`, `[B, L]`, for the pruned one."""
+    """Return `ids`, int64 `[B * n, places + new]`, with the whole `prompt`, `[B, L]`, for the pruned one."""
     prompt = prompt.to(ids.device).repeat_interleave(len(ids) // len(prompt), 0)
     return torch.cat([prompt, ids[:, places:]], 1)
 
@@ -131,7 +135,7 @@ def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
 
 
 class _OnWholePrompts:
-    """A logits processor or stopping criterion that gets ids of the whole prompt."""
+    """Call a logits processor or stopping criterion with ids of the whole prompt."""
 
     def __init__(self, wrapped: Callable, prompt: torch.Tensor, places: int):
         self._wrapped = wrapped
@@ -146,15 +150,17 @@ class _OnWholePrompts:
 
 
 class _WholePromptStreamer:
-    """A streamer that gets the whole prompt in the first call of `put`, which is the prompt's."""
+    """Hand a streamer the whole prompt in the first call of `put`, which is the prompt's."""
 
     def __init__(self, wrapped, prompt: torch.Tensor):
         self._wrapped = wrapped
         self._prompt = prompt
 
     def put(self, value: torch.Tensor) -> None:
-        self._wrapped.put(value if self._prompt is None else self._prompt.cpu())
-        self._prompt = None
+        if self._prompt is not None:
+            value = self._prompt.cpu()
+            self._prompt = None
+        self._wrapped.put(value)
 
     def end(self) -> None:
         self._wrapped.end()
@@ -162,10 +168,10 @@ class _WholePromptStreamer:
 
 @dataclass(frozen=True)
 class Visuals:
-    """What is pruned in a call."""
+    """Hold the videos and pictures that are pruned in a call."""
 
     places: list[list[Place]]  # in each row of the batch, padding included
-    pixels: torch.Tensor  # `[patches, values]`, those of all, in the order of their places
+    pixels: torch.Tensor  # `[patches, values]`, of all inputs, in the order of their places
     grids: torch.Tensor  # int64 `[n, 3]`, in patches
     videos: tuple[bool, ...]  # of each, whether it is a video
     seconds: tuple[float, ...]  # of each, from one frame pair to the next
@@ -173,7 +179,7 @@ class Visuals:
 
 @dataclass(frozen=True)
 class Past:
-    """What later calls must know of a cache whose prompt was pruned."""
+    """Hold what later calls must know of a cache whose prompt was pruned."""
 
     columns: Columns  # of the prompt that are left
     # int64 `[B, L]`, for each column as the last one of the prompt: the position of a later token is this plus the number of tokens
@@ -206,17 +212,16 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
     for video in kinds:
         _check_placeholders(model, call, video)
     grids = call.get("video_grid_thw")
-    if len(interface.seconds_per_pair(call)) != (0 if grids is None else len(grids)):
+    if grids is not None and len(interface.seconds_per_pair(call)) != len(grids):
         raise UsageError("second_per_grid_ts are not one for each video", "pass all that the processor returned")
-    rows = interface.visual_spans(model, call, None)
-    pruned = [[(spans, video) for spans, video in row if video in kinds] for row in rows]
-    places = [
-        [_place(ids, spans, model.config.vision_end_token_id) for spans, _ in row]
-        for ids, row in zip(call["input_ids"].tolist(), pruned, strict=True)
-    ]
-    visuals = [pair for row in pruned for pair in row]
-    videos = tuple(video for _, video in visuals)
-    seconds = tuple(spans[0].seconds_per_pair for spans, _ in visuals)
+    places = []
+    pruned = []
+    for ids, inputs in zip(call["input_ids"].tolist(), interface.placed_inputs(model, call, None), strict=True):
+        inputs = [each for each in inputs if each.is_video in kinds]
+        places.append([_with_times(each.place, ids, model.config.vision_end_token_id) for each in inputs])
+        pruned += inputs
+    videos = tuple(each.is_video for each in pruned)
+    seconds = tuple(each.seconds_per_pair for each in pruned)
     pixels, grids = ({video: call[NAMES[video][i]] for video in kinds} for i in (0, 1))
     if len(kinds) == 1:
         (only,) = kinds
@@ -227,39 +232,43 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
     return Visuals(places, torch.cat(pixels), torch.stack(grids), videos, seconds)
 
 
-def _place(ids: list[int], spans: Sequence[VisualSpan], end_marker: int) -> Place:
-    """Return where a video or a picture stands in the `ids` of its row.
+def _with_times(place: Place, ids: list[int], end_marker: int) -> Place:
+    """Return a place in the `ids` of a row with the columns of times and markers around its runs.
 
     Where a video has a run for each frame pair, the time stands between the end marker of one and the start marker of the next.
     Before the first it begins with the token with which it begins before the second.
     """
-    runs = tuple(range(span.start, span.start + span.tokens) for span in spans)
+    runs = place.runs
     if len(runs) == 1:
-        return Place(runs)
+        return place
     around = []
     before = ids[: runs[0].start]
     time = ids[runs[0].stop + 1]
-    start = len(before) - 1 - (before[::-1].index(time) if time in before else 0)
+    start = max((at for at, token in enumerate(before) if token == time), default=len(before) - 1)
     for run in runs:
-        marked = ids[run.stop] == end_marker
-        around.append(range(start, run.stop + 1) if marked else run)
+        if ids[run.stop] == end_marker:
+            around.append(range(start, run.stop + 1))
+        else:
+            around.append(run)
         start = run.stop + 1
     return Place(runs, tuple(around))
 
 
 def _check_placeholders(model, call: dict, video: bool) -> None:
     """Raises UsageError: the prompt has not as many placeholders of videos, or of pictures, as their grids say."""
-    token, name = (model.config.video_token_id, "video") if video else (model.config.image_token_id, "image")
-    grids = call.get(NAMES[video][1])
-    found = int((call["input_ids"] == token).sum())
-    units = 0 if grids is None else int(grids.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
+    name = interface.WORDS[video]
+    grids = call.get(f"{name}_grid_thw")
+    found = int((call["input_ids"] == getattr(model.config, f"{name}_token_id")).sum())
+    units = 0
+    if grids is not None:
+        units = int(grids.prod(-1).sum()) // model.config.vision_config.spatial_merge_size**2
     if not units or units != found:
-        problem = f"input_ids have {found} {name} tokens, {NAMES[video][1]} makes {units}"
+        problem = f"input_ids have {found} {name} tokens, {name}_grid_thw makes {units}"
         raise UsageError(problem, interface.ONE_CALL)
 
 
 def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError | None:
-    """Why this package cannot run a new prompt with videos; None if it can. `optional`: the model's own code does the same."""
+    """Return why this package cannot run a new prompt with videos, or None. `optional`: the model's own code does the same."""
     visual = model.model.visual
     given = [call.get(name) for name in ("pixel_values_videos", "pixel_values")]
     if call.get(interface.ENCODED) or given == [None, None]:
@@ -321,38 +330,35 @@ def without_pruned(
     mask = call.get("attention_mask")
     if mask is None and generating:
         mask = interface.inferred_mask(model, call)
-    used = torch.ones_like(ids) if mask is None else mask
+    used = interface.mask_or_ones(ids, mask)
     left = iter(encoded)
     prompts = [
         prune_prompt(row, places, list(islice(left, len(places))))
         for row, places in zip(ids.cpu(), visuals.places, strict=True)
     ]
-    dropped = torch.ones(ids.shape, dtype=torch.bool, device="cpu")
-    for row, prompt in zip(dropped, prompts, strict=True):
-        row[prompt.columns] = False
     # Where all tokens are kept, padding stays too: the model returns what it returns without pruning.
-    prunes = bool(dropped.any())
-    columns = Columns.without(dropped.to(ids.device), mask if prunes else None)
+    prunes = any(len(prompt) < ids.shape[1] for prompt in prompts)
+    padding = mask if prunes else None
+    columns = Columns.of([prompt.columns for prompt in prompts], ids, padding)
     pruned_call = {name: value for name, value in call.items() if name not in interface.VISION_INPUTS}
     pruned_call["input_ids"] = columns.take(ids, interface.pad_id(model, call))
     if mask is not None or columns.padded:
         pruned_call["attention_mask"] = columns.take(used)
     if call.get("mm_token_type_ids") is not None:
         pruned_call["mm_token_type_ids"] = columns.take(call["mm_token_type_ids"])
-    pruned_call |= _targets(call, columns, used if prunes else torch.ones_like(ids))
+    pruned_call |= _targets(call, columns, interface.mask_or_ones(ids, padding))
     at = _positions(model, call, mask, positions, generating)
     pruned_call["position_ids"] = columns.take(at)
     if len(at) == 4:
         pruned_call["position_ids"][0] = interface.text_positions(columns.take(used))
     trained = trained_weights(model.model.visual)
-    videos = []
-    pictures = []
+    features_of = {True: [], False: []}  # of videos, and of pictures
     for each, is_video in zip(encoded, visuals.videos, strict=True):
         features = each.features
         if trained and torch.is_grad_enabled():  # in eval mode this is usually no training, so `backward` alone raises
             features = _NoGradients.apply(features, trained[0])
-        (videos if is_video else pictures).append((features, each.deepstack))
-    pruned_call |= interface.encoded_inputs(model, call, videos, pictures or None)
+        features_of[is_video].append((features, each.deepstack))
+    pruned_call |= interface.encoded_inputs(model, call, features_of[True], features_of[False] or None)
     furthest = at[-3:].amax(0).masked_fill(used == 0, -1).cummax(1).values
     return pruned_call, Past(columns, furthest + 1 - used.cumsum(1), _sizes(prompts, columns))
 
@@ -378,18 +384,19 @@ def _sizes(prompts: Sequence[PrunedPrompt], columns: Columns) -> torch.Tensor | 
     """Return the cluster sizes of the columns that are left, float32 `[B, C]`; None for 1. `prompts`: of each row."""
     if all(prompt.sizes is None for prompt in prompts):
         return None
-    device = columns.index.device
-    every = torch.ones(len(prompts), columns.width, dtype=torch.float32, device=device)
-    for row, prompt in zip(every, prompts, strict=True):
-        if prompt.sizes is not None:
-            row[prompt.columns.to(device)] = prompt.sizes.to(device)
-    return columns.take(every, 1)
+    rows = []
+    for prompt in prompts:
+        sizes = prompt.sizes
+        if sizes is None:
+            sizes = torch.ones(len(prompt), dtype=torch.float32, device="cpu")
+        rows.append(sizes.to(columns.index.device))
+    return _ending_together(rows, columns.places, 1)
 
 
 def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:
     """Return the positions of every column of the whole prompt, int64 `[3 or 4, B, L]`; the first of four is the running number."""
     ids = call["input_ids"]
-    used = torch.ones_like(ids) if mask is None else mask
+    used = interface.mask_or_ones(ids, mask)
     given = call.get("position_ids")
     if given is None and rule == "host":
         given = interface.model_positions(model, call, mask, generating)
@@ -419,14 +426,21 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
         raise UsageError(problem, "continue all rows, or pass the whole conversation")
     columns = past.columns.repeated(len(new) // len(past.columns.index))
     known = columns.width + length - columns.places
-    total = mask.shape[1] if mask is not None else new.shape[1] + (0 if generating else known)
+    if mask is not None:
+        total = mask.shape[1]
+    elif generating:
+        total = new.shape[1]
+    else:
+        total = known + new.shape[1]
     if total <= known or (not generating and total != known + new.shape[1]):
         problem = f"{total} columns go on from past_key_values that represent {known}"
         raise UsageError(problem, "count the pruned tokens of the video in ids and attention_mask too")
     columns = columns.following(total)
     if mask is None and generating:
         mask = interface.inferred_mask(model, call)
-    used = torch.ones(len(new), total, dtype=torch.int64, device=new.device) if mask is None else mask
+    used = mask
+    if mask is None:
+        used = torch.ones(len(new), total, dtype=torch.int64, device=new.device)
     pruned_call = {name: value for name, value in call.items() if name not in interface.VISION_INPUTS}
     if mask is not None or columns.padded:
         pruned_call["attention_mask"] = columns.take(used)

@@ -120,7 +120,7 @@ class EvoPrune:
         object.__setattr__(self, "pruning", patch_config(self.budget, self.method, self.method_args, self.seed))
 
     def __call__(self, model: nn.Module) -> "PrunedModel":
-        """Return the context for a with-block, at whose beginning pruning starts.
+        """Return the context for a with-block: pruning starts at its beginning.
 
         Raises ModelError: not a model of `interface.MODELS`.
         """
@@ -130,7 +130,7 @@ class EvoPrune:
         raise UsageError(f"{self} has no model yet", "with evoprune.EvoPrune(budget=0.1)(model) as run: ...")
 
     def __exit__(self, *_: object) -> None:
-        """Needed for a with-block to call `__enter__`."""
+        """Do nothing: a with-block needs this to call `__enter__`."""
 
 
 EvoPrune.__init__ = _settings_alone(EvoPrune.__init__)  # written by `dataclass`
@@ -159,14 +159,15 @@ def remove(model: "nn.Module | PrunedModel") -> None:
 
     `model` may be what `apply` returned. Raises ModelError: not a model of a supported class (`interface.MODELS`).
     """
-    model = model.model if isinstance(model, PrunedModel) else model
+    if isinstance(model, PrunedModel):
+        model = model.model
     interface.check_class(model)
     if end := end_of(model):
         end()
 
 
 class PrunedModel:
-    """A model that prunes videos, from entering the context (or `apply`) to leaving it (or `remove`).
+    """Prune videos inside a model, from entering the context (or `apply`) to leaving it (or `remove`).
 
     `generate` and direct calls of the model work as before, on shorter prompts. A direct call returns logits of the columns that
     are left (`columns`). Later calls may use the caches; their ids and masks count the whole prompt. Several threads may call the
@@ -206,8 +207,9 @@ class PrunedModel:
 
         def __getattr__(self, name: str):
             problem = f"{type(self).__name__!r} object has no attribute {name!r}"
-            known = hasattr(vars(self).get("model"), name)
-            raise AttributeError(f"{problem}; take model.{name}: {SWITCH}" if known else problem)
+            if hasattr(vars(self).get("model"), name):
+                problem += f"; take model.{name}: {SWITCH}"
+            raise AttributeError(problem)
 
         def __call__(self, *_: object, **__: object) -> NoReturn:
             raise TypeError(f"call the model itself: {SWITCH}")
@@ -241,7 +243,9 @@ class PrunedModel:
 
     def __enter__(self) -> "PrunedModel":
         pack = self.settings.pack
-        packed = self._packed or (PackedTower(self.model.model.visual, pack) if pack else None)
+        packed = self._packed
+        if pack and packed is None:
+            packed = PackedTower(self.model.model.visual, pack)
         self._patches.install()
         self._packed = packed
         return self
@@ -337,11 +341,14 @@ class PrunedModel:
         interface.warn_of_hooks(visual)
         clock = Clock(visual.patch_embed.proj.weight.device)
         with clock.stage("encode"):
-            tower = visual if packed is None else packed.current()
+            tower = visual
+            if packed is not None:
+                tower = packed.current()
             encoded = encode_each(tower, visuals.pixels, visuals.grids, settings.pruning)
         pruned, past = without_pruned(self.model, call, visuals, encoded, settings.positions, generating)
         report = call_report(self.model, call, pruned, visuals, encoded, settings)
-        report.memory.weights_bytes += packed.nbytes if packed else 0
+        if packed is not None:
+            report.memory.weights_bytes += packed.nbytes
         report.time_ms.encode = clock.seconds["encode"] * 1000
         report.time_ms.encode_prune = sum(each.prune_seconds for each in encoded) * 1000
         self._latest = report, past.columns
@@ -363,12 +370,19 @@ def call_report(
     prompt = pruned["input_ids"].numel() if mask is None else int(mask.sum())
     tokens = (call["input_ids"] == model.config.image_token_id) | (call["input_ids"] == model.config.video_token_id)
     visual = kept + int(tokens.sum()) - units  # those that are not pruned stay
-    whole = ["pictures_whole"] if interface.has_picture(call) and all(visuals.videos) else []
-    one = len(grids) == 1
-    timed = one and visuals.videos[0] and (call.get("second_per_grid_ts") is not None or interface.has_clock(model))
+    warnings = []
+    if interface.has_picture(call) and all(visuals.videos):
+        warnings.append("pictures_whole")
+    if all(each.flat for each in encoded):
+        warnings.append(FLAT)
+    sampling = Sampling()
+    if len(grids) == 1:
+        sampling.grid_thw = grids[0]
+        if visuals.videos[0] and (call.get("second_per_grid_ts") is not None or interface.has_clock(model)):
+            sampling.seconds_per_pair = visuals.seconds[0]
     positions = settings.positions if call.get("position_ids") is None else "given"
     return Report(
-        sampling=Sampling(grid_thw=grids[0] if one else None, seconds_per_pair=visuals.seconds[0] if timed else None),
+        sampling=sampling,
         pruning=pruning_facts(settings.pruning, units, encoded, positions),
         tokens=TokenCounts(prompt - visual, visual, prompt),
         memory=Memory(weights_bytes(model), peak_memory(device), *memory_in_use(device)),
@@ -378,18 +392,18 @@ def call_report(
             device=device,
         ),
         env=environment(device),
-        warnings=[*whole, *([FLAT] if all(each.flat for each in encoded) else [])],
+        warnings=warnings,
     )
 
 
 @dataclass(frozen=True)
 class _Inside:
-    """What `generate` says in each call of `forward` that it makes: that its columns are the ones to read."""
+    """Tell `forward`, in each call that `generate` makes, that the columns of the call are the ones to read."""
 
     sizes: torch.Tensor | None = None  # float32 `[B, C]`, the cluster sizes of the prompt's columns; None for 1
 
     def __deepcopy__(self, _) -> None:
-        """None: `generate` hands copies of its arguments to an assistant model, whose `forward` need not know this one."""
+        """Return None: `generate` hands copies of its arguments to an assistant model, whose `forward` need not know this one."""
         return None
 
 
@@ -477,7 +491,7 @@ class Patches:
 
 
 class _Patch:
-    """A callable in place of one method of a model. When it is not active, it is that method, except to inner calls."""
+    """Stand for one method of a model; when not active, it is that method, except to inner calls."""
 
     def __init__(self, stock: Callable, run: Run, end: Callable[[], None]):
         functools.update_wrapper(self, stock)

@@ -74,7 +74,7 @@ def encode_each(
     config: PruneConfig,
     question: torch.Tensor | None = None,
 ) -> list[Encoded]:
-    """As `encode`, with a tower, and what `patch_config` made; returns each video by itself."""
+    """Do as `encode`, with a tower and what `patch_config` made; return each video by itself."""
     _check_videos(visual, pixel_values_videos, video_grid_thw)
     _check_question(visual, question)
     merge = visual.config.spatial_merge_size
@@ -150,7 +150,7 @@ def _what(value) -> str:
 
 
 class PackedTower:
-    """The tower of a model with its linear layers packed (`cpu.linear`) or in 8 bits (`cpu.quantize`), to encode on a CPU.
+    """Hold the tower of a model with its linear layers packed (`cpu.linear`) or in 8 bits (`cpu.quantize`), to encode on a CPU.
 
     The model keeps its own tower, in which nothing changes. Both share the other weights.
 
@@ -180,8 +180,10 @@ class PackedTower:
         sample = []
         for name, layer in self._visual.named_modules():
             if is_unhooked_linear(layer):
-                weight, flat = layer.weight, layer.weight.detach().flatten()
-                known[name] = layer, weight.data_ptr(), 0 if weight.is_inference() else weight._version
+                weight = layer.weight
+                flat = weight.detach().flatten()
+                version = 0 if weight.is_inference() else weight._version
+                known[name] = layer, weight.data_ptr(), version
                 sample += flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].tolist()
         packed, packed_known, packed_sample = self._state
         if packed is None or (known, sample) != (packed_known, packed_sample):

@@ -5,15 +5,17 @@ tests/hf/test_interface.py checks them, and fails if a release of transformers c
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from importlib.metadata import version
 from inspect import signature
+from math import prod
 
 import torch
 
 from evoprune.backend.devices import holds_values
 from evoprune.errors import ModelError, UsageError
-from evoprune.language.prompt import VisualSpan, prompt_positions
+from evoprune.language.prompt import Place, prompt_positions
 from evoprune.methods.types import arange_on
 from evoprune.model.config import FAMILIES, check_vision, vision_sizes
 
@@ -32,6 +34,8 @@ ENCODED = "mm_encoder_outputs"
 ONE_CALL = (
     "pass all that one call of the processor returned, in its order; is <|video_pad|> or <|image_pad|> in a question?"
 )
+# By whether it is a video: with what names of arguments and settings begin.
+WORDS = {True: "video", False: "image"}
 NEEDED = "transformers 5.20 or later"  # where an older one does not do
 # Of layers, where a config names no kinds; then the model takes one mask in place of a dict.
 ONLY_KIND = "full_attention"
@@ -82,11 +86,11 @@ Features = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class _Features(torch.Tensor):
-    """Features of videos in the place of their pixels."""
+    """Hold features of videos in the place of their pixels."""
 
 
 def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequence[Features] | None = None) -> dict:
-    """Arguments of `forward` and `generate` for videos that are encoded already, and for the pictures of the call.
+    """Return the arguments of `forward` and `generate` for videos that are encoded already, and for the pictures of the call.
 
     Before transformers 5.18 the features take the place of the pixels, in grids of one row: generation repeats them for beams, and
     passes them on to the first step only. `model`: after `accept_features`. `pictures`: None where the model is to encode them.
@@ -129,7 +133,7 @@ def _output(visuals: Sequence[Features]):
 def accept_features(model) -> None:
     """Lets the class of `model.model` read the features of `encoded_inputs` before transformers 5.18, once and for all.
 
-    Raises UsageError before that: a model with DeepStack (Qwen3-VL), whose features are of several layers.
+    Raises UsageError before that: a model with DeepStack (Qwen3-VL), which has features of several layers.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -212,7 +216,9 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
             weighted[kind] = mask
             continue
         # The first key that such layers see is above 0 where a cache with a sliding window has dropped some.
-        first = cache.get_mask_sizes(shape[1], (kinds or [ONLY_KIND]).index(kind))[1] if cache is not None else 0
+        first = 0
+        if cache is not None:
+            _, first = cache.get_mask_sizes(shape[1], (kinds or [ONLY_KIND]).index(kind))
         end = first + mask.shape[-1]
         of_keys = torch.nn.functional.pad(bias, (0, max(0, end - bias.shape[1])))[:, None, None, first:end]
         if mask.dtype == torch.bool:
@@ -223,8 +229,9 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
             # Adding to a masked entry could overflow to minus infinity. In eager attention a row of those would be NaN.
             seen = mask > torch.finfo(mask.dtype).min / 2
             weighted[kind] = torch.where(seen, mask + of_keys.to(mask.device, mask.dtype), mask)
-    alone = list(weighted) == [ONLY_KIND] and not hasattr(model.config.text_config, "layer_types")
-    return call | {"attention_mask": weighted[ONLY_KIND] if alone else weighted}
+    if list(weighted) == [ONLY_KIND] and not hasattr(model.config.text_config, "layer_types"):
+        weighted = weighted[ONLY_KIND]
+    return call | {"attention_mask": weighted}
 
 
 def warn_of_hooks(visual) -> None:
@@ -236,7 +243,9 @@ def warn_of_hooks(visual) -> None:
         if not (getattr(hook, "__module__", None) or "").startswith("transformers.")
     ]
     if hooks:
-        named = ", ".join(hooks[:4]) + (f" and {len(hooks) - 4} others" if len(hooks) > 4 else "")
+        named = ", ".join(hooks[:4])
+        if len(hooks) > 4:
+            named += f" and {len(hooks) - 4} others"
         what = f"hooks on the vision tower see nothing, or rows of evoprune, while the model prunes: {named}"
         warnings.warn(f"{what}; take what evoprune.encode returns, or remove the pruning first", stacklevel=3)
 
@@ -252,7 +261,7 @@ def has_picture(call: dict) -> bool:
 
 
 def is_assistant(call: dict) -> bool:
-    """Return whether a call of `generate` drafts tokens for another model, whose prompt and encoded videos it gets."""
+    """Return whether a call of `generate` drafts tokens for another model: it gets the prompt and encoded videos of that one."""
     return bool(getattr(call.get("generation_config"), "is_assistant", False))
 
 
@@ -282,8 +291,14 @@ def inferred_mask(model, call: dict) -> torch.Tensor:
     ids = call["input_ids"]
     pad = setting(model, call, "pad_token_id")
     ends = setting(model, call, "eos_token_id")
-    is_end = ends is not None and pad in _ids(ends)
-    return torch.ones_like(ids) if pad is None or is_end else ids.ne(pad).long()
+    if pad is None or (ends is not None and pad in _ids(ends)):
+        return torch.ones_like(ids)
+    return ids.ne(pad).long()
+
+
+def mask_or_ones(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the mask of a prompt, `[B, L]`; where it has none, as no row has padding, ones."""
+    return torch.ones_like(ids) if mask is None else mask
 
 
 def text_positions(mask: torch.Tensor) -> torch.Tensor:
@@ -313,24 +328,39 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
     ids = call["input_ids"]
     per_second = vision_sizes(model.config.vision_config).tokens_per_second
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
-    rows = torch.ones_like(ids) if mask is None else mask
-    for row, (used, visuals) in enumerate(zip(rows.cpu().bool(), visual_spans(model, call, mask), strict=True)):
-        spans = [span for spans, _ in visuals for span in spans]
-        positions[:, row, used] = prompt_positions(int(used.sum()), spans, per_second)
+    rows = mask_or_ones(ids, mask).cpu().bool()
+    for row, (used, inputs) in enumerate(zip(rows, placed_inputs(model, call, mask), strict=True)):
+        videos = [run for each in inputs for run in each.place.positions(each.grid, each.seconds_per_pair, per_second)]
+        positions[:, row, used] = prompt_positions(int(used.sum()), videos)
     return positions.to(ids.device)
 
 
-def visual_spans(model, call: dict, mask: torch.Tensor | None) -> list[list[tuple[list[VisualSpan], bool]]]:
-    """For each row of a prompt its videos and pictures, in order: the runs of each, and whether it is a video, without padding.
+@dataclass(frozen=True)
+class PlacedInput:
+    """Hold where a video or a picture, which is one frame pair, stands in a row of a prompt without padding."""
+
+    place: Place  # without what is around the runs
+    grid: tuple[int, int, int]  # frame pairs, and rows and columns of units
+    seconds_per_pair: float
+    is_video: bool
+
+
+def placed_inputs(model, call: dict, mask: torch.Tensor | None) -> list[list[PlacedInput]]:
+    """Return the videos and pictures of each row of a prompt, in order.
 
     Raises UsageError: a video or picture whose grid is missing, or does not fit its placeholders.
     """
     ids = call["input_ids"].cpu()
-    grids = [call.get(name) for name in ("video_grid_thw", "image_grid_thw")]
-    videos, images = (iter([] if grid is None else grid.tolist()) for grid in grids)
+    grids = {video: _rows(call.get(f"{word}_grid_thw")) for video, word in WORDS.items()}
     seconds = iter(seconds_per_pair(call))
-    rows = torch.ones_like(ids) if mask is None else mask.cpu()
-    return [list(_spans(model.config, ids[row, used.bool()], videos, images, seconds)) for row, used in enumerate(rows)]
+    rows = mask_or_ones(ids, mask).cpu().bool()
+    return [list(_placed(model.config, ids[row, used], grids, seconds)) for row, used in enumerate(rows)]
+
+
+def _rows(grids: torch.Tensor | None) -> Iterator[list[int]]:
+    """Yield the rows of a tensor; of None none."""
+    if grids is not None:
+        yield from grids.tolist()
 
 
 def has_clock(model) -> bool:
@@ -341,20 +371,20 @@ def has_clock(model) -> bool:
 
 
 def seconds_per_pair(call: dict) -> Sequence[float]:
-    """Seconds from frame pair to frame pair, one for each video; 1 if the call does not state them, as in Qwen2.5-VL."""
+    """Return the seconds from frame pair to frame pair, one for each video; 1 if the call does not state them, as in Qwen2.5-VL."""
     seconds = call.get("second_per_grid_ts")
     grids = call.get("video_grid_thw")
     if grids is None:
         return []
-    return [1.0] * len(grids) if seconds is None else [float(x) for x in seconds]
+    if seconds is None:
+        return [1.0] * len(grids)
+    return [float(x) for x in seconds]
 
 
-def _spans(
-    config, ids: torch.Tensor, videos: Iterator, images: Iterator, seconds: Iterator[float]
-) -> Iterator[tuple[list[VisualSpan], bool]]:
-    """Yield the videos and pictures of one row, in order: the runs of each, and whether it is a video; a picture is one frame
-    pair.
-    """
+def _placed(
+    config, ids: torch.Tensor, grids: dict[bool, Iterator[list[int]]], seconds: Iterator[float]
+) -> Iterator[PlacedInput]:
+    """Yield the videos and pictures of one row, in order."""
     at = 0
     merge = config.vision_config.spatial_merge_size
     apart = vision_sizes(config.vision_config).traits.timestamps
@@ -362,24 +392,29 @@ def _spans(
     while len(offsets := tokens[at:].nonzero()):
         token = ids[at + int(offsets[0])]
         is_video = int(token) == config.video_token_id
-        grid = next(videos if is_video else images, None)
+        grid = next(grids[is_video], None)
         if grid is None:
             raise _unfit(is_video, "there is no row for it")
         t, h, w = grid
-        second = next(seconds) if is_video else 1.0
-        runs = t if is_video and apart else 1
-        spans = []
-        for _ in range(runs):
+        second = 1.0
+        count = 1
+        if is_video:
+            second = next(seconds)
+            if apart:
+                count = t
+        in_units = (t, h // merge, w // merge)
+        runs = []
+        for _ in range(count):
             at += int((tokens[at:].cumsum(0) == 0).sum())  # to the next token, if there is one
-            spans.append(VisualSpan(at, (t // runs, h // merge, w // merge), second))
-            run = ids[at : at + spans[-1].tokens]
-            if len(run) < spans[-1].tokens or bool((run != token).any()):
+            run = range(at, at + prod(in_units) // count)
+            if run.stop > len(ids) or bool((ids[run.start : run.stop] != token).any()):
                 raise _unfit(is_video, f"its row is {grid}")
-            at += spans[-1].tokens
-        yield spans, is_video
+            runs.append(run)
+            at = run.stop
+        yield PlacedInput(Place(tuple(runs)), in_units, second, is_video)
 
 
 def _unfit(video: bool, why: str) -> UsageError:
-    name, grids = ("video", "video_grid_thw") if video else ("image", "image_grid_thw")
-    problem = f"a run of {name} tokens in input_ids does not fit {grids}: {why}"
+    name = WORDS[video]
+    problem = f"a run of {name} tokens in input_ids does not fit {name}_grid_thw: {why}"
     return UsageError(problem, ONE_CALL)

@@ -1,7 +1,6 @@
 """What a Hugging Face processor makes of videos, pictures and a question, without torchvision.
 
-Files are read, frames taken and resized as in `VideoQA`. So its answers and those of a model that you hold are about the same
-pixels.
+Files are read, frames taken and resized as in `VideoQA`. So `VideoQA` and a model that you hold answer about the same pixels.
 """
 
 from collections.abc import Sequence
@@ -50,7 +49,7 @@ def processor_inputs(
     """Return the arguments of `model.generate` for a question about videos and pictures, as the model's processor would make them.
 
     Args:
-        model: "demo", "demo-scenes", a folder or a hub id: whose tokenizer, and limits of videos and pictures. No weights are read.
+        model: "demo", "demo-scenes", a folder or a hub id, for its tokenizer and limits of inputs. No weights are read.
         inputs: a video or a picture, or several, in the order in which the model reads them, as of `VideoQA.encode`.
         times_s: when each frame of an array begins, in seconds.
         question: taken literally. `system`: a system prompt; None for the model's own.

@@ -25,13 +25,13 @@ STRIP = 1024  # query columns that share one mask
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMS norm in float32, rounded before it is scaled, as in Hugging Face. torch would scale before it rounds."""
+    """Apply an RMS norm in float32, rounded before it is scaled, as in Hugging Face. torch would scale before it rounds."""
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
 
 
 @lru_cache
 def _frequencies(theta: float, sections: tuple[int, ...], interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each pair of features: radians per position, float32 `[head_dim / 2]`, and which of the three positions, int64."""
+    """Return for each pair of features: radians per position, float32 `[head_dim / 2]`, and which of the three positions, int64."""
     dim = 2 * sum(sections)
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     axes = [axis for axis, size in enumerate(sections) for _ in range(size)]
@@ -56,7 +56,7 @@ def turns_by(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
 
 
 def frequencies_of(config) -> tuple[torch.Tensor, torch.Tensor]:
-    """On the CPU, see `_frequencies`. `config`: of the language model."""
+    """Return the `_frequencies` of a language model, on the CPU. `config`: its own."""
     rope = config.rope_parameters
     return _frequencies(rope["rope_theta"], tuple(rope["mrope_section"]), bool(rope.get("mrope_interleaved")))
 
@@ -67,22 +67,24 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def heads_of(attention, name: str, x: torch.Tensor, config) -> torch.Tensor:
-    """`[L, heads, head_dim]`, before rotary: queries, keys or values ("q", "k", "v") of normed `x` (`[L, hidden]`), by head.
+    """Return queries, keys or values ("q", "k", "v") of normed `x` (`[L, hidden]`), before rotary: `[L, heads, head_dim]`.
 
     `attention`: of a layer of the language model. Its queries and keys are normed head by head where it has such norms.
     """
     projected = getattr(attention, f"{name}_proj")(x).view(len(x), -1, head_size(config))
     of_heads = getattr(attention, f"{name}_norm", None)
-    return projected if of_heads is None else norm(projected, of_heads.weight, config.rms_norm_eps)
+    if of_heads is not None:
+        projected = norm(projected, of_heads.weight, config.rms_norm_eps)
+    return projected
 
 
-def rows_at(x: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
+def rows_at(x: torch.Tensor | None, rows: torch.Tensor | slice | None) -> torch.Tensor | None:
     """Return some rows of `x`; all where `rows` is None."""
     return x if x is None or rows is None else x[rows]
 
 
 def put_rows(x: torch.Tensor, rows: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """`x` with new values in some rows, or in all."""
+    """Return `x` with new values in some rows, or in all."""
     return new if rows is None else x.index_copy(0, rows, new)
 
 
@@ -95,7 +97,7 @@ def attend(
     wide: torch.Tensor | None = None,
     dim: int | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last L columns, or of other columns: `[L, heads * head_dim]`.
+    """Return causal attention of the last L columns, or of other columns: `[L, heads * head_dim]`.
 
     Args:
         queries: `[1, L, heads, head_dim]`; neighbouring heads share `keys` and `values`, `[1, kv_heads, n, head_dim]`. Queries,
@@ -108,16 +110,19 @@ def attend(
         dim: head_dim, where the queries may have further features.
     """
     _, columns, heads, given = queries.shape
-    (kv_heads, n, whole), dim = keys.shape[1:], dim or given
+    kv_heads, n, whole = keys.shape[1:]
+    dim = dim or given
     if columns == 1:
         # Heads that share keys become columns of one head: keys are read once for all of them, two to four times as fast.
         queries = queries.view(1, kv_heads, -1, given)
-        mask = None if bias is None else bias[None]
+        if whole > given:
+            queries = F.pad(queries, (0, whole - given), value=1.0)
         if whole > dim:
-            queries = F.pad(queries, (0, whole - given), value=1.0) if whole > given else queries
             seen = F.scaled_dot_product_attention(queries, keys, values, scale=dim**-0.5)
             return seen[..., :dim].reshape(1, -1)
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).reshape(1, -1)
+        if bias is not None:
+            bias = bias[None]
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias).reshape(1, -1)
     # Key/value heads become the batch, so keys are not repeated and the kernel needs no support for groups.
     group = heads // kv_heads
     queries = queries.view(columns, kv_heads, group, given).permute(1, 2, 0, 3)
@@ -130,13 +135,14 @@ def attend(
         if bias is not None:
             for room, tensor in zip(wide[..., :dim], shared, strict=True):
                 room.copy_(tensor[:, 0])
-            asks = F.pad(queries, (0, wide.shape[3] - given), value=1.0) if wide.shape[3] > given else queries
+            if wide.shape[3] > given:
+                asks = F.pad(queries, (0, wide.shape[3] - given), value=1.0)
             shared = wide[:, :, None]
             scale = dim**-0.5
         out = causal_attention(asks, *(t.expand(-1, group, -1, -1) for t in shared), scale=scale)
         if out is not None:
             return out[..., :dim].permute(2, 0, 1, 3).reshape(columns, -1)
-    queries = queries[..., :dim] if given > dim else queries
+    queries = queries[..., :dim]
     keys, values = (t.expand(-1, group, -1, -1) for t in (keys, values))
     strips = []  # of queries, each with a mask: that of all would grow with the square of the prompt
     for start in range(0, columns, STRIP):
@@ -146,7 +152,9 @@ def attend(
             end = n - columns + start + rows
             mask = torch.ones(rows, end, dtype=torch.bool, device=queries.device).tril(end - rows)
         else:
-            end = n if start + rows == columns else int(sees[start + rows - 1])
+            end = n
+            if start + rows < columns:
+                end = int(sees[start + rows - 1])
             mask = arange_on(end, queries.device) < sees[start : start + rows, None]
         if bias is not None:
             mask = bias[:end].expand(len(mask), -1).masked_fill(~mask, -torch.inf)
@@ -174,10 +182,16 @@ def attend_blind(
     sighted = attend(queries[:, before:], keys[:, :, others], values[:, :, others], rows_at(bias, others), **extra)
     if not before:
         return sighted
-    first = None if bias is None else bias[:end]
     extra = {"wide": columns_of(wide, slice(end))}
-    first = attend(queries[:, :before], keys[:, :, :end], values[:, :, :end], first, **extra)
+    first = attend(queries[:, :before], keys[:, :, :end], values[:, :, :end], rows_at(bias, slice(end)), **extra)
     return torch.cat([first, sighted])
+
+
+def all_sizes(sizes: torch.Tensor | None, columns: int, like: torch.Tensor) -> torch.Tensor:
+    """Return the cluster sizes of columns, float32 `[columns]` on the device of `like`: 1 each where `sizes` is None."""
+    if sizes is None:
+        return like.new_ones(columns, dtype=torch.float32)
+    return sizes.to(like.device).float()
 
 
 class KVCache:
@@ -259,7 +273,7 @@ class KVCache:
         return known_keys, known_values
 
     def room(self, layer: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where a layer's new keys and values go, `[kv_heads, columns, head_dim]`; and all of them, as of `put`."""
+        """Return where a layer's new keys and values go, `[kv_heads, columns, head_dim]`; and all of them, as of `put`."""
         before = self.lengths[layer]
         stored = self._layers[layer]
         end = before + columns
@@ -284,16 +298,15 @@ class KVCache:
         )  # in one statement, as above
 
     def sizes_with(self, sizes: torch.Tensor | None, columns: int) -> list[torch.Tensor | None]:
-        """Of each layer the cluster sizes of its columns and of new ones, whose `sizes` (None for 1 each) are the same in all."""
+        """Return for each layer the sizes of its columns and of new ones, whose `sizes` (None: 1 each) are the same in all."""
         if sizes is None and self.sizes[0] is None:
             return [None] * len(self.sizes)
         like = self._layers[0][0]
         joined = {}
-        new = like.new_ones(columns, dtype=torch.float32) if sizes is None else sizes.to(like.device).float()
+        new = all_sizes(sizes, columns, like)
         for before, length in zip(self.sizes, self.lengths, strict=True):
             if (id(before), length) not in joined:
-                old = like.new_ones(length, dtype=torch.float32) if before is None else before
-                joined[id(before), length] = torch.cat([old, new])
+                joined[id(before), length] = torch.cat([all_sizes(before, length, like), new])
         return [joined[id(before), length] for before, length in zip(self.sizes, self.lengths, strict=True)]
 
 
@@ -338,14 +351,21 @@ def forward(
     x = inputs_embeds
     places = rotation(config, positions, inputs_embeds)
     entered = []
-    deepstack = x.new_empty(0, *x.shape) if deepstack is None else deepstack
+    if deepstack is None:
+        deepstack = x.new_empty(0, *x.shape)
+    blind = None
+    rows = []
     every = cache.sizes_with(sizes, columns)
     for i, layer in enumerate(text.layers):
         pause()
         if not i or every[i] is not every[i - 1]:
             bias, wide = _bias(every[i], x, config)
-        blind, rows = dropping.before(i, len(x)) if dropping else (None, [])
-        entered.append(len(rows[0]) if rows else len(x))
+        if dropping:
+            blind, rows = dropping.before(i, len(x))
+        count = len(x)
+        if rows:
+            count = len(rows[0])
+        entered.append(count)
         entering = x
         x, *heads = run_layer(layer, x, places, cache, i, config, bias, last, blind, rows, wide)
         if len(deepstack):
@@ -393,7 +413,7 @@ def run_layer(
     rows: Sequence[torch.Tensor] = (),
     wide: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, and all keys and values.
+    """Return the output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, all keys and values.
 
     `cache`: a `KVCache`, or a `StaticCache` for a column alone. `bias`, `wide`: of `attend`.
     `blind`, `rows`: of `Reading.before`. Columns without queries or MLP keep their state.
@@ -404,7 +424,8 @@ def run_layer(
     whole = blind is None and not rows and (len(x) <= last or number < config.num_hidden_layers - 1)
     if whole and (fused := _fused(layer, x, places, cache, number, config, bias, wide)):
         return fused
-    (kv_rows, q_rows, mlp_rows), (cos, sin) = rows or (None,) * 3, places
+    kv_rows, q_rows, mlp_rows = rows or (None,) * 3
+    cos, sin = places
     h = norm(x, layer.input_layernorm.weight, eps)
     keys, values = (heads_of(attention, name, rows_at(h, kv_rows), config) for name in "kv")
     keys = rotate(keys, rows_at(cos, kv_rows), rows_at(sin, kv_rows))
@@ -417,9 +438,15 @@ def run_layer(
         q_rows = mlp_rows = None
     queries = heads_of(attention, "q", rows_at(h, q_rows), config)
     queries = rotate(queries, rows_at(cos, q_rows), rows_at(sin, q_rows))[None]
-    sees = None if q_rows is None else torch.searchsorted(kv_rows, q_rows, right=True)
     given = queries, keys, values, rows_at(bias, kv_rows)
-    seen = attend(*given, sees, None if rows else wide) if blind is None else attend_blind(*given, wide, *blind)
+    if blind is not None:
+        seen = attend_blind(*given, wide, *blind)
+    elif q_rows is not None:
+        seen = attend(*given, torch.searchsorted(kv_rows, q_rows, right=True))
+    elif rows:  # the last columns, of the top layer
+        seen = attend(*given)
+    else:
+        seen = attend(*given, wide=wide)
     x = put_rows(x, q_rows, linear(attention.o_proj, seen, plus=rows_at(x, q_rows)))
     old = rows_at(x, mlp_rows)
     h = norm(old, layer.post_attention_layernorm.weight, eps)
@@ -453,7 +480,9 @@ def _fused(
         *room, keys, values = cache.room(number, len(x))
         dim = head_size(config)
         projected = F.linear(h, *into)
-        more = (keys if wide is None else wide).shape[3] - dim
+        more = keys.shape[3] - dim
+        if wide is not None:
+            more = wide.shape[3] - dim
         queries = fast.rotate_put(projected, places, norms, eps, heads, *room, cache.column, more)
         seen = attend(queries, keys, values, bias, wide=wide, dim=dim)
         x, h = fast.add_norm(x.contiguous(), attention.o_proj(seen), layer.post_attention_layernorm.weight, eps)

@@ -142,9 +142,13 @@ def prefill(
             one. Only decoding uses it.
         cache: of the columns before; it is extended in place. None starts a new prompt.
     """
+    columns = len(inputs_embeds)
+    given = {}
+    if dropping is not None:
+        columns = dropping.columns
+        given["dropping"] = dropping
     if cache is None:
-        cache = new_cache(model, len(inputs_embeds) if dropping is None else dropping.columns)
-    given = {} if dropping is None else {"dropping": dropping}
+        cache = new_cache(model, columns)
     begin_pass(model)
     after = layers_of(model).logits(model, inputs_embeds, positions, cache, sizes, deepstack=deepstack, **given)[0]
     return PrefillState(model, cache, after, next_position, dropping)
@@ -159,14 +163,14 @@ def new_cache(model, columns: int | Sequence[int]) -> KVCache | HostedCache:
     """Return an empty cache for a prompt of `columns`, in each layer or in all, and an answer of the usual length."""
     if isinstance(model, HostedVL):
         return HostedCache(model)
-    return KVCache(
-        model, columns + ANSWER_COLUMNS if isinstance(columns, int) else [n + ANSWER_COLUMNS for n in columns]
-    )
+    if isinstance(columns, int):
+        return KVCache(model, columns + ANSWER_COLUMNS)
+    return KVCache(model, [n + ANSWER_COLUMNS for n in columns])
 
 
 @torch.inference_mode()
 def teacher_forced_logits(state: PrefillState, ids: torch.Tensor, one_by_one: bool = False) -> torch.Tensor:
-    """float32 `[n, vocabulary]`: the logits of every token of an answer (`ids`, int64 `[n]`), each behind those before it.
+    """Return the logits of every token of an answer (`ids`, int64 `[n]`), each behind those before it: float32 `[n, vocabulary]`.
 
     The cache of `state` grows by the answer. `one_by_one`: a pass for each token, as decoding has it; else one for all.
 
@@ -174,7 +178,8 @@ def teacher_forced_logits(state: PrefillState, ids: torch.Tensor, one_by_one: bo
     """
     logits = [state.logits[None]]
     if len(ids) > 1:
-        logits += [state.read(piece) for piece in ids[:-1].split(1 if one_by_one else len(ids))]
+        step = 1 if one_by_one else len(ids)
+        logits += [state.read(piece) for piece in ids[:-1].split(step)]
     logits = torch.cat(logits)
     if not logits.amax(1).isfinite().all():
         raise not_a_number_error("generate")
@@ -196,7 +201,9 @@ class TokenStream(Iterator[int]):
         self._settings = settings
         self._eos_ids = frozenset(eos_ids)
         penalised = settings.repetition_penalty not in (None, 1) and state.prompt_ids is not None
-        self._seen = set(state.prompt_ids.tolist()) if penalised else set()  # tokens of the prompt and the answer
+        self._seen: set[int] = set()  # tokens of the prompt and the answer
+        if penalised:
+            self._seen.update(state.prompt_ids.tolist())
         # On the CPU, so that a seed gives the same draws on every device.
         self._random = torch.Generator().manual_seed(generator_seed(seed))
 
@@ -207,8 +214,10 @@ class TokenStream(Iterator[int]):
             self.finish_reason = "length"
         if self.finish_reason is not None:
             raise StopIteration
-        # The pass after a token runs only when another token is requested.
-        token = self._state.decode(self.ids, left, self._pick) if self.ids else self._pick(self._state.logits)
+        if self.ids:  # the pass after a token runs only when another token is requested
+            token = self._state.decode(self.ids, left, self._pick)
+        else:
+            token = self._pick(self._state.logits)
         if token in self._eos_ids:
             self.finish_reason = "stop"
             raise StopIteration
@@ -219,14 +228,20 @@ class TokenStream(Iterator[int]):
     def _pick(self, logits: torch.Tensor, best: torch.Tensor | None = None) -> int:
         """Return the next token, of its logits; `best`: `best_of` them, if that is known."""
         settings = self._settings
-        if best_wins := settings.temperature == 0 and settings.repetition_penalty in (None, 1):
-            token, good = (best_of(logits) if best is None else best).tolist()
-        else:
-            logits = logits.cpu()
-            good = logits.max().isfinite()  # the largest is NaN where any is
+        if settings.temperature == 0 and settings.repetition_penalty in (None, 1):
+            if best is None:
+                best = best_of(logits)
+            token, good = best.tolist()
+            self._check(good)
+            return token
+        logits = logits.cpu()
+        self._check(logits.max().isfinite())  # the largest is NaN where any is
+        return choose(logits, settings, self._random, self._seen)
+
+    def _check(self, good: bool | torch.Tensor) -> None:
+        """Raises ModelError where logits are not good."""
         if not good:
             raise not_a_number_error("generate" if self.ids else "prefill")
-        return token if best_wins else choose(logits, settings, self._random, self._seen)
 
 
 def choose(
@@ -251,7 +266,7 @@ def penalised(logits: torch.Tensor, penalty: float, seen: Collection[int]) -> to
 
 
 def probabilities(logits: torch.Tensor, settings: GenerationOptions) -> torch.Tensor:
-    """Of the tokens in a draw, float64 `[vocabulary]`, up to a factor: temperature, `top_k`, nucleus (arXiv 1904.09751)."""
+    """Return those of a draw, float64 `[vocabulary]`, up to a factor: by temperature, `top_k`, nucleus (arXiv 1904.09751)."""
     # From the largest logit down, so that a tiny temperature cannot overflow.
     logits = logits.double()
     logits = (logits - logits.max()) / settings.temperature
@@ -295,15 +310,14 @@ def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Te
     with the first token; then the first piece is an empty one of theirs. What is between thoughts and answer, `</think>` and white
     space, belongs to neither.
     """
-    ids, (begin, end) = iter(ids), map(tokenizer.backend.token_to_id, THOUGHTS)
+    ids = iter(ids)
+    begin, end = map(tokenizer.backend.token_to_id, THOUGHTS)
     thinks = opens_thoughts(tokenizer.backend.decode(prompt_ids[-16:].tolist(), skip_special_tokens=False))
     if not thinks:
         first = list(islice(ids, 1))
-        thinks = begin is not None and first == [begin]
-        ids = ids if thinks else chain(first, ids)
-    if not thinks:
-        yield from ((piece, False) for piece in stream_text(tokenizer, ids))
-        return
+        if begin is None or first != [begin]:
+            yield from ((piece, False) for piece in stream_text(tokenizer, chain(first, ids)))
+            return
     yield "", True
     if end is not None:
         thoughts = stream_text(tokenizer, takewhile(lambda token: token != end, ids))
@@ -312,9 +326,11 @@ def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Te
         pieces = _split(stream_text(tokenizer, ids), THOUGHTS[1])
     begun = set()
     for piece, thought in pieces:
-        if shown := piece if thought in begun else piece.lstrip():
+        if thought not in begun:
+            piece = piece.lstrip()
+        if piece:
             begun.add(thought)
-            yield shown, thought
+            yield piece, thought
 
 
 def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:

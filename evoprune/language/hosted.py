@@ -14,6 +14,7 @@ from evoprune.backend.devices import to_device
 from evoprune.backend.hosted import EXPERTS, form_of_layers, through_experts, without_packages
 from evoprune.errors import call
 from evoprune.language import hybrid
+from evoprune.language.decoder import all_sizes
 from evoprune.methods.types import arange_on
 from evoprune.model.numerics import without_autocast
 from evoprune.model.weights import HostedVL
@@ -43,7 +44,8 @@ class HostedCache:
         for layer in self.states.layers:
             if layer.get_seq_length() > length:
                 layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
-        self.sizes = None if self.sizes is None else self.sizes[:length]
+        if self.sizes is not None:
+            self.sizes = self.sizes[:length]
         self.length = length
 
     def copy(self) -> "HostedCache":
@@ -106,11 +108,8 @@ def forward(
         raise ValueError("a pass failed that had changed the recurrent states of this cache")
     every = None
     if sizes is not None or cache.sizes is not None:
-        old, new = (
-            inputs_embeds.new_ones(count, dtype=torch.float32) if given is None else given.to(inputs_embeds.device)
-            for count, given in ((before, cache.sizes), (columns, sizes))
-        )
-        every = torch.cat([old, new])
+        old = all_sizes(cache.sizes, before, inputs_embeds)
+        every = torch.cat([old, all_sizes(sizes, columns, inputs_embeds)])
     if not cache.can_crop:
         cache.length = -1  # until all layers have read all columns
     hidden = []
@@ -139,8 +138,9 @@ def _read(
     given = {}
     if sizes is not None or (before and len(embeds) > 1):
         end = before + len(embeds)
-        seen = arange_on(end, embeds.device) <= arange_on(len(embeds), embeds.device)[:, None] + before
-        mask = seen if sizes is None else torch.where(seen, sizes[:end].log().to(embeds.dtype), -torch.inf)
+        mask = arange_on(end, embeds.device) <= arange_on(len(embeds), embeds.device)[:, None] + before
+        if sizes is not None:
+            mask = torch.where(mask, sizes[:end].log().to(embeds.dtype), -torch.inf)
         given["attention_mask"] = mask[None, None]
     if deepstack is not None and len(deepstack):
         given["deepstack_visual_embeds"] = list(deepstack[:, strip])

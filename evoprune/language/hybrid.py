@@ -71,15 +71,18 @@ def _stacked(vectors: Iterable[torch.Tensor]) -> torch.Tensor:
 def add_norm(
     x: torch.Tensor, plus: torch.Tensor | None, gain: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x + plus`, or `x` itself, and its RMS norm, which is scaled by `gain` (float32) before it is rounded."""
+    """Return `x + plus`, or `x` itself, and its RMS norm, which is scaled by `gain` (float32) before it is rounded."""
     if fast := backend.kernels(x.device):
         try:
             # What quantised layers return need not be contiguous.
-            given = [each if each is None else each.contiguous() for each in (x, plus)]
-            return fast.add_norm(*given, gain, eps, rounds=False)
+            if plus is not None:
+                plus = plus.contiguous()
+            return fast.add_norm(x.contiguous(), plus, gain, eps, rounds=False)
         except Exception as problem:
             backend.give_up(problem)
-    total = x if plus is None else x + plus
+    total = x
+    if plus is not None:
+        total = x + plus
     return total, F.rms_norm(total.float(), gain.shape, gain, eps).to(total.dtype)
 
 

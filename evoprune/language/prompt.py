@@ -6,7 +6,6 @@ The user's words are only text: `<|im_end|>` or `<|video_pad|>` inside a questio
 neither end its turn early nor fake a video. Only the template places special tokens.
 """
 
-import math
 import os
 import re
 import stat
@@ -60,7 +59,7 @@ class Tokenizer:
         return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`. Special tokens in it are encoded as ordinary words.
+        """Return the ids of `text`. Special tokens in it are encoded as ordinary words.
 
         Raises ModelError: the tokenizer breaks down, for example over a pattern that takes too many steps.
         """
@@ -73,7 +72,7 @@ class Tokenizer:
             raise ModelError(message, "take the tokenizer of the original model", stage="prefill") from problem
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids` without special tokens. Incomplete characters become U+FFFD."""
+        """Return the text of `ids` without special tokens. Incomplete characters become U+FFFD."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def render(self, messages: list[dict], thinking: bool = False) -> str:
@@ -136,9 +135,18 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not template:
         hint = "copy chat_template.jinja or chat_template.json from the original model"
         raise ModelError(f"the tokenizer in {folder} has no chat template", hint)
-    # Either plain text or {"content": text, ...}.
-    tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in settings.items() if k.endswith("_token")}
-    return Tokenizer(backend, template, {k: v for k, v in tokens.items() if isinstance(v, str)}, str(source))
+    return Tokenizer(backend, template, _named_tokens(settings), str(source))
+
+
+def _named_tokens(settings: dict) -> dict[str, str]:
+    """Return the tokens that a tokenizer's settings name; each is plain text there, or {"content": text, ...}."""
+    named = {}
+    for name, token in settings.items():
+        if isinstance(token, dict):
+            token = token.get("content")
+        if name.endswith("_token") and isinstance(token, str):
+            named[name] = token
+    return named
 
 
 def _backend(folder: Path):
@@ -178,7 +186,10 @@ def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
         _check_size(file)
         return file.read_text(encoding="utf-8"), file
     for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
-        template = (settings if file.name == "tokenizer_config.json" else _settings(file)).get("chat_template")
+        if file.name != "tokenizer_config.json":
+            template = _settings(file).get("chat_template")
+        else:
+            template = settings.get("chat_template")
         if isinstance(template, list):  # several templates by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         if template:
@@ -186,54 +197,45 @@ def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
     return None, file
 
 
-@dataclass(frozen=True)
-class VisualSpan:
-    """A video inside a prompt, or a picture, which is one frame pair."""
-
-    start: int  # index of its first token
-    grid: tuple[int, int, int]  # (T, H, W): frame pairs, and rows and columns of units
-    seconds_per_pair: float  # from one frame pair to the next, with fractions; of one frame pair it does not matter
-
-    @property
-    def tokens(self) -> int:
-        return math.prod(self.grid)
-
-
 def video_positions(
     grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None
 ) -> torch.Tensor:
-    """int64 `[3, T*H*W]`: time, height and width of a video's units, counted from its own start, in raster order.
+    """Return time, height and width of a video's units, counted from its own start, in raster order: int64 `[3, T*H*W]`.
 
-    `grid`, `seconds_per_pair`: as in `VisualSpan`; `tokens_per_second`: as in `config.VisionConfig`.
+    `grid`: (T, H, W), frame pairs, and rows and columns of units; a picture is one frame pair. `seconds_per_pair`: from one frame
+    pair to the next, with fractions; of one it does not matter. `tokens_per_second`: as in `config.VisionConfig`.
     """
     t, h, w = grid
     # In float64, and rounded down once at the end: multiples of a rounded step would drift.
-    step = 1.0 if tokens_per_second is None else seconds_per_pair * tokens_per_second
+    step = 1.0
+    if tokens_per_second is not None:
+        step = seconds_per_pair * tokens_per_second
     clock = (torch.arange(t, dtype=torch.float64, device="cpu") * step).floor().long()
     return torch.stack(torch.meshgrid(clock, arange_on(h, "cpu"), arange_on(w, "cpu"), indexing="ij")).flatten(1)
 
 
-def prompt_positions(length: int, videos: Sequence[VisualSpan], tokens_per_second: float | None) -> torch.Tensor:
-    """int64 `[3, length]`: M-RoPE positions of an unpruned prompt, by Qwen's rule (Qwen2-VL, arXiv 2409.12191, section 2.1).
+def prompt_positions(length: int, videos: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """Return M-RoPE positions of an unpruned prompt, int64 `[3, length]`, by Qwen's rule (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
     Text has the same number in time, height and width. A video token has the time of its frame pair and the row and column of its
     unit, counted from where the video starts. Text after a video continues at the largest position so far plus one; so does the
-    first generated token. `videos`, and pictures, are in order; `tokens_per_second` as of `video_positions`.
+    first generated token. `videos`: of each, and of each picture, in order, the column where it starts and its `video_positions`.
 
     Raises ValueError: a video overlaps another or does not fit into the prompt.
     """
     pieces = []
     at = 0
     following = 0
-    for video in videos:
-        if video.start < at or video.start + video.tokens > length:
-            raise ValueError(f"video at {video.start} with {video.tokens} tokens does not fit the prompt")
-        pieces.append((arange_on(video.start - at, "cpu") + following).expand(3, -1))
-        following += video.start - at
-        inside = video_positions(video.grid, video.seconds_per_pair, tokens_per_second) + following
+    for start, own in videos:
+        tokens = own.shape[1]
+        if start < at or start + tokens > length:
+            raise ValueError(f"video at {start} with {tokens} tokens does not fit the prompt")
+        pieces.append((arange_on(start - at, "cpu") + following).expand(3, -1))
+        following += start - at
+        inside = own + following
         pieces.append(inside)
         following = int(inside.max()) + 1
-        at = video.start + video.tokens
+        at = start + tokens
     pieces.append((arange_on(length - at, "cpu") + following).expand(3, -1))
     return torch.cat(pieces, dim=1)
 
@@ -256,10 +258,13 @@ class Place:
         """int64, on the CPU, of the placeholders."""
         return torch.cat([arange_on(len(run), "cpu") + run.start for run in self.runs])
 
-    def spans(self, grid: tuple[int, int, int], seconds_per_pair: float) -> list[VisualSpan]:
-        """Return the runs of an input of `grid` (T, H, W), as `prompt_positions` takes them."""
+    def positions(
+        self, grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None
+    ) -> list[tuple[int, torch.Tensor]]:
+        """Return the runs of an input as `prompt_positions` takes them; the arguments are those of `video_positions`."""
         pairs = grid[0] // len(self.runs)
-        return [VisualSpan(run.start, (pairs, *grid[1:]), seconds_per_pair) for run in self.runs]
+        inside = video_positions((pairs, *grid[1:]), seconds_per_pair, tokens_per_second)
+        return [(run.start, inside) for run in self.runs]
 
     def left_out(self, kept: torch.Tensor) -> list[range]:
         """Return what of `around` leaves the prompt where these placeholders (int64, on the CPU) are kept."""
@@ -373,9 +378,11 @@ def build_prompt(
             text = re.sub(f"{_QUESTION}|{_SYSTEM}", lambda match: words[match[0]], piece)
             encoded = tokenizer.encode(text)
             if _QUESTION in piece:
-                before = tokenizer.encode(piece.partition(_QUESTION)[0] + subtitles) if subtitles else []
-                # None of them where the question's beginning merges with the subtitles.
-                prefix_length = len(ids) + (len(before) if encoded[: len(before)] == before else 0)
+                prefix_length = len(ids)
+                if subtitles:
+                    before = tokenizer.encode(piece.partition(_QUESTION)[0] + subtitles)
+                    if encoded[: len(before)] == before:  # else the question's beginning merges with the subtitles
+                        prefix_length += len(before)
             ids += encoded
     places = tuple(_places(tokenizer, ids, runs, times_of))
     return Prompt(torch.tensor(ids, dtype=torch.int64, device="cpu"), places, prefix_length)
@@ -383,7 +390,8 @@ def build_prompt(
 
 def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
     """Return the conversation in which an input with times has a placeholder between markers behind each of them."""
-    of_inputs, (start, end) = iter(times), map(re.escape, MARKERS)
+    of_inputs = iter(times)
+    start, end = map(re.escape, MARKERS)
 
     def runs(match: re.Match) -> str:
         return "".join(f"{time}{match[1].join(MARKERS)}" for time in next(of_inputs)) or match[0]
@@ -392,7 +400,7 @@ def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
 
 
 def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequence[Sequence[str]]) -> Iterator[Place]:
-    """Where each input stands, whose runs follow one another."""
+    """Yield where each input stands, whose runs follow one another."""
 
     def around(run: range, time: str) -> range:
         """Return the columns of a run with its markers, and with the time before them if that has not merged with what comes
@@ -400,7 +408,8 @@ def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequ
         """
         own = tokenizer.encode(time)
         start = run.start - 1
-        start -= len(own) if ids[start - len(own) : start] == own else 0
+        if ids[start - len(own) : start] == own:
+            start -= len(own)
         return range(start, run.stop + 1)
 
     left = iter(runs)
@@ -413,7 +422,9 @@ def _render(
     tokenizer: Tokenizer, kinds: Sequence[str], with_system: bool, markers: Sequence[str], thinking: bool
 ) -> str:
     """Return the conversation as text, with placeholders for the user's words; these `markers` must exist."""
-    messages = [{"role": "system", "content": _SYSTEM}] if with_system else []
+    messages = []
+    if with_system:
+        messages.append({"role": "system", "content": _SYSTEM})
     content = [{"type": CONTENTS[kind][0]} for kind in kinds]
     messages.append({"role": "user", "content": [*content, {"type": "text", "text": _QUESTION}]})
     try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.backend.devices import to_device
+from evoprune.language.decoder import all_sizes
 from evoprune.language.prompt import Place
 from evoprune.vision.encoder import Encoded
 
@@ -30,15 +31,19 @@ class PrunedPrompt:
         return len(self.columns)
 
     def __getitem__(self, part: slice) -> "PrunedPrompt":
+        def cut(x: torch.Tensor | None, *where: slice) -> torch.Tensor | None:
+            return None if x is None else x[where]
+
+        every = slice(None)
         return PrunedPrompt(
             self.ids[part],
             self.columns[part],
             self.visual[part],
-            None if self.sizes is None else self.sizes[part],
-            None if self.positions is None else self.positions[:, part],
+            cut(self.sizes, part),
+            cut(self.positions, every, part),
             self.last,
-            None if self.embeds is None else self.embeds[part],
-            None if self.deepstack is None else self.deepstack[:, part],
+            cut(self.embeds, part),
+            cut(self.deepstack, every, part),
         )
 
     @property
@@ -109,8 +114,6 @@ def _sizes(text: int, read: Sequence[Encoded], row: torch.Tensor) -> torch.Tenso
     if all(tokens.size is None for tokens in read):
         return None
     like = read[0].features
-    sizes = [like.new_ones(text, dtype=torch.float32)]
-    for tokens in read:
-        ones = like.new_ones(len(tokens.features), dtype=torch.float32)
-        sizes.append(ones if tokens.size is None else tokens.size.to(ones))
+    sizes = [all_sizes(None, text, like)]
+    sizes += [all_sizes(tokens.size, len(tokens.features), like) for tokens in read]
     return torch.cat(sizes)[to_device(row, like.device)]

@@ -59,7 +59,9 @@ class StaticCache(ABC):
         """Copies the columns of another cache, which are the same in all layers. `position`: of the first token that is read."""
         sizes = cache.sizes if isinstance(cache, HostedCache) else cache.sizes[0]
         bias = self.logits.new_full((read,), -torch.inf)
-        bias[: cache.length] = 0 if sizes is None else sizes.log()
+        bias[: cache.length] = 0
+        if sizes is not None:
+            bias[: cache.length] = sizes.log()
         self._copy(cache, bias)
         self.read = read
         self.column.fill_(cache.length)
@@ -74,7 +76,7 @@ class StaticCache(ABC):
         """Return the final hidden state of the next column, whose embedding is `x`; both `[1, hidden]`."""
 
     def begin(self, holder: object, cache: KVCache | HostedCache, position: int, read: int) -> None:
-        """The cache is that of another answer from now on; errors leave it to nobody."""
+        """Gives the cache to another answer from now on; errors leave it to nobody."""
         with self._lock:
             self._holder = None
             self.fill(cache, position, read)
@@ -154,10 +156,9 @@ class HostedStaticCache(StaticCache):
         self._bias = like.new_zeros(capacity)  # of each column, in every layer of attention
         self._states = HostedCache(model).states
         shape = (2, 1, config.num_key_value_heads, capacity, head_size(config))
-        self._states.layers = [
-            layer if _is_linear(layer) else StaticLayer(like.new_zeros(shape), self.column)
-            for layer in self._states.layers
-        ]
+        for number, layer in enumerate(self._states.layers):
+            if not _is_linear(layer):
+                self._states.layers[number] = StaticLayer(like.new_zeros(shape), self.column)
 
     def _copy(self, cache: HostedCache, bias: torch.Tensor) -> None:
         self._bias[: len(bias)] = bias
@@ -205,7 +206,7 @@ def _is_linear(layer) -> bool:
 
 
 def best_of(logits: torch.Tensor) -> torch.Tensor:
-    """int64 `[2]`: the most probable token, and 0 if a logit (float32 `[vocabulary]`) is NaN or infinite. One copy reads both."""
+    """Return the most probable token, and 0 if a logit (float32 `[vocabulary]`) is NaN or infinite; int64 `[2]`, for one copy."""
     return torch.stack([logits.argmax(), logits.amax().isfinite().long()])  # the largest is NaN where any is
 
 
@@ -229,7 +230,9 @@ _caches_lock = threading.Lock()
 
 
 def new_cache(model, columns: int) -> StaticCache:
-    return (HostedStaticCache if isinstance(model, HostedVL) else NativeStaticCache)(model, columns)
+    if isinstance(model, HostedVL):
+        return HostedStaticCache(model, columns)
+    return NativeStaticCache(model, columns)
 
 
 def begin(
@@ -248,7 +251,9 @@ def begin(
         steps = _caches.get(model)
         if model in _caches and steps is None:
             return None
-        known = [size for size in steps.graphs if need <= size <= 4 * columns] if steps else []
+        known = []
+        if steps:
+            known = [size for size in steps.graphs if need <= size <= 4 * columns]
         if not known and min(decoded, left) < PLAIN_TOKENS:
             return None
         if not can_step(model):
@@ -293,7 +298,7 @@ def can_step(model) -> bool:
 
 
 def give_up(model, problem: Exception) -> None:
-    """From now on, tokens of this model are decoded plainly."""
+    """Has tokens of this model decoded plainly from now on."""
     _caches[model] = None
     said = f"tokens are decoded without a CUDA graph, which takes longer: {first_line(problem)}"
     warnings.warn(said, DeviceWarning, stacklevel=2)

@@ -68,7 +68,7 @@ def _apart(request: str, seconds: int) -> dict[str, str]:
 
 
 def main(seconds: int) -> None:
-    """The other process: reads a request from stdin, writes an answer to stdout, under limits where there are any."""
+    """Runs the other process: reads a request from stdin, writes an answer to stdout, under limits where there are any."""
     request = sys.stdin.read()
     import jinja2.sandbox  # noqa: F401 (before there is a limit)
 
@@ -82,7 +82,8 @@ def main(seconds: int) -> None:
             (resource.RLIMIT_CORE, 0),
         ):
             _, hard = resource.getrlimit(kind)
-            limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            if hard != resource.RLIM_INFINITY:
+                limit = min(limit, hard)
             with suppress(OSError, ValueError):
                 resource.setrlimit(kind, (limit, limit))
     print(json.dumps(_answer(request)), flush=True)

@@ -18,7 +18,7 @@ BUSY = 0.97  # share of its time that the encoder is to be busy while frames are
 
 
 class Backlog:
-    """Frames in the order in which they came; one thread puts them, another one takes them.
+    """Hold frames in the order in which they came; one thread puts them, another one takes them.
 
     Frames that wait for longer than one and a half windows are too many: then every second one of them is skipped, and of those
     that come so many, evenly, that the encoder has time for the others, by what it took for the latest windows. At least two a
@@ -50,7 +50,7 @@ class Backlog:
         self._busy_s = self._looked = 0.0  # of the latest windows, each with half of the weight of the next one
 
     def due(self) -> float:
-        """From which time on a frame is wanted, in seconds of the source."""
+        """Return from which time on a frame is wanted, in seconds of the source."""
         if self.stride == 1 and self._last_s >= 0:
             return (self._slot(self._last_s) + 1) * self.step_s
         return ceil(self._next_s / self.step_s - 1e-6) * self.step_s
@@ -83,14 +83,15 @@ class Backlog:
                 self._idle += self._now() - begun
             if not self._waiting:
                 return None
-            (time_s, frame), self._hungry = self._waiting.popleft(), False
+            time_s, frame = self._waiting.popleft()
+            self._hungry = False
             self.lag_s = max(0.0, self._now() - self._late_s - time_s)
             self._taken += 1
             self._changed.notify_all()
             return time_s, frame
 
     def encoded(self) -> None:
-        """A window was encoded. Where frames are skipped, that tells how many, so that there is time for the others.
+        """Count a window that was encoded. Where frames are skipped, that tells how many, so that there is time for the others.
 
         A single window tells little: it may be encoded while frames of the next one are taken.
         """
@@ -115,7 +116,7 @@ class Backlog:
                 self._late_s += seconds
 
     def end(self, drop: bool = False) -> None:
-        """No frame will come; what waits can be taken, unless it is to `drop`."""
+        """Say that no frame will come; what waits can be taken, unless it is to `drop`."""
         with self._changed:
             self.ended = True
             if drop:
@@ -129,10 +130,11 @@ class Backlog:
         return time_s - self._waiting[0][0] if self._waiting else 0.0
 
     def _skip(self, time_s: float) -> None:
-        """Every second frame of those that wait, once in the time of a window; then the oldest."""
+        """Skip every second frame of those that wait, once in the time of a window; then the oldest."""
         before = len(self._waiting)
         if self._now() - self._thinned >= self.window_s:
-            self._thinned, self._waiting = self._now(), deque(list(self._waiting)[::2])
+            self._thinned = self._now()
+            self._waiting = deque(list(self._waiting)[::2])
             self.stride = max(self.stride, 1.0 + 1e-3)  # from now on it is measured
         while self._span(time_s) >= 2 * self.window_s:
             self._waiting.popleft()
@@ -140,7 +142,7 @@ class Backlog:
 
 
 class LiveFeed:
-    """Frames of a source go to a stream until the source ends, or the feed is closed, best by `with`: then both are closed.
+    """Feed frames of a source to a stream until the source ends, or the feed is closed, best by `with`: then both are closed.
 
     `backlog`: frames between the two. `begun`: set once a frame was fed, or none will be. `ended`: set once all of the source is
     encoded, or reading it failed. `problem`: why it failed. `latest_s`: time of the latest frame that was fed or is held back.
@@ -203,7 +205,8 @@ class LiveFeed:
         backlog = self.backlog
         try:
             while (timed_frame := backlog.take(0.1)) or not backlog.ended:
-                stream.skipped, stream.lag_s = backlog.skipped, backlog.lag_s
+                stream.skipped = backlog.skipped
+                stream.lag_s = backlog.lag_s
                 if timed_frame is None:
                     stream.catch_up()
                     continue

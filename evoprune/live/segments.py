@@ -18,12 +18,12 @@ from evoprune.vision.rows import Rows
 
 
 class NothingNew(Exception):
-    """A segment has no row of its own."""
+    """Say that a segment has no row of its own."""
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """What a segment leaves to the next one, for each of P places: of the row that represents its last unit."""
+    """Hold what a segment leaves to the next one, for each of P places: of the row that represents its last unit."""
 
     references: ReferenceBlocks  # its pixels
     keys_values: dict[int, torch.Tensor]  # by layer: `[P, 2, 4, heads, d]`
@@ -51,7 +51,7 @@ def encode_segment(
 
 
 class SegmentRun(EncoderRun):
-    """One segment while the tower encodes it; `left` is for the next one."""
+    """Hold one segment while the tower encodes it; `left` is for the next one."""
 
     def __init__(self, visual, plan: EncoderPlan, earlier: Earlier | None, **options: Any):
         super().__init__(visual, plan, **options)
@@ -71,7 +71,7 @@ class SegmentRun(EncoderRun):
         return rows
 
     def select_rows(self, rows: Rows, stage: Stage) -> Rows:
-        """As in the base, among rows of this segment; units may also have rows of the segment before."""
+        """Select as the base does, among rows of this segment; units may also have rows of the segment before."""
         if self._outside is None:
             return super().select_rows(rows, stage)
         left = super().select_rows(self._inside(rows), stage)
@@ -89,10 +89,12 @@ class SegmentRun(EncoderRun):
         if self._earlier:
             both = torch.cat([both, self._earlier.keys_values[layer]])
         self._keys_values[layer] = both[rows.unit_to_row[-self.geometry.units :]]
-        return both.unbind(1) if self._earlier and rows.reach == "clip" else (k, v)
+        if self._earlier and rows.reach == "clip":
+            return both.unbind(1)
+        return k, v
 
     def finish(self, rows: Rows) -> Rows:
-        """Return the rows with those of the segment before that represent units here, each at the first of them.
+        """Return the rows, and with them rows of the segment before that represent units here, each at the first of these.
 
         No selection is then the language model's: it is among the rows that were computed.
         """

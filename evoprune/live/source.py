@@ -27,7 +27,7 @@ Due = Callable[[], float]
 
 
 class LiveSource:
-    """A source and its connections, one after the other. `name`: without a password. `facts`: of `Video`, once it is open.
+    """Read a source by its connections, one after the other. `name`: without a password. `facts`: of `Video`, once it is open.
     `waits`: whether frames that are taken late are all there, as of a file or a download of known length.
 
     Args:
@@ -54,13 +54,18 @@ class LiveSource:
         if reconnects < 0:
             raise UsageError(f"{reconnects} reconnects", "0 or more")
         _check(source)
-        self.name = "standard input" if source == STDIN else without_password(source)
-        self._source = None if source == STDIN else source
+        is_file = source != STDIN and os.path.isfile(source)
+        self.name = without_password(source)
+        self._source = source
+        self._reconnects = reconnects
+        if source == STDIN:
+            self.name = "standard input"
+            self._source = None
+        if source == STDIN or is_file:
+            self._reconnects = 0
         self._pace = pace
         self._arguments = {"source": self._source, "name": self.name, "timeout_s": float(timeout_s)}  # of `LiveReader`
         self._arguments["follow"] = pace == FROM_SOURCE
-        is_file = source != STDIN and os.path.isfile(source)
-        self._reconnects = 0 if source == STDIN or is_file else reconnects
         self._is_file = is_file
         self.waits = is_file and pace == FROM_SOURCE
         self._tell = tell
@@ -69,12 +74,13 @@ class LiveSource:
         self.facts: dict = {}
 
     def frames(self, due: Due) -> Iterator[TimedFrame]:
-        """Frames until the source ends; `due` says from which time on the next one is wanted.
+        """Yield frames until the source ends; `due` says from which time on the next one is wanted.
 
         Times go on over all connections: as much time has passed between two as there was.
 
         Raises VideoError: the source cannot be read, broke off, or did not come back.
         """
+        connect = self._apart if POSSIBLE else self._here
         tries = 0
         base = 0.0
         last = None
@@ -82,16 +88,17 @@ class LiveSource:
             problem = None
             finite = False
             try:
-                with closing((self._apart if POSSIBLE else self._here)(lambda base=base: due() - base)) as frames:
+                with closing(connect(lambda base=base: due() - base)) as frames:
                     self.facts = next(frames)
                     finite = self.facts.pop("finite")
                     begun = time.monotonic()
                     self.waits = self._pace == FROM_SOURCE and bool(finite or self._is_file)
                     for time_s, frame, gap_s in frames:
                         self.facts["clock_gap_s"] = gap_s
-                        wait = begun + time_s - time.monotonic() if self._pace == FROM_FILE else 0.0
-                        if wait > 0 and self._closing.wait(wait):
-                            return
+                        if self._pace == FROM_FILE:
+                            wait = begun + time_s - time.monotonic()
+                            if wait > 0 and self._closing.wait(wait):
+                                return
                         tries = 0
                         last = (base + time_s, time.monotonic())
                         yield base + time_s, frame
@@ -116,13 +123,14 @@ class LiveSource:
             worker.kill()
 
     def _apart(self, due: Due) -> Iterator:
-        """Facts of a `LiveReader`, then its frames, read by a worker process, which is ended afterwards."""
+        """Yield the facts of a `LiveReader`, then its frames, read by a worker process, which is ended afterwards."""
         with borrow(self.name) as worker:
             self._worker = worker
             if self._closing.is_set():
                 raise VideoError(f"{self.name} is closed")
             try:
-                worker.send(worker.request("live", self._arguments), None if self._source else sys.stdin.fileno())
+                descriptor = None if self._source else sys.stdin.fileno()
+                worker.send(worker.request("live", self._arguments), descriptor)
                 yield worker.answer()
                 memory = None
                 shape = None
@@ -170,7 +178,9 @@ def _check(source: str) -> None:
         return
     if "://" in source and not os.path.exists(source):
         if (scheme := source.partition("://")[0].lower()) not in SCHEMES:
-            hint = missing_hint(source, "") if source.startswith(FILE_URL) else f"one of {', '.join(SCHEMES)}"
+            hint = f"one of {', '.join(SCHEMES)}"
+            if source.startswith(FILE_URL):
+                hint = missing_hint(source, "")
             raise UsageError(f"streams of {scheme}:// are not read", hint)
         return
     try:

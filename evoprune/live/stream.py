@@ -68,7 +68,7 @@ MAX_WAITING = 4  # windows that wait for an answer to be read to its end
 
 @dataclass(frozen=True)
 class Seen:
-    """What of a stream is held, or a question is about; times are those of the frames, in seconds."""
+    """Describe the part of a stream that is held, or that a question is about, by the times of its frames, in seconds."""
 
     start_s: float  # of the oldest window of which a token is left
     end_s: float
@@ -82,7 +82,7 @@ class Seen:
 
 @dataclass
 class Window:
-    """A window of a stream, of which C columns are left."""
+    """Hold a window of a stream, of which C columns are left."""
 
     start_s: float
     end_s: float
@@ -100,7 +100,7 @@ class Window:
 
 @dataclass(frozen=True)
 class EncodedWindow:
-    """A window of so many `frames`, which ends before slot `end`, and its columns.
+    """Hold a window of so many `frames`, which ends before slot `end`, and its columns.
 
     The positions of `prompt` are counted from the beginning of the stream.
     `earlier`: what the next window takes over; None in one that waits to be read, and where nothing can be.
@@ -115,7 +115,7 @@ class EncodedWindow:
 
 
 class PriorityLock:
-    """The lock of the answers about a stream; while one waits for it or holds it, `pause` waits, in another thread.
+    """Lock a stream for its answers; while one waits for it or holds it, `pause` waits, in another thread.
 
     So answers go before the encoder, which goes before windows that wait to be read.
     """
@@ -141,16 +141,19 @@ class PriorityLock:
 
     def pause(self) -> None:
         """Waits while a question is read, and briefly while a token is generated."""
-        self._calm.wait(0.02 if self.generating else None)
+        if self.generating:
+            self._calm.wait(0.02)
+        else:
+            self._calm.wait()
 
 
 class _Overtaken(Exception):
-    """A question goes first: a window is read later."""
+    """Say that a question goes first: a window is read later."""
 
 
 @dataclass(eq=False)
 class _WindowInput(OpenInput):
-    """Frames that are there already, encoded as a segment of a longer video. `left`: what the next one takes over."""
+    """Hold frames that are there already, encoded as a segment of a longer video. `left`: what the next one takes over."""
 
     threaded: ClassVar[bool] = False
 
@@ -170,7 +173,7 @@ class _WindowInput(OpenInput):
 
 
 class VideoStream(Askable):
-    """A stream of frames that can be asked about: made by `VideoQA.stream`, closed by `with`.
+    """Answer questions about a stream of frames: made by `VideoQA.stream`, closed by `with`.
 
     One thread feeds frames, others may ask meanwhile: a question waits for the window that is being encoded, the encoder waits
     while the question is read, and goes on layer by layer while the answer is generated. A window that is finished during an
@@ -285,7 +288,8 @@ class VideoStream(Askable):
         """Return a frame of its own as the encoder reads it, which `add` takes too; of any size before the first one was added."""
         if self._plan is None:
             return frame
-        plan, (height, width, _) = self._plan, frame.shape
+        plan = self._plan
+        height, width, _ = frame.shape
         if (height, width) == (plan.height, plan.width):
             return frame
         outer = plan.info.width, plan.info.height
@@ -387,8 +391,9 @@ class VideoStream(Askable):
         start = clock.now()
         with self._gate, self._feeding:
             self._check_open()
-            window = self._unfinished if self._slots else None
+            window = None
             if self._slots:
+                window = self._unfinished
                 frames = len(self._slots)
                 end = self._slots[-1] + 1
                 if not (window and (window.frames, window.end) == (frames, end)):
@@ -405,7 +410,11 @@ class VideoStream(Askable):
 
     def _owe(self, seconds: dict[str, float], wall: float) -> None:
         """Adds to what the next question that is read pays for."""
-        owed, owed_wall = (dict.fromkeys(OF_INPUTS, 0.0), 0.0) if self._paid else self._spent
+        if self._paid:
+            owed = dict.fromkeys(OF_INPUTS, 0.0)
+            owed_wall = 0.0
+        else:
+            owed, owed_wall = self._spent
         for stage, spent in seconds.items():
             owed[stage] += spent
         self._spent, self._paid = (owed, owed_wall + wall), False
@@ -464,9 +473,10 @@ class VideoStream(Askable):
     def _read_waiting(self, polite: bool = False, after: Sequence[EncodedWindow] = ()) -> None:
         """Reads the windows that wait; with `polite`, none that a question would have to wait for. Makes room for those `after`."""
         self._memory.cache.crop(self._memory.columns)
+        pause = self._give_way if polite else lambda: None
         try:
             while self._waiting:
-                self._memory.read(self._waiting[0], self._give_way if polite else lambda: None)
+                self._memory.read(self._waiting[0], pause)
                 self._waiting.pop(0)
             for window in after:
                 self._memory.make_room(window)
@@ -485,7 +495,7 @@ class VideoStream(Askable):
             raise UsageError(self._problem, "begin another one: VideoQA.stream()")
 
     def _around(self, question: str, thinking: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64: the ids of a prompt before the video and after it."""
+        """Return the ids of a prompt before the video and after it, int64."""
         loaded = self._session.loaded
         times = [[""]] if loaded.model.config.vision_config.traits.timestamps else ()  # markers go with the frame pairs
         kwargs = {"system": self._system, "times": times, "thinking": thinking}
@@ -506,7 +516,8 @@ class VideoStream(Askable):
                 raise UsageError("nothing was seen yet", "feed frames first: add(frame, time_s)")
             report = inputs_report(self._session, [encoding])
             seen = self._seen(self._unread)
-            report.stream, report.video.duration_s = seen and asdict(seen), encoding.plan.sampling.end_s
+            report.stream = seen and asdict(seen)
+            report.video.duration_s = encoding.plan.sampling.end_s
             return report
 
     @property
@@ -535,11 +546,14 @@ class VideoStream(Askable):
             unread = self._unread
             self._read_waiting(after=unread)
             check_question(loaded, question)
-            (before, ids), seen, memory = self._around(question, options.thinking), self._seen(unread), self._memory
+            before, ids = self._around(question, options.thinking)
+            seen = self._seen(unread)
+            memory = self._memory
             text = memory.columns + sum(len(window.prompt) for window in unread) - seen.tokens + len(ids)
             check_context(loaded, text, seen.tokens, options.max_new_tokens)
             check_memory(self._session, text, seen.tokens)
-            report.tokens, report.stream = TokenCounts(text, seen.tokens, text + seen.tokens, 0), asdict(seen)
+            report.tokens = TokenCounts(text, seen.tokens, text + seen.tokens, 0)
+            report.stream = asdict(seen)
             following = memory.look(*unread) if unread else memory.following
             positions = (arange_on(len(ids), "cpu") + following).expand(3, -1)
             state = prefill(loaded.model, embed_ids(loaded.model, ids), positions, following + len(ids), memory.cache)
@@ -556,7 +570,7 @@ class VideoStream(Askable):
 
 @torch.inference_mode()
 def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
-    """int64 `[K]` on the CPU: of each token of a window its place in the order in which they stay, 0 for the last one to go.
+    """Return each token's place in the order in which tokens stay, int64 `[K]` on the CPU; 0 for the last one to go.
 
     The method selects half of the tokens again, then a quarter, and so on: what it selects most often stays longest. Where no
     selector made the tokens, they are selected as `evoprune` does.
@@ -590,19 +604,22 @@ def window_columns(
     """
     config = loaded.model.config.vision_config
     span = encoding.plan.sampling
-    times = timestamps([(slot + 0.5) * step_s for slot in slots]) if config.traits.timestamps else []
-    (grid,), specials = encoding.tokens.grids, loaded.tokenizer.specials()
+    (grid,) = encoding.tokens.grids
+    specials = loaded.tokenizer.specials()
     start, pad, end = (specials[token] for token in (MARKERS[0], CONTENTS[VIDEO][1], MARKERS[1]))
     units = grid[1] * grid[2]
-    if times:
+    if config.traits.timestamps:
+        times = timestamps([(slot + 0.5) * step_s for slot in slots])
         words = [[*loaded.tokenizer.encode(text), start] for text in times]
         ids = [token for before in words for token in (*before, *[pad] * units, end)]
         place = place_of_pairs([len(before) for before in words], units)
-        positions = prompt_positions(len(ids), place.spans(grid, 1.0), None) + following
+        positions = prompt_positions(len(ids), place.positions(grid, 1.0, None)) + following
     else:
         ids = [pad] * units * grid[0]
         place = Place((range(len(ids)),))
-        step = 2 * step_s * config.tokens_per_second if config.tokens_per_second else 1.0
+        step = 1.0
+        if config.tokens_per_second:
+            step = 2 * step_s * config.tokens_per_second
         time = torch.tensor([floor(slot / 2 * step) for slot in slots[::2]], dtype=torch.int64, device="cpu")
         inside = torch.meshgrid(time, *(arange_on(side, "cpu") for side in grid[1:]), indexing="ij")
         positions = torch.stack(inside).flatten(1)
@@ -619,11 +636,11 @@ def window_columns(
 
 
 class StreamMemory:
-    """Windows in a KV cache, behind what precedes the video in the prompt.
+    """Hold windows in a KV cache, behind what precedes the video in the prompt.
 
     `ids`: int64 `[n]`, of what precedes it. `limit`: tokens that are held; `window_tokens`: of a full window. `room`: positions for
     the video.
-    `windows`: those of which tokens are left, the oldest first. `following`: position of the text after the video.
+    `windows`: the ones with tokens left, the oldest first. `following`: position of the text after the video.
     """
 
     @torch.inference_mode()

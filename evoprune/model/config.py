@@ -15,7 +15,7 @@ import math
 import reprlib
 import stat
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from itertools import chain, pairwise
@@ -152,11 +152,18 @@ def loads(text: str, once: bool = False) -> Any:
         raise too_deep from None
     level = [[value]]
     for _ in range(MAX_LEVELS + 1):
-        inside = chain.from_iterable(inner.values() if isinstance(inner, dict) else inner for inner in level)
+        inside = chain.from_iterable(map(_values, level))
         level = [inner for inner in inside if isinstance(inner, dict | list)]
         if not level:
             return value
     raise too_deep
+
+
+def _values(outer: dict | list) -> Iterable[Any]:
+    """Return what is directly inside an object or a list."""
+    if isinstance(outer, dict):
+        return outer.values()
+    return outer
 
 
 def check_fetched(path: Path) -> None:
@@ -420,7 +427,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Vision tower and language model, and whether input and output embeddings share one matrix."""
+    """Describe vision tower and language model, and whether input and output embeddings share one matrix."""
 
     vision_config: VisionConfig
     text_config: TextConfig
@@ -554,7 +561,7 @@ def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
 
 
 def _parse_experts(given: dict, known: Collection[str], family: str) -> Experts:
-    """`known`: names of settings that this family has. Raises as `parse_config`."""
+    """Return the mixture of experts of a config; `known`: names of settings that this family has. Raises as `parse_config`."""
     experts = pick(Experts, given, "text_config")
     active = experts.num_experts_per_tok
     count = experts.num_experts
@@ -577,7 +584,7 @@ def _check_rope(rope: dict) -> None:
 
 
 def head_size(text) -> int:
-    """Features of a head of the language model. `text`: a `TextConfig`, or that of transformers."""
+    """Return the features of a head of the language model. `text`: a `TextConfig`, or that of transformers."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 

@@ -78,7 +78,7 @@ def working_memory(
     rows: int | None = None,
     left: int | None = None,
 ) -> int:
-    """Bytes that are in use at once beside the weights, roughly.
+    """Return the bytes that are in use at once beside the weights, roughly.
 
     Args:
         units: N, of the video. `piece_units`: rows that go through a product at a time.
@@ -100,32 +100,37 @@ def working_memory(
 
 
 def pixel_bytes(config: Config, units: int, bytes_each: int) -> int:
-    """Bytes of the patches of `units` units, in float32 and in the dtype of the weights."""
+    """Return the bytes of the patches of `units` units, in float32 and in the dtype of the weights."""
     vision = config.vision_config
     values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return units * PATCHES * values * (4 + bytes_each)
 
 
 def tower_bytes(config: Config, units: int, bytes_each: int) -> int:
-    """Bytes of a pass of `units` units through the tower, which is widest at rotary embedding, in float32, and in the MLP."""
+    """Return the bytes of a pass of `units` units through the tower; widest are rotary embedding, in float32, and the MLP."""
     vision = config.vision_config
     return units * PATCHES * (12 * vision.hidden_size * 4 + 3 * vision.intermediate_size * bytes_each)
 
 
 def carried_bytes(config: Config, places: int, bytes_each: int) -> int:
-    """Bytes of the tower's keys and values of all layers for the places of a frame pair, which frame pairs after it attend to."""
+    """Return the bytes of the tower's keys and values of all layers for places of a frame pair; later pairs attend to them."""
     vision = config.vision_config
     return places * vision.depth * 2 * PATCHES * vision.hidden_size * bytes_each
 
 
+def _of_each_layer(tokens: int | Sequence[T], depth: int) -> Sequence[int | T]:
+    """Return the tokens in each of `depth` layers, where one number may stand for all."""
+    return [tokens] * depth if isinstance(tokens, int) else tokens
+
+
 def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -> int:
-    """Bytes of the language model's keys and values for a prompt of `tokens`, in each layer or in all.
+    """Return the bytes of the language model's keys and values for a prompt of `tokens`, in each layer or in all.
 
     A Gated DeltaNet has a state in their place, in float32, whatever the length of the prompt.
     """
     text = config.text_config
-    depth = config.text_config.num_hidden_layers
-    lengths = [tokens] * depth if isinstance(tokens, int) else tokens
+    depth = text.num_hidden_layers
+    lengths = _of_each_layer(tokens, depth)
     net = getattr(text, "delta_net", None)  # none in the config of a transformers model in hand
     linear = [net is not None and text.is_linear(layer) for layer in range(depth)]
     of_token = 2 * text.num_key_value_heads * head_size(text) * bytes_each
@@ -138,9 +143,9 @@ def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -
 
 
 def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int) -> int:
-    """Bytes of reading a prompt of `prompt` tokens, in each layer or in all, keys and values included."""
+    """Return the bytes of reading a prompt of `prompt` tokens, in each layer or in all, keys and values included."""
     text = config.text_config
-    longest = prompt if isinstance(prompt, int) else max(prompt)
+    lengths = _of_each_layer(prompt, text.num_hidden_layers)
     added = config.vision_config.layers_read - 1  # by DeepStack, to as many layers
     inner = max(mlp_size(text, layer) for layer in range(text.num_hidden_layers))
     wide = 8 * 4 * text.hidden_size
@@ -149,15 +154,15 @@ def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int)
         key = net.linear_key_head_dim
         value = net.linear_value_head_dim
         wide = max(wide, heads * (6 * key + 6 * value + 3 * DELTA_CHUNK) * 4)
-    widest = longest * (wide + added * bytes_each * text.hidden_size + 3 * inner * bytes_each)
-    held = prompt + ANSWER_COLUMNS if isinstance(prompt, int) else [tokens + ANSWER_COLUMNS for tokens in prompt]
+    widest = max(lengths) * (wide + added * bytes_each * text.hidden_size + 3 * inner * bytes_each)
+    held = [tokens + ANSWER_COLUMNS for tokens in lengths]
     # A recurrent state cannot be cropped: it is kept for the next question, and copied.
     copies = 2 if text.delta_net else 1
     return widest + copies * kv_bytes(config, held, bytes_each)
 
 
 def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
-    """Operations of the vision tower (`config`: a `VisionConfig`) on `grids` frame pairs of so many attention windows.
+    """Return the operations of the vision tower (`config`: a `VisionConfig`) on `grids` frame pairs of so many attention windows.
 
     `rows`: that each layer computes, over the whole video, and as a last entry the rows that reach the merger.
     """
@@ -177,12 +182,12 @@ def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
 
 
 def stretched(rows: Sequence[T], depth: int) -> list[T]:
-    """Rows of each of `depth` layers, taken by relative depth from the rows of a model with another number of layers."""
+    """Return the rows of each of `depth` layers, taken by relative depth from the rows of a model with another number of layers."""
     return [rows[layer * len(rows) // depth] for layer in range(depth)]
 
 
 def mlp_size(config: TextConfig, layer: int) -> int:
-    """Inner features that a layer computes of a token: of its MLP, or of the experts that the token goes through."""
+    """Return the inner features that a layer computes of a token: of its MLP, or of the experts that the token goes through."""
     if not config.has_experts(layer):
         return config.intermediate_size
     experts = config.experts
@@ -191,7 +196,7 @@ def mlp_size(config: TextConfig, layer: int) -> int:
 
 
 def parameter_count(config: Config) -> int:
-    """Numbers in the weights of a model of any family, of all experts; shared ones count once."""
+    """Count the numbers in the weights of a model of any family, of all experts; shared ones count once."""
     text = config.text_config
     net = config.text_config.delta_net
     experts = config.text_config.experts
@@ -229,13 +234,13 @@ def parameter_count(config: Config) -> int:
 
 
 def prefill_flop(config: TextConfig, length: int | Sequence[int | Sequence[int]]) -> float:
-    """Operations of reading a prompt, with logits of the last token only.
+    """Return the operations of reading a prompt, with logits of the last token only.
 
     `length`: tokens of the prompt after pruning, in each layer or in all. Of a layer also three numbers: the tokens of which it
     computes keys and values, queries and output, and the MLP.
     """
     h = config.hidden_size
-    lengths = [length] * config.num_hidden_layers if isinstance(length, int) else length
+    lengths = _of_each_layer(length, config.num_hidden_layers)
     key_value, wide = (head_size(config) * heads for heads in (config.num_key_value_heads, config.num_attention_heads))
     total = 2.0 * h * config.vocab_size
     gate = 2 * h * wide if config.output_gate else 0
@@ -253,7 +258,7 @@ def prefill_flop(config: TextConfig, length: int | Sequence[int | Sequence[int]]
 
 
 def _delta_flop(config: TextConfig) -> float:
-    """Operations of a Gated DeltaNet for a token of a prompt: projections, convolution, delta rule by chunks."""
+    """Return the operations of a Gated DeltaNet for a token of a prompt: projections, convolution, delta rule by chunks."""
     net = config.delta_net
     key = config.delta_net.linear_key_head_dim
     value = config.delta_net.linear_value_head_dim
@@ -273,7 +278,7 @@ def matmul_rate(
     seconds: float = 0.1,
     shapes: Sequence[tuple[int, int, int]] = ((1024, 1024, 1024),),
 ) -> float:
-    """Operations per second of a plain matrix product here, the best of `shapes` (rows, inner size, columns), `seconds` each."""
+    """Return operations per second of a plain matrix product here: the best of `shapes` (rows, inner, columns), `seconds` each."""
     best = 0.0
     place = torch.device(device)
     for rows, inner, columns in shapes:

@@ -178,7 +178,7 @@ def fill_random(model: nn.Module) -> None:
 
 
 def shared(model: Model) -> Model:
-    """Another tree on the same tensors. Its layers can be replaced without changing the first one."""
+    """Return another tree on the same tensors. Its layers can be replaced without changing the first one."""
     if isinstance(model, HostedVL):
         parts = model.model.visual, model.model.language_model, model.lm_head
         hosted = HostedVL(model.config, *(shared_copy(part, lambda module: None) for part in parts))

@@ -76,10 +76,15 @@ def expected(options: ModelOptions) -> Expected | None:
     if random and is_bundled(name):
         folder = None
     elif not os.path.isdir(folder):
-        folder = cached_folder(name, options.revision) if is_id(name) else None
+        if not is_id(name):
+            return None
+        folder = cached_folder(name, options.revision)
         if folder is None:
             return None
-    config = read_config(BUNDLED_CONFIGS[name] if folder is None else folder / "config.json")
+    path = BUNDLED_CONFIGS.get(name)
+    if folder is not None:
+        path = folder / "config.json"
+    config = read_config(path)
     most = default_max_visual_tokens(None if random else folder, options.device)
     return Expected(input_limits(folder, config.vision_config), most)
 
@@ -127,9 +132,11 @@ class Ahead:
     def __init__(self, model: ModelOptions, *, reads: bool = True, held_bytes: int | None = None):
         self._model = model
         self._reads = reads
-        available = available_memory()
-        usual = HELD_BYTES if available is None else min(HELD_BYTES, available // SHARE)
-        self._limit = usual if held_bytes is None else held_bytes
+        if held_bytes is None:
+            held_bytes = HELD_BYTES
+            if (available := available_memory()) is not None:
+                held_bytes = min(HELD_BYTES, available // SHARE)
+        self._limit = held_bytes
         self._held = 0
         self._known: dict[tuple[str, float], tuple[tuple, Video]] = {}  # the state of the files, and what is in them
         self._probing = threading.Lock()
@@ -287,7 +294,7 @@ class Ahead:
                 self._changed.notify_all()
 
     def _drop(self, reading: _Reading) -> None:
-        """To be called with the lock."""
+        """Gives the frames of a reading up. To be called with the lock."""
         reading.dropped = True
         self._held -= sum(piece.frames.nbytes for piece in reading.pieces)
         reading.pieces.clear()
@@ -358,7 +365,9 @@ def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Un
     sense, or no path. TypeError: an unknown option.
     """
     loading, sampling = from_keywords({"model": model, **options}, ModelOptions, SamplingOptions)
-    paths = [path] if isinstance(path, str | os.PathLike) else path
+    paths = path
+    if isinstance(path, str | os.PathLike):
+        paths = [path]
     if not isinstance(paths, list | tuple) or not all(isinstance(each, str | os.PathLike) for each in paths):
         raise UsageError(f"the input is {brief(path)}, not a path", "give the path of a file or a folder of frames")
     ahead = Ahead(loading)

@@ -10,16 +10,32 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Unpack
 
 import torch
 
 from evoprune.errors import UsageError, error_record
-from evoprune.language.generate import PrefillState, TokenStream, embed_ids, stream_answer, teacher_forced_logits
+from evoprune.language.decoder import KVCache
+from evoprune.language.generate import (
+    PrefillState,
+    TokenStream,
+    can_crop,
+    dropping_for,
+    embed_ids,
+    layers_of,
+    new_cache,
+    prefill,
+    stream_answer,
+    teacher_forced_logits,
+)
+from evoprune.language.hosted import HostedCache
+from evoprune.language.prompt import Prompt
+from evoprune.language.pruned import prune_prompt
 from evoprune.model.cost import Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
 from evoprune.session.options import GenerationOptions
-from evoprune.session.prompting import PromptReader, check_not_empty
+from evoprune.session.prompting import check_not_empty, fitting_prompt, positions_of
 from evoprune.session.report import Encoding, fill_dropped, fill_pruning, fill_times, inputs_report
 from evoprune.session.session import Session
 from evoprune.session.signatures import takes
@@ -30,6 +46,9 @@ from evoprune.vision.encoder import Encoded
 
 if TYPE_CHECKING:
     from evoprune.session.keywords import GenerationKeywords
+
+# What a prompt up to the question depends on: its system prompt, and whether the model is to think.
+Beginning = tuple[str | None, bool]
 
 
 class Uncopied:
@@ -119,7 +138,9 @@ class Answer(Uncopied, Iterator[str]):
         return isinstance(text, str) and text in self.text
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (self.text == str(other) if isinstance(other, str | Answer) else False)
+        if self is other:
+            return True
+        return isinstance(other, str | Answer) and self.text == str(other)
 
     __hash__ = None  # in a set or as a key it would not be found by the text that it equals
 
@@ -164,7 +185,7 @@ class Askable(ABC, Uncopied):
         """Return the state from which the answer is decoded."""
 
     def _ended(self, turn: int) -> None:
-        """Called once the answer of that number is complete, was closed or failed."""
+        """Is called once the answer of that number is complete, was closed or failed."""
 
     @takes(GenerationOptions)
     def ask(
@@ -193,7 +214,8 @@ class Askable(ABC, Uncopied):
             generation = replace(
                 generation, repetition_penalty=self._session.loaded.generation.repetition_penalty or 1.0
             )
-        seed = self._session.pruning.seed if seed is None else seed
+        if seed is None:
+            seed = self._session.pruning.seed
         report = self._report_of(question, generation, seed)
         ids: list[int] = []
         pieces = self._pieces(question, generation, seed, report, ids, on_thoughts or (lambda piece: None))
@@ -202,7 +224,9 @@ class Askable(ABC, Uncopied):
     def _report_of(self, question: str, options: GenerationOptions, seed: int = 0) -> Report:
         report = self._blank_report()
         fresh = Report()
-        report.id, report.created_utc, report.question = fresh.id, fresh.created_utc, question
+        report.id = fresh.id
+        report.created_utc = fresh.created_utc
+        report.question = question
         report.generation = options.record(seed)
         if "demo_model" not in report.warnings and not self._session.loaded.knows_words(question):
             report.warnings.append("demo_question")
@@ -232,7 +256,8 @@ class Askable(ABC, Uncopied):
             clock.seconds, earlier = self._spent
         fill_times(report, clock.seconds, earlier, loaded.device)
         start = clock.now()
-        packing, packed = loaded.packing, loaded.packing.seconds
+        packing = loaded.packing
+        packed = packing.seconds
         state = self._read(question, options, report, clock)
         tokens = TokenStream(state, options, loaded.eos_ids, seed)
         self._paid = True
@@ -265,8 +290,10 @@ class Askable(ABC, Uncopied):
             update()
             thinking = report.thoughts is not None and not report.answer
             report.thoughts = (report.thoughts or "").rstrip() or None
-            if report.finish_reason == "length":
-                report.warnings.append("thoughts_cut" if thinking else "answer_cut")
+            if report.finish_reason == "length" and thinking:
+                report.warnings.append("thoughts_cut")
+            elif report.finish_reason == "length":
+                report.warnings.append("answer_cut")
             elif report.thoughts and not report.answer:
                 report.warnings.append("thoughts_only")
         finally:
@@ -279,15 +306,20 @@ class EncodedInputs(Askable):
     Threads wait for one another (`Answer`). A method that reads the question selects tokens for each one anew. `report` describes
     the encodings, and never changes: each answer has one of its own. `plans`: of each input, what was looked at, and how large.
 
-    `last_question`, to be set before it is asked, says that no question follows: a model with recurrent states (Qwen3.5) then reads
-    the prompt in one pass, not in two. One that follows after all waits longer.
+    Attention is causal: keys and values before the question do not depend on it. So a later question under the same system prompt
+    uses them again. Where tokens leave inside the language model, they leave by the question, and each prompt is read as a whole.
+
+    A recurrent state (Qwen3.5) is known only where a pass ends. So where layers have one, what is before the question is a pass of
+    its own, unless `last_question`, to be set before it is asked, says that no question follows. One that follows after all waits
+    longer.
     """
 
     def __init__(self, session: Session, encodings: Sequence[Encoding]):
         super().__init__(session)
         self._encodings = [encoding.own() for encoding in encodings]
         self.plans = [encoding.plan for encoding in encodings]
-        self._prompts = PromptReader(session, self.plans)
+        # How the prompt began, the cache, and how many of its columns no question changes.
+        self._prefix: tuple[Beginning, KVCache | HostedCache, int] | None = None
         self.last_question = False
         self._blank = inputs_report(session, self._encodings)
         self.report = deepcopy(self._blank)
@@ -297,8 +329,9 @@ class EncodedInputs(Askable):
         said = []
         for plan, tokens in ((encoding.plan, encoding.tokens) for encoding in self._encodings):
             count, height, width = plan.grid
-            pairs = f"{plan.sampling.frames} frames, {counted(count, 'frame pair')} of {height}x{width} units"
-            size = pairs if plan.kind == VIDEO else f"a picture of {height}x{width} units"
+            size = f"a picture of {height}x{width} units"
+            if plan.kind == VIDEO:
+                size = f"{plan.sampling.frames} frames, {counted(count, 'frame pair')} of {height}x{width} units"
             said.append(f"{plan.name!r}: {size}, {len(tokens.kept):,} of {plan.units:,} visual tokens kept")
         return f"<EncodedInputs {', '.join(said)}>"
 
@@ -349,8 +382,10 @@ class EncodedInputs(Askable):
     def _select_for(self, question: str, report: Report) -> None:
         """Has the method select tokens for this question; keys and values of earlier ones are of no use then."""
         loaded = self._session.loaded
-        before = self._prune_seconds if self._paid else 0.0
-        self._prompts = PromptReader(self._session, self.plans)
+        before = 0.0
+        if self._paid:
+            before = self._prune_seconds
+        self._prefix = None
         ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")
         words = embed_ids(loaded.model, ids)  # without the prompt around them
         self._encodings = [encoding.selected(words) for encoding in self._encodings]
@@ -364,20 +399,69 @@ class EncodedInputs(Askable):
     def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
         """Return the state from which the answer is decoded; the tokens are selected first, if the method reads the question."""
         with clock.stage("prefill"):
-            prompt = self._prompts.build(question, options, sum(encoding.kept for encoding in self._encodings))
+            kept = sum(encoding.kept for encoding in self._encodings)
+            prompt = fitting_prompt(self._session, self.plans, question, options, kept)
         if selects := any(encoding.rows for encoding in self._encodings):
             with clock.stage("encode"):
                 self._select_for(question, report)
         with clock.stage("prefill"):
-            read = [encoding.tokens for encoding in self._encodings]
             last = self.last_question or selects  # what is selected anew has a prompt of its own
-            state = self._prompts.read(read, prompt, (options.system, options.thinking), last)
+            state = self._prefill(prompt, (options.system, options.thinking), last)
             state.prompt_ids = prompt.input_ids
-            visual = sum(len(tokens.kept) for tokens in read)
+            visual = sum(len(encoding.tokens.kept) for encoding in self._encodings)
             columns = state.cache.length
             report.tokens = TokenCounts(columns - visual, visual, columns, 0)
         fill_dropped(report, state.dropping)
         return state
+
+    def _prefill(self, prompt: Prompt, beginning: Beginning, last: bool) -> PrefillState:
+        """Return the state that decoding of a prompt starts from. `last`: nothing has to be kept for another question."""
+        loaded = self._session.loaded
+        pruning = self._session.pruning
+        model = loaded.model
+        read = [encoding.tokens for encoding in self._encodings]
+        positions = positions_of(prompt, self.plans, loaded)
+        pruned = prune_prompt(prompt.input_ids, prompt.places, read, positions, partial(embed_ids, model))
+        share = pruning.budget.share_of_all([plan.grid for plan in self.plans])
+        if dropping := dropping_for(model, pruning.method, share, read, pruned):
+            return prefill(
+                model, pruned.embeds, pruned.positions, pruned.following, None, pruned.sizes, dropping, pruned.deepstack
+            )
+        shared = int((pruned.columns < prompt.prefix_length).sum())
+        crops = can_crop(model)
+        cache, known = self._take_prefix(beginning, shared, last)
+        if shared and not (known or crops or last):  # the prefix by itself, so that a copy can serve each question
+            cache = new_cache(model, shared)
+            known = shared
+            prefix = pruned[:known]
+            given = {"sizes": prefix.sizes, "deepstack": prefix.deepstack}
+            layers_of(model).forward(model, prefix.embeds, prefix.positions, cache, **given)
+            self._prefix = beginning, cache, known
+            cache = cache.copy()
+        rest = pruned[known:]
+        state = prefill(model, rest.embeds, rest.positions, rest.following, cache, rest.sizes, None, rest.deepstack)
+        if crops:
+            self._prefix = beginning, state.cache, shared
+        return state
+
+    def _take_prefix(self, beginning: Beginning, shared: int, last: bool) -> tuple[KVCache | HostedCache | None, int]:
+        """Return the cache up to the question, and its columns; of the new prompt `shared` do not depend on the question."""
+        taken = self._prefix
+        self._prefix = None
+        if taken is None or taken[0] != beginning:
+            return None, 0
+        _, cache, known = taken
+        if not can_crop(self._session.loaded.model):
+            if known > shared:
+                return None, 0
+            if last:
+                return cache, known
+            self._prefix = taken
+            return cache.copy(), known
+        known = min(known, shared)  # both end with the inputs or with their subtitles
+        cache.crop(known)
+        self._prefix = beginning, cache, known  # a prompt that breaks off leaves this much
+        return cache, known
 
 
 def together(session: Session, inputs: Sequence[EncodedInputs]) -> EncodedInputs:

@@ -32,7 +32,7 @@ OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that an entry need not h
 
 
 def cache_folder() -> Path:
-    """EVOPRUNE_CACHE_DIR, or `evoprune` where this user's caches are."""
+    """Return EVOPRUNE_CACHE_DIR, or `evoprune` where this user's caches are."""
     standard = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "evoprune")
     return Path(os.path.expanduser(os.environ.get("EVOPRUNE_CACHE_DIR") or standard))
 
@@ -100,7 +100,7 @@ class Entries:
         return self.folder / f"{key}{SUFFIX}"
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Regular files of this cache, entries and unfinished ones; another process may delete them at any time."""
+        """Yield regular files of this cache, entries and unfinished ones; another process may delete them at any time."""
         for ending in (f"{'[0-9a-f]' * 64}{SUFFIX}", f"tmp*{UNFINISHED}"):
             for path in self.folder.glob(ending):
                 with suppress(OSError):
@@ -112,8 +112,10 @@ class Entries:
         total = 0
         for path, stat in sorted(self._files(), key=lambda file: file[1].st_mtime, reverse=True):
             total += stat.st_size
-            unfinished = path.suffix == UNFINISHED
-            if total > self.limit_bytes if not unfinished else time.time() - stat.st_mtime > 3600:
+            superfluous = total > self.limit_bytes
+            if path.suffix == UNFINISHED:
+                superfluous = time.time() - stat.st_mtime > 3600
+            if superfluous:
                 with suppress(OSError):
                     path.unlink()
 
@@ -157,17 +159,18 @@ class Cache(Entries):
                 return None
             with suppress(OSError):  # a folder that may only be read
                 os.utime(path)
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
             features = tensors["features"]
             encoded = Encoded(
-                features.to(device),
-                tensors["kept"].to(device),
+                features,
+                tensors["kept"],
                 features.new_empty(facts["rows"], features.shape[1], device="meta"),
-                tensors["unit_to_row"].to(device),
+                tensors["unit_to_row"],
                 tuple(tuple(grid) for grid in facts["grids"]),
                 [tuple(layer) for layer in facts["layers"]],
                 0.0,
                 facts["flat"],
-                *(tensors[name].to(device) if name in tensors else None for name in OPTIONAL),
+                *map(tensors.get, OPTIONAL),
                 after_tower_below=facts["after_tower_below"],
             )
             return Entry(encoded, tuple(facts["read_s"]), facts["moved"])

@@ -141,7 +141,9 @@ class OpenInput:
     def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
         """Return what is looked at, as `video.frames.read_frames` yields it."""
         plan = self.plan
-        read = self.ahead.read_frames if self.ahead else read_frames
+        read = read_frames
+        if self.ahead:
+            read = self.ahead.read_frames
         given = {"chunk_bytes": chunk_bytes, "cores": self.cores, "on_frames": self.count.at_least}
         return read(plan.source, plan.sampling.times_s, **given, **plan.reading)
 
@@ -196,7 +198,11 @@ class OpenInput:
         warnings += plan.info.warnings
         result, cache = self._result(clock, progress, pieces, warnings)
         wall = before["plan"] + read_before + clock.now() - start
-        rows, tokens = (None, result) if isinstance(result, Encoded) else (result, result.nothing_selected())
+        rows = None
+        tokens = result
+        if isinstance(result, EncodedRows):
+            rows = result
+            tokens = rows.nothing_selected()
         wanted = pruning.prunes and pruning.budget.keep(plan.full.grid) < plan.units
         if plan.kind == PICTURE and rows is None and wanted and len(tokens.kept) == plan.units:
             warnings.append("whole_picture")  # the method keeps at least one whole frame pair
@@ -257,7 +263,9 @@ class OpenInput:
         """Yield all patches, once more in each pass."""
         begun = self._begun
         self._begun = None
-        self.damaged, self.other_shape, self.moved, self.read_s = 0, False, False, ()
+        self.damaged = 0
+        self.other_shape = self.moved = False
+        self.read_s = ()
         for piece in clock.each("wait", begun or self._read_now()):
             self._tell()
             self.damaged += piece.damaged
@@ -302,7 +310,8 @@ class OpenInput:
 
     def _prepared(self) -> Generator[Piece, None, None]:
         """Yield the patches of each chunk of frames."""
-        plan, limits = self.plan, self.session.loaded.limits[self.plan.kind]
+        plan = self.plan
+        limits = self.session.loaded.limits[plan.kind]
         with closing(self.frames(chunk_bytes(self.session, plan))) as chunks:
             for chunk in self.clock.each("read", chunks):
                 self.count.at_least(chunk.first + len(chunk.frames))
@@ -337,7 +346,8 @@ class CachedInput(OpenInput):
         self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> tuple[Encoded | EncodedRows, str]:
         if self.stored:
-            self.read_s, self.moved = self.stored.read_s, self.stored.moved
+            self.read_s = self.stored.read_s
+            self.moved = self.stored.moved
             return self.stored.encoded, "hit"
         result, _ = super()._result(clock, progress, pieces, warnings)
         # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.
@@ -346,12 +356,16 @@ class CachedInput(OpenInput):
             storable = self.key and whole and entry_key(self.session, self.plan) == self.key
             if storable and not self.cache.store(self.key, Entry(result, self.read_s, self.moved)):
                 warnings.append("cache_not_written")
-        return result, "miss" if self.key else "off"
+        if self.key:
+            return result, "miss"
+        return result, "off"
 
 
 def entry_key(session: Session, plan: Plan) -> str | None:
-    """Equal keys mean equal encodings. None without a fingerprint of the model or a readable file."""
-    loaded, pruning, limits = session.loaded, session.pruning, session.loaded.limits[plan.kind]
+    """Return a key; equal ones mean equal encodings. None without a fingerprint of the model or a readable file."""
+    loaded = session.loaded
+    pruning = session.pruning
+    limits = loaded.limits[plan.kind]
     if loaded.fingerprint is None or plan.info.container == ARRAY:
         return None
     try:
@@ -381,7 +395,9 @@ class OpenInputs:
     """
 
     def __init__(self, session: Session, inputs: Sequence[OpenInput], files: ExitStack | None = None):
-        self.session, self.inputs, self.plans = session, inputs, [opened.plan for opened in inputs]
+        self.session = session
+        self.inputs = inputs
+        self.plans = [opened.plan for opened in inputs]
         self._files = files or ExitStack()
         self._names = {opened.plan.info.path: opened.plan.name for opened in inputs if not opened.lasting}
 
@@ -427,9 +443,11 @@ class OpenInputs:
         encodings = []
         for opened in self.inputs:
             others = TEXT + kept - opened.plan.encoder.keep
-            stored = opened.stored
-            with opened.clock.stage("plan"):
-                pieces.append([] if stored else fitting_pieces(self.session, opened.plan, others))
+            fitting = []
+            if not opened.stored:
+                with opened.clock.stage("plan"):
+                    fitting = fitting_pieces(self.session, opened.plan, others)
+            pieces.append(fitting)
         for number, opened in enumerate(self.inputs):
             if progress and count > 1:
                 progress("input", number + 1, count)
@@ -471,8 +489,11 @@ def open_inputs(
     inputs = []
     if cache and not session.pruning.method.reads_question:
         kind = partial(CachedInput, cache=cache)
-    names = [name_of(path) for path in paths] if names is None else names
-    look = ahead.probe if ahead else probe
+    if names is None:
+        names = [name_of(path) for path in paths]
+    look = probe
+    if ahead:
+        look = ahead.probe
     how = {"offline": session.loaded.found.options.offline}
     if progress:
         how["progress"] = partial(progress, "download")
@@ -495,7 +516,7 @@ def open_inputs(
 
 
 def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[float] | None = None) -> list[Input]:
-    """One or several inputs, paths as texts, and arrays of frames as videos of that rate or these times.
+    """Return one or several inputs, paths as texts, and arrays of frames as videos of that rate or these times.
 
     Raises UsageError: there are none, or something else; and what `held_video` raises.
     """
@@ -513,11 +534,16 @@ def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[flo
         elif isinstance(value, str | os.PathLike) and not isinstance(os.fspath(value), bytes):
             made.append(os.fspath(value))
         else:
-            known = isinstance(value, EncodedInputs)
-            hint = "ask takes it as it is: ask([encoded, ...], question)" if known else KINDS_HINT
             subject = "the input" if value is given else "an input"
-            raise UsageError(f"{subject} is {brief(value)}, not a path", hint)
+            raise UsageError(f"{subject} is {brief(value)}, not a path", _hint(value, KINDS_HINT))
     return made
+
+
+def _hint(value: Any, usual: str) -> str:
+    """Return what to do where a value is not an input that can be opened: what is usual, unless it is encoded already."""
+    if isinstance(value, EncodedInputs):
+        return "ask takes it as it is: ask([encoded, ...], question)"
+    return usual
 
 
 def paths_of(given: Any) -> Sequence[Path]:
@@ -525,12 +551,13 @@ def paths_of(given: Any) -> Sequence[Path]:
 
     Raises UsageError if there are none, or what was given are no paths.
     """
-    paths = [given] if isinstance(given, str | os.PathLike) else given
+    paths = given
+    if isinstance(given, str | os.PathLike):
+        paths = [given]
     if not isinstance(paths, list | tuple) or not paths:
         raise UsageError(f"the input is {brief(given)}, not a path", "give the path of a file or a folder of frames")
     for path in paths:
         if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
-            known = isinstance(path, EncodedInputs)
-            hint = "ask takes it as it is: ask([encoded, ...], question)" if known else "give paths of files or folders"
+            hint = _hint(path, "give paths of files or folders")
             raise UsageError(f"an input is {brief(path)}, not a path", hint)
     return [os.fspath(path) for path in paths]

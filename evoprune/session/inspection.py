@@ -42,8 +42,10 @@ def environment_facts(stdout: TextIO) -> dict:
     demos = {}  # `demo_model`, `demo_model_folder` and so on
     for name, demo in DEMOS.items():
         key = f"{name.replace('-', '_')}_model"
-        there = (demo.folder / "model.safetensors").is_file()
-        demos |= {key: "installed" if there else "missing", f"{key}_folder": str(demo.folder)}
+        demos[key] = "missing"
+        if (demo.folder / "model.safetensors").is_file():
+            demos[key] = "installed"
+        demos[f"{key}_folder"] = str(demo.folder)
     cache = Cache()
     videos, occupied = cache.size()
     models, models_bytes = weights_folder().size()
@@ -87,7 +89,7 @@ def model_facts(model: FoundModel) -> dict:
     return {
         "id": model.id,
         "on_disk": bool(model.files_here),
-        "folder": None if model.folder is None else str(model.folder),
+        "folder": model.folder and str(model.folder),
         "download_bytes": model.download_bytes,
         "tower": {"layers": vision.depth, "hidden_size": vision.hidden_size},
         "language_model": {"layers": text.num_hidden_layers, "hidden_size": text.hidden_size},
@@ -119,7 +121,13 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
         needed = model.weights_bytes + working
         if available is None or needed <= available:
             break
+    enough = None
+    if available is not None:
+        enough = needed <= available
+    most = needed + model.packed_bytes
     patches = patch_bytes(plan, model.limits[plan.kind])
+    if patches <= LIMIT_BYTES:
+        most += patches
     return {
         "method": config.name,
         "budget": config.budget.recorded,
@@ -127,9 +135,9 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
         "weights_bytes": model.weights_bytes,
         "working_bytes": working,
         "needed_bytes": needed,
-        "used_if_free_bytes": needed + model.packed_bytes + (patches if patches <= LIMIT_BYTES else 0),
+        "used_if_free_bytes": most,
         "available_bytes": available,
-        "enough": None if available is None else needed <= available,
+        "enough": enough,
     }
 
 
@@ -141,7 +149,7 @@ def plan_facts(plan: Plan, config) -> dict:
         "start_s": span and span.start_s,
         "end_s": span and span.end_s,
         "frames": plan.sampling.frames,
-        "timestamps_s": list(span.times_s) if span else None,
+        "timestamps_s": span and list(span.times_s),
         "resized_hw": [plan.height, plan.width],
         "grid": list(plan.grid),
         "visual_tokens": n,

@@ -123,7 +123,9 @@ class ModelOptions:
         if self.load_format not in LOAD_FORMATS:
             raise UsageError(f"unknown load format {self.load_format!r}", f"use {' or '.join(LOAD_FORMATS)}")
         if self.engine not in ENGINES:
-            hint = "batch --on ray runs on a Ray cluster" if self.engine == "ray" else f"use {', '.join(ENGINES)}"
+            hint = f"use {', '.join(ENGINES)}"
+            if self.engine == "ray":
+                hint = "batch --on ray runs on a Ray cluster"
             raise UsageError(f"unknown engine {self.engine!r}", hint)
         check_dtype(self.dtype)
         check_quantize(self.quantize)
@@ -289,8 +291,10 @@ class SamplingOptions:
 
     def of_each(self, inputs: Sequence[Video]) -> list["SamplingOptions"]:
         """Return what they say of each of several inputs: a part of the time is about videos, if there are any."""
-        videos = any(info.kind == VIDEO for info in inputs)
-        return [self.timeless if videos and info.kind == PICTURE else self for info in inputs]
+        if all(info.kind == PICTURE for info in inputs):
+            return [self] * len(inputs)
+        of_kind = {VIDEO: self, PICTURE: self.timeless}
+        return [of_kind[info.kind] for info in inputs]
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -349,7 +353,7 @@ class PipelineOptions:
 
     @classmethod
     def of(cls, **options) -> Self:
-        """Made of the fields of all five. Raises UsageError: a bad value. TypeError: an unknown option."""
+        """Return what the fields of all five make. Raises UsageError: a bad value. TypeError: an unknown option."""
         return cls(*from_keywords(options, *cls.KINDS, StreamOptions))
 
 

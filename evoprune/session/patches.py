@@ -44,7 +44,7 @@ class Count:
         self.frames = 0
 
     def at_least(self, frames: int) -> None:
-        """Called by the thread that reads."""
+        """Is called by the thread that reads."""
         self.frames = max(self.frames, frames)
 
 
@@ -210,7 +210,7 @@ def patch_bytes(plan: Plan, limits: InputLimits) -> int:
 
 
 def content_key(plan: Plan, limits: InputLimits, device: torch.device) -> Hashable | None:
-    """Equal keys mean equal patches: of the same state of the same files, read in the same way. None where there is no such file.
+    """Return a key; equal ones mean equal patches: of the same state of the same files, read in the same way. None without a file.
 
     All of the plan counts but for what no pixel depends on.
     """
@@ -218,7 +218,9 @@ def content_key(plan: Plan, limits: InputLimits, device: torch.device) -> Hashab
     if plan.info.container == ARRAY:
         return None
     try:
-        paths = files(path, IMAGES) if os.path.isdir(path) else [path]
+        paths = [path]
+        if os.path.isdir(path):
+            paths = files(path, IMAGES)
         states = [os.stat(name) for name in paths]
     except (OSError, ValueError):
         return None

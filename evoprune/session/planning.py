@@ -63,7 +63,9 @@ def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtit
         count = (fits + too_many) // 2
         middles = [(2 * i + 1) * len(lines) // (2 * count) for i in range(count)]  # of equal shares
         block = as_text([lines[i] for i in middles])
-        needed = len(tokenizer.encode(block)) if len(block) <= longest else max_tokens + 1
+        needed = max_tokens + 1
+        if len(block) <= longest:
+            needed = len(tokenizer.encode(block))
         if needed <= max_tokens:
             fits = count
             text = block
@@ -116,7 +118,8 @@ def encoding_bytes(
     `bytes_each`: of a weight. `prompt`: tokens that the language model reads, in each layer or in all.
     """
     row_bytes = PATCHES * config.vision_config.hidden_size
-    rows, left = max(encoder.layers), encoder.rows
+    rows = max(encoder.layers)
+    left = encoder.rows
     more = 0
     if any(isinstance(stage.reduce, WholePairs) for stage in encoder.row_stages):
         more = encoder.units * row_bytes * 4  # the means of all frame pairs are made in float32
@@ -127,7 +130,8 @@ def encoding_bytes(
 
 def chunk_bytes(session: Session, plan: Plan) -> int:
     """Bytes of decoded frames to hold at a time: no more frames than are embedded at a time, and no more than a few large ones."""
-    limits, (_, height, width) = session.loaded.video, plan.grid
+    limits = session.loaded.video
+    _, height, width = plan.grid
     pairs = -(-largest_piece(session.loaded.model.device) // (height * width))
     return min(CHUNK_BYTES, pairs * limits.temporal_patch_size * plan.source.width * plan.source.height * 3)
 
@@ -147,7 +151,7 @@ def piece_sizes(device: torch.device, encoder: EncoderPlan) -> list[int]:
 
 
 def fitting_pieces(session: Session, plan: Plan, other_tokens: int = TEXT) -> list[int]:
-    """Those of `piece_sizes` for which there is enough memory.
+    """Return those of `piece_sizes` for which there is enough memory.
 
     Raises OutOfMemory: there is not enough even for a frame pair, or for the prompt, with `other_tokens` beside the video's.
     """
@@ -165,13 +169,15 @@ def fitting_pieces(session: Session, plan: Plan, other_tokens: int = TEXT) -> li
             return sizes[number:]
     frames = f"{counted(plan.sampling.frames, 'frame')} of {plan.width}x{plan.height} pixels"
     kept = f"{frames}, {encoder.keep:,} visual tokens kept"
-    kept += f", {other_tokens:,} other tokens" if other_tokens > TEXT else ""
+    if other_tokens > TEXT:
+        kept += f", {other_tokens:,} other tokens"
     raise OutOfMemory(f"{plan.name} {short}: {kept}", USE_LESS, stage="encode")
 
 
 def check_carried(session: Session, plan: Plan) -> None:
     """Raises OutOfMemory where there is too little for what a window of a stream leaves to the next one (live/segments.py)."""
-    model, (_, height, width) = session.loaded.model, plan.encoder.grid
+    model = session.loaded.model
+    _, height, width = plan.encoder.grid
     needed = 2 * carried_bytes(model.config, height * width, model.dtype.itemsize)  # two windows' are held at once
     if plan.encoder.reuse and (short := shortage(needed, str(model.device))):
         raise OutOfMemory(f"a stream of {plan.width}x{plan.height} pixels {short}", USE_LESS, stage="encode")

@@ -1,25 +1,12 @@
-"""Prefill: the language model reads a question about videos and pictures. Before that, whether the prompt fits."""
+"""The prompt of a question about videos and pictures, and whether it fits."""
 
 from collections.abc import Collection, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 
 from evoprune.errors import USE_LESS, OutOfMemory, UsageError
-from evoprune.language.decoder import KVCache
-from evoprune.language.generate import (
-    PrefillState,
-    can_crop,
-    dropping_for,
-    embed_ids,
-    layers_of,
-    new_cache,
-    prefill,
-)
-from evoprune.language.hosted import HostedCache
 from evoprune.language.prompt import Prompt, Tokenizer, build_prompt, prompt_positions, timestamps
-from evoprune.language.pruned import prune_prompt
 from evoprune.model.config import VisionConfig
 from evoprune.model.cost import language_bytes, shortage
 from evoprune.session.loading.model import LoadedModel
@@ -29,103 +16,32 @@ from evoprune.session.session import Session
 from evoprune.util import brief, counted
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import Plan
-from evoprune.vision.encoder import Encoded
-
-# What a prompt up to the question depends on: its system prompt, and whether the model is to think.
-Beginning = tuple[str | None, bool]
 
 
-class PromptReader:
-    """Reads prompts about the same inputs, one at a time.
+def fitting_prompt(
+    session: Session, plans: Sequence[Plan], question: str, options: GenerationOptions, kept: int
+) -> Prompt:
+    """Return the prompt of a question, with room for all visual tokens of the inputs, of which `kept` will be read.
 
-    Attention is causal: keys and values before the question do not depend on it. So a later question under the same system prompt
-    uses them again. Where tokens leave inside the language model, they leave by the question, and each prompt is read as a whole.
-
-    A recurrent state is known only where a pass ends. So where layers have one, what is before the question is a pass of its own,
-    unless no question follows.
+    Raises UsageError: it does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
     """
+    loaded = session.loaded
+    check_question(loaded, question)
+    vision = loaded.model.config.vision_config
+    prompt = prompt_about(loaded.tokenizer, vision, plans, question, options.system, options.thinking)
+    check_context(loaded, prompt.text_tokens, kept, options.max_new_tokens)
+    check_memory(session, prompt.text_tokens, kept)
+    return prompt
 
-    def __init__(self, session: Session, plans: Sequence[Plan]):
-        self._session = session
-        self._loaded = session.loaded
-        self._plans = plans
-        # How the prompt began, the cache, and how many of its columns no question changes.
-        self._prefix: tuple[Beginning, KVCache | HostedCache, int] | None = None
 
-    def build(self, question: str, options: GenerationOptions, kept: int) -> Prompt:
-        """Return the prompt of a question, with room for all visual tokens of the inputs, of which `kept` will be read.
-
-        Raises UsageError: it does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
-        """
-        check_question(self._loaded, question)
-        vision = self._loaded.model.config.vision_config
-        beginning = options.system, options.thinking
-        prompt = prompt_about(self._loaded.tokenizer, vision, self._plans, question, *beginning)
-        check_context(self._loaded, prompt.text_tokens, kept, options.max_new_tokens)
-        check_memory(self._session, prompt.text_tokens, kept)
-        return prompt
-
-    def read(
-        self, encoded: Sequence[Encoded], prompt: Prompt, beginning: Beginning, last: bool = False
-    ) -> PrefillState:
-        """Return the state that decoding of a prompt from `build` starts from.
-
-        `encoded`: the tokens of each input. `last`: no question follows, so nothing has to be kept for one.
-        """
-        model = self._loaded.model
-        pruned = prune_prompt(
-            prompt.input_ids, prompt.places, encoded, self.positions(prompt), partial(embed_ids, model)
-        )
-        pruning = self._session.pruning
-        share = pruning.budget.share_of_all([plan.grid for plan in self._plans])
-        if dropping := dropping_for(model, pruning.method, share, encoded, pruned):
-            return prefill(
-                model, pruned.embeds, pruned.positions, pruned.following, None, pruned.sizes, dropping, pruned.deepstack
-            )
-        shared = int((pruned.columns < prompt.prefix_length).sum())
-        crops = can_crop(model)
-        cache, known = self._take_prefix(beginning, shared, last)
-        if shared and not (known or crops or last):  # the prefix by itself, so that a copy can serve each question
-            cache = new_cache(model, shared)
-            known = shared
-            prefix = pruned[:known]
-            given = {"sizes": prefix.sizes, "deepstack": prefix.deepstack}
-            layers_of(model).forward(model, prefix.embeds, prefix.positions, cache, **given)
-            self._prefix = beginning, cache, known
-            cache = cache.copy()
-        rest = pruned[known:]
-        state = prefill(model, rest.embeds, rest.positions, rest.following, cache, rest.sizes, None, rest.deepstack)
-        if crops:
-            self._prefix = beginning, state.cache, shared
-        return state
-
-    def positions(self, prompt: Prompt) -> torch.Tensor:
-        """int64 `[3, L]`, of the tokens of a prompt from `build`, by Qwen's rule."""
-        pair = self._loaded.video.temporal_patch_size
-        spans = []
-        for place, plan in zip(prompt.places, self._plans, strict=True):
-            spans += place.spans(plan.grid, plan.sampling.seconds_per_pair(pair))
-        per_second = self._loaded.model.config.vision_config.tokens_per_second
-        return prompt_positions(len(prompt.input_ids), spans, per_second)
-
-    def _take_prefix(self, beginning: Beginning, shared: int, last: bool) -> tuple[KVCache | HostedCache | None, int]:
-        """Return the cache up to the question, and its columns; of the new prompt `shared` do not depend on the question."""
-        taken = self._prefix
-        self._prefix = None
-        if taken is None or taken[0] != beginning:
-            return None, 0
-        _, cache, known = taken
-        if not can_crop(self._loaded.model):
-            if known > shared:
-                return None, 0
-            if last:
-                return cache, known
-            self._prefix = taken
-            return cache.copy(), known
-        known = min(known, shared)  # both end with the inputs or with their subtitles
-        cache.crop(known)
-        self._prefix = beginning, cache, known  # a prompt that breaks off leaves this much
-        return cache, known
+def positions_of(prompt: Prompt, plans: Sequence[Plan], loaded: LoadedModel) -> torch.Tensor:
+    """Return the positions of a prompt about some inputs by Qwen's rule, int64 `[3, L]`."""
+    pair = loaded.video.temporal_patch_size
+    per_second = loaded.model.config.vision_config.tokens_per_second
+    videos = []
+    for place, plan in zip(prompt.places, plans, strict=True):
+        videos += place.positions(plan.grid, plan.sampling.seconds_per_pair(pair), per_second)
+    return prompt_positions(len(prompt.input_ids), videos)
 
 
 def prompt_about(
@@ -145,10 +61,12 @@ def prompt_about(
     else:
         videos = [plan.subtitles.text for plan in plans if plan.kind == VIDEO]
         subtitles = "".join(f"Video {number}:\n{text}" for number, text in enumerate(videos, 1) if text)
-    times = [  # before each frame pair, where the model reads them
-        timestamps(plan.shown_s, vision.temporal_patch_size) if vision.traits.timestamps and plan.kind == VIDEO else []
-        for plan in plans
-    ]
+    times = []
+    for plan in plans:
+        before_pairs = []
+        if vision.traits.timestamps and plan.kind == VIDEO:
+            before_pairs = timestamps(plan.shown_s, vision.temporal_patch_size)
+        times.append(before_pairs)
     inputs = [(plan.kind, plan.visual_tokens) for plan in plans]
     kwargs = {"system": system, "thinking": thinking}
     return build_prompt(tokenizer, question, inputs, subtitles=subtitles, times=times, **kwargs)
@@ -183,7 +101,9 @@ def longest_prompt(
 def check_question(loaded: LoadedModel, question: str) -> None:
     """Raises UsageError where the beginning of a question does not fit into the context: all of it might take minutes to split."""
     context = loaded.model.config.text_config.max_position_embeddings
-    beginning = question[: 8 * context] if context else question  # characters for each token
+    if not context:
+        return
+    beginning = question[: 8 * context]  # characters for each token
     # A cut word may take a few tokens more than the whole one, and prompt and answer have as many of their own.
     if len(beginning) < len(question) and len(loaded.tokenizer.encode(beginning)) > context:
         length = f"a question of {len(question):,} characters"

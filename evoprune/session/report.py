@@ -44,7 +44,7 @@ class Encoding:
         return replace(self, rows=rows, tokens=rows.nothing_selected())
 
     def selected(self, question: torch.Tensor) -> "Encoding":
-        """With the tokens for a question, its embedding `[words, D]`, where the method selects them for each one."""
+        """Return it with the tokens for a question, its embedding `[words, D]`, where the method selects them for each one."""
         return replace(self, tokens=select_tokens(self.rows, question)) if self.rows else self
 
 
@@ -53,7 +53,9 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
     layers = zip(*(tokens.layers for tokens in read), strict=True)
     kept = sum(len(tokens.kept) for tokens in read)
     below = max(tokens.after_tower_below for tokens in read)
-    small = sum(prod(grid) < below for tokens in read for grid in tokens.grids)
+    small = None
+    if below:
+        small = sum(prod(grid) < below for tokens in read for grid in tokens.grids)
     return Pruning(
         method=config.name,
         args=config.method.args,
@@ -67,7 +69,7 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
         kept_per_pair=[count for tokens in read for count in tokens.kept_per_pair],
         positions=positions,
         after_tower_below=below or None,
-        after_tower_inputs=small if below else None,
+        after_tower_inputs=small,
     )
 
 
@@ -84,7 +86,9 @@ def inputs_report(session: Session, encodings: Sequence[Encoding]) -> Report:
     )
     if len(report.inputs) == 1:
         only = report.inputs[0]
-        report.video, report.sampling, report.subtitles = only.video, only.sampling, only.subtitles
+        report.video = only.video
+        report.sampling = only.sampling
+        report.subtitles = only.subtitles
     fill_pruning(report, session, encodings)
     report.time_ms.load = None if session.load_seconds is None else session.load_seconds * 1000
     for part, spent in loaded.load_seconds.items():
@@ -113,11 +117,15 @@ def _input_facts(session: Session, encoding: Encoding) -> InputFacts:
     grid = [count, height * merge, width * merge]
     sampling = Sampling(frames=plan.sampling.frames, resized_hw=[plan.height, plan.width], grid_thw=grid)
     if plan.sampling is not ONE_FRAME:
-        sampling.start_s, sampling.end_s = plan.sampling.start_s, plan.sampling.end_s
+        sampling.start_s = plan.sampling.start_s
+        sampling.end_s = plan.sampling.end_s
         sampling.timestamps_s = list(plan.sampling.times_s)
         sampling.seek = KEYFRAMES if plan.moved else EXACT
         sampling.read_s = list(plan.read_s)
         sampling.seconds_per_pair = plan.sampling.seconds_per_pair(session.loaded.video.temporal_patch_size)
+    warnings = [*encoding.warnings, *plan.subtitles.warnings]
+    if tokens.flat:
+        warnings.append(FLAT)
     return InputFacts(
         path=plan.name,
         kind=plan.kind,
@@ -126,7 +134,7 @@ def _input_facts(session: Session, encoding: Encoding) -> InputFacts:
         time_ms=InputTimes(**times, encode_prune=tokens.prune_seconds * 1000),
         cache=encoding.cache,
         subtitles=plan.subtitles.record(),
-        warnings=[*encoding.warnings, *plan.subtitles.warnings, *([FLAT] if tokens.flat else [])],
+        warnings=warnings,
     )
 
 
@@ -152,7 +160,10 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
     # Prefill gives the first token; the rate is that of the passes after it.
     passes = max(0, (report.tokens.new or 0) - 1)
     generating = seconds.get("generate", 0.0) - late_packing
-    report.rate = Rate(passes / generating if passes and generating > 0 else None)
+    rate = Rate()
+    if passes and generating > 0:
+        rate = Rate(passes / generating)
+    report.rate = rate
     report.memory.peak_bytes = peak_memory(device)
     report.memory.own_bytes, report.memory.mapped_bytes = memory_in_use(device)
 

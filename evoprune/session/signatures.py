@@ -72,7 +72,9 @@ def meaning(kind: type, field: Field) -> str:
 def type_code(field: Field) -> str:
     """Return the type of an option in Python, as code."""
     also = field.metadata[OPTION].also
-    return code(field.type) + (f" | {also}" if also else "")
+    if also:
+        return f"{code(field.type)} | {also}"
+    return code(field.type)
 
 
 def code(declared: Any) -> str:

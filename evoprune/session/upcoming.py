@@ -33,15 +33,19 @@ def idle_cores(loaded: LoadedModel) -> int:
 
     The model keeps `busy_cores` busy. `--threads N` allows N cores in all.
     """
-    cores = available_cores() if loaded.cores is None else min(available_cores(), loaded.cores)
+    cores = available_cores()
+    if loaded.cores is not None:
+        cores = min(cores, loaded.cores)
     return max(0, cores - busy_cores(torch.device(loaded.device)))
 
 
 def readers(loaded: LoadedModel) -> int:
     """Return how many inputs are read at a time: one for each two idle cores, as memory allows, at least one and at most `MOST`."""
     available = available_memory()
-    room = MOST if available is None else available // READER_BYTES
-    return max(1, min(idle_cores(loaded) // 2, room, MOST))
+    most = MOST
+    if available is not None:
+        most = min(most, available // READER_BYTES)
+    return max(1, min(idle_cores(loaded) // 2, most))
 
 
 class Upcoming(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
@@ -120,7 +124,10 @@ class Upcoming(Iterator[tuple[T, OpenInputs | Exception]], Generic[T]):
         self._scope.enter()
         while opening := self._taken():
             try:
-                inputs = self._opened(opening.item, self._loaded.cores if opening.first else self._share)
+                cores = self._share
+                if opening.first:
+                    cores = self._loaded.cores
+                inputs = self._opened(opening.item, cores)
             except BaseException as problem:
                 inputs = problem
             with self._changed:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from evoprune.language.prompt import VisualSpan, prompt_positions
+from evoprune.language.prompt import prompt_positions, video_positions
 from evoprune.video.plan import even_times
 from experiments.demo.build import AFTER_QUESTION, BEFORE_VIDEO
 from experiments.demo.clips import COLOURS, MOTIONS, SHAPES, SIZES, Clip, make_clip
@@ -135,7 +135,8 @@ def question_batches(recipe: Recipe, tokenizer, first: int):
                 pack.append(asked[number :: recipe.packs])
         before = ids(BEFORE_VIDEO)
         prefix = before + [7] * n + ids("<|vision_end|>")
-        where = prompt_positions(len(prefix), [VisualSpan(len(before), (grids, height, width), pace)], 2)
+        inside = video_positions((grids, height, width), pace, 2)
+        where = prompt_positions(len(prefix), [(len(before), inside)])
         yield {
             "frames": torch.from_numpy(np.concatenate(frames)),
             "grid": (grids, height, width),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from evoprune.language.prompt import VisualSpan, prompt_positions
+from evoprune.language.prompt import prompt_positions, video_positions
 from evoprune.video.plan import even_times
 from experiments.demo.batches import packed
 from experiments.demo.build import BEFORE_VIDEO
@@ -221,12 +221,12 @@ def _prefix(
     before = ids(BEFORE_VIDEO)
     n = int(np.prod(grid))
     prefix = before[:-1]
-    spans = []
+    videos = []
     for _ in range(inputs):
         prefix = [*prefix, *ids("<|vision_start|>")]
-        spans.append(VisualSpan(len(prefix), grid, pace))
+        videos.append((len(prefix), video_positions(grid, pace, 2)))
         prefix = [*prefix, *[pad] * n, *ids("<|vision_end|>")]
-    where = prompt_positions(len(prefix), spans, 2)
+    where = prompt_positions(len(prefix), videos)
     if rng.random() < 0.3:  # as in a long stream, of which this is the end
         where[:, len(before) - 1 :] += int(rng.integers(OFFSET))
     return prefix, where, int(where.max()) + 1

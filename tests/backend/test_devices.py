@@ -29,7 +29,7 @@ def test_a_cluster_without_cores_has_room_for_one():
     assert cluster_share("cpu", 0, [0]) == (1, {"num_cpus": 1})
 
 
-def test_a_cpu_computes_with_all_threads_and_its_time_is_estimated():
+def test_a_cpu_computes_with_all_threads():
     assert (busy_cores(CPU), busy_cores(GPU)) == (torch.get_num_threads(), 1)
     assert max(product_sides(CPU)) < min(product_sides(GPU))
     assert visual_token_limit("cpu") == MAX_VISUAL_TOKENS_CPU < visual_token_limit("cuda:1")

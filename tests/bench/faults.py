@@ -86,15 +86,15 @@ FAULTS = {
     ),
     "every input reads the tokens of the last": Fault(
         "inputs",
-        "evoprune.session.prompting:prune_prompt",
+        "evoprune.session.answering:prune_prompt",
         "*(tokens.features.to(words) for tokens in read)",
         "*(read[-1].features[: len(tokens.features)].to(words) for tokens in read)",
     ),
     "a word of the question before that stays": Fault(
-        "again", "evoprune.session.prompting:PromptReader._take_prefix", "cache.crop(known)", "cache.crop(known + 1)"
+        "again", "evoprune.session.answering:EncodedInputs._take_prefix", "cache.crop(known)", "cache.crop(known + 1)"
     ),
-    "later rows of a layer overwrite the first": Fault(
-        "chunks", f"{TOWER}:in_pieces", "done += len(parts[0])", "done += 0 * len(parts[0])"
+    "the rows of a piece in another order": Fault(
+        "chunks", f"{TOWER}:in_pieces", "len(values)] = values", "len(values)] = values.roll(1, 0)"
     ),
     "one wait for each norm": Fault(
         "waits", "evoprune.vision.families:norm", ".mul_(weight)", ".mul_(weight + 0 * weight.sum().item())"

@@ -20,7 +20,7 @@ from evoprune.backend.expected import MAX_VISUAL_TOKENS_CPU
 from evoprune.bundled import DEMOS, SCENES_TAG
 from evoprune.errors import VideoError
 from evoprune.report import Report
-from evoprune.session import encoding, prompting
+from evoprune.session import answering, encoding
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.video import frames
@@ -57,13 +57,13 @@ def test_a_wrong_value_from_the_environment_is_traced_to_it(cli, monkeypatch):
     ],
 )
 def test_a_model_is_told_that_no_question_follows(cli, monkeypatch, command, last):
-    read, told = prompting.PromptReader.read, []
+    read, told = answering.EncodedInputs._prefill, []
 
-    def reads(self, encoded, prompt, beginning, last):
+    def reads(self, prompt, beginning, last):
         told.append(last)
-        return read(self, encoded, prompt, beginning, last)
+        return read(self, prompt, beginning, last)
 
-    monkeypatch.setattr(prompting.PromptReader, "read", reads)
+    monkeypatch.setattr(answering.EncodedInputs, "_prefill", reads)
     assert cli(*command.split(), "-q").code == 0 and told == last
 
 
@@ -347,7 +347,7 @@ def test_the_pruned_answer_stays_when_the_full_one_breaks_off(cli, monkeypatch, 
             raise problem.with_traceback(None)
         return real(*args, **settings)
 
-    module, name = {"encode": (encoding, "encode_rows"), "prefill": (prompting, "prefill")}[when]
+    module, name = {"encode": (encoding, "encode_rows"), "prefill": (answering, "prefill")}[when]
     real, interrupted = getattr(module, name), isinstance(problem, KeyboardInterrupt)
     reason, code = ("interrupt", 130) if interrupted else ("error", 5)
     for flags in (("-q",), ("--json",)):

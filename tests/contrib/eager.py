@@ -13,7 +13,7 @@ import torch
 
 from evoprune.contrib.language import DroppingMethod
 from evoprune.language.decoder import KVCache, logits
-from evoprune.language.prompt import VisualSpan, prompt_positions
+from evoprune.language.prompt import prompt_positions, video_positions
 from evoprune.model.config import parse_config
 from evoprune.model.weights import QwenVL
 from tests.methods.kinds import INNER
@@ -46,7 +46,7 @@ def deep_model(depth: int = 8, seed: int = 0) -> QwenVL:
 
 def a_prompt(seed: int = 0, hidden: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings `[C, hidden]` and positions `[3, C]`, with time, height and width."""
-    positions = prompt_positions(COLUMNS, [VisualSpan(BEFORE, GRID, 1.5)], 2)
+    positions = prompt_positions(COLUMNS, [(BEFORE, video_positions(GRID, 1.5, 2))])
     return torch.randn(COLUMNS, hidden, generator=torch.Generator().manual_seed(seed)), positions
 
 

@@ -21,6 +21,10 @@ def batches(draw):
     return dropped & (mask > 0), mask
 
 
+def columns_of(dropped, mask=None):
+    return Columns.of([row.logical_not().nonzero()[:, 0] for row in dropped], dropped, mask)
+
+
 def by_hand(dropped, mask):
     rows = []
     for gone, used in zip(dropped.tolist(), mask.tolist(), strict=True):
@@ -35,17 +39,17 @@ def by_hand(dropped, mask):
 @given(batches())
 def test_each_row_loses_its_own_columns_and_all_end_together(batch):
     dropped, mask = batch
-    columns = Columns.without(dropped, mask)
+    columns = columns_of(dropped, mask)
     assert columns.index.tolist() == by_hand(dropped, mask)
     assert columns.padded == any(-1 in row for row in columns.index.tolist())
-    assert Columns.without(dropped).index.tolist() == by_hand(dropped, torch.ones_like(mask))
+    assert columns_of(dropped).index.tolist() == by_hand(dropped, torch.ones_like(mask))
 
 
 @settings(deadline=None)
 @given(batches(), st.integers(0, 3))
 def test_take_reads_the_columns_that_are_left(batch, more):
     dropped, mask = batch
-    columns = Columns.without(dropped, mask).following(dropped.shape[1] + more)
+    columns = columns_of(dropped, mask).following(dropped.shape[1] + more)
     assert columns.places == columns.index.shape[1] and columns.width == dropped.shape[1] + more
     x = torch.randint(100, (2, len(dropped), columns.width))
     taken = columns.take(x, fill=-5)
@@ -58,10 +62,10 @@ def test_take_reads_the_columns_that_are_left(batch, more):
 
 def test_columns_can_be_cut_back_unless_padded():
     dropped = torch.tensor([[0, 1, 1, 0, 0, 1, 0, 0]], dtype=torch.bool)
-    columns = Columns.without(dropped)
+    columns = columns_of(dropped)
     assert columns.index.tolist() == [[0, 3, 4, 6, 7]]
     for places, width in ((1, 3), (2, 4), (3, 6), (4, 7)):
         cut = columns.first(places)
         assert cut.index.tolist() == [[0, 3, 4, 6, 7][:places]] and cut.width == width
     with pytest.raises(UsageError, match="padded batch"):
-        Columns.without(torch.tensor([[0, 1, 0, 0], [0, 0, 1, 0]], dtype=torch.bool)).first(1)
+        columns_of(torch.tensor([[0, 1, 0, 0], [0, 0, 1, 0]], dtype=torch.bool)).first(1)

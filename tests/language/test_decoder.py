@@ -15,7 +15,7 @@ from evoprune.contrib.inner import PyramidDrop
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import TokenStream, dropping_for, embed_ids, prefill, teacher_forced_logits
-from evoprune.language.prompt import Place, VisualSpan, prompt_positions
+from evoprune.language.prompt import Place, prompt_positions, video_positions
 from evoprune.language.pruned import prune_prompt
 from evoprune.language.settings import GenerationOptions
 from evoprune.model.config import parse_config
@@ -34,7 +34,7 @@ def model():
 
 def columns(length=LENGTH, seed=0):
     """Embeddings `[L, 64]` and positions `[3, L]` of a prompt with a pruned video in it."""
-    positions = prompt_positions(90, [VisualSpan(5, (5, 3, 4), 1.5)], 2)
+    positions = prompt_positions(90, [(5, video_positions((5, 3, 4), 1.5, 2))])
     random = torch.Generator().manual_seed(seed)
     kept = torch.randperm(90, generator=random)[:length].sort().values
     return torch.randn(length, 64, generator=random), positions[:, kept]

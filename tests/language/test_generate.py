@@ -24,7 +24,7 @@ from evoprune.language.generate import (
     stream_answer,
     stream_text,
 )
-from evoprune.language.prompt import VIDEO, Tokenizer, VisualSpan, build_prompt, prompt_positions
+from evoprune.language.prompt import VIDEO, Tokenizer, build_prompt, prompt_positions
 from evoprune.language.pruned import prune_prompt
 from tests.thinking import ids_of, thinking_tokenizer
 from tests.tiny import encoded_tokens, tiny_model, tiny_tokenizer
@@ -55,8 +55,8 @@ class Clip:
         with torch.no_grad():
             self.features = model.model.visual(self.pixels, grid_thw=self.grid_thw).pooler_output
         self.prompt = build_prompt(own_tokenizer(), question, [(VIDEO, t * h * w)])
-        span = VisualSpan(self.prompt.places[0].runs[0].start, grid, seconds)
-        self.positions = prompt_positions(len(self.prompt.input_ids), [span], 2)
+        videos = self.prompt.places[0].positions(grid, seconds, 2)
+        self.positions = prompt_positions(len(self.prompt.input_ids), videos)
         self.next_position = int(self.positions.max()) + 1
 
     def embed(self, model, kept):

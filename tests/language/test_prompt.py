@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from math import prod
 
 import pytest
 import tokenizers
@@ -17,12 +18,12 @@ from evoprune.language.prompt import (
     VIDEO,
     Prompt,
     Tokenizer,
-    VisualSpan,
     build_prompt,
     load_tokenizer,
     opens_thoughts,
     prompt_positions,
     timestamps,
+    video_positions,
 )
 from tests.thinking import THINKING, thinking_tokenizer
 from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_config, tiny_tokenizer
@@ -331,8 +332,9 @@ def test_times_stand_before_frame_pairs_between_their_own_markers(tokenizer):
     assert (
         video.left_out(torch.tensor([0, 4, 5])) == [video.around[1]] and picture.left_out(torch.tensor([]).long()) == []
     )
-    spans = video.spans((3, 1, 2), 0.5)
-    assert [(span.start, span.grid) for span in spans] == [(run.start, (1, 1, 2)) for run in video.runs]
+    starts, inside = zip(*video.positions((3, 1, 2), 0.5, None), strict=True)
+    assert starts == tuple(run.start for run in video.runs)
+    assert all(torch.equal(own, video_positions((1, 1, 2), 0.5, None)) for own in inside)
     # A time that has merged with what the template writes before it stays.
     merging = Tokenizer(
         tokenizer.backend, tokenizer.chat_template.replace("'<|vision_start|>", "'said: Wh<|vision_start|>")
@@ -349,14 +351,13 @@ def test_the_time_of_a_frame_pair_is_the_middle_of_its_frames():
 
 def by_hand(length, videos, tokens_per_second):
     """Qwen's rule, one token at a time."""
-    starts = {video.start: video for video in videos}
+    starts = {start: video for start, *video in videos}
     positions, following, at = [], 0, 0
     while at < length:
         if at in starts:
-            video = starts[at]
-            t, h, w = video.grid
+            (t, h, w), seconds = starts[at]
             inside = [
-                [following + int(i * video.seconds_per_pair * tokens_per_second), following + y, following + x]
+                [following + int(i * seconds * tokens_per_second), following + y, following + x]
                 for i in range(t)
                 for y in range(h)
                 for x in range(w)
@@ -370,7 +371,7 @@ def by_hand(length, videos, tokens_per_second):
 
 
 def test_text_goes_on_after_the_time_of_a_video_that_is_longer_than_wide():
-    positions = prompt_positions(8, [VisualSpan(2, (2, 1, 2), 5.0)], 2)
+    positions = prompt_positions(8, [(2, video_positions((2, 1, 2), 5.0, 2))])
     assert positions.tolist() == [
         [0, 1, 2, 2, 12, 12, 13, 14],
         [0, 1, 2, 2, 2, 2, 13, 14],
@@ -384,8 +385,8 @@ def prompts(draw):
     for _ in range(draw(st.integers(0, 3))):
         at += draw(st.integers(0, 4))
         grid = tuple(draw(st.integers(1, 5)) for _ in range(3))
-        videos.append(VisualSpan(at, grid, draw(st.floats(0.05, 30))))
-        at += videos[-1].tokens
+        videos.append((at, grid, draw(st.floats(0.05, 30))))
+        at += prod(grid)
     return at + draw(st.integers(0, 4)), videos, draw(st.sampled_from([1, 2, 4]))
 
 
@@ -393,18 +394,19 @@ def prompts(draw):
 @given(prompts())
 def test_any_prompt_matches_counting_by_hand(prompt):
     length, videos, tokens_per_second = prompt
-    positions = prompt_positions(length, videos, tokens_per_second)
+    inside = [(start, video_positions(grid, seconds, tokens_per_second)) for start, grid, seconds in videos]
+    positions = prompt_positions(length, inside)
     assert positions.dtype == torch.int64
     assert torch.equal(positions, by_hand(length, videos, tokens_per_second).reshape(3, -1))
 
 
-VIDEOS = [VisualSpan(0, (1, 2, 2), 1.0), VisualSpan(3, (1, 2, 2), 1.0)]
+VIDEOS = [(start, video_positions((1, 2, 2), 1.0, 2)) for start in (0, 3)]
 
 
 @pytest.mark.parametrize(("length", "videos"), [(3, VIDEOS[:1]), (6, VIDEOS[1:]), (9, VIDEOS)])
 def test_videos_that_do_not_fit_are_refused(length, videos):
     with pytest.raises(ValueError, match="does not fit"):
-        prompt_positions(length, videos, 2)
+        prompt_positions(length, videos)
 
 
 ENDS = {  # of a prompt, with thinking and without
@@ -462,8 +464,8 @@ def test_positions_of_frame_pairs_with_times_are_those_of_transformers(family):
     grids = [(3, 2, 4), (1, 5, 2)]  # of a video, and of a picture
     tokenizer, times = own(tiny_tokenizer()), [("<0.3 seconds>", "<1.3 seconds>", "<2.3 seconds>"), ()]
     prompt = build_prompt(tokenizer, "Why?", [(VIDEO, 24), (PICTURE, 10)], times=times)
-    spans = [span for place, grid in zip(prompt.places, grids, strict=True) for span in place.spans(grid, 1.0)]
-    made = prompt_positions(len(prompt.input_ids), spans, None)
+    videos = [run for place, grid in zip(prompt.places, grids, strict=True) for run in place.positions(grid, 1.0, None)]
+    made = prompt_positions(len(prompt.input_ids), videos)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(tiny_config(family)).model
     kinds = torch.zeros_like(prompt.input_ids)

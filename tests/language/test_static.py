@@ -13,7 +13,7 @@ from evoprune.backend.attention import bias_features
 from evoprune.errors import DeviceWarning, ModelError
 from evoprune.language import decoder, static
 from evoprune.language.generate import GenerationOptions, PrefillState, TokenStream, prefill
-from evoprune.language.prompt import VisualSpan, prompt_positions
+from evoprune.language.prompt import prompt_positions, video_positions
 from evoprune.session.loading.model import load_model
 from tests.backend.recorder import Graphs
 from tests.tiny import NATIVE, save_tiny, tiny_model
@@ -50,7 +50,7 @@ def graphs(monkeypatch):
 
 def state_of(model, columns=40, sizes=False, seed=0) -> PrefillState:
     """The state after a prompt with a pruned video; with `sizes` its tokens count several times."""
-    positions = prompt_positions(90, [VisualSpan(5, (5, 3, 4), 1.5)], 2)
+    positions = prompt_positions(90, [(5, video_positions((5, 3, 4), 1.5, 2))])
     random = torch.Generator().manual_seed(seed)
     kept = torch.randperm(90, generator=random)[:columns].sort().values
     embeds = torch.randn(columns, 64, generator=random).to(model.dtype)

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.session import planning, prompting
+from evoprune.session import answering, planning, prompting
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import GenerationOptions, SamplingOptions
 from evoprune.session.planning import PromptSubtitles, as_text, fit
-from evoprune.session.prompting import longest_prompt
+from evoprune.session.prompting import fitting_prompt, longest_prompt
 from evoprune.video.info import Subtitles
 from evoprune.video_qa import VideoQA
 from tests.threads import one_thread  # noqa: F401
@@ -42,7 +42,7 @@ def found(count: int) -> Subtitles:
 
 def prompt_of(qa, video, question="Why?"):
     """The text of a prompt, with special tokens, from the end of the video to the end of the turn."""
-    ids = video._prompts.build(question, GenerationOptions(2), len(video.encoded.kept)).input_ids
+    ids = fitting_prompt(qa.session, video.plans, question, GenerationOptions(2), len(video.encoded.kept)).input_ids
     text = qa.loaded.tokenizer.backend.decode(ids.tolist(), skip_special_tokens=False)
     return text.partition("<|vision_end|>")[2].rpartition("<|im_end|>")[0], ids
 
@@ -94,7 +94,7 @@ def test_answers_do_not_depend_on_earlier_questions(qa, said, budget):
 def about_said_wh(qa):
     """A video with subtitles with which a question may merge."""
     video = qa.encode(CLIP)
-    video._prompts._plans = [replace(video.plan, subtitles=PromptSubtitles("said: Wh"))]
+    video.plans = [replace(video.plan, subtitles=PromptSubtitles("said: Wh"))]
     return video
 
 
@@ -127,9 +127,9 @@ def test_subtitles_of_several_inputs_are_under_the_numbers_of_the_videos(qa, tmp
 
 
 def test_a_later_question_reads_no_subtitles_again(qa, said, monkeypatch):
-    read, prefill = [], prompting.prefill
+    read, prefill = [], answering.prefill
     noting = lambda model, embeds, *rest: read.append(len(embeds)) or prefill(model, embeds, *rest)  # noqa: E731
-    monkeypatch.setattr(prompting, "prefill", noting)
+    monkeypatch.setattr(answering, "prefill", noting)
     video = qa.encode(CLIP, subtitles=said)
     for question in ("Why?", "Who?"):
         assert video.ask(question, max_new_tokens=1).text is not None

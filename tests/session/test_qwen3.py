@@ -261,7 +261,7 @@ def test_full_budget_at_true_dimensions(name):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
     place = place_of(grid, times=True)
     ids = torch.arange(place.around[-1].stop + 9) % 1000
-    positions = prompt_positions(len(ids), place.spans(grid, 1.0), None)
+    positions = prompt_positions(len(ids), place.positions(grid, 1.0, None))
     prompt = prune_prompt(ids, [place], [made], positions, partial(embed_ids, model))
     logits = prefill(model, prompt.embeds, positions, 0, deepstack=prompt.deepstack).logits
     is_visual = torch.zeros(1, len(ids), dtype=torch.bool).index_fill_(1, place.columns, True)

@@ -39,7 +39,7 @@ SLOW = (
     "evoprune.session.report.select_tokens",
     "evoprune.session.prompting.check_question",
     "evoprune.session.prompting.prompt_about",
-    "evoprune.session.prompting.prefill",
+    "evoprune.session.answering.prefill",
     "evoprune.session.planning.read_subtitles",
     "evoprune.language.prompt.Tokenizer.encode",
     "evoprune.language.prompt.Tokenizer.render",

@@ -20,7 +20,7 @@ import evoprune
 from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.bench.overlay import trace
 from evoprune.errors import ModelError, UsageError, VideoError, error_record
-from evoprune.language.prompt import VisualSpan, prompt_positions
+from evoprune.language.prompt import prompt_positions, video_positions
 from evoprune.model.config import FAMILIES, MODEL_TYPES
 from evoprune.model.weights import shared
 from evoprune.report import Report, warning_lines
@@ -79,15 +79,17 @@ def hugging_faces(loaded, inputs, n) -> list[int]:
     for name in ("video", "image"):
         pads[special[f"<|{name}_pad|>"]] = iter(inputs.get(f"{name}_grid_thw", torch.zeros(0)).tolist())
         setattr(model.config, f"{name}_token_id", special[f"<|{name}_pad|>"])
+    per_second = getattr(model.config.vision_config, "tokens_per_second", None)
     seconds, video, at = iter(inputs.get("second_per_grid_ts", torch.zeros(0)).tolist()), model.config.video_token_id, 0
     while at < len(ids) and not FAMILIES[model.config.model_type].timestamps:
         if ids[at] in pads:
             t, h, w = next(pads[ids[at]])
-            spans.append(VisualSpan(at, (t, h // 2, w // 2), next(seconds, 1.0) if ids[at] == video else 1.0))
+            pace = next(seconds, 1.0) if ids[at] == video else 1.0
+            spans.append((at, video_positions((t, h // 2, w // 2), pace, per_second)))
             at += t * h * w // 4 - 1
         at += 1
     if spans:
-        rope = prompt_positions(len(ids), spans, getattr(model.config.vision_config, "tokens_per_second", None))
+        rope = prompt_positions(len(ids), spans)
         how = {"position_ids": torch.cat([torch.arange(len(ids))[None], rope])[:, None]}
     model.config.vision_end_token_id = special["<|vision_end|>"]
     eos = list(loaded.eos_ids)

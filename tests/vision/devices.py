@@ -63,7 +63,8 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
         return paused
 
     by_hand = pausing(varlen_by_hand)
-    monkeypatch.setattr(devices, "exact_shapes", lambda device: False)
+    monkeypatch.setattr(devices, "is_host", lambda device: False)
+    monkeypatch.setattr(attention, "is_host", lambda device: False)
     for where, name in (
         (encoder.EncodedRows, "finish"),
         (encoder.EncoderRun, "select_rows"),

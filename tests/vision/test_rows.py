@@ -178,7 +178,7 @@ def test_rows_that_are_not_finite_are_found_before_the_selection_or_at_the_end_w
     patches[7] = float("nan")
     select = FarthestPoints.select
     monkeypatch.setattr(FarthestPoints, "select", lambda *args: selected.append(1) or select(*args))
-    monkeypatch.setattr(devices, "exact_shapes", lambda device: not waits)
+    monkeypatch.setattr(devices, "is_host", lambda device: not waits)
     with pytest.raises(ModelError, match="encode"):
         encode_patches(patches, (2, 3, 5), EvoPruneMethod(reuse=0.0, first=0.0), 6)
     assert len(selected) == 2 * waits

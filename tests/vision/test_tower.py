@@ -43,7 +43,8 @@ def on_kernels(monkeypatch):
         return real(*args)
 
     real = tower.Layer.by_kernels
-    monkeypatch.setattr(devices, "exact_shapes", lambda device: False)
+    monkeypatch.setattr(devices, "is_host", lambda device: False)
+    monkeypatch.setattr(attention, "is_host", lambda device: False)
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: varlen_by_hand)
     monkeypatch.setattr(tower, "varlen_kernel", lambda device, dtype: varlen_by_hand)
     monkeypatch.setattr(tower, "kernels", lambda device: kernels)

@@ -35,7 +35,7 @@ PASS_BYTES = 2**28  # of weights that are packed in each pass from then on, abou
 
 
 class Packing:
-    """Which of the layers that wait are packed when: by the number of passes, and while nothing is asked. Also what it took.
+    """Say when layers that wait are packed: by the number of passes, and while nothing is asked. Also what it took.
 
     A layer waits only as long as plain weights give the same numbers as packed ones: else an answer would depend on what was asked
     before. Whether they do is tried, because it depends on the dtype, the CPU and torch: the first layer of each shape does not
@@ -58,7 +58,9 @@ class Packing:
     def begin_pass(self) -> None:
         """Says that a pass through the language model begins, for a next token."""
         self.passes += 1
-        self.room = PASS_BYTES if self.passes > START_PASSES else 0
+        self.room = 0
+        if self.passes > START_PASSES:
+            self.room = PASS_BYTES
 
     def add(self, weight: torch.Tensor) -> None:
         """Says that a layer with these weights waits."""
@@ -96,7 +98,7 @@ def _equal_products(plain: torch.Tensor, packed: torch.Tensor, rows: int) -> boo
 
 
 class PackedLinear(nn.Module):
-    """A linear layer on the CPU with weights in the order that the matrix product reads. The plain weights are not kept.
+    """Multiply on the CPU with the weights of a linear layer in the order that the product reads. The plain weights are not kept.
 
     `packing`: None packs at once. Else a layer that is not small packs when it is called with few rows and can wait no longer,
     unless memory is short then. Until then it computes with the plain weights.
@@ -106,12 +108,13 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
         self.bias = layer.bias
-        # The weights, and whether they stay as they are. One attribute, because several threads may run a model.
-        waits = packing is not None and layer.weight.numel() > SMALL_WEIGHT
-        self._held = (layer.weight.detach(), False) if waits else (_packed(layer.weight), True)
         self._packing = packing
-        if waits:
+        # The weights, and whether they stay as they are. One attribute, because several threads may run a model.
+        if packing is not None and layer.weight.numel() > SMALL_WEIGHT:
+            self._held = layer.weight.detach(), False
             packing.add(layer.weight)
+        else:
+            self._held = _packed(layer.weight), True
 
     @property
     def nbytes(self) -> int:
@@ -151,7 +154,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedParts(nn.Module):
-    """A large linear layer whose weights wait in parts, so that packing all of them makes no word wait.
+    """Hold a large linear layer, whose weights wait in parts, so that packing all of them makes no word wait.
 
     The parts have the same shape, so one of them is the sample for the others.
     """
@@ -159,11 +162,14 @@ class PackedParts(nn.Module):
     def __init__(self, layer: nn.Linear, packing: Packing):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
-        biases = [None] * PARTS if layer.bias is None else layer.bias.chunk(PARTS)
+        biases = [None] * PARTS
+        if layer.bias is not None:
+            biases = [_frozen(bias) for bias in layer.bias.chunk(PARTS)]
         self.parts = nn.ModuleList()
         for weight, bias in zip(layer.weight.chunk(PARTS), biases, strict=False):
             part = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-            part.weight, part.bias = (data if data is None else _frozen(data) for data in (weight, bias))
+            part.weight = _frozen(weight)
+            part.bias = bias
             self.parts.append(PackedLinear(part, packing))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -187,27 +193,31 @@ def linear(
     times: torch.Tensor | None = None,
     plus: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`layer(x)`, followed by at most one of: SiLU, a product with `times`, a sum with `plus` (`[..., out]`).
+    """Return `layer(x)`, followed by at most one of: SiLU, a product with `times`, a sum with `plus` (`[..., out]`).
 
     `layer`: any module that maps `[..., in]` to `[..., out]`.
     """
     if isinstance(layer, PackedLinear):
         if silu:
             return torch.ops.mkldnn._linear_pointwise(x, layer.weights_for(x), layer.bias, "swish", [], "")
-        if times is not None or plus is not None:
-            operand, operation = (times, "mul") if plus is None else (plus, "add")
-            return torch.ops.mkldnn._linear_pointwise.binary(x, operand, layer.weights_for(x), layer.bias, operation)
+        fused = torch.ops.mkldnn._linear_pointwise.binary
+        if plus is not None:
+            return fused(x, plus, layer.weights_for(x), layer.bias, "add")
+        if times is not None:
+            return fused(x, times, layer.weights_for(x), layer.bias, "mul")
         return layer(x)
     y = layer(x)
     if silu:
         return F.silu(y)
     if times is not None:
         return y * times
-    return y if plus is None else y + plus
+    if plus is not None:
+        return y + plus
+    return y
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Bytes of all weights as the model holds them (packed, quantised). Shared weights count once."""
+    """Return the bytes of all weights as the model holds them (packed, quantised). Shared weights count once."""
     inside = sum(getattr(module, "nbytes", 0) for module in model.modules())
     return inside + sum(weight.nbytes for weight in model.parameters())
 
@@ -233,7 +243,8 @@ def pack(model: nn.Module, packing: Packing | None = None) -> None:
         for name, child in parent.named_children():
             if type(child) is nn.Linear and can_pack(child.weight):
                 large = packing is not None and child.weight.numel() > LARGE_WEIGHT
-                setattr(parent, name, PackedParts(child, packing) if large else PackedLinear(child, packing))
+                form = PackedParts if large else PackedLinear
+                setattr(parent, name, form(child, packing))
     if packing is not None:
         model.packing = packing
 

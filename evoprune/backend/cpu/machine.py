@@ -29,7 +29,7 @@ def use_one_omp_thread() -> None:
 
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
-    """GNU's OpenMP library, as torch has loaded it."""
+    """Return GNU's OpenMP library, as torch has loaded it."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:

@@ -18,7 +18,9 @@ def short_dtype(given: Any) -> Any:
     """Return the short name of one of torch's dtypes, or of its name ("bfloat16", "torch.float16"); anything else as it is."""
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     text = str(given).removeprefix("torch.")
-    return names.get(text, text if type(given).__name__ == "dtype" else given)
+    if type(given).__name__ == "dtype":
+        given = text
+    return names.get(text, given)
 
 
 def check_dtype(name: str) -> None:

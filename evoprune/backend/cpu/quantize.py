@@ -40,7 +40,7 @@ class Bytes:
         self._last: tuple = (None, None, None)
 
     def __call__(self, x: torch.Tensor, large: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """uint8 `[R, K]`, with `levels() + 1` for zero: the rows of `x`, `[..., K]`, whose channels `large` (int64) count as 0.
+        """Return the rows of `x`, `[..., K]`, as uint8 `[R, K]` with `levels() + 1` for zero; channels `large` (int64) count as 0.
 
         Also the step of each row, float32 `[R, 1]`; and the large channels, float32 `[R, m]`.
         """
@@ -48,10 +48,14 @@ class Bytes:
         if x is known and large is known_large:
             return rounded
         rows = x.reshape(-1, x.shape[-1]).float()
-        rest = rows.index_fill(1, large, 0.0) if len(large) else rows
+        rest = rows
+        room = None  # for a result: a copy is free for it
+        if len(large):
+            rest = rows.index_fill(1, large, 0.0)
+            room = rest
         step = _largest(rest)[:, None].clamp_(min=1e-30) / levels()
         middle = torch.full((), levels() + 1.5, dtype=torch.float32, device="cpu")  # truncation after adding 0.5 rounds
-        whole = torch.addcmul(middle, rest, 1 / step, out=rest if len(large) else None).to(torch.uint8)
+        whole = torch.addcmul(middle, rest, 1 / step, out=room).to(torch.uint8)
         rounded = whole, step, rows[:, large]
         self._last = x, large, rounded
         return rounded
@@ -64,7 +68,8 @@ def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: to
     computed in float32; and `wide`, float32 `[m, out]`, their weights. `memory`: int8, where `whole` is written if it fits; the
     next call with it writes there again.
     """
-    large = torch.zeros(0, dtype=torch.int64, device="cpu") if large is None else large
+    if large is None:
+        large = torch.zeros(0, dtype=torch.int64, device="cpu")
     count = layer.weight.numel()
     if memory is None or len(memory) < count:
         memory = torch.empty(count, dtype=torch.int8, device="cpu")
@@ -84,7 +89,7 @@ def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: to
 
 
 class Int8Linear(nn.Module):
-    """`x @ W.T + bias` in bytes, with `int8_weights`. Layers that read the same input share `to_bytes`."""
+    """Compute `x @ W.T + bias` in bytes, with `int8_weights`. Layers that read the same input share `to_bytes`."""
 
     def __init__(self, weights: Weights, bias: torch.Tensor | None = None, to_bytes: Bytes | None = None):
         super().__init__()
@@ -107,7 +112,10 @@ class Int8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         whole, step, wide = self.to_bytes(x, self.large)
         y = _product(whole, self.packed, self.scale, self.zero, self.offset)
-        y = y.mul_(step) if self.bias is None else torch.addcmul(self.bias, y, step, out=y)
+        if self.bias is None:
+            y.mul_(step)
+        else:
+            torch.addcmul(self.bias, y, step, out=y)
         if len(self.wide):
             y.addmm_(wide, self.wide)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -128,7 +136,7 @@ def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def large_channels(x: torch.Tensor) -> torch.Tensor:
-    """int64, ascending: the channels of `x` (`[..., K]`) that are more than `LARGE` times the median; the largest `MAX_LARGE`."""
+    """Return the channels of `x` (`[..., K]`) above `LARGE` times the median, int64, ascending; at most the largest `MAX_LARGE`."""
     size = x.reshape(-1, x.shape[-1]).float().abs().amax(0)
     max_count = int(len(size) * MAX_LARGE)
     largest = size.topk(max_count).indices if max_count else size[:0].long()
@@ -137,7 +145,7 @@ def large_channels(x: torch.Tensor) -> torch.Tensor:
 
 @lru_cache
 def levels() -> int:
-    """Steps on either side of zero to which a row is rounded: 127, or 63 where the CPU adds pairs of products in 16 bits.
+    """Return the steps on either side of zero to which rows are rounded: 127, or 63 where the CPU adds two products in 16 bits.
 
     That is so without dot-product instructions (VNNI): two products of 127 and 127 still fit, two of 255 and 127 do not.
     """
@@ -177,7 +185,7 @@ def _int4_piece(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Int4Linear(nn.Module):
-    """`x @ W.T + bias` with `int4_weights` of `shape`, features out and in. `full`: computes several rows, if it is given."""
+    """Compute `x @ W.T + bias` with `int4_weights` of `shape`, features out and in. `full`, if given, computes several rows."""
 
     def __init__(self, weights: Weights, shape: Sequence[int], bias: torch.Tensor | None = None, full=None):
         super().__init__()
@@ -204,7 +212,7 @@ class Int4Linear(nn.Module):
 
 
 class Unquantised(nn.Module):
-    """A linear layer whose first input says which of its channels are large.
+    """Stand for a linear layer until its first input says which of its channels are large.
 
     `become` is called with the layer and these channels. It puts a quantised layer in the place of this one, and returns the one
     that computes this call.
@@ -237,7 +245,9 @@ def kinds(device: torch.device) -> list[str]:
     """Return the kinds of quantisation that work on a device, with this PyTorch and this CPU; without "none"."""
     if not is_host(device) or not exact(127):
         return []
-    return ["int8", "int4"] if hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") else ["int8"]
+    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+        return ["int8"]
+    return ["int8", "int4"]
 
 
 def places(model: nn.Module, kind: str) -> Iterator[tuple[str, str]]:
@@ -245,11 +255,17 @@ def places(model: nn.Module, kind: str) -> Iterator[tuple[str, str]]:
     for path, layer in model.named_modules():
         if is_unhooked_linear(layer) and not path.endswith(GATES):
             decodes = path.startswith(("model.language_model.", "lm_head")) and layer.in_features % GROUP == 0
-            yield path, kind if decodes else "int8"
+            becomes = kind if decodes else "int8"
+            yield path, becomes
+
+
+def reads_rows(path: str, becomes: str) -> bool:
+    """Return whether a quantised layer needs int8 weights: all, but an output layer in int4, which reads one row."""
+    return becomes == "int8" or path != "lm_head"
 
 
 def saved_bytes(model: nn.Module, kind: str) -> int:
-    """Bytes by which quantisation ("int8" or "int4") makes a model smaller, which may be on the meta device.
+    """Return the bytes by which quantisation ("int8" or "int4") makes a model smaller, which may be on the meta device.
 
     An output layer that is the input embedding too stays as well.
     """
@@ -258,10 +274,14 @@ def saved_bytes(model: nn.Module, kind: str) -> int:
     for path, becomes in places(model, kind):
         weight = model.get_submodule(path).weight
         rows, columns = weight.shape
-        row = columns + 16
-        if becomes == "int4":  # beside int8 for prompts; the output layer reads one row alone
-            row = columns // 2 + columns // GROUP * 2 * weight.itemsize + (row if path != "lm_head" else 0)
-        saved += (0 if weight is embedding else weight.nbytes) - rows * row
+        row = 0
+        if reads_rows(path, becomes):
+            row += columns + 16
+        if becomes == "int4":
+            row += columns // 2 + columns // GROUP * 2 * weight.itemsize
+        saved -= rows * row
+        if weight is not embedding:
+            saved += weight.nbytes
     return saved
 
 
@@ -284,8 +304,12 @@ def quantize(
     memory = torch.empty(SCRATCH_BYTES, dtype=torch.int8, device="cpu")
 
     def become(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
-        weights = int8_weights(layer, large, memory) if quantised.reads_rows(path) else {}
-        weights |= int4_weights(layer) if quantised.every[path] == "int4" else {}
+        becomes = quantised.every[path]
+        weights = {}
+        if reads_rows(path, becomes):
+            weights |= int8_weights(layer, large, memory)
+        if becomes == "int4":
+            weights |= int4_weights(layer)
         if store:
             store(path, weights)
         return quantised.put(path, layer, weights)
@@ -306,7 +330,7 @@ def restore(model: nn.Module, kind: str, read: Callable[[str], Weights], progres
 
 
 class _Quantised:
-    """A model whose linear layers are quantised one after another."""
+    """Hold a model whose linear layers are quantised one after another."""
 
     def __init__(self, model: nn.Module, kind: str, progress: Progress | None):
         self.every = dict(places(model, kind))
@@ -316,24 +340,21 @@ class _Quantised:
         self._to_bytes = Bytes()
         self._known = {}
 
-    def reads_rows(self, path: str) -> bool:
-        """Return whether a layer needs int8 weights: all, but an output layer in int4, which reads one row."""
-        return self.every[path] == "int8" or path != "lm_head"
-
     def replace(self, path: str, layer: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         setattr(self._model.get_submodule(parent), name, layer)
 
     def put(self, path: str, layer: nn.Linear, weights: Weights) -> nn.Module:
         """Makes the quantised layer of `weights`, and puts it in the place of `layer`."""
+        becomes = self.every[path]
         full = None
-        if self.reads_rows(path):
+        if reads_rows(path, becomes):
             # Layers of one module with the same channels have the same input: `to_bytes` knows it by the same object.
             key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
             large = self._known.setdefault(key, weights["large"])
             full = Int8Linear(weights | {"large": large}, layer.bias, self._to_bytes)
         quantised = full
-        if self.every[path] == "int4":
+        if becomes == "int4":
             # The kernel wants the dtype in which the model computes. That of the file may be narrower.
             weights = weights | {"scales": weights["scales"].to(self._model.dtype)}
             quantised = Int4Linear(weights, (layer.out_features, layer.in_features), layer.bias, full)

@@ -28,7 +28,7 @@ from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.loading.hosted import read_whole
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.options import GenerationOptions, SamplingOptions
-from evoprune.session.prompting import PromptReader
+from evoprune.session.prompting import fitting_prompt, positions_of
 from evoprune.session.session import Session
 from evoprune.video.plan import Plan
 from evoprune.video_qa import VideoQA
@@ -489,9 +489,9 @@ class Asked:
         loaded = subject.loaded
         self._subject = subject
         self.plans = subject.plans(session, paths)
-        reader = PromptReader(session, self.plans)
-        self.prompt = reader.build(question, GenerationOptions(), sum(plan.units for plan in self.plans))
-        self.positions = reader.positions(self.prompt)
+        units = sum(plan.units for plan in self.plans)
+        self.prompt = fitting_prompt(session, self.plans, question, GenerationOptions(), units)
+        self.positions = positions_of(self.prompt, self.plans, loaded)
         # Frames are resized as the encoder does it.
         read = [read_patches(plan, loaded.limits[plan.kind], subject.device) for plan in self.plans]
         call = arguments(self.prompt, read, loaded.limits, loaded.model.config.vision_config)

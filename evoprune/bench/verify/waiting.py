@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evoprune.backend.devices import exact_shapes
+from evoprune.backend.devices import is_host
 
 # Operators whose result has a shape that depends on values, or is itself read by the CPU.
 SHAPED = {
@@ -54,7 +54,7 @@ class Waiting(TorchDispatchMode):
         return result
 
     def waits(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> bool:
-        there = any(isinstance(x, torch.Tensor) and not exact_shapes(x.device) for x in args)
+        there = any(isinstance(x, torch.Tensor) and not is_host(x.device) for x in args)
         if there and shape_depends_on_values(func, args, kwargs):
             return True
         name = func._schema.name.split("::")[1]
@@ -62,5 +62,5 @@ class Waiting(TorchDispatchMode):
             return False
         to, source = args[:2] if name == "copy_" else (made, args[0])
         named = kwargs | {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
-        across = exact_shapes(to.device) != exact_shapes(source.device)
-        return across and not (named.get("non_blocking") and exact_shapes(source.device) and source.is_pinned())
+        across = is_host(to.device) != is_host(source.device)
+        return across and not (named.get("non_blocking") and is_host(source.device) and source.is_pinned())

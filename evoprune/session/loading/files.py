@@ -83,7 +83,9 @@ def read_config(path: Path) -> Config:
         try:
             return parse_config(content)
         except Unsupported as reason:
-            hint = f"take its config.json without yarn; {MODEL_HINT}" if "yarn" in str(reason) else MODEL_HINT
+            hint = MODEL_HINT
+            if "yarn" in str(reason):
+                hint = f"take its config.json without yarn; {hint}"
             raise ModelError(f"evoprune cannot run {path.parent}: {reason}", hint) from reason
 
 
@@ -91,11 +93,12 @@ def _no_config(folder: Path) -> ModelError:
     """Return the error for a folder without a config.json, which may be an adapter's, or one of the hub's cache."""
     if (folder / ADAPTER).is_file():
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
-        of = f" of {base[:100]}" if isinstance(base, str) and base else ""
-        return ModelError(f"{folder} holds an adapter{of}, not a model", MERGE)
+        what = "an adapter"
+        if isinstance(base, str) and base:
+            what += f" of {base[:100]}"
+        return ModelError(f"{folder} holds {what}, not a model", MERGE)
     cached = next((path for path in (folder, folder.parent) if path.name.startswith("models--")), None)
-    snapshots = [] if cached is None else sorted(cached.glob("snapshots/*/config.json"))
-    if snapshots:
+    if cached is not None and (snapshots := sorted(cached.glob("snapshots/*/config.json"))):
         hint = f"name the model {cached_id(cached)}, or {snapshots[-1].parent}"
         return ModelError(f"{folder} is a folder of the hub's cache, and holds no config.json", hint)
     return ModelError(f"{folder} holds no config.json", "name a folder in the hub's file layout, or a hub id org/name")
@@ -173,7 +176,8 @@ def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None =
     """Return the fields of `InputLimits` in a processor's settings, perhaps in an object inside them, perhaps `only` some."""
     content = read_json(path)
     with valid(f"{path} is damaged"):
-        content = section(content, inner) if inner else content
+        if inner:
+            content = section(content, inner)
         size = section(content, "size")
         for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
             content = content | {name: content.get(name) or size.get(edge)}

@@ -241,14 +241,18 @@ class FoundModel:
 
     def read_dtype(self, quantize: str) -> torch.dtype:
         """In which transformers reads the weights: that of the files where they are quantised afterwards."""
-        return self._stored or DTYPES[self.dtype] if quantize != "none" else DTYPES[self.dtype]
+        if quantize != "none" and self._stored:
+            return self._stored
+        return DTYPES[self.dtype]
 
     @property
     def download_bytes(self) -> int | None:
         """Of weights that have to be downloaded, roughly; 0 if they are here, None where that is unknown."""
         if self.files_here:
             return 0
-        return self.parameters * self._stored.itemsize if self._stored and is_id(self.id) else None
+        if self._stored and is_id(self.id):
+            return self.parameters * self._stored.itemsize
+        return None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -265,7 +269,9 @@ class FoundModel:
     @cached_property
     def state(self) -> dict[str, Any] | None:
         """What answers come from: the commit of a hub model, or the state of a folder's files (`ModelOptions.state`)."""
-        return {"commit": self.commit} if self.commit is not None else self.options.state()
+        if self.commit is not None:
+            return {"commit": self.commit}
+        return self.options.state()
 
     @cached_property
     def _stored(self) -> torch.dtype | None:
@@ -320,9 +326,8 @@ def look_up(options: ModelOptions) -> FoundModel:
         if (folder := cached_folder(name, revision)) or (name in BUNDLED_CONFIGS and revision is None):
             return _found(options, device, folder)
         if not Path(name).exists():
-            at = "" if revision is None else f" --revision {revision}"
-            files = f"config.json preprocessor_config.json{at}"
-            hint = f"{kind_hint(name)}its settings are small, and suffice: hf download {name} {files}"
+            command = f"hf download {name} config.json preprocessor_config.json{_flag(revision)}"
+            hint = f"{kind_hint(name)}its settings are small, and suffice: {command}"
             raise ModelError(f"{name} is not on this machine, and inspect does not use the network", hint)
     return _found(options, device, *locate(options, files=None))
 
@@ -391,7 +396,14 @@ def kind_hint(name: str) -> str:
         original = _ORIGINAL.search(name)
         instead = f"Qwen/{original[0]}" if original else "the original checkpoint"
         return f"its name is that of GGUF or MLX weights, which evoprune does not read; take {instead}; "
-    return "" if re.search(r"qwen-?((3|2[._]?5?)[-_]?vl|3[._]?[5-9])", name, re.IGNORECASE) else f"{MODEL_HINT}; "
+    if re.search(r"qwen-?((3|2[._]?5?)[-_]?vl|3[._]?[5-9])", name, re.IGNORECASE):
+        return ""
+    return f"{MODEL_HINT}; "
+
+
+def _flag(revision: str | None) -> str:
+    """Return what names a revision to `hf download`."""
+    return "" if revision is None else f" --revision {revision}"
 
 
 def download(
@@ -406,8 +418,10 @@ def download(
     import huggingface_hub as hub
     from huggingface_hub import errors
 
-    unreachable = "the hub may not be asked (offline)" if offline else None
-    if not offline:
+    unreachable = None
+    if offline:
+        unreachable = "the hub may not be asked (offline)"
+    else:
         # One request without retries shows whether hub and model exist; the library's own calls retry for minutes.
         url = hub.hf_hub_url(name, "config.json", revision=revision)
         try:
@@ -429,13 +443,15 @@ def download(
             return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local))
         except Exception as problem:
             if local:
-                at = "" if revision is None else f" --revision {revision}"
-                refs = Path(hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs"
-                held = sorted(file.name for file in refs.glob("*")) if revision is not None else []
-                others = f"the cache holds {listed(held)}; " if held else ""
-                hint = f"{kind_hint(name)}{others}where there is a network: hf download {name}{at} --local-dir DIR; "
+                wanted = name
+                hint = kind_hint(name)
+                if revision is not None:
+                    wanted = f"{name} at revision {revision}"
+                    refs = Path(hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs"
+                    if held := sorted(file.name for file in refs.glob("*")):
+                        hint += f"the cache holds {listed(held)}; "
+                hint += f"where there is a network: hf download {name}{_flag(revision)} --local-dir DIR; "
                 hint += "then DIR is the model. The demo needs neither"
-                wanted = name if revision is None else f"{name} at revision {revision}"
                 raise ModelError(f"{wanted} is not in the local cache, and {unreachable}", hint) from problem
             broken = f"the download of {name} broke off: {first_line(problem)}"
             raise ModelError(broken, "run it again to go on") from problem
@@ -447,7 +463,7 @@ def download(
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """`work()`, or TimeoutError. HTTP timeouts leave out name resolution, which alone can take half a minute."""
+    """Return `work()`. Raises TimeoutError: HTTP timeouts leave out name resolution, which alone can take half a minute."""
     answer = Future()
 
     def run():
@@ -480,14 +496,13 @@ def quantization_in(path: Path) -> str | None:
 
 def check_engine(found: FoundModel) -> None:
     """Raises ModelError: the asked-for engine cannot run the language model. UsageError: the weights cannot be quantised."""
-    why = (
-        f"is quantised ({found.quantization})" if found.quantization else "has layers that evoprune does not run itself"
-    )
+    quantised = found.quantization and f"is quantised ({found.quantization})"
     options = found.options
     if options.engine == NATIVE and not found.native:
+        why = quantised or "has layers that evoprune does not run itself"
         raise ModelError(f"{found.id} {why}", "leave the engine out: auto takes that of transformers")
     if options.quantize != "none" and not found.can_be_quantized:
-        why = f"is quantised ({found.quantization})" if found.quantization else "is a mixture of experts"
+        why = quantised or "is a mixture of experts"
         problem = f"quantize {options.quantize} is for dense models that are not quantised, and {found.id} {why}"
         raise UsageError(problem, "leave quantize out, or take a checkpoint that is quantised already")
 
@@ -498,8 +513,8 @@ def check_packages(quantization: str | None, name: str) -> None:
         return
     packages = PACKAGES.get(quantization, [])
     if missing := [package for package in [*packages, "accelerate"] if not _is_installed(package)]:
-        what = f"{listed(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
-        problem = f"{name} holds weights quantised by {quantization}, and {what}"
+        are = "is" if len(missing) == 1 else "are"
+        problem = f"{name} holds weights quantised by {quantization}, and {listed(missing)} {are} not installed"
         raise ModelError(problem, f"pip install {' '.join(missing)}")
 
 
@@ -539,7 +554,8 @@ def weight_files(folder: Path) -> list[Path]:
         hint = (
             "weights must be model.safetensors, or shards with model.safetensors.index.json; other formats are not read"
         )
-        hint += f". If the download was not finished: {again}" if name != str(folder) else ""
+        if name != str(folder):
+            hint += f". If the download was not finished: {again}"
         raise ModelError(f"{folder} holds no safetensors weights", hint)
     for file in files or [folder / "model.safetensors"]:
         if not file.is_file():
@@ -555,7 +571,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
-    """Of each tensor in safetensors files: its file, that file opened by safetensors, and its name there."""
+    """Yield of each tensor in safetensors files its file, that file opened by safetensors, and its name there."""
     from safetensors import safe_open
 
     for file in files:
@@ -583,7 +599,9 @@ def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool
     """
     model = empty(config).to(dtype)
     wide = sum(weight.nbytes for weight in model.parameters())
-    return wide - saved_bytes(model, quantize) if quantize != "none" and mapped else wide
+    if quantize != "none" and mapped:
+        return wide - saved_bytes(model, quantize)
+    return wide
 
 
 def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none") -> bool:
@@ -594,8 +612,11 @@ def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, qua
 
 def read_generation(folder: Path | None) -> GenerationSettings:
     """Return what a model's generation_config.json says. Warns of what it asks for and nothing here does."""
-    path = None if folder is None else folder / "generation_config.json"
-    content = {} if path is None else read_json(path)
+    path = None
+    content = {}
+    if folder is not None:
+        path = folder / "generation_config.json"
+        content = read_json(path)
     if asked := sorted(name for name, off in NOT_DONE.items() if content.get(name) and content[name] != off):
         warnings.warn(f"evoprune does not do what {path} asks for: {listed(asked)}", ModelWarning, stacklevel=2)
     with valid(f"{path} is damaged"):
@@ -616,7 +637,10 @@ def eos_ids(
         file = "config.json"
     if ids in (None, ()) and tokenizer is not None:
         ids = tokenizer.backend.token_to_id(tokenizer.named.get("eos_token", ""))
-    ids = () if ids is None else ids if isinstance(ids, tuple) else (ids,)
+    if ids is None:
+        ids = ()
+    if not isinstance(ids, tuple):
+        ids = (ids,)
     if never := [token for token in ids if token >= config.text_config.vocab_size]:
         said = f"eos_token_id {', '.join(map(str, never))} is no token of the model"
         if len(never) == len(ids):

@@ -73,7 +73,9 @@ def load_hosted(
     except Exception as problem:
         if is_out_of_memory(problem):
             raise
-        hint = "a package that it names must be installed" if quantization else BELONG
+        hint = BELONG
+        if quantization:
+            hint = "a package that it names must be installed"
         hint += "; or take a newer transformers: pip install -U transformers"
         raise ModelError(f"transformers cannot load {folder}: {first_line(problem)}", hint) from problem
     if missing := sorted(map(str, info["missing_keys"])):
@@ -81,11 +83,12 @@ def load_hosted(
     for name, shape, wanted in sorted(info["mismatched_keys"]):
         what = f"{name} is {list(shape)} where config.json wants {list(wanted)}"
         raise ModelError(f"the weights in {folder} cannot be loaded: {what}", BELONG)
-    for _, content, stored in () if quantization else stored_tensors(weight_files(folder)):
-        kind = content.get_slice(stored).get_dtype()
-        if kind not in PLAIN and stored not in info["unexpected_keys"]:
-            what = f"{stored} is {kind}, and config.json says nothing of quantisation"
-            raise ModelError(f"the weights in {folder} cannot be loaded: {what}", BELONG)
+    if not quantization:
+        for _, content, stored in stored_tensors(weight_files(folder)):
+            kind = content.get_slice(stored).get_dtype()
+            if kind not in PLAIN and stored not in info["unexpected_keys"]:
+                what = f"{stored} is {kind}, and config.json says nothing of quantisation"
+                raise ModelError(f"the weights in {folder} cannot be loaded: {what}", BELONG)
     if unused := sorted(map(str, info["unexpected_keys"])):
         said = f"{counted(len(unused), 'tensor')} of the weights are not used in {folder}: {', '.join(unused[:3])}"
         warnings.warn(said, ModelWarning, stacklevel=2)

@@ -140,7 +140,8 @@ def load_model(
     """
     if isinstance(model, str):
         (model,) = from_keywords({"model": model, **options}, ModelOptions)
-    model = model if isinstance(model, FoundModel) else find_model(model)
+    if not isinstance(model, FoundModel):
+        model = find_model(model)
     settings = model.options
     folder = model.folder
     use_threads(settings.threads, model)
@@ -191,7 +192,9 @@ def _weights(
     if not model.native:
         from evoprune.session.loading import hosted
     form = DTYPES[model.dtype], device
-    hint = "use a smaller model" + (", or bf16 weights (dtype bf16)" if model.dtype == "fp32" else "")
+    hint = "use a smaller model"
+    if model.dtype == "fp32":
+        hint += ", or bf16 weights (dtype bf16)"
     start = time.perf_counter()
 
     def needed(kind: str) -> int:
@@ -201,8 +204,9 @@ def _weights(
 
     if short := shortage(needed(quantize), str(device)):
         fit = [kind for kind in kinds(device) if model.can_be_quantized and not shortage(needed(kind), str(device))]
-        less = f", or fewer bits: quantize {fit[0]} needs about {size(needed(fit[0]))}" if fit else ""
-        raise OutOfMemory(f"loading {name} {short} ({device})", hint + less, stage="load")
+        if fit:
+            hint += f", or fewer bits: quantize {fit[0]} needs about {size(needed(fit[0]))}"
+        raise OutOfMemory(f"loading {name} {short} ({device})", hint, stage="load")
     try:
         if not model.native:
             read_in = model.read_dtype(quantize), device
@@ -270,7 +274,8 @@ def load_weights(
     for file, content, stored in stored_tensors(files):
         name = name_in_memory(stored)
         if name not in wanted:
-            unused += [] if computed.search(name) else [stored]
+            if not computed.search(name):
+                unused.append(stored)
             continue
         weight = content.get_tensor(stored)
         unscaled = weight.is_floating_point() and weight.itemsize > 1  # others have scales
@@ -278,7 +283,8 @@ def load_weights(
             what = f"{weight.dtype} {list(weight.shape)} where config.json wants {list(wanted[name])}"
             problem = f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", "")
             raise ModelError(problem, BELONG)
-        weight = weight if name.removesuffix(".weight") in as_stored else weight.to(device, dtype)
+        if name.removesuffix(".weight") not in as_stored:
+            weight = weight.to(device, dtype)
         if name in tensors and not torch.equal(weight, tensors[name]):
             problem = f"the weights in {file.parent} cannot be loaded: {name} is stored twice, with other values"
             raise ModelError(problem, BELONG)
@@ -293,7 +299,9 @@ def load_weights(
     if unused:
         are = "tensor of the weights is" if len(unused) == 1 else "tensors of the weights are"
         said = f"{len(unused):,} {are} not used in {files[0].parent}: {', '.join(unused[:3])}"
-        warnings.warn(said + (", ..." if len(unused) > 3 else ""), ModelWarning, stacklevel=2)
+        if len(unused) > 3:
+            said += ", ..."
+        warnings.warn(said, ModelWarning, stacklevel=2)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie()
     return model.requires_grad_(False)
@@ -339,14 +347,15 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     levels = len(vision.deepstack_visual_indexes)
     depth = max(2, levels)
     full = (0,) if vision.fullatt_block_indexes else ()
+    width = 1
+    if native:
+        width = text.intermediate_size
     small = replace(
         config,
         vision_config=replace(
             vision, depth=depth, fullatt_block_indexes=full, deepstack_visual_indexes=tuple(range(levels))
         ),
-        text_config=replace(
-            text, num_hidden_layers=depth, vocab_size=1024, intermediate_size=text.intermediate_size if native else 1
-        ),
+        text_config=replace(text, num_hidden_layers=depth, vocab_size=1024, intermediate_size=width),
     )
     model = random_model(small, dtype, device)
     prepare(model, packs=False)

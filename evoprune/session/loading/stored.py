@@ -67,7 +67,7 @@ def quantize_once(model: Model, kind: str, fingerprint: str | None, progress: Pr
 
 
 def _key(fingerprint: str, kind: str) -> str:
-    """Equal keys mean equal weights. Kernels arrange them by what the CPU can."""
+    """Return a key; equal ones mean equal weights. Kernels arrange them by what the CPU can."""
     cpu = [torch.backends.cpu.get_cpu_capability(), levels()]
     facts = [fingerprint, kind, cpu, evoprune.__version__, torch.__version__, own_code()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

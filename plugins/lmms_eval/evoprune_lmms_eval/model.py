@@ -139,7 +139,7 @@ def _only_video(visuals: list) -> str:
 
 
 def _files(visuals: list, folder: str) -> list[str]:
-    """Files of a question's videos and pictures; those in memory are written into `folder`, named by content. Raises UsageError."""
+    """Return files of a question's videos and pictures; those in memory go into `folder`, named by content. Raises UsageError."""
     paths = []
     for visual in visuals:
         if isinstance(visual, str | os.PathLike):

@@ -34,7 +34,7 @@ class BiasedRotary(nn.Module):
         self.wide = attention.head_size
 
     def forward(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor):
-        """`[n, heads * wide]` and `[n, kv_heads * wide]`, from positions `[3, n]`, queries and keys."""
+        """Return `[n, heads * wide]` and `[n, kv_heads * wide]`, from positions `[3, n]`, queries and keys."""
         plain, bias = split_bias(positions)
         query, key = self.rotary(plain, query, key)
         # the sum of the pieces, which have the dtype of the keys, is the bias / scale
@@ -53,14 +53,14 @@ class BiasedRotary(nn.Module):
 
 
 class BiasedAttention(Attention):
-    """vLLM's attention on heads that are `wide` for queries and keys, and of `head_size` for values. `options`: of `Attention`."""
+    """Attend as vLLM on heads that are `wide` for queries and keys, and of `head_size` for values. `options`: of `Attention`."""
 
     def __init__(self, head_size: int, wide: int, **options):
         super().__init__(head_size=wide, **options)
         self.value_size = head_size
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """`[n, heads * head_size]`, from wide queries and keys, and values `[n, kv_heads * head_size]`."""
+        """Return `[n, heads * head_size]`, from wide queries and keys, and values `[n, kv_heads * head_size]`."""
         value = value.view(-1, self.num_kv_heads, self.value_size)
         value = F.pad(value, (0, self.head_size - self.value_size)).flatten(1)
         out = super().forward(query, key, value)

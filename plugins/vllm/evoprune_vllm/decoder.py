@@ -60,6 +60,6 @@ def described(info: Video, times: FrameTimes) -> VideoSourceMetadata:
 
 
 def middles_of(times_s: list[float]) -> list[float]:
-    """For each frame a time in the middle of those at which it is on screen."""
+    """Return for each frame a time in the middle of those at which it is on screen."""
     following = [*times_s[1:], times_s[-1]]
     return [(time + end) / 2 for time, end in zip(times_s, following, strict=True)]

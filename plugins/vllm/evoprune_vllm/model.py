@@ -81,10 +81,12 @@ logger = init_logger("vllm.evoprune")
 
 PICTURE = "image_grid_thw"
 VIDEO = "video_grid_thw"
+GRIDS = {"image_embeds": PICTURE, "pixel_values": PICTURE, "pixel_values_videos": VIDEO}  # of what is encoded
+OF_MODALITY = {"image": PICTURE, "video": VIDEO}
 
 
 class _Pruned(SupportsMultiModalPruning):
-    """Mixed into vLLM's models.
+    """Prune in vLLM's models, into which this is mixed.
 
     Raises:
         UsageError: a method that cannot work here, or an option of vLLM that cannot go with it.
@@ -127,7 +129,7 @@ class _Pruned(SupportsMultiModalPruning):
         logger.info("videos are encoded by evoprune: method %s, budget %g", self.method.name, budget.video)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """vLLM's; then the tower's linear layers are packed, where that makes products on a CPU faster."""
+        """Load as vLLM does; then the tower's linear layers are packed, where that makes products on a CPU faster."""
         loaded = super().load_weights(weights)
         if isinstance(self.visual, Tower):
             pack(self.visual)
@@ -136,7 +138,7 @@ class _Pruned(SupportsMultiModalPruning):
         return loaded
 
     def embed_multimodal(self, **inputs) -> tuple[torch.Tensor, ...]:
-        """Features of each picture and video, `[tokens, hidden]`; pruned videos have `positions.COLUMNS` more columns."""
+        """Return features of each picture and video, `[tokens, hidden]`; pruned videos have `positions.COLUMNS` columns more."""
         with gpu_sync_allowed():  # the encoder reads what it selected
             return tuple(self._features(inputs))
 
@@ -147,10 +149,10 @@ class _Pruned(SupportsMultiModalPruning):
         group = get_tp_group()
         dtype = self.model_config.dtype
         for name in inputs:
-            if name not in ("image_embeds", "pixel_values", "pixel_values_videos"):
+            if name not in GRIDS:
                 continue
-            video = name == "pixel_values_videos"
-            grids = in_units(inputs[VIDEO if video else PICTURE], self.sizes.spatial_merge_size)
+            video = GRIDS[name] == VIDEO
+            grids = in_units(inputs[GRIDS[name]], self.sizes.spatial_merge_size)
             units = [prod(grid) for grid in grids]
             if name == "image_embeds":
                 yield from inputs[name].to(dtype).split(units)
@@ -161,21 +163,28 @@ class _Pruned(SupportsMultiModalPruning):
             if video:
                 kept = inputs[KEEP].tolist()
                 seconds = inputs[SECONDS].tolist()
-                times = inputs.get("timestamps", times)
             placed = video and self.is_multimodal_pruning_enabled
+            if placed:
+                times = inputs.get("timestamps", times)
             pieces = inputs[name].split([count * self.sizes.spatial_merge_size**2 for count in units])
             for patches, grid, keep, step, own in zip(pieces, grids, kept, seconds, times, strict=True):
-                words = [self._words(float(time)) for time in own] if placed else []
-                text = self._text(words, patches.device) if words else None
+                words = [self._words(float(time)) for time in own]
+                text = self._text(words, patches.device)
                 if group.rank_in_group:
-                    shape = keep + (0 if text is None else len(text)), self.wide + (COLUMNS if placed else 0)
-                    made = torch.empty(shape, dtype=dtype, device=group.device)
+                    rows = keep
+                    columns = self.wide
+                    if text is not None:
+                        rows += len(text)
+                    if placed:
+                        columns += COLUMNS
+                    made = torch.empty(rows, columns, dtype=dtype, device=group.device)
                 else:
                     given = patches if patches.dtype == torch.uint8 else patches.float()
                     found = encoded(self.visual, given, grid, keep, self.method, self.normal)
-                    clock = self.sizes.tokens_per_second
-                    lengths = [*map(len, words)]
-                    made = with_columns(found, step, clock, lengths, text) if placed else tokens_of(found)
+                    if placed:
+                        made = with_columns(found, step, self.sizes.tokens_per_second, [*map(len, words)], text)
+                    else:
+                        made = tokens_of(found)
                 yield group.broadcast(made.contiguous())
 
     def _words(self, time: float) -> list[int]:
@@ -183,25 +192,31 @@ class _Pruned(SupportsMultiModalPruning):
         written = self.tokenizer.encode(f"<{time:.1f} seconds>", add_special_tokens=False)
         return [*written, self.config.vision_start_token_id]
 
-    def _text(self, words: list[list[int]], device: torch.device) -> torch.Tensor:
-        """Return the embeddings `[n, hidden]` of times and markers: all processes of a group compute a part of them."""
+    def _text(self, words: list[list[int]], device: torch.device) -> torch.Tensor | None:
+        """Return the embeddings `[n, hidden]` of times and markers; None for none. All processes of a group compute a part."""
+        if not words:
+            return None
         ids = [word for before in words for word in (*before, self.config.vision_end_token_id)]
         return self.language_model.embed_input_ids(torch.tensor(ids, dtype=torch.int64, device=device))
 
     def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
-        """`positions.known_positions` of a prompt."""
+        """Return `positions.known_positions` of a prompt."""
         items = []
         clock = self.sizes.tokens_per_second
         for feature in sorted(mm_features, key=lambda each: each.mm_position.offset):
-            picture = feature.modality == "image"
             place = feature.mm_position
-            (grid,) = in_units(feature.data[PICTURE if picture else VIDEO].data[None], self.sizes.spatial_merge_size)
+            name = OF_MODALITY[feature.modality]
+            (grid,) = in_units(feature.data[name].data[None], self.sizes.spatial_merge_size)
             if "timestamps" in feature.data:
                 words = place.length - int(feature.data[KEEP].data)
                 items.append((place.offset, place.length, words + grid[0] * max(grid[1:]), None))
                 continue
-            seconds = 1.0 if picture else float(feature.data[SECONDS].data)
-            known = video_positions(grid, seconds, clock) if place.length == prod(grid) else None
+            seconds = 1.0
+            if name == VIDEO:
+                seconds = float(feature.data[SECONDS].data)
+            known = None
+            if place.length == prod(grid):
+                known = video_positions(grid, seconds, clock)
             items.append((place.offset, place.length, extent(grid, seconds, clock), known))
         return known_positions(len(input_tokens), items)
 
@@ -222,12 +237,12 @@ class _Pruned(SupportsMultiModalPruning):
             return features, mrope_positions, generated_offset(mrope_positions)
 
     def get_encoder_cudagraph_config(self) -> EncoderCudaGraphConfig:
-        """No graphs: how much the encoder computes depends on the video."""
+        """Return no graphs: how much the encoder computes depends on the video."""
         return EncoderCudaGraphConfig(modalities=[], buffer_keys=[], out_hidden_size=self.wide, max_frames_per_video=1)
 
 
 class _Timed(_Pruned):
-    """Of families whose frame pairs have times. Mixed into vLLM's models, by whose names these numbers are kept."""
+    """Prune in families whose frame pairs have times. Mixed into vLLM's models; these numbers are named as there."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -245,7 +260,7 @@ class _Timed(_Pruned):
         self.deepstack_input_embeds_num_tokens = 0
 
     def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
-        """vLLM's, where nothing is pruned: times and markers have no placeholders then."""
+        """Return vLLM's where nothing is pruned: times and markers have no placeholders then."""
         if self.is_multimodal_pruning_enabled:
             return super().get_mrope_input_positions(input_tokens, mm_features)
         return super(_Pruned, self).get_mrope_input_positions(input_tokens, mm_features)
@@ -271,7 +286,7 @@ def _check(sizes: VisionConfig, config: VllmConfig) -> None:
 
 @cache
 def _let_cpu_runner_prune() -> None:
-    """From now on, vLLM's runner on a CPU notes that a model of this module prunes, if it does. Nothing else changes.
+    """Let vLLM's runner on a CPU note from now on that a model of this module prunes, if it does. Nothing else changes.
 
     The runner on GPUs looks at the model after loading. The one on CPUs has a loader of its own, which does not (0.32): vLLM's own
     pruning fails there.

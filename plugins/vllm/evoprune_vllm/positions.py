@@ -43,8 +43,10 @@ def known_positions(
     for start, count, more, known in items:
         pieces.append((arange_on(start - at, "cpu") + following).expand(3, -1))
         following += start - at
-        unknown = torch.full((3, count), -1 - following, dtype=torch.int64, device="cpu")
-        pieces.append(unknown if known is None else known + following)
+        if known is None:
+            pieces.append(torch.full((3, count), -1 - following, dtype=torch.int64, device="cpu"))
+        else:
+            pieces.append(known + following)
         following += more
         at = start + count
     pieces.append((arange_on(length - at, "cpu") + following).expand(3, -1))
@@ -70,14 +72,14 @@ def as_columns(positions: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) 
 
 
 def from_columns(columns: torch.Tensor) -> torch.Tensor:
-    """int64 `[3, K]`: positions with the bias in their upper bits, from what `as_columns` returned."""
+    """Return int64 `[3, K]`: positions with the bias in their upper bits, from what `as_columns` returned."""
     parts = columns.T.long().split(DIGITS)
     *rows, bits = (sum(digit << 8 * i for i, digit in enumerate(part)) for part in parts)
     return torch.stack([row + ((bits >> 11 * i) & FREE) * LIMIT for i, row in enumerate(rows)])
 
 
 def split_bias(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions without the bias, and the bias, float32 `[n]`; from int64 or int32 `[3, n]`."""
+    """Return positions without the bias, and the bias, float32 `[n]`; from int64 or int32 `[3, n]`."""
     upper = (positions.long() >> BITS) & FREE
     bits = upper[0] + (upper[1] << 11) + (upper[2] << 22)
     bits = bits - ((bits >> 31) << 32)  # as a signed number
@@ -85,7 +87,7 @@ def split_bias(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def with_videos(positions: torch.Tensor, places: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """`positions` (int64 `[3, length]`, negative where none is written) with those `found` (`from_columns`) at `places` (`[n]`)."""
+    """Return `positions` (int64 `[3, length]`, negative where unwritten) with `found` (`from_columns`) at `places` (`[n]`)."""
     before = positions[:, places]
     made = positions.clone()
     made[:, places] = torch.where(before < 0, found - 1 - before, before)

@@ -36,7 +36,7 @@ FIXED = {
 
 
 def in_units(grids: torch.Tensor, merge: int) -> list[Grid]:
-    """Grids of Hugging Face, int64 `[items, 3]`, in units of `merge` by `merge` patches."""
+    """Return grids of Hugging Face, int64 `[items, 3]`, in units of `merge` by `merge` patches."""
     return [(t, h // merge, w // merge) for t, h, w in grids.tolist()]
 
 
@@ -46,15 +46,15 @@ def without_own(options: Mapping) -> dict:
 
 
 class DummyInputs:
-    """Inputs with which vLLM measures memory; mixed into vLLM's class."""
+    """Make inputs with which vLLM measures memory; mixed into vLLM's class."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """vLLM's text, with the end of a video, which prompts need here."""
+        """Return vLLM's text, with the end of a video, which prompts need here."""
         return super().get_dummy_text(mm_counts) + END
 
 
 class Processor:
-    """Mixed into vLLM's class. A request with a bad option is refused with ValueError, which clients see."""
+    """Process requests, mixed into vLLM's class. One with a bad option is refused with ValueError, which clients see."""
 
     def apply(self, inputs, timing_ctx):
         """Return the prompt with placeholders.
@@ -68,7 +68,7 @@ class Processor:
         return made
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs):
-        """vLLM's, whose options are not those of this package, and K of each video."""
+        """Return what vLLM's returns, which gets no options of this package, and K of each video."""
         for options in (hf_kwargs, *(each for each in hf_kwargs.values() if isinstance(each, Mapping))):
             if fixed := sorted(FIXED & set(options)):
                 raise ValueError(f"{fixed[0]} is fixed by the model")
@@ -92,7 +92,7 @@ class Processor:
         return made
 
     def _seconds(self, sizes: VisionConfig, known: list, grids: list[Grid]) -> list[float]:
-        """Seconds per pair of each video; 1 for a model without a clock, or a video without a frame rate.
+        """Return the seconds per pair of each video; 1 for a model without a clock, or a video without a frame rate.
 
         Raises ValueError: a video lasts longer than the model has positions.
         """
@@ -100,8 +100,9 @@ class Processor:
         found = []
         most = min(LIMIT, 4 * text.max_position_embeddings)  # as many rotary positions as vLLM computes
         for grid, video in zip(grids, known, strict=True):
-            rate = None if video is None else video.sampled_fps
-            seconds = sizes.temporal_patch_size / rate if rate and sizes.tokens_per_second else 1.0
+            seconds = 1.0
+            if sizes.tokens_per_second and video is not None and video.sampled_fps:
+                seconds = sizes.temporal_patch_size / video.sampled_fps
             if self._extent(grid, seconds, sizes.tokens_per_second) >= most:
                 raise ValueError(f"a video of {grid[0] * seconds:,.0f} s has more than the model's {most:,} positions")
             found.append(seconds)
@@ -117,19 +118,22 @@ class Processor:
         stock = super()._get_prompt_updates(mm_items, without_own(hf_processor_mm_kwargs), out_mm_kwargs)
 
         def pruned(update):
+            if update.modality != "video":
+                return update
+
             def placeholders(item: int):
                 return self._placeholders(update, item, int(out_mm_kwargs["video"][item][KEEP].data))
 
             return replace(update, replacement=placeholders)
 
-        return [pruned(update) if update.modality == "video" else update for update in stock]
+        return [pruned(update) for update in stock]
 
     def _placeholders(self, update, item: int, keep: int):
         return update.target * keep
 
 
 class TimedProcessor(Processor):
-    """Of a family whose frame pairs have times. Mixed into vLLM's class."""
+    """Process requests of a family whose frame pairs have times. Mixed into vLLM's class."""
 
     def _placeholders(self, update, item: int, keep: int):
         stock = update.replacement(item)

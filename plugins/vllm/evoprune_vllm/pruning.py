@@ -75,7 +75,7 @@ def request_budget(options: Mapping[str, Any], rate: float | None) -> Budget:
 
 
 def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float) -> Normal:
-    """Mean and std for levels from 0 to 1, from those for levels up to 255 times `scale`."""
+    """Return mean and std for levels from 0 to 1, from those for levels up to 255 times `scale`."""
     levels = round(1 / scale) / 255
     return tuple(levels * each for each in mean), tuple(levels * each for each in std)
 
@@ -96,8 +96,15 @@ def encoded(
 
 
 def tokens_of(found: Encoded) -> torch.Tensor:
-    """`[K, (1 + n) * D]`: the features of each token, and those of the n levels of DeepStack."""
-    return torch.cat([found.features, *([] if found.deepstack is None else found.deepstack)], 1)
+    """Return `[K, (1 + n) * D]`: the features of each token, and those of the n levels of DeepStack."""
+    return _beside(found.features, found.deepstack)
+
+
+def _beside(features: torch.Tensor, deepstack: torch.Tensor | None) -> torch.Tensor:
+    """Return `[K, (1 + n) * D]`, from `[K, D]` and `[n, K, D]`."""
+    if deepstack is None:
+        return features
+    return torch.cat([features, *deepstack], 1)
 
 
 def with_columns(
@@ -107,7 +114,7 @@ def with_columns(
     words: Sequence[int] = (),
     text: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`tokens_of` with COLUMNS more: positions counted from the video's own, and the log of the cluster size.
+    """Return `tokens_of` with COLUMNS more: positions counted from the video's own, and the log of the cluster size.
 
     `words`: where frame pairs have times, how many embeddings of `text`, `[n, D]`, stand before the tokens of each; one stands
     behind them. Then there is a row for each of these as well.
@@ -115,14 +122,13 @@ def with_columns(
     grid = found.grids[0]
     place = Place((range(prod(grid)),))
     if words:
-        place = replace(
-            place_of_pairs(words, grid[1] * grid[2]), around=()
-        )  # a frame pair without tokens keeps its time
+        # A frame pair without tokens keeps its time.
+        place = replace(place_of_pairs(words, grid[1] * grid[2]), around=())
     embeds = found.features[:0] if text is None else text.to(found.features)
     ids = torch.zeros(len(place) + len(embeds), dtype=torch.int64, device="cpu")
-    positions = prompt_positions(len(ids), place.spans(grid, seconds), tokens_per_second)
+    positions = prompt_positions(len(ids), place.positions(grid, seconds, tokens_per_second))
     prompt = prune_prompt(ids, [place], [found], positions, embed=lambda _: embeds)
-    rows = torch.cat([prompt.embeds, *([] if prompt.deepstack is None else prompt.deepstack)], 1)
+    rows = _beside(prompt.embeds, prompt.deepstack)
     bias = rows.new_zeros(len(rows), dtype=torch.float32) if prompt.sizes is None else prompt.sizes.log()
     return torch.cat([rows, as_columns(prompt.positions.to(rows.device), bias, rows.dtype)], 1)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from evoprune.language.prompt import VisualSpan, place_of_pairs, prompt_positions, video_positions
+from evoprune.language.prompt import place_of_pairs, prompt_positions, video_positions
 from evoprune.language.pruned import prune_prompt
 from evoprune_vllm.positions import (
     LIMIT,
@@ -40,14 +40,14 @@ def prompt(per_second, share=0.3):
         chosen = torch.randperm(units, generator=random)[:keep].sort().values
         columns += [whole + i for i in range(text)] + (whole + text + chosen).tolist()
         ids += [TEXT] * text
-        spans.append(VisualSpan(whole + text, grid, seconds))
+        spans.append((whole + text, video_positions(grid, seconds, per_second)))
         known = video_positions(grid, seconds, per_second) if keep == units else None
         items.append((len(ids), keep, extent(grid, seconds, per_second), known))
         ids += [kind] * keep
         whole += text + units
         kept += [chosen] if kind == VIDEO else []
     columns += [whole + i for i in range(END)]
-    right = prompt_positions(whole + END, spans, per_second)
+    right = prompt_positions(whole + END, spans)
     return torch.tensor(ids + [TEXT] * END), items, kept, right[:, columns], int(right.max()) + 1
 
 
@@ -97,24 +97,24 @@ def test_positions_of_rows_behind_times(chosen):
     units, before = 6, [start]
     for count in words:
         before.append(before[-1] + count + units + 1)
-    spans = [VisualSpan(at + count, (1, 2, 3), 1.0) for at, count in zip(before, words, strict=False)]
-    right = prompt_positions(before[-1] + 4, spans, None)
+    starts = [at + count for at, count in zip(before, words, strict=False)]
+    right = prompt_positions(before[-1] + 4, [(at, video_positions((1, 2, 3), 1.0, None)) for at in starts])
     kept = {
         "all": torch.arange(24),
         "some": torch.tensor([0, 3, 7, 13, 14, 20]),
         "of two frame pairs": torch.tensor([6, 7, 18, 23]),
         "none of the last": torch.tensor([1, 8, 12]),
     }[chosen]
-    dropped = {spans[unit // units].start + unit % units for unit in range(24)} - {
-        spans[unit // units].start + unit % units for unit in kept.tolist()
+    dropped = {starts[unit // units] + unit % units for unit in range(24)} - {
+        starts[unit // units] + unit % units for unit in kept.tolist()
     }
     columns = [column for column in range(start, before[-1]) if column not in dropped]
     place = replace(place_of_pairs(words, units), around=())
     ids = torch.zeros(place.runs[-1].stop + 1, dtype=torch.int64)
-    own = prompt_positions(len(ids), place.spans(grid, 1.0), None)
+    own = prompt_positions(len(ids), place.positions(grid, 1.0, None))
     made = prune_prompt(ids, [place], [encoded_tokens(torch.zeros(len(kept), 1), kept, grid=grid)], own)
     assert torch.equal(made.positions + start, right[:, columns])
-    places = {column for span in spans for column in range(span.start, span.start + units)}
+    places = {column for at in starts for column in range(at, at + units)}
     assert made.visual.tolist() == [column in places for column in columns]
     items = [(start, len(columns), sum(words) + 4 + 4 * 3, None)]
     of_prompt, offset = known_positions(start + len(columns) + 4, items)

@@ -19,7 +19,7 @@ from evoprune.backend import weights
 from evoprune.backend.cpu import linear
 from evoprune.backend.cpu.linear import PackedLinear
 from evoprune.backend.cpu.quantize import Int8Linear
-from evoprune.backend.devices import accelerator, available_memory, exact_shapes, pick_device
+from evoprune.backend.devices import accelerator, available_memory, is_host, pick_device
 from evoprune.bundled import DEMOS
 from evoprune.errors import DeviceWarning, EvopruneWarning, ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language.generate import prefill
@@ -397,7 +397,7 @@ def test_two_models_on_one_gpu(monkeypatch):
 
 def test_reading_waits_everywhere_but_on_the_cpu(monkeypatch):
     names = "cpu", "cuda:1", "xpu", "mps", "meta"
-    assert [name for name in names if exact_shapes(torch.device(name))] == ["cpu"]
+    assert [name for name in names if is_host(torch.device(name))] == ["cpu"]
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
     assert accelerator() == "xpu"
 
