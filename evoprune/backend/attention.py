@@ -1,5 +1,6 @@
 """Attention by device: on CUDA never cuDNN's, which plans each new shape for up to seconds; kernels for prompts and for groups."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -129,13 +130,15 @@ def causal_attention(
     return torch.ops.aten._scaled_dot_product_flash_attention(queries, keys, values, 0.0, True, False, scale=scale)[0]
 
 
-def bias_features(bias: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+def bias_features(bias: torch.Tensor, dim: int, dtype: torch.dtype, least: float = -math.inf) -> torch.Tensor:
     """Return features `[n, e]` behind those of keys, `dim`. Their product with ones is a bias on the scores of keys, float32 `[n]`.
 
     A kernel that takes no mask takes them: heads may have up to 256 features, in multiples of eight. Scores are divided by the root
-    of `dim`. The bias is the sum of two numbers, because one in bf16 would be off by up to 2^-9 of it.
+    of `dim`, so the bias is multiplied by it here. It is the sum of two numbers, because one in bf16 would be off by up to 2^-9 of
+    it. Products below `least` become `least`.
     """
-    value = (bias * dim**0.5).clamp(min=torch.finfo(dtype).min / 4)  # -inf times 0 would be NaN
+    least = max(least, torch.finfo(dtype).min / 4)  # -inf times 0 would be NaN
+    value = (bias * dim**0.5).clamp(min=least)
     high = value.to(dtype)
     return F.pad(torch.stack([high, (value - high.float()).to(dtype)], -1), (0, -(dim + 2) % 8))
 

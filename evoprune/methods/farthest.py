@@ -96,7 +96,9 @@ def farthest_points(
         return arange_on(units, points.row.device)
     _, turn, tubes = grid_tables(points.grid, str(points.row.device))
     first = (points.salience * (STEPS / 2)).round_()
-    needed = units if floor else keep  # a frame pair's share may lie beyond the first `keep` of the clip
+    needed = keep
+    if floor:  # a frame pair's share may lie beyond the first `keep` of the clip
+        needed = units
     radii = tube_radii(points.place, points.half, points.weight, first, points.row, points.time, tubes, needed)
     if within:
         keep = max(min(least, keep), min(keep, int((radii > within * STEPS).sum())))

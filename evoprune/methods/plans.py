@@ -32,8 +32,11 @@ def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list
     open_ = [i for i, limit in enumerate(most) if limit > 0]
     while open_:
         left = total - sum(counts)
-        weight = sum(Fraction(weights[i]) for i in open_)
-        quotas = {i: left * (Fraction(weights[i]) / weight if weight else Fraction(1, len(open_))) for i in open_}
+        parts = {i: Fraction(weights[i]) for i in open_}
+        if not any(parts.values()):
+            parts = dict.fromkeys(open_, Fraction(1))
+        whole = sum(parts.values())
+        quotas = {i: left * part / whole for i, part in parts.items()}
         full = [i for i in open_ if quotas[i] >= most[i]]
         if not full:
             break
@@ -68,7 +71,7 @@ class TowerShape:
         return "pair" if layer in self.full_layers else "window"
 
     def windows(self, height: int, width: int) -> int:
-        """Number of windows in a frame pair of `height` x `width` units."""
+        """Return the number of windows in a frame pair of `height` x `width` units."""
         return -(-height // self.window) * -(-width // self.window)
 
 
@@ -167,8 +170,12 @@ class EncoderPlan:
     @property
     def token_stage(self) -> Stage | None:
         """The stage that selects tokens after the tower."""
-        last = self.stages[-1] if self.stages else None
-        return last if last and last.first_layer == self.depth and not last.inside_pairs else None
+        if not self.stages:
+            return None
+        last = self.stages[-1]
+        if last.first_layer != self.depth or last.inside_pairs:
+            return None
+        return last
 
     @property
     def inside_pairs(self) -> list[Stage]:
@@ -196,8 +203,9 @@ class EncoderPlan:
     @property
     def rows(self) -> int:
         """Rows that leave the tower."""
-        left = [s.rows for s in self.stages if s is not self.token_stage and not isinstance(s.reduce, SetAside)]
-        return left[-1] if left else self.units
+        fewer = (s for s in self.stages if s is not self.token_stage and not isinstance(s.reduce, SetAside))
+        counts = [self.units, *(stage.rows for stage in fewer)]
+        return counts[-1]
 
 
 def full_plan(tower: TowerShape, grid: Grid) -> EncoderPlan:
@@ -232,7 +240,7 @@ def layer_weights(depth: int, allocation: str, first: float, last: float) -> dic
 
 
 def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, weights: dict[int, float]) -> list[int]:
-    """Rows of one frame pair after each layer, from `units` down to `keep`.
+    """Return the rows of one frame pair after each layer, from `units` down to `keep`.
 
     A layer that merges inside windows leaves at least one row in each of the `windows`. The next full-attention layer removes the
     excess, even if it is outside the range; in a tower without one, more than `keep` (at least 1) are left. `weights`: from
@@ -245,8 +253,9 @@ def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, we
         done += weights.get(layer, 0.0)
         wish = units - math.floor((units - keep) * min(done, 1.0) + 0.5)
         if tower.scope(layer) == "window":
-            # Outside the range a window layer does not reduce; only full-attention layers do.
-            wish = max(wish, windows) if layer in weights else rows
+            wish = max(wish, windows)
+            if layer not in weights:  # outside the range a window layer does not reduce; only full-attention layers do
+                wish = rows
         rows = min(rows, wish)
         counts.append(rows)
     return counts

@@ -13,24 +13,24 @@ ALL = slice(None)
 
 
 def ranked(score: torch.Tensor) -> torch.Tensor:
-    """int64 `[n]`: indices of `score` (`[n]`) from the highest to the lowest; ties by index."""
+    """Return int64 `[n]`: indices of `score` (`[n]`) from the highest to the lowest; ties by index."""
     return score.argsort(descending=True, stable=True)
 
 
 def highest(score: torch.Tensor, count: int) -> torch.Tensor:
-    """int64 `[count]`: indices of the `count` highest of `score` (`[n]`), ascending; ties to the lower index."""
+    """Return int64 `[count]`: indices of the `count` highest of `score` (`[n]`), ascending; ties to the lower index."""
     return ranked(score)[:count].sort().values
 
 
 def scaled(score: torch.Tensor) -> torch.Tensor:
-    """`score` scaled linearly to reach from 0 to 1; all 0 if it is the same everywhere."""
+    """Return `score` scaled linearly to reach from 0 to 1; all 0 if it is the same everywhere."""
     low = score.min()
     high = score.max()
     return (score - low) / torch.where(high > low, high - low, torch.ones_like(high))
 
 
 def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 `[n]`, the greatest cosine of each row of `unit` (`[n, d]`) to one of `others` (`[m, d]`); int64 `[n]`, its index.
+    """Return the greatest cosine of each row of `unit` (`[n, d]`) to one of `others` (`[m, d]`), float32 `[n]`; int64 `[n]`, whose.
 
     All rows are of length one, and m is at least 1. Ties go to the lower index.
     """
@@ -50,18 +50,21 @@ def strips(groups: int, rows: int) -> list[slice]:
 
 
 def unit_features(x: torch.Tensor) -> torch.Tensor:
-    """float32 `[R, 4 * d]`: keys or queries (`[R, 4, heads, d]`) as the mean over heads, with the four patches joined."""
+    """Return float32 `[R, 4 * d]`: keys or queries (`[R, 4, heads, d]`) as the mean over heads, with the four patches joined."""
     return x.float().mean(2).flatten(1)
 
 
 def similarity(features: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
-    """Cosines `[B, m, n]` of the m `rows` of features `[B, n, D]` to all rows of their group; 0 for a zero vector."""
+    """Return the cosines `[B, m, n]` of the m `rows` of features `[B, n, D]` to all rows of their group; 0 for a zero vector."""
     unit = F.normalize(features.float(), dim=-1)
     return unit[:, rows] @ unit.transpose(1, 2)
 
 
 def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, rows: slice = ALL) -> torch.Tensor:
-    """`[B, m]`: mean `cosine` (`[B, m, n]`) of the m `rows` to their nearest `valid` others (bool `[B, n]`); 1 for an only row."""
+    """Return `[B, m]`: the mean `cosine` (`[B, m, n]`) of the m `rows` to their nearest `valid` others (bool `[B, n]`).
+
+    It is 1 for a row without others.
+    """
     n = cosine.shape[2]
     index = arange_on(n, cosine.device)
     others = valid[:, None, :] & valid[:, rows, None] & (index[rows, None] != index)
@@ -72,7 +75,7 @@ def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, ro
 
 
 def relative_attention(received: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Attention received (`[B, n]`) divided by the highest of the group: `[B, n]` in [0, 1], 0 at padding."""
+    """Return the attention received (`[B, n]`) divided by the highest of the group: `[B, n]` in [0, 1], 0 at padding."""
     top = received.masked_fill(~valid, 0).amax(1, keepdim=True)
     return torch.where(valid, received / top.clamp(min=1e-12), 0)
 
@@ -85,7 +88,7 @@ def composite_score(
     attention_weight: float,
     rows: slice = ALL,
 ) -> torch.Tensor:
-    """`[B, m, n]`: EvoPrune's score of merging two rows (arXiv 2603.03681), with the row to be absorbed in dimension 1.
+    """Return `[B, m, n]`: EvoPrune's score of merging two rows (arXiv 2603.03681), with the row to be absorbed in dimension 1.
 
         S_ij = s_ij - w_div * max(1 - d_i, 1 - d_j) - w_att * max(a_i, a_j)
 
@@ -111,9 +114,9 @@ def alternate(valid: torch.Tensor, first: int = 1) -> torch.Tensor:
 def best_partners(
     score: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[B, m]`: the highest `score` (`[B, m, n]`) of each source (bool `[B, m]`) with a destination (bool `[B, n]`), else -inf.
+    """Return `[B, m]`: the highest `score` (`[B, m, n]`) of each source (bool `[B, m]`) with a destination (bool `[B, n]`).
 
-    And int64 `[B, m]`, the index of that destination. Ties go to the lower index.
+    It is -inf for other rows. And int64 `[B, m]`, the index of that destination. Ties go to the lower index.
     """
     allowed = source[:, :, None] & destination[:, None, :]
     return tuple(score.masked_fill(~allowed, -torch.inf).max(2))
@@ -122,7 +125,7 @@ def best_partners(
 def match(
     best: torch.Tensor, partner: torch.Tensor, source: torch.Tensor, last: torch.Tensor, remove: torch.Tensor
 ) -> torch.Tensor:
-    """int64 `[B, n]`: the row that each row merges into, its own index if it stays. Sources of highest score merge first.
+    """Return int64 `[B, n]`: the row that each row merges into, its own index if it stays. Sources of highest score merge first.
 
     `best`, `partner`: `[B, n]`, from `best_partners`, of all rows; `source`: bool `[B, n]`; `last`: bool `[B, n]`, critical rows,
     which merge only after all other sources; `remove`: int64 `[B]`, how many sources merge, all of them if there are fewer.
@@ -138,7 +141,7 @@ def match(
 
 
 def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: int, moves: int) -> torch.Tensor:
-    """`[rows, ...]`, in the dtype of `x`: the size-weighted mean, in float32, of each row that stays and those that merge into it.
+    """Return `[rows, ...]`, as `x`: the size-weighted mean, taken in float32, of each row that stays and those that merge into it.
 
     Args:
         x, size, into: `[R, ...]`; int64 `[R]`, cluster sizes; int64 `[R]`, the row that each row merges into, itself if it stays.

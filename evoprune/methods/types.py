@@ -18,7 +18,7 @@ from evoprune.backend.operators import mean_rows
 
 
 def arange_on(count: int, device: torch.device | str) -> torch.Tensor:
-    """int64 `[count]`: 0, 1, 2 and so on."""
+    """Return int64 `[count]`: 0, 1, 2 and so on."""
     return torch.arange(count, dtype=torch.int64, device=device)
 
 
@@ -28,18 +28,20 @@ def cat(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def bincount_fixed(index: torch.Tensor, bins: int) -> torch.Tensor:
-    """int64 `[bins]`: how often each number occurs in `index` (int64 `[n]`)."""
+    """Return int64 `[bins]`: how often each number occurs in `index` (int64 `[n]`)."""
     return index.new_zeros(bins).scatter_add_(0, index, torch.ones_like(index))
 
 
 def nonzero_fixed(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """int64 `[count]`: the first `count` indices where `mask` (bool `[n]`) is true, ascending; filled up with zeros."""
+    """Return int64 `[count]`: the first `count` indices where `mask` (bool `[n]`) is true, ascending; filled up with zeros."""
     slot = torch.where(mask, mask.cumsum(0) - 1, count).clamp(max=count)
     return slot.new_zeros(count + 1).scatter_(0, slot, arange_on(len(mask), mask.device))[:count]
 
 
 def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs of neighbouring rows as a padded batch: int64 `[B, longest]`, and bool, which are valid. Padding repeats the last row.
+    """Return runs of neighbouring rows as a padded batch: int64 `[B, longest]`, and bool, which are valid.
+
+    Padding repeats the last row.
 
     `start`, `length`: int64 `[B]`, of each run, which may be empty; `longest`: an upper bound; `rows`: all indices are below it.
     """
@@ -49,7 +51,7 @@ def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> 
 
 
 def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.Tensor:
-    """int64 `[B, G]`: how many rows each group keeps, by largest remainder, at least one per group with rows; ties by index.
+    """Return int64 `[B, G]`: how many rows each group keeps, by largest remainder, at least one per group with rows; ties by index.
 
     `sizes`: int64 `[B, G]`, at most `longest`. `total`: int64 `[B]`, from the number of groups with rows to the sum of sizes.
     """
@@ -73,7 +75,7 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
 
 
 def _first(able: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """bool `[B, G]`: the first `count` (`[B, 1]`) groups in `order` (`[B, G]`) that are `able`; none if `count` is negative."""
+    """Return bool `[B, G]`: the first `count` (`[B, 1]`) `able` groups in `order` (`[B, G]`); none if `count` is negative."""
     queue = able.gather(1, order)
     selected = queue & (queue.cumsum(1) <= count)
     return torch.zeros_like(able).scatter_(1, order, selected)
@@ -120,7 +122,7 @@ class Tokens:
         return F.normalize(self.features.float(), dim=1)
 
     def by_pair(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` (`[N, ...]`) as `[T, H * W, ...]`: frame pair by frame pair."""
+        """Return `x` (`[N, ...]`) as `[T, H * W, ...]`: frame pair by frame pair."""
         return x.view(self.grid[0], -1, *x.shape[1:])
 
     @cached_property
@@ -148,7 +150,9 @@ class Tokens:
 
     def _given(self, name: str) -> torch.Tensor:
         if name not in self.given:
-            missing = "`reads_question`" if name == "question" else f'"{name}" in its `needs`'
+            missing = f'"{name}" in its `needs`'
+            if name == "question":
+                missing = "`reads_question`"
             raise TypeError(f"there is no {name} here: the method must declare {missing}")
         return self.given[name]
 
@@ -170,17 +174,23 @@ class Selection:
     averages: bool = True  # False: each token stays as its kept unit is, whatever `unit_to_token` says it represents
 
     def features(self, rows: torch.Tensor, row_of: torch.Tensor | None = None) -> torch.Tensor:
-        """`[K, D]`, as `rows` (`[E, D]`): the tokens. `row_of`: int64 `[N]`, the row of each unit, None where each has its own."""
+        """Return the tokens, `[K, D]`, of `rows`, `[E, D]`; `row_of`: int64 `[N]`, the row of each unit, None for its own."""
         if not self.averages or (self.unit_to_token is None and self.means is None):
-            return rows[self.kept if row_of is None else row_of[self.kept]]
-        row = arange_on(len(rows), rows.device) if row_of is None else row_of.clamp(min=0)
+            if row_of is None:
+                return rows[self.kept]
+            return rows[row_of[self.kept]]
+        if row_of is None:
+            row = arange_on(len(rows), rows.device)
+        else:
+            row = row_of.clamp(min=0)
         if self.means is not None:
             into, unit, weight = self.means
             row = row[unit]
         else:  # which units have a token is not read, which would wait for a GPU: the others weigh nothing
             into = self.unit_to_token.clamp(min=0)
             weight = (self.unit_to_token >= 0).float()
-            weight = weight if self.weight is None else weight * self.weight
+            if self.weight is not None:
+                weight = weight * self.weight
         return mean_rows(rows, into, row, weight, len(self.kept))
 
 
@@ -211,7 +221,7 @@ class LayerState:
 
 
 def smaller_frame(height: int, width: int, most: int) -> tuple[int, int]:
-    """(height, width) of the largest frame of at most `most` units, at least 1 x 1, with nearly the ratio of height x width.
+    """Return (height, width) of the largest frame of at most `most` units, at least 1 x 1, with nearly the ratio of height x width.
 
     One dimension is any whole number of units; the ratio gives the other, rounded. Of equals the nearest to the ratio wins.
     """

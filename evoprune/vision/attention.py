@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import devices
-from evoprune.backend.attention import NEVER, attends_by_products, form_of_groups
+from evoprune.backend.attention import NEVER, attends_by_products, bias_features, form_of_groups
 from evoprune.methods.types import arange_on, bincount_fixed, cat, runs
 from evoprune.model.config import PATCHES
 from evoprune.model.numerics import without_autocast
@@ -36,26 +36,45 @@ class PaddedGroups:
     inside: torch.Tensor | None = None  # bool `[B, Q]`, False at padding; None without padding, and with `back`
     # int64 `[R]`, twice: the group of each row, and its number in it; None where `query` and `inside` say it
     back: tuple[torch.Tensor, torch.Tensor] | None = None
-    rows: Rows | None = None  # all, if keys may be of other frame pairs than their group
+    rows: Rows | None = None  # all; None where the groups are all rows in order
+
+    @property
+    def key_rows(self) -> torch.Tensor | slice | None:
+        """The rows that are keys, in one of the forms of `query`."""
+        return self.query if self.key is None else self.key
 
     def parts(self, rows: int) -> Iterator["PaddedGroups"]:
         """Yields the batch in parts of whole groups, of at most so many query or key rows, or of one group."""
         groups, longest = self.shape
-        at_once = max(1, rows // max(longest, 0 if self.key is None else self.key.shape[1]))
+        widest = longest
+        if self.key is not None:
+            widest = max(longest, self.key.shape[1])
+        at_once = max(1, rows // widest)
         if at_once >= groups:
             yield self
             return
         for first in range(0, groups, at_once):
             of = slice(first, min(first + at_once, groups))
-            query = slice(of.start * longest, of.stop * longest) if self.query is None else self.query[of]
-            key, weight, inside = (x if x is None else x[of] for x in (self.key, self.weight, self.valid))
+            query = _some(self.query, of)
+            if query is None:
+                query = slice(of.start * longest, of.stop * longest)
+            key, weight, inside = (_some(x, of) for x in (self.key, self.weight, self.valid))
             yield PaddedGroups((of.stop - of.start, longest), query, key, weight, inside, rows=self.rows)
 
-    def by_head(self, x: torch.Tensor, which: str) -> torch.Tensor:
-        """Rows of `x` `[R, 4, heads, d]` as `[B, heads, Q*4 or K*4, d]`; `which`: "query" or "key"."""
-        index = self.key if which == "key" and self.key is not None else self.query
-        rows = x if index is None else x[index]
-        return rows.reshape(self.shape[0], -1, *x.shape[2:]).transpose(1, 2)
+    def by_head(self, x: torch.Tensor, index: torch.Tensor | slice | None) -> torch.Tensor:
+        """Return rows of `x` `[R, 4, heads, d]` as `[B, heads, n*4, d]`; `index`: `query` or `key_rows`, n of each group."""
+        if index is not None:
+            x = x[index]
+        return x.reshape(self.shape[0], -1, *x.shape[-2:]).transpose(1, 2)
+
+    def write(self, answer: torch.Tensor, out: torch.Tensor) -> None:
+        """Writes what attention answers the queries, `[B, Q, 4, heads, d]`, to their rows of `out`, `[R, 4, heads, d]`."""
+        if isinstance(self.query, slice):
+            out[self.query] = answer.flatten(0, 1)
+        elif self.valid is None:
+            out[self.query] = answer
+        else:
+            out[self.query[self.valid]] = answer[self.valid]
 
     @cached_property
     def valid(self) -> torch.Tensor | None:
@@ -82,7 +101,7 @@ class PackedGroups:
     kernel: Callable  # `varlen_kernel`
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """Attention of all groups in one call of the kernel; arguments `[patches, heads, d]`, keys group after group."""
+        """Return the attention of all groups in one call of the kernel; arguments `[patches, heads, d]`, keys group after group."""
         longest = longest_key = self.rows.longest(self.scope)
         if self.rows.mixes(self.scope):
             longest_key = self.rows.geometry.largest(self.scope)
@@ -93,7 +112,7 @@ class PackedGroups:
         """int64 `[K]`, key rows, group after group, None for all in order; int64 `[K]`, how much each weighs, None for evenly."""
         rows = self.rows
         if not rows.mixes(self.scope):
-            return None, rows.size if rows.size_bias else None
+            return None, rows.weight
         if rows.size_bias and rows.complete:
             return rows.unit_to_row[order_tables(rows.geometry, rows.pairs)[0]], None
         used = group_units(rows.geometry, rows.pairs, self.scope)[1]
@@ -105,7 +124,9 @@ class PackedGroups:
         """Two int32 `[G + 1]`, each a zero and the ends of all groups: counted in query patches, and in key patches."""
         rows = self.rows
         query = (first_rows(rows, self.scope)[1] * PATCHES).int()
-        return query, group_units(rows.geometry, rows.pairs, self.scope)[2] if rows.mixes(self.scope) else query
+        if not rows.mixes(self.scope):
+            return query, query
+        return query, group_units(rows.geometry, rows.pairs, self.scope)[2]
 
 
 Groups = list[PaddedGroups] | PackedGroups
@@ -121,8 +142,12 @@ def attention_groups(rows: Rows, scope: Scope, like: torch.Tensor) -> Groups:
     )
 
 
+def _some(x: torch.Tensor | None, index: slice | torch.Tensor) -> torch.Tensor | None:
+    return None if x is None else x[index]
+
+
 def first_rows(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 `[R]`, the group of each row; int64 `[G + 1]`, the first row of each group, and the end of the last one."""
+    """Return int64 `[R]`, the group of each row; int64 `[G + 1]`, the first row of each group, and the end of the last one."""
     group = rows.group(scope)
     return group, torch.searchsorted(group, arange_on(rows.group_count(scope) + 1, group.device))
 
@@ -139,22 +164,41 @@ def keys_of_units(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]
     return key, F.pad(key[:, 1:] != key[:, :-1], (1, 0), value=True) & (key >= 0)
 
 
+def equal_groups(rows: Rows, groups: int) -> PaddedGroups:
+    """Return `groups` groups of equally many neighbouring rows, whose keys are their own rows."""
+    shape = groups, len(rows) // groups
+    if rows.weight is None:
+        return PaddedGroups(shape)
+    return PaddedGroups(shape, weight=rows.weight.view(shape))
+
+
+def weight_of(weight: torch.Tensor | None, key: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the weight of keys, int64 or bool `[B, K]`, 0 at padding; None where all weigh the same.
+
+    `weight`: int64, of each entry that `key` (int64 `[B, K]`) is an index of, or None for evenly. `valid`: bool `[B, K]`, or None
+    without padding.
+    """
+    if weight is None:
+        return valid
+    if valid is None:
+        return weight[key]
+    return torch.where(valid, weight[key], 0)
+
+
 def padded_groups(rows: Rows, scope: Scope) -> PaddedGroups:
     """Return all groups, padded to the greatest length that a group can have; reads no value."""
     longest = rows.longest(scope)
     full = rows.geometry.even(scope)
     same = rows.counts is not None and min(rows.counts) == longest
+    # Each group has as many rows: one for each unit, or so many in each frame pair.
     if full and not rows.mixes(scope) and (rows.reach == "place" or (scope == "pair" and same)):
-        shape = len(rows) // longest, longest
-        return PaddedGroups(shape, weight=rows.size.view(shape) if rows.size_bias else None)
+        return equal_groups(rows, len(rows) // longest)
     group, bounds = first_rows(rows, scope)
     query = (bounds[:-1, None] + arange_on(longest, bounds.device)).clamp(max=len(rows) - 1)
     back = group, (arange_on(len(rows), group.device) - bounds[group]).clamp(max=longest - 1)
-    groups = PaddedGroups((rows.group_count(scope), longest), query, back=back, rows=_if_clip(rows))
+    groups = PaddedGroups((rows.group_count(scope), longest), query, back=back, rows=rows)
     if not rows.mixes(scope):
-        return replace(
-            groups, weight=torch.where(groups.valid, rows.size[query], 0) if rows.size_bias else groups.valid
-        )
+        return replace(groups, weight=weight_of(rows.weight, query, groups.valid))
     if rows.size_bias and rows.complete and full:
         return replace(groups, key=rows.unit_to_row[group_units(rows.geometry, rows.pairs, scope)[0]])
     key, weight = keys_of_units(rows, scope)
@@ -176,55 +220,66 @@ def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
     keys = None  # int64, key rows, group after group; None where the keys of a group are its own rows
     key_start = start
     key_length = length
-    count = rows.size if rows.size_bias else None  # how many of the group's units each key row represents
+    weight = rows.weight  # how many of the group's units each key row represents; None for evenly
     if rows.mixes(scope):
-        keys, key_length, count = _keys_of_groups(rows, scope, used)
+        keys, key_length, weight = _keys_of_groups(rows, scope, used)
         key_start = key_length.cumsum(0) - key_length
     lengths = key_length.unique()
     if keys is None and len(lengths) == 1:
-        shape = len(length), int(lengths)
-        return [PaddedGroups(shape, weight=count.view(shape) if rows.size_bias else None)]
+        return [equal_groups(rows, len(length))]
 
     def padded(members: torch.Tensor) -> PaddedGroups:
-        longest, longest_key = (int(each[members].max()) for each in (length, key_length))
-        query, valid = runs(start[members], length[members], longest, len(rows))
-        total = len(rows) if keys is None else len(keys)
-        key, key_valid = runs(key_start[members], key_length[members], longest_key, total)
-        weight = torch.where(key_valid, count[key], 0) if rows.size_bias else None if key_valid.all() else key_valid
-        key = None if keys is None else keys[key]
-        inside = None if valid.all() else valid
-        return PaddedGroups(tuple(query.shape), query, key, weight, inside, rows=_if_clip(rows))
+        query, inside = _runs(start[members], length[members], len(rows))
+        shape = tuple(query.shape)
+        if keys is None:
+            return PaddedGroups(shape, query, None, weight_of(weight, query, inside), inside, rows=rows)
+        key, valid = _runs(key_start[members], key_length[members], len(keys))
+        return PaddedGroups(shape, query, keys[key], weight_of(weight, key, valid), inside, rows=rows)
 
+    share = 1.0  # a batch for each number of keys
+    if len(lengths) > 4:
+        share = 0.75
     batches = []
-    for like in _alike(key_length, 0.75 if len(lengths) > 4 else 1.0):
-        parts = [like] if keys is None else [like[subset] for subset in _alike(length[like], 0.5)]
-        batches += map(padded, parts)
+    for alike in _alike(key_length, share):
+        if keys is None:
+            batches.append(padded(alike))
+        else:
+            batches += [padded(alike[subset]) for subset in _alike(length[alike], 0.5)]
     return batches
 
 
-def _if_clip(rows: Rows) -> Rows | None:
-    return rows if rows.reach == "clip" else None
+def _runs(start: torch.Tensor, length: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return `runs`, as wide as the longest; None for which are valid, if all are. It reads values."""
+    index, valid = runs(start, length, int(length.max()), rows)
+    if valid.all():
+        return index, None
+    return index, valid
 
 
-def _keys_of_groups(rows: Rows, scope: Scope, used: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _keys_of_groups(
+    rows: Rows, scope: Scope, used: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return the rows that represent units of each group that is `used` (bool `[G]`): its own, and others, in any frame pair.
 
-    int64, these rows, group after group; int64, how many each group has; int64, how many units of the group each represents.
+    int64, these rows, group after group; int64, how many each group has; int64, how many units of the group each represents, None
+    without size bias.
     """
     limit = len(rows) + rows.geometry.units
     group = group_table(rows.geometry, rows.pairs, scope)[:-1]
     asked = (rows.unit_to_row >= 0) & used[group]  # a group without query rows needs no keys
     both, count = (group * limit + rows.unit_to_row)[asked].unique(return_counts=True)
+    if not rows.size_bias:
+        count = None
     return both % limit, bincount_fixed(both // limit, rows.group_count(scope))[used], count
 
 
 def _alike(length: torch.Tensor, share: float) -> Iterator[torch.Tensor]:
-    """Divides groups by `length` (int64 `[G]`), longest first: each time the indices of all above `share` of the longest left."""
-    left = length.unique().tolist()[::-1]
+    """Divides groups by `length` (int64 `[G]`), longest first; yields the indices of all above `share` of the longest left."""
+    left = length.unique().tolist()
     while left:
-        below = [n for n in left[1:] if n <= share * left[0]]
-        yield ((length <= left[0]) & (length > (below[0] if below else 0))).nonzero().flatten()
-        left = below
+        longest = max(left)
+        left = [n for n in left if n < longest and n <= share * longest]
+        yield ((length <= longest) & (length > max(left, default=0))).nonzero().flatten()
 
 
 def grouped_attention(
@@ -236,7 +291,7 @@ def grouped_attention(
     timer: devices.Timer | None = None,
     at_once: int | None = None,
 ) -> torch.Tensor:
-    """Softmax attention of every row to the key rows of its group, `[R, 4, heads, d]`.
+    """Return the softmax attention of every row to the key rows of its group, `[R, 4, heads, d]`.
 
     Args:
         q, k, v: `[R, 4, heads, d]`, after rotary.
@@ -260,12 +315,9 @@ def grouped_attention(
             answer = _attend_padded(q, k, v, part, received, timer)
             if part.query is None:
                 return answer.reshape(q.shape)
-            out = torch.empty_like(q) if out is None else out
-            if isinstance(part.query, slice):
-                out[part.query] = answer.flatten(0, 1)
-            else:
-                valid = ... if part.valid is None else part.valid
-                out[part.query[valid]] = answer[valid]
+            if out is None:
+                out = torch.empty_like(q)
+            part.write(answer, out)
     return out
 
 
@@ -277,9 +329,13 @@ def _attend_padded(
     received: torch.Tensor | None,
     timer: AbstractContextManager,
 ) -> torch.Tensor:
-    """Attention of a batch of groups, `[B, Q, 4, heads, d]`; arguments as in `grouped_attention`."""
-    query, key, value = (groups.by_head(x, which) for x, which in ((q, "query"), (k, "key"), (v, "key")))
-    bias = None if groups.bias is None else groups.bias.to(q.dtype)
+    """Return the attention of a batch of groups, `[B, Q, 4, heads, d]`; arguments as in `grouped_attention`."""
+    query = groups.by_head(q, groups.query)
+    key = groups.by_head(k, groups.key_rows)
+    value = groups.by_head(v, groups.key_rows)
+    bias = groups.bias
+    if bias is not None:
+        bias = bias.to(q.dtype)
     per_key = None
     if attends_by_products(q, key.shape[2]):
         weight = None
@@ -305,7 +361,7 @@ def attend_by_products(
     weight: torch.Tensor | None,
     timer: AbstractContextManager,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention `[B, heads, Q, d]` as two matrix products; and the attention received, float32 `[B, K]`, or None.
+    """Return attention `[B, heads, Q, d]` as two matrix products; and the attention received, float32 `[B, K]`, or None.
 
     For bf16 on a CPU it takes half the time of the fused kernel, if the scores stay in the cache. `k`, `v`: `[B, heads, K, d]`;
     `bias`: `[B, 1, 1, K]`; `weight`: float32 `[B, Q]`, of each query in the attention received, which `timer` measures.
@@ -313,8 +369,12 @@ def attend_by_products(
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     q, k, v = (x.reshape(batch * heads, -1, dim) for x in (q, k, v))
-    if bias is not None:
+    if bias is None:
+        added = q.new_empty(1)  # which `beta` leaves out
+        beta = 0
+    else:
         bias = bias.expand(-1, heads, 1, -1).reshape(batch * heads, 1, keys)
+        beta = 1
     out = torch.empty_like(q)
     received = None
     if weight is not None:
@@ -326,7 +386,8 @@ def attend_by_products(
     groups = max(1, min(len(q), held // (rows * keys)))
     for g in range(0, len(q), groups):
         of = slice(g, g + groups)
-        added, beta = (q.new_empty(1), 0) if bias is None else (bias[of], 1)
+        if bias is not None:
+            added = bias[of]
         for at in range(0, queries, rows):
             piece = slice(at, at + rows)
             scores = torch.baddbmm(added, q[of, piece], k[of].transpose(1, 2), beta=beta, alpha=dim**-0.5).softmax(-1)
@@ -334,16 +395,19 @@ def attend_by_products(
             if received is not None:
                 with timer:
                     received[of] += (scores * weight[of, piece]).sum(1)
-    out = out.view(batch, heads, queries, dim)
-    return out, None if received is None else received.view(batch, heads, keys).sum(1)
+    if received is not None:
+        received = received.view(batch, heads, keys).sum(1)
+    return out.view(batch, heads, queries, dim), received
 
 
 def attention_received(q: torch.Tensor, k: torch.Tensor, groups: Groups, at_once: int | None = None) -> torch.Tensor:
-    """float32, like the rows of `k`: as `received` of `grouped_attention`, without the output of the attention."""
+    """Return float32, like the rows of `k`: as `received` of `grouped_attention`, without the output of the attention."""
     total = torch.zeros(len(k), dtype=torch.float32, device=k.device)
-    for batch in [padded_groups(groups.rows, groups.scope)] if isinstance(groups, PackedGroups) else groups:
+    if isinstance(groups, PackedGroups):
+        groups = [padded_groups(groups.rows, groups.scope)]
+    for batch in groups:
         for part in batch.parts(at_once or len(k)):
-            per_key = received_by_keys(part.by_head(q, "query"), part.by_head(k, "key"), part)
+            per_key = received_by_keys(part.by_head(q, part.query), part.by_head(k, part.key_rows), part)
             add_by_row(total, per_key, part)
     return total
 
@@ -356,26 +420,30 @@ def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, groups: PaddedGr
     total = torch.zeros(batch, keys.shape[2], dtype=torch.float32, device=keys.device)
     step = max(1, devices.scores_at_a_time(queries.device) // (batch * heads * keys.shape[2]))
     for at in range(0, queries.shape[2], step):
-        scores = (queries[:, :, at : at + step] * dim**-0.5) @ keys.transpose(2, 3)
-        probs = (scores.float() if groups.bias is None else scores.float() + groups.bias).softmax(-1)
-        total += torch.einsum("bhqk,bq->bk", probs, weight[:, at : at + step])
+        scores = ((queries[:, :, at : at + step] * dim**-0.5) @ keys.transpose(2, 3)).float()
+        if groups.bias is not None:
+            scores = scores + groups.bias
+        total += torch.einsum("bhqk,bq->bk", scores.softmax(-1), weight[:, at : at + step])
     return total
 
 
 def query_weight(groups: PaddedGroups, q: torch.Tensor) -> torch.Tensor:
-    """float32 `[B, Q*4]`: the weight of each query (`q`: `[..., heads, d]`) in the mean over heads and queries of its group."""
-    valid = q.new_ones(groups.shape, dtype=torch.float32) if groups.valid is None else groups.valid.float()
+    """Return the weight of each query (`q`: `[..., heads, d]`) in the mean over its group and heads, float32 `[B, Q*4]`."""
+    if groups.valid is None:
+        valid = q.new_ones(groups.shape, dtype=torch.float32)
+    else:
+        valid = groups.valid.float()
     return (valid / valid.sum(1, keepdim=True).clamp(min=1) / PATCHES / q.shape[-2]).repeat_interleave(PATCHES, dim=1)
 
 
 def add_by_row(received: torch.Tensor, per_key: torch.Tensor, groups: PaddedGroups) -> None:
     """Adds what the key patches of groups receive (`per_key`, float32 `[B, K*4]`) to their rows in `received`, float32 `[R]`."""
     per_row = per_key.view(len(per_key), -1, PATCHES).sum(2)
-    index = groups.key if groups.key is not None else groups.query
+    index = groups.key_rows
     if index is None or isinstance(index, slice):
         received[index or slice(None)] += per_row.flatten()
         return
-    if groups.rows is not None:  # keys of other frame pairs receive nothing
+    if groups.rows.reach == "clip":  # keys of other frame pairs receive nothing
         pair = groups.rows.pair_of_row
         per_row = torch.where(pair[index] == pair[groups.query[:, :1]], per_row, 0)
     if groups.weight is not None:
@@ -384,7 +452,7 @@ def add_by_row(received: torch.Tensor, per_key: torch.Tensor, groups: PaddedGrou
 
 
 def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: PackedGroups) -> torch.Tensor:
-    """Attention of all groups by a kernel that reads their lengths on the GPU; it takes neither mask nor bias."""
+    """Return the attention of all groups by a kernel that reads their lengths on the GPU; it takes neither mask nor bias."""
     dim = q.shape[-1]
     keys, weight = groups.keys
     key = k
@@ -401,15 +469,11 @@ def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Pac
 def with_bias(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Carries the log of `weight` (int64 `[K]`) in extra head dimensions: q' = [q, 1, 1, 0 ...], k' = [k, high, low, 0 ...].
 
-    The kernel scales all products by 1 / sqrt(d), so the log is multiplied by sqrt(d) here. It is the sum of two numbers, because
-    one bf16 number would be off by up to 2^-9 of it. A weight of 0 is one of e^-`NEVER`. Zeros fill up to a multiple of eight
-    dimensions, which kernels need.
+    They are those of `bias_features`. A weight of 0 is one of e^-`NEVER`.
     """
     dim = q.shape[-1]
-    extra = -(dim + 2) % 8 + 2
-    value = weight.float().log().clamp(min=-NEVER) * dim**0.5
-    high = value.to(k.dtype)
-    low = (value - high.float()).to(k.dtype)
-    more = F.pad(torch.stack([high, low], -1), (0, extra - 2))[:, None, None].expand(*k.shape[:3], extra)
+    more = bias_features(weight.float().log(), dim, k.dtype, least=-NEVER * dim**0.5)
+    extra = more.shape[1]
+    more = more[:, None, None].expand(*k.shape[:3], extra)
     ones = F.pad(q.new_ones(*q.shape[:3], 2), (0, extra - 2))
     return torch.cat([q, ones], -1), torch.cat([k, more], -1), F.pad(v, (0, extra))

@@ -85,9 +85,18 @@ class Encoded:
         return self.kept.cpu() if self.read is None else self.read
 
     @property
+    def every_size(self) -> torch.Tensor:
+        """float32 `[K]`: `size`, with ones for None."""
+        if self.size is None:
+            return self.features.new_ones(len(self.kept), dtype=torch.float32)
+        return self.size
+
+    @property
     def every_feature(self) -> torch.Tensor:
         """`[(1 + n) K, D]`: the tokens, and behind them what DeepStack adds to them."""
-        return torch.cat([self.features, *(() if self.deepstack is None else self.deepstack)])
+        if self.deepstack is None:
+            return self.features
+        return torch.cat([self.features, *self.deepstack])
 
     @property
     def kept_per_pair(self) -> list[int]:
@@ -98,15 +107,17 @@ class Encoded:
 
 
 def joined(videos: list[Encoded]) -> Encoded:
-    """Several videos as one; the numbers of units and rows continue from video to video."""
+    """Return several videos as one; the numbers of units and rows continue from video to video."""
     if len(videos) == 1:
         return videos[0]
     units = [0, *accumulate(len(v.unit_to_row) for v in videos)]
     rows = [0, *accumulate(len(v.rows) for v in videos)]
     sizes = None
     if any(v.size is not None for v in videos):
-        ones = (v.features.new_ones(len(v.kept), dtype=torch.float32) for v in videos)
-        sizes = torch.cat([one if v.size is None else v.size for v, one in zip(videos, ones, strict=True)])
+        sizes = torch.cat([v.every_size for v in videos])
+    deepstack = None
+    if videos[0].deepstack is not None:
+        deepstack = torch.cat([v.deepstack for v in videos], 1)
     return Encoded(
         torch.cat([v.features for v in videos]),
         torch.cat([v.kept + first for v, first in zip(videos, units, strict=False)]),
@@ -119,7 +130,7 @@ def joined(videos: list[Encoded]) -> Encoded:
         sum(v.prune_seconds for v in videos),
         all(v.flat for v in videos),
         sizes,
-        None if videos[0].deepstack is None else torch.cat([v.deepstack for v in videos], 1),
+        deepstack,
         after_tower_below=max(v.after_tower_below for v in videos),
     )
 
@@ -149,7 +160,9 @@ class EncodedRows:
     ) -> Encoded:
         """Return the encoding with these tokens; `deepstack`: `[K, n, D]`. Errors as of `finish`."""
         flat, seconds, read = self.finish(kept)
-        by_layer = deepstack.transpose(0, 1) if deepstack.shape[1] else None
+        by_layer = None
+        if deepstack.shape[1]:
+            by_layer = deepstack.transpose(0, 1)
         about = self.rows.values, self.rows.unit_to_row, (self.plan.grid,), self.layers, seconds, flat
         return Encoded(features, kept, *about, size, by_layer, read, self.plan.after_tower_below)
 
@@ -231,14 +244,14 @@ class EncoderRun:
         self.on_layer = on_layer
         self.pause = pause
         self.timer = devices.Timer(self.device)
-        self.references: ReferenceBlocks | None = (
-            None  # of reuse, of what comes before the frame pairs that are embedded next
-        )
+        # Of reuse, of what comes before the frame pairs that are embedded next
+        self.references: ReferenceBlocks | None = None
         # Results that `checks` puts together, bool tensors without dimension:
         self.one_colour: list[torch.Tensor] = []  # whether each frame pair of a piece has one colour
         self.numbers: list[torch.Tensor] = []  # whether rows are without NaN and infinity
+        self.as_planned: list[torch.Tensor] = []  # each time that rows merge, whether as many are left as planned
         tower = tower_shape(visual)
-        self.hooks = _hooks(plan, tower, lambda x: self.merge_patches(x.to(self.dtype)))
+        self.hooks = _hooks(plan, tower, lambda x: self.merge_patches(x.to(self.dtype)), self.as_planned)
         self.computed = [0] * tower.depth  # rows of each layer
         self.source: torch.Tensor | None = None  # as in `EncodedRows`
         self.counts: tuple[int, ...] = ()  # rows that enter the tower, of each frame pair
@@ -257,7 +270,7 @@ class EncoderRun:
             rows = self.finish(rows)
         tokens = Tokens(rows.values, rows.unit_to_row, self.plan.grid, self.seed, rows.given)
         layers = list(enumerate(self.computed))
-        return EncodedRows(self.plan, rows, tokens, self.source, layers, self.selection, self.timer, self.checks(rows))
+        return EncodedRows(self.plan, rows, tokens, self.source, layers, self.selection, self.timer, self.checks())
 
     def embed(self, patches: Iterable[torch.Tensor]) -> Rows:
         """Return the rows before the first layer, one for each unit that is not reused."""
@@ -266,10 +279,13 @@ class EncoderRun:
         values = []
         units = []
         sources = []
+        one_colour = None
+        if plan.prunes:
+            one_colour = self.one_colour
         pieces = row_patches(
             patches, geo, plan.grid[0],
             normal=self.normal, units=self.piece, threshold=plan.reuse, dtype=self.dtype, timer=self.timer,
-            one_colour=self.one_colour if plan.prunes else None, references=self.references,
+            one_colour=one_colour, references=self.references,
         )  # fmt: skip
         for piece in pieces:
             values.append(embed(self.visual, piece.patches, geo, piece.unit))
@@ -307,7 +323,9 @@ class EncoderRun:
 
     def call_hooks(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
         """Return what the hooks make of the rows after `done` layers; `seen`: as of `Hook`."""
-        with self.timer if self.hooks else nullcontext():
+        if not self.hooks:
+            return rows
+        with self.timer:
             for hook in self.hooks:
                 rows = hook(done, rows, seen)
         return rows
@@ -334,7 +352,11 @@ class EncoderRun:
         plan = self.plan
         selector = stage.selector
         whole_pairs = isinstance(stage.reduce, WholePairs)
-        max_rows = plan.keep if whole_pairs else stage.rows
+        max_rows = stage.rows
+        reach = "clip"
+        if whole_pairs:
+            max_rows = plan.keep
+            reach = "place"
         self.selection = None
         if not self.numbers:  # before the first selection
             self.note_numbers(rows.values, rows.deepstack)
@@ -351,13 +373,13 @@ class EncoderRun:
             if unit_to_token is None:
                 unit_to_token = _nearest_kept(tokens, selection.kept)
             del seen, tokens  # as large as all rows
-            left = rows.take(selection, unit_to_token, "place" if whole_pairs else "clip", not selector.drops)
+            left = rows.take(selection, unit_to_token, reach, not selector.drops)
         if not whole_pairs and selector.suffices(len(left), plan.keep, plan.units):
             self.selection = selection
         return left
 
     def merge_patches(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows `[E, D]` as the language model reads them, from rows `[E, 4, hidden]`."""
+        """Return rows `[E, D]` as the language model reads them, from rows `[E, 4, hidden]`."""
         return in_pieces(partial(merge_patches, self.visual), self.piece, x)
 
     def finish(self, rows: Rows) -> Rows:
@@ -375,29 +397,41 @@ class EncoderRun:
                 if devices.known_false(self.numbers[-1]):
                     raise not_a_number_error("encode")
 
-    def checks(self, rows: Rows) -> torch.Tensor:
-        """bool `[3]`, as in `EncodedRows`."""
+    def checks(self) -> torch.Tensor:
+        """Return bool `[3]`, as in `EncodedRows`."""
         numbers = torch.stack(self.numbers).all()
-        as_planned = torch.stack(rows.as_planned).all() if rows.as_planned else torch.ones_like(numbers)
-        one_colour = torch.stack(self.one_colour).all() if self.one_colour else torch.zeros_like(numbers)
+        as_planned = _all(self.as_planned, numbers, without=True)
+        one_colour = _all(self.one_colour, numbers, without=False)
         return torch.stack([numbers, as_planned, one_colour])
 
 
+def _all(checks: list[torch.Tensor], like: torch.Tensor, without: bool) -> torch.Tensor:
+    """Return whether all checks are true, bool without dimension, as each of them and `like`; `without`: the result for none."""
+    if not checks:
+        return torch.full_like(like, without)
+    return torch.stack(checks).all()
+
+
 def _nearest_kept(tokens: Tokens, kept: torch.Tensor) -> torch.Tensor:
-    """int64 `[N]`: which of `kept` (int64 `[K]`) is most similar to each unit, by cosine; for a selector that does not say it."""
+    """Return int64 `[N]`: which of `kept` (int64 `[K]`) is most similar to each unit, by cosine; for selectors that do not say."""
     rows = F.normalize(tokens.rows.float(), dim=1)
     nearest = closest(rows, rows[tokens.unit_to_row[kept]])[1][tokens.unit_to_row]
     return torch.where(tokens.unit_to_row < 0, -1, nearest).index_copy_(0, kept, arange_on(len(kept), kept.device))
 
 
-def _hooks(plan: EncoderPlan, tower: TowerShape, merge: Callable[[torch.Tensor], torch.Tensor]) -> list[Hook]:
-    """Return what happens after layers beside the selections; `merge`: the patch merger.
+def _hooks(
+    plan: EncoderPlan,
+    tower: TowerShape,
+    merge: Callable[[torch.Tensor], torch.Tensor],
+    as_planned: list[torch.Tensor],
+) -> list[Hook]:
+    """Return what happens after layers beside the selections; `merge`: the patch merger; `as_planned`: as of `Merging`.
 
     Raises TypeError: stages that cannot be together, or a selector that does not get what it needs. Other errors as of `looks`.
     """
-    selector = plan.token_stage.selector if plan.token_stage else None
     before = after = []
-    if selector and selector.needs:
+    if plan.token_stage and plan.token_stage.selector.needs:
+        selector = plan.token_stage.selector
         if not all(isinstance(stage.reduce, WholePairs) for stage in plan.row_stages):
             problem = "selects behind a selection between layers, and gets nothing but the rows"
             raise TypeError(f"method {selector.name} {problem}")
@@ -408,7 +442,7 @@ def _hooks(plan: EncoderPlan, tower: TowerShape, merge: Callable[[torch.Tensor],
     mergers = {stage.reduce.merger for stage in stages if isinstance(stage.reduce, Merge)}
     if len(aside) + len(mergers) > 1:
         raise TypeError("the rows of a frame pair are merged by one merger, or set aside once")
-    return [*before, *aside, *(Merging(merger, left, tower) for merger in mergers), *after]
+    return [*before, *aside, *(Merging(merger, left, tower, as_planned) for merger in mergers), *after]
 
 
 @torch.inference_mode()
@@ -444,8 +478,10 @@ def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Select
     if video.selection is not None or not video.plan.prunes:
         return video.selection or Selection(unit)
     if stage is None:
-        few = len(unit) > keep
-        return Selection(unit[_largest(bincount_fixed(tokens.unit_to_row, len(unit)), keep)] if few else unit)
+        if len(unit) <= keep:
+            return Selection(unit)
+        size = bincount_fixed(tokens.unit_to_row, len(unit))
+        return Selection(unit[_largest(size, keep)])
     selector = stage.selector
     if selector.reads_question:
         if question is None:
@@ -458,7 +494,7 @@ def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Select
 
 
 def _largest(size: torch.Tensor, keep: int) -> torch.Tensor:
-    """int64 `[keep]`, ascending: the rows of largest cluster `size` (int64 `[E]`); among equal ones, at even distances.
+    """Return int64 `[keep]`, ascending: the rows of largest cluster `size` (int64 `[E]`); among equal ones, at even distances.
 
     This serves counts below one row per frame pair, which merging inside frame pairs cannot reach.
     """

@@ -61,7 +61,7 @@ LAYERS = {  # by activation
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """RMS norm of rows `[..., D]`, in float32; on CPUs with fewer passes over the memory than F.rms_norm."""
+    """Return the RMS norm of rows `[..., D]`, in float32; on CPUs with fewer passes over the memory than F.rms_norm."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = length.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
     return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
@@ -89,7 +89,7 @@ def learned_positions(table: torch.Tensor, geo: Geometry) -> torch.Tensor:
 
 
 def _resampled(x: torch.Tensor, count: int) -> torch.Tensor:
-    """`x` `[side, ...]` linearly resampled to `count` entries, at least 2; the first and the last stay."""
+    """Return `x` `[side, ...]` linearly resampled to `count` entries, at least 2; the first and the last stay."""
     at = torch.arange(count, dtype=torch.float32, device=x.device) * (len(x) - 1) / (count - 1)
     low = at.floor().long().clamp(max=len(x) - 2)
     return torch.lerp(x[low], x[low + 1], (at - low).view(-1, *[1] * (x.ndim - 1)))
@@ -101,8 +101,11 @@ def merge_patches(visual, x: torch.Tensor, number: int | None = None) -> torch.T
     With `number`, what DeepStack adds after that layer of the language model, from rows of the tower's layer for it. The norm comes
     before the patches are joined, or after, as its width says.
     """
-    merger = visual.merger if number is None else visual.deepstack_merger_list[number]
+    merger = visual.merger
+    if number is not None:
+        merger = visual.deepstack_merger_list[number]
     before, first, second = map(merger.get_submodule, vision_sizes(visual.config).traits.merger)
-    x = x if before.weight.shape[0] == x.shape[-1] else x.flatten(1)
+    if before.weight.shape[0] != x.shape[-1]:
+        x = x.flatten(1)
     x = tower_layers(visual).norm(before, x).flatten(1)
     return linear(second, F.gelu(linear(first, x)))

@@ -38,8 +38,10 @@ class Look(Hook):
         self._needs = needs
 
     def needs(self, done: int) -> frozenset[str]:
+        if done != self._done:
+            return frozenset()
         names = {"attention": PRECISE, "keys": "keys"}
-        return frozenset(names[name] for name in names.keys() & self._needs) if done == self._done else frozenset()
+        return frozenset(names[name] for name in names.keys() & self._needs)
 
     def __call__(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
         if done == self._done:
@@ -64,8 +66,9 @@ class Middle(Hook):
     def __call__(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
         if done in self._after:
             share = rows.whole().values.float() / len(self._after)
-            before = rows.given.get("middle")
-            rows.given["middle"] = share if before is None else before + share
+            if "middle" in rows.given:
+                share = rows.given["middle"] + share
+            rows.given["middle"] = share
         if done == self._after[-1]:
             rows.given["middle"] = self._merge(rows.given["middle"]).float()
         return rows
@@ -83,4 +86,7 @@ def looks(
         raise TypeError(f"method {selector.name} needs {unknown[0]!r}; {known}")
     if not tower.full_layers:
         raise ValueError(f"method {selector.name} needs a full-attention layer, and this tower has none")
-    return [Look(selector.needs, tower)], [Middle(tower, merge)] if "middle" in selector.needs else []
+    after = []
+    if "middle" in selector.needs:
+        after.append(Middle(tower, merge))
+    return [Look(selector.needs, tower)], after

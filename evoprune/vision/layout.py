@@ -54,11 +54,11 @@ class Geometry:
         return self.window.argsort(stable=True)
 
     def groups(self, scope: Scope) -> int:
-        """Number of windows in a frame pair, or 1."""
+        """Return the number of windows in a frame pair, or 1."""
         return self.windows if scope == "window" else 1
 
     def largest(self, scope: Scope) -> int:
-        """Number of units in the largest window, or in a frame pair."""
+        """Return the number of units in the largest window, or in a frame pair."""
         return self.largest_window if scope == "window" else self.units
 
     def even(self, scope: Scope) -> bool:
@@ -74,7 +74,7 @@ def geometry(height: int, width: int, side: int = 4, device: str = "cpu") -> Geo
 
 @lru_cache(maxsize=64)
 def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
-    """int64 `[T * H*W + 1]`: the number of the window or frame pair of each unit, and of padding, which is after the last."""
+    """Return int64 `[T * H*W + 1]`: the number of the window or frame pair of each unit, and last that of padding, one more."""
     pair = arange_on(pairs + 1, geo.device)
     place = torch.zeros_like(geo.window)
     if scope == "window":
@@ -85,13 +85,13 @@ def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def order_tables(geo: Geometry, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 `[T * H*W]`, twice: all units in window order, and the rank of each unit in it."""
+    """Return int64 `[T * H*W]`, twice: all units in window order, and the rank of each unit in it."""
     order = (arange_on(pairs, geo.device)[:, None] * geo.units + geo.order).flatten()
     return order, order.argsort()
 
 
 def window_order(geo: Geometry, pairs: int, alive: torch.Tensor | None = None, count: int = 0) -> torch.Tensor:
-    """int64 `[R]`: the units of `pairs` frame pairs in window order; with `alive` (bool `[T, H*W]`) those `count`."""
+    """Return int64 `[R]`: the units of `pairs` frame pairs in window order; with `alive` (bool `[T, H*W]`) those `count`."""
     units, _ = order_tables(geo, pairs)
     if alive is None:
         return units

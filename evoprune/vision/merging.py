@@ -20,13 +20,18 @@ from evoprune.vision.rows import Rows
 class Merging(Hook):
     """Merges rows after some layers.
 
-    `left`: by the number of layers that have run, where rows merge, the rows of each frame pair from there on.
+    Args:
+        left: by the number of layers that have run, where rows merge, the rows of each frame pair from there on.
+        as_planned: a list to which it adds, each time that rows merge, whether as many are left as planned: bool without dimension.
     """
 
-    def __init__(self, merger: Merger, left: Mapping[int, tuple[int, ...]], tower: TowerShape):
+    def __init__(
+        self, merger: Merger, left: Mapping[int, tuple[int, ...]], tower: TowerShape, as_planned: list[torch.Tensor]
+    ):
         self._merger = merger
         self._left = left
         self._tower = tower
+        self._as_planned = as_planned
 
     def needs(self, done: int) -> frozenset[str]:
         return self._merger.needs if done in self._left else frozenset()
@@ -34,12 +39,20 @@ class Merging(Hook):
     def __call__(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
         if done not in self._left:
             return rows
-        needs = self._merger.needs
-        keys = "keys_rotary" if "keys_rotary" in needs else "keys"
-        compares_keys = keys in needs and "hidden" not in needs
-        features = seen[keys] if compares_keys else rows.values.flatten(1).float()
         scope = self._tower.scope(done - 1)
-        return merge_in_rounds(rows, scope, self._left[done], self._merger, features, seen.get("attention"))
+        features = self._compared(rows, seen)
+        rows, as_planned = merge_in_rounds(rows, scope, self._left[done], self._merger, features, seen.get("attention"))
+        self._as_planned.append(as_planned)
+        return rows
+
+    def _compared(self, rows: Rows, seen: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return float32 `[R, D]`: the features that the merger compares."""
+        needs = self._merger.needs
+        if "hidden" not in needs:
+            for keys in ("keys_rotary", "keys"):
+                if keys in needs:
+                    return seen[keys]
+        return rows.values.flatten(1).float()
 
 
 def merge_in_rounds(
@@ -49,8 +62,10 @@ def merge_in_rounds(
     merger: Merger,
     features: torch.Tensor,
     attention: torch.Tensor | None,
-) -> Rows:
+) -> tuple[Rows, torch.Tensor]:
     """Return the rows after they have merged in groups of `scope`, until each frame pair has its `target`.
+
+    And bool without dimension, whether as many are left as planned.
 
     Where lengths are not read, the rounds cannot end early: there are as many as the worst case needs, and until the last one
     merged rows stay at the end as padding.
@@ -84,14 +99,15 @@ def merge_in_rounds(
         if attention is not None:
             attention = torch.zeros_like(attention).index_add_(0, into, attention)[nonzero_fixed(stays, left)]
         features = merge_rows(features, rows.size, into, left, moves)
-        counts = target if left == sum(target) else None
+        counts = None
+        if left == sum(target):
+            counts = target
         rows = rows.merge(into, scope, left, moves, counts, merger.size_bias)
     as_planned = (rows.lengths(scope) == wanted).all()
-    rows.as_planned.append(as_planned)
     if devices.known_false(as_planned):
         raise RuntimeError(f"method {merger.name} left {len(rows)} rows where {sum(target)} were planned")
     # A merger that removed too many rows leaves padding, which must stay inside the last frame pair until this is read.
-    return replace(rows, unit=rows.unit.clamp(max=len(rows.unit_to_row) - 1))
+    return replace(rows, unit=rows.unit.clamp(max=len(rows.unit_to_row) - 1)), as_planned
 
 
 def _partners(
@@ -104,15 +120,17 @@ def _partners(
     features: torch.Tensor,
     attention: torch.Tensor | None,
 ) -> torch.Tensor:
-    """int64 `[R]`: the row that each row merges into, its own index if it stays.
+    """Return int64 `[R]`: the row that each row merges into, its own index if it stays.
 
     `start`, `length`, `remove`: int64 `[B]`, of groups their first row, their rows, and how many these must lose.
     """
     longest = devices.count_or_bound(lambda: int(length.max()), length, longest)
     row, valid = runs(start, length, longest, len(rows))
+    if attention is not None:
+        attention = attention[row]
     candidates = Candidates(
         features=features[row],
-        attention=None if attention is None else attention[row],
+        attention=attention,
         place=rows.place[row],
         size=rows.size[row],
         valid=valid,

@@ -22,7 +22,7 @@ import torch
 from evoprune.backend import devices
 from evoprune.backend.operators import reuse_scan
 from evoprune.backend.pixels import resized
-from evoprune.methods.types import arange_on
+from evoprune.methods.types import arange_on, cat
 from evoprune.model.config import PATCHES
 from evoprune.video.plan import InputLimits, Plan
 from evoprune.vision.layout import Geometry, window_order
@@ -35,7 +35,7 @@ MAX_SHRINK = 32
 
 
 def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torch.device) -> torch.Tensor:
-    """uint8 `[rows, values]` on `device`: the patches of frames uint8 `[n, height, width, 3]`, resized as planned.
+    """Return uint8 `[rows, values]` on `device`: the patches of frames uint8 `[n, height, width, 3]`, resized as planned.
 
     The frames go to the device as they are, once, and are resized and cut there.
     """
@@ -56,17 +56,18 @@ def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def patchify(
     frames: torch.Tensor, normal: Normal = CLIP, patch: int = 14, temporal: int = 2, merge: int = 2
 ) -> torch.Tensor:
-    """float32: `pixel_patches`, normalised, as Hugging Face's processors make them."""
+    """Return float32: `pixel_patches`, normalised, as Hugging Face's processors make them."""
     return normalised(pixel_patches(frames, patch, temporal, merge), normal)
 
 
 def pixel_patches(frames: torch.Tensor, patch: int = 14, temporal: int = 2, merge: int = 2) -> torch.Tensor:
-    """uint8 `[max(1, F/temporal) * H/patch * W/patch, 3 * temporal * patch * patch]`: patches in Hugging Face's order.
+    """Return uint8 `[max(1, F/temporal) * H/patch * W/patch, 3 * temporal * patch * patch]`: patches in Hugging Face's order.
 
     `frames`: uint8 `[F, H, W, 3]`, F a multiple of `temporal` or 1, for a picture, which fills a frame pair; H and W multiples of
     `patch * merge`.
     """
-    frames = frames.expand(temporal, -1, -1, -1) if len(frames) == 1 else frames
+    if len(frames) == 1:
+        frames = frames.expand(temporal, -1, -1, -1)
     f, h, w, c = frames.shape
     unit = patch * merge
     x = frames.reshape(f // temporal, temporal, h // unit, merge, patch, w // unit, merge, patch, c)
@@ -75,7 +76,7 @@ def pixel_patches(frames: torch.Tensor, patch: int = 14, temporal: int = 2, merg
 
 
 def normalised(patches: torch.Tensor, normal: Normal = CLIP) -> torch.Tensor:
-    """float32, as `patches`, uint8 `[..., values]`: colours on a scale from 0 to 1, less the mean, over the deviation."""
+    """Return float32, as `patches`, uint8 `[..., values]`: colours on a scale from 0 to 1, less the mean, over the deviation."""
     x = patches.unflatten(-1, (3, -1)).float()
     mean, std = normal
     x -= _by_channel(mean, x.device)
@@ -89,7 +90,7 @@ def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor
 
 
 def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> torch.Tensor:
-    """float32 `[T, units, 96]`: the mean colour of each block of half a patch, 7x7 or 8x8 pixels, in levels of 255.
+    """Return float32 `[T, units, 96]`: the mean colour of each block of half a patch, 7x7 or 8x8 pixels, in levels of 255.
 
     `patches`: `[T * units * 4, values]`, of frame pairs and three colours; uint8, or `normal`ised.
     """
@@ -115,7 +116,7 @@ class ReferenceBlocks:
 def scan(
     means: torch.Tensor, references: ReferenceBlocks | None = None, *, threshold: float
 ) -> tuple[torch.Tensor, ReferenceBlocks]:
-    """int64 `[T, units]`: the frame pair of the video whose row represents each unit, its own where it is encoded.
+    """Return int64 `[T, units]`: the frame pair of the video whose row represents each unit, its own where it is encoded.
 
     Also what the scan of the next piece takes as `references`; the result does not depend on how the video is cut into pieces.
 
@@ -155,9 +156,11 @@ def in_pairs(patches: Iterable[torch.Tensor], rows_per_pair: int, pairs: int) ->
             continue
         held.append(piece)
         while (have := sum(map(len, held))) >= size:
-            joined = torch.cat(held) if len(held) > 1 else held[0]
+            joined = cat(held)
             yield joined[:size]
-            held = [joined[size:]] if have > size else []  # never an empty piece
+            held = []
+            if have > size:  # never an empty piece
+                held.append(joined[size:])
     if held:
         yield torch.cat(held)
 

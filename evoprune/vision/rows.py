@@ -52,8 +52,6 @@ class Rows:
     counts: tuple[int, ...] | None = None  # rows of each frame pair; None where only the device knows them
     complete: bool = False  # whether every unit is known to have a row
     aside: Aside | None = None  # then `deepstack` and `given` may already be of all rows
-    # bool without dimension, for each time that rows merged: whether as many are left as planned
-    as_planned: list[torch.Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.unit)
@@ -64,9 +62,16 @@ class Rows:
         return len(self.unit_to_row) // self.geometry.units
 
     @property
+    def active(self) -> torch.Tensor | None:
+        """int64, the rows that a layer computes, as in `Aside`; None for all."""
+        return None if self.aside is None else self.aside.active
+
+    @property
     def computed(self) -> int:
         """Number of rows that a layer computes."""
-        return len(self) if self.aside is None or self.aside.active is None else len(self.aside.active)
+        if self.active is None:
+            return len(self)
+        return len(self.active)
 
     @cached_property
     def size(self) -> torch.Tensor:
@@ -74,6 +79,11 @@ class Rows:
         sizes = torch.zeros(len(self) + 1, dtype=torch.int64, device=self.unit_to_row.device)
         row = torch.where(self.unit_to_row >= 0, self.unit_to_row, len(self)).clamp(max=len(self))
         return sizes.scatter_add_(0, row, torch.ones_like(row))[:-1]
+
+    @property
+    def weight(self) -> torch.Tensor | None:
+        """int64 `[R]`, how much each row weighs as a key of its own group, if groups do not mix; None for evenly."""
+        return self.size if self.size_bias else None
 
     @cached_property
     def place(self) -> torch.Tensor:
@@ -99,15 +109,15 @@ class Rows:
     # Groups, windows or frame pairs.
 
     def group_count(self, scope: Scope) -> int:
-        """Number of windows or frame pairs."""
+        """Return the number of windows or frame pairs."""
         return self.pairs * self.geometry.groups(scope)
 
     def group(self, scope: Scope) -> torch.Tensor:
-        """int64 `[R]`: the number of the window or frame pair of each row, counted over all frame pairs."""
+        """Return int64 `[R]`: the number of the window or frame pair of each row, counted over all frame pairs."""
         return group_table(self.geometry, self.pairs, scope)[self.unit]
 
     def lengths(self, scope: Scope) -> torch.Tensor:
-        """int64 `[G]`: rows of each group. Padding counts as one more group, which is left out."""
+        """Return int64 `[G]`: rows of each group. Padding counts as one more group, which is left out."""
         total = self.group_count(scope)
         return bincount_fixed(self.group(scope), total + 1)[:total]
 
@@ -138,7 +148,9 @@ class Rows:
         at = rank[selection.kept]
         place = torch.zeros_like(rank).scatter_(0, at, 1).cumsum(0)[at] - 1  # of each token among the new rows
         unit_to_row = _or_none(place)[unit_to_token]
-        joins = None if selection.unit_to_token is None else unit_to_row
+        joins = selection.unit_to_token
+        if joins is not None:
+            joins = unit_to_row
         means = selection.means
         if means is not None:
             means = place[means[0]], *means[1:]
@@ -162,7 +174,9 @@ class Rows:
     def mean(self, x: torch.Tensor, selection: Selection) -> torch.Tensor:
         """Return `[K, ...]`, what `x` (`[R, ...]`) is for each selected unit."""
         shape = len(selection.kept), *x.shape[1:]
-        return selection.features(x.flatten(1), self.unit_to_row).view(shape) if x.numel() else x.new_empty(shape)
+        if not x.numel():
+            return x.new_empty(shape)
+        return selection.features(x.flatten(1), self.unit_to_row).view(shape)
 
     def merge(
         self,
@@ -211,10 +225,13 @@ class Rows:
     def by_unit(self) -> "Rows":
         """Return the rows in ascending order of their units."""
         order, unit_to_row = self.unit_order
+        deepstack = self.deepstack
+        if deepstack.numel():
+            deepstack = deepstack[order]
         return replace(
             self,
             values=self.values[order],
-            deepstack=self.deepstack[order] if self.deepstack.numel() else self.deepstack,
+            deepstack=deepstack,
             given={name: value[order] for name, value in self.given.items()},
             unit=self.unit[order],
             unit_to_row=unit_to_row,
@@ -248,7 +265,9 @@ def reused_units(
     number[unit] = arange_on(rows, source.device)
     place = arange_on(geo.units, source.device)
     unit_to_row = torch.where(source >= 0, number[source.clamp(min=0) * geo.units + place], rows + place).flatten()
-    reach = "place" if rows == units else "clip"
+    reach = "clip"
+    if rows == units:
+        reach = "place"
     return Rows(
         values, unit, unit_to_row, geo, deepstack,
         reach=reach, size_bias=reach != "place", counts=tuple(counts), complete=True,
@@ -256,5 +275,5 @@ def reused_units(
 
 
 def _or_none(index: torch.Tensor) -> torch.Tensor:
-    """`index` (int64 `[n]`) with a last entry of -1, which -1 finds."""
+    """Return `index` (int64 `[n]`) with a last entry of -1, which -1 finds."""
     return F.pad(index, (0, 1), value=-1)

@@ -32,7 +32,7 @@ Table = tuple[torch.Tensor, torch.Tensor]  # cosines and sines
 
 @lru_cache(maxsize=16)
 def rotary(sizes: VisionConfig, geo: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the rotary embedding, float32 `[units, 4, 1, 1, head_dim]` each, by raster place.
+    """Return cos and sin of the rotary embedding, float32 `[units, 4, 1, 1, head_dim]` each, by raster place.
 
     The first half of the sines is negated. One half of the angles depends on the patch's y, the other half on its x.
     """
@@ -49,7 +49,7 @@ def rotary(sizes: VisionConfig, geo: Geometry) -> tuple[torch.Tensor, torch.Tens
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`x` (`[R, 4, 2, heads, d]`) turned in float32 by `cos` and `sin` (float32 `[R, 4, 1, 1, d]`)."""
+    """Return `x` (`[R, 4, 2, heads, d]`) turned in float32 by `cos` and `sin` (float32 `[R, 4, 1, 1, d]`)."""
     wide = x.float()
     rolled = wide.roll(x.shape[-1] // 2, -1)
     return (wide * cos).addcmul_(rolled, sin).to(x.dtype)
@@ -122,11 +122,11 @@ class Layer:
         return linear(self.weights.attn.qkv, normed).view(*x.shape[:2], 3, self.heads, -1)
 
     def add_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        """Rows `[R, 4, hidden]` and the output of their attention, `[R, 4, heads, d]`, projected."""
+        """Return rows `[R, 4, hidden]` plus the output of their attention, `[R, 4, heads, d]`, projected."""
         return linear(self.weights.attn.proj, mixed.flatten(2), plus=x)
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """Norm, MLP and residual of rows `[R, 4, hidden]`."""
+        """Return rows `[R, 4, hidden]` after norm, MLP and residual."""
         return self.kind.mlp(self.weights.mlp, self.kind.norm(self.weights.norm2, x), x)
 
     def by_kernels(
@@ -139,7 +139,9 @@ class Layer:
         table: Table,
         piece: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`x` (`[R * 4, hidden]`) after the layer, and that after the norm `after`; `normed`: `x` after this layer's first norm.
+        """Return `x` (`[R * 4, hidden]`) after the layer, and that after the norm `after`.
+
+        `normed`: `x` after this layer's first norm; None: it is taken here.
 
         It takes five products and four kernels, where plain PyTorch has about 45 operations.
         """
@@ -161,7 +163,8 @@ class Layer:
             return x + plus, None
         if self.kind.rms:
             return kernels(x.device).add_norm(x, plus, norm.weight, EPS)
-        x = x if plus is None else x + plus
+        if plus is not None:
+            x = x + plus
         return x, self.kind.norm(norm, x)
 
     def _mlp_by_kernels(self, x: torch.Tensor) -> torch.Tensor:
@@ -174,7 +177,7 @@ class Layer:
 
 
 def rotation_of(visual, rows: Rows) -> list[torch.Tensor]:
-    """Cosines and sines of each row, float32 `[R, 4, 1, 1, d]`."""
+    """Return the cosines and sines of each row, float32 `[R, 4, 1, 1, d]`."""
     return [of_place[rows.place] for of_place in rotary(vision_sizes(visual.config), rows.geometry)]
 
 
@@ -221,11 +224,10 @@ def run_layer(
     del qkv, q, k, v
     rows.values = layer.add_attention(rows.values, mixed)
     del mixed
-    active = None if rows.aside is None else rows.aside.active
-    if active is None:
+    if rows.active is None:
         rows.values = in_pieces(layer.mlp, piece, rows.values, into=rows.values)
     else:
-        rows.values.index_copy_(0, active, in_pieces(layer.mlp, piece, rows.values[active]))
+        rows.values.index_copy_(0, rows.active, in_pieces(layer.mlp, piece, rows.values[rows.active]))
     return seen
 
 
@@ -253,7 +255,9 @@ def run_by_kernels(visual, layers: range, rows: Rows, piece: int, after: Callabl
             layer = Layer.of(visual, number)
             if layer.scope not in groups:
                 groups[layer.scope] = attention_groups(rows, layer.scope, x)
-            following = visual.blocks[number + 1].norm1 if number + 1 in layers else None
+            following = None
+            if number + 1 in layers:
+                following = visual.blocks[number + 1].norm1
             x, normed = layer.by_kernels(x, normed, following, groups[layer.scope], rows, table, piece)
         except Exception as problem:
             give_up(problem)

@@ -128,7 +128,7 @@ def test_equal_groups_of_neighbours_are_one_view_without_mask():
         assert batch.shape == shape
         assert batch.query is None and batch.key is None and batch.valid is None and batch.bias is None
         x = torch.randn(len(rows), 4, 2)
-        assert batch.by_head(x, "query").data_ptr() == x.data_ptr()
+        assert batch.by_head(x, batch.query).data_ptr() == x.data_ptr()
 
 
 def test_groups_of_much_different_length_do_not_pad_each_other():
