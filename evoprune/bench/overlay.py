@@ -29,7 +29,7 @@ from evoprune.session.session import Session
 from evoprune.util import counted
 from evoprune.video.frames import FrameChunk
 from evoprune.video.plan import Plan
-from evoprune.vision.encoder import EncodedRows, selected
+from evoprune.vision.encoder import EncodedRows, token_selection
 from evoprune.vision.preprocess import resize
 
 FATES = ("read", "reused", "merged", "dropped")  # each unit has one, the first that applies
@@ -84,8 +84,8 @@ class Fates:
 @torch.inference_mode()
 def fates(video: EncodedRows) -> Fates:
     """Return what became of the units of an encoded video. The method must not read the question."""
-    row = video.tokens.unit_to_row.cpu()
-    selection = selected(video)
+    row = video.selector_input.unit_to_row.cpu()
+    selection = token_selection(video)
     owner = torch.where(row >= 0, video.rows.unit.cpu()[row.clamp(min=0)], -1)
     kept = selection.kept.cpu()
     if selection.unit_to_token is not None:  # otherwise the merging inside the encoder is what is drawn

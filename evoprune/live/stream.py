@@ -578,12 +578,12 @@ def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
     """
     if stage := rows.plan.token_stage:
         selector = stage.selector
-        given = rows.tokens
+        given = rows.selector_input
     else:
         unit_to_row = torch.full_like(tokens.unit_to_row, -1)
         unit_to_row[tokens.kept] = arange_on(len(tokens.kept), unit_to_row.device)
         selector = FarthestPoints(count=0)
-        seen = rows.tokens
+        seen = rows.selector_input
         given = Tokens(tokens.features, unit_to_row, rows.plan.grid, seen.seed)
     often = torch.zeros_like(tokens.kept)
     count = len(tokens.kept) // 2

@@ -67,7 +67,7 @@ class Encoded:
     size: torch.Tensor | None = None
     # `[n, K, D]`, added to the tokens after the first n layers of the language model
     deepstack: torch.Tensor | None = None
-    read: torch.Tensor | None = None  # `kept` on the CPU, if it has been read
+    kept_on_cpu: torch.Tensor | None = None  # `kept`, if it has been read
     after_tower_below: int = 0  # as in `EncoderPlan`; of several videos the largest
 
     def __repr__(self) -> str:
@@ -82,7 +82,7 @@ class Encoded:
     @cached_property
     def kept_here(self) -> torch.Tensor:
         """`kept` on the CPU, read once: from an accelerator it waits."""
-        return self.kept.cpu() if self.read is None else self.read
+        return self.kept.cpu() if self.kept_on_cpu is None else self.kept_on_cpu
 
     @property
     def every_size(self) -> torch.Tensor:
@@ -141,7 +141,7 @@ class EncodedRows:
 
     plan: EncoderPlan
     rows: Rows  # ordered by unit
-    tokens: Tokens  # the same as the input of the selector
+    selector_input: Tokens  # the same, as the selector of tokens gets it
     source: torch.Tensor  # int64 `[T, H*W]`, the number of the frame pair whose pixels represent each unit
     layers: list[tuple[int, int]]  # as in `Encoded`
     selection: Selection | None  # inside the tower, if the language model reads exactly those rows
@@ -158,15 +158,15 @@ class EncodedRows:
     def encoded(
         self, features: torch.Tensor, kept: torch.Tensor, size: torch.Tensor | None, deepstack: torch.Tensor
     ) -> Encoded:
-        """Return the encoding with these tokens; `deepstack`: `[K, n, D]`. Errors as of `finish`."""
-        flat, seconds, read = self.finish(kept)
+        """Return the encoding with these tokens; `deepstack`: `[K, n, D]`. Errors as of `read_checks`."""
+        flat, seconds, kept_on_cpu = self.read_checks(kept)
         by_layer = None
         if deepstack.shape[1]:
             by_layer = deepstack.transpose(0, 1)
         about = self.rows.values, self.rows.unit_to_row, (self.plan.grid,), self.layers, seconds, flat
-        return Encoded(features, kept, *about, size, by_layer, read, self.plan.after_tower_below)
+        return Encoded(features, kept, *about, size, by_layer, kept_on_cpu, self.plan.after_tower_below)
 
-    def finish(self, kept: torch.Tensor) -> tuple[bool, float, torch.Tensor]:
+    def read_checks(self, kept: torch.Tensor) -> tuple[bool, float, torch.Tensor]:
         """Return whether each frame pair has one colour, the seconds spent on pruning, and `kept` on the CPU; reads all checks.
 
         Raises ModelError: a row has NaN or infinite values. RuntimeError: a merger did not remove its rows.
@@ -248,7 +248,7 @@ class EncoderRun:
         self.references: ReferenceBlocks | None = None
         # Results that `checks` puts together, bool tensors without dimension:
         self.one_colour: list[torch.Tensor] = []  # whether each frame pair of a piece has one colour
-        self.numbers: list[torch.Tensor] = []  # whether rows are without NaN and infinity
+        self.finite: list[torch.Tensor] = []  # whether rows are without NaN and infinity
         self.as_planned: list[torch.Tensor] = []  # each time that rows merge, whether as many are left as planned
         tower = tower_shape(visual)
         self.hooks = _hooks(plan, tower, lambda x: self.merge_patches(x.to(self.dtype)), self.as_planned)
@@ -358,7 +358,7 @@ class EncoderRun:
             max_rows = plan.keep
             reach = "place"
         self.selection = None
-        if not self.numbers:  # before the first selection
+        if not self.finite:  # before the first selection
             self.note_numbers(rows.values, rows.deepstack)
         if max_rows >= len(rows) and not any(self.counts[1:]):
             return rows
@@ -393,13 +393,13 @@ class EncoderRun:
         """Notes whether `rows` are without NaN and infinity; raises ModelError at once where reading values costs nothing."""
         for values in rows:
             if values.numel():
-                self.numbers.append(all_finite(values))
-                if devices.known_false(self.numbers[-1]):
+                self.finite.append(all_finite(values))
+                if devices.known_false(self.finite[-1]):
                     raise not_a_number_error("encode")
 
     def checks(self) -> torch.Tensor:
         """Return bool `[3]`, as in `EncodedRows`."""
-        numbers = torch.stack(self.numbers).all()
+        numbers = torch.stack(self.finite).all()
         as_planned = _all(self.as_planned, numbers, without=True)
         one_colour = _all(self.one_colour, numbers, without=False)
         return torch.stack([numbers, as_planned, one_colour])
@@ -451,11 +451,11 @@ def select_tokens(video: EncodedRows, question: torch.Tensor | None = None) -> E
 
     `question`: as in `encode`; ignored unless the method reads the question.
 
-    Raises ModelError, RuntimeError: as in `EncodedRows.finish`. UsageError, PluginError: as in `selected`.
+    Raises ModelError, RuntimeError: as in `EncodedRows.read_checks`. UsageError, PluginError: as in `token_selection`.
     """
     rows = video.rows
     with video.timer:
-        selection = selected(video, question)
+        selection = token_selection(video, question)
         kept = devices.to_device(selection.kept, rows.unit.device)
         features = rows.values
         deepstack = rows.deepstack
@@ -466,12 +466,12 @@ def select_tokens(video: EncodedRows, question: torch.Tensor | None = None) -> E
     return video.encoded(features, kept, selection.size, deepstack)
 
 
-def selected(video: EncodedRows, question: torch.Tensor | None = None) -> Selection:
+def token_selection(video: EncodedRows, question: torch.Tensor | None = None) -> Selection:
     """Return the units that the language model reads; arguments as in `select_tokens`.
 
     Raises UsageError: the method reads the question, and there is none. PluginError: as `methods.chain.select`.
     """
-    tokens = video.tokens
+    tokens = video.selector_input
     unit = video.rows.unit
     keep = video.plan.keep
     stage = video.plan.token_stage

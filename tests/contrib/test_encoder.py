@@ -17,7 +17,7 @@ from evoprune.methods.baselines import Random
 from evoprune.methods.chain import MethodChain
 from evoprune.methods.plans import EncoderPlan, Stage, TowerShape, WholePairs, full_plan
 from evoprune.methods.types import Tokens
-from evoprune.vision.encoder import encode_rows, select_tokens, selected
+from evoprune.vision.encoder import encode_rows, select_tokens, token_selection
 from evoprune.vision.layout import geometry
 from evoprune.vision.rows import Rows, all_units
 from evoprune.vision.tower import tower_shape
@@ -181,13 +181,13 @@ def test_earlytom_the_whole_encoder_line_by_line(grid, full_layers, settings_, s
         rows = encode_rows(visual, [patches], plan, piece_units=size)
         assert rows.rows.unit.tolist() == [of[0] * units + i for of, *_ in frames for i in range(units)]
         number = {pair: i for i, (of, *_) in enumerate(frames) for pair in of}
-        assert rows.tokens.unit_to_row.tolist() == [number[p] * units + i for p in range(grid[0]) for i in range(units)]
+        assert rows.selector_input.unit_to_row.tolist() == [number[p] * units + i for p in range(grid[0]) for i in range(units)]
         expected = torch.cat([x for _, x, _ in frames])
-        torch.testing.assert_close(rows.tokens.rows.double(), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(rows.selector_input.rows.double(), expected, atol=1e-4, rtol=1e-4)
         received = torch.tensor([value for *_, attention in frames for value in attention])
-        torch.testing.assert_close(rows.tokens.given["attention"], received, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(rows.selector_input.given["attention"], received, atol=1e-4, rtol=1e-4)
         if scene != "one colour":  # whose last bits decide
-            assert selected(rows).kept.tolist() == tokens_line_by_line(frames, units, keep, method)
+            assert token_selection(rows).kept.tolist() == tokens_line_by_line(frames, units, keep, method)
 
 
 @pytest.mark.few(2)
@@ -243,7 +243,7 @@ def test_earlytom_nothing_but_the_selections_waits_for_a_gpu(kernel, monkeypatch
         with mode.pause():
             kept = select_tokens(made).kept
     assert torch.equal(kept, select_tokens(expected).kept) and made.layers == expected.layers
-    torch.testing.assert_close(made.tokens.rows, expected.tokens.rows, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(made.selector_input.rows, expected.selector_input.rows, atol=1e-4, rtol=1e-4)
 
 
 def test_earlytom_no_matrix_of_all_pairs():
@@ -364,8 +364,8 @@ def test_ipcv_the_whole_encoder_line_by_line(grid, full_layers, first, follow):
     expected = ipcv_slowly(visual, patches, grid, stage)
     for size in (1, 10**6):
         rows = encode_rows(visual, [patches], plan, piece_units=size)
-        torch.testing.assert_close(rows.tokens.rows.double(), expected, atol=1e-4, rtol=1e-4)
-        assert rows.tokens.unit_to_row.tolist() == list(range(math.prod(grid)))
+        torch.testing.assert_close(rows.selector_input.rows.double(), expected, atol=1e-4, rtol=1e-4)
+        assert rows.selector_input.unit_to_row.tolist() == list(range(math.prod(grid)))
 
 
 def test_ipcv_the_plan():
@@ -391,7 +391,7 @@ def test_the_selector_sees_every_unit(name):
     selector, method = methods.get(name), methods.parse(f"ipcv+{name}")
     patches = random_patches(GRID)
     plan = method.plan(tower_shape(tiny_tower()), GRID, 9)
-    tokens = encode_rows(tiny_tower(), [patches], plan).tokens
+    tokens = encode_rows(tiny_tower(), [patches], plan).selector_input
     assert {what: len(value) for what, value in tokens.given.items()} == dict.fromkeys(selector.needs, 100)
     every = Tokens(tokens.rows, tokens.unit_to_row, GRID, given={**tokens.given, "question": QUESTION})
     for keep in (1, 9, 40):
@@ -401,7 +401,7 @@ def test_the_selector_sees_every_unit(name):
 
 def test_dart_is_the_default():
     alone, named = methods.parse("ipcv"), methods.parse("ipcv+dart")
-    assert alone.tokens == named.tokens and alone.args == named.args and alone.reads_question
+    assert alone.token_selector == named.token_selector and alone.args == named.args and alone.reads_question
     assert not methods.parse("ipcv+divprune").reads_question
     assert methods.parse("ipcv:keep=0.5+scope:alpha=2").args == {
         "keep": 0.5, "first": 3 / 32, "follow": 7 / 32, "neighbours": 10, "scope": {"alpha": 2.0},

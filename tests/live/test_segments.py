@@ -40,9 +40,9 @@ def test_without_selections_between_layers_segments_are_the_whole(tower, share, 
     method = methods.parse("evoprune:depth=1:first=0")
     ((whole, _),) = in_segments(visual, patches, method, (9,), 1 / 3)  # a plan with another count has the same rows
     parts = [rows for rows, _ in in_segments(visual, patches, method, pairs, 1 / 3, piece_units=piece_units)]
-    for values in (lambda rows: rows.tokens.rows, lambda rows: rows.rows.deepstack):
-        of_units = torch.cat([values(part)[part.tokens.unit_to_row] for part in parts])
-        torch.testing.assert_close(of_units, values(whole)[whole.tokens.unit_to_row], atol=2e-5, rtol=1e-5)
+    for values in (lambda rows: rows.selector_input.rows, lambda rows: rows.rows.deepstack):
+        of_units = torch.cat([values(part)[part.selector_input.unit_to_row] for part in parts])
+        torch.testing.assert_close(of_units, values(whole)[whole.selector_input.unit_to_row], atol=2e-5, rtol=1e-5)
     assert sum(part.layers[0][1] for part in parts) == whole.layers[0][1] == changed.sum()
     assert all(len(select_tokens(part).kept) == round(prod(part.plan.grid) / 3) for part in parts)
 
@@ -56,9 +56,9 @@ def test_selections_between_layers_see_rows_of_their_own_segment_alone(name, mon
     method = methods.parse(name)
     parts, cut = (in_segments(visual, patches, method, pairs, 0.4, piece_units=size) for size in (10**6, 1))
     for number, ((part, _), (other, _)) in enumerate(zip(parts, cut, strict=True)):
-        torch.testing.assert_close(part.tokens.rows, other.tokens.rows, atol=2e-5, rtol=1e-5)
-        assert torch.equal(part.tokens.unit_to_row, other.tokens.unit_to_row) and part.layers == other.layers
-        owner, computed = part.tokens.unit_to_row, part.layers[-1][1]
+        torch.testing.assert_close(part.selector_input.rows, other.selector_input.rows, atol=2e-5, rtol=1e-5)
+        assert torch.equal(part.selector_input.unit_to_row, other.selector_input.unit_to_row) and part.layers == other.layers
+        owner, computed = part.selector_input.unit_to_row, part.layers[-1][1]
         assert (owner >= 0).all() and owner.unique().numel() == len(part.rows.unit) >= computed
         assert (part.rows.unit.diff() > 0).all() and torch.equal(
             owner[part.rows.unit], torch.arange(len(part.rows.unit))
@@ -68,7 +68,7 @@ def test_selections_between_layers_see_rows_of_their_own_segment_alone(name, mon
         if number:
             before, place = parts[number - 1][1].features, part.rows.unit % prod(PLACES)
             taken = torch.tensor(
-                [bool((row == of).all()) for row, of in zip(part.tokens.rows, before[place], strict=True)]
+                [bool((row == of).all()) for row, of in zip(part.selector_input.rows, before[place], strict=True)]
             )
             assert taken.sum() == len(part.rows.unit) - computed > 0
     for rows in entered:  # units of the segment before have its row at their place
@@ -89,7 +89,7 @@ def test_what_needs_more_than_rows_leaves_nothing(name):
     parts = in_segments(visual, patches, method, (2, 2), 0.5)
     plan = plan_of(method, tower_shape(visual), (2, *PLACES), 30)
     alone = encode_rows(visual, [patches[len(patches) // 2 :]], plan)
-    assert parts[0][1] is None and torch.equal(parts[1][0].tokens.rows, alone.tokens.rows)
+    assert parts[0][1] is None and torch.equal(parts[1][0].selector_input.rows, alone.selector_input.rows)
 
 
 def test_what_a_segment_leaves_to_the_next_one():

@@ -202,7 +202,7 @@ def test_one_may_write_into_what_it_gets(documented, monkeypatch, name, more):
         if name == "loudest":
             return run_method(deep_model(), method, *prompt, 0.5, sizes)[0]
         rows = encode_rows(tiny_tower(), [patches], plan)
-        return torch.cat([select_tokens(rows).features, rows.tokens.rows])
+        return torch.cat([select_tokens(rows).features, rows.selector_input.rows])
 
     expected, real = result(), getattr(type(method), call)
 

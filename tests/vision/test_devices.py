@@ -148,7 +148,7 @@ def test_every_shape_is_known_on_a_device_without_values(keep, kernel, monkeypat
         return torch.empty_like(q)
 
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: answer if kernel else None)
-    monkeypatch.setattr(encoder.EncodedRows, "finish", lambda _, kept: (False, 0.0, kept))
+    monkeypatch.setattr(encoder.EncodedRows, "read_checks", lambda _, kept: (False, 0.0, kept))
     visual = deepcopy(tiny_tower((0, 2))).bfloat16().to(meta)
     method = EvoPrunePaper(first=0.0, last=1.0)
     patches = clip(grid, changes(grid, 0.3))

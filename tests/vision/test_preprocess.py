@@ -191,7 +191,7 @@ def test_the_selector_sees_every_unit_with_what_its_row_has(name):
     question = torch.randn(4, 24, generator=torch.Generator().manual_seed(1))
     patches = clip(GRID, changes(GRID, 0.4))
     plan = method.plan(tower_shape(tiny_tower()), GRID, 9)
-    tokens = encode_rows(tiny_tower(), [patches], plan).tokens
+    tokens = encode_rows(tiny_tower(), [patches], plan).selector_input
     assert len(tokens.rows) == changes(GRID, 0.4).sum() < 100
     assert set(tokens.given) == selector.needs
     given = {what: value[tokens.unit_to_row] for what, value in tokens.given.items()} | {"question": question}

@@ -50,7 +50,7 @@ def served_method(additional: Any) -> MethodChain:
     if method.language:
         raise UsageError(f"method {name} acts inside the language model, which is vLLM's", EXACT)
     if method.reads_question:
-        raise UsageError(f"{method.reading[0]}, and vLLM's encoder does not see it", EXACT)
+        raise UsageError(f"{method.refusals[0]}, and vLLM's encoder does not see it", EXACT)
     if not method.exact:
         raise UsageError(f"method {name} does not say in advance how many tokens it keeps", EXACT)
     return method
