@@ -308,9 +308,8 @@ class Prompt:
     # Leading ids that do not depend on the question, up to and including the last `<|vision_end|>`, and where possible the
     # subtitles. Their keys and values serve every question about the same inputs and with the same system prompt.
     prefix_length: int
-    turn_length: (
-        int  # leading ids up to the end of the question: with these begin the prompts of a conversation that goes on
-    )
+    # Leading ids up to the end of the question: with these begin the prompts of a conversation that goes on.
+    turn_length: int
 
     @property
     def visual_tokens(self) -> int:

@@ -1,6 +1,6 @@
 """How an answer is generated. Imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -19,6 +19,15 @@ class Turn:
 
     question: str
     answer: str
+
+
+def messages_of(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    """Return the messages of turns, as `turns_of` takes them."""
+    messages = []
+    for turn in turns:
+        messages.append({"role": USER, "content": turn.question})
+        messages.append({"role": ASSISTANT, "content": turn.answer})
+    return messages
 
 
 def turns_of(messages: Any) -> list[Turn]:

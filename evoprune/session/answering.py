@@ -33,14 +33,14 @@ from evoprune.language.generate import (
 from evoprune.language.hosted import HostedCache
 from evoprune.language.prompt import Prompt
 from evoprune.language.pruned import prune_prompt
-from evoprune.language.settings import ASSISTANT, USER, Turn, turns_of
+from evoprune.language.settings import Turn, messages_of, turns_of
 from evoprune.model.cost import Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.options import GenerationOptions
 from evoprune.session.prompting import check_not_empty, fitting_prompt, positions_of
 from evoprune.session.report import fill_dropped, fill_pruning, fill_times, inputs_report
-from evoprune.session.session import Session
+from evoprune.session.session import Session, check_conversation
 from evoprune.session.signatures import takes
 from evoprune.util import check_type, counted, from_keywords
 from evoprune.video.info import VIDEO
@@ -193,7 +193,7 @@ class Askable(ABC, Uncopied):
 
     @abstractmethod
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
-        """Raises UsageError where a question of a conversation does not fit into the model's context."""
+        """Raises DoesNotFit where a question of a conversation does not fit into the model's context."""
 
     def _ended(self, turn: int) -> None:
         """Is called once the answer of that number is complete, was closed or failed."""
@@ -229,10 +229,7 @@ class Askable(ABC, Uncopied):
 
         Raises UsageError: messages of another form, or a method that reads the question.
         """
-        method = self._session.pruning.method
-        if method.reads_question:
-            hint = "ask single questions, or take a method that does not: --method (method) evoprune"
-            raise UsageError(f"{method.name} prunes for one question, so there is no conversation", hint)
+        check_conversation(self._session.pruning.method)
         return Chat(self, check_type("system", system, str | None), turns_of(messages))
 
     def _answer(
@@ -361,11 +358,7 @@ class Chat(Uncopied):
     @property
     def messages(self) -> list[dict[str, str]]:
         """What was said, as `chat` takes it, in a list of the caller's own."""
-        said = []
-        for turn in self._turns:
-            said.append({"role": USER, "content": turn.question})
-            said.append({"role": ASSISTANT, "content": turn.answer})
-        return said
+        return messages_of(self._turns)
 
     def clear(self) -> None:
         """Forgets what was said."""
@@ -390,7 +383,7 @@ class Chat(Uncopied):
 
         Args: as of `EncodedInputs.ask`. `system` belongs to the conversation.
 
-        Raises: as `EncodedInputs.ask`. UsageError: another system prompt.
+        Raises: as `EncodedInputs.ask`, and what reading its answer raises of a prompt. UsageError: another system prompt.
         """
         (generation,) = from_keywords(options, GenerationOptions)
         if generation.system not in (None, self.system):
