@@ -506,6 +506,34 @@ def test_it_greets_and_has_help(cli):
     assert "there is no command /set-budget" in result.err
 
 
+def test_a_prompt_remembers(cli, tiny_folder):
+    flags = ("-m", tiny_folder, "--dtype", "fp32", "-n", "3", "--json")
+    lines = f"{QUESTION}\n{MORE}\n/undo\n/undo\n/undo\n{MORE}\n/new\n{MORE}\n"
+    result = cli(*TALK, *flags, stdin=lines, terminal=True)
+    records = [json.loads(line) for line in result.out.splitlines()]
+    assert [record["conversation"]["turns"] for record in records] == [0, 1, 0, 0]
+    assert records[2]["answer"] == records[3]["answer"]
+    assert f"taken back: {MORE}" in result.err and "no question to take back" in result.err
+    assert "what was said is forgotten" in result.err and "Each question is on its own" not in result.err
+    single = cli(*TALK, *flags, "--history", "off", stdin=f"{QUESTION}\n{MORE}\n/new\n", terminal=True)
+    assert [json.loads(line)["conversation"] for line in single.out.splitlines()] == [None, None]
+    assert "there is no command /new" in single.err
+
+
+def test_why_a_prompt_does_not_remember(cli):
+    assert "on its own: the demo models know single questions" in cli(*TALK, stdin="", terminal=True).err
+    result = cli(*TALK, "--history", "on", stdin=f"{QUESTION}\n{MORE}\n", terminal=True)
+    assert result.err.count("warning: the demo models know single questions") == 1
+    for more, says in (
+        (("--history", "maybe"), "--history maybe"),
+        (("--history", "on", "--compare"), "--compare is about single questions"),
+        (("--history", "on", "--method", "cdpruner"), "prunes for one question"),
+    ):
+        result = cli(*TALK, *more, stdin=f"{QUESTION}\n", terminal=True)
+        assert (result.code, result.out) == (2, "") and says in result.err
+    assert "--history is about questions at a prompt" in cli("ask", CLIP, QUESTION, "--history", "on").err
+
+
 def test_warnings_come_once(cli, tiny_folder):
     flags = ("-m", tiny_folder, "--load-format", "dummy", "-n", "2", "-q")
     result = cli(*TALK, *flags, stdin=f"{QUESTION}\n{MORE}\n", terminal=True)
