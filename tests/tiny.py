@@ -77,8 +77,6 @@ QWEN3_VISION = PATCHES | {
 }
 # Its heads are wider than hidden size by heads, and it has a layer more than DeepStack adds to.
 QWEN3_TEXT = {"num_hidden_layers": 4, "head_dim": 24}
-QWEN4_VISION = QWEN3_VISION | {"deepstack_visual_indexes": [0, 1, 2, 3, 4], "model_type": "qwen4_vl_vision"}
-QWEN4_TEXT = QWEN3_TEXT | {"num_hidden_layers": 6}
 QWEN3_5_VISION = {name: value for name, value in QWEN3_VISION.items() if name != "deepstack_visual_indexes"}
 # Two Gated DeltaNets before each attention, of whose heads half is rotated.
 QWEN3_5_TEXT = {
@@ -94,26 +92,6 @@ QWEN3_5_TEXT = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
-@cache
-def register_qwen4() -> None:
-    """Makes transformers know Qwen4-VL, of which it has no classes: they are those of Qwen3-VL, with other names."""
-    from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3VLConfig, Qwen3VLForConditionalGeneration
-    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
-
-    class Qwen4VLVisionConfig(Qwen3VLVisionConfig):
-        model_type = "qwen4_vl_vision"
-
-    class Qwen4VLConfig(Qwen3VLConfig):
-        model_type = "qwen4_vl"
-
-    class Qwen4VLForConditionalGeneration(Qwen3VLForConditionalGeneration):
-        config_class = Qwen4VLConfig
-
-    AutoConfig.register("qwen4_vl_vision", Qwen4VLVisionConfig)
-    AutoConfig.register("qwen4_vl", Qwen4VLConfig)
-    AutoModelForImageTextToText.register(Qwen4VLConfig, Qwen4VLForConditionalGeneration)
-
-
 def tiny_config(family: str = "qwen2_5_vl", heads: int = 4):
     """Two text and two vision layers, hidden 64, head dimension 16; window and full attention both occur in Qwen2.5-VL. Later
     families have a few more of each.
@@ -122,7 +100,6 @@ def tiny_config(family: str = "qwen2_5_vl", heads: int = 4):
     """
     from transformers import AutoConfig
 
-    register_qwen4()
     half, part = QWEN3_TEXT["head_dim"] // 2, QWEN3_5_TEXT["head_dim"] // 4
     of_3, of_3_5 = [half // 2, half // 4, half // 4], [part - part // 3 * 2, part // 3, part // 3]
     vision, text, rope = {
@@ -130,7 +107,6 @@ def tiny_config(family: str = "qwen2_5_vl", heads: int = 4):
         "qwen2_vl": (QWEN2_VISION, {}, {"mrope_section": [8 // heads, 12 // heads, 12 // heads]}),
         "qwen3_vl": (QWEN3_VISION, QWEN3_TEXT, {"mrope_section": of_3}),
         "qwen3_vl_moe": (QWEN3_VISION, QWEN3_TEXT | EXPERTS | {"mlp_only_layers": [1]}, {"mrope_section": of_3}),
-        "qwen4_vl": (QWEN4_VISION, QWEN4_TEXT, {"mrope_section": of_3}),
         "qwen3_5": (QWEN3_5_VISION, QWEN3_5_TEXT, {"mrope_section": of_3_5}),
         "qwen3_5_moe": (
             QWEN3_5_VISION,

@@ -29,7 +29,6 @@ QWEN3 = "qwen3_vl"
 QWEN3_MOE = "qwen3_vl_moe"
 QWEN3_5 = "qwen3_5"
 QWEN3_5_MOE = "qwen3_5_moe"
-QWEN4 = "qwen4_vl"
 PATCHES = 4  # of a unit: 2x2
 ANSWER_COLUMNS = 256  # that a prompt's KV cache has to spare: an answer of the usual length needs no second cache
 MAX_LEVELS = 100  # of lists and objects inside one another; Python itself fails at about a thousand
@@ -305,12 +304,6 @@ FAMILIES = {
     QWEN3_5: _QWEN3_5,
     QWEN3_5_MOE: replace(
         _QWEN3_5, model="Qwen3_5Moe", tower="Qwen3_5MoeVisionModel", text=_QWEN3_5_TEXT | _QWEN3_5_EXPERTS
-    ),
-    QWEN4: replace(
-        _QWEN3,
-        model="Qwen4VL",
-        tower="Qwen4VLVisionModel",
-        vision=_QWEN3.vision | {"deepstack_visual_indexes": (4, 8, 12, 16, 24)},
     ),
 }
 MODEL_TYPES = tuple(FAMILIES)

@@ -396,7 +396,7 @@ def kind_hint(name: str) -> str:
         original = _ORIGINAL.search(name)
         instead = f"Qwen/{original[0]}" if original else "the original checkpoint"
         return f"its name is that of GGUF or MLX weights, which evoprune does not read; take {instead}; "
-    if re.search(r"qwen-?(([34]|2[._]?5?)[-_]?vl|3[._]?[5-9])", name, re.IGNORECASE):
+    if re.search(r"qwen-?((3|2[._]?5?)[-_]?vl|3[._]?[5-9])", name, re.IGNORECASE):
         return ""
     return f"{MODEL_HINT}; "
 

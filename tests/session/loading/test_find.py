@@ -284,7 +284,6 @@ KNOWN = (
     "Qwen/Qwen3.5-4B",
     "Qwen/Qwen2.5-VL-7B-Instruct-AWQ",
     "Qwen/Qwen3-VL-2B-Instruct",
-    "Qwen/Qwen4-VL-2B-Instruct",
     "Qwen/Qwen2.5-VL-3B-Instruct",
     "org/qwen2-vl-tuned",
     "org/my_qwen25vl",
