@@ -667,14 +667,8 @@ def moves(x: torch.Tensor, random: torch.Generator) -> None:
     x[1:] = 0.7 * x[:-1].roll(1, 1) + 0.3 * x[1:]
 
 
-def loudest_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
-    norms = [snapped(sum(value * value for value in row) ** 0.5) for row in tokens.features.tolist()]
-    return sorted(sorted(range(len(norms)), key=lambda i: -norms[i])[:keep])
-
-
 # Settings to draw; for those that look at time also what happens in the video.
 SPECIFIED = {
-    "loudest-rows": (loudest_line_by_line, {}),
     "mmr": (mmr_line_by_line, {"importance": ["attention", "keynorm"], "lam": [0.0, 0.3, 0.5, 1.0]}),
     "visionzip": (visionzip_line_by_line, {"dominant": [0.0, 0.5, 0.85, 1.0]}),
     "scope": (scope_line_by_line, {"alpha": [0.0, 0.5, 1.0, 2.0]}),
