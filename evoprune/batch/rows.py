@@ -137,7 +137,6 @@ class Span:
         if row.fps is not None or row.frames is not None:
             own["fps"] = row.fps
             own["frames"] = row.frames
-            own["every_nth"] = None
         if row.frame_rate is not None:
             own["frame_rate"] = row.frame_rate
         if row.subtitles_path is not None:

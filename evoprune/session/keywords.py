@@ -85,8 +85,6 @@ class SamplingKeywords(TypedDict, total=False):
     video with a text track."""
     max_subtitle_tokens: int
     """Limit of the subtitles: above it, lines are left out evenly."""
-    every_nth: int | None
-    """Look at every Nth frame of the video, instead of fps: its own rate / N."""
 
 
 class GenerationKeywords(TypedDict, total=False):

@@ -218,7 +218,7 @@ class PruneOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What of a video is looked at. Raises UsageError: a number that makes no sense, or two of fps, frames, every_nth."""
+    """What of a video is looked at. Raises UsageError: a number that makes no sense, or fps and frames together."""
 
     PANEL: ClassVar[str] = "Sampling"
 
@@ -271,10 +271,6 @@ class SamplingOptions:
         words=("none", "auto", "FILE"),
     )
     max_subtitle_tokens: int = option(2048, "Limit of the subtitles: above it, lines are left out evenly.")
-    every_nth: int | None = option(
-        None,
-        "Look at every Nth frame of the video, instead of --fps: its own rate / N.",
-    )
 
     def __post_init__(self):
         check_types(self)

@@ -96,7 +96,7 @@ def plan_input(session: Session, info: Video, sampling: SamplingOptions, name: s
     limits = loaded.limits[info.kind]
     full = make_plan(info, limits, **numbers)
     encoder = session.pruning.plan(tower_shape(loaded.model.model.visual), full.grid)
-    asked = any(value is not None for value in (sampling.fps, sampling.frames, sampling.every_nth))
+    asked = sampling.fps is not None or sampling.frames is not None
     lines = sampling.subtitles, sampling.max_subtitle_tokens
     return replace(
         full.shrunk(encoder.grid, limits),

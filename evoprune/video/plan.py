@@ -243,13 +243,6 @@ def duration_of(info: Video) -> float:
     return info.duration_s
 
 
-def rate_of(info: Video) -> float:
-    """Return the frames a second of a video. Raises UsageError: they are unknown."""
-    if info.fps is None or info.rate_guessed:
-        raise UsageError(f"the frame rate of {info.path} is unknown, and every_nth divides it", "give fps or frames")
-    return info.fps
-
-
 def check_no_span(picture: Video, start_s: float, end_s: float | None) -> None:
     """Raises UsageError: a span of a picture is asked for."""
     if start_s != 0 or end_s is not None:
@@ -260,7 +253,6 @@ def check_sampling(
     *,
     fps: float | None = None,
     frames: int | None = None,
-    every_nth: int | None = None,
     start_s: float = 0.0,
     end_s: float | None = None,
     max_frames: int | None = None,
@@ -268,20 +260,17 @@ def check_sampling(
 ) -> None:
     """Checks what can be checked without a video; arguments as of `plan.make_plan`, None for the default.
 
-    Raises UsageError: a number that makes no sense, or two of fps, frames and every_nth together.
+    Raises UsageError: a number that makes no sense, or fps and frames together.
     """
     if max_visual_tokens is not None and max_visual_tokens < 1:
         raise UsageError(f"at most {max_visual_tokens} visual tokens", "allow at least one")
     if fps is not None and frames is not None:
         raise UsageError("fps and frames exclude each other", "give one of the two")
-    if every_nth is not None and (fps is not None or frames is not None):
-        raise UsageError("every_nth excludes fps and frames", "give one of the three")
     for name, time_s in (("start", start_s), ("end", end_s)):
         if time_s is not None and not math.isfinite(time_s):
             raise UsageError(f"{name} is {time_s}", "give seconds from the beginning, or below 0 from the end")
     _check_at_least(2, "max_frames", max_frames)
     _check_at_least(1, "frames", frames)
-    _check_at_least(1, "every_nth", every_nth)
     if fps is not None and not 0 < fps < math.inf:
         raise UsageError(f"fps is {fps:g}", "give a number above 0")
 
@@ -340,7 +329,6 @@ def make_plan(
     *,
     fps: float | None = None,
     frames: int | None = None,
-    every_nth: int | None = None,
     start_s: float = 0.0,
     end_s: float | None = None,
     max_frames: int | None = None,
@@ -354,17 +342,16 @@ def make_plan(
     Args:
         limits: the model's, for a video or for a picture, which `info` is.
         fps, frames: frames per second, or in all; default: the model's rate. A picture has one.
-        every_nth: instead of them, so many frames of the video from one frame to the next.
         start_s, end_s: the span to sample, in seconds; below 0 from the video's end.
         max_frames: replaces the model's limit.
         max_visual_tokens: limit before pruning, at least 1; default: the model's, 24,576.
 
     Raises:
-        VideoError: unknown duration, an empty span, or a shape that cannot be resized. UsageError: a number out of range, a span
-            of a picture, or `every_nth` of a video whose rate is unknown.
+        VideoError: unknown duration, an empty span, or a shape that cannot be resized. UsageError: a number out of range, or a
+            span of a picture.
     """
     span = {"frames": frames, "start_s": start_s, "end_s": end_s}
-    check_sampling(fps=fps, every_nth=every_nth, max_frames=max_frames, max_visual_tokens=max_visual_tokens, **span)
+    check_sampling(fps=fps, max_frames=max_frames, max_visual_tokens=max_visual_tokens, **span)
     max_tokens = MAX_VISUAL_TOKENS if max_visual_tokens is None else max_visual_tokens
     pair = limits.temporal_patch_size
     if info.kind == PICTURE:
@@ -375,9 +362,7 @@ def make_plan(
         pairs = 1
     else:
         duration_s = duration_of(info)
-        if every_nth is not None:
-            fps = rate_of(info) / every_nth
-        elif fps is None:
+        if fps is None:
             fps = limits.fps
         sample = partial(plan_sampling, duration_s, fps=fps, min_frames=limits.min_frames, **span)
         frame_limit = limits.max_frames if max_frames is None else max_frames

@@ -226,8 +226,8 @@ def test_fields_as_other_tools_write_them():
     spans = group_by_span([often, row, usual, usual])
     # A row's own rate stands instead of the batch's number of frames, and the other way round.
     assert [span.sampling for span in spans] == [
-        {"start_s": 0.0, "end_s": None, "fps": 0.5, "frames": None, "every_nth": None},
-        {"start_s": 1.0, "end_s": 3.0, "fps": None, "frames": 8, "every_nth": None},
+        {"start_s": 0.0, "end_s": None, "fps": 0.5, "frames": None},
+        {"start_s": 1.0, "end_s": 3.0, "fps": None, "frames": 8},
         {"start_s": 0.0, "end_s": None},
     ]
 
