@@ -61,7 +61,7 @@ OTHERS = {
     "frame_recovery", "--media-io-kwargs", "--trust-request-mm-kwargs", "--allowed-local-media-path", "VLLM_VIDEO_LOADER_BACKEND",
     "mvbench", "longvideobench_val_v", "mlvu_dev", "model_args", "token_counts",
     # models and answers
-    "Qwen", "Qwen3-VL-4B-Instruct", "boxed", "nWhat", "org", "npu",
+    "Qwen", "Qwen3-VL-4B-Instruct", "boxed", "nWhat", "org",
     # placeholders, names that are put together from parts, and the groups of entry points
     "FOLDER", "NAME", "SETTING", "VALUE", "DIR", "OUT", "row_answer", "demo_scenes_model", "demo_scenes_model_folder",
     "demo_model_folder", "evoprune.methods", "evoprune.language_methods", "EVOPRUNE_CONTRACT",

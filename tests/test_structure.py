@@ -239,12 +239,12 @@ DEVICES_KNOWN_TO = ("evoprune.backend.", "evoprune.bench.verify.", "evoprune_vll
 def asked_devices(code: ast.Module) -> Iterator[ast.AST]:
     """Where code reads of which kind a device is, compares its name, or uses what torch has for one kind."""
     for node in ast.walk(code):
-        asked = r"(.*\.)?device\.type|torch\.(cuda|accelerator|mps|npu|xpu)|.*\.is_(cpu|cuda|meta|mps|npu|xpu)"
+        asked = r"(.*\.)?device\.type|torch\.(cuda|accelerator|mps|xpu)|.*\.is_(cpu|cuda|meta|mps|xpu)"
         if isinstance(node, ast.Attribute) and re.fullmatch(asked, ast.unparse(node)):
             yield node
         begins = isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "startswith"
         values = ast.walk(node) if begins or isinstance(node, ast.Compare) else ()
-        name = r"(cpu|cuda|meta|mps|npu|xpu)(:\d*)?"
+        name = r"(cpu|cuda|meta|mps|xpu)(:\d*)?"
         if any(isinstance(each, ast.Constant) and re.fullmatch(name, str(each.value)) for each in values):
             yield node
 

@@ -71,7 +71,7 @@ class ModelOptions:
     device: str = option(
         "auto",
         "auto: CUDA if there is any, else the CPU.",
-        words=("auto", "cpu", "cuda[:N]", "npu[:N]"),
+        words=("auto", "cpu", "cuda[:N]"),
         also="torch.device",
         changes_answers=False,
     )
