@@ -59,9 +59,9 @@ def test_a_wrong_value_from_the_environment_is_traced_to_it(cli, monkeypatch):
 def test_a_model_is_told_that_no_question_follows(cli, monkeypatch, command, last):
     read, told = answering.EncodedInputs._prefill, []
 
-    def reads(self, prompt, beginning, last):
+    def reads(self, prompt, last, goes_on):
         told.append(last)
-        return read(self, prompt, beginning, last)
+        return read(self, prompt, last, goes_on)
 
     monkeypatch.setattr(answering.EncodedInputs, "_prefill", reads)
     assert cli(*command.split(), "-q").code == 0 and told == last
