@@ -171,7 +171,7 @@ def check_history(history: str | None, prompt: bool, compare: bool = False) -> N
     if history not in (None, opt.ON, opt.OFF):
         raise UsageError(f"--history {history}", f"use {opt.ON} or {opt.OFF}")
     if history and not prompt:
-        raise UsageError("--history is about questions at a prompt", "leave it out")
+        raise UsageError("--history is about questions at a prompt", "leave it out, or ask at a prompt")
     if history == opt.ON and compare:
         raise UsageError("--compare is about single questions", "leave out --compare or --history on")
 
@@ -454,6 +454,7 @@ class Conversation:
         Returns whether it could be asked.
         """
         before = self.answered
+        said = self._chat.messages if self._chat else None
         try:
             self.answer(question, typed, identity)
         except UsageError as problem:
@@ -468,6 +469,8 @@ class Conversation:
             if not (goes_on and isinstance(problem, KeyboardInterrupt)):
                 raise
             note()  # ends the line on which the terminal printed ^C
+            if self._chat and self._chat.messages == said and not self._quiet:
+                tell("The stopped answer and its question are not remembered.")
         return True
 
     def break_off(self, problem: BaseException, unanswered: list[str]) -> None:
@@ -612,6 +615,8 @@ def typed_questions(
         elif chat and word == "/undo":
             question = chat.undo()
             tell("there is no question to take back" if question is None else f"taken back: {printable(question)}")
+        elif word in ("/new", "/undo"):
+            tell(f"{word} is about a conversation, and each question is on its own here")
         elif command := re.match(r"/[\w-]*(?=\s|$)", word):
             tell(f"there is no command {command[0]}, so it is not asked; /help lists them")
         elif re.match(r"--|-[a-z]", word):

@@ -404,7 +404,10 @@ class Chat(Uncopied):
         return Answer(answer.report, self._remembered(answer, earlier, latest), self._inputs._lock, answer.ids)
 
     def _fitting(self, question: str, generation: GenerationOptions) -> list[Turn]:
-        """Return the latest turns that fit into the model's context together with the question; if it does not fit alone, none."""
+        """Return the latest turns that fit into the model's context together with the question.
+
+        Raises DoesNotFit: it does not fit alone.
+        """
 
         def fits(dropped: int) -> bool:
             try:
@@ -413,9 +416,14 @@ class Chat(Uncopied):
                 return False
             return True
 
-        # Rarely more than the first is tried: each is rendered in a process of its own.
-        dropped = 0 if fits(0) else bisect_left(range(len(self._turns)), True, 1, key=fits)
-        return self._turns[dropped:]
+        if fits(0):
+            return [*self._turns]
+        # Few are tried: each is rendered in a process of its own.
+        dropped = bisect_left(range(len(self._turns)), True, 1, key=fits)
+        turns = self._turns[dropped:]
+        if not turns:
+            self._inputs._check_fits(question, generation, turns)
+        return turns
 
     def _remembered(self, answer: Answer, earlier: list[Turn], latest: object) -> Iterator[str]:
         """Yield an answer, which then becomes a turn."""

@@ -517,7 +517,7 @@ def test_a_prompt_remembers(cli, tiny_folder):
     assert "what was said is forgotten" in result.err and "Each question is on its own" not in result.err
     single = cli(*TALK, *flags, "--history", "off", stdin=f"{QUESTION}\n{MORE}\n/new\n", terminal=True)
     assert [json.loads(line)["conversation"] for line in single.out.splitlines()] == [None, None]
-    assert "there is no command /new" in single.err
+    assert "/new is about a conversation, and each question is on its own here" in single.err
 
 
 def test_why_a_prompt_does_not_remember(cli):
@@ -597,8 +597,11 @@ def test_ctrl_c_stops_an_answer_and_then_the_conversation(keyboard, endless):
     screen.wait_for("> ", 4)
     stop_an_answer(screen, process)
     screen.wait_for("> ", 5)
-    screen.press(b"\x03")
+    screen.press(b"/undo\n")
+    screen.wait_for("there is no question to take back")  # what was stopped is not remembered
     screen.wait_for("> ", 6)
+    screen.press(b"\x03")
+    screen.wait_for("> ", 7)
     screen.press(b"\x03")
     assert process.wait(60) == -signal.SIGINT
     assert process.stdout.read().endswith(b"\n") and "Traceback" not in screen.finish()
