@@ -90,6 +90,12 @@ def ask(qa: evoprune.VideoQA, video: evoprune.EncodedInputs) -> str:
     warnings: list[str] = report.warnings
     again = evoprune.Report.from_json(report.to_json())
     print(kept, first_ms, warnings, again.answer, answer.thoughts, len(answer.ids), video.report.pruning.kept_per_pair)
+    chat: evoprune.Chat = video.chat(system="Be brief.", messages=[{"role": "user", "content": "Who?"}][:0])
+    said: str = chat.ask("And then?", max_new_tokens=4).text
+    messages: list[dict[str, str]] = chat.messages
+    undone: str | None = chat.undo()
+    chat.clear()
+    print(said, messages, undone)
     return answer.text + qa.ask([video, "samples/three.mp4"], "Which digit is it?", max_new_tokens=4).text
 
 
