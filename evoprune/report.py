@@ -284,6 +284,8 @@ class Report:
     subtitles: dict[str, Any] | None = None
     inputs: list[InputFacts] = field(default_factory=list)
     stream: dict[str, Any] | None = None
+    stop_reason: str | None = None  # the stop string that ended the answer
+    logprobs: list[dict[str, Any]] | None = None  # of each token of the answer and its thoughts
 
     def __str__(self) -> str:
         """Return the stats as lines of text, as the command line prints them, and what the warnings say."""

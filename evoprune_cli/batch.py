@@ -114,6 +114,8 @@ def batch(
     choose_decoder(pipeline.sampling.decoder)
     if pipeline.generation.system is not None and not is_text(pipeline.generation.system):
         raise UsageError("the system prompt is not valid text", "write it in UTF-8")
+    if pipeline.generation.logprobs is not None and is_table(output):
+        raise UsageError("--logprobs have no place in a table", "give -o a name that ends in .jsonl")
     settings = Settings(pipeline.model, pipeline.pruning, pipeline.sampling.timeless, pipeline.generation)
     span = pipeline.sampling.start_s, pipeline.sampling.end_s
     rows = _rows(videos or [], questions or [], source, quiet, span, recursive, is_table(output))

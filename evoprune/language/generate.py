@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice, repeat, takewhile
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -186,6 +186,21 @@ def teacher_forced_logits(state: PrefillState, ids: torch.Tensor, one_by_one: bo
     return logits
 
 
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of probabilities by the raw logits: before temperature, penalties and what narrows a draw."""
+
+    chosen: float  # of the token that was chosen
+    top: list[tuple[int, float]]  # the most probable tokens, the first ones first, with theirs
+
+
+def token_logprobs(logits: torch.Tensor, token: int, most: int) -> TokenLogprobs:
+    """Return the log probability of a token, of its logits (float32 `[vocabulary]`), and those of the `most` most probable ones."""
+    logprobs = logits.log_softmax(0)
+    top = logprobs.topk(min(most, len(logprobs)))
+    chosen, *values = torch.cat([logprobs[token][None], top.values]).tolist()
+    return TokenLogprobs(chosen, list(zip(top.indices.tolist(), values, strict=True)))
+
+
 class TokenStream(Iterator[int]):
     """Generated token ids; each is computed when it is requested. `eos_ids` end the answer and are not yielded.
 
@@ -197,8 +212,10 @@ class TokenStream(Iterator[int]):
     def __init__(self, state: PrefillState, settings: GenerationOptions, eos_ids: Iterable[int], seed: int = 0):
         self.finish_reason: str | None = None  # at the end "stop" (the model ended its turn) or "length"
         self.ids: list[int] = []  # the tokens yielded
+        self.logprobs: list[TokenLogprobs] = []  # of each of them, if the settings ask for them
         self._state = state
         self._settings = settings
+        self._picked: TokenLogprobs | None = None  # of the latest token
         self._eos_ids = frozenset(eos_ids)
         penalised = settings.repetition_penalty not in (None, 1) and state.prompt_ids is not None
         self._seen: set[int] = set()  # tokens of the prompt and the answer
@@ -223,10 +240,18 @@ class TokenStream(Iterator[int]):
             raise StopIteration
         self.ids.append(token)
         self._seen.add(token)
+        if self._picked is not None:
+            self.logprobs.append(self._picked)
         return token
 
     def _pick(self, logits: torch.Tensor, best: torch.Tensor | None = None) -> int:
         """Return the next token, of its logits; `best`: `best_of` them, if that is known."""
+        token = self._choose(logits, best)
+        if self._settings.logprobs is not None:
+            self._picked = token_logprobs(logits, token, self._settings.logprobs)
+        return token
+
+    def _choose(self, logits: torch.Tensor, best: torch.Tensor | None) -> int:
         settings = self._settings
         if settings.temperature == 0 and settings.repetition_penalty in (None, 1):
             if best is None:
@@ -349,3 +374,48 @@ def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
         held = before[start:]
         yield before[:start], True
     yield held, True
+
+
+class StopStrings:
+    """Ends an answer where one of some texts, none of them empty, would begin.
+
+    Of several that a text has, that which is complete first counts, and of these the longest: so it does not matter in which pieces
+    the text arrives.
+
+    Attributes:
+        found: the text at which the answer ended; None where none has come.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self.found: str | None = None
+        self._stops = stops
+
+    def cut(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+        """Yield pieces, as of `stream_answer`, up to one of the texts. Thoughts pass. What may be its beginning is held back."""
+        held = ""
+        for piece, thought in pieces:
+            if thought:
+                yield piece, True
+                continue
+            held += piece
+            if self._stops_at(held):
+                held = held[: held.index(self.found)]
+                break
+            certain = len(held) - self._begun(held)
+            if certain:
+                yield held[:certain], False
+            held = held[certain:]
+        if held:
+            yield held, False
+
+    def _stops_at(self, text: str) -> bool:
+        """Return whether one of the texts is in this one, and note which."""
+        ends = [(text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
+        if ends:
+            *_, self.found = min(ends)
+        return bool(ends)
+
+    def _begun(self, text: str) -> int:
+        """Return how many characters at its end may be the beginning of one of the texts."""
+        longest = min(len(text), max(map(len, self._stops)) - 1)
+        return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)

@@ -1,13 +1,15 @@
 """How an answer is generated. Imports no torch."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from evoprune.errors import UsageError
-from evoprune.util import check_types, option
+from evoprune.util import brief, check_types, option
 
 Think = Literal["off", "on"]
 THINK = get_args(Think)
+MOST_LOGPROBS = 20  # as of other programs
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,21 @@ class GenerationOptions:
         "off",
         "Whether a model that can do both thinks before it answers. -n counts thoughts and answer together.",
     )
+    stop: str | Sequence[str] | None = option(
+        None,
+        "Ends the answer where this text would begin; repeatable. It is no part of the answer, and thoughts may have it.",
+        in_python="One text or several: the answer ends where one of them would begin. Thoughts may have it.",
+        metavar="TEXT",
+        typed=list[str],
+    )
+    logprobs: int | None = option(
+        None,
+        "With --json, the log probability of each token of the answer, and those of the N most probable ones in its place; at most "
+        "20, 0: of the answer's alone.",
+        in_python="Keep the log probability of each token of the answer, and those of so many of the most probable ones in its "
+        "place; at most 20, 0: of the answer's alone.",
+        metavar="N",
+    )
 
     def __post_init__(self):
         check_types(self)
@@ -56,6 +73,9 @@ class GenerationOptions:
             raise UsageError(f"repetition_penalty is {self.repetition_penalty}", "1 is off, 1.05 is a usual value")
         if self.think not in THINK:
             raise UsageError(f"think is {self.think!r}", f"use {' or '.join(THINK)}")
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise UsageError(f"logprobs is {self.logprobs}", f"0 is the token chosen alone, {MOST_LOGPROBS} the most")
 
     @property
     def thinking(self) -> bool:
@@ -64,3 +84,15 @@ class GenerationOptions:
     def record(self, seed: int) -> dict[str, Any]:
         """As reports hold it: how tokens are chosen, with the seed of the draws."""
         return {name: value for name, value in asdict(self).items() if name != "system"} | {"seed": seed}
+
+
+def _stop_strings(given: Any) -> list[str] | None:
+    """Return a list of what may be one text; None for no text. Raises UsageError: something else, or an empty text."""
+    if given is None:
+        return None
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"stop is {brief(given)}, not a text, a list of texts or None", "give texts")
+    if not all(texts):
+        raise UsageError("stop is an empty text", "an answer cannot end at nothing: give at least one character")
+    return list(texts) or None

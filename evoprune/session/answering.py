@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
 
@@ -19,6 +19,8 @@ from evoprune.errors import UsageError, error_record
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
     PrefillState,
+    StopStrings,
+    TokenLogprobs,
     TokenStream,
     can_crop,
     dropping_for,
@@ -30,7 +32,7 @@ from evoprune.language.generate import (
     teacher_forced_logits,
 )
 from evoprune.language.hosted import HostedCache
-from evoprune.language.prompt import Prompt
+from evoprune.language.prompt import Prompt, Tokenizer
 from evoprune.language.pruned import prune_prompt
 from evoprune.model.cost import Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
@@ -132,6 +134,11 @@ class Answer(Uncopied, Iterator[str]):
         """What the model wrote before the answer, as far as it has; None if it did not think."""
         return self.report.thoughts
 
+    @property
+    def logprobs(self) -> list[dict[str, Any]] | None:
+        """The log probability of each token of `ids`, and of others in its place, as docs/json.md says; None without the option."""
+        return self.report.logprobs
+
     def __str__(self) -> str:
         return self.text
 
@@ -162,6 +169,16 @@ def _once_more(problem: Exception) -> Exception:
     again = type(problem).__new__(type(problem), *problem.args)
     vars(again).update(vars(problem))
     return again
+
+
+def logprobs_record(tokenizer: Tokenizer, token: int, logprobs: TokenLogprobs) -> dict[str, Any]:
+    """Return the log probabilities of a token, and of others in its place, as reports hold them."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.backend.decode([token], skip_special_tokens=False)
+        return {"id": token, "token": text, "logprob": logprob}
+
+    return entry(token, logprobs.chosen) | {"top_logprobs": [entry(*each) for each in logprobs.top]}
 
 
 class Askable(ABC, Uncopied):
@@ -229,6 +246,8 @@ class Askable(ABC, Uncopied):
         report.created_utc = fresh.created_utc
         report.question = question
         report.generation = options.record(seed)
+        if options.logprobs is not None:
+            report.logprobs = []
         if "demo_model" not in report.warnings and not self._session.loaded.knows_words(question):
             report.warnings.append("demo_question")
         if not options.thinking and self._session.loaded.tokenizer.always_thinks:
@@ -261,6 +280,7 @@ class Askable(ABC, Uncopied):
         packed = packing.seconds
         state = self._read(question, options, report, clock)
         tokens = TokenStream(state, options, loaded.eos_ids, seed)
+        stops = StopStrings(options.stop or ())
         self._paid = True
         report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
         report.answer = ""
@@ -269,6 +289,13 @@ class Askable(ABC, Uncopied):
         def update() -> None:
             ids[:] = tokens.ids
             report.tokens.new, report.finish_reason = len(ids), tokens.finish_reason
+            report.stop_reason = stops.found
+            if stops.found is not None:
+                report.finish_reason = "stop"
+            if report.logprobs is not None:
+                known = len(report.logprobs)
+                new = zip(ids[known:], tokens.logprobs[known:], strict=True)
+                report.logprobs += [logprobs_record(loaded.tokenizer, *each) for each in new]
             clock.seconds["pack"] = packing.seconds - packed
             total = earlier + clock.now() - start
             fill_times(report, clock.seconds, total, loaded.device, packing.seconds - before)
@@ -276,6 +303,8 @@ class Askable(ABC, Uncopied):
         update()
         try:
             pieces = stream_answer(loaded.tokenizer, tokens, state.prompt_ids)
+            if options.stop:
+                pieces = stops.cut(pieces)
             for piece, thought in clock.each("generate", pieces):
                 if thought:
                     report.thoughts = (report.thoughts or "") + piece
@@ -295,7 +324,7 @@ class Askable(ABC, Uncopied):
                 report.warnings.append("thoughts_cut")
             elif report.finish_reason == "length":
                 report.warnings.append("answer_cut")
-            elif report.thoughts and not report.answer:
+            elif report.thoughts and not report.answer and report.stop_reason is None:
                 report.warnings.append("thoughts_only")
         finally:
             self._ended(turn)

@@ -5,6 +5,7 @@ Made of the classes of options by `python -m evoprune_cli.keywords > evoprune/se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -105,6 +106,11 @@ class GenerationKeywords(TypedDict, total=False):
     """A system prompt."""
     think: Literal["off", "on"]
     """Whether a model that can do both thinks before it answers. max_new_tokens counts thoughts and answer together."""
+    stop: str | Sequence[str] | None
+    """One text or several: the answer ends where one of them would begin. Thoughts may have it."""
+    logprobs: int | None
+    """Keep the log probability of each token of the answer, and those of so many of the most probable ones in its
+    place; at most 20, 0: of the answer's alone."""
 
 
 class StreamKeywords(TypedDict, total=False):

@@ -15,6 +15,7 @@ from transformers.generation import (
 
 from evoprune.language.generate import (
     GenerationOptions,
+    StopStrings,
     TokenStream,
     choose,
     embed_ids,
@@ -23,6 +24,7 @@ from evoprune.language.generate import (
     probabilities,
     stream_answer,
     stream_text,
+    teacher_forced_logits,
 )
 from evoprune.language.prompt import VIDEO, Tokenizer, build_prompt, prompt_positions
 from evoprune.language.pruned import prune_prompt
@@ -316,3 +318,82 @@ def test_thoughts_and_answer_arrive_as_soon_as_they_are_certain(special):
 def test_pieces_join_to_the_text_of_all_tokens(ids):
     expected = tiny_tokenizer().decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert "".join(stream_text(own_tokenizer(), ids)) == expected
+
+
+def cut(pieces, *stops) -> tuple[list[str], str | None]:
+    """The pieces of an answer up to one of some texts, and which."""
+    ends = StopStrings(stops)
+    made = list(ends.cut((piece, False) for piece in pieces))
+    assert all(piece and not thought for piece, thought in made)
+    return [piece for piece, _ in made], ends.found
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "answer", "found"),
+    [
+        ("one two three", ["two"], "one ", "two"),
+        ("one two", ["three"], "one two", None),
+        ("two", ["two"], "", "two"),
+        ("aab", ["ab"], "a", "ab"),
+        ("aaab", ["aab"], "a", "aab"),
+        ("abcd", ["abcd", "c"], "ab", "c"),  # complete first
+        ("xab", ["b", "ab"], "x", "ab"),
+        ("one tw", ["two"], "one tw", None),
+        ("", ["a"], "", None),
+        ("a\nb", ["\n"], "a", "\n"),
+    ],
+)
+def test_an_answer_ends_before_a_stop_string_in_whatever_pieces_it_comes(text, stops, answer, found):
+    for size in range(1, len(text) + 2):
+        pieces = [text[start : start + size] for start in range(0, len(text), size)]
+        made, why = cut(pieces, *stops)
+        assert ("".join(made), why) == (answer, found)
+
+
+def test_only_what_may_begin_a_stop_string_is_held_back():
+    ends, read = StopStrings(["two", "ten"]), []
+    pieces = ends.cut((read.append(piece) or piece, False) for piece in ["one t", "w", "ig ", "t", "e", "n", "more"])
+    assert [(next(pieces)[0], len(read)) for _ in range(2)] == [("one ", 1), ("twig ", 3)]
+    assert list(pieces) == [] and ends.found == "ten" and read[-1] == "n"
+
+
+def test_thoughts_may_have_a_stop_string():
+    ends = StopStrings(["\n"])
+    assert list(ends.cut([("a\nb", True), ("c\nd", False)])) == [("a\nb", True), ("c", False)]
+
+
+@settings(deadline=None)
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1), st.integers(1, 4))
+def test_the_pieces_do_not_matter(text, stops, size):
+    whole, found = cut([text] if text else [], *stops)
+    pieces, why = cut([text[start : start + size] for start in range(0, len(text), size)], *stops)
+    assert ("".join(pieces), why) == ("".join(whole), found)
+    assert not any(stop in "".join(pieces) for stop in stops)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "top_k": 5, "repetition_penalty": 1.3}])
+def test_log_probabilities_are_those_of_the_raw_logits(model, options):
+    clip = Clip(model, *CLIPS[0])
+
+    def stream(**more):
+        state = clip.prefill(model)
+        state.prompt_ids = clip.prompt.input_ids
+        return TokenStream(state, GenerationOptions(max_new_tokens=8, **options, **more), [], seed=3)
+
+    plain, answer = stream(), stream(logprobs=3)
+    assert list(answer) == list(plain) and plain.logprobs == []
+    logits = teacher_forced_logits(clip.prefill(model), torch.tensor(answer.ids))
+    expected = logits.double().log_softmax(-1)
+    for token, made, row in zip(answer.ids, answer.logprobs, expected, strict=True):
+        assert made.chosen == pytest.approx(float(row[token]), abs=1e-4)
+        values, ids = row.topk(3)
+        assert [token for token, _ in made.top] == ids.tolist()
+        assert [value for _, value in made.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_an_end_token_has_no_log_probability(model):
+    clip = Clip(model, *CLIPS[0])
+    tokens = greedy(model, clip.prefill(model))
+    answer = TokenStream(clip.prefill(model), GenerationOptions(max_new_tokens=TOKENS, logprobs=0), [tokens[4]])
+    assert len(list(answer)) == len(answer.logprobs) == tokens.index(tokens[4])
+    assert all(each.top == [] and each.chosen < 0 for each in answer.logprobs)

@@ -399,3 +399,15 @@ def test_logits_at_3b():
             static.step(model, cache)
             # In bf16 each of the two is off by about 0.04 in the mean, and the largest of 151,936 is 4.5 times that.
             assert (cache.logits - plain).abs().max() / plain.std() < 0.4
+
+
+def test_a_graph_has_the_log_probabilities_of_the_plain_decoder(graphs, model):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static, "begin", lambda *_: None)
+        plain = stream(model, state_of(model), logprobs=2)
+        list(plain)
+    answer = stream(model, state_of(model), logprobs=2)
+    assert list(answer) == plain.ids and graphs.replayed
+    for made, expected in zip(answer.logprobs, plain.logprobs, strict=True):
+        assert made.chosen == pytest.approx(expected.chosen, abs=1e-5)
+        assert [token for token, _ in made.top] == [token for token, _ in expected.top]

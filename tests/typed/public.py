@@ -81,6 +81,8 @@ def ask(qa: evoprune.VideoQA, video: evoprune.EncodedInputs) -> str:
         repetition_penalty=None,
         system=None,
         think="off",
+        stop=["\n", "."],
+        logprobs=2,
     )
     for piece in answer:
         print(piece.upper(), end="", flush=True)
@@ -90,7 +92,9 @@ def ask(qa: evoprune.VideoQA, video: evoprune.EncodedInputs) -> str:
     warnings: list[str] = report.warnings
     again = evoprune.Report.from_json(report.to_json())
     print(kept, first_ms, warnings, again.answer, answer.thoughts, len(answer.ids), video.report.pruning.kept_per_pair)
-    return answer.text + qa.ask([video, "samples/three.mp4"], "Which digit is it?", max_new_tokens=4).text
+    if answer.logprobs is not None:
+        print(answer.logprobs[0]["logprob"])
+    return answer.text + qa.ask([video, "samples/three.mp4"], "Which digit is it?", max_new_tokens=4, stop=".").text
 
 
 def stream(qa: evoprune.VideoQA, frames: list[np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]]) -> None:
