@@ -31,6 +31,7 @@ EMPTY = {
 # make a terminal show another text than there is.
 INVISIBLE = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
+AS_IT_IS = ("parsed", "schema")  # fields whose numbers are not measured
 STAGES = ("plan", "read", "preprocess", "compile", "encode", "store", "prefill", "generate")
 BESIDE = "overlap"  # no stage: what of reading and preprocessing nobody waited for
 # Of inputs; a later question about them does not wait for these again.
@@ -286,6 +287,7 @@ class Report:
     stream: dict[str, Any] | None = None
     stop_reason: str | None = None  # the stop string that ended the answer
     logprobs: list[dict[str, Any]] | None = None  # of each token of the answer and its thoughts
+    parsed: Any = None  # what an answer that follows a schema holds
 
     def __str__(self) -> str:
         """Return the stats as lines of text, as the command line prints them, and what the warnings say."""
@@ -367,7 +369,7 @@ def rounded(value):
     if isinstance(value, float):
         return round(value, 6)
     if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
+        return {k: v if k in AS_IT_IS else rounded(v) for k, v in value.items()}
     if isinstance(value, list):
         return [rounded(v) for v in value]
     return value

@@ -406,8 +406,10 @@ class Conversation:
             report.compare, self._half = answer.report, None
             from evoprune.bench.agreement import agreement, reference
 
-            ended = answer.report.finish_reason == "stop" and answer.report.stop_reason is None  # by a token
             generation = self._generation
+            ended = answer.report.finish_reason == "stop"
+            if answer.report.stop_reason is not None or generation.grammar is not None:
+                ended = False  # perhaps it has no token of its end
             given = reference(self._full, question, answer.ids, ended, generation.system, generation.think)
             report.agreement = agreement(given, self._inputs).record()
         self.answered += 1  # before it is printed: a record that is interrupted must not be printed twice

@@ -47,7 +47,8 @@ BESIDE_RESUME = (
     short="data limit budget method blind model output resume chart form json quiet",
     without=(
         "load_format", "budget", "method", "seed", "start_s", "end_s", "decoder", "subtitles", "max_subtitle_tokens",
-        "temperature", "top_p", "top_k", "system", "stop", "logprobs",
+        "temperature", "top_p", "top_k", "system", "stop", "logprobs", "schema",
+        "regex",
     ),
     max_new_tokens={"unless_typed": 64},
 )  # fmt: skip

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice, repeat, takewhile
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -201,22 +201,86 @@ def token_logprobs(logits: torch.Tensor, token: int, most: int) -> TokenLogprobs
     return TokenLogprobs(chosen, list(zip(top.indices.tolist(), values, strict=True)))
 
 
+class TokenConstraint(Protocol):
+    """What the tokens of one answer may be: asked for a mask before each token, and told which one was taken."""
+
+    def mask(self, size: int) -> torch.Tensor | None:
+        """Return which of `size` token ids may come next, bool `[size]` on the CPU, at least one of them; None for all."""
+
+    def advance(self, token: int) -> None:
+        """Take the token that was chosen. It ends no answer."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but the end can follow."""
+
+
+class AfterThoughts:
+    """A `TokenConstraint` for the answer alone: what a model thinks before it is free.
+
+    Thoughts have `begun` with the prompt, or may begin with the first token. As in `stream_answer`, they end at `</think>`.
+    """
+
+    def __init__(self, constraint: TokenConstraint, tokenizer: Tokenizer, begun: bool):
+        self._constraint = constraint
+        self._tokenizer = tokenizer
+        self._begin, self._end = map(tokenizer.backend.token_to_id, THOUGHTS)
+        self._thinks = begun
+        self._ids: list[int] = []  # of thoughts and what follows them
+
+    def mask(self, size: int) -> torch.Tensor | None:
+        if self._thinks:
+            return None
+        mask = self._constraint.mask(size)
+        if not self._ids and self._begin is not None:
+            mask[self._begin] = True
+        return mask
+
+    def advance(self, token: int) -> None:
+        self._ids.append(token)
+        if self._thinks:
+            self._thinks = not self._ended(token)
+        elif len(self._ids) == 1 and token == self._begin:
+            self._thinks = True
+        else:
+            self._constraint.advance(token)
+
+    def _ended(self, token: int) -> bool:
+        if self._end is not None:
+            return token == self._end
+        latest = self._ids[-len(THOUGHTS[1]) :]  # a token has at least a byte
+        return THOUGHTS[1] in self._tokenizer.decode(latest)
+
+    @property
+    def complete(self) -> bool:
+        return not self._thinks and self._constraint.complete
+
+
 class TokenStream(Iterator[int]):
     """Generated token ids; each is computed when it is requested. `eos_ids` end the answer and are not yielded.
 
-    A state serves one answer. The same `seed` gives the same answer.
+    A state serves one answer, and so does a `constraint`. The same `seed` gives the same answer.
 
-    Raises ModelError: while iterating, if a logit is NaN or infinite.
+    Raises ModelError: while iterating, if a logit is NaN or infinite. And what the constraint raises.
     """
 
-    def __init__(self, state: PrefillState, settings: GenerationOptions, eos_ids: Iterable[int], seed: int = 0):
-        self.finish_reason: str | None = None  # at the end "stop" (the model ended its turn) or "length"
+    def __init__(
+        self,
+        state: PrefillState,
+        settings: GenerationOptions,
+        eos_ids: Iterable[int],
+        seed: int = 0,
+        constraint: TokenConstraint | None = None,
+    ):
+        # At the end "stop" (the model ended its turn, or the constraint allows nothing more) or "length".
+        self.finish_reason: str | None = None
         self.ids: list[int] = []  # the tokens yielded
         self.logprobs: list[TokenLogprobs] = []  # of each of them, if the settings ask for them
         self._state = state
         self._settings = settings
         self._picked: TokenLogprobs | None = None  # of the latest token
         self._eos_ids = frozenset(eos_ids)
+        self._constraint = constraint
         penalised = settings.repetition_penalty not in (None, 1) and state.prompt_ids is not None
         self._seen: set[int] = set()  # tokens of the prompt and the answer
         if penalised:
@@ -227,6 +291,8 @@ class TokenStream(Iterator[int]):
     @torch.inference_mode()
     def __next__(self) -> int:
         left = self._settings.max_new_tokens - len(self.ids)
+        if self.finish_reason is None and self._constraint is not None and self._constraint.complete:
+            self.finish_reason = "stop"
         if self.finish_reason is None and not left:
             self.finish_reason = "length"
         if self.finish_reason is not None:
@@ -242,6 +308,8 @@ class TokenStream(Iterator[int]):
         self._seen.add(token)
         if self._picked is not None:
             self.logprobs.append(self._picked)
+        if self._constraint is not None:
+            self._constraint.advance(token)
         return token
 
     def _pick(self, logits: torch.Tensor, best: torch.Tensor | None = None) -> int:
@@ -253,6 +321,11 @@ class TokenStream(Iterator[int]):
 
     def _choose(self, logits: torch.Tensor, best: torch.Tensor | None) -> int:
         settings = self._settings
+        if self._constraint is not None:
+            mask = self._constraint.mask(len(logits))  # while a GPU computes the logits
+            if mask is not None:
+                logits = logits.masked_fill(~to_device(mask, logits.device), -torch.inf)
+                best = None
         if settings.temperature == 0 and settings.repetition_penalty in (None, 1):
             if best is None:
                 best = best_of(logits)
@@ -328,6 +401,11 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         yield rest
 
 
+def begins_with_thoughts(tokenizer: Tokenizer, prompt_ids: torch.Tensor) -> bool:
+    """Return whether a prompt (int64 `[L]`) ends with the beginning of the model's thoughts."""
+    return opens_thoughts(tokenizer.backend.decode(prompt_ids[-16:].tolist(), skip_special_tokens=False))
+
+
 def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Tensor) -> Iterator[tuple[str, bool]]:
     """Yield the text of token ids, in pieces as of `stream_text`; of each, whether it belongs to the model's thoughts.
 
@@ -337,8 +415,7 @@ def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Te
     """
     ids = iter(ids)
     begin, end = map(tokenizer.backend.token_to_id, THOUGHTS)
-    thinks = opens_thoughts(tokenizer.backend.decode(prompt_ids[-16:].tolist(), skip_special_tokens=False))
-    if not thinks:
+    if not begins_with_thoughts(tokenizer, prompt_ids):
         first = list(islice(ids, 1))
         if begin is None or first != [begin]:
             yield from ((piece, False) for piece in stream_text(tokenizer, chain(first, ids)))

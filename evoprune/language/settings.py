@@ -1,10 +1,11 @@
 """How an answer is generated. Imports no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from evoprune.errors import UsageError
+from evoprune.language.schema import read_schema, schema_of
 from evoprune.util import brief, check_types, option
 
 Think = Literal["off", "on"]
@@ -58,6 +59,21 @@ class GenerationOptions:
         "place; at most 20, 0: of the answer's alone.",
         metavar="N",
     )
+    schema: Mapping[str, Any] | type[Any] | None = option(
+        None,
+        "The answer is JSON that follows the JSON Schema in this file; with --json also in the field parsed. "
+        "Needs evoprune[schema].",
+        in_python="A JSON Schema as a dict, a dataclass, or a model of pydantic: the answer is JSON that follows it, and "
+        "`Answer.parsed` what it holds. Needs evoprune[schema].",
+        metavar="FILE",
+        typed=str,
+        parse=read_schema,
+    )
+    regex: str | None = option(
+        None,
+        "The answer matches this regular expression as a whole. Needs evoprune[schema].",
+        metavar="REGEX",
+    )
 
     def __post_init__(self):
         check_types(self)
@@ -74,12 +90,28 @@ class GenerationOptions:
         if self.think not in THINK:
             raise UsageError(f"think is {self.think!r}", f"use {' or '.join(THINK)}")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
+        if self.schema is not None and self.regex is not None:
+            raise UsageError("schema and regex exclude each other", "give one of the two")
+        if self.schema is not None:
+            object.__setattr__(self, "schema", schema_of(self.schema))
+        self.grammar  # noqa: B018 (checked here)
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
             raise UsageError(f"logprobs is {self.logprobs}", f"0 is the token chosen alone, {MOST_LOGPROBS} the most")
 
     @property
     def thinking(self) -> bool:
         return self.think == "on"
+
+    @property
+    def grammar(self) -> str | None:
+        """What the answer must follow, as llguidance takes it; None for nothing. Raises UsageError: it cannot be followed."""
+        if self.schema is None and self.regex is None:
+            return None
+        from evoprune.language.guidance import REGEX, SCHEMA, grammar_of
+
+        if self.regex is not None:
+            return grammar_of(REGEX, self.regex)
+        return grammar_of(SCHEMA, self.schema)
 
     def record(self, seed: int) -> dict[str, Any]:
         """As reports hold it: how tokens are chosen, with the seed of the draws."""

@@ -18,10 +18,13 @@ import torch
 from evoprune.errors import UsageError, error_record
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
+    AfterThoughts,
     PrefillState,
     StopStrings,
+    TokenConstraint,
     TokenLogprobs,
     TokenStream,
+    begins_with_thoughts,
     can_crop,
     dropping_for,
     embed_ids,
@@ -34,6 +37,7 @@ from evoprune.language.generate import (
 from evoprune.language.hosted import HostedCache
 from evoprune.language.prompt import Prompt, Tokenizer
 from evoprune.language.pruned import prune_prompt
+from evoprune.language.schema import value_of
 from evoprune.model.cost import Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
 from evoprune.session.encoded import EncodedInput
@@ -133,6 +137,12 @@ class Answer(Uncopied, Iterator[str]):
     def thoughts(self) -> str | None:
         """What the model wrote before the answer, as far as it has; None if it did not think."""
         return self.report.thoughts
+
+    @property
+    def parsed(self) -> Any:
+        """What a complete answer with the option `schema` holds; None where it was cut. Generates what is left of it."""
+        str(self)
+        return self.report.parsed
 
     @property
     def logprobs(self) -> list[dict[str, Any]] | None:
@@ -254,6 +264,16 @@ class Askable(ABC, Uncopied):
             report.warnings.append("always_thinks")
         return report
 
+    def _after_thoughts(
+        self, constraint: TokenConstraint, options: GenerationOptions, state: PrefillState
+    ) -> TokenConstraint:
+        """Return a constraint that leaves free what the model thinks before its answer, if it thinks."""
+        tokenizer = self._session.loaded.tokenizer
+        begun = begins_with_thoughts(tokenizer, state.prompt_ids)
+        if begun or options.thinking:
+            return AfterThoughts(constraint, tokenizer, begun)
+        return constraint
+
     def _pieces(
         self,
         question: str,
@@ -278,8 +298,14 @@ class Askable(ABC, Uncopied):
         start = clock.now()
         packing = loaded.packing
         packed = packing.seconds
+        constraint = None
+        if options.grammar is not None:
+            with clock.stage("prefill"):  # once a model, its vocabulary is taken in
+                constraint = loaded.vocabulary.constraint(options.grammar)
         state = self._read(question, options, report, clock)
-        tokens = TokenStream(state, options, loaded.eos_ids, seed)
+        if constraint is not None:
+            constraint = self._after_thoughts(constraint, options, state)
+        tokens = TokenStream(state, options, loaded.eos_ids, seed, constraint)
         stops = StopStrings(options.stop or ())
         self._paid = True
         report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
@@ -318,6 +344,8 @@ class Askable(ABC, Uncopied):
                 if turn != self._turn:
                     raise UsageError(self.OVERTAKEN, "finish one answer before the next question")
             update()
+            if options.schema is not None and tokens.finish_reason == "stop" and stops.found is None:
+                report.parsed = value_of(report.answer)
             thinking = report.thoughts is not None and not report.answer
             report.thoughts = (report.thoughts or "").rstrip() or None
             if report.finish_reason == "length" and thinking:

@@ -5,7 +5,7 @@ Made of the classes of options by `python -m evoprune_cli.keywords > evoprune/se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -111,6 +111,11 @@ class GenerationKeywords(TypedDict, total=False):
     logprobs: int | None
     """Keep the log probability of each token of the answer, and those of so many of the most probable ones in its
     place; at most 20, 0: of the answer's alone."""
+    schema: Mapping[str, Any] | type[Any] | None
+    """A JSON Schema as a dict, a dataclass, or a model of pydantic: the answer is JSON that follows it, and
+    `Answer.parsed` what it holds. Needs evoprune[schema]."""
+    regex: str | None
+    """The answer matches this regular expression as a whole. Needs evoprune[schema]."""
 
 
 class StreamKeywords(TypedDict, total=False):

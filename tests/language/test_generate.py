@@ -14,6 +14,7 @@ from transformers.generation import (
 )
 
 from evoprune.language.generate import (
+    AfterThoughts,
     GenerationOptions,
     StopStrings,
     TokenStream,
@@ -397,3 +398,75 @@ def test_an_end_token_has_no_log_probability(model):
     answer = TokenStream(clip.prefill(model), GenerationOptions(max_new_tokens=TOKENS, logprobs=0), [tokens[4]])
     assert len(list(answer)) == len(answer.logprobs) == tokens.index(tokens[4])
     assert all(each.top == [] and each.chosen < 0 for each in answer.logprobs)
+
+
+class Steps:
+    """A `TokenConstraint`: of each token, the ids that it may have; nothing follows the last one."""
+
+    def __init__(self, *allowed: list[int]):
+        self._allowed = list(allowed)
+
+    def mask(self, size):
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[self._allowed[0]] = True
+        return mask
+
+    def advance(self, token):
+        assert token in self._allowed.pop(0)
+
+    @property
+    def complete(self):
+        return not self._allowed
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 5.0}, {"repetition_penalty": 1.5}])
+def test_a_constraint_narrows_every_choice(model, options):
+    clip = Clip(model, *CLIPS[0])
+    allowed = [[7], [20, 30, 40], [50, 60], [70]]
+
+    def stream(new=TOKENS, logprobs=None):
+        state = clip.prefill(model)
+        state.prompt_ids = clip.prompt.input_ids
+        given = GenerationOptions(max_new_tokens=new, logprobs=logprobs, **options)
+        return TokenStream(state, given, [], 1, Steps(*allowed))
+
+    answer = stream(logprobs=1)
+    assert all(token in ids for token, ids in zip(answer, allowed, strict=True))
+    assert answer.finish_reason == "stop" and next(answer, None) is None
+    if not options:
+        logits = teacher_forced_logits(clip.prefill(model), torch.tensor(answer.ids))
+        assert answer.ids == [ids[int(row[ids].argmax())] for row, ids in zip(logits, allowed, strict=True)]
+        assert answer.logprobs[0].chosen < answer.logprobs[0].top[0][1]  # by the raw logits
+    whole = stream(len(allowed))
+    assert list(whole) and whole.finish_reason == "stop"
+    cut = stream(len(allowed) - 1)
+    assert list(cut) and cut.finish_reason == "length"
+
+
+def test_an_end_may_be_allowed(model):
+    answer = TokenStream(Clip(model, *CLIPS[0]).prefill(model), GenerationOptions(), [9], 0, Steps([7], [9]))
+    assert (list(answer), answer.finish_reason) == ([7], "stop")
+
+
+@pytest.mark.parametrize("special", [False, True, None], ids=["token", "special", "text"])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_constraint_waits_for_the_end_of_thoughts(special, begun):
+    own = thinking_tokenizer(special=special)
+    inner = Steps([3], [4])
+    constraint = AfterThoughts(inner, own, begun)
+    begin = own.backend.token_to_id("<think>")
+    if not begun:
+        mask = constraint.mask(600)
+        assert mask[3] and int(mask.sum()) == (1 if begin is None else 2)
+        if begin is None:  # thoughts that are text alone cannot begin here
+            constraint.advance(3)
+            assert constraint.mask(600)[4] and not constraint.complete
+            return
+        constraint.advance(begin)
+    for token in ids_of(own, "a < b </thin </</think>"):
+        assert constraint.mask(600) is None and not constraint.complete
+        constraint.advance(token)
+    for token in (3, 4):
+        assert constraint.mask(600).nonzero().tolist() == [[token]]
+        constraint.advance(token)
+    assert constraint.complete

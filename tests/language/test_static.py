@@ -16,6 +16,7 @@ from evoprune.language.generate import GenerationOptions, PrefillState, TokenStr
 from evoprune.language.prompt import prompt_positions, video_positions
 from evoprune.session.loading.model import load_model
 from tests.backend.recorder import Graphs
+from tests.language.test_generate import Steps
 from tests.tiny import NATIVE, save_tiny, tiny_model
 
 NEW = 12
@@ -411,3 +412,16 @@ def test_a_graph_has_the_log_probabilities_of_the_plain_decoder(graphs, model):
     for made, expected in zip(answer.logprobs, plain.logprobs, strict=True):
         assert made.chosen == pytest.approx(expected.chosen, abs=1e-5)
         assert [token for token, _ in made.top] == [token for token, _ in expected.top]
+
+
+def test_a_graph_obeys_a_constraint(graphs, model):
+    allowed = [[number, 100 + number, 200 + number] for number in range(NEW)]
+
+    def answer():
+        return TokenStream(state_of(model), GenerationOptions(max_new_tokens=NEW), (), 0, Steps(*allowed))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static, "begin", lambda *_: None)
+        expected = list(answer())
+    assert list(answer()) == expected and graphs.replayed == NEW - 2
+    assert all(token in ids for token, ids in zip(expected, allowed, strict=True))

@@ -83,6 +83,8 @@ def ask(qa: evoprune.VideoQA, video: evoprune.EncodedInputs) -> str:
         think="off",
         stop=["\n", "."],
         logprobs=2,
+        schema=None,
+        regex=None,
     )
     for piece in answer:
         print(piece.upper(), end="", flush=True)
@@ -93,7 +95,7 @@ def ask(qa: evoprune.VideoQA, video: evoprune.EncodedInputs) -> str:
     again = evoprune.Report.from_json(report.to_json())
     print(kept, first_ms, warnings, again.answer, answer.thoughts, len(answer.ids), video.report.pruning.kept_per_pair)
     if answer.logprobs is not None:
-        print(answer.logprobs[0]["logprob"])
+        print(answer.logprobs[0]["logprob"], answer.parsed)
     return answer.text + qa.ask([video, "samples/three.mp4"], "Which digit is it?", max_new_tokens=4, stop=".").text
 
 
