@@ -288,6 +288,7 @@ class Report:
     stop_reason: str | None = None  # the stop string that ended the answer
     logprobs: list[dict[str, Any]] | None = None  # of each token of the answer and its thoughts
     parsed: Any = None  # what an answer that follows a schema holds
+    choices: list[dict[str, Any]] | None = None  # what the answer could be, and how probable each was
 
     def __str__(self) -> str:
         """Return the stats as lines of text, as the command line prints them, and what the warnings say."""
@@ -625,6 +626,10 @@ def _flow(report) -> dict[str, str]:
 def _totals(report) -> list[str]:
     times = report.time_ms
     lines = []
+    if report.choices:
+        ranked = sorted(report.choices, key=lambda choice: -choice["probability"])
+        said = ", ".join(f"{one_line(choice['text'])} {choice['probability']:.3f}" for choice in ranked)
+        lines.append(f"{'choices':<11}{said}")
     if times.ttft_wall is not None:
         line = f"{'first token':<11}{times.ttft_wall:>8,.0f}"
         if times.ttft_model is not None:

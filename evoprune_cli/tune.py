@@ -40,7 +40,7 @@ ASKED = "What is asked"  # the title of a panel
     without=(
         "load_format", "budget", "method", "method_args", "decoder", "subtitles", "max_subtitle_tokens",
         "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "system", "stop", "logprobs",
-        "schema", "regex",
+        "schema", "regex", "choices", "choice_score",
     ),
 )  # fmt: skip
 def tune(

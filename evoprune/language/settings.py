@@ -10,7 +10,18 @@ from evoprune.util import brief, check_types, option
 
 Think = Literal["off", "on"]
 THINK = get_args(Think)
+ChoiceScore = Literal["sum", "mean"]
+CHOICE_SCORES = get_args(ChoiceScore)
+OF_ROWS = "options"  # the choices of each row are its options
 MOST_LOGPROBS = 20  # as of other programs
+
+
+def listed_choices(typed: Sequence[str] | None) -> str | list[str] | None:
+    """Return the choices that were typed, by commas or repetition; `OF_ROWS` alone is that word."""
+    if not typed:
+        return None
+    texts = [part.strip() for text in typed for part in text.split(",") if part.strip()]
+    return OF_ROWS if texts == [OF_ROWS] else texts
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,21 @@ class GenerationOptions:
         metavar="REGEX",
     )
 
+    choices: str | Sequence[str] | None = option(
+        None,
+        "The answer is one of these, by commas or repetition; with --json also how probable each is. In batch, options: those of "
+        "the rows, which are then no lines of the question.",
+        in_python="Two texts or more: the answer is one of them, and `Answer.choices` says how probable each is.",
+        metavar="LIST",
+        typed=list[str],
+        parse=listed_choices,
+    )
+    choice_score: ChoiceScore = option(
+        "sum",
+        "What choices are compared by: the sum of the log probabilities of their tokens, or the mean, which does not favour short "
+        "ones.",
+    )
+
     def __post_init__(self):
         check_types(self)
         if self.max_new_tokens < 1:
@@ -90,6 +116,8 @@ class GenerationOptions:
         if self.think not in THINK:
             raise UsageError(f"think is {self.think!r}", f"use {' or '.join(THINK)}")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "choices", _choices(self.choices))
+        self._check_choices()
         if self.schema is not None and self.regex is not None:
             raise UsageError("schema and regex exclude each other", "give one of the two")
         if self.schema is not None:
@@ -97,6 +125,23 @@ class GenerationOptions:
         self.grammar  # noqa: B018 (checked here)
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
             raise UsageError(f"logprobs is {self.logprobs}", f"0 is the token chosen alone, {MOST_LOGPROBS} the most")
+
+    def _check_choices(self) -> None:
+        if self.choice_score not in CHOICE_SCORES:
+            raise UsageError(f"choice_score is {self.choice_score!r}", f"use {' or '.join(CHOICE_SCORES)}")
+        if self.choices is None:
+            return
+        others = {
+            "schema": self.schema is not None,
+            "regex": self.regex is not None,
+            "stop": self.stop is not None,
+            "logprobs": self.logprobs is not None,
+            "temperature": self.temperature != 0,
+            "think": self.thinking,
+        }
+        for name, given in others.items():
+            if given:
+                raise UsageError(f"choices and {name} exclude each other", "leave one out: nothing is generated")
 
     @property
     def thinking(self) -> bool:
@@ -115,7 +160,11 @@ class GenerationOptions:
 
     def record(self, seed: int) -> dict[str, Any]:
         """As reports hold it: how tokens are chosen, with the seed of the draws."""
-        return {name: value for name, value in asdict(self).items() if name != "system"} | {"seed": seed}
+        known = asdict(self) | {"seed": seed}
+        known.pop("system")
+        if self.choices is None:
+            known.pop("choice_score")
+        return known
 
 
 def _stop_strings(given: Any) -> list[str] | None:
@@ -128,3 +177,16 @@ def _stop_strings(given: Any) -> list[str] | None:
     if not all(texts):
         raise UsageError("stop is an empty text", "an answer cannot end at nothing: give at least one character")
     return list(texts) or None
+
+
+def _choices(given: Any) -> str | list[str] | None:
+    """Return the texts that an answer may be, `OF_ROWS` or None. Raises UsageError: none of these, or not several texts."""
+    if given is None or given == OF_ROWS:
+        return given
+    hint = "give two texts or more, each once"
+    if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
+        raise UsageError(f"choices is {brief(given)}, not several texts", hint)
+    texts = list(given)
+    if len(texts) < 2 or len(set(texts)) < len(texts) or not all(text.strip() for text in texts):
+        raise UsageError(f"choices is {brief(texts)}", hint)
+    return texts

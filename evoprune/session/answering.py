@@ -9,13 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
 
 from evoprune.errors import UsageError, error_record
+from evoprune.language.choices import ChosenTokens, tokens_of
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
     AfterThoughts,
@@ -38,6 +39,7 @@ from evoprune.language.hosted import HostedCache
 from evoprune.language.prompt import Prompt, Tokenizer
 from evoprune.language.pruned import prune_prompt
 from evoprune.language.schema import value_of
+from evoprune.language.settings import OF_ROWS
 from evoprune.model.cost import Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
 from evoprune.session.encoded import EncodedInput
@@ -149,6 +151,12 @@ class Answer(Uncopied, Iterator[str]):
         """The log probability of each token of `ids`, and of others in its place, as docs/json.md says; None without the option."""
         return self.report.logprobs
 
+    @property
+    def choices(self) -> list[dict[str, Any]] | None:
+        """What the option `choices` names, each with its log probability and its probability among them; None without it."""
+        str(self)
+        return self.report.choices
+
     def __str__(self) -> str:
         return self.text
 
@@ -244,6 +252,7 @@ class Askable(ABC, Uncopied):
             )
         if seed is None:
             seed = self._session.pruning.seed
+        self._check_choices(generation)
         report = self._report_of(question, generation, seed)
         ids: list[int] = []
         pieces = self._pieces(question, generation, seed, report, ids, on_thoughts or (lambda piece: None))
@@ -263,6 +272,19 @@ class Askable(ABC, Uncopied):
         if not options.thinking and self._session.loaded.tokenizer.always_thinks:
             report.warnings.append("always_thinks")
         return report
+
+    def _check_choices(self, options: GenerationOptions) -> None:
+        """Raises UsageError: the model cannot choose among these."""
+        if options.choices is None:
+            return
+        tokenizer = self._session.loaded.tokenizer
+        if options.choices == OF_ROWS:
+            raise UsageError("choices is 'options', and one question has no row with options", "give the texts")
+        if tokenizer.always_thinks:
+            raise UsageError(
+                "this model thinks before every answer, so choices have no probability before that", "leave choices out"
+            )
+        tokens_of(tokenizer, options)
 
     def _after_thoughts(
         self, constraint: TokenConstraint, options: GenerationOptions, state: PrefillState
@@ -305,7 +327,10 @@ class Askable(ABC, Uncopied):
         state = self._read(question, options, report, clock)
         if constraint is not None:
             constraint = self._after_thoughts(constraint, options, state)
-        tokens = TokenStream(state, options, loaded.eos_ids, seed, constraint)
+        if options.choices is None:
+            tokens = TokenStream(state, options, loaded.eos_ids, seed, constraint)
+        else:
+            tokens = ChosenTokens(state, options, loaded.tokenizer, loaded.eos_ids, loaded.quantize == "int4")
         stops = StopStrings(options.stop or ())
         self._paid = True
         report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
@@ -318,6 +343,8 @@ class Askable(ABC, Uncopied):
             report.stop_reason = stops.found
             if stops.found is not None:
                 report.finish_reason = "stop"
+            if options.choices is not None:
+                report.choices = [asdict(choice) for choice in tokens.choices]
             if report.logprobs is not None:
                 known = len(report.logprobs)
                 new = zip(ids[known:], tokens.logprobs[known:], strict=True)

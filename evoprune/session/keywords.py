@@ -116,6 +116,11 @@ class GenerationKeywords(TypedDict, total=False):
     `Answer.parsed` what it holds. Needs evoprune[schema]."""
     regex: str | None
     """The answer matches this regular expression as a whole. Needs evoprune[schema]."""
+    choices: str | Sequence[str] | None
+    """Two texts or more: the answer is one of them, and `Answer.choices` says how probable each is."""
+    choice_score: Literal["sum", "mean"]
+    """What choices are compared by: the sum of the log probabilities of their tokens, or the mean, which does not
+    favour short ones."""
 
 
 class StreamKeywords(TypedDict, total=False):

@@ -33,7 +33,7 @@ UNSET = re.compile(r"EVOPRUNE_|NO_COLOR$|FORCE_COLOR$|LINES$|_TYPER|TTY_")
 TIMES = r"(plan|read|preprocess|encode|  pruning|prefill|generate|pack|first token|total|encode \+ prefill)"
 SHORT = r"(compile|store|  overlap) +-?\d"  # lines of the stats that are there where these take a millisecond
 # Fields that were added since it was recorded, left out where they are null.
-LATER = ("stop_reason", "logprobs", "stop", "parsed", "schema", "regex")
+LATER = ("stop_reason", "logprobs", "stop", "parsed", "schema", "regex", "choices")
 MASKED_FIELDS = ("time_ms", "rate", "memory", "env", "available", "versions", "devices", "cache_folder")
 
 
