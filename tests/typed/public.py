@@ -94,6 +94,8 @@ def ask(qa: evoprune.VideoQA, video: evoprune.EncodedInputs) -> str:
     warnings: list[str] = report.warnings
     again = evoprune.Report.from_json(report.to_json())
     print(kept, first_ms, warnings, again.answer, answer.thoughts, len(answer.ids), video.report.pruning.kept_per_pair)
+    chosen = video.ask("What colour is the square?", choices=["red", "green"], choice_score="mean")
+    print(chosen.text, chosen.choices)
     if answer.logprobs is not None:
         print(answer.logprobs[0]["logprob"], answer.parsed)
     return answer.text + qa.ask([video, "samples/three.mp4"], "Which digit is it?", max_new_tokens=4, stop=".").text
