@@ -31,6 +31,7 @@ EMPTY = {
 # make a terminal show another text than there is.
 INVISIBLE = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
+AS_IT_IS = ("parsed", "schema")  # fields whose numbers are not measured
 STAGES = ("plan", "read", "preprocess", "compile", "encode", "store", "prefill", "generate")
 BESIDE = "overlap"  # no stage: what of reading and preprocessing nobody waited for
 # Of inputs; a later question about them does not wait for these again.
@@ -287,6 +288,10 @@ class Report:
     inputs: list[InputFacts] = field(default_factory=list)
     stream: dict[str, Any] | None = None
     conversation: dict[str, int] | None = None
+    stop_reason: str | None = None  # the stop string that ended the answer
+    logprobs: list[dict[str, Any]] | None = None  # of each token of the answer and its thoughts
+    parsed: Any = None  # what an answer that follows a schema holds
+    choices: list[dict[str, Any]] | None = None  # what the answer could be, and how probable each was
 
     def __str__(self) -> str:
         """Return the stats as lines of text, as the command line prints them, and what the warnings say."""
@@ -368,7 +373,7 @@ def rounded(value):
     if isinstance(value, float):
         return round(value, 6)
     if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
+        return {k: v if k in AS_IT_IS else rounded(v) for k, v in value.items()}
     if isinstance(value, list):
         return [rounded(v) for v in value]
     return value
@@ -624,6 +629,10 @@ def _flow(report) -> dict[str, str]:
 def _totals(report) -> list[str]:
     times = report.time_ms
     lines = []
+    if report.choices:
+        ranked = sorted(report.choices, key=lambda choice: -choice["probability"])
+        said = ", ".join(f"{one_line(choice['text'])} {choice['probability']:.3f}" for choice in ranked)
+        lines.append(f"{'choices':<11}{said}")
     if times.ttft_wall is not None:
         line = f"{'first token':<11}{times.ttft_wall:>8,.0f}"
         if times.ttft_model is not None:

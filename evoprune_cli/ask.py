@@ -121,6 +121,7 @@ def ask(
 
             choose_decoder(pipeline.sampling.decoder)
             check_text(*questions, pipeline.generation.system)
+            check_logprobs(pipeline.generation, json)
             with progress(not quiet and any(map(is_url, inputs))) as show:
                 how = {"offline": pipeline.model.offline, "progress": downloading(show)}
                 paths = [cleanup.enter_context(local_file(path, **how)) for path in inputs]
@@ -223,6 +224,12 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
     if name == last and question is None:
         hint += f"; to ask it as a question: -Q {name}"
     raise VideoError(f"no such file: {shown(name)}", missing_hint(name, hint))
+
+
+def check_logprobs(generation: GenerationOptions, json: bool) -> None:
+    """Raises UsageError where log probabilities are wanted, and no record will hold them."""
+    if generation.logprobs is not None and not json:
+        raise UsageError("--logprobs are part of the records", "add --json")
 
 
 def _exists(word: str) -> bool:
@@ -441,8 +448,10 @@ class Conversation:
             report.compare, self._half = answer.report, None
             from evoprune.bench.agreement import agreement, reference
 
-            ended = answer.report.finish_reason == "stop"
             generation = self._generation
+            ended = answer.report.finish_reason == "stop"
+            if answer.report.stop_reason is not None or generation.grammar is not None:
+                ended = False  # perhaps it has no token of its end
             given = reference(self._full, question, answer.ids, ended, generation.system, generation.think)
             report.agreement = agreement(given, self._inputs).record()
         self.answered += 1  # before it is printed: a record that is interrupted must not be printed twice

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
+from evoprune.language.settings import OF_ROWS
 from evoprune.report import Report, VideoFacts, warned
 from evoprune.session.options import PipelineOptions
 from evoprune.util import SOME, clock, counted, is_text, is_url, listed, missing_hint, roughly, shown, some
@@ -106,7 +107,7 @@ def batch(
         raise UsageError("--address is of a Ray cluster", "add --on ray")
     pipeline = options()
     from evoprune.batch.output import RecordFile, Settings, Sources, remaining
-    from evoprune.batch.rows import group_by_span
+    from evoprune.batch.rows import group_by_span, with_scored_options
     from evoprune.batch.table import TableFile, is_table
     from evoprune.video.frames import choose_decoder
 
@@ -115,6 +116,8 @@ def batch(
     choose_decoder(pipeline.sampling.decoder)
     if pipeline.generation.system is not None and not is_text(pipeline.generation.system):
         raise UsageError("the system prompt is not valid text", "write it in UTF-8")
+    if pipeline.generation.logprobs is not None and is_table(output):
+        raise UsageError("--logprobs have no place in a table", "give -o a name that ends in .jsonl")
     settings = Settings(pipeline.model, pipeline.pruning, pipeline.sampling.timeless, pipeline.generation)
     span = pipeline.sampling.start_s, pipeline.sampling.end_s
     rows = _rows(videos or [], questions or [], source, quiet, span, recursive, is_table(output))
@@ -122,6 +125,8 @@ def batch(
         from evoprune.session.session import check_conversation
 
         check_conversation(pipeline.pruning.config().method)
+    if pipeline.generation.choices == OF_ROWS:
+        rows = with_scored_options(rows)
     tally = Tally(len(rows), quiet, _check_files(rows, source, output, quiet))
     kind = partial(TableFile, rows=rows) if is_table(output) else RecordFile
     with naming_pipe(output, "read"):

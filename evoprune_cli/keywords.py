@@ -19,6 +19,7 @@ Made of the classes of options by `python -m evoprune_cli.keywords > evoprune/se
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 

@@ -18,7 +18,7 @@ from evoprune.util import check_text, clock, counted, missing_hint, size
 from evoprune.video.plan import parse_time
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
-from evoprune_cli.ask import Conversation, typed_questions
+from evoprune_cli.ask import Conversation, check_logprobs, typed_questions
 from evoprune_cli.running import SOME_FAILED, load
 from evoprune_cli.terminal import check_output, columns, note, print_error, print_titled, printable, progress, tell
 
@@ -109,6 +109,7 @@ def watch(
         raise UsageError("no questions, and stdin is no terminal", "-Q TEXT --every 30s, or --questions FILE")
     pipeline = options()
     check_text(*asked, pipeline.generation.system)
+    check_logprobs(pipeline.generation, json)
 
     def speak(text: str) -> None:
         if not quiet:

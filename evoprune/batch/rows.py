@@ -66,6 +66,7 @@ class Row:
     frame_rate: float | None = None  # frames a second in folders of frames
     max_new_tokens: int | None = None
     options: tuple[str, ...] = ()  # the texts to choose from; empty for an open question
+    scored: bool = False  # whether the answer is one of the options by their probabilities, without letters
     subtitles: str | None = None  # those to read, as the user wrote it; None for those of the batch
     subtitles_path: str | None = None  # the same, to open it
     # The expected answer. A batch passes it on; an evaluation grades by it, and with `options` it is one of them.
@@ -82,8 +83,11 @@ class Row:
 
     @property
     def prompt(self) -> str:
-        """Write the text that the model gets: the question, then the options as lines with letters, in lmms-eval's wording."""
-        if not self.options:
+        """Write the text that the model gets: the question, then the options as lines with letters, in lmms-eval's wording.
+
+        Options that are scored are no part of it.
+        """
+        if not self.options or self.scored:
             return self.question
         lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
         return "\n".join([self.question, *lines, "Answer with the option's letter from the given choices directly."])
@@ -102,9 +106,21 @@ class Row:
 
     def generation(self, usual: GenerationOptions) -> GenerationOptions:
         """Return how the answer is generated: as `usual`, but for what the row says itself."""
-        if self.max_new_tokens is None:
-            return usual
-        return replace(usual, max_new_tokens=self.max_new_tokens)
+        own = {}
+        if self.max_new_tokens is not None:
+            own["max_new_tokens"] = self.max_new_tokens
+        if self.scored:
+            own["choices"] = self.options
+        return replace(usual, **own)
+
+
+def with_scored_options(rows: Iterable[Row]) -> list[Row]:
+    """Return rows whose answers are chosen among their options. Raises UsageError: a row has none."""
+    rows = list(rows)
+    for row in rows:
+        if not row.options:
+            raise UsageError(f"row {shown(row.id)} has no options to choose from", "give each row a list of options")
+    return [replace(row, scored=True) for row in rows]
 
 
 @dataclass(frozen=True)

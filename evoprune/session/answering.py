@@ -10,17 +10,23 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
 
 from evoprune.errors import DoesNotFit, UsageError, error_record
+from evoprune.language.choices import ChosenTokens, tokens_of
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
+    AfterThoughts,
     PrefillState,
+    StopStrings,
+    TokenConstraint,
+    TokenLogprobs,
     TokenStream,
+    begins_with_thoughts,
     can_crop,
     dropping_for,
     embed_ids,
@@ -31,9 +37,10 @@ from evoprune.language.generate import (
     teacher_forced_logits,
 )
 from evoprune.language.hosted import HostedCache
-from evoprune.language.prompt import Prompt
+from evoprune.language.prompt import Prompt, Tokenizer
 from evoprune.language.pruned import prune_prompt
-from evoprune.language.settings import Turn, messages_of, turns_of
+from evoprune.language.schema import value_of
+from evoprune.language.settings import OF_ROWS, Turn, messages_of, turns_of
 from evoprune.model.cost import Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
 from evoprune.session.encoded import EncodedInput
@@ -131,6 +138,23 @@ class Answer(Uncopied, Iterator[str]):
         """What the model wrote before the answer, as far as it has; None if it did not think."""
         return self.report.thoughts
 
+    @property
+    def parsed(self) -> Any:
+        """What a complete answer with the option `schema` holds; None where it was cut. Generates what is left of it."""
+        str(self)
+        return self.report.parsed
+
+    @property
+    def logprobs(self) -> list[dict[str, Any]] | None:
+        """The log probability of each token of `ids`, and of others in its place, as docs/json.md says; None without the option."""
+        return self.report.logprobs
+
+    @property
+    def choices(self) -> list[dict[str, Any]] | None:
+        """What the option `choices` names, each with its log probability and its probability among them; None without it."""
+        str(self)
+        return self.report.choices
+
     def __str__(self) -> str:
         return self.text
 
@@ -161,6 +185,16 @@ def _once_more(problem: Exception) -> Exception:
     again = type(problem).__new__(type(problem), *problem.args)
     vars(again).update(vars(problem))
     return again
+
+
+def logprobs_record(tokenizer: Tokenizer, token: int, logprobs: TokenLogprobs) -> dict[str, Any]:
+    """Return the log probabilities of a token, and of others in its place, as reports hold them."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.backend.decode([token], skip_special_tokens=False)
+        return {"id": token, "token": text, "logprob": logprob}
+
+    return entry(token, logprobs.chosen) | {"top_logprobs": [entry(*each) for each in logprobs.top]}
 
 
 class Askable(ABC, Uncopied):
@@ -250,6 +284,7 @@ class Askable(ABC, Uncopied):
             )
         if seed is None:
             seed = self._session.pruning.seed
+        self._check_choices(generation)
         report = self._report_of(question, generation, seed)
         ids: list[int] = []
         pieces = self._pieces(question, generation, seed, report, ids, on_thoughts or (lambda piece: None), earlier)
@@ -262,11 +297,36 @@ class Askable(ABC, Uncopied):
         report.created_utc = fresh.created_utc
         report.question = question
         report.generation = options.record(seed)
+        if options.logprobs is not None:
+            report.logprobs = []
         if "demo_model" not in report.warnings and not self._session.loaded.knows_words(question):
             report.warnings.append("demo_question")
         if not options.thinking and self._session.loaded.tokenizer.always_thinks:
             report.warnings.append("always_thinks")
         return report
+
+    def _check_choices(self, options: GenerationOptions) -> None:
+        """Raises UsageError: the model cannot choose among these."""
+        if options.choices is None:
+            return
+        tokenizer = self._session.loaded.tokenizer
+        if options.choices == OF_ROWS:
+            raise UsageError("choices is 'options', and one question has no row with options", "give the texts")
+        if tokenizer.always_thinks:
+            raise UsageError(
+                "this model thinks before every answer, so choices have no probability before that", "leave choices out"
+            )
+        tokens_of(tokenizer, options)
+
+    def _after_thoughts(
+        self, constraint: TokenConstraint, options: GenerationOptions, state: PrefillState
+    ) -> TokenConstraint:
+        """Return a constraint that leaves free what the model thinks before its answer, if it thinks."""
+        tokenizer = self._session.loaded.tokenizer
+        begun = begins_with_thoughts(tokenizer, state.prompt_ids)
+        if begun or options.thinking:
+            return AfterThoughts(constraint, tokenizer, begun)
+        return constraint
 
     def _pieces(
         self,
@@ -293,8 +353,18 @@ class Askable(ABC, Uncopied):
         start = clock.now()
         packing = loaded.packing
         packed = packing.seconds
+        constraint = None
+        if options.grammar is not None:
+            with clock.stage("prefill"):  # once a model, its vocabulary is taken in
+                constraint = loaded.vocabulary.constraint(options.grammar)
         state = self._read(question, options, report, clock, turns)
-        tokens = TokenStream(state, options, loaded.eos_ids, seed)
+        if constraint is not None:
+            constraint = self._after_thoughts(constraint, options, state)
+        if options.choices is None:
+            tokens = TokenStream(state, options, loaded.eos_ids, seed, constraint)
+        else:
+            tokens = ChosenTokens(state, options, loaded.tokenizer, loaded.eos_ids, loaded.quantize == "int4")
+        stops = StopStrings(options.stop or ())
         self._paid = True
         report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
         report.answer = ""
@@ -303,6 +373,15 @@ class Askable(ABC, Uncopied):
         def update() -> None:
             ids[:] = tokens.ids
             report.tokens.new, report.finish_reason = len(ids), tokens.finish_reason
+            report.stop_reason = stops.found
+            if stops.found is not None:
+                report.finish_reason = "stop"
+            if options.choices is not None:
+                report.choices = [asdict(choice) for choice in tokens.choices]
+            if report.logprobs is not None:
+                known = len(report.logprobs)
+                new = zip(ids[known:], tokens.logprobs[known:], strict=True)
+                report.logprobs += [logprobs_record(loaded.tokenizer, *each) for each in new]
             clock.seconds["pack"] = packing.seconds - packed
             total = earlier + clock.now() - start
             fill_times(report, clock.seconds, total, loaded.device, packing.seconds - before)
@@ -310,6 +389,8 @@ class Askable(ABC, Uncopied):
         update()
         try:
             pieces = stream_answer(loaded.tokenizer, tokens, state.prompt_ids)
+            if options.stop:
+                pieces = stops.cut(pieces)
             for piece, thought in clock.each("generate", pieces):
                 if thought:
                     report.thoughts = (report.thoughts or "") + piece
@@ -323,13 +404,15 @@ class Askable(ABC, Uncopied):
                 if turn != self._turn:
                     raise UsageError(self.OVERTAKEN, "finish one answer before the next question")
             update()
+            if options.schema is not None and tokens.finish_reason == "stop" and stops.found is None:
+                report.parsed = value_of(report.answer)
             thinking = report.thoughts is not None and not report.answer
             report.thoughts = (report.thoughts or "").rstrip() or None
             if report.finish_reason == "length" and thinking:
                 report.warnings.append("thoughts_cut")
             elif report.finish_reason == "length":
                 report.warnings.append("answer_cut")
-            elif report.thoughts and not report.answer:
+            elif report.thoughts and not report.answer and report.stop_reason is None:
                 report.warnings.append("thoughts_only")
         finally:
             self._ended(turn)

@@ -129,7 +129,8 @@ def test_ask_and_batch(cli, tiny_folder, rows, tmp_path):
     model = ("-m", str(tiny_folder), "-n", "2", *SHORT)
     subtitles = tmp_path / "said.vtt"
     subtitles.write_text("WEBVTT\n\n00:01.000 --> 00:02.000\nHello\n")
-    outputs = [cli("ask", SQUARE, "What?", "--json", "--compare", "--subtitles", str(subtitles), *model).record]
+    more = ("--compare", "--subtitles", str(subtitles), "--logprobs", "1", "--stop", "never said")
+    outputs = [cli("ask", SQUARE, "What?", "--json", *more, *model).record]
     inner = ("-m", str(tiny_folder), *SHORT, "--method", "evoprune+fastv")
     outputs.append(cli("ask", SQUARE, "What?", "--json", *inner).record)
     outputs.append(

@@ -81,6 +81,10 @@ def ask(qa: evoprune.VideoQA, video: evoprune.EncodedInputs) -> str:
         repetition_penalty=None,
         system=None,
         think="off",
+        stop=["\n", "."],
+        logprobs=2,
+        schema=None,
+        regex=None,
     )
     for piece in answer:
         print(piece.upper(), end="", flush=True)
@@ -96,7 +100,11 @@ def ask(qa: evoprune.VideoQA, video: evoprune.EncodedInputs) -> str:
     undone: str | None = chat.undo()
     chat.clear()
     print(said, messages, undone)
-    return answer.text + qa.ask([video, "samples/three.mp4"], "Which digit is it?", max_new_tokens=4).text
+    chosen = video.ask("What colour is the square?", choices=["red", "green"], choice_score="mean")
+    print(chosen.text, chosen.choices)
+    if answer.logprobs is not None:
+        print(answer.logprobs[0]["logprob"], answer.parsed)
+    return answer.text + qa.ask([video, "samples/three.mp4"], "Which digit is it?", max_new_tokens=4, stop=".").text
 
 
 def stream(qa: evoprune.VideoQA, frames: list[np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]]) -> None:
