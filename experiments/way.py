@@ -13,7 +13,8 @@ project: frames, and what becomes of them. Whole numbers are indices, and parame
 
 - A call that hands data over takes the walk into the file of the function that is called. When that function ends, the walk is
   where it was before: this is no step.
-- A function that was handed none and gives data, such as a generator of frames, takes the walk into the file of whoever gets it.
+- A function that was handed none and gives data takes the walk into the file of whoever gets it. So does a generator: it is handed
+  nothing when it is called.
 - A method that is handed nothing but its own object, such as `rows.place`, is asked about the data and does not take it anywhere.
 - Each function counts once for each file that it is called from, so that loops count once.
 
@@ -27,7 +28,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from inspect import CO_VARARGS, CO_VARKEYWORDS
+from inspect import CO_GENERATOR, CO_VARARGS, CO_VARKEYWORDS
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -167,6 +168,8 @@ def _arguments(frame: FrameType) -> dict[str, Any]:
 
 
 def _handed_data(frame: FrameType) -> bool:
+    if frame.f_code.co_flags & CO_GENERATOR:
+        return False
     return any(has_data(value) for value in _arguments(frame).values())
 
 

@@ -162,7 +162,7 @@ def video_frames(info: Video, case: Case) -> Frames:
         source = replace(info, width=case.width, height=case.height)  # which the reader makes of it
     plan = make_plan(info, InputLimits(), frames=case.frames, max_frames=max_frames, max_visual_tokens=sys.maxsize)
     with closing(read_frames(source, plan.sampling.times_s)) as chunks:
-        small = [resize(torch.from_numpy(chunk.frames), case.height, case.width) for chunk in chunks]
+        small = [resize(torch.from_numpy(chunk.pixels), case.height, case.width) for chunk in chunks]
     return torch.cat(small), plan.sampling.seconds_per_pair()
 
 

@@ -100,7 +100,7 @@ def read_patches(plan: Plan, limits: InputLimits, device: torch.device | str = "
     how = {"decoder": plan.decoder, "seek": plan.seek, "part_s": plan.sampling.seconds_per_frame}
     with closing(read_frames(plan.source, plan.sampling.times_s, **how)) as chunks:
         for chunk in chunks:
-            made.append(normalised(patches_of(chunk.frames, plan, limits, torch.device(device)), limits.normal))
+            made.append(normalised(patches_of(chunk.pixels, plan, limits, torch.device(device)), limits.normal))
             times_s += chunk.times_s
             moved = moved or chunk.moved
     return replace(plan, read_s=times_s, moved=moved), torch.cat(made)

@@ -290,13 +290,13 @@ class Ahead:
         with self._changed:
             if not reading.dropped:
                 reading.pieces.append(piece)
-                self._held += piece.frames.nbytes
+                self._held += piece.pixels.nbytes
                 self._changed.notify_all()
 
     def _drop(self, reading: _Reading) -> None:
         """Gives the frames of a reading up. To be called with the lock."""
         reading.dropped = True
-        self._held -= sum(piece.frames.nbytes for piece in reading.pieces)
+        self._held -= sum(piece.pixels.nbytes for piece in reading.pieces)
         reading.pieces.clear()
         self._changed.notify_all()
 
@@ -334,7 +334,7 @@ class Ahead:
                 wait_for(self._changed, lambda: reading.pieces or reading.ended or reading.dropped)
                 if reading.pieces:
                     piece = reading.pieces.popleft()
-                    self._held -= piece.frames.nbytes
+                    self._held -= piece.pixels.nbytes
                     self._changed.notify_all()
                 elif reading.problem is not None:
                     raise reading.problem
@@ -343,7 +343,7 @@ class Ahead:
                 else:
                     raise RuntimeError(f"reading {reading.path} was closed")
             waited_s = time.perf_counter() - start
-            on_frames(piece.first + len(piece.frames))
+            on_frames(piece.end)
             yield replace(piece, hidden_s=max(0.0, piece.hidden_s - waited_s))
             del piece  # so that only the caller holds the frames
 
@@ -380,13 +380,13 @@ def regrouped(pieces: Iterable[FrameChunk], size: int) -> Iterator[FrameChunk]:
     waiting: list[FrameChunk] = []
     for piece in pieces:
         waiting.append(piece)
-        while (count := sum(len(each.frames) for each in waiting)) >= size:
+        while (count := sum(len(each.pixels) for each in waiting)) >= size:
             chunk = _joined(waiting)
             waiting = []
             if count > size:
                 rest = replace(chunk, first=chunk.first + size, damaged=0, hidden_s=0.0)
-                waiting = [replace(rest, frames=chunk.frames[size:], times_s=chunk.times_s[size:])]
-                chunk = replace(chunk, frames=chunk.frames[:size], times_s=chunk.times_s[:size])
+                waiting = [replace(rest, pixels=chunk.pixels[size:], times_s=chunk.times_s[size:])]
+                chunk = replace(chunk, pixels=chunk.pixels[:size], times_s=chunk.times_s[:size])
             yield chunk
     if waiting:
         yield _joined(waiting)
@@ -397,7 +397,7 @@ def _joined(pieces: Sequence[FrameChunk]) -> FrameChunk:
         return pieces[0]
     return FrameChunk(
         first=pieces[0].first,
-        frames=np.concatenate([piece.frames for piece in pieces]),
+        pixels=np.concatenate([piece.pixels for piece in pieces]),
         times_s=tuple(time_s for piece in pieces for time_s in piece.times_s),
         damaged=sum(piece.damaged for piece in pieces),
         other_shape=any(piece.other_shape for piece in pieces),

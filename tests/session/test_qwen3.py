@@ -82,7 +82,7 @@ def picture(folder):
 
 def patches_of(plan) -> torch.Tensor:
     chunks = read_frames(plan.info, plan.sampling.times_s)
-    frames = torch.from_numpy(np.concatenate([chunk.frames for chunk in chunks]))
+    frames = torch.from_numpy(np.concatenate([chunk.pixels for chunk in chunks]))
     return patchify(resize(frames, plan.height, plan.width), HALF, 16)
 
 
