@@ -32,7 +32,8 @@ from evoprune.session.loading.model import LoadedModel
 from evoprune.video.frames import read_frames
 from evoprune.video.info import PICTURE, Video
 from evoprune.video.plan import InputLimits, even_times, make_plan
-from evoprune.vision.preprocess import normalised, pixel_patches, resize
+from evoprune.vision.patches import normalised
+from evoprune.vision.preprocess import pixel_patches, resize
 from evoprune.vision.tower import tower_shape
 
 # side of a merge unit in pixels, if not given; frames in a grid

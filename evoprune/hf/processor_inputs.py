@@ -25,7 +25,8 @@ from evoprune.video.frames import choose_decoder, probe, read_frames
 from evoprune.video.given import Input, local_input
 from evoprune.video.info import EXACT, PICTURE, VIDEO, HeldVideo, check_one_file, check_picture
 from evoprune.video.plan import InputLimits, Plan, make_plan
-from evoprune.vision.preprocess import normalised, patches_of
+from evoprune.vision.patches import normalised
+from evoprune.vision.preprocess import patches_of
 
 if TYPE_CHECKING:
     from evoprune.session.keywords import SamplingKeywords

@@ -13,7 +13,7 @@ import torch
 from evoprune.methods.plans import EncoderPlan, Stage, WholePairs
 from evoprune.methods.types import arange_on
 from evoprune.vision.encoder import EncodedRows, EncoderRun, encode_rows
-from evoprune.vision.preprocess import ReferenceBlocks
+from evoprune.vision.patches import ReferenceBlocks
 from evoprune.vision.rows import Rows
 
 
