@@ -72,7 +72,7 @@ class MethodChain:
 
     @property
     def first(self) -> Method:
-        return next(iter(self.members), Method())
+        return self.members[0] if self.members else Method()
 
     @property
     def name(self) -> str:

@@ -52,6 +52,20 @@ FIRST = 4  # so many of many videos are read ahead
 PATIENCE_S = 3.0  # how long closing waits for the thread, and who wants frames until it is known which come
 
 
+def plan_frames(info: Video, sampling: SamplingOptions, limits: InputLimits, max_visual_tokens: int) -> Plan:
+    """Return the plan of what is read of an input, with nothing pruned.
+
+    `limits`: of a model, for what `info` is. `max_visual_tokens`: where options do not say it.
+
+    Raises what `choose_decoder` and `make_plan` raise.
+    """
+    decoder = choose_decoder(sampling.decoder, info)
+    numbers = sampling.plan_arguments
+    if numbers["max_visual_tokens"] is None:
+        numbers["max_visual_tokens"] = max_visual_tokens
+    return replace(make_plan(info, limits, **numbers), decoder=decoder, seek=sampling.seek)
+
+
 @dataclass(frozen=True)
 class Expected:
     """What a model is going to look at, by its small files and the device."""
@@ -60,12 +74,8 @@ class Expected:
     max_visual_tokens: int  # where options do not say it
 
     def plan(self, info: Video, sampling: SamplingOptions) -> Plan:
-        """Return the plan of an input with nothing pruned. Errors: as of `make_plan` and `choose_decoder`."""
-        numbers = sampling.plan_arguments
-        if numbers["max_visual_tokens"] is None:
-            numbers["max_visual_tokens"] = self.max_visual_tokens
-        plan = make_plan(info, self.limits[info.kind], **numbers)
-        return replace(plan, decoder=choose_decoder(sampling.decoder, info), seek=sampling.seek)
+        """Return the plan of an input, as a session makes it. Errors: as of `plan_frames`."""
+        return plan_frames(info, sampling, self.limits[info.kind], self.max_visual_tokens)
 
 
 def expected(options: ModelOptions) -> Expected | None:
