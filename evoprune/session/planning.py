@@ -8,7 +8,7 @@ import torch
 from evoprune.backend.devices import largest_piece
 from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.language.prompt import Tokenizer
-from evoprune.methods.plans import EncoderPlan, SetAside, WholePairs
+from evoprune.methods.plans import EncoderPlan, SetAside
 from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import carried_bytes, shortage, working_memory
 from evoprune.session.ahead import plan_frames
@@ -116,7 +116,7 @@ def encoding_bytes(
     rows = max(encoder.layers)
     left = encoder.rows
     more = 0
-    if any(isinstance(stage.reduce, WholePairs) for stage in encoder.row_stages):
+    if any(stage.whole_pairs for stage in encoder.row_stages):
         more = encoder.units * row_bytes * 4  # the means of all frame pairs are made in float32
     if any(isinstance(stage.reduce, SetAside) for stage in encoder.stages):
         more = 2 * encoder.units * row_bytes * (bytes_each + 4)  # their earlier states, and in float32 how they move

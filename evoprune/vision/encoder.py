@@ -27,7 +27,7 @@ from evoprune.backend import devices
 from evoprune.backend.attention import without_cudnn
 from evoprune.errors import UsageError
 from evoprune.methods.chain import select, tokens_before_inflection
-from evoprune.methods.plans import EncoderPlan, Inflection, Merge, SetAside, Stage, TowerShape, WholePairs
+from evoprune.methods.plans import EncoderPlan, Merge, SetAside, Stage, TowerShape
 from evoprune.methods.ranking import closest
 from evoprune.methods.types import Selection, Tokens, arange_on, bincount_fixed, cat
 from evoprune.model.config import PATCHES, vision_sizes
@@ -142,7 +142,7 @@ class EncodedRows:
 
     plan: EncoderPlan
     rows: Rows  # ordered by unit
-    selector_input: Tokens  # the same, as the selector of tokens gets it
+    seed: int  # as in `Tokens`
     source: torch.Tensor  # int64 `[T, H*W]`, the number of the frame pair whose pixels represent each unit
     layers: list[tuple[int, int]]  # as in `Encoded`
     selection: Selection | None  # inside the tower, if the language model reads exactly those rows
@@ -150,6 +150,11 @@ class EncodedRows:
     # bool `[3]`, read at the end, so that nothing synchronises earlier: whether all rows are without NaN and infinity, whether
     # mergers have removed their rows, and whether every frame pair has one colour
     checks: torch.Tensor
+
+    @cached_property
+    def selector_input(self) -> Tokens:
+        """The rows as the selector of tokens gets them."""
+        return Tokens(self.rows.values, self.rows.unit_to_row, self.plan.grid, self.seed, self.rows.given)
 
     def nothing_selected(self) -> Encoded:
         """Return an encoding without tokens, for a method whose question is not known yet."""
@@ -269,9 +274,8 @@ class EncoderRun:
                 if stage:
                     rows = self.select_rows(rows, stage)
             rows = self.finish(rows)
-        tokens = Tokens(rows.values, rows.unit_to_row, self.plan.grid, self.seed, rows.given)
         layers = list(enumerate(self.computed))
-        return EncodedRows(self.plan, rows, tokens, self.source, layers, self.selection, self.timer, self.checks())
+        return EncodedRows(self.plan, rows, self.seed, self.source, layers, self.selection, self.timer, self.checks())
 
     def embed(self, patches: Iterable[torch.Tensor]) -> Rows:
         """Return the rows before the first layer, one for each unit that is not reused."""
@@ -372,10 +376,9 @@ class EncoderRun:
         """
         plan = self.plan
         selector = stage.selector
-        whole_pairs = isinstance(stage.reduce, WholePairs)
         max_rows = stage.rows
         reach = "clip"
-        if whole_pairs:
+        if stage.whole_pairs:
             max_rows = plan.keep
             reach = "place"
         self.selection = None
@@ -395,7 +398,7 @@ class EncoderRun:
                 unit_to_token = _nearest_kept(tokens, selection.kept)
             del seen, tokens  # as large as all rows
             left = rows.take(selection, unit_to_token, reach, not selector.drops)
-        if not whole_pairs and selector.suffices(len(left), plan.keep, plan.units):
+        if not stage.whole_pairs and selector.suffices(len(left), plan.keep, plan.units):
             self.selection = selection
         return left
 
@@ -453,7 +456,7 @@ def _hooks(
     before = after = []
     if plan.token_stage and plan.token_stage.selector.needs:
         selector = plan.token_stage.selector
-        if not all(isinstance(stage.reduce, WholePairs) for stage in plan.row_stages):
+        if not all(stage.whole_pairs for stage in plan.row_stages):
             problem = "selects behind a selection between layers, and gets nothing but the rows"
             raise TypeError(f"method {selector.name} {problem}")
         before, after = looks(selector, tower, merge)
@@ -509,7 +512,7 @@ def token_selection(video: EncodedRows, question: torch.Tensor | None = None) ->
             problem = f"method {selector.name} reads the question, and there is none here"
             raise UsageError(problem, "give the question with the video, or take another method")
         tokens = replace(tokens, given={**tokens.given, "question": question.to(unit.device).float()})
-    if isinstance(stage.reduce, Inflection):
+    if stage.inflection:
         keep = tokens_before_inflection(selector, tokens, keep)
     return select(selector, tokens, keep)
 
