@@ -29,7 +29,7 @@ from evoprune.errors import UsageError
 from evoprune.methods.chain import select, tokens_before_inflection
 from evoprune.methods.plans import EncoderPlan, Merge, SetAside, Stage, TowerShape
 from evoprune.methods.ranking import closest
-from evoprune.methods.types import Selection, Tokens, arange_on, bincount_fixed, cat
+from evoprune.methods.types import Selection, Tokens, arange_on, bincount_fixed
 from evoprune.model.config import PATCHES, vision_sizes
 from evoprune.model.numerics import all_finite, not_a_number_error, without_autocast
 from evoprune.model.weights import Tower
@@ -309,13 +309,13 @@ class EncoderRun:
             units.append(unit)
             sources.append(source)
             self.counts += counts
-        self.source = cat(sources)
-        x = cat(values)
+        self.source = devices.cat(sources)
+        x = devices.cat(values)
         deepstack = x.new_empty(len(x), 0, vision_sizes(self.visual.config).out_hidden_size)
         if not plan.reuse:
             return all_units(x, deepstack, geo, plan.grid[0])
         with self.timer:
-            return reused_units(x, deepstack, geo, self.source, self.counts, cat(units))
+            return reused_units(x, deepstack, geo, self.source, self.counts, devices.cat(units))
 
     def note_colour(self, patches: torch.Tensor) -> None:
         """Notes whether each frame pair of `patches` (`[pairs, n, values]`) has one colour, until one is known not to.

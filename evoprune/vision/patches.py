@@ -15,7 +15,6 @@ import torch
 
 from evoprune.backend import devices
 from evoprune.backend.operators import reuse_scan
-from evoprune.methods.types import cat
 from evoprune.model.config import PATCHES
 from evoprune.video.plan import InputLimits
 from evoprune.vision.layout import Geometry
@@ -46,7 +45,7 @@ def in_pairs(patches: Iterable[torch.Tensor], geo: Geometry, pairs: int, units: 
         if len(piece):
             held.append(devices.to_device(piece, device))
         while (have := sum(map(len, held))) >= size:
-            joined = cat(held)
+            joined = devices.cat(held)
             yield joined[:size]
             held = []
             if have > size:  # never an empty piece

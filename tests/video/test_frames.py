@@ -236,7 +236,7 @@ def test_files_apart_and_here(name, folder, tmp_path):
 
 
 def first_picture(path):
-    return next(read_frames(probe(path), [0.0])).frames[0]
+    return next(read_frames(probe(path), [0.0])).pixels[0]
 
 
 def corners(picture):
