@@ -129,7 +129,7 @@ class _TracedInput(OpenInput):
         self.shown = []  # anew where memory was short and the encoder begins anew
         with closing(super().frames(chunk_bytes)) as chunks:
             for chunk in chunks:
-                self.shown.append(resize(torch.from_numpy(chunk.frames), self.plan.height, self.plan.width))
+                self.shown.append(resize(torch.from_numpy(chunk.pixels), self.plan.height, self.plan.width))
                 yield chunk
 
     def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
