@@ -18,10 +18,9 @@ import torch
 from evoprune.errors import UsageError, error_record
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
-    AfterThoughts,
+    AnswerConstraint,
     PrefillState,
     StopStrings,
-    TokenConstraint,
     TokenLogprobs,
     TokenStream,
     begins_with_thoughts,
@@ -264,16 +263,6 @@ class Askable(ABC, Uncopied):
             report.warnings.append("always_thinks")
         return report
 
-    def _after_thoughts(
-        self, constraint: TokenConstraint, options: GenerationOptions, state: PrefillState
-    ) -> TokenConstraint:
-        """Return a constraint that leaves free what the model thinks before its answer, if it thinks."""
-        tokenizer = self._session.loaded.tokenizer
-        begun = begins_with_thoughts(tokenizer, state.prompt_ids)
-        if begun or options.thinking:
-            return AfterThoughts(constraint, tokenizer, begun)
-        return constraint
-
     def _pieces(
         self,
         question: str,
@@ -304,7 +293,8 @@ class Askable(ABC, Uncopied):
                 constraint = loaded.vocabulary.constraint(options.grammar)
         state = self._read(question, options, report, clock)
         if constraint is not None:
-            constraint = self._after_thoughts(constraint, options, state)
+            begun = begins_with_thoughts(loaded.tokenizer, state.prompt_ids)
+            constraint = AnswerConstraint(constraint, loaded.tokenizer, begun, options.thinking)
         tokens = TokenStream(state, options, loaded.eos_ids, seed, constraint)
         stops = StopStrings(options.stop or ())
         self._paid = True

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-pytest.importorskip("llguidance")
-
 from evoprune.language import static
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
@@ -92,7 +90,6 @@ def test_draws_follow_it_too(video):
 
 
 def test_classes_are_schemas(video):
-    pytest.importorskip("pydantic")
     answer = video.ask(QUESTION, schema=Shown, max_new_tokens=100)
     assert (answer.parsed is None) == (answer.report.finish_reason == "length")
     assert answer.report.generation["schema"]["required"] == ["colour", "still"]
