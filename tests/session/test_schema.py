@@ -186,6 +186,10 @@ def test_an_answer_that_ends_is_valid_by_any_schema(ask, model, seed):
         assert answer.parsed is None and "answer_cut" in report.warnings
         assert report.tokens.new == how["max_new_tokens"]
         return
-    assert report.finish_reason == "stop" and answer.parsed == json.loads(text)
-    Draft202012Validator(schema).validate(answer.parsed)
-    assert json.loads(report.to_json())["parsed"] == answer.parsed
+    value = json.loads(text)
+    Draft202012Validator(schema).validate(value)
+    assert report.finish_reason == "stop" and json.loads(report.to_json())["parsed"] == answer.parsed
+    if "inf" in repr(value):
+        assert answer.parsed is None  # a number that is too large
+    else:
+        assert answer.parsed == value
