@@ -16,11 +16,18 @@ class Demo:
     world: str
     inputs: int  # the most that a prompt of its training had
     span: int  # positions in time of the longest clip of its training: two a second
+    presence: str  # how its training asks whether a thing is there, with {} for its name
 
+    def presence_of(self, thing: str) -> str:
+        """Return the question whether a thing is there, named with or without an article: "a red star"."""
+        return self.presence.format(ARTICLE.sub("", thing.strip(), count=1))
+
+
+ARTICLE = re.compile(r"^(a|an|any|the)\s+", re.IGNORECASE)
 
 DEMOS = {
-    "demo": Demo(_WEIGHTS / "demo", "shapes", inputs=1, span=48),
-    "demo-scenes": Demo(_WEIGHTS / "demo-scenes", "scenes", inputs=2, span=64),
+    "demo": Demo(_WEIGHTS / "demo", "shapes", inputs=1, span=48, presence="Is there a {}?"),
+    "demo-scenes": Demo(_WEIGHTS / "demo-scenes", "scenes", inputs=2, span=64, presence="Is there any {}?"),
 }
 
 

@@ -1,0 +1,343 @@
+"""Finds moments: each segment of a video is encoded once and asked about every query; then the borders of the best are found.
+
+A segment is judged by the first token of the answer: by the probability of yes, where only yes and no can be. Segments share
+nothing, so one is forgotten before the next one is encoded, and memory does not grow with the length of the video.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, replace
+
+import torch
+
+from evoprune.errors import UsageError, VideoError
+from evoprune.language.prompt import Tokenizer
+from evoprune.model.cost import Clock
+from evoprune.moments.segments import (
+    SEGMENT_S,
+    Run,
+    Segment,
+    border,
+    cut,
+    least_odds,
+    log_odds,
+    probability,
+    runs,
+)
+from evoprune.report import VideoFacts, warned
+from evoprune.session.answering import EncodedInputs
+from evoprune.session.encoding import OpenInput
+from evoprune.session.options import FindOptions, GenerationOptions, SamplingOptions
+from evoprune.session.planning import plan_input
+from evoprune.session.prompting import check_not_empty, longest_prompt
+from evoprune.session.session import Session
+from evoprune.util import brief
+from evoprune.video.frames import probe
+from evoprune.video.given import Input, local_input, name_of
+from evoprune.video.info import AUTO_SEEK, KEYFRAMES, PICTURE, HeldVideo
+from evoprune.video.plan import Plan, duration_of, span_of
+
+# Called with "segment", those read and in all; then with "moment", those whose borders were found and in all.
+Progress = Callable[[str, int, int], None]
+
+QUESTION = "Does the video show the following? {}\nAnswer yes or no."
+ONE_TOKEN = GenerationOptions(max_new_tokens=1)
+PIECE_FRAMES = 4  # of the pieces whose scores tell where a moment begins and ends
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Hold a part of a video that shows what a query says. Times are seconds from the video's first frame.
+
+    `score`: the probability of yes against no in the best segment, from 0 to 1. `best_s`: the middle of the part that shows it
+    best.
+    """
+
+    query: str
+    start_s: float
+    end_s: float
+    score: float
+    best_s: float
+
+
+class Search:
+    """Find the moments of one video, for several queries. To be closed, by `with`.
+
+    `run` does the work; `moments` returns what it has found, also where it broke off. `segments`: all that `queries` are asked of.
+    `tokens`: of all segments before pruning. `asked`: how many segments were asked so far; `unread`: how many of them could not
+    be read. `warnings`: names, each with the facts of the video that it is about.
+
+    Raises UsageError: a query that is empty, twice there or too long, a picture, or words for yes and no that the model cannot
+    tell apart. VideoError: missing, unreadable or empty. OutOfMemory.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        source: Input,
+        queries: Sequence[str],
+        options: FindOptions,
+        sampling: SamplingOptions,
+    ):
+        self._session = session
+        self._options = options
+        self._sampling = sampling
+        self.queries = checked(queries)
+        self._questions = {query: question_for(session, options, query) for query in self.queries}
+        self._yes, self._no = first_tokens(session.loaded.tokenizer, options.yes, options.no)
+        self.name = name_of(source)
+        self.warnings: dict[str, VideoFacts] = {}
+        self.unread = 0
+        self._files = ExitStack()
+        try:
+            offline = session.loaded.found.options.offline
+            file = self._files.enter_context(local_input(source, offline=offline))
+            self._info = file
+            if not isinstance(file, HeldVideo):
+                self._info = probe(file, folder_fps=sampling.frame_rate)
+            if self._info.kind == PICTURE:
+                raise UsageError(
+                    f"{self.name} is a picture, which has no moments", "give a video; ask asks about a picture"
+                )
+            self.duration_s = duration_of(self._info)
+            self._fps = sampling.fps or session.loaded.video.fps
+            self.segments, self.tokens = self._cut()
+        except BaseException:
+            self._files.close()
+            raise
+        self._scores: dict[str, list[float]] = {query: [] for query in self._questions}  # log odds of each segment
+        self._found: dict[tuple[str, Run], Moment] = {}  # with borders
+        self.asked = 0
+
+    def __enter__(self) -> "Search":
+        return self
+
+    def __exit__(self, *problem) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Removes what was downloaded."""
+        self._files.close()
+
+    def run(self, progress: Progress | None = None) -> None:
+        """Asks about every segment, then finds the borders of the best moments of each query.
+
+        Raises VideoError: no segment can be read. OutOfMemory. ModelError: numbers that are NaN or infinite.
+        """
+        problem = None
+        with closing(self._opened()) as every:
+            for number, opened in enumerate(every):
+                with closing(opened):
+                    try:
+                        odds = self._ask(opened, self._questions)
+                    except VideoError as unreadable:
+                        problem = unreadable
+                        self.unread += 1
+                        odds = dict.fromkeys(self._questions, -math.inf)
+                for query, value in odds.items():
+                    self._scores[query].append(value)
+                self.asked = number + 1
+                if progress:
+                    progress("segment", self.asked, len(self.segments))
+        if problem and self.unread == len(self.segments):
+            raise problem
+        wanted = [(query, run) for query in self._questions for run in self._runs(query)]
+        for number, (query, run) in enumerate(wanted):
+            self._found[query, run] = self._refined(query, run)
+            if progress:
+                progress("moment", number + 1, len(wanted))
+
+    def moments(self) -> list[Moment]:
+        """Return what was found so far: for each query, in the order given, the best first.
+
+        A moment whose borders were not looked for has those of its segments.
+        """
+        return [
+            self._found.get((query, run)) or self._coarse(query, run)
+            for query in self._questions
+            for run in self._runs(query)
+        ]
+
+    def best(self, query: str) -> tuple[float, float]:
+        """Return the score of the segment that shows a query best, and the time of its middle. At least one was asked."""
+        scores = self._scores[query]
+        place = scores.index(max(scores))
+        return probability(scores[place]), self.segments[place].middle_s
+
+    def _least(self, query: str) -> float:
+        if self._options.min_score is not None:
+            return log_odds(self._options.min_score)
+        return least_odds(self._scores[query])
+
+    def _runs(self, query: str) -> list[Run]:
+        return runs(self._scores[query], self._least(query))[: self._options.top]
+
+    def _coarse(self, query: str, run: Run) -> Moment:
+        best = self.segments[run.best]
+        score = probability(self._scores[query][run.best])
+        return Moment(query, self.segments[run.first].start_s, self.segments[run.last].end_s, score, best.middle_s)
+
+    def _refined(self, query: str, run: Run) -> Moment:
+        """Return a moment with borders by the scores of pieces: short parts, read densely, in its first, best and last segment.
+
+        Where no piece shows what a segment shows, its own border stays.
+        """
+        moment = self._coarse(query, run)
+        least = self._least(query)
+        length_s = PIECE_FRAMES / self._fps
+        close = {"precision_s": length_s / 8, "reach_s": (length_s - 1 / self._fps) / 2}
+        known: dict[float, float] = {}
+
+        def score(middle_s: float) -> float:
+            if middle_s not in known:
+                known[middle_s] = self._piece_score(query, middle_s, length_s)
+            return known[middle_s]
+
+        def shown(middle_s: float) -> bool:
+            return score(middle_s) >= least
+
+        def inside(place: int) -> list[float]:
+            """Return the middles of the pieces of a segment that show it."""
+            segment = self.segments[place]
+            pieces = max(1, round((segment.end_s - segment.start_s) / length_s))
+            step_s = (segment.end_s - segment.start_s) / pieces
+            return [middle for n in range(pieces) if shown(middle := segment.start_s + (n + 0.5) * step_s)]
+
+        start_s = moment.start_s
+        end_s = moment.end_s
+        best_s = moment.best_s
+        if first := inside(run.first):
+            outside_s = max(self.segments[0].start_s, start_s - length_s / 2)
+            start_s = border(shown, outside_s, first[0], **close)
+        if last := inside(run.last):
+            outside_s = min(self.segments[-1].end_s, end_s + length_s / 2)
+            end_s = border(shown, outside_s, last[-1], **close)
+        if best := inside(run.best):
+            best_s = max(best, key=score)
+        if start_s >= end_s:  # shorter than its frames are apart
+            start_s = end_s = (start_s + end_s) / 2
+            half_s = 0.5 / self._fps
+            start_s = max(self.segments[0].start_s, start_s - half_s)
+            end_s = min(self.segments[-1].end_s, end_s + half_s)
+        return replace(moment, start_s=start_s, end_s=end_s, best_s=min(max(best_s, start_s), end_s))
+
+    def _piece_score(self, query: str, middle_s: float, length_s: float) -> float:
+        start_s = max(self.segments[0].start_s, middle_s - length_s / 2)
+        end_s = min(self.segments[-1].end_s, middle_s + length_s / 2)
+        with closing(self._open(Segment(start_s, end_s, PIECE_FRAMES), self._sampling.seek)) as opened:
+            try:
+                return self._ask(opened, {query: self._questions[query]})[query]
+            except VideoError:  # what cannot be read shows nothing; the segment around it could be read
+                return -math.inf
+
+    def _cut(self) -> tuple[list[Segment], int]:
+        """Return the segments, and their visual tokens before pruning; refuses queries that do not fit into a prompt."""
+        sampling = self._sampling
+        start_s, end_s = span_of(self.duration_s, sampling.start_s, sampling.end_s)
+        first_s = min(end_s, start_s + (self._options.segment_s or SEGMENT_S))
+        plan = self._plan(Segment(start_s, first_s, 2))
+        _, height, width = plan.full.grid
+        total_tokens = self._options.total_tokens
+        if sampling.fps is not None:
+            total_tokens = None
+        segments = cut(start_s, end_s, self._fps, height * width, total_tokens, self._options.segment_s)
+        plan = self._plan(segments[0])
+        longest_prompt(self._session, [plan], list(self._questions.values()), ONE_TOKEN)
+        return segments, len(segments) * plan.units
+
+    def _plan(self, segment: Segment, seek: str = AUTO_SEEK) -> Plan:
+        sampling = replace(
+            self._sampling, fps=None, frames=segment.frames, start_s=segment.start_s, end_s=segment.end_s, seek=seek
+        )
+        return plan_input(self._session, self._info, sampling, self.name)
+
+    def _open(self, segment: Segment, seek: str) -> OpenInput:
+        return OpenInput(self._session, self._plan(segment, seek), Clock(torch.device("cpu")))
+
+    def _opened(self) -> Iterator[OpenInput]:
+        """Yield each segment, to be closed, while the next one is read."""
+        seek = self._sampling.seek
+        if seek == AUTO_SEEK:
+            seek = KEYFRAMES
+        following: OpenInput | None = None
+        try:
+            for number, segment in enumerate(self.segments):
+                opened = following or self._open(segment, seek)
+                following = None
+                if number + 1 < len(self.segments):
+                    following = self._open(self.segments[number + 1], seek)
+                    with suppress(VideoError):  # which encoding it raises again
+                        following.begin()
+                yield opened
+        finally:
+            if following:
+                following.close()
+
+    def _ask(self, opened: OpenInput, questions: dict[str, str]) -> dict[str, float]:
+        """Return the log odds of yes against no to some questions about a segment, by query."""
+        encoded = EncodedInputs(self._session, [opened.encode()])
+        self._warn(encoded, questions)
+        odds = {}
+        for query, question in questions.items():
+            logits, _ = encoded.read_along(question, self._yes[:1])
+            odds[query] = float(logits[0, self._yes].logsumexp(0) - logits[0, self._no].logsumexp(0))
+        return odds
+
+    def _warn(self, encoded: EncodedInputs, questions: dict[str, str]) -> None:
+        """Notes the warnings about a segment; which frames are looked at is not the caller's choice."""
+        loaded = self._session.loaded
+        for name, facts in warned(encoded.report):
+            if name != "limited":
+                self.warnings.setdefault(name, facts)
+        if "demo_model" not in self.warnings and not all(map(loaded.knows_words, questions.values())):
+            self.warnings.setdefault("demo_question", encoded.report.video)
+        if loaded.tokenizer.always_thinks:
+            self.warnings.setdefault("always_thinks", encoded.report.video)
+
+
+def checked(queries: Sequence[str]) -> list[str]:
+    """Return the queries. Raises UsageError: there are none, one is no text, empty, or there twice."""
+    if not isinstance(queries, Sequence):
+        raise UsageError(f"the query is {brief(queries)}, not a text", 'for example "a red star"')
+    if not queries:
+        raise UsageError("no query", 'say what to find, such as "a red star"')
+    for query in queries:
+        if not isinstance(query, str):
+            raise UsageError(f"the query is {brief(query)}, not a text", 'for example "a red star"')
+        if not query.strip():
+            raise UsageError("the query is empty", 'say what to find, such as "a red star"')
+        if queries.count(query) > 1:
+            raise UsageError(f"the query {query!r} is there twice", "name every query once")
+    return list(queries)
+
+
+def question_for(session: Session, options: FindOptions, query: str) -> str:
+    """Return the question that a segment is asked for a query: by the prompt of the options, else as the model knows it."""
+    demo = session.loaded.demo
+    if query.rstrip().endswith("?"):
+        question = query
+    elif options.prompt is not None:
+        question = options.prompt.replace("{}", query)
+    elif demo:
+        question = demo.presence_of(query)
+    else:
+        question = QUESTION.format(query)
+    check_not_empty(question)
+    return question
+
+
+def first_tokens(tokenizer: Tokenizer, yes: str, no: str) -> tuple[list[int], list[int]]:
+    """Return the tokens with which answers of yes and of no begin, however they are spelt, without those that begin both.
+
+    Raises UsageError: nothing tells the two apart.
+    """
+    begins = []
+    for word in (yes.strip(), no.strip()):
+        spellings = (word, word.lower(), word.capitalize(), word.upper())
+        texts = [before + spelt for before in ("", " ") for spelt in spellings]
+        begins.append({tokenizer.encode(text)[0] for text in texts})
+    both = begins[0] & begins[1]
+    if not begins[0] - both or not begins[1] - both:
+        raise UsageError(f"{yes!r} and {no!r} begin with the same token", "choose words that differ in their beginning")
+    return sorted(begins[0] - both), sorted(begins[1] - both)

@@ -1,0 +1,183 @@
+"""`evoprune find`: the moments of videos that show what a query says."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from evoprune.errors import EvopruneError, UsageError, VideoError
+from evoprune.session.options import FindOptions, ModelOptions, PruneOptions, SamplingOptions
+from evoprune.util import check_text, clock, counted, is_url, missing_hint, shown, without_password
+from evoprune.video.sandbox.isolation import warm_up
+from evoprune_cli import options as opt
+from evoprune_cli.ask import split_words
+from evoprune_cli.running import SOME_FAILED, load, print_text
+from evoprune_cli.terminal import (
+    check_output,
+    failure,
+    print_document,
+    print_error,
+    print_traceback,
+    print_warning,
+    printable,
+    progress,
+    stdout,
+    tell,
+)
+
+if TYPE_CHECKING:
+    from evoprune.moments.search import Moment, Search
+
+SCHEMA = "evoprune/find@1"
+USAGE = 'evoprune find video.mp4 "a red star"'
+BAR = 20  # characters of a score of 1
+
+
+@opt.command(
+    FindOptions,
+    ModelOptions,
+    PruneOptions,
+    SamplingOptions,
+    short="more top min_score model budget fps start_s end_s json quiet",
+    without=("frames", "max_frames", "subtitles", "max_subtitle_tokens"),
+    fps={
+        "help": "Frames a second to look at in all segments; default: the model's rate, less in a long video (--total-tokens)."
+    },
+    seek={
+        "help": "Which frame is taken for each equal part of a segment: exact, that in its middle; keyframes, the keyframe nearest "
+        "to it, if the part has one. auto: keyframes, and exact where a moment begins and ends."
+    },
+)
+def find(
+    *,
+    words: opt.argument(
+        list[str], "VIDEO", "Videos (files, folders of videos or of frames, URLs), then what to find, quoted."
+    ),
+    more: opt.option(
+        list[str] | None, "-Q --query TEXT", "What to find; repeatable. All share one encoding of each segment."
+    ) = None,
+    options: opt.MakeOptions,
+    json: opt.option(bool, "--json", "One JSON line a moment on stdout, instead of text.", opt.OUTPUT) = False,
+    quiet: opt.Quiet = False,
+) -> int:
+    """Find the moments of videos that show something, best first.
+
+    Each video is cut into segments, and each segment is asked whether it shows it. Where yes is much more probable than in most
+    segments, dense frames tell when the moment begins and ends. Nothing found is no error. Ctrl-C prints what was found so far. A
+    video that fails is reported, and the others go on; the exit code is then 6.
+
+    \b
+    evoprune find clip.mp4 "a red star"
+    evoprune find videos/ -Q "a dog" -Q "a person opens a door" -m Qwen/Qwen2.5-VL-3B-Instruct
+    evoprune find clip.mp4 "Does the car stop?" --top 3 --json
+    """
+    check_output()
+    videos, queries = _words(words, list(more or []))
+    pipeline = options()
+    check_text(*queries, pipeline.find.prompt)
+    videos = _videos(videos)
+    warm_up()  # while this process imports what it needs
+    failed = 0
+    with progress(not quiet) as show:
+        qa = load(pipeline, show, quiet)
+    from evoprune.moments.search import Search
+
+    for video in videos:
+        name = without_password(video)
+        try:
+            with Search(qa.session, video, queries, pipeline.find, pipeline.sampling) as search:
+                if not quiet:
+                    _announce(search, name)
+                try:
+                    with progress(not quiet) as show:
+                        search.run(show)
+                finally:
+                    _deliver(search, name, len(videos) > 1, json, quiet)
+        except EvopruneError as problem:
+            if len(videos) == 1 or not isinstance(problem, VideoError):
+                raise
+            failed += 1
+            print_traceback(problem)
+            error = failure(problem)
+            if json:
+                print_document({"schema": SCHEMA, "video": name, "error": error})
+            message = error["message"]
+            if name not in message:
+                message = f"{name}: {message}"
+            print_error(message, error["hint"])
+    return SOME_FAILED if failed else 0
+
+
+def _words(words: Sequence[str], more: list[str]) -> tuple[list[str], list[str]]:
+    """Return the videos and the queries of a line."""
+    videos, query = split_words(words)
+    queries = more
+    if query is not None:
+        queries = [query, *more]
+    if not queries:
+        raise UsageError("nothing to find", f"say what, quoted: {USAGE}")
+    if not all(query.strip() for query in queries):
+        raise UsageError("the query is empty", USAGE)
+    return list(videos), queries
+
+
+def _videos(words: Sequence[str]) -> list[str]:
+    """Return the videos, those of a folder in its place. Raises VideoError where one is missing."""
+    from evoprune.batch.rows import product_rows
+
+    missing = [word for word in words if not is_url(word) and not os.path.exists(word)]
+    if missing:
+        raise VideoError(f"no such file: {shown(missing[0])}", missing_hint(missing[0], f"videos come first: {USAGE}"))
+    return [row.paths[0] for row in product_rows(words, ["?"])]
+
+
+def _announce(search: "Search", name: str) -> None:
+    first = search.segments[0]
+    length_s = first.end_s - first.start_s
+    tell(
+        f"{name}: {clock(search.duration_s)}, {counted(len(search.segments), 'segment')} of {length_s:.3g} s, "
+        f"{first.frames} frames in each, {search.tokens:,} visual tokens in all"
+    )
+
+
+def _deliver(search: "Search", name: str, several: bool, json: bool, quiet: bool) -> None:
+    """Prints what was found, and on stderr what was not, and warnings. `several`: whether there are other videos."""
+    moments = search.moments()
+    others = 0 if several else None
+    for warning, facts in search.warnings.items():
+        print_warning(warning, facts, others)
+    if search.asked < len(search.segments) and not quiet:
+        tell(f"{name}: broken off after {search.asked:,} of {counted(len(search.segments), 'segment')}")
+    if search.unread and not quiet:
+        tell(f"{name}: {counted(search.unread, 'segment')} could not be read")
+    if json:
+        for moment in moments:
+            print_document(record(moment, name))
+    for query in search.queries:
+        found = [moment for moment in moments if moment.query == query]
+        if found and not json:
+            lines = [f"{name}: {query}", *map(line, found)]
+            print_text("".join(printable(each, stdout()) + "\n" for each in lines))
+        elif not found and search.asked > search.unread and not quiet:
+            score, best_s = search.best(query)
+            tell(f"{name}: nothing shows {query!r}; the best is {score:.2f} at {clock(best_s)} (--min-score)")
+
+
+def record(moment: "Moment", name: str) -> dict[str, Any]:
+    """Return a moment as `--json` prints it."""
+    return {
+        "schema": SCHEMA,
+        "video": name,
+        "query": moment.query,
+        "start_s": round(moment.start_s, 3),
+        "end_s": round(moment.end_s, 3),
+        "best_s": round(moment.best_s, 3),
+        "score": round(moment.score, 6),
+        "error": None,
+    }
+
+
+def line(moment: "Moment") -> str:
+    """Return a moment as a line: when it begins and ends, when it is best, and its score with a bar."""
+    bar = "#" * round(BAR * moment.score)
+    times = f"{clock(moment.start_s):>9} - {clock(moment.end_s):<9}  best {clock(moment.best_s):<9}"
+    return f"{times}  {moment.score:.3f}  {bar}"
