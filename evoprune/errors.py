@@ -110,11 +110,13 @@ class OutOfMemory(EvopruneError):
 def call(package: str, function: Callable[..., T], *args, **kwargs) -> T:
     """Return what a function returns that another package may bring, of a method or of quantised layers.
 
-    `package`: how an error names it; empty for this project's own code. Raises PluginError: the package's code failed.
+    `package`: how an error names it; empty for this project's own code.
+
+    Raises PluginError: the package's code failed, or would have ended the program (SystemExit), perhaps as if nothing were wrong.
     """
     try:
         return function(*args, **kwargs)
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         if not package or isinstance(problem, EvopruneError) or is_out_of_memory(problem):
             raise
         hint = (

@@ -11,20 +11,18 @@ the table.
 
 import argparse
 import json
-import tempfile
 from collections import defaultdict
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 from evoprune.bench.agreement import agreement, reference
-from evoprune.bench.processes import map_in_processes
 from evoprune.bench.questions import grade
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
+from experiments.accuracy.clips_to_lines import add_lines
 from experiments.accuracy.paired import in_points, paired_difference
-from experiments.demo.write import ClipName, clips_asked, demo_video
+from experiments.demo.write import ClipName, demo_video
 
 BUDGETS = (1.0, 0.25, 0.1)
 TOKENS = 64
@@ -103,19 +101,7 @@ def main() -> None:
         return
     if args.output is None or args.block is None:
         parser.error("--output and --block are needed, or files to print")
-    there = args.output.read_text().splitlines() if args.output.exists() else []
-    done = {json.loads(line)["clip"] for line in there}
-    jobs = [clip for clip in clips_asked(args.world, args.split, args.block, args.clips) if str(clip) not in done]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        args.output.open("a") as file,
-        closing(map_in_processes(partial(start, args.model, args.quantize, folder), jobs, args.processes)) as each,
-    ):
-        for number, made in enumerate(each, len(done) + 1):
-            file.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in made)
-            file.flush()
-            print(f"{number} of {args.clips}", flush=True)
+    add_lines(args, partial(start, args.model, args.quantize))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,12 @@ file that breaks off goes on where it ended.
 """
 
 import argparse
-import json
-import tempfile
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 from evoprune.bench.agreement import agreement, reference
 from evoprune.bench.eval import Cost
-from evoprune.bench.processes import map_in_processes
 from evoprune.bench.questions import grade
 from evoprune.bench.shared import SharedInput, SharedRows
 from evoprune.bench.tune import Candidate, candidates
@@ -25,7 +22,8 @@ from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.session import Session
-from experiments.demo.write import ClipName, clips_asked, demo_video
+from experiments.accuracy.clips_to_lines import add_lines
+from experiments.demo.write import ClipName, demo_video
 
 RIVALS = ("random", "divprune", "downscale")
 FULL = Candidate("none", 1.0)
@@ -84,20 +82,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
-    there = args.output.read_text().splitlines() if args.output.exists() else []
-    done = {json.loads(line)["clip"] for line in there}
-    jobs = [clip for clip in clips_asked(args.world, args.split, args.block, args.clips) if str(clip) not in done]
     # On a CPU, which prunes clips as small as these inside the tower too.
     model = ModelOptions(args.model, device="cpu", dtype="fp32", threads=1)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        args.output.open("a") as file,
-        closing(map_in_processes(partial(start, model, folder), jobs, args.processes)) as each,
-    ):
-        for number, made in enumerate(each, len(done) + 1):
-            file.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in made)
-            file.flush()
-            print(f"{number} of {args.clips}", flush=True)
+    add_lines(args, partial(start, model))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ SETTINGS = {
 }
 
 
-def measure(name: str, model: str, frames: int, windows: int) -> float:
+def measure(name: str, model: str, budget: float, frames: int, windows: int) -> float:
     """Return seconds of a window, in this process."""
     kept, _, apart, ended = SETTINGS[name]
     if kept:
@@ -40,7 +40,7 @@ def measure(name: str, model: str, frames: int, windows: int) -> float:
     from evoprune.video_qa import VideoQA
     from experiments.speed.live_rate import Paced
 
-    qa = VideoQA.load(model, budget=0.25)
+    qa = VideoQA.load(model, budget=budget)
     source = Paced(280, 392, 0)
     spent = []
 
@@ -66,7 +66,7 @@ def run(name: str, args: argparse.Namespace) -> float:
     spin = SETTINGS[name][1]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "MALLOC_"))}
     command = [sys.executable, "-m", "experiments.speed.process_settings", "--only", name, "-m", args.model]
-    command += ["--frames", str(args.frames), "--windows", str(args.windows)]
+    command += ["--budget", str(args.budget), "--frames", str(args.frames), "--windows", str(args.windows)]
     if spin:
         environment["GOMP_SPINCOUNT"] = str(spin)
     # this Python, and this program
@@ -77,13 +77,14 @@ def run(name: str, args: argparse.Namespace) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", default="demo")
+    parser.add_argument("--budget", type=float, default=0.25)
     parser.add_argument("--frames", type=int, default=24, help="of a window, 280x392 pixels")
     parser.add_argument("--windows", type=int, default=4, help="of a process; the first one does not count")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", choices=SETTINGS, help="one setting, in this process; prints seconds")
     args = parser.parse_args(arguments)
     if args.only:
-        print(json.dumps(measure(args.only, args.model, args.frames, args.windows)))
+        print(json.dumps(measure(args.only, args.model, args.budget, args.frames, args.windows)))
         return
     found: dict[str, list[float]] = {name: [] for name in SETTINGS}
     for _ in range(args.rounds):

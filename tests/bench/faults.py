@@ -66,8 +66,8 @@ FAULTS = {
     "a tower that is not pruned": Fault(
         "counts",
         f"{ENCODER}:EncoderRun.select_rows",
-        "plan.keep if whole_pairs else stage.rows",
-        "len(rows)",
+        "max_rows = stage.rows\n",
+        "max_rows = len(rows)\n",
     ),
     "units that reuse the row of their neighbour": Fault(
         "reuse",

@@ -181,7 +181,9 @@ def test_earlytom_the_whole_encoder_line_by_line(grid, full_layers, settings_, s
         rows = encode_rows(visual, [patches], plan, piece_units=size)
         assert rows.rows.unit.tolist() == [of[0] * units + i for of, *_ in frames for i in range(units)]
         number = {pair: i for i, (of, *_) in enumerate(frames) for pair in of}
-        assert rows.selector_input.unit_to_row.tolist() == [number[p] * units + i for p in range(grid[0]) for i in range(units)]
+        assert rows.selector_input.unit_to_row.tolist() == [
+            number[p] * units + i for p in range(grid[0]) for i in range(units)
+        ]
         expected = torch.cat([x for _, x, _ in frames])
         torch.testing.assert_close(rows.selector_input.rows.double(), expected, atol=1e-4, rtol=1e-4)
         received = torch.tensor([value for *_, attention in frames for value in attention])

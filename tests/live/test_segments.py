@@ -57,7 +57,10 @@ def test_selections_between_layers_see_rows_of_their_own_segment_alone(name, mon
     parts, cut = (in_segments(visual, patches, method, pairs, 0.4, piece_units=size) for size in (10**6, 1))
     for number, ((part, _), (other, _)) in enumerate(zip(parts, cut, strict=True)):
         torch.testing.assert_close(part.selector_input.rows, other.selector_input.rows, atol=2e-5, rtol=1e-5)
-        assert torch.equal(part.selector_input.unit_to_row, other.selector_input.unit_to_row) and part.layers == other.layers
+        assert (
+            torch.equal(part.selector_input.unit_to_row, other.selector_input.unit_to_row)
+            and part.layers == other.layers
+        )
         owner, computed = part.selector_input.unit_to_row, part.layers[-1][1]
         assert (owner >= 0).all() and owner.unique().numel() == len(part.rows.unit) >= computed
         assert (part.rows.unit.diff() > 0).all() and torch.equal(

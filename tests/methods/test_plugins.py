@@ -41,6 +41,8 @@ class First(Selector):
     skip: int = 0
 
     def select(self, tokens, keep):
+        if self.skip < -1:
+            raise SystemExit(0)
         if self.skip < 0:
             raise ZeroDivisionError("no such token")
         return Selection(torch.arange(self.skip, self.skip + keep))
@@ -319,6 +321,14 @@ def test_what_fails_inside_one_is_not_called_a_bug_of_this_package(package, cli)
     assert done.code == 1 and "that package's authors" in hint and "Traceback" not in done.err
     assert cli(*failing, "--json").record["error"]["type"] == "plugin"
     assert "in select" in cli(*failing, "--debug").err
+    done = cli(
+        *ASK[:2], *QUESTIONS[:2], "--method", "first:skip=-2"
+    )  # which would end the command as if it had answered
+    assert (
+        done.code == 1
+        and "error: method 'first' of extra-methods 1.2 failed: SystemExit: 0" in done.err
+        and not done.out
+    )
 
 
 @pytest.mark.parametrize(

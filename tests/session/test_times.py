@@ -36,7 +36,7 @@ SLOW = (
     "evoprune.session.encoding.select_tokens",
     "evoprune.session.cache.Cache.store",
     "evoprune.session.cache.Cache.load",
-    "evoprune.session.report.select_tokens",
+    "evoprune.session.encoded.select_tokens",
     "evoprune.session.prompting.check_question",
     "evoprune.session.prompting.prompt_about",
     "evoprune.session.answering.prefill",

@@ -387,12 +387,14 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
         reading.each = fails
     if stage == "preprocess":
         monkeypatch.setattr("evoprune.vision.preprocess.pixel_patches", preprocess)
-    layer = loaded.model.model.visual.blocks[0].attn.proj
+    layer = loaded.model.model.visual.blocks[0].mlp.down_proj
     hook = layer.register_forward_pre_hook(fails if stage == "encode" else lambda *_: None)
-    with pytest.raises(type(problem)) as caught:
-        # Three blocks of grids, each of which the first layer runs.
-        VideoQA(loaded, method_args={"reuse": "0", "first": "0"}).encode(CLIP, frames=20)
-    hook.remove()
+    try:
+        with pytest.raises(type(problem)) as caught:
+            # More than three pieces, of which the first layer's MLP takes one after the other.
+            VideoQA(loaded, method_args={"reuse": "0", "first": "0"}).encode(CLIP, frames=20)
+    finally:
+        hook.remove()
     assert caught.value is problem
 
 
