@@ -10,6 +10,7 @@ from evoprune.util import check_text, clock, counted, is_url, missing_hint, show
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.ask import split_words
+from evoprune_cli.moment_files import MomentFiles
 from evoprune_cli.running import SOME_FAILED, load, print_text
 from evoprune_cli.terminal import (
     check_output,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "evoprune/find@1"
 USAGE = 'evoprune find video.mp4 "a red star"'
+FILES = "Files"  # title of options in the full help
 BAR = 20  # characters of a score of 1
 
 
@@ -37,7 +39,7 @@ BAR = 20  # characters of a score of 1
     ModelOptions,
     PruneOptions,
     SamplingOptions,
-    short="more top min_score model budget fps start_s end_s json quiet",
+    short="more top min_score srt clips model budget fps start_s end_s json quiet",
     without=("frames", "max_frames", "subtitles", "max_subtitle_tokens"),
     fps={
         "help": "Frames a second to look at in all segments; default: the model's rate, less in a long video (--total-tokens)."
@@ -56,6 +58,28 @@ def find(
         list[str] | None, "-Q --query TEXT", "What to find; repeatable. All share one encoding of each segment."
     ) = None,
     options: opt.MakeOptions,
+    srt: opt.option(
+        str | None, "--srt FILE", "Write the moments as subtitles: what was found and its score, while it lasts.", FILES
+    ) = None,
+    chapters: opt.option(
+        str | None, "--chapters FILE", "Write them as chapters, in the format of FFmpeg's metadata.", FILES
+    ) = None,
+    contact_sheet: opt.option(
+        str | None, "--contact-sheet FILE.png", "Draw the best frame of each moment, with its time.", FILES
+    ) = None,
+    clips: opt.option(
+        str | None,
+        "--clips DIR",
+        "Cut each moment into a file of its own, by copying packets from the keyframe before it on. A name that is there gets a "
+        "number.",
+        FILES,
+    ) = None,
+    exact: opt.option(
+        bool,
+        "--exact",
+        "Have clips begin and end exactly where moments do, which encodes them anew, without HDR.",
+        FILES,
+    ) = False,
     json: opt.option(bool, "--json", "One JSON line a moment on stdout, instead of text.", opt.OUTPUT) = False,
     quiet: opt.Quiet = False,
 ) -> int:
@@ -63,18 +87,21 @@ def find(
 
     Each video is cut into segments, and each segment is asked whether it shows it. Where yes is much more probable than in most
     segments, dense frames tell when the moment begins and ends. Nothing found is no error. Ctrl-C prints what was found so far. A
-    video that fails is reported, and the others go on; the exit code is then 6.
+    video that fails is reported, and the others go on; the exit code is then 6. Files are written once all of a video was asked.
 
     \b
     evoprune find clip.mp4 "a red star"
     evoprune find videos/ -Q "a dog" -Q "a person opens a door" -m Qwen/Qwen2.5-VL-3B-Instruct
     evoprune find clip.mp4 "Does the car stop?" --top 3 --json
+    evoprune find film.mp4 "a dog" --clips dogs/ --srt film.srt
     """
     check_output()
     videos, queries = _words(words, list(more or []))
     pipeline = options()
     check_text(*queries, pipeline.find.prompt)
     videos = _videos(videos)
+    files = MomentFiles(srt, chapters, contact_sheet, clips, exact)
+    files.check(videos)
     warm_up()  # while this process imports what it needs
     failed = 0
     with progress(not quiet) as show:
@@ -92,6 +119,7 @@ def find(
                         search.run(show)
                 finally:
                     _deliver(search, name, len(videos) > 1, json, quiet)
+                files.write(search, name, quiet)
         except EvopruneError as problem:
             if len(videos) == 1 or not isinstance(problem, VideoError):
                 raise

@@ -35,7 +35,7 @@ from evoprune.session.session import Session
 from evoprune.util import brief
 from evoprune.video.frames import probe
 from evoprune.video.given import Input, local_input, name_of
-from evoprune.video.info import AUTO_SEEK, KEYFRAMES, PICTURE, HeldVideo
+from evoprune.video.info import AUTO_SEEK, KEYFRAMES, PICTURE, HeldVideo, Video
 from evoprune.video.plan import Plan, duration_of, span_of
 
 # Called with "segment", those read and in all; then with "moment", those whose borders were found and in all.
@@ -115,6 +115,11 @@ class Search:
 
     def __exit__(self, *problem) -> None:
         self.close()
+
+    @property
+    def info(self) -> Video:
+        """Return what is known of the video. Its path is that of the file that is read."""
+        return self._info
 
     def close(self) -> None:
         """Removes what was downloaded."""

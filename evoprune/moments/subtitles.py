@@ -1,0 +1,50 @@
+"""Moments as text for players and editors: subtitles, and chapters in FFmpeg's format of metadata; both in order of time."""
+
+import re
+from collections.abc import Iterable
+from operator import attrgetter
+
+from evoprune.moments.search import Moment
+
+SPECIAL = re.compile(r"[=;#\\\n]")  # characters that mean something in FFmpeg's metadata
+
+
+def srt(moments: Iterable[Moment]) -> str:
+    """Return subtitles (SRT) that show the query of each moment, and its score, while it lasts."""
+    blocks = []
+    for number, moment in enumerate(_in_order(moments), 1):
+        times = f"{_srt_time(moment.start_s)} --> {_srt_time(moment.end_s)}"
+        blocks.append(f"{number}\n{times}\n{_line(moment.query)} ({moment.score:.2f})\n")
+    return "\n".join(blocks)
+
+
+def chapters(moments: Iterable[Moment]) -> str:
+    """Return a chapter for each moment, with its query as the title, which `ffmpeg -i film.mp4 -i FILE -map_chapters 1` puts into a
+    video.
+    """
+    lines = [";FFMETADATA1"]
+    for moment in _in_order(moments):
+        title = SPECIAL.sub(r"\\\g<0>", moment.query)
+        lines += ["[CHAPTER]", "TIMEBASE=1/1000"]
+        lines += [f"START={_milliseconds(moment.start_s)}", f"END={_milliseconds(moment.end_s)}", f"title={title}"]
+    return "\n".join(lines) + "\n"
+
+
+def _in_order(moments: Iterable[Moment]) -> list[Moment]:
+    return sorted(moments, key=attrgetter("start_s", "end_s"))
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(1000 * seconds)
+
+
+def _srt_time(seconds: float) -> str:
+    rest, milliseconds = divmod(_milliseconds(seconds), 1000)
+    rest, whole_seconds = divmod(rest, 60)
+    hours, minutes = divmod(rest, 60)
+    return f"{hours:02d}:{minutes:02d}:{whole_seconds:02d},{milliseconds:03d}"
+
+
+def _line(text: str) -> str:
+    """Return a text as one line that no reader takes for times."""
+    return " ".join(text.split()).replace("-->", "->")
