@@ -38,6 +38,8 @@ from evoprune.video.given import Input, local_input, name_of
 from evoprune.video.info import AUTO_SEEK, KEYFRAMES, PICTURE, HeldVideo, Video
 from evoprune.video.plan import Plan, duration_of, span_of
 
+# Questions that tell together whether a segment shows what a query says; of each whether yes says so.
+Questions = tuple[tuple[str, bool], ...]
 # Called with "segment", those read and in all; then with "moment", those whose borders were found and in all.
 Progress = Callable[[str, int, int], None]
 
@@ -84,7 +86,7 @@ class Search:
         self._options = options
         self._sampling = sampling
         self.queries = checked(queries)
-        self._questions = {query: question_for(session, options, query) for query in self.queries}
+        self._questions = {query: questions_for(session, options, query) for query in self.queries}
         self._yes, self._no = first_tokens(session.loaded.tokenizer, options.yes, options.no)
         self.name = name_of(source)
         self.warnings: dict[str, VideoFacts] = {}
@@ -135,7 +137,7 @@ class Search:
             for number, opened in enumerate(every):
                 with closing(opened):
                     try:
-                        odds = self._ask(opened, self._questions)
+                        odds = self._ask(opened, self.queries)
                     except VideoError as unreadable:
                         problem = unreadable
                         self.unread += 1
@@ -232,7 +234,7 @@ class Search:
         end_s = min(self.segments[-1].end_s, middle_s + length_s / 2)
         with closing(self._open(Segment(start_s, end_s, PIECE_FRAMES), self._sampling.seek)) as opened:
             try:
-                return self._ask(opened, {query: self._questions[query]})[query]
+                return self._ask(opened, [query])[query]
             except VideoError:  # what cannot be read shows nothing; the segment around it could be read
                 return -math.inf
 
@@ -248,7 +250,8 @@ class Search:
             total_tokens = None
         segments = cut(start_s, end_s, self._fps, height * width, total_tokens, self._options.segment_s)
         plan = self._plan(segments[0])
-        longest_prompt(self._session, [plan], list(self._questions.values()), ONE_TOKEN)
+        texts = [text for questions in self._questions.values() for text, _ in questions]
+        longest_prompt(self._session, [plan], texts, ONE_TOKEN)
         return segments, len(segments) * plan.units
 
     def _plan(self, segment: Segment, seek: str = AUTO_SEEK) -> Plan:
@@ -279,23 +282,28 @@ class Search:
             if following:
                 following.close()
 
-    def _ask(self, opened: OpenInput, questions: dict[str, str]) -> dict[str, float]:
-        """Return the log odds of yes against no to some questions about a segment, by query."""
+    def _ask(self, opened: OpenInput, queries: Sequence[str]) -> dict[str, float]:
+        """Return the log odds of yes against no for some queries about a segment; of several questions the least."""
         encoded = EncodedInputs(self._session, [opened.encode()])
-        self._warn(encoded, questions)
+        self._warn(encoded, queries)
         odds = {}
-        for query, question in questions.items():
-            logits, _ = encoded.read_along(question, self._yes[:1])
-            odds[query] = float(logits[0, self._yes].logsumexp(0) - logits[0, self._no].logsumexp(0))
+        for query in queries:
+            each = []
+            for text, means_it in self._questions[query]:
+                logits, _ = encoded.read_along(text, self._yes[:1])
+                value = float(logits[0, self._yes].logsumexp(0) - logits[0, self._no].logsumexp(0))
+                each.append(value if means_it else -value)
+            odds[query] = min(each)
         return odds
 
-    def _warn(self, encoded: EncodedInputs, questions: dict[str, str]) -> None:
+    def _warn(self, encoded: EncodedInputs, queries: Sequence[str]) -> None:
         """Notes the warnings about a segment; which frames are looked at is not the caller's choice."""
         loaded = self._session.loaded
         for name, facts in warned(encoded.report):
             if name != "limited":
                 self.warnings.setdefault(name, facts)
-        if "demo_model" not in self.warnings and not all(map(loaded.knows_words, questions.values())):
+        texts = [text for query in queries for text, _ in self._questions[query]]
+        if "demo_model" not in self.warnings and not all(map(loaded.knows_words, texts)):
             self.warnings.setdefault("demo_question", encoded.report.video)
         if loaded.tokenizer.always_thinks:
             self.warnings.setdefault("always_thinks", encoded.report.video)
@@ -317,19 +325,21 @@ def checked(queries: Sequence[str]) -> list[str]:
     return list(queries)
 
 
-def question_for(session: Session, options: FindOptions, query: str) -> str:
-    """Return the question that a segment is asked for a query: by the prompt of the options, else as the model knows it."""
+def questions_for(session: Session, options: FindOptions, query: str) -> Questions:
+    """Return the questions that a segment is asked for a query: by the prompt of the options, else as the model knows them."""
     demo = session.loaded.demo
+    questions: Questions
     if query.rstrip().endswith("?"):
-        question = query
+        questions = ((query, True),)
     elif options.prompt is not None:
-        question = options.prompt.replace("{}", query)
+        questions = ((options.prompt.replace("{}", query), True),)
     elif demo:
-        question = demo.presence_of(query)
+        questions = demo.questions_of(query)
     else:
-        question = QUESTION.format(query)
-    check_not_empty(question)
-    return question
+        questions = ((QUESTION.format(query), True),)
+    for text, _ in questions:
+        check_not_empty(text)
+    return questions
 
 
 def first_tokens(tokenizer: Tokenizer, yes: str, no: str) -> tuple[list[int], list[int]]:

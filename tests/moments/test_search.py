@@ -8,18 +8,18 @@ from PIL import Image
 
 import evoprune
 from evoprune.errors import UsageError, VideoError
-from evoprune.moments.search import Search, first_tokens, question_for
+from evoprune.moments.search import Search, first_tokens, questions_for
 from evoprune.session.options import FindOptions, SamplingOptions
-from tests.moments.long import SCENES, SHAPES, times_of, write_long
+from experiments.demo.long_videos import WORLDS, make_long, moments_of, write_long
 from tests.threads import one_thread  # noqa: F401
 from tests.video.files import write_video
 
-CLIPS = 16
-COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white")
 
-
-def names(outlines):
-    return [f"{colour} {outline}" for colour in COLOURS for outline in outlines]
+def long_video(path, world, minutes):
+    """Write a long video; returns the moments of each name."""
+    video = make_long(world, "validation", 71, 0, minutes)
+    write_long(world, video, path)
+    return {name: moments_of(world, video, name) for name in WORLDS[world].names}
 
 
 def overlaps(moment, span) -> bool:
@@ -29,7 +29,7 @@ def overlaps(moment, span) -> bool:
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     path = tmp_path_factory.mktemp("shapes") / "long.mp4"
-    return path, write_long(path, SHAPES, CLIPS)
+    return path, long_video(path, "shapes", 1.5)
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +37,16 @@ def demo():
     return evoprune.VideoQA.load("demo", budget=0.25)
 
 
-def there_and_absent(world, made, outlines):
-    times = {name: times_of(world, made, name) for name in names(outlines)}
+def there_and_absent(times):
+    """Return names of things that are there in one moment, of more than two seconds, and of things that never are."""
     absent = [name for name, spans in times.items() if not spans]
     lasting = [name for name, spans in times.items() if len(spans) == 1 and spans[0][1] - spans[0][0] > 2]
-    return times, lasting, absent
+    return lasting, absent
 
 
 def test_things_that_are_there_are_found_and_others_are_not(demo, shapes):
-    path, made = shapes
-    times, lasting, absent = there_and_absent(SHAPES, made, ("circle", "square", "triangle", "cross"))
+    path, times = shapes
+    lasting, absent = there_and_absent(times)
     lasting = lasting[:5]
     absent = absent[:5]
     seen = []
@@ -64,8 +64,8 @@ def test_things_that_are_there_are_found_and_others_are_not(demo, shapes):
 @pytest.mark.full
 def test_the_other_world(tmp_path):
     path = tmp_path / "long.mp4"
-    made = write_long(path, SCENES, 10)
-    times, lasting, absent = there_and_absent(SCENES, made, ("star", "heart", "moon", "ring"))
+    times = long_video(path, "scenes", 1.3)
+    lasting, absent = there_and_absent(times)
     qa = evoprune.VideoQA.load("demo-scenes", budget=0.25)
     found = qa.find(path, [*lasting[:6], *absent[:4]])
     right = {m.query for m in found if m.query in lasting and overlaps(m, *times[m.query])}
@@ -74,14 +74,14 @@ def test_the_other_world(tmp_path):
 
 
 def test_what_broke_off_has_moments_of_what_was_read(demo, shapes):
-    path, made = shapes
-    names_there = [name for name in names(("circle", "square")) if times_of(SHAPES, made, name)]
+    path, times = shapes
+    there = [name for name, spans in times.items() if spans]
 
     def stop(stage, done, total):
         if done == 6:
             raise KeyboardInterrupt
 
-    with Search(demo.session, str(path), names_there, FindOptions(), SamplingOptions()) as search:
+    with Search(demo.session, str(path), there, FindOptions(), SamplingOptions()) as search:
         with pytest.raises(KeyboardInterrupt):
             search.run(stop)
         moments = search.moments()
@@ -97,10 +97,13 @@ def test_top_min_score_and_a_part_of_the_time(demo, shapes):
 
 
 def test_queries_become_the_questions_that_a_demo_knows(demo):
-    ask = lambda query, **options: question_for(demo.session, FindOptions(**options), query)  # noqa: E731
-    assert ask("a red circle") == ask("red circle") == "Is there a red circle?"
-    assert ask("Can you see a red ring?") == "Can you see a red ring?"
-    assert ask("a red {} ring", prompt="Can you see {}?") == "Can you see a red {} ring?"
+    ask = lambda query, **options: questions_for(demo.session, FindOptions(**options), query)  # noqa: E731
+    assert ask("a red circle") == ask("red circle") == (("Is there a red circle?", True),)
+    assert ask("Can you see a red ring?") == (("Can you see a red ring?", True),)
+    assert ask("a red {} ring", prompt="Can you see {}?") == (("Can you see a red {} ring?", True),)
+    at_start, at_end = "Is the red ring there at the start?", "Is the red ring there at the end?"
+    assert ask("the red ring appears") == (("Is there a red ring?", True), (at_start, False), (at_end, True))
+    assert ask("a red ring vanishes")[1:] == ((at_start, True), (at_end, False))
 
 
 def test_words_for_yes_and_no(demo):
