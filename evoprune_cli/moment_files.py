@@ -30,24 +30,25 @@ class MomentFiles:
             if file is not None and len(videos) > 1:
                 hint = "call find for each; --clips takes them all"
                 raise UsageError(f"{option} is about one video, and there are {len(videos):,}", hint)
-            if file in (self.srt, self.chapters) and file and os.path.isfile(file) and os.path.getsize(file):
-                raise UsageError(
-                    f"{file} is there already", "name another file, or remove this one"
-                )  # its text may be edited
+            text = file in (self.srt, self.chapters)  # which somebody may have edited
+            if text and file and os.path.isfile(file) and os.path.getsize(file):
+                raise UsageError(f"{file} is there already", "name another file, or remove this one")
             check_writable(file, inputs=videos)
         sheet = self.contact_sheet
         if sheet is not None and os.path.splitext(sheet)[1].lower() != ".png":
             raise UsageError(f"--contact-sheet {sheet} is no PNG file", "name it .png")
         if self.exact and self.clips is None:
             raise UsageError("--exact is about clips", "add --clips DIR")
-        if self.clips == "":
+        if self.clips is not None:
+            self._check_folder(self.clips, videos)
+
+    def _check_folder(self, clips: str, videos: list[str]) -> None:
+        if not clips:
             raise UsageError("the name of an output is empty", "name a folder; is a variable of the shell not set?")
-        if self.clips is None:
-            return
-        if not os.path.isdir(self.clips):
-            check_new_folder(self.clips)
-        elif not os.access(self.clips, os.W_OK):
-            raise UsageError(f"cannot write into {self.clips}", "name a folder that can be written")
+        if not os.path.exists(clips):
+            check_new_folder(clips)
+        elif not (os.path.isdir(clips) and os.access(clips, os.W_OK)):
+            raise UsageError(f"cannot write into {clips}", "name a folder that can be written")
         for video in videos:
             if os.path.isdir(video):
                 raise UsageError(f"{video} is a folder of images, of which no clips can be cut", "leave out --clips")

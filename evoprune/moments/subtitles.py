@@ -19,9 +19,7 @@ def srt(moments: Iterable[Moment]) -> str:
 
 
 def chapters(moments: Iterable[Moment]) -> str:
-    """Return a chapter for each moment, with its query as the title, which `ffmpeg -i film.mp4 -i FILE -map_chapters 1` puts into a
-    video.
-    """
+    """Return FFmpeg's metadata with a chapter for each moment, whose title is the query."""
     lines = [";FFMETADATA1"]
     for moment in _in_order(moments):
         title = SPECIAL.sub(r"\\\g<0>", moment.query)

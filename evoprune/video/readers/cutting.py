@@ -40,7 +40,7 @@ IN_MP4 = ("h264", "hevc", "av1", "mpeg4", "aac", "mp3", "ac3", "eac3", "alac")
 # The encoders, the preferred one first, with settings at which one hardly sees a difference. Without frames out of order (bf), an
 # MP4 says exactly how long the last frame is shown.
 ENCODERS = {"libx264": {"crf": "18", "preset": "veryfast", "bf": "0"}, "mpeg4": {"qmin": "2", "qmax": "4"}}
-CLOCK = Fraction(1, 90_000)  # of frames that are encoded anew
+CLOCK = Fraction(1, 60_000)  # of frames that are encoded anew; MPEG-4 has no finer one
 BT709 = 1  # FFmpeg's number of its primaries, curve and matrix
 LIMITED_RANGE = 1  # FFmpeg's number of the usual range of brightness
 REORDERED_S = 2.0  # a keyframe is not stored later than that behind frames that are shown after it
