@@ -10,12 +10,12 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from evoprune.errors import UsageError
-from evoprune.util import is_url
+from evoprune.util import is_url, long_clock
 from evoprune.video.info import CLIP_ENDINGS, Video
 from evoprune.video.sandbox.isolation import HINT, Crash, stream_clip
 
 UNFINISHED = ".part"  # how the name of a clip ends while it is written, behind eight hexadecimal digits
-LONGEST_STEM = 100  # characters of a video's name in a clip's
+LONGEST_STEM = 50  # characters of a video's name in a clip's, of up to four bytes each
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,7 @@ def clip_name(video: str, start_s: float) -> str:
     if is_url(video):
         name = os.path.basename(urlsplit(video).path)
     stem = os.path.splitext(name)[0][:LONGEST_STEM] or "clip"
-    seconds, milliseconds = divmod(round(1000 * start_s), 1000)
-    minutes, seconds = divmod(seconds, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{stem}-{hours:02d}-{minutes:02d}-{seconds:02d}.{milliseconds:03d}"
+    return f"{stem}-{long_clock(start_s).replace(':', '-')}"
 
 
 @contextmanager
@@ -114,6 +111,6 @@ def _placed(unfinished: str, folder: str, name: str, ending: str) -> str:
         added = "" if number == 1 else f"-{number}"
         path = os.path.join(folder, f"{name}{added}{ending}")
         with suppress(FileExistsError):
-            open(path, "x").close()
+            open(path, "x").close()  # the name is this clip's from now on
             os.replace(unfinished, path)
             return path

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from operator import attrgetter
 
 from evoprune.moments.search import Moment
+from evoprune.util import long_clock
 
 SPECIAL = re.compile(r"[=;#\\\n]")  # characters that mean something in FFmpeg's metadata
 
@@ -23,8 +24,8 @@ def chapters(moments: Iterable[Moment]) -> str:
     lines = [";FFMETADATA1"]
     for moment in _in_order(moments):
         title = SPECIAL.sub(r"\\\g<0>", moment.query)
-        lines += ["[CHAPTER]", "TIMEBASE=1/1000"]
-        lines += [f"START={_milliseconds(moment.start_s)}", f"END={_milliseconds(moment.end_s)}", f"title={title}"]
+        lines += ["[CHAPTER]", "TIMEBASE=1/1000", f"START={round(1000 * moment.start_s)}"]
+        lines += [f"END={round(1000 * moment.end_s)}", f"title={title}"]
     return "\n".join(lines) + "\n"
 
 
@@ -32,15 +33,8 @@ def _in_order(moments: Iterable[Moment]) -> list[Moment]:
     return sorted(moments, key=attrgetter("start_s", "end_s"))
 
 
-def _milliseconds(seconds: float) -> int:
-    return round(1000 * seconds)
-
-
 def _srt_time(seconds: float) -> str:
-    rest, milliseconds = divmod(_milliseconds(seconds), 1000)
-    rest, whole_seconds = divmod(rest, 60)
-    hours, minutes = divmod(rest, 60)
-    return f"{hours:02d}:{minutes:02d}:{whole_seconds:02d},{milliseconds:03d}"
+    return long_clock(seconds).replace(".", ",")
 
 
 def _line(text: str) -> str:

@@ -46,10 +46,9 @@ LIMITED_RANGE = 1  # FFmpeg's number of the usual range of brightness
 REORDERED_S = 2.0  # a keyframe is not stored later than that behind frames that are shown after it
 EXACTLY = "cut it exactly, which encodes it anew: --exact, in Python exact=True"
 
-TimedPackets = Iterator[tuple[float, Packet]]  # when each is decoded, in seconds from the clip's beginning, ascending
-Pictures = Iterator[
-    tuple[float, np.ndarray]
-]  # when each is shown, in seconds from the clip's beginning; uint8 `[H, W, 3]`
+# When each is decoded, or shown, in seconds from the clip's beginning, ascending. Pictures are uint8 `[H, W, 3]`.
+TimedPackets = Iterator[tuple[float, Packet]]
+Pictures = Iterator[tuple[float, np.ndarray]]
 
 
 class ClipReader:
