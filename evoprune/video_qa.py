@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from evoprune.backend.devices import holds_values
 from evoprune.errors import UsageError
@@ -172,12 +172,7 @@ class VideoQA(Uncopied):
         inputs = inputs_of(path, options.get("frame_rate"), times_s)
         check_type("name", name, str | None)
         check_type("progress", progress, Callable | None)
-        if cache is not None:
-            from evoprune.session.cache import Cache
-
-            if not isinstance(cache, Cache):
-                hint = "give evoprune.Cache(), evoprune.Cache(folder) or None"
-                raise UsageError(f"cache is {brief(cache)}, not a Cache", hint)
+        _check_cache(cache)
         names = None if name is None else [name] * len(inputs)
         given = {"progress": progress, "names": names, "cache": cache, "ahead": self._ahead}
         with closing(open_inputs(self.session, inputs, sampling, **given)) as opened:
@@ -266,6 +261,7 @@ class VideoQA(Uncopied):
         start_s: float = 0.0,
         end_s: float | None = None,
         progress: Callable[[str, int, int], None] | None = None,
+        cache: "Cache | None" = None,
         **options: "Unpack[FindKeywords]",
     ) -> "list[Moment]":
         """Finds the moments of a video that show what a query says, the best first; of several queries, one after the other.
@@ -280,6 +276,7 @@ class VideoQA(Uncopied):
             fps: frames a second to look at in all segments; default: the model's rate, less in a long video (`total_tokens`).
             start_s, end_s: the part of the video that is searched; below 0 from its end.
             progress: called with "segment", those read and in all; then with "moment", those whose borders are found and in all.
+            cache: where encoded segments are kept, so that they serve other queries too; as of `encode`.
             options: how moments are found: the fields of `keywords.FindKeywords`.
 
         Raises UsageError: an option or query that makes no sense, or a picture. VideoError: missing, unreadable or empty.
@@ -289,14 +286,24 @@ class VideoQA(Uncopied):
 
         (finding,) = from_keywords(options, FindOptions)
         check_type("progress", progress, Callable | None)
+        _check_cache(cache)
         source, *others = inputs_of(path)
         if others:
             raise UsageError("find takes one video", "call it for each of them")
         queries = [query] if isinstance(query, str) else query
         sampling = SamplingOptions(fps=fps, start_s=start_s, end_s=end_s)
-        with Search(self.session, source, queries, finding, sampling) as search:
+        with Search(self.session, source, queries, finding, sampling, cache) as search:
             search.run(progress)
             return search.moments()
+
+
+def _check_cache(cache: Any) -> None:
+    if cache is not None:
+        from evoprune.session.cache import Cache
+
+        if not isinstance(cache, Cache):
+            hint = "give evoprune.Cache(), evoprune.Cache(folder) or None"
+            raise UsageError(f"cache is {brief(cache)}, not a Cache", hint)
 
 
 def load_qa(

@@ -2,16 +2,17 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import EvopruneError, UsageError, VideoError
-from evoprune.session.options import FindOptions, ModelOptions, PruneOptions, SamplingOptions
+from evoprune.session.options import FindOptions, ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
 from evoprune.util import check_text, clock, counted, is_url, missing_hint, shown, without_password
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.ask import split_words
 from evoprune_cli.moment_files import MomentFiles
-from evoprune_cli.running import SOME_FAILED, load, print_text
+from evoprune_cli.running import SOME_FAILED, is_one_of, load, print_text
 from evoprune_cli.terminal import (
     check_output,
     failure,
@@ -26,6 +27,7 @@ from evoprune_cli.terminal import (
 )
 
 if TYPE_CHECKING:
+    from evoprune.batch.rows import Row
     from evoprune.moments.search import Moment, Search
 
 SCHEMA = "evoprune/find@1"
@@ -81,6 +83,28 @@ def find(
         FILES,
     ) = False,
     json: opt.option(bool, "--json", "One JSON line a moment on stdout, instead of text.", opt.OUTPUT) = False,
+    output: opt.option(
+        str | None,
+        "-o --output FILE",
+        "Also write here what was found, a JSON line a video, as soon as it is searched to its end.",
+        opt.OUTPUT,
+    ) = None,
+    resume: opt.option(
+        bool,
+        "--resume",
+        "Go on with FILE if it exists: videos that it has are skipped, those that failed are searched again.",
+        opt.OUTPUT,
+    ) = False,
+    overwrite: opt.option(
+        bool, "--overwrite", "Replace the records in FILE; a file that holds anything else stays.", opt.OUTPUT
+    ) = False,
+    cache: opt.option(
+        bool,
+        "--cache/--no-cache",
+        "Keep encoded segments on disk (at most 4 GiB), so that other queries need no reading and no encoding.  "
+        "[env var: EVOPRUNE_CACHE_DIR]",
+        opt.OUTPUT,
+    ) = False,
     quiet: opt.Quiet = False,
 ) -> int:
     """Find the moments of videos that show something, best first.
@@ -92,6 +116,7 @@ def find(
     \b
     evoprune find clip.mp4 "a red star"
     evoprune find videos/ -Q "a dog" -Q "a person opens a door" -m Qwen/Qwen2.5-VL-3B-Instruct
+    evoprune find videos/ "a dog" -m Qwen/Qwen2.5-VL-3B-Instruct -o dogs.jsonl --resume
     evoprune find clip.mp4 "Does the car stop?" --top 3 --json
     evoprune find film.mp4 "a dog" --clips dogs/ --srt film.srt
     """
@@ -99,40 +124,106 @@ def find(
     videos, queries = _words(words, list(more or []))
     pipeline = options()
     check_text(*queries, pipeline.find.prompt)
-    videos = _videos(videos)
+    rows = _rows(videos, queries, pipeline.sampling)
     files = MomentFiles(srt, chapters, contact_sheet, clips, exact)
-    files.check(videos)
-    warm_up()  # while this process imports what it needs
-    failed = 0
-    with progress(not quiet) as show:
-        qa = load(pipeline, show, quiet)
-    from evoprune.moments.search import Search
+    files.check([row.paths[0] for row in rows], output)
+    if (resume or overwrite) and output is None:
+        raise UsageError("--resume and --overwrite are about a file", "name it with -o")
+    with ExitStack() as stack:
+        kept = None
+        left = rows
+        if output is not None:
+            kept = Kept(rows, pipeline, output, resume, overwrite)
+            stack.enter_context(closing(kept))
+            left = kept.left
+            if len(left) < len(rows) and not quiet:
+                tell(f"{output} has {len(rows) - len(left):,} of {counted(len(rows), 'video')} already")
+        if not left:
+            return 0
+        warm_up()  # while this process imports what it needs
+        with progress(not quiet) as show:
+            qa = load(pipeline, show, quiet)
+        from evoprune.moments.search import Search
+        from evoprune.session.cache import SegmentCache
 
-    for video in videos:
-        name = without_password(video)
+        stored = SegmentCache() if cache else None
+        failed = 0
+        for row in left:
+            name = without_password(row.video)
+            moments = None
+            error = None
+            try:
+                with Search(qa.session, row.paths[0], queries, pipeline.find, pipeline.sampling, stored) as search:
+                    if not quiet:
+                        _announce(search, name)
+                    try:
+                        with progress(not quiet) as show:
+                            search.run(show)
+                    finally:
+                        _deliver(search, name, len(rows) > 1, json, quiet)
+                    files.write(search, name, quiet)
+                    moments = [record(moment, name) for moment in search.moments()]
+            except EvopruneError as problem:
+                if len(rows) == 1 or not isinstance(problem, VideoError):
+                    raise
+                failed += 1
+                error = _report_failure(problem, name, json)
+            if kept:
+                kept.add(row, moments, error, qa.loaded.found.commit)
+        return SOME_FAILED if failed else 0
+
+
+class Kept:
+    """Holds the output file of a search. To be closed. `left`: the rows that it does not have yet."""
+
+    def __init__(self, rows: Sequence["Row"], options: PipelineOptions, path: str, resume: bool, overwrite: bool):
+        from evoprune.batch.moments import MomentsFile, SearchSettings
+        from evoprune.batch.output import Sources, remaining
+
+        if path == "-":
+            raise UsageError("-o names a file", "--json prints on stdout")
+        if is_one_of(path, [row.paths[0] for row in rows]):
+            raise UsageError(f"{path} is what is to be read", "choose another -o")
+        settings = SearchSettings(
+            options.model, options.pruning, options.sampling.timeless, options.generation, options.stream, options.find
+        )
+        self._settings = settings.record()
+        self._file = MomentsFile(path, resume=resume, overwrite=overwrite)
         try:
-            with Search(qa.session, video, queries, pipeline.find, pipeline.sampling) as search:
-                if not quiet:
-                    _announce(search, name)
-                try:
-                    with progress(not quiet) as show:
-                        search.run(show)
-                finally:
-                    _deliver(search, name, len(videos) > 1, json, quiet)
-                files.write(search, name, quiet)
-        except EvopruneError as problem:
-            if len(videos) == 1 or not isinstance(problem, VideoError):
-                raise
-            failed += 1
-            print_traceback(problem)
-            error = failure(problem)
-            if json:
-                print_document({"schema": SCHEMA, "video": name, "error": error})
-            message = error["message"]
-            if name not in message:
-                message = f"{name}: {message}"
-            print_error(message, error["hint"])
-    return SOME_FAILED if failed else 0
+            self._sources = Sources(settings)
+            self.left = remaining(rows, settings, self._file.found, self._sources)
+        except BaseException:
+            self.close()
+            raise
+        self._files = {row.id: self._sources.of(row) for row in self.left}
+
+    def add(
+        self, row: "Row", moments: list[dict[str, Any]] | None, error: dict[str, Any] | None, commit: str | None
+    ) -> None:
+        """Appends the line of a video, which is on the disk when this returns."""
+        from evoprune.batch.moments import FoundVideo
+
+        self._sources.check_revision(commit)
+        if not self._file.written:  # earlier records stay until there is one to write
+            self._file.begin(again={row.id for row in self.left})
+        about = {"row": row.asked | {"answer": None}, "settings": self._settings, "files": self._files[row.id]}
+        self._file.add(FoundVideo(row.id, moments, error, {"revision": commit}, about))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _report_failure(problem: VideoError, name: str, json: bool) -> dict[str, Any]:
+    """Tells that a video failed, on stderr and as JSON; returns the error as records hold it."""
+    print_traceback(problem)
+    error = failure(problem)
+    if json:
+        print_document({"schema": SCHEMA, "video": name, "error": error})
+    message = error["message"]
+    if name not in message:
+        message = f"{name}: {message}"
+    print_error(message, error["hint"])
+    return error
 
 
 def _words(words: Sequence[str], more: list[str]) -> tuple[list[str], list[str]]:
@@ -148,14 +239,14 @@ def _words(words: Sequence[str], more: list[str]) -> tuple[list[str], list[str]]
     return list(videos), queries
 
 
-def _videos(words: Sequence[str]) -> list[str]:
-    """Return the videos, those of a folder in its place. Raises VideoError where one is missing."""
-    from evoprune.batch.rows import product_rows
+def _rows(words: Sequence[str], queries: Sequence[str], sampling: SamplingOptions) -> list["Row"]:
+    """Return a row for each video, those of a folder in its place. Raises VideoError where one is missing."""
+    from evoprune.batch.moments import search_rows
 
     missing = [word for word in words if not is_url(word) and not os.path.exists(word)]
     if missing:
         raise VideoError(f"no such file: {shown(missing[0])}", missing_hint(missing[0], f"videos come first: {USAGE}"))
-    return [row.paths[0] for row in product_rows(words, ["?"])]
+    return search_rows(words, queries, sampling)
 
 
 def _announce(search: "Search", name: str) -> None:

@@ -23,9 +23,15 @@ class MomentFiles:
     clips: str | None  # a folder
     exact: bool  # whether clips begin and end at the times of the moments
 
-    def check(self, videos: list[str]) -> None:
-        """Raises UsageError, before anything is read, where a file cannot be written, or the options do not fit the videos."""
+    def check(self, videos: list[str], output: str | None) -> None:
+        """Raises UsageError, before anything is read, where a file cannot be written, or the options do not fit the videos.
+
+        `output`: another file that will be written.
+        """
         single = {"--srt": self.srt, "--chapters": self.chapters, "--contact-sheet": self.contact_sheet}
+        files = [os.path.realpath(file) for file in (*single.values(), output) if file]
+        if len(set(files)) < len(files):
+            raise UsageError("two options name the same file", "give each a file of its own")
         for option, file in single.items():
             if file is not None and len(videos) > 1:
                 hint = "call find for each; --clips takes them all"

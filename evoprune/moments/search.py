@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -15,6 +16,7 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.language.prompt import Tokenizer
 from evoprune.model.cost import Clock
 from evoprune.moments.segments import (
+    MARGIN,
     SEGMENT_S,
     Run,
     Segment,
@@ -27,7 +29,8 @@ from evoprune.moments.segments import (
 )
 from evoprune.report import VideoFacts, warned
 from evoprune.session.answering import EncodedInputs
-from evoprune.session.encoding import OpenInput
+from evoprune.session.cache import Cache, ContentHash
+from evoprune.session.encoding import CachedInput, OpenInput
 from evoprune.session.options import FindOptions, GenerationOptions, SamplingOptions
 from evoprune.session.planning import plan_input
 from evoprune.session.prompting import check_not_empty, longest_prompt
@@ -46,14 +49,17 @@ Progress = Callable[[str, int, int], None]
 QUESTION = "Does the video show the following? {}\nAnswer yes or no."
 ONE_TOKEN = GenerationOptions(max_new_tokens=1)
 PIECE_FRAMES = 4  # of the pieces whose scores tell where a moment begins and ends
+# A border lies so many lengths of a piece inside of where the pieces that show it end: the last of them has some frames of it.
+REACH = 0.2
+CANDIDATES = 2  # for each moment that is wanted so many runs of segments are looked at in pieces, at most
 
 
 @dataclass(frozen=True)
 class Moment:
     """Hold a part of a video that shows what a query says. Times are seconds from the video's first frame.
 
-    `score`: the probability of yes against no in the best segment, from 0 to 1. `best_s`: the middle of the part that shows it
-    best.
+    `score`: the probability of yes against no, from 0 to 1, by the best segment and the best part of it. `best_s`: the middle of
+    that part.
     """
 
     query: str
@@ -70,6 +76,8 @@ class Search:
     `tokens`: of all segments before pruning. `asked`: how many segments were asked so far; `unread`: how many of them could not
     be read. `warnings`: names, each with the facts of the video that it is about.
 
+    `cache`: where encoded segments are kept; not used for a method that reads the question.
+
     Raises UsageError: a query that is empty, twice there or too long, a picture, or words for yes and no that the model cannot
     tell apart. VideoError: missing, unreadable or empty. OutOfMemory.
     """
@@ -81,8 +89,13 @@ class Search:
         queries: Sequence[str],
         options: FindOptions,
         sampling: SamplingOptions,
+        cache: Cache | None = None,
     ):
         self._session = session
+        self._cache = cache
+        self._kind: Callable[[Session, Plan, Clock], OpenInput] = OpenInput
+        if cache and not session.pruning.method.reads_question:
+            self._kind = partial(CachedInput, cache=cache, hashed=ContentHash())
         self._options = options
         self._sampling = sampling
         self.queries = checked(queries)
@@ -109,7 +122,7 @@ class Search:
             self._files.close()
             raise
         self._scores: dict[str, list[float]] = {query: [] for query in self._questions}  # log odds of each segment
-        self._found: dict[tuple[str, Run], Moment] = {}  # with borders
+        self._looked_at: dict[tuple[str, Run], Moment] = {}  # in pieces; of some the score is too low after all
         self.asked = 0
 
     def __enter__(self) -> "Search":
@@ -124,8 +137,10 @@ class Search:
         return self._info
 
     def close(self) -> None:
-        """Removes what was downloaded."""
+        """Removes what was downloaded, and from the cache what is beyond its limit."""
         self._files.close()
+        if self._cache and not self._cache.makes_room:
+            self._cache.make_room()
 
     def run(self, progress: Progress | None = None) -> None:
         """Asks about every segment, then finds the borders of the best moments of each query.
@@ -149,25 +164,31 @@ class Search:
                     progress("segment", self.asked, len(self.segments))
         if problem and self.unread == len(self.segments):
             raise problem
-        wanted = [(query, run) for query in self._questions for run in self._runs(query)]
+        wanted = [(query, run) for query in self.queries for run in self._candidates(query)]
         for number, (query, run) in enumerate(wanted):
-            self._found[query, run] = self._refined(query, run)
+            self._looked_at[query, run] = self._refined(query, run)
             if progress:
                 progress("moment", number + 1, len(wanted))
 
     def moments(self) -> list[Moment]:
         """Return what was found so far: for each query, in the order given, the best first.
 
-        A moment whose borders were not looked for has those of its segments.
+        A moment whose pieces were not looked at has the borders and the score of its segments.
         """
-        return [
-            self._found.get((query, run)) or self._coarse(query, run)
-            for query in self._questions
-            for run in self._runs(query)
-        ]
+        found = []
+        for query in self.queries:
+            least = probability(self._least(query))
+            each = [self._looked_at.get((query, run)) or self._coarse(query, run) for run in self._candidates(query)]
+            each = joined([moment for moment in each if moment.score >= least])
+            found += sorted(each, key=lambda moment: -moment.score)[: self._options.top]
+        return found
 
     def best(self, query: str) -> tuple[float, float]:
-        """Return the score of the segment that shows a query best, and the time of its middle. At least one was asked."""
+        """Return the best score of a query, and the time where it is best. At least one segment was asked."""
+        looked_at = [moment for (asked, _), moment in self._looked_at.items() if asked == query]
+        if looked_at:
+            best = max(looked_at, key=lambda moment: moment.score)
+            return best.score, best.best_s
         scores = self._scores[query]
         place = scores.index(max(scores))
         return probability(scores[place]), self.segments[place].middle_s
@@ -177,8 +198,10 @@ class Search:
             return log_odds(self._options.min_score)
         return least_odds(self._scores[query])
 
-    def _runs(self, query: str) -> list[Run]:
-        return runs(self._scores[query], self._least(query))[: self._options.top]
+    def _candidates(self, query: str) -> list[Run]:
+        """Return the runs that are looked at in pieces, the best first."""
+        found = runs(self._scores[query], self._least(query) - MARGIN)
+        return found[: CANDIDATES * self._options.top]
 
     def _coarse(self, query: str, run: Run) -> Moment:
         best = self.segments[run.best]
@@ -186,14 +209,16 @@ class Search:
         return Moment(query, self.segments[run.first].start_s, self.segments[run.last].end_s, score, best.middle_s)
 
     def _refined(self, query: str, run: Run) -> Moment:
-        """Return a moment with borders by the scores of pieces: short parts, read densely, in its first, best and last segment.
+        """Return a moment with borders and a score by those of pieces: short parts, read densely.
 
-        Where no piece shows what a segment shows, its own border stays.
+        Its log odds are the mean of those of its best segment and of the best piece of that. Where no piece shows it, the borders
+        of its segments stay.
         """
         moment = self._coarse(query, run)
-        least = self._least(query)
+        shown_from = self._least(query) - MARGIN
         length_s = PIECE_FRAMES / self._fps
-        close = {"precision_s": length_s / 8, "reach_s": (length_s - 1 / self._fps) / 2}
+        begin_s = self.segments[0].start_s
+        stop_s = self.segments[-1].end_s
         known: dict[float, float] = {}
 
         def score(middle_s: float) -> float:
@@ -202,31 +227,42 @@ class Search:
             return known[middle_s]
 
         def shown(middle_s: float) -> bool:
-            return score(middle_s) >= least
+            return score(middle_s) >= shown_from
 
-        def inside(place: int) -> list[float]:
-            """Return the middles of the pieces of a segment that show it."""
+        def pieces(place: int) -> list[float]:
+            """Return the middles of the pieces of a segment."""
             segment = self.segments[place]
-            pieces = max(1, round((segment.end_s - segment.start_s) / length_s))
-            step_s = (segment.end_s - segment.start_s) / pieces
-            return [middle for n in range(pieces) if shown(middle := segment.start_s + (n + 0.5) * step_s)]
+            count = max(1, round((segment.end_s - segment.start_s) / length_s))
+            step_s = (segment.end_s - segment.start_s) / count
+            return [segment.start_s + (n + 0.5) * step_s for n in range(count)]
 
-        start_s = moment.start_s
-        end_s = moment.end_s
-        best_s = moment.best_s
-        if first := inside(run.first):
-            outside_s = max(self.segments[0].start_s, start_s - length_s / 2)
-            start_s = border(shown, outside_s, first[0], **close)
-        if last := inside(run.last):
-            outside_s = min(self.segments[-1].end_s, end_s + length_s / 2)
-            end_s = border(shown, outside_s, last[-1], **close)
-        if best := inside(run.best):
-            best_s = max(best, key=score)
+        def edge(inside_s: float, step_s: float, end_s: float) -> float:
+            """Return the border, from a piece that shows it in steps towards `end_s`."""
+            outside_s = inside_s + step_s
+            while (end_s - outside_s) * step_s > 0 and shown(outside_s):
+                inside_s = outside_s
+                outside_s += step_s
+            if (end_s - outside_s) * step_s <= 0:
+                outside_s = end_s
+            return border(shown, outside_s, inside_s, precision_s=length_s / 8, reach_s=REACH * length_s)
+
+        best_s = max(pieces(run.best), key=score)
+        if score(best_s) == -math.inf:  # nothing can be read
+            return moment
+        odds = (self._scores[query][run.best] + score(best_s)) / 2
+        moment = replace(moment, score=probability(odds), best_s=best_s)
+        places = range(run.first, run.last + 1)
+        first = next((each for place in places for each in pieces(place) if shown(each)), None)
+        if first is None:
+            return moment
+        last = next(each for place in reversed(places) for each in reversed(pieces(place)) if shown(each))
+        segment_s = self.segments[0].end_s - begin_s
+        start_s = edge(first, -length_s, max(begin_s, moment.start_s - segment_s))
+        end_s = edge(last, length_s, min(stop_s, moment.end_s + segment_s))
         if start_s >= end_s:  # shorter than its frames are apart
-            start_s = end_s = (start_s + end_s) / 2
-            half_s = 0.5 / self._fps
-            start_s = max(self.segments[0].start_s, start_s - half_s)
-            end_s = min(self.segments[-1].end_s, end_s + half_s)
+            middle_s = (start_s + end_s) / 2
+            start_s = max(begin_s, middle_s - 0.5 / self._fps)
+            end_s = min(stop_s, middle_s + 0.5 / self._fps)
         return replace(moment, start_s=start_s, end_s=end_s, best_s=min(max(best_s, start_s), end_s))
 
     def _piece_score(self, query: str, middle_s: float, length_s: float) -> float:
@@ -261,7 +297,7 @@ class Search:
         return plan_input(self._session, self._info, sampling, self.name)
 
     def _open(self, segment: Segment, seek: str) -> OpenInput:
-        return OpenInput(self._session, self._plan(segment, seek), Clock(torch.device("cpu")))
+        return self._kind(self._session, self._plan(segment, seek), Clock(torch.device("cpu")))
 
     def _opened(self) -> Iterator[OpenInput]:
         """Yield each segment, to be closed, while the next one is read."""
@@ -307,6 +343,18 @@ class Search:
             self.warnings.setdefault("demo_question", encoded.report.video)
         if loaded.tokenizer.always_thinks:
             self.warnings.setdefault("always_thinks", encoded.report.video)
+
+
+def joined(moments: Sequence[Moment]) -> list[Moment]:
+    """Return the moments of a query, those that overlap as one with the score of the best of them."""
+    made: list[Moment] = []
+    for moment in sorted(moments, key=lambda each: each.start_s):
+        if made and moment.start_s <= made[-1].end_s:
+            before = made.pop()
+            best = max(before, moment, key=lambda each: each.score)
+            moment = replace(best, start_s=before.start_s, end_s=max(before.end_s, moment.end_s))
+        made.append(moment)
+    return made
 
 
 def checked(queries: Sequence[str]) -> list[str]:

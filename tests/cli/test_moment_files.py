@@ -66,6 +66,8 @@ def test_a_contact_sheet_is_drawn_anew_and_no_other_file_is_replaced(cli, there)
         ((SQUARE, THREE, GREEN, "--srt", "a.srt"), "--srt is about one video, and there are 2"),
         ((SQUARE, THREE, GREEN, "--contact-sheet", "a.png"), "--contact-sheet is about one video"),
         ((SQUARE, GREEN, "--contact-sheet", "a.jpg"), "is no PNG file"),
+        ((SQUARE, GREEN, "--srt", "a.txt", "--chapters", "./a.txt"), "two options name the same file"),
+        ((SQUARE, GREEN, "--srt", "a.txt", "-o", "a.txt"), "two options name the same file"),
         ((SQUARE, GREEN, "--exact"), "--exact is about clips"),
         ((SQUARE, GREEN, "--clips", ""), "name of an output is empty"),
         ((SQUARE, GREEN, "--clips", SQUARE), "cannot write"),
