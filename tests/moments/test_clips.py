@@ -14,7 +14,7 @@ from evoprune.moments.clips import clip_name, cut_clip
 from evoprune.video.frames import probe, read_frames
 from evoprune.video.readers import cutting
 from evoprune.video.sandbox import isolation
-from tests.video.files import numbered_frames, numbers, quarters, spoil, write_image, write_video
+from tests.video.files import apart, numbered_frames, numbers, quarters, spoil, write_image, write_said, write_video
 from tests.video.kinds import KINDS, write_kind
 from tests.video.unruly import PROGRAM
 
@@ -120,6 +120,16 @@ def test_colours_stay(encoder, in_process, monkeypatch, tmp_path):
     before, after = (next(read_frames(each, [0.1])).frames.astype(int) for each in (info, made))
     assert (made.width, made.height, made.duration_s) == (960, 720, pytest.approx(0.3, abs=1e-3))
     assert np.abs(before - after).mean() < 4
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_players_show_in_another_way(exact, tmp_path):
+    """The shape of pixels is kept, and HDR unless frames are encoded anew."""
+    found = {}
+    for name in ("wide.mp4", "pq.mp4"):
+        apart(write_said, tmp_path / name)
+        found[name] = probe(cut_clip(probe(tmp_path / name), 0.0, 0.4, str(tmp_path / "clips"), exact=exact).path)
+    assert found["wide.mp4"].pixel_aspect == pytest.approx(16 / 11) and found["pq.mp4"].hdr is not exact
 
 
 def test_a_file_that_was_joined(film, folder, tmp_path):
