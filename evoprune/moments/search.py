@@ -49,6 +49,7 @@ Progress = Callable[[str, int, int], None]
 QUESTION = "Does the video show the following? {}\nAnswer yes or no."
 ONE_TOKEN = GenerationOptions(max_new_tokens=1)
 PIECE_FRAMES = 4  # of the pieces whose scores tell where a moment begins and ends
+PIECES = 4  # of a segment, and of a piece whose frames are further apart than the model's
 # A border lies so many lengths of a piece inside of where the pieces that show it end: the last of them has some frames of it.
 REACH = 0.2
 CANDIDATES = 2  # for each moment that is wanted so many runs of segments are looked at in pieces, at most
@@ -212,19 +213,21 @@ class Search:
         """Return a moment with borders and a score by those of pieces: short parts, read densely.
 
         Its log odds are the mean of those of its best segment and of the best piece of that. Where no piece shows it, the borders
-        of its segments stay.
+        of its segments stay. Pieces of long segments are long, and its borders are then found again by shorter ones.
         """
         moment = self._coarse(query, run)
         shown_from = self._least(query) - MARGIN
-        length_s = PIECE_FRAMES / self._fps
         begin_s = self.segments[0].start_s
         stop_s = self.segments[-1].end_s
-        known: dict[float, float] = {}
+        segment_s = self.segments[0].end_s - begin_s
+        shortest_s = PIECE_FRAMES / self._fps
+        length_s = max(shortest_s, segment_s / PIECES)
+        known: dict[tuple[float, float], float] = {}
 
         def score(middle_s: float) -> float:
-            if middle_s not in known:
-                known[middle_s] = self._piece_score(query, middle_s, length_s)
-            return known[middle_s]
+            if (middle_s, length_s) not in known:
+                known[middle_s, length_s] = self._piece_score(query, middle_s, length_s)
+            return known[middle_s, length_s]
 
         def shown(middle_s: float) -> bool:
             return score(middle_s) >= shown_from
@@ -232,9 +235,12 @@ class Search:
         def pieces(place: int) -> list[float]:
             """Return the middles of the pieces of a segment."""
             segment = self.segments[place]
-            count = max(1, round((segment.end_s - segment.start_s) / length_s))
-            step_s = (segment.end_s - segment.start_s) / count
+            count = max(1, round(segment_s / length_s))
+            step_s = segment_s / count
             return [segment.start_s + (n + 0.5) * step_s for n in range(count)]
+
+        def between(outside_s: float, inside_s: float) -> float:
+            return border(shown, outside_s, inside_s, precision_s=length_s / 8, reach_s=REACH * length_s)
 
         def edge(inside_s: float, step_s: float, end_s: float) -> float:
             """Return the border, from a piece that shows it in steps towards `end_s`."""
@@ -244,7 +250,13 @@ class Search:
                 outside_s += step_s
             if (end_s - outside_s) * step_s <= 0:
                 outside_s = end_s
-            return border(shown, outside_s, inside_s, precision_s=length_s / 8, reach_s=REACH * length_s)
+            return between(outside_s, inside_s)
+
+        def closer(border_s: float, outwards_s: float) -> float:
+            """Return a border again by the scores of shorter pieces, where these show it inside of it."""
+            outside_s = min(max(border_s + outwards_s, begin_s), stop_s)
+            inside_s = min(max(border_s - outwards_s, begin_s), stop_s)
+            return between(outside_s, inside_s) if shown(inside_s) else border_s
 
         best_s = max(pieces(run.best), key=score)
         if score(best_s) == -math.inf:  # nothing can be read
@@ -256,9 +268,13 @@ class Search:
         if first is None:
             return moment
         last = next(each for place in reversed(places) for each in reversed(pieces(place)) if shown(each))
-        segment_s = self.segments[0].end_s - begin_s
         start_s = edge(first, -length_s, max(begin_s, moment.start_s - segment_s))
         end_s = edge(last, length_s, min(stop_s, moment.end_s + segment_s))
+        while length_s > shortest_s:
+            reach_s = length_s / 2
+            length_s = max(shortest_s, length_s / PIECES)
+            start_s = closer(start_s, -reach_s)
+            end_s = closer(end_s, reach_s)
         if start_s >= end_s:  # shorter than its frames are apart
             middle_s = (start_s + end_s) / 2
             start_s = max(begin_s, middle_s - 0.5 / self._fps)

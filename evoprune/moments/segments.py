@@ -14,8 +14,8 @@ LEAST_PAIRS = 4  # frame pairs of a segment whose length and rate nobody has giv
 # with 4 to 7 in most segments and, of a thing that is nowhere, with more than 0 in 2 of 100.
 DEVIATIONS = 4.0
 NORMAL_DEVIATION = 1.4826  # of a normal distribution, over its median absolute deviation
-LEAST_SCORE = 0.9  # a lower one is no moment, however much it stands out
-SURE_SCORE = 0.97  # a higher one is a moment, however common it is: the video may show it most of the time
+LEAST_SCORE = 0.96  # a lower one is no moment, however much it stands out
+SURE_SCORE = 0.98  # a higher one is a moment, however common it is: the video may show it most of the time
 MARGIN = 2.2  # segments whose log odds are so much too low are looked at in pieces, too, which may raise their score
 
 

@@ -228,7 +228,7 @@ class ContentHash:
     def __call__(self, path: str | os.PathLike[str]) -> str:
         path = Path(path)
         files = sorted(path.iterdir()) if path.is_dir() else [path]
-        state = tuple(file_stats(files))
+        state = (path, *file_stats(files))
         if state not in self._known:
             self._known[state] = content_hash(path)
         return self._known[state]

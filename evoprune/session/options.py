@@ -348,7 +348,7 @@ class FindOptions:
     top: int = option(10, "At most this many moments of a query, the best first.")
     min_score: float | None = option(
         None,
-        "Least score of a moment, from 0 to 1; default: by the scores of all segments, at least 0.9.",
+        "Least score of a moment, from 0 to 1; default: by the scores of all segments, at least 0.96.",
     )
     segment_s: float | None = option(
         None,

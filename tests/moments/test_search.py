@@ -56,9 +56,18 @@ def test_things_that_are_there_are_found_and_others_are_not(demo, shapes):
     assert len({moment.query for moment in right}) >= len(lasting) - 1
     errors = [abs(m.start_s - times[m.query][0][0]) + abs(m.end_s - times[m.query][0][1]) for m in right]
     assert sorted(errors)[len(errors) // 2] < 2.0
-    assert all(0.9 <= m.score <= 1 and m.start_s <= m.best_s <= m.end_s for m in found)
+    assert all(0.96 <= m.score <= 1 and m.start_s <= m.best_s <= m.end_s for m in found)
     segments = [step for step in seen if step[0] == "segment"]
     assert segments == [("segment", n + 1, 12) for n in range(12)] and seen[-1][0] == "moment"
+
+
+def test_borders_of_long_segments_are_found_by_shorter_and_shorter_parts(demo, shapes):
+    path, times = shapes
+    lasting, _ = there_and_absent(times)
+    found = demo.find(path, lasting[:6], total_tokens=12 * 96, min_score=0.9)
+    right = [m for m in found if overlaps(m, *times[m.query])]
+    errors = [abs(m.start_s - times[m.query][0][0]) for m in right]
+    assert len(right) >= 2 and sorted(errors)[len(errors) // 2] < 1.5
 
 
 @pytest.mark.full
@@ -75,7 +84,7 @@ def test_the_other_world(tmp_path):
 
 def test_what_broke_off_has_moments_of_what_was_read(demo, shapes):
     path, times = shapes
-    there = [name for name, spans in times.items() if spans]
+    there = [name for name, spans in times.items() if spans and spans[0][1] < 40][:6]
 
     def stop(stage, done, total):
         if done == 6:
