@@ -263,12 +263,16 @@ class CachedInput(OpenInput):
     """The same with a cache: what that has is not read, and what it lacks is stored."""
 
     cache: Cache
+    hashed: Callable[[Path], str] | None = None  # hashes the file; default: `content_hash`
 
     @cached_property
     def key(self) -> str | None:
         """Of its entry in the cache; None without one."""
         with self.clock.stage("read"):
-            return entry_key(self.session, self.plan)
+            return self._key_now()
+
+    def _key_now(self) -> str | None:
+        return entry_key(self.session, self.plan, self.hashed or content_hash)
 
     @cached_property
     def stored(self) -> Entry | None:
@@ -289,7 +293,7 @@ class CachedInput(OpenInput):
         # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.
         whole = not self.damaged and (self.plan.info.changes_size or not self.other_shape)
         with clock.stage("store"):
-            storable = self.key and whole and entry_key(self.session, self.plan) == self.key
+            storable = self.key and whole and self._key_now() == self.key
             if storable and not self.cache.store(self.key, Entry(result, self.read_s, self.moved)):
                 warnings.append("cache_not_written")
         if self.key:
@@ -297,15 +301,18 @@ class CachedInput(OpenInput):
         return result, "off"
 
 
-def entry_key(session: Session, plan: Plan) -> str | None:
-    """Return a key; equal ones mean equal encodings. None without a fingerprint of the model or a readable file."""
+def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> str | None:
+    """Return a key; equal ones mean equal encodings. None without a fingerprint of the model or a readable file.
+
+    `hashed`: as `content_hash`.
+    """
     loaded = session.loaded
     pruning = session.pruning
     limits = loaded.limits[plan.kind]
     if loaded.fingerprint is None or plan.info.container == ARRAY:
         return None
     try:
-        content = content_hash(plan.info.path)
+        content = hashed(plan.info.path)
     except OSError:
         return None
     facts = {
