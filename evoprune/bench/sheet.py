@@ -23,7 +23,7 @@ def contact_sheet(info: Video, moments: Sequence[Moment], title: str) -> Image.I
     ordered = sorted(moments, key=attrgetter("best_s"))
     pictures = []
     for chunk in read_frames(info, [moment.best_s for moment in ordered]):
-        for rgb in chunk.frames:
+        for rgb in chunk.pixels:
             picture = Image.fromarray(rgb)
             picture.thumbnail(PANEL)
             pictures.append(picture)
