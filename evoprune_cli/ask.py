@@ -182,11 +182,13 @@ def single_questions(history: str | None, session: "Session", compare: bool = Fa
     """Return why the questions at a prompt are no conversation; None where they are one."""
     if history:
         return None if history == opt.ON else "--history off"
-    if session.loaded.demo:
-        return "the demo models know single questions (--history on remembers)"
+    if compare:
+        return "--compare is about single questions"
     if session.pruning.method.reads_question:
         return f"{session.pruning.method.name} prunes for one question"
-    return "--compare is about single questions" if compare else None
+    if session.loaded.demo:
+        return "the demo models know single questions (--history on remembers)"
+    return None
 
 
 def split_words(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
@@ -624,9 +626,11 @@ def typed_questions(
             tell("what was said is forgotten")
         elif chat and word == "/undo":
             question = chat.undo()
-            tell("there is no question to take back" if question is None else f"taken back: {printable(question)}")
+            tell("there is no question to take back" if question is None else f"taken back: {shown(question)}")
         elif word in ("/new", "/undo"):
             tell(f"{word} is about a conversation, and each question is on its own here")
+        elif word.split()[:1] in (["/new"], ["/undo"], ["/help"]):
+            tell(f"{word.split()[0]} stands alone on its line: nothing was done")
         elif command := re.match(r"/[\w-]*(?=\s|$)", word):
             tell(f"there is no command {command[0]}, so it is not asked; /help lists them")
         elif re.match(r"--|-[a-z]", word):
