@@ -12,6 +12,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
+from evoprune.language.settings import OF_ROWS
 from evoprune.report import Report, name_inputs, stats_block, summary, warned
 from evoprune.session.options import GenerationOptions, PipelineOptions, SamplingOptions
 from evoprune.util import check_text, clock, counted, is_url, listed, missing_hint, shown, without_password
@@ -121,7 +122,7 @@ def ask(
 
             choose_decoder(pipeline.sampling.decoder)
             check_text(*questions, pipeline.generation.system)
-            check_logprobs(pipeline.generation, json)
+            check_generation(pipeline.generation, json)
             with progress(not quiet and any(map(is_url, inputs))) as show:
                 how = {"offline": pipeline.model.offline, "progress": downloading(show)}
                 paths = [cleanup.enter_context(local_file(path, **how)) for path in inputs]
@@ -229,8 +230,10 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
     raise VideoError(f"no such file: {shown(name)}", missing_hint(name, hint))
 
 
-def check_logprobs(generation: GenerationOptions, json: bool) -> None:
-    """Raises UsageError where log probabilities are wanted, and no record will hold them."""
+def check_generation(generation: GenerationOptions, json: bool) -> None:
+    """Raises UsageError where log probabilities are wanted, and no record will hold them, or the choices of rows."""
+    if generation.choices == OF_ROWS:
+        raise UsageError("--choices options are those of the rows of a batch", "give two texts or more")
     if generation.logprobs is not None and not json:
         raise UsageError("--logprobs are part of the records", "add --json")
 

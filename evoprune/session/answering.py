@@ -310,9 +310,7 @@ class Askable(ABC, Uncopied):
             return
         tokenizer = self._session.loaded.tokenizer
         if options.choices == OF_ROWS:
-            raise UsageError(
-                "choices 'options' are those of a batch's rows, and there is none", "give two texts or more"
-            )
+            raise UsageError("choices 'options' are those of the rows of a batch", "give two texts or more")
         if tokenizer.always_thinks:
             raise UsageError(
                 "this model thinks before every answer, so choices have no probability before that", "leave choices out"

@@ -25,8 +25,12 @@ def test_ask_chooses(cli):
     assert "ms; choices green " in later.err
     record = cli(*asked, "--json", "--choice-score", "mean").record
     assert [each["text"] for each in record["choices"]] == ["red", "green", "blue"] and record["answer"] == "green"
-    for given, wrong in (("red", "--choices is ['red']"), ("options", "those of a batch's rows")):
-        refused = cli("ask", CLIP, QUESTION, "--choices", given)
+    for given, wrong in (
+        ("red", "--choices is ['red']"),
+        ("options", "those of the rows"),
+        ("a,\udcff", "not valid text"),
+    ):
+        refused = cli("ask", CLIP, QUESTION, "-m", "no/such/model", "--choices", given)
         assert refused.code == 2 and wrong in refused.err
 
 
