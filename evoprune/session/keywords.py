@@ -124,7 +124,7 @@ class FindKeywords(TypedDict, total=False):
     top: int
     """At most this many moments of a query, the best first."""
     min_score: float | None
-    """Least score of a moment, from 0 to 1; default: by the scores of all segments, at least 0.9."""
+    """Least score of a moment, from 0 to 1; default: by the scores of all segments, at least 0.96."""
     segment_s: float | None
     """Length of the segments that are asked about, in seconds; None for 8 s, more where total_tokens is too few for
     that."""
