@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from evoprune.hf.encoding import encode
     from evoprune.hf.processor_inputs import processor_inputs
     from evoprune.live.stream import VideoStream
+    from evoprune.moments.search import Moment
     from evoprune.report import Report
     from evoprune.session.ahead import read_ahead
-    from evoprune.session.answering import Answer, EncodedInputs
+    from evoprune.session.answering import Answer, Chat, EncodedInputs
     from evoprune.session.cache import Cache
     from evoprune.video.arrays import read_frames
     from evoprune.video_qa import VideoQA
@@ -31,9 +32,10 @@ _SOURCES = {
     "hf.encoding": ("encode",),
     "hf.processor_inputs": ("processor_inputs",),
     "session.ahead": ("read_ahead",),
-    "session.answering": ("Answer", "EncodedInputs"),
+    "session.answering": ("Answer", "Chat", "EncodedInputs"),
     "session.cache": ("Cache",),
     "live.stream": ("VideoStream",),
+    "moments.search": ("Moment",),
     "video.arrays": ("read_frames",),
     "video_qa": ("VideoQA",),
     "report": ("Report",),
@@ -42,12 +44,14 @@ _SOURCES = {
 __all__ = [
     "Answer",
     "Cache",
+    "Chat",
     "Columns",
     "Encoded",
     "EncodedInputs",
     "EvoPrune",
     "EvopruneError",
     "ModelError",
+    "Moment",
     "OutOfMemory",
     "PrunedModel",
     "Report",

@@ -31,6 +31,7 @@ EMPTY = {
 # make a terminal show another text than there is.
 INVISIBLE = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
+AS_IT_IS = ("parsed", "schema")  # fields whose numbers are not measured
 STAGES = ("plan", "read", "preprocess", "compile", "encode", "store", "prefill", "generate")
 BESIDE = "overlap"  # no stage: what of reading and preprocessing nobody waited for
 # Of inputs; a later question about them does not wait for these again.
@@ -69,6 +70,7 @@ WARNINGS = {
     "limited": "fewer or smaller frames were looked at than --fps or --frames ask for; --max-frames and --max-visual-tokens "
     "set the limits",
     "answer_cut": "the answer may be incomplete: -n (max_new_tokens) allows no more tokens",
+    "history_cut": "the conversation does not fit into the model's context any more: its oldest turns are left out",
     "thoughts_cut": "the model was still thinking when -n (max_new_tokens) allowed no more tokens, so there is no answer",
     "thoughts_only": "the model ended inside its thoughts, so there is no answer",
     "always_thinks": "this model thinks before every answer, and has no switch for it; -n (max_new_tokens) counts its thoughts too",
@@ -79,6 +81,7 @@ WARNINGS = {
     "up to two videos or pictures); answers about others mean little",
     "demo_question": "a demo model knows only the words of its training, and a question has others; its answer means little. "
     "samples/questions.jsonl has questions that demo knows, and docs/demo-model.md some for demo-scenes",
+    "demo_history": "the demo models know single questions: after others they are right less often (docs/limits.md)",
     "demo_overlay": f"{KNOWN}; what the model merges and selects in {{video}} "
     "says little. For a real model: --model=Qwen/Qwen2.5-VL-3B-Instruct",
 }
@@ -284,6 +287,11 @@ class Report:
     subtitles: dict[str, Any] | None = None
     inputs: list[InputFacts] = field(default_factory=list)
     stream: dict[str, Any] | None = None
+    conversation: dict[str, int] | None = None
+    stop_reason: str | None = None  # the stop string that ended the answer
+    logprobs: list[dict[str, Any]] | None = None  # of each token of the answer and its thoughts
+    parsed: Any = None  # what an answer that follows a schema holds
+    choices: list[dict[str, Any]] | None = None  # what the answer could be, and how probable each was
 
     def __str__(self) -> str:
         """Return the stats as lines of text, as the command line prints them, and what the warnings say."""
@@ -365,7 +373,7 @@ def rounded(value):
     if isinstance(value, float):
         return round(value, 6)
     if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
+        return {k: v if k in AS_IT_IS else rounded(v) for k, v in value.items()}
     if isinstance(value, list):
         return [rounded(v) for v in value]
     return value
@@ -621,6 +629,10 @@ def _flow(report) -> dict[str, str]:
 def _totals(report) -> list[str]:
     times = report.time_ms
     lines = []
+    if report.choices:
+        ranked = sorted(report.choices, key=lambda choice: -choice["probability"])
+        said = ", ".join(f"{one_line(choice['text'])} {choice['probability']:.3f}" for choice in ranked)
+        lines.append(f"{'choices':<11}{said}")
     if times.ttft_wall is not None:
         line = f"{'first token':<11}{times.ttft_wall:>8,.0f}"
         if times.ttft_model is not None:

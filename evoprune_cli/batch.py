@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
+from evoprune.language.settings import OF_ROWS
 from evoprune.report import Report, VideoFacts, warned
 from evoprune.session.options import PipelineOptions
 from evoprune.util import SOME, clock, counted, is_text, is_url, listed, missing_hint, roughly, shown, some
@@ -43,7 +44,8 @@ def batch(
         "--from FILE|-",
         "In place of VIDEO and -Q: JSONL or CSV rows with video, question and perhaps "
         "id, start, end, fps, frames, frame_rate, max_new_tokens, options (in CSV a|b|c), subtitles, "
-        "answer. Files are relative to the file; - is stdin, which is read to its end first.",
+        "answer; in JSONL also messages in place of question. Files are relative to the file; - is stdin, "
+        "which is read to its end first.",
         "Rows",
     ) = None,
     recursive: opt.option(
@@ -105,7 +107,7 @@ def batch(
         raise UsageError("--address is of a Ray cluster", "add --on ray")
     pipeline = options()
     from evoprune.batch.output import RecordFile, Settings, Sources, remaining
-    from evoprune.batch.rows import group_by_span
+    from evoprune.batch.rows import group_by_span, with_scored_options
     from evoprune.batch.table import TableFile, is_table
     from evoprune.video.frames import choose_decoder
 
@@ -114,9 +116,17 @@ def batch(
     choose_decoder(pipeline.sampling.decoder)
     if pipeline.generation.system is not None and not is_text(pipeline.generation.system):
         raise UsageError("the system prompt is not valid text", "write it in UTF-8")
+    if pipeline.generation.logprobs is not None and is_table(output):
+        raise UsageError("--logprobs have no place in a table", "give -o a name that ends in .jsonl")
     settings = Settings(pipeline.model, pipeline.pruning, pipeline.sampling.timeless, pipeline.generation)
     span = pipeline.sampling.start_s, pipeline.sampling.end_s
     rows = _rows(videos or [], questions or [], source, quiet, span, recursive, is_table(output))
+    if any(row.earlier for row in rows):
+        from evoprune.session.session import check_conversation
+
+        check_conversation(pipeline.pruning.config().method)
+    if pipeline.generation.choices == OF_ROWS:
+        rows = with_scored_options(rows)
     tally = Tally(len(rows), quiet, _check_files(rows, source, output, quiet))
     kind = partial(TableFile, rows=rows) if is_table(output) else RecordFile
     with naming_pipe(output, "read"):

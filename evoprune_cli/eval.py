@@ -47,7 +47,8 @@ BESIDE_RESUME = (
     short="data limit budget method blind model output resume chart form json quiet",
     without=(
         "load_format", "budget", "method", "seed", "start_s", "end_s", "decoder", "subtitles", "max_subtitle_tokens",
-        "temperature", "top_p", "top_k", "system"
+        "temperature", "top_p", "top_k", "system", "stop", "logprobs", "schema",
+        "regex", "choices", "choice_score",
     ),
     max_new_tokens={"unless_typed": 64},
 )  # fmt: skip
@@ -67,6 +68,14 @@ def evaluate(
     blind: opt.option(
         bool, "--blind", "Also ask about a grey video of the same size and length, to measure guessing.", opt.SWEEP
     ) = False,
+    score: opt.option(
+        str,
+        "--score",
+        "How questions with options are graded: by the text of the answer; or the most likely option is the answer, without "
+        "letters, and the table has a Brier score.",
+        opt.SWEEP,
+        **opt.one_of("text", "likelihood"),
+    ) = "text",
     options: opt.MakeOptions,
     processes: opt.option(
         int,
@@ -138,7 +147,7 @@ def evaluate(
         if output is not None and resume is not None:
             raise UsageError("-o and --resume exclude each other", "--resume goes on in its own folder")
         groups = tuple(dict.fromkeys(opt.listed(group)))
-        given = {**sweep, "data": data, "blind": blind, "seed": seed, "limit": limit, "groups": groups}
+        given = {**sweep, "data": data, "blind": blind, "seed": seed, "score": score, "limit": limit, "groups": groups}
         given |= {"model": pipeline.model, "sampling": pipeline.sampling, "generation": pipeline.generation}
     if output is not None:
         check_new_folder(output)
@@ -230,6 +239,9 @@ LEGEND = (
         "TFLOP": "TFLOP: operations of tower and prefill at 3B dimensions",
     },
 )
+BRIER = (
+    "Brier: squared error of the options' probabilities, mean of questions; 0 is certain and right, 2 certain and wrong"
+)
 UNPARSED = "unparsed: answers that name none of the options, or several; they count as wrong"
 
 
@@ -246,6 +258,8 @@ def render(document: dict, width: int = 80) -> str:
     if rows:
         name = itemgetter("name")
         columns = dict(ANSWERS)
+        if any(row["brier"] is not None for row in rows):
+            columns["Brier"] = lambda row: "-" if row["brier"] is None else f"{row['brier']:.3f}"
         if any(row["unparseable"] for row in rows):
             columns["unparsed"] = lambda row: f"{row['unparseable']:,}"
         answers, titles = fitting(rows, name, columns, DROPPED, width)
@@ -254,7 +268,7 @@ def render(document: dict, width: int = 80) -> str:
         costs, of_costs = fitting(rows, name, COSTS, DROPPED, width)
         lines += [*versus, "", *costs]
         notes = [_explained(LEGEND[0], titles), *legend, _explained(LEGEND[1], of_costs)]
-        notes += [UNPARSED] * ("unparsed" in titles)
+        notes += [UNPARSED] * ("unparsed" in titles) + [BRIER] * ("Brier" in titles)
         names = [row["name"] for row in rows]
         rest = [row for row in document["rows"] if row["group"] != "all"]
         for title, typed in (("group", False), ("type", True)):

@@ -123,7 +123,7 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
         from evoprune.session.cache import Cache
         from evoprune.session.loading.stored import weights_folder
 
-        for cache in (Cache(), weights_folder()):
+        for cache in (Cache(), Cache().of_segments, weights_folder()):
             try:
                 cache.clear()
             except OSError as problem:

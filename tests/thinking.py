@@ -59,7 +59,7 @@ class Saying:
     def __init__(self, tokenizer: Tokenizer, text: str):
         self._said, self.ids, self.finish_reason = iter(ids_of(tokenizer, text)), [], None
 
-    def __call__(self, state, settings, eos_ids, seed):
+    def __call__(self, state, settings, eos_ids, seed, constraint=None):
         self._said = islice(self._said, settings.max_new_tokens)
         self._most = settings.max_new_tokens
         return self

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 from evoprune.errors import LFS, LFS_HINT, EvopruneError, EvopruneWarning, UsageError
 from evoprune.language.settings import GenerationOptions
+from evoprune.language.turns import USER, Turn, messages_of, turns_of
 from evoprune.model.config import loads
 from evoprune.util import (
     FILE_URL,
@@ -39,7 +40,7 @@ LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])\s*[.):])\s*(.*\S)\s*", re.IGNO
 # What a row may have. `type` and `groups` are for evaluations, whose files a batch reads too.
 FIELDS = (
     "id", "video", "inputs", "question", "start", "end", "fps", "frames", "frame_rate", "max_new_tokens", "options",
-    "subtitles", "answer", "type", "groups",
+    "subtitles", "messages", "answer", "type", "groups",
 )  # fmt: skip
 SAME = {"video_start": "start", "video_end": "end", "nframes": "frames"}  # what qwen-vl-utils calls them
 LONGEST_PATH = 4096  # characters
@@ -58,6 +59,7 @@ class Row:
     inputs: tuple[str, ...]  # the paths of videos and pictures as the user wrote them
     paths: tuple[str, ...]  # the paths that open them
     question: str
+    earlier: tuple[Turn, ...] = ()  # of a conversation, in which the question is the next
     start_s: float = 0.0  # of the span to look at, in seconds; below 0 from the video's end
     end_s: float | None = None  # None for the end
     fps: float | None = None  # of this row; None for that of the batch, as with the three below
@@ -65,6 +67,7 @@ class Row:
     frame_rate: float | None = None  # frames a second in folders of frames
     max_new_tokens: int | None = None
     options: tuple[str, ...] = ()  # the texts to choose from; empty for an open question
+    scored: bool = False  # whether the answer is one of the options by their probabilities, without letters
     subtitles: str | None = None  # those to read, as the user wrote it; None for those of the batch
     subtitles_path: str | None = None  # the same, to open it
     # The expected answer. A batch passes it on; an evaluation grades by it, and with `options` it is one of them.
@@ -81,8 +84,11 @@ class Row:
 
     @property
     def prompt(self) -> str:
-        """Write the text that the model gets: the question, then the options as lines with letters, in lmms-eval's wording."""
-        if not self.options:
+        """Write the text that the model gets: the question, then the options as lines with letters, in lmms-eval's wording.
+
+        Options that are scored are no part of it.
+        """
+        if not self.options or self.scored:
             return self.question
         lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
         return "\n".join([self.question, *lines, "Answer with the option's letter from the given choices directly."])
@@ -96,13 +102,26 @@ class Row:
         facts = {"question": self.question, "start_s": self.start_s, "end_s": self.end_s, "options": list(self.options)}
         names = ("fps", "frames", "frame_rate", "max_new_tokens", "subtitles")
         own = {name: getattr(self, name) for name in names}
+        own["messages"] = messages_of(self.earlier) or None
         return about | facts | {name: value for name, value in own.items() if value is not None}
 
     def generation(self, usual: GenerationOptions) -> GenerationOptions:
         """Return how the answer is generated: as `usual`, but for what the row says itself."""
-        if self.max_new_tokens is None:
-            return usual
-        return replace(usual, max_new_tokens=self.max_new_tokens)
+        own = {}
+        if self.max_new_tokens is not None:
+            own["max_new_tokens"] = self.max_new_tokens
+        if self.scored:
+            own["choices"] = self.options
+        return replace(usual, **own)
+
+
+def with_scored_options(rows: Iterable[Row]) -> list[Row]:
+    """Return rows whose answers are chosen among their options. Raises UsageError: a row has none."""
+    rows = list(rows)
+    for row in rows:
+        if not row.options:
+            raise UsageError(f"row {shown(row.id)} has no options to choose from", "give each row a list of options")
+    return [replace(row, scored=True) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -119,7 +138,7 @@ class Rules:
 
 BATCH = Rules(
     "a row has question and video, or inputs for several, and may have id, start, end, fps, frames, frame_rate, max_new_tokens, "
-    "options, subtitles and answer"
+    "options, subtitles and answer; or messages in place of question"
 )
 
 
@@ -274,11 +293,13 @@ def _row(
     subtitles_path = subtitles
     if subtitles not in (None, NO_SUBTITLES, AUTO_SUBTITLES):
         subtitles_path = _path(folder, subtitles)
+    earlier, question = _said(fields)
     row = Row(
         id="",
         inputs=inputs,
         paths=tuple(_path(folder, path) for path in inputs),
-        question=_text(fields.get("question"), "question"),
+        question=question,
+        earlier=earlier,
         start_s=start,
         end_s=end,
         options=_options(fields.get("options", [])),
@@ -296,6 +317,22 @@ def _row(
     right = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
     _must(right, "id is neither a text nor a whole number")
     return replace(row, id=str(name), cells=cells)
+
+
+def _said(fields: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
+    """Return the earlier turns of a row, and its question: that field, or the last of its messages."""
+    if "messages" not in fields:
+        return (), _text(fields.get("question"), "question")
+    messages = fields["messages"]
+    _must("question" not in fields, "question and messages exclude each other")
+    _must(isinstance(messages, list) and messages, "messages are not a list")
+    last = messages[-1]
+    asks = isinstance(last, dict) and last.get("role") == USER and {*last} == {"role", "content"}
+    _must(asks, "the last message is no question of the user")
+    earlier = tuple(turns_of(messages[:-1]))
+    for turn in earlier:
+        _must(is_text(turn.question) and is_text(turn.answer), "a message is not valid text")
+    return earlier, _text(last["content"], "the last message")
 
 
 def _cell(value: Any) -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 from zlib import crc32
 
 import evoprune
@@ -93,6 +93,9 @@ class Cost:
         }
 
 
+Score = Literal["text", "likelihood"]
+SCORES = get_args(Score)
+
 # Called with what is done; by `run` with "video", how many are done and in all, and what is done just now.
 Progress = Callable[..., None]
 
@@ -123,6 +126,9 @@ class EvalSettings:
     method_args: dict[str, str] = field(default_factory=dict)
     blind: bool = False  # also ask without the video
     seed: int = 0  # of methods that select at random
+    score: Score = (
+        "text"  # how questions with options are graded: the text that is generated, or the most probable option
+    )
     groups: tuple[str, ...] = ()  # only questions of these; all if it is empty
     limit: int | None = None  # of videos; None for all
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -175,6 +181,8 @@ def digest(path: Path) -> str:
 
 def variants(settings: EvalSettings) -> list[Variant]:
     """Return the rows in order: full, blind, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
+    if settings.score not in SCORES:
+        raise UsageError(f"score is {settings.score!r}", f"use {' or '.join(SCORES)}")
     pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
     asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
     pruned = [Variant(METHOD, options.method, options.budget) for options in asked if options.config().prunes]
@@ -332,6 +340,8 @@ class Evaluation:
         pruned = encoded.report.time_ms.encode_prune
         for row in span.rows:
             encoded.last_question = row is span.rows[-1]
+            if settings.score == "likelihood" and row.options:
+                row = replace(row, scored=True)
             answer = encoded.ask(row.prompt, **vars(row.generation(settings.generation)))
             said = "".join(answer)
             right = grade(row, said)
@@ -343,6 +353,7 @@ class Evaluation:
                 "thoughts": answer.thoughts,
                 "right": bool(right),
                 "unparseable": right is None,
+                "choices": answer.choices,
                 "warnings": answer.report.warnings,
                 **cost.of(answer.report),
             }

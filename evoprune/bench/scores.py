@@ -40,7 +40,8 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
 
     `difference` is accuracy - that of full, `kept_of_full` accuracy / that of full, `first_difference` accuracy - that of the row
     named `first`: the first method's at the same budget. Each, like accuracy, has a 95% interval over videos, None where the
-    group has fewer than `LEAST_VIDEOS` videos. Costs are means over the group's questions. Failed samples do not count.
+    group has fewer than `LEAST_VIDEOS` videos. `brier`: as of `mean_brier`. Costs are means over the questions of the group. Failed
+    samples do not count.
     """
     # Samples of earlier versions lack `layer_tokens`: every layer read all tokens. The order is stable: rows stay in order.
     good = [{"layer_tokens": s["tokens"]} | s for s in sorted(samples, key=lambda s: s["video"]) if "error" not in s]
@@ -84,6 +85,7 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
                     "accuracy": _round(accuracy[r]),
                     **_interval("", accuracy_interval(sums[:, 1 + r, g], asked)),
                     "unparseable": sum(s["unparseable"] for s in members),
+                    "brier": mean_brier(members),
                     **_difference("difference", accuracy, share[:, :, g], r, 0),
                     "kept_of_full": _round(accuracy[r] / accuracy[0]) if accuracy[0] else None,
                     **_interval("kept_", percentile_interval(ratio[:, r, g])),
@@ -93,6 +95,20 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
                 }
             )
     return table
+
+
+def brier(sample: dict) -> float:
+    """Return the Brier score of an answer among choices: how far their probabilities are from the truth, squared.
+
+    0 is certain and right, 2 certain and wrong (Brier 1950, "Verification of forecasts expressed in terms of probability").
+    """
+    return sum((each["probability"] - (each["text"] == sample["expected"])) ** 2 for each in sample["choices"])
+
+
+def mean_brier(samples: Sequence[dict]) -> float | None:
+    """Return the mean Brier score of the answers among choices; None where there is none."""
+    scores = [brier(sample) for sample in samples if sample.get("choices")]
+    return _round(np.mean(scores)) if scores else None
 
 
 def is_tie(row: dict, name: str) -> bool:

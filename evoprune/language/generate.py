@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice, repeat, takewhile
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -78,7 +78,7 @@ class PrefillState:
     next_position: int  # M-RoPE position of the first generated token, the same in time, height and width
     dropping: Reading | None = None  # what left while the prompt was read
     prompt_ids: torch.Tensor | None = None  # int64 `[L]`, of the unpruned prompt; a repetition penalty needs them
-    answered: int = 0  # tokens of the answer that are in the cache
+    answer: list[int] = field(default_factory=list)  # tokens of the answer that are in the cache
     _steps: StaticCache | None = None  # where the others are
     _holder: object = field(
         default_factory=object
@@ -86,11 +86,12 @@ class PrefillState:
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """Reads further tokens of the answer, int64 `[n]`; the logits after each of them, float32 `[n, vocabulary]`."""
-        positions = (arange_on(len(ids), "cpu") + self.next_position + self.answered).expand(3, -1)
+        positions = (arange_on(len(ids), "cpu") + self.next_position + len(self.answer)).expand(3, -1)
         embeds = embed_ids(self.model, ids)
         begin_pass(self.model)
         logits = layers_of(self.model).logits(self.model, embeds, positions, self.cache, last=len(ids))
-        self.answered, self.logits = self.answered + len(ids), logits[-1]
+        self.answer += ids.tolist()
+        self.logits = logits[-1]
         return logits
 
     def decode(self, ids: Sequence[int], left: int, pick: Callable[..., int]) -> int:
@@ -102,7 +103,7 @@ class PrefillState:
         token = None
         last = len(ids) - 1
         try:
-            if self._steps is None and self.answered == last:
+            if self._steps is None and len(self.answer) == last:
                 self._steps = static.begin(
                     self.model, self._holder, self.cache, self.next_position + last, len(ids), left
                 )
@@ -114,7 +115,7 @@ class PrefillState:
             static.give_up(self.model, problem)
         if token is None:
             self._steps = None
-            if missing := ids[self.answered :]:
+            if missing := ids[len(self.answer) :]:
                 self.read(torch.tensor(missing, dtype=torch.int64, device="cpu"))
             token = pick(self.logits)
         return token
@@ -186,20 +187,109 @@ def teacher_forced_logits(state: PrefillState, ids: torch.Tensor, one_by_one: bo
     return logits
 
 
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of probabilities by the raw logits: before temperature, penalties and what narrows a draw."""
+
+    chosen: float  # of the token that was chosen
+    top: list[tuple[int, float]]  # the most probable tokens, the first ones first, with theirs
+
+
+def token_logprobs(logits: torch.Tensor, token: int, most: int) -> TokenLogprobs:
+    """Return the log probability of a token, of its logits (float32 `[vocabulary]`), and those of the `most` most probable ones."""
+    logprobs = logits.log_softmax(0)
+    top = logprobs.topk(min(most, len(logprobs)))
+    chosen, *values = torch.cat([logprobs[token][None], top.values]).tolist()
+    return TokenLogprobs(chosen, list(zip(top.indices.tolist(), values, strict=True)))
+
+
+class TokenConstraint(Protocol):
+    """What the tokens of one answer may be: asked for a mask before each token, and told which one was taken."""
+
+    def mask(self, size: int) -> torch.Tensor | None:
+        """Return which of `size` token ids may come next, bool `[size]` on the CPU, at least one of them; None for all."""
+
+    def advance(self, token: int) -> None:
+        """Take the token that was chosen. It ends no answer."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but the end can follow."""
+
+
+class AnswerConstraint:
+    """A `TokenConstraint` for what `stream_answer` calls the answer: what a model thinks before it is free.
+
+    Thoughts have `begun` with the prompt, or `may_begin` with the first token.
+    """
+
+    def __init__(self, constraint: TokenConstraint, tokenizer: Tokenizer, begun: bool, may_begin: bool):
+        self._constraint = constraint
+        self._tokenizer = tokenizer
+        self._begin, self._end = map(tokenizer.backend.token_to_id, THOUGHTS)
+        self._thinks = begun
+        self._may_begin = may_begin
+        self._ids: list[int] = []  # of thoughts and what follows them
+
+    def mask(self, size: int) -> torch.Tensor | None:
+        if self._thinks:
+            return None
+        mask = self._constraint.mask(size)
+        if mask is not None and not self._ids and self._begin is not None:
+            mask[self._begin] = self._may_begin  # which is no text of an answer
+        return mask
+
+    def advance(self, token: int) -> None:
+        first = not self._ids
+        self._ids.append(token)
+        if self._thinks:
+            self._think(token)
+        elif first and token == self._begin:
+            self._thinks = True
+        else:
+            self._constraint.advance(token)
+
+    def _think(self, token: int) -> None:
+        """Take a token of thoughts, or of their end. The end may be followed by an answer where it is no token of its own."""
+        if self._end is not None:
+            self._thinks = token != self._end
+            return
+        latest = self._tokenizer.decode(self._ids[-len(THOUGHTS[1]) :])  # a token has at least a byte
+        _, ended, answer = latest.partition(THOUGHTS[1])
+        if ended:
+            self._thinks = False
+            for begun in self._tokenizer.encode(answer.lstrip()):
+                self._constraint.advance(begun)
+
+    @property
+    def complete(self) -> bool:
+        return not self._thinks and self._constraint.complete
+
+
 class TokenStream(Iterator[int]):
     """Generated token ids; each is computed when it is requested. `eos_ids` end the answer and are not yielded.
 
-    A state serves one answer. The same `seed` gives the same answer.
+    A state serves one answer, and so does a `constraint`. The same `seed` gives the same answer.
 
-    Raises ModelError: while iterating, if a logit is NaN or infinite.
+    Raises ModelError: while iterating, if a logit is NaN or infinite. And what the constraint raises.
     """
 
-    def __init__(self, state: PrefillState, settings: GenerationOptions, eos_ids: Iterable[int], seed: int = 0):
-        self.finish_reason: str | None = None  # at the end "stop" (the model ended its turn) or "length"
+    def __init__(
+        self,
+        state: PrefillState,
+        settings: GenerationOptions,
+        eos_ids: Iterable[int],
+        seed: int = 0,
+        constraint: TokenConstraint | None = None,
+    ):
+        # At the end "stop" (the model ended its turn, or the constraint allows nothing more) or "length".
+        self.finish_reason: str | None = None
         self.ids: list[int] = []  # the tokens yielded
+        self.logprobs: list[TokenLogprobs] = []  # of each of them, if the settings ask for them
         self._state = state
         self._settings = settings
+        self._picked: TokenLogprobs | None = None  # of the latest token
         self._eos_ids = frozenset(eos_ids)
+        self._constraint = constraint
         penalised = settings.repetition_penalty not in (None, 1) and state.prompt_ids is not None
         self._seen: set[int] = set()  # tokens of the prompt and the answer
         if penalised:
@@ -210,6 +300,8 @@ class TokenStream(Iterator[int]):
     @torch.inference_mode()
     def __next__(self) -> int:
         left = self._settings.max_new_tokens - len(self.ids)
+        if self.finish_reason is None and self._constraint is not None and self._constraint.complete:
+            self.finish_reason = "stop"
         if self.finish_reason is None and not left:
             self.finish_reason = "length"
         if self.finish_reason is not None:
@@ -223,11 +315,27 @@ class TokenStream(Iterator[int]):
             raise StopIteration
         self.ids.append(token)
         self._seen.add(token)
+        if self._picked is not None:
+            self.logprobs.append(self._picked)
+        if self._constraint is not None:
+            self._constraint.advance(token)
         return token
 
     def _pick(self, logits: torch.Tensor, best: torch.Tensor | None = None) -> int:
         """Return the next token, of its logits; `best`: `best_of` them, if that is known."""
+        token = self._choose(logits, best)
+        if self._settings.logprobs is not None:
+            self._picked = token_logprobs(logits, token, self._settings.logprobs)
+        return token
+
+    def _choose(self, logits: torch.Tensor, best: torch.Tensor | None) -> int:
         settings = self._settings
+        if self._constraint is not None:
+            mask = self._constraint.mask(len(logits))  # while a GPU computes the logits
+            if mask is not None:
+                best = None
+                # What is NaN or infinite stays so, and is found.
+                logits = logits.where(to_device(mask, logits.device), logits - torch.inf)
         if settings.temperature == 0 and settings.repetition_penalty in (None, 1):
             if best is None:
                 best = best_of(logits)
@@ -303,6 +411,11 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         yield rest
 
 
+def begins_with_thoughts(tokenizer: Tokenizer, prompt_ids: torch.Tensor) -> bool:
+    """Return whether a prompt (int64 `[L]`) ends with the beginning of the model's thoughts."""
+    return opens_thoughts(tokenizer.backend.decode(prompt_ids[-16:].tolist(), skip_special_tokens=False))
+
+
 def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Tensor) -> Iterator[tuple[str, bool]]:
     """Yield the text of token ids, in pieces as of `stream_text`; of each, whether it belongs to the model's thoughts.
 
@@ -312,8 +425,7 @@ def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Te
     """
     ids = iter(ids)
     begin, end = map(tokenizer.backend.token_to_id, THOUGHTS)
-    thinks = opens_thoughts(tokenizer.backend.decode(prompt_ids[-16:].tolist(), skip_special_tokens=False))
-    if not thinks:
+    if not begins_with_thoughts(tokenizer, prompt_ids):
         first = list(islice(ids, 1))
         if begin is None or first != [begin]:
             yield from ((piece, False) for piece in stream_text(tokenizer, chain(first, ids)))
@@ -349,3 +461,48 @@ def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
         held = before[start:]
         yield before[:start], True
     yield held, True
+
+
+class StopStrings:
+    """Ends an answer where one of some texts, none of them empty, would begin.
+
+    Of several that a text has, that which is complete first counts, and of these the longest: so it does not matter in which pieces
+    the text arrives.
+
+    Attributes:
+        found: the text at which the answer ended; None where none has come.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self.found: str | None = None
+        self._stops = stops
+
+    def cut(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+        """Yield pieces, as of `stream_answer`, up to one of the texts. Thoughts pass. What may be its beginning is held back."""
+        held = ""
+        for piece, thought in pieces:
+            if thought:
+                yield piece, True
+                continue
+            held += piece
+            if self._stops_at(held):
+                held = held[: held.index(self.found)]
+                break
+            certain = len(held) - self._begun(held)
+            if certain:
+                yield held[:certain], False
+            held = held[certain:]
+        if held:
+            yield held, False
+
+    def _stops_at(self, text: str) -> bool:
+        """Return whether one of the texts is in this one, and note which."""
+        ends = [(text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
+        if ends:
+            *_, self.found = min(ends)
+        return bool(ends)
+
+    def _begun(self, text: str) -> int:
+        """Return how many characters at its end may be the beginning of one of the texts."""
+        longest = min(len(text), max(map(len, self._stops)) - 1)
+        return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)

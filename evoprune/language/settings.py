@@ -1,13 +1,27 @@
 """How an answer is generated. Imports no torch."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from evoprune.errors import UsageError
-from evoprune.util import check_types, option
+from evoprune.language.schema import read_schema, schema_of
+from evoprune.util import brief, check_types, option
 
 Think = Literal["off", "on"]
 THINK = get_args(Think)
+ChoiceScore = Literal["sum", "mean"]
+CHOICE_SCORES = get_args(ChoiceScore)
+OF_ROWS = "options"  # the choices of each row are its options
+MOST_LOGPROBS = 20  # as of other programs
+
+
+def listed_choices(typed: Sequence[str] | None) -> str | list[str] | None:
+    """Return the choices that were typed, by commas or repetition; `OF_ROWS` alone is that word."""
+    if not typed:
+        return None
+    texts = [part.strip() for text in typed for part in text.split(",") if part.strip()]
+    return OF_ROWS if texts == [OF_ROWS] else texts
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,51 @@ class GenerationOptions:
         "off",
         "Whether a model that can do both thinks before it answers. -n counts thoughts and answer together.",
     )
+    stop: str | Sequence[str] | None = option(
+        None,
+        "Ends the answer where this text would begin; repeatable. It is no part of the answer, and thoughts may have it.",
+        in_python="One text or several: the answer ends where one of them would begin. Thoughts may have it.",
+        metavar="TEXT",
+        typed=list[str],
+    )
+    logprobs: int | None = option(
+        None,
+        "With --json, the log probability of each token of the answer, and those of the N most probable ones in its place; at most "
+        "20, 0: of the answer's alone.",
+        in_python="Keep the log probability of each token of the answer, and those of so many of the most probable ones in its "
+        "place; at most 20, 0: of the answer's alone.",
+        metavar="N",
+    )
+    schema: Mapping[str, Any] | type[Any] | None = option(
+        None,
+        "The answer is JSON that follows the JSON Schema in this file; with --json also in the field parsed. "
+        "Needs evoprune[schema].",
+        in_python="A JSON Schema as a dict, a dataclass, or a model of pydantic: the answer is JSON that follows it, and "
+        "`Answer.parsed` what it holds. Needs evoprune[schema].",
+        metavar="FILE",
+        typed=str,
+        parse=read_schema,
+    )
+    regex: str | None = option(
+        None,
+        "The answer matches this regular expression as a whole. Needs evoprune[schema].",
+        metavar="REGEX",
+    )
+
+    choices: str | Sequence[str] | None = option(
+        None,
+        "The answer is one of these, by commas or repetition; with --json also how probable each is. In batch, options: those of "
+        "the rows, which are then no lines of the question.",
+        in_python="Two texts or more: the answer is one of them, and `Answer.choices` says how probable each is.",
+        metavar="LIST",
+        typed=list[str],
+        parse=listed_choices,
+    )
+    choice_score: ChoiceScore = option(
+        "sum",
+        "What choices are compared by: the sum of the log probabilities of their tokens, or the mean, which does not favour short "
+        "ones.",
+    )
 
     def __post_init__(self):
         check_types(self)
@@ -56,11 +115,78 @@ class GenerationOptions:
             raise UsageError(f"repetition_penalty is {self.repetition_penalty}", "1 is off, 1.05 is a usual value")
         if self.think not in THINK:
             raise UsageError(f"think is {self.think!r}", f"use {' or '.join(THINK)}")
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "choices", _choices(self.choices))
+        self._check_choices()
+        if self.schema is not None and self.regex is not None:
+            raise UsageError("schema and regex exclude each other", "give one of the two")
+        if self.schema is not None:
+            object.__setattr__(self, "schema", schema_of(self.schema))
+        self.grammar  # noqa: B018 (checked here)
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise UsageError(f"logprobs is {self.logprobs}", f"0 is the token chosen alone, {MOST_LOGPROBS} the most")
+
+    def _check_choices(self) -> None:
+        if self.choice_score not in CHOICE_SCORES:
+            raise UsageError(f"choice_score is {self.choice_score!r}", f"use {' or '.join(CHOICE_SCORES)}")
+        if self.choices is None:
+            return
+        others = {
+            "schema": self.schema is not None,
+            "regex": self.regex is not None,
+            "stop": self.stop is not None,
+            "logprobs": self.logprobs is not None,
+            "temperature": self.temperature != 0,
+            "think": self.thinking,
+        }
+        for name, given in others.items():
+            if given:
+                raise UsageError(f"choices and {name} exclude each other", "leave one out: nothing is generated")
 
     @property
     def thinking(self) -> bool:
         return self.think == "on"
 
+    @property
+    def grammar(self) -> str | None:
+        """What the answer must follow, as llguidance takes it; None for nothing. Raises UsageError: it cannot be followed."""
+        if self.schema is None and self.regex is None:
+            return None
+        from evoprune.language.guidance import REGEX, SCHEMA, grammar_of
+
+        if self.regex is not None:
+            return grammar_of(REGEX, self.regex)
+        return grammar_of(SCHEMA, self.schema)
+
     def record(self, seed: int) -> dict[str, Any]:
         """As reports hold it: how tokens are chosen, with the seed of the draws."""
-        return {name: value for name, value in asdict(self).items() if name != "system"} | {"seed": seed}
+        known = asdict(self) | {"seed": seed}
+        known.pop("system")
+        if self.choices is None:
+            known.pop("choice_score")
+        return known
+
+
+def _stop_strings(given: Any) -> list[str] | None:
+    """Return a list of what may be one text; None for no text. Raises UsageError: something else, or an empty text."""
+    if given is None:
+        return None
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"stop is {brief(given)}, not a text, a list of texts or None", "give texts")
+    if not all(texts):
+        raise UsageError("stop is an empty text", "an answer cannot end at nothing: give at least one character")
+    return list(texts) or None
+
+
+def _choices(given: Any) -> str | list[str] | None:
+    """Return the texts that an answer may be, `OF_ROWS` or None. Raises UsageError: none of these, or not several texts."""
+    if given is None or given == OF_ROWS:
+        return given
+    hint = "give two texts or more, each once"
+    if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
+        raise UsageError(f"choices is {brief(given)}, not several texts", hint)
+    texts = list(given)
+    if len(texts) < 2 or len(set(texts)) < len(texts) or not all(text.strip() for text in texts):
+        raise UsageError(f"choices is {brief(texts)}", hint)
+    return texts

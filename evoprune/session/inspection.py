@@ -48,6 +48,7 @@ def environment_facts(stdout: TextIO) -> dict:
         demos[f"{key}_folder"] = str(demo.folder)
     cache = Cache()
     videos, occupied = cache.size()
+    segments, segments_bytes = Cache().of_segments.size()
     models, models_bytes = weights_folder().size()
     return {
         "python": platform.python_version(),
@@ -66,6 +67,9 @@ def environment_facts(stdout: TextIO) -> dict:
             "videos": videos,
             "size_bytes": occupied,
             "limit_bytes": cache.limit_bytes,
+            "segments": segments,
+            "segments_bytes": segments_bytes,
+            "segments_limit_bytes": Cache().of_segments.limit_bytes,
             "quantized_models": models,
             "quantized_bytes": models_bytes,
         },

@@ -5,6 +5,7 @@ Made of the classes of options by `python -m evoprune_cli.keywords > evoprune/se
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -105,6 +106,21 @@ class GenerationKeywords(TypedDict, total=False):
     """A system prompt."""
     think: Literal["off", "on"]
     """Whether a model that can do both thinks before it answers. max_new_tokens counts thoughts and answer together."""
+    stop: str | Sequence[str] | None
+    """One text or several: the answer ends where one of them would begin. Thoughts may have it."""
+    logprobs: int | None
+    """Keep the log probability of each token of the answer, and those of so many of the most probable ones in its
+    place; at most 20, 0: of the answer's alone."""
+    schema: Mapping[str, Any] | type[Any] | None
+    """A JSON Schema as a dict, a dataclass, or a model of pydantic: the answer is JSON that follows it, and
+    `Answer.parsed` what it holds. Needs evoprune[schema]."""
+    regex: str | None
+    """The answer matches this regular expression as a whole. Needs evoprune[schema]."""
+    choices: str | Sequence[str] | None
+    """Two texts or more: the answer is one of them, and `Answer.choices` says how probable each is."""
+    choice_score: Literal["sum", "mean"]
+    """What choices are compared by: the sum of the log probabilities of their tokens, or the mean, which does not
+    favour short ones."""
 
 
 class StreamKeywords(TypedDict, total=False):
@@ -116,6 +132,28 @@ class StreamKeywords(TypedDict, total=False):
     """As many tokens are remembered as so many seconds have. Beyond it the oldest windows are thinned."""
     memory_tokens: int | None
     """The same in tokens, instead of memory_s."""
+
+
+class FindKeywords(TypedDict, total=False):
+    """How moments of a video are found."""
+
+    top: int
+    """At most this many moments of a query, the best first."""
+    min_score: float | None
+    """Least score of a moment, from 0 to 1; default: by the scores of all segments, at least 0.96."""
+    segment_s: float | None
+    """Length of the segments that are asked about, in seconds; None for 8 s, more where total_tokens is too few for
+    that."""
+    total_tokens: int
+    """Visual tokens of a whole video before pruning, unless --fps says how many frames: a long one is looked at less
+    often."""
+    prompt: str | None
+    """The question about a segment, with {} for the query; default: in English, of a demo model one that it knows. A
+    query that ends with ? is asked as it is."""
+    yes: str
+    """How an answer begins where a segment shows it."""
+    no: str
+    """How an answer begins where it does not."""
 
 
 class EvoPruneKeywords(TypedDict, total=False):

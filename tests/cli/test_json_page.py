@@ -129,7 +129,8 @@ def test_ask_and_batch(cli, tiny_folder, rows, tmp_path):
     model = ("-m", str(tiny_folder), "-n", "2", *SHORT)
     subtitles = tmp_path / "said.vtt"
     subtitles.write_text("WEBVTT\n\n00:01.000 --> 00:02.000\nHello\n")
-    outputs = [cli("ask", SQUARE, "What?", "--json", "--compare", "--subtitles", str(subtitles), *model).record]
+    more = ("--compare", "--subtitles", str(subtitles), "--logprobs", "1", "--stop", "never said")
+    outputs = [cli("ask", SQUARE, "What?", "--json", *more, *model).record]
     inner = ("-m", str(tiny_folder), *SHORT, "--method", "evoprune+fastv")
     outputs.append(cli("ask", SQUARE, "What?", "--json", *inner).record)
     outputs.append(
@@ -139,6 +140,24 @@ def test_ask_and_batch(cli, tiny_folder, rows, tmp_path):
     rows.write_text("".join([rows.read_text(), *(json.dumps(row) + "\n" for row in (SAID, BOTH, *OWN))]))
     assert cli("batch", "--from", str(rows), "-o", str(tmp_path / "o.jsonl"), "-q", *model).code == 6
     check("ask and batch", outputs + records((tmp_path / "o.jsonl").read_text()))
+
+
+def test_find(cli, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    found = cli("find", SQUARE, str(broken), "a green square", "--json", "-q")
+    refused = cli("find", "gone.mp4", "a green square", "--json")
+    assert (found.code, refused.code) == (6, 3)
+    check("find", [*records(found.out), refused.record])
+
+
+def test_output_of_find(cli, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert cli("find", SQUARE, "a green square", "-q", "-o", str(out)).code == 0
+    (record,) = records(out.read_text())
+    assert {"schema", "id", "moments", "error", "model", "batch"} == record.keys()
+    assert record["moments"] and record["batch"].keys() == {"row", "settings", "files"}
+    assert "evoprune/found@1" in section("Output of find") and record["schema"] == "evoprune/found@1"
 
 
 def test_eval(cli, tiny_folder, rows, tmp_path):

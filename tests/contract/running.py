@@ -32,6 +32,8 @@ ROOT = Path(__file__).parents[2]
 UNSET = re.compile(r"EVOPRUNE_|NO_COLOR$|FORCE_COLOR$|LINES$|_TYPER|TTY_")
 TIMES = r"(plan|read|preprocess|encode|  pruning|prefill|generate|pack|first token|total|encode \+ prefill)"
 SHORT = r"(compile|store|  overlap) +-?\d"  # lines of the stats that are there where these take a millisecond
+# Fields that were added since it was recorded, left out where they are null.
+LATER = ("stop_reason", "logprobs", "stop", "parsed", "schema", "regex", "choices")
 MASKED_FIELDS = ("time_ms", "rate", "memory", "env", "available", "versions", "devices", "cache_folder")
 
 
@@ -198,6 +200,8 @@ def masked_record(record):
     made = {}
     for name, value in record.items():
         if name == "files" and isinstance(value, dict):
+            continue
+        if name in LATER and value is None:
             continue
         if name == "created_utc" or (name == "id" and re.fullmatch("[0-9a-f]{16,32}", str(value))):
             made[name] = type(value).__name__

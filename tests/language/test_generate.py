@@ -13,8 +13,11 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from evoprune.errors import ModelError
 from evoprune.language.generate import (
+    AnswerConstraint,
     GenerationOptions,
+    StopStrings,
     TokenStream,
     choose,
     embed_ids,
@@ -23,6 +26,7 @@ from evoprune.language.generate import (
     probabilities,
     stream_answer,
     stream_text,
+    teacher_forced_logits,
 )
 from evoprune.language.prompt import VIDEO, Tokenizer, build_prompt, prompt_positions
 from evoprune.language.pruned import prune_prompt
@@ -316,3 +320,184 @@ def test_thoughts_and_answer_arrive_as_soon_as_they_are_certain(special):
 def test_pieces_join_to_the_text_of_all_tokens(ids):
     expected = tiny_tokenizer().decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert "".join(stream_text(own_tokenizer(), ids)) == expected
+
+
+def cut(pieces, *stops) -> tuple[list[str], str | None]:
+    """The pieces of an answer up to one of some texts, and which."""
+    ends = StopStrings(stops)
+    made = list(ends.cut((piece, False) for piece in pieces))
+    assert all(piece and not thought for piece, thought in made)
+    return [piece for piece, _ in made], ends.found
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "answer", "found"),
+    [
+        ("one two three", ["two"], "one ", "two"),
+        ("one two", ["three"], "one two", None),
+        ("two", ["two"], "", "two"),
+        ("aab", ["ab"], "a", "ab"),
+        ("aaab", ["aab"], "a", "aab"),
+        ("abcd", ["abcd", "c"], "ab", "c"),  # complete first
+        ("xab", ["b", "ab"], "x", "ab"),
+        ("one tw", ["two"], "one tw", None),
+        ("", ["a"], "", None),
+        ("a\nb", ["\n"], "a", "\n"),
+    ],
+)
+def test_an_answer_ends_before_a_stop_string_in_whatever_pieces_it_comes(text, stops, answer, found):
+    for size in range(1, len(text) + 2):
+        pieces = [text[start : start + size] for start in range(0, len(text), size)]
+        made, why = cut(pieces, *stops)
+        assert ("".join(made), why) == (answer, found)
+
+
+def test_only_what_may_begin_a_stop_string_is_held_back():
+    ends, read = StopStrings(["two", "ten"]), []
+    pieces = ends.cut((read.append(piece) or piece, False) for piece in ["one t", "w", "ig ", "t", "e", "n", "more"])
+    assert [(next(pieces)[0], len(read)) for _ in range(2)] == [("one ", 1), ("twig ", 3)]
+    assert list(pieces) == [] and ends.found == "ten" and read[-1] == "n"
+
+
+def test_thoughts_may_have_a_stop_string():
+    ends = StopStrings(["\n"])
+    assert list(ends.cut([("a\nb", True), ("c\nd", False)])) == [("a\nb", True), ("c", False)]
+
+
+@settings(deadline=None)
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1), st.integers(1, 4))
+def test_the_pieces_do_not_matter(text, stops, size):
+    whole, found = cut([text] if text else [], *stops)
+    pieces, why = cut([text[start : start + size] for start in range(0, len(text), size)], *stops)
+    assert ("".join(pieces), why) == ("".join(whole), found)
+    assert not any(stop in "".join(pieces) for stop in stops)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "top_k": 5, "repetition_penalty": 1.3}])
+def test_log_probabilities_are_those_of_the_raw_logits(model, options):
+    clip = Clip(model, *CLIPS[0])
+
+    def stream(**more):
+        state = clip.prefill(model)
+        state.prompt_ids = clip.prompt.input_ids
+        return TokenStream(state, GenerationOptions(max_new_tokens=8, **options, **more), [], seed=3)
+
+    plain, answer = stream(), stream(logprobs=3)
+    assert list(answer) == list(plain) and plain.logprobs == []
+    logits = teacher_forced_logits(clip.prefill(model), torch.tensor(answer.ids))
+    expected = logits.double().log_softmax(-1)
+    for token, made, row in zip(answer.ids, answer.logprobs, expected, strict=True):
+        assert made.chosen == pytest.approx(float(row[token]), abs=1e-4)
+        values, ids = row.topk(3)
+        assert [token for token, _ in made.top] == ids.tolist()
+        assert [value for _, value in made.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_an_end_token_has_no_log_probability(model):
+    clip = Clip(model, *CLIPS[0])
+    tokens = greedy(model, clip.prefill(model))
+    answer = TokenStream(clip.prefill(model), GenerationOptions(max_new_tokens=TOKENS, logprobs=0), [tokens[4]])
+    assert len(list(answer)) == len(answer.logprobs) == tokens.index(tokens[4])
+    assert all(each.top == [] and each.chosen < 0 for each in answer.logprobs)
+
+
+class Steps:
+    """A `TokenConstraint`: of each token, the ids that it may have; nothing follows the last one."""
+
+    def __init__(self, *allowed: list[int]):
+        self._allowed = list(allowed)
+
+    def mask(self, size):
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[self._allowed[0]] = True
+        return mask
+
+    def advance(self, token):
+        assert token in self._allowed.pop(0)
+
+    @property
+    def complete(self):
+        return not self._allowed
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 5.0}, {"repetition_penalty": 1.5}])
+def test_a_constraint_narrows_every_choice(model, options):
+    clip = Clip(model, *CLIPS[0])
+    allowed = [[7], [20, 30, 40], [50, 60], [70]]
+
+    def stream(new=TOKENS, logprobs=None):
+        state = clip.prefill(model)
+        state.prompt_ids = clip.prompt.input_ids
+        given = GenerationOptions(max_new_tokens=new, logprobs=logprobs, **options)
+        return TokenStream(state, given, [], 1, Steps(*allowed))
+
+    answer = stream(logprobs=1)
+    assert all(token in ids for token, ids in zip(answer, allowed, strict=True))
+    assert answer.finish_reason == "stop" and next(answer, None) is None
+    if not options:
+        logits = teacher_forced_logits(clip.prefill(model), torch.tensor(answer.ids))
+        assert answer.ids == [ids[int(row[ids].argmax())] for row, ids in zip(logits, allowed, strict=True)]
+        assert answer.logprobs[0].chosen < answer.logprobs[0].top[0][1]  # by the raw logits
+    whole = stream(len(allowed))
+    assert list(whole) and whole.finish_reason == "stop"
+    cut = stream(len(allowed) - 1)
+    assert list(cut) and cut.finish_reason == "length"
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 5.0}])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_constraint_hides_no_logit_that_is_no_number(model, options, wrong):
+    state = Clip(model, *CLIPS[0]).prefill(model)
+    state.logits = state.logits.clone()
+    state.logits[3] = wrong
+    with pytest.raises(ModelError):
+        list(TokenStream(state, GenerationOptions(**options), [], 0, Steps([7])))
+
+
+def test_an_end_may_be_allowed(model):
+    answer = TokenStream(Clip(model, *CLIPS[0]).prefill(model), GenerationOptions(), [9], 0, Steps([7], [9]))
+    assert (list(answer), answer.finish_reason) == ([7], "stop")
+
+
+@pytest.mark.parametrize("special", [False, True, None], ids=["token", "special", "text"])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_constraint_waits_for_the_end_of_thoughts(special, begun):
+    own = thinking_tokenizer(special=special)
+    inner = Steps([3], [4])
+    constraint = AnswerConstraint(inner, own, begun, may_begin=True)
+    begin = own.backend.token_to_id("<think>")
+    if not begun:
+        mask = constraint.mask(600)
+        assert mask[3] and int(mask.sum()) == (1 if begin is None else 2)
+        if begin is None:  # thoughts that are text alone cannot begin here
+            constraint.advance(3)
+            assert constraint.mask(600)[4] and not constraint.complete
+            return
+        constraint.advance(begin)
+    for token in ids_of(own, "a < b </thin </</think>"):
+        assert constraint.mask(600) is None and not constraint.complete
+        constraint.advance(token)
+    for token in (3, 4):
+        assert constraint.mask(600).nonzero().tolist() == [[token]]
+        constraint.advance(token)
+    assert constraint.complete
+
+
+def test_a_constraint_has_no_thoughts_where_they_are_off():
+    own = thinking_tokenizer()
+    begin = own.backend.token_to_id("<think>")
+    constraint = AnswerConstraint(Steps([3, begin], [3, begin]), own, begun=False, may_begin=False)
+    assert not constraint.mask(600)[begin]  # it would begin thoughts, not an answer with this text
+    constraint.advance(3)
+    assert constraint.mask(600)[begin]
+
+
+@pytest.mark.parametrize("after", ["", "\n\n", "a", "\n a"])
+def test_a_constraint_begins_inside_the_token_that_ends_thoughts(after):
+    own = thinking_tokenizer(special=None)
+    ends = f"</think>{after}"
+    own.backend.add_tokens([ends])
+    (letter,) = own.encode("a")
+    constraint = AnswerConstraint(Steps([letter]), own, begun=True, may_begin=True)
+    constraint.advance(own.backend.token_to_id(ends))
+    assert constraint.complete == after.endswith("a")

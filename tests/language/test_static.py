@@ -16,6 +16,7 @@ from evoprune.language.generate import GenerationOptions, PrefillState, TokenStr
 from evoprune.language.prompt import prompt_positions, video_positions
 from evoprune.session.loading.model import load_model
 from tests.backend.recorder import Graphs
+from tests.language.test_generate import Steps
 from tests.tiny import NATIVE, save_tiny, tiny_model
 
 NEW = 12
@@ -399,3 +400,28 @@ def test_logits_at_3b():
             static.step(model, cache)
             # In bf16 each of the two is off by about 0.04 in the mean, and the largest of 151,936 is 4.5 times that.
             assert (cache.logits - plain).abs().max() / plain.std() < 0.4
+
+
+def test_a_graph_has_the_log_probabilities_of_the_plain_decoder(graphs, model):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static, "begin", lambda *_: None)
+        plain = stream(model, state_of(model), logprobs=2)
+        list(plain)
+    answer = stream(model, state_of(model), logprobs=2)
+    assert list(answer) == plain.ids and graphs.replayed
+    for made, expected in zip(answer.logprobs, plain.logprobs, strict=True):
+        assert made.chosen == pytest.approx(expected.chosen, abs=1e-5)
+        assert [token for token, _ in made.top] == [token for token, _ in expected.top]
+
+
+def test_a_graph_obeys_a_constraint(graphs, model):
+    allowed = [[number, 100 + number, 200 + number] for number in range(NEW)]
+
+    def answer():
+        return TokenStream(state_of(model), GenerationOptions(max_new_tokens=NEW), (), 0, Steps(*allowed))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static, "begin", lambda *_: None)
+        expected = list(answer())
+    assert list(answer()) == expected and graphs.replayed == NEW - 2
+    assert all(token in ids for token, ids in zip(expected, allowed, strict=True))

@@ -18,6 +18,7 @@ import evoprune
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.session.options import (
+    FindOptions,
     GenerationOptions,
     ModelOptions,
     PipelineOptions,
@@ -90,6 +91,7 @@ def test_odd_arguments_are_refused_in_a_sentence(demo, tmp_path):
         (evoprune.VideoQA, (PruneOptions,)),
         (evoprune.VideoQA.encode, (SamplingOptions,)),
         (evoprune.VideoQA.stream, (StreamOptions,)),
+        (evoprune.VideoQA.find, (FindOptions,)),
         (evoprune.EncodedInputs.ask, (GenerationOptions,)),
         (evoprune.EvoPrune, (evoprune.EvoPrune,)),
     ],
@@ -223,6 +225,11 @@ WRONG = {
             ("repetition_penalty", float("inf")), ("temperature", float("nan")), ("top_p", 1.1))],
         ("max_new_tokens", 2.5, "max_new_tokens is 2.5, not a whole number"),
         ("system", 3, "system is 3, not a text or None"),
+        *[("stop", value, f"stop is {value!r}, not a text") for value in (3, [1], b"a", {"a"})],
+        *[("stop", value, "stop is an empty text") for value in ("", ["a", ""])],
+        ("schema", 3, "schema is 3, not a JSON Schema"),
+        ("regex", 3, "regex is 3, not a text or None"),
+        *[("logprobs", value, f"logprobs is {value}") for value in (-1, 21, 1.5)],
     ],
 }  # fmt: skip
 

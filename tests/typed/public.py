@@ -68,6 +68,29 @@ def encode(qa: evoprune.VideoQA, clip: Path, folder: str) -> evoprune.EncodedInp
     )
 
 
+def find(qa: evoprune.VideoQA, clip: Path) -> list[evoprune.Moment]:
+    """Every option of `find`, and what a moment has."""
+    qa.find(str(clip), ["a green square", "a red ring"])
+    moments = qa.find(
+        clip,
+        "a green square",
+        fps=1.0,
+        start_s=0.0,
+        end_s=4.0,
+        progress=show_stage,
+        top=2,
+        min_score=0.5,
+        segment_s=2.0,
+        total_tokens=4096,
+        prompt="Is there {}?",
+        yes="yes",
+        no="no",
+    )
+    for moment in moments:
+        print(moment.query, moment.start_s, moment.end_s, moment.best_s, moment.score, file=sys.stderr)
+    return moments
+
+
 def ask(qa: evoprune.VideoQA, video: evoprune.EncodedInputs) -> str:
     """Every option of `ask`, and what an answer has."""
     answer: evoprune.Answer = video.ask(
@@ -81,6 +104,10 @@ def ask(qa: evoprune.VideoQA, video: evoprune.EncodedInputs) -> str:
         repetition_penalty=None,
         system=None,
         think="off",
+        stop=["\n", "."],
+        logprobs=2,
+        schema=None,
+        regex=None,
     )
     for piece in answer:
         print(piece.upper(), end="", flush=True)
@@ -90,7 +117,17 @@ def ask(qa: evoprune.VideoQA, video: evoprune.EncodedInputs) -> str:
     warnings: list[str] = report.warnings
     again = evoprune.Report.from_json(report.to_json())
     print(kept, first_ms, warnings, again.answer, answer.thoughts, len(answer.ids), video.report.pruning.kept_per_pair)
-    return answer.text + qa.ask([video, "samples/three.mp4"], "Which digit is it?", max_new_tokens=4).text
+    chat: evoprune.Chat = video.chat(system="Be brief.", messages=[{"role": "user", "content": "Who?"}][:0])
+    said: str = chat.ask("And then?", max_new_tokens=4).text
+    messages: list[dict[str, str]] = chat.messages
+    undone: str | None = chat.undo()
+    chat.clear()
+    print(said, messages, undone)
+    chosen = video.ask("What colour is the square?", choices=["red", "green"], choice_score="mean")
+    print(chosen.text, chosen.choices)
+    if answer.logprobs is not None:
+        print(answer.logprobs[0]["logprob"], answer.parsed)
+    return answer.text + qa.ask([video, "samples/three.mp4"], "Which digit is it?", max_new_tokens=4, stop=".").text
 
 
 def stream(qa: evoprune.VideoQA, frames: list[np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]]) -> None:
@@ -156,6 +193,7 @@ def main() -> int:
         qa = load()
         with tempfile.TemporaryDirectory() as folder:
             print(ask(qa, encode(qa, clip, folder)))
+        find(qa, clip)
         stream(qa, [np.zeros((112, 168, 3), np.uint8) for _ in range(8)])
         prepare(str(clip))
     except evoprune.OutOfMemory as problem:

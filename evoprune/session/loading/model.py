@@ -6,8 +6,9 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -52,6 +53,9 @@ from evoprune.video.plan import InputLimits
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
 
+if TYPE_CHECKING:
+    from evoprune.language.guidance import Vocabulary
+
 # Weights of a model for each of its threads. The demo model has 4 million, the smallest Qwen 2 billion.
 WEIGHTS_PER_THREAD = 32_000_000
 
@@ -84,6 +88,13 @@ class LoadedModel:
 
     def __repr__(self) -> str:
         return f"<LoadedModel {self.id!r} in {self.dtype} on {self.device}>"
+
+    @cached_property
+    def vocabulary(self) -> "Vocabulary":
+        """The tokens for answers that follow a grammar. Raises UsageError: llguidance is not installed."""
+        from evoprune.language.guidance import Vocabulary
+
+        return Vocabulary(self.tokenizer, self.eos_ids)
 
     @property
     def cores(self) -> int | None:

@@ -1,0 +1,90 @@
+"""JSON Schemas that an answer has to follow: read from a file or made of a class, and what an answer holds. Imports no torch."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from evoprune.errors import UsageError, first_line
+from evoprune.model.config import loads
+from evoprune.util import brief, missing_hint
+
+MOST_BYTES = 2**20  # of a schema
+
+
+def read_schema(path: str | None) -> dict[str, Any] | None:
+    """Return the JSON Schema in a file; None for no path. Raises UsageError: it cannot be read, or is no JSON object."""
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except OSError as problem:
+        hint = missing_hint(path, "name a file that holds a JSON Schema")
+        raise UsageError(f"cannot read the schema {path}: {problem.strerror}", hint) from problem
+    return _parsed(content, f"the schema {path}")
+
+
+def schema_of(given: Mapping[str, Any] | type) -> dict[str, Any]:
+    """Return the JSON Schema that is given, or that of a dataclass or a model of pydantic, as plain data of its own.
+
+    Raises UsageError: it is none of these, or no JSON.
+    """
+    if isinstance(given, type):
+        given = _of_class(given)
+    if not isinstance(given, Mapping):
+        hint = "give a dict, a dataclass, a model of pydantic or None"
+        raise UsageError(f"schema is {brief(given)}, not a JSON Schema", hint)
+    try:
+        content = json.dumps(dict(given)).encode()
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise UsageError(f"schema is no JSON: {first_line(problem)}", "give what json.loads returns") from problem
+    return _parsed(content, "schema")
+
+
+def _parsed(content: bytes, name: str) -> dict[str, Any]:
+    """Return the JSON object in a text. `name`: what errors call it."""
+    if len(content) > MOST_BYTES:
+        raise UsageError(f"{name} has more than {MOST_BYTES // 2**20} MiB", "give a smaller one")
+    try:
+        schema = loads(content.decode())
+    except ValueError as problem:
+        raise UsageError(f"{name} is no JSON: {first_line(problem)}", "give a JSON Schema") from problem
+    if not isinstance(schema, dict):
+        raise UsageError(f"{name} is no JSON object", 'give a JSON Schema, such as {"type": "object"}')
+    return schema
+
+
+def _of_class(kind: type) -> dict[str, Any]:
+    """Return the JSON Schema of a class. Raises UsageError: it has none, or pydantic is not installed."""
+    if hasattr(kind, "model_json_schema"):
+        describe = kind.model_json_schema
+    elif dataclasses.is_dataclass(kind):
+        describe = partial(_of_dataclass, kind)
+    else:
+        raise UsageError(f"schema is the class {kind.__name__}", "give a dataclass or a model of pydantic")
+    try:
+        return describe()
+    except UsageError:
+        raise
+    except Exception as problem:  # of pydantic, or of what the class itself runs
+        said = f"the class {kind.__name__} has no JSON Schema: {first_line(problem)}"
+        raise UsageError(said, "give its fields types that JSON has") from problem
+
+
+def _of_dataclass(kind: type) -> dict[str, Any]:
+    """As `_of_class`, of a dataclass."""
+    try:
+        from pydantic import TypeAdapter
+    except ImportError as problem:
+        raise UsageError("the schema of a dataclass needs pydantic", "pip install 'evoprune[schema]'") from problem
+    return TypeAdapter(kind).json_schema()
+
+
+def value_of(answer: str) -> Any:
+    """Return what a JSON text holds; None where Python cannot hold it, as a number that is too large."""
+    try:
+        return loads(answer)
+    except ValueError:
+        return None
