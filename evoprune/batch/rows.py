@@ -116,11 +116,15 @@ class Row:
 
 
 def with_scored_options(rows: Iterable[Row]) -> list[Row]:
-    """Return rows whose answers are chosen among their options. Raises UsageError: a row has none."""
+    """Return rows whose answers are chosen among their options. Raises UsageError: a row has none, or one twice."""
     rows = list(rows)
     for row in rows:
         if not row.options:
             raise UsageError(f"row {shown(row.id)} has no options to choose from", "give each row a list of options")
+        if len(set(row.options)) < len(row.options):
+            raise UsageError(
+                f"row {shown(row.id)} has an option twice: {shown(', '.join(row.options))}", "give each once"
+            )
     return [replace(row, scored=True) for row in rows]
 
 

@@ -518,10 +518,14 @@ def test_a_prompt_remembers(cli, tiny_folder):
     single = cli(*TALK, *flags, "--history", "off", stdin=f"{QUESTION}\n{MORE}\n/new\n", terminal=True)
     assert [json.loads(line)["conversation"] for line in single.out.splitlines()] == [None, None]
     assert "/new is about a conversation, and each question is on its own here" in single.err
+    words = cli(*TALK, *flags, "--history", "on", stdin="/new video\n", terminal=True)
+    assert not words.out and "/new stands alone on its line" in words.err
 
 
 def test_why_a_prompt_does_not_remember(cli):
     assert "on its own: the demo models know single questions" in cli(*TALK, stdin="", terminal=True).err
+    for reason in (("--compare",), ("--method", "cdpruner")):  # with which there is no --history on
+        assert "remembers" not in cli(*TALK, *reason, stdin="", terminal=True).err
     result = cli(*TALK, "--history", "on", stdin=f"{QUESTION}\n{MORE}\n", terminal=True)
     assert result.err.count("warning: the demo models know single questions") == 1
     for more, says in (
