@@ -141,7 +141,8 @@ def test_generation_options_reach_the_model_and_what_it_asks_for_otherwise_is_sa
     said = "note: the model's generation_config.json has tokens drawn otherwise than here; as it says: --temperature 0.7 --top-k 20"
     assert said in " ".join(result.err.split())
     assert result.record["generation"] == {
-        "max_new_tokens": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.05, "seed": 0, "think": "off"
+        "max_new_tokens": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.05, "seed": 0, "think": "off",
+        "stop": None, "logprobs": None, "schema": None, "regex": None, "choices": None,
     }  # fmt: skip
     assert "drawn" not in cli(*asked, "-q").err
     result = cli(*asked, "-t", "0.7", "--top-k", "20", "--repetition-penalty", "1.3")
