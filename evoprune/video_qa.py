@@ -275,7 +275,8 @@ class VideoQA(Uncopied):
             query: what to look for, such as "a red star", or several.
             fps: frames a second to look at in all segments; default: the model's rate, less in a long video (`total_tokens`).
             start_s, end_s: the part of the video that is searched; below 0 from its end.
-            progress: called with "segment", those read and in all; then with "moment", those whose borders are found and in all.
+            progress: called with "segment", those read and in all; then with "piece", parts of the best ones; then, for each query,
+                with "moment", those whose borders are found.
             cache: as of `encode`; in a folder inside it encoded segments are kept, so that they serve other queries too.
             options: how moments are found: the fields of `keywords.FindKeywords`.
 

@@ -43,7 +43,8 @@ from evoprune.video.plan import Plan, duration_of, span_of
 
 # Questions that tell together whether a segment shows what a query says; of each whether yes says so.
 Questions = tuple[tuple[str, bool], ...]
-# Called with "segment", those read and in all; then with "moment", those whose borders were found and in all.
+# Called with "segment", those read and in all; then with "piece", those of the best segments; then, for each query, with "moment",
+# those whose borders were found and in all.
 Progress = Callable[[str, int, int], None]
 
 QUESTION = "Does the video show the following? {}\nAnswer yes or no."
@@ -123,7 +124,12 @@ class Search:
             self._files.close()
             raise
         self._scores: dict[str, list[float]] = {query: [] for query in self._questions}  # log odds of each segment
-        self._looked_at: dict[tuple[str, Run], Moment] = {}  # in pieces; of some the score is too low after all
+        self._pieces: dict[
+            tuple[str, float, float], float
+        ] = {}  # log odds of a query in a piece: its middle, its length
+        self._scored: dict[tuple[str, Run], Moment] = {}  # by pieces too; of some the score is too low after all
+        self._bordered: dict[tuple[str, Run], Moment] = {}
+        self._complete: set[str] = set()  # queries whose best moments have borders
         self.asked = 0
 
     def __enter__(self) -> "Search":
@@ -149,7 +155,10 @@ class Search:
         Raises VideoError: no segment can be read. OutOfMemory. ModelError: numbers that are NaN or infinite.
         """
         problem = None
-        with closing(self._opened()) as every:
+        seek = self._sampling.seek
+        if seek == AUTO_SEEK:
+            seek = KEYFRAMES
+        with closing(self._opened(self.segments, seek)) as every:
             for number, opened in enumerate(every):
                 with closing(opened):
                     try:
@@ -165,11 +174,9 @@ class Search:
                     progress("segment", self.asked, len(self.segments))
         if problem and self.unread == len(self.segments):
             raise problem
-        wanted = [(query, run) for query in self.queries for run in self._candidates(query)]
-        for number, (query, run) in enumerate(wanted):
-            self._looked_at[query, run] = self._refined(query, run)
-            if progress:
-                progress("moment", number + 1, len(wanted))
+        self._score_candidates(progress)
+        for query in self.queries:
+            self._find_borders(query, progress)
 
     def moments(self) -> list[Moment]:
         """Return what was found so far: for each query, in the order given, the best first.
@@ -179,16 +186,21 @@ class Search:
         found = []
         for query in self.queries:
             least = probability(self._least(query))
-            each = [self._looked_at.get((query, run)) or self._coarse(query, run) for run in self._candidates(query)]
+            each = []
+            for run in self._candidates(query):
+                if moment := self._bordered.get((query, run)):
+                    each.append(moment)
+                elif query not in self._complete:
+                    each.append(self._scored.get((query, run)) or self._coarse(query, run))
             each = joined([moment for moment in each if moment.score >= least])
             found += sorted(each, key=lambda moment: -moment.score)[: self._options.top]
         return found
 
     def best(self, query: str) -> tuple[float, float]:
         """Return the best score of a query, and the time where it is best. At least one segment was asked."""
-        looked_at = [moment for (asked, _), moment in self._looked_at.items() if asked == query]
-        if looked_at:
-            best = max(looked_at, key=lambda moment: moment.score)
+        scored = [moment for (asked, _), moment in self._scored.items() if asked == query]
+        if scored:
+            best = max(scored, key=lambda moment: moment.score)
             return best.score, best.best_s
         scores = self._scores[query]
         place = scores.index(max(scores))
@@ -209,35 +221,77 @@ class Search:
         score = probability(self._scores[query][run.best])
         return Moment(query, self.segments[run.first].start_s, self.segments[run.last].end_s, score, best.middle_s)
 
-    def _refined(self, query: str, run: Run) -> Moment:
-        """Return a moment with borders and a score by those of pieces: short parts, read densely.
+    @property
+    def _segment_s(self) -> float:
+        return self.segments[0].end_s - self.segments[0].start_s
 
-        Its log odds are the mean of those of its best segment and of the best piece of that. Where no piece shows it, the borders
-        of its segments stay. Pieces of long segments are long, and its borders are then found again by shorter ones.
+    @property
+    def _shortest_s(self) -> float:
+        """The length of a piece whose frames are as far apart as the model's."""
+        return PIECE_FRAMES / self._fps
+
+    @property
+    def _piece_s(self) -> float:
+        """The length of the pieces of a segment."""
+        return max(self._shortest_s, self._segment_s / PIECES)
+
+    def _middles(self, place: int) -> list[float]:
+        """Return the middles of the pieces of a segment."""
+        segment = self.segments[place]
+        count = max(1, round(self._segment_s / self._piece_s))
+        step_s = self._segment_s / count
+        return [segment.start_s + (n + 0.5) * step_s for n in range(count)]
+
+    def _score_candidates(self, progress: Progress | None) -> None:
+        """Scores moments by pieces too, short parts that are read densely.
+
+        Their log odds are the mean of those of their best segment and of the best piece of that.
         """
-        moment = self._coarse(query, run)
+        wanted = [(query, run) for query in self.queries for run in self._candidates(query)]
+        pieces = [(query, middle_s) for query, run in wanted for middle_s in self._middles(run.best)]
+        parts = [self._piece(middle_s, self._piece_s) for _, middle_s in pieces]
+        with closing(self._opened(parts, self._sampling.seek)) as every:
+            for number, ((query, middle_s), opened) in enumerate(zip(pieces, every, strict=True)):
+                self._pieces[query, middle_s, self._piece_s] = self._odds(query, opened)
+                if progress:
+                    progress("piece", number + 1, len(pieces))
+        for query, run in wanted:
+            moment = self._coarse(query, run)
+            best_s = max(self._middles(run.best), key=lambda middle_s: self._piece_odds(query, middle_s, self._piece_s))
+            of_piece = self._piece_odds(query, best_s, self._piece_s)
+            if of_piece > -math.inf:  # it can be read
+                odds = (self._scores[query][run.best] + of_piece) / 2
+                moment = replace(moment, score=probability(odds), best_s=best_s)
+            self._scored[query, run] = moment
+
+    def _find_borders(self, query: str, progress: Progress | None) -> None:
+        """Finds the borders of the best moments of a query, as many as are wanted."""
+        least = probability(self._least(query))
+        scored = [(run, self._scored[query, run]) for run in self._candidates(query)]
+        scored = [(run, moment) for run, moment in scored if moment.score >= least]
+        scored.sort(key=lambda each: -each[1].score)
+        found: list[Moment] = []
+        for run, moment in scored:
+            if len(joined(found)) == self._options.top:
+                break
+            self._bordered[query, run] = self._with_borders(query, run, moment)
+            found.append(self._bordered[query, run])
+            if progress:
+                progress("moment", len(found), max(len(found), min(len(scored), self._options.top)))
+        self._complete.add(query)
+
+    def _with_borders(self, query: str, run: Run, moment: Moment) -> Moment:
+        """Return a moment with borders by the scores of pieces. Where no piece shows it, those of its segments stay.
+
+        Pieces of long segments are long, and borders are then found again by shorter ones.
+        """
         shown_from = self._least(query) - MARGIN
         begin_s = self.segments[0].start_s
         stop_s = self.segments[-1].end_s
-        segment_s = self.segments[0].end_s - begin_s
-        shortest_s = PIECE_FRAMES / self._fps
-        length_s = max(shortest_s, segment_s / PIECES)
-        known: dict[tuple[float, float], float] = {}
-
-        def score(middle_s: float) -> float:
-            if (middle_s, length_s) not in known:
-                known[middle_s, length_s] = self._piece_score(query, middle_s, length_s)
-            return known[middle_s, length_s]
+        length_s = self._piece_s
 
         def shown(middle_s: float) -> bool:
-            return score(middle_s) >= shown_from
-
-        def pieces(place: int) -> list[float]:
-            """Return the middles of the pieces of a segment."""
-            segment = self.segments[place]
-            count = max(1, round(segment_s / length_s))
-            step_s = segment_s / count
-            return [segment.start_s + (n + 0.5) * step_s for n in range(count)]
+            return self._piece_odds(query, middle_s, length_s) >= shown_from
 
         def between(outside_s: float, inside_s: float) -> float:
             return border(shown, outside_s, inside_s, precision_s=length_s / 8, reach_s=REACH * length_s)
@@ -258,33 +312,38 @@ class Search:
             inside_s = min(max(border_s - outwards_s, begin_s), stop_s)
             return between(outside_s, inside_s) if shown(inside_s) else border_s
 
-        best_s = max(pieces(run.best), key=score)
-        if score(best_s) == -math.inf:  # nothing can be read
-            return moment
-        odds = (self._scores[query][run.best] + score(best_s)) / 2
-        moment = replace(moment, score=probability(odds), best_s=best_s)
         places = range(run.first, run.last + 1)
-        first = next((each for place in places for each in pieces(place) if shown(each)), None)
+        first = next((each for place in places for each in self._middles(place) if shown(each)), None)
         if first is None:
             return moment
-        last = next(each for place in reversed(places) for each in reversed(pieces(place)) if shown(each))
-        start_s = edge(first, -length_s, max(begin_s, moment.start_s - segment_s))
-        end_s = edge(last, length_s, min(stop_s, moment.end_s + segment_s))
-        while length_s > shortest_s:
+        last = next(each for place in reversed(places) for each in reversed(self._middles(place)) if shown(each))
+        start_s = edge(first, -length_s, max(begin_s, moment.start_s - self._segment_s))
+        end_s = edge(last, length_s, min(stop_s, moment.end_s + self._segment_s))
+        while length_s > self._shortest_s:
             reach_s = length_s / 2
-            length_s = max(shortest_s, length_s / PIECES)
+            length_s = max(self._shortest_s, length_s / PIECES)
             start_s = closer(start_s, -reach_s)
             end_s = closer(end_s, reach_s)
         if start_s >= end_s:  # shorter than its frames are apart
             middle_s = (start_s + end_s) / 2
             start_s = max(begin_s, middle_s - 0.5 / self._fps)
             end_s = min(stop_s, middle_s + 0.5 / self._fps)
-        return replace(moment, start_s=start_s, end_s=end_s, best_s=min(max(best_s, start_s), end_s))
+        return replace(moment, start_s=start_s, end_s=end_s, best_s=min(max(moment.best_s, start_s), end_s))
 
-    def _piece_score(self, query: str, middle_s: float, length_s: float) -> float:
+    def _piece(self, middle_s: float, length_s: float) -> Segment:
         start_s = max(self.segments[0].start_s, middle_s - length_s / 2)
         end_s = min(self.segments[-1].end_s, middle_s + length_s / 2)
-        with closing(self._open(Segment(start_s, end_s, PIECE_FRAMES), self._sampling.seek)) as opened:
+        return Segment(start_s, end_s, PIECE_FRAMES)
+
+    def _piece_odds(self, query: str, middle_s: float, length_s: float) -> float:
+        if (query, middle_s, length_s) not in self._pieces:
+            opened = self._open(self._piece(middle_s, length_s), self._sampling.seek)
+            self._pieces[query, middle_s, length_s] = self._odds(query, opened)
+        return self._pieces[query, middle_s, length_s]
+
+    def _odds(self, query: str, opened: OpenInput) -> float:
+        """Return the log odds of a query in a piece, which is closed then."""
+        with closing(opened):
             try:
                 return self._ask(opened, [query])[query]
             except VideoError:  # what cannot be read shows nothing; the segment around it could be read
@@ -315,18 +374,15 @@ class Search:
     def _open(self, segment: Segment, seek: str) -> OpenInput:
         return self._kind(self._session, self._plan(segment, seek), Clock(torch.device("cpu")))
 
-    def _opened(self) -> Iterator[OpenInput]:
+    def _opened(self, segments: Sequence[Segment], seek: str) -> Iterator[OpenInput]:
         """Yield each segment, to be closed, while the next one is read."""
-        seek = self._sampling.seek
-        if seek == AUTO_SEEK:
-            seek = KEYFRAMES
         following: OpenInput | None = None
         try:
-            for number, segment in enumerate(self.segments):
+            for number, segment in enumerate(segments):
                 opened = following or self._open(segment, seek)
                 following = None
-                if number + 1 < len(self.segments):
-                    following = self._open(self.segments[number + 1], seek)
+                if number + 1 < len(segments):
+                    following = self._open(segments[number + 1], seek)
                     with suppress(VideoError):  # which encoding it raises again
                         following.begin()
                 yield opened
