@@ -333,7 +333,7 @@ def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool, ahea
     for info, wanted in zip(infos, sampling.of_each(infos), strict=True):
         check_picture(info, wanted.subtitles)
         choose_decoder(wanted.decoder, info)
-        make_plan(info, InputLimits(), **wanted.plan_arguments)
+        make_plan(info, InputLimits(), wanted)
         if wanted.subtitles not in (NO_SUBTITLES, AUTO_SUBTITLES):
             read_subtitles(info, wanted.subtitles)
 

@@ -180,11 +180,11 @@ def _about_video(
         from evoprune.video.plan import make_plan
 
         model = look_up(pipeline.model)
-        numbers = pipeline.sampling.plan_arguments
+        sampling = pipeline.sampling
         yield {"model": model_facts(model)}
-        if numbers["max_visual_tokens"] is None:
-            numbers["max_visual_tokens"] = model.max_visual_tokens
-        plan = make_plan(info, model.limits[info.kind], **numbers)
+        if sampling.max_visual_tokens is None:
+            sampling = replace(sampling, max_visual_tokens=model.max_visual_tokens)
+        plan = make_plan(info, model.limits[info.kind], sampling)
         yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}
         yield {"memory": memory_facts(model, plan, pipeline.pruning)}
         if overlay is not None:

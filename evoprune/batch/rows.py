@@ -33,7 +33,7 @@ from evoprune.util import (
 )
 from evoprune.video.info import AUTO_SUBTITLES, IMAGES, NO_SUBTITLES, VIDEOS, files
 from evoprune.video.order import natural
-from evoprune.video.plan import check_sampling, parse_time
+from evoprune.video.plan import SamplingOptions, parse_time
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
 LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])\s*[.):])\s*(.*\S)\s*", re.IGNORECASE | re.DOTALL)
@@ -277,7 +277,7 @@ def _row(
     _check_span(start, end)
     kinds = {"fps": float, "frames": int, "max_new_tokens": int, "frame_rate": float}
     numbers = {name: _number(fields.get(name), name, kind) for name, kind in kinds.items()}
-    check_sampling(fps=numbers["fps"], frames=numbers["frames"])
+    SamplingOptions(fps=numbers["fps"], frames=numbers["frames"])  # refuses what makes no sense
     if (rate := numbers["frame_rate"]) is not None:
         _must(0 < rate < math.inf, "frame_rate is not a number above 0")
         numbers["frame_rate"] = float(rate)

@@ -79,7 +79,7 @@ def processor_inputs(
         plans: list[Plan] = []
         for info, wanted in zip(infos, options.of_each(infos), strict=True):
             check_picture(info, options.subtitles)
-            plan = make_plan(info, limits[info.kind], **wanted.plan_arguments)
+            plan = make_plan(info, limits[info.kind], wanted)
             plan = replace(plan, decoder=choose_decoder(options.decoder, info), seek=options.seek)
             lines = options.subtitles, options.max_subtitle_tokens
             plans.append(replace(plan, subtitles=prompt_subtitles(tokenizer, info, plan.sampling, *lines)))

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from evoprune.backend.limits import available_memory
 from evoprune.errors import OutOfMemory, UsageError, memory_guard
-from evoprune.util import brief, check_type, counted, size
+from evoprune.util import brief, counted, size
 from evoprune.video.frames import probe
 from evoprune.video.frames import read_frames as read_chunks
-from evoprune.video.info import EXACT, FOLDER_FPS, PICTURE, Decoder, Seek, Video, check_seek
-from evoprune.video.plan import check_no_span, check_sampling, duration_of, even_times, span_of
+from evoprune.video.info import EXACT, FOLDER_FPS, PICTURE, Decoder, Seek, Video
+from evoprune.video.plan import SamplingOptions, check_no_span, duration_of, even_times, span_of
 
 
 def read_frames(
@@ -55,13 +55,8 @@ def read_frames(
         OutOfMemory: there is no memory for so many frames of that size.
     """
     _check_path(path)
-    check_type("frames", frames, int | None)
-    for name, value in (("fps", fps), ("end_s", end_s)):
-        check_type(name, value, float | None)
-    for name, value in (("start_s", start_s), ("frame_rate", frame_rate)):
-        check_type(name, value, float)
-    check_sampling(fps=fps, frames=frames, start_s=start_s, end_s=end_s)
-    check_seek(seek)
+    # refuses what makes no sense
+    SamplingOptions(fps=fps, frames=frames, start_s=start_s, end_s=end_s, frame_rate=frame_rate, seek=seek)
     if times_s is None and frames is None and fps is None:
         raise UsageError("neither times nor frames nor fps is given", "give one of them")
     if times_s is not None and (frames, fps, start_s, end_s, seek) != (None, None, 0, None, EXACT):
