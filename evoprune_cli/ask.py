@@ -341,9 +341,7 @@ def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool, ahea
 def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
     """Say where fewer frames, or smaller ones, are looked at than the flags or the model's own rate ask for."""
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
-        rate = "asked for:"
-        if sampling.frames is None and sampling.fps is None:
-            rate = "at the model's rate"
+        rate = "asked for:" if plan.limited else "at the model's rate"
         every_s = plan.sampling.seconds_per_frame
         every = f"{every_s:,.0f} s" if every_s >= 100 else f"{every_s:.3g} s"
         wanted = f"{rate} {plan.sampling.wanted:,} (--max-frames {plan.sampling.wanted})"

@@ -254,6 +254,7 @@ class Plan:
     frame_limit: int  # by the model or the caller; `sampling.wanted` may be larger
     token_limit: int  # of visual tokens before pruning
     token_capped: bool  # whether it made frames smaller or fewer than the model's own limits require
+    limited: bool = False
     encoder: EncoderPlan | None = None
     unshrunk: "Plan | None" = None  # the plan with nothing pruned, where a method makes the input smaller
     name: str = ""
@@ -261,7 +262,6 @@ class Plan:
     seek: str = EXACT  # of `info.SEEKS`
     read_s: tuple[float, ...] = ()  # the times of the frames themselves, as soon as they are read
     moved: bool = False  # whether some of these are keyframes nearby
-    limited: bool = False
     subtitles: PromptSubtitles = NOTHING_SAID
 
     @property
@@ -438,7 +438,9 @@ def make_plan(info: Video, limits: InputLimits, options: SamplingOptions = USUAL
         sampling = sample(max_frames=grid[0] * pair)
     token_capped = grid[1:] != preferred or sampling.frames < wanted
     size = grid[1] * limits.unit, grid[2] * limits.unit
-    return Plan(info, sampling, *size, grid, frame_limit, max_tokens, token_capped)
+    asked = options.fps is not None or options.frames is not None
+    limited = asked and (token_capped or (options.max_frames is None and sampling.wanted > frame_limit))
+    return Plan(info, sampling, *size, grid, frame_limit, max_tokens, token_capped, limited)
 
 
 def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[tuple[int, int], Grid]:

@@ -239,7 +239,7 @@ def test_what_is_expected_is_what_a_session_plans(demo, saved, tmp_path):
         for path in paths:
             info, sampling = probe(path), SamplingOptions()
             planned = plan_input(session, info, sampling)
-            plan = replace(planned.full, encoder=None, name="", limited=False)
+            plan = replace(planned.full, encoder=None, name="")
             guess = expected(options).plan(info, sampling)
             assert guess == replace(plan, decoder=planned.decoder, seek=planned.seek)
 
