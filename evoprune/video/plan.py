@@ -147,6 +147,12 @@ class SamplingOptions:
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise UsageError(f"fps is {self.fps:g}", "give a number above 0")
 
+    def but(self, **own) -> "SamplingOptions":
+        """Return the same but for its `own` fields. A rate takes the place of a number of frames, and the other way round."""
+        if own.keys() & {"fps", "frames"}:
+            own = {"fps": None, "frames": None} | own
+        return replace(self, **own)
+
     @property
     def timeless(self) -> "SamplingOptions":
         """The same without a part of the time."""
