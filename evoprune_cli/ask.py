@@ -328,7 +328,7 @@ def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool, ahea
     check_one_file(sampling.subtitles, len(paths))
     infos = [ahead.probe(path, folder_fps=sampling.frame_rate) for path in paths]
     videos = [info for info in infos if info.kind == VIDEO]
-    if not quiet and not videos and (sampling.fps or sampling.frames or sampling.max_frames):
+    if not quiet and not videos and (sampling.sets_frames or sampling.max_frames):
         tell("note: --fps, --frames and --max-frames are about videos; a picture is read as it is")
     for info, wanted in zip(infos, sampling.of_each(infos), strict=True):
         check_picture(info, wanted.subtitles)

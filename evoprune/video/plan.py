@@ -147,6 +147,15 @@ class SamplingOptions:
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise UsageError(f"fps is {self.fps:g}", "give a number above 0")
 
+    @property
+    def sets_frames(self) -> bool:
+        """Whether a rate or a number of frames is set."""
+        return self.fps is not None or self.frames is not None
+
+    def rate(self, usual: float) -> float:
+        """Return the frames a second to look at where no number is set; `usual`: where no rate is set either."""
+        return usual if self.fps is None else self.fps
+
     def but(self, **own) -> "SamplingOptions":
         """Return the same but for its `own` fields. A rate takes the place of a number of frames, and the other way round."""
         if own.keys() & {"fps", "frames"}:
@@ -345,8 +354,7 @@ def plan_sampling(
     """
     start, end = span_of(duration_s, options.start_s, options.end_s)
     if options.frames is None:
-        rate = fps if options.fps is None else options.fps
-        nearest = 2 * math.floor(min((end - start) * rate, sys.maxsize) / 2 + 0.5)
+        nearest = 2 * math.floor(min((end - start) * options.rate(fps), sys.maxsize) / 2 + 0.5)
         wanted = max(nearest, 2, min_frames + min_frames % 2)
     else:
         wanted = options.frames + options.frames % 2
@@ -444,9 +452,8 @@ def make_plan(info: Video, limits: InputLimits, options: SamplingOptions = USUAL
         sampling = sample(max_frames=grid[0] * pair)
     token_capped = grid[1:] != preferred or sampling.frames < wanted
     size = grid[1] * limits.unit, grid[2] * limits.unit
-    asked = options.fps is not None or options.frames is not None
-    limited = asked and (token_capped or (options.max_frames is None and sampling.wanted > frame_limit))
-    return Plan(info, sampling, *size, grid, frame_limit, max_tokens, token_capped, limited)
+    cut = token_capped or (options.max_frames is None and sampling.wanted > frame_limit)
+    return Plan(info, sampling, *size, grid, frame_limit, max_tokens, token_capped, options.sets_frames and cut)
 
 
 def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[tuple[int, int], Grid]:
