@@ -144,9 +144,10 @@ class Rules:
     complete: Callable[[Row, dict[str, Any]], Row] = lambda row, fields: row
 
 
+MAY_HAVE = "id, start, end, fps, frames, frame_rate, max_new_tokens, options"  # fields, for hints
 BATCH = Rules(
-    "a row has question and video, or inputs for several, and may have id, start, end, fps, frames, frame_rate, max_new_tokens, "
-    "options, subtitles and answer; or messages in place of question"
+    f"a row has question and video, or inputs for several, and may have {MAY_HAVE}, subtitles and answer; or messages in place of "
+    "question"
 )
 
 
