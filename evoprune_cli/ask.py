@@ -333,12 +333,12 @@ def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool, ahea
     check_one_file(sampling.subtitles, len(paths))
     infos = [ahead.probe(path, folder_fps=sampling.frame_rate) for path in paths]
     videos = [info for info in infos if info.kind == VIDEO]
-    if not quiet and not videos and (sampling.fps or sampling.frames or sampling.max_frames):
+    if not quiet and not videos and (sampling.sets_frames or sampling.max_frames):
         tell("note: --fps, --frames and --max-frames are about videos; a picture is read as it is")
     for info, wanted in zip(infos, sampling.of_each(infos), strict=True):
         check_picture(info, wanted.subtitles)
         choose_decoder(wanted.decoder, info)
-        make_plan(info, InputLimits(), **wanted.plan_arguments)
+        make_plan(info, InputLimits(), wanted)
         if wanted.subtitles not in (NO_SUBTITLES, AUTO_SUBTITLES):
             read_subtitles(info, wanted.subtitles)
 
@@ -346,9 +346,7 @@ def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool, ahea
 def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
     """Say where fewer frames, or smaller ones, are looked at than the flags or the model's own rate ask for."""
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
-        rate = "asked for:"
-        if sampling.frames is None and sampling.fps is None:
-            rate = "at the model's rate"
+        rate = "asked for:" if plan.limited else "at the model's rate"
         every_s = plan.sampling.seconds_per_frame
         every = f"{every_s:,.0f} s" if every_s >= 100 else f"{every_s:.3g} s"
         wanted = f"{rate} {plan.sampling.wanted:,} (--max-frames {plan.sampling.wanted})"

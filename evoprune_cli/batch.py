@@ -179,7 +179,7 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tal
     show("loading model")
     prepare()
     with Ahead(settings.model, reads=not cache) as ahead:
-        ahead.begin((span.rows[0].paths, replace(settings.sampling, **span.sampling)) for span in spans[:FIRST])
+        ahead.begin((span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in spans[:FIRST])
         from evoprune.batch.run import answers
         from evoprune.session.cache import Cache
 

@@ -225,7 +225,7 @@ def _first(
 
     chosen = of_groups(videos, groups)[:limit]
     spans = ((video, group_by_span(video.rows)[0]) for video in chosen[:FIRST])
-    return [([video.path], replace(sampling, **span.sampling)) for video, span in spans]
+    return [([video.path], sampling.but(**span.sampling)) for video, span in spans]
 
 
 # The tables.

@@ -175,16 +175,13 @@ def _about_video(
                 count = partial(_show_frames, show, frames)
                 count(0)
                 yield {"scan": asdict(scan_video(path, folder_fps=rate, on_frames=count))}
+        from evoprune.session.ahead import plan_frames
         from evoprune.session.inspection import memory_facts, model_facts, plan_facts
         from evoprune.session.loading.find import look_up
-        from evoprune.video.plan import make_plan
 
         model = look_up(pipeline.model)
-        numbers = pipeline.sampling.plan_arguments
         yield {"model": model_facts(model)}
-        if numbers["max_visual_tokens"] is None:
-            numbers["max_visual_tokens"] = model.max_visual_tokens
-        plan = make_plan(info, model.limits[info.kind], **numbers)
+        plan = plan_frames(info, pipeline.sampling, model.limits[info.kind], model.max_visual_tokens)
         yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}
         yield {"memory": memory_facts(model, plan, pipeline.pruning)}
         if overlay is not None:

@@ -236,7 +236,7 @@ def _inputs(
         yield [Case(count, *size) for count in counts for size in sizes or [SIZE]], None
         return
     from evoprune.video.frames import local_file, probe
-    from evoprune.video.plan import InputLimits, make_plan, smart_resize
+    from evoprune.video.plan import InputLimits, SamplingOptions, make_plan, smart_resize
 
     with local_file(video, offline=offline) as path:
         info = probe(path)
@@ -246,7 +246,9 @@ def _inputs(
             counts = [1]
             sizes = sizes or [(plan.height, plan.width)]
         for count in counts:
-            make_plan(info, InputLimits(), frames=count)  # refuses a count that the video does not allow
+            make_plan(
+                info, InputLimits(), SamplingOptions(frames=count)
+            )  # refuses a count that the video does not allow
         # The video's own shape, at no more pixels than synthetic clips have.
         sizes = sizes or [smart_resize(info.height, info.width, 28 * 28, SIZE[0] * SIZE[1])]
         yield [Case(count, *size) for count in counts for size in sizes], info

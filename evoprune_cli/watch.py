@@ -134,9 +134,10 @@ def watch(
         with progress(not quiet) as show:
             qa = load(pipeline, show, quiet, streams=True)
         from evoprune.live.feed import LiveFeed
+        from evoprune.live.stream import VideoStream
 
-        limits = {"fps": pipeline.sampling.fps, "max_visual_tokens": pipeline.sampling.max_visual_tokens}
-        stream = qa.stream(system=pipeline.generation.system, name=opened.name, **limits, **vars(pipeline.stream))
+        system = pipeline.generation.system
+        stream = VideoStream(qa.session, pipeline.stream, pipeline.sampling, system, opened.name)
         with LiveFeed(stream, opened, pipeline.stream.window_s, every_s or inf) as feed:
             with progress(not quiet) as show:
                 show("waiting for a frame")
@@ -147,7 +148,7 @@ def watch(
             if prompt:
                 alone = single_questions(history, qa.session)
                 if alone is None:
-                    chat = stream.chat(pipeline.generation.system)
+                    chat = stream.chat(system)
             begin = partial(talk.begin, stream, pipeline.generation, None, chat)
             watching = _Watching(talk, begin, stream, feed, qa.session.loaded.device, prompt, quiet, speak)
             if prompt:

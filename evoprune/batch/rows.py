@@ -33,7 +33,7 @@ from evoprune.util import (
 )
 from evoprune.video.info import AUTO_SUBTITLES, IMAGES, NO_SUBTITLES, VIDEOS, files
 from evoprune.video.order import natural
-from evoprune.video.plan import check_sampling, parse_time
+from evoprune.video.plan import SamplingOptions, parse_time
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
 LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])\s*[.):])\s*(.*\S)\s*", re.IGNORECASE | re.DOTALL)
@@ -105,6 +105,14 @@ class Row:
         own["messages"] = messages_of(self.earlier) or None
         return about | facts | {name: value for name, value in own.items() if value is not None}
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Return the fields of `SamplingOptions` that the row sets."""
+        numbers = {"fps": self.fps, "frames": self.frames, "frame_rate": self.frame_rate}
+        own = numbers | {"subtitles": self.subtitles_path}
+        span = {"start_s": self.start_s, "end_s": self.end_s}
+        return span | {name: value for name, value in own.items() if value is not None}
+
     def generation(self, usual: GenerationOptions) -> GenerationOptions:
         """Return how the answer is generated: as `usual`, but for what the row says itself."""
         own = {}
@@ -140,9 +148,10 @@ class Rules:
     complete: Callable[[Row, dict[str, Any]], Row] = lambda row, fields: row
 
 
+MAY_HAVE = "id, start, end, fps, frames, frame_rate, max_new_tokens, options"  # fields, for hints
 BATCH = Rules(
-    "a row has question and video, or inputs for several, and may have id, start, end, fps, frames, frame_rate, max_new_tokens, "
-    "options, subtitles and answer; or messages in place of question"
+    f"a row has question and video, or inputs for several, and may have {MAY_HAVE}, subtitles and answer; or messages in place of "
+    "question"
 )
 
 
@@ -155,23 +164,14 @@ class Span:
     @property
     def sampling(self) -> dict[str, Any]:
         """Return the fields of `SamplingOptions` that the rows set."""
-        row = self.rows[0]
-        own = {"start_s": row.start_s, "end_s": row.end_s}
-        if row.fps is not None or row.frames is not None:
-            own["fps"] = row.fps
-            own["frames"] = row.frames
-        if row.frame_rate is not None:
-            own["frame_rate"] = row.frame_rate
-        if row.subtitles_path is not None:
-            own["subtitles"] = row.subtitles_path
-        return own
+        return self.rows[0].sampling
 
 
 def group_by_span(rows: Iterable[Row]) -> list[Span]:
     """Group rows that share an encoding, in the order of their first rows."""
     inputs: dict[tuple[str, ...], dict[tuple, list[Row]]] = {}
     for row in rows:
-        encoding = (row.start_s, row.end_s, row.fps, row.frames, row.frame_rate, row.subtitles_path)
+        encoding = tuple(row.sampling.items())
         inputs.setdefault(row.paths, {}).setdefault(encoding, []).append(row)
     return [Span(tuple(group)) for spans in inputs.values() for group in spans.values()]
 
@@ -281,10 +281,8 @@ def _row(
     _check_span(start, end)
     kinds = {"fps": float, "frames": int, "max_new_tokens": int, "frame_rate": float}
     numbers = {name: _number(fields.get(name), name, kind) for name, kind in kinds.items()}
-    check_sampling(fps=numbers["fps"], frames=numbers["frames"])
-    if (rate := numbers["frame_rate"]) is not None:
-        _must(0 < rate < math.inf, "frame_rate is not a number above 0")
-        numbers["frame_rate"] = float(rate)
+    if numbers["frame_rate"] is not None:
+        numbers["frame_rate"] = float(numbers["frame_rate"])
     if "inputs" in fields:
         _must("video" not in fields, "video and inputs exclude each other")
         _must(isinstance(fields["inputs"], list) and fields["inputs"], "inputs are not a list of paths")
@@ -312,7 +310,9 @@ def _row(
         answer=fields.get("answer"),
         **numbers,
     )
-    row.generation(GenerationOptions())  # refuses what is out of range
+    # Both refuse what is out of range.
+    row.generation(GenerationOptions())
+    SamplingOptions(**row.sampling)
     row = rules.complete(row, fields)
     name = number
     if not rules.numbered:

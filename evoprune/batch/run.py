@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -41,7 +40,7 @@ def answers(
 
     def opened(span: Span, cores: int | None) -> OpenInputs:
         first = span.rows[0]
-        sampling = replace(settings.sampling, **span.sampling)
+        sampling = settings.sampling.but(**span.sampling)
         given = {"names": [without_password(name) for name in first.inputs], "cache": cache, "ahead": ahead}
         inputs = open_inputs(qa.session, first.paths, sampling, **given)
         inputs.use_cores(cores)

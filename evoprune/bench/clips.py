@@ -31,7 +31,7 @@ from evoprune.model.config import VisionConfig
 from evoprune.session.loading.model import LoadedModel
 from evoprune.video.frames import read_frames
 from evoprune.video.info import PICTURE, Video
-from evoprune.video.plan import InputLimits, even_times, make_plan
+from evoprune.video.plan import InputLimits, SamplingOptions, even_times, make_plan
 from evoprune.vision.patches import normalised
 from evoprune.vision.preprocess import pixel_patches, resize
 from evoprune.vision.tower import tower_shape
@@ -161,7 +161,8 @@ def video_frames(info: Video, case: Case) -> Frames:
     max_frames = max(2, case.frames)
     if info.kind == PICTURE:
         source = replace(info, width=case.width, height=case.height)  # which the reader makes of it
-    plan = make_plan(info, InputLimits(), frames=case.frames, max_frames=max_frames, max_visual_tokens=sys.maxsize)
+    wanted = SamplingOptions(frames=case.frames, max_frames=max_frames, max_visual_tokens=sys.maxsize)
+    plan = make_plan(info, InputLimits(), wanted)
     with closing(read_frames(source, plan.sampling.times_s)) as chunks:
         small = [resize(torch.from_numpy(chunk.pixels), case.height, case.width) for chunk in chunks]
     return torch.cat(small), plan.sampling.seconds_per_pair()

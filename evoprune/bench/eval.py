@@ -321,7 +321,7 @@ class Evaluation:
             kind = GreyInput
         elif rows is not None:
             kind = partial(SharedInput, shared_rows=rows)
-        sampling = replace(self.settings.sampling, **span.sampling)
+        sampling = self.settings.sampling.but(**span.sampling)
         given = {"names": [video.name], "kind": kind, "ahead": self.ahead}
         return open_inputs(self._session(variant, video), [video.path], sampling, **given)
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from evoprune.batch.rows import LETTERS, Row, Rules, load_rows
+from evoprune.batch.rows import LETTERS, MAY_HAVE, Row, Rules, load_rows
 from evoprune.util import is_url
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -421,8 +421,7 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
 
 
 GRADED = Rules(
-    fields="a row has video, question and answer, and may have id, start, end, fps, frames, frame_rate, max_new_tokens, options, "
-    "type and groups",
+    fields=f"a row has video, question and answer, and may have {MAY_HAVE}, type and groups",
     file="give a JSONL or CSV file of questions",
     numbered=True,
     complete=_complete,

@@ -14,6 +14,7 @@ from transformers import BatchFeature
 
 from evoprune.language.prompt import Prompt, load_tokenizer
 from evoprune.model.config import VisionConfig
+from evoprune.session.ahead import plan_frames
 from evoprune.session.encoding import inputs_of
 from evoprune.session.loading.find import find_model
 from evoprune.session.options import ModelOptions, SamplingOptions
@@ -21,10 +22,10 @@ from evoprune.session.planning import prompt_subtitles
 from evoprune.session.prompting import check_not_empty, prompt_about
 from evoprune.session.signatures import takes
 from evoprune.util import from_keywords
-from evoprune.video.frames import choose_decoder, probe, read_frames
+from evoprune.video.frames import probe, read_frames
 from evoprune.video.given import Input, local_input
 from evoprune.video.info import EXACT, PICTURE, VIDEO, HeldVideo, check_one_file, check_picture
-from evoprune.video.plan import InputLimits, Plan, make_plan
+from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits, Plan
 from evoprune.vision.patches import normalised
 from evoprune.vision.preprocess import patches_of
 
@@ -79,8 +80,7 @@ def processor_inputs(
         plans: list[Plan] = []
         for info, wanted in zip(infos, options.of_each(infos), strict=True):
             check_picture(info, options.subtitles)
-            plan = make_plan(info, limits[info.kind], **wanted.plan_arguments)
-            plan = replace(plan, decoder=choose_decoder(options.decoder, info), seek=options.seek)
+            plan = plan_frames(info, wanted, limits[info.kind], MAX_VISUAL_TOKENS)
             lines = options.subtitles, options.max_subtitle_tokens
             plans.append(replace(plan, subtitles=prompt_subtitles(tokenizer, info, plan.sampling, *lines)))
         read = [read_patches(plan, limits[plan.kind]) for plan in plans]

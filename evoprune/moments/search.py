@@ -118,7 +118,7 @@ class Search:
                     f"{self.name} is a picture, which has no moments", "give a video; ask asks about a picture"
                 )
             self.duration_s = duration_of(self._info)
-            self._fps = sampling.fps or session.loaded.video.fps
+            self._fps = sampling.rate(session.loaded.video.fps)
             self.segments, self.tokens = self._cut()
         except BaseException:
             self._files.close()
@@ -357,7 +357,7 @@ class Search:
         plan = self._plan(Segment(start_s, first_s, 2))
         _, height, width = plan.full.grid
         total_tokens = self._options.total_tokens
-        if sampling.fps is not None:
+        if sampling.sets_frames:
             total_tokens = None
         segments = cut(start_s, end_s, self._fps, height * width, total_tokens, self._options.segment_s)
         plan = self._plan(segments[0])
@@ -366,10 +366,8 @@ class Search:
         return segments, len(segments) * plan.units
 
     def _plan(self, segment: Segment, seek: str = AUTO_SEEK) -> Plan:
-        sampling = replace(
-            self._sampling, fps=None, frames=segment.frames, start_s=segment.start_s, end_s=segment.end_s, seek=seek
-        )
-        return plan_input(self._session, self._info, sampling, self.name)
+        own = {"frames": segment.frames, "start_s": segment.start_s, "end_s": segment.end_s, "seek": seek}
+        return plan_input(self._session, self._info, self._sampling.but(**own), self.name)
 
     def _open(self, segment: Segment, seek: str) -> OpenInput:
         return self._kind(self._session, self._plan(segment, seek), Clock(torch.device("cpu")))

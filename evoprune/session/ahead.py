@@ -60,10 +60,9 @@ def plan_frames(info: Video, sampling: SamplingOptions, limits: InputLimits, max
     Raises what `choose_decoder` and `make_plan` raise.
     """
     decoder = choose_decoder(sampling.decoder, info)
-    numbers = sampling.plan_arguments
-    if numbers["max_visual_tokens"] is None:
-        numbers["max_visual_tokens"] = max_visual_tokens
-    return replace(make_plan(info, limits, **numbers), decoder=decoder, seek=sampling.seek)
+    if sampling.max_visual_tokens is None:
+        sampling = replace(sampling, max_visual_tokens=max_visual_tokens)
+    return replace(make_plan(info, limits, sampling), decoder=decoder, seek=sampling.seek)
 
 
 @dataclass(frozen=True)

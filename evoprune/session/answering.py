@@ -354,7 +354,7 @@ class Askable(ABC, Uncopied):
         if options.choices is None:
             tokens = TokenStream(state, options, loaded.eos_ids, seed, constraint)
         else:
-            tokens = ChosenTokens(state, options, loaded.tokenizer, loaded.eos_ids, loaded.quantize == "int4")
+            tokens = ChosenTokens(state, options, loaded.tokenizer, loaded.eos_ids, loaded.one_by_one)
         stops = StopStrings(options.stop or ())
         self._paid = True
         report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
@@ -594,8 +594,8 @@ class EncodedInputs(Askable):
             seconds = sum(clock.seconds.values())
             given = torch.tensor(ids, dtype=torch.int64, device="cpu")
             loaded = self._session.loaded
-            with clock.stage("generate"):  # 4 bits are read where there is one row: several are computed in 8
-                logits = teacher_forced_logits(state, given, one_by_one=loaded.quantize == "int4")
+            with clock.stage("generate"):
+                logits = teacher_forced_logits(state, given, one_by_one=loaded.one_by_one)
             return logits, seconds
 
     @property

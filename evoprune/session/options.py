@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
@@ -25,18 +25,7 @@ from evoprune.errors import UsageError
 from evoprune.language.settings import GenerationOptions
 from evoprune.methods.budget import DEFAULT, IN_WORDS, Budget, GivenBudget
 from evoprune.util import OPTION, check_types, file_state, from_keywords, option
-from evoprune.video.info import (
-    AUTO_SEEK,
-    FOLDER_FPS,
-    NO_SUBTITLES,
-    PICTURE,
-    VIDEO,
-    Decoder,
-    Seek,
-    Video,
-    check_seek,
-)
-from evoprune.video.plan import check_sampling, parse_time
+from evoprune.video.plan import SamplingOptions, parse_time
 
 if TYPE_CHECKING:
     from evoprune.methods.chain import PruneConfig
@@ -214,93 +203,6 @@ class PruneOptions:
         from evoprune.methods.chain import PruneConfig
 
         return PruneConfig.of(self.budget, self.method, self.method_args, self.seed)
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """What of a video is looked at. Raises UsageError: a number that makes no sense, or fps and frames together."""
-
-    PANEL: ClassVar[str] = "Sampling"
-
-    fps: float | None = option(None, "Frames a second to look at; default: the model's rate.")
-    frames: int | None = option(
-        None,
-        "Number of frames to look at, instead of --fps; odd numbers round up.",
-    )
-    start_s: float = option(
-        0.0,
-        "Where to start: 90, 1:30, 01:30:00 or 1m30s; -5: 5 s before the end.",
-        "--start",
-        in_python="Where to start, in seconds; below 0 from the end.",
-        metavar="TIME",
-        typed=str,
-        unless_typed="0",
-        parse=parse_time,
-        changes_answers=False,  # each row of a batch says it itself
-    )
-    end_s: float | None = option(
-        None,
-        "Where to stop, in the same way; default: the end.",
-        "--end",
-        in_python="Where to stop, in seconds; below 0 from the end; None for the end.",
-        metavar="TIME",
-        typed=str,
-        parse=lambda text: parse_time(text) if text else None,
-        changes_answers=False,
-    )
-    max_frames: int | None = option(None, "At most this many frames; default: the model's limit.")
-    max_visual_tokens: int | None = option(
-        None,
-        "Limit before pruning: above it, frames become smaller, then fewer; default: 24576, for real models on a CPU 4096.",
-    )
-    frame_rate: float = option(
-        FOLDER_FPS,
-        "Frames a second in a folder of frames. Video files have their own rate.",
-        in_python="Frames a second of an array, or in a folder of frames. Video files have their own rate.",
-    )
-    decoder: Decoder = option("auto", "Library that reads the video; auto is pyav.")
-    seek: Seek = option(
-        AUTO_SEEK,
-        "Which frame is taken for each equal part of the video: exact, that in its middle; keyframes, the keyframe nearest to it, "
-        "if the part has one, which is read many times as fast. auto: keyframes where that saves seconds, else exact.",
-    )
-    subtitles: str | PathLike[str] = option(
-        NO_SUBTITLES,
-        "Subtitles for the prompt. auto: a file beside the video, else a text track in it. FILE: SRT, WebVTT, ASS, or a video "
-        "with a text track.",
-        words=("none", "auto", "FILE"),
-    )
-    max_subtitle_tokens: int = option(2048, "Limit of the subtitles: above it, lines are left out evenly.")
-
-    def __post_init__(self):
-        check_types(self)
-        object.__setattr__(self, "subtitles", os.fspath(self.subtitles))
-        if not self.subtitles:
-            raise UsageError("subtitles is empty", "none, auto or a file")
-        if self.max_subtitle_tokens < 1:
-            raise UsageError(f"at most {self.max_subtitle_tokens} tokens of subtitles", "1 or more; or no subtitles")
-        check_seek(self.seek)
-        if not 0 < self.frame_rate < math.inf:
-            raise UsageError(f"frame_rate is {self.frame_rate:g}", "give a number above 0")
-        check_sampling(**self.plan_arguments)
-
-    @property
-    def timeless(self) -> "SamplingOptions":
-        """The same without a part of the time."""
-        return replace(self, start_s=0.0, end_s=None)
-
-    def of_each(self, inputs: Sequence[Video]) -> list["SamplingOptions"]:
-        """Return what they say of each of several inputs: a part of the time is about videos, if there are any."""
-        if all(info.kind == PICTURE for info in inputs):
-            return [self] * len(inputs)
-        of_kind = {VIDEO: self, PICTURE: self.timeless}
-        return [of_kind[info.kind] for info in inputs]
-
-    @property
-    def plan_arguments(self) -> dict[str, Any]:
-        """How frames are chosen: what `video.plan.make_plan` takes."""
-        others = ("frame_rate", "decoder", "seek", "subtitles", "max_subtitle_tokens")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
 
 
 @dataclass(frozen=True)

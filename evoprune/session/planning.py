@@ -93,14 +93,12 @@ def plan_input(session: Session, info: Video, sampling: SamplingOptions, name: s
     limits = loaded.limits[info.kind]
     full = plan_frames(info, sampling, limits, loaded.found.max_visual_tokens)
     encoder = session.pruning.plan(tower_shape(loaded.model.model.visual), full.grid)
-    asked = sampling.fps is not None or sampling.frames is not None
     lines = sampling.subtitles, sampling.max_subtitle_tokens
     return replace(
         full.shrunk(encoder.grid, limits),
         encoder=encoder,
         unshrunk=full,
         name=name or info.path,
-        limited=asked and (full.token_capped or (full.capped and sampling.max_frames is None)),
         subtitles=prompt_subtitles(loaded.tokenizer, info, full.sampling, *lines),
     )
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from evoprune.backend.limits import available_memory
 from evoprune.errors import OutOfMemory, UsageError, memory_guard
-from evoprune.util import brief, check_type, counted, size
+from evoprune.util import brief, counted, size
 from evoprune.video.frames import probe
 from evoprune.video.frames import read_frames as read_chunks
-from evoprune.video.info import EXACT, FOLDER_FPS, PICTURE, Decoder, Seek, Video, check_seek
-from evoprune.video.plan import check_no_span, check_sampling, duration_of, even_times, span_of
+from evoprune.video.info import EXACT, FOLDER_FPS, PICTURE, Decoder, Seek, Video
+from evoprune.video.plan import SamplingOptions, check_no_span, duration_of, even_times, span_of
 
 
 def read_frames(
@@ -55,22 +55,16 @@ def read_frames(
         OutOfMemory: there is no memory for so many frames of that size.
     """
     _check_path(path)
-    check_type("frames", frames, int | None)
-    for name, value in (("fps", fps), ("end_s", end_s)):
-        check_type(name, value, float | None)
-    for name, value in (("start_s", start_s), ("frame_rate", frame_rate)):
-        check_type(name, value, float)
-    check_sampling(fps=fps, frames=frames, start_s=start_s, end_s=end_s)
-    check_seek(seek)
-    if times_s is None and frames is None and fps is None:
+    sampling = SamplingOptions(fps=fps, frames=frames, start_s=start_s, end_s=end_s, frame_rate=frame_rate, seek=seek)
+    if times_s is None and not sampling.sets_frames:
         raise UsageError("neither times nor frames nor fps is given", "give one of them")
-    if times_s is not None and (frames, fps, start_s, end_s, seek) != (None, None, 0, None, EXACT):
+    if times_s is not None and sampling != SamplingOptions(frame_rate=frame_rate, seek=EXACT):
         raise UsageError("times exclude frames, fps, start_s, end_s and seek", "leave out the times, or the others")
     times = None if times_s is None else _as_numbers(times_s)
     info = probe(path, folder_fps=frame_rate)
     part_s = 0.0
     if times is None:
-        times, part_s = _parts(info, frames, fps, start_s, end_s)
+        times, part_s = _parts(info, sampling)
     return in_one(info, times, decoder=decoder, seek=seek, part_s=part_s)
 
 
@@ -116,14 +110,12 @@ def _as_numbers(times_s: Iterable[float]) -> tuple[float, ...]:
         raise UsageError(message, "give a list of seconds from the first frame") from None
 
 
-def _parts(
-    info: Video, frames: int | None, fps: float | None, start_s: float, end_s: float | None
-) -> tuple[tuple[float, ...], float]:
+def _parts(info: Video, sampling: SamplingOptions) -> tuple[tuple[float, ...], float]:
     """Return the middles of equal parts, and the length of a part, in seconds. Raises as `read_frames`."""
     if info.kind == PICTURE:
-        check_no_span(info, start_s, end_s)
+        check_no_span(info, sampling.start_s, sampling.end_s)
         return (0.0,), 0.0
-    start, end = span_of(duration_of(info), start_s, end_s)
-    count = frames or max(1, math.floor(min((end - start) * fps, sys.maxsize) + 0.5))
+    start, end = span_of(duration_of(info), sampling.start_s, sampling.end_s)
+    count = sampling.frames or max(1, math.floor(min((end - start) * sampling.fps, sys.maxsize) + 0.5))
     check_room(info, count)  # before their times are listed, which may be too many as well
     return even_times(start, end, count), (end - start) / count

@@ -1,19 +1,36 @@
-"""Which frames a model sees, and how large: sampling times and frame size within all limits. Numbers only, no files.
+"""Which frames a model sees, and how large: options, sampling times and frame size within all limits. Numbers only, no files.
 
 All times are seconds from the video's first frame.
 """
 
 import math
+import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any
+from os import PathLike
+from typing import Annotated, Any, ClassVar
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.methods.plans import EncoderPlan, Grid
 from evoprune.model.config import list_of, number, whole
-from evoprune.video.info import EXACT, NOTHING_SAID, PICTURE, VIDEO, PromptSubtitles, Video
+from evoprune.util import check_types, option
+from evoprune.video.info import (
+    AUTO_SEEK,
+    EXACT,
+    FOLDER_FPS,
+    NO_SUBTITLES,
+    NOTHING_SAID,
+    PICTURE,
+    VIDEO,
+    Decoder,
+    PromptSubtitles,
+    Seek,
+    Video,
+    check_seek,
+)
 
 # Visual tokens before pruning: Qwen2.5-VL's own limit for a video.
 MAX_VISUAL_TOKENS = 24_576
@@ -23,6 +40,142 @@ MAX_FRAME_TOKENS = 768
 Area = Annotated[int, whole(1, 2**31)]
 Means = Annotated[tuple[float, float, float], list_of(number(-1000, 1000), 3)]
 Deviations = Annotated[tuple[float, float, float], list_of(number(1e-6, 1000), 3)]
+
+
+def parse_time(text: str) -> float:
+    """Read seconds from `90`, `90.5`, `1:30`, `01:30:00`, `1:02:03.5`, `90s`, `1m30s` or `2h`; below 0 with a minus sign in front.
+
+    Raises UsageError: the text is none of these.
+    """
+    negative = text.strip().startswith("-")
+    digits = text.strip().removeprefix("-")
+    clock = r"(?:(?:([0-9]+):)?([0-9]+):)?([0-9]+(?:\.[0-9]+)?)"
+    units = r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+(?:\.[0-9]+)?)s)?"
+    if digits and (match := re.fullmatch(clock, digits) or re.fullmatch(units, digits)):
+        hours, minutes, seconds = (float(group or 0) for group in match.groups())
+        total = hours * 3600 + minutes * 60 + seconds
+        # The first field may be any number (90:00 is an hour and a half); those after it are below 60.
+        proper = (minutes < 60 or not match[1]) and (seconds < 60 or not (match[1] or match[2]))
+        if proper and math.isfinite(total):
+            return -total if negative and total else total
+    hint = (
+        "write seconds (90.5 or 90.5s), minutes (1:30 or 1m30s) or hours (1:02:03 or 1h2m3s); from the end: -5 or -5s"
+    )
+    raise UsageError(f"{text!r} is not a time", hint)
+
+
+def _check_at_least(min_value: int, name: str, value: float | None) -> None:
+    if value is not None and not min_value <= value < math.inf:
+        raise UsageError(f"{name} is {value}", f"give a number, {min_value} or more")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What of a video is looked at. Raises UsageError: a number that makes no sense, or fps and frames together."""
+
+    PANEL: ClassVar[str] = "Sampling"
+
+    fps: float | None = option(None, "Frames a second to look at; default: the model's rate.")
+    frames: int | None = option(
+        None,
+        "Number of frames to look at, instead of --fps; odd numbers round up.",
+    )
+    start_s: float = option(
+        0.0,
+        "Where to start: 90, 1:30, 01:30:00 or 1m30s; -5: 5 s before the end.",
+        "--start",
+        in_python="Where to start, in seconds; below 0 from the end.",
+        metavar="TIME",
+        typed=str,
+        unless_typed="0",
+        parse=parse_time,
+        changes_answers=False,  # each row of a batch says it itself
+    )
+    end_s: float | None = option(
+        None,
+        "Where to stop, in the same way; default: the end.",
+        "--end",
+        in_python="Where to stop, in seconds; below 0 from the end; None for the end.",
+        metavar="TIME",
+        typed=str,
+        parse=lambda text: parse_time(text) if text else None,
+        changes_answers=False,
+    )
+    max_frames: int | None = option(None, "At most this many frames; default: the model's limit.")
+    max_visual_tokens: int | None = option(
+        None,
+        "Limit before pruning: above it, frames become smaller, then fewer; default: 24576, for real models on a CPU 4096.",
+    )
+    frame_rate: float = option(
+        FOLDER_FPS,
+        "Frames a second in a folder of frames. Video files have their own rate.",
+        in_python="Frames a second of an array, or in a folder of frames. Video files have their own rate.",
+    )
+    decoder: Decoder = option("auto", "Library that reads the video; auto is pyav.")
+    seek: Seek = option(
+        AUTO_SEEK,
+        "Which frame is taken for each equal part of the video: exact, that in its middle; keyframes, the keyframe nearest to it, "
+        "if the part has one, which is read many times as fast. auto: keyframes where that saves seconds, else exact.",
+    )
+    subtitles: str | PathLike[str] = option(
+        NO_SUBTITLES,
+        "Subtitles for the prompt. auto: a file beside the video, else a text track in it. FILE: SRT, WebVTT, ASS, or a video "
+        "with a text track.",
+        words=("none", "auto", "FILE"),
+    )
+    max_subtitle_tokens: int = option(2048, "Limit of the subtitles: above it, lines are left out evenly.")
+
+    def __post_init__(self):
+        check_types(self)
+        object.__setattr__(self, "subtitles", os.fspath(self.subtitles))
+        if not self.subtitles:
+            raise UsageError("subtitles is empty", "none, auto or a file")
+        if self.max_subtitle_tokens < 1:
+            raise UsageError(f"at most {self.max_subtitle_tokens} tokens of subtitles", "1 or more; or no subtitles")
+        check_seek(self.seek)
+        if not 0 < self.frame_rate < math.inf:
+            raise UsageError(f"frame_rate is {self.frame_rate:g}", "give a number above 0")
+        if self.max_visual_tokens is not None and self.max_visual_tokens < 1:
+            raise UsageError(f"at most {self.max_visual_tokens} visual tokens", "allow at least one")
+        if self.fps is not None and self.frames is not None:
+            raise UsageError("fps and frames exclude each other", "give one of the two")
+        for name, time_s in (("start", self.start_s), ("end", self.end_s)):
+            if time_s is not None and not math.isfinite(time_s):
+                raise UsageError(f"{name} is {time_s}", "give seconds from the beginning, or below 0 from the end")
+        _check_at_least(2, "max_frames", self.max_frames)
+        _check_at_least(1, "frames", self.frames)
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise UsageError(f"fps is {self.fps:g}", "give a number above 0")
+
+    @property
+    def sets_frames(self) -> bool:
+        """Whether a rate or a number of frames is set."""
+        return self.fps is not None or self.frames is not None
+
+    def rate(self, usual: float) -> float:
+        """Return the frames a second to look at where no number is set; `usual`: where no rate is set either."""
+        return usual if self.fps is None else self.fps
+
+    def but(self, **own) -> "SamplingOptions":
+        """Return the same but for its `own` fields. A rate takes the place of a number of frames, and the other way round."""
+        if own.keys() & {"fps", "frames"}:
+            own = {"fps": None, "frames": None} | own
+        return replace(self, **own)
+
+    @property
+    def timeless(self) -> "SamplingOptions":
+        """The same without a part of the time."""
+        return replace(self, start_s=0.0, end_s=None)
+
+    def of_each(self, inputs: Sequence[Video]) -> list["SamplingOptions"]:
+        """Return what they say of each of several inputs: a part of the time is about videos, if there are any."""
+        if all(info.kind == PICTURE for info in inputs):
+            return [self] * len(inputs)
+        of_kind = {VIDEO: self, PICTURE: self.timeless}
+        return [of_kind[info.kind] for info in inputs]
+
+
+USUAL = SamplingOptions()
 
 
 @dataclass(frozen=True)
@@ -116,6 +269,7 @@ class Plan:
     frame_limit: int  # by the model or the caller; `sampling.wanted` may be larger
     token_limit: int  # of visual tokens before pruning
     token_capped: bool  # whether it made frames smaller or fewer than the model's own limits require
+    limited: bool = False
     encoder: EncoderPlan | None = None
     unshrunk: "Plan | None" = None  # the plan with nothing pruned, where a method makes the input smaller
     name: str = ""
@@ -123,7 +277,6 @@ class Plan:
     seek: str = EXACT  # of `info.SEEKS`
     read_s: tuple[float, ...] = ()  # the times of the frames themselves, as soon as they are read
     moved: bool = False  # whether some of these are keyframes nearby
-    limited: bool = False
     subtitles: PromptSubtitles = NOTHING_SAID
 
     @property
@@ -182,41 +335,35 @@ class Plan:
 
 def plan_sampling(
     duration_s: float,
+    options: SamplingOptions = USUAL,
     *,
-    fps: float | None = 2.0,
-    frames: int | None = None,
-    start_s: float = 0.0,
-    end_s: float | None = None,
+    fps: float = 2.0,
     min_frames: int = 4,
     max_frames: int = 768,
 ) -> SamplingPlan:
     """Spread an even number of frames over a video, or over a span of it: t_i = start + (i + 0.5) * span / n.
 
-    Args, otherwise as of `plan.make_plan`:
-        fps: the count is rounded to the nearest even number, at least 2, within the limits. Ignored when `frames` is given.
-        frames: an odd number is rounded up, and only `max_frames` limits it.
+    Args:
+        options: the span, and the rate or the number of frames; an odd number is rounded up, and only `max_frames` limits it.
+        fps: the rate where the options say neither. Of a rate the count is rounded to the nearest even number, at least 2, within
+            the limits.
         min_frames, max_frames: an odd `min_frames` is rounded up, an odd `max_frames` down; of two that contradict each other
             `max_frames` wins.
 
-    Raises UsageError: a number out of range. VideoError: the span is empty.
+    Raises VideoError: the span is empty.
     """
-    if frames is None and fps is None:
-        raise UsageError("neither fps nor frames is given", "give one of the two")
-    rate = fps if frames is None else None
-    check_sampling(fps=rate, frames=frames, start_s=start_s, end_s=end_s, max_frames=max_frames)
-    _check_at_least(0, "min_frames", min_frames)
-    start, end = span_of(duration_s, start_s, end_s)
-    if rate is None:
-        wanted = frames + frames % 2
-    else:
-        nearest = 2 * math.floor(min((end - start) * rate, sys.maxsize) / 2 + 0.5)
+    start, end = span_of(duration_s, options.start_s, options.end_s)
+    if options.frames is None:
+        nearest = 2 * math.floor(min((end - start) * options.rate(fps), sys.maxsize) / 2 + 0.5)
         wanted = max(nearest, 2, min_frames + min_frames % 2)
+    else:
+        wanted = options.frames + options.frames % 2
     count = min(wanted, max_frames - max_frames % 2)
     return SamplingPlan(start, end, even_times(start, end, count), wanted)
 
 
 def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
-    """Return the start and the end of a span of a video of that length, all in seconds; arguments as of `plan.make_plan`.
+    """Return the start and the end of a span of a video of that length, all in seconds; arguments as of `SamplingOptions`.
 
     Raises VideoError: the span is empty.
     """
@@ -249,59 +396,6 @@ def check_no_span(picture: Video, start_s: float, end_s: float | None) -> None:
         raise UsageError(f"{picture.path} is a picture, which has no start and no end", "leave out start and end")
 
 
-def check_sampling(
-    *,
-    fps: float | None = None,
-    frames: int | None = None,
-    start_s: float = 0.0,
-    end_s: float | None = None,
-    max_frames: int | None = None,
-    max_visual_tokens: int | None = None,
-) -> None:
-    """Checks what can be checked without a video; arguments as of `plan.make_plan`, None for the default.
-
-    Raises UsageError: a number that makes no sense, or fps and frames together.
-    """
-    if max_visual_tokens is not None and max_visual_tokens < 1:
-        raise UsageError(f"at most {max_visual_tokens} visual tokens", "allow at least one")
-    if fps is not None and frames is not None:
-        raise UsageError("fps and frames exclude each other", "give one of the two")
-    for name, time_s in (("start", start_s), ("end", end_s)):
-        if time_s is not None and not math.isfinite(time_s):
-            raise UsageError(f"{name} is {time_s}", "give seconds from the beginning, or below 0 from the end")
-    _check_at_least(2, "max_frames", max_frames)
-    _check_at_least(1, "frames", frames)
-    if fps is not None and not 0 < fps < math.inf:
-        raise UsageError(f"fps is {fps:g}", "give a number above 0")
-
-
-def parse_time(text: str) -> float:
-    """Read seconds from `90`, `90.5`, `1:30`, `01:30:00`, `1:02:03.5`, `90s`, `1m30s` or `2h`; below 0 with a minus sign in front.
-
-    Raises UsageError: the text is none of these.
-    """
-    negative = text.strip().startswith("-")
-    digits = text.strip().removeprefix("-")
-    clock = r"(?:(?:([0-9]+):)?([0-9]+):)?([0-9]+(?:\.[0-9]+)?)"
-    units = r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+(?:\.[0-9]+)?)s)?"
-    if digits and (match := re.fullmatch(clock, digits) or re.fullmatch(units, digits)):
-        hours, minutes, seconds = (float(group or 0) for group in match.groups())
-        total = hours * 3600 + minutes * 60 + seconds
-        # The first field may be any number (90:00 is an hour and a half); those after it are below 60.
-        proper = (minutes < 60 or not match[1]) and (seconds < 60 or not (match[1] or match[2]))
-        if proper and math.isfinite(total):
-            return -total if negative and total else total
-    hint = (
-        "write seconds (90.5 or 90.5s), minutes (1:30 or 1m30s) or hours (1:02:03 or 1h2m3s); from the end: -5 or -5s"
-    )
-    raise UsageError(f"{text!r} is not a time", hint)
-
-
-def _check_at_least(min_value: int, name: str, value: float | None) -> None:
-    if value is not None and not min_value <= value < math.inf:
-        raise UsageError(f"{name} is {value}", f"give a number, {min_value} or more")
-
-
 def smart_resize(height: int, width: int, min_pixels: float, max_pixels: float, factor: int = 28) -> tuple[int, int]:
     """Return the frame size that the model sees: multiples of `factor`, area within limits, aspect ratio nearly kept.
 
@@ -323,49 +417,28 @@ def smart_resize(height: int, width: int, min_pixels: float, max_pixels: float, 
     return rows * factor, cols * factor
 
 
-def make_plan(
-    info: Video,
-    limits: InputLimits,
-    *,
-    fps: float | None = None,
-    frames: int | None = None,
-    start_s: float = 0.0,
-    end_s: float | None = None,
-    max_frames: int | None = None,
-    max_visual_tokens: int | None = None,
-) -> Plan:
+def make_plan(info: Video, limits: InputLimits, options: SamplingOptions = USUAL) -> Plan:
     """Sampling times and frame size for a video, or a picture's size, within the model's limits and the token limit.
 
     If there would be more than `max_visual_tokens`, frames become smaller, down to the model's smallest; then fewer; and if
     one frame pair is still too much, smaller than the model's smallest.
 
-    Args:
-        limits: the model's, for a video or for a picture, which `info` is.
-        fps, frames: frames per second, or in all; default: the model's rate. A picture has one.
-        start_s, end_s: the span to sample, in seconds; below 0 from the video's end.
-        max_frames: replaces the model's limit.
-        max_visual_tokens: limit before pruning, at least 1; default: the model's, 24,576.
+    `limits`: the model's, for a video or for a picture, which `info` is. Of the options, those that are None have the model's
+    value, and `max_visual_tokens` 24,576. A picture has one frame.
 
-    Raises:
-        VideoError: unknown duration, an empty span, or a shape that cannot be resized. UsageError: a number out of range, or a
-            span of a picture.
+    Raises VideoError: unknown duration, an empty span, or a shape that cannot be resized. UsageError: a span of a picture.
     """
-    span = {"frames": frames, "start_s": start_s, "end_s": end_s}
-    check_sampling(fps=fps, max_frames=max_frames, max_visual_tokens=max_visual_tokens, **span)
-    max_tokens = MAX_VISUAL_TOKENS if max_visual_tokens is None else max_visual_tokens
+    max_tokens = MAX_VISUAL_TOKENS if options.max_visual_tokens is None else options.max_visual_tokens
     pair = limits.temporal_patch_size
     if info.kind == PICTURE:
-        check_no_span(info, start_s, end_s)
+        check_no_span(info, options.start_s, options.end_s)
         sampling = ONE_FRAME
         frame_limit = ONE_FRAME.frames
         wanted = ONE_FRAME.frames
         pairs = 1
     else:
-        duration_s = duration_of(info)
-        if fps is None:
-            fps = limits.fps
-        sample = partial(plan_sampling, duration_s, fps=fps, min_frames=limits.min_frames, **span)
-        frame_limit = limits.max_frames if max_frames is None else max_frames
+        sample = partial(plan_sampling, duration_of(info), options, fps=limits.fps, min_frames=limits.min_frames)
+        frame_limit = limits.max_frames if options.max_frames is None else options.max_frames
         # No more pairs than tokens are allowed, so that `times_s` stays short where `frame_limit` is huge.
         sampling = sample(max_frames=min(frame_limit, pair * max_tokens))
         wanted = min(sampling.wanted, frame_limit - frame_limit % pair)
@@ -379,7 +452,8 @@ def make_plan(
         sampling = sample(max_frames=grid[0] * pair)
     token_capped = grid[1:] != preferred or sampling.frames < wanted
     size = grid[1] * limits.unit, grid[2] * limits.unit
-    return Plan(info, sampling, *size, grid, frame_limit, max_tokens, token_capped)
+    cut = token_capped or (options.max_frames is None and sampling.wanted > frame_limit)
+    return Plan(info, sampling, *size, grid, frame_limit, max_tokens, token_capped, options.sets_frames and cut)
 
 
 def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[tuple[int, int], Grid]:

@@ -149,7 +149,7 @@ class Transformers:
 
         info = probe(video)
         sampling = replace(SamplingOptions(frames=frames), max_visual_tokens=self._found.max_visual_tokens)
-        return make_plan(info, self._found.limits[info.kind], **sampling.plan_arguments)
+        return make_plan(info, self._found.limits[info.kind], sampling)
 
     def _inputs(self, plan) -> dict[str, Any]:
         """Return what the processor makes of a video and the question."""

@@ -20,6 +20,7 @@ from evoprune.batch.rows import (
 )
 from evoprune.errors import EvopruneWarning, UsageError
 from evoprune.language.turns import Turn
+from evoprune.video.plan import SamplingOptions
 
 ROW = {"video": "a.mp4", "question": "What?"}
 SAID = [
@@ -254,10 +255,14 @@ def test_fields_as_other_tools_write_them():
     spans = group_by_span([often, row, usual, usual])
     # A row's own rate stands instead of the batch's number of frames, and the other way round.
     assert [span.sampling for span in spans] == [
-        {"start_s": 0.0, "end_s": None, "fps": 0.5, "frames": None},
-        {"start_s": 1.0, "end_s": 3.0, "fps": None, "frames": 8},
+        {"start_s": 0.0, "end_s": None, "fps": 0.5},
+        {"start_s": 1.0, "end_s": 3.0, "frames": 8},
         {"start_s": 0.0, "end_s": None},
     ]
+    by_rate, by_number = SamplingOptions(fps=2.0), SamplingOptions(frames=4)
+    assert by_number.but(**spans[0].sampling) == SamplingOptions(fps=0.5)
+    assert by_rate.but(**spans[1].sampling) == SamplingOptions(frames=8, start_s=1.0, end_s=3.0)
+    assert by_rate.but(**spans[2].sampling) == by_rate
 
 
 @pytest.mark.parametrize("written", ["8", "8.0", "8.", "8.000", " 8.0 ", "0.8e1"])

@@ -239,7 +239,7 @@ def test_what_is_expected_is_what_a_session_plans(demo, saved, tmp_path):
         for path in paths:
             info, sampling = probe(path), SamplingOptions()
             planned = plan_input(session, info, sampling)
-            plan = replace(planned.full, encoder=None, name="", limited=False)
+            plan = replace(planned.full, encoder=None, name="")
             guess = expected(options).plan(info, sampling)
             assert guess == replace(plan, decoder=planned.decoder, seek=planned.seek)
 
@@ -573,7 +573,7 @@ def test_a_batch_takes_its_first_videos(demo, read_anew):
     spans, without = group_by_span(rows), None
     for first in (0, 2, 3):
         with Ahead(DEMO) as ahead:
-            ahead.begin((span.rows[0].paths, replace(settings.sampling, **span.sampling)) for span in spans[:first])
+            ahead.begin((span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in spans[:first])
             wait_for(lambda ahead=ahead: all_read(ahead))
             said = [report.answer for report in answers(VideoQA(demo), spans, settings, ahead=ahead)]
         without = without or said

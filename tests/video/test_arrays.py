@@ -12,7 +12,7 @@ import evoprune
 from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.video import arrays
 from evoprune.video.frames import frame_times, probe
-from evoprune.video.plan import plan_sampling
+from evoprune.video.plan import SamplingOptions, plan_sampling
 from evoprune.video.temporary import temporary
 from tests.video.files import number_of, numbered_frames, write_image, write_video
 from tests.video.kinds import KINDS, write_kind
@@ -60,7 +60,7 @@ def test_equal_parts(clip, how, expected):
 
 
 def test_an_even_number_is_sampled_as_for_a_model(clip):
-    planned = plan_sampling(probe(clip).duration_s, frames=6, start_s=3, end_s=17).times_s
+    planned = plan_sampling(probe(clip).duration_s, SamplingOptions(frames=6, start_s=3, end_s=17)).times_s
     alone = evoprune.read_frames(clip, planned)
     spread = evoprune.read_frames(clip, frames=6, start_s=3, end_s=17)
     assert all(np.array_equal(a, b) for a, b in zip(alone, spread, strict=True))

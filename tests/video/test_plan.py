@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from evoprune.errors import UsageError, VideoError
 from evoprune.model.config import FAMILIES, QWEN3
 from evoprune.video.info import Video
-from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits, make_plan, parse_time, plan_sampling, smart_resize
+from evoprune.video.plan import (
+    MAX_VISUAL_TOKENS,
+    InputLimits,
+    SamplingOptions,
+    make_plan,
+    parse_time,
+    plan_sampling,
+    smart_resize,
+)
 
 seconds, max_frames = st.floats(0.01, 1e5), st.integers(2, 800)
 
@@ -19,13 +27,17 @@ seconds, max_frames = st.floats(0.01, 1e5), st.integers(2, 800)
 @settings(deadline=None)
 @given(seconds, st.floats(1e-3, 1e3), st.integers(0, 50), max_frames)
 def test_counts_by_fps_are_even_and_kept_within_the_limits(duration, fps, least, most):
-    plan = plan_sampling(duration, fps=fps, min_frames=least, max_frames=most)
+    limits = {"min_frames": least, "max_frames": most}
+    plan = plan_sampling(duration, SamplingOptions(fps=fps), **limits)
+    assert plan == plan_sampling(duration, fps=fps, **limits)
     assert plan.frames % 2 == 0
     assert 2 <= plan.frames <= most
     assert plan.frames >= min(least, most - most % 2)
     if max(2, least + least % 2) < plan.frames < most - 1:
         assert abs(plan.frames - duration * fps) <= 1 + 1e-6
-    exact = plan_sampling(duration, frames=least + 1, min_frames=64, max_frames=most)  # stops at max_frames only
+    exact = plan_sampling(
+        duration, SamplingOptions(frames=least + 1), min_frames=64, max_frames=most
+    )  # stops at max_frames only
     assert exact.frames == min(least + 1 + (least + 1) % 2, most - most % 2)
 
 
@@ -33,7 +45,8 @@ def test_counts_by_fps_are_even_and_kept_within_the_limits(duration, fps, least,
 @given(seconds, st.floats(0, 0.9), st.floats(0.01, 2), st.integers(1, 768))
 def test_times_are_the_middles_of_equal_shares(duration, start_share, length_share, frames):
     start = start_share * duration
-    plan = plan_sampling(duration, frames=frames, start_s=start, end_s=start + length_share * duration)
+    end = start + length_share * duration
+    plan = plan_sampling(duration, SamplingOptions(frames=frames, start_s=start, end_s=end))
     assert plan.start_s == start
     assert plan.end_s <= duration
     assert plan.start_s < plan.times_s[0] and plan.times_s[-1] < plan.end_s
@@ -44,16 +57,16 @@ def test_times_are_the_middles_of_equal_shares(duration, start_share, length_sha
 
 
 def test_a_plan_by_hand():
-    assert plan_sampling(3.0, end_s=99) == plan_sampling(3.0)  # an end beyond the video is its end
+    assert plan_sampling(3.0, SamplingOptions(end_s=99)) == plan_sampling(3.0)  # an end beyond the video is its end
     assert plan_sampling(100.0, min_frames=8, max_frames=5).frames == 4  # of limits that contradict each other
-    plan = plan_sampling(10.0, fps=0.6, start_s=2.0, end_s=8.0)
+    plan = plan_sampling(10.0, SamplingOptions(fps=0.6, start_s=2.0, end_s=8.0))
     assert plan.times_s == (2.75, 4.25, 5.75, 7.25)  # 3.6 frames are rounded to 4
     assert (plan.frames, plan.seconds_per_frame) == (4, 1.5)
     assert (plan.seconds_per_pair(), plan.seconds_per_pair(4)) == (3.0, 6.0)
-    plan = plan_sampling(60.0, max_frames=64, fps=1e308)
+    plan = plan_sampling(60.0, SamplingOptions(fps=1e308), max_frames=64)
     assert (plan.wanted, plan.frames) == (pytest.approx(sys.maxsize), 64)
     for start, end, span in ((-5.0, -2.0, (5, 8)), (-99.0, None, (0, 10)), (4.0, -1.0, (4, 9))):  # from the end
-        plan = plan_sampling(10.0, start_s=start, end_s=end)
+        plan = plan_sampling(10.0, SamplingOptions(start_s=start, end_s=end))
         assert (plan.start_s, plan.end_s) == span and span[0] < plan.times_s[0] < plan.times_s[-1] < span[1]
 
 
@@ -63,7 +76,7 @@ NONSENSE = [math.nan, math.inf, -math.inf]
 @pytest.mark.parametrize(("start", "end"), [(0, -3), (-1, -2), (3, None), (5, None), (2, 1), (0, 0)])
 def test_an_empty_part_states_how_long_the_video_is(start, end):
     with pytest.raises(VideoError, match="3 s long") as caught:
-        plan_sampling(3.0, start_s=start, end_s=end)
+        plan_sampling(3.0, SamplingOptions(start_s=start, end_s=end))
     assert caught.value.hint
     for duration in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(VideoError):
@@ -74,13 +87,13 @@ def test_an_empty_part_states_how_long_the_video_is(start, end):
     ("name", "bad"),
     [
         *(("start_s", value) for value in NONSENSE), *(("end_s", value) for value in NONSENSE),
-        *((name, value) for name in ("fps", "frames", "min_frames", "max_frames") for value in (*NONSENSE, -1.0)),
-        ("fps", 0.0), ("frames", 0), ("max_frames", 1), ("fps", None),
+        *((name, value) for name in ("fps", "frames", "max_frames") for value in (*NONSENSE, -1.0)),
+        ("fps", 0.0), ("frames", 0), ("max_frames", 1),
     ],
 )  # fmt: skip
 def test_numbers_that_make_no_sense_are_refused(name, bad):
     with pytest.raises(UsageError):
-        plan_sampling(3.0, **{name: bad})
+        SamplingOptions(**{name: bad})
 
 
 @pytest.mark.parametrize(
@@ -130,7 +143,7 @@ def video(width=640, height=360, duration=60.0) -> Video:
 @given(lengths, lengths, st.floats(0.05, 20_000), limits, st.integers(1, 30_000), st.none() | st.integers(1, 2000))
 def test_every_limit_holds(width, height, duration, limit, cap, frames):
     assume(max(width, height) <= 200 * min(width, height))
-    plan = make_plan(video(width, height, duration), limit, frames=frames, max_visual_tokens=cap)
+    plan = make_plan(video(width, height, duration), limit, SamplingOptions(frames=frames, max_visual_tokens=cap))
     t, h, w = plan.grid
     assert plan.visual_tokens == t * h * w <= cap and min(plan.grid) >= 1
     assert (plan.height, plan.width) == (h * 28, w * 28) and plan.sampling.frames == 2 * t <= limit.max_frames
@@ -138,36 +151,40 @@ def test_every_limit_holds(width, height, duration, limit, cap, frames):
         assert (plan.height, plan.width) == smart_resize(height, width, limit.min_pixels, limit.max_pixels)
     if plan.height * plan.width <= min(limit.min_pixels, limit.max_pixels) * 0.25:
         # Rounding takes less than half a side. Frames get smaller than the model's smallest only where fewer would not be larger.
-        alone = make_plan(video(width, height, duration), limit, frames=2, max_visual_tokens=cap)
+        alone = make_plan(video(width, height, duration), limit, SamplingOptions(frames=2, max_visual_tokens=cap))
         assert t == 1 or alone.height * alone.width <= plan.height * plan.width
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.floats(1, 5000), st.integers(50, 20_000))
 def test_a_higher_cap_never_shows_less(duration, cap):
-    less, more = (make_plan(video(duration=duration), InputLimits(), max_visual_tokens=c) for c in (cap, cap * 2))
+    less, more = (
+        make_plan(video(duration=duration), InputLimits(), SamplingOptions(max_visual_tokens=most))
+        for most in (cap, cap * 2)
+    )
     assert less.sampling.frames <= more.sampling.frames
     assert less.visual_tokens <= more.visual_tokens or less.sampling.frames < more.sampling.frames
 
 
 def test_frames_get_smaller_before_they_get_fewer():
-    free = make_plan(video(1920, 1080), InputLimits(), max_visual_tokens=10**6)
+    free = make_plan(video(1920, 1080), InputLimits(), SamplingOptions(max_visual_tokens=10**6))
     assert not free.capped and free.sampling.frames == 120
-    smaller = make_plan(video(1920, 1080), InputLimits(), max_visual_tokens=60 * 200)
+    smaller = make_plan(video(1920, 1080), InputLimits(), SamplingOptions(max_visual_tokens=60 * 200))
     assert smaller.capped and smaller.sampling.frames == free.sampling.frames and smaller.height < free.height
-    fewer = make_plan(video(1920, 1080), InputLimits(), max_visual_tokens=60 * 50)
+    fewer = make_plan(video(1920, 1080), InputLimits(), SamplingOptions(max_visual_tokens=60 * 50))
     assert fewer.sampling.frames < free.sampling.frames and fewer.height * fewer.width >= 100 * 784
 
 
 def test_a_plan_names_its_limits():
-    plan = make_plan(video(), InputLimits(max_frames=50), frames=60)
+    plan = make_plan(video(), InputLimits(max_frames=50), SamplingOptions(frames=60))
     assert (plan.sampling.frames, plan.token_capped, plan.capped) == (50, False, True)
-    assert make_plan(video(), InputLimits(), max_frames=7).sampling.frames == 6
+    assert make_plan(video(), InputLimits(), SamplingOptions(max_frames=7)).sampling.frames == 6
     plan = make_plan(video(1920, 1080, 3600), InputLimits())
     assert plan.visual_tokens <= MAX_VISUAL_TOKENS and plan.capped
-    plan = make_plan(video(), InputLimits(max_frames=50), fps=1.0, max_visual_tokens=5000)
+    plan = make_plan(video(), InputLimits(max_frames=50), SamplingOptions(fps=1.0, max_visual_tokens=5000))
     assert (plan.sampling.wanted, plan.sampling.frames, plan.frame_limit, plan.token_limit) == (60, 50, 50, 5000)
-    plan = make_plan(video(), InputLimits(max_frames=50), fps=1.0, max_frames=60, max_visual_tokens=5)
+    options = SamplingOptions(fps=1.0, max_frames=60, max_visual_tokens=5)
+    plan = make_plan(video(), InputLimits(max_frames=50), options)
     assert (plan.sampling.wanted, plan.sampling.frames, plan.frame_limit, plan.capped) == (60, 2, 60, True)
 
 
@@ -182,7 +199,7 @@ def test_a_plan_names_its_limits():
 )
 def test_what_cannot_be_planned(changes, arguments, error):
     with pytest.raises(error):
-        make_plan(video(**changes), InputLimits(), **arguments)
+        make_plan(video(**changes), InputLimits(), SamplingOptions(**arguments))
 
 
 @pytest.mark.parametrize("size", [(480, 854), (1080, 1920), (96, 96), (333, 217), (64, 3000)])
@@ -193,6 +210,6 @@ def test_frames_of_qwen3_have_the_size_that_its_processor_gives_them(size, frame
 
     limits = InputLimits(**FAMILIES[QWEN3].video, patch_size=16)
     info = video(size[1], size[0], 1000.0)
-    plan = make_plan(info, limits, frames=frames, max_visual_tokens=10**6)
+    plan = make_plan(info, limits, SamplingOptions(frames=frames, max_visual_tokens=10**6))
     each = min(768 * 32 * 32, limits.max_pixels // frames)
     assert (plan.height, plan.width) == resized(frames, *size, 2, 32, limits.min_pixels, each * frames)

@@ -102,6 +102,11 @@ class LoadedModel:
         return self.found.options.cores
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether tokens have the logits of generation only if they are read one by one: 4 bits serve one row, 8 bits several."""
+        return self.quantize == "int4"
+
+    @property
     def span(self) -> int | None:
         """Positions in time that the longest clip of its training had; None where the context alone limits them."""
         return self.demo.span if self.demo else None
