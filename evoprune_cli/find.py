@@ -245,7 +245,10 @@ def _rows(words: Sequence[str], queries: Sequence[str], sampling: SamplingOption
 
     missing = [word for word in words if not is_url(word) and not os.path.exists(word)]
     if missing:
-        raise VideoError(f"no such file: {shown(missing[0])}", missing_hint(missing[0], f"check the path; videos come first: {USAGE}"))
+        raise VideoError(
+            f"no such file: {shown(missing[0])}",
+            missing_hint(missing[0], f"check the path; videos come first: {USAGE}"),
+        )
     return search_rows(words, queries, sampling)
 
 
