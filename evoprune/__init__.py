@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from evoprune.live.stream import VideoStream
     from evoprune.report import Report
     from evoprune.session.ahead import read_ahead
-    from evoprune.session.answering import Answer, EncodedInputs
+    from evoprune.session.answering import Answer, Chat, EncodedInputs
     from evoprune.session.cache import Cache
     from evoprune.video.arrays import read_frames
     from evoprune.video_qa import VideoQA
@@ -31,7 +31,7 @@ _SOURCES = {
     "hf.encoding": ("encode",),
     "hf.processor_inputs": ("processor_inputs",),
     "session.ahead": ("read_ahead",),
-    "session.answering": ("Answer", "EncodedInputs"),
+    "session.answering": ("Answer", "Chat", "EncodedInputs"),
     "session.cache": ("Cache",),
     "live.stream": ("VideoStream",),
     "video.arrays": ("read_frames",),
@@ -42,6 +42,7 @@ _SOURCES = {
 __all__ = [
     "Answer",
     "Cache",
+    "Chat",
     "Columns",
     "Encoded",
     "EncodedInputs",

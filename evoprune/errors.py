@@ -62,6 +62,10 @@ class UsageError(EvopruneError):
     type = "usage"
 
 
+class DoesNotFit(UsageError):
+    """Report a prompt that does not fit into the model's context together with its answer."""
+
+
 class VideoError(EvopruneError):
     """Report a video that is missing, unreadable, not a video, or empty in the range asked for."""
 

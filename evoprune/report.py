@@ -70,6 +70,7 @@ WARNINGS = {
     "limited": "fewer or smaller frames were looked at than --fps or --frames ask for; --max-frames and --max-visual-tokens "
     "set the limits",
     "answer_cut": "the answer may be incomplete: -n (max_new_tokens) allows no more tokens",
+    "history_cut": "the conversation does not fit into the model's context any more: its oldest turns are left out",
     "thoughts_cut": "the model was still thinking when -n (max_new_tokens) allowed no more tokens, so there is no answer",
     "thoughts_only": "the model ended inside its thoughts, so there is no answer",
     "always_thinks": "this model thinks before every answer, and has no switch for it; -n (max_new_tokens) counts its thoughts too",
@@ -80,6 +81,7 @@ WARNINGS = {
     "up to two videos or pictures); answers about others mean little",
     "demo_question": "a demo model knows only the words of its training, and a question has others; its answer means little. "
     "samples/questions.jsonl has questions that demo knows, and docs/demo-model.md some for demo-scenes",
+    "demo_history": "the demo models know single questions: after others they are right less often (docs/limits.md)",
     "demo_overlay": f"{KNOWN}; what the model merges and selects in {{video}} "
     "says little. For a real model: --model=Qwen/Qwen2.5-VL-3B-Instruct",
 }
@@ -285,6 +287,7 @@ class Report:
     subtitles: dict[str, Any] | None = None
     inputs: list[InputFacts] = field(default_factory=list)
     stream: dict[str, Any] | None = None
+    conversation: dict[str, int] | None = None
     stop_reason: str | None = None  # the stop string that ended the answer
     logprobs: list[dict[str, Any]] | None = None  # of each token of the answer and its thoughts
     parsed: Any = None  # what an answer that follows a schema holds

@@ -40,7 +40,8 @@ from evoprune_cli.terminal import (
 
 if TYPE_CHECKING:
     from evoprune.session.ahead import Ahead
-    from evoprune.session.answering import Answer, EncodedInputs
+    from evoprune.session.answering import Answer, Chat, EncodedInputs
+    from evoprune.session.session import Session
     from evoprune.video.plan import Plan, PromptSubtitles
 
 STDIN = "-"
@@ -50,6 +51,7 @@ PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}
 MAX_QUESTION = 2**22  # characters that are read from stdin, which may never end
 PROMPT = "> "  # before a question
 HELP = "a question and Enter: the answer; q or Ctrl-D: the end; Ctrl-C: stops an answer; /help: this line"
+HELP_CHAT = f"{HELP}; /new: forgets what was said; /undo: takes the latest question back"
 HELPS = ("/help", "help", "?")
 ENDS = ("exit", "quit", "q", "/exit", "/quit", "/q", "/bye")
 
@@ -72,6 +74,7 @@ def ask(
         "-i --interactive",
         "Ask further questions at a prompt: q or Ctrl-D ends it, Ctrl-C stops an answer. Needs a terminal, but no question.",
     ) = False,
+    history: opt.History = None,
     compare: opt.option(
         bool,
         "--compare",
@@ -111,6 +114,7 @@ def ask(
             check_words(inputs, first)
             warm_up()  # while this process imports what it needs
             questions = _questions(inputs, given, interactive)
+            check_history(history, interactive, compare)
             pipeline = options()
             from evoprune.session.ahead import Ahead
             from evoprune.video.frames import choose_decoder
@@ -128,10 +132,18 @@ def ask(
             encode = partial(_encode, names, paths, questions, pipeline, cache, quiet)
             with progress(not quiet) as show:
                 qa = load(pipeline, show, quiet)
+                if history == opt.ON:
+                    from evoprune.session.session import check_conversation
+
+                    check_conversation(qa.session.pruning.method)
                 encoded = encode(qa.session, show, ahead=ahead)
             ahead.close()
             encode_full = (lambda show: encode(qa.unpruned().session, show, full=True)) if compare else None
-            talk.begin(encoded, pipeline.generation, encode_full)
+            single = True
+            if interactive:
+                single = single_questions(history, qa.session, compare)
+            chat = None if single else encoded.chat(pipeline.generation.system)
+            talk.begin(encoded, pipeline.generation, encode_full, chat)
             if not interactive:
                 encoded.last_question = len(questions) == 1 and not compare
                 for question in questions:
@@ -142,15 +154,38 @@ def ask(
             if not quiet:
                 names = listed([os.path.basename(os.path.abspath(path)) for path in names])
                 tell(f"Ask about {names}. /help for help, q or Ctrl-D to end.")
+                if single and history is None:
+                    tell(f"Each question is on its own: {single}.")
             from evoprune.backend.cpu.linear import packing_meanwhile
 
-            for question in typed_questions(meanwhile=partial(packing_meanwhile, qa.session.loaded.model)):
+            for question in typed_questions(meanwhile=partial(packing_meanwhile, qa.session.loaded.model), chat=chat):
                 questions.append(question)
                 talk.attempt(question, typed=True)
         except BaseException as problem:
             talk.break_off(problem, questions[talk.answered :])
             raise
     return 0
+
+
+def check_history(history: str | None, prompt: bool, compare: bool = False) -> None:
+    """Raises UsageError where --history makes no sense: `prompt` says whether questions are typed."""
+    if history not in (None, opt.ON, opt.OFF):
+        raise UsageError(f"--history {history}", f"use {opt.ON} or {opt.OFF}")
+    if history and not prompt:
+        raise UsageError("--history is about questions at a prompt", "leave it out, or ask at a prompt")
+    if history == opt.ON and compare:
+        raise UsageError("--compare is about single questions", "leave out --compare or --history on")
+
+
+def single_questions(history: str | None, session: "Session", compare: bool = False) -> str | None:
+    """Return why the questions at a prompt are no conversation; None where they are one."""
+    if history:
+        return None if history == opt.ON else "--history off"
+    if session.loaded.demo:
+        return "the demo models know single questions (--history on remembers)"
+    if session.pruning.method.reads_question:
+        return f"{session.pruning.method.name} prunes for one question"
+    return "--compare is about single questions" if compare else None
 
 
 def split_words(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
@@ -373,6 +408,7 @@ class Conversation:
         self._stats = stats or (verbose and not quiet)
         self._generation: GenerationOptions | None = None
         self._inputs: EncodedInputs | None = None
+        self._chat: Chat | None = None  # where questions are a conversation
         self._full: EncodedInputs | None = None
         self._encode_full: Callable[..., EncodedInputs] | None = None
         self._running: Answer | None = None  # the one that is being read
@@ -381,12 +417,18 @@ class Conversation:
         self._finished = 0  # answers whose stats are printed, or are not wanted
 
     def begin(
-        self, inputs: "EncodedInputs", generation: GenerationOptions, encode_full: Callable[..., "EncodedInputs"] | None
+        self,
+        inputs: "EncodedInputs",
+        generation: GenerationOptions,
+        encode_full: Callable[..., "EncodedInputs"] | None,
+        chat: "Chat | None" = None,
     ) -> None:
         """Take the encoded inputs, so that questions can be answered. Prints their and the model's warnings, before any answer.
 
-        `encode_full`: encodes the inputs once more with nothing pruned; None where nothing is to be compared.
+        `encode_full`: encodes the inputs once more with nothing pruned; None where nothing is to be compared. `chat`: about these
+        inputs, where questions are a conversation.
         """
+        self._chat = chat
         self._inputs, self._generation, self._encode_full = inputs, generation, encode_full
         _print_warnings(inputs.report)
         self._warned = set(inputs.report.warnings)
@@ -395,7 +437,7 @@ class Conversation:
         """Asks, and prints the answer. `typed`: the question stands on the terminal already. `identity`: of its record."""
         if self._echo and not typed:
             tell(f"{PROMPT}{' '.join(question.split())}")
-        report = self._say(self._inputs, question, "pruned").report
+        report = self._say(self._chat or self._inputs, question, "pruned").report
         report.id = identity or report.id
         if self._encode_full:
             self._half = report
@@ -421,6 +463,7 @@ class Conversation:
         Returns whether it could be asked.
         """
         before = self.answered
+        said = self._chat.messages if self._chat else None
         try:
             self.answer(question, typed, identity)
         except UsageError as problem:
@@ -435,6 +478,8 @@ class Conversation:
             if not (goes_on and isinstance(problem, KeyboardInterrupt)):
                 raise
             note()  # ends the line on which the terminal printed ^C
+            if self._chat and self._chat.messages == said and not self._quiet:
+                tell("The stopped answer and its question are not remembered.")
         return True
 
     def break_off(self, problem: BaseException, unanswered: list[str]) -> None:
@@ -465,7 +510,7 @@ class Conversation:
                 print_json(self._failure(missing, problem))
             problem.reported = True
 
-    def _say(self, inputs: "EncodedInputs", question: str, label: str) -> "Answer":
+    def _say(self, inputs: "EncodedInputs | Chat", question: str, label: str) -> "Answer":
         with contextlib.ExitStack() as line:  # of progress
             thoughts = Thoughts() if self._show_thoughts else None
 
@@ -479,7 +524,7 @@ class Conversation:
             answer = self._running = inputs.ask(question, on_thoughts=think, **vars(self._generation))
             new = [name for name in answer.report.warnings if name not in self._warned]
             _print_warnings(answer.report, new)
-            self._warned.update(new)
+            self._warned.update({*new} - {"history_cut"})  # each time that turns are left out
             show = line.enter_context(progress(not self._quiet))
             show("reading prompt")
             try:
@@ -536,11 +581,13 @@ def _print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
 
 
 def typed_questions(
-    twice: bool = True, meanwhile: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    twice: bool = True,
+    meanwhile: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    chat: "Chat | None" = None,
 ) -> Iterator[str]:
     """Yield questions, one a line, until the input ends (Ctrl-D) or a line says so. Empty lines are skipped, commands carried out.
 
-    `meanwhile`: makes the context in which a line is waited for.
+    `meanwhile`: makes the context in which a line is waited for. `chat`: what /new and /undo are about.
 
     Raises KeyboardInterrupt: on Ctrl-C at the prompt, with `twice` on the second in a row: the first may have been meant for an
     answer.
@@ -570,7 +617,15 @@ def typed_questions(
         if word in ENDS:
             return
         if word in HELPS:
-            tell(HELP)
+            tell(HELP_CHAT if chat else HELP)
+        elif chat and word == "/new":
+            chat.clear()
+            tell("what was said is forgotten")
+        elif chat and word == "/undo":
+            question = chat.undo()
+            tell("there is no question to take back" if question is None else f"taken back: {printable(question)}")
+        elif word in ("/new", "/undo"):
+            tell(f"{word} is about a conversation, and each question is on its own here")
         elif command := re.match(r"/[\w-]*(?=\s|$)", word):
             tell(f"there is no command {command[0]}, so it is not asked; /help lists them")
         elif re.match(r"--|-[a-z]", word):

@@ -44,7 +44,8 @@ def batch(
         "--from FILE|-",
         "In place of VIDEO and -Q: JSONL or CSV rows with video, question and perhaps "
         "id, start, end, fps, frames, frame_rate, max_new_tokens, options (in CSV a|b|c), subtitles, "
-        "answer. Files are relative to the file; - is stdin, which is read to its end first.",
+        "answer; in JSONL also messages in place of question. Files are relative to the file; - is stdin, "
+        "which is read to its end first.",
         "Rows",
     ) = None,
     recursive: opt.option(
@@ -120,6 +121,10 @@ def batch(
     settings = Settings(pipeline.model, pipeline.pruning, pipeline.sampling.timeless, pipeline.generation)
     span = pipeline.sampling.start_s, pipeline.sampling.end_s
     rows = _rows(videos or [], questions or [], source, quiet, span, recursive, is_table(output))
+    if any(row.earlier for row in rows):
+        from evoprune.session.session import check_conversation
+
+        check_conversation(pipeline.pruning.config().method)
     if pipeline.generation.choices == OF_ROWS:
         rows = with_scored_options(rows)
     tally = Tally(len(rows), quiet, _check_files(rows, source, output, quiet))

@@ -207,6 +207,14 @@ Methods = option(
 )
 Json = option(bool, "--json", "One JSON line a question on stdout, instead of text.", OUTPUT)
 JsonResults = option(bool, "--json", "The results as one JSON line instead of a table.", OUTPUT)
+ON = "on"
+OFF = "off"
+History = option(
+    str | None,
+    "--history",
+    "Whether a prompt remembers what was said; default: on, but for the demo models, which know single questions.",
+    **one_of(ON, OFF),
+)
 Quiet = option(bool, "-q --quiet", "No progress, notes or stats; warnings remain.", OUTPUT)
 ShowThoughts = option(
     bool, "--show-thoughts", "Print what the model thinks on stderr, as it comes (--think on).", OUTPUT

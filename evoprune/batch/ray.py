@@ -19,6 +19,7 @@ from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
 from evoprune.batch.run import answers, failure_report
 from evoprune.errors import EvopruneError, UsageError, error_record, first_line
+from evoprune.language.settings import Turn
 from evoprune.report import Report
 
 INSTALL = "pip install 'evoprune[ray]'"
@@ -140,7 +141,8 @@ class Worker:
 
 def _row(fields: dict[str, Any]) -> Row:
     """Return a row whose tuples became lists on the way."""
-    return Row(**fields | {name: tuple(fields[name]) for name in ("inputs", "paths", "options", "groups")})
+    lists = {name: tuple(fields[name]) for name in ("inputs", "paths", "options", "groups")}
+    return Row(**fields | lists | {"earlier": tuple(Turn(**turn) for turn in fields["earlier"])})
 
 
 def _enter(folder: str) -> None:

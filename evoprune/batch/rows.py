@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from evoprune.errors import LFS, LFS_HINT, EvopruneError, EvopruneWarning, UsageError
-from evoprune.language.settings import GenerationOptions
+from evoprune.language.settings import USER, GenerationOptions, Turn, messages_of, turns_of
 from evoprune.model.config import loads
 from evoprune.util import (
     FILE_URL,
@@ -39,7 +39,7 @@ LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])\s*[.):])\s*(.*\S)\s*", re.IGNO
 # What a row may have. `type` and `groups` are for evaluations, whose files a batch reads too.
 FIELDS = (
     "id", "video", "inputs", "question", "start", "end", "fps", "frames", "frame_rate", "max_new_tokens", "options",
-    "subtitles", "answer", "type", "groups",
+    "subtitles", "messages", "answer", "type", "groups",
 )  # fmt: skip
 SAME = {"video_start": "start", "video_end": "end", "nframes": "frames"}  # what qwen-vl-utils calls them
 LONGEST_PATH = 4096  # characters
@@ -58,6 +58,7 @@ class Row:
     inputs: tuple[str, ...]  # the paths of videos and pictures as the user wrote them
     paths: tuple[str, ...]  # the paths that open them
     question: str
+    earlier: tuple[Turn, ...] = ()  # of a conversation, in which the question is the next
     start_s: float = 0.0  # of the span to look at, in seconds; below 0 from the video's end
     end_s: float | None = None  # None for the end
     fps: float | None = None  # of this row; None for that of the batch, as with the three below
@@ -100,6 +101,7 @@ class Row:
         facts = {"question": self.question, "start_s": self.start_s, "end_s": self.end_s, "options": list(self.options)}
         names = ("fps", "frames", "frame_rate", "max_new_tokens", "subtitles")
         own = {name: getattr(self, name) for name in names}
+        own["messages"] = messages_of(self.earlier) or None
         return about | facts | {name: value for name, value in own.items() if value is not None}
 
     def generation(self, usual: GenerationOptions) -> GenerationOptions:
@@ -135,7 +137,7 @@ class Rules:
 
 BATCH = Rules(
     "a row has question and video, or inputs for several, and may have id, start, end, fps, frames, frame_rate, max_new_tokens, "
-    "options, subtitles and answer"
+    "options, subtitles and answer; or messages in place of question"
 )
 
 
@@ -290,11 +292,13 @@ def _row(
     subtitles_path = subtitles
     if subtitles not in (None, NO_SUBTITLES, AUTO_SUBTITLES):
         subtitles_path = _path(folder, subtitles)
+    earlier, question = _said(fields)
     row = Row(
         id="",
         inputs=inputs,
         paths=tuple(_path(folder, path) for path in inputs),
-        question=_text(fields.get("question"), "question"),
+        question=question,
+        earlier=earlier,
         start_s=start,
         end_s=end,
         options=_options(fields.get("options", [])),
@@ -312,6 +316,22 @@ def _row(
     right = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
     _must(right, "id is neither a text nor a whole number")
     return replace(row, id=str(name), cells=cells)
+
+
+def _said(fields: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
+    """Return the earlier turns of a row, and its question: that field, or the last of its messages."""
+    if "messages" not in fields:
+        return (), _text(fields.get("question"), "question")
+    messages = fields["messages"]
+    _must("question" not in fields, "question and messages exclude each other")
+    _must(isinstance(messages, list) and messages, "messages are not a list")
+    last = messages[-1]
+    asks = isinstance(last, dict) and last.get("role") == USER and {*last} == {"role", "content"}
+    _must(asks, "the last message is no question of the user")
+    earlier = tuple(turns_of(messages[:-1]))
+    for turn in earlier:
+        _must(is_text(turn.question) and is_text(turn.answer), "a message is not valid text")
+    return earlier, _text(last["content"], "the last message")
 
 
 def _cell(value: Any) -> str:

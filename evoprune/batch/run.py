@@ -10,6 +10,7 @@ from evoprune.backend.devices import empty_cache
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
 from evoprune.errors import OutOfMemory, error_record
+from evoprune.language.settings import messages_of
 from evoprune.report import Report, name_inputs
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
@@ -87,7 +88,11 @@ def _asked(
 
     def answered(row: Row) -> Report:
         encoded.last_question = row is span.rows[-1]
-        answer = encoded.ask(row.prompt, **vars(row.generation(settings.generation)))
+        generation = row.generation(settings.generation)
+        asked = encoded
+        if row.earlier:
+            asked = encoded.chat(generation.system, messages_of(row.earlier))
+        answer = asked.ask(row.prompt, **vars(generation))
         str(answer)  # generates it
         return answer.report
 

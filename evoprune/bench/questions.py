@@ -402,6 +402,7 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
         (not isinstance(groups, list) or not all(isinstance(g, str) for g in groups), "groups is not a list of texts"),
         (len(row.inputs) > 1, "an evaluation asks about one video or picture at a time"),
         (any(map(is_url, row.inputs)), "an evaluation reads no URLs: download the video first"),
+        (bool(row.earlier), "an evaluation asks single questions, so a row has question, not messages"),
         (row.subtitles is not None, "subtitles are not read in an evaluation"),
         (not asked.strip(), "question is empty"),
         (answer is None, "no answer"),

@@ -125,11 +125,11 @@ def _lent(state: PrefillState) -> Iterator[PrefillState]:
     if can_crop(state.model):
         length = state.cache.length
         try:
-            yield replace(state)
+            yield replace(state, answer=list(state.answer))
         finally:
             state.cache.crop(length)
     else:
-        yield replace(state, cache=state.cache.copy())
+        yield replace(state, cache=state.cache.copy(), answer=list(state.answer))
 
 
 def _read(state: PrefillState, ids: Sequence[int], one_by_one: bool) -> float:

@@ -78,7 +78,7 @@ class PrefillState:
     next_position: int  # M-RoPE position of the first generated token, the same in time, height and width
     dropping: Reading | None = None  # what left while the prompt was read
     prompt_ids: torch.Tensor | None = None  # int64 `[L]`, of the unpruned prompt; a repetition penalty needs them
-    answered: int = 0  # tokens of the answer that are in the cache
+    answer: list[int] = field(default_factory=list)  # tokens of the answer that are in the cache
     _steps: StaticCache | None = None  # where the others are
     _holder: object = field(
         default_factory=object
@@ -86,11 +86,12 @@ class PrefillState:
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """Reads further tokens of the answer, int64 `[n]`; the logits after each of them, float32 `[n, vocabulary]`."""
-        positions = (arange_on(len(ids), "cpu") + self.next_position + self.answered).expand(3, -1)
+        positions = (arange_on(len(ids), "cpu") + self.next_position + len(self.answer)).expand(3, -1)
         embeds = embed_ids(self.model, ids)
         begin_pass(self.model)
         logits = layers_of(self.model).logits(self.model, embeds, positions, self.cache, last=len(ids))
-        self.answered, self.logits = self.answered + len(ids), logits[-1]
+        self.answer += ids.tolist()
+        self.logits = logits[-1]
         return logits
 
     def decode(self, ids: Sequence[int], left: int, pick: Callable[..., int]) -> int:
@@ -102,7 +103,7 @@ class PrefillState:
         token = None
         last = len(ids) - 1
         try:
-            if self._steps is None and self.answered == last:
+            if self._steps is None and len(self.answer) == last:
                 self._steps = static.begin(
                     self.model, self._holder, self.cache, self.next_position + last, len(ids), left
                 )
@@ -114,7 +115,7 @@ class PrefillState:
             static.give_up(self.model, problem)
         if token is None:
             self._steps = None
-            if missing := ids[self.answered :]:
+            if missing := ids[len(self.answer) :]:
                 self.read(torch.tensor(missing, dtype=torch.int64, device="cpu"))
             token = pick(self.logits)
         return token

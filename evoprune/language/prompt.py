@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from evoprune.errors import ModelError, UsageError, first_line, is_out_of_memory, process_error
+from evoprune.language.settings import Turn
 from evoprune.language.template import render
 from evoprune.methods.types import arange_on
 from evoprune.model.config import TEXT, check_fetched, read_object
@@ -33,6 +34,8 @@ THOUGHTS = "<think>", "</think>"  # around what a model writes before its answer
 # Placeholders for the user's words while the template is rendered. They have private-use characters, which no template has.
 _QUESTION = "\ue000question\ue001"
 _SYSTEM = "\ue000system\ue001"
+_EARLIER = "\ue000question {0}\ue001", "\ue000answer {0}\ue001"  # of each earlier turn
+_WORDS = re.compile("\ue000[a-z0-9 ]+\ue001")
 MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's have 11 MB and 3 kB
 # The steps of Qwen's tokenizers. Others could make gigabytes of a short text.
 KINDS = {"model": ("BPE",), "normalizer": ("NFC", "NFKC", "NoneType"), "decoder": ("ByteLevel",)}
@@ -305,6 +308,8 @@ class Prompt:
     # Leading ids that do not depend on the question, up to and including the last `<|vision_end|>`, and where possible the
     # subtitles. Their keys and values serve every question about the same inputs and with the same system prompt.
     prefix_length: int
+    # Leading ids up to the end of the question: with these begin the prompts of a conversation that goes on.
+    turn_length: int
 
     @property
     def visual_tokens(self) -> int:
@@ -326,12 +331,13 @@ def build_prompt(
     subtitles: str = "",
     times: Sequence[Sequence[str]] = (),
     thinking: bool = False,
+    earlier: Sequence[Turn] = (),
 ) -> Prompt:
-    """Return the prompt of one user turn: the inputs in their order, then the subtitles and the question, up to where the answer
-    begins.
+    """Return the prompt of a question: the inputs in their order, then the subtitles, earlier turns and the question, up to where
+    the answer begins.
 
-    All texts are taken literally; the question follows the subtitles without a space. If they hold no special token, the ids are
-    the same as of tokenising the rendered conversation at once.
+    All texts are taken literally; the first question follows the subtitles without a space. If they hold no special token, the
+    ids are the same as of tokenising the rendered conversation at once.
 
     Args:
         inputs: of each, "video" or "picture", and N, its number of visual tokens with nothing pruned, at least 1.
@@ -339,16 +345,18 @@ def build_prompt(
         times: of each input, what stands in front of each of its frame pairs (`timestamps`), between markers of their own; none
             where all placeholders of the input are in a row. Default: none for all inputs.
         thinking: as of `Tokenizer.render`.
+        earlier: what was asked and answered before, in its order. The inputs belong to the first question.
 
-    Raises ModelError: the chat template is broken, or does not write the inputs in their order and then the question. UsageError:
-    the question or the system prompt is not Unicode text (stray bytes from a shell), or the template leaves the system prompt out,
-    or knows nothing of thinking. ValueError: no inputs, or a number of tokens below 1.
+    Raises ModelError: the chat template is broken, or does not write the inputs in their order and then what was said. UsageError:
+    a text is not Unicode (stray bytes from a shell), or the template leaves the system prompt out, or knows nothing of thinking.
+    ValueError: no inputs, or a number of tokens below 1.
     """
     if not inputs or min(count for _, count in inputs) < 1:
         raise ValueError(f"a prompt has inputs with at least one visual token each, not {list(inputs)}")
     specials = tokenizer.specials()
     markers = MARKERS if any(times) else ()
-    rendered = _render(tokenizer, [kind for kind, _ in inputs], system is not None, markers, thinking)
+    kinds = [kind for kind, _ in inputs]
+    rendered = _render(tokenizer, kinds, system is not None, markers, thinking, len(earlier))
     if thinking and not (tokenizer.can_switch_thinking or opens_thoughts(rendered)):
         problem = "this model's chat template knows nothing of thinking"
         raise UsageError(
@@ -357,14 +365,17 @@ def build_prompt(
     if system and _SYSTEM not in rendered:
         problem = "the model's chat template has no place for a system prompt"
         raise UsageError(problem, "leave it out, or write it in the question")
-    words = {_QUESTION: subtitles + question, _SYSTEM: system or ""}
-    check_text(question, system)
+    check_text(question, system, *_texts(earlier))
+    said = dict(zip(_said(len(earlier)), [*_texts(earlier), question], strict=True))
+    first = next(iter(said))
+    words = said | {first: subtitles + said[first], _SYSTEM: system or ""}
     times_of = times or [()] * len(inputs)
     # The placeholders of each run; an input with times has a run for each of them.
     lengths = (count // (len(own) or 1) for (_, count), own in zip(inputs, times_of, strict=True) for _ in own or [""])
     ids = []
     runs = []
     prefix_length = 0
+    turn_length = 0
     # Split only at the template's special tokens, where the tokenizer splits too. The text between them is encoded as one
     # piece, so that merges across the edge of the user's text (a newline before it, say) are the same as in the whole.
     for piece in re.split(f"({'|'.join(map(re.escape, specials))})", _with_times(rendered, times_of)):
@@ -375,17 +386,29 @@ def build_prompt(
             ids.append(specials[piece])
         else:
             # In one pass, so that a placeholder inside the user's words is not replaced.
-            text = re.sub(f"{_QUESTION}|{_SYSTEM}", lambda match: words[match[0]], piece)
+            text = _WORDS.sub(lambda match: words[match[0]], piece)
             encoded = tokenizer.encode(text)
-            if _QUESTION in piece:
+            if first in piece:
                 prefix_length = len(ids)
                 if subtitles:
-                    before = tokenizer.encode(piece.partition(_QUESTION)[0] + subtitles)
+                    before = tokenizer.encode(piece.partition(first)[0] + subtitles)
                     if encoded[: len(before)] == before:  # else the question's beginning merges with the subtitles
                         prefix_length += len(before)
             ids += encoded
+            if _QUESTION in piece:
+                turn_length = len(ids)
     places = tuple(_places(tokenizer, ids, runs, times_of))
-    return Prompt(torch.tensor(ids, dtype=torch.int64, device="cpu"), places, prefix_length)
+    return Prompt(torch.tensor(ids, dtype=torch.int64, device="cpu"), places, prefix_length, turn_length)
+
+
+def _texts(turns: Sequence[Turn]) -> list[str]:
+    """Return what was said in turns, in its order."""
+    return [text for turn in turns for text in (turn.question, turn.answer)]
+
+
+def _said(turns: int) -> list[str]:
+    """Return the placeholders of what is said in a conversation after so many turns, in its order."""
+    return [*(name.format(turn) for turn in range(turns) for name in _EARLIER), _QUESTION]
 
 
 def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
@@ -419,21 +442,34 @@ def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequ
 
 
 def _render(
-    tokenizer: Tokenizer, kinds: Sequence[str], with_system: bool, markers: Sequence[str], thinking: bool
+    tokenizer: Tokenizer,
+    kinds: Sequence[str],
+    with_system: bool,
+    markers: Sequence[str],
+    thinking: bool,
+    turns: int,
 ) -> str:
     """Return the conversation as text, with placeholders for the user's words; these `markers` must exist."""
     messages = []
     if with_system:
         messages.append({"role": "system", "content": _SYSTEM})
+    said = _said(turns)
     content = [{"type": CONTENTS[kind][0]} for kind in kinds]
-    messages.append({"role": "user", "content": [*content, {"type": "text", "text": _QUESTION}]})
+    for number, text in enumerate(said):
+        if number % 2:
+            messages.append({"role": "assistant", "content": text})
+            continue
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": text}]})
+        content = []
     try:
         rendered = tokenizer.render(messages, thinking)
         due = [CONTENTS[kind][1] for kind in kinds]
         written = re.findall("|".join(map(re.escape, _PLACEHOLDERS)), rendered)
         last = max(rendered.rfind(token) for token in _PLACEHOLDERS)
-        if written != due or not {*due, *markers} <= tokenizer.specials().keys() or not last < rendered.find(_QUESTION):
+        if written != due or not {*due, *markers} <= tokenizer.specials().keys() or not last < rendered.find(said[0]):
             raise ValueError("it does not write the inputs in their order and then the question")
+        if turns and [text for text in _WORDS.findall(rendered) if text != _SYSTEM] != said:
+            raise ValueError("it does not write a conversation in its order")
     except ValueError as problem:
         where = f" ({tokenizer.template_file})" if tokenizer.template_file else ""
         hint = "take tokenizer and chat template from the model that this one was made from"

@@ -38,6 +38,7 @@ from evoprune.language.prompt import (
     timestamps,
 )
 from evoprune.language.pruned import PrunedPrompt, prune_prompt
+from evoprune.language.settings import Turn
 from evoprune.live.segments import Earlier, NothingNew, encode_segment
 from evoprune.methods.chain import select
 from evoprune.methods.evoprune import FarthestPoints
@@ -495,11 +496,13 @@ class VideoStream(Askable):
         if self._problem:
             raise UsageError(self._problem, "begin another one: VideoQA.stream()")
 
-    def _around(self, question: str, thinking: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def _around(
+        self, question: str, thinking: bool = False, earlier: Sequence[Turn] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the ids of a prompt before the video and after it, int64."""
         loaded = self._session.loaded
         times = [[""]] if loaded.model.config.vision_config.traits.timestamps else ()  # markers go with the frame pairs
-        kwargs = {"system": self._system, "times": times, "thinking": thinking}
+        kwargs = {"system": self._system, "times": times, "thinking": thinking, "earlier": earlier}
         prompt = build_prompt(loaded.tokenizer, question, [(VIDEO, 1)], **kwargs)
         (video,) = prompt.places[0].around or prompt.places[0].runs
         return prompt.input_ids[: video.start], prompt.input_ids[video.stop :]
@@ -538,7 +541,14 @@ class VideoStream(Askable):
         return Seen(start_s, end_s, len(windows), sum(tokens), self._count, thinned, self.skipped, self.lag_s)
 
     @torch.inference_mode()
-    def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
+    def _read(
+        self,
+        question: str,
+        options: GenerationOptions,
+        report: Report,
+        clock: Clock,
+        earlier: Sequence[Turn] | None = None,
+    ) -> PrefillState:
         self._check_open()
         if options.system not in (None, self._system):
             raise UsageError("the system prompt was read when the stream began", "give it to VideoQA.stream()")
@@ -547,7 +557,7 @@ class VideoStream(Askable):
             unread = self._unread
             self._read_waiting(after=unread)
             check_question(loaded, question)
-            before, ids = self._around(question, options.thinking)
+            before, ids = self._around(question, options.thinking, earlier or ())
             seen = self._seen(unread)
             memory = self._memory
             text = memory.columns + sum(len(window.prompt) for window in unread) - seen.tokens + len(ids)
@@ -562,6 +572,15 @@ class VideoStream(Askable):
             state.prompt_ids = torch.cat([before, *(window.ids for window in windows), ids])
         self._open, self._lock.generating = self._turn, True
         return state
+
+    def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
+        """Counts what the memory holds at most, because it may fill before the question is read."""
+        check_question(self._session.loaded, question)
+        _, ids = self._around(question, options.thinking, earlier)
+        with self._lock:
+            self._check_open()
+            columns = self._memory.most_columns if self._memory else 0
+        check_context(self._session.loaded, len(ids), columns, options.max_new_tokens)
 
     def _ended(self, turn: int) -> None:
         release_omp_threads()  # the encoder computes in another thread
@@ -657,6 +676,7 @@ class StreamMemory:
         self._model = model
         self._head = len(ids)
         self._limit = limit
+        self._window = window_tokens
         self._room = room
         self._moved = 0  # positions by which the beginning of the video was moved
         # Where the text says times, each frame pair has its rows and columns behind the text before it, too.
@@ -668,6 +688,11 @@ class StreamMemory:
     def columns(self) -> int:
         """Columns up to the end of the video."""
         return self._head + sum(len(window.order) for window in self.windows)
+
+    @property
+    def most_columns(self) -> int:
+        """Columns up to the end of the video, once the memory is full and a window is not finished."""
+        return max(self.columns, self._head + self._limit) + self._window
 
     @torch.inference_mode()
     def read(self, encoded: EncodedWindow, pause: Callable[[], None]) -> None:

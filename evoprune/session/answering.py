@@ -6,16 +6,17 @@ Answers about the same inputs share the keys and values of their prompt. So a lo
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
 
-from evoprune.errors import UsageError, error_record
+from evoprune.errors import DoesNotFit, UsageError, error_record
 from evoprune.language.choices import ChosenTokens, tokens_of
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
@@ -39,14 +40,14 @@ from evoprune.language.hosted import HostedCache
 from evoprune.language.prompt import Prompt, Tokenizer
 from evoprune.language.pruned import prune_prompt
 from evoprune.language.schema import value_of
-from evoprune.language.settings import OF_ROWS
+from evoprune.language.settings import OF_ROWS, Turn, messages_of, turns_of
 from evoprune.model.cost import Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.options import GenerationOptions
 from evoprune.session.prompting import check_not_empty, fitting_prompt, positions_of
 from evoprune.session.report import fill_dropped, fill_pruning, fill_times, inputs_report
-from evoprune.session.session import Session
+from evoprune.session.session import Session, check_conversation
 from evoprune.session.signatures import takes
 from evoprune.util import check_type, counted, from_keywords
 from evoprune.video.info import VIDEO
@@ -55,9 +56,6 @@ from evoprune.vision.encoder import Encoded
 
 if TYPE_CHECKING:
     from evoprune.session.keywords import GenerationKeywords
-
-# What a prompt up to the question depends on: its system prompt, and whether the model is to think.
-Beginning = tuple[str | None, bool]
 
 
 class Uncopied:
@@ -217,8 +215,19 @@ class Askable(ABC, Uncopied):
         """Return the report of an answer before its question is read, of its own."""
 
     @abstractmethod
-    def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
-        """Return the state from which the answer is decoded."""
+    def _read(
+        self,
+        question: str,
+        options: GenerationOptions,
+        report: Report,
+        clock: Clock,
+        earlier: Sequence[Turn] | None = None,
+    ) -> PrefillState:
+        """Return the state from which the answer is decoded. `earlier`: of a conversation; None where it is none."""
+
+    @abstractmethod
+    def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
+        """Raises DoesNotFit where a question of a conversation does not fit into the model's context."""
 
     def _ended(self, turn: int) -> None:
         """Is called once the answer of that number is complete, was closed or failed."""
@@ -243,6 +252,29 @@ class Askable(ABC, Uncopied):
         Raises UsageError: an option out of range, or a question that is empty or no text. TypeError: an unknown option.
         """
         (generation,) = from_keywords(options, GenerationOptions)
+        return self._answer(question, generation, seed, on_thoughts)
+
+    def chat(self, system: str | None = None, messages: Sequence[Mapping[str, str]] = ()) -> "Chat":
+        """Begins a conversation, whose questions are asked with what was said before.
+
+        Args:
+            system: a system prompt; None for the model's own.
+            messages: what was said already: dicts with `role`, "user" and "assistant" in turn, and `content`, a text.
+
+        Raises UsageError: messages of another form, or a method that reads the question.
+        """
+        check_conversation(self._session.pruning.method)
+        return Chat(self, check_type("system", system, str | None), turns_of(messages))
+
+    def _answer(
+        self,
+        question: str,
+        generation: GenerationOptions,
+        seed: int | None,
+        on_thoughts: Callable[[str], None] | None,
+        earlier: Sequence[Turn] | None = None,
+    ) -> Answer:
+        """As `ask`. `earlier`: what was said before, in a conversation; None where it is none."""
         check_not_empty(question)
         seed = check_type("seed", seed, int | None)
         check_type("on_thoughts", on_thoughts, Callable | None)
@@ -255,7 +287,7 @@ class Askable(ABC, Uncopied):
         self._check_choices(generation)
         report = self._report_of(question, generation, seed)
         ids: list[int] = []
-        pieces = self._pieces(question, generation, seed, report, ids, on_thoughts or (lambda piece: None))
+        pieces = self._pieces(question, generation, seed, report, ids, on_thoughts or (lambda piece: None), earlier)
         return Answer(report, pieces, self._lock, ids)
 
     def _report_of(self, question: str, options: GenerationOptions, seed: int = 0) -> Report:
@@ -304,6 +336,7 @@ class Askable(ABC, Uncopied):
         report: Report,
         ids: list[int],
         on_thoughts: Callable[[str], None],
+        turns: Sequence[Turn] | None,
     ) -> Iterator[str]:
         """Generates an answer and keeps its report and its `ids` up to date."""
         self._turn += 1
@@ -324,7 +357,7 @@ class Askable(ABC, Uncopied):
         if options.grammar is not None:
             with clock.stage("prefill"):  # once a model, its vocabulary is taken in
                 constraint = loaded.vocabulary.constraint(options.grammar)
-        state = self._read(question, options, report, clock)
+        state = self._read(question, options, report, clock, turns)
         if constraint is not None:
             constraint = self._after_thoughts(constraint, options, state)
         if options.choices is None:
@@ -385,6 +418,126 @@ class Askable(ABC, Uncopied):
             self._ended(turn)
 
 
+class Chat(Uncopied):
+    """A conversation: each question is asked with what was said before. Made by `chat` of what can be asked.
+
+    The model reads all of it, in its own chat template; keys and values of what it has read already are used again. Thoughts are
+    not part of it. An answer is, once it is complete: one that failed or was closed leaves the conversation as it was, and so does
+    one that ended inside its thoughts. What does not fit into the model's context is left out, the oldest turns first; then
+    `report.warnings` of the next answer has "history_cut", before it is generated.
+    """
+
+    INSTEAD = "take chat.messages"
+
+    def __init__(self, inputs: Askable, system: str | None, turns: Sequence[Turn]):
+        self.system = system
+        self._inputs = inputs
+        self._turns = [*turns]
+        self._latest = object()  # stands for the question that may still become a turn
+
+    def __repr__(self) -> str:
+        return f"<Chat, {counted(len(self._turns), 'turn')}, about {self._inputs!r}>"
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """What was said, as `chat` takes it, in a list of the caller's own."""
+        return messages_of(self._turns)
+
+    def clear(self) -> None:
+        """Forgets what was said."""
+        self._latest = object()
+        self._turns = []
+
+    def undo(self) -> str | None:
+        """Takes the latest question back, with its answer. Returns it; None if there is none."""
+        self._latest = object()
+        return self._turns.pop().question if self._turns else None
+
+    @takes(GenerationOptions)
+    def ask(
+        self,
+        question: str,
+        *,
+        seed: int | None = None,
+        on_thoughts: Callable[[str], None] | None = None,
+        **options: "Unpack[GenerationKeywords]",
+    ) -> Answer:
+        """Asks the next question. The answer ends with an error if another question of the conversation was asked meanwhile.
+
+        Args: as of `EncodedInputs.ask`. `system` belongs to the conversation.
+
+        Raises: as `EncodedInputs.ask`, and what reading its answer raises of a prompt. UsageError: another system prompt.
+        """
+        (generation,) = from_keywords(options, GenerationOptions)
+        if generation.system not in (None, self.system):
+            raise UsageError(
+                "a conversation has one system prompt", "give it to chat(), which begins another conversation"
+            )
+        generation = replace(generation, system=self.system)
+        check_not_empty(question)
+        earlier = self._fitting(question, generation)
+        answer = self._inputs._answer(question, generation, seed, on_thoughts, earlier)
+        dropped = len(self._turns) - len(earlier)
+        answer.report.conversation = {"turns": len(earlier), "dropped": dropped}
+        if earlier and self._inputs._session.loaded.demo:
+            answer.report.warnings.append("demo_history")
+        if dropped:
+            answer.report.warnings.append("history_cut")
+        self._latest = latest = object()
+        return Answer(answer.report, self._remembered(answer, earlier, latest), self._inputs._lock, answer.ids)
+
+    def _fitting(self, question: str, generation: GenerationOptions) -> list[Turn]:
+        """Return the latest turns that fit into the model's context together with the question.
+
+        Raises DoesNotFit: it does not fit alone.
+        """
+
+        def fits(dropped: int) -> bool:
+            try:
+                self._inputs._check_fits(question, generation, self._turns[dropped:])
+            except DoesNotFit:
+                return False
+            return True
+
+        if fits(0):
+            return [*self._turns]
+        # Few are tried: each is rendered in a process of its own.
+        dropped = bisect_left(range(len(self._turns)), True, 1, key=fits)
+        turns = self._turns[dropped:]
+        if not turns:
+            self._inputs._check_fits(question, generation, turns)
+        return turns
+
+    def _remembered(self, answer: Answer, earlier: list[Turn], latest: object) -> Iterator[str]:
+        """Yield an answer, which then becomes a turn."""
+        if latest is not self._latest:
+            raise UsageError(self._inputs.OVERTAKEN, "finish one answer before the next question")
+        yield from answer
+        said = answer.report.answer
+        if latest is self._latest and (said or answer.report.thoughts is None):
+            self._turns = [*earlier, Turn(answer.report.question, said)]
+
+
+@dataclass
+class Held:
+    """A cache, and what it holds."""
+
+    cache: KVCache | HostedCache
+    prompt: torch.Tensor  # int64 on the CPU, ids of its first columns
+    answer: Sequence[int] = ()  # of those behind them, which may become more
+
+    @property
+    def ids(self) -> torch.Tensor:
+        return torch.cat([self.prompt, torch.tensor(self.answer, dtype=torch.int64, device="cpu")])
+
+    def common(self, ids: torch.Tensor) -> int:
+        """Return how many columns a prompt begins with, of the same inputs, that the cache holds. `ids`: int64 on the CPU."""
+        own = self.ids
+        length = min(len(own), len(ids))
+        differ = (own[:length] != ids[:length]).nonzero()
+        return int(differ[0]) if len(differ) else length
+
+
 class EncodedInputs(Askable):
     """Inputs that were encoded once and can be asked about together, one question at a time.
 
@@ -392,19 +545,20 @@ class EncodedInputs(Askable):
     the encodings, and never changes: each answer has one of its own. `plans`: of each input, what was looked at, and how large.
 
     Attention is causal: keys and values before the question do not depend on it. So a later question under the same system prompt
-    uses them again. Where tokens leave inside the language model, they leave by the question, and each prompt is read as a whole.
+    uses them again, and one of a conversation also those of what was said. Where tokens leave inside the language model, they
+    leave by the question, and each prompt is read as a whole.
 
     A recurrent state (Qwen3.5) is known only where a pass ends. So where layers have one, what is before the question is a pass of
-    its own, unless `last_question`, to be set before it is asked, says that no question follows. One that follows after all waits
-    longer.
+    its own, and in a conversation so is what is before the answer, unless `last_question`, to be set before it is asked, says that
+    no question follows. One that follows after all waits longer.
     """
 
     def __init__(self, session: Session, encodings: Sequence[EncodedInput]):
         super().__init__(session)
         self._encodings = [encoding.own() for encoding in encodings]
         self.plans = [encoding.plan for encoding in encodings]
-        # How the prompt began, the cache, and how many of its columns no question changes.
-        self._prefix: tuple[Beginning, KVCache | HostedCache, int] | None = None
+        # What prompts were read up to: one cache, which can be cropped, or copies of recurrent ones, the shortest first.
+        self._held: list[Held] = []
         self.last_question = False
         self._blank = inputs_report(session, self._encodings)
         self.report = deepcopy(self._blank)
@@ -470,7 +624,7 @@ class EncodedInputs(Askable):
         before = 0.0
         if self._paid:
             before = self._prune_seconds
-        self._prefix = None
+        self._held = []
         ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")
         words = embed_ids(loaded.model, ids)  # without the prompt around them
         self._encodings = [encoding.selected(words) for encoding in self._encodings]
@@ -481,17 +635,30 @@ class EncodedInputs(Askable):
     def _prune_seconds(self) -> float:
         return sum(encoding.encoded.prune_seconds for encoding in self._encodings)
 
-    def _read(self, question: str, options: GenerationOptions, report: Report, clock: Clock) -> PrefillState:
+    def _fitting_prompt(self, question: str, options: GenerationOptions, earlier: Sequence[Turn] | None) -> Prompt:
+        kept = sum(encoding.kept for encoding in self._encodings)
+        return fitting_prompt(self._session, self.plans, question, options, kept, earlier or ())
+
+    def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
+        self._fitting_prompt(question, options, earlier)
+
+    def _read(
+        self,
+        question: str,
+        options: GenerationOptions,
+        report: Report,
+        clock: Clock,
+        earlier: Sequence[Turn] | None = None,
+    ) -> PrefillState:
         """Return the state from which the answer is decoded; the tokens are selected first, if the method reads the question."""
         with clock.stage("prefill"):
-            kept = sum(encoding.kept for encoding in self._encodings)
-            prompt = fitting_prompt(self._session, self.plans, question, options, kept)
+            prompt = self._fitting_prompt(question, options, earlier)
         if selects := any(encoding.unselected for encoding in self._encodings):
             with clock.stage("encode"):
                 self._select_for(question, report)
         with clock.stage("prefill"):
             last = self.last_question or selects  # what is selected anew has a prompt of its own
-            state = self._prefill(prompt, (options.system, options.thinking), last)
+            state = self._prefill(prompt, last, goes_on=earlier is not None)
             state.prompt_ids = prompt.input_ids
             visual = sum(len(encoding.encoded.kept) for encoding in self._encodings)
             columns = state.cache.length
@@ -499,8 +666,11 @@ class EncodedInputs(Askable):
         fill_dropped(report, state.dropping)
         return state
 
-    def _prefill(self, prompt: Prompt, beginning: Beginning, last: bool) -> PrefillState:
-        """Return the state that decoding of a prompt starts from. `last`: nothing has to be kept for another question."""
+    def _prefill(self, prompt: Prompt, last: bool, goes_on: bool) -> PrefillState:
+        """Return the state that decoding of a prompt starts from.
+
+        `last`: nothing has to be kept for another question. `goes_on`: it may be one of the same conversation.
+        """
         loaded = self._session.loaded
         pruning = self._session.pruning
         model = loaded.model
@@ -512,41 +682,57 @@ class EncodedInputs(Askable):
             return prefill(
                 model, pruned.embeds, pruned.positions, pruned.following, None, pruned.sizes, dropping, pruned.deepstack
             )
-        shared = int((pruned.columns < prompt.prefix_length).sum())
         crops = can_crop(model)
-        cache, known = self._take_prefix(beginning, shared, last)
-        if shared and not (known or crops or last):  # the prefix by itself, so that a copy can serve each question
-            cache = new_cache(model, shared)
-            known = shared
-            prefix = pruned[:known]
-            given = {"sizes": prefix.sizes, "deepstack": prefix.deepstack}
-            layers_of(model).forward(model, prefix.embeds, prefix.positions, cache, **given)
-            self._prefix = beginning, cache, known
-            cache = cache.copy()
+        # Columns up to which another prompt may be the same.
+        ends = [prompt.prefix_length, prompt.turn_length] if goes_on else [prompt.prefix_length]
+        ends = [int((pruned.columns < end).sum()) for end in ends]
+        if goes_on and crops:
+            ends.append(len(pruned) - 1)  # the last column is read in any case: its logits are those of the answer
+        inputs = int(pruned.visual.nonzero()[-1]) + 1
+        cache, known = self._take_prefix(pruned.ids[: ends[-1]], inputs, last)
+        if not (crops or last):
+            for end in ends:
+                if end <= known:
+                    continue
+                if cache is None:
+                    cache = new_cache(model, end)
+                part = pruned[known:end]
+                given = {"sizes": part.sizes, "deepstack": part.deepstack}
+                layers_of(model).forward(model, part.embeds, part.positions, cache, **given)
+                self._held = [*self._held[:1], Held(cache, pruned.ids[:end])]
+                cache = cache.copy()
+                known = end
         rest = pruned[known:]
         state = prefill(model, rest.embeds, rest.positions, rest.following, cache, rest.sizes, None, rest.deepstack)
-        if crops:
-            self._prefix = beginning, state.cache, shared
+        if crops and goes_on:
+            self._held = [Held(state.cache, pruned.ids, state.answer)]
+        elif crops:
+            self._held = [Held(state.cache, pruned.ids[: ends[-1]])]
         return state
 
-    def _take_prefix(self, beginning: Beginning, shared: int, last: bool) -> tuple[KVCache | HostedCache | None, int]:
-        """Return the cache up to the question, and its columns; of the new prompt `shared` do not depend on the question."""
-        taken = self._prefix
-        self._prefix = None
-        if taken is None or taken[0] != beginning:
-            return None, 0
-        _, cache, known = taken
-        if not can_crop(self._session.loaded.model):
-            if known > shared:
+    def _take_prefix(self, ids: torch.Tensor, inputs: int, last: bool) -> tuple[KVCache | HostedCache | None, int]:
+        """Return a cache of the beginning of a prompt, and how many of its columns it holds.
+
+        `ids`: int64 on the CPU, those columns of the prompt that another one may have had. `inputs`: columns up to the end of the
+        inputs; a cache that holds fewer is of no use.
+        """
+        held = self._held
+        self._held = []
+        if can_crop(self._session.loaded.model):
+            if not held or (known := held[0].common(ids)) < inputs:
                 return None, 0
-            if last:
-                return cache, known
-            self._prefix = taken
-            return cache.copy(), known
-        known = min(known, shared)  # both end with the inputs or with their subtitles
-        cache.crop(known)
-        self._prefix = beginning, cache, known  # a prompt that breaks off leaves this much
-        return cache, known
+            cache = held[0].cache
+            cache.crop(known)
+            self._held = [Held(cache, ids[:known])]  # a prompt that breaks off leaves this much
+            return cache, known
+        held = [each for each in held if each.common(ids) == len(each.prompt)]
+        if not held:
+            return None, 0
+        longest = held[-1]
+        if last:
+            return longest.cache, len(longest.prompt)
+        self._held = held
+        return longest.cache.copy(), len(longest.prompt)
 
 
 def together(session: Session, inputs: Sequence[EncodedInputs]) -> EncodedInputs:

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from evoprune.errors import USE_LESS, OutOfMemory, UsageError
+from evoprune.errors import USE_LESS, DoesNotFit, OutOfMemory, UsageError
 from evoprune.language.prompt import Prompt, Tokenizer, build_prompt, prompt_positions, timestamps
+from evoprune.language.settings import Turn
 from evoprune.model.config import VisionConfig
 from evoprune.model.cost import language_bytes, shortage
 from evoprune.session.loading.model import LoadedModel
@@ -19,16 +20,22 @@ from evoprune.video.plan import Plan
 
 
 def fitting_prompt(
-    session: Session, plans: Sequence[Plan], question: str, options: GenerationOptions, kept: int
+    session: Session,
+    plans: Sequence[Plan],
+    question: str,
+    options: GenerationOptions,
+    kept: int,
+    earlier: Sequence[Turn] = (),
 ) -> Prompt:
-    """Return the prompt of a question, with room for all visual tokens of the inputs, of which `kept` will be read.
+    """Return the prompt of a question after `earlier` ones, with room for all visual tokens of the inputs, of which `kept` will
+    be read.
 
     Raises UsageError: it does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
     """
     loaded = session.loaded
     check_question(loaded, question)
     vision = loaded.model.config.vision_config
-    prompt = prompt_about(loaded.tokenizer, vision, plans, question, options.system, options.thinking)
+    prompt = prompt_about(loaded.tokenizer, vision, plans, question, options.system, options.thinking, earlier)
     check_context(loaded, prompt.text_tokens, kept, options.max_new_tokens)
     check_memory(session, prompt.text_tokens, kept)
     return prompt
@@ -51,8 +58,11 @@ def prompt_about(
     question: str,
     system: str | None,
     thinking: bool = False,
+    earlier: Sequence[Turn] = (),
 ) -> Prompt:
-    """Return the prompt of a question about some inputs. The subtitles of each of several are under a line that says which it is.
+    """Return the prompt of a question about some inputs, after `earlier` ones.
+
+    The subtitles of each of several inputs are under a line that says which it is.
 
     Errors: as of `language.prompt.build_prompt`.
     """
@@ -68,7 +78,7 @@ def prompt_about(
             before_pairs = timestamps(plan.shown_s, vision.temporal_patch_size)
         times.append(before_pairs)
     inputs = [(plan.kind, plan.visual_tokens) for plan in plans]
-    kwargs = {"system": system, "thinking": thinking}
+    kwargs = {"system": system, "thinking": thinking, "earlier": earlier}
     return build_prompt(tokenizer, question, inputs, subtitles=subtitles, times=times, **kwargs)
 
 
@@ -121,10 +131,10 @@ def check_not_empty(question: Any) -> None:
 
 
 def check_context(loaded: LoadedModel, text: int, visual: int, new: int) -> None:
-    """Raises UsageError where a prompt, of `text` and `visual` tokens, and an answer of up to `new` do not fit into the context."""
+    """Raises DoesNotFit where a prompt, of `text` and `visual` tokens, and an answer of up to `new` do not fit into the context."""
     context = loaded.model.config.text_config.max_position_embeddings
     if context is not None and text + visual + new > context:
-        raise UsageError(
+        raise DoesNotFit(
             f"{counted(text, 'token')} of text, {counted(visual, 'visual token')} and an answer of up to {counted(new, 'token')} "
             f"do not fit into the {context:,} tokens of this model's context",
             "ask a shorter question, or for a shorter answer (-n, max_new_tokens), keep fewer visual tokens (-b, budget) or "

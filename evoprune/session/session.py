@@ -52,6 +52,13 @@ def check_fits(method: MethodChain, model: FoundModel) -> None:
         raise UsageError(problem, f"use {works}, or {model.to_be_native}")
 
 
+def check_conversation(method: MethodChain) -> None:
+    """Raises UsageError: the method prunes for one question, and a conversation has several."""
+    if method.reads_question:
+        hint = "ask single questions, or take a method that does not: --method (method) evoprune"
+        raise UsageError(f"{method.name} prunes for one question, so there is no conversation", hint)
+
+
 def check_streams(method: MethodChain, model: FoundModel) -> None:
     """Raises UsageError: the method cannot prune a stream, or the model cannot forget its beginning."""
     if method.reads_question or method.language or method.input:

@@ -19,8 +19,15 @@ from evoprune.batch.rows import (
     read_rows,
 )
 from evoprune.errors import EvopruneWarning, UsageError
+from evoprune.language.settings import Turn
 
 ROW = {"video": "a.mp4", "question": "What?"}
+SAID = [
+    {"role": "user", "content": "Who?"},
+    {"role": "assistant", "content": "A man."},
+    {"role": "user", "content": "What?"},
+]
+TALK = {"video": "a.mp4", "messages": SAID}
 
 
 def jsonl(*rows) -> bytes:
@@ -138,6 +145,14 @@ def test_an_id_is_made_of_what_is_asked_and_of_nothing_else():
         (ROW | {"frames": 2.5}, "frames is not a whole number"),
         (ROW | {"frames": True}, "frames is True, not a whole number"),
         (ROW | {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        (ROW | {"messages": [{"role": "user", "content": "What?"}]}, "question and messages exclude"),
+        (TALK | {"messages": []}, "messages are not a list"),
+        (TALK | {"messages": "What?"}, "messages are not a list"),
+        (TALK | {"messages": SAID[:2]}, "the last message is no question"),
+        (TALK | {"messages": SAID[1:]}, "message 1 has role 'assistant', not 'user'"),
+        (TALK | {"messages": [SAID[0], *SAID]}, "message 2 has role 'user', not 'assistant'"),
+        (TALK | {"messages": [*SAID[:2], {"role": "user", "content": " "}]}, "the last message is empty"),
+        (TALK | {"messages": [SAID[0], {"role": "assistant", "content": "\ud800"}, SAID[2]]}, "not valid text"),
         *((ROW | {name: 10**400}, "64 bits cannot hold") for name in ("start", "fps", "frames", "frame_rate")),
     ],
 )
@@ -145,6 +160,15 @@ def test_what_is_no_row(row, says):
     with pytest.raises(UsageError, match=says) as caught:
         read(jsonl(ROW | {"id": "1"}, row))
     assert caught.value.hint and "\n" not in caught.value.message
+
+
+def test_messages_are_earlier_turns_and_the_question():
+    (row,) = read(jsonl(TALK | {"options": ["red", "blue"]}))
+    assert row.earlier == (Turn("Who?", "A man."),) and row.question == "What?"
+    assert row.asked["messages"] == SAID[:2] and row.asked["question"] == "What?"
+    single, alone = read(jsonl(ROW, {"video": "a.mp4", "messages": SAID[2:]}).replace(b'"What?"', b'"Why?"', 1))
+    assert alone.earlier == () and "messages" not in alone.asked and single.asked.keys() == alone.asked.keys()
+    assert row.id != read(jsonl(ROW | {"options": ["red", "blue"]}))[0].id
 
 
 def test_times_for_rows_that_have_none_and_times_from_the_end():

@@ -81,8 +81,8 @@ FAULTS = {
     "decoded tokens at a wrong position": Fault(
         "answer",
         "evoprune.language.generate:PrefillState.read",
-        "self.next_position + self.answered",
-        "self.next_position - self.answered",
+        "self.next_position + len(self.answer)",
+        "self.next_position - len(self.answer)",
     ),
     "every input reads the tokens of the last": Fault(
         "inputs",

@@ -289,6 +289,11 @@ def write(path, *rows):
 
 
 ROW = {"video": "a.mp4", "question": "What?", "answer": "yes"}
+SAID = [
+    {"role": "user", "content": "Who?"},
+    {"role": "assistant", "content": "A man."},
+    {"role": "user", "content": "What?"},
+]
 
 
 def test_a_file_is_read_video_by_video(tmp_path):
@@ -357,6 +362,7 @@ def test_options_with_letters(tmp_path):
         ({"video": "a.mp4", "question": "What?"}, "line 2: no answer"),
         (ROW | {"groups": [3]}, "groups is not a list"),
         (ROW | {"subtitles": "a.srt"}, "subtitles are not read"),
+        ({"video": "a.mp4", "messages": SAID, "answer": "Yes"}, "asks single questions"),
         (ROW | {"video": None, "inputs": ["a.mp4", "b.mp4"]}, "one video or picture at a time"),
         (ROW | {"options": ["yes", "Yes."]}, "different"),
         (ROW | {"options": ["red", "green"]}, "none of the options"),

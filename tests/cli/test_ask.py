@@ -59,9 +59,9 @@ def test_a_wrong_value_from_the_environment_is_traced_to_it(cli, monkeypatch):
 def test_a_model_is_told_that_no_question_follows(cli, monkeypatch, command, last):
     read, told = answering.EncodedInputs._prefill, []
 
-    def reads(self, prompt, beginning, last):
+    def reads(self, prompt, last, goes_on):
         told.append(last)
-        return read(self, prompt, beginning, last)
+        return read(self, prompt, last, goes_on)
 
     monkeypatch.setattr(answering.EncodedInputs, "_prefill", reads)
     assert cli(*command.split(), "-q").code == 0 and told == last
@@ -506,6 +506,34 @@ def test_it_greets_and_has_help(cli):
     assert "there is no command /set-budget" in result.err
 
 
+def test_a_prompt_remembers(cli, tiny_folder):
+    flags = ("-m", tiny_folder, "--dtype", "fp32", "-n", "3", "--json")
+    lines = f"{QUESTION}\n{MORE}\n/undo\n/undo\n/undo\n{MORE}\n/new\n{MORE}\n"
+    result = cli(*TALK, *flags, stdin=lines, terminal=True)
+    records = [json.loads(line) for line in result.out.splitlines()]
+    assert [record["conversation"]["turns"] for record in records] == [0, 1, 0, 0]
+    assert records[2]["answer"] == records[3]["answer"]
+    assert f"taken back: {MORE}" in result.err and "no question to take back" in result.err
+    assert "what was said is forgotten" in result.err and "Each question is on its own" not in result.err
+    single = cli(*TALK, *flags, "--history", "off", stdin=f"{QUESTION}\n{MORE}\n/new\n", terminal=True)
+    assert [json.loads(line)["conversation"] for line in single.out.splitlines()] == [None, None]
+    assert "/new is about a conversation, and each question is on its own here" in single.err
+
+
+def test_why_a_prompt_does_not_remember(cli):
+    assert "on its own: the demo models know single questions" in cli(*TALK, stdin="", terminal=True).err
+    result = cli(*TALK, "--history", "on", stdin=f"{QUESTION}\n{MORE}\n", terminal=True)
+    assert result.err.count("warning: the demo models know single questions") == 1
+    for more, says in (
+        (("--history", "maybe"), "--history maybe"),
+        (("--history", "on", "--compare"), "--compare is about single questions"),
+        (("--history", "on", "--method", "cdpruner"), "prunes for one question"),
+    ):
+        result = cli(*TALK, *more, stdin=f"{QUESTION}\n", terminal=True)
+        assert (result.code, result.out) == (2, "") and says in result.err
+    assert "--history is about questions at a prompt" in cli("ask", CLIP, QUESTION, "--history", "on").err
+
+
 def test_warnings_come_once(cli, tiny_folder):
     flags = ("-m", tiny_folder, "--load-format", "dummy", "-n", "2", "-q")
     result = cli(*TALK, *flags, stdin=f"{QUESTION}\n{MORE}\n", terminal=True)
@@ -569,8 +597,11 @@ def test_ctrl_c_stops_an_answer_and_then_the_conversation(keyboard, endless):
     screen.wait_for("> ", 4)
     stop_an_answer(screen, process)
     screen.wait_for("> ", 5)
-    screen.press(b"\x03")
+    screen.press(b"/undo\n")
+    screen.wait_for("there is no question to take back")  # what was stopped is not remembered
     screen.wait_for("> ", 6)
+    screen.press(b"\x03")
+    screen.wait_for("> ", 7)
     screen.press(b"\x03")
     assert process.wait(60) == -signal.SIGINT
     assert process.stdout.read().endswith(b"\n") and "Traceback" not in screen.finish()

@@ -94,6 +94,12 @@ def ask(qa: evoprune.VideoQA, video: evoprune.EncodedInputs) -> str:
     warnings: list[str] = report.warnings
     again = evoprune.Report.from_json(report.to_json())
     print(kept, first_ms, warnings, again.answer, answer.thoughts, len(answer.ids), video.report.pruning.kept_per_pair)
+    chat: evoprune.Chat = video.chat(system="Be brief.", messages=[{"role": "user", "content": "Who?"}][:0])
+    said: str = chat.ask("And then?", max_new_tokens=4).text
+    messages: list[dict[str, str]] = chat.messages
+    undone: str | None = chat.undo()
+    chat.clear()
+    print(said, messages, undone)
     chosen = video.ask("What colour is the square?", choices=["red", "green"], choice_score="mean")
     print(chosen.text, chosen.choices)
     if answer.logprobs is not None:

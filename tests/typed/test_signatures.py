@@ -38,6 +38,7 @@ TAKES: list[tuple[Callable, tuple[type, ...], str]] = [
     (evoprune.VideoQA.ask, (GenerationOptions,), "GenerationKeywords"),
     (evoprune.VideoQA.stream, (StreamOptions,), "StreamKeywords"),
     (evoprune.EncodedInputs.ask, (GenerationOptions,), "GenerationKeywords"),
+    (evoprune.Chat.ask, (GenerationOptions,), "GenerationKeywords"),
     (evoprune.VideoStream.ask, (GenerationOptions,), "GenerationKeywords"),
     (evoprune.EvoPrune, (evoprune.EvoPrune,), "EvoPruneKeywords"),
     (evoprune.apply, (evoprune.EvoPrune,), "EvoPruneKeywords"),
