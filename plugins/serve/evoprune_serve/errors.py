@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from evoprune.errors import EvopruneError, OutOfMemory, UsageError, VideoError
+from evoprune.errors import DoesNotFit, EvopruneError, OutOfMemory, UsageError, VideoError
 
 TYPES = {429: "rate_limit_error"}  # by status; others are the client's below 500, else the server's
 CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 429: "rate_limit_exceeded"}
@@ -72,6 +72,8 @@ def told(problem: BaseException, names: Mapping[str, str]) -> ApiError:
         return ApiError(413, message, code="out_of_memory")
     if isinstance(problem, VideoError):
         return ApiError(400, message, param="messages", code="invalid_video")
+    if isinstance(problem, DoesNotFit):
+        return ApiError(400, message, param="messages", code="context_length_exceeded")
     if isinstance(problem, UsageError):
         return ApiError(400, message, code="invalid_value")
     return ApiError(500, message, code=problem.type)

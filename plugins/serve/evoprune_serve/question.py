@@ -76,7 +76,7 @@ class Fields:
             return default
         value = self._left.pop(field)
         wanted = kinds if isinstance(kinds, tuple) else (kinds,)
-        if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+        if not isinstance(value, wanted) or (isinstance(value, bool) and not {bool, object} & {*wanted}):
             words = " or ".join(kind.__name__ for kind in wanted)
             raise refused(f"{self.name_of(field)} is {brief(value)}, not {words}", self.name_of(field), "invalid_type")
         return value

@@ -19,7 +19,7 @@ from math import ceil
 from typing import Any
 
 from evoprune.backend.limits import available_memory
-from evoprune.errors import OutOfMemory, UsageError
+from evoprune.errors import OutOfMemory
 from evoprune.model.cost import kv_bytes
 from evoprune.report import Report
 from evoprune.session.answering import Answer, EncodedInputs
@@ -85,7 +85,8 @@ class Job:
         self.begun = False  # whether its inputs are read ahead
         self.scope = Scope()  # of what is read while it is opened
         self.admitted_s = time.perf_counter()
-        self.queue_s = 0.0  # from then until the model began
+        self.opening_s = 0.0  # how long it took to open its inputs
+        self.queue_s = 0.0  # how long it waited otherwise, until the model began
         self._loop = loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._cancelled = False
@@ -350,6 +351,7 @@ class Work:
         self._is_ready(job)
 
     def _open(self, job: Job) -> None:
+        start = time.perf_counter()
         question = job.question
         qa = self._session(question.pruning)
         fetched = job.files()
@@ -361,6 +363,7 @@ class Work:
             opened.close()
             raise
         job.keep_open(opened)
+        job.opening_s = time.perf_counter() - start
 
     def _reserve_ahead(self, job: Job) -> bool:
         """Return whether a job may be read ahead, and counts it; with the lock."""
@@ -408,7 +411,7 @@ class Work:
                     return
                 job = self._take()
             start = time.perf_counter()
-            job.queue_s = start - job.admitted_s
+            job.queue_s = start - job.admitted_s - job.opening_s
             try:
                 self._read_next_ahead()
                 self._answer(job)
@@ -507,6 +510,4 @@ def begun(encoded: EncodedInputs, question: Question, on_thoughts: Callable[[str
     how = vars(question.generation) | {"seed": question.seed, "on_thoughts": on_thoughts}
     if not question.earlier:
         return encoded.ask(question.text, **how)
-    if not hasattr(encoded, "chat"):
-        raise UsageError("a conversation of several turns is not answered yet", "ask in one message")
     return encoded.chat(question.generation.system, question.earlier).ask(question.text, **how)
