@@ -20,10 +20,9 @@ from evoprune.errors import DoesNotFit, UsageError, error_record
 from evoprune.language.choices import ChosenTokens, tokens_of
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
-    AfterThoughts,
+    AnswerConstraint,
     PrefillState,
     StopStrings,
-    TokenConstraint,
     TokenLogprobs,
     TokenStream,
     begins_with_thoughts,
@@ -40,7 +39,8 @@ from evoprune.language.hosted import HostedCache
 from evoprune.language.prompt import Prompt, Tokenizer
 from evoprune.language.pruned import prune_prompt
 from evoprune.language.schema import value_of
-from evoprune.language.settings import OF_ROWS, Turn, messages_of, turns_of
+from evoprune.language.settings import OF_ROWS
+from evoprune.language.turns import Turn, messages_of, turns_of
 from evoprune.model.cost import Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
 from evoprune.session.encoded import EncodedInput
@@ -318,16 +318,6 @@ class Askable(ABC, Uncopied):
             )
         tokens_of(tokenizer, options)
 
-    def _after_thoughts(
-        self, constraint: TokenConstraint, options: GenerationOptions, state: PrefillState
-    ) -> TokenConstraint:
-        """Return a constraint that leaves free what the model thinks before its answer, if it thinks."""
-        tokenizer = self._session.loaded.tokenizer
-        begun = begins_with_thoughts(tokenizer, state.prompt_ids)
-        if begun or options.thinking:
-            return AfterThoughts(constraint, tokenizer, begun)
-        return constraint
-
     def _pieces(
         self,
         question: str,
@@ -359,7 +349,8 @@ class Askable(ABC, Uncopied):
                 constraint = loaded.vocabulary.constraint(options.grammar)
         state = self._read(question, options, report, clock, turns)
         if constraint is not None:
-            constraint = self._after_thoughts(constraint, options, state)
+            begun = begins_with_thoughts(loaded.tokenizer, state.prompt_ids)
+            constraint = AnswerConstraint(constraint, loaded.tokenizer, begun, options.thinking)
         if options.choices is None:
             tokens = TokenStream(state, options, loaded.eos_ids, seed, constraint)
         else:
