@@ -27,14 +27,14 @@ from evoprune.session.options import PipelineOptions
 from evoprune.util import harmless
 from evoprune.video_qa import VideoQA
 from evoprune_serve import reply
-from evoprune_serve.errors import ApiError, plain, refused, told
+from evoprune_serve.errors import ApiError, full, plain, refused, told
 from evoprune_serve.guard import Access, Bodies, Guard
 from evoprune_serve.metrics import TYPE, Metrics
 from evoprune_serve.question import Question, read_question
 from evoprune_serve.sources import Sources
 from evoprune_serve.store import Store
 from evoprune_serve.uploads import PURPOSES, Uploads
-from evoprune_serve.work import Done, Failed, Job, Piece, Work
+from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Work
 
 CHAT = "/v1/chat/completions"
 FILES = "/v1/files"
@@ -116,6 +116,8 @@ class Server:
         except BaseException as problem:
             if job:
                 self.work.cancel(job)
+            if isinstance(problem, Gone):  # another client's request has taken its place
+                raise full(self.work.retry_s()) from problem
             if isinstance(problem, EvopruneError):
                 raise told(problem, {str(self.settings.folder): "the server"}) from problem
             if isinstance(problem, ClientDisconnect):
