@@ -268,6 +268,8 @@ class AnswerStream(StreamingResponse):
         try:
             async with asyncio.timeout_at(self._asked.deadline_s + SENDING_S):
                 await super().__call__(scope, receive, send)
+        except TimeoutError:  # the connection is closed, since the response is not complete
+            self._asked.server.log(self._asked.request, CLOSED, self._asked.reply.identity)
         finally:
             self._asked.server.work.cancel(self._asked.job)
 
