@@ -10,7 +10,9 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 import shellingham  # comes with Typer
 import typer
@@ -18,7 +20,7 @@ from typer import completion
 from typer.core import TyperGroup
 
 import evoprune
-from evoprune.errors import EvopruneWarning, UsageError
+from evoprune.errors import EvopruneWarning, PluginWarning, UsageError, first_line
 from evoprune_cli import terminal
 from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.batch import batch
@@ -49,7 +51,8 @@ TRIED = {
         ("live", "stream", "camera", "listen"), 'evoprune watch rtsp://HOST/PATH -Q "Who is there?" --every 30s'
     ),
     **dict.fromkeys(
-        ("serve", "server", "api"), "there is no server here; vLLM serves pruned models with a plugin of evoprune"
+        ("serve", "server", "api"),
+        "pip install ./plugins/serve in a checkout brings it; for many users vLLM has a plugin of evoprune",
     ),
     **dict.fromkeys(
         ("info", "show", "probe", "doctor", "env", "cache"), "evoprune inspect, also with a video or -m MODEL"
@@ -67,7 +70,18 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Group(TyperGroup):
-    """Hold all commands. To find the one that a line names, nothing imports pydantic."""
+    """Hold all commands. To find the one that a line names, nothing imports pydantic, and no command of another package."""
+
+    def list_commands(self, ctx):
+        """Return the names of all commands, those of other packages last."""
+        return [*super().list_commands(ctx), *(name for name in plugged() if self.get_command(ctx, name) is not None)]
+
+    def get_command(self, ctx, cmd_name):
+        """Return a command; None where there is none. One of another package that cannot be loaded warns, and is none."""
+        command = super().get_command(ctx, cmd_name)
+        if command is None and (entry := plugged().get(cmd_name)):
+            command = plugged_command(entry)
+        return command
 
     def parse_args(self, ctx, args):
         """Takes `help COMMAND` for `COMMAND --help`."""
@@ -94,6 +108,32 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+# Commands of other packages: functions made by `options.command`, as entry points.
+
+COMMANDS = "evoprune.commands"
+
+
+@cache
+def plugged() -> dict[str, EntryPoint]:
+    """Return the commands of other packages by name, without those that have the name of one of this package."""
+    own = {command.name for command in app.registered_commands}
+    return {entry.name: entry for entry in entry_points(group=COMMANDS) if entry.name not in own}
+
+
+@cache
+def plugged_command(entry: EntryPoint) -> Any:
+    """Return a command, as Typer makes it; None, with a warning, where its package fails."""
+    package = entry.dist.name if entry.dist else entry.value
+    try:
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone.command(entry.name, cls=Command)(entry.load())
+        return typer.main.get_command(alone)
+    except (Exception, SystemExit) as problem:  # another package's module may raise anything when it is imported
+        reason = f"{type(problem).__name__}: {first_line(problem)}"
+        warnings.warn(f"the command {entry.name} of {package} cannot be loaded ({reason})", PluginWarning, stacklevel=2)
+        return None
+
 
 # Completion at TAB. Scripts and protocol are Typer's. At each TAB the shell's script runs `evoprune` with the line in environment
 # variables, and offers the lines that are printed. Where there are none it offers files.
@@ -324,7 +364,7 @@ def _hint(text: str) -> str:
         return 'put -Q before a question: evoprune watch SOURCE -Q "What happens?"'
     if _command() == "ask" and "Missing argument" in text:
         return USAGE
-    known = [command.name for command in app.registered_commands]
+    known = [*(command.name for command in app.registered_commands), *plugged()]
     if (typed := _command()) in known:
         return f"see evoprune {typed} --help-all"
     if typed is not None and os.path.exists(typed):

@@ -1,16 +1,20 @@
 """Downloads what is at an address on the web to a temporary file.
 
-An address that a user gives is his own choice, as in `evoprune watch`. Redirects lead to http and https alone.
+An address that a user gives is his own choice, as in `evoprune watch`. Redirects lead to http and https alone. For addresses that
+others give, a download may be `public`: then every connection, behind redirects too, is to the public internet.
 """
 
 import base64
 import errno
+import ipaddress
 import os
+import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from http.client import HTTPException, HTTPResponse, IncompleteRead
+from functools import partial
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from urllib import request
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -38,35 +42,44 @@ Progress = Callable[[int, int], None]  # bytes so far, and in all; 0 where that 
 
 
 @contextmanager
-def downloaded(url: str, *, offline: bool = False, progress: Progress | None = None) -> Iterator[str]:
+def downloaded(
+    url: str,
+    *,
+    offline: bool = False,
+    progress: Progress | None = None,
+    public: bool = False,
+    limit_bytes: int | None = None,
+) -> Iterator[str]:
     """Yields the path of a temporary file with what is at an address of http or https.
 
-    Proxies are those of the environment (`https_proxy`, `no_proxy`). `progress`: called while it is downloaded.
+    Proxies are those of the environment (`https_proxy`, `no_proxy`). `progress`: called while it is downloaded. `public`: connects
+    to nothing but addresses of the public internet, and to no proxy, which would look names up itself.
 
     Raises UsageError: `offline`. VideoError: the server cannot be reached, refuses, is silent for `TIMEOUT_S`, breaks off, or sends
-    a web page, nothing, more than `LIMIT_BYTES`, or for more than `LONGEST_S`; or the file cannot be stored.
+    a web page, nothing, more than `limit_bytes` (default: `LIMIT_BYTES`), or for more than `LONGEST_S`; or it is not `public`; or
+    the file cannot be stored.
     """
     name = without_password(url)
     if offline:
         hint = "leave out --offline (offline=True), or download it first and give the path of the file"
         raise UsageError(f"the network may not be used (offline), and {name} is on the web", hint)
     with ExitStack() as stack:
-        chunks = stack.enter_context(closing(_chunks(url, name, progress)))
+        chunks = stack.enter_context(closing(_chunks(url, name, progress, public, limit_bytes or LIMIT_BYTES)))
         path = stack.enter_context(temporary(chunks, name))
         if not os.path.getsize(path):
             raise VideoError(f"{name} is empty", "check the address")
         yield path
 
 
-def _chunks(url: str, name: str, progress: Progress | None) -> Iterator[bytes]:
+def _chunks(url: str, name: str, progress: Progress | None, public: bool, limit_bytes: int) -> Iterator[bytes]:
     """Yield what a server sends. Its errors never are an OSError, which is about the file that is written."""
     done = 0
     total = 0
     end = time.monotonic() + LONGEST_S
     try:
-        with _opened(url) as response:
+        with _opened(url, public) as response:
             total = response.length or 0
-            _check_size(total, name)
+            _check_size(total, name, limit_bytes)
             if response.headers.get_content_type() in PAGE:
                 raise _page(name)
             if (packed := response.headers.get("Content-Encoding", PLAIN)) != PLAIN:
@@ -76,7 +89,7 @@ def _chunks(url: str, name: str, progress: Progress | None) -> Iterator[bytes]:
                 if not done and chunk.lstrip()[:20].lower().startswith(PAGE_BEGINS):
                     raise _page(name)
                 done += len(chunk)
-                _check_size(done, name)
+                _check_size(done, name, limit_bytes)
                 if not chunk:
                     break
                 if time.monotonic() > end:
@@ -102,8 +115,8 @@ def _chunks(url: str, name: str, progress: Progress | None) -> Iterator[bytes]:
         raise VideoError(f"the download of {name} broke off after {done:,} of {total:,} bytes", "try again")
 
 
-def _opened(url: str) -> HTTPResponse:
-    """Return a server's answer. Raises OSError, HTTPException, ValueError."""
+def _opened(url: str, public: bool = False) -> HTTPResponse:
+    """Return a server's answer. Raises OSError, HTTPException, ValueError. VideoError: it is not `public`."""
     parts = urlsplit(url)
     login, _, host = parts.netloc.rpartition("@")
     whole = (parts.scheme, host, quote(parts.path, UNRESERVED), quote(parts.query, UNRESERVED), "")
@@ -111,13 +124,15 @@ def _opened(url: str) -> HTTPResponse:
     if login:
         secret = base64.b64encode(unquote(login).encode()).decode()
         asked.add_unredirected_header("Authorization", f"Basic {secret}")
+    context = ssl.create_default_context()
+    connecting = [request.ProxyHandler(), request.HTTPHandler(), request.HTTPSHandler(context=context)]
+    if public:
+        connecting = [_PublicHandler(), _PublicHandlerTLS(context=context)]
     # No other protocol than these two can be opened, whatever a redirect says.
     opener = request.OpenerDirector()
     for handler in (
-        request.ProxyHandler(),
+        *connecting,
         request.UnknownHandler(),
-        request.HTTPHandler(),
-        request.HTTPSHandler(context=ssl.create_default_context()),
         request.HTTPDefaultErrorHandler(),
         request.HTTPRedirectHandler(),
         request.HTTPErrorProcessor(),
@@ -126,10 +141,71 @@ def _opened(url: str) -> HTTPResponse:
     return opener.open(asked, timeout=TIMEOUT_S)
 
 
-def _check_size(count: int, name: str) -> None:
-    if count > LIMIT_BYTES:
+# IPv6 addresses that lead to one of IPv4, which may be of any network: NAT64, 6to4, Teredo.
+TRANSLATED = tuple(ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
+
+
+def is_public(address: str) -> bool:
+    """Return whether an IP address is one of the public internet: none of a private network, a machine itself, or a group."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            return is_public(str(ip.ipv4_mapped))
+        if any(ip in net for net in TRANSLATED):
+            return False
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved)
+
+
+def _public_socket(place: tuple[str, int], *how) -> socket.socket:
+    """Return a connection as `socket.create_connection`, to the addresses that were checked, and not to what a name means later.
+
+    Raises VideoError: one of them is not public, or it is an address of this machine. OSError.
+    """
+    host, port = place
+    refused = VideoError(f"{host} is not on the public internet, so it is not read", "send the video itself")
+    found = [address[0] for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    if not found or not all(map(is_public, found)):
+        raise refused
+    problem: OSError | None = None
+    for address in dict.fromkeys(found):
+        try:
+            connected = socket.create_connection((address, port), *how)
+        except OSError as error:
+            problem = error
+            continue
+        if connected.getsockname()[0] == connected.getpeername()[0]:
+            connected.close()
+            raise refused
+        return connected
+    raise problem
+
+
+class _PublicConnection(HTTPConnection):
+    def __init__(self, *given, **options):
+        super().__init__(*given, **options)
+        self._create_connection = _public_socket
+
+
+class _PublicConnectionTLS(HTTPSConnection):
+    def __init__(self, *given, **options):
+        super().__init__(*given, **options)
+        self._create_connection = _public_socket
+
+
+class _PublicHandler(request.HTTPHandler):
+    def http_open(self, asked: request.Request) -> HTTPResponse:
+        return self.do_open(_PublicConnection, asked)
+
+
+class _PublicHandlerTLS(request.HTTPSHandler):
+    def https_open(self, asked: request.Request) -> HTTPResponse:
+        return self.do_open(partial(_PublicConnectionTLS, context=self._context), asked)
+
+
+def _check_size(count: int, name: str, limit_bytes: int) -> None:
+    if count > limit_bytes:
         hint = "download it first, and give the path of the file"
-        raise VideoError(f"{name} has more than {size(LIMIT_BYTES)}", hint)
+        raise VideoError(f"{name} has more than {size(limit_bytes)}", hint)
 
 
 def _page(name: str) -> VideoError:

@@ -1,0 +1,351 @@
+"""The routes of the server: OpenAI's chat completions, models and files, health and metrics."""
+
+import asyncio
+import secrets
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from evoprune.errors import EvopruneError
+from evoprune.model.config import loads
+from evoprune.session.options import PipelineOptions
+from evoprune.util import harmless
+from evoprune.video_qa import VideoQA
+from evoprune_serve import reply
+from evoprune_serve.errors import ApiError, full, plain, refused, told
+from evoprune_serve.guard import Access, Bodies, Guard
+from evoprune_serve.metrics import TYPE, Metrics
+from evoprune_serve.question import Question, read_question
+from evoprune_serve.sources import Sources
+from evoprune_serve.store import Store
+from evoprune_serve.uploads import PURPOSES, Uploads
+from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Work
+
+CHAT = "/v1/chat/completions"
+FILES = "/v1/files"
+SENDING_S = 60.0  # for which a client may be slow to take the end of a stream
+CLOSED = 499  # what logs and metrics call a request whose client went
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server allows.
+
+    Attributes:
+        name: of the model.
+        usual: what holds where a request says nothing.
+        folder: a private one, for files that clients send.
+        urls, folders: as of `Sources`.
+        files_bytes: of all files that clients have sent. `file_age_s`: how long an uploaded one is kept.
+        most: as of `Work`. `keep`: too.
+        answer_s: the longest time from a request to the end of its answer.
+        log: is told a line for each request. `log_contents`: also what was asked and answered.
+    """
+
+    name: str
+    folder: Path
+    usual: PipelineOptions = field(default_factory=PipelineOptions)
+    access: Access = field(default_factory=Access)
+    urls: bool = False
+    folders: tuple[Path, ...] = ()
+    files_bytes: int = 8 * 2**30
+    file_age_s: float = 24 * 3600.0
+    most: int = 32
+    keep: int = 8
+    answer_s: float = 600.0
+    log: Callable[[str], None] = lambda line: None
+    log_contents: bool = False
+
+
+class Server:
+    """The state that the routes share."""
+
+    def __init__(self, qa: VideoQA, settings: Settings):
+        self.settings = settings
+        self.store = Store(settings.folder, settings.files_bytes)
+        self.uploads = Uploads(self.store, settings.file_age_s)
+        limit = settings.access.upload_bytes
+        self.sources = Sources(self.store, self.uploads, settings.urls, settings.folders, limit)
+        self.work = Work(qa, settings.most, settings.keep)
+        self.metrics = Metrics(self.work)
+        self.bodies = Bodies(settings.access.bodies_bytes)
+        self.started = int(time.time())
+
+    # Chat completions.
+
+    async def chat(self, request: Request) -> Response:
+        """Answers a question, as a whole or in a stream."""
+        deadline_s = asyncio.get_running_loop().time() + self.settings.answer_s
+        identity = f"chatcmpl-{secrets.token_hex(12)}"
+        job = None
+        try:
+            with self.bodies.room() as room:
+                body = await read_json(request, room.add)
+                # In a thread: a schema may take a while to check.
+                question, sources = await run_in_threadpool(
+                    read_question, body, self.settings.usual, self.settings.name
+                )
+                del body
+                job = self.work.admit(client_of(request))
+                fetch = partial(self.sources.fetch, sources, job.check)
+                await in_time(unless_gone(request, self.work.fetch(job, fetch)), deadline_s)
+                del sources, fetch
+            names = job.files().paths
+            self.work.submit(job, question)
+            asked = Asked(self, request, job, question, names, reply.Reply(identity, self.settings.name), deadline_s)
+            first = await unless_gone(request, asked.next())
+            if question.stream:
+                return AnswerStream(asked, first)
+            return JSONResponse(await unless_gone(request, asked.whole(first)))
+        except BaseException as problem:
+            if job:
+                self.work.cancel(job)
+            if isinstance(problem, Gone):  # another client's request has taken its place
+                raise full(self.work.retry_s()) from problem
+            if isinstance(problem, EvopruneError):
+                raise told(problem, {str(self.settings.folder): "the server"}) from problem
+            if isinstance(problem, ClientDisconnect):
+                self.log(request, CLOSED, identity)
+                return Response(status_code=CLOSED)
+            raise
+
+    def log(self, request: Request, status: int, *more: str) -> None:
+        """Counts a request and tells the log of it: no contents, unless they are wanted."""
+        path = request.url.path if request.url.path in PATHS else "other"
+        self.metrics.request(path, status)
+        words = [client_of(request), request.method, harmless(request.url.path[:100]), str(status), *more]
+        self.settings.log(" ".join(words))
+
+    # Models.
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        if request.path_params["model"] != self.settings.name:
+            raise ApiError(404, f"the only model is {self.settings.name!r}", param="model", code="model_not_found")
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self.settings.name, "object": "model", "created": self.started, "owned_by": "evoprune"}
+
+    # Files.
+
+    async def upload(self, request: Request) -> Response:
+        """Takes a file; the form has its bytes and its purpose."""
+        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            raise ApiError(415, "a file is sent as multipart/form-data", code="unsupported_media_type")
+        async with request.form(max_files=1, max_fields=8, max_part_size=1024) as form:
+            file = form.get("file")
+            if not isinstance(file, UploadFile):
+                raise refused("the form has no file", "file", "missing_required_parameter")
+            purpose = form.get("purpose", PURPOSES[0])
+            if purpose not in PURPOSES:
+                raise refused(f"purpose is one of {', '.join(PURPOSES)}", "purpose")
+            for name in form:
+                if name not in ("file", "purpose"):
+                    raise refused(f"{name[:60]} is not supported here", name[:60], "unsupported_parameter")
+            upload = await run_in_threadpool(self.uploads.add, file.file, file.filename or "", purpose)
+        return JSONResponse(upload.record())
+
+    async def file(self, request: Request) -> Response:
+        return JSONResponse(self.uploads.get(request.path_params["file_id"]).record())
+
+    async def delete_file(self, request: Request) -> Response:
+        file_id = request.path_params["file_id"]
+        self.uploads.delete(file_id)
+        return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+
+    # The server itself.
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def read_metrics(self, request: Request) -> Response:
+        return Response(self.metrics.text(), headers={"Content-Type": TYPE})
+
+    def routes(self) -> list[Route]:
+        """Return all routes; `/` is left to a page."""
+        return [
+            Route(CHAT, self.chat, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{model:path}", self.model),
+            Route(FILES, self.upload, methods=["POST"]),
+            Route(f"{FILES}/{{file_id}}", self.file, methods=["GET"]),
+            Route(f"{FILES}/{{file_id}}", self.delete_file, methods=["DELETE"]),
+            Route("/health", self.health),
+            Route("/metrics", self.read_metrics),
+        ]
+
+
+PATHS = (CHAT, "/v1/models", FILES, "/health", "/metrics")  # that metrics tell apart
+
+
+@dataclass
+class Asked:
+    """A request on its way to its answer."""
+
+    server: Server
+    request: Request
+    job: Job
+    question: Question
+    names: dict[str, str]  # what stands for each path of this machine
+    reply: reply.Reply
+    deadline_s: float
+
+    async def next(self) -> Piece | Done:
+        """Return the next piece, or the end. Raises ApiError: there is no answer."""
+        event = await in_time(self.job.next(), self.deadline_s)
+        if isinstance(event, Failed):
+            problem = told(event.problem, self.names)
+            if problem.status >= 500:
+                self.server.settings.log("".join(traceback.format_exception(event.problem)))
+            raise problem from event.problem
+        return event
+
+    async def whole(self, event: Piece | Done) -> dict[str, Any]:
+        while not isinstance(event, Done):
+            event = await self.next()
+        return self.reply.whole(event.report, self.counts(event))
+
+    def counts(self, done: Done) -> dict[str, Any]:
+        """Return the usage; counts and logs the answer."""
+        report = done.report
+        self.server.metrics.answer(report, self.job.queue_s, done.kept)
+        counts = reply.usage(report, self.job.queue_s, done.kept)
+        facts = [self.reply.identity, f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens"]
+        facts.append(f"{report.time_ms.total or 0:.0f} ms")
+        if self.server.settings.log_contents:
+            facts += [repr(self.question.text), repr(report.answer)]
+        self.server.log(self.request, 200, *facts)
+        return counts
+
+    async def chunks(self, event: Piece | Done) -> AsyncIterator[bytes]:
+        """Yield the events of a stream; an error in its middle is the last one."""
+        yield reply.event(self.reply.chunk({"role": "assistant", "content": ""}))
+        try:
+            while not isinstance(event, Done):
+                if event.text or event.logprobs:
+                    field = "reasoning_content" if event.thought else "content"
+                    yield reply.event(self.reply.chunk({field: event.text}, event.logprobs))
+                event = await self.next()
+        except ApiError as problem:
+            self.server.log(self.request, problem.status, self.reply.identity)
+            yield reply.event(problem.body)
+            return
+        yield reply.event(self.reply.chunk({}, event.logprobs or None, event.report.finish_reason))
+        counts = self.counts(event)
+        if self.question.usage:
+            yield reply.event(self.reply.counts(counts))
+        yield reply.END
+
+
+class AnswerStream(StreamingResponse):
+    """A stream; where its client goes, or takes too long, the answer is given up."""
+
+    def __init__(self, asked: Asked, first: Piece | Done):
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(asked.chunks(first), media_type="text/event-stream", headers=headers)
+        self._asked = asked
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            async with asyncio.timeout_at(self._asked.deadline_s + SENDING_S):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:  # the connection is closed, since the response is not complete
+            self._asked.server.log(self._asked.request, CLOSED, self._asked.reply.identity)
+        finally:
+            self._asked.server.work.cancel(self._asked.job)
+
+
+async def read_json(request: Request, count: Callable[[int], None]) -> Any:
+    """Return what the body holds. `count`: is told the bytes as they come. Raises ApiError: it is no JSON."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "send Content-Type: application/json", code="unsupported_media_type")
+    pieces = []
+    async for piece in request.stream():
+        count(len(piece))
+        pieces.append(piece)
+    try:
+        return loads(b"".join(pieces).decode())
+    except (ValueError, RecursionError) as problem:
+        raise refused(f"the body is not JSON in UTF-8: {problem}", code="invalid_json") from problem
+
+
+def client_of(request: Request) -> str:
+    """Return whose turn a request takes: the address that it comes from."""
+    return request.client.host if request.client else "unknown"
+
+
+async def in_time(waiting: Awaitable[T], deadline_s: float) -> T:
+    """Return what it returns. Raises ApiError: not by the deadline, on the clock of the loop."""
+    try:
+        async with asyncio.timeout_at(deadline_s):
+            return await waiting
+    except TimeoutError:
+        raise plain(504, "there was no answer in time: see --timeout") from None
+
+
+async def unless_gone(request: Request, waiting: Awaitable[T]) -> T:
+    """Return what it returns. Raises ClientDisconnect: the client went before."""
+    result = asyncio.ensure_future(waiting)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            raise ClientDisconnect
+        return result.result()
+    finally:
+        result.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Return when the client has gone, whose body was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def make_app(qa: VideoQA, settings: Settings) -> Starlette:
+    """Return the server of a loaded model."""
+    server = Server(qa, settings)
+
+    def refuse(request: Request, problem: Exception) -> Response:
+        """Return the error of a request, in OpenAI's form."""
+        if isinstance(problem, HTTPException):
+            problem = plain(problem.status_code, problem.detail)
+        elif not isinstance(problem, ApiError):
+            settings.log("".join(traceback.format_exception(problem)))
+            problem = told(problem, {})
+        server.log(request, problem.status)
+        return JSONResponse(problem.body, problem.status, headers=problem.headers)
+
+    @asynccontextmanager
+    async def life(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(server.work.close)
+
+    middleware = [Middleware(Guard, access=settings.access, refuse=refuse)]
+    if settings.access.origins:
+        cors = {"allow_origins": settings.access.origins, "allow_methods": ["GET", "POST", "DELETE"]}
+        middleware.insert(0, Middleware(CORSMiddleware, **cors, allow_headers=["Authorization", "Content-Type"]))
+    handlers = {ApiError: refuse, HTTPException: refuse, Exception: refuse}
+    app = Starlette(routes=server.routes(), middleware=middleware, exception_handlers=handlers, lifespan=life)
+    app.state.server = server
+    return app

@@ -1,0 +1,225 @@
+"""The command `evoprune serve`. What it needs is imported when it runs."""
+
+import logging
+import os
+import secrets
+import socket
+from pathlib import Path
+
+from evoprune.errors import UsageError
+from evoprune.session.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
+from evoprune.video.plan import parse_time
+from evoprune.video.sandbox.isolation import warm_up
+from evoprune_cli import options as opt
+from evoprune_cli.running import load
+from evoprune_cli.terminal import progress, tell
+
+SERVER = "Server"
+ACCESS = "Access"
+LIMITS = "Limits"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ANY = ("0.0.0.0", "::")  # noqa: S104 (compared with)
+KEY = "EVOPRUNE_API_KEY"
+MIB = 2**20
+CONNECTIONS = 512
+
+
+@opt.command(
+    ModelOptions,
+    PruneOptions,
+    SamplingOptions,
+    GenerationOptions,
+    short="host port model budget quantize allow_urls allow_dir api_key_file no_auth",
+    without=(
+        *("start_s", "end_s", "frame_rate", "subtitles", "max_subtitle_tokens", "system"),
+        *("stop", "logprobs", "schema", "regex", "choices", "choice_score"),
+    ),
+)
+def serve(
+    *,
+    host: opt.option(
+        str, "--host ADDRESS", "Where to listen; other addresses than 127.0.0.1 need a key.", SERVER
+    ) = LOOPBACK[0],
+    port: opt.option(int, "-p --port N", "The port; 0: one that is free.", SERVER, min=0, max=65535) = 8000,
+    name: opt.option(
+        str | None, "--name TEXT", "What the API calls the model; default: its name, or that of its folder.", SERVER
+    ) = None,
+    api_key: opt.option(
+        str | None,
+        "--api-key TEXT",
+        f"Every request must bring this key; other users here may see it.  [env var: {KEY}]",
+        ACCESS,
+    ) = None,
+    api_key_file: opt.option(str | None, "--api-key-file FILE", "A file with that key.", ACCESS) = None,
+    no_auth: opt.option(bool, "--no-auth", "Serve other machines without a key.", ACCESS) = False,
+    allow_urls: opt.option(
+        bool, "--allow-urls", "Read addresses of http and https, never those of this network.", ACCESS
+    ) = False,
+    allow_dir: opt.option(
+        list[str] | None,
+        "--allow-dir DIR",
+        "Read files below this folder, as file:///DIR/clip.mp4; repeatable.",
+        ACCESS,
+    ) = None,
+    allow_host: opt.option(
+        list[str] | None, "--allow-host NAME", "A name that clients call this server by; repeatable.", ACCESS
+    ) = None,
+    cors: opt.option(
+        list[str] | None,
+        "--cors ORIGIN",
+        "Pages of this origin, such as https://example.org, may ask; repeatable.",
+        ACCESS,
+    ) = None,
+    queue: opt.option(int, "--queue N", "Requests that wait at most; more have error 429.", LIMITS, min=1) = 32,
+    keep: opt.option(int, "--keep N", "Encoded videos that are kept for more questions.", LIMITS, min=0) = 8,
+    timeout: opt.option(str, "--timeout TIME", "From a request to the end of its answer, at most.", LIMITS) = "10m",
+    max_body: opt.option(int, "--max-body MIB", "Of a request, with what it holds of videos.", LIMITS, min=1) = 64,
+    max_upload: opt.option(int, "--max-upload MIB", "Of an uploaded file, and of a download.", LIMITS, min=1) = 2048,
+    max_files: opt.option(int, "--max-files MIB", "Of all files that clients have sent.", LIMITS, min=1) = 8192,
+    file_age: opt.option(str, "--file-age TIME", "How long an uploaded file is kept.", LIMITS) = "24h",
+    options: opt.MakeOptions,
+    log_contents: opt.option(bool, "--log-contents", "Log questions and answers, too.", opt.OUTPUT) = False,
+    quiet: opt.Quiet = False,
+) -> int:
+    """Serve a model over OpenAI's protocol, on one machine.
+
+    \b
+    evoprune serve
+    evoprune serve -m Qwen/Qwen3.5-4B --allow-dir ~/videos
+    EVOPRUNE_API_KEY=secret evoprune serve --host 0.0.0.0 --allow-urls
+    """
+    pipeline = options()
+    key = _key(api_key, api_key_file)
+    if host not in LOOPBACK and key is None and not no_auth:
+        hint = f"--api-key-file FILE, or {KEY}; --no-auth serves whoever reaches it"
+        raise UsageError(f"--host {host} serves other machines, and there is no key", hint)
+    if allow_urls and pipeline.model.offline:
+        raise UsageError("--allow-urls and --offline exclude each other", "leave out one of the two")
+    answer_s = _above_0("--timeout", timeout)
+    age_s = _above_0("--file-age", file_age)
+    folders = tuple(map(_folder, allow_dir or ()))
+    warm_up()  # while this process imports what it needs
+    try:
+        import uvicorn
+
+        from evoprune_serve.app import Settings, make_app
+        from evoprune_serve.guard import LOOPBACK as NAMES
+        from evoprune_serve.guard import Access
+        from evoprune_serve.store import private_folder
+    except ImportError as problem:
+        raise UsageError(
+            f"the server needs {problem.name}, which is not installed", "pip install evoprune-serve"
+        ) from problem
+
+    def say(line: str) -> None:
+        if not quiet:
+            tell(line)
+
+    listening = _listening(host, port)
+    with listening, private_folder() as folder:
+        with progress(not quiet) as show:
+            qa = load(pipeline, show, quiet)
+        hosts = (*NAMES, _in_url(host).lower(), *(each.lower() for each in allow_host or ()))
+        if host in ANY and key is not None and not allow_host:
+            hosts = ()  # nobody knows all names of this machine, and pages of others do not know the key
+        access = Access(
+            key=key,
+            hosts=hosts,
+            origins=tuple(cors or ()),
+            body_bytes=max_body * MIB,
+            bodies_bytes=max(256, max_body) * MIB,
+            upload_bytes=max_upload * MIB,
+        )
+        settings = Settings(
+            name=name or _name(qa.loaded.id),
+            folder=folder,
+            usual=pipeline,
+            access=access,
+            urls=allow_urls,
+            folders=folders,
+            files_bytes=max_files * MIB,
+            file_age_s=age_s,
+            most=queue,
+            keep=keep,
+            answer_s=answer_s,
+            log=say,
+            log_contents=log_contents,
+        )
+        config = uvicorn.Config(
+            make_app(qa, settings),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # anybody could name himself another client
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=5,
+        )
+        for library in ("uvicorn.error", "python_multipart"):  # which warn of each request that is none
+            logging.getLogger(library).setLevel(logging.ERROR)
+        tell(f"{settings.name} is served at http://{_in_url(host)}:{listening.getsockname()[1]}/v1; Ctrl-C ends it")
+        uvicorn.Server(config).run(sockets=[listening])
+    return 0
+
+
+def _key(given: str | None, path: str | None) -> str | None:
+    """Return the key that is given, that in a file, or that of the environment; None where there is none.
+
+    Raises UsageError: it is no key, or there are two.
+    """
+    if given is not None and path is not None:
+        raise UsageError("--api-key and --api-key-file exclude each other", "give one of the two")
+    key = given
+    if path is not None:
+        try:
+            key = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as problem:
+            hint = "name a file with the key alone"
+            raise UsageError(f"--api-key-file {path} cannot be read: {problem}", hint) from problem
+    if key is None:
+        key = os.environ.get(KEY) or None
+    if key is not None and not (key.isascii() and key.isprintable() and len(key.split()) == 1):
+        hint = f"letters and digits, for example {secrets.token_urlsafe(24)}"
+        raise UsageError("the API key is not one word of ASCII", hint)
+    return key
+
+
+def _name(model: str) -> str:
+    """Return what a model is called: a folder by its last part, since paths are nobody's business."""
+    if os.path.isdir(os.path.expanduser(model)):
+        return Path(model).expanduser().resolve().name
+    return model
+
+
+def _above_0(flag: str, text: str) -> float:
+    seconds = parse_time(text)
+    if seconds <= 0:
+        raise UsageError(f"{flag} {text}", "give a time above 0")
+    return seconds
+
+
+def _folder(path: str) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"--allow-dir {path} is no folder", "name one that exists")
+    return folder
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Raises UsageError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol is named, or asyncio would leave pieces of an answer waiting for an acknowledgement (Nagle's algorithm).
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        if os.name == "posix":  # where a port that was just served is free again
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(CONNECTIONS)
+    except (OSError, OverflowError) as problem:
+        listening.close()
+        reason = getattr(problem, "strerror", None) or problem
+        raise UsageError(f"cannot listen at {host}:{port}: {reason}", "choose another --port or --host") from problem
+    return listening
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

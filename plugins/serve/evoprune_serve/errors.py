@@ -1,0 +1,84 @@
+"""What a client is told of a failure: a status, and a message, a field and a code in OpenAI's form."""
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from evoprune.errors import DoesNotFit, EvopruneError, OutOfMemory, UsageError, VideoError
+
+TYPES = {429: "rate_limit_error"}  # by status; others are the client's below 500, else the server's
+CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 429: "rate_limit_exceeded"}
+
+
+class ApiError(Exception):
+    """Report a request that is not answered.
+
+    `param`: the field that is wrong. `code`: a short name for programs. `headers`: of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.message = _text(message)
+        self.param = param and _text(param)
+        self.code = code or CODES.get(status)
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        usual = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = TYPES.get(self.status, usual)
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def _text(said: str) -> str:
+    """Return a text that can be sent: what a client said may have halves of surrogate pairs."""
+    return said.encode("utf-8", "backslashreplace").decode()
+
+
+def refused(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
+    """Return the error of a request that makes no sense."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def full(retry_s: int) -> ApiError:
+    """Return the error of a request that nobody has room for; the client may try again after so many seconds."""
+    return ApiError(429, "too many requests wait: try again later", headers={"Retry-After": str(retry_s)})
+
+
+def plain(status: int, detail: str = "") -> ApiError:
+    """Return the error that a status stands for."""
+    return ApiError(status, detail or HTTPStatus(status).phrase)
+
+
+def told(problem: BaseException, names: Mapping[str, str]) -> ApiError:
+    """Return what a client is told of an exception. `names`: what stands for each path of this machine.
+
+    Of what is not expected the client learns nothing: it may say anything.
+    """
+    if isinstance(problem, ApiError):
+        return problem
+    if not isinstance(problem, EvopruneError):
+        return ApiError(500, "the server failed: this is a bug, and its log has more", code="internal_error")
+    message = problem.message
+    if problem.hint:
+        message += f" ({problem.hint})"
+    for path, name in names.items():
+        message = message.replace(path, name)
+    if isinstance(problem, OutOfMemory):
+        return ApiError(413, message, code="out_of_memory")
+    if isinstance(problem, VideoError):
+        return ApiError(400, message, param="messages", code="invalid_video")
+    if isinstance(problem, DoesNotFit):
+        return ApiError(400, message, param="messages", code="context_length_exceeded")
+    if isinstance(problem, UsageError):
+        return ApiError(400, message, code="invalid_value")
+    return ApiError(500, message, code=problem.type)

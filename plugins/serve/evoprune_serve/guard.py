@@ -1,0 +1,175 @@
+"""What every request passes before it is looked at: its host, its origin, its key, and the limits of its body."""
+
+import asyncio
+import hmac
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from evoprune_serve.errors import ApiError, full, plain
+
+OPEN_PATHS = ("/", "/health")  # need no key
+UPLOAD_PATH = "/v1/files"
+FORM_BYTES = 2**16  # of an upload, around its file
+SILENCE_S = 30.0  # for which a client may send nothing of a body
+LONGEST_S = 3600.0  # of a body
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+BODIES_RETRY_S = 5
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may ask, and how much may be sent.
+
+    Attributes:
+        key: what `Authorization: Bearer` must hold; None: nothing.
+        hosts: names under which the server is reached; empty: any.
+        origins: pages of these may ask, beside those of the server itself.
+        body_bytes: of a request in JSON. `bodies_bytes`: of all that are read at a time.
+        upload_bytes: of an uploaded file.
+    """
+
+    key: str | None = None
+    hosts: Sequence[str] = LOOPBACK
+    origins: Sequence[str] = ()
+    body_bytes: int = 64 * 2**20
+    bodies_bytes: int = 256 * 2**20
+    upload_bytes: int = 2 * 2**30
+
+
+class Bodies:
+    """How many bytes of bodies in JSON are in memory, of all requests."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._bytes = 0
+
+    @contextmanager
+    def room(self) -> "Iterator[BodyRoom]":
+        """Provide room for a body, which is free again in the end."""
+        room = BodyRoom(self)
+        try:
+            yield room
+        finally:
+            self._bytes -= room.bytes
+
+    def _add(self, count: int) -> None:
+        if self._bytes + count > self._limit:
+            raise full(BODIES_RETRY_S)
+        self._bytes += count
+
+
+class BodyRoom:
+    """The bytes of one body so far."""
+
+    def __init__(self, bodies: Bodies):
+        self.bytes = 0
+        self._bodies = bodies
+
+    def add(self, count: int) -> None:
+        """Raises ApiError: there is no room for so many more."""
+        self._bodies._add(count)
+        self.bytes += count
+
+
+class Guard:
+    """Let requests through that may be answered; others have an error at once."""
+
+    def __init__(self, app: ASGIApp, access: Access, refuse: Callable[[Request, Exception], Response]):
+        """`refuse`: makes the response of an error."""
+        self._app = app
+        self._access = access
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        limit = self._access.body_bytes
+        if scope["path"] == UPLOAD_PATH:
+            limit = self._access.upload_bytes + FORM_BYTES
+        body = Body(headers, limit, receive, send)
+        try:
+            self._check(scope["path"], headers, limit)
+        except ApiError as problem:
+            await self._refuse(Request(scope), problem)(scope, body.receive, body.send)
+            return
+        await self._app(scope, body.receive, body.send)
+
+    def _check(self, path: str, headers: Headers, limit: int) -> None:
+        """Raises ApiError: somebody else's page, no key, or a body of more than `limit` bytes is announced."""
+        access = self._access
+        if access.hosts and host_of(headers.get("host", "")) not in access.hosts:
+            raise ApiError(403, "this server has another name: see --allow-host", code="wrong_host")
+        origin = headers.get("origin")
+        own = {f"{scheme}://{headers.get('host', '')}" for scheme in ("http", "https")}
+        if origin is not None and origin not in own and origin not in access.origins:
+            raise ApiError(403, "pages of this origin may not ask: see --cors", code="wrong_origin")
+        if access.key is not None and path not in OPEN_PATHS:
+            self._check_key(headers.get("authorization", ""))
+        stated = headers.get("content-length", "0")
+        if not stated.isdecimal() or int(stated[:20]) > limit:
+            raise too_large(limit)
+
+    def _check_key(self, authorization: str) -> None:
+        scheme, _, given = authorization.partition(" ")
+        right = hmac.compare_digest(given.strip().encode(), self._access.key.encode())  # in constant time
+        if scheme.lower() != "bearer" or not right:
+            message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
+            raise ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
+
+
+def host_of(header: str) -> str:
+    """Return a host without its port, in lower case."""
+    host = header.lower()
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0]
+
+
+def too_large(limit: int) -> ApiError:
+    message = f"the body has more than {limit >> 20} MiB"
+    return ApiError(413, message, code="body_too_large")
+
+
+class Body:
+    """The body of a request as it is received, of at most `limit` bytes.
+
+    A response that begins before all of it was received closes the connection: what follows is nobody's.
+    """
+
+    def __init__(self, headers: Headers, limit: int, receive: Receive, send: Send):
+        self._limit = limit
+        self._receive = receive
+        self._send = send
+        self._received = 0
+        self._complete = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+        self._end_s = time.monotonic() + LONGEST_S
+
+    async def receive(self) -> Message:
+        """Raises ApiError: the body is larger than its limit, or comes too slowly."""
+        if self._complete:  # what follows is that the client goes
+            return await self._receive()
+        try:
+            async with asyncio.timeout(min(SILENCE_S, self._end_s - time.monotonic())):
+                message = await self._receive()
+        except TimeoutError:
+            raise plain(408, "the body of the request comes too slowly") from None
+        self._received += len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        if self._received > self._limit:
+            self._complete = False
+            raise too_large(self._limit)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and not self._complete:
+            message = message | {"headers": [*message.get("headers", ()), (b"connection", b"close")]}
+        await self._send(message)

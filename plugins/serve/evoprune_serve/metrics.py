@@ -1,0 +1,46 @@
+"""What /metrics tells Prometheus."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from evoprune.report import Report
+from evoprune_serve.work import Work
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+
+class Metrics:
+    """Counts of one server."""
+
+    def __init__(self, work: Work):
+        self._registry = CollectorRegistry()
+        own = {"namespace": "evoprune", "registry": self._registry}
+        self._requests = Counter("requests", "Requests to the API, by path and status.", ["path", "status"], **own)
+        self._tokens = Counter("tokens", "Tokens: prompt, completion.", ["kind"], **own)
+        self._visual = Counter("visual_tokens", "Visual tokens: before pruning, kept.", ["kind"], **own)
+        self._encodings = Counter(
+            "encodings", "Questions by whether their inputs were encoded before.", ["kept"], **own
+        )
+        self._queue = Histogram("queue_seconds", "Time until the model begins.", buckets=SECONDS, **own)
+        self._first = Histogram("first_token_seconds", "Time from there to the first token.", buckets=SECONDS, **own)
+        self._total = Histogram("answer_seconds", "Time from there to the last token.", buckets=SECONDS, **own)
+        Gauge("waiting", "Requests that wait.", **own).set_function(lambda: work.waiting)
+        Gauge("busy", "Whether the model answers.", **own).set_function(lambda: work.busy)
+
+    def request(self, path: str, status: int) -> None:
+        self._requests.labels(path, str(status)).inc()
+
+    def answer(self, report: Report, queue_s: float, kept: bool) -> None:
+        """Counts a complete answer."""
+        self._tokens.labels("prompt").inc(report.tokens.prompt or 0)
+        self._tokens.labels("completion").inc(report.tokens.new or 0)
+        self._visual.labels("before").inc(report.pruning.visual_tokens_in or 0)
+        self._visual.labels("kept").inc(report.pruning.visual_tokens_kept or 0)
+        self._encodings.labels(str(kept).lower()).inc()
+        self._queue.observe(queue_s)
+        self._first.observe((report.time_ms.ttft_wall or 0.0) / 1000)
+        self._total.observe((report.time_ms.total or 0.0) / 1000)
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)

@@ -1,0 +1,239 @@
+"""Where the videos and pictures of a request are: in it, in a file of /v1/files, on the web, or on this machine."""
+
+import base64
+import binascii
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+
+from evoprune.util import without_password
+from evoprune.video.arrays import in_one
+from evoprune.video.download import downloaded
+from evoprune.video.frames import probe
+from evoprune.video.given import Input, held_video
+from evoprune.video.info import PICTURE, HeldVideo
+from evoprune_serve.errors import refused
+from evoprune_serve.store import Content, Store
+from evoprune_serve.uploads import Uploads
+
+URL_CHARACTERS = 8192  # of an address that is none of data
+PAGE_S = 600.0  # how long a download serves later questions about its address
+FRAMES_BYTES = 2**29  # of a list of frames, decoded
+
+
+@dataclass(frozen=True)
+class Address:
+    """An address: data:, http:, https: or file:."""
+
+    url: str
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A file of /v1/files."""
+
+    file_id: str
+
+
+@dataclass(frozen=True)
+class FrameList:
+    """A video as pictures: each with its time in seconds, or all at a rate, in frames a second."""
+
+    frames: tuple[Address | Uploaded, ...]
+    rate: float | None
+    times_s: tuple[float, ...] | None
+
+
+Source = Address | Uploaded | FrameList
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file of this machine. `identity`: equal ones mean equal contents. `name`: what a client is told instead of the path."""
+
+    path: str
+    identity: Any
+    name: str
+
+    def input(self) -> Input:
+        return self.path
+
+
+@dataclass(frozen=True)
+class LocalFrames:
+    """Pictures of this machine that are a video."""
+
+    files: tuple[LocalFile, ...]
+    rate: float | None
+    times_s: tuple[float, ...] | None
+    name: str
+
+    @property
+    def identity(self) -> Any:
+        return [file.identity for file in self.files], self.rate, self.times_s
+
+    def input(self) -> HeldVideo:
+        """Decodes the pictures, on Linux in a process apart.
+
+        Raises VideoError: one is unreadable. ApiError: one is no picture, or of another size, or all are too large.
+        """
+        arrays = []
+        size = None
+        for file in self.files:
+            info = probe(file.path)
+            if info.kind != PICTURE:
+                raise refused(f"{file.name} is no picture", "messages")
+            if size not in (None, (info.height, info.width)):
+                raise refused(f"{file.name} has another size than the frames before it", "messages")
+            size = info.height, info.width
+            if 3 * info.height * info.width * len(self.files) > FRAMES_BYTES:
+                raise refused(f"{self.name} has more than {FRAMES_BYTES >> 20} MiB of pixels", "messages")
+            frames, _ = in_one(info, [0.0])
+            arrays.append(frames[0])
+        return held_video(np.stack(arrays), self.rate, self.times_s)
+
+
+Local = LocalFile | LocalFrames
+
+
+class Fetched:
+    """What a request is about, on this machine; to be closed, which lets files go."""
+
+    def __init__(self, inputs: Sequence[Local], files: ExitStack):
+        self._inputs = inputs
+        self._files = files
+
+    @property
+    def identity(self) -> str:
+        return repr([each.identity for each in self._inputs])
+
+    @property
+    def names(self) -> list[str]:
+        """What reports and errors call each input."""
+        return [each.name for each in self._inputs]
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """What stands for each path in what a client is told."""
+        files = [each for each in self._inputs if isinstance(each, LocalFile)]
+        files += [file for each in self._inputs if isinstance(each, LocalFrames) for file in each.files]
+        return {file.path: file.name for file in files}
+
+    def inputs(self) -> list[Input]:
+        """Return what is encoded. Errors: as of `LocalFrames.input`."""
+        return [each.input() for each in self._inputs]
+
+    def close(self) -> None:
+        self._files.close()
+
+
+class Sources:
+    """Fetch what requests name, as far as the server allows it. Threads may share it.
+
+    Args:
+        urls: whether addresses on the web are read; never those of this network.
+        folders: files below these are read.
+        limit_bytes: of each download.
+    """
+
+    def __init__(self, store: Store, uploads: Uploads, urls: bool, folders: Sequence[Path], limit_bytes: int):
+        self._store = store
+        self._uploads = uploads
+        self._urls = urls
+        self._folders = [folder.resolve() for folder in folders]
+        self._limit_bytes = limit_bytes
+        self._downloads: dict[str, tuple[Content, float]] = {}  # with the time of each
+        self._lock = Lock()
+
+    def fetch(self, sources: Sequence[Source], check: Callable[[], None] = lambda: None) -> Fetched:
+        """Return the sources as files. `check`: called meanwhile; what it raises ends a download.
+
+        Raises ApiError: what is not allowed or not there. VideoError: it cannot be downloaded.
+        """
+        with ExitStack() as stack:
+            found = [self._local(source, f"input {number}", stack, check) for number, source in enumerate(sources, 1)]
+            return Fetched(found, stack.pop_all())
+
+    def _local(self, source: Source, name: str, stack: ExitStack, check: Callable[[], None]) -> Local:
+        check()
+        if isinstance(source, FrameList):
+            files = tuple(
+                self._local(frame, f"frame {number} of {name}", stack, check)
+                for number, frame in enumerate(source.frames, 1)
+            )
+            return LocalFrames(files, source.rate, source.times_s, name)
+        if isinstance(source, Uploaded):
+            upload = self._uploads.get(source.file_id)
+            content = stack.enter_context(self._store.using(upload.content))
+            return LocalFile(content.path, content.digest, upload.name)
+        scheme = source.url.partition(":")[0].lower()
+        if scheme == "data":
+            content = self._store.add(decoded(source.url))
+            stack.callback(self._store.release, content)
+            return LocalFile(content.path, content.digest, name)
+        if len(source.url) > URL_CHARACTERS:
+            raise refused(f"the address of {name} has more than {URL_CHARACTERS} characters", "messages")
+        if scheme in ("http", "https"):
+            content = self._download(source.url, check)
+            stack.callback(self._store.release, content)
+            return LocalFile(content.path, content.digest, without_password(source.url))
+        if scheme == "file":
+            return self._file(source.url)
+        raise refused(f"the address of {name} is not one of data:, https:, http: or file:", "messages")
+
+    def _download(self, url: str, check: Callable[[], None]) -> Content:
+        """Return what is at an address, in use."""
+        if not self._urls:
+            raise refused("addresses on the web are not read: the server runs without --allow-urls", "messages")
+        with self._lock:
+            self._forget_old()
+            if (known := self._downloads.get(url)) and self._store.take(known[0]):
+                return known[0]
+        with downloaded(url, progress=lambda done, total: check(), public=True, limit_bytes=self._limit_bytes) as path:
+            content = self._store.add_file(path)
+        with self._lock:
+            self._downloads[url] = content, time.monotonic()
+        return content
+
+    def _forget_old(self) -> None:
+        now = time.monotonic()
+        self._downloads = {url: known for url, known in self._downloads.items() if now - known[1] < PAGE_S}
+
+    def _file(self, url: str) -> LocalFile:
+        """Return a file below a folder that is allowed. All others look alike: a client learns nothing of them."""
+        missing = refused(f"{url} is not a file below a folder of --allow-dir", "messages", "not_found")
+        parts = urlsplit(url)
+        path = unquote(parts.path)
+        if parts.netloc not in ("", "localhost") or "\0" in path:
+            raise missing
+        try:
+            real = Path(path).resolve()
+            if not (any(real.is_relative_to(folder) for folder in self._folders) and real.is_file()):
+                raise missing
+            state = os.stat(real)
+        except OSError as problem:
+            raise missing from problem
+        identity = str(real), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+        return LocalFile(str(real), identity, url)
+
+
+def decoded(url: str) -> bytes:
+    """Return the bytes of a `data:` address. Raises ApiError: it is none in base64, or empty."""
+    head, comma, text = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise refused("a data: address is not data:TYPE;base64,...", "messages")
+    try:
+        content = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as problem:
+        raise refused(f"a data: address is not base64: {problem}", "messages") from problem
+    if not content:
+        raise refused("a data: address is empty", "messages")
+    return content

@@ -1,0 +1,93 @@
+"""The files of /v1/files: kept until they are deleted or old."""
+
+import os
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from evoprune.util import one_line
+from evoprune_serve.errors import ApiError
+from evoprune_serve.store import Content, Store
+
+MOST = 1000  # files at a time
+NAME_CHARACTERS = 200
+PURPOSES = ("user_data", "vision", "assistants")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file with the name that its client gave. Times are those of the clock, in seconds."""
+
+    id: str
+    content: Content
+    name: str
+    purpose: str
+    created: int
+    expires: int
+
+    def record(self) -> dict[str, Any]:
+        """Return the file as OpenAI's protocol describes it."""
+        return {
+            "id": self.id,
+            "object": "file",
+            "bytes": self.content.size,
+            "created_at": self.created,
+            "expires_at": self.expires,
+            "filename": self.name,
+            "purpose": self.purpose,
+            "status": "processed",
+        }
+
+
+class Uploads:
+    """Uploaded files by id, each for `age_s` seconds. Threads may share it."""
+
+    def __init__(self, store: Store, age_s: float):
+        self._store = store
+        self._age_s = age_s
+        self._uploads: dict[str, Upload] = {}
+        self._lock = threading.Lock()
+
+    def add(self, file: BinaryIO, name: str, purpose: str) -> Upload:
+        """Stores a file. Raises ApiError: there are too many, there is no room, or it is empty."""
+        self._drop_old()
+        if len(self._uploads) >= MOST:
+            raise ApiError(507, f"there are {MOST} files already: delete some", code="storage_full")
+        content = self._store.copy(file)
+        if not content.size:
+            self._store.release(content)
+            raise ApiError(400, "the file is empty", param="file", code="invalid_value")
+        name = one_line(os.path.basename(name.replace("\\", "/")))[:NAME_CHARACTERS] or "file"
+        now = int(time.time())
+        upload = Upload(f"file-{secrets.token_hex(16)}", content, name, purpose, now, now + int(self._age_s))
+        with self._lock:
+            self._uploads[upload.id] = upload
+        return upload
+
+    def get(self, file_id: str) -> Upload:
+        """Raises ApiError: there is none of this id."""
+        self._drop_old()
+        with self._lock:
+            upload = self._uploads.get(file_id)
+        if upload is None:
+            raise ApiError(404, f"there is no file {file_id[:60]!r}", param="file_id", code="not_found")
+        return upload
+
+    def delete(self, file_id: str) -> None:
+        """Raises ApiError: there is none of this id."""
+        upload = self.get(file_id)
+        with self._lock:
+            gone = self._uploads.pop(file_id, None)
+        if gone:
+            self._store.release(upload.content)
+
+    def _drop_old(self) -> None:
+        now = time.time()
+        with self._lock:
+            old = [upload for upload in self._uploads.values() if upload.expires <= now]
+            for upload in old:
+                del self._uploads[upload.id]
+        for upload in old:
+            self._store.release(upload.content)

@@ -1,0 +1,61 @@
+"""A server in this process, at a free port of the loopback, and what is asked of it."""
+
+import base64
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from evoprune.video_qa import VideoQA
+
+SAMPLES = Path(__file__).parents[3] / "samples"
+COLOUR = "What colour is the square?"
+CHAT = "/v1/chat/completions"
+REASON = "starlette and others are not installed: python -m experiments.environments serve"
+
+
+def url_of(name: str) -> str:
+    """A sample as a client sends it."""
+    return "data:video/mp4;base64," + base64.b64encode((SAMPLES / name).read_bytes()).decode()
+
+
+def message(question: str, *shown: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "user", "content": [*shown, {"type": "text", "text": question}]}
+
+
+def video(url: str) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+def body(question: str = COLOUR, name: str = "square.mp4", **options: Any) -> dict[str, Any]:
+    """The body of a question about a sample."""
+    return {"model": "demo", "messages": [message(question, video(url_of(name)))]} | options
+
+
+@contextmanager
+def serving(qa: VideoQA, folder: Path, **settings: Any) -> Iterator[SimpleNamespace]:
+    """A server: its `url`, a `client` of httpx for it, its `state`, and its log as `lines`."""
+    import httpx
+    import uvicorn
+
+    from evoprune_serve.app import Settings, make_app
+
+    lines: list[str] = []
+    app = make_app(qa, Settings(name="demo", folder=folder, log=lines.append, **settings))
+    config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+            assert thread.is_alive()
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        with httpx.Client(base_url=url, timeout=120) as client:
+            yield SimpleNamespace(url=url, client=client, state=app.state.server, lines=lines)
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,600 @@
+"""The server over HTTP, in this process: answers are those of `VideoQA`, and errors have OpenAI's form."""
+
+import json
+import math
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evoprune.session import encoding
+from evoprune.session.encoding import OpenInput
+from tests.plugins.serve.serving import CHAT, COLOUR, REASON, SAMPLES, body, message, serving, url_of, video
+
+pytest.importorskip("starlette", reason=REASON)
+pytest.importorskip("httpx", reason=REASON)
+
+
+def answer(server, **given) -> dict:
+    response = server.client.post(CHAT, json=body(**given))
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def text_of(reply: dict) -> str:
+    return reply["choices"][0]["message"]["content"]
+
+
+def error(server, status: int, **given) -> dict:
+    response = server.client.post(CHAT, json=body(**given))
+    assert response.status_code == status, response.text
+    return response.json()["error"]
+
+
+def events(server, **given) -> list[dict]:
+    """The events of a stream; the last one says that it is complete."""
+    with server.client.stream("POST", CHAT, json=body(stream=True, **given)) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def file_url(name: str = "square.mp4") -> str:
+    return (SAMPLES / name).as_uri()
+
+
+def test_answers_and_counts_are_those_of_video_qa(server, qa):
+    for name, question in (("square.mp4", COLOUR), ("three.mp4", "How many shapes are there?")):
+        right = qa.encode(SAMPLES / name).ask(question)
+        reply = answer(server, question=question, name=name)
+        assert text_of(reply) == right.text
+        assert reply["choices"][0]["finish_reason"] == right.report.finish_reason == "stop"
+        usage = reply["usage"]
+        assert usage["prompt_tokens"] == right.report.tokens.prompt
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        pruning = right.report.pruning
+        assert usage["evoprune"]["visual_tokens_in"] == pruning.visual_tokens_in
+        assert usage["evoprune"]["visual_tokens_kept"] == pruning.visual_tokens_kept
+        assert usage["evoprune"]["frames"] == [right.report.sampling.frames]
+        assert usage["evoprune"]["time_ms"]["encode"] > 0
+
+
+def test_options_of_a_request(server, qa):
+    other = qa.__class__(qa.loaded, budget=0.1, method="divprune")
+    video = other.encode(SAMPLES / "pan.mp4", frames=8, start_s=1.0, seek="exact")
+    drawn = {"temperature": 1.5, "max_new_tokens": 6}
+    right = video.ask("What digit is it?", seed=5, system="Be brief.", **drawn)
+    given = body(
+        "What digit is it?", "pan.mp4", budget=0.1, method="divprune", frames=8, start=1, seek="exact", temperature=1.5,
+        max_tokens=6, seed=5,
+    )  # fmt: skip
+    given["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    reply = server.client.post(CHAT, json=given).json()
+    assert text_of(reply) == right.text
+    assert reply["usage"]["evoprune"]["visual_tokens_kept"] == right.report.pruning.visual_tokens_kept
+
+
+def test_a_stream_is_the_answer_in_pieces(server):
+    whole = answer(server, question="What happens to the square?")
+    chunks = events(server, question="What happens to the square?", stream_options={"include_usage": True})
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"} and len({c["id"] for c in chunks}) == 1
+    *pieces, counts = chunks
+    assert pieces[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces) == text_of(whole)
+    assert [piece["choices"][0]["finish_reason"] for piece in pieces[-2:]] == [None, "stop"]
+    assert counts["choices"] == [] and counts["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
+    assert not any("usage" in chunk for chunk in events(server))
+
+
+def test_log_probabilities(server, qa):
+    right = qa.encode(SAMPLES / "square.mp4").ask(COLOUR, logprobs=2)
+    right.text  # noqa: B018 (generated)
+    for entries in (
+        answer(server, logprobs=True, top_logprobs=2)["choices"][0]["logprobs"]["content"],
+        [
+            each
+            for chunk in events(server, logprobs=True, top_logprobs=2)
+            for each in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]
+        ],
+    ):
+        assert [each["token"] for each in entries] == [each["token"] for each in right.logprobs]
+        assert [each["logprob"] for each in entries] == pytest.approx([each["logprob"] for each in right.logprobs])
+        assert all(bytes(each["bytes"]).decode() == each["token"] for each in entries)
+        assert [len(each["top_logprobs"]) for each in entries] == [2] * len(entries)
+
+
+def test_an_answer_ends_at_a_stop_and_after_its_tokens(server):
+    whole = text_of(answer(server))
+    stopped = answer(server, stop=whole[2:4])
+    assert text_of(stopped) == whole[:2] and stopped["choices"][0]["finish_reason"] == "stop"
+    cut = answer(server, question="Describe it.", max_tokens=1)
+    assert cut["usage"]["completion_tokens"] == 1
+
+
+def test_an_answer_follows_a_schema(server):
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object",
+        "properties": {"x": {"type": "boolean"}},
+        "required": ["x"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    reply = answer(server, response_format=wanted, max_tokens=40)
+    assert json.loads(text_of(reply))["x"] in (True, False)
+
+
+def test_a_conversation_is_that_of_video_qa(server, qa):
+    chat = qa.encode(SAMPLES / "square.mp4").chat()
+    messages = body("What happens to the square?")["messages"]
+    for question in (None, COLOUR, "Which way does it move?"):
+        if question:
+            messages.append({"role": "user", "content": question})
+        right = chat.ask(question or "What happens to the square?")
+        reply = server.client.post(CHAT, json={"model": "demo", "messages": messages}).json()
+        assert text_of(reply) == right.text
+        messages.append(reply["choices"][0]["message"])
+    assert reply["usage"]["evoprune"]["encoding_kept"] is True
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often an input was read and encoded."""
+    counts = {"read": 0, "encoded": 0}
+    read, encode = encoding.read_frames, OpenInput.encode
+
+    def reading(*given, **options):
+        counts["read"] += 1
+        return read(*given, **options)
+
+    def encoding_it(*given, **options):
+        counts["encoded"] += 1
+        return encode(*given, **options)
+
+    monkeypatch.setattr(encoding, "read_frames", reading)
+    monkeypatch.setattr(OpenInput, "encode", encoding_it)
+    return counts
+
+
+def test_a_second_question_about_a_video_reads_and_encodes_nothing(server, counted):
+    first = answer(server)
+    assert counted == {"read": 1, "encoded": 1} and first["usage"]["evoprune"]["encoding_kept"] is False
+    second = answer(server, question="What happens to the square?")
+    uploaded = upload(server)
+    third = {"type": "file", "file": {"file_id": uploaded["id"]}}
+    reply = server.client.post(CHAT, json={"messages": [message(COLOUR, third)]}).json()
+    assert text_of(reply) == text_of(first)
+    assert counted == {"read": 1, "encoded": 1} and second["usage"]["evoprune"]["time_ms"]["encode"] == 0
+    answer(server, budget=0.5)  # the patches are there
+    assert counted == {"read": 1, "encoded": 2}
+    answer(server, frames=4)
+    assert counted == {"read": 2, "encoded": 3}
+    path = server.client.post(CHAT, json={"messages": [message(COLOUR, video(file_url()))]}).json()
+    assert text_of(path) == text_of(first) and counted == {"read": 3, "encoded": 4}
+
+
+# Sources.
+
+
+def upload(server, name: str = "square.mp4", **form) -> dict:
+    with open(SAMPLES / name, "rb") as file:
+        response = server.client.post("/v1/files", files={"file": file}, data={"purpose": "vision"} | form)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_files_are_uploaded_asked_about_and_deleted(server):
+    made = upload(server)
+    assert (made["object"], made["filename"], made["purpose"]) == ("file", "square.mp4", "vision")
+    assert made["bytes"] == (SAMPLES / "square.mp4").stat().st_size and made["expires_at"] > made["created_at"]
+    path = f"/v1/files/{made['id']}"
+    assert server.client.get(path).json() == made
+    part = {"type": "input_video", "file_id": made["id"]}
+    ask = {"messages": [message(COLOUR, part)]}
+    assert text_of(server.client.post(CHAT, json=ask).json()) == "green"
+    assert server.client.delete(path).json() == {"id": made["id"], "object": "file", "deleted": True}
+    for response in (server.client.get(path), server.client.delete(path), server.client.post(CHAT, json=ask)):
+        assert response.status_code == 404 and response.json()["error"]["code"] == "not_found"
+
+
+@pytest.mark.parametrize(
+    ("form", "param"), [({}, "file"), ({"purpose": "batch"}, "purpose"), ({"purpose": "vision", "x": "1"}, "x")]
+)
+def test_wrong_uploads_are_refused(server, form, param):
+    files = {} if param == "file" else {"file": b"abc"}
+    response = server.client.post("/v1/files", files=files or {"other": b"x"}, data=form)
+    assert response.status_code == 400 and response.json()["error"]["param"] in (param, "other")
+    assert server.client.post("/v1/files", json={}).status_code == 415
+
+
+def test_a_list_of_frames_is_the_video(server, qa, tmp_path):
+    """With a rate, and with times: as `VideoQA` reads the array."""
+    frames = np.zeros((6, 56, 84, 3), np.uint8)
+    frames[:, 14:42, 14:42] = (0, 200, 0)
+    pictures = []
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / f"{number}.png")
+        with open(tmp_path / f"{number}.png", "rb") as file:
+            pictures.append(server.client.post("/v1/files", files={"file": file}).json()["id"])
+    shown = [{"file_id": each} for each in pictures]
+    for how, same in (
+        ({"fps": 2}, {"frame_rate": 2.0}),
+        ({"times_s": [0, 1, 2, 4, 5, 6]}, {"times_s": [0, 1, 2, 4, 5, 6]}),
+    ):
+        right = qa.encode(frames, **same).ask(COLOUR)
+        part = {"type": "video", "video": shown} | how
+        reply = server.client.post(CHAT, json={"messages": [message(COLOUR, part)]}).json()
+        assert text_of(reply) == right.text
+        assert reply["usage"]["evoprune"]["frames"] == [right.report.sampling.frames]
+    wrong = {"type": "video", "video": [shown[0], file_url()], "fps": 2}
+    response = server.client.post(CHAT, json={"messages": [message(COLOUR, wrong)]})
+    assert "is no picture" in response.json()["error"]["message"]
+
+
+def test_several_inputs_are_asked_about_together(server, qa):
+    right = qa.ask([SAMPLES / "square.mp4", SAMPLES / "three.mp4"], COLOUR)
+    shown = video(url_of("square.mp4")), video(url_of("three.mp4"))
+    reply = server.client.post(CHAT, json={"messages": [message(COLOUR, *shown)]}).json()
+    assert text_of(reply) == right.text and len(reply["usage"]["evoprune"]["frames"]) == 2
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b'{"a": NaN}', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[1]", "not an object"),
+        (b"{}", "messages is missing"),
+    ],
+)
+def test_bodies_that_are_no_request(server, content, says):
+    response = server.client.post(CHAT, content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400 and says in response.json()["error"]["message"]
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_errors_have_the_form_of_openai_and_no_path(server, tmp_path):
+    broken = "data:video/mp4;base64," + "AAAA" * 50
+    for problem in (
+        error(server, 400, frobnicate=1),
+        error(server, 404, model="other"),
+        error(server, 400, budget="no"),
+        server.client.post(CHAT, json={"messages": [message("?", video(broken))]}).json()["error"],
+        server.client.post(CHAT, json={"messages": [message("?", video("file:///etc/passwd"))]}).json()["error"],
+        server.client.get("/nothing").json()["error"],
+        server.client.get(CHAT).json()["error"],
+    ):
+        assert {*problem} == {"message", "type", "param", "code"} and problem["code"]
+        assert str(tmp_path) not in problem["message"] and str(SAMPLES) not in problem["message"]
+    assert error(server, 400, question="word " * 9000)["code"] == "context_length_exceeded"
+    assert server.client.get(CHAT).status_code == 405
+    assert server.client.post(CHAT, content=b"{}").status_code == 415
+
+
+ODD = [
+    {"seed": -1}, {"seed": 2**63}, {"seed": 2**70}, {"max_tokens": 10**12}, {"temperature": 1e308}, {"top_p": 1e-300},
+    {"fps": 1e-300}, {"fps": 1e300}, {"frames": 10**9}, {"frames": 10**30}, {"start": 1e308}, {"end": -1e308}, {"start": "9" * 400},
+    {"budget": 1e-320}, {"budget": 1e-9}, {"budget": ""}, {"method": ""}, {"method": "+"}, {"method": "evoprune:alpha=1e999"},
+    {"stop": ""}, {"stop": ["\ud800"]}, {"\ud800": 1}, {"model": "\ud800"}, {"question": "\ud800"}, {"question": "a\0b"},
+    {"repetition_penalty": 1e-300}, {"top_k": 10**30}, {"think": "on"}, {"logprobs": True, "top_logprobs": -1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(ODD)))
+def test_odd_values_are_answered_or_the_client_s_error(server, number):
+    data = json.dumps(body(**ODD[number]))
+    response = server.client.post(CHAT, content=data, headers={"Content-Type": "application/json"})
+    assert response.status_code in (200, 400, 404), (ODD[number], response.text)
+    assert response.json()
+
+
+def test_pictures_that_unpack_to_gigabytes_are_refused(server, tmp_path):
+    Image.new("1", (60_000, 60_000)).save(tmp_path / "bomb.png")
+    with open(tmp_path / "bomb.png", "rb") as file:
+        made = server.client.post("/v1/files", files={"file": file}).json()
+    part = {"type": "input_image", "file_id": made["id"]}
+    response = server.client.post(CHAT, json={"messages": [message("?", part)]})
+    assert response.status_code == 400 and response.json()["error"]["code"] == "invalid_video"
+
+
+def test_models_health_and_metrics(server):
+    answer(server)
+    (model,) = server.client.get("/v1/models").json()["data"]
+    assert model["id"] == "demo" and server.client.get("/v1/models/demo").json() == model
+    assert server.client.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
+    assert server.client.get("/health").json() == {"status": "ok"}
+    response = server.client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    counts = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
+    assert counts['evoprune_requests_total{path="/v1/chat/completions",status="200"}'] == "1.0"
+    assert float(counts['evoprune_visual_tokens_total{kind="kept"}']) > 0
+    assert counts["evoprune_waiting"] == "0.0"
+
+
+def test_logs_have_contents_only_where_they_are_wanted(qa, tmp_path):
+    for wanted in (False, True):
+        with serving(qa, tmp_path, log_contents=wanted) as server:
+            answer(server)
+            error(server, 400, frobnicate=1)
+            assert len(server.lines) == 2
+            assert any(COLOUR in line for line in server.lines) is wanted
+            assert not any("frobnicate" in line for line in server.lines)
+
+
+# Access.
+
+
+def access(**given):
+    from evoprune_serve.guard import Access
+
+    return Access(**given)
+
+
+def test_a_key_is_asked_for(qa, tmp_path):
+    with serving(qa, tmp_path, access=access(key="secret")) as server:
+        for headers in (
+            {},
+            {"Authorization": "Bearer other"},
+            {"Authorization": "secret"},
+            {"Authorization": "Bearer é"},
+        ):
+            encoded = {name: value.encode() for name, value in headers.items()}
+            response = server.client.get("/v1/models", headers=encoded)
+            assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
+        assert server.client.get("/health").status_code == 200
+        assert server.client.get("/metrics").status_code == 401
+        right = {"Authorization": "Bearer secret"}
+        assert server.client.get("/v1/models", headers=right).status_code == 200
+        assert server.client.post(CHAT, json=body(), headers=right).status_code == 200
+
+
+def test_other_hosts_and_origins_are_refused(qa, tmp_path):
+    """A page of another site cannot ask, neither by itself nor by a name of its own for this machine."""
+    with serving(qa, tmp_path, access=access(origins=["https://app.example"])) as server:
+        get = server.client.get
+        assert get("/v1/models", headers={"Host": "evil.example"}).json()["error"]["code"] == "wrong_host"
+        assert get("/v1/models", headers={"Host": "LOCALHOST:1"}).status_code == 200
+        assert get("/v1/models", headers={"Origin": "https://evil.example"}).json()["error"]["code"] == "wrong_origin"
+        assert get("/v1/models", headers={"Origin": server.url}).status_code == 200
+        allowed = get("/v1/models", headers={"Origin": "https://app.example"})
+        assert allowed.headers["access-control-allow-origin"] == "https://app.example"
+        asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+        assert "access-control-allow-origin" not in server.client.options(CHAT, headers=asked).headers
+
+
+def test_bodies_have_limits(qa, tmp_path):
+    with serving(qa, tmp_path, access=access(body_bytes=2**20, bodies_bytes=2**19, upload_bytes=2**20)) as server:
+        for path, size, status in ((CHAT, 2**21, 413), (CHAT, 2**19 + 1, 429), ("/v1/files", 2**22, 413)):
+            json_type = {"Content-Type": "application/json"}
+            response = server.client.post(path, content=b" " * size, headers=json_type)
+            assert response.status_code == status, (path, size)
+            assert server.client.post(path, content=iter([b" "] * 5), headers=json_type).status_code in (400, 415)
+
+        def endless():
+            while True:
+                yield b" " * 2**16
+
+        response = server.client.post(CHAT, content=endless(), headers={"Content-Type": "application/json"})
+        assert response.status_code in (413, 429)
+        for path in (CHAT, "/v1/files"):
+            announced = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {10**13}\r\n\r\n"
+            assert raw(server, announced).startswith(b"HTTP/1.1 413")
+        assert server.state.bodies._bytes == 0
+
+
+def raw(server, text: str) -> bytes:
+    """The beginning of the answer to what is sent as it stands."""
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(text.encode())
+        return connection.recv(4096)
+
+
+# Work.
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """The model waits in front of each piece until the event is set."""
+    from evoprune_serve import work
+
+    going = threading.Event()
+    going.begun = threading.Event()
+    usual = work.begun
+
+    class Slow:
+        def __init__(self, *given):
+            self._answer = usual(*given)
+            self.report, self.close = self._answer.report, self._answer.close
+
+        def __iter__(self):
+            going.begun.set()
+            for piece in self._answer:
+                yield piece
+                for _ in range(2000):
+                    if going.wait(0.01):
+                        break
+                    yield ""  # which looks whether somebody still waits
+
+    monkeypatch.setattr(work, "begun", Slow)
+    yield going
+    going.set()
+
+
+def in_threads(server, count: int, **given):
+    """Responses to the same request of so many clients at once, as a list that fills."""
+    found = []
+
+    def ask():
+        import httpx
+
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            found.append(client.post(CHAT, json=body(**given)))
+
+    threads = [threading.Thread(target=ask) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads, found
+
+
+def wait(true, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_behind_a_full_queue_is_429(qa, tmp_path, slow):
+    with serving(qa, tmp_path, most=2) as server:
+        threads, found = in_threads(server, 1)
+        assert slow.begun.wait(30)
+        more, _ = in_threads(server, 2)
+        wait(lambda: server.state.work.waiting == 2)
+        problem = server.client.post(CHAT, json=body())
+        assert problem.status_code == 429 and 1 <= int(problem.headers["retry-after"]) <= 60
+        assert problem.json()["error"]["code"] == "rate_limit_exceeded"
+        slow.set()
+        for thread in threads + more:
+            thread.join()
+        assert [text_of(each.json()) for each in found] == ["green"]
+        assert answer(server)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_given_up_when_its_client_goes(qa, tmp_path, slow, stream):
+    import httpx
+
+    with serving(qa, tmp_path) as server:
+        with httpx.Client(base_url=server.url, timeout=0.7 if not stream else 30) as client:
+            if stream:
+                with client.stream("POST", CHAT, json=body(stream=True)) as response:
+                    next(response.iter_lines())
+                    assert server.state.work.busy
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    client.post(CHAT, json=body(name="three.mp4"))
+        wait(lambda: not server.state.work.busy and not server.state.work.waiting, 5)
+        slow.set()
+        assert text_of(answer(server)) == "green"
+
+
+def test_an_answer_that_takes_too_long_ends(qa, tmp_path, slow):
+    with serving(qa, tmp_path, answer_s=1.0) as server:
+        assert error(server, 504)["type"] == "server_error"
+        with server.client.stream("POST", CHAT, json=body(stream=True)) as response:
+            lines = [line for line in response.iter_lines() if line]
+        assert "no answer in time" in json.loads(lines[-1].removeprefix("data: "))["error"]["message"]
+        wait(lambda: not server.state.work.busy, 5)
+
+
+def test_inputs_are_read_while_another_question_is_answered(qa, tmp_path, slow, counted):
+    with serving(qa, tmp_path) as server:
+        threads, found = in_threads(server, 1)
+        assert slow.begun.wait(30)
+        more, later = in_threads(server, 1, name="three.mp4", question="How many shapes are there?")
+        wait(lambda: counted["read"] == 2)
+        assert counted["encoded"] == 1 and not later
+        slow.set()
+        for thread in threads + more:
+            thread.join()
+        assert [text_of(each.json()) for each in found + later] == ["green", "3"]
+
+
+def test_without_memory_what_is_kept_goes_first(server, qa, monkeypatch):
+    from evoprune.errors import OutOfMemory
+
+    answer(server)
+    encode = OpenInput.encode
+    failures = iter([True, False])
+
+    def short(self, *given, **options):
+        if next(failures, False):
+            raise OutOfMemory("no memory", "use less", stage="encode")
+        return encode(self, *given, **options)
+
+    monkeypatch.setattr(OpenInput, "encode", short)
+    assert answer(server, name="three.mp4", question="How many shapes are there?")
+    assert len(server.state.work.kept._kept) == 1
+    failures = iter([True, True, True])
+    problem = error(server, 413, name="pan.mp4")
+    assert problem["code"] == "out_of_memory"
+
+
+def test_what_fails_inside_is_told_to_the_log_alone(server, monkeypatch):
+    def fail(self, *given, **options):
+        raise RuntimeError("secret /path")
+
+    monkeypatch.setattr(OpenInput, "encode", fail)
+    problem = error(server, 500)
+    assert problem["code"] == "internal_error" and "secret" not in problem["message"]
+    assert any("secret /path" in line for line in server.lines)
+
+
+def test_a_request_that_is_displaced_while_its_files_come_is_429(qa, tmp_path, monkeypatch):
+    with serving(qa, tmp_path) as server:
+        work = server.state.work
+        fetch = server.state.sources.fetch
+
+        def displaced(sources, check):
+            (job,) = (job for jobs in work._turns.values() for job in jobs)
+            work.cancel(job)
+            wait(lambda: job.cancelled)
+            return fetch(sources)
+
+        monkeypatch.setattr(server.state.sources, "fetch", displaced)
+        assert error(server, 429)["code"] == "rate_limit_exceeded"
+        assert not any(content.users for content in server.state.store._contents.values())
+
+
+def test_clients_take_turns(qa):
+    """Those that wait longest come next; a full queue has room for a client that waits with fewer."""
+    import asyncio
+
+    from evoprune_serve.errors import ApiError
+    from evoprune_serve.work import Failed, Work
+
+    async def go():
+        work = Work(qa, most=4)
+        jobs = [work.admit("a") for _ in range(3)] + [work.admit("b")]
+        late = work.admit("c")
+        event = await jobs[2].next()
+        assert isinstance(event, Failed) and event.problem.status == 429
+        with pytest.raises(ApiError):
+            work.admit("c")
+        with work._changed:
+            for job in (*jobs[:2], jobs[3], late):
+                job.ready = True
+            order = [work._take() for _ in range(4)]
+        assert order == [jobs[0], jobs[3], late, jobs[1]]
+        work._running = None
+        work.close()
+
+    asyncio.run(go())
+
+
+def test_nothing_is_left_in_memory_or_on_the_disk(server, qa, tmp_path):
+    """After many questions, of which some are cut, wrong or go away: no threads, no jobs, no uses of files."""
+    import httpx
+
+    answer(server)
+    before = threading.active_count()
+    for number in range(12):
+        with httpx.Client(base_url=server.url, timeout=0.01 if number % 3 == 0 else 30) as client:
+            try:
+                client.post(CHAT, json=body(budget=0.2 + number / 100, n=1 + (number % 3 == 1)))
+            except httpx.TimeoutException:
+                continue
+    work = server.state.work
+    wait(lambda: not work.busy and not work.waiting)
+    wait(lambda: all(not content.users for content in server.state.store._contents.values()))
+    assert len(list(tmp_path.iterdir())) == 1 and len(work.kept._kept) <= 8
+    assert threading.active_count() <= before + 40 and not math.isnan(work.retry_s())

@@ -1,0 +1,204 @@
+"""Bodies of requests: what they mean, and what is refused by name."""
+
+import pytest
+
+from evoprune.session.options import PipelineOptions
+from evoprune_serve.errors import ApiError
+from evoprune_serve.question import NEUTRAL, read_question
+from evoprune_serve.sources import Address, FrameList, Uploaded
+from tests.plugins.serve.serving import COLOUR, message, video
+
+SHOWN = video("data:video/mp4;base64,AAAA")
+USUAL = PipelineOptions.of(max_new_tokens=40, fps=1.0, budget=0.5)
+
+
+def read(**given):
+    return read_question({"messages": [message(COLOUR, SHOWN)]} | given, USUAL, "demo")
+
+
+def refusal(**given) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        read(**given)
+    return caught.value
+
+
+def test_what_a_request_does_not_say_is_as_the_server_was_started():
+    question, sources = read()
+    assert (question.text, question.earlier, question.seed, question.stream) == (COLOUR, (), None, False)
+    assert (question.generation, question.sampling, question.pruning) == (
+        USUAL.generation,
+        USUAL.sampling,
+        USUAL.pruning,
+    )
+    assert sources == (Address("data:video/mp4;base64,AAAA"),)
+    assert read(temperature=None, stop=None, no_such_option=None)[0] == question
+
+
+def test_options_have_the_names_of_openai_and_of_evoprune():
+    question, _ = read(
+        model="demo",
+        temperature=0.5,
+        top_p=0.9,
+        seed=7,
+        max_completion_tokens=9,
+        stop=["a", "b"],
+        logprobs=True,
+        top_logprobs=3,
+        stream=True,
+        stream_options={"include_usage": True},
+        budget="fast",
+        method="evoprune:reuse=5:count=0",
+        frames=8,
+        seek="exact",
+        start="0:01",
+        end=4,
+        think=False,
+    )
+    generation = question.generation
+    assert (generation.temperature, generation.top_p, generation.max_new_tokens) == (0.5, 0.9, 9)
+    assert (generation.stop, generation.logprobs, generation.think) == (["a", "b"], 3, "off")
+    assert (question.seed, question.stream, question.usage) == (7, True, True)
+    sampling = question.sampling
+    assert (sampling.fps, sampling.frames, sampling.seek, sampling.start_s, sampling.end_s) == (
+        None,
+        8,
+        "exact",
+        1.0,
+        4,
+    )
+    assert (question.pruning.budget, question.pruning.method) == ("fast", "evoprune:reuse=5:count=0")
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"tempeature": 1}, "tempeature"),
+        ({"best_of": 2}, "best_of"),
+        ({"n": 2}, "n"),
+        ({"frequency_penalty": 0.1}, "frequency_penalty"),
+        ({"tools": [{}]}, "tools"),
+        ({"store": True}, "store"),
+        ({"user": 3}, "user"),
+        ({"stream": 1}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"other": True}}, "stream_options.other"),
+        ({"max_tokens": 3, "max_completion_tokens": 3}, "max_tokens"),
+        ({"max_tokens": "3"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"method": "operations:recipe=/etc/passwd"}, "method"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": [{"role": "user", "content": COLOUR}]}, "messages"),
+        ({"messages": [message(COLOUR, SHOWN), {"role": "user", "content": "?"}]}, "messages[1].role"),
+        ({"messages": [message(COLOUR, SHOWN), {"role": "assistant", "content": "?"}]}, "messages"),
+        ({"messages": [message(COLOUR, SHOWN) | {"name": "Ann"}]}, "messages[0].name"),
+        ({"messages": [message(" ", SHOWN)]}, "messages[0]"),
+        ({"messages": [message(COLOUR, {"type": "input_audio"})]}, "messages[0].content[0].type"),
+        ({"messages": [message(COLOUR, SHOWN | {"fps": 2})]}, "messages[0].content[0].fps"),
+        ({"messages": [message(COLOUR, {"type": "video", "video": []})]}, "messages[0].content[0].video"),
+        ({"messages": [message(COLOUR, {"type": "video", "video": ["a"]})]}, "messages[0].content[0].video"),
+        ({"messages": [message(COLOUR, *[SHOWN] * 65)]}, "messages"),
+        ({"messages": [message(COLOUR, *[{"type": "text", "text": "a"}] * 10_000)]}, "messages"),
+    ],
+)
+def test_what_is_wrong_is_named(given, param):
+    problem = refusal(**given)
+    assert (problem.status, problem.param) == (400, param) and problem.code
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"budget": 7},
+        {"method": "no-such-method"},
+        {"fps": 1, "frames": 2},
+        {"seek": "now"},
+        {"start": "soon"},
+        {"think": "loudly"},
+        {"logprobs": True, "top_logprobs": 50},
+    ],
+)
+def test_values_out_of_range_are_refused_as_everywhere(given):
+    assert refusal(**given).code == "invalid_value"
+
+
+def test_another_model_is_not_there():
+    problem = refusal(model="gpt-9")
+    assert (problem.status, problem.code, problem.param) == (404, "model_not_found", "model")
+
+
+def test_values_that_change_nothing_are_accepted():
+    neutral = {
+        "n": 1, "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "store": False, "tools": [],
+        "functions": [], "tool_choice": "auto", "parallel_tool_calls": True, "modalities": ["text"],
+        "service_tier": "auto", "reasoning_effort": "none", "verbosity": "medium", "user": "ann",
+        "safety_identifier": "a", "prompt_cache_key": "b", "metadata": {"a": "b"},
+    }  # fmt: skip
+    assert neutral.keys() == NEUTRAL.keys()
+    assert read(**neutral) == read()
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ({"type": "image_url", "image_url": {"url": "u", "detail": "high"}}, Address("u")),
+        ({"type": "image_url", "image_url": "u"}, Address("u")),
+        ({"type": "video_url", "video_url": {"url": "u"}}, Address("u")),
+        ({"type": "input_image", "image_url": "u", "detail": "auto"}, Address("u")),
+        ({"type": "input_image", "file_id": "file-1"}, Uploaded("file-1")),
+        ({"type": "input_video", "video_url": "u"}, Address("u")),
+        ({"type": "input_video", "file_id": "file-1"}, Uploaded("file-1")),
+        (
+            {"type": "input_video", "input_video": {"data": "AA", "format": "webm"}},
+            Address("data:video/webm;base64,AA"),
+        ),
+        ({"type": "file", "file": {"file_id": "file-1"}}, Uploaded("file-1")),
+        ({"type": "file", "file": {"file_data": "u", "filename": "a.mp4"}}, Address("u")),
+        ({"type": "input_file", "file_id": "file-1"}, Uploaded("file-1")),
+        ({"type": "video", "video": "u"}, Address("u")),
+        ({"type": "video", "video": ["a", "b"], "fps": 2}, FrameList((Address("a"), Address("b")), 2, None)),
+        (
+            {"type": "video", "video": ["a", {"file_id": "file-1"}], "times_s": [0, 1.5]},
+            FrameList((Address("a"), Uploaded("file-1")), None, (0.0, 1.5)),
+        ),
+    ],
+)
+def test_every_form_of_a_video_or_a_picture(part, source):
+    assert read(messages=[message(COLOUR, part)])[1] == (source,)
+
+
+def test_a_conversation_has_turns_and_a_system_prompt():
+    answered = {"role": "assistant", "content": "green", "refusal": None, "tool_calls": None, "reasoning_content": "x"}
+    question, sources = read(
+        messages=[
+            {"role": "system", "content": "Be brief."},
+            {"role": "developer", "content": "Be kind."},
+            message("What is it?", SHOWN),
+            answered,
+            message(COLOUR, video("u")),
+        ]
+    )
+    assert question.generation.system == "Be brief.\nBe kind."
+    assert question.earlier == (
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "green"},
+    )
+    assert question.text == COLOUR and len(sources) == 2
+
+
+def test_schemas():
+    schema = {"type": "object", "properties": {"colour": {"type": "string"}}}
+    pytest.importorskip("llguidance")
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": schema}}
+    assert read(response_format=wanted)[0].generation.schema == schema
+    assert read(response_format={"type": "json_object"})[0].generation.schema == {"type": "object"}
+    assert read(response_format={"type": "text"})[0] == read()[0]

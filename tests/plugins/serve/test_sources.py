@@ -1,0 +1,240 @@
+"""Where videos are fetched from, what is refused, and what is kept on the disk."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from evoprune.errors import VideoError
+from evoprune.video import download
+from evoprune_serve.errors import ApiError
+from evoprune_serve.sources import Address, Sources, Uploaded
+from evoprune_serve.store import PREFIX, Store, private_folder
+from evoprune_serve.uploads import Uploads
+from tests.plugins.serve.serving import SAMPLES, url_of
+
+LIMIT = 10**6
+
+
+@pytest.fixture
+def store(tmp_path):
+    folder = tmp_path / "store"
+    folder.mkdir()
+    return Store(folder, LIMIT)
+
+
+@pytest.fixture
+def uploads(store):
+    return Uploads(store, 3600)
+
+
+def sources(store, uploads, **how) -> Sources:
+    return Sources(store, uploads, **{"urls": False, "folders": (), "limit_bytes": LIMIT} | how)
+
+
+def refused(made: Sources, url: str) -> str:
+    with pytest.raises(ApiError) as caught:
+        made.fetch([Address(url)])
+    return caught.value.message
+
+
+def test_the_same_content_is_one_file_until_nobody_uses_it(store, uploads):
+    made = sources(store, uploads)
+    first = made.fetch([Address(url_of("square.mp4"))])
+    again = made.fetch([Address(url_of("square.mp4"))])
+    assert first.inputs() == again.inputs() and first.identity == again.identity
+    (path,) = first.inputs()
+    assert Path(path).read_bytes() == (SAMPLES / "square.mp4").read_bytes()
+    assert first.paths == {path: "input 1"}
+    first.close()
+    assert os.path.exists(path)
+    again.close()
+    assert os.path.exists(path)  # for later questions
+    store.release(store.add(bytes(LIMIT)))  # takes all the room
+    assert not os.path.exists(path)
+
+
+def test_there_is_no_room_for_more_than_the_limit(store):
+    held = store.add(bytes(LIMIT // 2))
+    with pytest.raises(ApiError, match="no room") as caught:
+        store.add(b"x" * LIMIT)
+    assert caught.value.status == 507 and os.path.exists(held.path)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "data:video/mp4,abc",
+        "data:video/mp4;base64,@@",
+        "data:;base64,",
+        "ftp://a/b",
+        "nothing",
+        "http://a/" + "x" * 9000,
+    ],
+)
+def test_addresses_that_cannot_be_read(store, uploads, url):
+    assert refused(sources(store, uploads), url)
+
+
+def test_files_are_read_below_the_folders_that_are_allowed_alone(store, uploads, tmp_path):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "a b.mp4").write_bytes(b"x")
+    (tmp_path / "secret").write_bytes(b"x")
+    (inside / "link").symlink_to(tmp_path / "secret")
+    os.mkfifo(inside / "pipe")
+    made = sources(store, uploads, folders=[inside])
+    fetched = made.fetch([Address(f"file://{inside}/a%20b.mp4")])
+    assert fetched.inputs() == [str(inside / "a b.mp4")]
+    for wrong in (
+        f"{inside}/../secret", f"{inside}/%2e%2e/secret", f"{inside}/link", f"{inside}/pipe", f"{inside}", f"{inside}/none",
+        "/etc/passwd", f"{inside}/a%00b", "", "/" + "x" * 5000, "//etc/passwd", f"other.host{inside}/a%20b.mp4",
+    ):  # fmt: skip
+        assert "not a file below" in refused(made, f"file://{wrong}")
+    assert "not a file below" in refused(sources(store, uploads), f"file://{inside}/a%20b.mp4")
+
+
+class _Web(BaseHTTPRequestHandler):
+    """Serves a sample, and redirects to what a path names."""
+
+    asked = 0
+
+    def do_GET(self):
+        type(self).asked += 1
+        if self.path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", self.path[4:])
+            self.end_headers()
+            return
+        content = (SAMPLES / "square.mp4").read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Type", "video/mp4")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def web():
+    _Web.asked = 0
+    server = HTTPServer(("127.0.0.1", 0), _Web)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_addresses_on_the_web_are_read_if_they_are_allowed(store, uploads, monkeypatch):
+    monkeypatch.setattr(download, "is_public", lambda address: True)
+    with web() as host:
+        monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("198.51.100.1", 1))  # as of another machine
+        assert "--allow-urls" in refused(sources(store, uploads), f"http://{host}/a.mp4")
+        made = sources(store, uploads, urls=True)
+        fetched = made.fetch([Address(f"http://user:secret@{host}/a.mp4")])
+        assert fetched.names == [f"http://{host}/a.mp4"]
+        assert fetched.identity == made.fetch([Address(f"http://user:secret@{host}/a.mp4")]).identity
+        assert _Web.asked == 1  # the second question about it
+        small = sources(store, uploads, urls=True, limit_bytes=1000)
+        with pytest.raises(VideoError, match="more than"):
+            small.fetch([Address(f"http://{host}/a.mp4")])
+
+
+def test_addresses_of_this_network_are_not_read(store, uploads, monkeypatch):
+    """Neither by their numbers, in whatever form, nor by a name, nor behind a redirect; and nothing is asked of them."""
+    made = sources(store, uploads, urls=True)
+    with web() as host:
+        port = host.partition(":")[2]
+        for name in ("127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0"):
+            with pytest.raises(VideoError, match=r"not on the public internet|cannot download"):
+                made.fetch([Address(f"http://{name}:{port}/a.mp4")])
+        found = socket.getaddrinfo("127.0.0.1", int(port), type=socket.SOCK_STREAM)
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)  # a public name of a private address
+        with pytest.raises(VideoError, match="not on the public internet"):
+            made.fetch([Address("http://videos.example.org/a.mp4")])
+        assert _Web.asked == 0
+
+
+def test_a_redirect_into_this_network_is_not_followed(store, uploads, monkeypatch):
+    made = sources(store, uploads, urls=True)
+    with web() as host:
+        port = host.partition(":")[2]
+        monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("198.51.100.1", 1))
+        monkeypatch.setattr(download, "is_public", lambda address: address == "127.0.0.1")
+        with pytest.raises(VideoError, match="not on the public internet"):
+            made.fetch([Address(f"http://{host}/to/http://[::1]:{port}/a.mp4")])
+        with pytest.raises(VideoError, match="which is not read"):
+            made.fetch([Address(f"http://{host}/to/file:///etc/passwd")])
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True), ("2606:4700::1111", True), ("::ffff:8.8.8.8", True), ("127.0.0.1", False), ("10.1.2.3", False),
+        ("169.254.169.254", False), ("100.64.0.1", False), ("::1", False), ("::ffff:127.0.0.1", False), ("fe80::1", False),
+        ("64:ff9b::7f00:1", False), ("2002:7f00:1::", False), ("224.0.0.1", False), ("0.0.0.0", False), ("::", False),
+        ("255.255.255.255", False), ("fc00::1", False), ("ff02::1", False),
+    ],
+)  # fmt: skip
+def test_which_addresses_are_public(address, public):
+    assert download.is_public(address) is public
+
+
+def test_uploads_go_when_they_are_deleted_or_old(store, uploads, tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"content")
+    with open(tmp_path / "a", "rb") as file:
+        kept = uploads.add(file, "../../x/clip\n.mp4", "vision")
+    assert kept.name == "clip?.mp4" and kept.record()["bytes"] == 7
+    fetched = sources(store, uploads).fetch([Uploaded(kept.id)])
+    assert fetched.paths == {kept.content.path: "clip?.mp4"}
+    uploads.delete(kept.id)
+    with pytest.raises(ApiError, match="no file"):
+        uploads.get(kept.id)
+    store.release(store.add(bytes(LIMIT - 100)))
+    assert os.path.exists(kept.content.path)  # while a question uses it
+    fetched.close()
+    with open(tmp_path / "a", "rb") as file:
+        old = uploads.add(file, "a", "vision")
+    monkeypatch.setattr("evoprune_serve.uploads.time.time", lambda: old.expires + 1)
+    with pytest.raises(ApiError, match="no file"):
+        uploads.get(old.id)
+
+
+HOLD = """
+import time
+from evoprune_serve.store import private_folder
+with private_folder() as folder:
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_what_a_killed_server_leaves_is_removed_by_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    paths = os.pathsep.join(sys.path)
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": paths}
+    holder = subprocess.Popen([sys.executable, "-c", HOLD], env=environment, stdout=subprocess.PIPE, text=True)
+    left = holder.stdout.readline().strip()
+    with private_folder() as own:
+        assert own.stat().st_mode & 0o777 == 0o700
+        assert {each.name for each in tmp_path.glob(f"{PREFIX}*")} == {own.name, os.path.basename(left)}  # it runs
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    assert os.path.isdir(left)
+    with private_folder():
+        assert not os.path.exists(left)
+    assert not list(tmp_path.iterdir())
