@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from evoprune.hf.encoding import encode
     from evoprune.hf.processor_inputs import processor_inputs
     from evoprune.live.stream import VideoStream
+    from evoprune.moments.search import Moment
     from evoprune.report import Report
     from evoprune.session.ahead import read_ahead
     from evoprune.session.answering import Answer, Chat, EncodedInputs
@@ -34,6 +35,7 @@ _SOURCES = {
     "session.answering": ("Answer", "Chat", "EncodedInputs"),
     "session.cache": ("Cache",),
     "live.stream": ("VideoStream",),
+    "moments.search": ("Moment",),
     "video.arrays": ("read_frames",),
     "video_qa": ("VideoQA",),
     "report": ("Report",),
@@ -49,6 +51,7 @@ __all__ = [
     "EvoPrune",
     "EvopruneError",
     "ModelError",
+    "Moment",
     "OutOfMemory",
     "PrunedModel",
     "Report",

@@ -42,6 +42,14 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{tail}"
 
 
+def long_clock(seconds: float) -> str:
+    """Write a time with all digits: 01:02:03.500."""
+    rest, milliseconds = divmod(round(1000 * seconds), 1000)
+    rest, whole_seconds = divmod(rest, 60)
+    hours, minutes = divmod(rest, 60)
+    return f"{hours:02d}:{minutes:02d}:{whole_seconds:02d}.{milliseconds:03d}"
+
+
 def roughly(seconds: float) -> str:
     """Write an estimate with one digit or two: ~0.3 s, ~40 s, ~12 min or ~9 h."""
     if seconds >= 5700:

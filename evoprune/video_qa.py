@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from evoprune.backend.devices import holds_values
 from evoprune.errors import UsageError
@@ -27,6 +27,7 @@ from evoprune.session.loading.find import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.session.options import (
     OTHER_MODELS,
+    FindOptions,
     GenerationOptions,
     ModelOptions,
     PruneOptions,
@@ -41,8 +42,10 @@ from evoprune.video.given import Input
 
 if TYPE_CHECKING:
     from evoprune.live.stream import VideoStream
+    from evoprune.moments.search import Moment
     from evoprune.session.cache import Cache
     from evoprune.session.keywords import (
+        FindKeywords,
         GenerationKeywords,
         LoadKeywords,
         PruneKeywords,
@@ -169,12 +172,7 @@ class VideoQA(Uncopied):
         inputs = inputs_of(path, options.get("frame_rate"), times_s)
         check_type("name", name, str | None)
         check_type("progress", progress, Callable | None)
-        if cache is not None:
-            from evoprune.session.cache import Cache
-
-            if not isinstance(cache, Cache):
-                hint = "give evoprune.Cache(), evoprune.Cache(folder) or None"
-                raise UsageError(f"cache is {brief(cache)}, not a Cache", hint)
+        _check_cache(cache)
         names = None if name is None else [name] * len(inputs)
         given = {"progress": progress, "names": names, "cache": cache, "ahead": self._ahead}
         with closing(open_inputs(self.session, inputs, sampling, **given)) as opened:
@@ -252,6 +250,60 @@ class VideoQA(Uncopied):
         check_type("name", name, str)
         sampling = SamplingOptions(fps=fps, max_visual_tokens=max_visual_tokens)
         return VideoStream(self.session, remembered, sampling, system, name)
+
+    @takes(FindOptions)
+    def find(
+        self,
+        path: Input,
+        query: str | Sequence[str],
+        *,
+        fps: float | None = None,
+        start_s: float = 0.0,
+        end_s: float | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+        cache: "Cache | None" = None,
+        **options: "Unpack[FindKeywords]",
+    ) -> "list[Moment]":
+        """Finds the moments of a video that show what a query says, the best first; of several queries, one after the other.
+
+        The video is cut into segments. Each is read by keyframes, encoded once, and asked about every query; where yes is much
+        more probable than in most segments, dense frames tell when the moment begins and ends. Memory does not grow with the
+        length.
+
+        Args:
+            path: one video, as of `encode`, but no array.
+            query: what to look for, such as "a red star", or several.
+            fps: frames a second to look at in all segments; default: the model's rate, less in a long video (`total_tokens`).
+            start_s, end_s: the part of the video that is searched; below 0 from its end.
+            progress: called with "segment", those read and in all; then with "moment", those whose borders are found and in all.
+            cache: where encoded segments are kept, so that they serve other queries too; as of `encode`.
+            options: how moments are found: the fields of `keywords.FindKeywords`.
+
+        Raises UsageError: an option or query that makes no sense, or a picture. VideoError: missing, unreadable or empty.
+        OutOfMemory. TypeError: an unknown option.
+        """
+        from evoprune.moments.search import Search
+
+        (finding,) = from_keywords(options, FindOptions)
+        check_type("progress", progress, Callable | None)
+        _check_cache(cache)
+        source, *others = inputs_of(path)
+        if others:
+            raise UsageError("find takes one video", "call it for each of them")
+        queries = [query] if isinstance(query, str) else query
+        sampling = SamplingOptions(fps=fps, start_s=start_s, end_s=end_s)
+        with Search(self.session, source, queries, finding, sampling, cache) as search:
+            search.run(progress)
+            return search.moments()
+
+
+def _check_cache(cache: Any) -> None:
+    if cache is not None:
+        from evoprune.session.cache import Cache
+
+        if not isinstance(cache, Cache):
+            hint = "give evoprune.Cache(), evoprune.Cache(folder) or None"
+            raise UsageError(f"cache is {brief(cache)}, not a Cache", hint)
 
 
 def load_qa(

@@ -139,10 +139,11 @@ def ask(
                 encoded = encode(qa.session, show, ahead=ahead)
             ahead.close()
             encode_full = (lambda show: encode(qa.unpruned().session, show, full=True)) if compare else None
-            single = True
+            chat = None
             if interactive:
-                single = single_questions(history, qa.session, compare)
-            chat = None if single else encoded.chat(pipeline.generation.system)
+                alone = single_questions(history, qa.session, compare)
+                if alone is None:
+                    chat = encoded.chat(pipeline.generation.system)
             talk.begin(encoded, pipeline.generation, encode_full, chat)
             if not interactive:
                 encoded.last_question = len(questions) == 1 and not compare
@@ -154,8 +155,8 @@ def ask(
             if not quiet:
                 names = listed([os.path.basename(os.path.abspath(path)) for path in names])
                 tell(f"Ask about {names}. /help for help, q or Ctrl-D to end.")
-                if single and history is None:
-                    tell(f"Each question is on its own: {single}.")
+                if alone and history is None:
+                    tell(f"Each question is on its own: {alone}.")
             from evoprune.backend.cpu.linear import packing_meanwhile
 
             for question in typed_questions(meanwhile=partial(packing_meanwhile, qa.session.loaded.model), chat=chat):

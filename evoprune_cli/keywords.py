@@ -5,10 +5,10 @@ from dataclasses import fields
 
 from evoprune.hf.context import EvoPrune
 from evoprune.language.settings import GenerationOptions
-from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions, StreamOptions
+from evoprune.session.options import FindOptions, ModelOptions, PruneOptions, SamplingOptions, StreamOptions
 from evoprune.session.signatures import meaning, type_code
 
-KINDS = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions, StreamOptions, EvoPrune)
+KINDS = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions, StreamOptions, FindOptions, EvoPrune)
 # Of functions that take those of several classes.
 JOINED = {"LoadKeywords": (ModelOptions, PruneOptions), "ReadAheadKeywords": (ModelOptions, SamplingOptions)}
 POSITIONAL = ("model",)  # what functions that load a model take as a parameter of its own

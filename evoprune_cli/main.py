@@ -25,6 +25,7 @@ from evoprune_cli import terminal
 from evoprune_cli.ask import USAGE, ask
 from evoprune_cli.batch import batch
 from evoprune_cli.eval import evaluate
+from evoprune_cli.find import find
 from evoprune_cli.inspect import inspect
 from evoprune_cli.methods import methods
 from evoprune_cli.options import Command
@@ -44,6 +45,7 @@ TRIED = {
     **dict.fromkeys(("model", "models", "pull", "download"), MODELS_HINT),
     **dict.fromkeys(("list", "ls", "method"), "evoprune methods lists the methods; " + MODELS_HINT),
     **dict.fromkeys(("run", "query", "question", "describe", "caption", "answer", "prune"), USAGE),
+    **dict.fromkeys(("search", "grep", "moments", "locate"), 'evoprune find video.mp4 "a red star" finds moments'),
     **dict.fromkeys(("chat", "talk", "interactive"), "evoprune ask video.mp4 -i asks for one question after the other"),
     **dict.fromkeys(
         ("live", "stream", "camera", "listen"), 'evoprune watch rtsp://HOST/PATH -Q "Who is there?" --every 30s'
@@ -229,11 +231,11 @@ def main(
         raise typer.Exit(2)
 
 
-for command in (ask, batch, watch, evaluate, tune, inspect, profile, verify, methods):
+for command in (ask, batch, find, watch, evaluate, tune, inspect, profile, verify, methods):
     name = {evaluate: "eval"}.get(command, command.__name__)
     app.command(name, cls=Command)(command)
 # Of the JSON lines of these commands; the others print a report.
-SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "inspect", "methods", "tune", "verify")}
+SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "find", "inspect", "methods", "tune", "verify")}
 
 
 def _terminate(*_) -> None:

@@ -34,7 +34,7 @@ HEADS = re.compile(
             rb"evoprune profile \d\S*, torch \d\S*, transformers \d[^\s;]*[\n;]",  # a table or Markdown
             rb"row,name,method,budget,quantize,frames,height,width,units,encoder_rows,live_share,tokens,prompt,",
             rb"<svg [^>]*>\n<!-- evoprune -->\n ?<title>",
-            rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR.{17}\0\0\0\x19tEXtSoftware\0evoprune overlay",
+            rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR.{17}\0\0\0.tEXtSoftware\0evoprune (overlay|contact sheet)",
             rb"GIF8.{9,800}!\xfe\x10evoprune overlay\0",
         ]
     ),

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from math import floor, inf
+from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError
 from evoprune.live.source import FROM_SOURCE, PACES, STDIN, LiveSource
@@ -18,9 +19,18 @@ from evoprune.util import check_text, clock, counted, missing_hint, size
 from evoprune.video.plan import parse_time
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
-from evoprune_cli.ask import Conversation, check_logprobs, typed_questions
+from evoprune_cli.ask import (
+    Conversation,
+    check_history,
+    check_logprobs,
+    single_questions,
+    typed_questions,
+)
 from evoprune_cli.running import SOME_FAILED, load
 from evoprune_cli.terminal import check_output, columns, note, print_error, print_titled, printable, progress, tell
+
+if TYPE_CHECKING:
+    from evoprune.session.answering import Chat
 
 MAX_LINE = 2**22  # bytes of a question
 TICK_S = 0.05
@@ -62,6 +72,7 @@ def watch(
     questions: opt.option(
         str | None, "--questions FILE", 'Questions from a pipe: JSON lines with "question", perhaps "id"; - for stdin.'
     ) = None,
+    history: opt.History = None,
     pace: opt.option(
         str,
         "--pace",
@@ -107,6 +118,7 @@ def watch(
         raise UsageError("the question is empty", '-Q "What happens?"')
     if prompt and (source == STDIN or sys.stdin is None or not sys.stdin.isatty()):
         raise UsageError("no questions, and stdin is no terminal", "-Q TEXT --every 30s, or --questions FILE")
+    check_history(history, prompt)
     pipeline = options()
     check_text(*asked, pipeline.generation.system)
     check_logprobs(pipeline.generation, json)
@@ -131,9 +143,20 @@ def watch(
                 while not feed.begun.wait(TICK_S):
                     pass
             feed.check()
-            begin = partial(talk.begin, stream, pipeline.generation, None)
+            chat = None
+            if prompt:
+                alone = single_questions(history, qa.session)
+                if alone is None:
+                    chat = stream.chat(pipeline.generation.system)
+            begin = partial(talk.begin, stream, pipeline.generation, None, chat)
             watching = _Watching(talk, begin, stream, feed, qa.session.loaded.device, prompt, quiet, speak)
-            code = watching.converse() if prompt else watching.serve(asked, every_s, questions)
+            if prompt:
+                speak("Ask about what was seen. /help for help; q, Ctrl-D or Ctrl-C to end.")
+                if alone and history is None:
+                    speak(f"Each question is on its own: {alone}.")
+                code = watching.converse(chat)
+            else:
+                code = watching.serve(asked, every_s, questions)
             feed.check()
             return code
     except BaseException as problem:
@@ -170,10 +193,12 @@ class _Watching:
         self._latest = 0.0
         self._there = False
 
-    def converse(self) -> int:
-        """Answer questions from the terminal, until q or Ctrl-C. The end of the source does not end it."""
-        self._speak("Ask about what was seen. /help for help; q, Ctrl-D or Ctrl-C to end.")
-        questions = typed_questions(twice=False)
+    def converse(self, chat: "Chat | None") -> int:
+        """Answer questions from the terminal, until q or Ctrl-C. The end of the source does not end it.
+
+        `chat`: about the stream, where questions are a conversation.
+        """
+        questions = typed_questions(twice=False, chat=chat)
         while True:
             if self._status:
                 note(self._state())

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # Entries of evoprune/ in their order: each imports only what comes before it.
 ORDER = (
     "errors", "util", "bundled", "report", "backend", "model", "methods", "video", "vision", "language",
-    "session", "hf", "live", "video_qa", "batch", "bench", "contrib",
+    "session", "hf", "live", "moments", "video_qa", "batch", "bench", "contrib",
 )  # fmt: skip
 # Functions of torch that make a tensor from numbers. Without dtype and device, the result is of the host program's defaults.
 MAKERS = (

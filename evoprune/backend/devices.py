@@ -195,6 +195,11 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.to(device)
 
 
+def cat(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the pieces one behind the other; a single one is not copied."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
 def now(device: torch.device) -> float:
     """Return the time in seconds. On an accelerator it waits until all kernels are done, which run on after Python has gone on."""
     if device.type == accelerator():

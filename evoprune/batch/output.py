@@ -15,13 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TextIO
 
 from evoprune import methods
 from evoprune.batch.rows import Row
 from evoprune.errors import UsageError
 from evoprune.model.config import loads
-from evoprune.report import SCHEMA, Report, rounded
+from evoprune.report import SCHEMA, rounded
 from evoprune.session.options import PipelineOptions, record
 from evoprune.util import shown
 from evoprune.video.info import EXACT, input_state
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from evoprune.video_qa import VideoQA
 
 STDOUT = "-"
-HEAD = f'{{"schema":"{SCHEMA}",'.encode()  # how every record begins
 OTHER_HINT = "name another file with -o, or remove this one"
 SIZE_HINT = "give the same --device, or a new -o; inner=always prunes alike on all devices"
 OPEN_FILES = ("/dev/", "/proc/self/fd/")  # written to as they are given, such as the pipe of >(gzip > x)
@@ -54,13 +53,24 @@ class Settings(PipelineOptions):
 
         return load_qa(self.model, self.pruning, progress=progress)
 
+    @property
+    def groups(self) -> tuple[Any, ...]:
+        """Return the options that answers depend on."""
+        return self.model, self.pruning, self.sampling, self.generation
+
     def record(self) -> dict[str, Any]:
         """Return all of it as flat data for JSON, as records hold it."""
         code = methods.plugin_code(self.pruning.method)
-        facts = record((self.model, self.pruning, self.sampling, self.generation), RECORDED)
+        facts = record(self.groups, RECORDED)
         if code:
             facts["plugins"] = code
         return facts
+
+
+class Line(Protocol):
+    """A record that can be written."""
+
+    def to_json(self, ascii_only: bool = False) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -198,7 +208,12 @@ class RecordFile:
 
     An existing file's records are kept with `resume`, as `found`, dropped with `overwrite`; with neither, it must be empty. Raises
     UsageError: the file cannot be written, exists, holds anything but records, or another program is writing it.
+
+    Subclasses have records of another `schema`, and call what makes them by another `noun`.
     """
+
+    schema: ClassVar[str] = SCHEMA
+    noun: ClassVar[str] = "batch"
 
     def __init__(self, path: str, *, stdout: TextIO | None = None, resume: bool = False, overwrite: bool = False):
         self.name = path
@@ -222,7 +237,7 @@ class RecordFile:
                 if resume:
                     self.found = self._read()
                 elif not self._is_own():
-                    raise UsageError(f"{path} is there, and holds no records of a batch", OTHER_HINT)
+                    raise UsageError(f"{path} is there, and holds no records of a {self.noun}", OTHER_HINT)
                 elif not overwrite:
                     hint = "--resume goes on with it, --overwrite replaces it; or name another file with -o"
                     raise UsageError(f"{path} is there already", hint)
@@ -239,8 +254,14 @@ class RecordFile:
 
     def _is_own(self) -> bool:
         """Return whether the file begins with a record, which may be torn."""
-        begun = os.pread(self._number, len(HEAD), 0).rstrip(b"\0")
-        return bool(begun) and HEAD.startswith(begun)
+        head = self._head
+        begun = os.pread(self._number, len(head), 0).rstrip(b"\0")
+        return bool(begun) and head.startswith(begun)
+
+    @property
+    def _head(self) -> bytes:
+        """Return how every record begins."""
+        return f'{{"schema":"{self.schema}",'.encode()
 
     def begin(self, again: Container[str] = ()) -> None:
         """Cuts the file down to its whole records, without those whose ids are in `again`; without `resume`, to nothing."""
@@ -261,7 +282,7 @@ class RecordFile:
         except OSError as problem:
             raise self._cannot_write(problem) from problem
 
-    def add(self, record: Report) -> None:
+    def add(self, record: Line) -> None:
         """Appends a record, which is on the disk when this returns. Neither a signal nor a full disk tears a line."""
         try:
             line = record.to_json().encode()
@@ -319,7 +340,7 @@ class RecordFile:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as problem:
             hint = "wait until it is done, or choose another -o"
-            raise UsageError(f"another batch is writing {self.name}", hint) from problem
+            raise UsageError(f"another {self.noun} is writing {self.name}", hint) from problem
         except OSError as problem:
             if problem.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # a file system without locks
                 raise
@@ -333,7 +354,7 @@ class RecordFile:
             for number, line in enumerate(file, 1):
                 try:
                     record = loads(line)
-                    if record["schema"] != SCHEMA:
+                    if record["schema"] != self.schema:
                         raise ValueError
                     about = record["batch"]
                     failed = record["error"] is not None
@@ -348,14 +369,14 @@ class RecordFile:
                         below = dict(record.get("pruning") or {}).get("after_tower_below") or 0
                     records.append(Found(record["id"], about["row"], settings, failed, *place, files, commit, below))
                 except (ValueError, KeyError, TypeError) as problem:
-                    if _is_torn(line, bool(records)):
+                    if _is_torn(line, self._head, bool(records)):
                         break
                     hint = OTHER_HINT
                     if records:
                         hint = (
                             "if nobody needs that line, delete it, and the same command goes on; or choose another -o"
                         )
-                    raise UsageError(f"{self.name}, line {number} is no record of a batch", hint) from problem
+                    raise UsageError(f"{self.name}, line {number} is no record of a {self.noun}", hint) from problem
                 end += len(line)
         return records
 
@@ -383,15 +404,18 @@ class RecordFile:
         return UsageError(f"cannot write {self.name}: {problem.strerror}", hint)
 
 
-def _is_torn(line: bytes, follows: bool) -> bool:
-    """Return whether the line, no record, is the beginning of one. The rest may be zeros; all of it, if it `follows` a record."""
+def _is_torn(line: bytes, head: bytes, follows: bool) -> bool:
+    """Return whether the line, no record, is the beginning of one.
+
+    A record begins with `head`. The rest of the line may be zeros; all of it, if it `follows` a record.
+    """
     begun = line.rstrip(b"\0")
     if line.endswith(b"\n") or not (begun or follows):
         return False
     try:
         loads(line)
     except ValueError:
-        return begun.startswith(HEAD) or HEAD.startswith(begun)
+        return begun.startswith(head) or head.startswith(begun)
     return False  # a whole object, such as a record of `ask --json`
 
 

@@ -32,7 +32,8 @@ from evoprune.session.loading.model import LoadedModel
 from evoprune.video.frames import read_frames
 from evoprune.video.info import PICTURE, Video
 from evoprune.video.plan import InputLimits, even_times, make_plan
-from evoprune.vision.preprocess import normalised, pixel_patches, resize
+from evoprune.vision.patches import normalised
+from evoprune.vision.preprocess import pixel_patches, resize
 from evoprune.vision.tower import tower_shape
 
 # side of a merge unit in pixels, if not given; frames in a grid
@@ -162,7 +163,7 @@ def video_frames(info: Video, case: Case) -> Frames:
         source = replace(info, width=case.width, height=case.height)  # which the reader makes of it
     plan = make_plan(info, InputLimits(), frames=case.frames, max_frames=max_frames, max_visual_tokens=sys.maxsize)
     with closing(read_frames(source, plan.sampling.times_s)) as chunks:
-        small = [resize(torch.from_numpy(chunk.frames), case.height, case.width) for chunk in chunks]
+        small = [resize(torch.from_numpy(chunk.pixels), case.height, case.width) for chunk in chunks]
     return torch.cat(small), plan.sampling.seconds_per_pair()
 
 

@@ -129,7 +129,7 @@ class _TracedInput(OpenInput):
         self.shown = []  # anew where memory was short and the encoder begins anew
         with closing(super().frames(chunk_bytes)) as chunks:
             for chunk in chunks:
-                self.shown.append(resize(torch.from_numpy(chunk.frames), self.plan.height, self.plan.width))
+                self.shown.append(resize(torch.from_numpy(chunk.pixels), self.plan.height, self.plan.width))
                 yield chunk
 
     def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
@@ -170,11 +170,11 @@ def trace(
 MADE_BY = "evoprune overlay"  # in the metadata of each file
 
 
-def png(picture: Image.Image) -> bytes:
+def png(picture: Image.Image, made_by: str = MADE_BY) -> bytes:
     """Return an RGB picture as PNG with a palette of 256 colours: frames with grain take a third of the bytes of full colour."""
     file = io.BytesIO()
     facts = PngInfo()
-    facts.add_text("Software", MADE_BY)
+    facts.add_text("Software", made_by)
     reduced = picture.quantize(palette=shared_palette([picture]), dither=Image.Dither.NONE)
     reduced.save(file, "PNG", optimize=True, pnginfo=facts)
     return file.getvalue()
@@ -297,26 +297,26 @@ class Overlay:
         count = self._video.plan.grid[0]
         shown = [i * count // min(count, MAX_PANELS) for i in range(min(count, MAX_PANELS))]
         height = self._video.plan.height * self.width / self._video.plan.width
-        across = _columns(len(shown), self.width / height)
+        across = columns(len(shown), self.width / height)
         width = max(MIN_WIDTH, across * (self.width + GAP) - GAP)
-        size = _text_size(width)
+        size = text_size(width)
         drawn = list(self._captioned([pair * (len(self._video.frames) // count) for pair in shown], round(0.85 * size)))
-        rows = [_joined(drawn[at : at + across], GAP, across=True) for at in range(0, len(drawn), across)]
+        rows = [joined(drawn[at : at + across], GAP, across=True) for at in range(0, len(drawn), across)]
         number = "Each frame pair"
         if len(shown) < count:
             number = f"{len(shown)} of {count} frame pairs"
         note = f"{number}, by its first frame. A square is a unit, which can become one token."
         above = text_picture(self._title, width, size)
-        return _framed([above, *rows, text_picture(note, width, size, FAINT), *self._legend(width, size)])
+        return framed([above, *rows, text_picture(note, width, size, FAINT), *self._legend(width, size)])
 
     def frames(self, every: int = 1) -> Iterator[Image.Image]:
         """RGB pictures of the frames, or of every `every`-th one, all of one size."""
         width = max(MIN_WIDTH, self.width)
-        size = _text_size(width)
+        size = text_size(width)
         above = text_picture(self._title, width, size)
         legend = self._legend(width, size)
         for drawn in self._captioned(range(len(self._video.frames)), size, every):
-            yield _framed([above, drawn, *legend])
+            yield framed([above, drawn, *legend])
 
     def panel(self, frame: int) -> Image.Image:
         """RGB picture of a frame, enlarged by a whole number."""
@@ -362,7 +362,7 @@ class Overlay:
         rows = max(len(wrap(caption, width, size)) for caption in captions.values())
         for frame in frames[::every]:
             caption = text_picture(captions[frame], width, size, FAINT, rows)
-            yield _joined([self.panel(frame), caption], GAP // 4)
+            yield joined([self.panel(frame), caption], GAP // 4)
 
     def _legend(self, width: int, size: int) -> list[Image.Image]:
         fates = self._video.fates
@@ -384,12 +384,12 @@ class Overlay:
         ]
 
 
-def _text_size(width: int) -> int:
+def text_size(width: int) -> int:
     """Letters that are legible where a picture of so many pixels is displayed about 900 wide."""
     return max(16, round(width / 62))
 
 
-def _columns(panels: int, ratio: float) -> int:
+def columns(panels: int, ratio: float) -> int:
     """Return how many panels of that ratio of width to height go into a row: the sheet is 1.6 times as wide as high, as a screen
     is, and leaves few places empty.
     """
@@ -412,10 +412,10 @@ def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
         marks = Marks(swatch, side)
         marks.line((0, 0), (0, 1))
         marks.dot(0, 1)
-    return _joined([swatch, text_picture(text, width - 2 * side - GAP, size)], GAP, across=True)
+    return joined([swatch, text_picture(text, width - 2 * side - GAP, size)], GAP, across=True)
 
 
-def _joined(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> Image.Image:
+def joined(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> Image.Image:
     """Join pictures in a column, aligned to the left; or in a row, centred vertically."""
     widths = [picture.width for picture in pictures]
     heights = [picture.height for picture in pictures]
@@ -434,9 +434,9 @@ def _joined(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> 
     return canvas
 
 
-def _framed(pictures: Sequence[Image.Image]) -> Image.Image:
+def framed(pictures: Sequence[Image.Image]) -> Image.Image:
     """Join pictures in a column with a margin around it; width and height are even, as H.264 needs."""
-    column = _joined(pictures, GAP // 2)
+    column = joined(pictures, GAP // 2)
     return ImageOps.expand(column, (GAP, GAP, GAP + column.width % 2, GAP + column.height % 2), BACKGROUND)
 
 

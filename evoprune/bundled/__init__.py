@@ -16,11 +16,34 @@ class Demo:
     world: str
     inputs: int  # the most that a prompt of its training had
     span: int  # positions in time of the longest clip of its training: two a second
+    presence: str  # how its training asks whether a thing is there, with {} for its name
 
+    def questions_of(self, query: str) -> tuple[tuple[str, bool], ...]:
+        """Return the questions that tell whether "a red star" is there, or "a red star appears"; of each whether yes says so.
+
+        A thing is named with or without an article.
+        """
+        thing = ARTICLE.sub("", query.strip(), count=1)
+        event: tuple[tuple[str, bool], ...] = ()
+        for verb, asked in EVENTS.items():
+            if thing.endswith(verb):
+                thing = thing.removesuffix(verb).strip()
+                event = asked
+        return tuple((text.format(thing), yes) for text, yes in ((self.presence, True), *event))
+
+
+ARTICLE = re.compile(r"^(a|an|any|the)\s+", re.IGNORECASE)
+AT_START = "Is the {} there at the start?"
+AT_END = "Is the {} there at the end?"
+# What the training of all demo models asks, by the verb of an event, and the answers that together mean that it happens.
+EVENTS = {
+    " appears": ((AT_START, False), (AT_END, True)),
+    " vanishes": ((AT_START, True), (AT_END, False)),
+}
 
 DEMOS = {
-    "demo": Demo(_WEIGHTS / "demo", "shapes", inputs=1, span=48),
-    "demo-scenes": Demo(_WEIGHTS / "demo-scenes", "scenes", inputs=2, span=64),
+    "demo": Demo(_WEIGHTS / "demo", "shapes", inputs=1, span=48, presence="Is there a {}?"),
+    "demo-scenes": Demo(_WEIGHTS / "demo-scenes", "scenes", inputs=2, span=64, presence="Is there any {}?"),
 }
 
 

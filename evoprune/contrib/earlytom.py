@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.methods.base import EncoderMethod, Selector
-from evoprune.methods.plans import Grid, Stage, TowerShape, WholePairs, spread
+from evoprune.methods.plans import Grid, Stage, TowerShape, spread
 from evoprune.methods.ranking import highest, snap
 from evoprune.methods.settings import Share
 from evoprune.methods.types import Selection, Tokens, arange_on
@@ -126,8 +126,8 @@ class EarlyTom(Runs, EncoderMethod):
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
         latest = max(tower.full_layers, default=tower.depth - 1)
         after = {min(max(1, round(share * tower.depth)), latest) for share in (self.first, self.second, self.third)}
-        merge = WholePairs(MergedFrames(self.threshold, self.window, self.momentum))
-        return [Stage(layer, prod(grid), merge, exact=False) for layer in sorted(after - {0})]
+        merge = MergedFrames(self.threshold, self.window, self.momentum)
+        return [Stage(layer, prod(grid), merge, exact=False, whole_pairs=True) for layer in sorted(after - {0})]
 
 
 def frames_of(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:

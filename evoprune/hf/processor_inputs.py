@@ -25,7 +25,8 @@ from evoprune.video.frames import choose_decoder, probe, read_frames
 from evoprune.video.given import Input, local_input
 from evoprune.video.info import EXACT, PICTURE, VIDEO, HeldVideo, check_one_file, check_picture
 from evoprune.video.plan import InputLimits, Plan, make_plan
-from evoprune.vision.preprocess import normalised, patches_of
+from evoprune.vision.patches import normalised
+from evoprune.vision.preprocess import patches_of
 
 if TYPE_CHECKING:
     from evoprune.session.keywords import SamplingKeywords
@@ -100,7 +101,7 @@ def read_patches(plan: Plan, limits: InputLimits, device: torch.device | str = "
     how = {"decoder": plan.decoder, "seek": plan.seek, "part_s": plan.sampling.seconds_per_frame}
     with closing(read_frames(plan.source, plan.sampling.times_s, **how)) as chunks:
         for chunk in chunks:
-            made.append(normalised(patches_of(chunk.frames, plan, limits, torch.device(device)), limits.normal))
+            made.append(normalised(patches_of(chunk.pixels, plan, limits, torch.device(device)), limits.normal))
             times_s += chunk.times_s
             moved = moved or chunk.moved
     return replace(plan, read_s=times_s, moved=moved), torch.cat(made)

@@ -216,41 +216,49 @@ class TokenConstraint(Protocol):
         """Whether nothing but the end can follow."""
 
 
-class AfterThoughts:
-    """A `TokenConstraint` for the answer alone: what a model thinks before it is free.
+class AnswerConstraint:
+    """A `TokenConstraint` for what `stream_answer` calls the answer: what a model thinks before it is free.
 
-    Thoughts have `begun` with the prompt, or may begin with the first token. As in `stream_answer`, they end at `</think>`.
+    Thoughts have `begun` with the prompt, or `may_begin` with the first token.
     """
 
-    def __init__(self, constraint: TokenConstraint, tokenizer: Tokenizer, begun: bool):
+    def __init__(self, constraint: TokenConstraint, tokenizer: Tokenizer, begun: bool, may_begin: bool):
         self._constraint = constraint
         self._tokenizer = tokenizer
         self._begin, self._end = map(tokenizer.backend.token_to_id, THOUGHTS)
         self._thinks = begun
+        self._may_begin = may_begin
         self._ids: list[int] = []  # of thoughts and what follows them
 
     def mask(self, size: int) -> torch.Tensor | None:
         if self._thinks:
             return None
         mask = self._constraint.mask(size)
-        if not self._ids and self._begin is not None:
-            mask[self._begin] = True
+        if mask is not None and not self._ids and self._begin is not None:
+            mask[self._begin] = self._may_begin  # which is no text of an answer
         return mask
 
     def advance(self, token: int) -> None:
+        first = not self._ids
         self._ids.append(token)
         if self._thinks:
-            self._thinks = not self._ended(token)
-        elif len(self._ids) == 1 and token == self._begin:
+            self._think(token)
+        elif first and token == self._begin:
             self._thinks = True
         else:
             self._constraint.advance(token)
 
-    def _ended(self, token: int) -> bool:
+    def _think(self, token: int) -> None:
+        """Take a token of thoughts, or of their end. The end may be followed by an answer where it is no token of its own."""
         if self._end is not None:
-            return token == self._end
-        latest = self._ids[-len(THOUGHTS[1]) :]  # a token has at least a byte
-        return THOUGHTS[1] in self._tokenizer.decode(latest)
+            self._thinks = token != self._end
+            return
+        latest = self._tokenizer.decode(self._ids[-len(THOUGHTS[1]) :])  # a token has at least a byte
+        _, ended, answer = latest.partition(THOUGHTS[1])
+        if ended:
+            self._thinks = False
+            for begun in self._tokenizer.encode(answer.lstrip()):
+                self._constraint.advance(begun)
 
     @property
     def complete(self) -> bool:
@@ -325,8 +333,9 @@ class TokenStream(Iterator[int]):
         if self._constraint is not None:
             mask = self._constraint.mask(len(logits))  # while a GPU computes the logits
             if mask is not None:
-                logits = logits.masked_fill(~to_device(mask, logits.device), -torch.inf)
                 best = None
+                # What is NaN or infinite stays so, and is found.
+                logits = logits.where(to_device(mask, logits.device), logits - torch.inf)
         if settings.temperature == 0 and settings.repetition_penalty in (None, 1):
             if best is None:
                 best = best_of(logits)

@@ -1,6 +1,7 @@
 """Answers that follow a JSON Schema or a regular expression: llguidance says which tokens may come next. Imports no torch.
 
-Only this file imports llguidance, the extra `schema`. A grammar is checked before a model is loaded, with the bytes as tokens.
+Only this file imports llguidance, the extra `schema`. A grammar is checked before a model is loaded, with the bytes as tokens, in a
+process of its own.
 """
 
 import json
@@ -10,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import UsageError, first_line
+from evoprune.language.apart import apart
 
 if TYPE_CHECKING:
     import torch
@@ -17,12 +19,24 @@ if TYPE_CHECKING:
     from evoprune.language.prompt import Tokenizer
 
 SCHEMA, REGEX = "schema", "regex"
+CPU_SECONDS = 5  # of the check; what programs ask for takes milliseconds
+STACK_BYTES = 2**20  # llguidance goes down into a schema by recursion, and a thread may have less than a program
 # Objects in a schema whose fields are names, not keywords.
 NAMES = ("properties", "patternProperties", "$defs", "definitions")
-FORM = {"whitespace_pattern": " ?"}  # of JSON: a model could write white space for ever
-NOTHING_FOLLOWS = ("", "NoExtension", "NoExtensionBias")  # llguidance's words where no token may come
-MOST_PLACES = 2000  # in a schema that is searched for what is wrong
+# Of JSON. A model could write white space for ever. What a schema itself says about these ("x-guidance") does not count.
+FORM = {
+    "whitespace_pattern": " ?",
+    "item_separator": ",",
+    "key_separator": ":",
+    "lenient": False,
+    "coerce_one_of": False,
+    "json_allowed_escapes": 'bfnrt\\"',  # by \\u a field could have the name of another
+}
+NOTHING_FOLLOWS = ("NoExtension", "NoExtensionBias")  # llguidance's words where no token may come
+FIRST_BYTES = 2  # of an answer that are tried in the check
+MOST_SEARCHED = 2**20  # characters of parts of a schema that are tried to find what is wrong
 LONGEST = 10_000  # characters of a regular expression
+LINE = 200  # characters of what llguidance says
 
 
 def _library() -> ModuleType:
@@ -33,11 +47,6 @@ def _library() -> ModuleType:
         said = "a schema or a regular expression needs llguidance, which is not installed"
         raise UsageError(said, "pip install 'evoprune[schema]'") from problem
     return llguidance
-
-
-@cache
-def _bytes() -> Any:
-    return _library().LLTokenizer("byte")
 
 
 def grammar_of(kind: str, given: dict[str, Any] | str) -> str:
@@ -53,49 +62,79 @@ def grammar_of(kind: str, given: dict[str, Any] | str) -> str:
 @lru_cache(16)
 def _checked(kind: str, text: str) -> str:
     """Return the grammar of a text, as `grammar_of`."""
-    grammar, wrong = _tried(kind, text)
-    if not wrong:
-        return grammar
-    if kind == REGEX:
-        raise UsageError(f"the regular expression cannot be followed: {_line(wrong)}", "try it without what is named")
-    path = _place(json.loads(text), wrong)
-    where = f" at {path}" if path else ""
-    raise UsageError(f"the schema cannot be followed{where}: {_line(wrong)}", "leave out or change what is named")
-
-
-def _line(wrong: str) -> str:
-    """Return what is wrong in one line; of an error in a regular expression, behind the lines that show its place."""
-    return (wrong.partition("error: ")[2] or wrong).strip().splitlines()[0]
-
-
-def _tried(kind: str, text: str) -> tuple[str, str]:
-    """Return the grammar of a text, and what is wrong with it, or nothing."""
-    matcher = _library().LLMatcher
+    _library()
     try:
-        if kind == REGEX:
-            grammar = matcher.grammar_from_regex(text)
-        else:
-            grammar = matcher.grammar_from_json_schema(text, FORM)
-    except ValueError as problem:  # too deep
-        return "", first_line(problem)
-    made = matcher(_bytes(), grammar, log_level=0)
-    possible = any(made.compute_bitmask())
-    wrong = made.get_error()
-    if not possible and wrong in NOTHING_FOLLOWS:
-        wrong = "it allows no answer"
-    return grammar, wrong
+        wrong, path = apart(fault, json.dumps([kind, text]), CPU_SECONDS, "llguidance", STACK_BYTES)
+    except ValueError as problem:
+        wrong = str(problem)
+        path = None
+    if not wrong:
+        return _grammar(kind, text)
+    what = "regular expression" if kind == REGEX else "schema"
+    where = f" at {path}" if path else ""
+    raise UsageError(f"the {what} cannot be followed{where}: {wrong}", "change what is named, or give a simpler one")
+
+
+def _grammar(kind: str, text: str) -> str:
+    """Return the grammar of a text, unchecked. Raises ValueError: the schema is nested too deeply."""
+    matcher = _library().LLMatcher
+    if kind == REGEX:
+        return matcher.grammar_from_regex(text)
+    return matcher.grammar_from_json_schema(text, None, FORM)
+
+
+def fault(request: str) -> tuple[str, str | None]:
+    """Return what is wrong with a kind and a text (JSON), or nothing, and the path in the schema.
+
+    To be called `apart`: llguidance limits each step of its work, but not all that it does to compile a schema, and not how deep it
+    goes.
+    """
+    kind, text = json.loads(request)
+    wrong = _tried(kind, text)
+    path = None
+    if wrong and kind == SCHEMA:
+        path = _place(json.loads(text), wrong)
+    return wrong, path
+
+
+def _tried(kind: str, text: str) -> str:
+    """Return what is wrong with a text, or nothing."""
+    library = _library()
+    try:
+        grammar = _grammar(kind, text)
+    except ValueError as problem:
+        return first_line(problem)
+    matcher = library.LLMatcher(_bytes(), grammar, log_level=0)
+    for _ in range(FIRST_BYTES):  # where there is too much work, it is mostly at the beginning
+        bits = int.from_bytes(matcher.compute_bitmask(), "little")
+        if matcher.is_stopped():
+            break
+        matcher.consume_token((bits & -bits).bit_length() - 1)  # the first that is allowed
+    return _line(matcher.get_error())
+
+
+@cache
+def _bytes() -> Any:
+    return _library().LLTokenizer("byte")
+
+
+def _line(error: str) -> str:
+    """Return an error of llguidance in one line; of one in a regular expression, behind the lines that show its place."""
+    first, *_ = (error.partition("error: ")[2] or error).strip().splitlines() or [""]
+    if first in NOTHING_FOLLOWS:
+        return "nothing can be written that it allows"
+    return first if len(first) <= LINE else first[:LINE] + "..."
 
 
 def _place(schema: Any, wrong: str) -> str | None:
     """Return the path, as a JSON Pointer, of the smallest part of a schema that is refused by the same words; None: not found."""
-    parts = []
-    for path, part, is_schema in _parts(schema, "", True):
-        if len(parts) == MOST_PLACES:
+    parts = [(path, json.dumps(part)) for path, part, is_schema in _parts(schema, "", True) if is_schema and path]
+    searched = 0
+    for path, text in sorted(parts, key=lambda part: len(part[1])):
+        searched += len(text)
+        if searched > MOST_SEARCHED:
             return None
-        if is_schema and path:
-            parts.append((path, part))
-    for path, part in sorted(parts, key=lambda found: -found[0].count("/")):
-        if _tried(SCHEMA, json.dumps(part))[1] == wrong:
+        if _tried(SCHEMA, text) == wrong:
             return path
     return None
 

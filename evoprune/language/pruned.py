@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.backend.devices import to_device
-from evoprune.language.decoder import all_sizes
 from evoprune.language.prompt import Place
 from evoprune.vision.encoder import Encoded
 
@@ -113,7 +112,5 @@ def _sizes(text: int, read: Sequence[Encoded], row: torch.Tensor) -> torch.Tenso
     """Return the sizes of columns, 1 for those of text, of which there are `text`; None for 1 each."""
     if all(tokens.size is None for tokens in read):
         return None
-    like = read[0].features
-    sizes = [all_sizes(None, text, like)]
-    sizes += [all_sizes(tokens.size, len(tokens.features), like) for tokens in read]
-    return torch.cat(sizes)[to_device(row, like.device)]
+    of_text = read[0].features.new_ones(text, dtype=torch.float32)
+    return torch.cat([of_text, *(tokens.every_size for tokens in read)])[to_device(row, of_text.device)]

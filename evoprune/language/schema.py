@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from evoprune.errors import UsageError, first_line
@@ -56,11 +57,24 @@ def _parsed(content: bytes, name: str) -> dict[str, Any]:
 
 
 def _of_class(kind: type) -> dict[str, Any]:
-    """Return the JSON Schema of a class. Raises UsageError: it has none."""
+    """Return the JSON Schema of a class. Raises UsageError: it has none, or pydantic is not installed."""
     if hasattr(kind, "model_json_schema"):
-        return kind.model_json_schema()
-    if not dataclasses.is_dataclass(kind):
+        describe = kind.model_json_schema
+    elif dataclasses.is_dataclass(kind):
+        describe = partial(_of_dataclass, kind)
+    else:
         raise UsageError(f"schema is the class {kind.__name__}", "give a dataclass or a model of pydantic")
+    try:
+        return describe()
+    except UsageError:
+        raise
+    except Exception as problem:  # of pydantic, or of what the class itself runs
+        said = f"the class {kind.__name__} has no JSON Schema: {first_line(problem)}"
+        raise UsageError(said, "give its fields types that JSON has") from problem
+
+
+def _of_dataclass(kind: type) -> dict[str, Any]:
+    """As `_of_class`, of a dataclass."""
     try:
         from pydantic import TypeAdapter
     except ImportError as problem:

@@ -6,23 +6,14 @@ process renders it under limits, and is ended if need be. Starting that process 
 """
 
 import json
-import os
-import subprocess
-import sys
-from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-import evoprune
+from evoprune.language.apart import apart
 
 CPU_SECONDS = 5  # a real template takes milliseconds, and the imports before it a tenth of a second
-PATIENCE_S = 60.0  # by the clock, where there is no limit on CPU time
-MEMORY_BYTES = 2**29
 MAX_CHARACTERS = 2**20  # of what is rendered, in which the user's words are placeholders
-# Not in a program that was frozen into one file: its executable is no Python.
-POSSIBLE = bool(sys.executable) and not hasattr(sys, "frozen")
 
 
 def render(source: str, variables: dict[str, Any]) -> str:
@@ -37,59 +28,13 @@ def render(source: str, variables: dict[str, Any]) -> str:
 
 @lru_cache(maxsize=16)
 def _cached(request: str, seconds: int) -> str:
-    answer = _apart(request, seconds) if POSSIBLE else _answer(request)
+    answer = apart(answer_of, request, seconds, "jinja2.sandbox")
     if "error" in answer:
         raise ValueError(answer["error"])
     return answer["text"]
 
 
-def _apart(request: str, seconds: int) -> dict[str, str]:
-    """Return the answer of another process."""
-    # As the processes that read videos: an editable install is found by a hook that they do not have.
-    paths = [*map(os.path.abspath, sys.path), str(Path(evoprune.__file__).parents[1])]
-    imports = f"import sys; sys.path[:] = {list(dict.fromkeys(paths))}; from evoprune.language.template import main"
-    try:
-        done = subprocess.run(  # noqa: S603 (this Python, and a program of our own)
-            [sys.executable, "-I", "-S", "-X", "utf8", "-c", f"{imports}; main({seconds})"],
-            input=request.encode(),
-            capture_output=True,
-            timeout=PATIENCE_S,
-            check=False,
-            start_new_session=True,  # Ctrl-C is for this process
-        )
-    except subprocess.TimeoutExpired as problem:
-        raise ValueError("it does not come to an end") from problem
-    with suppress(ValueError):
-        return json.loads(done.stdout)
-    if done.returncode < 0:  # by a signal: of the limit on CPU time, or of the system
-        raise ValueError(f"it does not come to an end within {seconds} s, or takes too much memory")
-    said = done.stderr.decode(errors="replace")[-2000:]
-    raise RuntimeError(f"the process that renders chat templates failed: {said}")
-
-
-def main(seconds: int) -> None:
-    """Runs the other process: reads a request from stdin, writes an answer to stdout, under limits where there are any."""
-    request = sys.stdin.read()
-    import jinja2.sandbox  # noqa: F401 (before there is a limit)
-
-    with suppress(ImportError):  # not a Unix
-        import resource
-
-        used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-        for kind, limit in (
-            (resource.RLIMIT_CPU, int(used) + seconds),
-            (resource.RLIMIT_AS, MEMORY_BYTES),
-            (resource.RLIMIT_CORE, 0),
-        ):
-            _, hard = resource.getrlimit(kind)
-            if hard != resource.RLIM_INFINITY:
-                limit = min(limit, hard)
-            with suppress(OSError, ValueError):
-                resource.setrlimit(kind, (limit, limit))
-    print(json.dumps(_answer(request)), flush=True)
-
-
-def _answer(request: str) -> dict[str, str]:
+def answer_of(request: str) -> dict[str, str]:
     """Return the answer to a request: `text`, or `error`."""
     request = json.loads(request)
     try:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from evoprune.methods.plans import EncoderPlan, Stage, WholePairs
+from evoprune.methods.plans import EncoderPlan, Stage
 from evoprune.methods.types import arange_on
 from evoprune.vision.encoder import EncodedRows, EncoderRun, encode_rows
-from evoprune.vision.preprocess import ReferenceBlocks
+from evoprune.vision.patches import ReferenceBlocks
 from evoprune.vision.rows import Rows
 
 
@@ -42,7 +42,7 @@ def encode_segment(
     Raises NothingNew: no unit has changed since the segment before. Other errors as of `encode_rows`.
     """
     stage = plan.token_stage
-    whole = any(isinstance(stage.reduce, WholePairs) for stage in plan.row_stages)
+    whole = any(stage.whole_pairs for stage in plan.row_stages)
     if not plan.reuse or plan.inside_pairs or whole or (stage and stage.selector and stage.selector.needs):
         return encode_rows(visual, patches, plan, **options), None
     run = SegmentRun(visual, plan, earlier, **options)

@@ -17,7 +17,7 @@ from evoprune.errors import PluginError, UsageError, call
 from evoprune.methods import registry
 from evoprune.methods.base import EncoderMethod, InputMethod, LanguageMethod, Method, Selector, not_automatic
 from evoprune.methods.budget import AUTO, AUTO_INFLECTION, AUTO_LEAST, FULL, Budget, keep_count
-from evoprune.methods.plans import EncoderPlan, Grid, Inflection, Stage, TowerShape, full_plan
+from evoprune.methods.plans import EncoderPlan, Grid, Stage, TowerShape, full_plan
 from evoprune.methods.ranking import scaled, snap
 from evoprune.methods.types import Selection, Tokens, arange_on
 from evoprune.model.numerics import without_autocast
@@ -72,7 +72,7 @@ class MethodChain:
 
     @property
     def first(self) -> Method:
-        return next(iter(self.members), Method())
+        return self.members[0] if self.members else Method()
 
     @property
     def name(self) -> str:
@@ -160,8 +160,7 @@ class MethodChain:
             stages += call(self.encoder.package, self.encoder.stages, tower, grid, keep)
             reuse = self.encoder.reuse
         if self.token_selector:
-            selector = Inflection(self.token_selector) if inflection else self.token_selector
-            stages.append(Stage(tower.depth, keep, selector))
+            stages.append(Stage(tower.depth, keep, self.token_selector, inflection=inflection))
         return EncoderPlan(grid, keep, tower.depth, reuse, tuple(stages), below)
 
     def after_tower_below(self, launch_bound: int) -> int:

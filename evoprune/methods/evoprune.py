@@ -13,7 +13,7 @@ No paper describes this method; docs/methods.md says what it shares with which. 
 results/ablations.md which settings were tried and brought nothing.
 """
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Annotated, ClassVar
 
@@ -72,6 +72,12 @@ class FarthestPoints(Selector):
     average: bool = True
     count: float = 0.5
     within: float = 0.0
+    # Whether it reads rows before the next layer's norm, which would make flat patches as different as any other.
+    before_norm: bool = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"hidden"}) if self.before_norm else frozenset()
 
     @property
     def weighs(self) -> bool:
@@ -92,13 +98,6 @@ class FarthestPoints(Selector):
         if not self.count or tokens == len(unit_to_token):
             return None
         return unit_counts(unit_to_token, tokens) ** self.count
-
-
-@dataclass(frozen=True)
-class FarthestPatches(FarthestPoints):
-    """Do the same among patch embeddings as they are: the norm would make flat units as different as any other."""
-
-    needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,8 @@ class EvoPruneMethod(EncoderMethod):
         after = min(max(1, round(self.depth * tower.depth)), tower.depth - 1)
         points = replace(self.tokens, average=False, within=0.0)
         before = units
-        for layer, power, select in ((0, self.first, FarthestPatches(*astuple(points))), (after, self.rows, points)):
+        patches = replace(points, before_norm=True)
+        for layer, power, select in ((0, self.first, patches), (after, self.rows, points)):
             if grid[0] == 1:
                 power *= ONE_PAIR_POWER
             rows = max(keep, round(units * (keep / units) ** power))

@@ -76,20 +76,6 @@ class TowerShape:
 
 
 @dataclass(frozen=True)
-class WholePairs:
-    """A selector keeps all rows of a frame pair or none."""
-
-    selector: Any
-
-
-@dataclass(frozen=True)
-class Inflection:
-    """A selector keeps the tokens before the inflection of its sorted scores (methods/chain.py)."""
-
-    selector: Any
-
-
-@dataclass(frozen=True)
 class Merge:
     """A merger merges rows inside each window or frame pair, until each frame pair has as many as `left`, `[T]`, says."""
 
@@ -114,9 +100,12 @@ class Stage:
 
     first_layer: int  # how many layers have run: 0 for patch embeddings, the tower's depth for after its last layer
     rows: int  # of the whole video from there on; an upper bound if not `exact`
-    # A `Selector` of rows, or of tokens after the last layer; `WholePairs`, `Inflection`, `Merge`, `SetAside`
-    reduce: Any
+    reduce: Any  # a `Selector` of rows, or of tokens after the last layer; `Merge`, `SetAside`
     exact: bool = True  # whether `rows` does not depend on the content
+    whole_pairs: bool = False  # whether the selector keeps all rows of a frame pair or none
+    inflection: bool = (
+        False  # whether it keeps the tokens before the inflection of its sorted scores (methods/chain.py)
+    )
 
     @property
     def inside_pairs(self) -> bool:
@@ -126,7 +115,7 @@ class Stage:
     @property
     def selector(self) -> Any:
         """Its selector; None where rows merge or are set aside."""
-        return None if self.inside_pairs else getattr(self.reduce, "selector", self.reduce)
+        return None if self.inside_pairs else self.reduce
 
 
 @dataclass(frozen=True)

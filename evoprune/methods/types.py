@@ -4,7 +4,7 @@ Shapes are known from the plan: `bincount`, `nonzero` and masks as indices synch
 depends on values.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -20,11 +20,6 @@ from evoprune.backend.operators import mean_rows
 def arange_on(count: int, device: torch.device | str) -> torch.Tensor:
     """Return int64 `[count]`: 0, 1, 2 and so on."""
     return torch.arange(count, dtype=torch.int64, device=device)
-
-
-def cat(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the pieces one behind the other; a single one is not copied."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def bincount_fixed(index: torch.Tensor, bins: int) -> torch.Tensor:

@@ -52,6 +52,20 @@ FIRST = 4  # so many of many videos are read ahead
 PATIENCE_S = 3.0  # how long closing waits for the thread, and who wants frames until it is known which come
 
 
+def plan_frames(info: Video, sampling: SamplingOptions, limits: InputLimits, max_visual_tokens: int) -> Plan:
+    """Return the plan of what is read of an input, with nothing pruned.
+
+    `limits`: of a model, for what `info` is. `max_visual_tokens`: where options do not say it.
+
+    Raises what `choose_decoder` and `make_plan` raise.
+    """
+    decoder = choose_decoder(sampling.decoder, info)
+    numbers = sampling.plan_arguments
+    if numbers["max_visual_tokens"] is None:
+        numbers["max_visual_tokens"] = max_visual_tokens
+    return replace(make_plan(info, limits, **numbers), decoder=decoder, seek=sampling.seek)
+
+
 @dataclass(frozen=True)
 class Expected:
     """What a model is going to look at, by its small files and the device."""
@@ -60,12 +74,8 @@ class Expected:
     max_visual_tokens: int  # where options do not say it
 
     def plan(self, info: Video, sampling: SamplingOptions) -> Plan:
-        """Return the plan of an input with nothing pruned. Errors: as of `make_plan` and `choose_decoder`."""
-        numbers = sampling.plan_arguments
-        if numbers["max_visual_tokens"] is None:
-            numbers["max_visual_tokens"] = self.max_visual_tokens
-        plan = make_plan(info, self.limits[info.kind], **numbers)
-        return replace(plan, decoder=choose_decoder(sampling.decoder, info), seek=sampling.seek)
+        """Return the plan of an input, as a session makes it. Errors: as of `plan_frames`."""
+        return plan_frames(info, sampling, self.limits[info.kind], self.max_visual_tokens)
 
 
 def expected(options: ModelOptions) -> Expected | None:
@@ -290,13 +300,13 @@ class Ahead:
         with self._changed:
             if not reading.dropped:
                 reading.pieces.append(piece)
-                self._held += piece.frames.nbytes
+                self._held += piece.pixels.nbytes
                 self._changed.notify_all()
 
     def _drop(self, reading: _Reading) -> None:
         """Gives the frames of a reading up. To be called with the lock."""
         reading.dropped = True
-        self._held -= sum(piece.frames.nbytes for piece in reading.pieces)
+        self._held -= sum(piece.pixels.nbytes for piece in reading.pieces)
         reading.pieces.clear()
         self._changed.notify_all()
 
@@ -334,7 +344,7 @@ class Ahead:
                 wait_for(self._changed, lambda: reading.pieces or reading.ended or reading.dropped)
                 if reading.pieces:
                     piece = reading.pieces.popleft()
-                    self._held -= piece.frames.nbytes
+                    self._held -= piece.pixels.nbytes
                     self._changed.notify_all()
                 elif reading.problem is not None:
                     raise reading.problem
@@ -343,7 +353,7 @@ class Ahead:
                 else:
                     raise RuntimeError(f"reading {reading.path} was closed")
             waited_s = time.perf_counter() - start
-            on_frames(piece.first + len(piece.frames))
+            on_frames(piece.end)
             yield replace(piece, hidden_s=max(0.0, piece.hidden_s - waited_s))
             del piece  # so that only the caller holds the frames
 
@@ -380,13 +390,13 @@ def regrouped(pieces: Iterable[FrameChunk], size: int) -> Iterator[FrameChunk]:
     waiting: list[FrameChunk] = []
     for piece in pieces:
         waiting.append(piece)
-        while (count := sum(len(each.frames) for each in waiting)) >= size:
+        while (count := sum(len(each.pixels) for each in waiting)) >= size:
             chunk = _joined(waiting)
             waiting = []
             if count > size:
                 rest = replace(chunk, first=chunk.first + size, damaged=0, hidden_s=0.0)
-                waiting = [replace(rest, frames=chunk.frames[size:], times_s=chunk.times_s[size:])]
-                chunk = replace(chunk, frames=chunk.frames[:size], times_s=chunk.times_s[:size])
+                waiting = [replace(rest, pixels=chunk.pixels[size:], times_s=chunk.times_s[size:])]
+                chunk = replace(chunk, pixels=chunk.pixels[:size], times_s=chunk.times_s[:size])
             yield chunk
     if waiting:
         yield _joined(waiting)
@@ -397,7 +407,7 @@ def _joined(pieces: Sequence[FrameChunk]) -> FrameChunk:
         return pieces[0]
     return FrameChunk(
         first=pieces[0].first,
-        frames=np.concatenate([piece.frames for piece in pieces]),
+        pixels=np.concatenate([piece.pixels for piece in pieces]),
         times_s=tuple(time_s for piece in pieces for time_s in piece.times_s),
         damaged=sum(piece.damaged for piece in pieces),
         other_shape=any(piece.other_shape for piece in pieces),

@@ -20,10 +20,9 @@ from evoprune.errors import DoesNotFit, UsageError, error_record
 from evoprune.language.choices import ChosenTokens, tokens_of
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
-    AfterThoughts,
+    AnswerConstraint,
     PrefillState,
     StopStrings,
-    TokenConstraint,
     TokenLogprobs,
     TokenStream,
     begins_with_thoughts,
@@ -318,16 +317,6 @@ class Askable(ABC, Uncopied):
             )
         tokens_of(tokenizer, options)
 
-    def _after_thoughts(
-        self, constraint: TokenConstraint, options: GenerationOptions, state: PrefillState
-    ) -> TokenConstraint:
-        """Return a constraint that leaves free what the model thinks before its answer, if it thinks."""
-        tokenizer = self._session.loaded.tokenizer
-        begun = begins_with_thoughts(tokenizer, state.prompt_ids)
-        if begun or options.thinking:
-            return AfterThoughts(constraint, tokenizer, begun)
-        return constraint
-
     def _pieces(
         self,
         question: str,
@@ -359,7 +348,8 @@ class Askable(ABC, Uncopied):
                 constraint = loaded.vocabulary.constraint(options.grammar)
         state = self._read(question, options, report, clock, turns)
         if constraint is not None:
-            constraint = self._after_thoughts(constraint, options, state)
+            begun = begins_with_thoughts(loaded.tokenizer, state.prompt_ids)
+            constraint = AnswerConstraint(constraint, loaded.tokenizer, begun, options.thinking)
         if options.choices is None:
             tokens = TokenStream(state, options, loaded.eos_ids, seed, constraint)
         else:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
 import torch
 
@@ -62,8 +62,10 @@ class Entries:
             raise UsageError(f"the folder of a cache is {brief(self.folder)}, not a path", "give the path of a folder")
         object.__setattr__(self, "limit_bytes", check_type("limit_bytes", self.limit_bytes, int))
 
-    def write(self, key: str, content: Callable[[BinaryIO], None]) -> bool:
+    def write(self, key: str, content: Callable[[BinaryIO], None], make_room: bool = True) -> bool:
         """Writes an entry completely or not at all, and deletes old ones beyond the limit; False where the system refuses.
+
+        `make_room`: False where many are written, and `make_room` is called once behind them.
 
         Raises what `content` does, but for OSError.
         """
@@ -80,7 +82,8 @@ class Entries:
                 raise
         except OSError:
             return False
-        self._make_room()
+        if make_room:
+            self.make_room()
         return True
 
     def size(self) -> tuple[int, int]:
@@ -107,7 +110,7 @@ class Entries:
                     if path.is_file():
                         yield path, path.stat()
 
-    def _make_room(self) -> None:
+    def make_room(self) -> None:
         """Deletes the least recently used entries beyond the limit, and unfinished files that a killed process left."""
         total = 0
         for path, stat in sorted(self._files(), key=lambda file: file[1].st_mtime, reverse=True):
@@ -132,6 +135,8 @@ class Entry:
 @dataclass(frozen=True)
 class Cache(Entries):
     """A folder of encoded videos; several processes may use it at a time."""
+
+    makes_room: ClassVar[bool] = True  # whether storing an entry deletes old ones beyond the limit
 
     folder: Path = field(default_factory=cache_folder)  # default: the one of `evoprune ask --cache`
     limit_bytes: int = 2 * 2**30  # of all entries together; the least recently used are deleted
@@ -196,7 +201,37 @@ class Cache(Entries):
         }
         about = json.dumps(facts)
         content = save(tensors, {"about": about, "digest": _digest(about, tensors)})
-        return len(content) <= self.limit_bytes and self.write(key, lambda file: file.write(content))
+        return len(content) <= self.limit_bytes and self.write(key, lambda file: file.write(content), self.makes_room)
+
+
+def segment_folder() -> Path:
+    """Return the folder for encoded segments, inside that for videos."""
+    return cache_folder() / "segments"
+
+
+@dataclass(frozen=True)
+class SegmentCache(Cache):
+    """A folder of encoded segments of videos. A video has hundreds, so `make_room` is to be called once for all of them."""
+
+    makes_room: ClassVar[bool] = False
+
+    folder: Path = field(default_factory=segment_folder)  # default: the one of `evoprune find --cache`
+    limit_bytes: int = 4 * 2**30
+
+
+class ContentHash:
+    """Hash files as `content_hash`, each once for as long as its size and its time stay the same."""
+
+    def __init__(self):
+        self._known: dict[tuple, str] = {}
+
+    def __call__(self, path: str | os.PathLike[str]) -> str:
+        path = Path(path)
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        state = (path, *file_stats(files))
+        if state not in self._known:
+            self._known[state] = content_hash(path)
+        return self._known[state]
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:

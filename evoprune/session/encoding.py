@@ -6,13 +6,11 @@ import os
 import threading
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
-from contextvars import copy_context
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import chain, islice
-from queue import Empty, SimpleQueue
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -27,7 +25,7 @@ from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache, Entry, content_hash, own_code
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.options import SamplingOptions
-from evoprune.session.patches import PATIENCE_S, TICK_S, Count, KeptPatches, Piece, content_key, patch_bytes
+from evoprune.session.patches import Count, KeptPatches, content_key, cut_frames, patch_bytes, prefetched
 from evoprune.session.planning import TEXT, chunk_bytes, fitting_pieces, plan_input
 from evoprune.session.session import Session
 from evoprune.util import brief
@@ -35,71 +33,15 @@ from evoprune.video.frames import FrameChunk, probe, read_frames
 from evoprune.video.given import Input, held_video, is_frames, is_given, is_temporary, local_input, name_of
 from evoprune.video.info import ARRAY, PICTURE, HeldVideo, check_one_file
 from evoprune.video.plan import Plan
-from evoprune.video.sandbox.isolation import Scope
 from evoprune.video.temporary import named
 from evoprune.vision.encoder import Encoded, EncodedRows, encode_rows, select_tokens
-from evoprune.vision.preprocess import patches_of
 
 Path = str | os.PathLike[str]
 # A stage, what is done of it, in all: "read" and "encode" frames; then perhaps "layers" of the tower.
 Progress = Callable[[str, int, int], None]
-T = TypeVar("T")
 
 KINDS_HINT = "give a path or a URL, an array of frames, a picture of Pillow, the bytes of a file, or an open file"
 READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package that each decoder is
-
-
-def prefetched(
-    items: Generator[T, None, None], depth: int = 2, waiting: Callable[[], None] = lambda: None
-) -> Iterator[T]:
-    """Yields items in order while a thread makes the next ones, at most `depth` of them. `waiting`: called now and then meanwhile.
-
-    The thread, which also closes `items`, starts with the first item that is asked for. When this iterator is exhausted, is closed
-    or raises, the thread ends: what it reads in a worker process is stopped at once, anything else that it is making is finished,
-    unless that takes longer than `PATIENCE_S`; then it is left to end by itself. Whatever making an item raises comes after all
-    items before it.
-    """
-    queue: SimpleQueue[tuple[list[T], BaseException | None]] = SimpleQueue()
-    room = threading.Semaphore(depth)
-    stopped = threading.Event()
-    scope = Scope()
-
-    def work() -> None:
-        problem = None
-        scope.enter()
-        try:
-            with closing(items):
-                while room.acquire() and not stopped.is_set():
-                    queue.put(([next(items)], None))
-        except StopIteration:
-            pass
-        except BaseException as error:
-            problem = error
-        queue.put(([], problem))
-
-    # A daemon thread that hangs does not keep the program from ending.
-    run = copy_context().run  # so that whatever stops this thread also stops the one that it starts
-    thread = threading.Thread(target=run, args=(work,), name="evoprune-prefetch", daemon=True)
-    try:
-        thread.start()
-        while True:
-            try:
-                item, problem = queue.get(timeout=TICK_S)
-            except Empty:
-                waiting()
-                continue
-            if problem is not None:
-                raise problem
-            if not item:
-                return
-            room.release()
-            yield item.pop()
-    finally:
-        stopped.set()
-        room.release()
-        if thread.is_alive():
-            scope.stop()
-            thread.join(PATIENCE_S)
 
 
 @dataclass(eq=False)
@@ -132,7 +74,7 @@ class OpenInput:
         self.count = Count()
         self._told = -1  # so many frames were told to have been read
         self._progress: Progress | None = None
-        self._begun: Iterator[Piece] | None = None
+        self._begun: Iterator[FrameChunk] | None = None
         self._key: Hashable | None = None
         self._held: KeptPatches | None = None  # the patches, where they are kept
         self._closed = False
@@ -266,17 +208,17 @@ class OpenInput:
         self.damaged = 0
         self.other_shape = self.moved = False
         self.read_s = ()
-        for piece in clock.each("wait", begun or self._read_now()):
+        for chunk in clock.each("wait", begun or self._read_now()):
             self._tell()
-            self.damaged += piece.damaged
-            self.other_shape = self.other_shape or piece.other_shape
-            self.moved = self.moved or piece.moved
-            self.read_s += piece.times_s
-            yield piece.patches
+            self.damaged += chunk.damaged
+            self.other_shape = self.other_shape or chunk.other_shape
+            self.moved = self.moved or chunk.moved
+            self.read_s += chunk.times_s
+            yield chunk.pixels
             if progress:
-                progress("encode", piece.frames, self.plan.sampling.frames)
+                progress("encode", chunk.end, self.plan.sampling.frames)
 
-    def _read_now(self) -> Iterator[Piece]:
+    def _read_now(self) -> Iterator[FrameChunk]:
         kept = self._kept()
         return self._start() if kept is None else kept.pieces(self._tell)
 
@@ -301,25 +243,19 @@ class OpenInput:
             self._told = frames
             self._progress("read", frames, self.plan.sampling.frames)
 
-    def _start(self) -> Iterator[Piece]:
+    def _start(self) -> Iterator[FrameChunk]:
         self._open.close()  # of an earlier pass
         pieces = self._prepared()
         if self.threaded:
             pieces = prefetched(pieces, waiting=self._tell)
         return self._open.enter_context(closing(pieces))
 
-    def _prepared(self) -> Generator[Piece, None, None]:
-        """Yield the patches of each chunk of frames."""
+    def _prepared(self) -> Generator[FrameChunk, None, None]:
+        """Return the patches of each chunk of frames."""
         plan = self.plan
         limits = self.session.loaded.limits[plan.kind]
-        with closing(self.frames(chunk_bytes(self.session, plan))) as chunks:
-            for chunk in self.clock.each("read", chunks):
-                self.count.at_least(chunk.first + len(chunk.frames))
-                self.clock.seconds["read"] += chunk.hidden_s
-                with self.clock.stage("preprocess"):
-                    patches = patches_of(chunk.frames, plan, limits, self.session.device)
-                done = chunk.first + len(chunk.frames)
-                yield Piece(done, patches, chunk.times_s, chunk.damaged, chunk.other_shape, chunk.moved)
+        frames = partial(self.frames, chunk_bytes(self.session, plan))
+        return cut_frames(frames, plan, limits, self.session.device, self.clock, self.count)
 
 
 @dataclass(eq=False)
@@ -327,12 +263,16 @@ class CachedInput(OpenInput):
     """The same with a cache: what that has is not read, and what it lacks is stored."""
 
     cache: Cache
+    hashed: Callable[[Path], str] | None = None  # hashes the file; default: `content_hash`
 
     @cached_property
     def key(self) -> str | None:
         """Of its entry in the cache; None without one."""
         with self.clock.stage("read"):
-            return entry_key(self.session, self.plan)
+            return self._key_now()
+
+    def _key_now(self) -> str | None:
+        return entry_key(self.session, self.plan, self.hashed or content_hash)
 
     @cached_property
     def stored(self) -> Entry | None:
@@ -353,7 +293,7 @@ class CachedInput(OpenInput):
         # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.
         whole = not self.damaged and (self.plan.info.changes_size or not self.other_shape)
         with clock.stage("store"):
-            storable = self.key and whole and entry_key(self.session, self.plan) == self.key
+            storable = self.key and whole and self._key_now() == self.key
             if storable and not self.cache.store(self.key, Entry(result, self.read_s, self.moved)):
                 warnings.append("cache_not_written")
         if self.key:
@@ -361,15 +301,18 @@ class CachedInput(OpenInput):
         return result, "off"
 
 
-def entry_key(session: Session, plan: Plan) -> str | None:
-    """Return a key; equal ones mean equal encodings. None without a fingerprint of the model or a readable file."""
+def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> str | None:
+    """Return a key; equal ones mean equal encodings. None without a fingerprint of the model or a readable file.
+
+    `hashed`: as `content_hash`.
+    """
     loaded = session.loaded
     pruning = session.pruning
     limits = loaded.limits[plan.kind]
     if loaded.fingerprint is None or plan.info.container == ARRAY:
         return None
     try:
-        content = content_hash(plan.info.path)
+        content = hashed(plan.info.path)
     except OSError:
         return None
     facts = {

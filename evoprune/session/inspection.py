@@ -28,7 +28,7 @@ def environment_facts(stdout: TextIO) -> dict:
     from evoprune import methods
     from evoprune.backend.devices import describe_devices
     from evoprune.backend.limits import available_cores, available_memory
-    from evoprune.session.cache import Cache
+    from evoprune.session.cache import Cache, SegmentCache
     from evoprune.session.loading.find import BUNDLED_CONFIGS
     from evoprune.session.loading.stored import weights_folder
     from evoprune.video.frames import choose_decoder
@@ -48,6 +48,7 @@ def environment_facts(stdout: TextIO) -> dict:
         demos[f"{key}_folder"] = str(demo.folder)
     cache = Cache()
     videos, occupied = cache.size()
+    segments, segments_bytes = SegmentCache().size()
     models, models_bytes = weights_folder().size()
     return {
         "python": platform.python_version(),
@@ -66,6 +67,9 @@ def environment_facts(stdout: TextIO) -> dict:
             "videos": videos,
             "size_bytes": occupied,
             "limit_bytes": cache.limit_bytes,
+            "segments": segments,
+            "segments_bytes": segments_bytes,
+            "segments_limit_bytes": SegmentCache().limit_bytes,
             "quantized_models": models,
             "quantized_bytes": models_bytes,
         },

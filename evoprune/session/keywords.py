@@ -134,6 +134,28 @@ class StreamKeywords(TypedDict, total=False):
     """The same in tokens, instead of memory_s."""
 
 
+class FindKeywords(TypedDict, total=False):
+    """How moments of a video are found."""
+
+    top: int
+    """At most this many moments of a query, the best first."""
+    min_score: float | None
+    """Least score of a moment, from 0 to 1; default: by the scores of all segments, at least 0.96."""
+    segment_s: float | None
+    """Length of the segments that are asked about, in seconds; None for 8 s, more where total_tokens is too few for
+    that."""
+    total_tokens: int
+    """Visual tokens of a whole video before pruning, unless --fps says how many frames: a long one is looked at less
+    often."""
+    prompt: str | None
+    """The question about a segment, with {} for the query; default: in English, of a demo model one that it knows. A
+    query that ends with ? is asked as it is."""
+    yes: str
+    """How an answer begins where a segment shows it."""
+    no: str
+    """How an answer begins where it does not."""
+
+
 class EvoPruneKeywords(TypedDict, total=False):
     """Settings of pruning."""
 

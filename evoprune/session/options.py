@@ -340,6 +340,55 @@ class StreamOptions:
 
 
 @dataclass(frozen=True)
+class FindOptions:
+    """How moments of a video are found. Raises UsageError: a value out of range, or words that are empty."""
+
+    PANEL: ClassVar[str] = "Finding"
+
+    top: int = option(10, "At most this many moments of a query, the best first.")
+    min_score: float | None = option(
+        None,
+        "Least score of a moment, from 0 to 1; default: by the scores of all segments, at least 0.96.",
+    )
+    segment_s: float | None = option(
+        None,
+        "Length of the segments that are asked about, such as 8s; default: 8 s, more where --total-tokens is too few for that.",
+        "--segment",
+        in_python="Length of the segments that are asked about, in seconds; None for 8 s, more where total_tokens is too few for "
+        "that.",
+        metavar="TIME",
+        typed=str,
+        parse=lambda text: parse_time(text) if text else None,
+    )
+    total_tokens: int = option(
+        2**18,
+        "Visual tokens of a whole video before pruning, unless --fps says how many frames: a long one is looked at less often.",
+    )
+    prompt: str | None = option(
+        None,
+        "The question about a segment, with {} for the query; default: in English, of a demo model one that it knows. A query "
+        "that ends with ? is asked as it is.",
+        metavar="TEXT",
+    )
+    yes: str = option("yes", "How an answer begins where a segment shows it.", metavar="WORD")
+    no: str = option("no", "How an answer begins where it does not.", metavar="WORD")
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("top", "total_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}", "give 1 or more")
+        if self.min_score is not None and not 0 <= self.min_score <= 1:
+            raise UsageError(f"min_score is {self.min_score:g}", "give a number from 0 to 1")
+        if self.segment_s is not None and not 0 < self.segment_s < math.inf:
+            raise UsageError(f"segment_s is {self.segment_s:g}", "give a number above 0")
+        if self.prompt is not None and "{}" not in self.prompt:
+            raise UsageError(f"prompt is {self.prompt!r}, without the query", 'put {} in its place: "Can you see {}?"')
+        if not self.yes.strip() or not self.no.strip():
+            raise UsageError("the words for yes and no are empty", "--yes yes --no no")
+
+
+@dataclass(frozen=True)
 class PipelineOptions:
     """Everything that an answer depends on, besides the video, the question and the machine."""
 
@@ -348,13 +397,14 @@ class PipelineOptions:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
+    find: FindOptions = field(default_factory=FindOptions)
 
     KINDS: ClassVar[tuple[type, ...]] = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions)
 
     @classmethod
     def of(cls, **options) -> Self:
-        """Return what the fields of all five make. Raises UsageError: a bad value. TypeError: an unknown option."""
-        return cls(*from_keywords(options, *cls.KINDS, StreamOptions))
+        """Return what the fields of all six make. Raises UsageError: a bad value. TypeError: an unknown option."""
+        return cls(*from_keywords(options, *cls.KINDS, StreamOptions, FindOptions))
 
 
 def record(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Patches that were read are kept in memory, so that other settings encode the same input without reading it again.
+"""Frames become patches, in a thread: some chunks ahead of the encoder, or all of an input.
 
-They are uint8: 116 MB for the 24,576 units that an input has at most by default (151 MB in Qwen3-VL). They stay on the device that
-made them.
+All are kept in memory, so that other settings encode the same input without reading it again. They are uint8: 116 MB for the 24,576
+units that an input has at most by default (151 MB in Qwen3-VL). They stay on the device that made them.
 """
 
 import os
@@ -9,32 +9,27 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Hashable, Iterator
 from contextlib import closing
-from contextvars import Context
-from dataclasses import dataclass, replace
+from contextvars import Context, copy_context
+from dataclasses import replace
+from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 import torch
 
 from evoprune.backend.devices import available_memory, empty_cache
+from evoprune.model.cost import Clock
+from evoprune.video.frames import FrameChunk
 from evoprune.video.info import ARRAY, IMAGES, NOTHING_SAID, files
 from evoprune.video.plan import InputLimits, Plan
 from evoprune.video.sandbox.isolation import Scope, wait_for
+from evoprune.vision.preprocess import patches_of
+
+T = TypeVar("T")
 
 LIMIT_BYTES = 2**29  # of one input, and of all that nobody uses
 TICK_S = 0.25  # how often whoever waits for a piece says so
 SHARE = 4  # those in use take at most one part in so many of the memory that is available
 PATIENCE_S = 3.0  # how long closing waits for the piece that is being made, where that is no frame of a worker process
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Patches of consecutive frames, and what reading these frames found."""
-
-    frames: int  # of the input, up to the end of these
-    patches: torch.Tensor  # uint8 [rows, values]
-    times_s: tuple[float, ...] = ()  # as of `FrameChunk`, and what follows
-    damaged: int = 0
-    other_shape: bool = False
-    moved: bool = False
 
 
 class Count:
@@ -48,15 +43,86 @@ class Count:
         self.frames = max(self.frames, frames)
 
 
+def cut_frames(
+    frames: Callable[[], Iterator[FrameChunk]],
+    plan: Plan,
+    limits: InputLimits,
+    device: torch.device,
+    clock: Clock,
+    count: Count,
+) -> Generator[FrameChunk, None, None]:
+    """Yield the chunks that `frames` reads as patches on `device`. Adds up the seconds of "read" and "preprocess" in `clock`."""
+    with closing(frames()) as chunks:
+        for chunk in clock.each("read", chunks):
+            count.at_least(chunk.end)
+            clock.seconds["read"] += chunk.hidden_s
+            with clock.stage("preprocess"):
+                patches = patches_of(chunk.pixels, plan, limits, device)
+            yield replace(chunk, pixels=patches)
+
+
+def prefetched(
+    items: Generator[T, None, None], depth: int = 2, waiting: Callable[[], None] = lambda: None
+) -> Iterator[T]:
+    """Yields items in order while a thread makes the next ones, at most `depth` of them. `waiting`: called now and then meanwhile.
+
+    The thread, which also closes `items`, starts with the first item that is asked for. When this iterator is exhausted, is closed
+    or raises, the thread ends: what it reads in a worker process is stopped at once, anything else that it is making is finished,
+    unless that takes longer than `PATIENCE_S`; then it is left to end by itself. Whatever making an item raises comes after all
+    items before it.
+    """
+    queue: SimpleQueue[tuple[list[T], BaseException | None]] = SimpleQueue()
+    room = threading.Semaphore(depth)
+    stopped = threading.Event()
+    scope = Scope()
+
+    def work() -> None:
+        problem = None
+        scope.enter()
+        try:
+            with closing(items):
+                while room.acquire() and not stopped.is_set():
+                    queue.put(([next(items)], None))
+        except StopIteration:
+            pass
+        except BaseException as error:
+            problem = error
+        queue.put(([], problem))
+
+    # A daemon thread that hangs does not keep the program from ending.
+    run = copy_context().run  # so that whatever stops this thread also stops the one that it starts
+    thread = threading.Thread(target=run, args=(work,), name="evoprune-prefetch", daemon=True)
+    try:
+        thread.start()
+        while True:
+            try:
+                item, problem = queue.get(timeout=TICK_S)
+            except Empty:
+                waiting()
+                continue
+            if problem is not None:
+                raise problem
+            if not item:
+                return
+            room.release()
+            yield item.pop()
+    finally:
+        stopped.set()
+        room.release()
+        if thread.is_alive():
+            scope.stop()
+            thread.join(PATIENCE_S)
+
+
 class KeptPatches:
     """All pieces of one input, which a thread makes, and the `count` of the frames it reads. `PatchStore` opens and closes it."""
 
-    def __init__(self, pieces: Generator[Piece, None, None], size: int, count: Count):
+    def __init__(self, pieces: Generator[FrameChunk, None, None], size: int, count: Count):
         self.bytes = size
         self.count = count
         self.users = 0
         self.complete = False
-        self._made: list[Piece] = []
+        self._made: list[FrameChunk] = []
         self._problem: BaseException | None = None
         self._ended = self._stopped = False
         self._changed = threading.Condition()
@@ -67,7 +133,7 @@ class KeptPatches:
         self._thread = threading.Thread(target=run, args=(self._make, pieces), name="evoprune-prefetch", daemon=True)
         self._thread.start()
 
-    def pieces(self, waiting: Callable[[], None] = lambda: None) -> Iterator[Piece]:
+    def pieces(self, waiting: Callable[[], None] = lambda: None) -> Iterator[FrameChunk]:
         """Yields all pieces, also while more are made. `waiting`: called now and then meanwhile.
 
         Raises whatever making a piece has raised, after the pieces before it.
@@ -105,7 +171,7 @@ class KeptPatches:
         self._thread.join(PATIENCE_S)
         self._problem = None  # whose traceback refers to this object
 
-    def _make(self, pieces: Generator[Piece, None, None]) -> None:
+    def _make(self, pieces: Generator[FrameChunk, None, None]) -> None:
         self._scope.enter()
         try:
             with closing(pieces):
@@ -141,7 +207,7 @@ class PatchStore:
         key: Hashable,
         size: int,
         device: torch.device,
-        pieces: Callable[[], Generator[Piece, None, None]],
+        pieces: Callable[[], Generator[FrameChunk, None, None]],
         count: Count,
     ) -> KeptPatches | None:
         """Return the patches of this key, which are there or being read, or which `pieces` reads from now on; to be closed.

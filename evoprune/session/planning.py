@@ -8,13 +8,14 @@ import torch
 from evoprune.backend.devices import largest_piece
 from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.language.prompt import Tokenizer
-from evoprune.methods.plans import EncoderPlan, SetAside, WholePairs
+from evoprune.methods.plans import EncoderPlan, SetAside
 from evoprune.model.config import PATCHES, Config
 from evoprune.model.cost import carried_bytes, shortage, working_memory
+from evoprune.session.ahead import plan_frames
 from evoprune.session.options import SamplingOptions
 from evoprune.session.session import Session
 from evoprune.util import clock, counted
-from evoprune.video.frames import choose_decoder, read_subtitles
+from evoprune.video.frames import read_subtitles
 from evoprune.video.info import (
     NO_SUBTITLES,
     NOTHING_SAID,
@@ -25,7 +26,7 @@ from evoprune.video.info import (
     Video,
     check_picture,
 )
-from evoprune.video.plan import Plan, SamplingPlan, make_plan
+from evoprune.video.plan import Plan, SamplingPlan
 from evoprune.vision.tower import tower_shape
 
 CHUNK_BYTES = 64 * 2**20  # of frames as decoded, held at a time
@@ -88,13 +89,9 @@ def plan_input(session: Session, info: Video, sampling: SamplingOptions, name: s
 
     Raises VideoError: missing, unreadable or empty, or so are its subtitles. UsageError: an unknown or missing decoder.
     """
-    decoder = choose_decoder(sampling.decoder, info)
     loaded = session.loaded
-    numbers = sampling.plan_arguments
-    if numbers["max_visual_tokens"] is None:
-        numbers["max_visual_tokens"] = loaded.found.max_visual_tokens
     limits = loaded.limits[info.kind]
-    full = make_plan(info, limits, **numbers)
+    full = plan_frames(info, sampling, limits, loaded.found.max_visual_tokens)
     encoder = session.pruning.plan(tower_shape(loaded.model.model.visual), full.grid)
     asked = sampling.fps is not None or sampling.frames is not None
     lines = sampling.subtitles, sampling.max_subtitle_tokens
@@ -103,8 +100,6 @@ def plan_input(session: Session, info: Video, sampling: SamplingOptions, name: s
         encoder=encoder,
         unshrunk=full,
         name=name or info.path,
-        decoder=decoder,
-        seek=sampling.seek,
         limited=asked and (full.token_capped or (full.capped and sampling.max_frames is None)),
         subtitles=prompt_subtitles(loaded.tokenizer, info, full.sampling, *lines),
     )
@@ -121,7 +116,7 @@ def encoding_bytes(
     rows = max(encoder.layers)
     left = encoder.rows
     more = 0
-    if any(isinstance(stage.reduce, WholePairs) for stage in encoder.row_stages):
+    if any(stage.whole_pairs for stage in encoder.row_stages):
         more = encoder.units * row_bytes * 4  # the means of all frame pairs are made in float32
     if any(isinstance(stage.reduce, SetAside) for stage in encoder.stages):
         more = 2 * encoder.units * row_bytes * (bytes_each + 4)  # their earlier states, and in float32 how they move

@@ -85,8 +85,8 @@ def in_one(info: Video, times_s: Sequence[float], **how) -> tuple[NDArray[np.uin
         found_s = np.empty(len(times_s), np.float64)
         with closing(read_chunks(info, times_s, **how)) as chunks:
             for chunk in chunks:
-                place = slice(chunk.first, chunk.first + len(chunk.frames))
-                frames[place] = chunk.frames
+                place = slice(chunk.first, chunk.end)
+                frames[place] = chunk.pixels
                 found_s[place] = chunk.times_s
     return frames, found_s
 

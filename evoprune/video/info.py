@@ -35,6 +35,9 @@ Decoder = Literal["auto", "pyav", "decord"]
 NO_SUBTITLES = "none"
 AUTO_SUBTITLES = "auto"
 
+# Of the names of clips: MP4, and Matroska where players expect something else in an MP4.
+CLIP_ENDINGS = (".mp4", ".mkv")
+
 SubtitleLine = tuple[float, float, str]  # start and end in seconds from the first frame, and what is said
 
 

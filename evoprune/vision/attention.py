@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.backend.attention import NEVER, attends_by_products, bias_features, form_of_groups
-from evoprune.methods.types import arange_on, bincount_fixed, cat, runs
+from evoprune.methods.types import arange_on, bincount_fixed, runs
 from evoprune.model.config import PATCHES
 from evoprune.model.numerics import without_autocast
 from evoprune.vision.layout import Scope, group_table, group_units, order_tables
@@ -310,7 +310,7 @@ def grouped_attention(
         parts = list(batch.parts(at_once or len(k)))
         if batch.back is not None:
             answers = [_attend_padded(q, k, v, part, received, timer) for part in parts]
-            return cat(answers)[batch.back]
+            return devices.cat(answers)[batch.back]
         for part in parts:
             answer = _attend_padded(q, k, v, part, received, timer)
             if part.query is None:

@@ -27,16 +27,17 @@ from evoprune.backend import devices
 from evoprune.backend.attention import without_cudnn
 from evoprune.errors import UsageError
 from evoprune.methods.chain import select, tokens_before_inflection
-from evoprune.methods.plans import EncoderPlan, Inflection, Merge, SetAside, Stage, TowerShape, WholePairs
+from evoprune.methods.plans import EncoderPlan, Merge, SetAside, Stage, TowerShape
 from evoprune.methods.ranking import closest
-from evoprune.methods.types import Selection, Tokens, arange_on, bincount_fixed, cat
-from evoprune.model.config import vision_sizes
+from evoprune.methods.types import Selection, Tokens, arange_on, bincount_fixed
+from evoprune.model.config import PATCHES, vision_sizes
 from evoprune.model.numerics import all_finite, not_a_number_error, without_autocast
 from evoprune.model.weights import Tower
 from evoprune.vision.families import embed, merge_patches, tower_layers
 from evoprune.vision.hooks import Hook, looks
+from evoprune.vision.layout import window_order
 from evoprune.vision.merging import Merging
-from evoprune.vision.preprocess import CLIP, Normal, ReferenceBlocks, row_patches
+from evoprune.vision.patches import CLIP, Normal, ReferenceBlocks, in_pairs, normalised, patch_means, scan
 from evoprune.vision.rows import Rows, all_units, reused_units
 from evoprune.vision.tower import (
     Layer,
@@ -141,7 +142,7 @@ class EncodedRows:
 
     plan: EncoderPlan
     rows: Rows  # ordered by unit
-    selector_input: Tokens  # the same, as the selector of tokens gets it
+    seed: int  # as in `Tokens`
     source: torch.Tensor  # int64 `[T, H*W]`, the number of the frame pair whose pixels represent each unit
     layers: list[tuple[int, int]]  # as in `Encoded`
     selection: Selection | None  # inside the tower, if the language model reads exactly those rows
@@ -149,6 +150,11 @@ class EncodedRows:
     # bool `[3]`, read at the end, so that nothing synchronises earlier: whether all rows are without NaN and infinity, whether
     # mergers have removed their rows, and whether every frame pair has one colour
     checks: torch.Tensor
+
+    @cached_property
+    def selector_input(self) -> Tokens:
+        """The rows as the selector of tokens gets them."""
+        return Tokens(self.rows.values, self.rows.unit_to_row, self.plan.grid, self.seed, self.rows.given)
 
     def nothing_selected(self) -> Encoded:
         """Return an encoding without tokens, for a method whose question is not known yet."""
@@ -197,7 +203,7 @@ def encode_rows(visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **op
     Args:
         visual: the tower's weights: a `model.weights.Tower`, or transformers' tower of the same families, whose layers obey
             torch's autocast. The rows are then in its dtype.
-        patches: the whole video in pieces, as of `preprocess.row_patches`.
+        patches: the whole video in pieces `[n, values]`: pixels (uint8), or already normalised, as by a processor.
         plan: for this tower, from `MethodChain.plan`.
 
     Raises ValueError: the number of patches does not fit the grid. ModelError: the tower computes NaN or infinite values.
@@ -210,7 +216,7 @@ class EncoderRun:
 
     Args:
         visual, plan: as of `encode_rows`.
-        normal: as of `preprocess.row_patches`.
+        normal: mean and standard deviation of the colours, by which pixels are normalised.
         seed: as in `Tokens`.
         piece_units: rows that go through a product at a time, and units that are embedded; default: `devices.largest_piece`. The
             memory depends on it. So does the result's rounding in 16 bits, where a product rounds otherwise with another number of
@@ -268,9 +274,8 @@ class EncoderRun:
                 if stage:
                     rows = self.select_rows(rows, stage)
             rows = self.finish(rows)
-        tokens = Tokens(rows.values, rows.unit_to_row, self.plan.grid, self.seed, rows.given)
         layers = list(enumerate(self.computed))
-        return EncodedRows(self.plan, rows, tokens, self.source, layers, self.selection, self.timer, self.checks())
+        return EncodedRows(self.plan, rows, self.seed, self.source, layers, self.selection, self.timer, self.checks())
 
     def embed(self, patches: Iterable[torch.Tensor]) -> Rows:
         """Return the rows before the first layer, one for each unit that is not reused."""
@@ -279,27 +284,47 @@ class EncoderRun:
         values = []
         units = []
         sources = []
-        one_colour = None
-        if plan.prunes:
-            one_colour = self.one_colour
-        pieces = row_patches(
-            patches, geo, plan.grid[0],
-            normal=self.normal, units=self.piece, threshold=plan.reuse, dtype=self.dtype, timer=self.timer,
-            one_colour=one_colour, references=self.references,
-        )  # fmt: skip
-        for piece in pieces:
-            values.append(embed(self.visual, piece.patches, geo, piece.unit))
-            units.append(piece.unit)
-            sources.append(piece.source)
-            self.counts += piece.counts
-            self.references = piece.references
-        self.source = cat(sources)
-        x = cat(values)
+        for piece in in_pairs(patches, geo, plan.grid[0], self.piece):
+            first = len(self.counts)  # of its frame pairs
+            pairs = len(piece) // (geo.units * PATCHES)
+            if plan.prunes:
+                self.note_colour(piece.view(pairs, -1, piece.shape[1]))
+            own = first + arange_on(pairs, self.device)[:, None]
+            source = own.expand(pairs, geo.units)
+            alive = None
+            counts = (geo.units,) * pairs
+            if plan.reuse:
+                with self.timer:
+                    means = patch_means(piece, geo.units, self.normal)
+                    source, self.references = scan(means, self.references, threshold=plan.reuse)
+                    alive = source == own
+                    counts = tuple(alive.sum(1).tolist())  # which waits for an accelerator, once for each piece
+            unit = window_order(geo, pairs, alive, sum(counts))
+            x = piece.view(-1, PATCHES, piece.shape[1])[unit]
+            if x.dtype == torch.uint8:
+                x = normalised(x, self.normal)
+            if first:
+                unit = unit + first * geo.units
+            values.append(embed(self.visual, x.to(self.dtype), geo, unit))
+            units.append(unit)
+            sources.append(source)
+            self.counts += counts
+        self.source = devices.cat(sources)
+        x = devices.cat(values)
         deepstack = x.new_empty(len(x), 0, vision_sizes(self.visual.config).out_hidden_size)
         if not plan.reuse:
             return all_units(x, deepstack, geo, plan.grid[0])
         with self.timer:
-            return reused_units(x, deepstack, geo, self.source, self.counts, cat(units))
+            return reused_units(x, deepstack, geo, self.source, self.counts, devices.cat(units))
+
+    def note_colour(self, patches: torch.Tensor) -> None:
+        """Notes whether each frame pair of `patches` (`[pairs, n, values]`) has one colour, until one is known not to.
+
+        Then all of its patches are equal within one level of 255.
+        """
+        if self.one_colour and devices.known_false(self.one_colour[-1]):
+            return
+        self.one_colour.append((patches.amax(1) - patches.amin(1)).max() < 1 / 255)
 
     def run_layers(self, rows: Rows, layers: range) -> Rows:
         """Return the rows after `layers`, and after what the hooks do."""
@@ -351,10 +376,9 @@ class EncoderRun:
         """
         plan = self.plan
         selector = stage.selector
-        whole_pairs = isinstance(stage.reduce, WholePairs)
         max_rows = stage.rows
         reach = "clip"
-        if whole_pairs:
+        if stage.whole_pairs:
             max_rows = plan.keep
             reach = "place"
         self.selection = None
@@ -374,7 +398,7 @@ class EncoderRun:
                 unit_to_token = _nearest_kept(tokens, selection.kept)
             del seen, tokens  # as large as all rows
             left = rows.take(selection, unit_to_token, reach, not selector.drops)
-        if not whole_pairs and selector.suffices(len(left), plan.keep, plan.units):
+        if not stage.whole_pairs and selector.suffices(len(left), plan.keep, plan.units):
             self.selection = selection
         return left
 
@@ -432,7 +456,7 @@ def _hooks(
     before = after = []
     if plan.token_stage and plan.token_stage.selector.needs:
         selector = plan.token_stage.selector
-        if not all(isinstance(stage.reduce, WholePairs) for stage in plan.row_stages):
+        if not all(stage.whole_pairs for stage in plan.row_stages):
             problem = "selects behind a selection between layers, and gets nothing but the rows"
             raise TypeError(f"method {selector.name} {problem}")
         before, after = looks(selector, tower, merge)
@@ -488,7 +512,7 @@ def token_selection(video: EncodedRows, question: torch.Tensor | None = None) ->
             problem = f"method {selector.name} reads the question, and there is none here"
             raise UsageError(problem, "give the question with the video, or take another method")
         tokens = replace(tokens, given={**tokens.given, "question": question.to(unit.device).float()})
-    if isinstance(stage.reduce, Inflection):
+    if stage.inflection:
         keep = tokens_before_inflection(selector, tokens, keep)
     return select(selector, tokens, keep)
 

@@ -24,7 +24,7 @@ from experiments.demo.write import clips_asked, data_text, demo_videos
 
 MODELS = {SHAPES.name: "demo", SCENES.name: "demo-scenes"}
 BUDGET = 0.25
-LONGEST = 12  # tokens of an answer: no answer about a world is longer
+LONGEST = 64  # tokens of an answer or a choice: none about a world is longer
 BINS = (0.0, 0.5, 0.7, 0.9, 0.99, 1.0)  # of confidence
 MOST = 26  # choices of a question: as many as options may be
 
@@ -65,6 +65,9 @@ def evaluated(world: str, split: str, block: int, score: str, videos: Sequence[V
     run = Evaluation(settings, videos)
     run.load()
     run.run(lambda *what: _progress(f"{world}, {score}: {told(*what)}"))
+    for sample in run.samples:
+        if "error" in sample:
+            raise SystemExit(f"{sample['video']} failed: {sample['error']['message']}")
     return run.samples
 
 

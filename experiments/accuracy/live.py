@@ -99,7 +99,7 @@ def asked(qa: VideoQA, video, streams: list[str]) -> dict[str, list[dict]]:
     plan = of_file.plan
     times = plan.sampling.times_s
     with closing(read_frames(plan.info, times)) as chunks:
-        frames = np.concatenate([chunk.frames.copy() for chunk in chunks])
+        frames = np.concatenate([chunk.pixels.copy() for chunk in chunks])
     found = {FILE: answers(of_file, video)}
     step = plan.sampling.seconds_per_frame
     tokens = plan.encoder.keep

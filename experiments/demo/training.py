@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.vision.preprocess import CLIP
+from evoprune.vision.patches import CLIP
 from experiments.demo.muon import Muon
 from experiments.demo.shared_prompts import hidden_of_rows
 from experiments.demo.team import Team

@@ -79,7 +79,7 @@ def middles(info: Video, count: int) -> list[float]:
 
 def frames_at(info: Video, times_s: Sequence[float], decoder: str) -> np.ndarray:
     """uint8 `[n, H, W, 3]`"""
-    return np.concatenate([chunk.frames for chunk in read_frames(info, times_s, decoder=decoder)])
+    return np.concatenate([chunk.pixels for chunk in read_frames(info, times_s, decoder=decoder)])
 
 
 def get_batch(info: Video, times_s: Sequence[float]) -> np.ndarray:

@@ -156,7 +156,8 @@ class Transformers:
         import torch
 
         from evoprune.session.prompting import prompt_about
-        from evoprune.vision.preprocess import normalised, patches_of
+        from evoprune.vision.patches import normalised
+        from evoprune.vision.preprocess import patches_of
 
         vision = self._found.config.vision_config
         limits = self._found.limits[plan.kind]

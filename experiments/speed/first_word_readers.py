@@ -32,7 +32,7 @@ def evoprune(path: str, times_s: Sequence[float], part_s: float, seek: str = "ex
     from evoprune.video.frames import probe, read_frames
 
     for chunk in read_frames(probe(path), times_s, seek=seek, part_s=part_s):
-        yield from chunk.frames
+        yield from chunk.pixels
 
 
 def keyframes(path: str, times_s: Sequence[float], part_s: float) -> Frames:

@@ -21,7 +21,7 @@ from evoprune.hf.encoding import PackedTower, encode_each, patch_config
 from evoprune.session.loading.find import DTYPES, describe_model
 from evoprune.session.loading.model import random_model
 from evoprune.session.options import ModelOptions
-from evoprune.vision.preprocess import patchify
+from evoprune.vision.patches import patchify
 from experiments.timing import medians
 
 

@@ -239,7 +239,7 @@ from evoprune.video.frames import read_frames
 from evoprune.video.frames import probe
 from evoprune.errors import OutOfMemory
 try:
-    print(sum(len(chunk.frames) for chunk in read_frames(probe("{path}"), [0.0, 0.3, 0.6, 0.9])))
+    print(sum(len(chunk.pixels) for chunk in read_frames(probe("{path}"), [0.0, 0.3, 0.6, 0.9])))
 except OutOfMemory as problem:
     print(problem.stage, problem.message)
 """

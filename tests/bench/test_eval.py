@@ -190,8 +190,8 @@ def test_the_blind_row_sees_nothing_but_size_and_length(loaded):
     info = probe(SAMPLES / "square.mp4")
     opened = open_inputs(VideoQA(loaded).session, [info.path], SamplingOptions(frames=4), kind=GreyInput)
     chunks = list(opened.inputs[0].frames(chunk_bytes=1))
-    assert [chunk.first for chunk in chunks] == [0, 2] and all((chunk.frames == 128).all() for chunk in chunks)
-    assert chunks[0].frames.shape == (2, info.height, info.width, 3) and chunks[0].frames.dtype == np.uint8
+    assert [chunk.first for chunk in chunks] == [0, 2] and all((chunk.pixels == 128).all() for chunk in chunks)
+    assert chunks[0].pixels.shape == (2, info.height, info.width, 3) and chunks[0].pixels.dtype == np.uint8
     run = begun(loaded, replace(SETTINGS, blind=True), videos(("square.mp4", "three.mp4")))
     run.run()
     blind = [(s["question"], s["answer"], s["tokens"]) for s in run.samples if s["row"] == "blind"]

@@ -17,7 +17,7 @@ from evoprune.methods import registry
 from evoprune_cli.main import app
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["ask", "batch", "watch", "eval", "tune", "inspect", "profile", "verify", "methods"]
+COMMANDS = ["ask", "batch", "watch", "eval", "find", "tune", "inspect", "profile", "verify", "methods"]
 BUDGETS = ["full", "high", "balanced", "fast", "auto", "auto:inflection"]
 # A line up to the cursor, and what is offered; where that is nothing, the shell offers files.
 LINES = {

@@ -29,6 +29,7 @@ RUNS = {
     "batch": ["batch", CLIP, "-Q", "What happens?", *QUICK, *OUT],
     "ahead": ["batch", GOOD, CLIP, "-Q", "Who?", "-Q", "Why?", *QUICK, *OUT],
     "probe": ["batch", GOOD, "{}/hang.mp4", "-Q", "Who?", *QUICK, *OUT],
+    "find": ["find", CLIP, "a red circle", "-m", "demo"],
     "eval": ["eval", "--data", "{}/questions.jsonl", "-b", "0.5", *QUICK],
     "tune": ["tune", CLIP, "-m", "demo", "--frames", "4"],
     "overlay": ["inspect", CLIP, "--overlay", "{}/out.png"],

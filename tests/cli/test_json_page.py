@@ -142,6 +142,24 @@ def test_ask_and_batch(cli, tiny_folder, rows, tmp_path):
     check("ask and batch", outputs + records((tmp_path / "o.jsonl").read_text()))
 
 
+def test_find(cli, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    found = cli("find", SQUARE, str(broken), "a green square", "--json", "-q")
+    refused = cli("find", "gone.mp4", "a green square", "--json")
+    assert (found.code, refused.code) == (6, 3)
+    check("find", [*records(found.out), refused.record])
+
+
+def test_output_of_find(cli, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert cli("find", SQUARE, "a green square", "-q", "-o", str(out)).code == 0
+    (record,) = records(out.read_text())
+    assert {"schema", "id", "moments", "error", "model", "batch"} == record.keys()
+    assert record["moments"] and record["batch"].keys() == {"row", "settings", "files"}
+    assert "evoprune/found@1" in section("Output of find") and record["schema"] == "evoprune/found@1"
+
+
 def test_eval(cli, tiny_folder, rows, tmp_path):
     folder = tmp_path / "run"
     sweep = ("-b", "0.5", "--method", "random,pool")

@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-pytest.importorskip("llguidance")
-
 CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
 SHOWN = {
     "type": "object",

@@ -137,6 +137,17 @@ def test_the_prompt(cli):
     assert (" seen, " in result.err and " tokens, " in result.err and "lag" in result.err) or "ended" in result.err
 
 
+def test_the_prompt_remembers(cli, tiny_folder):
+    flags = ("-m", tiny_folder, "--dtype", "fp32", "-n", "3", "--json")
+    lines = f"{QUESTION}\n{MORE}\n/undo\n/new\n{MORE}\n"
+    result = cli("watch", CLIP, *flags, stdin=lines, terminal=True)
+    assert [record["conversation"]["turns"] for record in records(result.out)] == [0, 1, 0]
+    assert f"taken back: {MORE}" in result.err and "Each question is on its own" not in result.err
+    single = cli("watch", CLIP, *flags, "--history", "off", stdin=f"{QUESTION}\n/undo\n", terminal=True)
+    assert records(single.out)[0]["conversation"] is None and "/undo is about a conversation" in single.err
+    assert "on its own: the demo models know single questions" in cli("watch", CLIP, stdin="", terminal=True).err
+
+
 def test_the_status_line_is_for_terminals(cli):
     on_terminal = cli("watch", CLIP, *ASKED, "--pace", "file", "--window", "2s", columns=80)
     assert "lag 0." in on_terminal.err and "frames" in on_terminal.err and on_terminal.out == "green\n"
@@ -151,6 +162,7 @@ def test_the_status_line_is_for_terminals(cli):
         ((CLIP,), "no questions, and stdin is no terminal"),
         ((CLIP, "--every", "3s"), "--every without a question"),
         ((CLIP, *ASKED, "--every", "soon"), "is not a time"),
+        ((CLIP, *ASKED, "--history", "on"), "--history is about questions at a prompt"),
         ((CLIP, *ASKED, "--window", "0"), "--window is 0"),
         ((CLIP, "-Q", " "), "the question is empty"),
         (("-", "--questions", "-"), "both the video and the questions"),

@@ -274,7 +274,7 @@ def commands() -> Iterator[tuple[str, Callable[[], Held]]]:
     yield "version", partial(said, ("--version",))
     yield "process", partial(said, ("ask", CLIP, COLOUR, "-q"), ("ask", "gone.mp4", COLOUR), run=in_process)
     yield "process stdin", partial(said, ("ask", "-", COLOUR, "-q"), run=partial(in_process, clip=CLIP))
-    for name in ("", "ask", "batch", "watch", "eval", "tune", "inspect", "profile", "verify", "methods"):
+    for name in ("", "ask", "batch", "find", "watch", "eval", "tune", "inspect", "profile", "verify", "methods"):
         yield f"help {name}".strip(), partial(help_of, name)
     graded = ("eval", "--data", "samples/questions.jsonl", "--limit", "2", "-b", "0.1", "--method", "evoprune,random")
     yield "eval", partial(said, (*graded, "--json"), (*graded, "-q"), kept=True)

@@ -15,7 +15,7 @@ from evoprune.contrib.earlytom import EarlyTom, FrameTokens, MergedFrames, Runs,
 from evoprune.contrib.ipcv import Follow, Ipcv
 from evoprune.methods.baselines import Random
 from evoprune.methods.chain import MethodChain
-from evoprune.methods.plans import EncoderPlan, Stage, TowerShape, WholePairs, full_plan
+from evoprune.methods.plans import EncoderPlan, Stage, TowerShape, full_plan
 from evoprune.methods.types import Tokens
 from evoprune.vision.encoder import encode_rows, select_tokens, token_selection
 from evoprune.vision.layout import geometry
@@ -218,7 +218,7 @@ def test_more_tokens_than_are_left_are_those_of_frame_pairs_that_merged_away():
 
 def test_earlytom_the_plan():
     """Upper bounds, because the content decides; and no merging after the last layer that gives attention."""
-    grid, units, merge = (8, 6, 10), 8 * 60, WholePairs(MergedFrames())
+    grid, units, merge = (8, 6, 10), 8 * 60, MergedFrames()
     for tower, merges in (
         (TowerShape(32, (7, 15, 23, 31)), [9, 27, 30]),
         (TowerShape(8, (1, 3, 5, 7)), [2, 7]),
@@ -226,7 +226,7 @@ def test_earlytom_the_plan():
         (TowerShape(1, (0,)), []),
     ):
         plan = methods.parse("earlytom").plan(tower, grid, 40)
-        stages = [Stage(layer, units, merge, exact=False) for layer in merges]
+        stages = [Stage(layer, units, merge, exact=False, whole_pairs=True) for layer in merges]
         assert plan == EncoderPlan(grid, 40, tower.depth, stages=(*stages, Stage(tower.depth, 40, FrameTokens())))
         assert (plan.layers, plan.rows, plan.exact) == ((units,) * tower.depth, units, not merges)
 

@@ -13,8 +13,9 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from evoprune.errors import ModelError
 from evoprune.language.generate import (
-    AfterThoughts,
+    AnswerConstraint,
     GenerationOptions,
     StopStrings,
     TokenStream,
@@ -443,6 +444,16 @@ def test_a_constraint_narrows_every_choice(model, options):
     assert list(cut) and cut.finish_reason == "length"
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 5.0}])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_constraint_hides_no_logit_that_is_no_number(model, options, wrong):
+    state = Clip(model, *CLIPS[0]).prefill(model)
+    state.logits = state.logits.clone()
+    state.logits[3] = wrong
+    with pytest.raises(ModelError):
+        list(TokenStream(state, GenerationOptions(**options), [], 0, Steps([7])))
+
+
 def test_an_end_may_be_allowed(model):
     answer = TokenStream(Clip(model, *CLIPS[0]).prefill(model), GenerationOptions(), [9], 0, Steps([7], [9]))
     assert (list(answer), answer.finish_reason) == ([7], "stop")
@@ -453,7 +464,7 @@ def test_an_end_may_be_allowed(model):
 def test_a_constraint_waits_for_the_end_of_thoughts(special, begun):
     own = thinking_tokenizer(special=special)
     inner = Steps([3], [4])
-    constraint = AfterThoughts(inner, own, begun)
+    constraint = AnswerConstraint(inner, own, begun, may_begin=True)
     begin = own.backend.token_to_id("<think>")
     if not begun:
         mask = constraint.mask(600)
@@ -470,3 +481,23 @@ def test_a_constraint_waits_for_the_end_of_thoughts(special, begun):
         assert constraint.mask(600).nonzero().tolist() == [[token]]
         constraint.advance(token)
     assert constraint.complete
+
+
+def test_a_constraint_has_no_thoughts_where_they_are_off():
+    own = thinking_tokenizer()
+    begin = own.backend.token_to_id("<think>")
+    constraint = AnswerConstraint(Steps([3, begin], [3, begin]), own, begun=False, may_begin=False)
+    assert not constraint.mask(600)[begin]  # it would begin thoughts, not an answer with this text
+    constraint.advance(3)
+    assert constraint.mask(600)[begin]
+
+
+@pytest.mark.parametrize("after", ["", "\n\n", "a", "\n a"])
+def test_a_constraint_begins_inside_the_token_that_ends_thoughts(after):
+    own = thinking_tokenizer(special=None)
+    ends = f"</think>{after}"
+    own.backend.add_tokens([ends])
+    (letter,) = own.encode("a")
+    constraint = AnswerConstraint(Steps([letter]), own, begun=True, may_begin=True)
+    constraint.advance(own.backend.token_to_id(ends))
+    assert constraint.complete == after.endswith("a")

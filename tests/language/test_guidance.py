@@ -1,19 +1,19 @@
 """What llguidance allows, token by token, and what is refused with its place."""
 
 import json
+import random
+from functools import partial
 
 import pytest
 import torch
 
 from evoprune.errors import UsageError
-from tests.language.test_schema import refusal
-from tests.tiny import tiny_tokenizer
-
-pytest.importorskip("llguidance")
-
+from evoprune.language import guidance
 from evoprune.language.guidance import REGEX, SCHEMA, Vocabulary, grammar_of
 from evoprune.language.prompt import Tokenizer
 from evoprune.language.settings import GenerationOptions
+from tests.language.test_schema import refusal
+from tests.tiny import tiny_tokenizer
 
 VOCABULARY = 600  # more than the tokenizer has, as most models' output layers are
 
@@ -86,8 +86,10 @@ NOT = {"type": "array", "items": {"not": {"type": "null"}}}
         ({"$defs": {"a": {"$ref": "#/$defs/b"}}, "$ref": "#/$defs/a"}, "'/$defs/b' does not exist"),
         ({"type": "object", "properties": {"a": {"pattern": "(", "type": "string"}}}, "unclosed group"),
         ({"enum": []}, "Unsatisfiable schema"),
-        ({"$ref": "#"}, "it allows no answer"),
-        ({"enum": [f"{number:06}" for number in range(60_000)]}, "too big"),
+        ({"$ref": "#"}, "nothing can be written that it allows"),
+        ({"x-guidance": {"lenient": True}, "not": {"type": "null"}}, "Unimplemented keys"),
+        ({"type": "object", "properties": {f"field{number}": {} for number in range(600)}}, "max is 2000"),
+        ({"const": [0] * 70_000}, "panic"),
     ],
 )  # fmt: skip
 def test_a_schema_that_cannot_be_followed_is_refused_with_its_place(schema, said):
@@ -96,14 +98,84 @@ def test_a_schema_that_cannot_be_followed_is_refused_with_its_place(schema, said
 
 @pytest.mark.parametrize(
     ("regex", "said"),
-    [("(", "unclosed group"), ("(?=a)b", "look-around"), ("a" * 10_001, "more than 10,000 characters")],
-)
+    [
+        ("(", "unclosed group"),
+        ("(?=a)b", "look-around"),
+        ("a" * 10_001, "more than 10,000 characters"),
+        ("(" * 4000 + ")" * 4000, "nested"),
+        ("(a{1000}){1000}", "followed: "),
+        (r"[^\s\S]", "nothing can be written"),
+        ("\ud800", "surrogates"),
+    ],
+)  # fmt: skip
 def test_a_regular_expression_that_cannot_be_followed_is_refused(regex, said):
     assert said in refusal(GenerationOptions, regex=regex)
 
 
+def references(count: int) -> dict:
+    """A schema that refers to another one inside a list, and so on."""
+    inner = {f"d{n}": {"type": "array", "items": {"$ref": f"#/$defs/d{n + 1}"}} for n in range(count)}
+    return {"$defs": {**inner, f"d{count}": {"type": "null"}}, "$ref": "#/$defs/d0"}
+
+
+def test_a_schema_whose_references_go_too_deep_is_refused():
+    """llguidance would end the program: it has no limit on how far it goes down."""
+    assert GenerationOptions(schema=references(50)).grammar
+    assert "too much" in refusal(GenerationOptions, schema=references(4000))
+
+
+def test_a_check_without_an_end_is_ended(monkeypatch):
+    monkeypatch.setattr(guidance, "CPU_SECONDS", 1)
+    patterns = [{"type": "string", "pattern": f"a.{{{number}}}b"} for number in range(400)]
+    assert "come to an end within 1 s" in refusal(GenerationOptions, schema={"allOf": patterns})
+
+
+@pytest.mark.parametrize("regex", ["(a|b)*a(a|b){200}c", "(.*a.{100}){30}", r"(\w+\s+){1000}", "((a*)*)*b"])
+def test_a_regular_expression_that_other_programs_explode_at_is_followed(tokenizer, vocabulary, regex):
+    constraint = vocabulary.constraint(grammar_of(REGEX, regex))
+    draw = random.Random(0)
+    for _ in range(300):
+        if constraint.complete:
+            break
+        ids = constraint.mask(VOCABULARY).nonzero()[:, 0].tolist()
+        constraint.advance(draw.choice(ids[:-1] or ids))
+
+
+def test_a_schema_is_checked_once(monkeypatch):
+    schema = {"type": "integer", "minimum": 20261128}
+    assert GenerationOptions(schema=schema).grammar
+    monkeypatch.setattr(guidance, "apart", partial(pytest.fail, "a second process"))
+    assert GenerationOptions(schema=schema).grammar
+
+
 def test_a_schema_and_a_regular_expression_exclude_each_other():
     assert "exclude each other" in refusal(GenerationOptions, schema={}, regex="a")
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"properties": {"a": {"type": "integer"}}}, r'{"\u0061":"x"}'),  # the name is a
+        ({"x-guidance": {"key_separator": "::"}}, '{"a"::1}'),
+        ({"properties": {"a": {"type": "integer"}}}, '{"a":1,"a":2}'),
+        ({}, r'"\ud800"'),  # no character
+    ],
+)
+def test_what_is_not_valid_json_by_the_schema_cannot_be_written(tokenizer, vocabulary, schema, text):
+    constraint = vocabulary.constraint(grammar_of(SCHEMA, {"type": ["object", "string"], **schema}))
+    for token in tokenizer.encode(text):
+        if not constraint.mask(VOCABULARY)[token]:
+            return
+        constraint.advance(token)
+    pytest.fail("it could be written")
+
+
+def test_all_tokens_that_end_an_answer_end_it(tokenizer, end):
+    other = tokenizer.specials()["<|endoftext|>"]
+    constraint = Vocabulary(tokenizer, [end, other, 10**6]).constraint(grammar_of(REGEX, "ab?"))
+    assert allowed(tokenizer, constraint) == {"a"}
+    constraint.advance(tokenizer.encode("a")[0])
+    assert allowed(tokenizer, constraint) == {"b", "<|im_end|>", "<|endoftext|>"}
 
 
 def test_a_schema_may_refer_to_itself(tokenizer, vocabulary):

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, make_dataclass
 
 import pytest
 
@@ -45,12 +46,22 @@ def test_a_schema_is_read_from_a_file(tmp_path):
 
 
 def test_a_dataclass_and_a_model_of_pydantic_have_schemas():
-    pydantic = pytest.importorskip("pydantic")
+    import pydantic
+
     of_class = schema_of(Shown)
     assert of_class["required"] == ["colour", "corners"]
     assert of_class["properties"]["corners"]["items"] == {"type": "integer"}
     model = pydantic.create_model("Shown", colour=(str, ...), corners=(list[int], ...))
     assert schema_of(model)["properties"] == of_class["properties"]
+
+
+def test_a_class_that_has_no_schema_is_refused():
+    import pydantic
+
+    for field in (Callable, object()):
+        assert "the class Odd has no JSON Schema" in refusal(schema_of, make_dataclass("Odd", [("field", field)]))
+    model = pydantic.create_model("Odd", field=(Callable, ...))
+    assert "the class Odd has no JSON Schema" in refusal(schema_of, model)
 
 
 @pytest.mark.parametrize("given", [3, "object", int, [SHOWN], {"a": {1}}])

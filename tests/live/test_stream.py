@@ -42,7 +42,7 @@ def frames_of(video):
         return [
             (frame.copy(), time)
             for chunk in chunks
-            for frame, time in zip(chunk.frames, video.plan.sampling.times_s[chunk.first :], strict=False)
+            for frame, time in zip(chunk.pixels, video.plan.sampling.times_s[chunk.first :], strict=False)
         ]
 
 

@@ -10,7 +10,7 @@ from evoprune.errors import UsageError
 from evoprune.methods import registry
 from evoprune.methods.budget import FULL, PRESETS, Budget
 from evoprune.methods.chain import PruneConfig, inflection, tokens_before_inflection
-from evoprune.methods.plans import Inflection, TowerShape
+from evoprune.methods.plans import TowerShape
 from evoprune.video_qa import VideoQA
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
@@ -102,7 +102,8 @@ def test_the_count_is_the_contents_inside_the_bounds(name):
         keep = min(50, max(5, inflection(method.selector.scores(tokens))))
         assert tokens_before_inflection(method.selector, tokens, 50) == keep
         assert method == methods.parse(name)
-        assert config.plan(TowerShape(8, (7,)), (5, 4, 5)).token_stage.reduce == Inflection(methods.get(name))
+        stage = config.plan(TowerShape(8, (7,)), (5, 4, 5)).token_stage
+        assert stage.reduce == methods.get(name) and stage.inflection
 
 
 def test_it_works_behind_reuse():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.methods.evoprune import FarthestPatches, FarthestPoints
+from evoprune.methods.evoprune import FarthestPoints
 from evoprune.methods.plans import (
     ALLOCATIONS,
     EncoderPlan,
@@ -199,7 +199,7 @@ def test_an_input_method_plans_a_smaller_grid():
 def test_evoprune_selects_before_and_between_layers():
     first, rows = round(UNITS * (30 / UNITS) ** 0.4), round(UNITS * (30 / UNITS) ** 0.75)
     plan = methods.parse("evoprune").plan(SHAPE, GRID, 30)
-    patches, select = FarthestPatches(average=False), FarthestPoints(average=False)
+    patches, select = FarthestPoints(average=False, before_norm=True), FarthestPoints(average=False)
     stages = (Stage(0, first, patches), Stage(1, rows, select), Stage(8, 30, FarthestPoints()))
     assert plan == EncoderPlan(GRID, 30, 8, 8.0, stages) and not plan.exact
     assert (plan.layers, plan.rows) == ((first, *(rows,) * 7), rows)

@@ -92,7 +92,7 @@ def begun(*paths, model=DEMO, sampling=None, **how) -> Ahead:
 
 def waiting(ahead: Ahead) -> int:
     """Frames that wait."""
-    return sum(len(piece.frames) for reading in ahead._readings for piece in reading.pieces)
+    return sum(len(piece.pixels) for reading in ahead._readings for piece in reading.pieces)
 
 
 def all_read(ahead: Ahead) -> bool:
@@ -205,7 +205,7 @@ def test_chunks_are_those_of_reading(long, monkeypatch, chunk_bytes, piece_bytes
     right = list(read_frames(info, times, chunk_bytes=chunk_bytes, **how))
     for one, other in zip(right, got, strict=True):
         assert one.first == other.first and one.times_s == other.times_s
-        assert (one.frames == other.frames).all() and other.frames.flags.c_contiguous
+        assert (one.pixels == other.pixels).all() and other.pixels.flags.c_contiguous
 
 
 def test_pieces_of_any_size_become_chunks_of_any_size():
@@ -219,9 +219,9 @@ def test_pieces_of_any_size_become_chunks_of_any_size():
         ]
         size = int(rng.integers(1, 31))
         chunks = list(regrouped(pieces, size))
-        assert [len(chunk.frames) for chunk in chunks[:-1]] == [size] * (len(chunks) - 1)
+        assert [len(chunk.pixels) for chunk in chunks[:-1]] == [size] * (len(chunks) - 1)
         assert [chunk.first for chunk in chunks] == list(range(0, 29, size))
-        assert np.concatenate([chunk.frames for chunk in chunks])[:, 0, 0, 0].tolist() == list(range(29))
+        assert np.concatenate([chunk.pixels for chunk in chunks])[:, 0, 0, 0].tolist() == list(range(29))
         assert [time for chunk in chunks for time in chunk.times_s] == list(range(29))
         assert sum(chunk.damaged for chunk in chunks) == sum(piece.damaged for piece in pieces)
         assert any(chunk.other_shape for chunk in chunks) == (len(pieces) > 1)
@@ -271,7 +271,7 @@ def frame_numbers(ahead, path) -> list[int]:
     info = ahead.probe(path, folder_fps=2.0)
     plan = expected(DEMO).plan(info, SamplingOptions())
     chunks = ahead.read_frames(info, plan.sampling.times_s, chunk_bytes=2**20, **plan.read_arguments)
-    return [number_of(rgb) for chunk in chunks for rgb in chunk.frames]
+    return [number_of(rgb) for chunk in chunks for rgb in chunk.pixels]
 
 
 def test_a_file_that_is_replaced_is_read_anew(tmp_path, read_anew):

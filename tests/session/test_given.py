@@ -97,9 +97,9 @@ def test_times_of_frames_need_not_be_regular(frames):
     asked = [0.0, 0.49, 0.5, 2.9, 3.0, 99.0]
     (chunk,) = read_frames(video, asked)
     assert chunk.times_s == (0.0, 0.0, 0.5, 1.0, 3.0, 3.0)
-    assert np.array_equal(chunk.frames, frames[[0, 0, 1, 2, 3, 3]])
+    assert np.array_equal(chunk.pixels, frames[[0, 0, 1, 2, 3, 3]])
     small = list(read_frames(video, asked, chunk_bytes=1))
-    assert [piece.first for piece in small] == [0, 2, 4] and all(len(piece.frames) == 2 for piece in small)
+    assert [piece.first for piece in small] == [0, 2, 4] and all(len(piece.pixels) == 2 for piece in small)
 
 
 def test_a_single_frame_lasts_for_a_second(qa, frames):

@@ -13,8 +13,8 @@ from evoprune.errors import VideoError
 from evoprune.session import encoding, patches
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.options import SamplingOptions
-from evoprune.session.patches import Count, PatchStore, Piece
-from evoprune.video.frames import read_frames
+from evoprune.session.patches import Count, PatchStore
+from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video_qa import VideoQA
 from tests.video.files import spoil
 
@@ -69,10 +69,8 @@ def test_other_budgets_and_methods_read_nothing(loaded, read):
 def test_what_is_looked_at_otherwise_is_read(loaded, read, other, monkeypatch):
     qa = VideoQA(loaded, budget=0.5)
     qa.encode(CLIP, frames=8)
-    monkeypatch.setattr(
-        "evoprune.session.planning.choose_decoder", lambda name, info=None: name.replace("auto", "pyav")
-    )
-    monkeypatch.setattr(encoding, "patches_of", lambda *what: pytest.fail("read"))
+    monkeypatch.setattr("evoprune.session.ahead.choose_decoder", lambda name, info=None: name.replace("auto", "pyav"))
+    monkeypatch.setattr(patches, "patches_of", lambda *what: pytest.fail("read"))
     with pytest.raises(BaseException, match="read"):
         qa.encode(CLIP, **{"frames": 8} | other)
 
@@ -128,7 +126,7 @@ def test_what_shows_other_frames_is_not_kept(loaded, read):
 
         def frames(self, chunk_bytes):
             for chunk in super().frames(chunk_bytes):
-                chunk.frames[:] = 0
+                chunk.pixels[:] = 0
                 yield chunk
 
     qa = VideoQA(loaded, budget=0.5)
@@ -140,13 +138,13 @@ def test_what_shows_other_frames_is_not_kept(loaded, read):
 
 
 def test_a_failure_is_not_kept(loaded, read, monkeypatch):
-    real = encoding.patches_of
-    monkeypatch.setattr(encoding, "patches_of", lambda *what: (_ for _ in ()).throw(VideoError("gone")))
+    real = patches.patches_of
+    monkeypatch.setattr(patches, "patches_of", lambda *what: (_ for _ in ()).throw(VideoError("gone")))
     qa = VideoQA(loaded, budget=0.5)
     with pytest.raises(VideoError, match="gone"):
         qa.encode(CLIP, frames=4)
     assert not loaded.patches._entries
-    monkeypatch.setattr(encoding, "patches_of", real)
+    monkeypatch.setattr(patches, "patches_of", real)
     assert qa.encode(CLIP, frames=4).report.sampling.frames == 4
 
 
@@ -171,7 +169,7 @@ def pieces(count=3, rows=2, gate=None):
     for number in range(count):
         if gate and number:
             assert gate.wait(10)
-        yield Piece(number, torch.full((rows, 6), number, dtype=torch.uint8))
+        yield FrameChunk(number, torch.full((rows, 6), number, dtype=torch.uint8), ())
 
 
 def test_the_least_recently_used_goes_first():
@@ -179,7 +177,7 @@ def test_the_least_recently_used_goes_first():
     for key in "abc":
         held[key] = store.open(key, 40, CPU, pieces, Count())
         for _ in range(2):
-            assert [piece.frames for piece in held[key].pieces()] == [0, 1, 2]
+            assert [piece.first for piece in held[key].pieces()] == [0, 1, 2]
     for key in "bac":  # in use they are all there
         store.close(key, held[key])
     assert list(store._entries) == ["a", "c"]

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from evoprune.session import encoding as module
-from evoprune.session.encoding import prefetched
+from evoprune.session import patches as module
+from evoprune.session.patches import prefetched
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ import evoprune
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.session.options import (
+    FindOptions,
     GenerationOptions,
     ModelOptions,
     PipelineOptions,
@@ -90,6 +91,7 @@ def test_odd_arguments_are_refused_in_a_sentence(demo, tmp_path):
         (evoprune.VideoQA, (PruneOptions,)),
         (evoprune.VideoQA.encode, (SamplingOptions,)),
         (evoprune.VideoQA.stream, (StreamOptions,)),
+        (evoprune.VideoQA.find, (FindOptions,)),
         (evoprune.EncodedInputs.ask, (GenerationOptions,)),
         (evoprune.EvoPrune, (evoprune.EvoPrune,)),
     ],

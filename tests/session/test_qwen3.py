@@ -21,7 +21,8 @@ from evoprune.session.loading.model import load_model, random_model
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
 from evoprune.vision.encoder import encode
-from evoprune.vision.preprocess import patch_means, patchify, resize, scan
+from evoprune.vision.patches import patch_means, patchify, scan
+from evoprune.vision.preprocess import resize
 from evoprune.vision.tower import tower_shape
 from tests.hf.reference import skip_where_not_taken
 from tests.methods.tokens import plan_of
@@ -82,7 +83,7 @@ def picture(folder):
 
 def patches_of(plan) -> torch.Tensor:
     chunks = read_frames(plan.info, plan.sampling.times_s)
-    frames = torch.from_numpy(np.concatenate([chunk.frames for chunk in chunks]))
+    frames = torch.from_numpy(np.concatenate([chunk.pixels for chunk in chunks]))
     return patchify(resize(frames, plan.height, plan.width), HALF, 16)
 
 

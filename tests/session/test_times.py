@@ -31,7 +31,7 @@ SLOW = (
     "evoprune.session.encoding.plan_input",
     "evoprune.session.encoding.fitting_pieces",
     "evoprune.session.encoding.content_hash",
-    "evoprune.session.encoding.patches_of",
+    "evoprune.session.patches.patches_of",
     "evoprune.session.encoding.encode_rows",
     "evoprune.session.encoding.select_tokens",
     "evoprune.session.cache.Cache.store",

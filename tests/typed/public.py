@@ -68,6 +68,29 @@ def encode(qa: evoprune.VideoQA, clip: Path, folder: str) -> evoprune.EncodedInp
     )
 
 
+def find(qa: evoprune.VideoQA, clip: Path) -> list[evoprune.Moment]:
+    """Every option of `find`, and what a moment has."""
+    qa.find(str(clip), ["a green square", "a red ring"])
+    moments = qa.find(
+        clip,
+        "a green square",
+        fps=1.0,
+        start_s=0.0,
+        end_s=4.0,
+        progress=show_stage,
+        top=2,
+        min_score=0.5,
+        segment_s=2.0,
+        total_tokens=4096,
+        prompt="Is there {}?",
+        yes="yes",
+        no="no",
+    )
+    for moment in moments:
+        print(moment.query, moment.start_s, moment.end_s, moment.best_s, moment.score, file=sys.stderr)
+    return moments
+
+
 def ask(qa: evoprune.VideoQA, video: evoprune.EncodedInputs) -> str:
     """Every option of `ask`, and what an answer has."""
     answer: evoprune.Answer = video.ask(
@@ -170,6 +193,7 @@ def main() -> int:
         qa = load()
         with tempfile.TemporaryDirectory() as folder:
             print(ask(qa, encode(qa, clip, folder)))
+        find(qa, clip)
         stream(qa, [np.zeros((112, 168, 3), np.uint8) for _ in range(8)])
         prepare(str(clip))
     except evoprune.OutOfMemory as problem:

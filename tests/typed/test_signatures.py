@@ -21,7 +21,7 @@ import evoprune
 from evoprune.language.settings import GenerationOptions
 from evoprune.methods.budget import DEFAULT, PRESETS, PresetName
 from evoprune.session import keywords
-from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions, StreamOptions
+from evoprune.session.options import FindOptions, ModelOptions, PruneOptions, SamplingOptions, StreamOptions
 from evoprune.session.signatures import code, explained, meaning, takes, type_code
 from evoprune.util import option
 from evoprune_cli.keywords import POSITIONAL, module
@@ -37,6 +37,7 @@ TAKES: list[tuple[Callable, tuple[type, ...], str]] = [
     (evoprune.VideoQA.encode, (SamplingOptions,), "SamplingKeywords"),
     (evoprune.VideoQA.ask, (GenerationOptions,), "GenerationKeywords"),
     (evoprune.VideoQA.stream, (StreamOptions,), "StreamKeywords"),
+    (evoprune.VideoQA.find, (FindOptions,), "FindKeywords"),
     (evoprune.EncodedInputs.ask, (GenerationOptions,), "GenerationKeywords"),
     (evoprune.Chat.ask, (GenerationOptions,), "GenerationKeywords"),
     (evoprune.VideoStream.ask, (GenerationOptions,), "GenerationKeywords"),

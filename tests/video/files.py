@@ -194,12 +194,12 @@ def write_image(path: Path | str, rgb: np.ndarray) -> Path:
 
 def pixels(chunks):
     """All frames of some chunks: uint8 `[n, H, W, 3]`."""
-    return np.concatenate([chunk.frames for chunk in chunks])
+    return np.concatenate([chunk.pixels for chunk in chunks])
 
 
 def numbers(info, times, **how):
     """The numbers in the frames that are read."""
-    return [number_of(rgb) for chunk in read_frames(info, times, **how) for rgb in chunk.frames]
+    return [number_of(rgb) for chunk in read_frames(info, times, **how) for rgb in chunk.pixels]
 
 
 SAID = {  # how a file is written, what is known of it, and the warning

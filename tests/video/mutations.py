@@ -173,7 +173,7 @@ def read(path: Path, decoder: str) -> tuple[int, str]:
         chunk_bytes = min(CHUNK_BYTES, 16 * info.width * info.height * 3)
         frames = damaged = 0
         for chunk in read_frames(info, plan.sampling.times_s, decoder=decoder, chunk_bytes=chunk_bytes):
-            frames, damaged = frames + len(chunk.frames), damaged + chunk.damaged
+            frames, damaged = frames + len(chunk.pixels), damaged + chunk.damaged
     except EvopruneError as problem:
         return problem.exit_code, re.sub(r"[0-9][0-9.,e+-]*", "N", problem.message.replace(str(path), "FILE"))
     except Exception as problem:

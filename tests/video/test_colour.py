@@ -178,10 +178,10 @@ def check_seen(path, hdr_format):
         live = np.empty((1, header["height"], header["width"], 3), np.uint8)
         reader.fill(live)
     (chunk,) = read_frames(info, [0.0])
-    assert (live == chunk.frames).all()
+    assert (live == chunk.pixels).all()
     with av.open(str(path)) as container:
         as_sdr = next(container.decode(video=0)).to_ndarray(format="rgb24")
-    assert (chunk.frames[0] == as_sdr).all() == (hdr_format is None)
+    assert (chunk.pixels[0] == as_sdr).all() == (hdr_format is None)
 
 
 @pytest.mark.parametrize("name", ["frames", "header.mp4", "header.mkv", "prores.mov", "vp9.webm", "light_levels"])
@@ -276,7 +276,7 @@ def test_hdr_is_mapped_as_ffmpeg_maps_it(hdr_format, rotation, tmp_path):
     )
     info = probe(path)
     (chunk,) = read_frames(info, [0.0, 0.1])
-    for rgb in chunk.frames:
+    for rgb in chunk.pixels:
         assert np.abs(middles(np.rot90(rgb, rotation // 90)) - MAPPED[hdr_format]).max() <= 1
     smaller = pixels(read_frames(replace(info, width=info.width // 2, height=info.height // 2), [0.0]))[0]
     inside = np.rot90(smaller, rotation // 90)[SIDE // 4, SIDE // 4 :: SIDE // 2].astype(int)

@@ -108,7 +108,7 @@ def test_all_kinds_of_pixels_become_rgb(mode, tmp_path):
     image.save(tmp_path / "a.png")
     info = probe(tmp_path)
     assert numbers(info, [0.0]) == [77]
-    got = next(read_frames(info, [0.0])).frames[0].astype(int)
+    got = next(read_frames(info, [0.0])).pixels[0].astype(int)
     assert np.abs(got - np.asarray(image.convert("RGB"))).max() <= 2
 
 
@@ -124,7 +124,7 @@ def test_each_image_is_turned_by_its_own_exif_data(tag, ending, tmp_path):
         right = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
     for info in (probe(tmp_path), probe(path)):  # a picture of its own is a video of one frame
         assert (info.height, info.width) == right.shape[:2] == ((48, 64) if tag < 5 or ending == "bmp" else (64, 48))
-        got = next(read_frames(info, [0.0])).frames[0]
+        got = next(read_frames(info, [0.0])).pixels[0]
         assert np.abs(got - right).mean() < 4  # hard edges of colour; the wrong way up it is above 80
 
 
@@ -228,7 +228,7 @@ def test_only_images_that_are_shown_are_opened_one_by_one(tmp_path, opened):
     assert opened == ["frame0.png"]
     opened.clear()
     chunks = read_frames(info, [1.0, 1.1, 5.0, 5.0, 10.0, 10.1, 10.5, 10.6], chunk_bytes=1)
-    assert [number_of(rgb) for rgb in next(chunks).frames] == [2, 2]
+    assert [number_of(rgb) for rgb in next(chunks).pixels] == [2, 2]
     assert opened == ["frame2.png"]
     assert [number_of(rgb) for rgb in pixels(chunks)] == [10, 10, 19, 19, 21, 21]
     assert opened == [f"frame{i}.png" for i in (2, 10, 20, 19, 21)]

@@ -126,15 +126,15 @@ def test_chunks_are_bounded_and_whole_pairs(frames_fitting, total, long_file):
     info = probe(long_file)
     times = [0.05 + 0.1 * i for i in range(total)]
     chunks = list(read_frames(info, times, chunk_bytes=frames_fitting * 64 * 48 * 3 + 100))
-    sizes = [len(chunk.frames) for chunk in chunks]
+    sizes = [len(chunk.pixels) for chunk in chunks]
     assert [chunk.first for chunk in chunks] == [sum(sizes[:i]) for i in range(len(sizes))]
     assert max(sizes) <= max(2, frames_fitting)
     assert all(size % 2 == 0 for size in sizes[:-1])
     assert [number_of(rgb) for rgb in pixels(chunks)] == list(range(total))
     for chunk in chunks:
-        assert chunk.frames.dtype == np.uint8
-        assert chunk.frames.flags.c_contiguous
-        assert len(chunk.times_s) == len(chunk.frames)
+        assert chunk.pixels.dtype == np.uint8
+        assert chunk.pixels.flags.c_contiguous
+        assert len(chunk.times_s) == len(chunk.pixels)
 
 
 def test_chunks_are_read_one_by_one(long_file, decoded):
@@ -163,7 +163,7 @@ def test_the_file_is_closed_on_early_exit(long_file, in_process, monkeypatch):
 def test_requests(long_file, folder):
     info = pickle.loads(pickle.dumps(probe(long_file)))  # it and chunks can be sent to another process
     chunk = pickle.loads(pickle.dumps(next(read_frames(info, (1.05, 2.05)))))
-    assert [number_of(rgb) for rgb in chunk.frames] == [10, 20] and list(read_frames(info, [])) == []
+    assert [number_of(rgb) for rgb in chunk.pixels] == [10, 20] and list(read_frames(info, [])) == []
     with pytest.raises(VideoError, match=r"no such file: .*gone.mp4"):
         list(read_frames(replace(info, path=str(folder / "gone.mp4")), [0.0]))
     with pytest.raises(UsageError, match="unknown decoder 'vhs'"):
@@ -236,7 +236,7 @@ def test_files_apart_and_here(name, folder, tmp_path):
 
 
 def first_picture(path):
-    return next(read_frames(probe(path), [0.0])).frames[0]
+    return next(read_frames(probe(path), [0.0])).pixels[0]
 
 
 def corners(picture):
@@ -299,7 +299,7 @@ def test_transparent_parts_of_videos_are_put_over_white(name, tmp_path):
         how = {"format": "PNG"} if name == "a.apng" else {"disposal": 2}
         first.save(tmp_path / name, save_all=True, append_images=others, duration=100, **how)
     (chunk,) = read_frames(probe(tmp_path / name), [0.05, 0.25])
-    for got in chunk.frames if name in TRANSPARENT else chunk.frames[:1]:
+    for got in chunk.pixels if name in TRANSPARENT else chunk.pixels[:1]:
         difference = np.abs(np.subtract([got[24, x].astype(int) for x in (10, 32, 56)], OVER_WHITE)).max(1)
         assert max(difference[[0, 2]] if name == "a.gif" else difference) <= 4  # GIF knows no half
 
@@ -313,7 +313,7 @@ def test_transparent_frames_of_a_folder_are_put_over_white(ending, mode, tmp_pat
     image.resize((128, 96), Image.Resampling.NEAREST).save(tmp_path / f"b.{ending}", **how)
     (chunk,) = read_frames(probe(tmp_path), [0.0, 0.5])
     right = first_picture(tmp_path / f"a.{ending}").astype(int)
-    assert np.abs(chunk.frames - right)[:, 24, [10, 32, 56]].max() <= 4 and right[24, 56].tolist() == [255] * 3
+    assert np.abs(chunk.pixels - right)[:, 24, [10, 32, 56]].max() <= 4 and right[24, 56].tolist() == [255] * 3
 
 
 @pytest.mark.parametrize(("untrusted", "threads"), [((), 3), (("h264",), 1)])

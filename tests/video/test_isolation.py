@@ -80,7 +80,7 @@ def gone(pid, seconds=5.0):
 def test_frames_are_counted_while_they_are_read(named, good, started):
     """About each second, here more often: within an array, and up to the third one, which is slow."""
     seen, info = [], probe(named("later_slow"))
-    frames = sum(len(chunk.frames) for chunk in read_frames(info, TIMES, chunk_bytes=SMALL, on_frames=seen.append))
+    frames = sum(len(chunk.pixels) for chunk in read_frames(info, TIMES, chunk_bytes=SMALL, on_frames=seen.append))
     assert frames == 20 and seen == sorted(seen) and seen.count(8) > 10 and max(seen) <= 20
     seen.clear()
     assert scan(good, on_frames=seen.append).frames == 20 and seen == sorted(seen) and max(seen, default=0) <= 20
@@ -140,7 +140,7 @@ def test_a_crash_while_frames_are_read(name, named, good, started):
     got = []
     with pytest.raises(VideoError, match=CRASHES[name]):
         for chunk in chunks:
-            got += [number_of(rgb) for rgb in chunk.frames]
+            got += [number_of(rgb) for rgb in chunk.pixels]
     # Two arrays, which the second process reads again before it crashes, too.
     assert got == list(range(8)) and len(started) == 2
     assert numbers(probe(good), TIMES) == list(range(20))
@@ -288,7 +288,7 @@ def pieces(monkeypatch):
 def test_memory_is_used_again_once_nobody_holds_what_is_in_it(good, started, pieces):
     found = []
     for chunk in read_frames(probe(good), TIMES, chunk_bytes=SMALL // 2):
-        found += map(number_of, chunk.frames)
+        found += map(number_of, chunk.pixels)
     assert found == list(range(20))
     (of_video,) = pieces
     assert len(of_video._pieces) <= 3  # the caller's, the one before it, and the one that is being filled
@@ -306,7 +306,7 @@ VIEWS = (
 def test_what_somebody_holds_is_not_written_over(good, started, pieces, hold):
     """Nor what a view of it shows, or what torch makes of it; it stays, and may be written to, when the process is gone."""
     info = probe(good)
-    kept = [hold(chunk.frames) for chunk in read_frames(info, TIMES, chunk_bytes=SMALL // 2)]
+    kept = [hold(chunk.pixels) for chunk in read_frames(info, TIMES, chunk_bytes=SMALL // 2)]
     isolation.end_all()
     whole = pixels(list(read_frames(info, TIMES)))
     for first, held in zip(range(0, 20, 2), kept, strict=True):
@@ -320,12 +320,12 @@ def test_what_a_copy_of_this_process_holds_is_not_written_over(good, started):
     """Memory that is shared stays shared after a fork, but who holds what is then known to each alone."""
     children = []
     for chunk in read_frames(probe(good), TIMES, chunk_bytes=SMALL // 2):
-        before, (reads, writes) = chunk.frames.tobytes(), os.pipe()
+        before, (reads, writes) = chunk.pixels.tobytes(), os.pipe()
         child = os.fork()
         if not child:
             os.close(writes)
             os.read(reads, 1)  # until all is read
-            os._exit(chunk.frames.tobytes() != before)
+            os._exit(chunk.pixels.tobytes() != before)
         os.close(reads)
         children.append((child, writes))
     for _, writes in children:  # each also stands open in those that came later

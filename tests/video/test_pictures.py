@@ -76,7 +76,7 @@ def written(path, made, how):
 
 def read(info):
     (chunk,) = read_frames(info, [0.0])
-    return chunk.frames[0]
+    return chunk.pixels[0]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needs_avif if name == "rgb.avif" else ()) for name in KINDS])

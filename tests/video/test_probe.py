@@ -343,7 +343,7 @@ def test_parts_that_differ(tmp_path):
     turned.write_bytes(parts[2].read_bytes() + upright.read_bytes())
     info = probe(turned)
     assert (info.width, info.height, info.rotation_deg, info.warnings) == (48, 64, 90, [])
-    assert number_of(np.rot90(next(read_frames(info, [0.35])).frames[0], 1)) == 3
+    assert number_of(np.rot90(next(read_frames(info, [0.35])).pixels[0], 1)) == 3
     assert numbers(info, [1.35]) == [3]
 
 
@@ -614,7 +614,7 @@ def test_a_cut_file_of_every_kind(name, folder):
         return
     assert got[0] == 0 and all(number <= i for i, number in enumerate(got)) and got == sorted(got)
     # The whole file's facts, from before it was cut, lead to the same frames.
-    assert number_of(next(read_frames(replace(probe(whole), path=str(cut)), [0.01])).frames[0]) == 0
+    assert number_of(next(read_frames(replace(probe(whole), path=str(cut)), [0.01])).pixels[0]) == 0
     if name.endswith((".mkv", ".webm", ".flv", ".avi")) and name not in SMALL:
         found = scan(cut)
         assert info.cut_short and min(each.stated_s - each.duration_s for each in (info, found)) > 0.5

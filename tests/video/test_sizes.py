@@ -58,11 +58,11 @@ def test_frames_that_change_their_size(codec, how, tmp_path):
     (chunk,) = read_frames(info, [0.05 + 0.1 * i for i in range(10 * len(SIZES[how]))])
     assert chunk.other_shape == (how == "turns")
     if how != "turns":
-        assert [number_of(rgb) for rgb in chunk.frames] == [*range(10)] * len(SIZES[how])
+        assert [number_of(rgb) for rgb in chunk.pixels] == [*range(10)] * len(SIZES[how])
         return
-    upright = [middle(rgb, 72, 96) for rgb in chunk.frames[10:]]
-    assert [number_of(rgb) for rgb in chunk.frames[:10]] == [number_of(rgb) for rgb in upright] == [*range(10)]
-    assert chunk.frames[10:, :, :27].max() == chunk.frames[10:, :, -27:].max() == 0
+    upright = [middle(rgb, 72, 96) for rgb in chunk.pixels[10:]]
+    assert [number_of(rgb) for rgb in chunk.pixels[:10]] == [number_of(rgb) for rgb in upright] == [*range(10)]
+    assert chunk.pixels[10:, :, :27].max() == chunk.pixels[10:, :, -27:].max() == 0
 
 
 def test_one_size_is_found_without_decoding(tmp_path, monkeypatch):

@@ -94,9 +94,19 @@ class UnrulyReader(worker.FrameReader):
         return super().fill(frames)
 
 
+class UnrulyClip(worker.ClipReader):
+    """Before it hands out a clip's first bytes it does what the name says, `clip_` left out."""
+
+    def fill(self, content):
+        if "clip_" in self._path:
+            behave(self._path.replace("clip_", ""))
+        return super().fill(content)
+
+
 def main(socket: int) -> None:
     channel.ALIVE_EVERY_S = 0.05
     probe = worker.probe
     worker.TASKS["probe"] = lambda path, folder_fps: behave(path) or probe(path, folder_fps)
     worker.FrameReader = UnrulyReader
+    worker.ClipReader = UnrulyClip
     worker.main(socket)

@@ -30,7 +30,7 @@ from tests.vision.devices import NoWaiting, assert_same_on_a_gpu, take_gpu_route
 from tests.vision.results import encode_noise, encode_patches
 from tests.vision.test_attention import HEADS, groups_of, heads_of
 from tests.vision.test_encoder import papers
-from tests.vision.test_preprocess import pieces_of
+from tests.vision.test_preprocess import embedded
 from tests.vision.tower import random_patches, random_rows, tiny_tower
 
 
@@ -124,14 +124,12 @@ def test_the_result_is_the_cpus_on_any_clip(monkeypatch, grid, share, keep, meth
 def test_reuse_waits_once_for_the_counts_of_a_piece(share, monkeypatch):
     grid, read, real = (20, 3, 5), [], torch.Tensor.tolist
     patches = clip(grid, changes(grid, share))
-    expected = list(pieces_of([patches], grid, 60, 5.0))
+    run, expected = embedded([patches], grid, 60, 5.0)
     with monkeypatch.context() as patch, take_gpu_route(patch, False):
         patch.setattr(torch.Tensor, "tolist", lambda x: read.append(len(x)) or real(x))
-        made = list(pieces_of(patches.split(7 * 60), grid, 60, 5.0))
-    assert read == [4] * 5
-    assert all(len(piece.counts) == 4 for piece in made)  # so many frame pairs are compared at once
-    for field in ("patches", "source"):
-        assert torch.equal(*(torch.cat([getattr(piece, field) for piece in pieces]) for pieces in (made, expected)))
+        there, made = embedded(patches.split(7 * 60), grid, 60, 5.0)
+    assert read == [4] * 5  # so many frame pairs are compared at once
+    assert torch.equal(made.values, expected.values) and torch.equal(there.source, run.source)
 
 
 @pytest.mark.few(1)

@@ -28,7 +28,7 @@ from evoprune.methods.types import Selection, Tokens
 from evoprune.vision import encoder
 from evoprune.vision.encoder import encode, encode_rows, select_tokens
 from evoprune.vision.layout import geometry
-from evoprune.vision.preprocess import patchify
+from evoprune.vision.patches import patchify
 from evoprune.vision.tower import tower_shape
 from tests.methods.kinds import INNER
 from tests.methods.tokens import plan_of

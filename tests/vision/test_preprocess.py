@@ -1,6 +1,7 @@
 """Frames to patches: the resize, and Hugging Face's order and values."""
 
 from itertools import product
+from math import prod
 
 import numpy as np
 import pytest
@@ -10,20 +11,15 @@ from hypothesis import strategies as st
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
 
 from evoprune import methods
-from evoprune.backend.devices import Timer
 from evoprune.backend.operators import BLOCKS
+from evoprune.methods.plans import EncoderPlan
 from evoprune.methods.types import Tokens
 from evoprune.video.plan import smart_resize
-from evoprune.vision.encoder import encode_rows
+from evoprune.vision import encoder
+from evoprune.vision.encoder import EncoderRun, encode_rows
 from evoprune.vision.layout import geometry
-from evoprune.vision.preprocess import (
-    CLIP,
-    patch_means,
-    patchify,
-    resize,
-    row_patches,
-    scan,
-)
+from evoprune.vision.patches import CLIP, patch_means, patchify, scan
+from evoprune.vision.preprocess import resize
 from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import AFTER, encoded
 from tests.threads import one_thread  # noqa: F401
@@ -139,9 +135,19 @@ def test_patches_of_a_video_against_loops(shape, cut):
 # Which units are rows, piece by piece.
 
 
-def pieces_of(pieces, grid, units, threshold, dtype=torch.float32):
-    geo, timer = geometry(*grid[1:]), Timer(torch.device("cpu"))
-    return row_patches(pieces, geo, grid[0], normal=CLIP, units=units, threshold=threshold, dtype=dtype, timer=timer)
+def embedded(pieces, grid, units, threshold, note=lambda patches: None):
+    """What the encoder embeds, without the embedding: rows whose values are patches. `note` is called with those of each piece."""
+    tower = tiny_tower()
+    plan = EncoderPlan(grid, prod(grid), tower_shape(tower).depth, threshold)
+    run = EncoderRun(tower, plan, piece_units=units)
+
+    def embed(visual, patches, geo, unit):
+        note(patches)
+        return patches
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(encoder, "embed", embed)
+        return run, run.embed(pieces)
 
 
 @settings(deadline=None, max_examples=80)
@@ -154,28 +160,34 @@ def pieces_of(pieces, grid, units, threshold, dtype=torch.float32):
 )
 def test_pieces_together_have_the_rows_of_the_video(grid, share, seed, units, reuse):
     count, height, width = grid
-    patches, geo = clip(grid, changes(grid, share, seed), seed), geometry(height, width)
-    made = list(pieces_of(patches.tensor_split(3), grid, units, 5.0 if reuse else 0.0))
+    patches, geo, noted = clip(grid, changes(grid, share, seed), seed), geometry(height, width), []
+    run, made = embedded(patches.tensor_split(3), grid, units, 5.0 if reuse else 0.0, noted.append)
     source = torch.arange(count)[:, None].expand(-1, geo.units)
     if reuse:
         source, _ = scan(patch_means(patches, geo.units), threshold=5.0)
     rows = referring(geo, source)
-    at_once = -(-units // geo.units)
-    assert [len(piece.counts) for piece in made] == [min(at_once, count - at) for at in range(0, count, at_once)]
+    assert len(noted) == -(-count // -(-units // geo.units))
     # In its order, and nothing of any other unit.
-    assert torch.equal(torch.cat([piece.patches for piece in made]), patches.view(-1, 4, PATCH_WIDTH)[rows.unit])
-    assert all(piece.patches.untyped_storage().nbytes() == piece.patches.nbytes for piece in made)
-    assert torch.equal(torch.cat([piece.unit for piece in made]), rows.unit)
-    assert torch.equal(torch.cat([piece.source for piece in made]), source)
-    assert sum((piece.counts for piece in made), ()) == rows.per_pair
+    assert torch.equal(made.values, patches.view(-1, 4, PATCH_WIDTH)[rows.unit])
+    assert all(piece.untyped_storage().nbytes() == piece.nbytes for piece in noted)
+    assert torch.equal(made.unit, rows.unit) and torch.equal(made.unit_to_row, rows.unit_to_row)
+    assert torch.equal(run.source, source) and run.counts == rows.per_pair
 
 
 @pytest.mark.parametrize("threshold", [0.0, 5.0])
-def test_a_piece_is_made_as_soon_as_its_last_frame_pair_is_read(threshold):
-    grid, read = (40, 3, 5), []
+def test_a_piece_is_embedded_as_soon_as_its_last_frame_pair_is_read(threshold):
+    grid, read, seen = (40, 3, 5), [], []
     patches = clip(grid, changes(grid, 0.3)).split(4 * 15)
-    for number, piece in enumerate(pieces_of((read.append(1) or part for part in patches), grid, 30, threshold)):
-        assert len(piece.counts) == 2 and len(read) == 2 * (number + 1)
+    embedded((read.append(1) or part for part in patches), grid, 30, threshold, lambda _: seen.append(len(read)))
+    assert seen == list(range(2, 41, 2))
+
+
+def test_patches_are_as_many_as_the_frame_pairs_have():
+    grid = (4, 3, 5)
+    patches = clip(grid, changes(grid, 0.3))
+    for pieces in ([patches[:-1]], [patches[: -4 * 15]], [patches, patches[:4]], []):
+        with pytest.raises(ValueError, match="not as many patches as 4 frame pairs of 15 units have"):
+            embedded(pieces, grid, 30, 0.0)
 
 
 # `reuse+NAME`: a selector behind reuse in time.

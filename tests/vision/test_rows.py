@@ -20,7 +20,7 @@ from evoprune.methods.evoprune import THRESHOLD, EvoPruneMethod, FarthestPoints
 from evoprune.methods.farthest import assign_clusters, farthest_points, points_of
 from evoprune.methods.plans import Stage
 from evoprune.methods.types import Selection
-from evoprune.vision.preprocess import patch_means, scan
+from evoprune.vision.patches import patch_means, scan
 from tests.vision.clips import changes, clip
 from tests.vision.reference import encode_slowly
 from tests.vision.results import assert_same, check_result, encode_clip, encode_patches

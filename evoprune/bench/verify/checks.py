@@ -114,7 +114,7 @@ def _patches_of_transformers(subject: Subject, plan: Plan) -> torch.Tensor:
         image_mean=limits.image_mean, image_std=limits.image_std, patch_size=limits.patch_size, do_resize=False
     )
     with closing(read_frames(plan.source, plan.sampling.times_s, decoder=plan.decoder)) as chunks:
-        frames = [Image.fromarray(frame) for chunk in chunks for frame in chunk.frames]
+        frames = [Image.fromarray(frame) for chunk in chunks for frame in chunk.pixels]
     if len(frames) == 1:
         frames *= 2
     frames = [frame.resize(size, Image.Resampling.BICUBIC) for frame in frames]

@@ -147,7 +147,7 @@ def calibrate_tower(visual) -> torch.Tensor:
 
 
 def _patches(visual) -> torch.Tensor:
-    """Return the picture, as `vision.preprocess.patchify` makes patches: float32 `[patches, values]`, about between -2 and 2."""
+    """Return the picture, as `vision.patches.patchify` makes patches: float32 `[patches, values]`, about between -2 and 2."""
     config = visual.config
     count = math.prod(CALIBRATION_GRID) * PATCHES
     values = config.in_channels * config.temporal_patch_size * config.patch_size**2

@@ -111,7 +111,7 @@ def _read_part(
     def tools() -> Iterator[Callable[[Run], Iterator[tuple[ffmpeg.Shown, list[object]]]]]:
         """Provide each frame comes with the damage that was met on the way to it."""
         with closing(Track(info.path, part, ffmpeg.thread_count(cores // threads))) as track:
-            picture = _Picture(info, part)
+            picture = Picture(info, part)
 
             def work(run: Run) -> Iterator[tuple[ffmpeg.Shown, list[object]]]:
                 met: list[object] = []
@@ -138,7 +138,7 @@ def _read_part(
     # A decoder with several threads tells of damage some packets later, so that the same damage would count twice.
     threads = 1 if any_damage else ffmpeg.thread_count(cores)
     with closing(Track(info.path, part, threads)) as track:
-        picture = _Picture(info, part)
+        picture = Picture(info, part)
         for found in _on_screen(track, rest, damaged, sparing=False):
             yield picture.of(*found, moved=False)
 
@@ -151,7 +151,7 @@ def _most_decoders(pixels: int) -> int:
     return max(1, int(available / 2 - ROOM_BYTES) // (DECODER_BYTES * pixels))
 
 
-class _Picture:
+class Picture:
     """Makes what readers yield of the frames of a part, one after the other."""
 
     def __init__(self, info: Video, part: Part):
@@ -239,6 +239,20 @@ def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> It
             yield *frame, False
 
 
+def begun(
+    track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool
+) -> tuple[Keyframe | None, Iterator[TimedFrame] | None]:
+    """Return the frames from the first entry of a run that serves, and that entry; None in place of the frames if none does."""
+    for entry in run.entries:
+        if entry is None:
+            frames = track.from_beginning(run.times_s, damaged, sparing=sparing)
+        else:
+            frames = track.from_keyframe(entry, run.times_s, damaged, sparing=sparing)
+        if frames is not None:
+            return entry, frames
+    return None, None
+
+
 def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool) -> Iterator[TimedFrame]:
     """Yield the frame on screen at each time. Holds no more than that frame and the one after it.
 
@@ -247,14 +261,7 @@ def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool)
     """
     met: list[object] = []
     note = met.append if sparing else damaged
-    frames = None
-    for entry in run.entries:
-        if entry is None:
-            frames = track.from_beginning(run.times_s, note, sparing=sparing)
-        else:
-            frames = track.from_keyframe(entry, run.times_s, note, sparing=sparing)
-        if frames is not None:
-            break
+    entry, frames = begun(track, run, note, sparing=sparing)
     if frames is None and sparing:
         return
     if frames is None:

@@ -11,6 +11,7 @@ from itertools import chain, pairwise
 import av
 from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
+from av.video.stream import VideoStream
 
 from evoprune.video.readers import ffmpeg
 from evoprune.video.readers.probing import Part, misses_one
@@ -115,9 +116,7 @@ class Track:
         self, times_s: Sequence[float], damaged: ffmpeg.Damage, *, sparing: bool = False
     ) -> Iterator[TimedFrame]:
         """Return all frames; with `sparing` as of `from_keyframe`."""
-        if not self._at_beginning:
-            self.close()
-            self._open()
+        self._rewind()
         packets = self._packets(damaged)
         if sparing:
             packets = self._spared(
@@ -155,6 +154,13 @@ class Track:
             latest = max(latest, time)
         return None
 
+    def packets(self, keyframe: Keyframe | None) -> Iterator[Packet | None]:
+        """Return the packets from a keyframe on, or all of them, as `ffmpeg.packets`. Raises Unreachable."""
+        if keyframe is not None:
+            return self._from(keyframe, ffmpeg.ignore_damage)
+        self._rewind()
+        return self._packets()
+
     def alone(self, keyframe: Keyframe) -> TimedFrame | None:
         """Return the frame of a keyframe, decoded by itself; None if it cannot be."""
         decoder = ffmpeg.decoder(self._stream)
@@ -190,8 +196,17 @@ class Track:
         return name in SPARING and self._has_times and progressive
 
     @property
+    def stream(self) -> VideoStream:
+        return self._stream
+
+    @property
     def _has_times(self) -> bool:
         return self.info.container in SEEKABLE and not self.info.clock_restarts and self._stream.start_time is not None
+
+    def _rewind(self) -> None:
+        if not self._at_beginning:
+            self.close()
+            self._open()
 
     def _packets(self, damaged: ffmpeg.Damage = ffmpeg.ignore_damage) -> Iterator[Packet | None]:
         self._at_beginning = False

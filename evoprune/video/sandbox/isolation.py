@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 MAX_IDLE = 2  # processes that are kept for later videos
 SILENCE_S = 25.0  # a worker that reports no progress for so long counts as hung
+CLIP_PIECE = 2**20  # bytes of a clip that come at once
 LOOK_S = 0.1  # how often a thread that waits for another one looks whether it is still wanted
 # Elsewhere everything runs in this process, and FFmpeg is trusted. The executable of a frozen program is no Python.
 POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
@@ -425,3 +426,51 @@ def _stream_once(
         filled = coming, worker.answer(count)
         del coming
     yield filled
+
+
+def stream_clip(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
+    """Yield the facts of a `cutting.ClipReader`, then pieces of the clip: the place of each in its file, which lies no further than
+    those before reach, and the bytes.
+
+    `how`: further arguments of `ClipReader`. Raises what `run_task` raises. A crash is not tried again: the caller can write anew.
+    """
+    stream = _clip_apart if POSSIBLE else _clip_here
+    with closing(stream(info, how)) as pieces:
+        yield next(pieces)
+        size = 0
+        for at, content in pieces:
+            if not 0 <= at <= size:
+                raise Crash(f"the decoder crashed on {info.path} (its answer is invalid)", HINT)
+            size = max(size, at + len(content))
+            yield at, content
+
+
+def _clip_here(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
+    import numpy as np
+
+    from evoprune.video.readers.cutting import ClipReader
+
+    with closing(ClipReader(info, **how)) as reader:
+        yield reader.facts
+        done = False
+        while not done:
+            content = np.empty(CLIP_PIECE, np.uint8)
+            said = reader.fill(content)
+            done = said["done"]
+            yield said["at"], content.data[: said["bytes"]]
+
+
+def _clip_apart(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
+    memory = FrameMemory(
+        2 * CLIP_PIECE
+    )  # so much that each piece has memory of its own, which the process then forgets
+    with borrow(info.path) as worker:
+        worker.send(worker.request("clip", {"info": asdict(info), **how}))
+        yield worker.answer()
+        done = False
+        while not done:
+            content = worker.ask_to_fill(memory, (CLIP_PIECE,), {})
+            said = worker.answer()
+            done = said["done"]
+            worker.busy = not done  # so that the process ends where the clip is not wanted any more
+            yield said["at"], content.data[: said["bytes"]]

@@ -8,6 +8,7 @@ Every message is a request and gets one answer.
   says that no further array follows. The first request of this kind comes in one message with the task `frames`.
 - The task `live` opens a source that does not wait, of which a pipe comes as a file descriptor. Then the task `next` looks for
   its next frame, and `shape` takes it.
+- The task `clip` begins a clip. Then each `shape`, a number of bytes, takes as many or fewer; the answer to the last one says so.
 - The answer is `{"result"}`, or `{"error"}` for the user, or `{"memory"}` with the limit that was exceeded, or `{"bug"}`.
 """
 
@@ -33,6 +34,7 @@ import numpy as np
 from evoprune.errors import EvopruneError, VideoError
 from evoprune.video.info import PICTURE, FrameTimes, ScanResult, Video
 from evoprune.video.readers import decord, ffmpeg, folder, probing, pyav, subtitles
+from evoprune.video.readers.cutting import ClipReader
 from evoprune.video.readers.live import LiveReader
 from evoprune.video.sandbox.channel import Channel
 
@@ -276,7 +278,7 @@ def _serve(channel: Channel) -> None:
 
 def _begin(
     task: str, folder: str | None, arguments: dict[str, Any]
-) -> tuple[FrameReader | LiveReader | None, dict | None]:
+) -> tuple[FrameReader | LiveReader | ClipReader | None, dict | None]:
     """Run a task: the reader that it opens, if any, and its result."""
     _limit(BASE_BYTES)
     if folder is not None:
@@ -288,6 +290,9 @@ def _begin(
         return FrameReader(Video(**arguments.pop("info")), **arguments), None
     if task == "live":
         reader = LiveReader(**arguments)
+        return reader, reader.facts
+    if task == "clip":
+        reader = ClipReader(Video(**arguments.pop("info")), **arguments)
         return reader, reader.facts
     return None, run(task, arguments)
 

@@ -21,7 +21,7 @@ from evoprune.methods.plans import Grid
 from evoprune.model.config import vision_sizes
 from evoprune.util import did_you_mean
 from evoprune.vision.encoder import Encoded, encode
-from evoprune.vision.preprocess import CLIP, Normal
+from evoprune.vision.patches import CLIP, Normal
 from evoprune.vision.tower import tower_shape
 from evoprune_vllm.positions import as_columns
 

@@ -75,7 +75,7 @@ def test_every_frame_carries_its_number_also_where_pieces_are_joined(name, clips
     assert info.duration_s == pytest.approx(clip.seconds, abs=0.1)
     around = [kind.piece_s - 0.51, kind.piece_s - 0.01, kind.piece_s + 0.01, kind.piece_s + 1.71, clip.seconds - 1.01]
     times_s = [0.26, 1.01, 2.57, *around]
-    found = [number_of(frame) for chunk in read_frames(info, times_s) for frame in chunk.frames]
+    found = [number_of(frame) for chunk in read_frames(info, times_s) for frame in chunk.pixels]
     assert found == [kind.number_at(time_s) for time_s in times_s]
 
 

@@ -73,7 +73,7 @@ def clip_of(qa: VideoQA, path: Path, fps: float):
 
         def frames(self, chunk_bytes):
             for chunk in super().frames(chunk_bytes):
-                held.append(chunk.frames.copy())
+                held.append(chunk.pixels.copy())
                 yield chunk
 
     with closing(open_inputs(qa.session, [path], SamplingOptions(fps=fps), kind=Kept)) as video:

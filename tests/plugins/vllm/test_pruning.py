@@ -14,7 +14,8 @@ from evoprune.language.prompt import video_positions
 from evoprune.methods.base import Selector
 from evoprune.methods.chain import MethodChain
 from evoprune.methods.types import Selection
-from evoprune.vision.preprocess import CLIP, normalised, pixel_patches
+from evoprune.vision.patches import CLIP, normalised
+from evoprune.vision.preprocess import pixel_patches
 from evoprune_vllm.positions import COLUMNS, from_columns, split_bias
 from evoprune_vllm.pruning import encoded, normalisation, request_budget, served_method, try_out, with_columns
 from tests.tiny import tiny_model

@@ -610,7 +610,7 @@ def test_templates_without_an_end(folder, source, monkeypatch):
 def test_a_template_is_rendered_once(folder, monkeypatch):
     tokenizer = load(str(folder), pack=False).tokenizer
     build_prompt(tokenizer, "What?", [("video", 1)])
-    monkeypatch.setattr(template, "_apart", partial(pytest.fail, "a second process"))
+    monkeypatch.setattr(template, "apart", partial(pytest.fail, "a second process"))
     build_prompt(tokenizer, "Why?", [("video", 1)])
 
 

@@ -1,0 +1,41 @@
+"""A contact sheet: the best frame of each moment of a video, side by side, each with its time, its query and its score."""
+
+from collections.abc import Sequence
+from operator import attrgetter
+
+from PIL import Image
+
+from evoprune.bench.overlay import FAINT, GAP, MIN_WIDTH, columns, framed, joined, text_picture, text_size, wrap
+from evoprune.moments.search import Moment
+from evoprune.util import clock
+from evoprune.video.frames import read_frames
+from evoprune.video.info import Video
+
+MADE_BY = "evoprune contact sheet"  # in the metadata of each file
+PANEL = (320, 320)  # pixels, at most, of the width and height of a frame
+
+
+def contact_sheet(info: Video, moments: Sequence[Moment], title: str) -> Image.Image:
+    """Return an RGB picture of the best frames of moments, at least one, in order of time.
+
+    One frame is read after the other, so memory does not grow with their number. Raises VideoError: as `read_frames`.
+    """
+    ordered = sorted(moments, key=attrgetter("best_s"))
+    pictures = []
+    for chunk in read_frames(info, [moment.best_s for moment in ordered]):
+        for rgb in chunk.pixels:
+            picture = Image.fromarray(rgb)
+            picture.thumbnail(PANEL)
+            pictures.append(picture)
+    width = max(picture.width for picture in pictures)
+    across = columns(len(pictures), width / pictures[0].height)
+    whole = max(MIN_WIDTH, across * (width + GAP) - GAP)
+    size = text_size(whole)
+    captions = [f"{clock(moment.best_s)}: {moment.query} ({moment.score:.2f})" for moment in ordered]
+    lines = max(len(wrap(caption, width, size)) for caption in captions)
+    panels = [
+        joined([picture, text_picture(caption, width, size, FAINT, lines)], GAP // 4)
+        for picture, caption in zip(pictures, captions, strict=True)
+    ]
+    rows = [joined(panels[at : at + across], GAP, across=True) for at in range(0, len(panels), across)]
+    return framed([text_picture(title, whole, size), *rows])

@@ -1,0 +1,422 @@
+"""Finds moments: each segment of a video is encoded once and asked about every query; then the borders of the best are found.
+
+A segment is judged by the first token of the answer: by the probability of yes, where only yes and no can be. Segments share
+nothing, so one is forgotten before the next one is encoded, and memory does not grow with the length of the video.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from evoprune.errors import UsageError, VideoError
+from evoprune.language.prompt import Tokenizer
+from evoprune.model.cost import Clock
+from evoprune.moments.segments import (
+    MARGIN,
+    SEGMENT_S,
+    Run,
+    Segment,
+    border,
+    cut,
+    least_odds,
+    log_odds,
+    probability,
+    runs,
+)
+from evoprune.report import VideoFacts, warned
+from evoprune.session.answering import EncodedInputs
+from evoprune.session.cache import Cache, ContentHash
+from evoprune.session.encoding import CachedInput, OpenInput
+from evoprune.session.options import FindOptions, GenerationOptions, SamplingOptions
+from evoprune.session.planning import plan_input
+from evoprune.session.prompting import check_not_empty, longest_prompt
+from evoprune.session.session import Session
+from evoprune.util import brief
+from evoprune.video.frames import probe
+from evoprune.video.given import Input, local_input, name_of
+from evoprune.video.info import AUTO_SEEK, KEYFRAMES, PICTURE, HeldVideo, Video
+from evoprune.video.plan import Plan, duration_of, span_of
+
+# Questions that tell together whether a segment shows what a query says; of each whether yes says so.
+Questions = tuple[tuple[str, bool], ...]
+# Called with "segment", those read and in all; then with "moment", those whose borders were found and in all.
+Progress = Callable[[str, int, int], None]
+
+QUESTION = "Does the video show the following? {}\nAnswer yes or no."
+ONE_TOKEN = GenerationOptions(max_new_tokens=1)
+PIECE_FRAMES = 4  # of the pieces whose scores tell where a moment begins and ends
+PIECES = 4  # of a segment, and of a piece whose frames are further apart than the model's
+# A border lies so many lengths of a piece inside of where the pieces that show it end: the last of them has some frames of it.
+REACH = 0.2
+CANDIDATES = 2  # for each moment that is wanted so many runs of segments are looked at in pieces, at most
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Hold a part of a video that shows what a query says. Times are seconds from the video's first frame.
+
+    `score`: the probability of yes against no, from 0 to 1, by the best segment and the best part of it. `best_s`: the middle of
+    that part.
+    """
+
+    query: str
+    start_s: float
+    end_s: float
+    score: float
+    best_s: float
+
+
+class Search:
+    """Find the moments of one video, for several queries. To be closed, by `with`.
+
+    `run` does the work; `moments` returns what it has found, also where it broke off. `segments`: all that `queries` are asked of.
+    `tokens`: of all segments before pruning. `asked`: how many segments were asked so far; `unread`: how many of them could not
+    be read. `warnings`: names, each with the facts of the video that it is about.
+
+    `cache`: where encoded segments are kept; not used for a method that reads the question.
+
+    Raises UsageError: a query that is empty, twice there or too long, a picture, or words for yes and no that the model cannot
+    tell apart. VideoError: missing, unreadable or empty. OutOfMemory.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        source: Input,
+        queries: Sequence[str],
+        options: FindOptions,
+        sampling: SamplingOptions,
+        cache: Cache | None = None,
+    ):
+        self._session = session
+        self._cache = cache
+        self._kind: Callable[[Session, Plan, Clock], OpenInput] = OpenInput
+        if cache and not session.pruning.method.reads_question:
+            self._kind = partial(CachedInput, cache=cache, hashed=ContentHash())
+        self._options = options
+        self._sampling = sampling
+        self.queries = checked(queries)
+        self._questions = {query: questions_for(session, options, query) for query in self.queries}
+        self._yes, self._no = first_tokens(session.loaded.tokenizer, options.yes, options.no)
+        self.name = name_of(source)
+        self.warnings: dict[str, VideoFacts] = {}
+        self.unread = 0
+        self._files = ExitStack()
+        try:
+            offline = session.loaded.found.options.offline
+            file = self._files.enter_context(local_input(source, offline=offline))
+            self._info = file
+            if not isinstance(file, HeldVideo):
+                self._info = probe(file, folder_fps=sampling.frame_rate)
+            if self._info.kind == PICTURE:
+                raise UsageError(
+                    f"{self.name} is a picture, which has no moments", "give a video; ask asks about a picture"
+                )
+            self.duration_s = duration_of(self._info)
+            self._fps = sampling.fps or session.loaded.video.fps
+            self.segments, self.tokens = self._cut()
+        except BaseException:
+            self._files.close()
+            raise
+        self._scores: dict[str, list[float]] = {query: [] for query in self._questions}  # log odds of each segment
+        self._looked_at: dict[tuple[str, Run], Moment] = {}  # in pieces; of some the score is too low after all
+        self.asked = 0
+
+    def __enter__(self) -> "Search":
+        return self
+
+    def __exit__(self, *problem) -> None:
+        self.close()
+
+    @property
+    def info(self) -> Video:
+        """Return what is known of the video. Its path is that of the file that is read."""
+        return self._info
+
+    def close(self) -> None:
+        """Removes what was downloaded, and from the cache what is beyond its limit."""
+        self._files.close()
+        if self._cache and not self._cache.makes_room:
+            self._cache.make_room()
+
+    def run(self, progress: Progress | None = None) -> None:
+        """Asks about every segment, then finds the borders of the best moments of each query.
+
+        Raises VideoError: no segment can be read. OutOfMemory. ModelError: numbers that are NaN or infinite.
+        """
+        problem = None
+        with closing(self._opened()) as every:
+            for number, opened in enumerate(every):
+                with closing(opened):
+                    try:
+                        odds = self._ask(opened, self.queries)
+                    except VideoError as unreadable:
+                        problem = unreadable
+                        self.unread += 1
+                        odds = dict.fromkeys(self._questions, -math.inf)
+                for query, value in odds.items():
+                    self._scores[query].append(value)
+                self.asked = number + 1
+                if progress:
+                    progress("segment", self.asked, len(self.segments))
+        if problem and self.unread == len(self.segments):
+            raise problem
+        wanted = [(query, run) for query in self.queries for run in self._candidates(query)]
+        for number, (query, run) in enumerate(wanted):
+            self._looked_at[query, run] = self._refined(query, run)
+            if progress:
+                progress("moment", number + 1, len(wanted))
+
+    def moments(self) -> list[Moment]:
+        """Return what was found so far: for each query, in the order given, the best first.
+
+        A moment whose pieces were not looked at has the borders and the score of its segments.
+        """
+        found = []
+        for query in self.queries:
+            least = probability(self._least(query))
+            each = [self._looked_at.get((query, run)) or self._coarse(query, run) for run in self._candidates(query)]
+            each = joined([moment for moment in each if moment.score >= least])
+            found += sorted(each, key=lambda moment: -moment.score)[: self._options.top]
+        return found
+
+    def best(self, query: str) -> tuple[float, float]:
+        """Return the best score of a query, and the time where it is best. At least one segment was asked."""
+        looked_at = [moment for (asked, _), moment in self._looked_at.items() if asked == query]
+        if looked_at:
+            best = max(looked_at, key=lambda moment: moment.score)
+            return best.score, best.best_s
+        scores = self._scores[query]
+        place = scores.index(max(scores))
+        return probability(scores[place]), self.segments[place].middle_s
+
+    def _least(self, query: str) -> float:
+        if self._options.min_score is not None:
+            return log_odds(self._options.min_score)
+        return least_odds(self._scores[query])
+
+    def _candidates(self, query: str) -> list[Run]:
+        """Return the runs that are looked at in pieces, the best first."""
+        found = runs(self._scores[query], self._least(query) - MARGIN)
+        return found[: CANDIDATES * self._options.top]
+
+    def _coarse(self, query: str, run: Run) -> Moment:
+        best = self.segments[run.best]
+        score = probability(self._scores[query][run.best])
+        return Moment(query, self.segments[run.first].start_s, self.segments[run.last].end_s, score, best.middle_s)
+
+    def _refined(self, query: str, run: Run) -> Moment:
+        """Return a moment with borders and a score by those of pieces: short parts, read densely.
+
+        Its log odds are the mean of those of its best segment and of the best piece of that. Where no piece shows it, the borders
+        of its segments stay. Pieces of long segments are long, and its borders are then found again by shorter ones.
+        """
+        moment = self._coarse(query, run)
+        shown_from = self._least(query) - MARGIN
+        begin_s = self.segments[0].start_s
+        stop_s = self.segments[-1].end_s
+        segment_s = self.segments[0].end_s - begin_s
+        shortest_s = PIECE_FRAMES / self._fps
+        length_s = max(shortest_s, segment_s / PIECES)
+        known: dict[tuple[float, float], float] = {}
+
+        def score(middle_s: float) -> float:
+            if (middle_s, length_s) not in known:
+                known[middle_s, length_s] = self._piece_score(query, middle_s, length_s)
+            return known[middle_s, length_s]
+
+        def shown(middle_s: float) -> bool:
+            return score(middle_s) >= shown_from
+
+        def pieces(place: int) -> list[float]:
+            """Return the middles of the pieces of a segment."""
+            segment = self.segments[place]
+            count = max(1, round(segment_s / length_s))
+            step_s = segment_s / count
+            return [segment.start_s + (n + 0.5) * step_s for n in range(count)]
+
+        def between(outside_s: float, inside_s: float) -> float:
+            return border(shown, outside_s, inside_s, precision_s=length_s / 8, reach_s=REACH * length_s)
+
+        def edge(inside_s: float, step_s: float, end_s: float) -> float:
+            """Return the border, from a piece that shows it in steps towards `end_s`."""
+            outside_s = inside_s + step_s
+            while (end_s - outside_s) * step_s > 0 and shown(outside_s):
+                inside_s = outside_s
+                outside_s += step_s
+            if (end_s - outside_s) * step_s <= 0:
+                outside_s = end_s
+            return between(outside_s, inside_s)
+
+        def closer(border_s: float, outwards_s: float) -> float:
+            """Return a border again by the scores of shorter pieces, where these show it inside of it."""
+            outside_s = min(max(border_s + outwards_s, begin_s), stop_s)
+            inside_s = min(max(border_s - outwards_s, begin_s), stop_s)
+            return between(outside_s, inside_s) if shown(inside_s) else border_s
+
+        best_s = max(pieces(run.best), key=score)
+        if score(best_s) == -math.inf:  # nothing can be read
+            return moment
+        odds = (self._scores[query][run.best] + score(best_s)) / 2
+        moment = replace(moment, score=probability(odds), best_s=best_s)
+        places = range(run.first, run.last + 1)
+        first = next((each for place in places for each in pieces(place) if shown(each)), None)
+        if first is None:
+            return moment
+        last = next(each for place in reversed(places) for each in reversed(pieces(place)) if shown(each))
+        start_s = edge(first, -length_s, max(begin_s, moment.start_s - segment_s))
+        end_s = edge(last, length_s, min(stop_s, moment.end_s + segment_s))
+        while length_s > shortest_s:
+            reach_s = length_s / 2
+            length_s = max(shortest_s, length_s / PIECES)
+            start_s = closer(start_s, -reach_s)
+            end_s = closer(end_s, reach_s)
+        if start_s >= end_s:  # shorter than its frames are apart
+            middle_s = (start_s + end_s) / 2
+            start_s = max(begin_s, middle_s - 0.5 / self._fps)
+            end_s = min(stop_s, middle_s + 0.5 / self._fps)
+        return replace(moment, start_s=start_s, end_s=end_s, best_s=min(max(best_s, start_s), end_s))
+
+    def _piece_score(self, query: str, middle_s: float, length_s: float) -> float:
+        start_s = max(self.segments[0].start_s, middle_s - length_s / 2)
+        end_s = min(self.segments[-1].end_s, middle_s + length_s / 2)
+        with closing(self._open(Segment(start_s, end_s, PIECE_FRAMES), self._sampling.seek)) as opened:
+            try:
+                return self._ask(opened, [query])[query]
+            except VideoError:  # what cannot be read shows nothing; the segment around it could be read
+                return -math.inf
+
+    def _cut(self) -> tuple[list[Segment], int]:
+        """Return the segments, and their visual tokens before pruning; refuses queries that do not fit into a prompt."""
+        sampling = self._sampling
+        start_s, end_s = span_of(self.duration_s, sampling.start_s, sampling.end_s)
+        first_s = min(end_s, start_s + (self._options.segment_s or SEGMENT_S))
+        plan = self._plan(Segment(start_s, first_s, 2))
+        _, height, width = plan.full.grid
+        total_tokens = self._options.total_tokens
+        if sampling.fps is not None:
+            total_tokens = None
+        segments = cut(start_s, end_s, self._fps, height * width, total_tokens, self._options.segment_s)
+        plan = self._plan(segments[0])
+        texts = [text for questions in self._questions.values() for text, _ in questions]
+        longest_prompt(self._session, [plan], texts, ONE_TOKEN)
+        return segments, len(segments) * plan.units
+
+    def _plan(self, segment: Segment, seek: str = AUTO_SEEK) -> Plan:
+        sampling = replace(
+            self._sampling, fps=None, frames=segment.frames, start_s=segment.start_s, end_s=segment.end_s, seek=seek
+        )
+        return plan_input(self._session, self._info, sampling, self.name)
+
+    def _open(self, segment: Segment, seek: str) -> OpenInput:
+        return self._kind(self._session, self._plan(segment, seek), Clock(torch.device("cpu")))
+
+    def _opened(self) -> Iterator[OpenInput]:
+        """Yield each segment, to be closed, while the next one is read."""
+        seek = self._sampling.seek
+        if seek == AUTO_SEEK:
+            seek = KEYFRAMES
+        following: OpenInput | None = None
+        try:
+            for number, segment in enumerate(self.segments):
+                opened = following or self._open(segment, seek)
+                following = None
+                if number + 1 < len(self.segments):
+                    following = self._open(self.segments[number + 1], seek)
+                    with suppress(VideoError):  # which encoding it raises again
+                        following.begin()
+                yield opened
+        finally:
+            if following:
+                following.close()
+
+    def _ask(self, opened: OpenInput, queries: Sequence[str]) -> dict[str, float]:
+        """Return the log odds of yes against no for some queries about a segment; of several questions the least."""
+        encoded = EncodedInputs(self._session, [opened.encode()])
+        self._warn(encoded, queries)
+        odds = {}
+        for query in queries:
+            each = []
+            for text, means_it in self._questions[query]:
+                logits, _ = encoded.read_along(text, self._yes[:1])
+                value = float(logits[0, self._yes].logsumexp(0) - logits[0, self._no].logsumexp(0))
+                each.append(value if means_it else -value)
+            odds[query] = min(each)
+        return odds
+
+    def _warn(self, encoded: EncodedInputs, queries: Sequence[str]) -> None:
+        """Notes the warnings about a segment; which frames are looked at is not the caller's choice."""
+        loaded = self._session.loaded
+        for name, facts in warned(encoded.report):
+            if name != "limited":
+                self.warnings.setdefault(name, facts)
+        texts = [text for query in queries for text, _ in self._questions[query]]
+        if "demo_model" not in self.warnings and not all(map(loaded.knows_words, texts)):
+            self.warnings.setdefault("demo_question", encoded.report.video)
+        if loaded.tokenizer.always_thinks:
+            self.warnings.setdefault("always_thinks", encoded.report.video)
+
+
+def joined(moments: Sequence[Moment]) -> list[Moment]:
+    """Return the moments of a query, those that overlap as one with the score of the best of them."""
+    made: list[Moment] = []
+    for moment in sorted(moments, key=lambda each: each.start_s):
+        if made and moment.start_s <= made[-1].end_s:
+            before = made.pop()
+            best = max(before, moment, key=lambda each: each.score)
+            moment = replace(best, start_s=before.start_s, end_s=max(before.end_s, moment.end_s))
+        made.append(moment)
+    return made
+
+
+def checked(queries: Sequence[str]) -> list[str]:
+    """Return the queries. Raises UsageError: there are none, one is no text, empty, or there twice."""
+    if not isinstance(queries, Sequence):
+        raise UsageError(f"the query is {brief(queries)}, not a text", 'for example "a red star"')
+    if not queries:
+        raise UsageError("no query", 'say what to find, such as "a red star"')
+    for query in queries:
+        if not isinstance(query, str):
+            raise UsageError(f"the query is {brief(query)}, not a text", 'for example "a red star"')
+        if not query.strip():
+            raise UsageError("the query is empty", 'say what to find, such as "a red star"')
+        if queries.count(query) > 1:
+            raise UsageError(f"the query {query!r} is there twice", "name every query once")
+    return list(queries)
+
+
+def questions_for(session: Session, options: FindOptions, query: str) -> Questions:
+    """Return the questions that a segment is asked for a query: by the prompt of the options, else as the model knows them."""
+    demo = session.loaded.demo
+    questions: Questions
+    if query.rstrip().endswith("?"):
+        questions = ((query, True),)
+    elif options.prompt is not None:
+        questions = ((options.prompt.replace("{}", query), True),)
+    elif demo:
+        questions = demo.questions_of(query)
+    else:
+        questions = ((QUESTION.format(query), True),)
+    for text, _ in questions:
+        check_not_empty(text)
+    return questions
+
+
+def first_tokens(tokenizer: Tokenizer, yes: str, no: str) -> tuple[list[int], list[int]]:
+    """Return the tokens with which answers of yes and of no begin, however they are spelt, without those that begin both.
+
+    Raises UsageError: nothing tells the two apart.
+    """
+    begins = []
+    for word in (yes.strip(), no.strip()):
+        spellings = (word, word.lower(), word.capitalize(), word.upper())
+        texts = [before + spelt for before in ("", " ") for spelt in spellings]
+        begins.append({tokenizer.encode(text)[0] for text in texts})
+    both = begins[0] & begins[1]
+    if not begins[0] - both or not begins[1] - both:
+        raise UsageError(f"{yes!r} and {no!r} begin with the same token", "choose words that differ in their beginning")
+    return sorted(begins[0] - both), sorted(begins[1] - both)

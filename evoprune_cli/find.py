@@ -1,0 +1,302 @@
+"""`evoprune find`: the moments of videos that show what a query says."""
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING, Any
+
+from evoprune.errors import EvopruneError, UsageError, VideoError
+from evoprune.session.options import FindOptions, ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
+from evoprune.util import check_text, clock, counted, is_url, missing_hint, shown, without_password
+from evoprune.video.sandbox.isolation import warm_up
+from evoprune_cli import options as opt
+from evoprune_cli.ask import split_words
+from evoprune_cli.moment_files import MomentFiles
+from evoprune_cli.running import SOME_FAILED, is_one_of, load, print_text
+from evoprune_cli.terminal import (
+    check_output,
+    failure,
+    print_document,
+    print_error,
+    print_traceback,
+    print_warning,
+    printable,
+    progress,
+    stdout,
+    tell,
+)
+
+if TYPE_CHECKING:
+    from evoprune.batch.rows import Row
+    from evoprune.moments.search import Moment, Search
+
+SCHEMA = "evoprune/find@1"
+USAGE = 'evoprune find video.mp4 "a red star"'
+FILES = "Files"  # title of options in the full help
+BAR = 20  # characters of a score of 1
+
+
+@opt.command(
+    FindOptions,
+    ModelOptions,
+    PruneOptions,
+    SamplingOptions,
+    short="more top min_score srt clips model budget fps start_s end_s json quiet",
+    without=("frames", "max_frames", "subtitles", "max_subtitle_tokens"),
+    fps={
+        "help": "Frames a second to look at in all segments; default: the model's rate, less in a long video (--total-tokens)."
+    },
+    seek={
+        "help": "Which frame is taken for each equal part of a segment: exact, that in its middle; keyframes, the keyframe nearest "
+        "to it, if the part has one. auto: keyframes, and exact where a moment begins and ends."
+    },
+)
+def find(
+    *,
+    words: opt.argument(
+        list[str], "VIDEO", "Videos (files, folders of videos or of frames, URLs), then what to find, quoted."
+    ),
+    more: opt.option(
+        list[str] | None, "-Q --query TEXT", "What to find; repeatable. All share one encoding of each segment."
+    ) = None,
+    options: opt.MakeOptions,
+    srt: opt.option(
+        str | None, "--srt FILE", "Write the moments as subtitles: what was found and its score, while it lasts.", FILES
+    ) = None,
+    chapters: opt.option(
+        str | None, "--chapters FILE", "Write them as chapters, in the format of FFmpeg's metadata.", FILES
+    ) = None,
+    contact_sheet: opt.option(
+        str | None, "--contact-sheet FILE.png", "Draw the best frame of each moment, with its time.", FILES
+    ) = None,
+    clips: opt.option(
+        str | None,
+        "--clips DIR",
+        "Cut each moment into a file of its own, by copying packets from the keyframe before it on. A name that is there gets a "
+        "number.",
+        FILES,
+    ) = None,
+    exact: opt.option(
+        bool,
+        "--exact",
+        "Have clips begin and end exactly where moments do, which encodes them anew, without HDR.",
+        FILES,
+    ) = False,
+    json: opt.option(bool, "--json", "One JSON line a moment on stdout, instead of text.", opt.OUTPUT) = False,
+    output: opt.option(
+        str | None,
+        "-o --output FILE",
+        "Also write here what was found, a JSON line a video, as soon as it is searched to its end.",
+        opt.OUTPUT,
+    ) = None,
+    resume: opt.option(
+        bool,
+        "--resume",
+        "Go on with FILE if it exists: videos that it has are skipped, those that failed are searched again.",
+        opt.OUTPUT,
+    ) = False,
+    overwrite: opt.option(
+        bool, "--overwrite", "Replace the records in FILE; a file that holds anything else stays.", opt.OUTPUT
+    ) = False,
+    cache: opt.option(
+        bool,
+        "--cache/--no-cache",
+        "Keep encoded segments on disk (at most 4 GiB), so that other queries need no reading and no encoding.  "
+        "[env var: EVOPRUNE_CACHE_DIR]",
+        opt.OUTPUT,
+    ) = False,
+    quiet: opt.Quiet = False,
+) -> int:
+    """Find the moments of videos that show something, best first.
+
+    Each video is cut into segments, and each segment is asked whether it shows it. Where yes is much more probable than in most
+    segments, dense frames tell when the moment begins and ends. Nothing found is no error. Ctrl-C prints what was found so far. A
+    video that fails is reported, and the others go on; the exit code is then 6. Files are written once all of a video was asked.
+
+    \b
+    evoprune find clip.mp4 "a red star"
+    evoprune find videos/ -Q "a dog" -Q "a person opens a door" -m Qwen/Qwen2.5-VL-3B-Instruct
+    evoprune find videos/ "a dog" -m Qwen/Qwen2.5-VL-3B-Instruct -o dogs.jsonl --resume
+    evoprune find clip.mp4 "Does the car stop?" --top 3 --json
+    evoprune find film.mp4 "a dog" --clips dogs/ --srt film.srt
+    """
+    check_output()
+    videos, queries = _words(words, list(more or []))
+    pipeline = options()
+    check_text(*queries, pipeline.find.prompt)
+    rows = _rows(videos, queries, pipeline.sampling)
+    files = MomentFiles(srt, chapters, contact_sheet, clips, exact)
+    files.check([row.paths[0] for row in rows], output)
+    if (resume or overwrite) and output is None:
+        raise UsageError("--resume and --overwrite are about a file", "name it with -o")
+    with ExitStack() as stack:
+        kept = None
+        left = rows
+        if output is not None:
+            kept = Kept(rows, pipeline, output, resume, overwrite)
+            stack.enter_context(closing(kept))
+            left = kept.left
+            if len(left) < len(rows) and not quiet:
+                tell(f"{output} has {len(rows) - len(left):,} of {counted(len(rows), 'video')} already")
+        if not left:
+            return 0
+        warm_up()  # while this process imports what it needs
+        with progress(not quiet) as show:
+            qa = load(pipeline, show, quiet)
+        from evoprune.moments.search import Search
+        from evoprune.session.cache import SegmentCache
+
+        stored = SegmentCache() if cache else None
+        failed = 0
+        for row in left:
+            name = without_password(row.video)
+            moments = None
+            error = None
+            try:
+                with Search(qa.session, row.paths[0], queries, pipeline.find, pipeline.sampling, stored) as search:
+                    if not quiet:
+                        _announce(search, name)
+                    try:
+                        with progress(not quiet) as show:
+                            search.run(show)
+                    finally:
+                        _deliver(search, name, len(rows) > 1, json, quiet)
+                    files.write(search, name, quiet)
+                    moments = [record(moment, name) for moment in search.moments()]
+            except EvopruneError as problem:
+                if len(rows) == 1 or not isinstance(problem, VideoError):
+                    raise
+                failed += 1
+                error = _report_failure(problem, name, json)
+            if kept:
+                kept.add(row, moments, error, qa.loaded.found.commit)
+        return SOME_FAILED if failed else 0
+
+
+class Kept:
+    """Holds the output file of a search. To be closed. `left`: the rows that it does not have yet."""
+
+    def __init__(self, rows: Sequence["Row"], options: PipelineOptions, path: str, resume: bool, overwrite: bool):
+        from evoprune.batch.moments import MomentsFile, SearchSettings
+        from evoprune.batch.output import Sources, remaining
+
+        if path == "-":
+            raise UsageError("-o names a file", "--json prints on stdout")
+        if is_one_of(path, [row.paths[0] for row in rows]):
+            raise UsageError(f"{path} is what is to be read", "choose another -o")
+        settings = SearchSettings(
+            options.model, options.pruning, options.sampling.timeless, options.generation, options.stream, options.find
+        )
+        self._settings = settings.record()
+        self._file = MomentsFile(path, resume=resume, overwrite=overwrite)
+        try:
+            self._sources = Sources(settings)
+            self.left = remaining(rows, settings, self._file.found, self._sources)
+        except BaseException:
+            self.close()
+            raise
+        self._files = {row.id: self._sources.of(row) for row in self.left}
+
+    def add(
+        self, row: "Row", moments: list[dict[str, Any]] | None, error: dict[str, Any] | None, commit: str | None
+    ) -> None:
+        """Appends the line of a video, which is on the disk when this returns."""
+        from evoprune.batch.moments import FoundVideo
+
+        self._sources.check_revision(commit)
+        if not self._file.written:  # earlier records stay until there is one to write
+            self._file.begin(again={row.id for row in self.left})
+        about = {"row": row.asked | {"answer": None}, "settings": self._settings, "files": self._files[row.id]}
+        self._file.add(FoundVideo(row.id, moments, error, {"revision": commit}, about))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _report_failure(problem: VideoError, name: str, json: bool) -> dict[str, Any]:
+    """Tells that a video failed, on stderr and as JSON; returns the error as records hold it."""
+    print_traceback(problem)
+    error = failure(problem)
+    if json:
+        print_document({"schema": SCHEMA, "video": name, "error": error})
+    message = error["message"]
+    if name not in message:
+        message = f"{name}: {message}"
+    print_error(message, error["hint"])
+    return error
+
+
+def _words(words: Sequence[str], more: list[str]) -> tuple[list[str], list[str]]:
+    """Return the videos and the queries of a line."""
+    videos, query = split_words(words)
+    queries = more
+    if query is not None:
+        queries = [query, *more]
+    if not queries:
+        raise UsageError("nothing to find", f"say what, quoted: {USAGE}")
+    if not all(query.strip() for query in queries):
+        raise UsageError("the query is empty", USAGE)
+    return list(videos), queries
+
+
+def _rows(words: Sequence[str], queries: Sequence[str], sampling: SamplingOptions) -> list["Row"]:
+    """Return a row for each video, those of a folder in its place. Raises VideoError where one is missing."""
+    from evoprune.batch.moments import search_rows
+
+    missing = [word for word in words if not is_url(word) and not os.path.exists(word)]
+    if missing:
+        raise VideoError(f"no such file: {shown(missing[0])}", missing_hint(missing[0], f"videos come first: {USAGE}"))
+    return search_rows(words, queries, sampling)
+
+
+def _announce(search: "Search", name: str) -> None:
+    first = search.segments[0]
+    length_s = first.end_s - first.start_s
+    tell(
+        f"{name}: {clock(search.duration_s)}, {counted(len(search.segments), 'segment')} of {length_s:.3g} s, "
+        f"{first.frames} frames in each, {search.tokens:,} visual tokens in all"
+    )
+
+
+def _deliver(search: "Search", name: str, several: bool, json: bool, quiet: bool) -> None:
+    """Prints what was found, and on stderr what was not, and warnings. `several`: whether there are other videos."""
+    moments = search.moments()
+    others = 0 if several else None
+    for warning, facts in search.warnings.items():
+        print_warning(warning, facts, others)
+    if search.asked < len(search.segments) and not quiet:
+        tell(f"{name}: broken off after {search.asked:,} of {counted(len(search.segments), 'segment')}")
+    if search.unread and not quiet:
+        tell(f"{name}: {counted(search.unread, 'segment')} could not be read")
+    if json:
+        for moment in moments:
+            print_document(record(moment, name))
+    for query in search.queries:
+        found = [moment for moment in moments if moment.query == query]
+        if found and not json:
+            lines = [f"{name}: {query}", *map(line, found)]
+            print_text("".join(printable(each, stdout()) + "\n" for each in lines))
+        elif not found and search.asked > search.unread and not quiet:
+            score, best_s = search.best(query)
+            tell(f"{name}: nothing shows {query!r}; the best is {score:.2f} at {clock(best_s)} (--min-score)")
+
+
+def record(moment: "Moment", name: str) -> dict[str, Any]:
+    """Return a moment as `--json` prints it."""
+    return {
+        "schema": SCHEMA,
+        "video": name,
+        "query": moment.query,
+        "start_s": round(moment.start_s, 3),
+        "end_s": round(moment.end_s, 3),
+        "best_s": round(moment.best_s, 3),
+        "score": round(moment.score, 6),
+        "error": None,
+    }
+
+
+def line(moment: "Moment") -> str:
+    """Return a moment as a line: when it begins and ends, when it is best, and its score with a bar."""
+    bar = "#" * round(BAR * moment.score)
+    times = f"{clock(moment.start_s):>9} - {clock(moment.end_s):<9}  best {clock(moment.best_s):<9}"
+    return f"{times}  {moment.score:.3f}  {bar}"

@@ -1,0 +1,98 @@
+"""The files that `evoprune find` writes beside its lines: subtitles, chapters, a contact sheet and clips of what was found."""
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from evoprune.errors import UsageError
+from evoprune.util import counted
+from evoprune_cli.running import check_new_folder, check_writable, write_bytes
+from evoprune_cli.terminal import progress, tell
+
+if TYPE_CHECKING:
+    from evoprune.moments.search import Search
+
+
+@dataclass(frozen=True)
+class MomentFiles:
+    """Hold the names of the files that are wanted, each None where it is not."""
+
+    srt: str | None
+    chapters: str | None
+    contact_sheet: str | None
+    clips: str | None  # a folder
+    exact: bool  # whether clips begin and end at the times of the moments
+
+    def check(self, videos: list[str], output: str | None) -> None:
+        """Raises UsageError, before anything is read, where a file cannot be written, or the options do not fit the videos.
+
+        `output`: another file that will be written.
+        """
+        single = {"--srt": self.srt, "--chapters": self.chapters, "--contact-sheet": self.contact_sheet}
+        files = [os.path.realpath(file) for file in (*single.values(), output) if file]
+        if len(set(files)) < len(files):
+            raise UsageError("two options name the same file", "give each a file of its own")
+        for option, file in single.items():
+            if file is not None and len(videos) > 1:
+                hint = "call find for each; --clips takes them all"
+                raise UsageError(f"{option} is about one video, and there are {len(videos):,}", hint)
+            text = file in (self.srt, self.chapters)  # which somebody may have edited
+            if text and file and os.path.isfile(file) and os.path.getsize(file):
+                raise UsageError(f"{file} is there already", "name another file, or remove this one")
+            check_writable(file, inputs=videos)
+        sheet = self.contact_sheet
+        if sheet is not None and os.path.splitext(sheet)[1].lower() != ".png":
+            raise UsageError(f"--contact-sheet {sheet} is no PNG file", "name it .png")
+        if self.exact and self.clips is None:
+            raise UsageError("--exact is about clips", "add --clips DIR")
+        if self.clips is not None:
+            self._check_folder(self.clips, videos)
+
+    def _check_folder(self, clips: str, videos: list[str]) -> None:
+        if not clips:
+            raise UsageError("the name of an output is empty", "name a folder; is a variable of the shell not set?")
+        if not os.path.exists(clips):
+            check_new_folder(clips)
+        elif not (os.path.isdir(clips) and os.access(clips, os.W_OK)):
+            raise UsageError(f"cannot write into {clips}", "name a folder that can be written")
+        for video in videos:
+            if os.path.isdir(video):
+                raise UsageError(f"{video} is a folder of images, of which no clips can be cut", "leave out --clips")
+
+    def write(self, search: "Search", name: str, quiet: bool) -> None:
+        """Writes what was found in a video; where that is nothing, no file. Raises UsageError, VideoError."""
+        moments = search.moments()
+        if not moments:
+            return
+        if self.srt is not None:
+            from evoprune.moments.subtitles import srt
+
+            write_bytes(self.srt, srt(moments).encode())
+        if self.chapters is not None:
+            from evoprune.moments.subtitles import chapters
+
+            write_bytes(self.chapters, chapters(moments).encode())
+        if self.contact_sheet is not None:
+            from evoprune.bench.overlay import png
+            from evoprune.bench.sheet import MADE_BY, contact_sheet
+
+            write_bytes(self.contact_sheet, png(contact_sheet(search.info, moments, os.path.basename(name)), MADE_BY))
+        if self.clips is not None:
+            self._cut(search, name, quiet)
+
+    def _cut(self, search: "Search", name: str, quiet: bool) -> None:
+        from evoprune.moments.clips import cut_clip
+
+        moments = search.moments()
+        earlier_s = 0.0
+        with progress(not quiet) as show:
+            for number, moment in enumerate(moments):
+                show("cutting, clip", number + 1, len(moments))
+                how = {"exact": self.exact, "title": moment.query, "named_after": name}
+                clip = cut_clip(search.info, moment.start_s, moment.end_s, self.clips, **how)
+                earlier_s = max(earlier_s, moment.start_s - clip.start_s)
+        if not quiet:
+            said = f"{name}: {counted(len(moments), 'clip')} in {self.clips}"
+            if earlier_s >= 0.05:
+                said += f", which begin at keyframes, up to {earlier_s:.1f} s early (--exact)"
+            tell(said)

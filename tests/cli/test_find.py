@@ -1,0 +1,130 @@
+"""`evoprune find` on the command line: text, JSON, several videos, and how it ends."""
+
+import json
+
+import pytest
+
+from evoprune.moments.search import Search
+from tests.cli.conftest import ROOT
+
+SQUARE = str(ROOT / "samples" / "square.mp4")
+THREE = str(ROOT / "samples" / "three.mp4")
+GREEN = "a green square"
+
+
+def test_text_has_times_and_a_bar(cli):
+    result = cli("find", SQUARE, GREEN)
+    head, line = result.out.splitlines()
+    assert (result.code, head) == (0, f"{SQUARE}: {GREEN}")
+    assert line.startswith("   0:00.0 - 0:06.0     best 0:0") and line.endswith("#" * 20)
+    assert "1 segment of 6 s, 12 frames in each" in result.err
+
+
+def test_json_has_a_line_a_moment(cli):
+    result = cli("find", SQUARE, THREE, "-Q", GREEN, "-Q", "a purple cross", "--json", "-q")
+    records = [json.loads(line) for line in result.out.splitlines()]
+    assert result.code == 0 and (records[0]["video"], records[0]["query"]) == (SQUARE, GREEN)
+    assert all(each["schema"] == "evoprune/find@1" and each["score"] >= 0.96 for each in records)
+    assert all(0 <= each["start_s"] <= each["best_s"] <= each["end_s"] for each in records)
+
+
+def test_nothing_found_is_no_error(cli):
+    result = cli("find", SQUARE, "a purple cross")
+    assert (result.code, result.out) == (0, "")
+    assert "nothing shows 'a purple cross'; the best is 0." in result.err
+    assert cli("find", SQUARE, "a purple cross", "-q").err == ""
+
+
+def test_words_that_a_demo_does_not_know_are_a_warning(cli):
+    assert "warning:" in cli("find", SQUARE, "a giraffe", "-q").err
+
+
+def test_a_folder_of_which_one_video_fails(cli, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    (tmp_path / "b.mp4").symlink_to(SQUARE)
+    result = cli("find", str(tmp_path), GREEN, "-q")
+    assert result.code == 6 and f"{tmp_path / 'b.mp4'}: {GREEN}" in result.out and "error:" in result.err
+
+
+def test_ctrl_c_prints_what_was_found_so_far(cli, monkeypatch):
+    def interrupted(self, progress=None):
+        for query in self._scores:
+            self._scores[query].append(9.0)
+        self.asked = 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Search, "run", interrupted)
+    result = cli("find", SQUARE, GREEN, "--segment", "2s")
+    assert result.code == 130 and "0:00.0 - 0:02.0" in result.out
+    assert "broken off after 1 of 3 segments" in result.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "problem"),
+    [
+        ((SQUARE,), 2, "nothing to find"),
+        (("gone.mp4", GREEN), 3, "no such file: gone.mp4"),
+        ((SQUARE, " "), 2, "the query is empty"),
+        ((SQUARE, GREEN, "--min-score", "2"), 2, "--min-score is 2"),
+        ((SQUARE, GREEN, "--segment", "soon"), 2, "is not a time"),
+        ((SQUARE, GREEN, "--prompt", "What?"), 2, "--prompt is 'What?', without the query"),
+        ((SQUARE, GREEN, "--yes", "no"), 2, "begin with the same token"),
+        ((SQUARE, SQUARE, GREEN), 2, "is there twice"),
+    ],
+)
+def test_what_is_refused(cli, words, code, problem):
+    result = cli("find", *words)
+    assert (result.code, result.out) == (code, "") and problem in result.err
+
+
+def test_a_file_of_videos_that_can_be_resumed(cli, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    (tmp_path / "b.mp4").symlink_to(SQUARE)
+    out = tmp_path / "found" / "out.jsonl"
+    out.parent.mkdir()
+    words = ("find", str(tmp_path), GREEN, "-q", "-o", str(out))
+    assert cli(*words).code == 6
+    failed, found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert failed["moments"] is None and failed["error"]["type"] == "video" and found["error"] is None
+    assert found["batch"]["row"]["question"] == GREEN and [each["query"] for each in found["moments"]] == [GREEN]
+    (tmp_path / "a.mp4").unlink()
+    (tmp_path / "a.mp4").symlink_to(THREE)
+    again = cli(*words[:3], "--resume", "-o", str(out))
+    assert again.code == 0 and "has 1 of 2 videos already" in again.err and "b.mp4" not in again.out
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["error"] for record in records] == [None, None] and records[0] == found
+    assert cli(*words, "--resume").out == ""
+
+
+def test_another_search_does_not_go_on_with_the_file(cli, tmp_path):
+    out = tmp_path / "out.jsonl"
+    words = ("find", SQUARE, "-q", "-o", str(out))
+    assert cli(*words, GREEN).code == 0
+    assert "is there already" in cli(*words, GREEN).err
+    assert "is not what it was" in cli(*words, "a red ring", "--resume").err or out.read_text().count("\n") == 1
+    assert "other settings: top was 10" in cli(*words, GREEN, "--resume", "--top", "3").err
+    assert cli(*words, "a red ring", "--overwrite").code == 0 and "a red ring" in out.read_text()
+    out.write_text("something else\n")
+    assert "holds no records of a search" in cli(*words, GREEN, "--overwrite").err
+
+
+def test_segments_are_kept_on_disk(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
+    assert cli("find", SQUARE, GREEN, "--cache", "-q").code == 0
+    assert list((tmp_path / "segments").glob("*.safetensors"))
+    assert cli("inspect", "--clear-cache").code == 0
+    assert not list((tmp_path / "segments").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("--resume",), "are about a file"),
+        (("-o", "-"), "-o names a file"),
+        (("-o", SQUARE), "is what is to be read"),
+        (("-o", "x.jsonl", "--resume", "--overwrite"), "exclude each other"),
+    ],
+)
+def test_outputs_that_make_no_sense(cli, words, problem):
+    result = cli("find", SQUARE, GREEN, *words)
+    assert (result.code, result.out) == (2, "") and problem in result.err

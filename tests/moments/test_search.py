@@ -1,0 +1,186 @@
+"""Finding moments with the demo models in videos of some minutes, whose things and times are known."""
+
+import gc
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evoprune
+from evoprune.errors import UsageError, VideoError
+from evoprune.moments.search import Search, first_tokens, questions_for
+from evoprune.session.options import FindOptions, SamplingOptions
+from experiments.demo.long_videos import WORLDS, make_long, moments_of, write_long
+from tests.threads import one_thread  # noqa: F401
+from tests.video.files import write_video
+
+
+def long_video(path, world, minutes):
+    """Write a long video; returns the moments of each name."""
+    video = make_long(world, "validation", 71, 0, minutes)
+    write_long(world, video, path)
+    return {name: moments_of(world, video, name) for name in WORLDS[world].names}
+
+
+def overlaps(moment, span) -> bool:
+    return min(moment.end_s, span[1]) > max(moment.start_s, span[0])
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shapes") / "long.mp4"
+    return path, long_video(path, "shapes", 1.5)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return evoprune.VideoQA.load("demo", budget=0.25)
+
+
+def there_and_absent(times):
+    """Return names of things that are there in one moment, of more than two seconds, and of things that never are."""
+    absent = [name for name, spans in times.items() if not spans]
+    lasting = [name for name, spans in times.items() if len(spans) == 1 and spans[0][1] - spans[0][0] > 2]
+    return lasting, absent
+
+
+def test_things_that_are_there_are_found_and_others_are_not(demo, shapes):
+    path, times = shapes
+    lasting, absent = there_and_absent(times)
+    lasting = lasting[:5]
+    absent = absent[:5]
+    seen = []
+    found = demo.find(path, [*lasting, *absent], progress=lambda *step: seen.append(step))
+    assert len({moment.query for moment in found if moment.query in absent}) <= 1  # the model is not always right
+    right = [m for m in found if m.query in lasting and overlaps(m, *times[m.query])]
+    assert len({moment.query for moment in right}) >= len(lasting) - 1
+    errors = [abs(m.start_s - times[m.query][0][0]) + abs(m.end_s - times[m.query][0][1]) for m in right]
+    assert sorted(errors)[len(errors) // 2] < 2.0
+    assert all(0.96 <= m.score <= 1 and m.start_s <= m.best_s <= m.end_s for m in found)
+    segments = [step for step in seen if step[0] == "segment"]
+    assert segments == [("segment", n + 1, 12) for n in range(12)] and seen[-1][0] == "moment"
+
+
+def test_borders_of_long_segments_are_found_by_shorter_and_shorter_parts(demo, shapes):
+    path, times = shapes
+    lasting, _ = there_and_absent(times)
+    found = demo.find(path, lasting[:6], total_tokens=12 * 96, min_score=0.9)
+    right = [m for m in found if overlaps(m, *times[m.query])]
+    errors = [abs(m.start_s - times[m.query][0][0]) for m in right]
+    assert len(right) >= 2 and sorted(errors)[len(errors) // 2] < 1.5
+
+
+@pytest.mark.full
+def test_the_other_world(tmp_path):
+    path = tmp_path / "long.mp4"
+    times = long_video(path, "scenes", 1.3)
+    lasting, absent = there_and_absent(times)
+    qa = evoprune.VideoQA.load("demo-scenes", budget=0.25)
+    found = qa.find(path, [*lasting[:6], *absent[:4]])
+    right = {m.query for m in found if m.query in lasting and overlaps(m, *times[m.query])}
+    assert len(right) >= len(lasting[:6]) / 2
+    assert len([m for m in found if m.query in absent]) <= 1
+
+
+def test_what_broke_off_has_moments_of_what_was_read(demo, shapes):
+    path, times = shapes
+    there = [name for name, spans in times.items() if spans and spans[0][1] < 40][:6]
+
+    def stop(stage, done, total):
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with Search(demo.session, str(path), there, FindOptions(), SamplingOptions()) as search:
+        with pytest.raises(KeyboardInterrupt):
+            search.run(stop)
+        moments = search.moments()
+        assert moments and max(moment.end_s for moment in moments) <= search.segments[5].end_s
+
+
+def test_top_min_score_and_a_part_of_the_time(demo, shapes):
+    path, _ = shapes
+    everything = demo.find(path, "a red circle", min_score=0.0, end_s=30.0, segment_s=10.0)
+    assert len(everything) == 1 and everything[0].end_s == 30.0
+    assert demo.find(path, "a red circle", min_score=1.0) == []
+    assert len(demo.find(path, ["a red circle"], min_score=0.001, top=1)) <= 1
+
+
+def test_queries_become_the_questions_that_a_demo_knows(demo):
+    ask = lambda query, **options: questions_for(demo.session, FindOptions(**options), query)  # noqa: E731
+    assert ask("a red circle") == ask("red circle") == (("Is there a red circle?", True),)
+    assert ask("Can you see a red ring?") == (("Can you see a red ring?", True),)
+    assert ask("a red {} ring", prompt="Can you see {}?") == (("Can you see a red {} ring?", True),)
+    at_start, at_end = "Is the red ring there at the start?", "Is the red ring there at the end?"
+    assert ask("the red ring appears") == (("Is there a red ring?", True), (at_start, False), (at_end, True))
+    assert ask("a red ring vanishes")[1:] == ((at_start, True), (at_end, False))
+
+
+def test_words_for_yes_and_no(demo):
+    tokenizer = demo.session.loaded.tokenizer
+    yes, no = first_tokens(tokenizer, "yes", "no")
+    assert tokenizer.encode("yes")[0] in yes and tokenizer.encode("no")[0] in no and not set(yes) & set(no)
+    with pytest.raises(UsageError, match="begin with the same token"):
+        first_tokens(tokenizer, "yes", "Yes")
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (("a", ""), "query is empty"),
+        (("a", []), "no query"),
+        (("a", [3]), "query is 3, not a text"),
+        (("a", ["x", "x"]), "is there twice"),
+        ((["a", "b"], "x"), "find takes one video"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(demo, given, problem):
+    with pytest.raises(UsageError, match=problem):
+        demo.find(*given)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"top": 0}, "top is 0"),
+        ({"total_tokens": 0}, "total_tokens is 0"),
+        ({"min_score": 1.5}, "min_score is 1.5"),
+        ({"segment_s": 0.0}, "segment_s is 0"),
+        ({"prompt": "What?"}, "without the query"),
+        ({"yes": " "}, "are empty"),
+    ],
+)
+def test_options_out_of_range(options, problem):
+    with pytest.raises(UsageError, match=problem):
+        FindOptions(**options)
+
+
+def test_a_picture_a_missing_file_and_a_query_of_many_pages(demo, shapes, tmp_path):
+    path, _ = shapes
+    picture = tmp_path / "still.png"
+    Image.new("RGB", (168, 112)).save(picture)
+    with pytest.raises(UsageError, match="is a picture, which has no moments"):
+        demo.find(picture, "a red circle")
+    with pytest.raises(VideoError, match="no such file"):
+        demo.find("gone.mp4", "a red circle")
+    with pytest.raises(UsageError, match=r"do not fit|does not fit"):
+        demo.find(path, "red " * 100_000)
+
+
+def test_one_frame(demo, tmp_path):
+    """A video of a single frame has one segment."""
+    path = write_video(tmp_path / "one.mp4", np.zeros((1, 112, 168, 3), np.uint8), fps=10)
+    with Search(demo.session, str(path), ["a red circle"], FindOptions(), SamplingOptions()) as search:
+        search.run()
+        assert len(search.segments) == 1 and search.moments() == []
+
+
+def test_memory_does_not_grow_with_the_length(demo, shapes):
+    """A segment is forgotten before the next but one."""
+    path, _ = shapes
+    held = []
+
+    def count(stage, done, total):
+        held.append(sum(isinstance(each, evoprune.EncodedInputs) for each in gc.get_objects()))
+
+    demo.find(path, "a red circle", min_score=1.0, progress=count)
+    assert len(held) == 12 and max(held) <= held[0] + 1
