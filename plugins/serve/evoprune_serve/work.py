@@ -20,13 +20,15 @@ from typing import Any
 
 from evoprune.backend.limits import available_memory
 from evoprune.errors import OutOfMemory
-from evoprune.model.cost import kv_bytes
+from evoprune.model.cost import Clock, kv_bytes
 from evoprune.report import Report
 from evoprune.session.answering import Answer, EncodedInputs
-from evoprune.session.encoding import OpenInputs, open_inputs
+from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.options import PruneOptions
 from evoprune.session.planning import TEXT
 from evoprune.session.prompting import longest_prompt
+from evoprune.session.session import Session
+from evoprune.video.plan import Plan
 from evoprune.video.sandbox.isolation import Scope
 from evoprune.video_qa import VideoQA
 from evoprune_serve.errors import full
@@ -70,7 +72,15 @@ class Failed:
     problem: BaseException
 
 
-Event = Piece | Done | Failed
+@dataclass(frozen=True)
+class Told:
+    """What a task tells, as JSON has it. `last`: whether that is the end of it."""
+
+    facts: dict[str, Any]
+    last: bool = False
+
+
+Event = Piece | Done | Failed | Told
 
 
 class Job:
@@ -81,6 +91,8 @@ class Job:
         self.question: Question | None = None  # from `Work.submit` on
         self.fetched: Fetched | None = None
         self.opened: OpenInputs | None = None
+        self.task: Callable[[], None] | None = None  # what is done in place of an answer
+        self.kind: Callable[[Session, Plan, Clock], OpenInput] = OpenInput  # as of `open_inputs`
         self.ready = False  # whether the model may begin
         self.begun = False  # whether its inputs are read ahead
         self.scope = Scope()  # of what is read while it is opened
@@ -264,6 +276,12 @@ class Work:
         else:
             self._openers.submit(Context().run, self._prepare, job)
 
+    def run(self, job: Job, question: Question, task: Callable[[], None]) -> None:
+        """Has the thread of the model run a task about a job whose files were fetched. The task puts events."""
+        job.question = question
+        job.task = task
+        self._is_ready(job)
+
     def cancel(self, job: Job) -> None:
         """Ends a job that nobody waits for; nothing where it has ended."""
         with self._changed:
@@ -322,7 +340,7 @@ class Work:
 
     # Opening, in threads of their own.
 
-    def _session(self, pruning: PruneOptions) -> VideoQA:
+    def session(self, pruning: PruneOptions) -> VideoQA:
         """Return the model with settings of pruning. Raises UsageError: they do not fit the model."""
         key = repr(pruning)
         with self._changed:
@@ -353,9 +371,9 @@ class Work:
     def _open(self, job: Job) -> None:
         start = time.perf_counter()
         question = job.question
-        qa = self._session(question.pruning)
+        qa = self.session(question.pruning)
         fetched = job.files()
-        opened = open_inputs(qa.session, fetched.inputs(), question.sampling, names=fetched.names)
+        opened = open_inputs(qa.session, fetched.inputs(), question.sampling, names=fetched.names, kind=job.kind)
         try:
             with opened.planning():
                 longest_prompt(qa.session, opened.plans, [question.text], question.generation)
@@ -414,7 +432,10 @@ class Work:
             job.queue_s = start - job.admitted_s - job.opening_s
             try:
                 self._read_next_ahead()
-                self._answer(job)
+                if job.task:
+                    job.task()
+                else:
+                    self._answer(job)
                 self._seconds.append(time.perf_counter() - start)
             except BaseException as problem:
                 self._fail(job, problem)
@@ -448,8 +469,7 @@ class Work:
         encoded = self.kept.get(key)
         kept = encoded is not None
         if encoded is None:
-            encoded = self._encoded(job)
-            self.kept.put(key, encoded, self._bytes(encoded, question))
+            encoded = self.encode(job)
         known = 0
 
         def logprobs() -> list[dict[str, Any]] | None:
@@ -474,8 +494,9 @@ class Work:
             answer.close()
         put(Done(answer.report, logprobs(), kept))
 
-    def _encoded(self, job: Job) -> EncodedInputs:
-        """Return the encoding of a job's inputs."""
+    def encode(self, job: Job) -> EncodedInputs:
+        """Return the encoding of a job's inputs, which is kept for further questions. In the thread of the model."""
+        key = encoding_key(job.question, job.files())
         if job.opened is None:  # it was kept, and dropped since; or memory ran out
             self._open(job)
 
@@ -488,6 +509,7 @@ class Work:
         encoded = opened.encode(progress)
         job.opened = None
         opened.close()
+        self.kept.put(key, encoded, self._bytes(encoded, job.question))
         return encoded
 
     def _bytes(self, encoded: EncodedInputs, question: Question) -> int:
