@@ -16,10 +16,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from evoprune.bench.overlay import FATES, Fates, check_drawable, fates
+from evoprune.errors import UsageError
 from evoprune.methods.budget import AUTOS, PRESETS
 from evoprune.model.cost import Clock
 from evoprune.moments.search import Search
-from evoprune.report import WARNINGS, Report, VideoFacts, warned, warning_text
+from evoprune.report import WARNINGS, Times, VideoFacts, warned, warning_text
 from evoprune.session.encoding import OpenInput
 from evoprune.session.options import PipelineOptions
 from evoprune.session.session import Session
@@ -71,13 +72,13 @@ class Page:
     async def settings(self, request: Request) -> Response:
         """Return the model, the budgets to choose from, whether addresses may be given, and the sentence of each warning."""
         settings = self._server.settings
-        usual = settings.usual.pruning.budget
         return JSONResponse(
             {
                 "model": settings.name,
                 "demo": self._server.work.qa.loaded.demo is not None,
                 "budgets": budgets(settings.usual),
-                "budget": usual,
+                "budget": settings.usual.pruning.budget,
+                "overlay": drawable(self._server.work.qa.session),
                 "urls": settings.urls,
                 "upload_bytes": settings.access.upload_bytes,
                 "warnings": {name: sentence(name) for name in WARNINGS},
@@ -115,10 +116,12 @@ class Page:
         job.kind = kind
         encoded = work.encode(job)
         answer = encoded.ask(job.question.text, max_new_tokens=1)
-        for _ in answer:
-            pass
+        answer.text  # noqa: B018 (generated, which measures it)
         last = traced[-1]  # the one before it ran out of memory, if there is one
-        job.put(Told(units_record(last.plan, last.fates, answer.report), last=True))
+        warnings = [name for name, _ in warned(encoded.report) if name != "demo_model"]
+        if not work.qa.loaded.knows(last.plan.info):
+            warnings.append("demo_overlay")
+        job.put(Told(units_record(last.plan, last.fates, answer.report.time_ms) | {"warnings": warnings}, last=True))
 
     def _tell_moments(self, job: Job) -> None:
         check_one_video(job)
@@ -152,6 +155,15 @@ class TracedInput(OpenInput):
         return made
 
 
+def drawable(session: Session) -> bool:
+    """Return whether there is an overlay of what a method keeps."""
+    try:
+        check_drawable(session)
+    except UsageError:
+        return False
+    return True
+
+
 def check_one_video(job: Job) -> None:
     """Raises ApiError: a request is about several."""
     count = len(job.files().names)
@@ -159,7 +171,7 @@ def check_one_video(job: Job) -> None:
         raise refused(f"the messages have {count} videos: this is about one", "messages")
 
 
-def units_record(plan: Plan, units: Fates, report: Report) -> dict[str, Any]:
+def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
     """Return the fates of all units, and what was measured, as JSON.
 
     Each frame pair has a text with a digit for each of its units, in raster order: the place of its fate in `fates`; and a list of
@@ -172,7 +184,6 @@ def units_record(plan: Plan, units: Fates, report: Report) -> dict[str, Any]:
     first = numbers[:, :1]
     inside = merged & (owner >= first) & (owner < first + height * width)
     pairs = torch.stack([numbers - first, owner - first], dim=2)
-    times = report.time_ms
     return {
         "start_s": plan.sampling.start_s,
         "end_s": plan.sampling.end_s,
@@ -184,7 +195,6 @@ def units_record(plan: Plan, units: Fates, report: Report) -> dict[str, Any]:
         "merged": [pairs[pair][inside[pair]].flatten().tolist() for pair in range(count)],
         "counts": units.counts(),
         "time_ms": {"encode": times.encode, "prefill": times.prefill},
-        "warnings": [name for name, _ in warned(report)],
     }
 
 
