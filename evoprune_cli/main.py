@@ -80,7 +80,7 @@ class Group(TyperGroup):
         """Return a command; None where there is none. One of another package that cannot be loaded warns, and is none."""
         command = super().get_command(ctx, cmd_name)
         if command is None and (entry := plugged().get(cmd_name)):
-            command = _loaded(entry)
+            command = plugged_command(entry)
         return command
 
     def parse_args(self, ctx, args):
@@ -122,7 +122,7 @@ def plugged() -> dict[str, EntryPoint]:
 
 
 @cache
-def _loaded(entry: EntryPoint) -> Any:
+def plugged_command(entry: EntryPoint) -> Any:
     """Return a command, as Typer makes it; None, with a warning, where its package fails."""
     package = entry.dist.name if entry.dist else entry.value
     try:

@@ -109,7 +109,7 @@ def longest_prompt(
 
 
 def check_question(loaded: LoadedModel, question: str) -> None:
-    """Raises UsageError where the beginning of a question does not fit into the context: all of it might take minutes to split."""
+    """Raises DoesNotFit where the beginning of a question does not fit into the context: all of it might take minutes to split."""
     context = loaded.model.config.text_config.max_position_embeddings
     if not context:
         return
@@ -117,7 +117,7 @@ def check_question(loaded: LoadedModel, question: str) -> None:
     # A cut word may take a few tokens more than the whole one, and prompt and answer have as many of their own.
     if len(beginning) < len(question) and len(loaded.tokenizer.encode(beginning)) > context:
         length = f"a question of {len(question):,} characters"
-        raise UsageError(
+        raise DoesNotFit(
             f"{length} does not fit into the {context:,} tokens of this model's context", "ask a shorter question"
         )
 

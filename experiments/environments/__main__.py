@@ -5,6 +5,7 @@
 | NAME | tests |
 |---|---|
 | vllm | the plugin for vLLM, on a CPU |
+| serve | the server, with real clients |
 | ray | batches on Ray, also the slow ones |
 | lmms-eval | the model for lmms-eval, in lmms-eval |
 | processor | what transformers' processors make, which need torchvision |

@@ -33,6 +33,13 @@ RECIPES = {
         make=("-m pip install -q .[test]",),
         test="-m pytest -q -m vllm tests/plugins/vllm",
     ),
+    "serve": Recipe(
+        make=(
+            "-m pip install -q -c constraints.txt .[test]",
+            "-m pip install -q ./plugins/serve httpx openai llm",
+        ),
+        test="-m pytest -q -m '' tests/plugins/serve",
+    ),
     "ray": Recipe(
         make=("-m pip install -q -c constraints.txt -e .[test,ray]",),
         test="-m pytest -q -m '' tests/batch/test_ray.py",

@@ -11,6 +11,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.methods.budget import Budget
 from evoprune.methods.registry import built_in
-from evoprune_cli.main import ParserError, app
+from evoprune_cli.main import COMMANDS, ParserError, app, plugged_command
 from experiments.demo.scenes_batches import ScenesRecipe
 from experiments.pictures.examples import MADE_BY, counts
 
@@ -214,6 +215,10 @@ def test_the_reference_is_up_to_date_whatever_the_terminal(cli):
 
 
 GROUP = get_command(app)
+for project in ROOT.glob("plugins/*/pyproject.toml"):  # which need not be installed
+    entries = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"].get(COMMANDS, {})
+    for command, value in entries.items():
+        GROUP.commands[command] = plugged_command(EntryPoint(command, value, COMMANDS))
 
 
 def entry_points(page: Path) -> Iterator[str]:

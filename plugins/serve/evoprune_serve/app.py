@@ -28,7 +28,7 @@ from evoprune.util import harmless
 from evoprune.video_qa import VideoQA
 from evoprune_serve import reply
 from evoprune_serve.errors import ApiError, plain, refused, told
-from evoprune_serve.guard import Access, Bodies, Guard, refusal
+from evoprune_serve.guard import Access, Bodies, Guard
 from evoprune_serve.metrics import TYPE, Metrics
 from evoprune_serve.page import PAGE_PATHS, Page
 from evoprune_serve.question import Question, read_question
@@ -369,7 +369,7 @@ def make_app(qa: VideoQA, settings: Settings) -> Starlette:
             settings.log("".join(traceback.format_exception(problem)))
             problem = told(problem, {})
         server.log(request, problem.status)
-        return refusal(problem)
+        return JSONResponse(problem.body, problem.status, headers=problem.headers)
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:

@@ -201,11 +201,18 @@ def _folder(path: str) -> Path:
 def _listening(host: str, port: int) -> socket.socket:
     """Return a socket that listens. Raises UsageError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol is named, or asyncio would leave pieces of an answer waiting for an acknowledgement (Nagle's algorithm).
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((host, port), family=family, backlog=CONNECTIONS)
+        if os.name == "posix":  # where a port that was just served is free again
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(CONNECTIONS)
     except (OSError, OverflowError) as problem:
+        listening.close()
         reason = getattr(problem, "strerror", None) or problem
         raise UsageError(f"cannot listen at {host}:{port}: {reason}", "choose another --port or --host") from problem
+    return listening
 
 
 def _in_url(host: str) -> str:

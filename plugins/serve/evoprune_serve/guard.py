@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evoprune_serve.errors import ApiError, full, plain
@@ -91,15 +91,20 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
+        limit = self._access.body_bytes
+        if scope["path"] == UPLOAD_PATH:
+            limit = self._access.upload_bytes + FORM_BYTES
+        body = Body(headers, limit, receive, send)
         try:
-            limit = self._check(scope["path"], Headers(scope=scope))
+            self._check(scope["path"], headers, limit)
         except ApiError as problem:
-            await self._refuse(Request(scope), problem)(scope, receive, send)
+            await self._refuse(Request(scope), problem)(scope, body.receive, body.send)
             return
-        await self._app(scope, limited(receive, limit), send)
+        await self._app(scope, body.receive, body.send)
 
-    def _check(self, path: str, headers: Headers) -> int:
-        """Return how many bytes the body may have. Raises ApiError."""
+    def _check(self, path: str, headers: Headers, limit: int) -> None:
+        """Raises ApiError: somebody else's page, no key, or a body of more than `limit` bytes is announced."""
         access = self._access
         if access.hosts and host_of(headers.get("host", "")) not in access.hosts:
             raise ApiError(403, "this server has another name: see --allow-host", code="wrong_host")
@@ -109,13 +114,9 @@ class Guard:
             raise ApiError(403, "pages of this origin may not ask: see --cors", code="wrong_origin")
         if access.key is not None and path not in OPEN_PATHS:
             self._check_key(headers.get("authorization", ""))
-        limit = access.body_bytes
-        if path == UPLOAD_PATH:
-            limit = access.upload_bytes + FORM_BYTES
         stated = headers.get("content-length", "0")
         if not stated.isdecimal() or int(stated[:20]) > limit:
             raise too_large(limit)
-        return limit
 
     def _check_key(self, authorization: str) -> None:
         scheme, _, given = authorization.partition(" ")
@@ -138,36 +139,37 @@ def too_large(limit: int) -> ApiError:
     return ApiError(413, message, code="body_too_large")
 
 
-def limited(receive: Receive, limit: int) -> Receive:
-    """Return a function that receives a body of at most so many bytes.
+class Body:
+    """The body of a request as it is received, of at most `limit` bytes.
 
-    It raises ApiError: the body is larger, or comes too slowly.
+    A response that begins before all of it was received closes the connection: what follows is nobody's.
     """
-    received = 0
-    complete = False
-    end_s = time.monotonic() + LONGEST_S
 
-    async def receive_limited() -> Message:
-        nonlocal received, complete
-        if complete:  # what follows is that the client goes
-            return await receive()
+    def __init__(self, headers: Headers, limit: int, receive: Receive, send: Send):
+        self._limit = limit
+        self._receive = receive
+        self._send = send
+        self._received = 0
+        self._complete = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+        self._end_s = time.monotonic() + LONGEST_S
+
+    async def receive(self) -> Message:
+        """Raises ApiError: the body is larger than its limit, or comes too slowly."""
+        if self._complete:  # what follows is that the client goes
+            return await self._receive()
         try:
-            async with asyncio.timeout(min(SILENCE_S, end_s - time.monotonic())):
-                message = await receive()
+            async with asyncio.timeout(min(SILENCE_S, self._end_s - time.monotonic())):
+                message = await self._receive()
         except TimeoutError:
             raise plain(408, "the body of the request comes too slowly") from None
-        received += len(message.get("body", b""))
-        complete = not message.get("more_body", False)
-        if received > limit:
-            raise too_large(limit)
+        self._received += len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        if self._received > self._limit:
+            self._complete = False
+            raise too_large(self._limit)
         return message
 
-    return receive_limited
-
-
-def refusal(problem: ApiError) -> JSONResponse:
-    """Return the response of an error. The connection ends with one whose body may not have been read."""
-    headers = problem.headers
-    if problem.status in (401, 403, 408, 413):
-        headers = headers | {"Connection": "close"}
-    return JSONResponse(problem.body, problem.status, headers=headers)
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and not self._complete:
+            message = message | {"headers": [*message.get("headers", ()), (b"connection", b"close")]}
+        await self._send(message)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from evoprune.errors import UsageError
 from evoprune.session.options import GenerationOptions, PipelineOptions, PruneOptions, SamplingOptions
@@ -20,6 +20,7 @@ MOST_FRAMES = 256  # of a list
 MOST_STOPS = 16
 JSON_OBJECT = {"type": "object"}
 NUMBER = (int, float)
+T = TypeVar("T")
 # Options that change nothing at these values, and are refused at others.
 NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "n": lambda value: value == 1,
@@ -118,9 +119,9 @@ def read_question(body: Any, usual: PipelineOptions, model: str) -> tuple[Questi
     usage = _stream_options(fields, stream)
     seed = fields.take("seed", int)
     try:
-        generation = replace(usual.generation, **_generation(fields), system=system)
-        sampling = replace(usual.sampling, **_sampling(fields))
-        pruning = replace(usual.pruning, **_pruning(fields))
+        generation = _changed(usual.generation, _generation(fields, system))
+        sampling = _changed(usual.sampling, _sampling(fields))
+        pruning = _changed(usual.pruning, _pruning(fields))
     except UsageError as problem:
         raise refused(f"{problem.message} ({problem.hint})") from problem
     for name, neutral in NEUTRAL.items():
@@ -131,6 +132,11 @@ def read_question(body: Any, usual: PipelineOptions, model: str) -> tuple[Questi
     *earlier, last = turns
     question = Question(last["content"], tuple(earlier), generation, seed, sampling, pruning, stream, usage)
     return question, tuple(sources)
+
+
+def _changed(options: T, given: dict[str, Any]) -> T:
+    """Return options with other values; themselves where there are none, since checking them takes milliseconds."""
+    return replace(options, **given) if given else options
 
 
 def _stream_options(fields: Fields, stream: bool) -> bool:
@@ -146,9 +152,11 @@ def _stream_options(fields: Fields, stream: bool) -> bool:
     return usage
 
 
-def _generation(fields: Fields) -> dict[str, Any]:
-    """Return what a request says of `GenerationOptions`, apart from the system prompt."""
+def _generation(fields: Fields, system: str | None) -> dict[str, Any]:
+    """Return what a request says of `GenerationOptions`."""
     given = {}
+    if system is not None:
+        given["system"] = system
     tokens = [name for name in ("max_tokens", "max_completion_tokens") if fields.has(name)]
     if len(tokens) == 2:
         fields.refuse("max_tokens", "and max_completion_tokens exclude each other")

@@ -1,0 +1,277 @@
+"""`evoprune serve` as a process of its own, and what real clients make of it: curl, the package `openai`, the program `llm`."""
+
+import base64
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+from tests.plugins.serve.serving import CHAT, COLOUR, REASON, SAMPLES, body, message, url_of, video
+
+pytest.importorskip("starlette", reason=REASON)
+ROOT = SAMPLES.parent
+START_S = 120
+# The command without an installed entry point: the plug-in is found as pytest finds it.
+PROGRAM = """
+import sys
+from importlib.metadata import EntryPoint
+from evoprune_cli import main
+entry = EntryPoint("serve", "evoprune_serve:serve", main.COMMANDS)
+main.plugged = lambda: {"serve": entry}
+from evoprune_cli.__main__ import start
+start()
+"""
+
+
+def command(*options: str) -> tuple[list[str], dict[str, str]]:
+    """The command line of a server, and its environment."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "plugins" / "serve"), *sys.path])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return [sys.executable, "-c", PROGRAM, "serve", *options], environment
+
+
+@contextmanager
+def serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen, int]]:
+    """A server that has begun, and its port; its temporary files and its log are in the folder."""
+    line, environment = command("--port", "0", *options)
+    log = folder / "server.log"
+    with log.open("w") as out:
+        server = subprocess.Popen(line, stdout=out, stderr=out, env=environment | {"TMPDIR": str(folder)}, cwd=folder)
+    try:
+        end = time.monotonic() + START_S
+        while not (found := re.search(r"http://\S+:(\d+)/v1", log.read_text())):
+            assert server.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+        wait_for_health(int(found[1]))
+        yield server, int(found[1])
+    finally:
+        if server.poll() is None:
+            server.send_signal(signal.SIGTERM)
+            server.wait(30)
+
+
+def wait_for_health(port: int) -> None:
+    end = time.monotonic() + START_S
+    while True:
+        try:
+            return urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+        except OSError:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("server"), "--allow-dir", str(SAMPLES)) as (_, port):
+        yield port
+
+
+def run(*options: str, **variables: str) -> subprocess.CompletedProcess:
+    line, environment = command(*options)
+    return subprocess.run(line, env=environment | variables, capture_output=True, text=True, timeout=120)
+
+
+def test_the_commands_of_the_page(port):
+    """Those with curl, as they stand, but for the port."""
+    if not shutil.which("curl"):
+        pytest.skip("there is no curl")
+    page = (ROOT / "docs" / "server.md").read_text("utf-8")
+    blocks = [block for block in re.findall(r"^```text\n(.*?)^```", page, re.S | re.M) if block.startswith("curl")]
+    readme = (ROOT / "README.md").read_text("utf-8").splitlines()
+    blocks += [line for line in readme if line.startswith("curl")]
+    assert len(blocks) >= 3
+    for block in blocks:
+        text = block.replace("localhost:8000", f"127.0.0.1:{port}").replace("file:///DIR", SAMPLES.as_uri())
+        done = subprocess.run(["bash", "-e", "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["choices"][0]["message"]["content"] == "green", text
+
+
+def test_the_first_token_is_within_10_ms_of_video_qa(port, qa):
+    """Of a video that is encoded, asked by another process; the fastest of several times, on a machine that has other work."""
+    encoded = qa.encode(SAMPLES / "square.mp4")
+    data = json.dumps(body(stream=True)).encode()
+    own = []
+    asked = []
+    connection = HTTPConnection("127.0.0.1", port)
+    for _ in range(15):
+        start = time.perf_counter()
+        next(encoded.ask(COLOUR))
+        own.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        connection.request("POST", CHAT, data, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        while b'"content": "g' not in response.readline():
+            pass
+        asked.append(time.perf_counter() - start)
+        response.read()
+    connection.close()
+    assert min(asked) - statistics.median(own) < 0.010
+
+
+def test_a_killed_server_leaves_nothing_that_the_next_does_not_remove(tmp_path):
+    with serving(tmp_path) as (server, port):
+        connection = HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", CHAT, json.dumps(body()), {"Content-Type": "application/json"})
+        assert json.loads(connection.getresponse().read())["choices"]
+        connection.close()
+        server.kill()
+        server.wait()
+    left = set(tmp_path.glob("evoprune-*"))
+    assert left
+    with serving(tmp_path):
+        assert not left & set(tmp_path.glob("evoprune-*"))
+    assert not list(tmp_path.glob("evoprune-*"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+def test_signals_end_it(tmp_path, number, code):
+    with serving(tmp_path) as (server, _):
+        server.send_signal(number)
+        assert server.wait(30) == code
+    assert not list(tmp_path.glob("evoprune-*")) and "Traceback" not in (tmp_path / "server.log").read_text()
+
+
+def test_what_would_be_unsafe_or_cannot_be_is_refused(port, tmp_path):
+    (tmp_path / "key").write_text("two words")
+    for options, says in (
+        (("--host", "0.0.0.0"), "there is no key"),
+        (("--port", str(port)), "cannot listen"),
+        (("--api-key-file", str(tmp_path / "none")), "cannot be read"),
+        (("--api-key-file", str(tmp_path / "key")), "not one word"),
+        (("--api-key", "a", "--api-key-file", str(tmp_path / "key")), "exclude"),
+        (("--allow-dir", str(tmp_path / "none")), "no folder"),
+        (("--timeout", "0"), "above 0"),
+    ):
+        done = run(*options)
+        assert done.returncode == 2 and says in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 2 or says == "cannot listen"
+
+
+def test_a_key_from_the_environment_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVOPRUNE_API_KEY", "secret")
+    with serving(tmp_path, "--host", "0.0.0.0") as (_, port):
+        for key, status in (("other", 401), ("secret", 200)):
+            connection = HTTPConnection("127.0.0.1", port)
+            connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})
+            assert connection.getresponse().status == status
+            connection.close()
+
+
+# The package `openai`.
+
+
+@pytest.fixture
+def client(port):
+    openai = pytest.importorskip("openai", reason=REASON)
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def asked(question: str = COLOUR, name: str = "square.mp4") -> dict:
+    return {"model": "demo", "messages": [message(question, video(url_of(name)))]}
+
+
+def test_openai_chats_streams_and_remembers(client, qa):
+    chat = qa.encode(SAMPLES / "square.mp4").chat()
+    messages = asked()["messages"]
+    for question in (COLOUR, "What happens to the square?"):
+        if len(messages) > 1:
+            messages.append({"role": "user", "content": question})
+        reply = client.chat.completions.create(model="demo", messages=messages)
+        assert reply.choices[0].message.content == chat.ask(question).text
+        messages.append(reply.choices[0].message)
+    assert reply.usage.evoprune["encoding_kept"]
+    stream = client.chat.completions.create(**asked(), stream=True, stream_options={"include_usage": True})
+    *chunks, last = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "green"
+    assert last.usage.total_tokens and not last.choices
+
+
+def test_openai_has_answers_that_follow_a_schema(client):
+    pytest.importorskip("llguidance")
+    from pydantic import BaseModel
+
+    class Found(BaseModel):
+        moving: bool
+
+    reply = client.chat.completions.parse(**asked(), response_format=Found, max_tokens=40)
+    assert isinstance(reply.choices[0].message.parsed, Found)
+
+
+def test_openai_uploads_files(client):
+    import openai
+
+    with open(SAMPLES / "square.mp4", "rb") as file:
+        made = client.files.create(file=file, purpose="user_data")
+    part = {"type": "file", "file": {"file_id": made.id}}
+    reply = client.chat.completions.create(
+        model="demo", messages=[message(COLOUR, part)], extra_body={"budget": 0.5, "frames": 8}
+    )
+    assert reply.choices[0].message.content == "green" and reply.usage.evoprune["frames"] == [8]
+    assert client.files.retrieve(made.id).bytes == made.bytes
+    assert client.files.delete(made.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(made.id)
+
+
+def test_openai_knows_the_errors(client):
+    import openai
+
+    with pytest.raises(openai.NotFoundError, match="no model"):
+        client.chat.completions.create(**asked() | {"model": "gpt-9"})
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**asked(), frequency_penalty=1)
+    assert (caught.value.param, caught.value.code) == ("frequency_penalty", "unsupported_value")
+    assert [model.id for model in client.models.list()] == ["demo"]
+
+
+@pytest.mark.skipif(find_spec("llm") is None, reason="llm is not installed")
+def test_llm_asks_about_a_picture(port, tmp_path):
+    """By its models that are compatible with OpenAI's; its attachments are pictures."""
+    pictures = tmp_path / "picture.png"
+    from PIL import Image
+
+    Image.new("RGB", (112, 112), (0, 160, 0)).save(pictures)
+    (tmp_path / "extra-openai-models.yaml").write_text(
+        f"- model_id: demo\n  model_name: demo\n  api_base: http://127.0.0.1:{port}/v1\n  vision: true\n"
+    )
+    environment = os.environ | {"LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
+    for more in ([], ["--no-stream"]):
+        line = [sys.executable, "-m", "llm", "-m", "demo", "-a", str(pictures), COLOUR, *more]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_what_a_chat_page_sends(port):
+    """Such as Open WebUI: pictures as `image_url`, a system prompt, a stream, and options that are null."""
+    picture = base64.b64encode((SAMPLES / "vanish.webm").read_bytes()).decode()
+    shown = {"type": "image_url", "image_url": {"url": f"data:video/webm;base64,{picture}"}}
+    system = {"role": "system", "content": "You are helpful."}
+    given = {"model": "demo", "messages": [system, message("What happens to the circle?", shown)], "stream": True}
+    given |= {
+        "temperature": None,
+        "tools": None,
+        "metadata": {"chat_id": "a"},
+        "stream_options": {"include_usage": True},
+    }
+    connection = HTTPConnection("127.0.0.1", port)
+    connection.request("POST", CHAT, json.dumps(given), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    text = response.read().decode()
+    connection.close()
+    assert response.status == 200 and text.endswith("data: [DONE]\n\n") and '"usage"' in text
