@@ -52,7 +52,7 @@ TRIED = {
     ),
     **dict.fromkeys(
         ("serve", "server", "api"),
-        "pip install ./plugins/serve in a checkout brings evoprune serve; for many users vLLM has a plugin of evoprune",
+        "pip install ./plugins/serve in a checkout brings it; for many users vLLM has a plugin of evoprune",
     ),
     **dict.fromkeys(
         ("info", "show", "probe", "doctor", "env", "cache"), "evoprune inspect, also with a video or -m MODEL"

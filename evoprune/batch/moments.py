@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from evoprune.batch.output import RecordFile, Settings
+from evoprune.batch.output import RECORDED, RecordFile, Settings
 from evoprune.batch.rows import Row, product_rows
 from evoprune.report import INVISIBLE, rounded
-from evoprune.session.options import SamplingOptions
+from evoprune.session.options import FindOptions, SamplingOptions
 
 SCHEMA = "evoprune/found@1"
 
@@ -16,6 +16,8 @@ SCHEMA = "evoprune/found@1"
 @dataclass(frozen=True)
 class SearchSettings(Settings):
     """Hold the options of a search. Each row has its own part of the video instead of `start_s` and `end_s`."""
+
+    ALWAYS: ClassVar[tuple[str, ...]] = (*RECORDED, *(option.name for option in fields(FindOptions)))
 
     @property
     def groups(self) -> tuple[Any, ...]:

@@ -47,6 +47,8 @@ RECORDED = (
 class Settings(PipelineOptions):
     """Hold the options of a batch. Each row has its own part of the video instead of `start_s` and `end_s`."""
 
+    ALWAYS: ClassVar[tuple[str, ...]] = RECORDED  # options that records hold also at their defaults
+
     def load(self, progress: Callable[[int, int], None] | None = None) -> "VideoQA":
         """Loads the model; raises what `VideoQA.load` raises."""
         from evoprune.video_qa import load_qa
@@ -61,7 +63,7 @@ class Settings(PipelineOptions):
     def record(self) -> dict[str, Any]:
         """Return all of it as flat data for JSON, as records hold it."""
         code = methods.plugin_code(self.pruning.method)
-        facts = record(self.groups, RECORDED)
+        facts = record(self.groups, self.ALWAYS)
         if code:
             facts["plugins"] = code
         return facts

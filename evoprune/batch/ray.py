@@ -19,7 +19,7 @@ from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
 from evoprune.batch.run import answers, failure_report
 from evoprune.errors import EvopruneError, UsageError, error_record, first_line
-from evoprune.language.settings import Turn
+from evoprune.language.turns import Turn
 from evoprune.report import Report
 
 INSTALL = "pip install 'evoprune[ray]'"

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from evoprune.errors import LFS, LFS_HINT, EvopruneError, EvopruneWarning, UsageError
-from evoprune.language.settings import USER, GenerationOptions, Turn, messages_of, turns_of
+from evoprune.language.settings import GenerationOptions
+from evoprune.language.turns import USER, Turn, messages_of, turns_of
 from evoprune.model.config import loads
 from evoprune.util import (
     FILE_URL,

@@ -10,7 +10,7 @@ from evoprune.backend.devices import empty_cache
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
 from evoprune.errors import OutOfMemory, error_record
-from evoprune.language.settings import messages_of
+from evoprune.language.turns import messages_of
 from evoprune.report import Report, name_inputs
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from evoprune.errors import ModelError, UsageError, first_line, is_out_of_memory, process_error
-from evoprune.language.settings import Turn
 from evoprune.language.template import render
+from evoprune.language.turns import Turn
 from evoprune.methods.types import arange_on
 from evoprune.model.config import TEXT, check_fetched, read_object
 from evoprune.util import check_text

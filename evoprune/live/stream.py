@@ -38,7 +38,7 @@ from evoprune.language.prompt import (
     timestamps,
 )
 from evoprune.language.pruned import PrunedPrompt, prune_prompt
-from evoprune.language.settings import Turn
+from evoprune.language.turns import Turn
 from evoprune.live.segments import Earlier, NothingNew, encode_segment
 from evoprune.methods.chain import select
 from evoprune.methods.evoprune import FarthestPoints

@@ -39,7 +39,8 @@ from evoprune.language.hosted import HostedCache
 from evoprune.language.prompt import Prompt, Tokenizer
 from evoprune.language.pruned import prune_prompt
 from evoprune.language.schema import value_of
-from evoprune.language.settings import OF_ROWS, Turn, messages_of, turns_of
+from evoprune.language.settings import OF_ROWS
+from evoprune.language.turns import Turn, messages_of, turns_of
 from evoprune.model.cost import Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
 from evoprune.session.encoded import EncodedInput

@@ -7,7 +7,7 @@ import torch
 
 from evoprune.errors import USE_LESS, DoesNotFit, OutOfMemory, UsageError
 from evoprune.language.prompt import Prompt, Tokenizer, build_prompt, prompt_positions, timestamps
-from evoprune.language.settings import Turn
+from evoprune.language.turns import Turn
 from evoprune.model.config import VisionConfig
 from evoprune.model.cost import language_bytes, shortage
 from evoprune.session.loading.model import LoadedModel

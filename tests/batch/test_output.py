@@ -15,9 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.batch.output import HEAD, RecordFile
+from evoprune.batch.output import RecordFile
 from evoprune.errors import UsageError
-from evoprune.report import Report
+from evoprune.report import SCHEMA, Report
+
+HEAD = f'{{"schema":"{SCHEMA}",'.encode()  # how every record begins
 
 
 def record(name, failed: bool = False, **row) -> Report:

@@ -19,7 +19,7 @@ from evoprune.batch.rows import (
     read_rows,
 )
 from evoprune.errors import EvopruneWarning, UsageError
-from evoprune.language.settings import Turn
+from evoprune.language.turns import Turn
 
 ROW = {"video": "a.mp4", "question": "What?"}
 SAID = [

@@ -15,7 +15,7 @@ from evoprune.batch.output import Found, RecordFile, Settings, Sources, remainin
 from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import answers
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.language.settings import Turn, messages_of
+from evoprune.language.turns import Turn, messages_of
 from evoprune.report import SCHEMA, Report
 from evoprune.video.frames import read_frames
 

@@ -20,6 +20,7 @@ import torch
 import typer.main
 from PIL import Image
 
+from evoprune_cli import main
 from evoprune_cli.main import run
 from tests.cli.screen import Screen
 from tests.threads import one_thread  # noqa: F401
@@ -91,6 +92,7 @@ def cli(monkeypatch, capfd):
     for name in ("EVOPRUNE_MODEL", "EVOPRUNE_BUDGET", "EVOPRUNE_DEBUG", "NO_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(main, "plugged", lambda: {})  # perhaps other packages with commands are installed here
 
     def call(
         *args: str,

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import fields
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -214,7 +215,8 @@ def test_the_reference_is_up_to_date_whatever_the_terminal(cli):
 # Commands that are named are parsed, not run, so placeholders such as MODEL may stand for values.
 
 
-GROUP = get_command(app)
+GROUP = copy(get_command(app))
+GROUP.commands = {**GROUP.commands}
 for project in ROOT.glob("plugins/*/pyproject.toml"):  # which need not be installed
     entries = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"].get(COMMANDS, {})
     for command, value in entries.items():

@@ -11,7 +11,7 @@ from tests.cli.test_documents import PAGES, ROOT, commands, lines_of
 
 LIST = ROOT / "results/demo-model.md"
 HELD_OUT, VALIDATION, PORTRAIT = "heldout", "validation", "portrait"
-MEASURES = ("ablations", "bits", "comparison", "frontier", "seek", "tune_records", "validity")
+MEASURES = ("ablations", "bits", "comparison", "frontier", "moments", "seek", "tune_records", "validity")
 NAMED = re.compile(r"(held-out|validation|portrait)[^.|]*?\bblocks? (\d+)(?: (and|to) (\d+))?")
 
 
