@@ -435,14 +435,23 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
 
 
 def summary(report: Report) -> str:
-    """Write one line: tokens, first token and total."""
+    """Write one line: tokens, first token and total, and of choices how probable they are."""
     tokens = report.tokens
     times = report.time_ms
     read = f"{counted(tokens.prompt or 0, 'token')} read ({tokens.visual or 0:,} visual), {tokens.new or 0:,} written"
     first = "not reached"
     if times.ttft_wall is not None:
         first = f"{times.ttft_wall:,.0f} ms"
-    return f"{read}; first token {first}, total {times.total or 0:,.0f} ms"
+    line = f"{read}; first token {first}, total {times.total or 0:,.0f} ms"
+    if report.choices:
+        line += f"; choices {_ranked(report.choices)}"
+    return line
+
+
+def _ranked(choices: Sequence[dict[str, Any]]) -> str:
+    """Return choices with their probabilities, the most probable first."""
+    ranked = sorted(choices, key=lambda choice: -choice["probability"])
+    return ", ".join(f"{one_line(choice['text'])} {choice['probability']:.3f}" for choice in ranked)
 
 
 def device_text(name: str | None, threads: int | None) -> str:
@@ -630,9 +639,7 @@ def _totals(report) -> list[str]:
     times = report.time_ms
     lines = []
     if report.choices:
-        ranked = sorted(report.choices, key=lambda choice: -choice["probability"])
-        said = ", ".join(f"{one_line(choice['text'])} {choice['probability']:.3f}" for choice in ranked)
-        lines.append(f"{'choices':<11}{said}")
+        lines.append(f"{'choices':<11}{_ranked(report.choices)}")
     if times.ttft_wall is not None:
         line = f"{'first token':<11}{times.ttft_wall:>8,.0f}"
         if times.ttft_model is not None:

@@ -276,7 +276,7 @@ class VideoQA(Uncopied):
             fps: frames a second to look at in all segments; default: the model's rate, less in a long video (`total_tokens`).
             start_s, end_s: the part of the video that is searched; below 0 from its end.
             progress: called with "segment", those read and in all; then with "moment", those whose borders are found and in all.
-            cache: where encoded segments are kept, so that they serve other queries too; as of `encode`.
+            cache: as of `encode`; in a folder inside it encoded segments are kept, so that they serve other queries too.
             options: how moments are found: the fields of `keywords.FindKeywords`.
 
         Raises UsageError: an option or query that makes no sense, or a picture. VideoError: missing, unreadable or empty.
@@ -292,7 +292,8 @@ class VideoQA(Uncopied):
             raise UsageError("find takes one video", "call it for each of them")
         queries = [query] if isinstance(query, str) else query
         sampling = SamplingOptions(fps=fps, start_s=start_s, end_s=end_s)
-        with Search(self.session, source, queries, finding, sampling, cache) as search:
+        segments = cache.of_segments if cache else None
+        with Search(self.session, source, queries, finding, sampling, segments) as search:
             search.run(progress)
             return search.moments()
 

@@ -12,6 +12,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
+from evoprune.language.settings import OF_ROWS
 from evoprune.report import Report, name_inputs, stats_block, summary, warned
 from evoprune.session.options import GenerationOptions, PipelineOptions, SamplingOptions
 from evoprune.util import check_text, clock, counted, is_url, listed, missing_hint, shown, without_password
@@ -121,7 +122,7 @@ def ask(
 
             choose_decoder(pipeline.sampling.decoder)
             check_text(*questions, pipeline.generation.system)
-            check_logprobs(pipeline.generation, json)
+            check_generation(pipeline.generation, json)
             with progress(not quiet and any(map(is_url, inputs))) as show:
                 how = {"offline": pipeline.model.offline, "progress": downloading(show)}
                 paths = [cleanup.enter_context(local_file(path, **how)) for path in inputs]
@@ -182,11 +183,13 @@ def single_questions(history: str | None, session: "Session", compare: bool = Fa
     """Return why the questions at a prompt are no conversation; None where they are one."""
     if history:
         return None if history == opt.ON else "--history off"
-    if session.loaded.demo:
-        return "the demo models know single questions (--history on remembers)"
+    if compare:
+        return "--compare is about single questions"
     if session.pruning.method.reads_question:
         return f"{session.pruning.method.name} prunes for one question"
-    return "--compare is about single questions" if compare else None
+    if session.loaded.demo:
+        return "the demo models know single questions (--history on remembers)"
+    return None
 
 
 def split_words(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
@@ -227,8 +230,10 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
     raise VideoError(f"no such file: {shown(name)}", missing_hint(name, hint))
 
 
-def check_logprobs(generation: GenerationOptions, json: bool) -> None:
-    """Raises UsageError where log probabilities are wanted, and no record will hold them."""
+def check_generation(generation: GenerationOptions, json: bool) -> None:
+    """Raises UsageError where log probabilities are wanted, and no record will hold them, or the choices of rows."""
+    if generation.choices == OF_ROWS:
+        raise UsageError("--choices options are those of the rows of a batch", "give two texts or more")
     if generation.logprobs is not None and not json:
         raise UsageError("--logprobs are part of the records", "add --json")
 
@@ -624,9 +629,11 @@ def typed_questions(
             tell("what was said is forgotten")
         elif chat and word == "/undo":
             question = chat.undo()
-            tell("there is no question to take back" if question is None else f"taken back: {printable(question)}")
+            tell("there is no question to take back" if question is None else f"taken back: {shown(question)}")
         elif word in ("/new", "/undo"):
             tell(f"{word} is about a conversation, and each question is on its own here")
+        elif word.split()[:1] in (["/new"], ["/undo"], ["/help"]):
+            tell(f"{word.split()[0]} stands alone on its line: nothing was done")
         elif command := re.match(r"/[\w-]*(?=\s|$)", word):
             tell(f"there is no command {command[0]}, so it is not asked; /help lists them")
         elif re.match(r"--|-[a-z]", word):

@@ -126,6 +126,10 @@ def batch(
 
         check_conversation(pipeline.pruning.config().method)
     if pipeline.generation.choices == OF_ROWS:
+        if source is None:
+            raise UsageError(
+                "--choices options are those of rows, and there are none", "give --from FILE, or the texts"
+            )
         rows = with_scored_options(rows)
     tally = Tally(len(rows), quiet, _check_files(rows, source, output, quiet))
     kind = partial(TableFile, rows=rows) if is_table(output) else RecordFile

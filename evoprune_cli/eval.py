@@ -154,6 +154,10 @@ def evaluate(
     check_chart(chart, beside=output, inputs=[data])
     with naming_pipe(data):
         videos = load_questions(Path(data))
+    if score == "likelihood" and not any(row.options for video in videos for row in video.rows):
+        raise UsageError(
+            "--score likelihood is about options, and no question has any", "leave it out, or give options"
+        )
     evaluation = None
 
     def deliver(error: dict[str, Any] | None = None) -> None:
@@ -240,7 +244,8 @@ LEGEND = (
     },
 )
 BRIER = (
-    "Brier: squared error of the options' probabilities, mean of questions; 0 is certain and right, 2 certain and wrong"
+    "Brier: squared error of the options' probabilities, mean of questions with options; 0 is certain and right, "
+    "2 certain and wrong"
 )
 UNPARSED = "unparsed: answers that name none of the options, or several; they count as wrong"
 

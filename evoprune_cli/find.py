@@ -144,9 +144,9 @@ def find(
         with progress(not quiet) as show:
             qa = load(pipeline, show, quiet)
         from evoprune.moments.search import Search
-        from evoprune.session.cache import SegmentCache
+        from evoprune.session.cache import Cache
 
-        stored = SegmentCache() if cache else None
+        stored = Cache().of_segments if cache else None
         failed = 0
         for row in left:
             name = without_password(row.video)

@@ -120,10 +120,10 @@ def inspect(
 def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool) -> Iterator[dict]:
     """Versions, devices, decoders, caches, and the model that is named."""
     if clear_cache:
-        from evoprune.session.cache import Cache, SegmentCache
+        from evoprune.session.cache import Cache
         from evoprune.session.loading.stored import weights_folder
 
-        for cache in (Cache(), SegmentCache(), weights_folder()):
+        for cache in (Cache(), Cache().of_segments, weights_folder()):
             try:
                 cache.clear()
             except OSError as problem:

@@ -21,8 +21,8 @@ from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.ask import (
     Conversation,
+    check_generation,
     check_history,
-    check_logprobs,
     single_questions,
     typed_questions,
 )
@@ -121,7 +121,7 @@ def watch(
     check_history(history, prompt)
     pipeline = options()
     check_text(*asked, pipeline.generation.system)
-    check_logprobs(pipeline.generation, json)
+    check_generation(pipeline.generation, json)
 
     def speak(text: str) -> None:
         if not quiet:

@@ -59,7 +59,6 @@ class Row:
     inputs: tuple[str, ...]  # the paths of videos and pictures as the user wrote them
     paths: tuple[str, ...]  # the paths that open them
     question: str
-    earlier: tuple[Turn, ...] = ()  # of a conversation, in which the question is the next
     start_s: float = 0.0  # of the span to look at, in seconds; below 0 from the video's end
     end_s: float | None = None  # None for the end
     fps: float | None = None  # of this row; None for that of the batch, as with the three below
@@ -70,6 +69,7 @@ class Row:
     scored: bool = False  # whether the answer is one of the options by their probabilities, without letters
     subtitles: str | None = None  # those to read, as the user wrote it; None for those of the batch
     subtitles_path: str | None = None  # the same, to open it
+    earlier: tuple[Turn, ...] = ()  # of a conversation, in which the question is the next
     # The expected answer. A batch passes it on; an evaluation grades by it, and with `options` it is one of them.
     answer: Any = None
     type: str | None = None  # in an evaluation, a name under which the row is counted
@@ -116,11 +116,15 @@ class Row:
 
 
 def with_scored_options(rows: Iterable[Row]) -> list[Row]:
-    """Return rows whose answers are chosen among their options. Raises UsageError: a row has none."""
+    """Return rows whose answers are chosen among their options. Raises UsageError: a row has none, or one twice."""
     rows = list(rows)
     for row in rows:
         if not row.options:
             raise UsageError(f"row {shown(row.id)} has no options to choose from", "give each row a list of options")
+        if len(set(row.options)) < len(row.options):
+            raise UsageError(
+                f"row {shown(row.id)} has an option twice: {shown(', '.join(row.options))}", "give each once"
+            )
     return [replace(row, scored=True) for row in rows]
 
 

@@ -15,6 +15,7 @@ from evoprune.language.generate import PrefillState, TokenLogprobs, can_crop
 from evoprune.language.prompt import Tokenizer
 from evoprune.language.settings import GenerationOptions
 from evoprune.model.numerics import not_a_number_error
+from evoprune.util import shown
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,12 @@ def tokens_of(tokenizer: Tokenizer, options: GenerationOptions) -> list[list[int
     for text in options.choices:
         ids = tokenizer.encode(text)
         if len(ids) > options.max_new_tokens:
-            said = f"the choice {text!r} has {len(ids):,} tokens, and an answer at most {options.max_new_tokens:,}"
+            said = (
+                f"the choice {shown(text)!r} has {len(ids):,} tokens, and an answer at most {options.max_new_tokens:,}"
+            )
             raise UsageError(said, "allow more (-n, max_new_tokens), or give a shorter one")
         if ids in every:
-            raise UsageError(f"the choice {text!r} is to the model the same as another", "leave one out")
+            raise UsageError(f"the choice {shown(text)!r} is to the model the same as another", "leave one out")
         every.append(ids)
     return every
 

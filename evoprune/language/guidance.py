@@ -54,6 +54,10 @@ def grammar_of(kind: str, given: dict[str, Any] | str) -> str:
 
     Raises UsageError: it is not supported, with the place in the schema; or llguidance is not installed.
     """
+    if kind == REGEX and not given:
+        raise UsageError(
+            "the regular expression is empty", "no answer has a character then: give one that says something"
+        )
     if kind == REGEX and len(given) > LONGEST:
         raise UsageError(f"the regular expression has more than {LONGEST:,} characters", "give a shorter one")
     return _checked(kind, given if kind == REGEX else json.dumps(given))

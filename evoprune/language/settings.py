@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from evoprune.errors import UsageError
 from evoprune.language.schema import read_schema, schema_of
-from evoprune.util import brief, check_types, option
+from evoprune.util import brief, check_types, is_text, option
 
 Think = Literal["off", "on"]
 THINK = get_args(Think)
@@ -176,6 +176,8 @@ def _stop_strings(given: Any) -> list[str] | None:
         raise UsageError(f"stop is {brief(given)}, not a text, a list of texts or None", "give texts")
     if not all(texts):
         raise UsageError("stop is an empty text", "an answer cannot end at nothing: give at least one character")
+    if not all(map(is_text, texts)):
+        raise UsageError("stop is not valid text", "write it in UTF-8")
     return list(texts) or None
 
 
@@ -187,6 +189,8 @@ def _choices(given: Any) -> str | list[str] | None:
     if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
         raise UsageError(f"choices is {brief(given)}, not several texts", hint)
     texts = list(given)
+    if not all(map(is_text, texts)):
+        raise UsageError("a choice is not valid text", "write it in UTF-8")
     if len(texts) < 2 or len(set(texts)) < len(texts) or not all(text.strip() for text in texts):
         raise UsageError(f"choices is {brief(texts)}", hint)
     return texts

@@ -29,7 +29,7 @@ from evoprune.moments.segments import (
 )
 from evoprune.report import VideoFacts, warned
 from evoprune.session.answering import EncodedInputs
-from evoprune.session.cache import Cache, ContentHash
+from evoprune.session.cache import ContentHash, SegmentCache
 from evoprune.session.encoding import CachedInput, OpenInput
 from evoprune.session.options import FindOptions, GenerationOptions, SamplingOptions
 from evoprune.session.planning import plan_input
@@ -90,7 +90,7 @@ class Search:
         queries: Sequence[str],
         options: FindOptions,
         sampling: SamplingOptions,
-        cache: Cache | None = None,
+        cache: SegmentCache | None = None,
     ):
         self._session = session
         self._cache = cache
@@ -140,7 +140,7 @@ class Search:
     def close(self) -> None:
         """Removes what was downloaded, and from the cache what is beyond its limit."""
         self._files.close()
-        if self._cache and not self._cache.makes_room:
+        if self._cache:
             self._cache.make_room()
 
     def run(self, progress: Progress | None = None) -> None:

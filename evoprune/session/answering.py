@@ -311,7 +311,7 @@ class Askable(ABC, Uncopied):
             return
         tokenizer = self._session.loaded.tokenizer
         if options.choices == OF_ROWS:
-            raise UsageError("choices is 'options', and one question has no row with options", "give the texts")
+            raise UsageError("choices 'options' are those of the rows of a batch", "give two texts or more")
         if tokenizer.always_thinks:
             raise UsageError(
                 "this model thinks before every answer, so choices have no probability before that", "leave choices out"

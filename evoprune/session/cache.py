@@ -182,6 +182,11 @@ class Cache(Entries):
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
 
+    @property
+    def of_segments(self) -> "SegmentCache":
+        """The folder inside this one for segments of long videos, with a limit of its own."""
+        return SegmentCache(self.folder / "segments")
+
     def store(self, key: str, entry: Entry) -> bool:
         """Writes an entry atomically, and deletes old ones beyond the limit; False if it cannot be written."""
         from safetensors.torch import save
@@ -204,18 +209,12 @@ class Cache(Entries):
         return len(content) <= self.limit_bytes and self.write(key, lambda file: file.write(content), self.makes_room)
 
 
-def segment_folder() -> Path:
-    """Return the folder for encoded segments, inside that for videos."""
-    return cache_folder() / "segments"
-
-
 @dataclass(frozen=True)
 class SegmentCache(Cache):
     """A folder of encoded segments of videos. A video has hundreds, so `make_room` is to be called once for all of them."""
 
     makes_room: ClassVar[bool] = False
 
-    folder: Path = field(default_factory=segment_folder)  # default: the one of `evoprune find --cache`
     limit_bytes: int = 4 * 2**30
 
 

@@ -28,7 +28,7 @@ def environment_facts(stdout: TextIO) -> dict:
     from evoprune import methods
     from evoprune.backend.devices import describe_devices
     from evoprune.backend.limits import available_cores, available_memory
-    from evoprune.session.cache import Cache, SegmentCache
+    from evoprune.session.cache import Cache
     from evoprune.session.loading.find import BUNDLED_CONFIGS
     from evoprune.session.loading.stored import weights_folder
     from evoprune.video.frames import choose_decoder
@@ -48,7 +48,7 @@ def environment_facts(stdout: TextIO) -> dict:
         demos[f"{key}_folder"] = str(demo.folder)
     cache = Cache()
     videos, occupied = cache.size()
-    segments, segments_bytes = SegmentCache().size()
+    segments, segments_bytes = Cache().of_segments.size()
     models, models_bytes = weights_folder().size()
     return {
         "python": platform.python_version(),
@@ -69,7 +69,7 @@ def environment_facts(stdout: TextIO) -> dict:
             "limit_bytes": cache.limit_bytes,
             "segments": segments,
             "segments_bytes": segments_bytes,
-            "segments_limit_bytes": SegmentCache().limit_bytes,
+            "segments_limit_bytes": Cache().of_segments.limit_bytes,
             "quantized_models": models,
             "quantized_bytes": models_bytes,
         },

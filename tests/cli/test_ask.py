@@ -141,7 +141,8 @@ def test_generation_options_reach_the_model_and_what_it_asks_for_otherwise_is_sa
     said = "note: the model's generation_config.json has tokens drawn otherwise than here; as it says: --temperature 0.7 --top-k 20"
     assert said in " ".join(result.err.split())
     assert result.record["generation"] == {
-        "max_new_tokens": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.05, "seed": 0, "think": "off"
+        "max_new_tokens": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.05, "seed": 0, "think": "off",
+        "stop": None, "logprobs": None, "schema": None, "regex": None, "choices": None,
     }  # fmt: skip
     assert "drawn" not in cli(*asked, "-q").err
     result = cli(*asked, "-t", "0.7", "--top-k", "20", "--repetition-penalty", "1.3")
@@ -518,10 +519,14 @@ def test_a_prompt_remembers(cli, tiny_folder):
     single = cli(*TALK, *flags, "--history", "off", stdin=f"{QUESTION}\n{MORE}\n/new\n", terminal=True)
     assert [json.loads(line)["conversation"] for line in single.out.splitlines()] == [None, None]
     assert "/new is about a conversation, and each question is on its own here" in single.err
+    words = cli(*TALK, *flags, "--history", "on", stdin="/new video\n", terminal=True)
+    assert not words.out and "/new stands alone on its line" in words.err
 
 
 def test_why_a_prompt_does_not_remember(cli):
     assert "on its own: the demo models know single questions" in cli(*TALK, stdin="", terminal=True).err
+    for reason in (("--compare",), ("--method", "cdpruner")):  # with which there is no --history on
+        assert "remembers" not in cli(*TALK, *reason, stdin="", terminal=True).err
     result = cli(*TALK, "--history", "on", stdin=f"{QUESTION}\n{MORE}\n", terminal=True)
     assert result.err.count("warning: the demo models know single questions") == 1
     for more, says in (

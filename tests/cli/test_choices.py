@@ -21,10 +21,16 @@ def test_ask_chooses(cli):
     asked = ("ask", CLIP, QUESTION, "--frames", "4", "--choices", "red,green", "--choices", "blue")
     said = cli(*asked)
     assert said.out == "green\n" and "choices    green " in said.err
+    later = cli("ask", CLIP, "-Q", "What shape is it?", "-Q", QUESTION, "--frames", "4", "--choices", "red,green")
+    assert "ms; choices green " in later.err
     record = cli(*asked, "--json", "--choice-score", "mean").record
     assert [each["text"] for each in record["choices"]] == ["red", "green", "blue"] and record["answer"] == "green"
-    for given, wrong in (("red", "--choices is ['red']"), ("options", "no row with options")):
-        refused = cli("ask", CLIP, QUESTION, "--choices", given)
+    for given, wrong in (
+        ("red", "--choices is ['red']"),
+        ("options", "those of the rows"),
+        ("a,\udcff", "not valid text"),
+    ):
+        refused = cli("ask", CLIP, QUESTION, "-m", "no/such/model", "--choices", given)
         assert refused.code == 2 and wrong in refused.err
 
 
@@ -38,6 +44,10 @@ def test_a_batch_chooses_among_the_options_of_rows(cli, tmp_path):
     assert cli(*asked, rows(tmp_path), "--resume").code == 0 and len(out.read_text().splitlines()) == 2
     refused = cli(*asked, rows(tmp_path, {"question": QUESTION}), "--overwrite")
     assert refused.code == 2 and "row 2 has no options" in refused.err
+    refused = cli(*asked, rows(tmp_path, {"question": QUESTION, "options": ["red", "red"]}), "--overwrite")
+    assert refused.code == 2 and "row 2 has an option twice: red, red" in refused.err
+    refused = cli(*asked[:-1], CLIP, "-Q", QUESTION, "--overwrite")
+    assert refused.code == 2 and "give --from FILE" in refused.err
 
 
 def test_eval_grades_by_likelihood(cli, tmp_path):
@@ -54,3 +64,5 @@ def test_eval_grades_by_likelihood(cli, tmp_path):
     assert {row["brier"] for row in plain["rows"]} == {None}
     refused = cli(*asked, "--score", "chance")
     assert refused.code == 2 and "text or likelihood" in refused.err
+    refused = cli("eval", "--data", "samples/questions.jsonl", "--score", "likelihood")
+    assert refused.code == 2 and "no question has any" in refused.err

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from evoprune.batch.output import HEAD
 from evoprune.bench.chart import Panel, draw
 from evoprune.bench.overlay import gif, mp4, png, shared_palette
 from evoprune.bench.profile_results import METHOD, Case, ProfileResults, ProfileRow
@@ -49,7 +48,7 @@ OF_USERS = {
     "page": b"# evoprune\n\nevoprune profile 0.1.0 is slow here.\n",
     "comment": b"<!-- evoprune -->\n\nMy notes.\n",
     "settings": b'{"evoprune":{"schema":"evoprune/tune@1"}}',
-    "answers": HEAD + b'"id":"1"}\n',  # of a batch, which asks for --overwrite
+    "answers": b'{"schema":"evoprune/answer@1","id":"1"}\n',  # of a batch, which asks for --overwrite
     "table": b"row,name,evoprune\n",
     "drawing": b'<svg xmlns="http://www.w3.org/2000/svg"><!-- evoprune --></svg>',
     "clip": (SAMPLES / "square.mp4").read_bytes() + b"evoprune overlay",

@@ -99,6 +99,7 @@ def test_a_schema_that_cannot_be_followed_is_refused_with_its_place(schema, said
 @pytest.mark.parametrize(
     ("regex", "said"),
     [
+        ("", "the regular expression is empty"),
         ("(", "unclosed group"),
         ("(?=a)b", "look-around"),
         ("a" * 10_001, "more than 10,000 characters"),

@@ -50,6 +50,7 @@ def test_moments_are_the_same_with_a_cache(demo, tmp_path):
         plain,
         plain,
     ]
+    assert cache.of_segments.size()[0] >= 3 and cache.size()[0] == 0
     with pytest.raises(UsageError, match="not a Cache"):
         demo.find(SQUARE, "a green square", cache=str(tmp_path))
 

@@ -132,7 +132,10 @@ class Server:
         try:
             with self.bodies.room() as room:
                 body = await read_json(request, room.add)
-                question, sources = read_question(body, self.settings.usual, self.settings.name)
+                # In a thread: a schema may take a while to check.
+                question, sources = await run_in_threadpool(
+                    read_question, body, self.settings.usual, self.settings.name
+                )
                 del body
                 job = self.work.admit(client_of(request))
                 fetch = partial(self.sources.fetch, sources, job.check)

@@ -1,5 +1,6 @@
 """The command `evoprune serve`. What it needs is imported when it runs."""
 
+import logging
 import os
 import secrets
 import socket
@@ -92,6 +93,8 @@ def serve(
     if host not in LOOPBACK and key is None and not no_auth:
         hint = f"--api-key-file FILE, or {KEY}; --no-auth serves whoever reaches it"
         raise UsageError(f"--host {host} serves other machines, and there is no key", hint)
+    if allow_urls and pipeline.model.offline:
+        raise UsageError("--allow-urls and --offline exclude each other", "leave out one of the two")
     answer_s = _above_0("--timeout", timeout)
     age_s = _above_0("--file-age", file_age)
     folders = tuple(map(_folder, allow_dir or ()))
@@ -147,9 +150,12 @@ def serve(
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # anybody could name himself another client
             limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=5,
         )
+        for library in ("uvicorn.error", "python_multipart"):  # which warn of each request that is none
+            logging.getLogger(library).setLevel(logging.ERROR)
         tell(f"{settings.name} is served at http://{_in_url(host)}:{listening.getsockname()[1]}/v1; Ctrl-C ends it")
         uvicorn.Server(config).run(sockets=[listening])
     return 0

@@ -27,8 +27,8 @@ class ApiError(Exception):
     ):
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
+        self.message = _text(message)
+        self.param = param and _text(param)
         self.code = code or CODES.get(status)
         self.headers = dict(headers or {})
 
@@ -37,6 +37,11 @@ class ApiError(Exception):
         usual = "invalid_request_error" if self.status < 500 else "server_error"
         kind = TYPES.get(self.status, usual)
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def _text(said: str) -> str:
+    """Return a text that can be sent: what a client said may have halves of surrogate pairs."""
+    return said.encode("utf-8", "backslashreplace").decode()
 
 
 def refused(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:

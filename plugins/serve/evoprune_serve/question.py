@@ -1,12 +1,14 @@
 """The body of /v1/chat/completions as a question. What is not known is refused by name: an option that is ignored misleads."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NoReturn, TypeVar
 
 from evoprune.errors import UsageError
+from evoprune.methods.registry import parse_names
 from evoprune.session.options import GenerationOptions, PipelineOptions, PruneOptions, SamplingOptions
 from evoprune.util import brief
 from evoprune.video.plan import parse_time
@@ -21,6 +23,8 @@ MOST_STOPS = 16
 JSON_OBJECT = {"type": "object"}
 NUMBER = (int, float)
 T = TypeVar("T")
+SETTING = re.compile(r"true|false|[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE)  # of a method
+KINDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false", dict: "an object", list: "a list"}
 # Options that change nothing at these values, and are refused at others.
 NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "n": lambda value: value == 1,
@@ -78,7 +82,7 @@ class Fields:
         value = self._left.pop(field)
         wanted = kinds if isinstance(kinds, tuple) else (kinds,)
         if not isinstance(value, wanted) or (isinstance(value, bool) and not {bool, object} & {*wanted}):
-            words = " or ".join(kind.__name__ for kind in wanted)
+            words = " or ".join(KINDS[kind] for kind in wanted)
             raise refused(f"{self.name_of(field)} is {brief(value)}, not {words}", self.name_of(field), "invalid_type")
         return value
 
@@ -222,7 +226,11 @@ def _pruning(fields: Fields) -> dict[str, Any]:
     if fields.has("budget"):
         given["budget"] = fields.take("budget", (int, float, str))
     if fields.has("method"):
-        given |= {"method": fields.take("method", str), "method_args": None}
+        method = fields.take("method", str)
+        for name, value in (setting for each in parse_names(method) for setting in each.settings):
+            if value is not None and not SETTING.fullmatch(value):  # it may name a file of this machine
+                fields.refuse("method", f"sets {name[:60]}: requests set numbers, true and false alone")
+        given |= {"method": method, "method_args": None}
     return given
 
 

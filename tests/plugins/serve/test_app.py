@@ -280,6 +280,23 @@ def test_errors_have_the_form_of_openai_and_no_path(server, tmp_path):
     assert server.client.post(CHAT, content=b"{}").status_code == 415
 
 
+ODD = [
+    {"seed": -1}, {"seed": 2**63}, {"seed": 2**70}, {"max_tokens": 10**12}, {"temperature": 1e308}, {"top_p": 1e-300},
+    {"fps": 1e-300}, {"fps": 1e300}, {"frames": 10**9}, {"frames": 10**30}, {"start": 1e308}, {"end": -1e308}, {"start": "9" * 400},
+    {"budget": 1e-320}, {"budget": 1e-9}, {"budget": ""}, {"method": ""}, {"method": "+"}, {"method": "evoprune:alpha=1e999"},
+    {"stop": ""}, {"stop": ["\ud800"]}, {"\ud800": 1}, {"model": "\ud800"}, {"question": "\ud800"}, {"question": "a\0b"},
+    {"repetition_penalty": 1e-300}, {"top_k": 10**30}, {"think": "on"}, {"logprobs": True, "top_logprobs": -1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(ODD)))
+def test_odd_values_are_answered_or_the_client_s_error(server, number):
+    data = json.dumps(body(**ODD[number]))
+    response = server.client.post(CHAT, content=data, headers={"Content-Type": "application/json"})
+    assert response.status_code in (200, 400, 404), (ODD[number], response.text)
+    assert response.json()
+
+
 def test_pictures_that_unpack_to_gigabytes_are_refused(server, tmp_path):
     Image.new("1", (60_000, 60_000)).save(tmp_path / "bomb.png")
     with open(tmp_path / "bomb.png", "rb") as file:

@@ -156,6 +156,7 @@ def test_what_would_be_unsafe_or_cannot_be_is_refused(port, tmp_path):
         (("--api-key", "a", "--api-key-file", str(tmp_path / "key")), "exclude"),
         (("--allow-dir", str(tmp_path / "none")), "no folder"),
         (("--timeout", "0"), "above 0"),
+        (("--allow-urls", "--offline"), "exclude"),
     ):
         done = run(*options)
         assert done.returncode == 2 and says in done.stderr, done.stderr

@@ -47,7 +47,7 @@ def test_options_have_the_names_of_openai_and_of_evoprune():
         stream=True,
         stream_options={"include_usage": True},
         budget="fast",
-        method="divprune",
+        method="evoprune:reuse=5:count=0",
         frames=8,
         seek="exact",
         start="0:01",
@@ -66,7 +66,7 @@ def test_options_have_the_names_of_openai_and_of_evoprune():
         1.0,
         4,
     )
-    assert (question.pruning.budget, question.pruning.method) == ("fast", "divprune")
+    assert (question.pruning.budget, question.pruning.method) == ("fast", "evoprune:reuse=5:count=0")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,7 @@ def test_options_have_the_names_of_openai_and_of_evoprune():
         ({"max_tokens": "3"}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
+        ({"method": "operations:recipe=/etc/passwd"}, "method"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
