@@ -35,7 +35,7 @@ from evoprune_serve.question import Question, read_question
 from evoprune_serve.sources import Sources
 from evoprune_serve.store import Store
 from evoprune_serve.uploads import PURPOSES, Uploads
-from evoprune_serve.work import Done, Failed, Job, Piece, Told, Work
+from evoprune_serve.work import Done, Failed, Job, Piece, Task, Told, Work
 
 CHAT = "/v1/chat/completions"
 FILES = "/v1/files"
@@ -103,7 +103,7 @@ class Server:
                 return JobStream(self.work, job, asked.chunks(first), deadline_s)
             return JSONResponse(await unless_gone(request, asked.whole(first)))
 
-    async def task(self, request: Request, task: Callable[[Job], None]) -> Response:
+    async def task(self, request: Request, task: Task) -> Response:
         """Runs a task about what a request asks: a response in JSON, or a stream of all that it tells.
 
         `task`: tells what it has found, in the thread of the model.
@@ -111,7 +111,7 @@ class Server:
         deadline_s = self.deadline_s()
         async with self.asking(request, deadline_s) as (job, question):
             names = job.files().paths
-            self.work.run(job, question, partial(task, job))
+            self.work.run(job, question, task)
             asked = Asked(self, request, job, question, names, reply.Reply("", self.settings.name), deadline_s)
             event = await unless_gone(request, asked.next())
             if question.stream:

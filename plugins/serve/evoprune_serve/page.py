@@ -6,7 +6,6 @@
 import hashlib
 import re
 from base64 import b64encode
-from collections.abc import Callable
 from importlib.resources import files
 from typing import Any, Protocol
 
@@ -27,7 +26,7 @@ from evoprune.session.session import Session
 from evoprune.video.plan import Plan
 from evoprune.vision.encoder import EncodedRows
 from evoprune_serve.errors import refused
-from evoprune_serve.work import Job, Told, Work
+from evoprune_serve.work import Job, Put, Task, Told, Work
 
 PAGE = "/"
 SETTINGS = "/page/settings"
@@ -50,7 +49,7 @@ class Asking(Protocol):
     settings: Any
     work: Work
 
-    async def task(self, request: Request, task: Callable[[Job], None]) -> Response: ...
+    async def task(self, request: Request, task: Task) -> Response: ...
 
 
 class Page:
@@ -103,7 +102,7 @@ class Page:
 
     # In the thread of the model.
 
-    def _tell_units(self, job: Job) -> None:
+    def _tell_units(self, job: Job, put: Put) -> None:
         work = self._server.work
         check_drawable(work.session(job.question.pruning).session)
         check_one_video(job)
@@ -121,9 +120,9 @@ class Page:
         warnings = [name for name, _ in warned(encoded.report) if name != "demo_model"]
         if not work.qa.loaded.knows(last.plan.info):
             warnings.append("demo_overlay")
-        job.put(Told(units_record(last.plan, last.fates, answer.report.time_ms) | {"warnings": warnings}, last=True))
+        put(Told(units_record(last.plan, last.fates, answer.report.time_ms) | {"warnings": warnings}, last=True))
 
-    def _tell_moments(self, job: Job) -> None:
+    def _tell_moments(self, job: Job, put: Put) -> None:
         check_one_video(job)
         question = job.question
         session = self._server.work.session(question.pruning).session
@@ -131,7 +130,7 @@ class Page:
 
         def progress(stage: str, done: int, total: int) -> None:
             job.check()
-            job.put(Told({"stage": stage, "done": done, "of": total}))
+            put(Told({"stage": stage, "done": done, "of": total}))
 
         source = fetched.inputs()[0]
         options = self._server.settings.usual.find
@@ -143,7 +142,7 @@ class Page:
             ]
             score, best_s = search.best(question.text)
         best = {"score": score, "time_s": best_s}
-        job.put(Told({"moments": moments, "best": best, "warnings": list(search.warnings)}, last=True))
+        put(Told({"moments": moments, "best": best, "warnings": list(search.warnings)}, last=True))
 
 
 class TracedInput(OpenInput):

@@ -83,6 +83,9 @@ class Told:
 Event = Piece | Done | Failed | Told
 
 
+Put = Callable[[Event], None]
+
+
 class Job:
     """A request. Its events come to the event loop that made it."""
 
@@ -91,7 +94,7 @@ class Job:
         self.question: Question | None = None  # from `Work.submit` on
         self.fetched: Fetched | None = None
         self.opened: OpenInputs | None = None
-        self.task: Callable[[], None] | None = None  # what is done in place of an answer
+        self.task: Task | None = None  # what is done in place of an answer
         self.kind: Callable[[Session, Plan, Clock], OpenInput] = OpenInput  # as of `open_inputs`
         self.ready = False  # whether the model may begin
         self.begun = False  # whether its inputs are read ahead
@@ -159,6 +162,9 @@ class Job:
             opened.close()
         if fetched:
             fetched.close()
+
+
+Task = Callable[[Job, Put], None]  # puts events; may be run once more where it has put none
 
 
 class KeptEncodings:
@@ -276,8 +282,8 @@ class Work:
         else:
             self._openers.submit(Context().run, self._prepare, job)
 
-    def run(self, job: Job, question: Question, task: Callable[[], None]) -> None:
-        """Has the thread of the model run a task about a job whose files were fetched. The task puts events."""
+    def run(self, job: Job, question: Question, task: Task) -> None:
+        """Has the thread of the model run a task about a job whose files were fetched."""
         job.question = question
         job.task = task
         self._is_ready(job)
@@ -432,10 +438,7 @@ class Work:
             job.queue_s = start - job.admitted_s - job.opening_s
             try:
                 self._read_next_ahead()
-                if job.task:
-                    job.task()
-                else:
-                    self._answer(job)
+                self._do(job)
                 self._seconds.append(time.perf_counter() - start)
             except BaseException as problem:
                 self._fail(job, problem)
@@ -443,7 +446,8 @@ class Work:
                 self._running = None
                 job.end()
 
-    def _answer(self, job: Job) -> None:
+    def _do(self, job: Job) -> None:
+        """Answers a job, or runs its task; once more where memory was short, and there is something to drop."""
         said = False
 
         def put(event: Event) -> None:
@@ -451,19 +455,20 @@ class Work:
             said = True
             job.put(event)
 
+        work = self._answer if job.task is None else job.task
         try:
-            self._answer_once(job, put)
+            work(job, put)
         except OutOfMemory:
             if said or not self._make_room():
                 raise
-            self._answer_once(job, put)
+            work(job, put)
 
     def _make_room(self) -> bool:
         """Drops what is kept for further questions; whether there was any."""
         patches = self.qa.loaded.patches.clear()
         return self.kept.clear() or patches
 
-    def _answer_once(self, job: Job, put: Callable[[Event], None]) -> None:
+    def _answer(self, job: Job, put: Put) -> None:
         question = job.question
         key = encoding_key(question, job.files())
         encoded = self.kept.get(key)
