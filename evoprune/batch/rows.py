@@ -329,7 +329,8 @@ def _said(fields: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
         return (), _text(fields.get("question"), "question")
     messages = fields["messages"]
     _must("question" not in fields, "question and messages exclude each other")
-    _must(isinstance(messages, list) and messages, "messages are not a list")
+    _must(isinstance(messages, list), "messages are not a list")
+    _must(messages, "messages are an empty list")
     last = messages[-1]
     asks = isinstance(last, dict) and last.get("role") == USER and {*last} == {"role", "content"}
     _must(asks, "the last message is no question of the user")
@@ -612,6 +613,8 @@ def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
         if twice := [name for name, count in Counter(names).items() if name and count > 1]:
             hint = "rename one of them, or leave it out; upper and lower case count as the same"
             raise UsageError(f"{file}: the first line names the column {shorten(twice[0], 40)} twice", hint)
+        if "messages" in names and "question" not in names:
+            raise UsageError(f"{file}: a table has no place for messages", "write the rows as JSON lines")
         for required in (("video", "inputs"), ("question",)):  # one of each
             if not set(required) & set(names):
                 needed = f"the first line must name the columns, unless the lines are JSON; `{required[0]}` is missing"

@@ -41,6 +41,10 @@ def turns_of(messages: Any) -> list[Turn]:
         role = (USER, ASSISTANT)[number % 2]
         if not isinstance(message, Mapping) or {*message} != {"role", "content"}:
             raise UsageError(f"message {number + 1} is {brief(message)}, not a role and its content", hint)
+        if message["role"] == "system":
+            raise UsageError(
+                f"message {number + 1} is a system prompt", "give it apart: system, at the command line -s"
+            )
         if message["role"] != role:
             raise UsageError(f"message {number + 1} has role {brief(message['role'])}, not {role!r}", hint)
         text = message["content"]
@@ -48,5 +52,5 @@ def turns_of(messages: Any) -> list[Turn]:
             raise UsageError(f"message {number + 1} has {brief(text)} as its content, not a text", hint)
         texts.append(text)
     if len(texts) % 2:
-        raise UsageError("the last message is a question", "ask() asks it: messages are what was answered")
+        raise UsageError(f"message {len(texts)} is a question without an answer", hint)
     return [Turn(*pair) for pair in zip(texts[::2], texts[1::2], strict=True)]

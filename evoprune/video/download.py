@@ -48,7 +48,7 @@ def downloaded(
     offline: bool = False,
     progress: Progress | None = None,
     public: bool = False,
-    limit_bytes: int = LIMIT_BYTES,
+    limit_bytes: int | None = None,
 ) -> Iterator[str]:
     """Yields the path of a temporary file with what is at an address of http or https.
 
@@ -56,23 +56,22 @@ def downloaded(
     to nothing but addresses of the public internet, and to no proxy, which would look names up itself.
 
     Raises UsageError: `offline`. VideoError: the server cannot be reached, refuses, is silent for `TIMEOUT_S`, breaks off, or sends
-    a web page, nothing, more than `limit_bytes`, or for more than `LONGEST_S`; or it is not `public`; or the file cannot be stored.
+    a web page, nothing, more than `limit_bytes` (default: `LIMIT_BYTES`), or for more than `LONGEST_S`; or it is not `public`; or
+    the file cannot be stored.
     """
     name = without_password(url)
     if offline:
         hint = "leave out --offline (offline=True), or download it first and give the path of the file"
         raise UsageError(f"the network may not be used (offline), and {name} is on the web", hint)
     with ExitStack() as stack:
-        chunks = stack.enter_context(closing(_chunks(url, name, progress, public, limit_bytes)))
+        chunks = stack.enter_context(closing(_chunks(url, name, progress, public, limit_bytes or LIMIT_BYTES)))
         path = stack.enter_context(temporary(chunks, name))
         if not os.path.getsize(path):
             raise VideoError(f"{name} is empty", "check the address")
         yield path
 
 
-def _chunks(
-    url: str, name: str, progress: Progress | None, public: bool = False, limit_bytes: int = LIMIT_BYTES
-) -> Iterator[bytes]:
+def _chunks(url: str, name: str, progress: Progress | None, public: bool, limit_bytes: int) -> Iterator[bytes]:
     """Yield what a server sends. Its errors never are an OSError, which is about the file that is written."""
     done = 0
     total = 0

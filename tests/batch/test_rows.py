@@ -146,9 +146,11 @@ def test_an_id_is_made_of_what_is_asked_and_of_nothing_else():
         (ROW | {"frames": True}, "frames is True, not a whole number"),
         (ROW | {"max_new_tokens": 0}, "max_new_tokens is 0"),
         (ROW | {"messages": [{"role": "user", "content": "What?"}]}, "question and messages exclude"),
-        (TALK | {"messages": []}, "messages are not a list"),
+        (TALK | {"messages": []}, "messages are an empty list"),
         (TALK | {"messages": "What?"}, "messages are not a list"),
         (TALK | {"messages": SAID[:2]}, "the last message is no question"),
+        (TALK | {"messages": [SAID[0], SAID[0]]}, "message 1 is a question without an answer"),
+        (TALK | {"messages": [{"role": "system", "content": "Be brief."}, *SAID]}, "message 1 is a system prompt"),
         (TALK | {"messages": SAID[1:]}, "message 1 has role 'assistant', not 'user'"),
         (TALK | {"messages": [SAID[0], *SAID]}, "message 2 has role 'user', not 'assistant'"),
         (TALK | {"messages": [*SAID[:2], {"role": "user", "content": " "}]}, "the last message is empty"),
@@ -168,6 +170,8 @@ def test_messages_are_earlier_turns_and_the_question():
     assert row.asked["messages"] == SAID[:2] and row.asked["question"] == "What?"
     single, alone = read(jsonl(ROW, {"video": "a.mp4", "messages": SAID[2:]}).replace(b'"What?"', b'"Why?"', 1))
     assert alone.earlier == () and "messages" not in alone.asked and single.asked.keys() == alone.asked.keys()
+    with pytest.raises(UsageError, match="a table has no place for messages"):
+        read(b"video,messages\na.mp4,What?\n")
     assert row.id != read(jsonl(ROW | {"options": ["red", "blue"]}))[0].id
 
 

@@ -194,7 +194,7 @@ def test_thoughts_are_not_remembered(tmp_path):
         ([{"role": "assistant", "content": "What?"}], "not 'user'"),
         ([{"role": "user", "content": " "}], "not a text"),
         ([{"role": "user", "content": ["What?"]}], "not a text"),
-        ([{"role": "system", "content": "Be brief."}], "not 'user'"),
+        ([{"role": "system", "content": "Be brief."}], "is a system prompt"),
         ([{"role": "user"}], "not a role and its content"),
         (["What?"], "not a role and its content"),
     ],

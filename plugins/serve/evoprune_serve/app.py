@@ -27,7 +27,7 @@ from evoprune.session.options import PipelineOptions
 from evoprune.util import harmless
 from evoprune.video_qa import VideoQA
 from evoprune_serve import reply
-from evoprune_serve.errors import ApiError, plain, refused, told
+from evoprune_serve.errors import ApiError, full, plain, refused, told
 from evoprune_serve.guard import Access, Bodies, Guard
 from evoprune_serve.metrics import TYPE, Metrics
 from evoprune_serve.page import PAGE_PATHS, Page
@@ -35,7 +35,7 @@ from evoprune_serve.question import Question, read_question
 from evoprune_serve.sources import Sources
 from evoprune_serve.store import Store
 from evoprune_serve.uploads import PURPOSES, Uploads
-from evoprune_serve.work import Done, Failed, Job, Piece, Task, Told, Work
+from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Task, Told, Work
 
 CHAT = "/v1/chat/completions"
 FILES = "/v1/files"
@@ -100,7 +100,7 @@ class Server:
             asked = Asked(self, request, job, question, names, reply.Reply(identity, self.settings.name), deadline_s)
             first = await unless_gone(request, asked.next())
             if question.stream:
-                return JobStream(self.work, job, asked.chunks(first), deadline_s)
+                return JobStream(asked, asked.chunks(first))
             return JSONResponse(await unless_gone(request, asked.whole(first)))
 
     async def task(self, request: Request, task: Task) -> Response:
@@ -115,7 +115,7 @@ class Server:
             asked = Asked(self, request, job, question, names, reply.Reply("", self.settings.name), deadline_s)
             event = await unless_gone(request, asked.next())
             if question.stream:
-                return JobStream(self.work, job, asked.told(event), deadline_s)
+                return JobStream(asked, asked.told(event))
             while not event.last:
                 event = await unless_gone(request, asked.next())
             self.log(request, 200)
@@ -145,6 +145,8 @@ class Server:
         except BaseException as problem:
             if job:
                 self.work.cancel(job)
+            if isinstance(problem, Gone):  # another client's request has taken its place
+                raise full(self.work.retry_s()) from problem
             if isinstance(problem, EvopruneError):
                 raise told(problem, {str(self.settings.folder): "the server"}) from problem
             raise
@@ -297,19 +299,19 @@ class Asked:
 class JobStream(StreamingResponse):
     """A stream of what comes of a job; where its client goes, or takes too long, the job is given up."""
 
-    def __init__(self, work: Work, job: Job, chunks: AsyncIterator[bytes], deadline_s: float):
+    def __init__(self, asked: Asked, chunks: AsyncIterator[bytes]):
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(chunks, media_type="text/event-stream", headers=headers)
-        self._work = work
-        self._job = job
-        self._deadline_s = deadline_s
+        self._asked = asked
 
     async def __call__(self, scope, receive, send) -> None:
         try:
-            async with asyncio.timeout_at(self._deadline_s + SENDING_S):
+            async with asyncio.timeout_at(self._asked.deadline_s + SENDING_S):
                 await super().__call__(scope, receive, send)
+        except TimeoutError:  # the connection is closed, since the response is not complete
+            self._asked.server.log(self._asked.request, CLOSED, self._asked.reply.identity)
         finally:
-            self._work.cancel(self._job)
+            self._asked.server.work.cancel(self._asked.job)
 
 
 async def read_json(request: Request, count: Callable[[int], None]) -> Any:

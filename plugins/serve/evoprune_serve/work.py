@@ -222,9 +222,8 @@ class Work:
         self.qa = qa
         self.kept = KeptEncodings(keep)
         self._most = most
-        self._turns: OrderedDict[str, deque[Job]] = (
-            OrderedDict()
-        )  # what waits, by client; whose turn is next comes first
+        # What waits, by client; whose turn is next comes first.
+        self._turns: OrderedDict[str, deque[Job]] = OrderedDict()
         self._running: Job | None = None
         self._closed = False
         self._changed = threading.Condition()
@@ -246,6 +245,11 @@ class Work:
     def busy(self) -> bool:
         return self._running is not None
 
+    def retry_s(self) -> int:
+        """Return in how many seconds there may be room: what an answer takes, usually."""
+        usual = statistics.median(self._seconds) if self._seconds else 1.0
+        return max(1, min(LONGEST_RETRY_S, ceil(usual)))
+
     def admit(self, client: str) -> Job:
         """Return a new job of a client, which waits. Raises ApiError: too many do.
 
@@ -257,10 +261,10 @@ class Work:
             if self._count() >= self._most:
                 most = max(self._turns.values(), key=len)
                 if len(most) <= len(self._turns.get(client, ())) + 1:
-                    raise full(self._retry_s())
+                    raise full(self.retry_s())
                 displaced = most[-1]
                 self._leave(displaced)
-                retry_s = self._retry_s()
+                retry_s = self.retry_s()
             self._turns.setdefault(client, deque()).append(job)
         if displaced:
             displaced.put(Failed(full(retry_s)))
@@ -338,11 +342,6 @@ class Work:
             if job.client in self._turns:
                 self._turns.move_to_end(job.client)
         return job
-
-    def _retry_s(self) -> int:
-        """Return in how many seconds there may be room: what an answer takes, usually."""
-        usual = statistics.median(self._seconds) if self._seconds else 1.0
-        return max(1, min(LONGEST_RETRY_S, ceil(usual)))
 
     # Opening, in threads of their own.
 
@@ -461,6 +460,9 @@ class Work:
         except OutOfMemory:
             if said or not self._make_room():
                 raise
+            if job.opened:  # it was read in part
+                job.opened.close()
+                job.opened = None
             work(job, put)
 
     def _make_room(self) -> bool:

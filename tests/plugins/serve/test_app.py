@@ -539,6 +539,22 @@ def test_what_fails_inside_is_told_to_the_log_alone(server, monkeypatch):
     assert any("secret /path" in line for line in server.lines)
 
 
+def test_a_request_that_is_displaced_while_its_files_come_is_429(qa, tmp_path, monkeypatch):
+    with serving(qa, tmp_path) as server:
+        work = server.state.work
+        fetch = server.state.sources.fetch
+
+        def displaced(sources, check):
+            (job,) = (job for jobs in work._turns.values() for job in jobs)
+            work.cancel(job)
+            wait(lambda: job.cancelled)
+            return fetch(sources)
+
+        monkeypatch.setattr(server.state.sources, "fetch", displaced)
+        assert error(server, 429)["code"] == "rate_limit_exceeded"
+        assert not any(content.users for content in server.state.store._contents.values())
+
+
 def test_clients_take_turns(qa):
     """Those that wait longest come next; a full queue has room for a client that waits with fewer."""
     import asyncio
@@ -581,4 +597,4 @@ def test_nothing_is_left_in_memory_or_on_the_disk(server, qa, tmp_path):
     wait(lambda: not work.busy and not work.waiting)
     wait(lambda: all(not content.users for content in server.state.store._contents.values()))
     assert len(list(tmp_path.iterdir())) == 1 and len(work.kept._kept) <= 8
-    assert threading.active_count() <= before + 40 and not math.isnan(work._retry_s())
+    assert threading.active_count() <= before + 40 and not math.isnan(work.retry_s())
