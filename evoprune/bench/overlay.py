@@ -137,6 +137,18 @@ class _TracedInput(OpenInput):
         return self.made
 
 
+def check_drawable(session: Session) -> None:
+    """Raises UsageError: the method reads the question, or acts inside the language model alone."""
+    if session.pruning.method.reads_question:
+        what, instead = session.pruning.method.refusals
+        raise UsageError(f"{what}, and an overlay has none", f"use {instead}")
+    if session.pruning.method.acts == "language":
+        hint = (
+            "use a method that acts before the language model; in a combination, the overlay shows what that one does"
+        )
+        raise UsageError(f"method {session.pruning.name} drops tokens by the question, and an overlay has none", hint)
+
+
 def trace(
     session: Session,
     path: str,
@@ -146,16 +158,9 @@ def trace(
 ) -> TracedVideo:
     """Encodes a video and keeps its frames and the fates of its units. Arguments as of `session.encoding.open_inputs`.
 
-    Raises UsageError: the method reads the question, or acts inside the language model alone. VideoError. OutOfMemory.
+    Raises UsageError: as `check_drawable`. VideoError. OutOfMemory.
     """
-    if session.pruning.method.reads_question:
-        what, instead = session.pruning.method.refusals
-        raise UsageError(f"{what}, and an overlay has none", f"use {instead}")
-    if session.pruning.method.acts == "language":
-        hint = (
-            "use a method that acts before the language model; in a combination, the overlay shows what that one does"
-        )
-        raise UsageError(f"method {session.pruning.name} drops tokens by the question, and an overlay has none", hint)
+    check_drawable(session)
     with closing(open_inputs(session, [path], sampling, names=[name], kind=_TracedInput)) as opened:
         (traced,) = opened.inputs
         plan = traced.plan

@@ -36,7 +36,8 @@ RECIPES = {
     "serve": Recipe(
         make=(
             "-m pip install -q -c constraints.txt .[test]",
-            "-m pip install -q ./plugins/serve httpx openai llm",
+            "-m pip install -q ./plugins/serve httpx openai llm selenium",
+            "-m pip install -q --no-deps axe-playwright-python",  # which has axe-core, the judge of how accessible the page is
         ),
         test="-m pytest -q -m '' tests/plugins/serve",
     ),

@@ -30,11 +30,12 @@ from evoprune_serve import reply
 from evoprune_serve.errors import ApiError, full, plain, refused, told
 from evoprune_serve.guard import Access, Bodies, Guard
 from evoprune_serve.metrics import TYPE, Metrics
+from evoprune_serve.page import PAGE_PATHS, Page
 from evoprune_serve.question import Question, read_question
 from evoprune_serve.sources import Sources
 from evoprune_serve.store import Store
 from evoprune_serve.uploads import PURPOSES, Uploads
-from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Work
+from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Task, Told, Work
 
 CHAT = "/v1/chat/completions"
 FILES = "/v1/files"
@@ -91,8 +92,42 @@ class Server:
 
     async def chat(self, request: Request) -> Response:
         """Answers a question, as a whole or in a stream."""
-        deadline_s = asyncio.get_running_loop().time() + self.settings.answer_s
+        deadline_s = self.deadline_s()
         identity = f"chatcmpl-{secrets.token_hex(12)}"
+        async with self.asking(request, deadline_s) as (job, question):
+            names = job.files().paths
+            self.work.submit(job, question)
+            asked = Asked(self, request, job, question, names, reply.Reply(identity, self.settings.name), deadline_s)
+            first = await unless_gone(request, asked.next())
+            if question.stream:
+                return JobStream(asked, asked.chunks(first))
+            return JSONResponse(await unless_gone(request, asked.whole(first)))
+
+    async def task(self, request: Request, task: Task) -> Response:
+        """Runs a task about what a request asks: a response in JSON, or a stream of all that it tells.
+
+        `task`: tells what it has found, in the thread of the model.
+        """
+        deadline_s = self.deadline_s()
+        async with self.asking(request, deadline_s) as (job, question):
+            names = job.files().paths
+            self.work.run(job, question, task)
+            asked = Asked(self, request, job, question, names, reply.Reply("", self.settings.name), deadline_s)
+            event = await unless_gone(request, asked.next())
+            if question.stream:
+                return JobStream(asked, asked.told(event))
+            while not event.last:
+                event = await unless_gone(request, asked.next())
+            self.log(request, 200)
+            return JSONResponse(event.facts)
+
+    def deadline_s(self) -> float:
+        """Return until when a request that comes now has its answer, on the clock of the loop."""
+        return asyncio.get_running_loop().time() + self.settings.answer_s
+
+    @asynccontextmanager
+    async def asking(self, request: Request, deadline_s: float) -> AsyncIterator[tuple[Job, Question]]:
+        """Provide the job of a request, whose files were fetched, and its question. What is raised inside ends the job."""
         job = None
         try:
             with self.bodies.room() as room:
@@ -106,13 +141,7 @@ class Server:
                 fetch = partial(self.sources.fetch, sources, job.check)
                 await in_time(unless_gone(request, self.work.fetch(job, fetch)), deadline_s)
                 del sources, fetch
-            names = job.files().paths
-            self.work.submit(job, question)
-            asked = Asked(self, request, job, question, names, reply.Reply(identity, self.settings.name), deadline_s)
-            first = await unless_gone(request, asked.next())
-            if question.stream:
-                return AnswerStream(asked, first)
-            return JSONResponse(await unless_gone(request, asked.whole(first)))
+            yield job, question
         except BaseException as problem:
             if job:
                 self.work.cancel(job)
@@ -120,9 +149,6 @@ class Server:
                 raise full(self.work.retry_s()) from problem
             if isinstance(problem, EvopruneError):
                 raise told(problem, {str(self.settings.folder): "the server"}) from problem
-            if isinstance(problem, ClientDisconnect):
-                self.log(request, CLOSED, identity)
-                return Response(status_code=CLOSED)
             raise
 
     def log(self, request: Request, status: int, *more: str) -> None:
@@ -181,7 +207,7 @@ class Server:
         return Response(self.metrics.text(), headers={"Content-Type": TYPE})
 
     def routes(self) -> list[Route]:
-        """Return all routes; `/` is left to a page."""
+        """Return the routes of the protocol."""
         return [
             Route(CHAT, self.chat, methods=["POST"]),
             Route("/v1/models", self.models),
@@ -194,7 +220,7 @@ class Server:
         ]
 
 
-PATHS = (CHAT, "/v1/models", FILES, "/health", "/metrics")  # that metrics tell apart
+PATHS = (CHAT, "/v1/models", FILES, "/health", "/metrics", *PAGE_PATHS)  # that metrics tell apart
 
 
 @dataclass
@@ -209,8 +235,8 @@ class Asked:
     reply: reply.Reply
     deadline_s: float
 
-    async def next(self) -> Piece | Done:
-        """Return the next piece, or the end. Raises ApiError: there is no answer."""
+    async def next(self) -> Piece | Done | Told:
+        """Return the next piece, or the end, or what a task tells. Raises ApiError: there is no answer."""
         event = await in_time(self.job.next(), self.deadline_s)
         if isinstance(event, Failed):
             problem = told(event.problem, self.names)
@@ -255,13 +281,27 @@ class Asked:
             yield reply.event(self.reply.counts(counts))
         yield reply.END
 
+    async def told(self, event: Told) -> AsyncIterator[bytes]:
+        """Yield what a task tells as events; an error in its middle is the last one."""
+        try:
+            while not event.last:
+                yield reply.event(event.facts)
+                event = await self.next()
+        except ApiError as problem:
+            self.server.log(self.request, problem.status)
+            yield reply.event(problem.body)
+            return
+        yield reply.event(event.facts)
+        yield reply.END
+        self.server.log(self.request, 200)
 
-class AnswerStream(StreamingResponse):
-    """A stream; where its client goes, or takes too long, the answer is given up."""
 
-    def __init__(self, asked: Asked, first: Piece | Done):
+class JobStream(StreamingResponse):
+    """A stream of what comes of a job; where its client goes, or takes too long, the job is given up."""
+
+    def __init__(self, asked: Asked, chunks: AsyncIterator[bytes]):
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(asked.chunks(first), media_type="text/event-stream", headers=headers)
+        super().__init__(chunks, media_type="text/event-stream", headers=headers)
         self._asked = asked
 
     async def __call__(self, scope, receive, send) -> None:
@@ -345,7 +385,17 @@ def make_app(qa: VideoQA, settings: Settings) -> Starlette:
     if settings.access.origins:
         cors = {"allow_origins": settings.access.origins, "allow_methods": ["GET", "POST", "DELETE"]}
         middleware.insert(0, Middleware(CORSMiddleware, **cors, allow_headers=["Authorization", "Content-Type"]))
-    handlers = {ApiError: refuse, HTTPException: refuse, Exception: refuse}
-    app = Starlette(routes=server.routes(), middleware=middleware, exception_handlers=handlers, lifespan=life)
+
+    def gone(request: Request, problem: Exception) -> Response:
+        server.log(request, CLOSED)
+        return Response(status_code=CLOSED)
+
+    handlers = {ApiError: refuse, HTTPException: refuse, ClientDisconnect: gone, Exception: refuse}
+    app = Starlette(
+        routes=[*server.routes(), *Page(server).routes()],
+        middleware=middleware,
+        exception_handlers=handlers,
+        lifespan=life,
+    )
     app.state.server = server
     return app

@@ -20,13 +20,15 @@ from typing import Any
 
 from evoprune.backend.limits import available_memory
 from evoprune.errors import OutOfMemory
-from evoprune.model.cost import kv_bytes
+from evoprune.model.cost import Clock, kv_bytes
 from evoprune.report import Report
 from evoprune.session.answering import Answer, EncodedInputs
-from evoprune.session.encoding import OpenInputs, open_inputs
+from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.options import PruneOptions
 from evoprune.session.planning import TEXT
 from evoprune.session.prompting import longest_prompt
+from evoprune.session.session import Session
+from evoprune.video.plan import Plan
 from evoprune.video.sandbox.isolation import Scope
 from evoprune.video_qa import VideoQA
 from evoprune_serve.errors import full
@@ -70,7 +72,18 @@ class Failed:
     problem: BaseException
 
 
-Event = Piece | Done | Failed
+@dataclass(frozen=True)
+class Told:
+    """What a task tells, as JSON has it. `last`: whether that is the end of it."""
+
+    facts: dict[str, Any]
+    last: bool = False
+
+
+Event = Piece | Done | Failed | Told
+
+
+Put = Callable[[Event], None]
 
 
 class Job:
@@ -81,6 +94,8 @@ class Job:
         self.question: Question | None = None  # from `Work.submit` on
         self.fetched: Fetched | None = None
         self.opened: OpenInputs | None = None
+        self.task: Task | None = None  # what is done in place of an answer
+        self.kind: Callable[[Session, Plan, Clock], OpenInput] = OpenInput  # as of `open_inputs`
         self.ready = False  # whether the model may begin
         self.begun = False  # whether its inputs are read ahead
         self.scope = Scope()  # of what is read while it is opened
@@ -147,6 +162,9 @@ class Job:
             opened.close()
         if fetched:
             fetched.close()
+
+
+Task = Callable[[Job, Put], None]  # puts events; may be run once more where it has put none
 
 
 class KeptEncodings:
@@ -268,6 +286,12 @@ class Work:
         else:
             self._openers.submit(Context().run, self._prepare, job)
 
+    def run(self, job: Job, question: Question, task: Task) -> None:
+        """Has the thread of the model run a task about a job whose files were fetched."""
+        job.question = question
+        job.task = task
+        self._is_ready(job)
+
     def cancel(self, job: Job) -> None:
         """Ends a job that nobody waits for; nothing where it has ended."""
         with self._changed:
@@ -321,7 +345,7 @@ class Work:
 
     # Opening, in threads of their own.
 
-    def _session(self, pruning: PruneOptions) -> VideoQA:
+    def session(self, pruning: PruneOptions) -> VideoQA:
         """Return the model with settings of pruning. Raises UsageError: they do not fit the model."""
         key = repr(pruning)
         with self._changed:
@@ -352,9 +376,9 @@ class Work:
     def _open(self, job: Job) -> None:
         start = time.perf_counter()
         question = job.question
-        qa = self._session(question.pruning)
+        qa = self.session(question.pruning)
         fetched = job.files()
-        opened = open_inputs(qa.session, fetched.inputs(), question.sampling, names=fetched.names)
+        opened = open_inputs(qa.session, fetched.inputs(), question.sampling, names=fetched.names, kind=job.kind)
         try:
             with opened.planning():
                 longest_prompt(qa.session, opened.plans, [question.text], question.generation)
@@ -413,7 +437,7 @@ class Work:
             job.queue_s = start - job.admitted_s - job.opening_s
             try:
                 self._read_next_ahead()
-                self._answer(job)
+                self._do(job)
                 self._seconds.append(time.perf_counter() - start)
             except BaseException as problem:
                 self._fail(job, problem)
@@ -421,7 +445,8 @@ class Work:
                 self._running = None
                 job.end()
 
-    def _answer(self, job: Job) -> None:
+    def _do(self, job: Job) -> None:
+        """Answers a job, or runs its task; once more where memory was short, and there is something to drop."""
         said = False
 
         def put(event: Event) -> None:
@@ -429,29 +454,29 @@ class Work:
             said = True
             job.put(event)
 
+        work = self._answer if job.task is None else job.task
         try:
-            self._answer_once(job, put)
+            work(job, put)
         except OutOfMemory:
             if said or not self._make_room():
                 raise
             if job.opened:  # it was read in part
                 job.opened.close()
                 job.opened = None
-            self._answer_once(job, put)
+            work(job, put)
 
     def _make_room(self) -> bool:
         """Drops what is kept for further questions; whether there was any."""
         patches = self.qa.loaded.patches.clear()
         return self.kept.clear() or patches
 
-    def _answer_once(self, job: Job, put: Callable[[Event], None]) -> None:
+    def _answer(self, job: Job, put: Put) -> None:
         question = job.question
         key = encoding_key(question, job.files())
         encoded = self.kept.get(key)
         kept = encoded is not None
         if encoded is None:
-            encoded = self._encoded(job)
-            self.kept.put(key, encoded, self._bytes(encoded, question))
+            encoded = self.encode(job)
         known = 0
 
         def logprobs() -> list[dict[str, Any]] | None:
@@ -476,8 +501,9 @@ class Work:
             answer.close()
         put(Done(answer.report, logprobs(), kept))
 
-    def _encoded(self, job: Job) -> EncodedInputs:
-        """Return the encoding of a job's inputs."""
+    def encode(self, job: Job) -> EncodedInputs:
+        """Return the encoding of a job's inputs, which is kept for further questions. In the thread of the model."""
+        key = encoding_key(job.question, job.files())
         if job.opened is None:  # it was kept, and dropped since; or memory ran out
             self._open(job)
 
@@ -490,6 +516,7 @@ class Work:
         encoded = opened.encode(progress)
         job.opened = None
         opened.close()
+        self.kept.put(key, encoded, self._bytes(encoded, job.question))
         return encoded
 
     def _bytes(self, encoded: EncodedInputs, question: Question) -> int:

@@ -1,0 +1,240 @@
+"""The page at `/`, one file without anything from elsewhere, and what it asks for beside OpenAI's protocol.
+
+`/page/settings` says what the server allows. `/page/units` and `/page/moments` take the body of a chat completion about one video.
+"""
+
+import hashlib
+import re
+from base64 import b64encode
+from importlib.resources import files
+from typing import Any, Protocol
+
+import torch
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from evoprune.bench.overlay import FATES, Fates, check_drawable, fates
+from evoprune.errors import UsageError
+from evoprune.methods.budget import AUTOS, PRESETS
+from evoprune.model.cost import Clock
+from evoprune.moments.search import Search
+from evoprune.report import WARNINGS, Times, VideoFacts, warned, warning_text
+from evoprune.session.encoding import OpenInput
+from evoprune.session.options import PipelineOptions
+from evoprune.session.session import Session
+from evoprune.video.plan import Plan
+from evoprune.vision.encoder import EncodedRows
+from evoprune_serve.errors import refused
+from evoprune_serve.work import Job, Put, Task, Told, Work
+
+PAGE = "/"
+SETTINGS = "/page/settings"
+UNITS = "/page/units"
+MOMENTS = "/page/moments"
+PAGE_PATHS = (PAGE, SETTINGS, UNITS, MOMENTS)
+SHARES = (0.05, 0.15, 0.6, 0.8)  # beside the presets
+# Warnings that state a time or a number: what is said where it is not known.
+WITHOUT_FACTS = {
+    "damaged_video": "the video is damaged: each frame that cannot be decoded was replaced by the one before it",
+    "cut_short": "the video breaks off before the end that its file states",
+    "clock_gap": "the clock of the video jumps ahead: times after that may be too early",
+    "cut_off": "the video was cut off while it was written; what there is of it is read",
+}
+
+
+class Asking(Protocol):
+    """A server, as far as the page needs it."""
+
+    settings: Any
+    work: Work
+
+    async def task(self, request: Request, task: Task) -> Response: ...
+
+
+class Page:
+    """The routes of the page."""
+
+    def __init__(self, server: Asking):
+        self._server = server
+        self._html = files("evoprune_serve").joinpath("page.html").read_text(encoding="utf-8")
+        self._headers = {
+            "Content-Security-Policy": policy(self._html, server.settings.urls),
+            "Referrer-Policy": "no-referrer",
+            "X-Content-Type-Options": "nosniff",
+            "Cache-Control": "no-cache",
+        }
+
+    async def page(self, request: Request) -> Response:
+        return Response(self._html, media_type="text/html", headers=self._headers)
+
+    async def settings(self, request: Request) -> Response:
+        """Return the model, the budgets to choose from, whether addresses may be given, and the sentence of each warning."""
+        settings = self._server.settings
+        return JSONResponse(
+            {
+                "model": settings.name,
+                "demo": self._server.work.qa.loaded.demo is not None,
+                "budgets": budgets(settings.usual),
+                "budget": settings.usual.pruning.budget,
+                "overlay": drawable(self._server.work.qa.session),
+                "urls": settings.urls,
+                "upload_bytes": settings.access.upload_bytes,
+                "warnings": {name: sentence(name) for name in WARNINGS},
+            }
+        )
+
+    async def units(self, request: Request) -> Response:
+        """Return what becomes of the units of a video, and how long encoding and the first token take."""
+        return await self._server.task(request, self._tell_units)
+
+    async def moments(self, request: Request) -> Response:
+        """Return the moments that show what the question says."""
+        return await self._server.task(request, self._tell_moments)
+
+    def routes(self) -> list[Route]:
+        return [
+            Route(PAGE, self.page, methods=["GET"]),
+            Route(SETTINGS, self.settings, methods=["GET"]),
+            Route(UNITS, self.units, methods=["POST"]),
+            Route(MOMENTS, self.moments, methods=["POST"]),
+        ]
+
+    # In the thread of the model.
+
+    def _tell_units(self, job: Job, put: Put) -> None:
+        work = self._server.work
+        check_drawable(work.session(job.question.pruning).session)
+        check_one_video(job)
+        traced: list[TracedInput] = []
+
+        def kind(session: Session, plan: Plan, clock: Clock) -> OpenInput:
+            traced.append(TracedInput(session, plan, clock))
+            return traced[-1]
+
+        job.kind = kind
+        encoded = work.encode(job)
+        answer = encoded.ask(job.question.text, max_new_tokens=1)
+        answer.text  # noqa: B018 (generated, which measures it)
+        last = traced[-1]  # the one before it ran out of memory, if there is one
+        warnings = [name for name, _ in warned(encoded.report) if name != "demo_model"]
+        if not work.qa.loaded.knows(last.plan.info):
+            warnings.append("demo_overlay")
+        put(Told(units_record(last.plan, last.fates, answer.report.time_ms) | {"warnings": warnings}, last=True))
+
+    def _tell_moments(self, job: Job, put: Put) -> None:
+        check_one_video(job)
+        question = job.question
+        session = self._server.work.session(question.pruning).session
+        fetched = job.files()
+
+        def progress(stage: str, done: int, total: int) -> None:
+            job.check()
+            put(Told({"stage": stage, "done": done, "of": total}))
+
+        source = fetched.inputs()[0]
+        options = self._server.settings.usual.find
+        with Search(session, source, [question.text], options, question.sampling) as search:
+            search.run(progress)
+            moments = [
+                {"start_s": each.start_s, "end_s": each.end_s, "best_s": each.best_s, "score": each.score}
+                for each in search.moments()
+            ]
+            score, best_s = search.best(question.text)
+        best = {"score": score, "time_s": best_s}
+        put(Told({"moments": moments, "best": best, "warnings": list(search.warnings)}, last=True))
+
+
+class TracedInput(OpenInput):
+    """Keeps what became of its units."""
+
+    def run_tower(self, *given: Any, **options: Any) -> EncodedRows:
+        made = super().run_tower(*given, **options)
+        self.fates = fates(made)
+        return made
+
+
+def drawable(session: Session) -> bool:
+    """Return whether there is an overlay of what a method keeps."""
+    try:
+        check_drawable(session)
+    except UsageError:
+        return False
+    return True
+
+
+def check_one_video(job: Job) -> None:
+    """Raises ApiError: a request is about several."""
+    count = len(job.files().names)
+    if count != 1:
+        raise refused(f"the messages have {count} videos: this is about one", "messages")
+
+
+def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
+    """Return the fates of all units, and what was measured, as JSON.
+
+    Each frame pair has a text with a digit for each of its units, in raster order: the place of its fate in `fates`; and a list of
+    where units merged inside it: a unit and the one that it merged into, in turn.
+    """
+    count, height, width = plan.grid
+    numbers = torch.arange(units.owner.numel(), dtype=torch.int64, device="cpu").view(count, -1)
+    owner = units.owner.view(count, -1)
+    merged = units.all_of("merged").view(count, -1)
+    first = numbers[:, :1]
+    inside = merged & (owner >= first) & (owner < first + height * width)
+    pairs = torch.stack([numbers - first, owner - first], dim=2)
+    return {
+        "start_s": plan.sampling.start_s,
+        "end_s": plan.sampling.end_s,
+        "frames": plan.sampling.frames,
+        "size": [plan.width, plan.height],
+        "grid": [count, height, width],
+        "fates": FATES,
+        "units": ["".join(map(str, fate)) for fate in units.fate.view(count, -1).tolist()],
+        "merged": [pairs[pair][inside[pair]].flatten().tolist() for pair in range(count)],
+        "counts": units.counts(),
+        "time_ms": {"encode": times.encode, "prefill": times.prefill},
+    }
+
+
+def budgets(usual: PipelineOptions) -> list[dict[str, Any]]:
+    """Return the budgets to choose from, from small to large, each with its share; one without it is decided by the content."""
+    named = {budget.video: name for name, budget in PRESETS.items()}
+    found = {share: {"budget": named.get(share, share), "share": share} for share in (*SHARES, *named)}
+    own = usual.pruning.config().budget
+    if own.name in AUTOS:
+        return [{"budget": own.name, "share": None}, *(found[share] for share in sorted(found))]
+    found[own.video] = {"budget": own.recorded, "share": own.video}
+    return [found[share] for share in sorted(found)]
+
+
+def sentence(warning: str) -> str:
+    """Return what a warning says of a video of which nothing else is known."""
+    return WITHOUT_FACTS.get(warning) or warning_text(warning, VideoFacts(), "the video")
+
+
+def policy(html: str, urls: bool) -> str:
+    """Return the Content-Security-Policy of the page: its own script and style, this server, and files that were chosen.
+
+    `urls`: whether it plays videos on the web.
+    """
+    media = "blob: https: http:" if urls else "blob:"
+    parts = {
+        "default-src": "'none'",
+        "script-src": _hashed(html, "script"),
+        "style-src": _hashed(html, "style"),
+        "connect-src": "'self'",
+        "img-src": "data:",
+        "media-src": media,
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    return "; ".join(f"{name} {value}" for name, value in parts.items())
+
+
+def _hashed(html: str, tag: str) -> str:
+    """Return the hash of the one element of a name, as a policy has it."""
+    (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    digest = b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return f"'sha256-{digest}'"

@@ -1,0 +1,400 @@
+"""The page at `/`: what it asks of the server, and the page itself in Chromium."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from evoprune.bench.overlay import FATES, trace
+from evoprune.errors import OutOfMemory
+from evoprune.session.encoding import OpenInput
+from tests.plugins.serve.serving import COLOUR, REASON, SAMPLES, body, message, serving, url_of, video
+
+pytest.importorskip("starlette", reason=REASON)
+pytest.importorskip("httpx", reason=REASON)
+UNITS = "/page/units"
+MOMENTS = "/page/moments"
+KEY = "secret-key"
+NO_PART_OF = '<img src=x onerror="document.title=1">.mp4'  # the name of a file
+
+
+# What the page asks for.
+
+
+def test_the_page_has_a_strict_policy_and_nothing_from_elsewhere(server):
+    response = server.client.get("/")
+    policy = response.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy and "*" not in policy
+    for tag in ("script", "style"):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", response.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert not re.search(r"""\s(style|on\w+)=["']""", response.text)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", response.text)
+    outside = set(re.findall(r"https?://[^\s\"'`)]+", response.text))
+    assert outside <= {"http://www.w3.org/2000/svg", "https://example.org/clip.mp4"}
+    assert server.client.post("/").status_code == 405
+
+
+def test_videos_on_the_web_are_played_where_addresses_are_allowed(qa, tmp_path):
+    with serving(qa, tmp_path, urls=True) as server:
+        assert "media-src blob: https: http:;" in server.client.get("/").headers["content-security-policy"]
+        assert server.client.get("/page/settings").json()["urls"] is True
+
+
+def test_settings(server):
+    settings = server.client.get("/page/settings").json()
+    assert settings["model"] == "demo" and settings["demo"] is True and settings["overlay"] is True
+    assert settings["budget"] in [each["budget"] for each in settings["budgets"]]
+    shares = [each["share"] for each in settings["budgets"]]
+    assert shares == sorted(shares) and shares[-1] == 1
+    assert not any("{" in text or "?," in text for text in settings["warnings"].values())
+
+
+@pytest.mark.parametrize(("usual", "share"), [(0.33, 0.33), ("auto", None), ("fast", 0.1)])
+def test_the_usual_budget_is_one_to_choose(usual, share):
+    from evoprune.session.options import PipelineOptions
+    from evoprune_serve.page import budgets
+
+    found = budgets(PipelineOptions.of(budget=usual))
+    assert {"budget": usual, "share": share} in found
+
+
+@pytest.mark.parametrize("budget", [0.1, "full"])
+def test_units_are_those_of_the_overlay(server, qa, budget):
+    right = trace(qa.__class__(qa.loaded, budget=budget).session, SAMPLES / "pan.mp4")
+    found = server.client.post(UNITS, json=body("Which digit is shown?", "pan.mp4", budget=budget)).json()
+    assert found["grid"] == list(right.plan.grid) and found["fates"] == list(FATES)
+    assert "".join(found["units"]) == "".join(map(str, right.fates.fate.tolist()))
+    assert found["counts"] == right.fates.counts()
+    units = right.plan.grid[1] * right.plan.grid[2]
+    for pair, merged in enumerate(found["merged"]):
+        for unit, owner in zip(merged[::2], merged[1::2], strict=True):
+            assert right.fates.owner[pair * units + unit] == pair * units + owner != pair * units + unit
+    assert found["time_ms"]["encode"] > 0 and found["time_ms"]["prefill"] > 0 and found["warnings"] == []
+    reply = server.client.post("/v1/chat/completions", json=body("Which digit is shown?", "pan.mp4", budget=budget))
+    assert reply.json()["usage"]["evoprune"]["encoding_kept"] is True
+
+
+def test_moments_are_those_of_video_qa(server, qa):
+    right = qa.find(SAMPLES / "flash.mp4", "red diamond")
+    given = body("red diamond", "flash.mp4")
+    found = server.client.post(MOMENTS, json=given).json()
+    assert right and [(each["start_s"], each["end_s"], each["score"]) for each in found["moments"]] == [
+        (each.start_s, each.end_s, each.score) for each in right
+    ]
+    with server.client.stream("POST", MOMENTS, json=given | {"stream": True}) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    *steps, last = map(json.loads, lines)
+    assert steps[0] == {"stage": "segment", "done": 1, "of": 1} and last == found
+
+
+def test_what_is_refused(server, qa, tmp_path):
+    two = {"messages": [message(COLOUR, video(url_of("square.mp4")), video(url_of("three.mp4")))]}
+    for path in (UNITS, MOMENTS):
+        problem = server.client.post(path, json=two)
+        assert problem.status_code == 400 and "about one" in problem.json()["error"]["message"]
+        assert server.client.post(path, json=body(unknown=1)).status_code == 400
+        broken = {"messages": [message(COLOUR, video("data:video/mp4;base64,AAAA"))]}
+        assert server.client.post(path, json=broken).json()["error"]["code"] == "invalid_video"
+        assert server.client.post(path, json=broken | {"stream": True}).status_code == 400
+    problem = server.client.post(UNITS, json=body(method="fastv"))
+    assert problem.status_code == 400 and "overlay" in problem.json()["error"]["message"]
+    assert server.client.post(UNITS, json=body()).status_code == 200
+
+
+def test_without_memory_what_is_kept_goes_first(server, monkeypatch):
+    server.client.post("/v1/chat/completions", json=body())
+    encode = OpenInput.encode
+    failures = iter([True, False])
+
+    def short(self, *given, **options):
+        if next(failures, False):
+            raise OutOfMemory("no memory", "use less", stage="encode")
+        return encode(self, *given, **options)
+
+    monkeypatch.setattr(OpenInput, "encode", short)
+    assert server.client.post(UNITS, json=body(name="three.mp4")).status_code == 200
+    assert len(server.state.work.kept._kept) == 1
+
+
+def test_a_search_is_given_up_when_its_client_goes(server, monkeypatch):
+    import httpx
+
+    from evoprune.moments.search import Search
+    from evoprune_serve.work import Gone
+
+    begun = threading.Event()
+    ended = threading.Event()
+
+    def run(search, progress):
+        try:
+            for done in range(10_000):
+                progress("segment", done, 10_000)
+                begun.set()
+                time.sleep(0.01)
+        except Gone:
+            ended.set()
+            raise
+
+    monkeypatch.setattr(Search, "run", run)
+    with httpx.stream("POST", server.url + MOMENTS, json=body("red diamond", stream=True), timeout=60) as response:
+        assert response.status_code == 200 and begun.wait(30)
+    assert ended.wait(30)
+    assert server.client.post(UNITS, json=body()).status_code == 200
+
+
+def test_all_but_the_page_needs_the_key(qa, tmp_path):
+    from evoprune_serve.guard import Access
+
+    with serving(qa, tmp_path, access=Access(key=KEY)) as server:
+        page = server.client.get("/")
+        assert page.status_code == 200 and "demo</" not in page.text
+        assert server.client.get("/page/settings").status_code == 401
+        assert server.client.post(UNITS, json=body()).status_code == 401
+        allowed = server.client.get("/page/settings", headers={"Authorization": f"Bearer {KEY}"})
+        assert allowed.status_code == 200
+
+
+# In Chromium.
+
+SKIPPED = None
+if find_spec("selenium") is None:
+    SKIPPED = "selenium is not installed: python -m experiments.environments serve"
+elif not (shutil.which("chromium") and shutil.which("chromedriver")):
+    SKIPPED = "there is no Chromium with its driver: apt-get install chromium chromium-driver"
+in_browser = pytest.mark.skipif(SKIPPED is not None, reason=SKIPPED or "")
+QUIET = (
+    "--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--window-size=1280,1000",
+)  # fmt: skip
+DROP = """
+const [name, data] = arguments;
+const bytes = Uint8Array.from(atob(data), (each) => each.charCodeAt(0));
+const dataTransfer = new DataTransfer();
+dataTransfer.items.add(new File([bytes], name, {type: "video/mp4"}));
+document.getElementById("drop").dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true}));
+"""
+# Which share of the overlay is not transparent, and a sum of its colours.
+PIXELS = """
+const canvas = document.getElementById("overlay");
+const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+const drawn = data.filter((value, place) => place % 4 === 3 && value).length;
+return [drawn / (data.length / 4), data.reduce((sum, value) => sum + value, 0)];
+"""
+
+
+class Browser:
+    """Chromium with a page of a server open. `requests`: the addresses that it asked for."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    @property
+    def requests(self) -> set[str]:
+        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        sent = [each for each in events if each["method"] == "Network.requestWillBeSent"]
+        return {each["params"]["request"]["url"] for each in sent}
+
+    def get(self, name: str):
+        return self.driver.find_element("id", name)
+
+    def text(self, name: str) -> str:
+        return self.get(name).text
+
+    def all(self, selector: str) -> list:
+        return self.driver.find_elements("css selector", selector)
+
+    def until(self, true, seconds: float = 60.0):
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        return WebDriverWait(self.driver, seconds, 0.02).until(lambda driver: true())
+
+    def open(self, url: str) -> None:
+        self.driver.get(url)
+        self.until(lambda: self.get("watch").is_displayed() or self.get("access").is_displayed())
+
+    def drop(self, name: str, called: str | None = None) -> None:
+        data = base64.b64encode((SAMPLES / name).read_bytes()).decode()
+        self.driver.execute_script(DROP, called or name, data)
+        self.until(self.get("send").is_enabled)
+
+    def ask(self, question: str) -> str:
+        """The answer that is shown."""
+        count = len(self.all("#answers article"))
+        self.get("question").clear()
+        self.get("question").send_keys(question, "\ue007")  # the key Enter
+        self.until(lambda: len(self.all("#answers article details")) > count)
+        return self.all("#answers .answer")[0].text
+
+    def pixels(self) -> list[float]:
+        return self.driver.execute_script(PIXELS)
+
+    def look(self, dark: bool = False, width: int = 1280) -> None:
+        """Has the page in light or dark colours, and so wide."""
+        features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+    def check_access(self) -> None:
+        """No rule of axe-core is broken, and the page is not wider than the window."""
+        inside = "return document.documentElement.scrollWidth <= window.innerWidth"
+        assert self.driver.execute_script(inside)
+        found = find_spec("axe_playwright_python")
+        if found is None:
+            return
+        self.driver.execute_script((Path(found.origin).parent / "axe.min.js").read_text("utf-8"))
+        result = self.driver.execute_async_script("axe.run(document).then(arguments[0])")
+        problems = [(each["impact"], each["id"], each["nodes"][0]["html"]) for each in result["violations"]]
+        assert problems == []
+
+
+@contextmanager
+def chromium(folder: Path) -> Iterator[Browser]:
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for option in (*QUIET, f"--user-data-dir={folder / 'browser'}"):
+        options.add_argument(option)
+    if os.geteuid() == 0:
+        options.add_argument("--no-sandbox")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        yield Browser(driver)
+    finally:
+        driver.quit()
+
+
+@pytest.fixture
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("chromium")) as found:
+        yield found
+
+
+@in_browser
+def test_a_video_is_dropped_asked_about_and_looked_through(server, browser):
+    """The answer, the overlay at two budgets, a moment; no request to elsewhere, and no message of the browser."""
+    browser.open(server.url)
+    browser.check_access()
+    assert not browser.get("send").is_enabled() and browser.text("name") == ""
+    browser.drop("square.mp4")
+    assert browser.ask(COLOUR) == "green"
+    facts = browser.all("#answers article .figures")[0].text
+    assert "visual tokens" in facts and "first word after" in facts
+    browser.all("#answers summary")[0].click()
+    assert "Answer" in browser.all("#answers table")[0].text
+
+    label = browser.get("overlay").get_attribute
+    browser.until(lambda: "read" in label("aria-label"))
+    share, before = browser.pixels()
+    assert share > 0.9
+    assert "25% (balanced)" in browser.text("share")
+    browser.get("budget").send_keys("\ue012")  # the left arrow
+    assert "15%" in browser.text("share")
+    browser.until(lambda: "read" in label("aria-label") and browser.pixels()[1] not in (0, before))
+    times = [each.text.split("\n")[1] for each in browser.all("#ticks li")]
+    assert [time.endswith(" s") for time in times] == [place in (2, 3) for place in range(len(times))]
+    assert "first word after" in browser.get("budget").get_attribute("aria-valuetext")
+    browser.get("show").click()
+    assert browser.pixels() == [0, 0] and label("aria-label") == "No overlay"
+    browser.get("show").click()
+    assert browser.pixels()[0] > 0.9
+
+    browser.get("another").click()
+    browser.drop("flash.mp4")
+    browser.get("query").send_keys("red diamond", "\ue007")
+    (moment,) = browser.until(lambda: browser.all("#moments button"))
+    browser.driver.execute_script("document.getElementById('video').currentTime = 5")
+    browser.until(lambda: browser.text("time").startswith("0:05.0"))
+    moment.click()
+    start = moment.text.split(" ")[0]
+    browser.until(lambda: browser.text("time").startswith(start))
+    (mark,) = browser.all("#marks button")
+    assert mark.rect["width"] > 5 and moment.get_attribute("aria-current") == "true"
+    for dark, width in ((False, 1280), (True, 1280), (False, 360), (True, 360)):
+        browser.look(dark, width)
+        browser.check_access()
+
+    browser.get("another").click()
+    browser.until(lambda: not server.state.uploads._uploads)  # they are deleted on the server
+    inside = (server.url, "blob:", "data:", "about:", "chrome")  # the last are pages of the browser itself
+    assert not {url for url in browser.requests if not url.startswith(inside)}
+    problems = [entry["message"] for entry in browser.driver.get_log("browser") if entry["level"] == "SEVERE"]
+    assert problems == []
+
+
+@in_browser
+def test_a_conversation_goes_on(server, browser):
+    browser.open(server.url)
+    browser.drop("square.mp4")
+    browser.get("remember").click()
+    chat = server.state.work.qa.encode(SAMPLES / "square.mp4").chat()
+    for question in ("What happens to the square?", COLOUR):
+        assert browser.ask(question) == chat.ask(question).text
+    assert "earlier" in browser.text("answers") or "demo models know single questions" in browser.text("answers")
+
+
+@in_browser
+def test_the_key_is_asked_for_and_kept_in_the_tab(qa, tmp_path, browser):
+    from evoprune_serve.guard import Access
+
+    with serving(qa, tmp_path, access=Access(key=KEY)) as server:
+        browser.open(server.url)
+        assert browser.get("access").is_displayed() and not browser.get("watch").is_displayed()
+        browser.check_access()
+        browser.get("key").send_keys("wrong", "\ue007")
+        browser.until(lambda: browser.text("access-problem") == "That is not the key.")
+        browser.get("key").send_keys(KEY, "\ue007")
+        browser.until(browser.get("watch").is_displayed)
+        browser.drop("square.mp4")
+        assert browser.ask(COLOUR) == "green"
+        browser.open(server.url)
+        assert browser.get("watch").is_displayed()
+        assert browser.driver.execute_script("return [localStorage.length, document.cookie]") == [0, ""]
+        assert not any(KEY in url for url in browser.requests)
+
+
+@in_browser
+def test_texts_are_never_markup(server, browser):
+    """Neither the name of a file, nor a question, nor an error."""
+    browser.open(server.url)
+    browser.drop("square.mp4", NO_PART_OF)
+    assert browser.text("name") == NO_PART_OF
+    browser.ask(NO_PART_OF)
+    assert browser.all("#answers h3")[0].text == NO_PART_OF and not browser.all("main img")
+    browser.get("query").send_keys("<b>x</b>", "\ue007")
+    browser.until(lambda: "<b>x</b>" in browser.text("find-state"))
+    assert browser.driver.title.startswith("Ask a video")
+
+
+@in_browser
+def test_errors_are_told_and_the_page_goes_on(server, browser):
+    browser.open(server.url)
+    browser.drop("square.mp4")
+    browser.until(lambda: browser.get("overlay").get_attribute("aria-label").startswith("Frame pair"))
+    for upload in list(server.state.uploads._uploads):
+        server.state.uploads.delete(upload)
+    browser.get("question").send_keys(COLOUR, "\ue007")
+    browser.until(lambda: "there is no file" in browser.text("ask-problem"))
+    assert not browser.all("#answers article") and browser.get("send").is_enabled()
+    browser.get("another").click()
+    broken = base64.b64encode(b"no video").decode()
+    browser.driver.execute_script(DROP, "broken.mp4", broken)
+    browser.until(lambda: browser.text("video-problem") and browser.get("unplayable").is_displayed())
+    browser.get("another").click()
+    browser.drop("square.mp4")
+    assert browser.ask(COLOUR) == "green" and not browser.text("video-problem")
