@@ -4,9 +4,11 @@
 
 Half of the clients ask about samples, at changing budgets, and check the answers. An eighth sends its bodies slowly and takes its
 answers slowly, an eighth goes before the answer, a quarter is hostile. Each has an address of its own (127.0.0.2 and on), so the
-server tells them apart. First the ones that ask are alone, a third of the time: the queue of an otherwise idle server. Last the
-server is killed, and another one is started in the same folder. Exit status 1: a status that docs/server.md does not name for a
-request, an answer that differs, a failure in the log, or something that a killed server has left for good.
+server tells them apart. Before each of five turns the ones that ask are alone, for a third of its time: the queue of an otherwise
+idle server. Last the server is killed, and another one is started in the same folder.
+
+Exit status 1: a status that docs/server.md does not name for a request, an answer that differs, a failure in the log, or something
+that a killed server has left for good.
 """
 
 import argparse
@@ -43,6 +45,7 @@ CHAT = "/v1/chat/completions"
 FILES = "/v1/files"
 START_S = 180
 TIMEOUT_S = 120
+TURNS = 5
 GONE = "went"  # in place of a status: the client closed the connection
 CUT = "cut off"  # in place of a status: the server closed it, without an answer
 BUSY = {429, 503}  # what every request may have
@@ -422,13 +425,15 @@ def resident_mib(pid: int) -> int:
         return 0
 
 
-def load(kinds: Kinds, clients: list[Callable[[random.Random], str]], seconds: float) -> tuple[Counts, list[State]]:
-    """Runs clients at a time. Return the counts, and states after a fifth, at the middle, and at the end."""
-    counts = Counts()
+Client = Callable[[random.Random], str]  # chooses the kind of each request
+
+
+def load(kinds: Kinds, clients: list[Client], seconds: float, counts: Counts, turn: int) -> State:
+    """Runs clients at a time, which add to the counts. Return what the server takes at the end, while they still ask."""
     end = time.monotonic() + seconds
 
     def run(client: int) -> None:
-        draw = random.Random(client)  # noqa: S311 (a test)
+        draw = random.Random(f"{client} {turn}")  # noqa: S311 (a test)
         while time.monotonic() < end:
             kind = clients[client](draw)
             begin = time.monotonic()
@@ -444,20 +449,18 @@ def load(kinds: Kinds, clients: list[Callable[[random.Random], str]], seconds: f
     threads = [threading.Thread(target=run, args=(client,)) for client in range(len(clients))]
     for thread in threads:
         thread.start()
-    states = []
-    for share in (0.2, 0.5, 0.98):
-        time.sleep(max(0.0, end - (1 - share) * seconds - time.monotonic()))
-        states.append(state(kinds.server))
+    time.sleep(seconds)
+    found = state(kinds.server)
     for thread in threads:
         thread.join()
-    return counts, states
+    return found
 
 
-def always(kind: str) -> Callable[[random.Random], str]:
+def always(kind: str) -> Client:
     return lambda draw: kind
 
 
-def mixed(count: int) -> list[Callable[[random.Random], str]]:
+def mixed(count: int) -> list[Client]:
     """Return clients: half of them ask, an eighth is slow, an eighth goes, the others are hostile."""
     eighth = max(1, count // 8)
     hostile = [lambda draw: draw.choice([*HOSTILE])] * (2 * eighth)
@@ -525,16 +528,18 @@ def main(argv: list[str] | None = None) -> int:
     seconds = 60 * options.minutes
     clients = mixed(options.clients)
     asking = [each for each in clients if each(random.Random(0)) == "asks"]  # noqa: S311
+    alone = Counts()
+    loaded = Counts()
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with served(folder, "--allow-urls", "--allow-dir", str(SAMPLES)) as server:
             kinds = Kinds(server)
             kinds.learn()
             states = {"before": state(server)}
-            alone, (*_, last) = load(kinds, asking, seconds / 3)
-            states["those that ask, alone"] = last
-            loaded, during = load(kinds, clients, seconds)
-            states |= dict(zip(("a fifth of the time", "the middle", "the end"), during, strict=True))
+            for turn in range(TURNS):
+                taken = load(kinds, asking, seconds / TURNS / 3, alone, turn)
+                states.setdefault("those that ask, alone", taken)
+                states[f"turn {turn + 1} of all"] = load(kinds, clients, seconds / TURNS, loaded, turn)
             time.sleep(min(10.0, seconds))
             states["10 s later"] = state(server)
             failures = server.log.read_text().count("Traceback")

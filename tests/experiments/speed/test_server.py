@@ -19,7 +19,7 @@ REASON = "the server is not installed: python -m experiments.environments serve"
 def test_load(capsys):
     assert server_load.main(["--clients", "8", "--minutes", "0.1"]) == 0
     text = capsys.readouterr().out
-    assert all(f"| {name} |" in text for name in ("alone", "beside the others", "slow", "goes", "the end"))
+    assert all(f"| {name} |" in text for name in ("alone", "beside the others", "slow", "goes", "turn 5 of all"))
     assert "says: 0." in text
 
 
