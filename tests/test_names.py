@@ -48,6 +48,8 @@ OTHERS = {
     # shells and files
     "sh", "proc", "nohup", "site", "TMPDIR", "https_proxy", "no_proxy", "source_zsh", "x1b", "frame2", "frame10", "img",
     "white-space",
+    # browsers and systemd
+    "sessionStorage", "systemd-analyze", "PrivateDevices", "ProtectHome", "MemoryDenyWriteExecute",
     # pip
     "--extra-index-url", "-i", "--no-build-isolation", "--from", "BUILD_CUDA_EXT",
     # FFmpeg, PyAV and decord

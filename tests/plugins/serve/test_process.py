@@ -258,21 +258,71 @@ def test_llm_asks_about_a_picture(port, tmp_path):
         assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
-def test_what_a_chat_page_sends(port):
-    """Such as Open WebUI: pictures as `image_url`, a system prompt, a stream, and options that are null."""
-    picture = base64.b64encode((SAMPLES / "vanish.webm").read_bytes()).decode()
-    shown = {"type": "image_url", "image_url": {"url": f"data:video/webm;base64,{picture}"}}
-    system = {"role": "system", "content": "You are helpful."}
-    given = {"model": "demo", "messages": [system, message("What happens to the circle?", shown)], "stream": True}
-    given |= {
-        "temperature": None,
-        "tools": None,
-        "metadata": {"chat_id": "a"},
-        "stream_options": {"include_usage": True},
-    }
+# Open WebUI 0.12.4, as its source sends: `send_get_request` and `generate_chat_completion` in open_webui/routers/openai.py, after
+# `chat_completion` in open_webui/main.py has taken out what is its own (metadata, features, files, session, ids, `params`), with
+# headers of open_webui/utils/headers.py. Pictures of a message are `image_url` parts with data: addresses
+# (`convert_url_images_to_base64` in open_webui/utils/middleware.py).
+USER = {"Name": "Ann%20B", "Id": "a1", "Email": "ann@example.org", "Role": "admin"}
+OPEN_WEBUI = {
+    "Content-Type": "application/json",
+    "Authorization": "Bearer none",
+    "Accept": "*/*",
+    "Accept-Encoding": "gzip, deflate, br, zstd",
+    "User-Agent": "Python/3.11 aiohttp/3.13.2",
+    **{f"X-OpenWebUI-User-{name}": value for name, value in USER.items()},
+    "X-OpenWebUI-Chat-Id": "c1",
+}
+
+
+def open_webui(port: int, method: str, path: str, given: dict | None = None) -> tuple[int, str, str]:
+    """The status, the type and the text of what Open WebUI is answered."""
     connection = HTTPConnection("127.0.0.1", port)
-    connection.request("POST", CHAT, json.dumps(given), {"Content-Type": "application/json"})
+    connection.request(method, path, given and json.dumps(given), OPEN_WEBUI)
     response = connection.getresponse()
     text = response.read().decode()
     connection.close()
-    assert response.status == 200 and text.endswith("data: [DONE]\n\n") and '"usage"' in text
+    return response.status, response.headers["Content-Type"], text
+
+
+def picture(name: str) -> dict:
+    """A sample as Open WebUI shows it: whatever an `image_url` is, its content says."""
+    data = base64.b64encode((SAMPLES / name).read_bytes()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:video/webm;base64,{data}"}}
+
+
+def test_open_webui_finds_the_model(port):
+    """When a connection is verified, and when models are listed: by `id`, and without a `name` by that, too."""
+    status, _, text = open_webui(port, "GET", "/v1/models")
+    (model,) = json.loads(text)["data"]
+    assert status == 200 and model["id"] == "demo" and model.get("name", "demo")
+
+
+def test_open_webui_chats(port, qa):
+    """Two turns in streams, with its parameters, and with `stream_options` where the model has the capability "usage"."""
+    chat = qa.encode(SAMPLES / "vanish.webm").chat("You are helpful.")
+    question = {"type": "text", "text": "What happens to the circle?"}
+    messages = [
+        {"role": "system", "content": "You are helpful."},
+        {"role": "user", "content": [question, picture("vanish.webm")]},
+    ]
+    params = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 40, "seed": 1, "stop": ["\n\n"], "frequency_penalty": 0.0}
+    for more in ({}, params | {"stream_options": {"include_usage": True}}):
+        status, kind, text = open_webui(
+            port, "POST", CHAT, {"stream": True, "model": "demo", "messages": messages} | more
+        )
+        assert status == 200 and kind.startswith("text/event-stream") and text.endswith("data: [DONE]\n\n")
+        events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: {")]
+        assert bool(events[-1].get("usage")) is bool(more)
+        said = "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event["choices"])
+        assert said == chat.ask(messages[-1]["content"] if len(messages) > 2 else question["text"]).text
+        messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "Which colour is it?"}]
+
+
+def test_open_webui_is_told_what_is_not_supported(port):
+    """Its tasks, such as titles, have no video; its tools are offered by default: a setting of the model says no."""
+    task = {"model": "demo", "messages": [{"role": "user", "content": "### Task: Generate a title"}], "stream": False}
+    tool = {"type": "function", "function": {"name": "search_web", "parameters": {"type": "object", "properties": {}}}}
+    asked = {"stream": True, "model": "demo", "messages": [message("What happens?", picture("vanish.webm"))]}
+    for given, says in ((task, "no video or picture"), (asked | {"tools": [tool]}, "tools")):
+        status, kind, text = open_webui(port, "POST", CHAT, given)
+        assert status == 400 and kind == "application/json" and says in json.loads(text)["error"]["message"]
