@@ -218,7 +218,10 @@ def grouped(kinds: Iterable[type]) -> dict[str, list[type]]:
     groups: dict[str, list[type]] = {"the way itself": [], "options and reports": [], "the reader's process": []}
     names = dict.fromkeys(SAYING, "options and reports") | dict.fromkeys(READER, "the reader's process")
     for kind in kinds:
-        groups[names.get(module_of(kind), "the way itself")].append(kind)
+        group = names.get(module_of(kind), "the way itself")
+        if kind.__name__.endswith("Options"):
+            group = "options and reports"
+        groups[group].append(kind)
     return groups
 
 

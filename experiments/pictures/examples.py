@@ -28,6 +28,7 @@ OVERLAY = ("inspect", "samples/scenes/crossing.mp4", "-m", "demo-scenes", "-b", 
 # What makes the example in each section of docs/json.md.
 JSON = {
     "ask and batch": (*ASKED, "--json"),
+    "find": ("find", "samples/vanish.webm", "a circle", "--json"),
     "eval": ("eval", "--data", "samples/questions.jsonl", "-b", "0.25", "--json"),
     "tune": ("tune", "samples/square.mp4", "samples/pan.mp4", "-m", "demo", "-Q", "What happens?", "-b", "0.2",
         "--method", "evoprune", "--agree", "0.7", "--json"),

@@ -39,6 +39,12 @@ OWN = [
     {"id": "v", "video": SQUARE, "question": "What?", "fps": 1, "frame_rate": 3, "max_new_tokens": 1},
     {"id": "u", "video": SQUARE, "question": "What?", "frames": 4},
 ]
+TALK = [
+    {"role": "user", "content": "Who?"},
+    {"role": "assistant", "content": "A."},
+    {"role": "user", "content": "Why?"},
+]
+CHAT = {"id": "t", "video": SQUARE, "messages": TALK}
 TYPES = {"text": str, "integer": int, "number": (int, float), "boolean": bool, "list": list, "object": dict}
 SHORT = ("--frames", "4")
 
@@ -131,13 +137,14 @@ def test_ask_and_batch(cli, tiny_folder, rows, tmp_path):
     subtitles.write_text("WEBVTT\n\n00:01.000 --> 00:02.000\nHello\n")
     more = ("--compare", "--subtitles", str(subtitles), "--logprobs", "1", "--stop", "never said")
     outputs = [cli("ask", SQUARE, "What?", "--json", *more, *model).record]
+    outputs.append(cli("ask", SQUARE, "What?", "--json", "--choices", "a,b", *model).record)
     inner = ("-m", str(tiny_folder), *SHORT, "--method", "evoprune+fastv")
     outputs.append(cli("ask", SQUARE, "What?", "--json", *inner).record)
     outputs.append(
         cli("watch", SQUARE, "-Q", "What?", "--json", "-m", str(tiny_folder), "-n", "2", "--fps", "1").record
     )
     outputs.append(cli("ask", SQUARE, "What?", "--json", *inner[:-1], write_recipe(tmp_path)).record)
-    rows.write_text("".join([rows.read_text(), *(json.dumps(row) + "\n" for row in (SAID, BOTH, *OWN))]))
+    rows.write_text("".join([rows.read_text(), *(json.dumps(row) + "\n" for row in (SAID, BOTH, *OWN, CHAT))]))
     assert cli("batch", "--from", str(rows), "-o", str(tmp_path / "o.jsonl"), "-q", *model).code == 6
     check("ask and batch", outputs + records((tmp_path / "o.jsonl").read_text()))
 

@@ -31,7 +31,7 @@ def without_times(content: Any) -> Any:
     return {name: value for name, value in content.items() if name != "time_ms"}
 
 
-@pytest.mark.parametrize("title", ["ask and batch", "eval", "methods", "Errors"])
+@pytest.mark.parametrize("title", ["ask and batch", "find", "eval", "methods", "Errors"])
 def test_an_example_of_json_has_todays_values(cli, title):  # noqa: F811
     shown = json.loads(examples(PAGE)[title])
     real = json.loads(cli(*JSON[title]).out)
