@@ -64,9 +64,7 @@ def batch(
         "Go on with FILE if it exists: rows that have an answer are skipped, rows that failed are asked again.",
         opt.OUTPUT,
     ) = False,
-    overwrite: opt.option(
-        bool, "--overwrite", "Replace the records in FILE; a file that holds anything else stays.", opt.OUTPUT
-    ) = False,
+    overwrite: opt.Overwrite = False,
     options: opt.MakeOptions,
     on: opt.option(
         str,

@@ -79,7 +79,7 @@ def find(
     exact: opt.option(
         bool,
         "--exact",
-        "Have clips begin and end exactly where moments do, which encodes them anew, without HDR.",
+        "Have clips begin and end exactly where moments do: their frames are re-encoded, in SDR.",
         FILES,
     ) = False,
     json: opt.option(bool, "--json", "One JSON line a moment on stdout, instead of text.", opt.OUTPUT) = False,
@@ -95,9 +95,7 @@ def find(
         "Go on with FILE if it exists: videos that it has are skipped, those that failed are searched again.",
         opt.OUTPUT,
     ) = False,
-    overwrite: opt.option(
-        bool, "--overwrite", "Replace the records in FILE; a file that holds anything else stays.", opt.OUTPUT
-    ) = False,
+    overwrite: opt.Overwrite = False,
     cache: opt.option(
         bool,
         "--cache/--no-cache",

@@ -215,6 +215,7 @@ History = option(
     "Whether a prompt remembers what was said; default: on, but for the demo models, which know single questions.",
     **one_of(ON, OFF),
 )
+Overwrite = option(bool, "--overwrite", "Replace the records in FILE; a file that holds anything else stays.", OUTPUT)
 Quiet = option(bool, "-q --quiet", "No progress, notes or stats; warnings remain.", OUTPUT)
 ShowThoughts = option(
     bool, "--show-thoughts", "Print what the model thinks on stderr, as it comes (--think on).", OUTPUT

@@ -130,6 +130,10 @@ class GenerationOptions:
         if self.choice_score not in CHOICE_SCORES:
             raise UsageError(f"choice_score is {self.choice_score!r}", f"use {' or '.join(CHOICE_SCORES)}")
         if self.choices is None:
+            if self.choice_score != "sum":
+                raise UsageError(
+                    f"choice_score is {self.choice_score!r}, and there are no choices", "name them: --choices"
+                )
             return
         others = {
             "schema": self.schema is not None,

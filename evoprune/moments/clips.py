@@ -45,7 +45,7 @@ def cut_clip(
         info: of `probe`, of a video file.
         start_s, end_s: seconds from the first frame.
         folder: where the clip goes. It is made, with its parents, unless it is there.
-        exact: begin and end at these times: the frames are encoded anew, upright and in SDR, as a model sees them; as H.264, or as
+        exact: begin and end at these times: the frames are re-encoded, upright and in SDR, as a model sees them; as H.264, or as
             MPEG-4 where PyAV has no encoder of that.
         title: kept in the file.
         named_after: a path or address in place of the video's, for the name.

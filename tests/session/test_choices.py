@@ -113,6 +113,7 @@ def test_a_stream_chooses(loaded):
         ({"choices": [1, 2]}, "choices is"),
         ({"choices": 5}, "choices is 5"),
         ({"choices": ["red", "green"], "choice_score": "max"}, "choice_score is 'max'"),
+        ({"choice_score": "mean"}, "there are no choices"),
         ({"choices": ["red", "green"], "temperature": 1.0}, "temperature"),
         ({"choices": ["red", "green"], "think": "on"}, "think"),
         ({"choices": ["red", "green"], "stop": "a"}, "stop"),

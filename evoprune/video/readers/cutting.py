@@ -1,4 +1,4 @@
-"""A part of a video as a file of its own: its packets copied from a keyframe on, or its frames encoded anew; with its sound.
+"""A part of a video as a file of its own: its packets copied from a keyframe on, or its frames re-encoded; with its sound.
 
 FFmpeg writes to memory, and `ClipReader.fill` hands the bytes out, each with its place in the file, because the end of an MP4 is
 known before its beginning can be written. So the process that opens the video writes no file.
@@ -40,11 +40,11 @@ IN_MP4 = ("h264", "hevc", "av1", "mpeg4", "aac", "mp3", "ac3", "eac3", "alac")
 # The encoders, the preferred one first, with settings at which one hardly sees a difference. Without frames out of order (bf), an
 # MP4 says exactly how long the last frame is shown.
 ENCODERS = {"libx264": {"crf": "18", "preset": "veryfast", "bf": "0"}, "mpeg4": {"qmin": "2", "qmax": "4"}}
-CLOCK = Fraction(1, 60_000)  # of frames that are encoded anew; MPEG-4 has no finer one
+CLOCK = Fraction(1, 60_000)  # of re-encoded frames; MPEG-4 has no finer one
 BT709 = 1  # FFmpeg's number of its primaries, curve and matrix
 LIMITED_RANGE = 1  # FFmpeg's number of the usual range of brightness
 REORDERED_S = 2.0  # a keyframe is not stored later than that behind frames that are shown after it
-EXACTLY = "cut it exactly, which encodes it anew: --exact, in Python exact=True"
+EXACTLY = "cut it exactly, which re-encodes it: --exact, in Python exact=True"
 
 # When each is decoded, or shown, in seconds from the clip's beginning, ascending. Pictures are uint8 `[H, W, 3]`.
 TimedPackets = Iterator[tuple[float, Packet]]

@@ -9,12 +9,29 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from evoprune.errors import OutOfMemory
+from evoprune.session.encoding import OpenInput
 from evoprune.video_qa import VideoQA
 
 SAMPLES = Path(__file__).parents[3] / "samples"
 COLOUR = "What colour is the square?"
 CHAT = "/v1/chat/completions"
 REASON = "starlette and others are not installed: python -m experiments.environments serve"
+
+
+def memory_fails(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Has the next encodings fail, so many times, for want of memory."""
+    encode = OpenInput.encode
+    failures = iter([True] * times)
+
+    def short(self, *given, **options):
+        if next(failures, False):
+            raise OutOfMemory("no memory", "use less", stage="encode")
+        return encode(self, *given, **options)
+
+    monkeypatch.setattr(OpenInput, "encode", short)
 
 
 def url_of(name: str) -> str:

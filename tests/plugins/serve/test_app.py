@@ -12,7 +12,18 @@ from PIL import Image
 
 from evoprune.session import encoding
 from evoprune.session.encoding import OpenInput
-from tests.plugins.serve.serving import CHAT, COLOUR, REASON, SAMPLES, body, message, serving, url_of, video
+from tests.plugins.serve.serving import (
+    CHAT,
+    COLOUR,
+    REASON,
+    SAMPLES,
+    body,
+    memory_fails,
+    message,
+    serving,
+    url_of,
+    video,
+)
 
 pytest.importorskip("starlette", reason=REASON)
 pytest.importorskip("httpx", reason=REASON)
@@ -509,22 +520,12 @@ def test_inputs_are_read_while_another_question_is_answered(qa, tmp_path, slow, 
         assert [text_of(each.json()) for each in found + later] == ["green", "3"]
 
 
-def test_without_memory_what_is_kept_goes_first(server, qa, monkeypatch):
-    from evoprune.errors import OutOfMemory
-
+def test_without_memory_what_is_kept_goes_first(server, monkeypatch):
     answer(server)
-    encode = OpenInput.encode
-    failures = iter([True, False])
-
-    def short(self, *given, **options):
-        if next(failures, False):
-            raise OutOfMemory("no memory", "use less", stage="encode")
-        return encode(self, *given, **options)
-
-    monkeypatch.setattr(OpenInput, "encode", short)
+    memory_fails(monkeypatch, times=1)
     assert answer(server, name="three.mp4", question="How many shapes are there?")
     assert len(server.state.work.kept._kept) == 1
-    failures = iter([True, True, True])
+    memory_fails(monkeypatch, times=3)
     problem = error(server, 413, name="pan.mp4")
     assert problem["code"] == "out_of_memory"
 

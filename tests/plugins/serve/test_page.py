@@ -16,9 +16,7 @@ from pathlib import Path
 import pytest
 
 from evoprune.bench.overlay import FATES, trace
-from evoprune.errors import OutOfMemory
-from evoprune.session.encoding import OpenInput
-from tests.plugins.serve.serving import COLOUR, REASON, SAMPLES, body, message, serving, url_of, video
+from tests.plugins.serve.serving import COLOUR, REASON, SAMPLES, body, memory_fails, message, serving, url_of, video
 
 pytest.importorskip("starlette", reason=REASON)
 pytest.importorskip("httpx", reason=REASON)
@@ -116,15 +114,7 @@ def test_what_is_refused(server, qa, tmp_path):
 
 def test_without_memory_what_is_kept_goes_first(server, monkeypatch):
     server.client.post("/v1/chat/completions", json=body())
-    encode = OpenInput.encode
-    failures = iter([True, False])
-
-    def short(self, *given, **options):
-        if next(failures, False):
-            raise OutOfMemory("no memory", "use less", stage="encode")
-        return encode(self, *given, **options)
-
-    monkeypatch.setattr(OpenInput, "encode", short)
+    memory_fails(monkeypatch, times=1)
     assert server.client.post(UNITS, json=body(name="three.mp4")).status_code == 200
     assert len(server.state.work.kept._kept) == 1
 
