@@ -231,7 +231,7 @@ def _words(words: Sequence[str], more: list[str]) -> tuple[list[str], list[str]]
     if query is not None:
         queries = [query, *more]
     if not queries:
-        raise UsageError("nothing to find", f"say what, quoted: {USAGE}")
+        raise UsageError("nothing to find", f"say what, quoted, after the videos: {USAGE}")
     if not all(query.strip() for query in queries):
         raise UsageError("the query is empty", USAGE)
     return list(videos), queries
