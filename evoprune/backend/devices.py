@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import lru_cache, wraps
+from functools import cache, lru_cache, wraps
 from importlib.metadata import version
 from pathlib import Path
 
@@ -87,12 +87,18 @@ def _has_bf16(device: torch.device) -> bool:
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "arm_bf16"})
 
 
+@cache
+def _installed(package: str) -> str:
+    """Return the version of an installed package, for which files are read."""
+    return version(package)
+
+
 def environment(device: str) -> Environment:
     """Return versions, device and threads."""
     return Environment(
         evoprune=evoprune.__version__,
         torch=str(torch.__version__),
-        transformers=version("transformers"),
+        transformers=_installed("transformers"),
         device_name=device_name(device),
         threads=torch.get_num_threads(),
     )

@@ -11,7 +11,7 @@ import re
 from dataclasses import Field, fields
 from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from warnings import warn
@@ -293,7 +293,13 @@ def _plugins() -> dict[str, EntryPoint]:
 
 
 def _is_own(entry: EntryPoint) -> bool:
-    return entry.dist is not None and entry.dist.name == OWN
+    return entry.dist is not None and _name_of(entry.dist) == OWN
+
+
+@cache
+def _name_of(distribution: Distribution) -> str:
+    """Return the name of a package, for which its metadata are parsed."""
+    return distribution.name
 
 
 def _package(entry: EntryPoint) -> str:

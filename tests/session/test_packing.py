@@ -24,17 +24,18 @@ def folders(tmp_path_factory):
     return {family: str(save_tiny(tmp_path_factory.mktemp(family), family=family)) for family in families}
 
 
-@pytest.fixture(params=MODELS)
-def load(request, folders, monkeypatch):
+@pytest.fixture(scope="module", params=MODELS)
+def load(request, folders):
     """Loads a model anew, as a process does: all layers of its language model wait, and are packed from the third pass on."""
-    monkeypatch.setattr(linear, "SMALL_WEIGHT", 0)
-    monkeypatch.setattr(linear, "LARGE_WEIGHT", 20_000)  # the output layer is in parts
-    monkeypatch.setattr(linear, "START_PASSES", 2)
-    monkeypatch.setattr(linear, "PASS_BYTES", 40_000)
     name, dtype = request.param.split()
     if not can_pack(torch.empty(1, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)):
         pytest.skip("this dtype is not packed here")
-    return lambda: load_model(folders.get(name, name), dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "SMALL_WEIGHT", 0)
+        patch.setattr(linear, "LARGE_WEIGHT", 20_000)  # the output layer is in parts
+        patch.setattr(linear, "START_PASSES", 2)
+        patch.setattr(linear, "PASS_BYTES", 40_000)
+        yield lambda: load_model(folders.get(name, name), dtype=dtype)
 
 
 def waiting(loaded) -> int:
@@ -48,7 +49,8 @@ def ids_of(video, question, n=12) -> list[int]:
     return made.ids
 
 
-def packed_answers(load) -> list[list[int]]:
+@pytest.fixture(scope="module")
+def want(load) -> list[list[int]]:
     """The answers of a model that is packed from the beginning."""
     loaded = load()
     pack_waiting(loaded.model)
@@ -56,8 +58,7 @@ def packed_answers(load) -> list[list[int]]:
     return [ids_of(video, question) for question in QUESTIONS]
 
 
-def test_answers_are_the_same_however_many_were_asked_before(load):
-    want = packed_answers(load)
+def test_answers_are_the_same_however_many_were_asked_before(load, want):
     for first in range(len(QUESTIONS)):
         loaded = load()
         assert (before := waiting(loaded)) and not loaded.packing.seconds
@@ -71,14 +72,13 @@ def test_answers_are_the_same_however_many_were_asked_before(load):
         assert [ids_of(video, question) for question in QUESTIONS] == want
 
 
-def test_the_beginning_of_an_answer_does_not_depend_on_its_length(load):
-    (want, *_) = packed_answers(load)
+def test_the_beginning_of_an_answer_does_not_depend_on_its_length(load, want):
     for n in (1, 2, 3, 5):
-        assert ids_of(VideoQA(load(), budget=0.25).encode(CLIP), QUESTIONS[0], n) == want[:n]
+        assert ids_of(VideoQA(load(), budget=0.25).encode(CLIP), QUESTIONS[0], n) == want[0][:n]
 
 
-def test_an_interruption_while_layers_are_packed(load, monkeypatch):
-    want, reorder = packed_answers(load), linear._packed
+def test_an_interruption_while_layers_are_packed(load, want, monkeypatch):
+    reorder = linear._packed
     for moment in (1, 4, 9):
         loaded, calls = load(), []
         video = VideoQA(loaded, budget=0.25).encode(CLIP)
@@ -100,8 +100,8 @@ def test_an_interruption_while_layers_are_packed(load, monkeypatch):
         assert [ids_of(video, question) for question in QUESTIONS] == want
 
 
-def test_threads_that_ask_while_layers_are_packed(load):
-    want, loaded = packed_answers(load), load()
+def test_threads_that_ask_while_layers_are_packed(load, want):
+    loaded = load()
     videos = [VideoQA(loaded, budget=0.25).encode(CLIP) for _ in QUESTIONS]
     with ThreadPoolExecutor(len(videos)) as pool:
         for _ in range(2):
