@@ -332,7 +332,7 @@ def test_a_conversation_goes_on(server, browser):
     browser.open(server.url)
     browser.drop("square.mp4")
     browser.get("remember").click()
-    chat = server.state.work.qa.encode(SAMPLES / "square.mp4").chat()
+    chat = server.state.models["demo"].encode(SAMPLES / "square.mp4").chat()
     for question in ("What happens to the square?", COLOUR):
         assert browser.ask(question) == chat.ask(question).text
     assert "earlier" in browser.text("answers") or "demo models know single questions" in browser.text("answers")
