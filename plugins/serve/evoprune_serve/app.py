@@ -1,4 +1,4 @@
-"""The routes of the server: OpenAI's chat completions, models and files, health and metrics."""
+"""The routes of the server: OpenAI's chat completions, responses, models and files, health and metrics."""
 
 import asyncio
 import time
@@ -32,12 +32,14 @@ from evoprune_serve.metrics import TYPE, Metrics
 from evoprune_serve.page import PAGE_PATHS, Page
 from evoprune_serve.question import Question, no_model
 from evoprune_serve.reply import Reply, stream_event
+from evoprune_serve.responses import read_response
 from evoprune_serve.sources import Source, Sources
 from evoprune_serve.store import Store
 from evoprune_serve.uploads import PURPOSES, Uploads
 from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Task, Told, Work
 
 CHAT = "/v1/chat/completions"
+RESPONSES = "/v1/responses"
 FILES = "/v1/files"
 SENDING_S = 60.0  # for which a client may be slow to take the end of a stream
 CLOSED = 499  # what logs and metrics call a request whose client went
@@ -92,11 +94,13 @@ class Server:
     # Questions.
 
     async def chat(self, request: Request) -> Response:
-        """Answers a question, as a whole or in a stream."""
         return await self.answer(request, read_chat)
 
+    async def response(self, request: Request) -> Response:
+        return await self.answer(request, read_response)
+
     async def answer(self, request: Request, read: Read) -> Response:
-        """Answers a question of one form."""
+        """Answers a question, as a whole or in a stream. `read`: of the form that it has."""
         deadline_s = self.deadline_s()
         async with self.asking(request, read, deadline_s) as asked:
             self.work.submit(asked.job, asked.question)
@@ -209,6 +213,7 @@ class Server:
         """Return the routes of the protocol."""
         return [
             Route(CHAT, self.chat, methods=["POST"]),
+            Route(RESPONSES, self.response, methods=["POST"]),
             Route("/v1/models", self.list_models),
             Route("/v1/models/{model:path}", self.model),
             Route(FILES, self.upload, methods=["POST"]),
@@ -219,7 +224,7 @@ class Server:
         ]
 
 
-PATHS = (CHAT, "/v1/models", FILES, "/health", "/metrics", *PAGE_PATHS)  # that metrics tell apart
+PATHS = (CHAT, RESPONSES, "/v1/models", FILES, "/health", "/metrics", *PAGE_PATHS)  # that metrics tell apart
 
 
 @dataclass

@@ -13,7 +13,6 @@ from evoprune_serve.reply import created, logprobs, pruned, stream_event
 from evoprune_serve.sources import Source
 from evoprune_serve.work import Done, Piece
 
-MOST_STOPS = 16
 END = b"data: [DONE]\n\n"
 # Options that change nothing at these values, and are refused at others; beside those of all forms.
 OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
@@ -102,6 +101,7 @@ def _usage(done: Done, queue_s: float) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": new,
         "total_tokens": prompt + new,
+        "completion_tokens_details": {"reasoning_tokens": done.thought_tokens},
         "evoprune": pruned(done, queue_s),
     }
 
@@ -151,11 +151,6 @@ def _generation(fields: Fields) -> dict[str, Any]:
         fields.refuse("max_tokens", "and max_completion_tokens exclude each other")
     for name in tokens:
         given["max_new_tokens"] = fields.take(name, int)
-    if fields.has("stop"):
-        stop = fields.take("stop", (str, list))
-        if isinstance(stop, list) and len(stop) > MOST_STOPS:
-            fields.refuse("stop", f"has more than {MOST_STOPS} texts")
-        given["stop"] = stop
     top = fields.take("top_logprobs", int)
     if fields.take("logprobs", bool, False):
         given["logprobs"] = top or 0

@@ -13,6 +13,7 @@ from evoprune.video.plan import parse_time
 from evoprune_serve.errors import ApiError, refused
 from evoprune_serve.fields import NUMBER, Fields
 
+MOST_STOPS = 16
 JSON_OBJECT = {"type": "object"}
 SETTING = re.compile(r"true|false|[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE)  # of a method
 # Options of all forms that change nothing at these values, and are refused at others.
@@ -117,12 +118,17 @@ def read_schema(fields: Fields, inner: str | None = None) -> dict[str, Any] | No
 
 
 def _sampled(fields: Fields) -> dict[str, Any]:
-    """Return what a body says of how tokens are drawn, and of thoughts."""
+    """Return what a body says of how tokens are drawn, what ends an answer, and thoughts."""
     given = {}
     numbers = {"temperature": NUMBER, "top_p": NUMBER, "top_k": int, "repetition_penalty": NUMBER}
     for name, kinds in numbers.items():
         if fields.has(name):
             given[name] = fields.take(name, kinds)
+    if fields.has("stop"):
+        stop = fields.take("stop", (str, list))
+        if isinstance(stop, list) and len(stop) > MOST_STOPS:
+            fields.refuse("stop", f"has more than {MOST_STOPS} texts")
+        given["stop"] = stop
     think = fields.take("think", (bool, str))
     if think is not None:
         given["think"] = {True: "on", False: "off"}.get(think, think)

@@ -58,11 +58,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Done:
-    """The end of an answer. `logprobs`: of tokens since the last piece. `kept`: whether the inputs were encoded before."""
+    """The end of an answer.
+
+    Attributes:
+        logprobs: of tokens since the last piece.
+        kept: whether the inputs were encoded before.
+        thought_tokens: how many of the tokens are thoughts.
+    """
 
     report: Report
     logprobs: list[dict[str, Any]] | None
     kept: bool
+    thought_tokens: int
 
 
 @dataclass(frozen=True)
@@ -499,8 +506,13 @@ class Work:
             known = len(found)
             return new
 
+        thought_tokens = 0
+
         def piece(text: str, thought: bool = False) -> None:
+            nonlocal thought_tokens
             job.check()
+            if thought:
+                thought_tokens = len(answer.ids)
             put(Piece(text, thought, logprobs()))
 
         answer = begun(encoded, question, partial(piece, thought=True))
@@ -509,7 +521,7 @@ class Work:
                 piece(text)
         finally:
             answer.close()
-        put(Done(answer.report, logprobs(), kept))
+        put(Done(answer.report, logprobs(), kept, thought_tokens))
 
     def encode(self, job: Job) -> EncodedInputs:
         """Return the encoding of a job's inputs, which is kept for further questions. In the thread of the model."""
