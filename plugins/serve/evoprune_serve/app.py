@@ -258,7 +258,7 @@ class Asked:
     def count(self, done: Done) -> None:
         """Counts and logs a complete answer."""
         report = done.report
-        self.server.metrics.answer(report, self.job.queue_s, done.kept)
+        self.server.metrics.answer(self.question.model, report, self.job.queue_s, done.kept)
         facts = [self.reply.identity, f"{report.tokens.prompt or 0}+{report.tokens.new or 0} tokens"]
         facts.append(f"{report.time_ms.total or 0:.0f} ms")
         if self.server.settings.log_contents:

@@ -94,7 +94,7 @@ def serve(
     log_contents: opt.option(bool, "--log-contents", "Log questions and answers, too.", opt.OUTPUT) = False,
     quiet: opt.Quiet = False,
 ) -> int:
-    """Serve a model over OpenAI's protocol, on one machine.
+    """Serve a model, or several, over OpenAI's protocol, on one machine.
 
     \b
     evoprune serve

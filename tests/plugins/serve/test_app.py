@@ -376,7 +376,7 @@ def test_models_health_and_metrics(server):
     assert response.headers["content-type"].startswith("text/plain")
     counts = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
     assert counts['evoprune_requests_total{path="/v1/chat/completions",status="200"}'] == "1.0"
-    assert float(counts['evoprune_visual_tokens_total{kind="kept"}']) > 0
+    assert float(counts['evoprune_visual_tokens_total{kind="kept",model="demo"}']) > 0
     assert counts["evoprune_waiting"] == "0.0"
 
 

@@ -373,3 +373,26 @@ def test_open_webui_is_told_what_is_not_supported(port):
     for given, says in ((task, "no video or picture"), (asked | {"tools": [tool]}, "tools")):
         status, kind, text = open_webui(port, "POST", CHAT, given)
         assert status == 400 and kind == "application/json" and says in json.loads(text)["error"]["message"]
+
+
+def test_models_that_do_not_fit_together_are_refused_before_one_is_loaded(monkeypatch):
+    from evoprune.errors import OutOfMemory
+    from evoprune.model import cost
+    from evoprune.session.loading.find import describe_model
+    from evoprune.session.options import ModelOptions
+    from evoprune_serve.command import _check_room
+
+    models = [ModelOptions(name) for name in ("demo", "demo-scenes")]
+    needed = sum(describe_model(each).weights_bytes for each in models)
+    monkeypatch.setattr(cost, "available_memory", lambda device: needed)
+    _check_room(models)
+    monkeypatch.setattr(cost, "available_memory", lambda device: needed - 1)
+    _check_room(models[:1])
+    with pytest.raises(OutOfMemory, match="demo and demo-scenes needs about"):
+        _check_room(models)
+
+
+@pytest.mark.parametrize("options", [("--also", "demo"), ("--also", "demo-scenes", "--name", "demo-scenes")])
+def test_two_models_of_one_name_are_refused(options):
+    done = run(*options)
+    assert done.returncode == 2 and "2 models are called demo" in done.stderr and "--name" in done.stderr
