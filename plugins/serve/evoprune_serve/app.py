@@ -322,7 +322,7 @@ async def read_json(request: Request, count: Callable[[int], None]) -> Any:
         count(len(piece))
         pieces.append(piece)
     try:
-        return loads(b"".join(pieces).decode())
+        return await run_in_threadpool(lambda: loads(b"".join(pieces).decode()))  # megabytes take seconds
     except (ValueError, RecursionError) as problem:
         raise refused(f"the body is not JSON in UTF-8: {problem}", code="invalid_json") from problem
 

@@ -8,7 +8,7 @@ from evoprune.session.options import PipelineOptions
 from evoprune_serve.errors import ApiError
 from evoprune_serve.fields import Fields
 from evoprune_serve.messages import read_messages
-from evoprune_serve.question import NEUTRAL, Question, read_model, read_question, read_schema
+from evoprune_serve.question import NEUTRAL, Question, read_model, read_options, read_question, read_schema
 from evoprune_serve.reply import created, logprobs, pruned, stream_event
 from evoprune_serve.sources import Source
 from evoprune_serve.work import Done, Piece
@@ -21,6 +21,7 @@ OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "presence_penalty": lambda value: value == 0,
     "logit_bias": lambda value: value == {},
     "functions": lambda value: value == [],
+    "function_call": lambda value: value in ("none", "auto"),
     "modalities": lambda value: value == ["text"],
     "reasoning_effort": lambda value: value == "none",
     "verbosity": lambda value: value == "medium",
@@ -117,7 +118,7 @@ def read_chat(
 
     Raises ApiError: anything in it that is unknown, of another type, or out of range.
     """
-    fields = Fields(body)
+    fields = read_options(body, "messages")
     model = read_model(fields, models)
     messages = {f"messages[{number}]": each for number, each in enumerate(fields.need("messages", list))}
     system, turns, sources = read_messages(messages, "messages")

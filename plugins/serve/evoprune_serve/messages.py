@@ -12,6 +12,7 @@ from evoprune_serve.sources import Address, FrameList, Source, Uploaded
 
 MOST_MESSAGES = 1000
 MOST_PARTS = 1000  # of all messages
+MOST_CHARACTERS = 2**22  # of all texts
 MOST_SOURCES = 64
 MOST_FRAMES = 256  # of a list
 # What clients send back of an earlier answer, and what is not part of the conversation.
@@ -35,6 +36,7 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
     said: list[dict[str, str]] = []
     sources: list[Source] = []
     parts = 0
+    characters = 0
     for place, message in messages.items():
         fields = Fields(message, place)
         role = fields.need("role", str)
@@ -49,6 +51,9 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
         if parts > MOST_PARTS:
             raise refused(f"the messages have more than {MOST_PARTS} parts", field)
         text, shown = _content(content, f"{place}.content")
+        characters += len(text)
+        if characters > MOST_CHARACTERS:
+            raise refused(f"the messages have more than {MOST_CHARACTERS:,} characters of text", field)
         if role in ("system", "developer"):
             if said or shown:
                 raise refused(f"{place} is a system prompt: it is text, before all other messages", place)

@@ -1,5 +1,6 @@
 """A question as the server's model takes it, and the options that all forms of requests have for it."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from evoprune_serve.errors import ApiError, refused
 from evoprune_serve.fields import NUMBER, Fields
 
 MOST_STOPS = 16
+MOST_CHARACTERS = 2**21  # of all options of a request, as JSON: a schema has up to 1 MiB
 JSON_OBJECT = {"type": "object"}
 SETTING = re.compile(r"true|false|[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE)  # of a method
 # Options of all forms that change nothing at these values, and are refused at others.
@@ -25,6 +27,7 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "user": lambda value: isinstance(value, str),
     "safety_identifier": lambda value: isinstance(value, str),
     "prompt_cache_key": lambda value: isinstance(value, str),
+    "prompt_cache_retention": lambda value: isinstance(value, str),
     "metadata": lambda value: isinstance(value, dict),
 }
 T = TypeVar("T")
@@ -42,6 +45,18 @@ class Question:
     sampling: SamplingOptions
     pruning: PruneOptions
     stream: bool
+
+
+def read_options(body: Any, messages: str) -> Fields:
+    """Return the fields of a body. Raises ApiError: it is no object, or has too much beside its messages.
+
+    `messages`: the field that has them.
+    """
+    fields = Fields(body)
+    options = {name: value for name, value in body.items() if name != messages}
+    if len(json.dumps(options, ensure_ascii=False)) > MOST_CHARACTERS:
+        raise refused(f"the options have more than {MOST_CHARACTERS:,} characters")
+    return fields
 
 
 def read_model(fields: Fields, models: Sequence[str]) -> str:

@@ -57,12 +57,15 @@ def pruned(done: Done, queue_s: float) -> dict[str, Any]:
     }
 
 
-def logprobs(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return log probabilities of a report, each token with the likeliest in its place."""
-    return [_entry(each) | {"top_logprobs": [_entry(top) for top in each["top_logprobs"]]} for each in entries]
+def logprobs(entries: Iterable[dict[str, Any]], unknown: list[int] | None = None) -> list[dict[str, Any]]:
+    """Return log probabilities of a report, each token with the likeliest in its place.
 
+    `unknown`: stands for the bytes of a token that ends inside a character.
+    """
 
-def _entry(entry: dict[str, Any]) -> dict[str, Any]:
-    text = entry["token"]
-    data = None if UNKNOWN in text else list(text.encode())
-    return {"token": text, "logprob": entry["logprob"], "bytes": data}
+    def entry(each: dict[str, Any]) -> dict[str, Any]:
+        text = each["token"]
+        data = unknown if UNKNOWN in text else list(text.encode())
+        return {"token": text, "logprob": each["logprob"], "bytes": data}
+
+    return [entry(each) | {"top_logprobs": [entry(top) for top in each["top_logprobs"]]} for each in entries]

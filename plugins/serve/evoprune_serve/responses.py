@@ -13,7 +13,7 @@ from evoprune.util import brief
 from evoprune_serve.errors import ApiError
 from evoprune_serve.fields import Fields
 from evoprune_serve.messages import read_messages
-from evoprune_serve.question import NEUTRAL, Question, read_model, read_question, read_schema
+from evoprune_serve.question import NEUTRAL, Question, read_model, read_options, read_question, read_schema
 from evoprune_serve.reply import created, logprobs, pruned, stream_event
 from evoprune_serve.sources import Source
 from evoprune_serve.work import Done, Piece
@@ -24,10 +24,15 @@ OF_MESSAGES = ("type", "id", "status", "phase")
 # Options that change nothing at these values, and are refused at others; beside those of all forms.
 OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "background": lambda value: value is False,
-    "reasoning": lambda value: value in ({}, {"effort": "none"}),
+    "reasoning": lambda value: isinstance(value, dict) and _stated(value) in ({}, {"effort": "none"}),
     "store": lambda value: value is False,
     "truncation": lambda value: value == "auto",  # turns that do not fit are left out
 }
+
+
+def _stated(value: dict[str, Any]) -> dict[str, Any]:
+    """Return an object without what is null in it."""
+    return {name: each for name, each in value.items() if each is not None}
 
 
 @dataclass
@@ -81,7 +86,7 @@ class ResponseReply:
         report = done.report
         if report.thoughts:
             self._items.append(Item(True, report.thoughts))
-        self._items.append(Item(False, report.answer or "", logprobs(report.logprobs or ())))
+        self._items.append(Item(False, report.answer or "", _logprobs(report.logprobs)))
         return self._ended(done, queue_s)
 
     def begin(self) -> bytes:
@@ -91,11 +96,11 @@ class ResponseReply:
         )
 
     def piece(self, piece: Piece) -> bytes:
-        return self._add(piece.thought, piece.text, logprobs(piece.logprobs or ()))
+        return self._add(piece.thought, piece.text, _logprobs(piece.logprobs))
 
     def end(self, done: Done, queue_s: float) -> bytes:
         events = b""
-        last = logprobs(done.logprobs or ())
+        last = _logprobs(done.logprobs)
         if last or not self._items or self._items[-1].thought:
             events += self._add(False, "", last)
         response = self._ended(done, queue_s)
@@ -109,8 +114,9 @@ class ResponseReply:
 
     def _response(self, status: str) -> dict[str, Any]:
         """Return the response with what there is of it."""
-        item_status = "completed" if status == "completed" else "incomplete"
-        output = [item.record(item_status) for item in self._items]
+        output = [item.record("completed") for item in self._items]
+        if output and status != "completed":
+            output[-1]["status"] = "incomplete"
         return self._head | {
             "status": status,
             "error": None,
@@ -174,12 +180,16 @@ class ResponseReply:
         return stream_event(event, name)
 
 
+def _logprobs(entries: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    return logprobs(entries or (), unknown=[])  # this form has no null there
+
+
 def _usage(done: Done, queue_s: float) -> dict[str, Any]:
     prompt = done.report.tokens.prompt or 0
     new = done.report.tokens.new or 0
     return {
         "input_tokens": prompt,
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
         "output_tokens": new,
         "output_tokens_details": {"reasoning_tokens": done.thought_tokens},
         "total_tokens": prompt + new,
@@ -198,7 +208,7 @@ def read_response(
 
     Raises ApiError: anything in it that is unknown, of another type, or out of range.
     """
-    fields = Fields(body)
+    fields = read_options(body, "input")
     if fields.has("previous_response_id"):
         fields.refuse("previous_response_id", "is not supported: no responses are kept; send all messages in input")
     model = read_model(fields, models)

@@ -1,12 +1,18 @@
 """/v1/responses: answers are those of chat completions, whole and in events, and what is not supported is refused by name."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from evoprune.language.generate import TokenLogprobs
+from evoprune.session import answering
+from evoprune.session.loading.model import load_model
 from evoprune.session.options import PipelineOptions
+from evoprune.video_qa import VideoQA
 from evoprune_serve.errors import ApiError
-from tests.plugins.serve.serving import CHAT, COLOUR, REASON, SAMPLES, body, url_of
+from tests.plugins.serve.serving import CHAT, COLOUR, REASON, SAMPLES, body, serving, url_of
+from tests.thinking import Saying, thinking_tokenizer
 
 pytest.importorskip("starlette", reason=REASON)
 pytest.importorskip("httpx", reason=REASON)
@@ -121,6 +127,52 @@ def test_thoughts_are_an_item_before_the_text(server):
     assert [each["item"]["status"] for each in found if each["type"].endswith("item.done")] == ["completed"] * 2
 
 
+class SayingLikely(Saying):
+    """Says what it is told to, and how likely each token was."""
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        return [TokenLogprobs(-1.0, [(token, -1.0)]) for token in self.ids]
+
+
+@pytest.mark.parametrize("most", [2, 200])
+def test_shapes_are_those_of_openai(saved, qa, tmp_path, monkeypatch, most):
+    """Of a model that thinks, with the log probabilities of characters of several tokens; cut in its thoughts, and complete."""
+    pytest.importorskip("openai")
+    from openai.types.chat import ChatCompletion, ChatCompletionChunk
+    from openai.types.responses import Response, ResponseStreamEvent
+    from pydantic import TypeAdapter
+
+    def check(kind: type, value: dict) -> None:
+        TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+
+    tokenizer = thinking_tokenizer("unless off", special=None)
+    said = "It turns.</think>L\N{LATIN SMALL LETTER E WITH ACUTE}ft\N{SNOWMAN}"
+    monkeypatch.setattr(answering, "TokenStream", lambda *given: SayingLikely(tokenizer, said)(*given))
+    thinks = VideoQA(replace(load_model(str(saved), dtype="fp32", pack=False), tokenizer=tokenizer), budget=0.5)
+    with serving(qa, tmp_path, {"thinks": thinks}) as server:
+        given = {"model": "thinks", "think": True}
+        whole = answer(server, **given, max_output_tokens=most, **LOGPROBS)
+        check(Response, whole)
+        found = events(server, **given, max_output_tokens=most, **LOGPROBS)
+        for each in found:
+            check(ResponseStreamEvent, each)
+        ended = [each["item"] for each in found if each["type"] == "response.output_item.done"]
+        assert ended == found[-1]["response"]["output"] and same(found[-1]["response"]) == same(whole)
+        assert [item["type"] for item in ended] == ["reasoning", "message"]
+        chances = ended[1]["content"][0]["logprobs"]
+        assert len(chances) == whole["usage"]["output_tokens"] == min(most, len(chances))
+        assert any(chance["bytes"] == [] for chance in chances) is (most > 2)
+        given |= {"max_tokens": most, "logprobs": True, "top_logprobs": 2}
+        chat = server.client.post(CHAT, json=body(**given)).json()
+        check(ChatCompletion, chat)
+        assert chat["choices"][0]["message"]["content"] == ended[1]["content"][0]["text"]
+        with server.client.stream("POST", CHAT, json=body(stream=True, **given)) as response:
+            lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+        for line in lines[:-1]:
+            check(ChatCompletionChunk, json.loads(line))
+
+
 def test_an_error_in_a_stream_is_its_last_event():
     from evoprune_serve.responses import ResponseReply
     from evoprune_serve.work import Piece
@@ -180,9 +232,11 @@ def test_options():
     neutral = {
         "store": False, "background": False, "reasoning": {"effort": "none"}, "truncation": "auto", "tools": [],
         "tool_choice": "auto", "parallel_tool_calls": True, "service_tier": "auto", "user": "a", "top_logprobs": None,
-        "stream_options": {"include_obfuscation": False}, "include": [], "text": {"format": {"type": "text"}},
+        "stream_options": {"include_obfuscation": False}, "include": [],
+        "prompt_cache_retention": "24h", "text": {"format": {"type": "text"}},
     }  # fmt: skip
     assert read(**neutral)[:2] == read()[:2]
+    assert read(reasoning={"effort": None, "summary": None})[:2] == read()[:2]
 
 
 @pytest.mark.parametrize(
