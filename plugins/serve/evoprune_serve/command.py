@@ -103,6 +103,7 @@ def serve(
         import uvicorn
 
         from evoprune_serve.app import Settings, make_app
+        from evoprune_serve.connections import Connection
         from evoprune_serve.guard import LOOPBACK as NAMES
         from evoprune_serve.guard import Access
         from evoprune_serve.store import private_folder
@@ -147,6 +148,7 @@ def serve(
         )
         config = uvicorn.Config(
             make_app(qa, settings),
+            http=Connection,
             log_config=None,
             access_log=False,
             server_header=False,
