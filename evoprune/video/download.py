@@ -100,7 +100,7 @@ def _chunks(url: str, name: str, progress: Progress | None, public: bool, limit_
                     progress(done, total)
                 yield chunk
     except HTTPError as error:
-        with error:
+        with closing(error):  # which may be closed already
             if error.code in range(300, 400):
                 hint = f"redirects lead to http and https alone, at most {request.HTTPRedirectHandler.max_redirections}"
                 there = without_password(error.headers.get("Location") or "nowhere")
@@ -134,11 +134,19 @@ def _opened(url: str, public: bool = False) -> HTTPResponse:
         *connecting,
         request.UnknownHandler(),
         request.HTTPDefaultErrorHandler(),
-        request.HTTPRedirectHandler(),
+        _Redirects(),
         request.HTTPErrorProcessor(),
     ):
         opener.add_handler(handler)
     return opener.open(asked, timeout=TIMEOUT_S)
+
+
+class _Redirects(request.HTTPRedirectHandler):
+    """Follows redirects, but does not read what is sent with them, which may have no end."""
+
+    def redirect_request(self, asked: request.Request, response: HTTPResponse, *given) -> request.Request:
+        response.close()
+        return super().redirect_request(asked, response, *given)
 
 
 # IPv6 addresses that lead to one of IPv4, which may be of any network: NAT64, 6to4, Teredo.

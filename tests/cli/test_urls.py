@@ -27,6 +27,7 @@ from tests.video.files import numbered_frames, write_video
 QUESTION = "What is there?"
 QUICK = ("-m", "demo", "-n", "1", "--frames", "4")
 LONGEST_S = 30.0  # of an answer that has no end
+TALK_MIB = 64
 
 
 class Web(http.server.BaseHTTPRequestHandler):
@@ -79,6 +80,13 @@ class Web(http.server.BaseHTTPRequestHandler):
 
     def _elsewhere(self) -> None:
         self._begin(302, Location=self.path.partition("?")[2], Content_Length="0")
+
+    def _talkative(self) -> None:
+        """A redirect with a body that lasts as long as somebody reads it."""
+        self._begin(302, Location="/clip.mp4")
+        for _ in range(TALK_MIB):
+            self.wfile.write(bytes(2**20))
+        self.visits.append(("all was read", None))
 
     def _circle(self) -> None:
         self._begin(302, Location=self.path + "?x", Content_Length="0")
@@ -168,6 +176,12 @@ def test_a_file_on_the_web_is_the_file(web, name):
         assert open(path, "rb").read() == Web.clip  # noqa: SIM115
         assert probe(path).frames_total == 20
     assert seen[-1] == (len(Web.clip), len(Web.clip))
+
+
+def test_what_comes_with_a_redirect_is_not_read(web):
+    with downloaded(f"{web}/talkative") as path:
+        assert open(path, "rb").read() == Web.clip  # noqa: SIM115
+    assert [path for path, _ in Web.visits] == ["/talkative", "/clip.mp4"]
 
 
 BROKEN = [
