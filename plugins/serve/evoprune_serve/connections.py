@@ -11,8 +11,8 @@ HEAD_S = 30.0  # in which the head of a request must come
 class Connection(H11Protocol):
     """A connection of HTTP that is closed when the head of a request is not complete after `head_s`.
 
-    That time begins with the connection, and after a request with the first byte of the next one. Between the two uvicorn's
-    `timeout_keep_alive` holds, for bodies the limits of guard.py, for answers `--timeout`.
+    That time begins with the connection, and after a request with the first byte of the next one. Between the two uvicorn's own
+    limit holds (5 s), for bodies those of guard.py, for answers `--timeout`.
     """
 
     head_s = HEAD_S

@@ -1,5 +1,6 @@
 """The server over HTTP, in this process: answers are those of `VideoQA`, and errors have OpenAI's form."""
 
+import errno
 import json
 import math
 import socket
@@ -497,6 +498,20 @@ def test_a_stream_may_last(impatient, slow):
         time.sleep(2 * HEAD_S)
         slow.set()
         received(connection, b"data: [DONE]")
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has such a limit")
+def test_a_client_that_takes_nothing_of_its_answer_is_let_go(monkeypatch):
+    from evoprune_serve import command
+
+    monkeypatch.setattr(command, "UNTAKEN_S", 1)
+    with command._listening("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        connection.settimeout(20)
+        with connection, pytest.raises(TimeoutError) as caught:
+            while True:
+                connection.sendall(bytes(2**20))
+    assert caught.value.errno == errno.ETIMEDOUT  # not the 20 s
 
 
 # Work.
