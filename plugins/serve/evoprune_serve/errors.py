@@ -76,9 +76,9 @@ def told(problem: BaseException, names: Mapping[str, str]) -> ApiError:
     if isinstance(problem, OutOfMemory):
         return ApiError(413, message, code="out_of_memory")
     if isinstance(problem, VideoError):
-        return ApiError(400, message, param="messages", code="invalid_video")
+        return ApiError(400, message, code="invalid_video")
     if isinstance(problem, DoesNotFit):
-        return ApiError(400, message, param="messages", code="context_length_exceeded")
+        return ApiError(400, message, code="context_length_exceeded")
     if isinstance(problem, UsageError):
         return ApiError(400, message, code="invalid_value")
     return ApiError(500, message, code=problem.type)

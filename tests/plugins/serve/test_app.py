@@ -9,10 +9,12 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from evoprune.session import encoding
 from evoprune.session.encoding import OpenInput
+from evoprune.video_qa import VideoQA
 from tests.plugins.serve.serving import (
     CHAT,
     COLOUR,
@@ -138,6 +140,53 @@ def test_an_answer_follows_a_schema(server):
     wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     reply = answer(server, response_format=wanted, max_tokens=40)
     assert json.loads(text_of(reply))["x"] in (True, False)
+
+
+def test_several_models_answer_by_their_names(qa, tmp_path):
+    other = VideoQA.load("demo-scenes")
+    clip = "scenes/crossing.mp4"
+    with serving(qa, tmp_path, {"scenes": other}) as server:
+        listed = server.client.get("/v1/models").json()["data"]
+        assert [each["id"] for each in listed] == ["demo", "scenes"]
+        assert server.client.get("/v1/models/scenes").json()["id"] == "scenes"
+        for name, model, kept in (
+            ("demo", qa, False),
+            ("scenes", other, False),
+            ("demo", qa, True),
+            ("scenes", other, True),
+        ):
+            right = model.encode(SAMPLES / clip).ask(COLOUR)
+            reply = server.client.post(CHAT, json=body(name=clip, model=name)).json()
+            assert (reply["model"], reply["choices"][0]["message"]["content"]) == (name, right.text)
+            assert reply["usage"]["prompt_tokens"] == right.report.tokens.prompt
+            assert reply["usage"]["evoprune"]["encoding_kept"] is kept
+        unnamed = body(name=clip)
+        del unnamed["model"]
+        assert server.client.post(CHAT, json=unnamed).json()["model"] == "demo"
+        response = server.client.post(CHAT, json=body(model="gpt-4"))
+        assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
+        assert "'demo', 'scenes'" in response.json()["error"]["message"]
+
+
+def test_each_model_has_its_own_number_of_threads(tmp_path, monkeypatch):
+    from evoprune_serve.work import Work
+
+    before = torch.get_num_threads()
+    one = VideoQA.load("demo", threads=1)
+    two = VideoQA.load("demo", threads=2)
+    torch.set_num_threads(before)
+    seen = []
+    answer = Work._answer
+
+    def watched(self, job, put):
+        seen.append((job.question.model, torch.get_num_threads()))
+        return answer(self, job, put)
+
+    monkeypatch.setattr(Work, "_answer", watched)
+    with serving(one, tmp_path, {"other": two}) as server:
+        for name in ("demo", "other", "demo"):
+            assert server.client.post(CHAT, json=body(model=name)).status_code == 200
+    assert seen == [("demo", 1), ("other", 2), ("demo", 1)]
 
 
 def test_a_conversation_is_that_of_video_qa(server, qa):
@@ -328,7 +377,7 @@ def test_models_health_and_metrics(server):
     assert response.headers["content-type"].startswith("text/plain")
     counts = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
     assert counts['evoprune_requests_total{path="/v1/chat/completions",status="200"}'] == "1.0"
-    assert float(counts['evoprune_visual_tokens_total{kind="kept"}']) > 0
+    assert float(counts['evoprune_visual_tokens_total{kind="kept",model="demo"}']) > 0
     assert counts["evoprune_waiting"] == "0.0"
 
 
@@ -668,7 +717,7 @@ def test_clients_take_turns(qa):
     from evoprune_serve.work import Failed, Work
 
     async def go():
-        work = Work(qa, most=4)
+        work = Work({"demo": qa}, most=4)
         jobs = [work.admit("a") for _ in range(3)] + [work.admit("b")]
         late = work.admit("c")
         event = await jobs[2].next()
