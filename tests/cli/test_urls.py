@@ -108,6 +108,14 @@ class Web(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
             time.sleep(0.1)
 
+    def _dripping(self) -> None:
+        """Headers without an end, byte by byte: it is never silent."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        end = time.monotonic() + LONGEST_S
+        while time.monotonic() < end:
+            self.wfile.write(b"x")
+            time.sleep(0.02)
+
     def _silent(self) -> None:
         time.sleep(3.0)
 
@@ -184,6 +192,21 @@ def test_what_comes_with_a_redirect_is_not_read(web):
     assert [path for path, _ in Web.visits] == ["/talkative", "/clip.mp4"]
 
 
+@pytest.mark.parametrize("name", ["dripping.mp4", "slow.mp4"])
+def test_what_progress_raises_ends_a_download(web, name):
+    calls = []
+
+    def give_up(done: int, total: int) -> None:
+        calls.append(done)
+        if len(calls) == 5:
+            raise RuntimeError
+
+    start = time.monotonic()
+    with pytest.raises(RuntimeError), downloaded(f"{web}/{name}", progress=give_up):
+        pass
+    assert time.monotonic() - start < 5
+
+
 BROKEN = [
     ("gone.mp4", "404", "check the address"),
     ("secret.mp4", "401", "login"),
@@ -195,6 +218,7 @@ BROKEN = [
     ("huge.mp4", "more than 1 MiB", "download it first"),
     ("endless.mp4", "more than 1 MiB", "download it first"),
     ("slow.mp4", "takes more than", "download it first"),
+    ("dripping.mp4", "takes more than", "download it first"),
     ("silent.mp4", "no answer for", "later"),
     ("short.mp4", "broke off", "again"),
     ("chunked.mp4", "broke off", "again"),
