@@ -245,7 +245,10 @@ class Kinds:
         return 200
 
     def goes(self, client: int, draw: random.Random) -> Status:
-        data = self.bodies[draw.choice([*self.bodies])]
+        return self._left(client, draw, self.bodies[draw.choice([*self.bodies])])
+
+    def _left(self, client: int, draw: random.Random, data: bytes) -> Status:
+        """Asks, and goes before the answer."""
         with closing(self.server.socket(client)) as connected:
             connected.sendall(head(CHAT, JSON, f"Content-Length: {len(data)}") + data)
             time.sleep(draw.random() * 0.3)
@@ -321,6 +324,10 @@ class Kinds:
         """A name that means an address outside, which leads to the same name, and then one of this network."""
         return self._refused(client, self.lures.url("on/1", REBINDING), REFUSED, NOT_READ)
 
+    def dripping(self, client: int, draw: random.Random) -> Status:
+        """An address outside that answers byte by byte, without an end: the client goes, and the server must not go on."""
+        return self._left(client, draw, body(self.lures.url("drip")))
+
     def _refused(self, client: int, url: str, *says: str) -> Status:
         """Raises Failure: the error has none of these words."""
         status, text = self._answer(client, body(url))
@@ -389,6 +396,7 @@ HOSTILE: dict[str, set[Status]] = {
     "inner_name": {400},
     "rebinding": {400},
     "redirect": {400},
+    "dripping": {GONE},
     "paths": {400},
     "file_paths": {404},
     "wrong_host": {403},

@@ -12,6 +12,7 @@ also reached where a name is looked up once more after it was checked.
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -91,7 +92,7 @@ class Web(ThreadingHTTPServer):
 
 
 class Answer(BaseHTTPRequestHandler):
-    """A redirect that the path describes: CODE/TARGET, flood/TARGET with a long body, round, on/NUMBER; else a clip."""
+    """A redirect that the path describes: CODE/TARGET, flood/TARGET with a long body, round, on/NUMBER; drip; else a clip."""
 
     server: Web
 
@@ -105,6 +106,8 @@ class Answer(BaseHTTPRequestHandler):
             elif kind == "flood":
                 self._redirect(302, unquote(rest[0]))
                 self._flood()
+            elif kind == "drip":
+                self._drip()
             elif kind.isdecimal():
                 self._redirect(int(kind), unquote(rest[0]))
             else:
@@ -118,6 +121,13 @@ class Answer(BaseHTTPRequestHandler):
         for _ in range(FLOOD_MIB):
             self.wfile.write(bytes(2**20))
         self.server.lures.taken.append(f"{FLOOD_MIB} MiB of a redirect were read")
+
+    def _drip(self) -> None:
+        """Headers without an end, byte by byte: it is never silent for long."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        while True:
+            self.wfile.write(b"x")
+            time.sleep(0.5)
 
     def _begin(self, status: int, name: str, value: str) -> None:
         self.send_response(status)
