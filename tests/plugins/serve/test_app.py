@@ -633,6 +633,22 @@ def test_behind_a_full_queue_is_429(qa, tmp_path, slow):
         assert answer(server)
 
 
+def test_weights_are_packed_while_nothing_is_asked(tmp_path, monkeypatch):
+    from evoprune.backend.cpu import linear
+
+    monkeypatch.setattr(linear, "SMALL_WEIGHT", 0)
+    qa = VideoQA.load("demo")
+    model = qa.loaded.model
+    if not linear.waiting_layers(model):
+        pytest.skip("no layer of this model waits on this CPU")
+    with serving(qa, tmp_path) as server:
+        end = time.monotonic() + 60
+        while linear.waiting_layers(model):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert text_of(answer(server)) == "green"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_is_given_up_when_its_client_goes(qa, tmp_path, slow, stream):
     import httpx
