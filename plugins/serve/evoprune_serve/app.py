@@ -259,8 +259,8 @@ class Asked:
         """Counts and logs a complete answer."""
         report = done.report
         self.server.metrics.answer(self.question.model, report, self.job.queue_s, done.kept)
-        facts = [self.reply.identity, f"{report.tokens.prompt or 0}+{report.tokens.new or 0} tokens"]
-        facts.append(f"{report.time_ms.total or 0:.0f} ms")
+        tokens = f"{report.tokens.prompt or 0}+{report.tokens.new or 0} tokens"
+        facts = [self.reply.identity, self.question.model, tokens, f"{report.time_ms.total or 0:.0f} ms"]
         if self.server.settings.log_contents:
             facts += [repr(self.question.text), repr(report.answer)]
         self.server.log(self.request, 200, *facts)

@@ -29,6 +29,7 @@ ANY = ("0.0.0.0", "::")  # noqa: S104 (compared with)
 KEY = "EVOPRUNE_API_KEY"
 MIB = 2**20
 CONNECTIONS = 512
+UNTAKEN_S = 60  # how long a client may take nothing of what it is answered
 
 
 @opt.command(
@@ -116,6 +117,7 @@ def serve(
         import uvicorn
 
         from evoprune_serve.app import Settings, make_app
+        from evoprune_serve.connections import Connection
         from evoprune_serve.guard import LOOPBACK as NAMES
         from evoprune_serve.guard import Access
         from evoprune_serve.store import private_folder
@@ -159,6 +161,7 @@ def serve(
         )
         config = uvicorn.Config(
             make_app(models, settings),
+            http=Connection,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -259,6 +262,8 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         if os.name == "posix":  # where a port that was just served is free again
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; its connections have the same
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNTAKEN_S)
         listening.bind((host, port))
         listening.listen(CONNECTIONS)
     except (OSError, OverflowError) as problem:

@@ -11,13 +11,14 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from typing import Any
 
+from evoprune.backend.cpu.linear import packing_meanwhile, waiting_layers
 from evoprune.backend.limits import available_memory
 from evoprune.errors import OutOfMemory
 from evoprune.model.cost import Clock, kv_bytes
@@ -436,12 +437,21 @@ class Work:
     # Answering, in the thread of the model.
 
     def _serve(self) -> None:
+        unpacked = [qa.loaded.model for qa in self.models.values()]
         while True:
+            unpacked = [model for model in unpacked if waiting_layers(model)]
+            with ExitStack() as meanwhile:
+                if not self.waiting:
+                    for model in unpacked:
+                        meanwhile.enter_context(packing_meanwhile(model))
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or self._next())
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._next())
                 if self._closed:
                     return
                 job = self._take()
+            if job is None:  # it was given up meanwhile
+                continue
             start = time.perf_counter()
             job.queue_s = start - job.admitted_s - job.opening_s
             try:

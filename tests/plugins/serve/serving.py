@@ -61,10 +61,11 @@ def serving(
     import uvicorn
 
     from evoprune_serve.app import Settings, make_app
+    from evoprune_serve.connections import Connection
 
     lines: list[str] = []
     app = make_app({"demo": qa} | (others or {}), Settings(folder=folder, log=lines.append, **settings))
-    config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=2)
+    config = uvicorn.Config(app, port=0, http=Connection, log_config=None, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
