@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import EvopruneError, UsageError, VideoError
@@ -149,6 +150,7 @@ def find(
         for row in left:
             name = without_password(row.video)
             moments = None
+            clips: list[str] = []
             error = None
             try:
                 with Search(qa.session, row.paths[0], queries, pipeline.find, pipeline.sampling, stored) as search:
@@ -157,10 +159,11 @@ def find(
                     try:
                         with progress(not quiet) as show:
                             search.run(show)
+                        clips = files.write(search, name, quiet)
                     finally:
-                        _deliver(search, name, len(rows) > 1, json, quiet)
-                    files.write(search, name, quiet)
-                    moments = [record(moment, name) for moment in search.moments()]
+                        found = records(search, name, clips)
+                        _deliver(search, name, len(rows) > 1, found if json else None, quiet)
+                    moments = found
             except EvopruneError as problem:
                 if len(rows) == 1 or not isinstance(problem, VideoError):
                     raise
@@ -259,8 +262,11 @@ def _announce(search: "Search", name: str) -> None:
     )
 
 
-def _deliver(search: "Search", name: str, several: bool, json: bool, quiet: bool) -> None:
-    """Prints what was found, and on stderr what was not, and warnings. `several`: whether there are other videos."""
+def _deliver(search: "Search", name: str, several: bool, found: list[dict[str, Any]] | None, quiet: bool) -> None:
+    """Prints what was found, and on stderr what was not, and warnings.
+
+    `several`: whether there are other videos. `found`: what is printed as JSON; None prints text.
+    """
     moments = search.moments()
     others = 0 if several else None
     for warning, facts in search.warnings.items():
@@ -269,21 +275,25 @@ def _deliver(search: "Search", name: str, several: bool, json: bool, quiet: bool
         tell(f"{name}: broken off after {search.asked:,} of {counted(len(search.segments), 'segment')}")
     if search.unread and not quiet:
         tell(f"{name}: {counted(search.unread, 'segment')} could not be read")
-    if json:
-        for moment in moments:
-            print_document(record(moment, name))
+    for each in found or ():
+        print_document(each)
     for query in search.queries:
-        found = [moment for moment in moments if moment.query == query]
-        if found and not json:
-            lines = [f"{name}: {query}", *map(line, found)]
+        shown = [moment for moment in moments if moment.query == query]
+        if shown and found is None:
+            lines = [f"{name}: {query}", *map(line, shown)]
             print_text("".join(printable(each, stdout()) + "\n" for each in lines))
-        elif not found and search.asked > search.unread and not quiet:
+        elif not shown and search.asked > search.unread and not quiet:
             score, best_s = search.best(query)
             tell(f"{name}: nothing shows {query!r}; the best is {score:.2f} at {clock(best_s)} (--min-score)")
 
 
-def record(moment: "Moment", name: str) -> dict[str, Any]:
-    """Return a moment as `--json` prints it."""
+def records(search: "Search", name: str, clips: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the moments as `--json` prints them. `clips`: the file of each, where they were cut."""
+    moments = search.moments()
+    return [_record(moment, name, clip) for moment, clip in zip_longest(moments, clips)]
+
+
+def _record(moment: "Moment", name: str, clip: str | None) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "video": name,
@@ -292,6 +302,7 @@ def record(moment: "Moment", name: str) -> dict[str, Any]:
         "end_s": round(moment.end_s, 3),
         "best_s": round(moment.best_s, 3),
         "score": round(moment.score, 6),
+        "clip": clip,
         "error": None,
     }
 

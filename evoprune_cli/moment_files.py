@@ -59,11 +59,14 @@ class MomentFiles:
             if os.path.isdir(video):
                 raise UsageError(f"{video} is a folder of images, of which no clips can be cut", "leave out --clips")
 
-    def write(self, search: "Search", name: str, quiet: bool) -> None:
-        """Writes what was found in a video; where that is nothing, no file. Raises UsageError, VideoError."""
+    def write(self, search: "Search", name: str, quiet: bool) -> list[str]:
+        """Writes what was found in a video; where that is nothing, no file. Raises UsageError, VideoError.
+
+        Return the clip of each moment; nothing where none are wanted.
+        """
         moments = search.moments()
         if not moments:
-            return
+            return []
         if self.srt is not None:
             from evoprune.moments.subtitles import srt
 
@@ -77,22 +80,24 @@ class MomentFiles:
             from evoprune.bench.sheet import MADE_BY, contact_sheet
 
             write_bytes(self.contact_sheet, png(contact_sheet(search.info, moments, os.path.basename(name)), MADE_BY))
-        if self.clips is not None:
-            self._cut(search, name, quiet)
+        return [] if self.clips is None else self._cut(search, name, quiet)
 
-    def _cut(self, search: "Search", name: str, quiet: bool) -> None:
+    def _cut(self, search: "Search", name: str, quiet: bool) -> list[str]:
         from evoprune.moments.clips import cut_clip
 
         moments = search.moments()
+        cut = []
         earlier_s = 0.0
         with progress(not quiet) as show:
             for number, moment in enumerate(moments):
                 show("cutting, clip", number + 1, len(moments))
                 how = {"exact": self.exact, "title": moment.query, "named_after": name}
                 clip = cut_clip(search.info, moment.start_s, moment.end_s, self.clips, **how)
+                cut.append(clip.path)
                 earlier_s = max(earlier_s, moment.start_s - clip.start_s)
         if not quiet:
             said = f"{name}: {counted(len(moments), 'clip')} in {self.clips}"
             if earlier_s >= 0.05:
                 said += f", which begin at keyframes, up to {earlier_s:.1f} s early (--exact)"
             tell(said)
+        return cut

@@ -176,11 +176,19 @@ def _made(said: dict[str, Option], typed: dict[str, Any]) -> PipelineOptions:
     try:
         parsed = {name: said[name].parse(value) for name, value in typed.items() if said[name].parse}
         return PipelineOptions.of(**typed | parsed)
-    except UsageError as problem:  # which may begin with the name of a field in Python
-        name = problem.message.partition(" is ")[0]
-        if name in said:
-            problem.message = _names(name, said[name]).split()[-1] + problem.message.removeprefix(name)
+    except UsageError as problem:
+        problem.message = _as_typed(problem.message, said)
         raise
+
+
+def _as_typed(message: str, said: dict[str, Option]) -> str:
+    """Return an error about options with their names as they are typed, in place of those in Python."""
+
+    def typed(found: re.Match) -> str:
+        name = found[0]
+        return _names(name, said[name]).split()[-1] if name in said else name
+
+    return re.sub(r"^\w+(?= (is|and|needs)\b)|(?<= and )\w+(?= exclude\b)|(?<= needs )\w+$", typed, message)
 
 
 # Options of several commands.

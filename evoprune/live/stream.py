@@ -52,7 +52,7 @@ from evoprune.session.encoding import OpenInput
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.options import GenerationOptions, SamplingOptions, StreamOptions
 from evoprune.session.planning import check_carried, plan_input
-from evoprune.session.prompting import check_context, check_memory, check_question
+from evoprune.session.prompting import check_context, check_memory, check_texts
 from evoprune.session.report import inputs_report
 from evoprune.session.session import Session, check_streams
 from evoprune.util import brief, check_type
@@ -556,7 +556,7 @@ class VideoStream(Askable):
         with clock.stage("prefill"):
             unread = self._unread
             self._read_waiting(after=unread)
-            check_question(loaded, question)
+            check_texts(loaded, question, earlier=earlier or ())
             before, ids = self._around(question, options.thinking, earlier or ())
             seen = self._seen(unread)
             memory = self._memory
@@ -575,7 +575,7 @@ class VideoStream(Askable):
 
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
         """Counts what the memory holds at most, because it may fill before the question is read."""
-        check_question(self._session.loaded, question)
+        check_texts(self._session.loaded, question, earlier=earlier)
         _, ids = self._around(question, options.thinking, earlier)
         with self._lock:
             self._check_open()

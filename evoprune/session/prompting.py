@@ -33,7 +33,7 @@ def fitting_prompt(
     Raises UsageError: it does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
     """
     loaded = session.loaded
-    check_question(loaded, question)
+    check_texts(loaded, question, options.system, earlier)
     vision = loaded.model.config.vision_config
     prompt = prompt_about(loaded.tokenizer, vision, plans, question, options.system, options.thinking, earlier)
     check_context(loaded, prompt.text_tokens, kept, options.max_new_tokens)
@@ -95,7 +95,7 @@ def longest_prompt(
     with the prompt. ModelError: an unusable chat template.
     """
     for question in questions:
-        check_question(session.loaded, question)
+        check_texts(session.loaded, question, options.system)
     given = session.loaded.tokenizer, session.loaded.model.config.vision_config, plans
     beginning = options.system, options.thinking
     longest = max(prompt_about(*given, asked, *beginning).text_tokens for asked in questions)
@@ -108,18 +108,24 @@ def longest_prompt(
     return longest
 
 
-def check_question(loaded: LoadedModel, question: str) -> None:
-    """Raises DoesNotFit where the beginning of a question does not fit into the context: all of it might take minutes to split."""
+def check_texts(loaded: LoadedModel, question: str, system: str | None = None, earlier: Sequence[Turn] = ()) -> None:
+    """Raises DoesNotFit where the beginning of a text does not fit into the context: all of it might take minutes to split."""
+    _check_beginning(loaded, question, "a question", "ask a shorter question")
+    _check_beginning(loaded, system or "", "a system prompt", "give a shorter system prompt")
+    said = "\n".join(text for turn in earlier for text in (turn.question, turn.answer))
+    _check_beginning(loaded, said, "a conversation", "leave out what was said first")
+
+
+def _check_beginning(loaded: LoadedModel, text: str, what: str, hint: str) -> None:
+    """Raises DoesNotFit where the beginning of a text does not fit into the context. `what`, `hint`: for the error."""
     context = loaded.model.config.text_config.max_position_embeddings
     if not context:
         return
-    beginning = question[: 8 * context]  # characters for each token
+    beginning = text[: 8 * context]  # characters for each token
     # A cut word may take a few tokens more than the whole one, and prompt and answer have as many of their own.
-    if len(beginning) < len(question) and len(loaded.tokenizer.encode(beginning)) > context:
-        length = f"a question of {len(question):,} characters"
-        raise DoesNotFit(
-            f"{length} does not fit into the {context:,} tokens of this model's context", "ask a shorter question"
-        )
+    if len(beginning) < len(text) and len(loaded.tokenizer.encode(beginning)) > context:
+        length = f"{what} of {len(text):,} characters"
+        raise DoesNotFit(f"{length} does not fit into the {context:,} tokens of this model's context", hint)
 
 
 def check_not_empty(question: Any) -> None:

@@ -6,6 +6,7 @@ others give, a download may be `public`: then every connection, behind redirects
 
 import base64
 import errno
+import io
 import ipaddress
 import os
 import socket
@@ -39,6 +40,7 @@ HINTS = {  # by the status that a server answers with
     410: "check the address",
 }
 Progress = Callable[[int, int], None]  # bytes so far, and in all; 0 where that is unknown
+Check = Callable[[], None]
 
 
 @contextmanager
@@ -52,8 +54,9 @@ def downloaded(
 ) -> Iterator[str]:
     """Yields the path of a temporary file with what is at an address of http or https.
 
-    Proxies are those of the environment (`https_proxy`, `no_proxy`). `progress`: called while it is downloaded. `public`: connects
-    to nothing but addresses of the public internet, and to no proxy, which would look names up itself.
+    Proxies are those of the environment (`https_proxy`, `no_proxy`). `progress`: called while it is downloaded, and before
+    that while a server is waited for; what it raises ends the download. `public`: connects to nothing but addresses of the public
+    internet, and to no proxy, which would look names up itself.
 
     Raises UsageError: `offline`. VideoError: the server cannot be reached, refuses, is silent for `TIMEOUT_S`, breaks off, or sends
     a web page, nothing, more than `limit_bytes` (default: `LIMIT_BYTES`), or for more than `LONGEST_S`; or it is not `public`; or
@@ -76,8 +79,15 @@ def _chunks(url: str, name: str, progress: Progress | None, public: bool, limit_
     done = 0
     total = 0
     end = time.monotonic() + LONGEST_S
+
+    def check() -> None:
+        if time.monotonic() > end:
+            raise VideoError(f"downloading {name} takes more than {LONGEST_S / 60:.0f} min", "download it first")
+        if progress:
+            progress(done, total)
+
     try:
-        with _opened(url, public) as response:
+        with _opened(url, public, check) as response:
             total = response.length or 0
             _check_size(total, name, limit_bytes)
             if response.headers.get_content_type() in PAGE:
@@ -92,15 +102,10 @@ def _chunks(url: str, name: str, progress: Progress | None, public: bool, limit_
                 _check_size(done, name, limit_bytes)
                 if not chunk:
                     break
-                if time.monotonic() > end:
-                    raise VideoError(
-                        f"downloading {name} takes more than {LONGEST_S / 60:.0f} min", "download it first"
-                    )
-                if progress:
-                    progress(done, total)
+                check()
                 yield chunk
     except HTTPError as error:
-        with error:
+        with closing(error):  # which may be closed already
             if error.code in range(300, 400):
                 hint = f"redirects lead to http and https alone, at most {request.HTTPRedirectHandler.max_redirections}"
                 there = without_password(error.headers.get("Location") or "nowhere")
@@ -115,8 +120,11 @@ def _chunks(url: str, name: str, progress: Progress | None, public: bool, limit_
         raise VideoError(f"the download of {name} broke off after {done:,} of {total:,} bytes", "try again")
 
 
-def _opened(url: str, public: bool = False) -> HTTPResponse:
-    """Return a server's answer. Raises OSError, HTTPException, ValueError. VideoError: it is not `public`."""
+def _opened(url: str, public: bool, check: Check) -> HTTPResponse:
+    """Return a server's answer. `check`: called before each piece of it, and may raise.
+
+    Raises OSError, HTTPException, ValueError. VideoError: it is not `public`.
+    """
     parts = urlsplit(url)
     login, _, host = parts.netloc.rpartition("@")
     whole = (parts.scheme, host, quote(parts.path, UNRESERVED), quote(parts.query, UNRESERVED), "")
@@ -124,21 +132,27 @@ def _opened(url: str, public: bool = False) -> HTTPResponse:
     if login:
         secret = base64.b64encode(unquote(login).encode()).decode()
         asked.add_unredirected_header("Authorization", f"Basic {secret}")
-    context = ssl.create_default_context()
-    connecting = [request.ProxyHandler(), request.HTTPHandler(), request.HTTPSHandler(context=context)]
-    if public:
-        connecting = [_PublicHandler(), _PublicHandlerTLS(context=context)]
     # No other protocol than these two can be opened, whatever a redirect says.
     opener = request.OpenerDirector()
+    if not public:
+        opener.add_handler(request.ProxyHandler())
     for handler in (
-        *connecting,
+        _Connecting(public, check),
         request.UnknownHandler(),
         request.HTTPDefaultErrorHandler(),
-        request.HTTPRedirectHandler(),
+        _Redirects(),
         request.HTTPErrorProcessor(),
     ):
         opener.add_handler(handler)
     return opener.open(asked, timeout=TIMEOUT_S)
+
+
+class _Redirects(request.HTTPRedirectHandler):
+    """Follows redirects, but does not read what is sent with them, which may have no end."""
+
+    def redirect_request(self, asked: request.Request, response: HTTPResponse, *given) -> request.Request:
+        response.close()
+        return super().redirect_request(asked, response, *given)
 
 
 # IPv6 addresses that lead to one of IPv4, which may be of any network: NAT64, 6to4, Teredo.
@@ -156,10 +170,11 @@ def is_public(address: str) -> bool:
     return ip.is_global and not (ip.is_multicast or ip.is_reserved)
 
 
-def _public_socket(place: tuple[str, int], *how) -> socket.socket:
+def _public_socket(check: Check, place: tuple[str, int], *how) -> socket.socket:
     """Return a connection as `socket.create_connection`, to the addresses that were checked, and not to what a name means later.
 
-    Raises VideoError: one of them is not public, or it is an address of this machine. OSError.
+    `check`: called before each address is tried. Raises VideoError: one of them is not public, or it is an address of this
+    machine. OSError.
     """
     host, port = place
     refused = VideoError(f"{host} is not on the public internet, so it is not read", "send the video itself")
@@ -168,6 +183,7 @@ def _public_socket(place: tuple[str, int], *how) -> socket.socket:
         raise refused
     problem: OSError | None = None
     for address in dict.fromkeys(found):
+        check()
         try:
             connected = socket.create_connection((address, port), *how)
         except OSError as error:
@@ -180,26 +196,54 @@ def _public_socket(place: tuple[str, int], *how) -> socket.socket:
     raise problem
 
 
-class _PublicConnection(HTTPConnection):
-    def __init__(self, *given, **options):
+class _Checked(io.RawIOBase):
+    """What a server sends, with a check before each piece: one that sends byte by byte is never silent."""
+
+    def __init__(self, raw: io.RawIOBase, check: Check):
+        self._raw = raw
+        self._check = check
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int | None:
+        self._check()
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _CheckedResponse(HTTPResponse):
+    def __init__(self, check: Check, *given, **options):
         super().__init__(*given, **options)
-        self._create_connection = _public_socket
+        self.fp = io.BufferedReader(_Checked(self.fp.detach(), check))
 
 
-class _PublicConnectionTLS(HTTPSConnection):
-    def __init__(self, *given, **options):
-        super().__init__(*given, **options)
-        self._create_connection = _public_socket
+class _Connecting(request.AbstractHTTPHandler):
+    """Opens http and https. `public`: on the public internet alone. `check`: called before each piece that is read."""
 
+    http_request = request.AbstractHTTPHandler.do_request_
+    https_request = request.AbstractHTTPHandler.do_request_
 
-class _PublicHandler(request.HTTPHandler):
+    def __init__(self, public: bool, check: Check):
+        super().__init__()
+        self._public = public
+        self._check = check
+
     def http_open(self, asked: request.Request) -> HTTPResponse:
-        return self.do_open(_PublicConnection, asked)
+        return self.do_open(self._connection, asked, kind=HTTPConnection)
 
-
-class _PublicHandlerTLS(request.HTTPSHandler):
     def https_open(self, asked: request.Request) -> HTTPResponse:
-        return self.do_open(partial(_PublicConnectionTLS, context=self._context), asked)
+        return self.do_open(self._connection, asked, kind=HTTPSConnection, context=ssl.create_default_context())
+
+    def _connection(self, *given, kind: type[HTTPConnection], **options) -> HTTPConnection:
+        made = kind(*given, **options)
+        made.response_class = partial(_CheckedResponse, self._check)
+        if self._public:
+            made._create_connection = partial(_public_socket, self._check)
+        return made
 
 
 def _check_size(count: int, name: str, limit_bytes: int) -> None:

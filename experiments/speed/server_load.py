@@ -7,8 +7,12 @@ answers slowly, an eighth goes before the answer, a quarter is hostile. Each has
 server tells them apart. Before each of five turns the ones that ask are alone, for a third of its time: the queue of an otherwise
 idle server. Last the server is killed, and another one is started in the same folder.
 
-Exit status 1: a status that docs/server.md does not name for a request, an answer that differs, a failure in the log, or something
-that a killed server has left for good.
+Hostile clients also try to have the server follow redirects and names into its own network. There may be no public network where
+this runs, so the server takes one address of the loopback for public: server_lures.py starts it, with the resolver and the check of
+addresses replaced for that address and a few names.
+
+Exit status 1: a status that docs/server.md does not name for a request, an answer that differs, a failure in the log, a connection
+to where a redirect or a name leads, or something that a killed server has left for good.
 """
 
 import argparse
@@ -33,6 +37,9 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.parse import quote
+
+from experiments.speed.server_lures import CLIP, NOT_READ, REBINDING, REFUSED, Lures, luring
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 ASKED = {
@@ -40,6 +47,7 @@ ASKED = {
     "three.mp4": "How many shapes are there?",
     "pan.mp4": "What digit is it?",
 }
+LURED = "experiments.speed.server_lures"
 BUDGETS = (0.1, 0.25, 0.5, 1.0)  # with three samples more than the encodings that a server keeps
 CHAT = "/v1/chat/completions"
 FILES = "/v1/files"
@@ -72,10 +80,10 @@ class Server:
 
 
 @contextmanager
-def served(folder: Path, *options: str) -> Iterator[Server]:
+def served(folder: Path, *options: str, program: str = "evoprune_cli") -> Iterator[Server]:
     """Provide a server of the demo model that has begun. Raises RuntimeError: it does not begin."""
     log = folder / "server.log"
-    command = [sys.executable, "-m", "evoprune_cli", "serve", "--port", "0", *options]
+    command = [sys.executable, "-m", program, "serve", "--port", "0", *options]
     environment = os.environ | {"TMPDIR": str(folder), "CUDA_VISIBLE_DEVICES": ""}
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)  # noqa: S603
@@ -180,8 +188,9 @@ def status_of(connected: socket.socket) -> Status:
 class Kinds:
     """Kinds of requests. Each returns the status that the server answered with."""
 
-    def __init__(self, server: Server):
+    def __init__(self, server: Server, lures: Lures):
         self.server = server
+        self.lures = lures
         self.bodies = {
             (name, budget): body(url_of(name), question, budget=budget)
             for name, question in ASKED.items()
@@ -193,9 +202,15 @@ class Kinds:
         self._parts = json.dumps({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 10_000}]})
 
     def learn(self) -> None:
-        """Asks everything once: what is answered later must be the same."""
+        """Asks everything once: what is answered later must be the same.
+
+        Raises Failure: an address outside is not read, so that those which lead inside would say nothing.
+        """
         for key, data in self.bodies.items():
             self.answers[key] = self._asked(0, data)
+        outside = self.lures.url("302/" + quote(self.lures.url("clip.mp4"), safe=""))
+        if self._asked(0, body(outside, ASKED[CLIP.name], budget=1.0)) != self.answers[CLIP.name, 1.0]:
+            raise Failure(f"{outside} is not {CLIP.name}")
 
     # Those that ask.
 
@@ -207,9 +222,7 @@ class Kinds:
         return 200
 
     def _asked(self, client: int, data: bytes) -> str:
-        with closing(self.server.connection(client)) as connection:
-            connection.request("POST", CHAT, data, {"Content-Type": "application/json"})
-            status, text = answered(connection)
+        status, text = self._answer(client, data)
         if status != 200:
             raise Failure(f"{status}: {text[:200]!r}")
         return json.loads(text)["choices"][0]["message"]["content"]
@@ -232,7 +245,10 @@ class Kinds:
         return 200
 
     def goes(self, client: int, draw: random.Random) -> Status:
-        data = self.bodies[draw.choice([*self.bodies])]
+        return self._left(client, draw, self.bodies[draw.choice([*self.bodies])])
+
+    def _left(self, client: int, draw: random.Random, data: bytes) -> Status:
+        """Asks, and goes before the answer."""
         with closing(self.server.socket(client)) as connected:
             connected.sendall(head(CHAT, JSON, f"Content-Length: {len(data)}") + data)
             time.sleep(draw.random() * 0.3)
@@ -296,6 +312,29 @@ class Kinds:
         names = (*hosts, "169.254.169.254", socket.gethostname())
         return self._posted(client, body(f"http://{draw.choice(names)}:{self.server.port}/health"))
 
+    def redirect(self, client: int, draw: random.Random) -> Status:
+        """An address outside that leads into this network, to a file, or nowhere."""
+        return self._refused(client, *self.lures.redirect(draw, self.server.port))
+
+    def inner_name(self, client: int, draw: random.Random) -> Status:
+        """Names that mean an address of this network, one of them beside an address outside."""
+        return self._refused(client, self.lures.url("clip.mp4", draw.choice(["inside.test", "both.test"])), REFUSED)
+
+    def rebinding(self, client: int, draw: random.Random) -> Status:
+        """A name that means an address outside, which leads to the same name, and then one of this network."""
+        return self._refused(client, self.lures.url("on/1", REBINDING), REFUSED, NOT_READ)
+
+    def dripping(self, client: int, draw: random.Random) -> Status:
+        """An address outside that answers byte by byte, without an end: the client goes, and the server must not go on."""
+        return self._left(client, draw, body(self.lures.url("drip")))
+
+    def _refused(self, client: int, url: str, *says: str) -> Status:
+        """Raises Failure: the error has none of these words."""
+        status, text = self._answer(client, body(url))
+        if status == 400 and not any(each in json.loads(text)["error"]["message"] for each in says):
+            raise Failure(f"{url}: {text[:200]!r}")
+        return checked(status, text)
+
     def paths(self, client: int, draw: random.Random) -> Status:
         folder = SAMPLES.as_posix()
         tricks = (
@@ -334,9 +373,12 @@ class Kinds:
         return GONE
 
     def _posted(self, client: int, data: bytes, path: str = CHAT, kind: str = "application/json") -> Status:
+        return checked(*self._answer(client, data, path, kind))
+
+    def _answer(self, client: int, data: bytes, path: str = CHAT, kind: str = "application/json") -> tuple[int, bytes]:
         with closing(self.server.connection(client)) as connection:
             connection.request("POST", path, data, {"Content-Type": kind})
-            return checked(*answered(connection))
+            return answered(connection)
 
 
 # What docs/server.md says of each kind, beside `BUSY`.
@@ -351,6 +393,10 @@ HOSTILE: dict[str, set[Status]] = {
     "parts": {400},
     "form_parts": {400},
     "inner_address": {400},
+    "inner_name": {400},
+    "rebinding": {400},
+    "redirect": {400},
+    "dripping": {GONE},
     "paths": {400},
     "file_paths": {404},
     "wrong_host": {403},
@@ -532,8 +578,9 @@ def main(argv: list[str] | None = None) -> int:
     loaded = Counts()
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        with served(folder, "--allow-urls", "--allow-dir", str(SAMPLES)) as server:
-            kinds = Kinds(server)
+        allowed = ("--allow-urls", "--allow-dir", str(SAMPLES))
+        with luring() as lures, served(folder, *allowed, program=LURED) as server:
+            kinds = Kinds(server, lures)
             kinds.learn()
             states = {"before": state(server)}
             for turn in range(TURNS):
@@ -546,13 +593,14 @@ def main(argv: list[str] | None = None) -> int:
             files, processes = killed(folder, server)
     text = tables(alone, loaded, states)
     text += f"\n\nNot as docs/server.md says: {len(alone.wrong + loaded.wrong)}. Failures in the log: {failures}."
+    text += f" Connections to where a redirect or a name leads: {len(lures.taken)}."
     text += f" Left by the killed server after the next start: {files} files, {processes} processes.\n"
     print(text)
-    for problem in (alone.wrong + loaded.wrong)[:20]:
+    for problem in (alone.wrong + loaded.wrong + lures.taken)[:20]:
         print(problem, file=sys.stderr)
     if options.o:
         options.o.write_text(text, encoding="utf-8")
-    return int(bool(alone.wrong or loaded.wrong or failures or files or processes))
+    return int(bool(alone.wrong or loaded.wrong or lures.taken or failures or files or processes))
 
 
 if __name__ == "__main__":

@@ -637,3 +637,17 @@ def test_peak_is_flat_from_a_minute_to_two_hours(tmp_path):
         write_video(path, frames(seconds), fps=10)
         peaks[seconds] = peak(path)
     assert peaks[7200] <= 1.1 * peaks[60], peaks
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--fps", "1", "--frames", "2"], "--fps and --frames exclude each other"),
+        (["--store-quantized"], "--store-quantized needs --quantize"),
+        (["--choices", "a,b", "--stop", "c"], "--choices and --stop exclude each other"),
+        (["--logprobs", "99"], "--logprobs is 99"),
+    ],
+)
+def test_errors_name_options_as_they_are_typed(cli, words, said):
+    refused = cli("ask", CLIP, "Why?", *words)
+    assert refused.code == 2 and f"error: {said}\n" in refused.err

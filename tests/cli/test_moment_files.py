@@ -1,6 +1,8 @@
 """The files that `evoprune find` writes: what is in them, when there are none, and that none of a user's is replaced."""
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -38,7 +40,13 @@ def test_clips_of_several_videos_and_what_begins_early(cli, there):
     result = cli("find", SQUARE, THREE, GREEN, "-Q", "a 3", "--clips", "folder", "--start", "1.5")
     assert result.code == 0 and "which begin at keyframes, up to 1." in result.err
     assert os.listdir("folder") and all(name.startswith(("square-", "three-")) for name in os.listdir("folder"))
-    exact = cli("find", SQUARE, GREEN, "--clips", "exact", "--exact", "--start", "1.5", "-q")
+    exact = cli(
+        "find", SQUARE, GREEN, "--clips", "exact", "--exact", "--start", "1.5", "-q", "--json", "-o", "found.jsonl"
+    )
+    moment = json.loads(exact.out)
+    assert os.path.isfile(moment["clip"]) and os.path.dirname(moment["clip"]) == "exact"
+    (line,) = Path("found.jsonl").read_text().splitlines()
+    assert json.loads(line)["moments"] == [moment]
     (name,) = os.listdir("exact")
     assert (exact.code, exact.err) == (0, "") and probe(f"exact/{name}").duration_s == pytest.approx(4.5, abs=0.01)
 

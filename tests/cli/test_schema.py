@@ -53,7 +53,7 @@ def test_a_bad_schema_is_refused_before_a_model_is_loaded(cli, tmp_path):
         (("--schema", str(file)), "cannot be followed at /properties/a"),
         (("--schema", "gone.json"), "cannot read the schema gone.json"),
         (("--regex", "("), "unclosed group"),
-        (("--regex", "a", "--schema", str(file)), "exclude each other"),
+        (("--regex", "a", "--schema", str(file)), "--schema and --regex exclude each other"),
     ):
         refused = cli(*asked, *option)
         assert refused.code == 2 and said in refused.err

@@ -27,6 +27,7 @@ from tests.video.files import numbered_frames, write_video
 QUESTION = "What is there?"
 QUICK = ("-m", "demo", "-n", "1", "--frames", "4")
 LONGEST_S = 30.0  # of an answer that has no end
+TALK_MIB = 64
 
 
 class Web(http.server.BaseHTTPRequestHandler):
@@ -80,6 +81,13 @@ class Web(http.server.BaseHTTPRequestHandler):
     def _elsewhere(self) -> None:
         self._begin(302, Location=self.path.partition("?")[2], Content_Length="0")
 
+    def _talkative(self) -> None:
+        """A redirect with a body that lasts as long as somebody reads it."""
+        self._begin(302, Location="/clip.mp4")
+        for _ in range(TALK_MIB):
+            self.wfile.write(bytes(2**20))
+        self.visits.append(("all was read", None))
+
     def _circle(self) -> None:
         self._begin(302, Location=self.path + "?x", Content_Length="0")
 
@@ -99,6 +107,14 @@ class Web(http.server.BaseHTTPRequestHandler):
             self.wfile.write(self.clip[:10])
             self.wfile.flush()
             time.sleep(0.1)
+
+    def _dripping(self) -> None:
+        """Headers without an end, byte by byte: it is never silent."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        end = time.monotonic() + LONGEST_S
+        while time.monotonic() < end:
+            self.wfile.write(b"x")
+            time.sleep(0.02)
 
     def _silent(self) -> None:
         time.sleep(3.0)
@@ -170,6 +186,27 @@ def test_a_file_on_the_web_is_the_file(web, name):
     assert seen[-1] == (len(Web.clip), len(Web.clip))
 
 
+def test_what_comes_with_a_redirect_is_not_read(web):
+    with downloaded(f"{web}/talkative") as path:
+        assert open(path, "rb").read() == Web.clip  # noqa: SIM115
+    assert [path for path, _ in Web.visits] == ["/talkative", "/clip.mp4"]
+
+
+@pytest.mark.parametrize("name", ["dripping.mp4", "slow.mp4"])
+def test_what_progress_raises_ends_a_download(web, name):
+    calls = []
+
+    def give_up(done: int, total: int) -> None:
+        calls.append(done)
+        if len(calls) == 5:
+            raise RuntimeError
+
+    start = time.monotonic()
+    with pytest.raises(RuntimeError), downloaded(f"{web}/{name}", progress=give_up):
+        pass
+    assert time.monotonic() - start < 5
+
+
 BROKEN = [
     ("gone.mp4", "404", "check the address"),
     ("secret.mp4", "401", "login"),
@@ -181,6 +218,7 @@ BROKEN = [
     ("huge.mp4", "more than 1 MiB", "download it first"),
     ("endless.mp4", "more than 1 MiB", "download it first"),
     ("slow.mp4", "takes more than", "download it first"),
+    ("dripping.mp4", "takes more than", "download it first"),
     ("silent.mp4", "no answer for", "later"),
     ("short.mp4", "broke off", "again"),
     ("chunked.mp4", "broke off", "again"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from evoprune.errors import OutOfMemory, UsageError
+from evoprune.errors import DoesNotFit, OutOfMemory, UsageError
+from evoprune.language.prompt import Tokenizer
 from evoprune.session import answering, planning, prompting
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import open_inputs
@@ -182,6 +183,26 @@ def test_prompt_and_answer_fill_the_context_to_the_last_token(qa, plan, context)
         assert early.value.message == late.value.message and early.value.hint
     context(None)
     assert video.ask("What is it? Why?", max_new_tokens=3).text
+
+
+def test_only_the_beginning_of_what_is_too_long_is_split(qa, plan, context, monkeypatch):
+    """A question, a system prompt, or what was said before: splitting all of it might take minutes."""
+    context(500)
+    video = qa.encode(CLIP)
+    lengths = []
+    encode = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: lengths.append(len(text)) or encode(self, text))
+    long = "word " * 10_000
+    for question, system, says in ((long, None, "a question of"), ("Why?", long, "a system prompt of")):
+        with pytest.raises(DoesNotFit, match=says):
+            longest_prompt(qa.session, [plan], [question], GenerationOptions(2, system=system))
+        with pytest.raises(DoesNotFit, match=says):
+            next(video.chat(system).ask(question, max_new_tokens=2))
+    for turn in ((long, "so"), ("Why?", long)):
+        said = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)]
+        answer = video.chat(messages=said).ask("Why?", max_new_tokens=2)
+        assert answer.text is not None and answer.report.conversation == {"turns": 0, "dropped": 1}
+    assert max(lengths) <= 8 * 500
 
 
 def test_a_method_that_reads_the_question_checks_it_first(saved, context, qa, monkeypatch):

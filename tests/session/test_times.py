@@ -37,7 +37,7 @@ SLOW = (
     "evoprune.session.cache.Cache.store",
     "evoprune.session.cache.Cache.load",
     "evoprune.session.encoded.select_tokens",
-    "evoprune.session.prompting.check_question",
+    "evoprune.session.prompting.check_texts",
     "evoprune.session.prompting.prompt_about",
     "evoprune.session.answering.prefill",
     "evoprune.session.planning.read_subtitles",

@@ -249,11 +249,15 @@ def pack(model: nn.Module, packing: Packing | None = None) -> None:
         model.packing = packing
 
 
+def waiting_layers(model: nn.Module) -> list[PackedLinear]:
+    """Return the layers that wait to be packed."""
+    return [module for module in model.modules() if isinstance(module, PackedLinear) and module.waits]
+
+
 def pack_waiting(model: nn.Module) -> None:
     """Packs the layers that wait, all of them now: for measurements that are to compare nothing else."""
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.pack()
+    for layer in waiting_layers(model):
+        layer.pack()
 
 
 @contextmanager
@@ -262,7 +266,7 @@ def packing_meanwhile(model: nn.Module) -> Iterator[None]:
 
     It ends after the layer that is being packed then; the others go on waiting.
     """
-    layers = [module for module in model.modules() if isinstance(module, PackedLinear) and module.waits]
+    layers = waiting_layers(model)
     ended = threading.Event()
 
     def work() -> None:

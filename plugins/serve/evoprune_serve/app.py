@@ -1,10 +1,9 @@
-"""The routes of the server: OpenAI's chat completions, models and files, health and metrics."""
+"""The routes of the server: OpenAI's chat completions, responses, models and files, health and metrics."""
 
 import asyncio
-import secrets
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,22 +25,27 @@ from evoprune.model.config import loads
 from evoprune.session.options import PipelineOptions
 from evoprune.util import harmless
 from evoprune.video_qa import VideoQA
-from evoprune_serve import reply
+from evoprune_serve.chat import END, read_chat
 from evoprune_serve.errors import ApiError, full, plain, refused, told
 from evoprune_serve.guard import Access, Bodies, Guard
 from evoprune_serve.metrics import TYPE, Metrics
 from evoprune_serve.page import PAGE_PATHS, Page
-from evoprune_serve.question import Question, read_question
-from evoprune_serve.sources import Sources
+from evoprune_serve.question import Question, no_model
+from evoprune_serve.reply import Reply, stream_event
+from evoprune_serve.responses import read_response
+from evoprune_serve.sources import Source, Sources
 from evoprune_serve.store import Store
 from evoprune_serve.uploads import PURPOSES, Uploads
 from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Task, Told, Work
 
 CHAT = "/v1/chat/completions"
+RESPONSES = "/v1/responses"
 FILES = "/v1/files"
 SENDING_S = 60.0  # for which a client may be slow to take the end of a stream
 CLOSED = 499  # what logs and metrics call a request whose client went
 T = TypeVar("T")
+# Reads a body: the question, what it is about, and its answer to be; of the body, the usual options and the names of models.
+Read = Callable[[Any, PipelineOptions, Sequence[str]], tuple[Question, tuple[Source, ...], Reply]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,6 @@ class Settings:
     """What a server allows.
 
     Attributes:
-        name: of the model.
         usual: what holds where a request says nothing.
         folder: a private one, for files that clients send.
         urls, folders: as of `Sources`.
@@ -59,7 +62,6 @@ class Settings:
         log: is told a line for each request. `log_contents`: also what was asked and answered.
     """
 
-    name: str
     folder: Path
     usual: PipelineOptions = field(default_factory=PipelineOptions)
     access: Access = field(default_factory=Access)
@@ -77,44 +79,46 @@ class Settings:
 class Server:
     """The state that the routes share."""
 
-    def __init__(self, qa: VideoQA, settings: Settings):
+    def __init__(self, models: Mapping[str, VideoQA], settings: Settings):
         self.settings = settings
+        self.models = models
         self.store = Store(settings.folder, settings.files_bytes)
         self.uploads = Uploads(self.store, settings.file_age_s)
         limit = settings.access.upload_bytes
         self.sources = Sources(self.store, self.uploads, settings.urls, settings.folders, limit)
-        self.work = Work(qa, settings.most, settings.keep)
+        self.work = Work(models, settings.most, settings.keep)
         self.metrics = Metrics(self.work)
         self.bodies = Bodies(settings.access.bodies_bytes)
         self.started = int(time.time())
 
-    # Chat completions.
+    # Questions.
 
     async def chat(self, request: Request) -> Response:
-        """Answers a question, as a whole or in a stream."""
+        return await self.answer(request, read_chat)
+
+    async def response(self, request: Request) -> Response:
+        return await self.answer(request, read_response)
+
+    async def answer(self, request: Request, read: Read) -> Response:
+        """Answers a question, as a whole or in a stream. `read`: of the form that it has."""
         deadline_s = self.deadline_s()
-        identity = f"chatcmpl-{secrets.token_hex(12)}"
-        async with self.asking(request, deadline_s) as (job, question):
-            names = job.files().paths
-            self.work.submit(job, question)
-            asked = Asked(self, request, job, question, names, reply.Reply(identity, self.settings.name), deadline_s)
+        async with self.asking(request, read, deadline_s) as asked:
+            self.work.submit(asked.job, asked.question)
             first = await unless_gone(request, asked.next())
-            if question.stream:
+            if asked.question.stream:
                 return JobStream(asked, asked.chunks(first))
             return JSONResponse(await unless_gone(request, asked.whole(first)))
 
     async def task(self, request: Request, task: Task) -> Response:
         """Runs a task about what a request asks: a response in JSON, or a stream of all that it tells.
 
-        `task`: tells what it has found, in the thread of the model.
+        `task`: tells what it has found, in the thread of the models.
         """
         deadline_s = self.deadline_s()
-        async with self.asking(request, deadline_s) as (job, question):
-            names = job.files().paths
-            self.work.run(job, question, task)
-            asked = Asked(self, request, job, question, names, reply.Reply("", self.settings.name), deadline_s)
+        async with self.asking(request, read_chat, deadline_s) as asked:
+            self.work.run(asked.job, asked.question, task)
             event = await unless_gone(request, asked.next())
-            if question.stream:
+            if asked.question.stream:
                 return JobStream(asked, asked.told(event))
             while not event.last:
                 event = await unless_gone(request, asked.next())
@@ -126,22 +130,20 @@ class Server:
         return asyncio.get_running_loop().time() + self.settings.answer_s
 
     @asynccontextmanager
-    async def asking(self, request: Request, deadline_s: float) -> AsyncIterator[tuple[Job, Question]]:
-        """Provide the job of a request, whose files were fetched, and its question. What is raised inside ends the job."""
+    async def asking(self, request: Request, read: Read, deadline_s: float) -> "AsyncIterator[Asked]":
+        """Provide a request whose files were fetched. What is raised inside ends its job."""
         job = None
         try:
             with self.bodies.room() as room:
                 body = await read_json(request, room.add)
                 # In a thread: a schema may take a while to check.
-                question, sources = await run_in_threadpool(
-                    read_question, body, self.settings.usual, self.settings.name
-                )
+                question, sources, form = await run_in_threadpool(read, body, self.settings.usual, [*self.models])
                 del body
                 job = self.work.admit(client_of(request))
                 fetch = partial(self.sources.fetch, sources, job.check)
                 await in_time(unless_gone(request, self.work.fetch(job, fetch)), deadline_s)
                 del sources, fetch
-            yield job, question
+            yield Asked(self, request, job, question, job.files().paths, form, deadline_s)
         except BaseException as problem:
             if job:
                 self.work.cancel(job)
@@ -160,16 +162,17 @@ class Server:
 
     # Models.
 
-    async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model()]})
+    async def list_models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self.models]})
 
     async def model(self, request: Request) -> Response:
-        if request.path_params["model"] != self.settings.name:
-            raise ApiError(404, f"the only model is {self.settings.name!r}", param="model", code="model_not_found")
-        return JSONResponse(self._model())
+        name = request.path_params["model"]
+        if name not in self.models:
+            raise no_model(name, self.models)
+        return JSONResponse(self._model(name))
 
-    def _model(self) -> dict[str, Any]:
-        return {"id": self.settings.name, "object": "model", "created": self.started, "owned_by": "evoprune"}
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "evoprune"}
 
     # Files.
 
@@ -210,7 +213,8 @@ class Server:
         """Return the routes of the protocol."""
         return [
             Route(CHAT, self.chat, methods=["POST"]),
-            Route("/v1/models", self.models),
+            Route(RESPONSES, self.response, methods=["POST"]),
+            Route("/v1/models", self.list_models),
             Route("/v1/models/{model:path}", self.model),
             Route(FILES, self.upload, methods=["POST"]),
             Route(f"{FILES}/{{file_id}}", self.file, methods=["GET"]),
@@ -220,7 +224,7 @@ class Server:
         ]
 
 
-PATHS = (CHAT, "/v1/models", FILES, "/health", "/metrics", *PAGE_PATHS)  # that metrics tell apart
+PATHS = (CHAT, RESPONSES, "/v1/models", FILES, "/health", "/metrics", *PAGE_PATHS)  # that metrics tell apart
 
 
 @dataclass
@@ -232,7 +236,7 @@ class Asked:
     job: Job
     question: Question
     names: dict[str, str]  # what stands for each path of this machine
-    reply: reply.Reply
+    reply: Reply
     deadline_s: float
 
     async def next(self) -> Piece | Done | Told:
@@ -248,51 +252,46 @@ class Asked:
     async def whole(self, event: Piece | Done) -> dict[str, Any]:
         while not isinstance(event, Done):
             event = await self.next()
-        return self.reply.whole(event.report, self.counts(event))
+        self.count(event)
+        return self.reply.whole(event, self.job.queue_s)
 
-    def counts(self, done: Done) -> dict[str, Any]:
-        """Return the usage; counts and logs the answer."""
+    def count(self, done: Done) -> None:
+        """Counts and logs a complete answer."""
         report = done.report
-        self.server.metrics.answer(report, self.job.queue_s, done.kept)
-        counts = reply.usage(report, self.job.queue_s, done.kept)
-        facts = [self.reply.identity, f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens"]
-        facts.append(f"{report.time_ms.total or 0:.0f} ms")
+        self.server.metrics.answer(self.question.model, report, self.job.queue_s, done.kept)
+        tokens = f"{report.tokens.prompt or 0}+{report.tokens.new or 0} tokens"
+        facts = [self.reply.identity, self.question.model, tokens, f"{report.time_ms.total or 0:.0f} ms"]
         if self.server.settings.log_contents:
             facts += [repr(self.question.text), repr(report.answer)]
         self.server.log(self.request, 200, *facts)
-        return counts
 
     async def chunks(self, event: Piece | Done) -> AsyncIterator[bytes]:
         """Yield the events of a stream; an error in its middle is the last one."""
-        yield reply.event(self.reply.chunk({"role": "assistant", "content": ""}))
+        yield self.reply.begin()
         try:
             while not isinstance(event, Done):
                 if event.text or event.logprobs:
-                    field = "reasoning_content" if event.thought else "content"
-                    yield reply.event(self.reply.chunk({field: event.text}, event.logprobs))
+                    yield self.reply.piece(event)
                 event = await self.next()
         except ApiError as problem:
             self.server.log(self.request, problem.status, self.reply.identity)
-            yield reply.event(problem.body)
+            yield self.reply.failed(problem)
             return
-        yield reply.event(self.reply.chunk({}, event.logprobs or None, event.report.finish_reason))
-        counts = self.counts(event)
-        if self.question.usage:
-            yield reply.event(self.reply.counts(counts))
-        yield reply.END
+        self.count(event)
+        yield self.reply.end(event, self.job.queue_s)
 
     async def told(self, event: Told) -> AsyncIterator[bytes]:
         """Yield what a task tells as events; an error in its middle is the last one."""
         try:
             while not event.last:
-                yield reply.event(event.facts)
+                yield stream_event(event.facts)
                 event = await self.next()
         except ApiError as problem:
             self.server.log(self.request, problem.status)
-            yield reply.event(problem.body)
+            yield stream_event(problem.body)
             return
-        yield reply.event(event.facts)
-        yield reply.END
+        yield stream_event(event.facts)
+        yield END
         self.server.log(self.request, 200)
 
 
@@ -323,7 +322,7 @@ async def read_json(request: Request, count: Callable[[int], None]) -> Any:
         count(len(piece))
         pieces.append(piece)
     try:
-        return loads(b"".join(pieces).decode())
+        return await run_in_threadpool(lambda: loads(b"".join(pieces).decode()))  # megabytes take seconds
     except (ValueError, RecursionError) as problem:
         raise refused(f"the body is not JSON in UTF-8: {problem}", code="invalid_json") from problem
 
@@ -362,9 +361,9 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def make_app(qa: VideoQA, settings: Settings) -> Starlette:
-    """Return the server of a loaded model."""
-    server = Server(qa, settings)
+def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
+    """Return the server of loaded models by their names; the first answers where a request names none."""
+    server = Server(models, settings)
 
     def refuse(request: Request, problem: Exception) -> Response:
         """Return the error of a request, in OpenAI's form."""

@@ -4,15 +4,22 @@ import logging
 import os
 import secrets
 import socket
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from evoprune.errors import UsageError
-from evoprune.session.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
+from evoprune.errors import OutOfMemory, UsageError
+from evoprune.session.options import GenerationOptions, ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
 from evoprune.video.plan import parse_time
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
-from evoprune_cli.running import load
+from evoprune_cli.running import load, prepare
 from evoprune_cli.terminal import progress, tell
+
+if TYPE_CHECKING:
+    from evoprune.video_qa import VideoQA
 
 SERVER = "Server"
 ACCESS = "Access"
@@ -22,6 +29,7 @@ ANY = ("0.0.0.0", "::")  # noqa: S104 (compared with)
 KEY = "EVOPRUNE_API_KEY"
 MIB = 2**20
 CONNECTIONS = 512
+UNTAKEN_S = 60  # how long a client may take nothing of what it is answered
 
 
 @opt.command(
@@ -43,6 +51,12 @@ def serve(
     port: opt.option(int, "-p --port N", "The port; 0: one that is free.", SERVER, min=0, max=65535) = 8000,
     name: opt.option(
         str | None, "--name TEXT", "What the API calls the model; default: its name, or that of its folder.", SERVER
+    ) = None,
+    also: opt.option(
+        list[str] | None,
+        "--also ID|DIR|demo",
+        "Another model that requests may name, loaded with the same options; repeatable.",
+        SERVER,
     ) = None,
     api_key: opt.option(
         str | None,
@@ -81,7 +95,7 @@ def serve(
     log_contents: opt.option(bool, "--log-contents", "Log questions and answers, too.", opt.OUTPUT) = False,
     quiet: opt.Quiet = False,
 ) -> int:
-    """Serve a model over OpenAI's protocol, on one machine.
+    """Serve a model, or several, over OpenAI's protocol, on one machine.
 
     \b
     evoprune serve
@@ -103,6 +117,7 @@ def serve(
         import uvicorn
 
         from evoprune_serve.app import Settings, make_app
+        from evoprune_serve.connections import Connection
         from evoprune_serve.guard import LOOPBACK as NAMES
         from evoprune_serve.guard import Access
         from evoprune_serve.store import private_folder
@@ -118,7 +133,7 @@ def serve(
     listening = _listening(host, port)
     with listening, private_folder() as folder:
         with progress(not quiet) as show:
-            qa = load(pipeline, show, quiet)
+            models = _loaded(name, pipeline, also or (), show, quiet)
         hosts = (*NAMES, _in_url(host).lower(), *(each.lower() for each in allow_host or ()))
         if host in ANY and key is not None and not allow_host:
             hosts = ()  # nobody knows all names of this machine, and pages of others do not know the key
@@ -131,7 +146,6 @@ def serve(
             upload_bytes=max_upload * MIB,
         )
         settings = Settings(
-            name=name or _name(qa.loaded.id),
             folder=folder,
             usual=pipeline,
             access=access,
@@ -146,7 +160,8 @@ def serve(
             log_contents=log_contents,
         )
         config = uvicorn.Config(
-            make_app(qa, settings),
+            make_app(models, settings),
+            http=Connection,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -156,9 +171,44 @@ def serve(
         )
         for library in ("uvicorn.error", "python_multipart"):  # which warn of each request that is none
             logging.getLogger(library).setLevel(logging.ERROR)
-        tell(f"{settings.name} is served at http://{_in_url(host)}:{listening.getsockname()[1]}/v1; Ctrl-C ends it")
+        verb = "is" if len(models) == 1 else "are"
+        tell(
+            f"{' and '.join(models)} {verb} served at http://{_in_url(host)}:{listening.getsockname()[1]}/v1; Ctrl-C ends it"
+        )
         uvicorn.Server(config).run(sockets=[listening])
     return 0
+
+
+def _loaded(
+    name: str | None, usual: PipelineOptions, also: Sequence[str], show: Callable[..., None], quiet: bool
+) -> "dict[str, VideoQA]":
+    """Return the models by their names, the first under `name`.
+
+    Raises UsageError: two have the same name. OutOfMemory: there is no room for all. Others: as of `load`.
+    """
+    options = [usual, *(replace(usual, model=replace(usual.model, model=model, revision=None)) for model in also)]
+    names = [_name(each.model.model) for each in options]
+    names[0] = name or names[0]
+    for each, count in Counter(names).items():
+        if count > 1:
+            raise UsageError(
+                f"{count} models are called {each}", "--name gives the first another name; serve each once"
+            )
+    if also:
+        _check_room([each.model for each in options])
+    return {each: load(one, show, quiet) for each, one in zip(names, options, strict=True)}
+
+
+def _check_room(models: Sequence[ModelOptions]) -> None:
+    """Raises OutOfMemory: the weights of all models do not fit into memory together. ModelError: one is not there."""
+    prepare()
+    from evoprune.model.cost import shortage
+    from evoprune.session.loading.find import describe_model
+
+    found = [describe_model(each) for each in models]
+    if short := shortage(sum(each.weights_bytes for each in found), str(found[0].device)):
+        names = " and ".join(each.id for each in found)
+        raise OutOfMemory(f"{names} {short}", "serve fewer or smaller models, or --quantize", stage="load")
 
 
 def _key(given: str | None, path: str | None) -> str | None:
@@ -212,6 +262,8 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         if os.name == "posix":  # where a port that was just served is free again
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; its connections have the same
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNTAKEN_S)
         listening.bind((host, port))
         listening.listen(CONNECTIONS)
     except (OSError, OverflowError) as problem:

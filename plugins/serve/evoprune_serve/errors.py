@@ -6,6 +6,7 @@ from typing import Any
 
 from evoprune.errors import DoesNotFit, EvopruneError, OutOfMemory, UsageError, VideoError
 
+MOST_CHARACTERS = 2000  # of a message: it may repeat what a client sent
 TYPES = {429: "rate_limit_error"}  # by status; others are the client's below 500, else the server's
 CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 429: "rate_limit_exceeded"}
 
@@ -40,7 +41,10 @@ class ApiError(Exception):
 
 
 def _text(said: str) -> str:
-    """Return a text that can be sent: what a client said may have halves of surrogate pairs."""
+    """Return a text that can be sent: what a client said may be long, and have halves of surrogate pairs."""
+    if len(said) > MOST_CHARACTERS:
+        half = MOST_CHARACTERS // 2
+        said = f"{said[:half]}…{said[-half:]}"
     return said.encode("utf-8", "backslashreplace").decode()
 
 
@@ -76,9 +80,9 @@ def told(problem: BaseException, names: Mapping[str, str]) -> ApiError:
     if isinstance(problem, OutOfMemory):
         return ApiError(413, message, code="out_of_memory")
     if isinstance(problem, VideoError):
-        return ApiError(400, message, param="messages", code="invalid_video")
+        return ApiError(400, message, code="invalid_video")
     if isinstance(problem, DoesNotFit):
-        return ApiError(400, message, param="messages", code="context_length_exceeded")
+        return ApiError(400, message, code="context_length_exceeded")
     if isinstance(problem, UsageError):
         return ApiError(400, message, code="invalid_value")
     return ApiError(500, message, code=problem.type)

@@ -17,30 +17,34 @@ class Metrics:
         self._registry = CollectorRegistry()
         own = {"namespace": "evoprune", "registry": self._registry}
         self._requests = Counter("requests", "Requests to the API, by path and status.", ["path", "status"], **own)
-        self._tokens = Counter("tokens", "Tokens: prompt, completion.", ["kind"], **own)
-        self._visual = Counter("visual_tokens", "Visual tokens: before pruning, kept.", ["kind"], **own)
+        self._tokens = Counter("tokens", "Tokens: prompt, completion.", ["model", "kind"], **own)
+        self._visual = Counter("visual_tokens", "Visual tokens: before pruning, kept.", ["model", "kind"], **own)
         self._encodings = Counter(
-            "encodings", "Questions by whether their inputs were encoded before.", ["kept"], **own
+            "encodings", "Questions by whether their inputs were encoded before.", ["model", "kept"], **own
         )
         self._queue = Histogram("queue_seconds", "Time until the model begins.", buckets=SECONDS, **own)
-        self._first = Histogram("first_token_seconds", "Time from there to the first token.", buckets=SECONDS, **own)
-        self._total = Histogram("answer_seconds", "Time from there to the last token.", buckets=SECONDS, **own)
+        self._first = Histogram(
+            "first_token_seconds", "Time from there to the first token.", ["model"], buckets=SECONDS, **own
+        )
+        self._total = Histogram(
+            "answer_seconds", "Time from there to the last token.", ["model"], buckets=SECONDS, **own
+        )
         Gauge("waiting", "Requests that wait.", **own).set_function(lambda: work.waiting)
         Gauge("busy", "Whether the model answers.", **own).set_function(lambda: work.busy)
 
     def request(self, path: str, status: int) -> None:
         self._requests.labels(path, str(status)).inc()
 
-    def answer(self, report: Report, queue_s: float, kept: bool) -> None:
-        """Counts a complete answer."""
-        self._tokens.labels("prompt").inc(report.tokens.prompt or 0)
-        self._tokens.labels("completion").inc(report.tokens.new or 0)
-        self._visual.labels("before").inc(report.pruning.visual_tokens_in or 0)
-        self._visual.labels("kept").inc(report.pruning.visual_tokens_kept or 0)
-        self._encodings.labels(str(kept).lower()).inc()
+    def answer(self, model: str, report: Report, queue_s: float, kept: bool) -> None:
+        """Counts a complete answer. `model`: its name."""
+        self._tokens.labels(model, "prompt").inc(report.tokens.prompt or 0)
+        self._tokens.labels(model, "completion").inc(report.tokens.new or 0)
+        self._visual.labels(model, "before").inc(report.pruning.visual_tokens_in or 0)
+        self._visual.labels(model, "kept").inc(report.pruning.visual_tokens_kept or 0)
+        self._encodings.labels(model, str(kept).lower()).inc()
         self._queue.observe(queue_s)
-        self._first.observe((report.time_ms.ttft_wall or 0.0) / 1000)
-        self._total.observe((report.time_ms.total or 0.0) / 1000)
+        self._first.labels(model).observe((report.time_ms.ttft_wall or 0.0) / 1000)
+        self._total.labels(model).observe((report.time_ms.total or 0.0) / 1000)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

@@ -24,6 +24,7 @@ from evoprune.session.encoding import OpenInput
 from evoprune.session.options import PipelineOptions
 from evoprune.session.session import Session
 from evoprune.video.plan import Plan
+from evoprune.video_qa import VideoQA
 from evoprune.vision.encoder import EncodedRows
 from evoprune_serve.errors import refused
 from evoprune_serve.work import Job, Put, Task, Told, Work
@@ -69,15 +70,13 @@ class Page:
         return Response(self._html, media_type="text/html", headers=self._headers)
 
     async def settings(self, request: Request) -> Response:
-        """Return the model, the budgets to choose from, whether addresses may be given, and the sentence of each warning."""
+        """Return the models, the budgets to choose from, whether addresses may be given, and the sentence of each warning."""
         settings = self._server.settings
         return JSONResponse(
             {
-                "model": settings.name,
-                "demo": self._server.work.qa.loaded.demo is not None,
+                "models": [model_record(name, qa) for name, qa in self._server.work.models.items()],
                 "budgets": budgets(settings.usual),
                 "budget": settings.usual.pruning.budget,
-                "overlay": drawable(self._server.work.qa.session),
                 "urls": settings.urls,
                 "upload_bytes": settings.access.upload_bytes,
                 "warnings": {name: sentence(name) for name in WARNINGS},
@@ -104,7 +103,8 @@ class Page:
 
     def _tell_units(self, job: Job, put: Put) -> None:
         work = self._server.work
-        check_drawable(work.session(job.question.pruning).session)
+        qa = work.session(job.question)
+        check_drawable(qa.session)
         check_one_video(job)
         traced: list[TracedInput] = []
 
@@ -118,14 +118,14 @@ class Page:
         answer.text  # noqa: B018 (generated, which measures it)
         last = traced[-1]  # the one before it ran out of memory, if there is one
         warnings = [name for name, _ in warned(encoded.report) if name != "demo_model"]
-        if not work.qa.loaded.knows(last.plan.info):
+        if not qa.loaded.knows(last.plan.info):
             warnings.append("demo_overlay")
         put(Told(units_record(last.plan, last.fates, answer.report.time_ms) | {"warnings": warnings}, last=True))
 
     def _tell_moments(self, job: Job, put: Put) -> None:
         check_one_video(job)
         question = job.question
-        session = self._server.work.session(question.pruning).session
+        session = self._server.work.session(question).session
         fetched = job.files()
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -152,6 +152,11 @@ class TracedInput(OpenInput):
         made = super().run_tower(*given, **options)
         self.fates = fates(made)
         return made
+
+
+def model_record(name: str, qa: VideoQA) -> dict[str, Any]:
+    """Return what the page knows of a model. `overlay`: whether one can be drawn of what its method keeps."""
+    return {"name": name, "demo": qa.loaded.demo is not None, "overlay": drawable(qa.session)}
 
 
 def drawable(session: Session) -> bool:

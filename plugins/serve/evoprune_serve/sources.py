@@ -90,12 +90,12 @@ class LocalFrames:
         for file in self.files:
             info = probe(file.path)
             if info.kind != PICTURE:
-                raise refused(f"{file.name} is no picture", "messages")
+                raise refused(f"{file.name} is no picture")
             if size not in (None, (info.height, info.width)):
-                raise refused(f"{file.name} has another size than the frames before it", "messages")
+                raise refused(f"{file.name} has another size than the frames before it")
             size = info.height, info.width
             if 3 * info.height * info.width * len(self.files) > FRAMES_BYTES:
-                raise refused(f"{self.name} has more than {FRAMES_BYTES >> 20} MiB of pixels", "messages")
+                raise refused(f"{self.name} has more than {FRAMES_BYTES >> 20} MiB of pixels")
             frames, _ = in_one(info, [0.0])
             arrays.append(frames[0])
         return held_video(np.stack(arrays), self.rate, self.times_s)
@@ -180,19 +180,19 @@ class Sources:
             stack.callback(self._store.release, content)
             return LocalFile(content.path, content.digest, name)
         if len(source.url) > URL_CHARACTERS:
-            raise refused(f"the address of {name} has more than {URL_CHARACTERS} characters", "messages")
+            raise refused(f"the address of {name} has more than {URL_CHARACTERS} characters")
         if scheme in ("http", "https"):
             content = self._download(source.url, check)
             stack.callback(self._store.release, content)
             return LocalFile(content.path, content.digest, without_password(source.url))
         if scheme == "file":
             return self._file(source.url)
-        raise refused(f"the address of {name} is not one of data:, https:, http: or file:", "messages")
+        raise refused(f"the address of {name} is not one of data:, https:, http: or file:")
 
     def _download(self, url: str, check: Callable[[], None]) -> Content:
         """Return what is at an address, in use."""
         if not self._urls:
-            raise refused("addresses on the web are not read: the server runs without --allow-urls", "messages")
+            raise refused("addresses on the web are not read: the server runs without --allow-urls")
         with self._lock:
             self._forget_old()
             if (known := self._downloads.get(url)) and self._store.take(known[0]):
@@ -209,7 +209,7 @@ class Sources:
 
     def _file(self, url: str) -> LocalFile:
         """Return a file below a folder that is allowed. All others look alike: a client learns nothing of them."""
-        missing = refused(f"{url} is not a file below a folder of --allow-dir", "messages", "not_found")
+        missing = refused(f"{url} is not a file below a folder of --allow-dir", code="not_found")
         parts = urlsplit(url)
         path = unquote(parts.path)
         if parts.netloc not in ("", "localhost") or "\0" in path:
@@ -229,11 +229,11 @@ def decoded(url: str) -> bytes:
     """Return the bytes of a `data:` address. Raises ApiError: it is none in base64, or empty."""
     head, comma, text = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise refused("a data: address is not data:TYPE;base64,...", "messages")
+        raise refused("a data: address is not data:TYPE;base64,...")
     try:
         content = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as problem:
-        raise refused(f"a data: address is not base64: {problem}", "messages") from problem
+        raise refused(f"a data: address is not base64: {problem}") from problem
     if not content:
-        raise refused("a data: address is empty", "messages")
+        raise refused("a data: address is empty")
     return content

@@ -9,22 +9,23 @@ import statistics
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from typing import Any
 
+from evoprune.backend.cpu.linear import packing_meanwhile, waiting_layers
 from evoprune.backend.limits import available_memory
 from evoprune.errors import OutOfMemory
 from evoprune.model.cost import Clock, kv_bytes
 from evoprune.report import Report
 from evoprune.session.answering import Answer, EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
-from evoprune.session.options import PruneOptions
+from evoprune.session.loading.model import use_threads
 from evoprune.session.planning import TEXT
 from evoprune.session.prompting import longest_prompt
 from evoprune.session.session import Session
@@ -58,11 +59,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Done:
-    """The end of an answer. `logprobs`: of tokens since the last piece. `kept`: whether the inputs were encoded before."""
+    """The end of an answer.
+
+    Attributes:
+        logprobs: of tokens since the last piece.
+        kept: whether the inputs were encoded before.
+        thought_tokens: how many of the tokens are thoughts.
+    """
 
     report: Report
     logprobs: list[dict[str, Any]] | None
     kept: bool
+    thought_tokens: int
 
 
 @dataclass(frozen=True)
@@ -210,16 +218,17 @@ class KeptEncodings:
 
 
 class Work:
-    """Answers questions with one model.
+    """Answers questions, one after the other.
 
     Args:
-        qa: the model, and how it prunes where a question says nothing.
+        models: by name, and how they prune where a question says nothing.
         most: how many requests may wait.
         keep: how many encodings are kept for further questions.
     """
 
-    def __init__(self, qa: VideoQA, most: int = 32, keep: int = 8):
-        self.qa = qa
+    def __init__(self, models: Mapping[str, VideoQA], most: int = 32, keep: int = 8):
+        self.models = models
+        self._threads_of: VideoQA | None = None  # whose number of threads the thread of the models has
         self.kept = KeptEncodings(keep)
         self._most = most
         # What waits, by client; whose turn is next comes first.
@@ -345,14 +354,15 @@ class Work:
 
     # Opening, in threads of their own.
 
-    def session(self, pruning: PruneOptions) -> VideoQA:
-        """Return the model with settings of pruning. Raises UsageError: they do not fit the model."""
-        key = repr(pruning)
+    def session(self, question: Question) -> VideoQA:
+        """Return the model of a question with its settings of pruning. Raises UsageError: they do not fit the model."""
+        qa = self.models[question.model]
+        key = question.model + repr(question.pruning)
         with self._changed:
             if key in self._sessions:
                 self._sessions.move_to_end(key)
                 return self._sessions[key]
-        made = VideoQA(self.qa.loaded, load_seconds=self.qa.session.load_seconds, **vars(pruning))
+        made = VideoQA(qa.loaded, load_seconds=qa.session.load_seconds, **vars(question.pruning))
         with self._changed:
             made = self._sessions.setdefault(key, made)
             while len(self._sessions) > SESSIONS:
@@ -376,7 +386,7 @@ class Work:
     def _open(self, job: Job) -> None:
         start = time.perf_counter()
         question = job.question
-        qa = self.session(question.pruning)
+        qa = self.session(question)
         fetched = job.files()
         opened = open_inputs(qa.session, fetched.inputs(), question.sampling, names=fetched.names, kind=job.kind)
         try:
@@ -427,12 +437,21 @@ class Work:
     # Answering, in the thread of the model.
 
     def _serve(self) -> None:
+        unpacked = [qa.loaded.model for qa in self.models.values()]
         while True:
+            unpacked = [model for model in unpacked if waiting_layers(model)]
+            with ExitStack() as meanwhile:
+                if not self.waiting:
+                    for model in unpacked:
+                        meanwhile.enter_context(packing_meanwhile(model))
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or self._next())
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._next())
                 if self._closed:
                     return
                 job = self._take()
+            if job is None:  # it was given up meanwhile
+                continue
             start = time.perf_counter()
             job.queue_s = start - job.admitted_s - job.opening_s
             try:
@@ -454,6 +473,7 @@ class Work:
             said = True
             job.put(event)
 
+        self._use_threads(self.models[job.question.model])
         work = self._answer if job.task is None else job.task
         try:
             work(job, put)
@@ -467,8 +487,15 @@ class Work:
 
     def _make_room(self) -> bool:
         """Drops what is kept for further questions; whether there was any."""
-        patches = self.qa.loaded.patches.clear()
-        return self.kept.clear() or patches
+        patches = [qa.loaded.patches.clear() for qa in self.models.values()]
+        return self.kept.clear() or any(patches)
+
+    def _use_threads(self, qa: VideoQA) -> None:
+        """Has this thread compute with as many threads as a model wants."""
+        if qa is not self._threads_of:
+            found = qa.loaded.found
+            use_threads(found.options.threads, found)
+            self._threads_of = qa
 
     def _answer(self, job: Job, put: Put) -> None:
         question = job.question
@@ -489,8 +516,13 @@ class Work:
             known = len(found)
             return new
 
+        thought_tokens = 0
+
         def piece(text: str, thought: bool = False) -> None:
+            nonlocal thought_tokens
             job.check()
+            if thought:
+                thought_tokens = len(answer.ids)
             put(Piece(text, thought, logprobs()))
 
         answer = begun(encoded, question, partial(piece, thought=True))
@@ -499,7 +531,7 @@ class Work:
                 piece(text)
         finally:
             answer.close()
-        put(Done(answer.report, logprobs(), kept))
+        put(Done(answer.report, logprobs(), kept, thought_tokens))
 
     def encode(self, job: Job) -> EncodedInputs:
         """Return the encoding of a job's inputs, which is kept for further questions. In the thread of the model."""
@@ -521,8 +553,9 @@ class Work:
 
     def _bytes(self, encoded: EncodedInputs, question: Question) -> int:
         """Bytes that an encoding takes with the keys and values of a question, roughly."""
-        config = self.qa.loaded.model.config
-        each = self.qa.loaded.model.dtype.itemsize
+        model = self.models[question.model].loaded.model
+        config = model.config
+        each = model.dtype.itemsize
         pruning = encoded.report.pruning
         rows = pruning.encoder_rows + pruning.visual_tokens_kept
         columns = pruning.visual_tokens_kept + TEXT + question.generation.max_new_tokens
@@ -530,8 +563,8 @@ class Work:
 
 
 def encoding_key(question: Question, fetched: Fetched) -> str:
-    """Return what an encoding depends on, beside the model."""
-    return repr((fetched.identity, question.sampling, question.pruning))
+    """Return what an encoding depends on."""
+    return repr((question.model, fetched.identity, question.sampling, question.pruning))
 
 
 def begun(encoded: EncodedInputs, question: Question, on_thoughts: Callable[[str], None]) -> Answer:

@@ -3,7 +3,7 @@
 import base64
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,16 +53,19 @@ def body(question: str = COLOUR, name: str = "square.mp4", **options: Any) -> di
 
 
 @contextmanager
-def serving(qa: VideoQA, folder: Path, **settings: Any) -> Iterator[SimpleNamespace]:
-    """A server: its `url`, a `client` of httpx for it, its `state`, and its log as `lines`."""
+def serving(
+    qa: VideoQA, folder: Path, others: Mapping[str, VideoQA] | None = None, **settings: Any
+) -> Iterator[SimpleNamespace]:
+    """A server of a model called demo, and others: its `url`, a `client` of httpx for it, its `state`, and its log as `lines`."""
     import httpx
     import uvicorn
 
     from evoprune_serve.app import Settings, make_app
+    from evoprune_serve.connections import Connection
 
     lines: list[str] = []
-    app = make_app(qa, Settings(name="demo", folder=folder, log=lines.append, **settings))
-    config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=2)
+    app = make_app({"demo": qa} | (others or {}), Settings(folder=folder, log=lines.append, **settings))
+    config = uvicorn.Config(app, port=0, http=Connection, log_config=None, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -1,5 +1,6 @@
 """The server over HTTP, in this process: answers are those of `VideoQA`, and errors have OpenAI's form."""
 
+import errno
 import json
 import math
 import socket
@@ -8,10 +9,12 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from evoprune.session import encoding
 from evoprune.session.encoding import OpenInput
+from evoprune.video_qa import VideoQA
 from tests.plugins.serve.serving import (
     CHAT,
     COLOUR,
@@ -137,6 +140,53 @@ def test_an_answer_follows_a_schema(server):
     wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     reply = answer(server, response_format=wanted, max_tokens=40)
     assert json.loads(text_of(reply))["x"] in (True, False)
+
+
+def test_several_models_answer_by_their_names(qa, tmp_path):
+    other = VideoQA.load("demo-scenes")
+    clip = "scenes/crossing.mp4"
+    with serving(qa, tmp_path, {"scenes": other}) as server:
+        listed = server.client.get("/v1/models").json()["data"]
+        assert [each["id"] for each in listed] == ["demo", "scenes"]
+        assert server.client.get("/v1/models/scenes").json()["id"] == "scenes"
+        for name, model, kept in (
+            ("demo", qa, False),
+            ("scenes", other, False),
+            ("demo", qa, True),
+            ("scenes", other, True),
+        ):
+            right = model.encode(SAMPLES / clip).ask(COLOUR)
+            reply = server.client.post(CHAT, json=body(name=clip, model=name)).json()
+            assert (reply["model"], reply["choices"][0]["message"]["content"]) == (name, right.text)
+            assert reply["usage"]["prompt_tokens"] == right.report.tokens.prompt
+            assert reply["usage"]["evoprune"]["encoding_kept"] is kept
+        unnamed = body(name=clip)
+        del unnamed["model"]
+        assert server.client.post(CHAT, json=unnamed).json()["model"] == "demo"
+        response = server.client.post(CHAT, json=body(model="gpt-4"))
+        assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
+        assert "'demo', 'scenes'" in response.json()["error"]["message"]
+
+
+def test_each_model_has_its_own_number_of_threads(tmp_path, monkeypatch):
+    from evoprune_serve.work import Work
+
+    before = torch.get_num_threads()
+    one = VideoQA.load("demo", threads=1)
+    two = VideoQA.load("demo", threads=2)
+    torch.set_num_threads(before)
+    seen = []
+    answer = Work._answer
+
+    def watched(self, job, put):
+        seen.append((job.question.model, torch.get_num_threads()))
+        return answer(self, job, put)
+
+    monkeypatch.setattr(Work, "_answer", watched)
+    with serving(one, tmp_path, {"other": two}) as server:
+        for name in ("demo", "other", "demo"):
+            assert server.client.post(CHAT, json=body(model=name)).status_code == 200
+    assert seen == [("demo", 1), ("other", 2), ("demo", 1)]
 
 
 def test_a_conversation_is_that_of_video_qa(server, qa):
@@ -327,7 +377,7 @@ def test_models_health_and_metrics(server):
     assert response.headers["content-type"].startswith("text/plain")
     counts = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
     assert counts['evoprune_requests_total{path="/v1/chat/completions",status="200"}'] == "1.0"
-    assert float(counts['evoprune_visual_tokens_total{kind="kept"}']) > 0
+    assert float(counts['evoprune_visual_tokens_total{kind="kept",model="demo"}']) > 0
     assert counts["evoprune_waiting"] == "0.0"
 
 
@@ -404,10 +454,113 @@ def test_bodies_have_limits(qa, tmp_path):
 
 def raw(server, text: str) -> bytes:
     """The beginning of the answer to what is sent as it stands."""
-    host, _, port = server.url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with connected(server) as connection:
         connection.sendall(text.encode())
         return connection.recv(4096)
+
+
+def connected(server) -> socket.socket:
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+# How long a connection may be held without a request.
+
+HEAD_S = 0.3
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+HEALTHY = b'{"status":"ok"}'
+
+
+@pytest.fixture
+def impatient(server, monkeypatch):
+    """A server that waits for the head of a request for a moment alone."""
+    from evoprune_serve.connections import Connection
+
+    monkeypatch.setattr(Connection, "head_s", HEAD_S)
+    return server
+
+
+def ended_while_sending(connection: socket.socket, text: bytes) -> bool:
+    """Sends a byte at a time. Return whether the server closes the connection meanwhile."""
+    connection.settimeout(HEAD_S / 6)
+    for number in range(len(text)):
+        try:
+            connection.sendall(text[number : number + 1])
+            assert connection.recv(1) == b""
+            return True
+        except TimeoutError:  # it is open, and nothing is answered
+            continue
+        except ConnectionError:
+            return True
+    return False
+
+
+def received(connection: socket.socket, end: bytes, times: int = 1) -> bytes:
+    """What is answered until that has come so many times."""
+    text = b""
+    while text.count(end) < times:
+        piece = connection.recv(4096)
+        assert piece, text
+        text += piece
+    return text
+
+
+def test_a_connection_without_a_request_is_closed(impatient):
+    with connected(impatient) as silent, connected(impatient) as slow_one:
+        assert ended_while_sending(slow_one, HEALTH)
+        assert silent.recv(1) == b""
+    with connected(impatient) as later:
+        later.sendall(HEALTH)
+        received(later, HEALTHY)
+        assert ended_while_sending(later, HEALTH)
+
+
+def test_a_connection_is_kept_between_requests(impatient):
+    with connected(impatient) as connection:
+        connection.sendall(HEALTH[:10])
+        time.sleep(HEAD_S / 2)
+        connection.sendall(HEALTH[10:])
+        received(connection, HEALTHY)
+        time.sleep(2 * HEAD_S)
+        connection.sendall(2 * HEALTH + HEALTH[:20])
+        received(connection, HEALTHY, times=2)
+        connection.sendall(HEALTH[20:])
+        received(connection, HEALTHY)
+
+
+def test_a_slow_body_has_its_own_limit(impatient):
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 6\r\n\r\n"
+    with connected(impatient) as connection:
+        connection.sendall(head.encode())
+        for _ in range(6):
+            time.sleep(HEAD_S / 3)
+            connection.sendall(b"?")
+        assert b"invalid_json" in received(connection, b"}}")
+
+
+def test_a_stream_may_last(impatient, slow):
+    data = json.dumps(body(stream=True)).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    with connected(impatient) as connection:
+        connection.sendall(head.encode() + data)
+        assert slow.begun.wait(30)
+        time.sleep(2 * HEAD_S)
+        slow.set()
+        received(connection, b"data: [DONE]")
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has such a limit")
+def test_a_client_that_takes_nothing_of_its_answer_is_let_go(monkeypatch):
+    from evoprune_serve import command
+
+    monkeypatch.setattr(command, "UNTAKEN_S", 1)
+    with command._listening("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        connection.settimeout(20)
+        with connection, pytest.raises(TimeoutError) as caught:
+            while True:
+                connection.sendall(bytes(2**20))
+    assert caught.value.errno == errno.ETIMEDOUT  # not the 20 s
 
 
 # Work.
@@ -478,6 +631,22 @@ def test_behind_a_full_queue_is_429(qa, tmp_path, slow):
             thread.join()
         assert [text_of(each.json()) for each in found] == ["green"]
         assert answer(server)
+
+
+def test_weights_are_packed_while_nothing_is_asked(tmp_path, monkeypatch):
+    from evoprune.backend.cpu import linear
+
+    monkeypatch.setattr(linear, "SMALL_WEIGHT", 0)
+    qa = VideoQA.load("demo")
+    model = qa.loaded.model
+    if not linear.waiting_layers(model):
+        pytest.skip("no layer of this model waits on this CPU")
+    with serving(qa, tmp_path) as server:
+        end = time.monotonic() + 60
+        while linear.waiting_layers(model):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert text_of(answer(server)) == "green"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -564,7 +733,7 @@ def test_clients_take_turns(qa):
     from evoprune_serve.work import Failed, Work
 
     async def go():
-        work = Work(qa, most=4)
+        work = Work({"demo": qa}, most=4)
         jobs = [work.admit("a") for _ in range(3)] + [work.admit("b")]
         late = work.admit("c")
         event = await jobs[2].next()

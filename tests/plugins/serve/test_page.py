@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from evoprune.bench.overlay import FATES, trace
+from evoprune.video_qa import VideoQA
 from tests.plugins.serve.serving import COLOUR, REASON, SAMPLES, body, memory_fails, message, serving, url_of, video
 
 pytest.importorskip("starlette", reason=REASON)
@@ -52,7 +53,7 @@ def test_videos_on_the_web_are_played_where_addresses_are_allowed(qa, tmp_path):
 
 def test_settings(server):
     settings = server.client.get("/page/settings").json()
-    assert settings["model"] == "demo" and settings["demo"] is True and settings["overlay"] is True
+    assert settings["models"] == [{"name": "demo", "demo": True, "overlay": True}]
     assert settings["budget"] in [each["budget"] for each in settings["budgets"]]
     shares = [each["share"] for each in settings["budgets"]]
     assert shares == sorted(shares) and shares[-1] == 1
@@ -190,6 +191,7 @@ class Browser:
 
     def __init__(self, driver):
         self.driver = driver
+        self.width = 1280
 
     @property
     def requests(self) -> set[str]:
@@ -235,13 +237,13 @@ class Browser:
         """Has the page in light or dark colours, and so wide."""
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        self.width = width
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def check_access(self) -> None:
         """No rule of axe-core is broken, and the page is not wider than the window."""
-        inside = "return document.documentElement.scrollWidth <= window.innerWidth"
-        assert self.driver.execute_script(inside)
+        assert self.driver.execute_script("return document.documentElement.scrollWidth") <= self.width
         found = find_spec("axe_playwright_python")
         if found is None:
             return
@@ -332,10 +334,39 @@ def test_a_conversation_goes_on(server, browser):
     browser.open(server.url)
     browser.drop("square.mp4")
     browser.get("remember").click()
-    chat = server.state.work.qa.encode(SAMPLES / "square.mp4").chat()
+    chat = server.state.models["demo"].encode(SAMPLES / "square.mp4").chat()
     for question in ("What happens to the square?", COLOUR):
         assert browser.ask(question) == chat.ask(question).text
     assert "earlier" in browser.text("answers") or "demo models know single questions" in browser.text("answers")
+
+
+@in_browser
+def test_another_model_is_chosen(qa, tmp_path, browser):
+    """Only where there are several; the counts, the overlay and the answers are then those of the chosen one."""
+    other = VideoQA.load("demo-scenes", method="divprune")
+    inner = VideoQA.load("demo", method="fastv")  # of which there is no overlay
+    with serving(qa, tmp_path, {"scenes": other, "organisation/model-of-a-long-name-" * 5: inner}) as server:
+        browser.open(server.url)
+        assert browser.text("model") == "evoprune"
+        browser.check_access()
+        browser.drop("square.mp4")
+        assert browser.ask(COLOUR) == "green"
+        assert browser.all("#answers article .figures")[0].text.startswith("demo · ")
+        browser.until(lambda: browser.pixels()[0] > 0.9)
+        browser.get("models").send_keys("scenes")
+        browser.until(lambda: browser.get("models").get_attribute("value") == "scenes")
+        assert browser.ask(COLOUR) == other.encode(SAMPLES / "square.mp4").ask(COLOUR).text
+        assert browser.all("#answers article .figures")[0].text.startswith("scenes · ")
+        times = [each.text.split("\n")[1] for each in browser.all("#ticks li")]
+        assert sum(time.endswith(" s") for time in times) == 1
+        browser.get("show").click()
+        for place, offered in ((2, False), (0, True)):
+            browser.all("#models option")[place].click()
+            browser.until(lambda offered=offered: browser.get("showing").is_displayed() is offered)
+        assert not browser.get("show").is_selected() and browser.pixels()[0] == 0
+        for dark, width in ((False, 360), (True, 1280)):
+            browser.look(dark, width)
+            browser.check_access()
 
 
 @in_browser

@@ -214,6 +214,17 @@ def test_openai_has_answers_that_follow_a_schema(client):
     assert isinstance(reply.choices[0].message.parsed, Found)
 
 
+def test_the_python_of_the_page(port, tmp_path):
+    pytest.importorskip("openai", reason=REASON)
+    shutil.copy(SAMPLES / "square.mp4", tmp_path / "clip.mp4")
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "server.md").read_text("utf-8"), re.S | re.M)
+    assert len(blocks) == 2
+    text = "\n".join(blocks).replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+    done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[::2] == ["green", "green"]
+
+
 def test_openai_uploads_files(client):
     import openai
 
@@ -239,6 +250,42 @@ def test_openai_knows_the_errors(client):
         client.chat.completions.create(**asked(), frequency_penalty=1)
     assert (caught.value.param, caught.value.code) == ("frequency_penalty", "unsupported_value")
     assert [model.id for model in client.models.list()] == ["demo"]
+
+
+def shown_in(question: str, name: str = "square.mp4") -> dict:
+    """A message in the form of responses."""
+    parts = [{"type": "input_video", "video_url": url_of(name)}, {"type": "input_text", "text": question}]
+    return {"role": "user", "content": parts}
+
+
+def test_openai_has_responses_and_remembers(client, qa):
+    chat = qa.encode(SAMPLES / "square.mp4").chat("Be brief.")
+    asked = [shown_in(COLOUR)]
+    for question in (COLOUR, "What happens to the square?"):
+        if len(asked) > 1:
+            asked.append({"role": "user", "content": question})
+        reply = client.responses.create(model="demo", input=asked, instructions="Be brief.", store=False)
+        assert reply.output_text == chat.ask(question).text
+        asked += reply.output
+    assert reply.usage.evoprune["encoding_kept"] and reply.status == "completed"
+
+
+def test_openai_streams_responses(client):
+    with client.responses.stream(model="demo", input=[shown_in(COLOUR)]) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        final = stream.get_final_response()
+    assert text == final.output_text == "green" and final.usage.total_tokens
+
+
+def test_openai_has_responses_that_follow_a_schema(client):
+    pytest.importorskip("llguidance")
+    from pydantic import BaseModel
+
+    class Found(BaseModel):
+        moving: bool
+
+    reply = client.responses.parse(model="demo", input=[shown_in(COLOUR)], text_format=Found, max_output_tokens=40)
+    assert isinstance(reply.output_parsed, Found)
 
 
 @pytest.mark.skipif(find_spec("llm") is None, reason="llm is not installed")
@@ -326,3 +373,26 @@ def test_open_webui_is_told_what_is_not_supported(port):
     for given, says in ((task, "no video or picture"), (asked | {"tools": [tool]}, "tools")):
         status, kind, text = open_webui(port, "POST", CHAT, given)
         assert status == 400 and kind == "application/json" and says in json.loads(text)["error"]["message"]
+
+
+def test_models_that_do_not_fit_together_are_refused_before_one_is_loaded(monkeypatch):
+    from evoprune.errors import OutOfMemory
+    from evoprune.model import cost
+    from evoprune.session.loading.find import describe_model
+    from evoprune.session.options import ModelOptions
+    from evoprune_serve.command import _check_room
+
+    models = [ModelOptions(name) for name in ("demo", "demo-scenes")]
+    needed = sum(describe_model(each).weights_bytes for each in models)
+    monkeypatch.setattr(cost, "available_memory", lambda device: needed)
+    _check_room(models)
+    monkeypatch.setattr(cost, "available_memory", lambda device: needed - 1)
+    _check_room(models[:1])
+    with pytest.raises(OutOfMemory, match="demo and demo-scenes needs about"):
+        _check_room(models)
+
+
+@pytest.mark.parametrize("options", [("--also", "demo"), ("--also", "demo-scenes", "--name", "demo-scenes")])
+def test_two_models_of_one_name_are_refused(options):
+    done = run(*options)
+    assert done.returncode == 2 and "2 models are called demo" in done.stderr and "--name" in done.stderr

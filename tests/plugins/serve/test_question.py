@@ -3,8 +3,9 @@
 import pytest
 
 from evoprune.session.options import PipelineOptions
+from evoprune_serve.chat import OWN_NEUTRAL, read_chat
 from evoprune_serve.errors import ApiError
-from evoprune_serve.question import NEUTRAL, read_question
+from evoprune_serve.question import NEUTRAL
 from evoprune_serve.sources import Address, FrameList, Uploaded
 from tests.plugins.serve.serving import COLOUR, message, video
 
@@ -13,7 +14,9 @@ USUAL = PipelineOptions.of(max_new_tokens=40, fps=1.0, budget=0.5)
 
 
 def read(**given):
-    return read_question({"messages": [message(COLOUR, SHOWN)]} | given, USUAL, "demo")
+    """What is asked, and about what."""
+    question, sources, _ = read_chat({"messages": [message(COLOUR, SHOWN)]} | given, USUAL, ["demo", "other"])
+    return question, sources
 
 
 def refusal(**given) -> ApiError:
@@ -57,7 +60,7 @@ def test_options_have_the_names_of_openai_and_of_evoprune():
     generation = question.generation
     assert (generation.temperature, generation.top_p, generation.max_new_tokens) == (0.5, 0.9, 9)
     assert (generation.stop, generation.logprobs, generation.think) == (["a", "b"], 3, "off")
-    assert (question.seed, question.stream, question.usage) == (7, True, True)
+    assert (question.seed, question.stream) == (7, True)
     sampling = question.sampling
     assert (sampling.fps, sampling.frames, sampling.seek, sampling.start_s, sampling.end_s) == (
         None,
@@ -139,11 +142,11 @@ def test_another_model_is_not_there():
 def test_values_that_change_nothing_are_accepted():
     neutral = {
         "n": 1, "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "store": False, "tools": [],
-        "functions": [], "tool_choice": "auto", "parallel_tool_calls": True, "modalities": ["text"],
+        "functions": [], "function_call": "none", "tool_choice": "auto", "parallel_tool_calls": True, "modalities": ["text"],
         "service_tier": "auto", "reasoning_effort": "none", "verbosity": "medium", "user": "ann",
-        "safety_identifier": "a", "prompt_cache_key": "b", "metadata": {"a": "b"},
+        "safety_identifier": "a", "prompt_cache_key": "b", "prompt_cache_retention": "in_memory", "metadata": {"a": "b"},
     }  # fmt: skip
-    assert neutral.keys() == NEUTRAL.keys()
+    assert neutral.keys() == (NEUTRAL | OWN_NEUTRAL).keys()
     assert read(**neutral) == read()
 
 
@@ -202,3 +205,19 @@ def test_schemas():
     assert read(response_format=wanted)[0].generation.schema == schema
     assert read(response_format={"type": "json_object"})[0].generation.schema == {"type": "object"}
     assert read(response_format={"type": "text"})[0] == read()[0]
+
+
+def test_texts_and_options_have_limits():
+    """What is refused keeps nobody waiting, and nothing of it is sent back as a whole."""
+    words = "a" * 2**21
+    for given, says in (
+        ({"messages": [message(2 * words + "a", SHOWN)]}, "characters of text"),
+        ({"messages": [{"role": "system", "content": 2 * words}, message(COLOUR, SHOWN)]}, "characters of text"),
+        ({"metadata": {"a": words}}, "the options have more than"),
+        ({"stop": [words]}, "the options have more than"),
+        ({"seek": words[:-100]}, "seek"),
+        ({"start": words[:-100]}, "a time"),
+    ):
+        with pytest.raises(ApiError) as caught:
+            read(**given)
+        assert caught.value.status == 400 and says in caught.value.message and len(caught.value.message) < 2100

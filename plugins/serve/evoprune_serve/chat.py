@@ -1,0 +1,163 @@
+"""/v1/chat/completions: its bodies as questions, and answers in its form, whole or in chunks of a stream."""
+
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from evoprune.session.options import PipelineOptions
+from evoprune_serve.errors import ApiError
+from evoprune_serve.fields import Fields
+from evoprune_serve.messages import read_messages
+from evoprune_serve.question import NEUTRAL, Question, read_model, read_options, read_question, read_schema
+from evoprune_serve.reply import created, logprobs, pruned, stream_event
+from evoprune_serve.sources import Source
+from evoprune_serve.work import Done, Piece
+
+END = b"data: [DONE]\n\n"
+# Options that change nothing at these values, and are refused at others; beside those of all forms.
+OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
+    "n": lambda value: value == 1,
+    "frequency_penalty": lambda value: value == 0,
+    "presence_penalty": lambda value: value == 0,
+    "logit_bias": lambda value: value == {},
+    "functions": lambda value: value == [],
+    "function_call": lambda value: value in ("none", "auto"),
+    "modalities": lambda value: value == ["text"],
+    "reasoning_effort": lambda value: value == "none",
+    "verbosity": lambda value: value == "medium",
+    "store": lambda value: value is False,
+}
+
+
+class ChatReply:
+    """An answer in the form of chat completions.
+
+    Args:
+        model: its name.
+        usage: whether a stream tells the usage at its end.
+    """
+
+    def __init__(self, model: str, usage: bool):
+        self.identity = f"chatcmpl-{secrets.token_hex(12)}"
+        self._model = model
+        self._usage = usage
+        self._created = created()
+
+    def whole(self, done: Done, queue_s: float) -> dict[str, Any]:
+        report = done.report
+        message = {"role": "assistant", "content": report.answer or "", "refusal": None}
+        if report.thoughts:
+            message["reasoning_content"] = report.thoughts
+        choice = {
+            "index": 0,
+            "message": message,
+            "logprobs": _logprobs(report.logprobs),
+            "finish_reason": report.finish_reason,
+        }
+        return self._object("chat.completion") | {"choices": [choice], "usage": _usage(done, queue_s)}
+
+    def begin(self) -> bytes:
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def piece(self, piece: Piece) -> bytes:
+        field = "reasoning_content" if piece.thought else "content"
+        return self._chunk({field: piece.text}, piece.logprobs)
+
+    def end(self, done: Done, queue_s: float) -> bytes:
+        last = self._chunk({}, done.logprobs or None, done.report.finish_reason)
+        if self._usage:
+            last += stream_event(
+                self._object("chat.completion.chunk") | {"choices": [], "usage": _usage(done, queue_s)}
+            )
+        return last + END
+
+    def failed(self, problem: ApiError) -> bytes:
+        return stream_event(problem.body)
+
+    def _chunk(
+        self, delta: dict[str, str], entries: list[dict[str, Any]] | None = None, finish: str | None = None
+    ) -> bytes:
+        """Return a piece of the answer. `entries`: log probabilities of its tokens; None where they are not wanted."""
+        choice = {"index": 0, "delta": delta, "logprobs": _logprobs(entries), "finish_reason": finish}
+        return stream_event(self._object("chat.completion.chunk") | {"choices": [choice]})
+
+    def _object(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.identity,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "system_fingerprint": None,
+        }
+
+
+def _logprobs(entries: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+    return None if entries is None else {"content": logprobs(entries), "refusal": None}
+
+
+def _usage(done: Done, queue_s: float) -> dict[str, Any]:
+    prompt = done.report.tokens.prompt or 0
+    new = done.report.tokens.new or 0
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "completion_tokens_details": {"reasoning_tokens": done.thought_tokens},
+        "evoprune": pruned(done, queue_s),
+    }
+
+
+def read_chat(
+    body: Any, usual: PipelineOptions, models: Sequence[str]
+) -> tuple[Question, tuple[Source, ...], ChatReply]:
+    """Return the question of a body, the videos and pictures that it is about, and its answer to be.
+
+    Args:
+        usual: what holds where the body says nothing.
+        models: the names of those that are served.
+
+    Raises ApiError: anything in it that is unknown, of another type, or out of range.
+    """
+    fields = read_options(body, "messages")
+    model = read_model(fields, models)
+    messages = {f"messages[{number}]": each for number, each in enumerate(fields.need("messages", list))}
+    system, turns, sources = read_messages(messages, "messages")
+    generation = _generation(fields)
+    if system is not None:
+        generation["system"] = system
+    question = read_question(fields, usual, model, turns, generation)
+    usage = _stream_options(fields, question.stream)
+    fields.end(NEUTRAL | OWN_NEUTRAL)
+    return question, tuple(sources), ChatReply(model, usage)
+
+
+def _stream_options(fields: Fields, stream: bool) -> bool:
+    given = fields.take("stream_options", dict)
+    if given is None:
+        return False
+    if not stream:
+        fields.refuse("stream_options", "is of streams alone")
+    inner = Fields(given, "stream_options")
+    usage = inner.take("include_usage", bool, False)
+    inner.take("include_obfuscation", bool)  # nothing is padded, which hides no lengths: a choice of the client
+    inner.end()
+    return usage
+
+
+def _generation(fields: Fields) -> dict[str, Any]:
+    """Return what a body says of `GenerationOptions` in the form of chat completions."""
+    given = {}
+    tokens = [name for name in ("max_tokens", "max_completion_tokens") if fields.has(name)]
+    if len(tokens) == 2:
+        fields.refuse("max_tokens", "and max_completion_tokens exclude each other")
+    for name in tokens:
+        given["max_new_tokens"] = fields.take(name, int)
+    top = fields.take("top_logprobs", int)
+    if fields.take("logprobs", bool, False):
+        given["logprobs"] = top or 0
+    elif top:
+        fields.refuse("top_logprobs", "needs logprobs")
+    if fields.has("response_format"):
+        form = Fields(fields.take("response_format", dict), "response_format")
+        given["schema"] = read_schema(form, inner="json_schema")
+    return given

@@ -1,0 +1,55 @@
+"""The fields of what clients send as JSON. What is not known is refused by name: an option that is ignored misleads."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from evoprune.util import brief
+from evoprune_serve.errors import refused
+
+NUMBER = (int, float)
+KINDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false", dict: "an object", list: "a list"}
+
+
+class Fields:
+    """The fields of an object, to be taken one by one; what is left in the end is refused. One that is null is not there."""
+
+    def __init__(self, value: Any, place: str = ""):
+        if not isinstance(value, dict):
+            raise refused(f"{place or 'the body'} is {brief(value)}, not an object", place or None)
+        self._place = place
+        self._left = {name: each for name, each in value.items() if each is not None}
+
+    def name_of(self, field: str) -> str:
+        return f"{self._place}.{field}" if self._place else field
+
+    def take(self, field: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
+        """Return a field. Raises ApiError: it is of another type."""
+        if field not in self._left:
+            return default
+        value = self._left.pop(field)
+        wanted = kinds if isinstance(kinds, tuple) else (kinds,)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and not {bool, object} & {*wanted}):
+            words = " or ".join(KINDS[kind] for kind in wanted)
+            raise refused(f"{self.name_of(field)} is {brief(value)}, not {words}", self.name_of(field), "invalid_type")
+        return value
+
+    def need(self, field: str, kinds: type | tuple[type, ...]) -> Any:
+        """Return a field. Raises ApiError: it is missing, or of another type."""
+        if field not in self._left:
+            raise refused(f"{self.name_of(field)} is missing", self.name_of(field), "missing_required_parameter")
+        return self.take(field, kinds)
+
+    def has(self, field: str) -> bool:
+        return field in self._left
+
+    def refuse(self, field: str, why: str) -> NoReturn:
+        raise refused(f"{self.name_of(field)} {why}", self.name_of(field), "unsupported_value")
+
+    def end(self, neutral: Mapping[str, Callable[[Any], bool]] | None = None) -> None:
+        """Raises ApiError: a field is left. `neutral`: says of some whether a value of theirs changes nothing."""
+        for field, value in self._left.items():
+            name = self.name_of(field[:60])
+            if field not in (neutral or {}):
+                raise refused(f"{name} is not supported here", name, "unsupported_parameter")
+            if not neutral[field](value):
+                self.refuse(field, f"is {brief(value)}, which is not supported here")

@@ -1,0 +1,213 @@
+"""The messages of a conversation, and the videos and pictures in them, by the names that different programs have for them."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from evoprune.util import brief
+from evoprune_serve.errors import refused
+from evoprune_serve.fields import NUMBER, Fields
+from evoprune_serve.sources import Address, FrameList, Source, Uploaded
+
+MOST_MESSAGES = 1000
+MOST_PARTS = 1000  # of all messages
+MOST_CHARACTERS = 2**22  # of all texts
+MOST_SOURCES = 64
+MOST_FRAMES = 256  # of a list
+# What clients send back of an earlier answer, and what is not part of the conversation.
+OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content")
+# Parts that are text, by type, and what they may have beside it that is not part of the conversation.
+TEXTS = {"text": (), "input_text": (), "output_text": ("annotations", "logprobs")}
+
+
+def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, list[dict[str, str]], list[Source]]:
+    """Return the system prompt, what was said, the question last, and all videos and pictures in their order.
+
+    Args:
+        messages: by their places in the body.
+        field: of the body, which has them all.
+
+    Raises ApiError: they are no conversation, or nothing is shown.
+    """
+    if len(messages) > MOST_MESSAGES:
+        raise refused(f"there are more than {MOST_MESSAGES} messages", field)
+    system: list[str] = []
+    said: list[dict[str, str]] = []
+    sources: list[Source] = []
+    parts = 0
+    characters = 0
+    for place, message in messages.items():
+        fields = Fields(message, place)
+        role = fields.need("role", str)
+        if role == "assistant":
+            for name in OF_ANSWERS:
+                if fields.take(name, object) not in (None, [], {}) and name != "reasoning_content":
+                    fields.refuse(name, "is not supported here")
+        content = fields.need("content", (str, list))
+        fields.end()
+        if isinstance(content, list):
+            parts += len(content)
+        if parts > MOST_PARTS:
+            raise refused(f"the messages have more than {MOST_PARTS} parts", field)
+        text, shown = _content(content, f"{place}.content")
+        characters += len(text)
+        if characters > MOST_CHARACTERS:
+            raise refused(f"the messages have more than {MOST_CHARACTERS:,} characters of text", field)
+        if role in ("system", "developer"):
+            if said or shown:
+                raise refused(f"{place} is a system prompt: it is text, before all other messages", place)
+            system.append(text)
+            continue
+        due = ("user", "assistant")[len(said) % 2]
+        if role != due:
+            raise refused(f"{place}.role is {brief(role)}, not {due!r}: these alternate", f"{place}.role")
+        if shown and role == "assistant":
+            raise refused(f"{place} is an answer, which has no videos or pictures", place)
+        if role == "user" and not text.strip():
+            raise refused(f"{place} asks nothing: it has no text", place)
+        said.append({"role": role, "content": text})
+        sources += shown
+    if len(said) % 2 == 0:
+        raise refused("the last message is not one of the user", field)
+    if not sources:
+        raise refused("the messages have no video or picture to ask about", field)
+    if len(sources) > MOST_SOURCES:
+        raise refused(f"the messages have more than {MOST_SOURCES} videos and pictures", field)
+    return "\n".join(system) if system else None, said, sources
+
+
+def _content(content: str | list, place: str) -> tuple[str, list[Source]]:
+    """Return the text of a message, of several parts in lines, and its videos and pictures."""
+    if isinstance(content, str):
+        return content, []
+    texts = []
+    sources = []
+    for number, part in enumerate(content):
+        fields = Fields(part, f"{place}[{number}]")
+        kind = fields.need("type", str)
+        if kind in TEXTS:
+            texts.append(fields.need("text", str))
+            for name in TEXTS[kind]:
+                fields.take(name, object)
+        elif kind in SHOWN:
+            sources.append(SHOWN[kind](fields))
+        else:
+            fields.refuse("type", f"is {brief(kind)}; known: {', '.join([*TEXTS, *SHOWN])}")
+        fields.end()
+    return "\n".join(texts), sources
+
+
+# The parts of a message that show something, by type: each program has names of its own for them.
+
+
+def _image_url(fields: Fields) -> Source:
+    return _address(fields, "image_url")
+
+
+def _input_image(fields: Fields) -> Source:
+    if fields.has("file_id"):
+        return Uploaded(_without_detail(fields).need("file_id", str))
+    return _address(fields, "image_url")
+
+
+def _video_url(fields: Fields) -> Source:
+    return _address(fields, "video_url")
+
+
+def _input_video(fields: Fields) -> Source:
+    if fields.has("file_id"):
+        return Uploaded(fields.need("file_id", str))
+    if not fields.has("input_video"):
+        return _address(fields, "video_url")
+    inner = Fields(fields.need("input_video", dict), fields.name_of("input_video"))
+    data = inner.need("data", str)
+    container = inner.take("format", str, "mp4")
+    inner.end()
+    return Address(f"data:video/{container};base64,{data}")
+
+
+def _file(fields: Fields) -> Source:
+    return _file_of(Fields(fields.need("file", dict), fields.name_of("file")))
+
+
+def _file_of(fields: Fields) -> Source:
+    """Return the file that an object names, or holds."""
+    _without_detail(fields).take("filename", str)
+    if fields.has("file_id"):
+        source = Uploaded(fields.need("file_id", str))
+    elif fields.has("file_url"):
+        source = Address(fields.need("file_url", str))
+    else:
+        source = Address(fields.need("file_data", str))
+    fields.end()
+    return source
+
+
+def _video(fields: Fields) -> Source:
+    """Return one video by its address, or as a list of pictures with a rate or times."""
+    given = fields.need("video", (str, list))
+    if isinstance(given, str):
+        return Address(given)
+    if not 0 < len(given) <= MOST_FRAMES:
+        fields.refuse("video", f"has {len(given)} frames: 1 to {MOST_FRAMES} are read")
+    frames = []
+    for number, frame in enumerate(given):
+        if isinstance(frame, str):
+            frames.append(Address(frame))
+        else:
+            frames.append(_file_of(Fields(frame, f"{fields.name_of('video')}[{number}]")))
+    rate = fields.take("fps", NUMBER)
+    times_s = _times(fields, len(frames))
+    if (rate is None) == (times_s is None):
+        fields.refuse("video", "is a list of frames, which has either fps or times_s")
+    if rate is not None and not 0 < rate < math.inf:
+        fields.refuse("fps", "is not above 0")
+    return FrameList(tuple(frames), rate, times_s)
+
+
+def _times(fields: Fields, count: int) -> tuple[float, ...] | None:
+    times = fields.take("times_s", list)
+    if times is None:
+        return None
+    if len(times) != count or not all(isinstance(time, NUMBER) and not isinstance(time, bool) for time in times):
+        fields.refuse("times_s", "is not a number for each frame")
+    if not _ascend(times):
+        fields.refuse("times_s", "does not ascend")
+    return tuple(map(float, times))
+
+
+def _ascend(times: Sequence[float]) -> bool:
+    return all(earlier < later for earlier, later in pairwise(times))
+
+
+def _address(fields: Fields, name: str) -> Address:
+    """Return the address in a field, which is a text, or an object with the field `url`."""
+    given = _without_detail(fields).need(name, (str, dict))
+    if isinstance(given, str):
+        return Address(given)
+    inner = Fields(given, fields.name_of(name))
+    url = _without_detail(inner).need("url", str)
+    inner.end()
+    return Address(url)
+
+
+def _without_detail(fields: Fields) -> Fields:
+    """Take the field `detail`: pictures are always read in detail."""
+    detail = fields.take("detail", str, "auto")
+    if detail not in ("auto", "high", "original"):
+        fields.refuse(
+            "detail", f"is {brief(detail)}: pictures are read as they are; limit them by the options of the server"
+        )
+    return fields
+
+
+SHOWN: dict[str, Callable[[Fields], Source]] = {
+    "image_url": _image_url,
+    "input_image": _input_image,
+    "video_url": _video_url,
+    "input_video": _input_video,
+    "video": _video,
+    "file": _file,
+    "input_file": _file_of,
+}

@@ -1,0 +1,277 @@
+"""/v1/responses: its bodies as questions, and answers in its form, whole or as the events of a stream.
+
+Nothing of a response is kept, so a conversation is sent as a whole each time, as clients do where `store` is false.
+"""
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from evoprune.session.options import PipelineOptions
+from evoprune.util import brief
+from evoprune_serve.errors import ApiError
+from evoprune_serve.fields import Fields
+from evoprune_serve.messages import read_messages
+from evoprune_serve.question import NEUTRAL, Question, read_model, read_options, read_question, read_schema
+from evoprune_serve.reply import created, logprobs, pruned, stream_event
+from evoprune_serve.sources import Source
+from evoprune_serve.work import Done, Piece
+
+LOGPROBS = "message.output_text.logprobs"  # what `include` may name
+# Fields of a message that are no part of the conversation.
+OF_MESSAGES = ("type", "id", "status", "phase")
+# Options that change nothing at these values, and are refused at others; beside those of all forms.
+OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
+    "background": lambda value: value is False,
+    "reasoning": lambda value: isinstance(value, dict) and _stated(value) in ({}, {"effort": "none"}),
+    "store": lambda value: value is False,
+    "truncation": lambda value: value == "auto",  # turns that do not fit are left out
+}
+
+
+def _stated(value: dict[str, Any]) -> dict[str, Any]:
+    """Return an object without what is null in it."""
+    return {name: each for name, each in value.items() if each is not None}
+
+
+@dataclass
+class Item:
+    """Thoughts, or the text of an answer.
+
+    `logprobs`: of its tokens so far; in those of the text are the ones of the thoughts before it, too.
+    """
+
+    thought: bool
+    text: str = ""
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    random: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    @property
+    def id(self) -> str:
+        prefix = "rs" if self.thought else "msg"
+        return f"{prefix}_{self.random}"
+
+    @property
+    def part(self) -> dict[str, Any]:
+        """The content, as far as it is there."""
+        if self.thought:
+            return {"type": "reasoning_text", "text": self.text}
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": [*self.logprobs]}
+
+    def record(self, status: str) -> dict[str, Any]:
+        """Return the item; one that is in progress has no content yet."""
+        kind = {"type": "message", "role": "assistant"}
+        if self.thought:
+            kind = {"type": "reasoning", "summary": []}
+        content = [] if status == "in_progress" else [self.part]
+        return {"id": self.id, "status": status, "content": content} | kind
+
+
+class ResponseReply:
+    """An answer in the form of responses: an item of thoughts, where the model thinks, and one of text.
+
+    Args:
+        model: its name.
+        stated: what the response repeats of its request.
+    """
+
+    def __init__(self, model: str, stated: dict[str, Any]):
+        self.identity = f"resp_{secrets.token_hex(16)}"
+        self._head = {"id": self.identity, "object": "response", "created_at": created(), "model": model} | stated
+        self._items: list[Item] = []
+        self._events = 0
+
+    def whole(self, done: Done, queue_s: float) -> dict[str, Any]:
+        report = done.report
+        if report.thoughts:
+            self._items.append(Item(True, report.thoughts))
+        self._items.append(Item(False, report.answer or "", _logprobs(report.logprobs)))
+        return self._ended(done, queue_s)
+
+    def begin(self) -> bytes:
+        response = self._response("in_progress")
+        return self._event("response.created", response=response) + self._event(
+            "response.in_progress", response=response
+        )
+
+    def piece(self, piece: Piece) -> bytes:
+        return self._add(piece.thought, piece.text, _logprobs(piece.logprobs))
+
+    def end(self, done: Done, queue_s: float) -> bytes:
+        events = b""
+        last = _logprobs(done.logprobs)
+        if last or not self._items or self._items[-1].thought:
+            events += self._add(False, "", last)
+        response = self._ended(done, queue_s)
+        events += self._close(response["status"])
+        return events + self._event(f"response.{response['status']}", response=response)
+
+    def failed(self, problem: ApiError) -> bytes:
+        code = "server_error" if problem.status >= 500 else "invalid_prompt"
+        error = {"code": code, "message": problem.message}
+        return self._event("response.failed", response=self._response("failed") | {"error": error})
+
+    def _response(self, status: str) -> dict[str, Any]:
+        """Return the response with what there is of it."""
+        output = [item.record("completed") for item in self._items]
+        if output and status != "completed":
+            output[-1]["status"] = "incomplete"
+        return self._head | {
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "output": output,
+            "usage": None,
+        }
+
+    def _ended(self, done: Done, queue_s: float) -> dict[str, Any]:
+        if done.report.finish_reason == "length":
+            response = self._response("incomplete") | {"incomplete_details": {"reason": "max_output_tokens"}}
+        else:
+            response = self._response("completed")
+        return response | {"usage": _usage(done, queue_s)}
+
+    # Events of a stream.
+
+    def _add(self, thought: bool, text: str, entries: list[dict[str, Any]]) -> bytes:
+        """Return the events of a piece of an item, which it may begin."""
+        events = b""
+        if not self._items or self._items[-1].thought != thought:
+            events += self._close("completed") + self._open(thought)
+        item = self._items[-1]
+        item.text += text
+        item.logprobs += entries
+        return events + self._of_part("delta", {"delta": text}, entries)
+
+    def _open(self, thought: bool) -> bytes:
+        """Return the events that begin an item."""
+        before = self._items[-1].logprobs if self._items else []
+        self._items.append(Item(thought, logprobs=[*before]))
+        item = self._items[-1].record("in_progress")
+        events = self._event("response.output_item.added", item=item, output_index=len(self._items) - 1)
+        return events + self._event("response.content_part.added", part=self._items[-1].part, **self._place)
+
+    def _close(self, status: str) -> bytes:
+        """Return the events that end the item in progress; none where there is none."""
+        if not self._items:
+            return b""
+        item = self._items[-1]
+        events = self._of_part("done", {"text": item.text}, item.logprobs)
+        events += self._event("response.content_part.done", part=item.part, **self._place)
+        index = len(self._items) - 1
+        return events + self._event("response.output_item.done", item=item.record(status), output_index=index)
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        """Where the content of the item in progress is."""
+        return {"item_id": self._items[-1].id, "output_index": len(self._items) - 1, "content_index": 0}
+
+    def _of_part(self, what: str, fields: dict[str, Any], entries: list[dict[str, Any]]) -> bytes:
+        """Return an event of the content of the item in progress. `entries`: log probabilities, which thoughts do not have."""
+        item = self._items[-1]
+        if not item.thought:
+            fields = fields | {"logprobs": entries}
+        return self._event(f"response.{item.part['type']}.{what}", **fields, **self._place)
+
+    def _event(self, name: str, **fields: Any) -> bytes:
+        event = {"type": name, "sequence_number": self._events, **fields}
+        self._events += 1
+        return stream_event(event, name)
+
+
+def _logprobs(entries: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    return logprobs(entries or (), unknown=[])  # this form has no null there
+
+
+def _usage(done: Done, queue_s: float) -> dict[str, Any]:
+    prompt = done.report.tokens.prompt or 0
+    new = done.report.tokens.new or 0
+    return {
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": new,
+        "output_tokens_details": {"reasoning_tokens": done.thought_tokens},
+        "total_tokens": prompt + new,
+        "evoprune": pruned(done, queue_s),
+    }
+
+
+def read_response(
+    body: Any, usual: PipelineOptions, models: Sequence[str]
+) -> tuple[Question, tuple[Source, ...], ResponseReply]:
+    """Return the question of a body, the videos and pictures that it is about, and its answer to be.
+
+    Args:
+        usual: what holds where the body says nothing.
+        models: the names of those that are served.
+
+    Raises ApiError: anything in it that is unknown, of another type, or out of range.
+    """
+    fields = read_options(body, "input")
+    if fields.has("previous_response_id"):
+        fields.refuse("previous_response_id", "is not supported: no responses are kept; send all messages in input")
+    model = read_model(fields, models)
+    stated = {name: body.get(name) for name in ("instructions", "max_output_tokens", "top_logprobs", "user")}
+    stated |= {"metadata": body.get("metadata") or {}, "text": body.get("text") or {"format": {"type": "text"}}}
+    system, turns, sources = read_messages(_messages(fields.need("input", (str, list))), "input")
+    instructions = fields.take("instructions", str)
+    prompts = [each for each in (instructions, system) if each is not None]
+    generation = _generation(fields)
+    if prompts:
+        generation["system"] = "\n".join(prompts)
+    question = read_question(fields, usual, model, turns, generation)
+    if fields.has("stream_options"):
+        inner = Fields(fields.take("stream_options", dict), "stream_options")
+        inner.take("include_obfuscation", bool)  # nothing is padded, which hides no lengths: a choice of the client
+        inner.end()
+    fields.end(NEUTRAL | OWN_NEUTRAL)
+    stated |= {
+        "temperature": question.generation.temperature,
+        "top_p": question.generation.top_p,
+        "previous_response_id": None,
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": [],
+        "truncation": "auto",
+        "store": False,
+        "background": False,
+    }
+    return question, tuple(sources), ResponseReply(model, stated)
+
+
+def _messages(given: str | list) -> dict[str, Any]:
+    """Return the messages of `input` by their places. Thoughts of earlier answers are no part of the conversation."""
+    if isinstance(given, str):
+        return {"input": {"role": "user", "content": given}}
+    messages = {}
+    for number, item in enumerate(given):
+        place = f"input[{number}]"
+        fields = Fields(item, place)
+        kind = fields.take("type", str, "message")
+        if kind == "message":
+            messages[place] = {name: value for name, value in item.items() if name not in OF_MESSAGES}
+        elif kind != "reasoning":
+            fields.refuse("type", f"is {brief(kind)}; known: message, reasoning")
+    return messages
+
+
+def _generation(fields: Fields) -> dict[str, Any]:
+    """Return what a body says of `GenerationOptions` in the form of responses."""
+    given = {}
+    if fields.has("max_output_tokens"):
+        given["max_new_tokens"] = fields.take("max_output_tokens", int)
+    top = fields.take("top_logprobs", int)
+    included = fields.take("include", list, [])
+    if any(each != LOGPROBS for each in included):
+        fields.refuse("include", f"has other names than {LOGPROBS}")
+    if included:
+        given["logprobs"] = top or 0
+    elif top:
+        fields.refuse("top_logprobs", f"needs {LOGPROBS} in include")
+    if fields.has("text"):
+        text = Fields(fields.take("text", dict), "text")
+        if text.has("format"):
+            given["schema"] = read_schema(Fields(text.take("format", dict), "text.format"))
+        text.end({"verbosity": lambda value: value == "medium"})
+    return given
