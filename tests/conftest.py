@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import signal
@@ -60,6 +61,14 @@ def pytest_collection_modifyitems(items):
         for number, item in enumerate(all_of_it):
             if number not in stay:
                 item.add_marker("full")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_is_there_by_now_stays():
+    """No collection of garbage looks through the million objects that were made before the first test."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
