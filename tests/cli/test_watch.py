@@ -75,7 +75,8 @@ def test_what_can_wait_is_asked_about_at_every_moment(cli, untagged, source):
 
 def test_a_moment_without_new_frames_is_left_out_aloud(cli, tmp_path):
     clip = write_video(tmp_path / "rare.mkv", numbered_frames(4), pts=[0.0, 3.0, 6.0, 6.5])
-    result = cli("watch", clip, *ASKED, "--every", "1s", "--window", "2s", "--json")
+    how = ("--window", "2s", "--timeout", "1s")  # so long is waited for what may still be written
+    result = cli("watch", clip, *ASKED, "--every", "1s", *how, "--json")
     assert [each["stream"]["end_s"] for each in records(result.out)] == [0.5, 3.5, 7.0]
     assert "2 answers left out, from 0:02.0 to 0:03.0: no frame came" in result.err
 
