@@ -238,6 +238,12 @@ class Asked:
     names: dict[str, str]  # what stands for each path of this machine
     reply: Reply
     deadline_s: float
+    logged: bool = False
+
+    def log(self, status: int, *more: str) -> None:
+        """Counts and logs the request, whose answer is complete, or ends here."""
+        self.logged = True
+        self.server.log(self.request, status, *more)
 
     async def next(self) -> Piece | Done | Told:
         """Return the next piece, or the end, or what a task tells. Raises ApiError: there is no answer."""
@@ -263,7 +269,7 @@ class Asked:
         facts = [self.reply.identity, self.question.model, tokens, f"{report.time_ms.total or 0:.0f} ms"]
         if self.server.settings.log_contents:
             facts += [repr(self.question.text), repr(report.answer)]
-        self.server.log(self.request, 200, *facts)
+        self.log(200, *facts)
 
     async def chunks(self, event: Piece | Done) -> AsyncIterator[bytes]:
         """Yield the events of a stream; an error in its middle is the last one."""
@@ -274,7 +280,7 @@ class Asked:
                     yield self.reply.piece(event)
                 event = await self.next()
         except ApiError as problem:
-            self.server.log(self.request, problem.status, self.reply.identity)
+            self.log(problem.status, self.reply.identity)
             yield self.reply.failed(problem)
             return
         self.count(event)
@@ -287,12 +293,12 @@ class Asked:
                 yield stream_event(event.facts)
                 event = await self.next()
         except ApiError as problem:
-            self.server.log(self.request, problem.status)
+            self.log(problem.status)
             yield stream_event(problem.body)
             return
         yield stream_event(event.facts)
+        self.log(200)
         yield END
-        self.server.log(self.request, 200)
 
 
 class JobStream(StreamingResponse):
@@ -307,9 +313,11 @@ class JobStream(StreamingResponse):
         try:
             async with asyncio.timeout_at(self._asked.deadline_s + SENDING_S):
                 await super().__call__(scope, receive, send)
-        except TimeoutError:  # the connection is closed, since the response is not complete
-            self._asked.server.log(self._asked.request, CLOSED, self._asked.reply.identity)
+        except TimeoutError:
+            pass  # the connection is closed, since the response is not complete
         finally:
+            if not self._asked.logged:  # the client went
+                self._asked.log(CLOSED, self._asked.reply.identity)
             self._asked.server.work.cancel(self._asked.job)
 
 
@@ -382,8 +390,10 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
 
     middleware = [Middleware(Guard, access=settings.access, refuse=refuse)]
     if settings.access.origins:
+        # OpenAI's package for browsers has headers of its own, and waits as long as `Retry-After` says.
+        headers = {"allow_headers": ["*"], "expose_headers": ["Retry-After"]}
         cors = {"allow_origins": settings.access.origins, "allow_methods": ["GET", "POST", "DELETE"]}
-        middleware.insert(0, Middleware(CORSMiddleware, **cors, allow_headers=["Authorization", "Content-Type"]))
+        middleware.insert(0, Middleware(CORSMiddleware, **cors, **headers))
 
     def gone(request: Request, problem: Exception) -> Response:
         server.log(request, CLOSED)

@@ -270,6 +270,8 @@ def test_wrong_uploads_are_refused(server, form, param):
     response = server.client.post("/v1/files", files=files or {"other": b"x"}, data=form)
     assert response.status_code == 400 and response.json()["error"]["param"] in (param, "other")
     assert server.client.post("/v1/files", json={}).status_code == 415
+    broken = server.client.post("/v1/files", content=b"x", headers={"Content-Type": "multipart/form-data; boundary=a"})
+    assert broken.status_code == 400 and broken.json()["error"]["code"] == "invalid_value"
 
 
 def test_a_list_of_frames_is_the_video(server, qa, tmp_path):
@@ -428,7 +430,11 @@ def test_other_hosts_and_origins_are_refused(qa, tmp_path):
         assert get("/v1/models", headers={"Origin": server.url}).status_code == 200
         allowed = get("/v1/models", headers={"Origin": "https://app.example"})
         assert allowed.headers["access-control-allow-origin"] == "https://app.example"
-        asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+        own = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"  # of OpenAI's package for browsers
+        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": own}
+        preflight = server.client.options(CHAT, headers=asked | {"Origin": "https://app.example"})
+        assert preflight.status_code == 200 and preflight.headers["access-control-allow-headers"] == own
+        asked["Origin"] = "https://evil.example"
         assert "access-control-allow-origin" not in server.client.options(CHAT, headers=asked).headers
 
 
@@ -663,6 +669,8 @@ def test_an_answer_is_given_up_when_its_client_goes(qa, tmp_path, slow, stream):
                 with pytest.raises(httpx.ReadTimeout):
                     client.post(CHAT, json=body(name="three.mp4"))
         wait(lambda: not server.state.work.busy and not server.state.work.waiting, 5)
+        wait(lambda: [line.split()[3] for line in server.lines] == ["499"])
+        assert 'path="/v1/chat/completions",status="499"} 1.0' in server.client.get("/metrics").text
         slow.set()
         assert text_of(answer(server)) == "green"
 
