@@ -179,15 +179,15 @@ class Sources:
             content = self._store.add(decoded(source.url))
             stack.callback(self._store.release, content)
             return LocalFile(content.path, content.digest, name)
+        if scheme not in ("http", "https", "file"):
+            raise refused(f"the address of {name} is not one of data:, https:, http: or file:")
         if len(source.url) > URL_CHARACTERS:
             raise refused(f"the address of {name} has more than {URL_CHARACTERS} characters")
-        if scheme in ("http", "https"):
+        if scheme != "file":
             content = self._download(source.url, check)
             stack.callback(self._store.release, content)
             return LocalFile(content.path, content.digest, without_password(source.url))
-        if scheme == "file":
-            return self._file(source.url)
-        raise refused(f"the address of {name} is not one of data:, https:, http: or file:")
+        return self._file(source.url)
 
     def _download(self, url: str, check: Callable[[], None]) -> Content:
         """Return what is at an address, in use."""

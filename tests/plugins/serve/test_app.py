@@ -733,6 +733,34 @@ def test_a_request_that_is_displaced_while_its_files_come_is_429(qa, tmp_path, m
         assert not any(content.users for content in server.state.store._contents.values())
 
 
+def test_downloads_of_requests_that_are_given_up_end(qa, tmp_path, monkeypatch):
+    """Also where they have all threads that fetch."""
+    import httpx
+
+    with serving(qa, tmp_path, most=2) as server:
+        sources = server.state.sources
+        fetch = sources.fetch
+
+        def endless(given, check):
+            while True:
+                check()
+                time.sleep(0.01)
+
+        def ask_and_go():
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(server.url + CHAT, json=body(), timeout=1)
+
+        monkeypatch.setattr(sources, "fetch", endless)
+        threads = [threading.Thread(target=ask_and_go) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        monkeypatch.setattr(sources, "fetch", fetch)
+        response = httpx.post(server.url + CHAT, json=body(), timeout=20)
+        assert text_of(response.json()) == "green"
+
+
 def test_clients_take_turns(qa):
     """Those that wait longest come next; a full queue has room for a client that waits with fewer."""
     import asyncio

@@ -82,6 +82,11 @@ def test_addresses_that_cannot_be_read(store, uploads, url):
     assert refused(sources(store, uploads), url)
 
 
+def test_base64_without_its_head_is_no_address(store, uploads):
+    with pytest.raises(ApiError, match="is not one of data:"):
+        sources(store, uploads).fetch([Address("AAAA" * 9000)])
+
+
 def test_files_are_read_below_the_folders_that_are_allowed_alone(store, uploads, tmp_path):
     inside = tmp_path / "inside"
     inside.mkdir()
