@@ -132,6 +132,16 @@ def read_schema(fields: Fields, inner: str | None = None) -> dict[str, Any] | No
     return schema
 
 
+def read_effort(fields: Fields, name: str) -> dict[str, str]:
+    """Return what an effort of reasoning says of thoughts: none means that there are none. Raises ApiError: it is another one."""
+    effort = fields.take(name, str)
+    if effort is None:
+        return {}
+    if effort != "none":
+        fields.refuse(name, f"is {brief(effort)}, which is not supported here: see think")
+    return {"think": "off"}
+
+
 def _sampled(fields: Fields) -> dict[str, Any]:
     """Return what a body says of how tokens are drawn, what ends an answer, and thoughts."""
     given = {}
