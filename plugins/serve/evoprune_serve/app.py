@@ -41,6 +41,7 @@ from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Task, Told, Work
 CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
 FILES = "/v1/files"
+MOST_COMMAS = 2**20  # of a body: each may stand for a value, which takes a hundred times the memory
 SENDING_S = 60.0  # for which a client may be slow to take the end of a stream
 CLOSED = 499  # what logs and metrics call a request whose client went
 T = TypeVar("T")
@@ -329,8 +330,11 @@ async def read_json(request: Request, count: Callable[[int], None]) -> Any:
     async for piece in request.stream():
         count(len(piece))
         pieces.append(piece)
+    data = b"".join(pieces)
+    if data.count(b",") > MOST_COMMAS:
+        raise refused(f"the body has more than {MOST_COMMAS:,} commas", code="invalid_json")
     try:
-        return await run_in_threadpool(lambda: loads(b"".join(pieces).decode()))  # megabytes take seconds
+        return await run_in_threadpool(lambda: loads(data.decode()))  # megabytes take seconds
     except (ValueError, RecursionError) as problem:
         raise refused(f"the body is not JSON in UTF-8: {problem}", code="invalid_json") from problem
 

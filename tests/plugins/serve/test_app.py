@@ -325,6 +325,13 @@ def test_bodies_that_are_no_request(server, content, says):
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_a_body_of_a_million_values_is_refused(server):
+    """It would take a hundred times its bytes."""
+    content = b"[" + b"[]," * (2**20 + 1) + b"0]"
+    response = server.client.post(CHAT, content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400 and "more than 1,048,576 commas" in response.json()["error"]["message"]
+
+
 def test_errors_have_the_form_of_openai_and_no_path(server, tmp_path):
     broken = "data:video/mp4;base64," + "AAAA" * 50
     for problem in (
