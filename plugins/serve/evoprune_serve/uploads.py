@@ -57,7 +57,7 @@ class Uploads:
             raise ApiError(507, f"there are {MOST} files already: delete some", code="storage_full")
         content = self._store.copy(file)
         if not content.size:
-            self._store.release(content)
+            self._store.release(content, stays=False)
             raise ApiError(400, "the file is empty", param="file", code="invalid_value")
         name = one_line(os.path.basename(name.replace("\\", "/")))[:NAME_CHARACTERS] or "file"
         now = int(time.time())
@@ -81,7 +81,7 @@ class Uploads:
         with self._lock:
             gone = self._uploads.pop(file_id, None)
         if gone:
-            self._store.release(upload.content)
+            self._store.release(upload.content, stays=False)
 
     def _drop_old(self) -> None:
         now = time.time()
@@ -90,4 +90,4 @@ class Uploads:
             for upload in old:
                 del self._uploads[upload.id]
         for upload in old:
-            self._store.release(upload.content)
+            self._store.release(upload.content, stays=False)

@@ -210,11 +210,13 @@ def test_uploads_go_when_they_are_deleted_or_old(store, uploads, tmp_path, monke
     store.release(store.add(bytes(LIMIT - 100)))
     assert os.path.exists(kept.content.path)  # while a question uses it
     fetched.close()
+    assert not os.path.exists(kept.content.path)
     with open(tmp_path / "a", "rb") as file:
         old = uploads.add(file, "a", "vision")
     monkeypatch.setattr("evoprune_serve.uploads.time.time", lambda: old.expires + 1)
     with pytest.raises(ApiError, match="no file"):
         uploads.get(old.id)
+    assert not os.path.exists(old.content.path)
 
 
 HOLD = """
