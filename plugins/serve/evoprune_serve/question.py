@@ -15,7 +15,7 @@ from evoprune_serve.errors import ApiError, refused
 from evoprune_serve.fields import NUMBER, Fields
 
 MOST_STOPS = 16
-MOST_CHARACTERS = 2**21  # of all options of a request, as JSON: a schema has up to 1 MiB
+MOST_BYTES = 2**21  # of all options of a request, as JSON: a schema has up to 1 MiB
 JSON_OBJECT = {"type": "object"}
 SETTING = re.compile(r"true|false|[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE)  # of a method
 # Options of all forms that change nothing at these values, and are refused at others.
@@ -48,14 +48,20 @@ class Question:
 
 
 def read_options(body: Any, messages: str) -> Fields:
-    """Return the fields of a body. Raises ApiError: it is no object, or has too much beside its messages.
+    """Return the fields of a body.
 
     `messages`: the field that has them.
+
+    Raises ApiError: it is no object, or what it has beside its messages is too much, or cannot be sent back.
     """
     fields = Fields(body)
     options = {name: value for name, value in body.items() if name != messages}
-    if len(json.dumps(options, ensure_ascii=False)) > MOST_CHARACTERS:
-        raise refused(f"the options have more than {MOST_CHARACTERS:,} characters")
+    try:
+        size = len(json.dumps(options, ensure_ascii=False).encode())
+    except UnicodeEncodeError as problem:
+        raise refused("a text of the options is not Unicode: it has half of a surrogate pair") from problem
+    if size > MOST_BYTES:
+        raise refused(f"the options have more than {MOST_BYTES >> 20} MiB")
     return fields
 
 

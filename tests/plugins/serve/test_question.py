@@ -108,6 +108,14 @@ def test_options_have_the_names_of_openai_and_of_evoprune():
         ({"messages": [message(COLOUR, SHOWN | {"fps": 2})]}, "messages[0].content[0].fps"),
         ({"messages": [message(COLOUR, {"type": "video", "video": []})]}, "messages[0].content[0].video"),
         ({"messages": [message(COLOUR, {"type": "video", "video": ["a"]})]}, "messages[0].content[0].video"),
+        (
+            {"messages": [message(COLOUR, {"type": "video", "video": ["a"], "times_s": [10**400]})]},
+            "messages[0].content[0].times_s",
+        ),
+        (
+            {"messages": [message(COLOUR, {"type": "video", "video": ["a"], "fps": 10**400})]},
+            "messages[0].content[0].fps",
+        ),
         ({"messages": [message(COLOUR, *[SHOWN] * 65)]}, "messages"),
         ({"messages": [message(COLOUR, *[{"type": "text", "text": "a"}] * 10_000)]}, "messages"),
     ],

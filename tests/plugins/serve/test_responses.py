@@ -262,6 +262,8 @@ def test_options():
         ({"input": [{"role": "user", "content": [VIDEO]}]}, "input[0]"),
         ({"input": ["a"]}, "input[0]"),
         ({"messages": []}, "messages"),
+        ({"user": "\ud800"}, None),
+        ({"metadata": {"\ud800": "a"}}, None),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_named(given, param):
