@@ -75,6 +75,9 @@ def test_there_is_no_room_for_more_than_the_limit(store):
         "data:;base64,",
         "ftp://a/b",
         "nothing",
+        "file:///\ud800",
+        "file://[x",
+        "file:///a%00b",
         "http://a/" + "x" * 9000,
     ],
 )
