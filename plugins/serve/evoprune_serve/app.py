@@ -43,6 +43,7 @@ RESPONSES = "/v1/responses"
 FILES = "/v1/files"
 MOST_COMMAS = 2**20  # of a body: each may stand for a value, which takes a hundred times the memory
 SENDING_S = 60.0  # for which a client may be slow to take the end of a stream
+AGEING_S = 60.0  # how often old files are looked for
 CLOSED = 499  # what logs and metrics call a request whose client went
 T = TypeVar("T")
 # Reads a body: the question, what it is about, and its answer to be; of the body, the usual options and the names of models.
@@ -201,6 +202,12 @@ class Server:
         file_id = request.path_params["file_id"]
         self.uploads.delete(file_id)
         return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+
+    async def age(self) -> None:
+        """Drops files whose time is over, also while nobody asks."""
+        while True:
+            await asyncio.sleep(AGEING_S)
+            await run_in_threadpool(self.uploads.drop_old)
 
     # The server itself.
 
@@ -389,7 +396,9 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
+        ageing = asyncio.create_task(server.age())
         yield
+        ageing.cancel()
         await run_in_threadpool(server.work.close)
 
     middleware = [Middleware(Guard, access=settings.access, refuse=refuse)]

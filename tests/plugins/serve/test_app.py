@@ -262,6 +262,20 @@ def test_files_are_uploaded_asked_about_and_deleted(server):
         assert response.status_code == 404 and response.json()["error"]["code"] == "not_found"
 
 
+def test_old_uploads_leave_the_disk_while_nobody_asks(qa, tmp_path, monkeypatch):
+    from evoprune_serve import app
+
+    monkeypatch.setattr(app, "AGEING_S", 0.05)
+    with serving(qa, tmp_path, file_age_s=1.0) as server:
+        before = set(tmp_path.iterdir())
+        assert server.client.post("/v1/files", files={"file": b"abc"}).status_code == 200
+        assert set(tmp_path.iterdir()) - before
+        end = time.monotonic() + 10
+        while set(tmp_path.iterdir()) - before:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     ("form", "param"), [({}, "file"), ({"purpose": "batch"}, "purpose"), ({"purpose": "vision", "x": "1"}, "x")]
 )
