@@ -105,7 +105,7 @@ def _as_numbers(times_s: Iterable[float]) -> tuple[float, ...]:
     """Raises UsageError."""
     try:
         return tuple(float(time) for time in times_s)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         message = f"times_s is {brief(times_s)}, not numbers"
         raise UsageError(message, "give a list of seconds from the first frame") from None
 

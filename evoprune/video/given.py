@@ -78,6 +78,9 @@ def held_video(
 
 
 def _described(array: np.ndarray, frames_s: tuple[float, ...], rate: float, start_s: float) -> HeldVideo:
+    """Return the video of an array. Raises UsageError: its times are so far apart, or so close, that no duration follows."""
+    if not (0 < rate < math.inf and math.isfinite(frames_s[-1] + 1 / rate)):
+        raise UsageError(f"{rate:g} frames a second are no rate of a video", RATE_HINT)
     gaps = [later - earlier for earlier, later in pairwise(frames_s)]
     return HeldVideo(
         path=f"<{ARRAY}>",
@@ -101,7 +104,7 @@ def _checked(times_s: Any, count: int) -> list[float]:
     """Return the times as Python's own numbers. Raises UsageError: they are not `count` numbers that ascend."""
     try:
         times = [float(time) for time in times_s]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(f"times_s is {brief(times_s)}, not a list of numbers", RATE_HINT) from None
     if len(times) != count:
         raise UsageError(f"{len(times)} times for {count} frames", "times_s has the time of each frame, in seconds")

@@ -41,7 +41,9 @@ from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Task, Told, Work
 CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
 FILES = "/v1/files"
+MOST_COMMAS = 2**20  # of a body: each may stand for a value, which takes a hundred times the memory
 SENDING_S = 60.0  # for which a client may be slow to take the end of a stream
+AGEING_S = 60.0  # how often old files are looked for
 CLOSED = 499  # what logs and metrics call a request whose client went
 T = TypeVar("T")
 # Reads a body: the question, what it is about, and its answer to be; of the body, the usual options and the names of models.
@@ -201,6 +203,12 @@ class Server:
         self.uploads.delete(file_id)
         return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
+    async def age(self) -> None:
+        """Drops files whose time is over, also while nobody asks."""
+        while True:
+            await asyncio.sleep(AGEING_S)
+            await run_in_threadpool(self.uploads.drop_old)
+
     # The server itself.
 
     async def health(self, request: Request) -> Response:
@@ -238,6 +246,12 @@ class Asked:
     names: dict[str, str]  # what stands for each path of this machine
     reply: Reply
     deadline_s: float
+    logged: bool = False
+
+    def log(self, status: int, *more: str) -> None:
+        """Counts and logs the request, whose answer is complete, or ends here."""
+        self.logged = True
+        self.server.log(self.request, status, *more)
 
     async def next(self) -> Piece | Done | Told:
         """Return the next piece, or the end, or what a task tells. Raises ApiError: there is no answer."""
@@ -263,7 +277,7 @@ class Asked:
         facts = [self.reply.identity, self.question.model, tokens, f"{report.time_ms.total or 0:.0f} ms"]
         if self.server.settings.log_contents:
             facts += [repr(self.question.text), repr(report.answer)]
-        self.server.log(self.request, 200, *facts)
+        self.log(200, *facts)
 
     async def chunks(self, event: Piece | Done) -> AsyncIterator[bytes]:
         """Yield the events of a stream; an error in its middle is the last one."""
@@ -274,7 +288,7 @@ class Asked:
                     yield self.reply.piece(event)
                 event = await self.next()
         except ApiError as problem:
-            self.server.log(self.request, problem.status, self.reply.identity)
+            self.log(problem.status, self.reply.identity)
             yield self.reply.failed(problem)
             return
         self.count(event)
@@ -287,12 +301,12 @@ class Asked:
                 yield stream_event(event.facts)
                 event = await self.next()
         except ApiError as problem:
-            self.server.log(self.request, problem.status)
+            self.log(problem.status)
             yield stream_event(problem.body)
             return
         yield stream_event(event.facts)
+        self.log(200)
         yield END
-        self.server.log(self.request, 200)
 
 
 class JobStream(StreamingResponse):
@@ -307,9 +321,11 @@ class JobStream(StreamingResponse):
         try:
             async with asyncio.timeout_at(self._asked.deadline_s + SENDING_S):
                 await super().__call__(scope, receive, send)
-        except TimeoutError:  # the connection is closed, since the response is not complete
-            self._asked.server.log(self._asked.request, CLOSED, self._asked.reply.identity)
+        except TimeoutError:
+            pass  # the connection is closed, since the response is not complete
         finally:
+            if not self._asked.logged:  # the client went
+                self._asked.log(CLOSED, self._asked.reply.identity)
             self._asked.server.work.cancel(self._asked.job)
 
 
@@ -321,8 +337,11 @@ async def read_json(request: Request, count: Callable[[int], None]) -> Any:
     async for piece in request.stream():
         count(len(piece))
         pieces.append(piece)
+    data = b"".join(pieces)
+    if data.count(b",") > MOST_COMMAS:
+        raise refused(f"the body has more than {MOST_COMMAS:,} commas", code="invalid_json")
     try:
-        return await run_in_threadpool(lambda: loads(b"".join(pieces).decode()))  # megabytes take seconds
+        return await run_in_threadpool(lambda: loads(data.decode()))  # megabytes take seconds
     except (ValueError, RecursionError) as problem:
         raise refused(f"the body is not JSON in UTF-8: {problem}", code="invalid_json") from problem
 
@@ -377,13 +396,17 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
+        ageing = asyncio.create_task(server.age())
         yield
+        ageing.cancel()
         await run_in_threadpool(server.work.close)
 
     middleware = [Middleware(Guard, access=settings.access, refuse=refuse)]
     if settings.access.origins:
+        # OpenAI's package for browsers has headers of its own, and waits as long as `Retry-After` says.
+        headers = {"allow_headers": ["*"], "expose_headers": ["Retry-After"]}
         cors = {"allow_origins": settings.access.origins, "allow_methods": ["GET", "POST", "DELETE"]}
-        middleware.insert(0, Middleware(CORSMiddleware, **cors, allow_headers=["Authorization", "Content-Type"]))
+        middleware.insert(0, Middleware(CORSMiddleware, **cors, **headers))
 
     def gone(request: Request, problem: Exception) -> Response:
         server.log(request, CLOSED)

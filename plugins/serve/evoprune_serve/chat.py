@@ -8,7 +8,15 @@ from evoprune.session.options import PipelineOptions
 from evoprune_serve.errors import ApiError
 from evoprune_serve.fields import Fields
 from evoprune_serve.messages import read_messages
-from evoprune_serve.question import NEUTRAL, Question, read_model, read_options, read_question, read_schema
+from evoprune_serve.question import (
+    NEUTRAL,
+    Question,
+    read_effort,
+    read_model,
+    read_options,
+    read_question,
+    read_schema,
+)
 from evoprune_serve.reply import created, logprobs, pruned, stream_event
 from evoprune_serve.sources import Source
 from evoprune_serve.work import Done, Piece
@@ -23,7 +31,6 @@ OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "functions": lambda value: value == [],
     "function_call": lambda value: value in ("none", "auto"),
     "modalities": lambda value: value == ["text"],
-    "reasoning_effort": lambda value: value == "none",
     "verbosity": lambda value: value == "medium",
     "store": lambda value: value is False,
 }
@@ -146,7 +153,7 @@ def _stream_options(fields: Fields, stream: bool) -> bool:
 
 def _generation(fields: Fields) -> dict[str, Any]:
     """Return what a body says of `GenerationOptions` in the form of chat completions."""
-    given = {}
+    given: dict[str, Any] = read_effort(fields, "reasoning_effort")
     tokens = [name for name in ("max_tokens", "max_completion_tokens") if fields.has(name)]
     if len(tokens) == 2:
         fields.refuse("max_tokens", "and max_completion_tokens exclude each other")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.session.options import GenerationOptions, ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
+from evoprune.util import counted
 from evoprune.video.plan import parse_time
 from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
@@ -50,7 +51,10 @@ def serve(
     ) = LOOPBACK[0],
     port: opt.option(int, "-p --port N", "The port; 0: one that is free.", SERVER, min=0, max=65535) = 8000,
     name: opt.option(
-        str | None, "--name TEXT", "What the API calls the model; default: its name, or that of its folder.", SERVER
+        list[str] | None,
+        "--name TEXT",
+        "What the API calls the model; default: its name, or that of its folder. Repeated: also those of --also, in order.",
+        SERVER,
     ) = None,
     also: opt.option(
         list[str] | None,
@@ -133,7 +137,7 @@ def serve(
     listening = _listening(host, port)
     with listening, private_folder() as folder:
         with progress(not quiet) as show:
-            models = _loaded(name, pipeline, also or (), show, quiet)
+            models = _loaded(name or (), pipeline, also or (), show, quiet)
         hosts = (*NAMES, _in_url(host).lower(), *(each.lower() for each in allow_host or ()))
         if host in ANY and key is not None and not allow_host:
             hosts = ()  # nobody knows all names of this machine, and pages of others do not know the key
@@ -180,23 +184,24 @@ def serve(
 
 
 def _loaded(
-    name: str | None, usual: PipelineOptions, also: Sequence[str], show: Callable[..., None], quiet: bool
+    names: Sequence[str], usual: PipelineOptions, also: Sequence[str], show: Callable[..., None], quiet: bool
 ) -> "dict[str, VideoQA]":
-    """Return the models by their names, the first under `name`.
+    """Return the models by their names. `names`: of the first ones, in place of their own.
 
-    Raises UsageError: two have the same name. OutOfMemory: there is no room for all. Others: as of `load`.
+    Raises UsageError: two have the same name, or there are more names than models. OutOfMemory: there is no room for all. Others:
+    as of `load`.
     """
     options = [usual, *(replace(usual, model=replace(usual.model, model=model, revision=None)) for model in also)]
-    names = [_name(each.model.model) for each in options]
-    names[0] = name or names[0]
-    for each, count in Counter(names).items():
+    if len(names) > len(options):
+        raise UsageError(f"there are {len(names)} names for {counted(len(options), 'model')}", "--also adds models")
+    called = [*names, *(_name(each.model.model) for each in options[len(names) :])]
+    for each, count in Counter(called).items():
         if count > 1:
-            raise UsageError(
-                f"{count} models are called {each}", "--name gives the first another name; serve each once"
-            )
+            hint = "--name, repeated in the order of -m and --also, gives them other names"
+            raise UsageError(f"{count} models are called {each}", hint)
     if also:
         _check_room([each.model for each in options])
-    return {each: load(one, show, quiet) for each, one in zip(names, options, strict=True)}
+    return {each: load(one, show, quiet) for each, one in zip(called, options, strict=True)}
 
 
 def _check_room(models: Sequence[ModelOptions]) -> None:

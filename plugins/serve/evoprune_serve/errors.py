@@ -8,7 +8,13 @@ from evoprune.errors import DoesNotFit, EvopruneError, OutOfMemory, UsageError, 
 
 MOST_CHARACTERS = 2000  # of a message: it may repeat what a client sent
 TYPES = {429: "rate_limit_error"}  # by status; others are the client's below 500, else the server's
-CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 429: "rate_limit_exceeded"}
+CODES = {
+    400: "invalid_value",
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    429: "rate_limit_exceeded",
+}
 
 
 class ApiError(Exception):

@@ -1,6 +1,6 @@
 """The messages of a conversation, and the videos and pictures in them, by the names that different programs have for them."""
 
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -161,7 +161,7 @@ def _video(fields: Fields) -> Source:
     times_s = _times(fields, len(frames))
     if (rate is None) == (times_s is None):
         fields.refuse("video", "is a list of frames, which has either fps or times_s")
-    if rate is not None and not 0 < rate < math.inf:
+    if rate is not None and not 0 < rate <= sys.float_info.max:
         fields.refuse("fps", "is not above 0")
     return FrameList(tuple(frames), rate, times_s)
 
@@ -170,11 +170,16 @@ def _times(fields: Fields, count: int) -> tuple[float, ...] | None:
     times = fields.take("times_s", list)
     if times is None:
         return None
-    if len(times) != count or not all(isinstance(time, NUMBER) and not isinstance(time, bool) for time in times):
+    if len(times) != count or not all(map(_is_time, times)):
         fields.refuse("times_s", "is not a number for each frame")
     if not _ascend(times):
         fields.refuse("times_s", "does not ascend")
     return tuple(map(float, times))
+
+
+def _is_time(value: Any) -> bool:
+    """Return whether a value is a number that a float can hold."""
+    return isinstance(value, NUMBER) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _ascend(times: Sequence[float]) -> bool:

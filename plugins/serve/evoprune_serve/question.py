@@ -15,7 +15,7 @@ from evoprune_serve.errors import ApiError, refused
 from evoprune_serve.fields import NUMBER, Fields
 
 MOST_STOPS = 16
-MOST_CHARACTERS = 2**21  # of all options of a request, as JSON: a schema has up to 1 MiB
+MOST_BYTES = 2**21  # of all options of a request, as JSON: a schema has up to 1 MiB
 JSON_OBJECT = {"type": "object"}
 SETTING = re.compile(r"true|false|[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE)  # of a method
 # Options of all forms that change nothing at these values, and are refused at others.
@@ -48,14 +48,20 @@ class Question:
 
 
 def read_options(body: Any, messages: str) -> Fields:
-    """Return the fields of a body. Raises ApiError: it is no object, or has too much beside its messages.
+    """Return the fields of a body.
 
     `messages`: the field that has them.
+
+    Raises ApiError: it is no object, or what it has beside its messages is too much, or cannot be sent back.
     """
     fields = Fields(body)
     options = {name: value for name, value in body.items() if name != messages}
-    if len(json.dumps(options, ensure_ascii=False)) > MOST_CHARACTERS:
-        raise refused(f"the options have more than {MOST_CHARACTERS:,} characters")
+    try:
+        size = len(json.dumps(options, ensure_ascii=False).encode())
+    except UnicodeEncodeError as problem:
+        raise refused("a text of the options is not Unicode: it has half of a surrogate pair") from problem
+    if size > MOST_BYTES:
+        raise refused(f"the options have more than {MOST_BYTES >> 20} MiB")
     return fields
 
 
@@ -130,6 +136,16 @@ def read_schema(fields: Fields, inner: str | None = None) -> dict[str, Any] | No
         fields.refuse("type", f"is {brief(kind)}: text, json_object and json_schema are known")
     fields.end()
     return schema
+
+
+def read_effort(fields: Fields, name: str) -> dict[str, str]:
+    """Return what an effort of reasoning says of thoughts: none means that there are none. Raises ApiError: it is another one."""
+    effort = fields.take(name, str)
+    if effort is None:
+        return {}
+    if effort != "none":
+        fields.refuse(name, f"is {brief(effort)}, which is not supported here: see think")
+    return {"think": "off"}
 
 
 def _sampled(fields: Fields) -> dict[str, Any]:

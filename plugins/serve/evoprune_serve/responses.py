@@ -13,7 +13,15 @@ from evoprune.util import brief
 from evoprune_serve.errors import ApiError
 from evoprune_serve.fields import Fields
 from evoprune_serve.messages import read_messages
-from evoprune_serve.question import NEUTRAL, Question, read_model, read_options, read_question, read_schema
+from evoprune_serve.question import (
+    NEUTRAL,
+    Question,
+    read_effort,
+    read_model,
+    read_options,
+    read_question,
+    read_schema,
+)
 from evoprune_serve.reply import created, logprobs, pruned, stream_event
 from evoprune_serve.sources import Source
 from evoprune_serve.work import Done, Piece
@@ -24,15 +32,9 @@ OF_MESSAGES = ("type", "id", "status", "phase")
 # Options that change nothing at these values, and are refused at others; beside those of all forms.
 OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "background": lambda value: value is False,
-    "reasoning": lambda value: isinstance(value, dict) and _stated(value) in ({}, {"effort": "none"}),
     "store": lambda value: value is False,
     "truncation": lambda value: value == "auto",  # turns that do not fit are left out
 }
-
-
-def _stated(value: dict[str, Any]) -> dict[str, Any]:
-    """Return an object without what is null in it."""
-    return {name: each for name, each in value.items() if each is not None}
 
 
 @dataclass
@@ -258,7 +260,11 @@ def _messages(given: str | list) -> dict[str, Any]:
 
 def _generation(fields: Fields) -> dict[str, Any]:
     """Return what a body says of `GenerationOptions` in the form of responses."""
-    given = {}
+    given: dict[str, Any] = {}
+    if fields.has("reasoning"):
+        reasoning = Fields(fields.take("reasoning", dict), "reasoning")
+        given |= read_effort(reasoning, "effort")
+        reasoning.end()
     if fields.has("max_output_tokens"):
         given["max_new_tokens"] = fields.take("max_output_tokens", int)
     top = fields.take("top_logprobs", int)

@@ -179,15 +179,15 @@ class Sources:
             content = self._store.add(decoded(source.url))
             stack.callback(self._store.release, content)
             return LocalFile(content.path, content.digest, name)
+        if scheme not in ("http", "https", "file"):
+            raise refused(f"the address of {name} is not one of data:, https:, http: or file:")
         if len(source.url) > URL_CHARACTERS:
             raise refused(f"the address of {name} has more than {URL_CHARACTERS} characters")
-        if scheme in ("http", "https"):
+        if scheme != "file":
             content = self._download(source.url, check)
             stack.callback(self._store.release, content)
             return LocalFile(content.path, content.digest, without_password(source.url))
-        if scheme == "file":
-            return self._file(source.url)
-        raise refused(f"the address of {name} is not one of data:, https:, http: or file:")
+        return self._file(source.url)
 
     def _download(self, url: str, check: Callable[[], None]) -> Content:
         """Return what is at an address, in use."""
@@ -210,16 +210,15 @@ class Sources:
     def _file(self, url: str) -> LocalFile:
         """Return a file below a folder that is allowed. All others look alike: a client learns nothing of them."""
         missing = refused(f"{url} is not a file below a folder of --allow-dir", code="not_found")
-        parts = urlsplit(url)
-        path = unquote(parts.path)
-        if parts.netloc not in ("", "localhost") or "\0" in path:
-            raise missing
         try:
-            real = Path(path).resolve()
+            parts = urlsplit(url)
+            if parts.netloc not in ("", "localhost"):
+                raise missing
+            real = Path(unquote(parts.path)).resolve()
             if not (any(real.is_relative_to(folder) for folder in self._folders) and real.is_file()):
                 raise missing
             state = os.stat(real)
-        except OSError as problem:
+        except (OSError, ValueError) as problem:  # the latter where an address, or a name in it, is none
             raise missing from problem
         identity = str(real), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
         return LocalFile(str(real), identity, url)

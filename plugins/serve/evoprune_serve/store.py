@@ -22,13 +22,18 @@ CHUNK_BYTES = 2**20
 
 @dataclass(eq=False)
 class Content:
-    """A file. `users`: how many hold it; `used_s`: when the last one began, on the clock of `time.monotonic`."""
+    """A file.
+
+    `users`: how many hold it; `used_s`: when the last one began, on the clock of `time.monotonic`. `stays`: whether it may stay on
+    the disk where nobody holds it, for later questions.
+    """
 
     path: str
     digest: str
     size: int
     users: int = 1
     used_s: float = 0.0
+    stays: bool = True
 
 
 class Store:
@@ -75,10 +80,13 @@ class Store:
             content.used_s = time.monotonic()
             return True
 
-    def release(self, content: Content) -> None:
-        """Uses it once less."""
+    def release(self, content: Content, stays: bool = True) -> None:
+        """Uses it once less. `stays`: whether it may stay on the disk once nobody holds it."""
         with self._lock:
             content.users -= 1
+            content.stays = content.stays and stays
+            if not (content.users or content.stays):
+                self._remove(content)
 
     @contextmanager
     def using(self, content: Content) -> Iterator[Content]:
@@ -96,6 +104,7 @@ class Store:
             if known:
                 known.users += 1
                 known.used_s = time.monotonic()
+                known.stays = True
                 return known
             self._make_room(size)
             path = str(self._folder / digest)
@@ -112,11 +121,15 @@ class Store:
                 return
             if not content.users:
                 total -= content.size
-                del self._contents[content.digest]
-                with suppress(FileNotFoundError):
-                    os.unlink(content.path)
+                self._remove(content)
         if total > self._limit_bytes:
             raise ApiError(507, "the server has no room for another file now", code="storage_full")
+
+    def _remove(self, content: Content) -> None:
+        """Deletes a file; with the lock."""
+        del self._contents[content.digest]
+        with suppress(FileNotFoundError):
+            os.unlink(content.path)
 
     @contextmanager
     def _stored(self) -> Iterator[None]:

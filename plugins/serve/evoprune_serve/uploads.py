@@ -52,12 +52,12 @@ class Uploads:
 
     def add(self, file: BinaryIO, name: str, purpose: str) -> Upload:
         """Stores a file. Raises ApiError: there are too many, there is no room, or it is empty."""
-        self._drop_old()
+        self.drop_old()
         if len(self._uploads) >= MOST:
             raise ApiError(507, f"there are {MOST} files already: delete some", code="storage_full")
         content = self._store.copy(file)
         if not content.size:
-            self._store.release(content)
+            self._store.release(content, stays=False)
             raise ApiError(400, "the file is empty", param="file", code="invalid_value")
         name = one_line(os.path.basename(name.replace("\\", "/")))[:NAME_CHARACTERS] or "file"
         now = int(time.time())
@@ -68,7 +68,7 @@ class Uploads:
 
     def get(self, file_id: str) -> Upload:
         """Raises ApiError: there is none of this id."""
-        self._drop_old()
+        self.drop_old()
         with self._lock:
             upload = self._uploads.get(file_id)
         if upload is None:
@@ -81,13 +81,14 @@ class Uploads:
         with self._lock:
             gone = self._uploads.pop(file_id, None)
         if gone:
-            self._store.release(upload.content)
+            self._store.release(upload.content, stays=False)
 
-    def _drop_old(self) -> None:
+    def drop_old(self) -> None:
+        """Lets files go whose time is over."""
         now = time.time()
         with self._lock:
             old = [upload for upload in self._uploads.values() if upload.expires <= now]
             for upload in old:
                 del self._uploads[upload.id]
         for upload in old:
-            self._store.release(upload.content)
+            self._store.release(upload.content, stays=False)

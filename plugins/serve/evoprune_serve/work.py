@@ -132,6 +132,10 @@ class Job:
         if self._cancelled:
             raise Gone
 
+    def give_up(self) -> None:
+        """Has what is done for the job end where it looks whether it is wanted."""
+        self._cancelled = True
+
     def files(self) -> Fetched:
         """Return what was fetched. Raises Gone."""
         with self._lock:
@@ -306,6 +310,7 @@ class Work:
         with self._changed:
             self._leave(job)
         if not (job.cancelled or self._closed):
+            job.give_up()  # at once: downloads may have all threads
             self._fetchers.submit(job.end, cancelled=True)  # which may wait for a thread that reads
 
     def close(self) -> None:

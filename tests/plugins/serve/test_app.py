@@ -262,6 +262,20 @@ def test_files_are_uploaded_asked_about_and_deleted(server):
         assert response.status_code == 404 and response.json()["error"]["code"] == "not_found"
 
 
+def test_old_uploads_leave_the_disk_while_nobody_asks(qa, tmp_path, monkeypatch):
+    from evoprune_serve import app
+
+    monkeypatch.setattr(app, "AGEING_S", 0.05)
+    with serving(qa, tmp_path, file_age_s=1.0) as server:
+        before = set(tmp_path.iterdir())
+        assert server.client.post("/v1/files", files={"file": b"abc"}).status_code == 200
+        assert set(tmp_path.iterdir()) - before
+        end = time.monotonic() + 10
+        while set(tmp_path.iterdir()) - before:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     ("form", "param"), [({}, "file"), ({"purpose": "batch"}, "purpose"), ({"purpose": "vision", "x": "1"}, "x")]
 )
@@ -270,6 +284,8 @@ def test_wrong_uploads_are_refused(server, form, param):
     response = server.client.post("/v1/files", files=files or {"other": b"x"}, data=form)
     assert response.status_code == 400 and response.json()["error"]["param"] in (param, "other")
     assert server.client.post("/v1/files", json={}).status_code == 415
+    broken = server.client.post("/v1/files", content=b"x", headers={"Content-Type": "multipart/form-data; boundary=a"})
+    assert broken.status_code == 400 and broken.json()["error"]["code"] == "invalid_value"
 
 
 def test_a_list_of_frames_is_the_video(server, qa, tmp_path):
@@ -321,6 +337,13 @@ def test_bodies_that_are_no_request(server, content, says):
     response = server.client.post(CHAT, content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400 and says in response.json()["error"]["message"]
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_body_of_a_million_values_is_refused(server):
+    """It would take a hundred times its bytes."""
+    content = b"[" + b"[]," * (2**20 + 1) + b"0]"
+    response = server.client.post(CHAT, content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400 and "more than 1,048,576 commas" in response.json()["error"]["message"]
 
 
 def test_errors_have_the_form_of_openai_and_no_path(server, tmp_path):
@@ -428,7 +451,11 @@ def test_other_hosts_and_origins_are_refused(qa, tmp_path):
         assert get("/v1/models", headers={"Origin": server.url}).status_code == 200
         allowed = get("/v1/models", headers={"Origin": "https://app.example"})
         assert allowed.headers["access-control-allow-origin"] == "https://app.example"
-        asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+        own = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"  # of OpenAI's package for browsers
+        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": own}
+        preflight = server.client.options(CHAT, headers=asked | {"Origin": "https://app.example"})
+        assert preflight.status_code == 200 and preflight.headers["access-control-allow-headers"] == own
+        asked["Origin"] = "https://evil.example"
         assert "access-control-allow-origin" not in server.client.options(CHAT, headers=asked).headers
 
 
@@ -663,6 +690,8 @@ def test_an_answer_is_given_up_when_its_client_goes(qa, tmp_path, slow, stream):
                 with pytest.raises(httpx.ReadTimeout):
                     client.post(CHAT, json=body(name="three.mp4"))
         wait(lambda: not server.state.work.busy and not server.state.work.waiting, 5)
+        wait(lambda: [line.split()[3] for line in server.lines] == ["499"])
+        assert 'path="/v1/chat/completions",status="499"} 1.0' in server.client.get("/metrics").text
         slow.set()
         assert text_of(answer(server)) == "green"
 
@@ -723,6 +752,34 @@ def test_a_request_that_is_displaced_while_its_files_come_is_429(qa, tmp_path, m
         monkeypatch.setattr(server.state.sources, "fetch", displaced)
         assert error(server, 429)["code"] == "rate_limit_exceeded"
         assert not any(content.users for content in server.state.store._contents.values())
+
+
+def test_downloads_of_requests_that_are_given_up_end(qa, tmp_path, monkeypatch):
+    """Also where they have all threads that fetch."""
+    import httpx
+
+    with serving(qa, tmp_path, most=2) as server:
+        sources = server.state.sources
+        fetch = sources.fetch
+
+        def endless(given, check):
+            while True:
+                check()
+                time.sleep(0.01)
+
+        def ask_and_go():
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(server.url + CHAT, json=body(), timeout=1)
+
+        monkeypatch.setattr(sources, "fetch", endless)
+        threads = [threading.Thread(target=ask_and_go) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        monkeypatch.setattr(sources, "fetch", fetch)
+        response = httpx.post(server.url + CHAT, json=body(), timeout=20)
+        assert text_of(response.json()) == "green"
 
 
 def test_clients_take_turns(qa):

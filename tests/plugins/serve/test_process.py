@@ -392,7 +392,23 @@ def test_models_that_do_not_fit_together_are_refused_before_one_is_loaded(monkey
         _check_room(models)
 
 
-@pytest.mark.parametrize("options", [("--also", "demo"), ("--also", "demo-scenes", "--name", "demo-scenes")])
-def test_two_models_of_one_name_are_refused(options):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--also", "demo"), "2 models are called demo\n"),
+        (("--also", "demo-scenes", "--name", "demo-scenes"), "2 models are called demo-scenes\n"),
+        (("--also", "demo", "--name", "a", "--name", "a"), "2 models are called a\n"),
+        (("--name", "a", "--name", "b"), "there are 2 names for 1 model\n"),
+    ],
+)
+def test_models_that_cannot_be_told_apart_are_refused(options, said):
     done = run(*options)
-    assert done.returncode == 2 and "2 models are called demo" in done.stderr and "--name" in done.stderr
+    assert done.returncode == 2 and f"error: {said}" in done.stderr
+
+
+def test_models_have_the_names_that_are_given(tmp_path):
+    with serving(tmp_path, "--also", "demo", "--name", "a", "--name", "b") as (_, port):
+        connection = HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/v1/models")
+        assert [each["id"] for each in json.loads(connection.getresponse().read())["data"]] == ["a", "b"]
+        connection.close()

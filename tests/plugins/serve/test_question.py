@@ -6,6 +6,7 @@ from evoprune.session.options import PipelineOptions
 from evoprune_serve.chat import OWN_NEUTRAL, read_chat
 from evoprune_serve.errors import ApiError
 from evoprune_serve.question import NEUTRAL
+from evoprune_serve.responses import read_response
 from evoprune_serve.sources import Address, FrameList, Uploaded
 from tests.plugins.serve.serving import COLOUR, message, video
 
@@ -107,6 +108,14 @@ def test_options_have_the_names_of_openai_and_of_evoprune():
         ({"messages": [message(COLOUR, SHOWN | {"fps": 2})]}, "messages[0].content[0].fps"),
         ({"messages": [message(COLOUR, {"type": "video", "video": []})]}, "messages[0].content[0].video"),
         ({"messages": [message(COLOUR, {"type": "video", "video": ["a"]})]}, "messages[0].content[0].video"),
+        (
+            {"messages": [message(COLOUR, {"type": "video", "video": ["a"], "times_s": [10**400]})]},
+            "messages[0].content[0].times_s",
+        ),
+        (
+            {"messages": [message(COLOUR, {"type": "video", "video": ["a"], "fps": 10**400})]},
+            "messages[0].content[0].fps",
+        ),
         ({"messages": [message(COLOUR, *[SHOWN] * 65)]}, "messages"),
         ({"messages": [message(COLOUR, *[{"type": "text", "text": "a"}] * 10_000)]}, "messages"),
     ],
@@ -143,7 +152,7 @@ def test_values_that_change_nothing_are_accepted():
     neutral = {
         "n": 1, "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "store": False, "tools": [],
         "functions": [], "function_call": "none", "tool_choice": "auto", "parallel_tool_calls": True, "modalities": ["text"],
-        "service_tier": "auto", "reasoning_effort": "none", "verbosity": "medium", "user": "ann",
+        "service_tier": "auto", "verbosity": "medium", "user": "ann",
         "safety_identifier": "a", "prompt_cache_key": "b", "prompt_cache_retention": "in_memory", "metadata": {"a": "b"},
     }  # fmt: skip
     assert neutral.keys() == (NEUTRAL | OWN_NEUTRAL).keys()
@@ -205,6 +214,20 @@ def test_schemas():
     assert read(response_format=wanted)[0].generation.schema == schema
     assert read(response_format={"type": "json_object"})[0].generation.schema == {"type": "object"}
     assert read(response_format={"type": "text"})[0] == read()[0]
+
+
+def test_no_effort_means_no_thoughts():
+    """Also where the server was started with `--think on`; the server's own option comes first."""
+    thinking = PipelineOptions.of(think="on")
+    shown = [message(COLOUR, SHOWN)]
+    content = [{"type": "input_file", "file_id": "file-1"}, {"type": "input_text", "text": COLOUR}]
+    for read, given in (
+        (read_chat, {"messages": shown, "reasoning_effort": "none"}),
+        (read_response, {"input": [{"role": "user", "content": content}], "reasoning": {"effort": "none"}}),
+    ):
+        for own, think in (({}, "off"), ({"think": True}, "on")):
+            assert read(given | own, thinking, ["demo"])[0].generation.think == think
+    assert refusal(reasoning_effort="high").param == "reasoning_effort"
 
 
 def test_texts_and_options_have_limits():

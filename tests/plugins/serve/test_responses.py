@@ -247,7 +247,8 @@ def test_options():
         ({"store": True}, "store"),
         ({"background": True}, "background"),
         ({"truncation": "disabled"}, "truncation"),
-        ({"reasoning": {"effort": "high"}}, "reasoning"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"include": ["reasoning.encrypted_content"]}, "include"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -261,6 +262,8 @@ def test_options():
         ({"input": [{"role": "user", "content": [VIDEO]}]}, "input[0]"),
         ({"input": ["a"]}, "input[0]"),
         ({"messages": []}, "messages"),
+        ({"user": "\ud800"}, None),
+        ({"metadata": {"\ud800": "a"}}, None),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_named(given, param):

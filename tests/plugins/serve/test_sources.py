@@ -75,11 +75,19 @@ def test_there_is_no_room_for_more_than_the_limit(store):
         "data:;base64,",
         "ftp://a/b",
         "nothing",
+        "file:///\ud800",
+        "file://[x",
+        "file:///a%00b",
         "http://a/" + "x" * 9000,
     ],
 )
 def test_addresses_that_cannot_be_read(store, uploads, url):
     assert refused(sources(store, uploads), url)
+
+
+def test_base64_without_its_head_is_no_address(store, uploads):
+    with pytest.raises(ApiError, match="is not one of data:"):
+        sources(store, uploads).fetch([Address("AAAA" * 9000)])
 
 
 def test_files_are_read_below_the_folders_that_are_allowed_alone(store, uploads, tmp_path):
@@ -205,11 +213,13 @@ def test_uploads_go_when_they_are_deleted_or_old(store, uploads, tmp_path, monke
     store.release(store.add(bytes(LIMIT - 100)))
     assert os.path.exists(kept.content.path)  # while a question uses it
     fetched.close()
+    assert not os.path.exists(kept.content.path)
     with open(tmp_path / "a", "rb") as file:
         old = uploads.add(file, "a", "vision")
     monkeypatch.setattr("evoprune_serve.uploads.time.time", lambda: old.expires + 1)
     with pytest.raises(ApiError, match="no file"):
         uploads.get(old.id)
+    assert not os.path.exists(old.content.path)
 
 
 HOLD = """
