@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -257,6 +258,8 @@ def run() -> None:
         sys.stdout = terminal.ClosedOutput()
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
+    unraisable = sys.unraisablehook
+    sys.unraisablehook = partial(_signal_again, unraisable)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
@@ -265,7 +268,25 @@ def run() -> None:
         code = 130
     except terminal.Terminated:
         code = 143
+    finally:
+        sys.unraisablehook = unraisable
     sys.exit(code)
+
+
+def _signal_again(usual: Callable[..., None], dropped: Any) -> None:
+    """Has a signal come once more whose exception Python has dropped: it came while an object or a generator was cleared up."""
+    numbers = {KeyboardInterrupt: signal.SIGINT, terminal.Terminated: signal.SIGTERM}
+    if dropped.exc_type not in numbers:
+        usual(dropped)
+        return
+    send = signal.raise_signal
+    if os.name == "posix":  # where this also wakes a main thread that waits
+        send = partial(os.kill, os.getpid())
+    again = threading.Timer(
+        0.01, send, [numbers[dropped.exc_type]]
+    )  # not now: here the exception would be dropped, too
+    again.daemon = True
+    again.start()
 
 
 def _show_warning(usual: Callable[..., None], message: Warning, category: type[Warning], *where, **more) -> None:

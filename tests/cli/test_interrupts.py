@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -137,3 +138,32 @@ def test_ctrl_c_while_reading_ends_at_once(tmp_path):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+
+
+DROPPED = """
+import os, signal, sys, time
+from evoprune_cli import main
+
+class Object:
+    def __del__(self):
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+        for _ in range(1000):  # here the exception comes, which Python drops
+            pass
+
+def work():
+    Object()
+    time.sleep(20)
+    return 0
+
+main._outcome = work
+main.run()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_that_python_drops_comes_again(name, code):
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", DROPPED, name], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    assert time.monotonic() - start < 15

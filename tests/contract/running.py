@@ -124,7 +124,7 @@ def command(*args: str, stdin: str = "") -> tuple[int, str, str]:
     """Runs `evoprune ARGS` in this process: exit code, stdout, stderr."""
     import typer.main
 
-    from evoprune_cli.main import run
+    from evoprune_cli import main
 
     with (
         open("out.log", "w+", encoding="utf-8") as out,
@@ -134,9 +134,10 @@ def command(*args: str, stdin: str = "") -> tuple[int, str, str]:
         patch.object(sys, "stdout", out),
         patch.object(sys, "stderr", err),
         patch.object(typer.main, "get_command", parser()),
+        patch.object(main, "plugged", dict),  # no commands of other packages
     ):
         try:
-            run()
+            main.run()
             code = 0
         except SystemExit as ended:
             code = ended.code or 0
