@@ -3,7 +3,7 @@
 import asyncio
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,9 +31,9 @@ from evoprune_serve.guard import Access, Bodies, Guard
 from evoprune_serve.metrics import TYPE, Metrics
 from evoprune_serve.page import PAGE_PATHS, Page
 from evoprune_serve.question import Question, no_model
-from evoprune_serve.reply import Reply, stream_event
+from evoprune_serve.reply import Read, Reply, stream_event
 from evoprune_serve.responses import read_response
-from evoprune_serve.sources import Source, Sources
+from evoprune_serve.sources import Sources
 from evoprune_serve.store import Store
 from evoprune_serve.uploads import PURPOSES, Uploads
 from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Task, Told, Work
@@ -46,8 +46,6 @@ SENDING_S = 60.0  # for which a client may be slow to take the end of a stream
 AGEING_S = 60.0  # how often old files are looked for
 CLOSED = 499  # what logs and metrics call a request whose client went
 T = TypeVar("T")
-# Reads a body: the question, what it is about, and its answer to be; of the body, the usual options and the names of models.
-Read = Callable[[Any, PipelineOptions, Sequence[str]], tuple[Question, tuple[Source, ...], Reply]]
 
 
 @dataclass(frozen=True)

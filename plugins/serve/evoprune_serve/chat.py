@@ -7,15 +7,14 @@ from typing import Any
 from evoprune.session.options import PipelineOptions
 from evoprune_serve.errors import ApiError
 from evoprune_serve.fields import Fields
-from evoprune_serve.messages import read_messages
 from evoprune_serve.question import (
     NEUTRAL,
     Question,
     read_effort,
-    read_model,
     read_options,
     read_question,
     read_schema,
+    stream_options,
 )
 from evoprune_serve.reply import created, logprobs, pruned, stream_event
 from evoprune_serve.sources import Source
@@ -117,38 +116,15 @@ def _usage(done: Done, queue_s: float) -> dict[str, Any]:
 def read_chat(
     body: Any, usual: PipelineOptions, models: Sequence[str]
 ) -> tuple[Question, tuple[Source, ...], ChatReply]:
-    """Return the question of a body, the videos and pictures that it is about, and its answer to be.
-
-    Args:
-        usual: what holds where the body says nothing.
-        models: the names of those that are served.
-
-    Raises ApiError: anything in it that is unknown, of another type, or out of range.
-    """
+    """Read a body: as of `reply.Read`."""
     fields = read_options(body, "messages")
-    model = read_model(fields, models)
     messages = {f"messages[{number}]": each for number, each in enumerate(fields.need("messages", list))}
-    system, turns, sources = read_messages(messages, "messages")
-    generation = _generation(fields)
-    if system is not None:
-        generation["system"] = system
-    question = read_question(fields, usual, model, turns, generation)
-    usage = _stream_options(fields, question.stream)
+    question, sources = read_question(fields, usual, models, messages, "messages", _generation(fields))
+    streaming = stream_options(fields, question.stream)
+    usage = streaming.take("include_usage", bool, False)
+    streaming.end()
     fields.end(NEUTRAL | OWN_NEUTRAL)
-    return question, tuple(sources), ChatReply(model, usage)
-
-
-def _stream_options(fields: Fields, stream: bool) -> bool:
-    given = fields.take("stream_options", dict)
-    if given is None:
-        return False
-    if not stream:
-        fields.refuse("stream_options", "is of streams alone")
-    inner = Fields(given, "stream_options")
-    usage = inner.take("include_usage", bool, False)
-    inner.take("include_obfuscation", bool)  # nothing is padded, which hides no lengths: a choice of the client
-    inner.end()
-    return usage
+    return question, sources, ChatReply(question.model, usage)
 
 
 def _generation(fields: Fields) -> dict[str, Any]:

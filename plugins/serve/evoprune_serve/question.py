@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -13,6 +13,8 @@ from evoprune.util import brief
 from evoprune.video.plan import parse_time
 from evoprune_serve.errors import ApiError, refused
 from evoprune_serve.fields import NUMBER, Fields
+from evoprune_serve.messages import read_messages
+from evoprune_serve.sources import Source
 
 MOST_STOPS = 16
 MOST_BYTES = 2**21  # of all options of a request, as JSON: a schema has up to 1 MiB
@@ -65,7 +67,7 @@ def read_options(body: Any, messages: str) -> Fields:
     return fields
 
 
-def read_model(fields: Fields, models: Sequence[str]) -> str:
+def _model(fields: Fields, models: Sequence[str]) -> str:
     """Return the model that a body names, else the first. Raises ApiError: there is none of this name."""
     asked = fields.take("model", str, models[0])
     if asked not in models:
@@ -80,18 +82,29 @@ def no_model(name: str, models: Iterable[str]) -> ApiError:
 
 
 def read_question(
-    fields: Fields, usual: PipelineOptions, model: str, turns: list[dict[str, str]], generation: dict[str, Any]
-) -> Question:
-    """Return a question, with the options that are called alike in all forms of requests.
+    fields: Fields,
+    usual: PipelineOptions,
+    models: Sequence[str],
+    messages: Mapping[str, Any],
+    field: str,
+    generation: dict[str, Any],
+) -> tuple[Question, tuple[Source, ...]]:
+    """Return the question of a body and the videos and pictures that it is about: what all forms of requests have.
 
     Args:
         usual: what holds where the body says nothing.
-        turns: what was said, the question last.
-        generation: what the body says of `GenerationOptions` in its own form.
+        models: the names of those that are served.
+        messages, field: as of `read_messages`.
+        generation: what the body says of `GenerationOptions` in its own form. System prompts of messages follow its `system`.
 
-    Raises ApiError: an option is of another type, or out of range.
+    Raises ApiError: anything in these is unknown, of another type, or out of range.
     """
+    model = _model(fields, models)
+    system, turns, sources = read_messages(messages, field)
     generation = generation | _sampled(fields)
+    prompts = [each for each in (generation.get("system"), system) if each is not None]
+    if prompts:
+        generation["system"] = "\n".join(prompts)
     try:
         changed = {
             "generation": _changed(usual.generation, generation),
@@ -101,7 +114,7 @@ def read_question(
     except UsageError as problem:
         raise refused(f"{problem.message} ({problem.hint})") from problem
     *earlier, last = turns
-    return Question(
+    question = Question(
         model,
         last["content"],
         tuple(earlier),
@@ -109,6 +122,17 @@ def read_question(
         stream=fields.take("stream", bool, False),
         **changed,
     )
+    return question, tuple(sources)
+
+
+def stream_options(fields: Fields, stream: bool) -> Fields:
+    """Return the options of a stream, less those of all forms. Raises ApiError: there are some, and no stream."""
+    given = fields.take("stream_options", dict)
+    if given is not None and not stream:
+        fields.refuse("stream_options", "is of streams alone")
+    options = Fields(given or {}, "stream_options")
+    options.take("include_obfuscation", bool)  # nothing is padded, which hides no lengths: a choice of the client
+    return options
 
 
 def _changed(options: T, given: dict[str, Any]) -> T:

@@ -2,10 +2,13 @@
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+from evoprune.session.options import PipelineOptions
 from evoprune_serve.errors import ApiError
+from evoprune_serve.question import Question
+from evoprune_serve.sources import Source
 from evoprune_serve.work import Done, Piece
 
 TIMES = ("plan", "read", "preprocess", "overlap", "compile", "encode", "encode_prune", "prefill", "generate", "total")
@@ -25,6 +28,11 @@ class Reply(Protocol):
     def piece(self, piece: Piece) -> bytes: ...
     def end(self, done: Done, queue_s: float) -> bytes: ...
     def failed(self, problem: ApiError) -> bytes: ...
+
+
+# Reads a body: the question, the videos and pictures that it is about, and its answer to be; of the body, the usual options and the
+# names of the models. Raises ApiError: anything in it that is unknown, of another type, or out of range.
+Read = Callable[[Any, PipelineOptions, Sequence[str]], tuple[Question, tuple[Source, ...], Reply]]
 
 
 def created() -> int:

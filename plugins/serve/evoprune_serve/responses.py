@@ -12,15 +12,14 @@ from evoprune.session.options import PipelineOptions
 from evoprune.util import brief
 from evoprune_serve.errors import ApiError
 from evoprune_serve.fields import Fields
-from evoprune_serve.messages import read_messages
 from evoprune_serve.question import (
     NEUTRAL,
     Question,
     read_effort,
-    read_model,
     read_options,
     read_question,
     read_schema,
+    stream_options,
 )
 from evoprune_serve.reply import created, logprobs, pruned, stream_event
 from evoprune_serve.sources import Source
@@ -202,31 +201,15 @@ def _usage(done: Done, queue_s: float) -> dict[str, Any]:
 def read_response(
     body: Any, usual: PipelineOptions, models: Sequence[str]
 ) -> tuple[Question, tuple[Source, ...], ResponseReply]:
-    """Return the question of a body, the videos and pictures that it is about, and its answer to be.
-
-    Args:
-        usual: what holds where the body says nothing.
-        models: the names of those that are served.
-
-    Raises ApiError: anything in it that is unknown, of another type, or out of range.
-    """
+    """Read a body: as of `reply.Read`."""
     fields = read_options(body, "input")
     if fields.has("previous_response_id"):
         fields.refuse("previous_response_id", "is not supported: no responses are kept; send all messages in input")
-    model = read_model(fields, models)
     stated = {name: body.get(name) for name in ("instructions", "max_output_tokens", "top_logprobs", "user")}
     stated |= {"metadata": body.get("metadata") or {}, "text": body.get("text") or {"format": {"type": "text"}}}
-    system, turns, sources = read_messages(_messages(fields.need("input", (str, list))), "input")
-    instructions = fields.take("instructions", str)
-    prompts = [each for each in (instructions, system) if each is not None]
-    generation = _generation(fields)
-    if prompts:
-        generation["system"] = "\n".join(prompts)
-    question = read_question(fields, usual, model, turns, generation)
-    if fields.has("stream_options"):
-        inner = Fields(fields.take("stream_options", dict), "stream_options")
-        inner.take("include_obfuscation", bool)  # nothing is padded, which hides no lengths: a choice of the client
-        inner.end()
+    messages = _messages(fields.need("input", (str, list)))
+    question, sources = read_question(fields, usual, models, messages, "input", _generation(fields))
+    stream_options(fields, question.stream).end()
     fields.end(NEUTRAL | OWN_NEUTRAL)
     stated |= {
         "temperature": question.generation.temperature,
@@ -239,7 +222,7 @@ def read_response(
         "store": False,
         "background": False,
     }
-    return question, tuple(sources), ResponseReply(model, stated)
+    return question, sources, ResponseReply(question.model, stated)
 
 
 def _messages(given: str | list) -> dict[str, Any]:
@@ -261,6 +244,8 @@ def _messages(given: str | list) -> dict[str, Any]:
 def _generation(fields: Fields) -> dict[str, Any]:
     """Return what a body says of `GenerationOptions` in the form of responses."""
     given: dict[str, Any] = {}
+    if fields.has("instructions"):
+        given["system"] = fields.take("instructions", str)
     if fields.has("reasoning"):
         reasoning = Fields(fields.take("reasoning", dict), "reasoning")
         given |= read_effort(reasoning, "effort")

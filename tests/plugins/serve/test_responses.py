@@ -232,10 +232,11 @@ def test_options():
     neutral = {
         "store": False, "background": False, "reasoning": {"effort": "none"}, "truncation": "auto", "tools": [],
         "tool_choice": "auto", "parallel_tool_calls": True, "service_tier": "auto", "user": "a", "top_logprobs": None,
-        "stream_options": {"include_obfuscation": False}, "include": [],
+        "include": [],
         "prompt_cache_retention": "24h", "text": {"format": {"type": "text"}},
     }  # fmt: skip
     assert read(**neutral)[:2] == read()[:2]
+    assert read(stream=True, stream_options={"include_obfuscation": False})[:2] == read(stream=True)[:2]
     assert read(reasoning={"effort": None, "summary": None})[:2] == read()[:2]
 
 
@@ -245,6 +246,8 @@ def test_options():
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"store": True}, "store"),
+        ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": True}}, "stream_options.include_usage"),
         ({"background": True}, "background"),
         ({"truncation": "disabled"}, "truncation"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
