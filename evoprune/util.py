@@ -13,7 +13,7 @@ from os import PathLike
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from evoprune.errors import UsageError
+from evoprune.errors import UsageError, is_out_of_memory
 
 # Control characters but for tab and newline, which a terminal obeys; and those that make it show text in another order.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -215,6 +215,22 @@ def file_stats(paths: Iterable[str | PathLike]) -> list[tuple[str, int, int]]:
     """Look up the path, the bytes and the time of change in nanoseconds of each file. Raises OSError: one cannot be found."""
     stats = [(os.fspath(path), os.stat(path)) for path in paths]
     return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+
+def open_safetensors(path: str | PathLike[str]) -> Any:
+    """Open a safetensors file, memory-mapped for torch.
+
+    Raises OSError: it is missing, damaged, or was deleted just now by another process.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    # Torch maps the file by its name, once safetensors has read its header.
+    except (RuntimeError, SafetensorError) as problem:
+        if is_out_of_memory(problem):
+            raise
+        raise OSError(str(problem)) from problem
 
 
 def file_state(paths: Iterable[str | PathLike]) -> dict[str, Any] | None:

@@ -1,9 +1,11 @@
 """What tests of loading share."""
 
 import json
+import os
 from functools import partial
 
 import pytest
+import torch
 
 from evoprune.errors import ModelError
 from evoprune.session.loading import model
@@ -24,6 +26,17 @@ def error_of(name, **options):
     assert caught.value.hint
     assert "\n" not in caught.value.message
     return caught.value.message
+
+
+def delete_when_mapped(monkeypatch):
+    """Plays another process: the safetensors file is deleted after its header was read, before torch opens it by its name."""
+    from_file = torch.UntypedStorage.from_file
+
+    def deleted(name, *args, **kwargs):
+        os.unlink(name)
+        return from_file(name, *args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", deleted)
 
 
 def no_network(*_):

@@ -22,7 +22,7 @@ import torch
 import evoprune
 from evoprune.errors import UsageError
 from evoprune.model.config import loads
-from evoprune.util import brief, check_type, file_stats
+from evoprune.util import brief, check_type, file_stats, open_safetensors
 from evoprune.vision.encoder import Encoded
 
 # what the names of entries end with, and those of files while they are written
@@ -147,13 +147,13 @@ class Cache(Entries):
 
     def load(self, key: str, device: torch.device) -> Entry | None:
         """Return an entry, or None if there is none or it is damaged. Its rows are on the device `meta`: no answer needs them."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         path = self.path(key)
         if not path.is_file():  # nor a pipe, which nobody may ever write to
             return None
         try:
-            with safe_open(path, framework="pt") as file:
+            with open_safetensors(path) as file:
                 about = file.metadata()["about"]
                 # Copies: what is mapped from a file is gone with it.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)

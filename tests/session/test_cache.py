@@ -20,6 +20,7 @@ from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
 from evoprune.vision.encoder import Encoded
 from tests.decoders import DECODERS
+from tests.loading import delete_when_mapped
 from tests.threads import one_thread  # noqa: F401
 from tests.video.files import spoil
 
@@ -259,6 +260,12 @@ def test_other_files_stay_and_unfinished_ones_go_when_they_are_old(cache):
     assert {p.name for p in cache.folder.iterdir()} == left | {f"{'0' * 64}.safetensors"}
     assert cache.clear() == 1 and cache.clear() == 0
     assert {p.name for p in cache.folder.iterdir()} == left - {"tmpnew.tmp"}
+
+
+def test_an_entry_that_is_deleted_while_it_is_opened_is_missing(cache, monkeypatch):
+    cache.store("0" * 64, entry(encoded()))
+    delete_when_mapped(monkeypatch)
+    assert cache.load("0" * 64, torch.device("cpu")) is None and cache.size() == (0, 0)
 
 
 def _storm(folder: str, worker: int) -> int:

@@ -110,11 +110,11 @@ def cached_id(folder: Path) -> str:
 
 
 @contextmanager
-def valid(problem: str, *more: type[Exception]) -> Iterator[None]:
-    """Turns a rule that does not hold, JSON that is none, a file that cannot be read or `more` into a `ModelError`."""
+def valid(problem: str) -> Iterator[None]:
+    """Turns a rule that does not hold, JSON that is none, or a file that cannot be read into a `ModelError`."""
     try:
         yield
-    except (OSError, ValueError, *more) as reason:
+    except (OSError, ValueError) as reason:
         raise ModelError(f"{problem}: {first_line(reason)}", "get the file again") from reason
 
 

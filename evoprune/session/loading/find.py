@@ -54,7 +54,7 @@ from evoprune.session.loading.files import (
     warn_of_unused,
 )
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
-from evoprune.util import did_you_mean, file_stats, is_text, listed, missing_hint
+from evoprune.util import did_you_mean, file_stats, is_text, listed, missing_hint, open_safetensors
 from evoprune.video.plan import InputLimits
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -527,8 +527,6 @@ def _is_installed(package: str) -> bool:
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model. Their headers are read, so that missing or truncated files are found here."""
-    from safetensors import SafetensorError, safe_open
-
     # With the rules of Windows, both kinds of slash separate. Links may lead elsewhere, as those of the hub's cache do.
     inside = Rule(
         "the name of a file in the same folder",
@@ -565,17 +563,20 @@ def weight_files(folder: Path) -> list[Path]:
                 )
             raise ModelError(f"weights file {file} is missing", "get the file again")
         check_fetched(file)
-        with valid(f"weights file {file} is damaged or incomplete", SafetensorError), safe_open(file, framework="pt"):
+        with _opened(file):
             pass
     return files
 
 
+def _opened(file: Path) -> Any:
+    with valid(f"weights file {file} is damaged or incomplete"):
+        return open_safetensors(file)
+
+
 def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
     """Yield of each tensor in safetensors files its file, that file opened by safetensors, and its name there."""
-    from safetensors import safe_open
-
     for file in files:
-        with safe_open(file, framework="pt") as content:
+        with _opened(file) as content:
             for stored in content.keys():  # noqa: SIM118 (not a dict)
                 yield file, content, stored
 

@@ -23,6 +23,7 @@ from evoprune.methods.types import arange_on
 from evoprune.model.config import PATCHES
 from evoprune.model.weights import Model
 from evoprune.session.cache import Entries, cache_folder, own_code
+from evoprune.util import open_safetensors
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
 
@@ -77,13 +78,11 @@ def _entry(path: Path, key: str, layers: Collection[str]) -> Callable[[str], Wei
     """Return what reads a layer's weights from a file, memory-mapped; None where there is none, it is damaged, or of another
     key.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         return None
     try:
-        file = safe_open(path, framework="pt")
-    except (OSError, SafetensorError):
+        file = open_safetensors(path)
+    except OSError:
         return None
     names: dict[str, list[str]] = {}
     for name in file.keys():  # noqa: SIM118 (not a dict)

@@ -30,7 +30,7 @@ from evoprune.session.loading.find import DTYPES, FoundModel, look_up
 from evoprune.session.loading.model import InputLimits, threads_of_each, use_threads
 from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
-from tests.loading import edit, error_of, load_model
+from tests.loading import delete_when_mapped, edit, error_of, load_model
 from tests.quantized import parameters
 from tests.tiny import tiny_config, tiny_model
 
@@ -233,6 +233,11 @@ def test_damaged_folders_say_what_is_wrong(folder, name, change, message, capfd)
         file.write_bytes(change(file.read_bytes() if file.exists() else b""))
     assert re.search(message, error_of(folder))
     assert capfd.readouterr() == ("", "")
+
+
+def test_weights_that_are_deleted_while_they_are_opened(folder, monkeypatch):
+    delete_when_mapped(monkeypatch)
+    assert "model.safetensors is damaged or incomplete: unable to open file" in error_of(folder)
 
 
 NO_NAMES = {

@@ -13,6 +13,7 @@ from evoprune.errors import UsageError
 from evoprune.session.cache import Entries
 from evoprune.session.loading import stored
 from evoprune.session.loading.stored import calibrate
+from tests.loading import delete_when_mapped
 from tests.quantized import SOME, parameters
 from tests.tiny import tiny_model
 
@@ -78,6 +79,13 @@ def test_a_damaged_entry_is_written_again(damage, kind, folder, runs):
         entry.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "noise": b"\xff" * len(whole)}[damage])
     assert same(quantised(kind), expected) and len(runs) == (3 if damage == "other" else 2)
     assert entry.read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind", parameters(SOME))
+def test_an_entry_that_is_deleted_while_it_is_opened_is_written_again(kind, folder, runs, monkeypatch):
+    expected = quantised(kind)
+    delete_when_mapped(monkeypatch)
+    assert same(quantised(kind), expected) and len(runs) == 2 and len(list(folder.iterdir())) == 1
 
 
 @pytest.mark.parametrize("kind", parameters(SOME))
