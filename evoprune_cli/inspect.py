@@ -218,14 +218,14 @@ def _draw_overlay(file: str, ending: str, path: str, video: str, options: Pipeli
     return facts | traced.fates.counts() | {"warnings": traced.warnings}
 
 
-def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
+def lines(facts: dict, indent: int = 0, section: str = "") -> list[str]:
     """Write nested facts as aligned lines, folded to the terminal.
 
-    `literal`: their names are names of things, printed as they are.
+    `section`: the one of `NAMES` that they are in. Their names are names of things, printed as they are.
     """
     output = []
     for key, value in facts.items():
-        if literal:
+        if section:
             name = ""
             title = key
         else:
@@ -239,10 +239,11 @@ def lines(facts: dict, indent: int = 0, literal: bool = False) -> list[str]:
         elif isinstance(value, dict) and value and name not in SHOWN:
             if name in ("video", "plan") and facts.get("video", {}).get("container") == PICTURE:
                 value = {key: fact for key, fact in value.items() if fact is not None}  # a picture has no times
-            output += [title, *lines(value, indent + 2, name in NAMES)]
+            output += [title, *lines(value, indent + 2, name if name in NAMES else "")]
         else:
             text = _value(name, value)
-            if isinstance(value, list) or name in SHOWN:  # paths and tags stay in one piece
+            # Paths and tags stay in one piece.
+            if isinstance(value, list) or name in SHOWN or section not in ("", "environment"):
                 output += _folded(f"{title + ' ':<{TITLE}}", text, TITLE)
             else:
                 output.append(f"{title + ' ':<{TITLE}}{text}")

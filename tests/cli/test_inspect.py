@@ -106,6 +106,8 @@ def test_short_memory_is_counted_with_fewer_units_at_a_time(cli, tiny_folder, mo
 def test_it_fits_the_terminal(cli, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
+    product = "A Processor(R) of a Long Name CPU @ 2.00GHz"
+    monkeypatch.setattr("evoprune.backend.devices.device_name", lambda device: product)
     text = cli("inspect").out + cli("inspect", CLIP).out
     assert "  EVOPRUNE_BUDGET" in text
     for line in text.splitlines():
