@@ -730,7 +730,7 @@ def _verbose(report) -> list[str]:
         *lines,
         *_wrapped("settings", [f"{k}={v}" for k, v in (pruning.args or {}).items()] or ["none"]),
         *_wrapped("versions", [f"evoprune {env.evoprune},", f"torch {env.torch},", f"transformers {env.transformers}"]),
-        f"{'device':<11}{env.device_name}",
+        *_wrapped("device", [str(env.device_name)]),
     ]
 
 
