@@ -454,14 +454,20 @@ def state(server: Server) -> State:
 
 def children_of(pid: int) -> list[int]:
     found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
-            continue
-        if parent == pid:
-            found += [int(path.parent.name), *children_of(int(path.parent.name))]
+    for path in Path("/proc").glob("[0-9]*"):
+        child = int(path.name)
+        if parent_of(child) == pid:
+            found += [child, *children_of(child)]
     return found
+
+
+def parent_of(pid: int) -> int | None:
+    """Return the process that started one; None where it has ended, also where nobody has asked for its exit status yet."""
+    try:
+        state, parent, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else int(parent)
 
 
 def resident_mib(pid: int) -> int:
@@ -522,7 +528,7 @@ def killed(folder: Path, server: Server) -> tuple[int, int]:
     left = {path for path in server.files() if "evoprune-" in path.as_posix()}
     with served(folder) as other:
         still = [path for path in other.files() if path in left]
-        alive = [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+        alive = [pid for pid in processes if parent_of(pid) is not None]
     return len(still), len(alive)
 
 
