@@ -89,9 +89,10 @@ def test_moments_are_those_of_video_qa(server, qa):
     right = qa.find(SAMPLES / "flash.mp4", "red diamond")
     given = body("red diamond", "flash.mp4")
     found = server.client.post(MOMENTS, json=given).json()
-    assert right and [(each["start_s"], each["end_s"], each["score"]) for each in found["moments"]] == [
-        (each.start_s, each.end_s, each.score) for each in right
-    ]
+    # The server's thread may compute with another number of threads, which changes the last bits of a score.
+    expected = [{"start_s": each.start_s, "end_s": each.end_s, "score": pytest.approx(each.score)} for each in right]
+    names = ("start_s", "end_s", "score")
+    assert expected == [{name: each[name] for name in names} for each in found["moments"]] != []
     with server.client.stream("POST", MOMENTS, json=given | {"stream": True}) as response:
         lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
     assert lines.pop() == "[DONE]"
