@@ -1,4 +1,4 @@
-"""Short and harmless texts, and options: fields that describe them, and keywords made of them."""
+"""Short and harmless texts, what files are like, and options: fields that describe them, and keywords made of them."""
 
 import hashlib
 import os
