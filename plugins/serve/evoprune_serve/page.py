@@ -16,13 +16,14 @@ from starlette.routing import Route
 
 from evoprune.bench.overlay import FATES, Fates, check_drawable, fates
 from evoprune.errors import UsageError
-from evoprune.methods.budget import AUTOS, PRESETS
+from evoprune.methods.budget import AUTOS, PRESETS, Budget
 from evoprune.model.cost import Clock
 from evoprune.moments.search import Search
 from evoprune.report import WARNINGS, Times, VideoFacts, warned, warning_text
 from evoprune.session.encoding import OpenInput
 from evoprune.session.options import PipelineOptions
 from evoprune.session.session import Session
+from evoprune.video.info import PICTURE
 from evoprune.video.plan import Plan
 from evoprune.video_qa import VideoQA
 from evoprune.vision.encoder import EncodedRows
@@ -142,7 +143,12 @@ class Page:
             ]
             score, best_s = search.best(question.text)
         best = {"score": score, "time_s": best_s}
-        put(Told({"moments": moments, "best": best, "warnings": list(search.warnings)}, last=True))
+        put(
+            Told(
+                {"moments": moments, "best": best, "origin_s": search.info.start_s, "warnings": list(search.warnings)},
+                last=True,
+            )
+        )
 
 
 class TracedInput(OpenInput):
@@ -189,6 +195,9 @@ def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
     inside = merged & (owner >= first) & (owner < first + height * width)
     pairs = torch.stack([numbers - first, owner - first], dim=2)
     return {
+        "origin_s": plan.info.start_s,
+        "picture": plan.info.kind == PICTURE,
+        "still": count == 1,
         "start_s": plan.sampling.start_s,
         "end_s": plan.sampling.end_s,
         "frames": plan.sampling.frames,
@@ -203,14 +212,21 @@ def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
 
 
 def budgets(usual: PipelineOptions) -> list[dict[str, Any]]:
-    """Return the budgets to choose from, from small to large, each with its share; one without it is decided by the content."""
-    named = {budget.video: name for name, budget in PRESETS.items()}
-    found = {share: {"budget": named.get(share, share), "share": share} for share in (*SHARES, *named)}
+    """Return the budgets to choose from, from small to large, with the shares that they keep of a video and of a picture (`still`).
+
+    One without shares is decided by the content.
+    """
     own = usual.pruning.config().budget
+    known = [*map(Budget.parse, SHARES), *PRESETS.values()]
+    if own.name not in AUTOS:
+        known = [budget for budget in known if budget.video != own.video] + [own]
+    found = [
+        {"budget": budget.recorded, "share": budget.video, "still": budget.still}
+        for budget in sorted(known, key=lambda budget: budget.video)
+    ]
     if own.name in AUTOS:
-        return [{"budget": own.name, "share": None}, *(found[share] for share in sorted(found))]
-    found[own.video] = {"budget": own.recorded, "share": own.video}
-    return [found[share] for share in sorted(found)]
+        found.insert(0, {"budget": own.name, "share": None, "still": None})
+    return found
 
 
 def sentence(warning: str) -> str:
@@ -223,14 +239,14 @@ def policy(html: str, urls: bool) -> str:
 
     `urls`: whether it plays videos on the web.
     """
-    media = "blob: https: http:" if urls else "blob:"
+    chosen = "blob: https: http:" if urls else "blob:"
     parts = {
         "default-src": "'none'",
         "script-src": _hashed(html, "script"),
         "style-src": _hashed(html, "style"),
         "connect-src": "'self'",
-        "img-src": "data:",
-        "media-src": media,
+        "img-src": f"data: {chosen}",
+        "media-src": chosen,
         "base-uri": "'none'",
         "form-action": "'none'",
         "frame-ancestors": "'none'",

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import av
 import pytest
 
 from evoprune.bench.overlay import FATES, trace
@@ -47,7 +48,8 @@ def test_the_page_has_a_strict_policy_and_nothing_from_elsewhere(server):
 
 def test_videos_on_the_web_are_played_where_addresses_are_allowed(qa, tmp_path):
     with serving(qa, tmp_path, urls=True) as server:
-        assert "media-src blob: https: http:;" in server.client.get("/").headers["content-security-policy"]
+        policy = server.client.get("/").headers["content-security-policy"]
+        assert "media-src blob: https: http:;" in policy and "img-src data: blob: https: http:;" in policy
         assert server.client.get("/page/settings").json()["urls"] is True
 
 
@@ -66,7 +68,8 @@ def test_the_usual_budget_is_one_to_choose(usual, share):
     from evoprune_serve.page import budgets
 
     found = budgets(PipelineOptions.of(budget=usual))
-    assert {"budget": usual, "share": share} in found
+    still = {"fast": 0.3}.get(usual, share)
+    assert {"budget": usual, "share": share, "still": still} in found
 
 
 @pytest.mark.parametrize("budget", [0.1, "full"])
@@ -218,9 +221,9 @@ class Browser:
         self.driver.get(url)
         self.until(lambda: self.get("watch").is_displayed() or self.get("access").is_displayed())
 
-    def drop(self, name: str, called: str | None = None) -> None:
-        data = base64.b64encode((SAMPLES / name).read_bytes()).decode()
-        self.driver.execute_script(DROP, called or name, data)
+    def drop(self, name: str | Path, called: str | None = None) -> None:
+        path = SAMPLES / name
+        self.driver.execute_script(DROP, called or path.name, base64.b64encode(path.read_bytes()).decode())
         self.until(self.get("send").is_enabled)
 
     def ask(self, question: str) -> str:
@@ -380,6 +383,9 @@ def test_the_key_is_asked_for_and_kept_in_the_tab(qa, tmp_path, browser):
         browser.check_access()
         browser.get("key").send_keys("wrong", "\ue007")
         browser.until(lambda: browser.text("access-problem") == "That is not the key.")
+        browser.get("key").send_keys("wr\u00f6ng \u043a\u043b\u044e\u0447", "\ue007")
+        browser.until(lambda: browser.get("key").get_attribute("value") == "")
+        assert browser.text("access-problem") == "That is not the key." and browser.text("model") == ""
         browser.get("key").send_keys(KEY, "\ue007")
         browser.until(browser.get("watch").is_displayed)
         browser.drop("square.mp4")
@@ -397,7 +403,7 @@ def test_texts_are_never_markup(server, browser):
     browser.drop("square.mp4", NO_PART_OF)
     assert browser.text("name") == NO_PART_OF
     browser.ask(NO_PART_OF)
-    assert browser.all("#answers h3")[0].text == NO_PART_OF and not browser.all("main img")
+    assert browser.all("#answers h3")[0].text == NO_PART_OF and not browser.all("main img:not(#picture)")
     browser.get("query").send_keys("<b>x</b>", "\ue007")
     browser.until(lambda: "<b>x</b>" in browser.text("find-state"))
     assert browser.driver.title.startswith("Ask a video")
@@ -410,13 +416,105 @@ def test_errors_are_told_and_the_page_goes_on(server, browser):
     browser.until(lambda: browser.get("overlay").get_attribute("aria-label").startswith("Frame pair"))
     for upload in list(server.state.uploads._uploads):
         server.state.uploads.delete(upload)
-    browser.get("question").send_keys(COLOUR, "\ue007")
-    browser.until(lambda: "there is no file" in browser.text("ask-problem"))
-    assert not browser.all("#answers article") and browser.get("send").is_enabled()
+    assert browser.ask(COLOUR) == "green" and len(server.state.uploads._uploads) == 1  # it is sent once more
     browser.get("another").click()
     broken = base64.b64encode(b"no video").decode()
     browser.driver.execute_script(DROP, "broken.mp4", broken)
     browser.until(lambda: browser.text("video-problem") and browser.get("unplayable").is_displayed())
+    assert not browser.get("picture").is_displayed()
     browser.get("another").click()
     browser.drop("square.mp4")
     assert browser.ask(COLOUR) == "green" and not browser.text("video-problem")
+
+
+@in_browser
+def test_what_is_typed_while_an_answer_comes_stays(server, browser, monkeypatch):
+    from evoprune_serve.work import begun
+
+    going_on = threading.Event()
+
+    def late(*given):
+        going_on.wait(30)
+        return begun(*given)
+
+    monkeypatch.setattr("evoprune_serve.work.begun", late)
+    browser.open(server.url)
+    browser.drop("square.mp4")
+    browser.get("question").send_keys(COLOUR, "\ue007")
+    browser.until(browser.get("stop").is_displayed)
+    browser.get("query").send_keys("a red")
+    going_on.set()
+    browser.until(lambda: browser.all("#answers details"))
+    browser.driver.switch_to.active_element.send_keys(" star")
+    assert browser.get("query").get_attribute("value") == "a red star"
+    assert browser.get("question").get_attribute("value") == COLOUR
+
+
+@in_browser
+def test_a_clock_that_begins_late(server, browser, qa, tmp_path):
+    """The page has the times of the model, from the first frame on, and shows that frame."""
+    clip = tmp_path / "late.mkv"
+    with av.open(str(SAMPLES / "flash.mp4")) as source, av.open(str(clip), "w") as copied:
+        stream = copied.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                packet.pts += int(5 / packet.time_base)
+                packet.dts += int(5 / packet.time_base)
+                copied.mux(packet)
+    (right,) = qa.find(clip, "red diamond")
+    browser.open(server.url)
+    browser.drop(clip)
+    label = browser.get("overlay").get_attribute
+    browser.until(lambda: label("aria-label").startswith("Frame pair 1 of"))
+    assert browser.text("time").startswith("0:00.0")
+    browser.get("query").send_keys("red diamond", "\ue007")
+    (moment,) = browser.until(lambda: browser.all("#moments button"))
+    moment.click()
+    clock = "return document.getElementById('video').currentTime"
+    browser.until(lambda: browser.driver.execute_script(clock) == pytest.approx(5 + right.start_s, abs=0.05))
+
+
+@in_browser
+def test_a_picture_is_shown_with_its_own_shares(server, browser, tmp_path):
+    with av.open(str(SAMPLES / "square.mp4")) as file:
+        next(file.decode(video=0)).to_image().save(tmp_path / "picture.png")
+    browser.open(server.url)
+    browser.drop(tmp_path / "picture.png")
+    browser.until(browser.get("picture").is_displayed)
+    browser.until(lambda: browser.text("share") == "50% (balanced)")
+    shares = [float(each.text.split("%")[0]) for each in browser.all("#ticks li")]
+    assert shares == sorted(shares)
+    assert not browser.get("transport").is_displayed() and not browser.get("search").is_enabled()
+    assert not browser.get("unplayable").is_displayed() and browser.pixels()[0] > 0.9
+    assert browser.ask(COLOUR) == "green"
+    browser.get("another").click()
+    browser.drop("square.mp4")
+    assert browser.text("share") == "25% (balanced)" and browser.get("transport").is_displayed()
+
+
+@in_browser
+def test_who_leaves_and_comes_back_goes_on(server, browser):
+    browser.open(server.url)
+    browser.drop("square.mp4")
+    assert browser.ask(COLOUR) == "green"
+    browser.driver.get("about:blank")
+    browser.until(lambda: not server.state.uploads._uploads)
+    browser.driver.back()
+    browser.until(lambda: browser.get("watch").is_displayed())
+    if browser.get("player").is_displayed():  # the browser has kept the page
+        assert browser.ask(COLOUR) == "green" and len(server.state.uploads._uploads) == 1
+
+
+@in_browser
+def test_a_file_that_is_too_large_takes_nothing_away(qa, tmp_path, browser):
+    from evoprune_serve.guard import Access
+
+    sizes = {name: (SAMPLES / name).stat().st_size for name in ("square.mp4", "pan.mp4")}
+    with serving(qa, tmp_path, access=Access(upload_bytes=sum(sizes.values()) // 2)) as server:
+        browser.open(server.url)
+        browser.drop(min(sizes, key=sizes.get))
+        browser.ask(COLOUR)
+        browser.drop(max(sizes, key=sizes.get))
+        assert "is larger than" in browser.text("video-problem")
+        assert len(browser.all("#answers article")) == 1 and len(server.state.uploads._uploads) == 1
