@@ -26,7 +26,7 @@ from evoprune.session.options import PipelineOptions
 from evoprune.util import harmless
 from evoprune.video_qa import VideoQA
 from evoprune_serve.chat import END, read_chat
-from evoprune_serve.errors import ApiError, full, plain, refused, told
+from evoprune_serve.errors import ApiError, plain, refused, told
 from evoprune_serve.guard import Access, Bodies, Guard
 from evoprune_serve.metrics import TYPE, Metrics
 from evoprune_serve.page import PAGE_PATHS, Page
@@ -46,6 +46,7 @@ SENDING_S = 60.0  # for which a client may be slow to take the end of a stream
 AGEING_S = 60.0  # how often old files are looked for
 CLOSED = 499  # what logs and metrics call a request whose client went
 T = TypeVar("T")
+Handler = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True)
@@ -147,16 +148,34 @@ class Server:
         except BaseException as problem:
             if job:
                 self.work.cancel(job)
-            if isinstance(problem, Gone):  # another client's request has taken its place
-                raise full(self.work.retry_s()) from problem
+            if isinstance(problem, Gone):  # another client's request has taken its place, or the server ends
+                raise self.work.refusal() from problem
             if isinstance(problem, EvopruneError):
                 raise told(problem, {str(self.settings.folder): "the server"}) from problem
             raise
 
+    def count(self, request: Request, status: int) -> None:
+        """Counts a request by what it asks for; one for a single file or model with those for all."""
+        path = request.url.path
+        known = (each for each in PATHS if path == each or path.startswith(f"{each}/"))
+        self.metrics.request(next(known, "other"), status)
+
+    def counted(self, route: Handler, logged: bool = True) -> Handler:
+        """Return a route whose responses are counted, and with `logged` also in the log. Errors are without it."""
+
+        async def counting(request: Request) -> Response:
+            response = await route(request)
+            if logged:
+                self.log(request, response.status_code)
+            else:
+                self.count(request, response.status_code)
+            return response
+
+        return counting
+
     def log(self, request: Request, status: int, *more: str) -> None:
         """Counts a request and tells the log of it: no contents, unless they are wanted."""
-        path = request.url.path if request.url.path in PATHS else "other"
-        self.metrics.request(path, status)
+        self.count(request, status)
         words = [client_of(request), request.method, harmless(request.url.path[:100]), str(status), *more]
         self.settings.log(" ".join(words))
 
@@ -178,7 +197,7 @@ class Server:
 
     async def upload(self, request: Request) -> Response:
         """Takes a file; the form has its bytes and its purpose."""
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise ApiError(415, "a file is sent as multipart/form-data", code="unsupported_media_type")
         async with request.form(max_files=1, max_fields=8, max_part_size=1024) as form:
             file = form.get("file")
@@ -220,13 +239,13 @@ class Server:
         return [
             Route(CHAT, self.chat, methods=["POST"]),
             Route(RESPONSES, self.response, methods=["POST"]),
-            Route("/v1/models", self.list_models),
-            Route("/v1/models/{model:path}", self.model),
-            Route(FILES, self.upload, methods=["POST"]),
-            Route(f"{FILES}/{{file_id}}", self.file, methods=["GET"]),
-            Route(f"{FILES}/{{file_id}}", self.delete_file, methods=["DELETE"]),
-            Route("/health", self.health),
-            Route("/metrics", self.read_metrics),
+            Route("/v1/models", self.counted(self.list_models)),
+            Route("/v1/models/{model:path}", self.counted(self.model)),
+            Route(FILES, self.counted(self.upload), methods=["POST"]),
+            Route(f"{FILES}/{{file_id}}", self.counted(self.file), methods=["GET"]),
+            Route(f"{FILES}/{{file_id}}", self.counted(self.delete_file), methods=["DELETE"]),
+            Route("/health", self.counted(self.health, logged=False)),
+            Route("/metrics", self.counted(self.read_metrics, logged=False)),
         ]
 
 
@@ -331,6 +350,8 @@ async def read_json(request: Request, count: Callable[[int], None]) -> Any:
     """Return what the body holds. `count`: is told the bytes as they come. Raises ApiError: it is no JSON."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send Content-Type: application/json", code="unsupported_media_type")
+    if "content-encoding" in request.headers:
+        raise ApiError(415, "send the body without a Content-Encoding", code="unsupported_media_type")
     pieces = []
     async for piece in request.stream():
         count(len(piece))
@@ -385,7 +406,7 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
     def refuse(request: Request, problem: Exception) -> Response:
         """Return the error of a request, in OpenAI's form."""
         if isinstance(problem, HTTPException):
-            problem = plain(problem.status_code, problem.detail)
+            problem = plain(problem.status_code, problem.detail, problem.headers)
         elif not isinstance(problem, ApiError):
             settings.log("".join(traceback.format_exception(problem)))
             problem = told(problem, {})

@@ -8,6 +8,7 @@ from evoprune.session.options import PipelineOptions
 from evoprune_serve.errors import ApiError
 from evoprune_serve.fields import Fields
 from evoprune_serve.question import (
+    NAMES,
     NEUTRAL,
     Question,
     read_effort,
@@ -119,7 +120,10 @@ def read_chat(
     """Read a body: as of `reply.Read`."""
     fields = read_options(body, "messages")
     messages = {f"messages[{number}]": each for number, each in enumerate(fields.need("messages", list))}
-    question, sources = read_question(fields, usual, models, messages, "messages", _generation(fields))
+    names = NAMES | {"max_new_tokens": "max_tokens", "schema": "response_format"}
+    if fields.has("max_completion_tokens"):
+        names["max_new_tokens"] = "max_completion_tokens"
+    question, sources = read_question(fields, usual, models, messages, "messages", _generation(fields), names)
     streaming = stream_options(fields, question.stream)
     usage = streaming.take("include_usage", bool, False)
     streaming.end()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import secrets
 import socket
 from collections import Counter
@@ -116,12 +117,14 @@ def serve(
     answer_s = _above_0("--timeout", timeout)
     age_s = _above_0("--file-age", file_age)
     folders = tuple(map(_folder, allow_dir or ()))
+    origins = tuple(map(_origin, cors or ()))
     warm_up()  # while this process imports what it needs
     try:
         import uvicorn
 
         from evoprune_serve.app import Settings, make_app
         from evoprune_serve.connections import Connection
+        from evoprune_serve.ending import CLOSING_S, EndingServer
         from evoprune_serve.guard import LOOPBACK as NAMES
         from evoprune_serve.guard import Access
         from evoprune_serve.store import private_folder
@@ -144,7 +147,7 @@ def serve(
         access = Access(
             key=key,
             hosts=hosts,
-            origins=tuple(cors or ()),
+            origins=origins,
             body_bytes=max_body * MIB,
             bodies_bytes=max(256, max_body) * MIB,
             upload_bytes=max_upload * MIB,
@@ -163,15 +166,16 @@ def serve(
             log=say,
             log_contents=log_contents,
         )
+        app = make_app(models, settings)
         config = uvicorn.Config(
-            make_app(models, settings),
+            app,
             http=Connection,
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,  # anybody could name himself another client
             limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=CLOSING_S,
         )
         for library in ("uvicorn.error", "python_multipart"):  # which warn of each request that is none
             logging.getLogger(library).setLevel(logging.ERROR)
@@ -179,7 +183,7 @@ def serve(
         tell(
             f"{' and '.join(models)} {verb} served at http://{_in_url(host)}:{listening.getsockname()[1]}/v1; Ctrl-C ends it"
         )
-        uvicorn.Server(config).run(sockets=[listening])
+        EndingServer(config, app.state.server.work).run(sockets=[listening])
     return 0
 
 
@@ -250,6 +254,14 @@ def _above_0(flag: str, text: str) -> float:
     if seconds <= 0:
         raise UsageError(f"{flag} {text}", "give a time above 0")
     return seconds
+
+
+def _origin(text: str) -> str:
+    """Return an origin as browsers write it. Raises UsageError: it is none."""
+    origin = text.rstrip("/").lower()
+    if not re.fullmatch(r"https?://[^/\s*]+", origin):
+        raise UsageError(f"--cors {text} is no origin", "give scheme, name and port, such as https://example.org")
+    return origin
 
 
 def _folder(path: str) -> Path:

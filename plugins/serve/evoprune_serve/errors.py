@@ -64,9 +64,14 @@ def full(retry_s: int) -> ApiError:
     return ApiError(429, "too many requests wait: try again later", headers={"Retry-After": str(retry_s)})
 
 
-def plain(status: int, detail: str = "") -> ApiError:
+def ending() -> ApiError:
+    """Return the error of a request that comes too late, or is not answered before the server ends."""
+    return ApiError(503, "the server ends: try again later", code="shutting_down", headers={"Retry-After": "10"})
+
+
+def plain(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> ApiError:
     """Return the error that a status stands for."""
-    return ApiError(status, detail or HTTPStatus(status).phrase)
+    return ApiError(status, detail or HTTPStatus(status).phrase, headers=headers)
 
 
 def told(problem: BaseException, names: Mapping[str, str]) -> ApiError:

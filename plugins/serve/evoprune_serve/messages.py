@@ -15,8 +15,9 @@ MOST_PARTS = 1000  # of all messages
 MOST_CHARACTERS = 2**22  # of all texts
 MOST_SOURCES = 64
 MOST_FRAMES = 256  # of a list
-# What clients send back of an earlier answer, and what is not part of the conversation.
-OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content")
+# What clients send back of an earlier answer, and what is not part of the conversation; of some whatever it is.
+UNREAD = ("reasoning_content", "parsed")
+OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls", *UNREAD)
 # Parts that are text, by type, and what they may have beside it that is not part of the conversation.
 TEXTS = {"text": (), "input_text": (), "output_text": ("annotations", "logprobs")}
 
@@ -42,7 +43,7 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
         role = fields.need("role", str)
         if role == "assistant":
             for name in OF_ANSWERS:
-                if fields.take(name, object) not in (None, [], {}) and name != "reasoning_content":
+                if fields.take(name, object) not in (None, [], {}) and name not in UNREAD:
                     fields.refuse(name, "is not supported here")
         content = fields.need("content", (str, list))
         fields.end()

@@ -6,6 +6,7 @@
 import hashlib
 import re
 from base64 import b64encode
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any, Protocol
 
@@ -45,6 +46,9 @@ WITHOUT_FACTS = {
 }
 
 
+Handler = Callable[[Request], Awaitable[Response]]
+
+
 class Asking(Protocol):
     """A server, as far as the page needs it."""
 
@@ -52,6 +56,8 @@ class Asking(Protocol):
     work: Work
 
     async def task(self, request: Request, task: Task) -> Response: ...
+
+    def counted(self, route: Handler, logged: bool = True) -> Handler: ...
 
 
 class Page:
@@ -94,8 +100,8 @@ class Page:
 
     def routes(self) -> list[Route]:
         return [
-            Route(PAGE, self.page, methods=["GET"]),
-            Route(SETTINGS, self.settings, methods=["GET"]),
+            Route(PAGE, self._server.counted(self.page, logged=False), methods=["GET"]),
+            Route(SETTINGS, self._server.counted(self.settings, logged=False), methods=["GET"]),
             Route(UNITS, self.units, methods=["POST"]),
             Route(MOMENTS, self.moments, methods=["POST"]),
         ]

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -32,6 +33,8 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "prompt_cache_retention": lambda value: isinstance(value, str),
     "metadata": lambda value: isinstance(value, dict),
 }
+# Options whose fields have other names, in all forms.
+NAMES = {"start_s": "start", "end_s": "end", "logprobs": "top_logprobs"}
 T = TypeVar("T")
 
 
@@ -88,6 +91,7 @@ def read_question(
     messages: Mapping[str, Any],
     field: str,
     generation: dict[str, Any],
+    names: Mapping[str, str],
 ) -> tuple[Question, tuple[Source, ...]]:
     """Return the question of a body and the videos and pictures that it is about: what all forms of requests have.
 
@@ -96,6 +100,7 @@ def read_question(
         models: the names of those that are served.
         messages, field: as of `read_messages`.
         generation: what the body says of `GenerationOptions` in its own form. System prompts of messages follow its `system`.
+        names: of the fields that have other names than those options.
 
     Raises ApiError: anything in these is unknown, of another type, or out of range.
     """
@@ -105,14 +110,11 @@ def read_question(
     prompts = [each for each in (generation.get("system"), system) if each is not None]
     if prompts:
         generation["system"] = "\n".join(prompts)
-    try:
-        changed = {
-            "generation": _changed(usual.generation, generation),
-            "sampling": _changed(usual.sampling, _sampling(fields)),
-            "pruning": _changed(usual.pruning, _pruning(fields)),
-        }
-    except UsageError as problem:
-        raise refused(f"{problem.message} ({problem.hint})") from problem
+    changed = {
+        "generation": _changed(usual.generation, generation, names),
+        "sampling": _changed(usual.sampling, _sampling(fields), names),
+        "pruning": _changed(usual.pruning, _pruning(fields), names),
+    }
     *earlier, last = turns
     question = Question(
         model,
@@ -135,9 +137,31 @@ def stream_options(fields: Fields, stream: bool) -> Fields:
     return options
 
 
-def _changed(options: T, given: dict[str, Any]) -> T:
-    """Return options with other values; themselves where there are none, since checking them takes milliseconds."""
-    return replace(options, **given) if given else options
+def _changed(options: T, given: dict[str, Any], names: Mapping[str, str]) -> T:
+    """Return options with other values; themselves where there are none, since checking them takes milliseconds.
+
+    Raises ApiError, which names the field whose value makes no sense.
+    """
+    try:
+        return replace(options, **given) if given else options
+    except UsageError as problem:
+        for name, value in given.items():
+            field = names.get(name, name)
+            with _naming(field, name):
+                replace(options, **{name: value})
+        raise refused(f"{problem.message} ({problem.hint})") from problem  # they make none together
+
+
+@contextmanager
+def _naming(field: str, option: str | None = None) -> Iterator[None]:
+    """Turns a UsageError into the ApiError of a field. `option`: what the messages call it."""
+    try:
+        yield
+    except UsageError as problem:
+        text = problem.message
+        if option:
+            text = re.sub(rf"\b{re.escape(option)}\b", field, text)
+        raise refused(f"{text} ({problem.hint})", field) from problem
 
 
 def read_schema(fields: Fields, inner: str | None = None) -> dict[str, Any] | None:
@@ -201,7 +225,8 @@ def _sampling(fields: Fields) -> dict[str, Any]:
     for name in ("start", "end"):
         if fields.has(name):
             value = fields.take(name, (int, float, str))
-            given[f"{name}_s"] = parse_time(value) if isinstance(value, str) else value
+            with _naming(name):
+                given[f"{name}_s"] = parse_time(value) if isinstance(value, str) else value
     return given
 
 
@@ -211,7 +236,9 @@ def _pruning(fields: Fields) -> dict[str, Any]:
         given["budget"] = fields.take("budget", (int, float, str))
     if fields.has("method"):
         method = fields.take("method", str)
-        for name, value in (setting for each in parse_names(method) for setting in each.settings):
+        with _naming("method"):
+            parts = parse_names(method)
+        for name, value in (setting for each in parts for setting in each.settings):
             if value is not None and not SETTING.fullmatch(value):  # it may name a file of this machine
                 fields.refuse("method", f"sets {name[:60]}: requests set numbers, true and false alone")
         given |= {"method": method, "method_args": None}

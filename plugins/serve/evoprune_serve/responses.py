@@ -13,6 +13,7 @@ from evoprune.util import brief
 from evoprune_serve.errors import ApiError
 from evoprune_serve.fields import Fields
 from evoprune_serve.question import (
+    NAMES,
     NEUTRAL,
     Question,
     read_effort,
@@ -25,6 +26,16 @@ from evoprune_serve.reply import created, logprobs, pruned, stream_event
 from evoprune_serve.sources import Source
 from evoprune_serve.work import Done, Piece
 
+# What a response repeats of its request, as it is.
+STATED = (
+    "instructions",
+    "max_output_tokens",
+    "top_logprobs",
+    "user",
+    "safety_identifier",
+    "prompt_cache_key",
+    "reasoning",
+)
 LOGPROBS = "message.output_text.logprobs"  # what `include` may name
 # Fields of a message that are no part of the conversation.
 OF_MESSAGES = ("type", "id", "status", "phase")
@@ -122,6 +133,7 @@ class ResponseReply:
             "status": status,
             "error": None,
             "incomplete_details": None,
+            "completed_at": None,
             "output": output,
             "usage": None,
         }
@@ -131,7 +143,7 @@ class ResponseReply:
             response = self._response("incomplete") | {"incomplete_details": {"reason": "max_output_tokens"}}
         else:
             response = self._response("completed")
-        return response | {"usage": _usage(done, queue_s)}
+        return response | {"completed_at": created(), "usage": _usage(done, queue_s)}
 
     # Events of a stream.
 
@@ -205,18 +217,20 @@ def read_response(
     fields = read_options(body, "input")
     if fields.has("previous_response_id"):
         fields.refuse("previous_response_id", "is not supported: no responses are kept; send all messages in input")
-    stated = {name: body.get(name) for name in ("instructions", "max_output_tokens", "top_logprobs", "user")}
-    stated |= {"metadata": body.get("metadata") or {}, "text": body.get("text") or {"format": {"type": "text"}}}
+    stated = {name: body.get(name) for name in STATED}
+    stated |= {"metadata": body.get("metadata") or {}, "text": {"format": {"type": "text"}} | (body.get("text") or {})}
     messages = _messages(fields.need("input", (str, list)))
-    question, sources = read_question(fields, usual, models, messages, "input", _generation(fields))
+    names = NAMES | {"max_new_tokens": "max_output_tokens", "schema": "text.format", "system": "instructions"}
+    question, sources = read_question(fields, usual, models, messages, "input", _generation(fields), names)
     stream_options(fields, question.stream).end()
     fields.end(NEUTRAL | OWN_NEUTRAL)
     stated |= {
         "temperature": question.generation.temperature,
         "top_p": question.generation.top_p,
         "previous_response_id": None,
-        "parallel_tool_calls": True,
-        "tool_choice": "auto",
+        "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
+        "tool_choice": body.get("tool_choice") or "auto",
+        "service_tier": "default",
         "tools": [],
         "truncation": "auto",
         "store": False,

@@ -32,7 +32,7 @@ from evoprune.session.session import Session
 from evoprune.video.plan import Plan
 from evoprune.video.sandbox.isolation import Scope
 from evoprune.video_qa import VideoQA
-from evoprune_serve.errors import full
+from evoprune_serve.errors import ApiError, ending, full
 from evoprune_serve.question import Question
 from evoprune_serve.sources import Fetched
 
@@ -238,6 +238,7 @@ class Work:
         # What waits, by client; whose turn is next comes first.
         self._turns: OrderedDict[str, deque[Job]] = OrderedDict()
         self._running: Job | None = None
+        self._ending = False  # whether new requests are refused
         self._closed = False
         self._changed = threading.Condition()
         self._sessions: OrderedDict[str, VideoQA] = OrderedDict()
@@ -271,6 +272,8 @@ class Work:
         job = Job(client, asyncio.get_running_loop())
         displaced = None
         with self._changed:
+            if self._ending:
+                raise ending()
             if self._count() >= self._most:
                 most = max(self._turns.values(), key=len)
                 if len(most) <= len(self._turns.get(client, ())) + 1:
@@ -312,6 +315,25 @@ class Work:
         if not (job.cancelled or self._closed):
             job.give_up()  # at once: downloads may have all threads
             self._fetchers.submit(job.end, cancelled=True)  # which may wait for a thread that reads
+
+    def refusal(self) -> ApiError:
+        """Return why a request was given up that its client still waits for."""
+        return ending() if self._ending else full(self.retry_s())
+
+    def refuse(self) -> None:
+        """Ends the jobs that wait, and takes no more."""
+        with self._changed:
+            self._ending = True
+            left = [job for jobs in self._turns.values() for job in jobs]
+        for job in left:
+            job.put(Failed(ending()))
+            self.cancel(job)
+
+    def give_up(self) -> None:
+        """Ends the job that is being answered."""
+        if job := self._running:
+            job.put(Failed(ending()))
+            self.cancel(job)
 
     def close(self) -> None:
         """Ends all jobs and the threads."""

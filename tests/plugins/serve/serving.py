@@ -56,17 +56,18 @@ def body(question: str = COLOUR, name: str = "square.mp4", **options: Any) -> di
 def serving(
     qa: VideoQA, folder: Path, others: Mapping[str, VideoQA] | None = None, **settings: Any
 ) -> Iterator[SimpleNamespace]:
-    """A server of a model called demo, and others: its `url`, a `client` of httpx for it, its `state`, and its log as `lines`."""
+    """A server of a model called demo, and others: its `url`, a `client` of httpx for it, its `state`, log `lines`, `process`."""
     import httpx
     import uvicorn
 
     from evoprune_serve.app import Settings, make_app
     from evoprune_serve.connections import Connection
+    from evoprune_serve.ending import CLOSING_S, EndingServer
 
     lines: list[str] = []
     app = make_app({"demo": qa} | (others or {}), Settings(folder=folder, log=lines.append, **settings))
-    config = uvicorn.Config(app, port=0, http=Connection, log_config=None, timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
+    config = uvicorn.Config(app, port=0, http=Connection, log_config=None, timeout_graceful_shutdown=CLOSING_S)
+    server = EndingServer(config, app.state.server.work)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -75,7 +76,8 @@ def serving(
             assert thread.is_alive()
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         with httpx.Client(base_url=url, timeout=120) as client:
-            yield SimpleNamespace(url=url, client=client, state=app.state.server, lines=lines)
+            state = app.state.server
+            yield SimpleNamespace(url=url, client=client, state=state, lines=lines, process=server)
     finally:
         server.should_exit = True
         thread.join()

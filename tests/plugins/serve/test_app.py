@@ -399,6 +399,8 @@ def test_models_health_and_metrics(server):
     response = server.client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     counts = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
+    for path, status, count in (("/health", 200, 1), ("/v1/models", 200, 2), ("/v1/models", 404, 1)):
+        assert counts[f'evoprune_requests_total{{path="{path}",status="{status}"}}'] == f"{count}.0"
     assert counts['evoprune_requests_total{path="/v1/chat/completions",status="200"}'] == "1.0"
     assert float(counts['evoprune_visual_tokens_total{kind="kept",model="demo"}']) > 0
     assert counts["evoprune_waiting"] == "0.0"
@@ -439,6 +441,17 @@ def test_a_key_is_asked_for(qa, tmp_path):
         right = {"Authorization": "Bearer secret"}
         assert server.client.get("/v1/models", headers=right).status_code == 200
         assert server.client.post(CHAT, json=body(), headers=right).status_code == 200
+
+
+def test_another_method_is_told_those_that_are_allowed(server):
+    response = server.client.put("/v1/models")
+    assert response.status_code == 405 and {*response.headers["allow"].split(", ")} == {"GET", "HEAD"}
+
+
+def test_bodies_are_sent_as_they_are(server):
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    response = server.client.post(CHAT, content=b"\x1f\x8b", headers=headers)
+    assert response.status_code == 415 and "Content-Encoding" in response.json()["error"]["message"]
 
 
 def test_other_hosts_and_origins_are_refused(qa, tmp_path):
@@ -658,6 +671,39 @@ def test_behind_a_full_queue_is_429(qa, tmp_path, slow):
             thread.join()
         assert [text_of(each.json()) for each in found] == ["green"]
         assert answer(server)
+
+
+def test_clients_are_told_that_the_server_ends(qa, tmp_path, slow, monkeypatch):
+    """The one whose answer is in progress after a moment, as the last event of its stream; those that wait at once."""
+    monkeypatch.setattr("evoprune_serve.ending.GRACE_S", 0.5)
+    with serving(qa, tmp_path) as server:
+        streamed, answers = in_threads(server, 1, stream=True)
+        assert slow.begun.wait(30)
+        waiting, others = in_threads(server, 2)
+        wait(lambda: server.state.work.waiting == 2)
+        server.process.should_exit = True
+        for thread in waiting:
+            thread.join()
+        for response in others:
+            assert response.status_code == 503 and response.headers["retry-after"]
+            assert response.json()["error"]["code"] == "shutting_down"
+        for thread in streamed:
+            thread.join()
+        *_, last = [line.removeprefix("data: ") for line in answers[0].text.splitlines() if line]
+        assert json.loads(last)["error"]["code"] == "shutting_down"
+    assert not any("Traceback" in line for line in server.lines)
+
+
+def test_an_answer_is_complete_though_the_server_ends(qa, tmp_path, slow):
+    with serving(qa, tmp_path) as server:
+        threads, found = in_threads(server, 1)
+        assert slow.begun.wait(30)
+        server.process.should_exit = True
+        wait(lambda: server.state.work._ending)
+        slow.set()
+        for thread in threads:
+            thread.join()
+        assert text_of(found[0].json()) == "green"
 
 
 def test_weights_are_packed_while_nothing_is_asked(tmp_path, monkeypatch):

@@ -146,6 +146,17 @@ def test_signals_end_it(tmp_path, number, code):
     assert not list(tmp_path.glob("evoprune-*")) and "Traceback" not in (tmp_path / "server.log").read_text()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("gap_s", [0, 0.02, 0.1])
+def test_ctrl_c_twice_says_nothing_more(tmp_path, gap_s):
+    with serving(tmp_path) as (server, _):
+        for _ in range(2):
+            server.send_signal(signal.SIGINT)
+            time.sleep(gap_s)
+        assert server.wait(30) == -signal.SIGINT
+    assert not list(tmp_path.glob("evoprune-*")) and "Traceback" not in (tmp_path / "server.log").read_text()
+
+
 def test_what_would_be_unsafe_or_cannot_be_is_refused(port, tmp_path):
     (tmp_path / "key").write_text("two words")
     for options, says in (
@@ -155,6 +166,8 @@ def test_what_would_be_unsafe_or_cannot_be_is_refused(port, tmp_path):
         (("--api-key-file", str(tmp_path / "key")), "not one word"),
         (("--api-key", "a", "--api-key-file", str(tmp_path / "key")), "exclude"),
         (("--allow-dir", str(tmp_path / "none")), "no folder"),
+        (("--cors", "*"), "no origin"),
+        (("--cors", "https://example.org/path"), "no origin"),
         (("--timeout", "0"), "above 0"),
         (("--allow-urls", "--offline"), "exclude"),
     ):
@@ -212,6 +225,8 @@ def test_openai_has_answers_that_follow_a_schema(client):
 
     reply = client.chat.completions.parse(**asked(), response_format=Found, max_tokens=40)
     assert isinstance(reply.choices[0].message.parsed, Found)
+    messages = [*asked()["messages"], reply.choices[0].message, {"role": "user", "content": COLOUR}]
+    assert client.chat.completions.create(model="demo", messages=messages).choices[0].message.content
 
 
 def test_the_python_of_the_page(port, tmp_path):

@@ -1,5 +1,7 @@
 """Bodies of requests: what they mean, and what is refused by name."""
 
+import re
+
 import pytest
 
 from evoprune.session.options import PipelineOptions
@@ -130,17 +132,28 @@ def test_what_is_wrong_is_named(given, param):
     [
         {"temperature": -1},
         {"top_p": 0},
+        {"max_tokens": 0},
+        {"max_completion_tokens": 0},
         {"budget": 7},
         {"method": "no-such-method"},
-        {"fps": 1, "frames": 2},
+        {"fps": 0},
         {"seek": "now"},
         {"start": "soon"},
+        {"end": "later"},
         {"think": "loudly"},
-        {"logprobs": True, "top_logprobs": 50},
+        {"top_logprobs": 50, "logprobs": True},
     ],
 )
 def test_values_out_of_range_are_refused_as_everywhere(given):
-    assert refusal(**given).code == "invalid_value"
+    field = next(iter(given))
+    problem = refusal(**given)
+    assert (problem.code, problem.param) == ("invalid_value", field)
+    assert not re.search("max_new_tokens|_s is", problem.message)
+
+
+def test_values_that_exclude_each_other():
+    problem = refusal(fps=1, frames=2)
+    assert (problem.code, problem.param) == ("invalid_value", "frames")
 
 
 def test_another_model_is_not_there():

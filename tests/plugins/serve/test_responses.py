@@ -227,6 +227,10 @@ def test_options():
     assert (question.sampling.fps, question.generation.think, question.generation.logprobs) == (2, "off", None)
     begun = json.loads(reply.begin().split(b"\n")[1].removeprefix(b"data: "))["response"]
     assert (begun["metadata"], begun["max_output_tokens"], begun["text"]["format"]) == ({"a": "b"}, 9, form)
+    *_, reply = read(tool_choice="none", parallel_tool_calls=False, text={"verbosity": "medium"}, prompt_cache_key="k")
+    begun = json.loads(reply.begin().split(b"\n")[1].removeprefix(b"data: "))["response"]
+    assert (begun["tool_choice"], begun["parallel_tool_calls"], begun["prompt_cache_key"]) == ("none", False, "k")
+    assert begun["text"] == {"format": {"type": "text"}, "verbosity": "medium"} and begun["completed_at"] is None
     assert read(**LOGPROBS)[0].generation.logprobs == 2
     assert read(stop=["a"])[0].generation.stop == ["a"]
     neutral = {
@@ -255,6 +259,7 @@ def test_options():
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"include": ["reasoning.encrypted_content"]}, "include"),
         ({"top_logprobs": 2}, "top_logprobs"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_tokens": 2}, "max_tokens"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"text": {"style": "a"}}, "text.style"),
