@@ -275,7 +275,7 @@ class Asked:
         event = await in_time(self.job.next(), self.deadline_s)
         if isinstance(event, Failed):
             problem = told(event.problem, self.names)
-            if problem.status >= 500:
+            if problem.status >= 500 and problem is not event.problem:  # nobody has foreseen it
                 self.server.settings.log("".join(traceback.format_exception(event.problem)))
             raise problem from event.problem
         return event
