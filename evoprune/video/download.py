@@ -127,6 +127,9 @@ def _opened(url: str, public: bool, check: Check) -> HTTPResponse:
     """
     parts = urlsplit(url)
     login, _, host = parts.netloc.rpartition("@")
+    if not host.isascii():
+        name, colon, port = host.partition(":")
+        host = name.encode("idna").decode() + colon + port
     whole = (parts.scheme, host, quote(parts.path, UNRESERVED), quote(parts.query, UNRESERVED), "")
     asked = request.Request(urlunsplit(whole), headers={"User-Agent": f"evoprune/{evoprune.__version__}"})  # noqa: S310
     if login:

@@ -186,6 +186,18 @@ def test_a_file_on_the_web_is_the_file(web, name):
     assert seen[-1] == (len(Web.clip), len(Web.clip))
 
 
+def test_a_host_with_other_letters_than_ascii(web):
+    """As domain names have it (IDNA): these letters are those of localhost, but wide."""
+    wide = "".join(chr(ord(letter) + 0xFEE0) for letter in "localhost")
+    with downloaded(web.replace("127.0.0.1", wide) + "/clip.mp4") as path, open(path, "rb") as file:
+        assert file.read() == Web.clip
+    with (
+        pytest.raises(VideoError, match=r"cannot be reached|cannot download"),
+        downloaded("http://\u4f8b.invalid/a.mp4"),
+    ):
+        pass
+
+
 def test_what_comes_with_a_redirect_is_not_read(web):
     with downloaded(f"{web}/talkative") as path:
         assert open(path, "rb").read() == Web.clip  # noqa: SIM115
