@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Message
 
 from evoprune.errors import EvopruneError
 from evoprune.model.config import loads
@@ -34,7 +35,7 @@ from evoprune_serve.question import Question, no_model
 from evoprune_serve.reply import Read, Reply, stream_event
 from evoprune_serve.responses import read_response
 from evoprune_serve.sources import Sources
-from evoprune_serve.store import Store
+from evoprune_serve.store import Room, Store
 from evoprune_serve.uploads import PURPOSES, Uploads
 from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Task, Told, Work
 
@@ -89,7 +90,9 @@ class Server:
         self.sources = Sources(self.store, self.uploads, settings.urls, settings.folders, limit)
         self.work = Work(models, settings.most, settings.keep)
         self.metrics = Metrics(self.work)
-        self.bodies = Bodies(settings.access.bodies_bytes)
+        most = settings.access.bodies_bytes
+        self.bodies = Bodies(most, share=max(most // 2, settings.access.body_bytes))
+        self.storing = asyncio.Lock()  # of the upload that is being copied: its copy has no room of its own
         self.started = int(time.time())
 
     # Questions.
@@ -135,7 +138,7 @@ class Server:
         """Provide a request whose files were fetched. What is raised inside ends its job."""
         job = None
         try:
-            with self.bodies.room() as room:
+            with self.bodies.room(client_of(request)) as room:
                 body = await read_json(request, room.add)
                 # In a thread: a schema may take a while to check.
                 question, sources, form = await run_in_threadpool(read, body, self.settings.usual, [*self.models])
@@ -199,7 +202,19 @@ class Server:
         """Takes a file; the form has its bytes and its purpose."""
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise ApiError(415, "a file is sent as multipart/form-data", code="unsupported_media_type")
-        async with request.form(max_files=1, max_fields=8, max_part_size=1024) as form:
+        with self.store.room() as room:
+            return await self._take(request, room)
+
+    async def _take(self, request: Request, room: Room) -> Response:
+        """Takes the file of a form. `room`: for its bytes as they come."""
+
+        async def receive() -> Message:
+            message = await request.receive()
+            room.add(len(message.get("body", b"")))
+            return message
+
+        counted = Request(request.scope, receive)
+        async with counted.form(max_files=1, max_fields=8, max_part_size=1024) as form:
             file = form.get("file")
             if not isinstance(file, UploadFile):
                 raise refused("the form has no file", "file", "missing_required_parameter")
@@ -209,7 +224,8 @@ class Server:
             for name in form:
                 if name not in ("file", "purpose"):
                     raise refused(f"{name[:60]} is not supported here", name[:60], "unsupported_parameter")
-            upload = await run_in_threadpool(self.uploads.add, file.file, file.filename or "", purpose)
+            async with self.storing:
+                upload = await run_in_threadpool(self.uploads.add, file.file, file.filename or "", purpose, room)
         return JSONResponse(upload.record())
 
     async def file(self, request: Request) -> Response:
@@ -225,6 +241,7 @@ class Server:
         while True:
             await asyncio.sleep(AGEING_S)
             await run_in_threadpool(self.uploads.drop_old)
+            await run_in_threadpool(self.store.drop_old)
 
     # The server itself.
 

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from evoprune_serve.errors import ApiError, full, plain
 OPEN_PATHS = ("/", "/health")  # need no key
 UPLOAD_PATH = "/v1/files"
 FORM_BYTES = 2**16  # of an upload, around its file
-SILENCE_S = 30.0  # for which a client may send nothing of a body
-LONGEST_S = 3600.0  # of a body
+SLOW_BYTES_S = 2**15  # a body that comes more slowly than so many bytes a second
+SLOW_S = 30.0  # is waited for so long
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 BODIES_RETRY_S = 5
 
@@ -44,37 +45,44 @@ class Access:
 
 
 class Bodies:
-    """How many bytes of bodies in JSON are in memory, of all requests."""
+    """How many bytes of bodies in JSON are in memory, of all requests. `share`: of one client, so that others have room."""
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int, share: int):
         self._limit = limit
+        self._share = share
         self._bytes = 0
+        self._clients: Counter[str] = Counter()  # the bytes of each
 
     @contextmanager
-    def room(self) -> "Iterator[BodyRoom]":
+    def room(self, client: str) -> "Iterator[BodyRoom]":
         """Provide room for a body, which is free again in the end."""
-        room = BodyRoom(self)
+        room = BodyRoom(self, client)
         try:
             yield room
         finally:
             self._bytes -= room.bytes
+            self._clients[client] -= room.bytes
+            if not self._clients[client]:
+                del self._clients[client]
 
-    def _add(self, count: int) -> None:
-        if self._bytes + count > self._limit:
+    def _add(self, client: str, count: int) -> None:
+        if self._bytes + count > self._limit or self._clients[client] + count > self._share:
             raise full(BODIES_RETRY_S)
         self._bytes += count
+        self._clients[client] += count
 
 
 class BodyRoom:
     """The bytes of one body so far."""
 
-    def __init__(self, bodies: Bodies):
+    def __init__(self, bodies: Bodies, client: str):
         self.bytes = 0
         self._bodies = bodies
+        self._client = client
 
     def add(self, count: int) -> None:
         """Raises ApiError: there is no room for so many more."""
-        self._bodies._add(count)
+        self._bodies._add(self._client, count)
         self.bytes += count
 
 
@@ -142,6 +150,9 @@ def too_large(limit: int) -> ApiError:
 class Body:
     """The body of a request as it is received, of at most `limit` bytes.
 
+    Waiting for it uses up time, and what comes brings it back: `SLOW_S` in all, however large the body, and however much of it
+    came at once.
+
     A response that begins before all of it was received closes the connection: what follows is nobody's.
     """
 
@@ -151,18 +162,21 @@ class Body:
         self._send = send
         self._received = 0
         self._complete = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
-        self._end_s = time.monotonic() + LONGEST_S
+        self._left_s = SLOW_S
 
     async def receive(self) -> Message:
         """Raises ApiError: the body is larger than its limit, or comes too slowly."""
         if self._complete:  # what follows is that the client goes
             return await self._receive()
+        began = time.monotonic()
         try:
-            async with asyncio.timeout(min(SILENCE_S, self._end_s - time.monotonic())):
+            async with asyncio.timeout(self._left_s):
                 message = await self._receive()
         except TimeoutError:
             raise plain(408, "the body of the request comes too slowly") from None
-        self._received += len(message.get("body", b""))
+        count = len(message.get("body", b""))
+        self._received += count
+        self._left_s = min(SLOW_S, self._left_s - (time.monotonic() - began) + count / SLOW_BYTES_S)
         self._complete = not message.get("more_body", False)
         if self._received > self._limit:
             self._complete = False

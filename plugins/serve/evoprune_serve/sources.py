@@ -21,11 +21,10 @@ from evoprune.video.frames import probe
 from evoprune.video.given import Input, held_video
 from evoprune.video.info import PICTURE, HeldVideo
 from evoprune_serve.errors import refused
-from evoprune_serve.store import Content, Store
+from evoprune_serve.store import UNUSED_S, Content, Store
 from evoprune_serve.uploads import Uploads
 
 URL_CHARACTERS = 8192  # of an address that is none of data
-PAGE_S = 600.0  # how long a download serves later questions about its address
 FRAMES_BYTES = 2**29  # of a list of frames, decoded
 
 
@@ -197,15 +196,21 @@ class Sources:
             self._forget_old()
             if (known := self._downloads.get(url)) and self._store.take(known[0]):
                 return known[0]
-        with downloaded(url, progress=lambda done, total: check(), public=True, limit_bytes=self._limit_bytes) as path:
-            content = self._store.add_file(path)
+        with self._store.room() as room:
+
+            def progress(done: int, total: int) -> None:
+                check()
+                room.add(done - room.bytes)
+
+            with downloaded(url, progress=progress, public=True, limit_bytes=self._limit_bytes) as path:
+                content = self._store.add_file(path, room)
         with self._lock:
             self._downloads[url] = content, time.monotonic()
         return content
 
     def _forget_old(self) -> None:
         now = time.monotonic()
-        self._downloads = {url: known for url, known in self._downloads.items() if now - known[1] < PAGE_S}
+        self._downloads = {url: known for url, known in self._downloads.items() if now - known[1] < UNUSED_S}
 
     def _file(self, url: str) -> LocalFile:
         """Return a file below a folder that is allowed. All others look alike: a client learns nothing of them."""

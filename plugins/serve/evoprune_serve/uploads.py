@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from evoprune.util import one_line
 from evoprune_serve.errors import ApiError
-from evoprune_serve.store import Content, Store
+from evoprune_serve.store import Content, Room, Store
 
 MOST = 1000  # files at a time
 NAME_CHARACTERS = 200
@@ -50,12 +50,12 @@ class Uploads:
         self._uploads: dict[str, Upload] = {}
         self._lock = threading.Lock()
 
-    def add(self, file: BinaryIO, name: str, purpose: str) -> Upload:
-        """Stores a file. Raises ApiError: there are too many, there is no room, or it is empty."""
+    def add(self, file: BinaryIO, name: str, purpose: str, room: Room) -> Upload:
+        """Stores a file, in the room that it has. Raises ApiError: there are too many, there is no room, or it is empty."""
         self.drop_old()
         if len(self._uploads) >= MOST:
             raise ApiError(507, f"there are {MOST} files already: delete some", code="storage_full")
-        content = self._store.copy(file)
+        content = self._store.copy(file, room)
         if not content.size:
             self._store.release(content, stays=False)
             raise ApiError(400, "the file is empty", param="file", code="invalid_value")

@@ -276,6 +276,37 @@ def test_old_uploads_leave_the_disk_while_nobody_asks(qa, tmp_path, monkeypatch)
             time.sleep(0.05)
 
 
+def test_what_a_request_held_leaves_the_disk_while_nobody_asks(qa, tmp_path, monkeypatch):
+    from evoprune_serve import app, store
+
+    monkeypatch.setattr(app, "AGEING_S", 0.05)
+    with serving(qa, tmp_path) as server:
+        answer(server)
+        assert list(tmp_path.iterdir())
+        monkeypatch.setattr(store, "UNUSED_S", 0.0)
+        wait(lambda: not list(tmp_path.iterdir()))
+
+
+def test_uploads_take_room_while_they_come(qa, tmp_path):
+    """It is free again when their clients go, and a file needs none beside that."""
+    size = 2**20
+    head = f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: {2 * size}\r\n"
+    head += "Content-Type: multipart/form-data; boundary=b\r\n\r\n"
+    head += '--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    with serving(qa, tmp_path, files_bytes=3 * size + 2**16) as server:
+        store = server.state.store
+        with connected(server) as first, connected(server) as second, connected(server) as third:
+            for connection in (first, second, third):
+                connection.sendall(head.encode() + bytes(size))
+            wait(lambda: store._bytes > 3 * size)
+            refused = server.client.post("/v1/files", files={"file": bytes(size)})
+            assert refused.status_code == 507 and refused.json()["error"]["code"] == "storage_full"
+            assert error(server, 507)["code"] == "storage_full"
+        wait(lambda: not store._bytes)
+        made = server.client.post("/v1/files", files={"file": bytes(2 * size)})
+        assert made.status_code == 200 and store._bytes == 2 * size
+
+
 @pytest.mark.parametrize(
     ("form", "param"), [({}, "file"), ({"purpose": "batch"}, "purpose"), ({"purpose": "vision", "x": "1"}, "x")]
 )
@@ -492,6 +523,57 @@ def test_bodies_have_limits(qa, tmp_path):
         assert server.state.bodies._bytes == 0
 
 
+def json_head(size: int, more: str = "") -> bytes:
+    """What is sent in front of a question of so many bytes."""
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{more}"
+    return f"{head}Content-Length: {size}\r\n\r\n".encode()
+
+
+def test_a_client_has_half_of_the_room_for_bodies(qa, tmp_path, monkeypatch):
+    from evoprune_serve import app
+
+    monkeypatch.setattr(app, "client_of", lambda request: request.headers.get("x-client", "another"))
+    size = 2**19
+    limits = access(body_bytes=size, bodies_bytes=4 * size)
+    with serving(qa, tmp_path, access=limits) as server:
+        with connected(server) as first, connected(server) as second, connected(server) as third:
+            unfinished = json_head(size, "X-Client: greedy\r\n") + b" " * (size - 100)
+            first.sendall(unfinished)
+            second.sendall(unfinished)
+            wait(lambda: server.state.bodies._bytes == 2 * (size - 100))
+            third.sendall(unfinished)
+            assert third.recv(4096).startswith(b"HTTP/1.1 429")
+            assert server.client.post(CHAT, json=body() | {"user": "x" * (size // 2)}).status_code == 200
+        wait(lambda: not server.state.bodies._bytes and not server.state.bodies._clients)
+
+
+def test_a_body_that_almost_stops_is_408(server, monkeypatch):
+    """However much of it came at once before. One that comes fast enough may last."""
+    from evoprune_serve import guard
+
+    monkeypatch.setattr(guard, "SLOW_S", 0.5)
+    monkeypatch.setattr(guard, "SLOW_BYTES_S", 1000)
+    with connected(server) as connection:
+        connection.sendall(json_head(10**6) + b" " * (10**6 - 2000))
+        connection.settimeout(0.1)
+        found = b""
+        end = time.monotonic() + 10
+        while not found:
+            assert time.monotonic() < end
+            connection.sendall(b" ")
+            try:
+                found = connection.recv(4096)
+            except TimeoutError:
+                continue
+        assert found.startswith(b"HTTP/1.1 408")
+    with connected(server) as connection:
+        connection.sendall(json_head(4000))
+        for _ in range(10):
+            connection.sendall(b"?" * 400)
+            time.sleep(0.1)
+        assert b"invalid_json" in received(connection, b"}}")
+
+
 def raw(server, text: str) -> bytes:
     """The beginning of the answer to what is sent as it stands."""
     with connected(server) as connection:
@@ -569,9 +651,8 @@ def test_a_connection_is_kept_between_requests(impatient):
 
 
 def test_a_slow_body_has_its_own_limit(impatient):
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 6\r\n\r\n"
     with connected(impatient) as connection:
-        connection.sendall(head.encode())
+        connection.sendall(json_head(6))
         for _ in range(6):
             time.sleep(HEAD_S / 3)
             connection.sendall(b"?")
@@ -580,9 +661,8 @@ def test_a_slow_body_has_its_own_limit(impatient):
 
 def test_a_stream_may_last(impatient, slow):
     data = json.dumps(body(stream=True)).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     with connected(impatient) as connection:
-        connection.sendall(head.encode() + data)
+        connection.sendall(json_head(len(data)) + data)
         assert slow.begun.wait(30)
         time.sleep(2 * HEAD_S)
         slow.set()

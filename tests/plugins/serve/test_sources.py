@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -15,11 +16,11 @@ from evoprune.errors import VideoError
 from evoprune.video import download
 from evoprune_serve.errors import ApiError
 from evoprune_serve.sources import Address, Sources, Uploaded
-from evoprune_serve.store import PREFIX, Store, private_folder
+from evoprune_serve.store import BLOCK_BYTES, PREFIX, Store, private_folder
 from evoprune_serve.uploads import Uploads
 from tests.plugins.serve.serving import SAMPLES, url_of
 
-LIMIT = 10**6
+LIMIT = 2**20
 
 
 @pytest.fixture
@@ -32,6 +33,11 @@ def store(tmp_path):
 @pytest.fixture
 def uploads(store):
     return Uploads(store, 3600)
+
+
+def uploaded(store: Store, uploads: Uploads, path: Path, name: str):
+    with store.room() as room, open(path, "rb") as file:
+        return uploads.add(file, name, "vision", room)
 
 
 def sources(store, uploads, **how) -> Sources:
@@ -65,6 +71,58 @@ def test_there_is_no_room_for_more_than_the_limit(store):
     with pytest.raises(ApiError, match="no room") as caught:
         store.add(b"x" * LIMIT)
     assert caught.value.status == 507 and os.path.exists(held.path)
+
+
+def test_the_smallest_file_takes_a_block_of_the_disk(store, tmp_path):
+    """The oldest of those that nobody uses go first."""
+    folder = tmp_path / "store"
+    held = store.add(b"held")
+    contents = [store.add(str(number).encode()) for number in range(LIMIT // BLOCK_BYTES - 1)]
+    with pytest.raises(ApiError, match="no room"):
+        store.add(b"x")
+    used = contents.pop(0)
+    for content in (*contents, used):
+        store.release(content)
+    for number in range(500, 520):
+        store.release(store.add(str(number).encode()))
+    left = {path.name for path in folder.iterdir()}
+    assert len(left) == LIMIT // BLOCK_BYTES
+    assert {held.digest, used.digest} <= left and not left & {content.digest for content in contents[:20]}
+
+
+def test_what_nobody_has_used_for_ten_minutes_leaves_the_disk(store, monkeypatch):
+    old, late, held = (store.add(each) for each in (b"old", b"late", b"held"))
+    begun = time.monotonic()
+    store.release(old)
+    monkeypatch.setattr("evoprune_serve.store.time.monotonic", lambda: begun + 300)
+    store.release(late)
+    monkeypatch.setattr("evoprune_serve.store.time.monotonic", lambda: begun + 601)
+    store.drop_old()
+    assert [os.path.exists(each.path) for each in (old, late, held)] == [False, True, True]
+
+
+def test_what_is_received_has_room_until_it_is_a_content(store, tmp_path):
+    (tmp_path / "a").write_bytes(bytes(LIMIT // 2))
+    with store.room() as room, open(tmp_path / "a", "rb") as file:
+        room.add(LIMIT // 2 + 10)  # with the form around it
+        with pytest.raises(ApiError, match="no room"):
+            store.add(bytes(LIMIT // 2))
+        store.copy(file, room)
+        store.add(b"x" * (LIMIT // 2))
+    with pytest.raises(ApiError, match="no room"):
+        store.add(b"y")
+
+
+def test_what_cannot_be_written_leaves_nothing(store, tmp_path, monkeypatch):
+    def fail(*given):
+        raise OSError("no space")
+
+    monkeypatch.setattr("evoprune_serve.store.shutil.move", fail)
+    with pytest.raises(ApiError, match="cannot store"):
+        store.add(b"x")
+    monkeypatch.undo()
+    assert not list((tmp_path / "store").iterdir())
+    store.add(bytes(LIMIT))
 
 
 @pytest.mark.parametrize(
@@ -160,6 +218,19 @@ def test_addresses_on_the_web_are_read_if_they_are_allowed(store, uploads, monke
             small.fetch([Address(f"http://{host}/a.mp4")])
 
 
+def test_a_download_without_room_ends(store, uploads, monkeypatch):
+    monkeypatch.setattr(download, "is_public", lambda address: True)
+    held = store.add(bytes(LIMIT - BLOCK_BYTES))
+    with web() as host:
+        monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("198.51.100.1", 1))
+        monkeypatch.setattr(Store, "add_file", None)  # it does not come as far
+        made = sources(store, uploads, urls=True)
+        assert "no room" in refused(made, f"http://{host}/a.mp4")
+        monkeypatch.undo()
+    store.release(held)
+    store.add(b"x" * LIMIT)
+
+
 def test_addresses_of_this_network_are_not_read(store, uploads, monkeypatch):
     """Neither by their numbers, in whatever form, nor by a name, nor behind a redirect; and nothing is asked of them."""
     made = sources(store, uploads, urls=True)
@@ -202,20 +273,18 @@ def test_which_addresses_are_public(address, public):
 
 def test_uploads_go_when_they_are_deleted_or_old(store, uploads, tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"content")
-    with open(tmp_path / "a", "rb") as file:
-        kept = uploads.add(file, "../../x/clip\n.mp4", "vision")
+    kept = uploaded(store, uploads, tmp_path / "a", "../../x/clip\n.mp4")
     assert kept.name == "clip?.mp4" and kept.record()["bytes"] == 7
     fetched = sources(store, uploads).fetch([Uploaded(kept.id)])
     assert fetched.paths == {kept.content.path: "clip?.mp4"}
     uploads.delete(kept.id)
     with pytest.raises(ApiError, match="no file"):
         uploads.get(kept.id)
-    store.release(store.add(bytes(LIMIT - 100)))
+    store.release(store.add(bytes(LIMIT - BLOCK_BYTES)))
     assert os.path.exists(kept.content.path)  # while a question uses it
     fetched.close()
     assert not os.path.exists(kept.content.path)
-    with open(tmp_path / "a", "rb") as file:
-        old = uploads.add(file, "a", "vision")
+    old = uploaded(store, uploads, tmp_path / "a", "a")
     monkeypatch.setattr("evoprune_serve.uploads.time.time", lambda: old.expires + 1)
     with pytest.raises(ApiError, match="no file"):
         uploads.get(old.id)
