@@ -149,7 +149,7 @@ def serve(
             hosts=hosts,
             origins=origins,
             body_bytes=max_body * MIB,
-            bodies_bytes=max(256, max_body) * MIB,
+            bodies_bytes=max(256, 2 * max_body) * MIB,
             upload_bytes=max_upload * MIB,
         )
         settings = Settings(
