@@ -3,8 +3,8 @@
     python -m experiments.speed.server_first_token --repeat 31
 
 A video is new because bytes follow its end, others each time: it is read and encoded. `VideoQA` is in this process and gets the
-path of a file, the server in another one; each is idle while the other works. In a stream the time ends with the first chunk that
-has text. The first rounds do not count.
+path of a file, the server in another one; each is idle while the other works, and has as many threads. In a stream the time ends
+with the first chunk that has text. The first rounds do not count.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def asked(connection: HTTPConnection, url: str) -> First:
 
 
 def measure(repeat: int) -> dict[str, list[First]]:
-    qa = VideoQA.load("demo")
+    qa = VideoQA.load("demo", threads="auto")
     found: dict[str, list[First]] = {"VideoQA": [], "server, data: in the request": [], "server, file:": []}
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
