@@ -5,11 +5,15 @@ import os
 import re
 import secrets
 import socket
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextvars import copy_context
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.session.options import GenerationOptions, ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
@@ -31,6 +35,7 @@ ANY = ("0.0.0.0", "::")  # noqa: S104 (compared with)
 KEY = "EVOPRUNE_API_KEY"
 MIB = 2**20
 CONNECTIONS = 512
+T = TypeVar("T")
 UNTAKEN_S = 60  # how long a client may take nothing of what it is answered
 
 
@@ -140,7 +145,7 @@ def serve(
     listening = _listening(host, port)
     with listening, private_folder() as folder:
         with progress(not quiet) as show:
-            models = _loaded(name or (), pipeline, also or (), show, quiet)
+            models = in_a_thread(partial(_loaded, name or (), pipeline, also or (), show, quiet))
         hosts = (*NAMES, _in_url(host).lower(), *(each.lower() for each in allow_host or ()))
         if host in ANY and key is not None and not allow_host:
             hosts = ()  # nobody knows all names of this machine, and pages of others do not know the key
@@ -185,6 +190,24 @@ def serve(
         )
         EndingServer(config, app.state.server.work).run(sockets=[listening])
     return 0
+
+
+def in_a_thread(function: Callable[[], T]) -> T:
+    """Return what a function returns in a thread of its own, with whose end its group of OpenMP threads ends.
+
+    The main thread never computes, so the group of the model's thread is the only one. With a second group there are more threads
+    than cores, and libgomp has them sleep between any two operations instead of waiting actively.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(function())
+        except BaseException as problem:
+            done.set_exception(problem)
+
+    threading.Thread(target=copy_context().run, args=(run,), name="evoprune-load", daemon=True).start()
+    return done.result()
 
 
 def _loaded(
