@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -125,6 +126,7 @@ def serve(
     origins = tuple(map(_origin, cors or ()))
     warm_up()  # while this process imports what it needs
     try:
+        in_a_thread(partial(import_module, "evoprune_serve.app"))  # as it is imported, torch drops what a signal raises
         import uvicorn
 
         from evoprune_serve.app import Settings, make_app

@@ -147,6 +147,18 @@ def test_signals_end_it(tmp_path, number, code):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("moment_s", [0.4, 0.8, 0.9, 1.0, 1.2])
+def test_ctrl_c_ends_it_before_it_serves(tmp_path, moment_s):
+    line, environment = command("--port", "0")
+    environment |= {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as server:
+        time.sleep(moment_s)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == -signal.SIGINT and "Traceback" not in server.stdout.read()
+    assert not list(tmp_path.glob("evoprune-*"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("gap_s", [0, 0.02, 0.1])
 def test_ctrl_c_twice_says_nothing_more(tmp_path, gap_s):
     with serving(tmp_path) as (server, _):
