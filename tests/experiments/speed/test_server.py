@@ -15,6 +15,7 @@ from evoprune.errors import VideoError
 from evoprune.video import download
 from experiments.speed import server_first_token, server_load
 from experiments.speed.server_lures import INSIDE, REBINDING, REFUSED, lured, luring
+from tests.threads import one_thread  # noqa: F401
 
 NO_SERVER = sys.platform != "linux" or not entry_points(group="evoprune.commands", name="serve")
 REASON = "the server is not installed: python -m experiments.environments serve"
