@@ -30,7 +30,7 @@ from evoprune_serve.chat import END, read_chat
 from evoprune_serve.errors import ApiError, plain, refused, told
 from evoprune_serve.guard import Access, Bodies, Guard
 from evoprune_serve.metrics import TYPE, Metrics
-from evoprune_serve.page import PAGE_PATHS, Page
+from evoprune_serve.page import PAGE_PATHS, Handler, Page
 from evoprune_serve.question import Question, no_model
 from evoprune_serve.reply import Read, Reply, stream_event
 from evoprune_serve.responses import read_response
@@ -47,7 +47,6 @@ SENDING_S = 60.0  # for which a client may be slow to take the end of a stream
 AGEING_S = 60.0  # how often old files are looked for
 CLOSED = 499  # what logs and metrics call a request whose client went
 T = TypeVar("T")
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True)
