@@ -2,10 +2,11 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from typing import TypeVar
+from functools import cache, partial
+from inspect import signature
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,11 +14,31 @@ from evoprune.backend.devices import is_host, wants_plain_pytorch
 
 T = TypeVar("T")
 
+# Names of the argument of transformers' models, and of the field of their outputs, for the KV cache: since 5.24, and before.
+CACHE_NAMES = ("cache", "past_key_values")
+
 EXPERTS = "evoprune"  # the name of `through_experts` among transformers' implementations of experts
 # Functions in modules of transformers: where fla or causal-conv1d is installed, kernels for GPUs.
 FUSED = {"causal_conv1d_fn", "causal_conv1d_update", "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"}
 # Of each thread: how many contexts of `without_packages` it is in.
 _thread = threading.local()
+
+
+@cache
+def cache_name() -> str:
+    """Return the name that the installed transformers gives to the KV cache."""
+    from transformers.generation import GenerationMixin
+
+    known = signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return next(name for name in CACHE_NAMES if name in known)
+
+
+def cache_of(values: Mapping) -> Any:
+    """Return the KV cache among the arguments or outputs of a transformers model by name, or None if there is none.
+
+    transformers 5.24 and later take the old name too.
+    """
+    return next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
 
 
 def form_of_layers(device: torch.device, few: T, modules: T) -> T:

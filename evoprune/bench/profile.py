@@ -29,6 +29,7 @@ from evoprune.backend.devices import (
     product_sides,
     reset_peak_memory,
 )
+from evoprune.backend.hosted import cache_name
 from evoprune.backend.limits import available_cores
 from evoprune.bench.clips import (
     AFTER_PAIR,
@@ -232,9 +233,9 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
         if getattr(encoded, "deepstack_features", None):
             mask = torch.zeros_like(positions[0], dtype=torch.bool).index_fill_(1, video, True)
             inner = {"visual_pos_masks": mask, "deepstack_visual_embeds": encoded.deepstack_features}
-        cache = DynamicCache(config=reference.config.text_config)
         given = {"inputs_embeds": embeds[None], "position_ids": positions, **inner}
-        hidden = text(**given, past_key_values=cache, use_cache=True)
+        cached = {cache_name(): DynamicCache(config=reference.config.text_config), "use_cache": True}
+        hidden = text(**given, **cached)
         logits = reference.lm_head(hidden.last_hidden_state[:, -1])
     with clock.stage("generate"):
         tokens = [int(logits.argmax())]
@@ -242,7 +243,7 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
             embeds = text.embed_tokens(torch.tensor([tokens[-1:]], dtype=torch.int64, device=device))
             position = torch.full((4, 1, 1), clip.following + len(tokens) - 1, dtype=torch.int64, device=device)
             position[0] = len(clip.ids) + len(tokens) - 1
-            hidden = text(inputs_embeds=embeds, position_ids=position, past_key_values=cache, use_cache=True)
+            hidden = text(inputs_embeds=embeds, position_ids=position, **cached)
             tokens.append(int(reference.lm_head(hidden.last_hidden_state[:, -1]).argmax()))
     layers = [(layer, clip.units) for layer in range(len(reference.model.visual.blocks))]
     counts = _counts(loaded.model.model.visual, clip, layers, clip.units, clip.units, len(clip.ids))

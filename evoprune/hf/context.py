@@ -12,7 +12,7 @@ pruned. Flash and flex attention take no mask of numbers, so under them every to
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack
@@ -23,6 +23,7 @@ from torch import nn
 from evoprune import methods
 from evoprune.backend.cpu.linear import weights_bytes
 from evoprune.backend.devices import environment, memory_in_use, peak_memory
+from evoprune.backend.hosted import cache_of
 from evoprune.errors import UsageError
 from evoprune.hf import interface
 from evoprune.hf.columns import (
@@ -290,9 +291,9 @@ class PrunedModel:
             if past is None:
                 return stock(**pruned | {INNER: _Inside()})
             report = self.report
-            remember(past, (call.get("past_key_values"),))  # before the run, which a callback may end
+            remember(past, (cache_of(call),))  # before the run, which a callback may end
             out = stock(**with_whole_prompts(self.model, call, pruned) | {INNER: _Inside(past.sizes)})
-        remember(past, (getattr(out, "past_key_values", None),))
+        remember(past, (cache_of(out) if isinstance(out, Mapping) else None,))
         if self._prunes(call):
             report.time_ms.total = (clock.now() - start) * 1000
         prompt = call["input_ids"]
@@ -305,7 +306,7 @@ class PrunedModel:
     @torch.compiler.disable  # in a compiled `forward`, only the model's own code is worth compiling
     def _without_pruned(self, call: dict, generating: bool) -> tuple[dict, Past | None]:
         """Return the call without pruned columns, and the `Past` of its cache; the call itself and None if nothing is pruned."""
-        cache = call.get("past_key_values")
+        cache = cache_of(call)
         length = 0 if cache is None else int(cache.get_seq_length())
         if self._prunes(call):
             if length:

@@ -14,6 +14,7 @@ from math import prod
 import torch
 
 from evoprune.backend.devices import holds_values
+from evoprune.backend.hosted import cache_name, cache_of
 from evoprune.errors import ModelError, UsageError
 from evoprune.language.prompt import Place, prompt_positions
 from evoprune.methods.types import arange_on
@@ -192,7 +193,7 @@ def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.S
         ready = given.get(kind) if isinstance(given, dict) else given
         if ready is None or ready.ndim == 2:
             make = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
-            ready = make(config, embeds, ready, call.get("past_key_values"), allow_is_causal_skip=False)
+            ready = make(config, embeds, ready, cache_of(call), allow_is_causal_skip=False)
         masks[kind] = ready
     return masks, embeds.shape[:2], embeds.dtype
 
@@ -208,7 +209,7 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
     """
     masks, shape, dtype = attention_masks(model, call)
     kinds = getattr(model.config.text_config, "layer_types", None)
-    cache = call.get("past_key_values")
+    cache = cache_of(call)
     bias = sizes.log().repeat_interleave(shape[0] // len(sizes), 0)
     weighted = {}
     for kind, mask in masks.items():
@@ -317,7 +318,7 @@ def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bo
     ids = call["input_ids"]
     if generating:
         return model._prepare_position_ids_for_generation(ids, given)
-    positions = model.model.compute_3d_position_ids(input_ids=ids, inputs_embeds=None, past_key_values=None, **given)
+    positions = model.model.compute_3d_position_ids(input_ids=ids, inputs_embeds=None, **given | {cache_name(): None})
     if positions is None:
         positions = arange_on(ids.shape[1], ids.device)
     return positions.expand(3, *ids.shape)

@@ -11,7 +11,7 @@ import torch
 
 from evoprune.backend.attention import without_cudnn
 from evoprune.backend.devices import to_device
-from evoprune.backend.hosted import EXPERTS, form_of_layers, through_experts, without_packages
+from evoprune.backend.hosted import EXPERTS, cache_name, form_of_layers, through_experts, without_packages
 from evoprune.errors import call
 from evoprune.language import hybrid
 from evoprune.language.decoder import all_sizes
@@ -71,7 +71,7 @@ def use_experts(model: HostedVL) -> None:
 
 def run_modules(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor | None, **kwargs):
     """As `run`, of `text`, by the modules of transformers."""
-    kwargs |= {"attention_mask": mask, "past_key_values": states, "use_cache": True}
+    kwargs |= {"attention_mask": mask, cache_name(): states, "use_cache": True}
     return text(inputs_embeds=x[None], position_ids=places, **kwargs).last_hidden_state[0]
 
 

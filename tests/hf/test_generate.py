@@ -98,7 +98,7 @@ OF_QWEN3 = [
 ]
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @pytest.mark.parametrize(CASES, [*OF_PROMPTS, *OF_SETTINGS["batch"], *OF_QWEN3], indirect=["model"])
 def test_full_budget_is_the_models_own(model, prompt, side, settings):
     inputs, settings = processed(model, *PROMPTS[prompt], side=side), SETTINGS[settings]

@@ -18,6 +18,7 @@ INT8 = parameters("int8")
 PROMPT = (5, ("image", 4, 4), 2, ("video", 4, 8, 12), 7)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_tokens_are_the_models_own_and_the_model_does_not_change(family):
     skip_where_not_taken(model := tiny_model(family=family))

@@ -65,6 +65,7 @@ def test_it_is_the_whole_prompt_with_the_dropped_columns_masked(model, prompt, m
     assert run.report.pruning.visual_tokens_kept == run.report.tokens.visual == total
 
 
+@pytest.mark.few(2)
 def test_a_cache_goes_on_and_positions_of_qwen_are_possible(model):
     inputs = processed(model, *PROMPTS["picture and video"])
     with evoprune.EvoPrune(budget=0.25, pictures=True, positions="qwen")(model):
@@ -76,6 +77,7 @@ def test_a_cache_goes_on_and_positions_of_qwen_are_possible(model):
     assert torch.equal(again, at_once)
 
 
+@pytest.mark.few(2)
 def test_pictures_stay_whole_unless_asked_for(model):
     inputs = processed(model, *PROMPTS["a picture"])
     expected = generated(model, inputs)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from evoprune.backend.hosted import cache_name
 from evoprune.bench.hugging_face import hugging_face_model, share_equal
 from evoprune.bench.profile_results import TimeLimit
 from evoprune.hf.processor_inputs import NAMES, TYPES, arguments, read_patches
@@ -389,11 +390,11 @@ class Subject:
             if inner:
                 inner["visual_pos_masks"] = visual[None, :first]
             read = {"inputs_embeds": embeds[None, :first], "position_ids": places[..., :first]}
-            text(**read, past_key_values=cache, use_cache=True, **inner)
+            text(**read, **{cache_name(): cache}, use_cache=True, **inner)
             embeds = embeds[first:]
             places = places[..., first:]
             inner = {}
-        read = {"inputs_embeds": embeds[None], "position_ids": places, "past_key_values": cache}
+        read = {"inputs_embeds": embeds[None], "position_ids": places, cache_name(): cache}
         hidden = text(**read, use_cache=cache is not None, **inner)
         return self.transformers.lm_head(hidden.last_hidden_state[0, -last:])
 

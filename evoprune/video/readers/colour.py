@@ -13,6 +13,7 @@ from functools import cache
 import av
 import av.logging
 import numpy as np
+from av.buffer import Buffer
 from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc, VideoReformatter
@@ -119,7 +120,10 @@ def stated(stream: VideoStream) -> str | None:
 
 def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
     """Return `Video.hdr_format` of a frame. `header`: what it is where it does not say so itself."""
-    data = _side_data(frame)
+    try:
+        data = frame.side_data
+    except ValueError:  # PyAV 18 cannot list side data that includes EXIF
+        data = {}
     if header == IPT or frame.colorspace == Matrix.IPT_C2 or _is_dolby_own(data.get("DOVI_METADATA")):
         return IPT
     if curve := CURVES.get(frame.color_trc):
@@ -135,17 +139,11 @@ def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
     return None
 
 
-def _side_data(frame: VideoFrame) -> dict[str, bytes]:
-    try:
-        return {data.type.name: bytes(data) for data in frame.side_data}
-    except ValueError:  # PyAV cannot list side data that includes EXIF
-        return {}
-
-
-def _is_dolby_own(metadata: bytes | None) -> bool:
+def _is_dolby_own(metadata: Buffer | None) -> bool:
     """Return whether FFmpeg's `AVDOVIMetadata` is of a base layer in Dolby's own format."""
     if metadata is None:
         return False
+    metadata = bytes(metadata)
     start = int.from_bytes(metadata[:8], sys.byteorder)  # of `AVDOVIRpuDataHeader`
     profile = metadata[start + 4]
     full_range = metadata[start + 10]

@@ -47,6 +47,8 @@ LEAST_CLOCK_HZ = (
     1000  # a rate that is a clock's frequency, and as high, is no rate of frames: Matroska counts milliseconds
 )
 TAG_CHARACTERS = 4000  # tags with more are left out, because tags travel with every `Video`
+# For `av.open`: tags that are not UTF-8 do not make a file unreadable. PyAV 19 always reads them so, and has no such argument.
+ANY_TAGS = {"metadata_errors": "surrogateescape"} if int(av.__version__.split(".")[0]) < 19 else {}
 MAX_PIXELS = 2**27  # of pictures that are read: 16K video, and photographs of 100 megapixels, have fewer
 INCOMPLETE = (
     "is it a complete video file? An MP4 or MOV cut off before its index, usually at its end, cannot be read at all"
@@ -243,11 +245,7 @@ def open_bytes(file: BinaryIO, format_name: str | None = None) -> InputContainer
     # The whitelist allows no protocol, so a playlist in the file reaches neither other files nor the network.
     options = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
     nameless = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
-    # A video is not refused for tags that are not valid text. PyAV 19 does not refuse it anyway.
-    tags = {}
-    if int(av.__version__.split(".")[0]) < 19:
-        tags = {"metadata_errors": "replace"}
-    return av.open(nameless, format=format_name, options=options, **tags)
+    return av.open(nameless, format=format_name, options=options, **ANY_TAGS)
 
 
 def moving(container: InputContainer) -> list[VideoStream]:
@@ -284,9 +282,13 @@ def video_stream(container: InputContainer, path: str, *, threads: int = 1) -> V
 
 
 def tags(container: InputContainer) -> dict[str, str]:
-    """Return the tags of a container, at most 200, without those that are too long."""
+    """Return the tags of a container, at most 200, except those that are too long. Bytes that are not UTF-8 become U+FFFD."""
     short = ((key, text) for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS)
-    return dict(islice(short, 200))
+    return {_valid_text(key): _valid_text(text) for key, text in islice(short, 200)}
+
+
+def _valid_text(tag: str) -> str:
+    return tag.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def thread_count(cores: int) -> int:
@@ -441,7 +443,7 @@ def orientation(frame: VideoFrame) -> tuple[int, bool]:
     """Return the clockwise rotation in degrees (0, 90, 180 or 270), and whether a left-right flip comes before it."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV cannot list side data that includes EXIF, but it reads the rotation
+    except ValueError:  # PyAV 18 cannot list side data that includes EXIF, but it reads the rotation
         return round(-frame.rotation / 90) * 90 % 360, False
     if matrix is None:
         return 0, False

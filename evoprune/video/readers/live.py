@@ -137,7 +137,7 @@ class LiveReader:
                 "rtsp_flags": "prefer_tcp",
             }
         if self._scheme or camera:
-            kwargs = {"format": camera, "options": limits, "timeout": self._timeout_s, "metadata_errors": "replace"}
+            kwargs = {"format": camera, "options": limits, "timeout": self._timeout_s} | ffmpeg.ANY_TAGS
             if self._scheme in ("http", "https"):
                 return self._followed(path, kwargs)
             return av.open(path, **kwargs)
@@ -159,7 +159,7 @@ class LiveReader:
                 file = _Following(number, self._timeout_s)
             self._open.callback(file.close)
             try:
-                container = av.open(file, options=limits, metadata_errors="replace")
+                container = av.open(file, options=limits, **ffmpeg.ANY_TAGS)
                 if isinstance(file, _Following):
                     file.waits = self._follow and path is not None  # not before: FFmpeg also looks at the end of a file
                 return container

@@ -193,7 +193,8 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
     for packet in packets:
         if packet is None or packet.pts is None or packet.is_discard:
             continue
-        tick, per = packet.time_base.as_integer_ratio()  # fractions would take several times as long
+        time_base = packet.time_base
+        tick, per = time_base.numerator, time_base.denominator  # fractions would take several times as long
         shown = packet.pts * tick / per
         stamp = packet.pts if packet.dts is None else packet.dts
         decoded = stamp * tick / per

@@ -251,7 +251,7 @@ def _cues(
     """
     hidden = _codec(stream) in ("ass", "ssa")
     size = 0
-    tick, per = time_base.as_integer_ratio()  # fractions would take half of the time
+    tick, per = time_base.numerator, time_base.denominator  # fractions would take half of the time
     for packet in ffmpeg.packets(container, stream, every_stream=True):
         if packet is not None and (packet.pts is None or not packet.size):
             continue
