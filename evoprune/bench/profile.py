@@ -103,9 +103,7 @@ def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
         weights = model.parameters * size
         working = min(working_memory(model.config, case, model.limits[VIDEO], size) for case in cases)
         if short := cost.shortage(weights + working, str(model.device)):
-            hint = (
-                "take fewer or smaller frames (--frames, --size), 16-bit weights (--dtype bf16) or a smaller model (-m)"
-            )
+            hint = f"take fewer or smaller frames (--frames, --size); {model.what_fits(working, quantized=False)}"
             raise OutOfMemory(f"{options.model} at {min(cases)} {short}", hint, stage="load")
     loaded = load_model(options, pack=False)
     loaded.ready()

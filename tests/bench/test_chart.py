@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 
 from evoprune.bench.chart import COLOURS, Panel, Point, Series, draw
 
+pytestmark = pytest.mark.full
+
 SVG, LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
 FAST = Series("fast & <light>", (Point(8, 1.0, 0.9, 1.3), Point(16, 2.0), Point(32, 4.0)), COLOURS[0])
 SLOW = Series("slow", (Point(8, 3.0, label="here"), Point(32, 11.0)), COLOURS[1], hollow=True)

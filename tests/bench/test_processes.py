@@ -17,6 +17,8 @@ import sys
 import time
 from evoprune.bench.processes import map_in_processes
 
+pytestmark = pytest.mark.full
+
 def start():
     return work
 

@@ -96,6 +96,7 @@ def test_the_time_to_the_first_token_holds_the_encoding(saved, monkeypatch):
     assert all(1e6 < row[name] < 2e6 for row in document["rows"] for name in ("first_token_ms", "full_first_token_ms"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", parameters("int8"))
 @pytest.mark.parametrize("fits", [True, False])
 def test_quantised_weights_are_compared_with_the_exact_ones(kind, fits, saved, monkeypatch):
@@ -302,6 +303,7 @@ def test_agreement_does_not_rise_with_kl():
     assert (np.diff(found) <= 1e-12).all()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("idle", [0, 2])
 def test_each_video_is_read_once_for_all_candidates(saved, monkeypatch, idle):
     """Ahead where that takes no core from what is measured."""

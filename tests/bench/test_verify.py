@@ -51,6 +51,7 @@ def assert_held(results) -> None:
     assert not [(found.check.name, found.outcome.says) for found in results.of(DIFFERS)]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["demo", *MODEL_TYPES])
 def test_everything_holds(folders, name):
     assert_held(results := verified(folders.get(name, name), quick=True))
@@ -76,6 +77,7 @@ def plain(folder) -> Outcome:
         return checks.accelerated(subject)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen3_vl_moe", "qwen2_5_vl"])
 def test_graphs_decode_what_is_decoded_plainly(folders, family, graphs):
     outcome = plain(folders[family])
@@ -90,6 +92,7 @@ def test_a_model_that_has_no_graph_differs_in_nothing(folders, graphs, monkeypat
     assert not graphs.captured and "tower_mean_error" in outcome.figures
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::evoprune.errors.DeviceWarning")  # tokens of the answer are decoded plainly
 def test_a_capture_that_fails_differs_in_nothing(folders, graphs, monkeypatch):
     def fails(function, device):
@@ -149,6 +152,7 @@ def test_without_memory_for_a_second_copy_it_is_made_of_our_tensors(monkeypatch)
     assert {n for n, s in states(results).items() if s == SKIPPED} == {"weights"}
 
 
+@pytest.mark.full
 def test_what_an_older_transformers_cannot_do_is_skipped(folders, monkeypatch):
     monkeypatch.setattr(interface, "takes_encoded", lambda model: False)
     named = [check for check in CHECKS if check.name in ("model", "batch")]
@@ -180,6 +184,7 @@ def test_a_check_that_raises_differs_and_names_no_path(tmp_path):
     assert results.findings[0].outcome.says == "raised RuntimeError: no kernel in PATH" and len(raised) == 1
 
 
+@pytest.mark.full
 def test_the_record_has_no_paths_prompts_or_names_of_machines(folders):
     results = verified(folders["qwen2_5_vl"], quick=True)
     text = json.dumps(results.document(), allow_nan=False)
@@ -211,6 +216,7 @@ def test_a_figure_that_is_no_number_differs():
     assert gap(torch.zeros(2, 3), torch.ones(3, 3)).mean == float("inf")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("path", ["samples/square.mp4", "docs/overlay.png"])
 def test_a_file_of_the_user(path):
     assert_held(verified("demo", path=path, quick=True, checks=CHECKS[:5]))

@@ -77,6 +77,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_frames_wait_before_the_model_is_loaded_and_are_used(cli, made, slowly, command):
     done = cli(*COMMANDS[command])
@@ -126,7 +127,7 @@ WRONG = {
 }
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("case", WRONG)
 def test_errors_are_those_without(cli, monkeypatch, case):
     words, code = WRONG[case]

@@ -46,6 +46,7 @@ def test_a_wrong_value_from_the_environment_is_traced_to_it(cli, monkeypatch):
     assert "; the value comes from EVOPRUNE_THREADS\n" in cli("ask", CLIP, QUESTION).err
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "command, last",
     [

@@ -188,6 +188,7 @@ def test_resume_refuses_an_adapter_beside_the_model(run, out, model):
     assert re.search(r"files was (\d+), is \d+;", " ".join(run(CLIPS[0], *ASKED, "-m", model, "--resume").err.split()))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", ["video", "picture", "folder", "added", "subtitles", "beside", "second"])
 def test_resume_refuses_an_input_that_was_replaced(run, out, tmp_path, kind):
     """A row without an answer is asked about whatever is there."""

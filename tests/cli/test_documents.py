@@ -195,6 +195,8 @@ REFERENCE = """
 import sys
 from evoprune_cli import main
 from evoprune_cli.cli_docs import reference
+
+pytestmark = pytest.mark.full
 main.plugged = dict  # no command of another package, as that of the server
 text = reference()
 assert "torch" not in sys.modules

@@ -10,6 +10,8 @@ import pytest
 from tests.cli.conftest import ROOT
 from tests.recipes import write_recipe
 
+pytestmark = pytest.mark.full
+
 PAGE = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
 RECORDS = ("compare",)  # fields that hold a whole record again
 SQUARE = str(ROOT / "samples" / "square.mp4")

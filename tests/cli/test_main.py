@@ -562,7 +562,7 @@ REDIRECTED = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize(("line", "code", "out", "says"), REDIRECTED.values(), ids=REDIRECTED)
 def test_where_the_output_goes(clips, line, code, out, says):
@@ -576,6 +576,7 @@ def test_where_the_output_goes(clips, line, code, out, says):
     assert len(done.stderr.splitlines()) == 2 and says in done.stderr if says else done.stderr == ""
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("sign", [">", ">>"])
 @pytest.mark.parametrize("command", ["ask samples/square.mp4 What?", "ask no/such.mp4 What?", "methods"])
 def test_a_full_disk_leaves_no_half_line(tmp_path, command, sign):
@@ -636,6 +637,7 @@ def test_signals_at_the_very_end(how, code, when):
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_that_is_ignored_stays_so(how):
     """As in the background of a shell script, and with nohup."""
@@ -717,6 +719,7 @@ def test_every_hint_about_a_command_names_one_that_there_is():
     assert named and set(named) <= known and not known & main.TRIED.keys()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("command", "near"),
     [
@@ -761,6 +764,7 @@ def test_a_name_that_no_file_is_like_gets_none(cli):
     assert "did you mean" not in cli("ask", "samples/b.mp4", "What?").err  # an ending alone is no likeness
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("command", "does"),
     [

@@ -57,6 +57,7 @@ def test_where_nothing_is_found_there_is_no_file(cli, there):
     assert os.listdir() == ["folder"]
 
 
+@pytest.mark.full
 def test_a_contact_sheet_is_drawn_anew_and_no_other_file_is_replaced(cli, there):
     for _ in range(2):
         assert cli("find", SQUARE, GREEN, "--contact-sheet", "a.png", "-q").code == 0

@@ -29,6 +29,7 @@ def test_batch_and_eval(qwen3, tmp_path):
     assert result.code == 0 and "fastv -b 0.5" in result.out
 
 
+@pytest.mark.full
 def test_inspect(qwen3, cli, tmp_path):
     facts = qwen3("inspect", CLIP, "--json").record
     height, width = facts["plan"]["resized_hw"]
@@ -53,6 +54,7 @@ def test_profile_takes_units_of_32_pixels(qwen3, monkeypatch):
     assert "no whole number of merge units" in qwen3("profile", *how, "--size", "224x336").err
 
 
+@pytest.mark.full
 def test_tune_finds_a_setting_that_is_used(qwen3):
     how = "--frames", "4", "-b", "0.2", "-Q", "What happens?", "--agree", "0.01"
     options = qwen3("tune", CLIP, LONG, *how, "--json").record["options"]

@@ -132,7 +132,7 @@ def test_an_empty_list_is_refused(cli, command):
     assert result.code == 2 and "list holds nothing" in result.err
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("args", "prints", "file"),
     [

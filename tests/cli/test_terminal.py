@@ -260,6 +260,7 @@ def test_frames_are_read_before_they_are_encoded():
     assert said == [(f"input 2/3: {name}", done, total) for name, done, total in names]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("columns", [40, 80])
 @pytest.mark.parametrize(
     ("args", "says"),

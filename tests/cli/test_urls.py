@@ -357,6 +357,7 @@ def test_a_full_disk_is_said(web, spool, monkeypatch):
     assert "TMPDIR" in caught.value.hint
 
 
+@pytest.mark.few(1)
 @pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
 def test_a_signal_removes_what_was_downloaded(web, spool, how, code):

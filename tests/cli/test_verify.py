@@ -55,6 +55,7 @@ def test_what_cannot_be_verified_is_an_error(cli, args, code):
     assert result.code == code and result.record["error"]["code"] == code and result.err.startswith("error: ")
 
 
+@pytest.mark.full
 def test_a_model_of_the_hub_is_not_named(cli, tmp_path, tiny_folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     shutil.copytree(tiny_folder, tmp_path / "models--org--tiny" / "snapshots" / ("a" * 40))
@@ -78,6 +79,7 @@ def test_what_was_found_before_an_interrupt_is_told(cli, monkeypatch, tmp_path):
     assert [line for line in result.out.splitlines() if line.startswith("held     patches ")]
 
 
+@pytest.mark.full
 def test_a_traceback_of_what_a_check_raised(cli, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("1/0")

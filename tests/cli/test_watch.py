@@ -37,6 +37,7 @@ def test_at_the_end_of_a_file(cli):
     assert (result.code, result.out, result.err) == (0, "green\n", "")
 
 
+@pytest.mark.full
 def test_again_and_again(cli):
     """Of a window that ends with the source."""
     result = cli("watch", CLIP, *ASKED, "-Q", MORE, "--every", "2s", "--window", "8s", "--pace", "file", "--json")
@@ -63,6 +64,7 @@ def untagged(tmp_path_factory):
         yield url
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("source", ["whole", "file"])
 def test_what_can_wait_is_asked_about_at_every_moment(cli, untagged, source):
     """It is read faster than it plays, and each answer sees just what was before its moment."""
@@ -73,6 +75,7 @@ def test_what_can_wait_is_asked_about_at_every_moment(cli, untagged, source):
     assert "left out" not in result.err and {each["stream"]["skipped"] for each in records(result.out)} == {0}
 
 
+@pytest.mark.full
 def test_a_moment_without_new_frames_is_left_out_aloud(cli, tmp_path):
     clip = write_video(tmp_path / "rare.mkv", numbered_frames(4), pts=[0.0, 3.0, 6.0, 6.5])
     how = ("--window", "2s", "--timeout", "1s")  # so long is waited for what may still be written
@@ -88,6 +91,7 @@ def test_no_answer_is_left_out_between_two_frames(cli):
     assert result.err == "warning: one frame is looked at every 1 s (--fps), so -Q is asked no more often than that\n"
 
 
+@pytest.mark.full
 def test_frames_that_come_late_are_no_slow_answers(cli, tmp_path):
     clip = write_video(tmp_path / "rare.mkv", numbered_frames(4), pts=[0.0, 0.5, 3.5, 4.0])
     result = cli("watch", clip, "--pace", "file", *ASKED, "--every", "1s", "--window", "2s", "-q")
@@ -95,6 +99,7 @@ def test_frames_that_come_late_are_no_slow_answers(cli, tmp_path):
     assert "warning: 2 answers left out, from 0:02.0 to 0:03.0: no frame " in result.err
 
 
+@pytest.mark.full
 def test_what_does_not_wait_says_which_answers_were_left_out(cli, untagged, monkeypatch):
     def slow(self, question, *args):
         time.sleep(2.2)
@@ -149,6 +154,7 @@ def test_the_prompt_remembers(cli, tiny_folder):
     assert "on its own: the demo models know single questions" in cli("watch", CLIP, stdin="", terminal=True).err
 
 
+@pytest.mark.full
 def test_the_status_line_is_for_terminals(cli):
     on_terminal = cli("watch", CLIP, *ASKED, "--pace", "file", "--window", "2s", columns=80)
     assert "lag 0." in on_terminal.err and "frames" in on_terminal.err and on_terminal.out == "green\n"

@@ -101,7 +101,7 @@ def test_as_recorded(folder, name):
     same(folder, name)
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(6)
 @some("each method")
 def test_every_method(folder, name):
     same(folder, name)

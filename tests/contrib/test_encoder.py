@@ -410,6 +410,7 @@ def test_dart_is_the_default():
     }  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize(("full_layers", "piece_units"), [((1, 3), 10**6), ((0, 2), 40), ((3,), 1)])
 def test_nothing_waits_for_a_gpu(full_layers, piece_units, kernel, monkeypatch):

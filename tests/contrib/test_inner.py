@@ -261,7 +261,7 @@ def rule_of(name: str):
     return method, RULES[name]
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("sizes", [False, True])
 @pytest.mark.parametrize("budget", [0.5, 0.25, 0.1])
 @pytest.mark.parametrize("name", [*RULES, *BY_SETTINGS])

@@ -77,6 +77,7 @@ def test_json_has_at_most_one_space_between_its_parts(tokenizer, vocabulary):
 NOT = {"type": "array", "items": {"not": {"type": "null"}}}
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
@@ -96,6 +97,7 @@ def test_a_schema_that_cannot_be_followed_is_refused_with_its_place(schema, said
     assert said in refusal(GenerationOptions, schema=schema)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("regex", "said"),
     [

@@ -76,6 +76,7 @@ def assert_states(made, expected):
                     torch.testing.assert_close(a, b, atol=6e-4, rtol=1e-4)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("sized", [False, True])
 @pytest.mark.parametrize("parts", PARTS, ids=str)
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])

@@ -417,6 +417,7 @@ ENDS = {  # of a prompt, with thinking and without
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ENDS)
 @pytest.mark.parametrize("thinking", [True, False])
 def test_thoughts_begin_where_the_template_says(name, thinking):

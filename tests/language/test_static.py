@@ -81,6 +81,7 @@ def test_a_graph_decodes_the_tokens_of_the_plain_decoder(family, sizes, graphs):
     assert answer.finish_reason == "length"
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("sizes", [False, True])
 @pytest.mark.parametrize(
     ("family", "on_a_cpu"),

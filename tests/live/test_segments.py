@@ -30,6 +30,7 @@ def in_segments(visual, patches, method, pairs, budget, **how):
     return made
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("piece_units", [1, 60, 10**6])
 @pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
 @pytest.mark.parametrize("tower", [tiny_tower, tiny_qwen3])

@@ -70,6 +70,7 @@ def test_a_file_a_url_and_a_connection_give_the_same_frames(clip, served):
         check_whole(read(f"tcp://127.0.0.1:{port}")[0])
 
 
+@pytest.mark.full
 def test_in_this_process_too(clip, served, monkeypatch):
     monkeypatch.setattr("evoprune.live.source.POSSIBLE", False)
     check_whole(read(clip, pace="file")[0])
@@ -77,6 +78,7 @@ def test_in_this_process_too(clip, served, monkeypatch):
     assert not found and "nothing came from" in problem.message
 
 
+@pytest.mark.full
 def test_a_file_at_its_own_pace(clip):
     begun = time.monotonic()
     assert [number for _, number in read(clip, fps=2, pace="file")[0]] == [0, 5, 10, 15, 20, 25]
@@ -213,6 +215,7 @@ def test_frames_of_another_size_and_times_that_jump(tmp_path):
     assert times == sorted(times) and times[-1] < 3.0
 
 
+@pytest.mark.full
 def test_a_joined_file_is_watched_to_its_end(tmp_path):
     path = tmp_path / "joined.mkv"
     path.write_bytes(
@@ -276,6 +279,7 @@ def test_a_decoder_that_crashes_is_another_end_of_a_connection(served):
     assert len(times) >= 20 and times == sorted(times)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("source", "how", "code"),
     [

@@ -57,6 +57,7 @@ def fed(stream, seconds, fps=2.0, start=0.0):
     return stream
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("budget, method", [(1.0, "none"), (0.25, "evoprune"), (0.1, "adjacent"), (0.25, "visionzip")])
 @pytest.mark.parametrize("model", ["demo", "qwen3"])
 def test_a_stream_of_one_window_has_the_answer_of_the_file(model, budget, method, request):
@@ -202,7 +203,7 @@ def test_memory_does_not_grow_and_the_oldest_windows_are_thinned_step_by_step(de
         )  # five whole, five halves, ...
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["none", "evoprune-merge", "tome", "evs", "divprune", "visionzip", "random", "pool"])
 def test_windows_of_any_method_are_thinned(demo, method):
     with fed(VideoQA(demo, budget=0.25, method=method).stream(window_s=2.0, memory_s=12.0), 40) as stream:

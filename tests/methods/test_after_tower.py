@@ -143,6 +143,7 @@ def test_the_tower_computes_all_rows_without_an_operation_of_a_selection(monkeyp
     assert operations_small - operations_full < (operations_inside - operations_full) / 3
 
 
+@pytest.mark.full
 def test_above_the_limit_the_encoder_does_what_it_did():
     grid = (2, 32, 32)
     patches = clip(grid, changes(grid, 0.3))

@@ -29,7 +29,7 @@ GRID = (5, 4, 5)
 QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", AFTER)
 def test_the_result_does_not_depend_on_the_chunk_size(name):
     args = methods.parse(name), clip(GRID, changes(GRID, 0.4)), GRID, 23
@@ -39,6 +39,7 @@ def test_the_result_does_not_depend_on_the_chunk_size(name):
         torch.testing.assert_close(other.features, whole.features, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.few(15)
 @pytest.mark.parametrize("name", AFTER)
 @pytest.mark.parametrize("kind", ["random", "constant", "duplicates"])
 def test_nothing_is_drawn_and_every_tensor_is_made_beside_the_tokens(name, kind):

@@ -295,6 +295,7 @@ ASK = ("ask", "samples/square.mp4", "--json", "-n", "2", "-b", "0.25")
 QUESTIONS = ("-Q", "What colour is the square?", "-Q", "Does anything move?")
 
 
+@pytest.mark.full
 def test_commands_know_them(package, cli):  # noqa: F811
     record = cli(*ASK, *QUESTIONS[:2], "--method", "first", "--method-arg", "skip=3").record
     assert record["pruning"]["kept_per_pair"] == [21, 15, 0, 0, 0, 0]

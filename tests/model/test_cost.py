@@ -17,6 +17,7 @@ TINY = {family: parse_config(tiny_config(family).to_dict()) for family in MODEL_
 BUNDLED = {name: parse_config(json.loads(path.read_text())) for name, path in BUNDLED_CONFIGS.items()}
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", [*TINY, *BUNDLED])
 def test_parameters_are_those_of_transformers(name):
     from transformers import AutoModelForImageTextToText

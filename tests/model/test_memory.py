@@ -1,6 +1,7 @@
 """Memory: what is foretold, what is done where it is short, and that running out of it is always called by its name."""
 
 import os
+import re
 import resource
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from evoprune import methods
 from evoprune.backend.cpu.quantize import saved_bytes
-from evoprune.backend.devices import available_memory
+from evoprune.backend.devices import available_memory, default_dtype
 from evoprune.errors import NO_MEMORY, USE_LESS, OutOfMemory, error_record, is_out_of_memory, memory_guard
 from evoprune.methods.plans import TowerShape
 from evoprune.model import cost
@@ -20,6 +21,7 @@ from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.find import describe_model, needed_bytes
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions
+from evoprune.util import size
 from evoprune.video_qa import VideoQA
 from tests.quantized import KINDS
 from tests.threads import one_thread  # noqa: F401
@@ -153,7 +155,7 @@ def test_weights_that_will_not_fit_are_not_read(saved, monkeypatch, dtype):
     with pytest.raises(OutOfMemory, match=r"^loading .* needs about \d MiB of memory, and 0 MiB are ava") as caught:
         load_model(str(saved), dtype=dtype)
     assert (caught.value.stage, caught.value.exit_code) == ("load", 5) and "smaller model" in caught.value.hint
-    assert "quantize" not in caught.value.hint
+    assert "quantize" not in caught.value.hint and "--dtype" not in caught.value.hint
 
 
 @pytest.mark.skipif(not KINDS, reason="this CPU cannot quantise")
@@ -166,8 +168,20 @@ def test_fewer_bits_are_suggested_where_they_fit(saved, monkeypatch):
     monkeypatch.setattr("evoprune.backend.weights.available_memory", lambda device: small)
     with pytest.raises(OutOfMemory) as caught:
         load_model(str(saved), dtype="fp32")
-    assert f"or fewer bits: quantize {kind} needs about " in caught.value.hint
+    assert re.search(rf"^--quantize {kind} needs about \d+ MiB for the weights; ", caught.value.hint)
+    assert caught.value.hint.endswith("or use a smaller model")
     assert load_model(str(saved), dtype="fp32", quantize=kind).weights_bytes <= 1.001 * small
+
+
+def test_half_the_bytes_are_suggested_where_they_fit(saved, monkeypatch):
+    monkeypatch.setattr(cost, "available_memory", lambda device: 10**8)
+    found = describe_model(ModelOptions(str(saved), dtype="fp32"))
+    slow = "" if default_dtype(found.device) == "bf16" else ", which is slow on this device,"
+    need = found.bytes_as("bf16", "none")
+    assert need < found.weights_bytes
+    assert f"--dtype bf16{slow} needs about {size(need)} for the weights" in found.what_fits()
+    beside = 10**8 - need + 1
+    assert found.what_fits(beside, quantized=False) == "use a smaller model"
 
 
 def test_a_video_that_will_not_fit_is_not_read(loaded, monkeypatch):

@@ -25,6 +25,7 @@ def searched(qa, path, sampling=None, **options):
     return search
 
 
+@pytest.mark.full
 def test_ten_hours(demo, tmp_path):
     """A keyframe every five minutes: the number of segments follows from the tokens."""
     frames = numbered_frames(120, 56, 56)

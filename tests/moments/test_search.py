@@ -61,6 +61,7 @@ def test_things_that_are_there_are_found_and_others_are_not(demo, shapes):
     assert segments == [("segment", n + 1, 12) for n in range(12)] and seen[-1][0] == "moment"
 
 
+@pytest.mark.full
 def test_borders_of_long_segments_are_found_by_shorter_and_shorter_parts(demo, shapes):
     path, times = shapes
     lasting, _ = there_and_absent(times)
@@ -97,6 +98,7 @@ def test_what_broke_off_has_moments_of_what_was_read(demo, shapes):
         assert moments and max(moment.end_s for moment in moments) <= search.segments[5].end_s
 
 
+@pytest.mark.full
 def test_top_min_score_and_a_part_of_the_time(demo, shapes):
     path, _ = shapes
     everything = demo.find(path, "a red circle", min_score=0.0, end_s=30.0, segment_s=10.0)
@@ -172,6 +174,14 @@ def test_one_frame(demo, tmp_path):
     with Search(demo.session, str(path), ["a red circle"], FindOptions(), SamplingOptions()) as search:
         search.run()
         assert len(search.segments) == 1 and search.moments() == []
+
+
+def test_a_moment_ends_with_its_last_segment(demo, shapes):
+    path, _ = shapes
+    with Search(demo.session, str(path), ["a red circle"], FindOptions(), SamplingOptions()) as search:
+        search._scores["a red circle"] = [-5.0, 4.0, 3.0, 3.5, *[-5.0] * 8]
+        (moment,) = search.moments()
+    assert (moment.start_s, moment.end_s) == (search.segments[1].start_s, search.segments[3].end_s)
 
 
 def test_memory_does_not_grow_with_the_length(demo, shapes):

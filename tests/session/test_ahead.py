@@ -174,7 +174,7 @@ CASES = {
 }
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("case", CASES)
 def test_answers_are_the_same_and_nothing_is_read_twice(demo, tmp_path, read_anew, case):
     made, options, pruning = CASES[case]

@@ -187,7 +187,7 @@ def test_who_leaves_the_cache_alone(loaded, cache, clip, monkeypatch):
     assert qa.encode(clip, cache=cache).report.cache == "off" and cache.size()[0] == 0
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("damage", ["empty", "flipped", "other", "cut", "text", "folder"])
 def test_a_damaged_entry_is_replaced(loaded, cache, clip, damage):
     """So is another one under its name."""

@@ -38,6 +38,7 @@ def logprob(video, loaded, question, text):
     return tokens + float(rows[-1, ends].logsumexp(0)), len(ids)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("score", ["sum", "mean"])
 @pytest.mark.parametrize("model", ["demo", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_vl_moe"])
 def test_probabilities_are_those_of_the_tokens(loaded, model, score):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from evoprune.backend.cpu.quantize import levels
 from evoprune.backend.hosted import FUSED
 from evoprune.bench.profile_results import TimeLimit
 from evoprune.bench.verify.run import CHECKS, subject_of, verify
@@ -56,6 +57,7 @@ def either(request, tmp_path_factory):
     return loaded(tmp_path_factory, "qwen3_vl_moe")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("inner", ["absent", "empty"])
 def test_settings_of_the_language_model_that_lie_flat(folder, tmp_path, inner):
     """transformers takes its defaults for them, of billions of weights; a Qwen2.5-VL's own config.json lies flat."""
@@ -158,6 +160,7 @@ with evoprune.EvoPrune(budget=1.0)(model), torch.inference_mode():
 }
 
 
+@pytest.mark.full
 def test_kernels_that_are_installed_are_called_in_a_model_in_hand_alone(tmp_path):
     """The first call of fla takes more than a minute, for which no question waits."""
     for name, content in INSTALLED.items():
@@ -175,6 +178,7 @@ def test_kernels_that_are_installed_are_called_in_a_model_in_hand_alone(tmp_path
     assert ran.stdout.splitlines() == [*3 * ["True"], "held held", "a kernel of causal-conv1d"], ran.stderr
 
 
+@pytest.mark.full
 def test_no_package_of_kernels_is_recommended(tmp_path):
     """By transformers or by this package, where none is installed."""
     (tmp_path / "ask.py").write_text(INSTALLED["ask.py"])
@@ -329,7 +333,10 @@ def test_fewer_bits_are_those_of_models_that_evoprune_runs(kind):
         qa = VideoQA.load("demo", engine=engine, quantize=kind, budget=0.25)
         return said(qa.encode(CLIP), "What digit is it?"), qa.loaded.weights_bytes
 
-    assert answer("transformers") == answer("native")
+    (hosted, hosted_bytes), (native, native_bytes) = answer("transformers"), answer("native")
+    assert hosted == native
+    # The last bits of a layer's input decide whether a channel at the threshold stays in fp32, and these differ between CPUs.
+    assert hosted_bytes == pytest.approx(native_bytes, rel=1e-3)
 
 
 def in_bf16(folder: Path) -> Path:
@@ -360,8 +367,10 @@ def test_a_hybrid_in_fewer_bits(tmp_path, monkeypatch, hybrid, kind, dtype):
         for each in (hybrid, small, again)
     )
     assert torch.equal(*rounded)
-    limit = {"int8": 0.15, "int4": 0.7}[kind]  # of layers as small as these; other weights would be 1.4 away
-    assert (rounded[0] - plain).std() < limit * plain.std()
+    # Of layers as small as these; other weights would be 1.4 away. Without VNNI, rows are rounded to 7 bits instead of 8.
+    limit = {"int8": 0.15 * 127 / levels(), "int4": 0.7}[kind]
+    error = float((rounded[0] - plain).std() / plain.std())
+    assert error < limit, f"the logits differ by {error:.3f} of their standard deviation, with {levels()} levels"
 
 
 def test_the_dtype_of_files_is_read_beside_the_layers_too(hybrid, tmp_path):
@@ -565,6 +574,7 @@ HOSTED_FAULTS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fault", list(HOSTED_FAULTS)[:3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_verify_finds_planted_faults(hybrid, monkeypatch, fault, dtype):
@@ -589,6 +599,7 @@ HYBRID_FAULTS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fault", HYBRID_FAULTS.values(), ids=HYBRID_FAULTS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_verify_of_layers_in_few_operations(hybrid, monkeypatch, fault, dtype):

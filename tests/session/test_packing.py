@@ -58,6 +58,7 @@ def want(load) -> list[list[int]]:
     return [ids_of(video, question) for question in QUESTIONS]
 
 
+@pytest.mark.few(1)
 def test_answers_are_the_same_however_many_were_asked_before(load, want):
     for first in range(len(QUESTIONS)):
         loaded = load()
@@ -72,11 +73,13 @@ def test_answers_are_the_same_however_many_were_asked_before(load, want):
         assert [ids_of(video, question) for question in QUESTIONS] == want
 
 
+@pytest.mark.few(1)
 def test_the_beginning_of_an_answer_does_not_depend_on_its_length(load, want):
     for n in (1, 2, 3, 5):
         assert ids_of(VideoQA(load(), budget=0.25).encode(CLIP), QUESTIONS[0], n) == want[0][:n]
 
 
+@pytest.mark.few(1)
 def test_an_interruption_while_layers_are_packed(load, want, monkeypatch):
     reorder = linear._packed
     for moment in (1, 4, 9):
@@ -100,6 +103,7 @@ def test_an_interruption_while_layers_are_packed(load, want, monkeypatch):
         assert [ids_of(video, question) for question in QUESTIONS] == want
 
 
+@pytest.mark.few(1)
 def test_threads_that_ask_while_layers_are_packed(load, want):
     loaded = load()
     videos = [VideoQA(loaded, budget=0.25).encode(CLIP) for _ in QUESTIONS]

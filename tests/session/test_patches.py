@@ -208,3 +208,10 @@ def test_what_nobody_needs_any_more_ends():
     while threading.active_count() > before:
         assert time.monotonic() < until
         time.sleep(0.001)
+
+
+def test_damage_of_every_chunk_is_told(loaded, monkeypatch, tmp_path):
+    monkeypatch.setattr(encoding, "chunk_bytes", lambda *_: 1)
+    clip = spoil(Path("samples/three.mp4"), tmp_path / "damaged.mp4", {10})
+    report = VideoQA(loaded, budget=0.5).encode(clip).report
+    assert report.video.damaged == 1 and "damaged_video" in report.warnings

@@ -133,6 +133,7 @@ ENGINES = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("family", "engine"), ENGINES)
 @pytest.mark.parametrize("graph", [False, True])
 def test_every_way_to_decode_follows_it(tmp_path, monkeypatch, family, engine, graph):
@@ -172,7 +173,7 @@ def ask(tmp_path_factory):
     return lambda model, clip, **options: encoded(model, clip).ask(QUESTION, **options)
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("seed", range(125))
 def test_an_answer_that_ends_is_valid_by_any_schema(ask, model, seed, monkeypatch):

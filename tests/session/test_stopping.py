@@ -104,6 +104,7 @@ def test_patches_that_others_need_are_read_on(qa, named, monkeypatch):
         assert not kept._thread.is_alive() and not qa.loaded.patches._entries and not waits
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("name", HANGS)

@@ -121,6 +121,7 @@ def picture(folder):
     return str(folder / "a.png")
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("threaded", [True, False])
 @pytest.mark.parametrize(
     "method", ["evoprune", "none", "divprune", "evoprune+fastv", "cdpruner", "subsample", "reuse+divprune"]
@@ -173,6 +174,7 @@ def test_of_the_cache(kernels, slow, tmp_path, method):
         assert (reports[0].time_ms.store > 0) == (stored and state == "miss")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "more",
     [

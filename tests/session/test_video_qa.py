@@ -101,7 +101,7 @@ INPUTS = ["v", "l", "p", "vp", "pp", "lvp", "pvlp"]  # videos and pictures
 SIZES = [(101, 67), (997, 13), (3, 400), (1, 1), (27, 29), (140, 112)]
 
 
-@pytest.mark.few(10)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kinds", INPUTS)
 @pytest.mark.parametrize("model", [*MODEL_TYPES, "demo"])
 @pytest.mark.parametrize("pack", [True, False])

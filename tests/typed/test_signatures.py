@@ -185,6 +185,7 @@ CHECKERS = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("check", CHECKERS)
 def test_a_checker_finds_each_mistake_and_nothing_in_a_program(check, installed, tmp_path):
     for name in FILES:

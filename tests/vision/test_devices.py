@@ -101,6 +101,7 @@ def test_torchs_own_kernel_accepts_the_arguments():
     assert made.shape == q.shape and made.dtype == q.dtype
 
 
+@pytest.mark.full
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     grid=st.tuples(st.integers(1, 7), st.integers(1, 9), st.integers(1, 6)),
@@ -132,7 +133,7 @@ def test_reuse_waits_once_for_the_counts_of_a_piece(share, monkeypatch):
     assert torch.equal(made.values, expected.values) and torch.equal(there.source, run.source)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("keep", [35, 2])
 def test_every_shape_is_known_on_a_device_without_values(keep, kernel, monkeypatch):

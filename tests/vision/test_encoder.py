@@ -231,7 +231,7 @@ LIKE = [
 ]  # fmt: skip
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("grid", "settings_", "keep", "full_layers"), LIKE)
 def test_merging_against_loops(grid, settings_, keep, full_layers):
     settings_ = dict(settings_)
@@ -259,7 +259,7 @@ def encoded(name: str, piece_units: int):
     return encode(visual, [patches], plan, question=question, piece_units=piece_units)
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("piece_units", [70, 10**6])
 @pytest.mark.parametrize("kernel", [True, False], ids=["varlen", "padded"])
 @pytest.mark.parametrize("name", [*METHODS, *COMBINED])

@@ -119,7 +119,7 @@ class Several(EncoderMethod):
         return [Stage(layer, max(keep, rows), points[layer]) for layer, rows in after.items()]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("keep", [40, 10, 1])
 @pytest.mark.parametrize("full_layers", [(1, 3), (0, 2), ()])

@@ -149,6 +149,7 @@ def model(request):
     return tiny_model(family=request.param)
 
 
+@pytest.mark.few(18)
 @pytest.mark.parametrize("grid", SIZES)
 def test_budget_one_is_transformers_tower(model, grid):
     width = model.model.visual.patch_embed.proj.weight[0].numel()

@@ -20,7 +20,7 @@ import torch
 
 from evoprune.backend.cpu.linear import can_pack
 from evoprune.backend.cpu.quantize import check as check_quantize
-from evoprune.backend.cpu.quantize import saved_bytes
+from evoprune.backend.cpu.quantize import kinds, saved_bytes
 from evoprune.backend.devices import default_dtype, pick_device
 from evoprune.backend.weights import are_mapped, are_widened
 from evoprune.bundled import DEMOS, Demo, demo_in
@@ -35,7 +35,7 @@ from evoprune.model.config import (
     pick,
     section,
 )
-from evoprune.model.cost import parameter_count
+from evoprune.model.cost import parameter_count, shortage
 from evoprune.model.weights import Tower, empty, name_in_memory
 from evoprune.session.loading.files import (
     ADAPTER,
@@ -54,7 +54,7 @@ from evoprune.session.loading.files import (
     warn_of_unused,
 )
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
-from evoprune.util import did_you_mean, file_stats, is_text, listed, missing_hint, open_safetensors
+from evoprune.util import did_you_mean, file_stats, is_text, listed, missing_hint, open_safetensors, size
 from evoprune.video.plan import InputLimits
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -205,10 +205,33 @@ class FoundModel:
     @cached_property
     def weights_bytes(self) -> int:
         """Of memory that the loaded weights take."""
-        quantize = self.options.quantize
+        return self.bytes_as(self.dtype, self.options.quantize)
+
+    def bytes_as(self, dtype: str, quantize: str) -> int:
+        """Return the bytes of memory that the weights would take in this dtype ("bf16") or quantization ("int8", or "none")."""
         if not self.native:
-            return self.hosted_bytes(quantize)
-        return needed_bytes(self.config, DTYPES[self.dtype], quantize, self._mapped)
+            return self.hosted_bytes(quantize, dtype)
+        return needed_bytes(self.config, DTYPES[dtype], quantize, self._stays_mapped(dtype, quantize))
+
+    def what_fits(self, beside: int = 0, *, quantized: bool = True) -> str:
+        """Return a hint for a model that does not fit: the forms of it that do, on this device with its free memory.
+
+        Args:
+            beside: bytes of memory that are needed in addition to the weights.
+            quantized: whether quantization is an option.
+        """
+        forms = []
+        if quantized and self.can_be_quantized:
+            forms += [(f"--quantize {kind}", self.dtype, kind) for kind in kinds(self.device)]
+        if self.dtype == "fp32":
+            slow = "" if default_dtype(self.device) == "bf16" else ", which is slow on this device,"
+            forms.append((f"--dtype bf16{slow}", "bf16", "none"))
+        hints = []
+        for words, dtype, kind in forms:
+            needed = self.bytes_as(dtype, kind)
+            if not shortage(needed + beside, str(self.device)):
+                hints.append(f"{words} needs about {size(needed)} for the weights")
+        return "; ".join([*hints, "or use a smaller model" if hints else "use a smaller model"])
 
     @cached_property
     def packed_bytes(self) -> int:
@@ -224,26 +247,29 @@ class FoundModel:
     @cached_property
     def _mapped(self) -> bool:
         """Whether weights `stay_mapped`; of a model that is not here, whether they would after its download."""
-        dtype = DTYPES[self.dtype]
-        quantize = self.options.quantize
-        if self.files_here:
-            return stay_mapped(self.files_here, dtype, self.device, quantize)
-        return quantize != "none" or self._stored == dtype
+        return self._stays_mapped(self.dtype, self.options.quantize)
 
-    def hosted_bytes(self, quantize: str) -> int:
+    def _stays_mapped(self, dtype: str, quantize: str) -> bool:
+        if self.random:
+            return False
+        if self.files_here:
+            return stay_mapped(self.files_here, DTYPES[dtype], self.device, quantize)
+        return quantize != "none" or self._stored == DTYPES[dtype]
+
+    def hosted_bytes(self, quantize: str, dtype: str | None = None) -> int:
         """Of the weights as transformers loads them: quantised ones as their files are, unless they are widened.
 
         `quantize`: what becomes of them afterwards; until then they have the dtype of their files.
         """
         if self.quantization and self.files_here and not are_widened(self.device, self.quantization):
             return sum(file.stat().st_size for file in self.files_here)
-        return self.parameters * self.read_dtype(quantize).itemsize
+        return self.parameters * self.read_dtype(quantize, dtype).itemsize
 
-    def read_dtype(self, quantize: str) -> torch.dtype:
+    def read_dtype(self, quantize: str, dtype: str | None = None) -> torch.dtype:
         """In which transformers reads the weights: that of the files where they are quantised afterwards."""
         if quantize != "none" and self._stored:
             return self._stored
-        return DTYPES[self.dtype]
+        return DTYPES[dtype or self.dtype]
 
     @property
     def download_bytes(self) -> int | None:

@@ -14,7 +14,7 @@ import torch
 
 from evoprune.backend.cpu.linear import Packing, weights_bytes
 from evoprune.backend.cpu.precision import AUTO_THREADS
-from evoprune.backend.cpu.quantize import Progress, kinds, places
+from evoprune.backend.cpu.quantize import Progress, places
 from evoprune.backend.devices import empty_cache, run_beside
 from evoprune.backend.limits import available_cores
 from evoprune.backend.weights import prepare
@@ -40,14 +40,12 @@ from evoprune.session.loading.find import (
     FoundModel,
     eos_ids,
     find_model,
-    needed_bytes,
     read_generation,
-    stay_mapped,
     stored_tensors,
 )
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.session.patches import PatchStore
-from evoprune.util import counted, from_keywords, size
+from evoprune.util import counted, from_keywords
 from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoder import encode
@@ -208,21 +206,9 @@ def _weights(
     if not model.native:
         from evoprune.session.loading import hosted
     form = DTYPES[model.dtype], device
-    hint = "use a smaller model"
-    if model.dtype == "fp32":
-        hint += ", or bf16 weights (dtype bf16)"
     start = time.perf_counter()
-
-    def needed(kind: str) -> int:
-        if not model.native:
-            return model.hosted_bytes(kind)
-        return needed_bytes(model.config, form[0], kind, mapped=stay_mapped(files, *form, kind))
-
-    if short := shortage(needed(quantize), str(device)):
-        fit = [kind for kind in kinds(device) if model.can_be_quantized and not shortage(needed(kind), str(device))]
-        if fit:
-            hint += f", or fewer bits: quantize {fit[0]} needs about {size(needed(fit[0]))}"
-        raise OutOfMemory(f"loading {name} {short} ({device})", hint, stage="load")
+    if short := shortage(model.weights_bytes, str(device)):
+        raise OutOfMemory(f"loading {name} {short} ({device})", model.what_fits(), stage="load")
     try:
         if not model.native:
             read_in = model.read_dtype(quantize), device
@@ -244,7 +230,9 @@ def _weights(
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
             raise
-        raise OutOfMemory(f"the weights of {name} do not fit into memory ({device})", hint, stage="load") from problem
+        raise OutOfMemory(
+            f"the weights of {name} do not fit into memory ({device})", model.what_fits(), stage="load"
+        ) from problem
     seconds |= {"weights": read - start, "prepare": time.perf_counter() - read}
     return weights, packing
 

@@ -236,13 +236,20 @@ def _loaded(
 def _check_room(models: Sequence[ModelOptions]) -> None:
     """Raises OutOfMemory: the weights of all models do not fit into memory together. ModelError: one is not there."""
     prepare()
+    from evoprune.backend.cpu.quantize import kinds
     from evoprune.model.cost import shortage
     from evoprune.session.loading.find import describe_model
+    from evoprune.util import size
 
     found = [describe_model(each) for each in models]
     if short := shortage(sum(each.weights_bytes for each in found), str(found[0].device)):
         names = " and ".join(each.id for each in found)
-        raise OutOfMemory(f"{names} {short}", "serve fewer or smaller models, or --quantize", stage="load")
+        hint = "serve fewer or smaller models"
+        for kind in kinds(found[0].device) if all(each.can_be_quantized for each in found) else ():
+            needed = sum(each.bytes_as(each.dtype, kind) for each in found)
+            if not shortage(needed, str(found[0].device)):
+                hint += f"; --quantize {kind} needs about {size(needed)} for the weights"
+        raise OutOfMemory(f"{names} {short}", hint, stage="load")
 
 
 def _key(given: str | None, path: str | None) -> str | None:

@@ -168,6 +168,7 @@ def test_layers_wait_only_where_that_changes_no_number(large, same, rows, waits)
         torch.set_num_threads(threads)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 30, MANY_ROWS - 1])
 def test_numbers_are_those_of_packed_weights_from_the_first_pass_on(large, dtype, rows):

@@ -23,6 +23,7 @@ def test_mapped_files_are_not_the_processs_own_memory(tmp_path):
     assert mapped_then - mapped > 0.9 * 2**26 and own_then - own < 2**25
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the threads in /proc")
 def test_the_threads_of_a_team_end_and_come_back():
     """In a process of its own, which computes with two threads, then with one of its own alone."""

@@ -64,6 +64,7 @@ def test_a_second_model_is_the_same_without_a_calibration(kind, folder, runs):
     assert len(runs) == 2 and len(list(folder.iterdir())) == 2
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", parameters(SOME))
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise", "other"])
 def test_a_damaged_entry_is_written_again(damage, kind, folder, runs):
