@@ -12,12 +12,12 @@ from evoprune.bench import processes
 from evoprune.bench.processes import map_in_processes
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError
 
+pytestmark = pytest.mark.full
+
 SCRIPT = """
 import sys
 import time
 from evoprune.bench.processes import map_in_processes
-
-pytestmark = pytest.mark.full
 
 def start():
     return work

@@ -28,6 +28,8 @@ from evoprune_cli.main import COMMANDS, ParserError, app, plugged_command
 from experiments.demo.scenes_batches import ScenesRecipe
 from experiments.pictures.examples import MADE_BY, counts
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/*.md"))]
 
@@ -195,8 +197,6 @@ REFERENCE = """
 import sys
 from evoprune_cli import main
 from evoprune_cli.cli_docs import reference
-
-pytestmark = pytest.mark.full
 main.plugged = dict  # no command of another package, as that of the server
 text = reference()
 assert "torch" not in sys.modules

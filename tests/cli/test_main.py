@@ -301,7 +301,7 @@ def test_a_damaged_compiled_module_is_named(cli, monkeypatch, tmp_path):
 def test_a_current_folder_that_is_gone_is_named(tmp_path, output):
     gone = "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); from evoprune_cli.main import run; run()"
     command, *options = output.split()
-    words = [sys.executable, "-c", gone, command, str(ROOT / CLIP), *options]
+    words = [sys.executable, "-P", "-c", gone, command, str(ROOT / CLIP), *options]  # -P: as the installed command
     done = subprocess.run(
         words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )

@@ -1,6 +1,7 @@
 """Live sources: they stall, end, come back, change, send garbage, or want a password. Nothing hangs."""
 
 import os
+import re
 import sys
 import threading
 import time
@@ -187,7 +188,9 @@ def test_a_playlist_reaches_no_file_of_this_machine(served, clip, where):
 def test_a_playlist_that_names_itself(served, name):
     before = len(served[1])
     found, _, problem = read(f"{served[0]}/loop.m3u8?{name}", timeout_s=10.0)
-    assert not found and "names itself" in problem.message and len(served[1]) - before < 1000  # of some ten thousand
+    # FFmpeg 9 (PyAV 19) refuses such a playlist itself.
+    assert not found and re.search("names itself|no video that can be read", problem.message)
+    assert len(served[1]) - before < 1000  # of some ten thousand
 
 
 def test_a_file_that_is_a_playlist(served, tmp_path):

@@ -77,7 +77,7 @@ class LiveReader:
         stream = self._stream = ffmpeg.video_stream(
             self._container, name, threads=ffmpeg.thread_count(available_cores())
         )
-        known = self._scheme and ((self._container.duration or 0) > 0 or self._container.size > 0)
+        known = self._scheme and ((self._container.duration or 0) > 0 or (self._container.size or 0) > 0)
         codec = stream.codec_context.codec.canonical_name
         container = self._container.format.name
         self.facts = {

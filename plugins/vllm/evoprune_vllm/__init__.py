@@ -8,21 +8,28 @@ vLLM.
 import logging
 import sys
 
-TESTED = "0.32"  # minor version of vLLM; its interfaces for models change from one to the next
+TESTED = ("0.32", "0.33")  # minor versions of vLLM, in order. Each release may change its interfaces for models.
 PREFIX = "EvoPrune"  # of the architectures' names
 DECODER = "evoprune"  # name of the decoder of videos, among those of vLLM
 FAMILIES = ("Qwen2_5_VL", "Qwen2VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe")
 
 
 def register() -> None:
-    """Registers the architectures and the decoder in vLLM; in another version than the tested one it only logs one line."""
-    from vllm import ModelRegistry, __version__
+    """Register the architectures and the decoder in vLLM.
 
-    if __version__.split(".")[:2] != TESTED.split("."):
+    With a version of vLLM that is not in `TESTED`, the function registers nothing and logs one line.
+    """
+    from vllm import __version__
+
+    if ".".join(__version__.split(".")[:2]) not in TESTED:
         logging.getLogger("vllm.evoprune").warning(
-            "evoprune registers nothing: it was tested with vLLM %s, and this is %s", TESTED, __version__
+            "evoprune registered nothing: found vLLM %s, but evoprune works only with %s; "
+            "install one of these versions of vLLM, or a newer evoprune-vllm",
+            __version__,
+            " and ".join(TESTED),
         )
         return
+    from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     for family in FAMILIES:

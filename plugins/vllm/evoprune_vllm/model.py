@@ -288,8 +288,8 @@ def _check(sizes: VisionConfig, config: VllmConfig) -> None:
 def _let_cpu_runner_prune() -> None:
     """Let vLLM's runner on a CPU note from now on that a model of this module prunes, if it does. Nothing else changes.
 
-    The runner on GPUs looks at the model after loading. The one on CPUs has a loader of its own, which does not (0.32): vLLM's own
-    pruning fails there.
+    The runner on GPUs looks at the model after loading. The one on CPUs has a loader of its own, which does not (0.32 and
+    0.33): vLLM's own pruning fails there.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 

@@ -225,7 +225,8 @@ def test_layers_are_packed_while_someone_is_waited_for(large, same, monkeypatch)
         while any(layer.waits for layer in model) and time.monotonic() < end:
             time.sleep(0.01)
     assert not any(layer.waits for layer in model) and not model.packing._samples
-    assert all(torch.equal(layer(x), numbers) for layer, numbers in zip(model, expected, strict=True))
+    for layer, numbers in zip(model, expected, strict=True):
+        torch.testing.assert_close(layer(x), numbers)  # `same` says that they are equal, whatever this CPU does
     threads = threading.active_count()
     with packing_meanwhile(model):
         assert threading.active_count() == threads  # nothing is left to do
