@@ -1,3 +1,4 @@
+import functools
 import gc
 import os
 import shutil
@@ -28,6 +29,48 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.
 
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
+torch.set_printoptions(threshold=8, edgeitems=2)  # a report names what differs, and needs no more of a tensor
+_differences: list[str] = []  # between tensors that the current test compared
+
+
+def _reporting(compare):
+    """Return `torch.equal` or `torch.allclose` with a note of the difference each time it returns False."""
+
+    @functools.wraps(compare)
+    def compared(first, second, *args, **kwargs):
+        same = compare(first, second, *args, **kwargs)
+        if not same:
+            _differences.append(_difference(first, second))
+        return same
+
+    return compared
+
+
+def _difference(first: torch.Tensor, second: torch.Tensor) -> str:
+    kinds = [f"{each.dtype} {list(each.shape)}" for each in (first, second)]
+    if kinds[0] != kinds[1] or first.device.type != "cpu":
+        return f"{kinds[0]} is not {kinds[1]}"
+    apart = (first.double() - second.double()).abs().nan_to_num(torch.inf).flatten()
+    place = int(apart.argmax())
+    values = f"{first.flatten()[place].item()} is not {second.flatten()[place].item()}"
+    count = int(torch.count_nonzero(apart))
+    return f"{count} of {len(apart)} numbers of {kinds[0]} differ; most the one at {place} of the flat tensor: {values}"
+
+
+torch.equal = _reporting(torch.equal)
+torch.allclose = _reporting(torch.allclose)
+
+
+def pytest_runtest_setup():
+    _differences.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(call):
+    report = yield
+    if report.failed and _differences:
+        report.sections.append(("the last tensors that differed", _differences[-1]))
+    return report
 
 
 def pytest_configure(config):
