@@ -1,11 +1,13 @@
 import functools
 import gc
+import importlib
 import os
 import shutil
 import signal
 import sys
 import tempfile
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,23 @@ def pytest_configure(config):
     if "cuda" not in (config.option.markexpr or "").replace("not cuda", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; Triton reads this when it is imported
+
+
+def pytest_sessionstart(session):
+    """Import the test modules in another order in each worker of pytest-xdist, so that workers share the rewriting of asserts.
+
+    In a fresh checkout, pytest rewrites and compiles each module once. In the same order, all workers would do that to all modules.
+    """
+    worker = getattr(session.config, "workerinput", None)
+    if worker is None:
+        return
+    folder = Path(__file__).parent
+    paths = sorted(path.relative_to(folder.parent) for path in folder.rglob("test_*.py"))
+    modules = [".".join(path.with_suffix("").parts) for path in paths]
+    first = len(modules) * int(worker["workerid"].removeprefix("gw")) // worker["workercount"]
+    for name in modules[first:] + modules[:first]:
+        with suppress(Exception, pytest.skip.Exception):  # which the collection reports
+            importlib.import_module(name)
 
 
 @pytest.hookimpl(tryfirst=True)
