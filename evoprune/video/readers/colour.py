@@ -7,13 +7,16 @@ replaced by the nearest one that it has. Numbers of matrices, primaries and curv
 
 import re
 import sys
+from collections.abc import Mapping
 from enum import IntEnum
+from fractions import Fraction
 from functools import cache
 
 import av
-import av.logging
 import numpy as np
 from av.buffer import Buffer
+from av.filter import Graph
+from av.sidedata.sidedata import SideData
 from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc, VideoReformatter
@@ -25,6 +28,8 @@ from evoprune.video.info import HLG, IPT, PQ
 CURVES = {ColorTrc.SMPTE2084: PQ, ColorTrc.ARIB_STD_B67: HLG}
 UNSTATED = (0, 2, 3)  # curves that say nothing
 HDR_METADATA = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL", "DYNAMIC_HDR_PLUS")
+# FFmpeg's numbers of the types of side data that PyAV 18 has no name for: LCEVC, the view and the displays of 3D video, and EXIF.
+NAMELESS_SIDE_DATA = (28, 29, 30, 31)
 # Dolby Vision is a base layer, which FFmpeg decodes, and metadata, which is not applied. The "compatibility id" of its record says
 # what the base layer is: 2 is SDR, and 0 Dolby's own format in some profiles, in others nothing.
 DOLBY_RECORD = re.compile(r"DOVI configuration record:.* profile: (\d+),.* compatibility id: (\d+)")
@@ -92,19 +97,15 @@ class Matrix(IntEnum):
 USUAL = tuple(Matrix(number) for number in (0, 1, 2, 4, 5, 6, 7, 9))  # which libswscale does not refuse
 
 
-def stated(stream: VideoStream) -> str | None:
-    """Return `Video.hdr_format` by the header of a stream, of which no frame was decoded yet: decoders replace the curve."""
-    level = av.logging.get_level()
-    av.logging.set_level(av.logging.INFO)  # FFmpeg logs what PyAV has no attribute for
-    try:
-        log = stream.container.dumps_format()
-    finally:
-        av.logging.set_level(level)
-    parts = re.split(r"^  Stream #0:(\d+)", log, flags=re.MULTILINE)
-    said = dict(zip(parts[1::2], parts[2::2], strict=True)).get(str(stream.index), "")
+def stated(stream: VideoStream, log: str) -> str | None:
+    """Return `Video.hdr_format` by the header of a stream, of which no frame was decoded yet: decoders replace the curve.
+
+    Args:
+        log: FFmpeg's description of the stream (`ffmpeg.stream_log`).
+    """
     context = stream.codec_context
     curve = CURVES.get(context.color_trc)
-    if record := DOLBY_RECORD.search(said):
+    if record := DOLBY_RECORD.search(log):
         profile, base = map(int, record.groups())
         if profile in DOLBY_OWN and base == 0:
             return IPT
@@ -113,17 +114,35 @@ def stated(stream: VideoStream) -> str | None:
         return curve
     if context.codec_tag in DOLBY_TAGS:
         return IPT
-    if "Mastering Display Metadata" in said or "Content Light Level Metadata" in said:
+    if "Mastering Display Metadata" in log or "Content Light Level Metadata" in log:
         return PQ
     return None
 
 
+def side_data(frame: VideoFrame) -> Mapping[str, SideData]:
+    """Return the side data of a frame by the names of its types. PyAV 18 fails on types that it has no name for: without these."""
+    try:
+        return frame.side_data
+    except ValueError:
+        without = [("sidedata", f"mode=delete:type={number}") for number in NAMELESS_SIDE_DATA]
+        return filtered(frame, *without).side_data
+
+
+def filtered(frame: VideoFrame, *filters: tuple[str, str]) -> VideoFrame:
+    """Return a frame after some of FFmpeg's filters, each given by its name and its options."""
+    graph = Graph()
+    graph.threads = 1
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1)
+    )
+    graph.link_nodes(source, *(graph.add(*each) for each in filters), graph.add("buffersink")).configure()
+    graph.push(frame)
+    return graph.pull()
+
+
 def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
     """Return `Video.hdr_format` of a frame. `header`: what it is where it does not say so itself."""
-    try:
-        data = frame.side_data
-    except ValueError:  # PyAV 18 cannot list side data that includes EXIF
-        data = {}
+    data = side_data(frame)
     if header == IPT or frame.colorspace == Matrix.IPT_C2 or _is_dolby_own(data.get("DOVI_METADATA")):
         return IPT
     if curve := CURVES.get(frame.color_trc):
