@@ -112,7 +112,7 @@ def stated(stream: VideoStream, log: str) -> str | None:
         return curve or DOLBY_BASES.get(base)
     if curve or context.color_trc not in UNSTATED:
         return curve
-    if context.codec_tag in DOLBY_TAGS:
+    if any(f"({tag} / 0x" in log.partition("\n")[0] for tag in DOLBY_TAGS):  # PyAV fails on tags that are not ASCII
         return IPT
     if "Mastering Display Metadata" in log or "Content Light Level Metadata" in log:
         return PQ
@@ -198,7 +198,7 @@ class Converter:
     def _rgb(self, frame: VideoFrame, width: int, height: int) -> np.ndarray:
         hdr = hdr_format(frame, self._header)
         own = _own_matrix(frame, hdr)
-        plain = hdr is None and own is None
+        plain = hdr is None and own is None and not _is_limited_grey(frame)
         if may_be_transparent(frame.format):
             rgba = self._reformat(frame, "rgba").to_ndarray().astype(np.uint16)
             alpha = rgba[..., 3:]
@@ -216,7 +216,7 @@ class Converter:
     def _computed(
         self, frame: VideoFrame, width: int, height: int, hdr: str | None, own: np.ndarray | None
     ) -> np.ndarray:
-        """Return the same for HDR, and for a matrix of `_own_matrix`."""
+        """Return the same for HDR, for a matrix of `_own_matrix`, and for grey of limited range."""
         form = "gbrp16" if own is None else "yuv444p16"
         stored = self._reformat(frame, form, width, height)
         planes = [np.frombuffer(plane, np.uint16).reshape(height, -1)[:, :width] for plane in stored.planes]
@@ -246,6 +246,11 @@ class Converter:
 
 def _is_yuv(form: VideoFormat) -> bool:
     return not form.is_rgb and len(form.components) >= 3
+
+
+def _is_limited_grey(frame: VideoFrame) -> bool:
+    """Return True if a frame is grey of limited range, all of which libswscale takes for full range."""
+    return frame.format.name.startswith(("gray", "ya")) and frame.color_range == ColorRange.MPEG
 
 
 def _replacement(frame: VideoFrame) -> str | None:
@@ -285,7 +290,11 @@ def _scaled(frame: VideoFrame, own: np.ndarray | None) -> tuple[np.ndarray, np.n
     added = 16 - min(16, frame.format.components[0].bits)
     full = WHITE >> added << added
     limited = _is_yuv(frame.format) and frame.color_range != ColorRange.JPEG
-    if own is None:
+    if _is_limited_grey(frame):
+        matrix = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])
+        zero = [16 << 8] * 3
+        one = [219 << 8] * 3
+    elif own is None:
         matrix = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])
         zero = [0, 0, 0]
         white = 255 << 8 if limited else full

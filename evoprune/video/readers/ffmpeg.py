@@ -62,6 +62,7 @@ DENSE = (MATROSKA, "flv")
 UNTHREADED = ("theora", "vp3", "vp4")
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders of streams that say they have transparency
 CROPPING = re.compile(r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)")  # left, right, top, bottom
+SAMPLE_AES = "/ 0x00DB)"  # in `stream_log`: the type of an H.264 stream in MPEG-TS that HLS encrypts
 TOLERANCE_S = 0.0006  # a frame counts as on screen so much before its time: Matroska rounds times to milliseconds
 FORMATS = "MP4, MOV, MKV, WebM, AVI and GIF are read, most others that FFmpeg knows, pictures, and folders of images"
 OTHERS = {
@@ -113,6 +114,14 @@ def report_alive() -> None:
 
 def picture_size(pixels: int, decoders: int = 1) -> None:
     """Called before pictures of so many pixels are decoded, side by side by several decoders, which raises the memory limit."""
+
+
+class Encrypted(ValueError):
+    """Raised when a packet is encrypted. `reading` turns it into the error that names the file."""
+
+
+def encrypted(path: str) -> VideoError:
+    return VideoError(f"the video in {path} is encrypted", "give a copy without DRM, or decrypt it with its key first")
 
 
 def ignore_damage(mark: object) -> None: ...
@@ -176,6 +185,8 @@ def reading(path: str) -> Iterator[None]:
     """
     try:
         yield
+    except Encrypted as error:
+        raise encrypted(path) from error
     except (VideoError, av.error.FFmpegError, OSError, ValueError) as error:
         if no_video := not_a_video(path, unrecognised=isinstance(error, av.error.InvalidDataError)):
             raise no_video from error
@@ -253,8 +264,9 @@ def open_bytes(file: BinaryIO, format_name: str | None = None) -> InputContainer
 
 
 def moving(container: InputContainer) -> list[VideoStream]:
-    """Return the video tracks that are no cover pictures."""
-    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    """Return the video tracks without cover pictures, and without stills if there is anything else (as in animated AVIF)."""
+    tracks = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    return [track for track in tracks if track.frames != 1] or tracks
 
 
 def video_stream(container: InputContainer, path: str, *, threads: int = 1) -> VideoStream:
@@ -269,7 +281,7 @@ def video_stream(container: InputContainer, path: str, *, threads: int = 1) -> V
     best = container.streams.best("video")
     stream = best if best in tracks else tracks[0]
     if stream.codec_context is None:
-        hint = "convert it to H.264, e.g. with ffmpeg, unless it is damaged"
+        hint = "convert it to H.264, e.g. with ffmpeg, unless it is damaged or encrypted"
         raise VideoError(f"there is no decoder for the video in {path}", hint)
     width = stream.codec_context.width
     height = stream.codec_context.height
@@ -303,7 +315,7 @@ def thread_count(cores: int) -> int:
 
 
 def nothing_decoded(path: str) -> VideoError:
-    hint = f"it is damaged, incomplete, or its pictures are larger than {MAX_PIXELS // 10**6} megapixels"
+    hint = f"it is damaged, incomplete, encrypted, or its pictures are larger than {MAX_PIXELS // 10**6} megapixels"
     return VideoError(f"no frame of {path} can be decoded", hint)
 
 
@@ -367,6 +379,17 @@ def stream_log(stream: Stream) -> str:
     return dict(zip(parts[1::2], parts[2::2], strict=True)).get(str(stream.index), "")
 
 
+def check_encryption(stream: VideoStream, log: str, path: str) -> None:
+    """Raises VideoError if the container says that the stream is encrypted. In MP4 the packets say so (`decoder`).
+
+    Args:
+        log: see `stream_log`.
+    """
+    sample_aes = stream.container.format.name == "mpegts" and SAMPLE_AES in log.partition("\n")[0]
+    if sample_aes or "enc_key_id" in stream.metadata:  # FFmpeg's tag for ContentEncryption in Matroska and WebM
+        raise encrypted(path)
+
+
 def cropping(log: str) -> Crop | None:
     """Return the pixels that a container crops (`clap` in MP4, PixelCrop in Matroska), from `stream_log`; None if it crops none.
 
@@ -389,7 +412,7 @@ def cropped(frame: VideoFrame, crop: Crop | None) -> VideoFrame:
 def decoder(stream: VideoStream, crop: Crop | None) -> Decode:
     """Return the function that decodes a packet of a stream into cropped frames.
 
-    FFmpeg's own decoders of VP8 and VP9 leave out transparency; those of libvpx do not.
+    FFmpeg's own decoders of VP8 and VP9 leave out transparency; those of libvpx do not. The function raises Encrypted.
     """
     context = stream.codec_context
     name = WITH_ALPHA.get(context.codec.canonical_name)
@@ -397,7 +420,13 @@ def decoder(stream: VideoStream, crop: Crop | None) -> Decode:
         context = CodecContext.create(name, "r")
         context.options = stream.codec_context.options
         context.thread_count = stream.codec_context.thread_count
-    return lambda packet: [cropped(frame, crop) for frame in context.decode(packet)]
+
+    def decode(packet: Packet | None) -> list[VideoFrame]:
+        if packet is not None and packet.has_sidedata("encryption_info"):
+            raise Encrypted  # a decoder would make noise of it, or damage
+        return [cropped(frame, crop) for frame in context.decode(packet)]
+
+    return decode
 
 
 def decoded_frames(

@@ -88,6 +88,7 @@ class LiveReader:
         }
         rate, guessed = ffmpeg.frame_rate(stream)
         log = ffmpeg.stream_log(stream)
+        ffmpeg.check_encryption(stream, log, name)
         hdr = colour.stated(stream, log)
         self._crop = ffmpeg.cropping(log)
         self.facts |= {"fps": rate, "rate_guessed": guessed, **ffmpeg.shown_otherwise(stream, hdr)}
@@ -245,6 +246,8 @@ class LiveReader:
                 continue  # the frame before is repeated
             try:
                 frames = decode(packet)
+            except ffmpeg.Encrypted as problem:
+                raise ffmpeg.encrypted(self._name) from problem
             except (av.error.InvalidDataError, av.error.ArgumentError):
                 frames = []
             for frame in frames:

@@ -15,7 +15,7 @@ from evoprune.errors import VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.ffmpeg import Span
-from evoprune.video.readers.parts import AVI_ENTRY_BYTES, avi_index, cut_off, spans
+from evoprune.video.readers.parts import AVI_ENTRY_BYTES, avi_index, cut_off, has_encrypted_track, spans
 from evoprune.video.readers.sizes import stored_sizes
 
 RATE_JITTER_S = 0.0025  # frame intervals that differ by less are constant: Matroska rounds times to milliseconds
@@ -115,6 +115,9 @@ def _probe(path: str, span: Span, container: InputContainer) -> Video:
         hint = f"convert it to JPEG or PNG; {', '.join(ffmpeg.PICTURES)} are read"
         raise VideoError(f"{path} is a picture of a kind that is not read ({stream.codec_context.codec.name})", hint)
     log = ffmpeg.stream_log(stream)
+    ffmpeg.check_encryption(stream, log, path)
+    if container.format.name == ffmpeg.MOV and has_encrypted_track(path, span):
+        raise ffmpeg.encrypted(path)
     header = colour.stated(stream, log)
     crop = ffmpeg.cropping(log)
     first = next(ffmpeg.decoded_frames(stream, ffmpeg.packets(container, stream), crop=crop), None)
