@@ -61,6 +61,9 @@ class Video:
     frames_total: int | None = None
     start_s: float = 0.0  # the file's own timestamp of the first frame
     tags: dict[str, str] = field(default_factory=dict)  # of the container; of a picture its comment
+    crop: Sequence[int] | None = (
+        None  # pixels cut off stored frames on the left, right, top, bottom, before they are turned
+    )
     mirrored: bool = False  # stored frames are flipped left to right before they are rotated
     stated_s: float | None = None  # the duration by the file, of the pictures alone; longer if the file was cut off
     rate_guessed: bool = False  # whether `fps` is a guess, as of a raw stream that does not state its rate

@@ -551,3 +551,19 @@ def test_every_format_is_converted_or_refused(name):
     elif known and name not in COARSE and not name.startswith(("gray", "ya")):
         at = [(12, 10), (12, 50), (36, 10), (36, 50)]
         assert max(np.abs(got[y, x].astype(int) - rgb[y, x]).max() for y, x in at) <= 20
+
+
+@pytest.mark.parametrize("form", ["gray", "gray10le", "gray16le", "ya8"])
+def test_grey_of_limited_range_is_expanded(form):
+    bits = 10 if "10" in form else 16 if "16" in form else 8
+    stored = np.array([[16, 64, 128, 192, 235]]).repeat(4, 0) << (bits - 8)
+    stored = stored.astype(np.uint8 if bits == 8 else np.uint16)
+    if form == "ya8":
+        stored = np.stack([stored, np.full_like(stored, 255)], 2).reshape(4, -1)
+    for said, expected in ((2, (16, 64, 128, 192, 235)), (1, (0, 56, 130, 205, 255))):
+        frame = frame_of([stored], form, color_range=said) if form != "ya8" else av.VideoFrame(5, 4, form)
+        if form == "ya8":
+            np.frombuffer(frame.planes[0], np.uint8).reshape(4, -1)[:, :10] = stored
+            frame.color_range = said
+        rgb = colour.Converter("a.mkv").rgb(frame, 5, 4)
+        assert np.abs(rgb[0, :, 0].astype(int) - expected).max() <= 1 and (rgb == rgb[:1, :, :1]).all()

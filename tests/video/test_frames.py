@@ -1,5 +1,6 @@
 """The frame on screen at any time: of every kind of file, by either decoder, in a process apart or in this one; its pixels."""
 
+import io
 import pickle
 import struct
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import av
 import numpy as np
 import pytest
 from av.video.reformatter import VideoReformatter
-from PIL import Image
+from PIL import Image, ImageOps
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.frames import probe, read_frames, scan
@@ -323,3 +324,30 @@ def test_decoders_that_differ_with_several_threads_get_one(long_file, monkeypatc
     with ffmpeg.open_video(str(long_file)) as container:
         stream = ffmpeg.video_stream(container, str(long_file), threads=3)
         assert stream.codec_context.thread_count == threads
+
+
+@pytest.mark.parametrize("orientation", [2, 4, 5, 7, 8])
+@pytest.mark.parametrize("name", ["a.mov", "a.png"])
+def test_moving_pictures_are_turned_and_mirrored_by_their_exif_data(name, orientation, tmp_path):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    stored = [Image.fromarray(quarters() // shade) for shade in (1, 2)]
+    path = tmp_path / name
+    if name == "a.png":
+        stored[0].save(path, exif=tags, save_all=True, append_images=stored[1:], duration=500)
+    else:
+        with av.open(str(path), "w") as out:
+            stream = out.add_stream("mjpeg", rate=2)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj444p"
+            for number, picture in enumerate(stored):
+                content = io.BytesIO()
+                picture.save(content, "JPEG", exif=tags, quality=95)
+                packet = av.Packet(content.getvalue())
+                packet.stream, packet.time_base, packet.pts, packet.dts = stream, Fraction(1, 2), number, number
+                out.mux(packet)
+    stored[0].getexif()[0x0112] = orientation
+    expected = np.asarray(ImageOps.exif_transpose(stored[0])).astype(int)
+    (chunk,) = read_frames(probe(path), [0.0])
+    assert chunk.pixels[0].shape == expected.shape
+    middles = np.s_[6:-6:12, 6:-6:12]
+    assert np.abs(chunk.pixels[0][middles] - expected[middles]).max() < 12

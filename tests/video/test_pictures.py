@@ -56,6 +56,8 @@ KINDS = {
     "palette_transparent.png": (image(RGB, "P"), {"transparency": 3}),
     "black_and_white.png": (image(RGB, "1"), {}),
     "turned.png": (image(RGB), {"exif": exif(3)}),
+    "turned.tif": (image(RGB), {"exif": exif(8)}),
+    "mirrored.tif": (image(RGB), {"exif": exif(7)}),
     "rgb.webp": (image(RGB), {"lossless": True}),
     "alpha.webp": (image(ALPHA), {"lossless": True}),
     "rgb.tiff": (image(RGB), {}),

@@ -809,3 +809,18 @@ def test_broken_videos_are_answered_or_refused(seed, tmp_path, monkeypatch):
     assert len(outcomes) == count and not [outcome for outcome in outcomes if outcome.bad], table(outcomes)
     assert {outcome.code for outcome in outcomes} == {0, 3}
     assert [path.name for path in tmp_path.iterdir()] == ["sources"]
+
+
+def test_a_still_beside_the_video_is_no_other_track(tmp_path):
+    path = write_video(tmp_path / "video.mp4", FRAMES)
+    still = write_video(tmp_path / "still.mp4", FRAMES[:1])
+    both = tmp_path / "both.mp4"  # as an animated AVIF has a still of its first frame
+    with av.open(str(still)) as first, av.open(str(path)) as second, av.open(str(both), "w") as out:
+        streams = [out.add_stream_from_template(source.streams.video[0]) for source in (first, second)]
+        for source, stream in zip((first, second), streams, strict=True):
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    out.mux(packet)
+    info = probe(both)
+    assert (info.frames_total, info.other_tracks, info.warnings) == (30, 0, [])

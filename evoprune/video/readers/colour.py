@@ -7,13 +7,16 @@ replaced by the nearest one that it has. Numbers of matrices, primaries and curv
 
 import re
 import sys
+from collections.abc import Mapping
 from enum import IntEnum
+from fractions import Fraction
 from functools import cache
 
 import av
-import av.logging
 import numpy as np
 from av.buffer import Buffer
+from av.filter import Graph
+from av.sidedata.sidedata import SideData
 from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc, VideoReformatter
@@ -25,6 +28,8 @@ from evoprune.video.info import HLG, IPT, PQ
 CURVES = {ColorTrc.SMPTE2084: PQ, ColorTrc.ARIB_STD_B67: HLG}
 UNSTATED = (0, 2, 3)  # curves that say nothing
 HDR_METADATA = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL", "DYNAMIC_HDR_PLUS")
+# FFmpeg's numbers of the types of side data that PyAV 18 has no name for: LCEVC, the view and the displays of 3D video, and EXIF.
+NAMELESS_SIDE_DATA = (28, 29, 30, 31)
 # Dolby Vision is a base layer, which FFmpeg decodes, and metadata, which is not applied. The "compatibility id" of its record says
 # what the base layer is: 2 is SDR, and 0 Dolby's own format in some profiles, in others nothing.
 DOLBY_RECORD = re.compile(r"DOVI configuration record:.* profile: (\d+),.* compatibility id: (\d+)")
@@ -92,38 +97,52 @@ class Matrix(IntEnum):
 USUAL = tuple(Matrix(number) for number in (0, 1, 2, 4, 5, 6, 7, 9))  # which libswscale does not refuse
 
 
-def stated(stream: VideoStream) -> str | None:
-    """Return `Video.hdr_format` by the header of a stream, of which no frame was decoded yet: decoders replace the curve."""
-    level = av.logging.get_level()
-    av.logging.set_level(av.logging.INFO)  # FFmpeg logs what PyAV has no attribute for
-    try:
-        log = stream.container.dumps_format()
-    finally:
-        av.logging.set_level(level)
-    parts = re.split(r"^  Stream #0:(\d+)", log, flags=re.MULTILINE)
-    said = dict(zip(parts[1::2], parts[2::2], strict=True)).get(str(stream.index), "")
+def stated(stream: VideoStream, log: str) -> str | None:
+    """Return `Video.hdr_format` by the header of a stream, of which no frame was decoded yet: decoders replace the curve.
+
+    Args:
+        log: FFmpeg's description of the stream (`ffmpeg.stream_log`).
+    """
     context = stream.codec_context
     curve = CURVES.get(context.color_trc)
-    if record := DOLBY_RECORD.search(said):
+    if record := DOLBY_RECORD.search(log):
         profile, base = map(int, record.groups())
         if profile in DOLBY_OWN and base == 0:
             return IPT
         return curve or DOLBY_BASES.get(base)
     if curve or context.color_trc not in UNSTATED:
         return curve
-    if context.codec_tag in DOLBY_TAGS:
+    if any(f"({tag} / 0x" in log.partition("\n")[0] for tag in DOLBY_TAGS):  # PyAV fails on tags that are not ASCII
         return IPT
-    if "Mastering Display Metadata" in said or "Content Light Level Metadata" in said:
+    if "Mastering Display Metadata" in log or "Content Light Level Metadata" in log:
         return PQ
     return None
 
 
+def side_data(frame: VideoFrame) -> Mapping[str, SideData]:
+    """Return the side data of a frame by the names of its types. PyAV 18 fails on types that it has no name for: without these."""
+    try:
+        return frame.side_data
+    except ValueError:
+        without = [("sidedata", f"mode=delete:type={number}") for number in NAMELESS_SIDE_DATA]
+        return filtered(frame, *without).side_data
+
+
+def filtered(frame: VideoFrame, *filters: tuple[str, str]) -> VideoFrame:
+    """Return a frame after some of FFmpeg's filters, each given by its name and its options."""
+    graph = Graph()
+    graph.threads = 1
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1)
+    )
+    graph.link_nodes(source, *(graph.add(*each) for each in filters), graph.add("buffersink")).configure()
+    graph.push(frame)
+    return graph.pull()
+
+
 def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
     """Return `Video.hdr_format` of a frame. `header`: what it is where it does not say so itself."""
-    try:
-        data = frame.side_data
-    except ValueError:  # PyAV 18 cannot list side data that includes EXIF
-        data = {}
+    data = side_data(frame)
     if header == IPT or frame.colorspace == Matrix.IPT_C2 or _is_dolby_own(data.get("DOVI_METADATA")):
         return IPT
     if curve := CURVES.get(frame.color_trc):
@@ -179,7 +198,7 @@ class Converter:
     def _rgb(self, frame: VideoFrame, width: int, height: int) -> np.ndarray:
         hdr = hdr_format(frame, self._header)
         own = _own_matrix(frame, hdr)
-        plain = hdr is None and own is None
+        plain = hdr is None and own is None and not _is_limited_grey(frame)
         if may_be_transparent(frame.format):
             rgba = self._reformat(frame, "rgba").to_ndarray().astype(np.uint16)
             alpha = rgba[..., 3:]
@@ -197,7 +216,7 @@ class Converter:
     def _computed(
         self, frame: VideoFrame, width: int, height: int, hdr: str | None, own: np.ndarray | None
     ) -> np.ndarray:
-        """Return the same for HDR, and for a matrix of `_own_matrix`."""
+        """Return the same for HDR, for a matrix of `_own_matrix`, and for grey of limited range."""
         form = "gbrp16" if own is None else "yuv444p16"
         stored = self._reformat(frame, form, width, height)
         planes = [np.frombuffer(plane, np.uint16).reshape(height, -1)[:, :width] for plane in stored.planes]
@@ -227,6 +246,11 @@ class Converter:
 
 def _is_yuv(form: VideoFormat) -> bool:
     return not form.is_rgb and len(form.components) >= 3
+
+
+def _is_limited_grey(frame: VideoFrame) -> bool:
+    """Return True if a frame is grey of limited range, all of which libswscale takes for full range."""
+    return frame.format.name.startswith(("gray", "ya")) and frame.color_range == ColorRange.MPEG
 
 
 def _replacement(frame: VideoFrame) -> str | None:
@@ -266,7 +290,11 @@ def _scaled(frame: VideoFrame, own: np.ndarray | None) -> tuple[np.ndarray, np.n
     added = 16 - min(16, frame.format.components[0].bits)
     full = WHITE >> added << added
     limited = _is_yuv(frame.format) and frame.color_range != ColorRange.JPEG
-    if own is None:
+    if _is_limited_grey(frame):
+        matrix = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])
+        zero = [16 << 8] * 3
+        one = [219 << 8] * 3
+    elif own is None:
         matrix = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])
         zero = [0, 0, 0]
         white = 255 << 8 if limited else full

@@ -46,6 +46,8 @@ def check(info: Video) -> None:
         raise _refusal(info, "it shows transparent parts as black")
     if info.hdr:
         raise _refusal(info, "it does not map HDR to SDR")
+    if info.crop:
+        raise _refusal(info, "it does not crop the pictures as the file says")
     if info.clock_restarts:
         raise _refusal(info, "it loses the frames after a restart of the clock")
     if info.mirrored and info.container == ffmpeg.MOV:

@@ -5,21 +5,22 @@ FFmpeg sees the bytes of the one file, and no other file.
 
 import math
 import os
+import re
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
 from types import SimpleNamespace
 from typing import BinaryIO, NamedTuple
 
 import av
+import av.logging
 import numpy as np
 from av.codec.context import CodecContext
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition, Stream
-from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -31,6 +32,8 @@ from evoprune.video.readers import colour
 Span = tuple[int, int]  # the first byte of a part of a file, and the one behind its last byte
 # Called with a mark for each damaged packet or image: the same mark for the same damage.
 Damage = Callable[[object], None]
+Crop = Sequence[int]  # pixels that are cut off a stored frame on the left, right, top and bottom
+Decode = Callable[[Packet | None], list[VideoFrame]]
 
 FALLBACK_FPS = 25.0  # of a stream that states no frame rate; FFmpeg assumes the same
 MOV = "mov,mp4,m4a,3gp,3g2,mj2"
@@ -58,6 +61,8 @@ DENSE = (MATROSKA, "flv")
 # Codecs whose decoder (FFmpeg 8), with several threads, returned other pixels in one reading of four of a clip of ten seconds.
 UNTHREADED = ("theora", "vp3", "vp4")
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders of streams that say they have transparency
+CROPPING = re.compile(r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)")  # left, right, top, bottom
+SAMPLE_AES = "/ 0x00DB)"  # in `stream_log`: the type of an H.264 stream in MPEG-TS that HLS encrypts
 TOLERANCE_S = 0.0006  # a frame counts as on screen so much before its time: Matroska rounds times to milliseconds
 FORMATS = "MP4, MOV, MKV, WebM, AVI and GIF are read, most others that FFmpeg knows, pictures, and folders of images"
 OTHERS = {
@@ -109,6 +114,14 @@ def report_alive() -> None:
 
 def picture_size(pixels: int, decoders: int = 1) -> None:
     """Called before pictures of so many pixels are decoded, side by side by several decoders, which raises the memory limit."""
+
+
+class Encrypted(ValueError):
+    """Raised when a packet is encrypted. `reading` turns it into the error that names the file."""
+
+
+def encrypted(path: str) -> VideoError:
+    return VideoError(f"the video in {path} is encrypted", "give a copy without DRM, or decrypt it with its key first")
 
 
 def ignore_damage(mark: object) -> None: ...
@@ -172,6 +185,8 @@ def reading(path: str) -> Iterator[None]:
     """
     try:
         yield
+    except Encrypted as error:
+        raise encrypted(path) from error
     except (VideoError, av.error.FFmpegError, OSError, ValueError) as error:
         if no_video := not_a_video(path, unrecognised=isinstance(error, av.error.InvalidDataError)):
             raise no_video from error
@@ -249,8 +264,9 @@ def open_bytes(file: BinaryIO, format_name: str | None = None) -> InputContainer
 
 
 def moving(container: InputContainer) -> list[VideoStream]:
-    """Return the video tracks that are no cover pictures."""
-    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    """Return the video tracks without cover pictures, and without stills if there is anything else (as in animated AVIF)."""
+    tracks = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    return [track for track in tracks if track.frames != 1] or tracks
 
 
 def video_stream(container: InputContainer, path: str, *, threads: int = 1) -> VideoStream:
@@ -265,7 +281,7 @@ def video_stream(container: InputContainer, path: str, *, threads: int = 1) -> V
     best = container.streams.best("video")
     stream = best if best in tracks else tracks[0]
     if stream.codec_context is None:
-        hint = "convert it to H.264, e.g. with ffmpeg, unless it is damaged"
+        hint = "convert it to H.264, e.g. with ffmpeg, unless it is damaged or encrypted"
         raise VideoError(f"there is no decoder for the video in {path}", hint)
     width = stream.codec_context.width
     height = stream.codec_context.height
@@ -299,7 +315,7 @@ def thread_count(cores: int) -> int:
 
 
 def nothing_decoded(path: str) -> VideoError:
-    hint = f"it is damaged, incomplete, or its pictures are larger than {MAX_PIXELS // 10**6} megapixels"
+    hint = f"it is damaged, incomplete, encrypted, or its pictures are larger than {MAX_PIXELS // 10**6} megapixels"
     return VideoError(f"no frame of {path} can be decoded", hint)
 
 
@@ -351,25 +367,76 @@ def shown_otherwise(
     }
 
 
-def decoder(stream: VideoStream) -> VideoStream | VideoCodecContext:
-    """Return the decoder of a stream. FFmpeg's own decoders of VP8 and VP9 leave out transparency; those of libvpx do not."""
-    name = WITH_ALPHA.get(stream.codec_context.codec.canonical_name)
-    if name is None or stream.metadata.get("alpha_mode") != "1":
-        return stream
-    context = CodecContext.create(name, "r")
-    context.options = stream.codec_context.options
-    context.thread_count = stream.codec_context.thread_count
-    return context
+def stream_log(stream: Stream) -> str:
+    """Return FFmpeg's description of a stream, which has facts that PyAV has no attribute for."""
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.INFO)
+    try:
+        log = stream.container.dumps_format()
+    finally:
+        av.logging.set_level(level)
+    parts = re.split(r"^  Stream #0:(\d+)", log, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True)).get(str(stream.index), "")
+
+
+def check_encryption(stream: VideoStream, log: str, path: str) -> None:
+    """Raises VideoError if the container says that the stream is encrypted. In MP4 the packets say so (`decoder`).
+
+    Args:
+        log: see `stream_log`.
+    """
+    sample_aes = stream.container.format.name == "mpegts" and SAMPLE_AES in log.partition("\n")[0]
+    if sample_aes or "enc_key_id" in stream.metadata:  # FFmpeg's tag for ContentEncryption in Matroska and WebM
+        raise encrypted(path)
+
+
+def cropping(log: str) -> Crop | None:
+    """Return the pixels that a container crops (`clap` in MP4, PixelCrop in Matroska), from `stream_log`; None if it crops none.
+
+    Cropping by the codec is done in the decoder.
+    """
+    found = CROPPING.search(log)
+    return (int(found[1]), int(found[2]), int(found[3]), int(found[4])) if found else None
+
+
+def cropped(frame: VideoFrame, crop: Crop | None) -> VideoFrame:
+    """Return a stored frame without the cropped pixels. A frame that is too small for the crop stays whole."""
+    left, right, top, bottom = crop or (0, 0, 0, 0)
+    width = frame.width - left - right
+    height = frame.height - top - bottom
+    if not crop or width <= 0 or height <= 0:
+        return frame
+    return colour.filtered(frame, ("crop", f"{width}:{height}:{left}:{top}:exact=1"))
+
+
+def decoder(stream: VideoStream, crop: Crop | None) -> Decode:
+    """Return the function that decodes a packet of a stream into cropped frames.
+
+    FFmpeg's own decoders of VP8 and VP9 leave out transparency; those of libvpx do not. The function raises Encrypted.
+    """
+    context = stream.codec_context
+    name = WITH_ALPHA.get(context.codec.canonical_name)
+    if name and stream.metadata.get("alpha_mode") == "1":
+        context = CodecContext.create(name, "r")
+        context.options = stream.codec_context.options
+        context.thread_count = stream.codec_context.thread_count
+
+    def decode(packet: Packet | None) -> list[VideoFrame]:
+        if packet is not None and packet.has_sidedata("encryption_info"):
+            raise Encrypted  # a decoder would make noise of it, or damage
+        return [cropped(frame, crop) for frame in context.decode(packet)]
+
+    return decode
 
 
 def decoded_frames(
-    stream: VideoStream, packets: Iterator[Packet | None], damaged: Damage = ignore_damage
+    stream: VideoStream, packets: Iterator[Packet | None], damaged: Damage = ignore_damage, crop: Crop | None = None
 ) -> Iterator[VideoFrame]:
-    """Yield the frames of some packets of `packets`, in display order, without damaged ones; frames that were patched up count.
+    """Yield the frames of some packets of `packets`, cropped, in display order, without damaged ones; patched up frames count.
 
     `damaged` is called for both, and where the file breaks off.
     """
-    decode = decoder(stream).decode
+    decode = decoder(stream, crop)
     for packet in packets:
         if packet is not None and not packet.size and packet.dts is not None:
             continue  # the frame before is repeated; FFmpeg's decoders take a packet without data for the end
@@ -441,10 +508,7 @@ def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
 
 def orientation(frame: VideoFrame) -> tuple[int, bool]:
     """Return the clockwise rotation in degrees (0, 90, 180 or 270), and whether a left-right flip comes before it."""
-    try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV 18 cannot list side data that includes EXIF, but it reads the rotation
-        return round(-frame.rotation / 90) * 90 % 360, False
+    matrix = colour.side_data(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return 0, False
     # Row vectors times the matrix, y downwards: the image's x axis goes to (a, b), its y axis to (c, d).

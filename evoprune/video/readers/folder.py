@@ -3,7 +3,6 @@
 import io
 import math
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 
 import av
@@ -15,8 +14,6 @@ from evoprune.video.readers import colour, ffmpeg
 
 CONTAINER = "folder"
 MAX_BYTES = 2**29  # larger files count as damaged
-EXIF_MARKS = (b"Exif\0\0", b"eXIf", b"EXIF")
-EXIF_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 def list_images(folder: str) -> list[str]:
@@ -124,27 +121,6 @@ def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
             frame = next(ffmpeg.decoded_frames(stream, ffmpeg.packets(container, stream)), None)
             if frame is None:
                 return None
-            return (
-                stream.codec_context.codec.canonical_name,
-                frame,
-                exif_orientation(content) or ffmpeg.orientation(frame),
-            )
+            return stream.codec_context.codec.canonical_name, frame, ffmpeg.orientation(frame)
     except (av.error.FFmpegError, OSError, ValueError, VideoError):
-        return None
-
-
-def exif_orientation(content: bytes) -> tuple[int, bool] | None:
-    """Return the orientation by the EXIF data of a JPEG, PNG or WebP file, of which PyAV 18 does not report a flip; None without
-    any.
-    """
-    if not any(mark in content for mark in EXIF_MARKS):  # the usual frame of a video, for which Pillow is not imported
-        return None
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=EXIF_FORMATS) as image:
-            return ffmpeg.ORIENTATIONS.get(image.getexif().get(ffmpeg.ORIENTATION_TAG))
-    except MemoryError:
-        raise
-    except Exception:  # damaged data may raise anything
         return None

@@ -87,7 +87,10 @@ class LiveReader:
             "tags": ffmpeg.tags(self._container),
         }
         rate, guessed = ffmpeg.frame_rate(stream)
-        hdr = colour.stated(stream)
+        log = ffmpeg.stream_log(stream)
+        ffmpeg.check_encryption(stream, log, name)
+        hdr = colour.stated(stream, log)
+        self._crop = ffmpeg.cropping(log)
         self.facts |= {"fps": rate, "rate_guessed": guessed, **ffmpeg.shown_otherwise(stream, hdr)}
         if container in ffmpeg.JOINED:
             hdr = None  # a header of MPEG-TS says nothing, so it was the first frames, and later ones may be of another video
@@ -230,18 +233,21 @@ class LiveReader:
             self._stream = ffmpeg.video_stream(
                 self._container, self._name, threads=ffmpeg.thread_count(available_cores())
             )
+            self._crop = ffmpeg.cropping(ffmpeg.stream_log(self._stream))
             yield from self._decoded_part()
 
     def _decoded_part(self) -> Iterator[VideoFrame]:
         """Yield all frames; what cannot be decoded is left out, unless it is all that comes for `timeout_s`."""
         since = None  # when the first packet after the latest frame came; waiting for one is no failure
-        decode = ffmpeg.decoder(self._stream).decode
+        decode = ffmpeg.decoder(self._stream, self._crop)
         for packet in self._packets():
             ffmpeg.alive()
             if packet is not None and not packet.size and packet.dts is not None:
                 continue  # the frame before is repeated
             try:
                 frames = decode(packet)
+            except ffmpeg.Encrypted as problem:
+                raise ffmpeg.encrypted(self._name) from problem
             except (av.error.InvalidDataError, av.error.ArgumentError):
                 frames = []
             for frame in frames:

@@ -33,6 +33,7 @@ BROKEN = (b"moof", b"mdat", b"mfra", b"sidx", b"styp")  # where a fragmented MP4
 # elements of Matroska that hold others
 SEGMENT = 0x18538067
 CLUSTER = 0x1F43B675
+ENCRYPTED_TRACK = b"encv" + bytes(6)  # the beginning of its entry in `stsd`
 NUT = b"nut/multimedia container\0"
 Y4M = b"YUV4MPEG2 W"
 REAL = b".RMF\0\0\0\x12\0"
@@ -86,6 +87,19 @@ def cut_off(path: str, begin: int) -> bool:
             if fragments and cut:
                 return True
         return kind == b"moof"  # its pictures are missing
+
+
+def has_encrypted_track(path: str, span: Span) -> bool:
+    """Return True if the index of an MP4 has an encrypted video track, also in ways that FFmpeg does not report (PIFF).
+
+    OSError: it cannot be read.
+    """
+    with open(path, "rb", buffering=0) as file:
+        for at, kind, end in _boxes(_peeks(file), span[0]):
+            if kind == b"moov" and at < span[1]:
+                length = min(end or span[1], span[1]) - at
+                return ENCRYPTED_TRACK in os.pread(file.fileno(), length, at)
+        return False
 
 
 def _peeks(file: BinaryIO) -> Peek:

@@ -71,7 +71,10 @@ def probe(path: str) -> Video:
     """Probe a picture as `readers` says, from its header."""
     with _opened(path) as image:
         rotation, mirrored = ffmpeg.ORIENTATIONS.get(image.getexif().get(ffmpeg.ORIENTATION_TAG), (0, False))
-        width, height = ffmpeg.turned_size(image.size, rotation)
+        size = image.size
+        if isinstance(image, TiffImagePlugin.TiffImageFile):  # new versions of Pillow have turned this size already
+            size = image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH]
+        width, height = ffmpeg.turned_size(size, rotation)
         comment = image.info.get("comment", "")
         tags = {}
         with suppress(UnicodeDecodeError):

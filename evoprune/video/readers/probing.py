@@ -15,7 +15,7 @@ from evoprune.errors import VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.ffmpeg import Span
-from evoprune.video.readers.parts import AVI_ENTRY_BYTES, avi_index, cut_off, spans
+from evoprune.video.readers.parts import AVI_ENTRY_BYTES, avi_index, cut_off, has_encrypted_track, spans
 from evoprune.video.readers.sizes import stored_sizes
 
 RATE_JITTER_S = 0.0025  # frame intervals that differ by less are constant: Matroska rounds times to milliseconds
@@ -114,8 +114,13 @@ def _probe(path: str, span: Span, container: InputContainer) -> Video:
     if container.format.name.endswith("_pipe"):  # FFmpeg's names for single pictures: jpegxl_pipe and so on
         hint = f"convert it to JPEG or PNG; {', '.join(ffmpeg.PICTURES)} are read"
         raise VideoError(f"{path} is a picture of a kind that is not read ({stream.codec_context.codec.name})", hint)
-    header = colour.stated(stream)
-    first = next(ffmpeg.decoded_frames(stream, ffmpeg.packets(container, stream)), None)
+    log = ffmpeg.stream_log(stream)
+    ffmpeg.check_encryption(stream, log, path)
+    if container.format.name == ffmpeg.MOV and has_encrypted_track(path, span):
+        raise ffmpeg.encrypted(path)
+    header = colour.stated(stream, log)
+    crop = ffmpeg.cropping(log)
+    first = next(ffmpeg.decoded_frames(stream, ffmpeg.packets(container, stream), crop=crop), None)
     if first is None:
         raise ffmpeg.nothing_decoded(path)
     rotation, mirrored = ffmpeg.orientation(first)
@@ -134,7 +139,7 @@ def _probe(path: str, span: Span, container: InputContainer) -> Video:
         total = len(shown)
         steps = np.diff(shown)
         variable_rate = len(steps) > 1 and bool(np.ptp(steps) * stream.time_base > RATE_JITTER_S)
-    sizes = stored_sizes(container, stream, first, lengths.duration_s)
+    sizes = stored_sizes(container, stream, first, crop, lengths.duration_s)
     width, height = ffmpeg.turned_size(max(sizes, key=math.prod), rotation)
     return Video(
         path=path,
@@ -142,6 +147,7 @@ def _probe(path: str, span: Span, container: InputContainer) -> Video:
         width=width,
         height=height,
         rotation_deg=rotation,
+        crop=crop,
         codec=stream.codec_context.codec.canonical_name,
         pix_fmt=first.format.name,
         container=container.format.name,

@@ -37,9 +37,13 @@ JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc2]\0.{6}", re.DOTALL)  # the header of a 
 
 
 def stored_sizes(
-    container: InputContainer, stream: VideoStream, first: VideoFrame, duration_s: float | None
+    container: InputContainer,
+    stream: VideoStream,
+    first: VideoFrame,
+    crop: ffmpeg.Crop | None,
+    duration_s: float | None,
 ) -> list[Size]:
-    """Return the size of the first frame, and others of keyframes at up to `PLACES` places. Moves the container's position.
+    """Return the cropped size of the first frame, and others of keyframes at up to `PLACES` places. Moves the container's position.
 
     Decodes a keyframe only if its parameters differ from those of all before. Other codecs than those above are taken to keep
     their size: the reader finds those that do not.
@@ -57,7 +61,7 @@ def stored_sizes(
                 continue
             seen.add(mark)
             extradata = mark if codec in ("h264", "hevc") else None
-            size = _decoded_size(keyframe, stream, extradata)
+            size = _decoded_size(keyframe, stream, extradata, crop)
             if size and size not in sizes:
                 sizes.append(size)
     return sizes
@@ -96,8 +100,10 @@ def _parameters(keyframe: Packet, stream: VideoStream, codec: str) -> tuple[byte
     return b"", keyframe
 
 
-def _decoded_size(keyframe: Packet, stream: VideoStream, extradata: bytes | None) -> Size | None:
-    """Return the size of a keyframe; None if it cannot be decoded alone."""
+def _decoded_size(
+    keyframe: Packet, stream: VideoStream, extradata: bytes | None, crop: ffmpeg.Crop | None
+) -> Size | None:
+    """Return the cropped size of a keyframe; None if it cannot be decoded alone."""
     decoder = CodecContext.create(stream.codec_context.codec.name, "r")
     decoder.options = {"max_pixels": str(ffmpeg.MAX_PIXELS)}
     decoder.extradata = extradata
@@ -107,4 +113,5 @@ def _decoded_size(keyframe: Packet, stream: VideoStream, extradata: bytes | None
         return None
     if not frames:
         return None
-    return frames[0].width, frames[0].height
+    shown = ffmpeg.cropped(frames[0], crop)
+    return shown.width, shown.height

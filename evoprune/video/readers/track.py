@@ -163,14 +163,14 @@ class Track:
 
     def alone(self, keyframe: Keyframe) -> TimedFrame | None:
         """Return the frame of a keyframe, decoded by itself; None if it cannot be."""
-        decoder = ffmpeg.decoder(self._stream)
+        decode = ffmpeg.decoder(self._stream, self.info.crop)
         frames: list[VideoFrame] = []
         try:
             for packet in self._from(keyframe, ffmpeg.ignore_damage):
-                frames = decoder.decode(packet)
+                frames = decode(packet)
                 if frames or not self.info.interlaced:  # where a packet may be half a frame
                     break
-            frames = frames or decoder.decode(None)
+            frames = frames or decode(None)
         except (av.error.FFmpegError, Unreachable):
             return None
         if not frames:
@@ -291,7 +291,7 @@ class Track:
         step = length = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
         time = -step
         origin = info.start_s
-        for frame in ffmpeg.decoded_frames(self._stream, packets, damaged):
+        for frame in ffmpeg.decoded_frames(self._stream, packets, damaged, info.crop):
             stamp = ffmpeg.frame_time(frame, self._stream)
             if stamp is not None and info.clock_restarts and ffmpeg.restarts(stamp - origin - time, info.container):
                 origin = stamp - time - step
