@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from evoprune.errors import UsageError, first_line
+from evoprune.language.validation import wrong_value
 from evoprune.model.config import loads
 from evoprune.util import brief, missing_hint
 
 MOST_BYTES = 2**20  # of a schema
+# Keywords whose objects have names for fields, not keywords, and keywords that hold data, not schemas.
+NAMES = ("properties", "patternProperties", "$defs", "definitions")
+DATA = ("const", "enum", "default", "examples")
 
 
 def read_schema(path: str | None) -> dict[str, Any] | None:
@@ -82,9 +86,31 @@ def _of_dataclass(kind: type) -> dict[str, Any]:
     return TypeAdapter(kind).json_schema()
 
 
+def parts_of_schema(value: Any, path: str = "", is_schema: bool = True) -> Iterator[tuple[str, dict]]:
+    """Yield every schema in a schema, itself included, each with its path, a JSON Pointer."""
+    if isinstance(value, dict):
+        if is_schema:
+            yield path, value
+        for name, inner in value.items():
+            if not (is_schema and name in DATA):
+                step = name.replace("~", "~0").replace("/", "~1")
+                yield from parts_of_schema(inner, f"{path}/{step}", not (is_schema and name in NAMES))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from parts_of_schema(inner, f"{path}/{number}")
+
+
 def value_of(answer: str) -> Any:
     """Return what a JSON text holds; None where Python cannot hold it, as a number that is too large."""
     try:
         return loads(answer)
     except ValueError:
         return None
+
+
+def checked_value(answer: str, schema: dict[str, Any]) -> Any:
+    """Return `value_of` a complete answer. Raises UsageError: it does not follow the schema."""
+    value = value_of(answer)
+    if value is not None and (wrong := wrong_value(value, schema)):
+        raise UsageError(f"the answer does not follow the schema: {wrong}", "change that part of the schema")
+    return value

@@ -38,7 +38,7 @@ from evoprune.language.generate import (
 from evoprune.language.hosted import HostedCache
 from evoprune.language.prompt import Prompt, Tokenizer
 from evoprune.language.pruned import prune_prompt
-from evoprune.language.schema import value_of
+from evoprune.language.schema import checked_value
 from evoprune.language.settings import OF_ROWS
 from evoprune.language.turns import Turn, messages_of, turns_of
 from evoprune.model.cost import Clock
@@ -396,7 +396,7 @@ class Askable(ABC, Uncopied):
                     raise UsageError(self.OVERTAKEN, "finish one answer before the next question")
             update()
             if options.schema is not None and tokens.finish_reason == "stop" and stops.found is None:
-                report.parsed = value_of(report.answer)
+                report.parsed = checked_value(report.answer, options.schema)
             thinking = report.thoughts is not None and not report.answer
             report.thoughts = (report.thoughts or "").rstrip() or None
             if report.finish_reason == "length" and thinking:

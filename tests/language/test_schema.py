@@ -90,3 +90,9 @@ def test_without_llguidance_the_extra_is_named(monkeypatch):
         "hint: pip install 'evoprune[schema]'",
     ]
     assert GenerationOptions(max_new_tokens=3).grammar is None
+
+
+def test_without_jsonschema_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    assert "needs jsonschema" in refusal(GenerationOptions, schema={"type": "integer", "minimum": 20261129})
+    assert GenerationOptions(regex="[a-z]+").grammar

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
+from evoprune.errors import UsageError
 from evoprune.language import static
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
@@ -101,6 +102,18 @@ def test_classes_are_schemas(video):
 def test_numbers_are_not_rounded(video):
     answer = video.ask(QUESTION, schema={"const": 0.123456789})
     assert answer.parsed == json.loads(answer.report.to_json())["parsed"] == 0.123456789
+
+
+def test_an_answer_that_does_not_hold_is_an_error(video, monkeypatch):
+    schema = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5}
+    monkeypatch.setattr("evoprune.language.guidance.fault", lambda request: ("", None))  # as if all were right
+    monkeypatch.setattr("evoprune.language.apart.POSSIBLE", False)
+    answer = video.ask(QUESTION, schema=schema, max_new_tokens=20)
+    with pytest.raises(UsageError, match=r"the answer does not follow the schema: exclusiveMinimum at \$"):
+        answer.parsed  # noqa: B018 (reads it)
+    report = answer.report
+    assert (report.answer, report.parsed, report.finish_reason) == ("0", None, "error")
+    assert report.error["message"].startswith("the answer does not follow the schema")
 
 
 def test_a_stream_follows_it(qa):
