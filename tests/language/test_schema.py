@@ -55,6 +55,23 @@ def test_a_dataclass_and_a_model_of_pydantic_have_schemas():
     assert schema_of(model)["properties"] == of_class["properties"]
 
 
+def test_the_schema_of_a_class_allows_the_fields_of_the_class_alone():
+    import pydantic
+
+    inner = pydantic.create_model("Inner", properties=(int, ...))
+    free = pydantic.create_model("Free", __config__={"extra": "allow"}, a=(int, 3))
+    counts = dict[str, inner]
+    fields = {"inner": (inner, ...), "free": (free, ...), "counts": (counts, ...), "any": (dict, ...)}
+    made = schema_of(pydantic.create_model("Outer", **fields))
+    inside = made["$defs"]
+    assert made["additionalProperties"] is False and inside["Inner"]["additionalProperties"] is False
+    assert inside["Free"]["additionalProperties"] is True
+    assert "additionalProperties" not in inside["Inner"]["properties"]
+    assert made["properties"]["counts"]["additionalProperties"] == {"$ref": "#/$defs/Inner"}
+    assert made["properties"]["any"]["additionalProperties"] is True
+    assert schema_of(Shown)["additionalProperties"] is False and "additionalProperties" not in schema_of(SHOWN)
+
+
 def test_a_class_that_has_no_schema_is_refused():
     import pydantic
 

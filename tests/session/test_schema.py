@@ -4,7 +4,8 @@ import json
 import random
 import re
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -97,6 +98,40 @@ def test_classes_are_schemas(video):
     answer = video.ask(QUESTION, schema=Shown, max_new_tokens=100)
     assert (answer.parsed is None) == (answer.report.finish_reason == "length")
     assert answer.report.generation["schema"]["required"] == ["colour", "still"]
+
+
+@dataclass
+class Colour:
+    colour: Literal["red", "green"]
+
+
+def test_what_an_answer_holds_is_an_instance_of_the_class(qa, video):
+    import pydantic
+
+    model = pydantic.create_model("Colour", colour=(Literal["red", "green"], ...), inner=(Colour, ...))
+    for kind in (Colour, model):
+        for asked in (video.ask, video.chat().ask, partial(qa.ask, CLIP)):
+            answer = asked(QUESTION, schema=kind, max_new_tokens=60)
+            assert type(answer.parsed) is kind and answer.parsed is answer.parsed
+            assert answer.report.parsed == json.loads(answer.text) and type(answer.report.parsed) is dict
+            assert json.loads(answer.report.to_json())["parsed"] == answer.report.parsed
+    assert type(answer.parsed.inner) is Colour
+    cut = video.ask(QUESTION, schema=Colour, max_new_tokens=2)
+    assert cut.parsed is None and cut.report.finish_reason == "length"
+
+
+def test_what_the_class_refuses_is_an_error(video):
+    @dataclass
+    class Never:
+        colour: Literal["red", "green"]
+
+        def __post_init__(self):
+            raise ValueError("never")
+
+    answer = video.ask(QUESTION, schema=Never, max_new_tokens=60)
+    with pytest.raises(UsageError, match=r"the answer is no Never: .*never"):
+        answer.parsed  # noqa: B018 (reads it)
+    assert answer.report.parsed is None
 
 
 def test_numbers_are_not_rounded(video):
