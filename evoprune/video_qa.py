@@ -16,12 +16,12 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from evoprune.backend.devices import holds_values
 from evoprune.errors import UsageError
 from evoprune.session.ahead import Ahead
-from evoprune.session.answering import Answer, EncodedInputs, Uncopied, together
+from evoprune.session.answering import Answer, EncodedInputs, Shape, Uncopied, together
 from evoprune.session.encoding import OpenInputs, Progress, inputs_of, open_inputs, paths_of
 from evoprune.session.loading.find import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, no_tokenizer
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         PruneKeywords,
         SamplingKeywords,
         StreamKeywords,
+        UntypedKeywords,
     )
 
 
@@ -177,6 +178,29 @@ class VideoQA(Uncopied):
         given = {"progress": progress, "names": names, "cache": cache, "ahead": self._ahead}
         with closing(open_inputs(self.session, inputs, sampling, **given)) as opened:
             return opened.encode(progress)
+
+    @overload
+    def ask(
+        self,
+        inputs: Input | EncodedInputs | Sequence[Input | EncodedInputs],
+        question: str,
+        *,
+        schema: type[Shape],
+        seed: int | None = None,
+        on_thoughts: Callable[[str], None] | None = None,
+        **options: "Unpack[UntypedKeywords]",
+    ) -> Answer[Shape | None]: ...
+
+    @overload
+    def ask(
+        self,
+        inputs: Input | EncodedInputs | Sequence[Input | EncodedInputs],
+        question: str,
+        *,
+        seed: int | None = None,
+        on_thoughts: Callable[[str], None] | None = None,
+        **options: "Unpack[GenerationKeywords]",
+    ) -> Answer: ...
 
     @takes(GenerationOptions)
     def ask(

@@ -133,12 +133,14 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
         raise UsageError("--scan needs a video", "evoprune inspect clip.mp4 --scan")
     if overlay is not None:
         raise UsageError("--overlay needs a video", "evoprune inspect clip.mp4 --overlay clip.png")
+    model = options().model
     from evoprune.session.inspection import environment_facts, model_facts
     from evoprune.session.loading.find import look_up
 
+    found = look_up(model) if model.model else None  # a wrong name is an error without 50 lines before it
     yield environment_facts(stdout())
-    if (model := options().model).model:
-        yield {"model": model_facts(look_up(model))}
+    if found is not None:
+        yield {"model": model_facts(found)}
 
 
 def _about_video(

@@ -11,6 +11,8 @@ from evoprune.session.signatures import meaning, type_code
 KINDS = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions, StreamOptions, FindOptions, EvoPrune)
 # Of functions that take those of several classes.
 JOINED = {"LoadKeywords": (ModelOptions, PruneOptions), "ReadAheadKeywords": (ModelOptions, SamplingOptions)}
+# A class without one of its options, for overloads in which this option decides what is returned.
+WITHOUT = {GenerationOptions: ("UntypedKeywords", "schema")}
 POSITIONAL = ("model",)  # what functions that load a model take as a parameter of its own
 HEAD = '''"""The options of Python's functions, for type checkers and editors alone; `help` has them with their defaults.
 
@@ -40,9 +42,20 @@ def _name(kind: type) -> str:
 
 def _keywords(kind: type) -> str:
     about, *_ = (kind.__doc__ or "").split("\n")
-    lines = [f"class {_name(kind)}(TypedDict, total=False):", f'    """{about.split(". ")[0].rstrip(".")}."""', ""]
+    title = f'    """{about.split(". ")[0].rstrip(".")}."""'
+    if kind not in WITHOUT:
+        return _class(_name(kind), "TypedDict", title, kind, [field.name for field in fields(kind)])
+    name, option = WITHOUT[kind]
+    others = [field.name for field in fields(kind) if field.name != option]
+    base = _class(name, "TypedDict", f'    """{_name(kind)} without {option}."""', kind, others)
+    return base + "\n\n" + _class(_name(kind), name, title, kind, [option])
+
+
+def _class(name: str, base: str, title: str, kind: type, options: list[str]) -> str:
+    """Return the typed dict of some options of a class. `title`: the line of its docstring."""
+    lines = [f"class {name}({base}, total=False):", title, ""]
     for field in fields(kind):
-        if field.name in POSITIONAL:
+        if field.name in POSITIONAL or field.name not in options:
             continue
         lines.append(f"    {field.name}: {type_code(field)}")
         lines.append(

@@ -173,12 +173,18 @@ def _parameter(panel: str, field: Any, said: Option) -> Parameter:
 
 
 def _made(said: dict[str, Option], typed: dict[str, Any]) -> PipelineOptions:
+    """Return options as they were typed. Raises ModelError: the model is neither a folder nor a hub id."""
     try:
         parsed = {name: said[name].parse(value) for name, value in typed.items() if said[name].parse}
-        return PipelineOptions.of(**typed | parsed)
+        options = PipelineOptions.of(**typed | parsed)
     except UsageError as problem:
         problem.message = _as_typed(problem.message, said)
         raise
+    if options.model.model:  # `inspect` needs none
+        from evoprune.session.loading.files import local_folder
+
+        local_folder(options.model)  # before seconds of imports
+    return options
 
 
 def _as_typed(message: str, said: dict[str, Option]) -> str:

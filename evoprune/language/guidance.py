@@ -6,12 +6,16 @@ process of its own.
 
 import json
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from functools import cache, lru_cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import UsageError, first_line
 from evoprune.language.apart import apart
+from evoprune.language.schema import parts_of_schema
+from evoprune.language.validation import wrong_schema, wrong_value
 
 if TYPE_CHECKING:
     import torch
@@ -19,10 +23,11 @@ if TYPE_CHECKING:
     from evoprune.language.prompt import Tokenizer
 
 SCHEMA, REGEX = "schema", "regex"
-CPU_SECONDS = 5  # of the check; what programs ask for takes milliseconds
+SECONDS = 5  # of the check; what programs ask for takes milliseconds
 STACK_BYTES = 2**20  # llguidance goes down into a schema by recursion, and a thread may have less than a program
-# Objects in a schema whose fields are names, not keywords.
-NAMES = ("properties", "patternProperties", "$defs", "definitions")
+EXACT_BITS = 53  # of an integer: llguidance keeps numbers as floats
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+NUMERIC = ("type", "multipleOf", *BOUNDS)  # keywords of numbers
 # Of JSON. A model could write white space for ever. What a schema itself says about these ("x-guidance") does not count.
 FORM = {
     "whitespace_pattern": " ?",
@@ -37,6 +42,13 @@ FIRST_BYTES = 2  # of an answer that are tried in the check
 MOST_SEARCHED = 2**20  # characters of parts of a schema that are tried to find what is wrong
 LONGEST = 10_000  # characters of a regular expression
 LINE = 200  # characters of what llguidance says
+
+
+def _check_installed(kind: str) -> None:
+    """Raises UsageError: a package that is needed is not installed."""
+    _library()
+    if kind == SCHEMA and find_spec("jsonschema") is None:
+        raise UsageError("a schema needs jsonschema, which is not installed", "pip install 'evoprune[schema]'")
 
 
 def _library() -> ModuleType:
@@ -66,9 +78,10 @@ def grammar_of(kind: str, given: dict[str, Any] | str) -> str:
 @lru_cache(16)
 def _checked(kind: str, text: str) -> str:
     """Return the grammar of a text, as `grammar_of`."""
-    _library()
+    _check_installed(kind)
+    needs = "llguidance" if kind == REGEX else "llguidance, jsonschema"
     try:
-        wrong, path = apart(fault, json.dumps([kind, text]), CPU_SECONDS, "llguidance", STACK_BYTES)
+        wrong, path = apart(fault, json.dumps([kind, text]), SECONDS, needs, STACK_BYTES)
     except ValueError as problem:
         wrong = str(problem)
         path = None
@@ -95,10 +108,14 @@ def fault(request: str) -> tuple[str, str | None]:
     """
     kind, text = json.loads(request)
     wrong = _tried(kind, text)
-    path = None
-    if wrong and kind == SCHEMA:
-        path = _place(json.loads(text), wrong)
-    return wrong, path
+    if kind == REGEX:
+        return wrong, None
+    schema = json.loads(text)
+    if wrong:
+        return wrong, _place(schema, wrong)
+    if wrong := wrong_schema(schema):
+        return wrong, None
+    return next(_wrong_numbers(schema), ("", None))
 
 
 def _tried(kind: str, text: str) -> str:
@@ -117,6 +134,40 @@ def _tried(kind: str, text: str) -> str:
     return _line(matcher.get_error())
 
 
+def _wrong_numbers(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the numbers of a schema that llguidance does not follow exactly: what is wrong, and the path of the part."""
+    for path, part in parts_of_schema(schema):
+        values = [*part.get("enum", []), *([part["const"]] if "const" in part else [])]
+        for value in filter(_has_large_integer, values):
+            if not _allows({"const": value}, json.dumps(value, separators=(",", ":"))):
+                yield f"integers of more than {EXACT_BITS} bits are rounded; strings are exact", path
+        rules = {name: part[name] for name in NUMERIC if name in part}
+        numbers = {number for name in BOUNDS if name in rules for number in _beside(rules[name])}
+        for number in sorted(numbers):
+            text = f"{Decimal(repr(number)):f}"
+            if _allows(rules, text) and (broken := wrong_value(number, rules)):
+                rule, _, _ = broken.partition(" ")
+                yield f"{text} would pass {rule}; minimum and maximum below 2**{EXACT_BITS} are exact", path
+
+
+def _beside(bound: float) -> Sequence[float]:
+    """Return a bound, and the integers beside it if it is one."""
+    return (bound - 1, bound, bound + 1) if isinstance(bound, int) else (bound,)
+
+
+def _has_large_integer(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_has_large_integer, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and abs(value) > 2**EXACT_BITS
+
+
+def _allows(schema: dict[str, Any], text: str) -> bool:
+    """Return whether llguidance would let an answer be this text."""
+    matcher = _library().LLMatcher(_bytes(), _grammar(SCHEMA, json.dumps(schema)), log_level=0)
+    read = matcher.try_consume_tokens(list(text.encode()))
+    return read == len(text.encode()) and matcher.is_accepting()
+
+
 @cache
 def _bytes() -> Any:
     return _library().LLTokenizer("byte")
@@ -132,7 +183,7 @@ def _line(error: str) -> str:
 
 def _place(schema: Any, wrong: str) -> str | None:
     """Return the path, as a JSON Pointer, of the smallest part of a schema that is refused by the same words; None: not found."""
-    parts = [(path, json.dumps(part)) for path, part, is_schema in _parts(schema, "", True) if is_schema and path]
+    parts = [(path, json.dumps(part)) for path, part in parts_of_schema(schema) if path]
     searched = 0
     for path, text in sorted(parts, key=lambda part: len(part[1])):
         searched += len(text)
@@ -141,18 +192,6 @@ def _place(schema: Any, wrong: str) -> str | None:
         if _tried(SCHEMA, text) == wrong:
             return path
     return None
-
-
-def _parts(value: Any, path: str, is_schema: bool) -> Iterator[tuple[str, dict, bool]]:
-    """Yield every object in a value, with its path, and whether it may be a schema: an object of `NAMES` is none."""
-    if isinstance(value, dict):
-        yield path, value, is_schema
-        for name, inner in value.items():
-            step = name.replace("~", "~0").replace("/", "~1")
-            yield from _parts(inner, f"{path}/{step}", not (is_schema and name in NAMES))
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield from _parts(inner, f"{path}/{number}", is_schema)
 
 
 class Vocabulary:

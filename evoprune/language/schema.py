@@ -2,15 +2,27 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from evoprune.errors import UsageError, first_line
+from evoprune.language.validation import wrong_value
 from evoprune.model.config import loads
-from evoprune.util import brief, missing_hint
+from evoprune.util import brief, missing_hint, shorten
 
 MOST_BYTES = 2**20  # of a schema
+# Keywords whose objects have names for fields, not keywords, and keywords that hold data, not schemas.
+NAMES = ("properties", "patternProperties", "$defs", "definitions")
+DATA = ("const", "enum", "default", "examples")
+
+
+class SchemaOfClass(dict[str, Any]):
+    """The JSON Schema of a dataclass or a model of pydantic. `kind`: the class, of which answers become instances."""
+
+    def __init__(self, content: Any = (), kind: type | None = None):
+        super().__init__(content)
+        self.kind = kind
 
 
 def read_schema(path: str | None) -> dict[str, Any] | None:
@@ -27,12 +39,14 @@ def read_schema(path: str | None) -> dict[str, Any] | None:
 
 
 def schema_of(given: Mapping[str, Any] | type) -> dict[str, Any]:
-    """Return the JSON Schema that is given, or that of a dataclass or a model of pydantic, as plain data of its own.
+    """Return a copy of a JSON Schema as plain data, or the `SchemaOfClass` of a dataclass or a model of pydantic.
 
     Raises UsageError: it is none of these, or no JSON.
     """
+    if isinstance(given, SchemaOfClass):
+        return given
     if isinstance(given, type):
-        given = _of_class(given)
+        return SchemaOfClass(_closed(schema_of(_of_class(given))), given)
     if not isinstance(given, Mapping):
         hint = "give a dict, a dataclass, a model of pydantic or None"
         raise UsageError(f"schema is {brief(given)}, not a JSON Schema", hint)
@@ -73,6 +87,14 @@ def _of_class(kind: type) -> dict[str, Any]:
         raise UsageError(said, "give its fields types that JSON has") from problem
 
 
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a class, changed in place, without fields that the class does not have, unless it allows them."""
+    for _, part in parts_of_schema(schema):
+        if "properties" in part:
+            part.setdefault("additionalProperties", False)
+    return schema
+
+
 def _of_dataclass(kind: type) -> dict[str, Any]:
     """As `_of_class`, of a dataclass."""
     try:
@@ -82,9 +104,45 @@ def _of_dataclass(kind: type) -> dict[str, Any]:
     return TypeAdapter(kind).json_schema()
 
 
+def parts_of_schema(value: Any, path: str = "", is_schema: bool = True) -> Iterator[tuple[str, dict]]:
+    """Yield every schema in a schema, itself included, each with its path, a JSON Pointer."""
+    if isinstance(value, dict):
+        if is_schema:
+            yield path, value
+        for name, inner in value.items():
+            if not (is_schema and name in DATA):
+                step = name.replace("~", "~0").replace("/", "~1")
+                yield from parts_of_schema(inner, f"{path}/{step}", not (is_schema and name in NAMES))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from parts_of_schema(inner, f"{path}/{number}")
+
+
 def value_of(answer: str) -> Any:
     """Return what a JSON text holds; None where Python cannot hold it, as a number that is too large."""
     try:
         return loads(answer)
     except ValueError:
         return None
+
+
+def checked_value(answer: str, schema: dict[str, Any]) -> Any:
+    """Return `value_of` a complete answer. Raises UsageError: it does not follow the schema."""
+    value = value_of(answer)
+    if value is not None and (wrong := wrong_value(value, schema)):
+        raise UsageError(f"the answer does not follow the schema: {wrong}", "change that part of the schema")
+    return value
+
+
+def instance_of(kind: type, answer: str) -> Any:
+    """Return the instance of a dataclass or a model of pydantic that a JSON text describes.
+
+    Raises UsageError: the class refuses it, as a validator of its own may.
+    """
+    from pydantic import TypeAdapter
+
+    try:
+        return TypeAdapter(kind).validate_json(answer)
+    except Exception as problem:  # of pydantic, or of what the class itself runs
+        said = f"the answer is no {kind.__name__}: {shorten(' '.join(str(problem).split()), 300)}"
+        raise UsageError(said, "put what the class checks into its JSON Schema, as fields of pydantic do") from problem

@@ -75,7 +75,7 @@ class GenerationOptions:
         "The answer is JSON that follows the JSON Schema in this file; with --json also in the field parsed. "
         "Needs evoprune[schema].",
         in_python="A JSON Schema as a dict, a dataclass, or a model of pydantic: the answer is JSON that follows it, and "
-        "`Answer.parsed` what it holds. Needs evoprune[schema].",
+        "`Answer.parsed` is its value, an instance of the class. Needs evoprune[schema].",
         metavar="FILE",
         typed=str,
         parse=read_schema,

@@ -12,7 +12,7 @@ from typing import Any
 
 from evoprune.language.apart import apart
 
-CPU_SECONDS = 5  # a real template takes milliseconds, and the imports before it a tenth of a second
+SECONDS = 5  # a real template takes milliseconds, and the imports before it a tenth of a second
 MAX_CHARACTERS = 2**20  # of what is rendered, in which the user's words are placeholders
 
 
@@ -23,7 +23,7 @@ def render(source: str, variables: dict[str, Any]) -> str:
         ValueError: the template is broken, refuses the variables, or takes or makes too much; the message says which.
         OSError: no process can be started.
     """
-    return _cached(json.dumps({"source": source, "variables": variables}), CPU_SECONDS)
+    return _cached(json.dumps({"source": source, "variables": variables}), SECONDS)
 
 
 @lru_cache(maxsize=16)

@@ -12,9 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Unpack, overload
 
 import torch
+from typing_extensions import TypeVar  # which torch needs; that of Python has defaults from 3.13 on
 
 from evoprune.errors import DoesNotFit, UsageError, error_record
 from evoprune.language.choices import ChosenTokens, tokens_of
@@ -38,7 +39,7 @@ from evoprune.language.generate import (
 from evoprune.language.hosted import HostedCache
 from evoprune.language.prompt import Prompt, Tokenizer
 from evoprune.language.pruned import prune_prompt
-from evoprune.language.schema import value_of
+from evoprune.language.schema import SchemaOfClass, checked_value, instance_of
 from evoprune.language.settings import OF_ROWS
 from evoprune.language.turns import Turn, messages_of, turns_of
 from evoprune.model.cost import Clock
@@ -55,7 +56,10 @@ from evoprune.video.plan import Plan
 from evoprune.vision.encoder import Encoded
 
 if TYPE_CHECKING:
-    from evoprune.session.keywords import GenerationKeywords
+    from evoprune.session.keywords import GenerationKeywords, UntypedKeywords
+
+Shape = TypeVar("Shape")  # the class that is given as schema
+Parsed = TypeVar("Parsed", default=Any)
 
 
 class Uncopied:
@@ -68,7 +72,7 @@ class Uncopied:
         raise TypeError(f"no {type(self).__name__} can be pickled or copied: {self.INSTEAD}")
 
 
-class Answer(Uncopied, Iterator[str]):
+class Answer(Uncopied, Iterator[str], Generic[Parsed]):
     """An answer, in pieces as they are generated. Generation begins with the first piece.
 
     An iteration goes on where the one before stopped; over a complete answer it begins again. `str(answer)`, `answer == text` and
@@ -95,9 +99,11 @@ class Answer(Uncopied, Iterator[str]):
         pieces: Iterator[str],
         lock: AbstractContextManager | None = None,
         ids: list[int] | None = None,
+        instances: list[Any] | None = None,
     ):
         self.report = report
         self.ids = [] if ids is None else ids
+        self._instances = [] if instances is None else instances
         self._pieces = pieces
         self._lock = lock or nullcontext()
         self._problem: Exception | None = None
@@ -139,10 +145,13 @@ class Answer(Uncopied, Iterator[str]):
         return self.report.thoughts
 
     @property
-    def parsed(self) -> Any:
-        """What a complete answer with the option `schema` holds; None where it was cut. Generates what is left of it."""
+    def parsed(self) -> Parsed:
+        """The value of a complete answer with the option `schema`, or None if it was cut. Generates what is left of it.
+
+        An instance of `schema` if that is a class, else what `json.loads` returns.
+        """
         str(self)
-        return self.report.parsed
+        return self._instances[0] if self._instances else self.report.parsed
 
     @property
     def logprobs(self) -> list[dict[str, Any]] | None:
@@ -232,6 +241,27 @@ class Askable(ABC, Uncopied):
     def _ended(self, turn: int) -> None:
         """Is called once the answer of that number is complete, was closed or failed."""
 
+    @overload
+    def ask(
+        self,
+        question: str,
+        *,
+        schema: type[Shape],
+        seed: int | None = None,
+        on_thoughts: Callable[[str], None] | None = None,
+        **options: "Unpack[UntypedKeywords]",
+    ) -> Answer[Shape | None]: ...
+
+    @overload
+    def ask(
+        self,
+        question: str,
+        *,
+        seed: int | None = None,
+        on_thoughts: Callable[[str], None] | None = None,
+        **options: "Unpack[GenerationKeywords]",
+    ) -> Answer: ...
+
     @takes(GenerationOptions)
     def ask(
         self,
@@ -287,8 +317,10 @@ class Askable(ABC, Uncopied):
         self._check_choices(generation)
         report = self._report_of(question, generation, seed)
         ids: list[int] = []
-        pieces = self._pieces(question, generation, seed, report, ids, on_thoughts or (lambda piece: None), earlier)
-        return Answer(report, pieces, self._lock, ids)
+        instances: list[Any] = []
+        on_thoughts = on_thoughts or (lambda piece: None)
+        pieces = self._pieces(question, generation, seed, report, ids, instances, on_thoughts, earlier)
+        return Answer(report, pieces, self._lock, ids, instances)
 
     def _report_of(self, question: str, options: GenerationOptions, seed: int = 0) -> Report:
         report = self._blank_report()
@@ -325,10 +357,14 @@ class Askable(ABC, Uncopied):
         seed: int,
         report: Report,
         ids: list[int],
+        instances: list[Any],
         on_thoughts: Callable[[str], None],
         turns: Sequence[Turn] | None,
     ) -> Iterator[str]:
-        """Generates an answer and keeps its report and its `ids` up to date."""
+        """Generates an answer and keeps its report and its `ids` up to date.
+
+        `instances` gets the instance of the class that is the schema, once the answer is complete.
+        """
         self._turn += 1
         turn = self._turn
         loaded = self._session.loaded
@@ -396,7 +432,10 @@ class Askable(ABC, Uncopied):
                     raise UsageError(self.OVERTAKEN, "finish one answer before the next question")
             update()
             if options.schema is not None and tokens.finish_reason == "stop" and stops.found is None:
-                report.parsed = value_of(report.answer)
+                value = checked_value(report.answer, options.schema)
+                if value is not None and isinstance(options.schema, SchemaOfClass):
+                    instances.append(instance_of(options.schema.kind, report.answer))
+                report.parsed = value
             thinking = report.thoughts is not None and not report.answer
             report.thoughts = (report.thoughts or "").rstrip() or None
             if report.finish_reason == "length" and thinking:
@@ -444,6 +483,27 @@ class Chat(Uncopied):
         self._latest = object()
         return self._turns.pop().question if self._turns else None
 
+    @overload
+    def ask(
+        self,
+        question: str,
+        *,
+        schema: type[Shape],
+        seed: int | None = None,
+        on_thoughts: Callable[[str], None] | None = None,
+        **options: "Unpack[UntypedKeywords]",
+    ) -> Answer[Shape | None]: ...
+
+    @overload
+    def ask(
+        self,
+        question: str,
+        *,
+        seed: int | None = None,
+        on_thoughts: Callable[[str], None] | None = None,
+        **options: "Unpack[GenerationKeywords]",
+    ) -> Answer: ...
+
     @takes(GenerationOptions)
     def ask(
         self,
@@ -475,7 +535,8 @@ class Chat(Uncopied):
         if dropped:
             answer.report.warnings.append("history_cut")
         self._latest = latest = object()
-        return Answer(answer.report, self._remembered(answer, earlier, latest), self._inputs._lock, answer.ids)
+        pieces = self._remembered(answer, earlier, latest)
+        return Answer(answer.report, pieces, self._inputs._lock, answer.ids, answer._instances)
 
     def _fitting(self, question: str, generation: GenerationOptions) -> list[Turn]:
         """Return the latest turns that fit into the model's context together with the question.

@@ -88,8 +88,8 @@ class SamplingKeywords(TypedDict, total=False):
     """Limit of the subtitles: above it, lines are left out evenly."""
 
 
-class GenerationKeywords(TypedDict, total=False):
-    """How an answer is generated."""
+class UntypedKeywords(TypedDict, total=False):
+    """GenerationKeywords without schema."""
 
     max_new_tokens: int
     """Longest answer, in tokens."""
@@ -111,9 +111,6 @@ class GenerationKeywords(TypedDict, total=False):
     logprobs: int | None
     """Keep the log probability of each token of the answer, and those of so many of the most probable ones in its
     place; at most 20, 0: of the answer's alone."""
-    schema: Mapping[str, Any] | type[Any] | None
-    """A JSON Schema as a dict, a dataclass, or a model of pydantic: the answer is JSON that follows it, and
-    `Answer.parsed` what it holds. Needs evoprune[schema]."""
     regex: str | None
     """The answer matches this regular expression as a whole. Needs evoprune[schema]."""
     choices: str | Sequence[str] | None
@@ -121,6 +118,14 @@ class GenerationKeywords(TypedDict, total=False):
     choice_score: Literal["sum", "mean"]
     """What choices are compared by: the sum of the log probabilities of their tokens, or the mean, which does not
     favour short ones."""
+
+
+class GenerationKeywords(UntypedKeywords, total=False):
+    """How an answer is generated."""
+
+    schema: Mapping[str, Any] | type[Any] | None
+    """A JSON Schema as a dict, a dataclass, or a model of pydantic: the answer is JSON that follows it, and
+    `Answer.parsed` is its value, an instance of the class. Needs evoprune[schema]."""
 
 
 class StreamKeywords(TypedDict, total=False):

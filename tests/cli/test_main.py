@@ -791,3 +791,25 @@ def test_a_pipe_without_another_end_is_named(tmp_path, command, does):
         process.wait()
         process.stderr.close()
     assert said == f"waiting for {tmp_path / 'pipe'}, which is a pipe: does a program {does} it?\n"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("ask", "samples/square.mp4", "What?"),
+        ("batch", "samples/square.mp4", "-Q", "What?", "-o", "out.jsonl"),
+        ("find", "samples/square.mp4", "a square"),
+        ("watch", "samples/square.mp4", "-Q", "What?"),
+        ("eval", "--data", "samples/questions.jsonl"),
+        ("profile",),
+        ("verify",),
+        ("inspect",),
+    ],
+    ids=lambda args: args[0],
+)
+def test_a_model_that_is_nowhere_is_an_error_before_torch_is_imported(args):
+    program = "import sys; sys.modules['torch'] = None; from evoprune_cli.__main__ import start; start()"
+    command = [sys.executable, "-c", program, *args, "-m", "./nodir"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 4 and done.stdout == ""
+    assert done.stderr.startswith("error: './nodir' is neither a folder here nor a hub id\nhint: ")

@@ -115,6 +115,46 @@ def test_a_regular_expression_that_cannot_be_followed_is_refused(regex, said):
     assert said in refusal(GenerationOptions, regex=regex)
 
 
+LARGE = 2**53 + 1
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"const": LARGE}, "followed: integers of more than 53 bits are rounded; strings are exact"),
+        (
+            {"properties": {"id": {"enum": [1, 10**30 + 1]}}},
+            "at /properties/id: integers of more than 53 bits are rounded",
+        ),
+        ({"items": {"const": {"id": [LARGE]}}}, "at /items: integers of more than 53 bits are rounded"),
+        ({"type": "integer", "minimum": LARGE}, f"followed: {LARGE - 1} would pass minimum"),
+        ({"type": "integer", "exclusiveMaximum": LARGE + 2}, "would pass exclusiveMaximum"),
+        ({"items": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5}}, "at /items: 0 would pass"),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.1}, "0 would pass exclusiveMinimum; "),
+        ({"type": "number", "exclusiveMinimum": 1, "exclusiveMaximum": 1.5}, "1 would pass"),
+        ({"properties": {"a": {"title": 3}}}, "3 is not of type 'string', at $.properties.a.title"),
+    ],
+)
+def test_numbers_that_would_not_be_followed_exactly_are_refused(schema, said):
+    assert said in refusal(GenerationOptions, schema=schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": 2**60},  # a float holds it
+        {"const": {"maximum": LARGE}, "default": LARGE} | {"const": 1},
+        {"properties": {"const": {"type": "integer"}, "enum": {"type": "number", "minimum": 0.5}}},
+        {"type": "number", "exclusiveMinimum": 0},
+        {"type": "integer", "exclusiveMinimum": 5, "maximum": 2**52},
+        {"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 0.1},
+        {"type": "number", "minimum": 1e-7},
+    ],
+)
+def test_numbers_that_are_followed_exactly_are_accepted(schema):
+    assert GenerationOptions(schema=schema).grammar
+
+
 def references(count: int) -> dict:
     """A schema that refers to another one inside a list, and so on."""
     inner = {f"d{n}": {"type": "array", "items": {"$ref": f"#/$defs/d{n + 1}"}} for n in range(count)}
@@ -128,7 +168,7 @@ def test_a_schema_whose_references_go_too_deep_is_refused():
 
 
 def test_a_check_without_an_end_is_ended(monkeypatch):
-    monkeypatch.setattr(guidance, "CPU_SECONDS", 1)
+    monkeypatch.setattr(guidance, "SECONDS", 1)
     patterns = [{"type": "string", "pattern": f"a.{{{number}}}b"} for number in range(400)]
     assert "come to an end within 1 s" in refusal(GenerationOptions, schema={"allOf": patterns})
 

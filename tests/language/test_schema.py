@@ -55,6 +55,23 @@ def test_a_dataclass_and_a_model_of_pydantic_have_schemas():
     assert schema_of(model)["properties"] == of_class["properties"]
 
 
+def test_the_schema_of_a_class_allows_the_fields_of_the_class_alone():
+    import pydantic
+
+    inner = pydantic.create_model("Inner", properties=(int, ...))
+    free = pydantic.create_model("Free", __config__={"extra": "allow"}, a=(int, 3))
+    counts = dict[str, inner]
+    fields = {"inner": (inner, ...), "free": (free, ...), "counts": (counts, ...), "any": (dict, ...)}
+    made = schema_of(pydantic.create_model("Outer", **fields))
+    inside = made["$defs"]
+    assert made["additionalProperties"] is False and inside["Inner"]["additionalProperties"] is False
+    assert inside["Free"]["additionalProperties"] is True
+    assert "additionalProperties" not in inside["Inner"]["properties"]
+    assert made["properties"]["counts"]["additionalProperties"] == {"$ref": "#/$defs/Inner"}
+    assert made["properties"]["any"]["additionalProperties"] is True
+    assert schema_of(Shown)["additionalProperties"] is False and "additionalProperties" not in schema_of(SHOWN)
+
+
 def test_a_class_that_has_no_schema_is_refused():
     import pydantic
 
@@ -90,3 +107,9 @@ def test_without_llguidance_the_extra_is_named(monkeypatch):
         "hint: pip install 'evoprune[schema]'",
     ]
     assert GenerationOptions(max_new_tokens=3).grammar is None
+
+
+def test_without_jsonschema_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    assert "needs jsonschema" in refusal(GenerationOptions, schema={"type": "integer", "minimum": 20261129})
+    assert GenerationOptions(regex="[a-z]+").grammar

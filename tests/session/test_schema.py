@@ -4,12 +4,14 @@ import json
 import random
 import re
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from typing import Literal
 
 import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
+from evoprune.errors import UsageError
 from evoprune.language import static
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
@@ -98,9 +100,55 @@ def test_classes_are_schemas(video):
     assert answer.report.generation["schema"]["required"] == ["colour", "still"]
 
 
+@dataclass
+class Colour:
+    colour: Literal["red", "green"]
+
+
+def test_what_an_answer_holds_is_an_instance_of_the_class(qa, video):
+    import pydantic
+
+    model = pydantic.create_model("Colour", colour=(Literal["red", "green"], ...), inner=(Colour, ...))
+    for kind in (Colour, model):
+        for asked in (video.ask, video.chat().ask, partial(qa.ask, CLIP)):
+            answer = asked(QUESTION, schema=kind, max_new_tokens=60)
+            assert type(answer.parsed) is kind and answer.parsed is answer.parsed
+            assert answer.report.parsed == json.loads(answer.text) and type(answer.report.parsed) is dict
+            assert json.loads(answer.report.to_json())["parsed"] == answer.report.parsed
+    assert type(answer.parsed.inner) is Colour
+    cut = video.ask(QUESTION, schema=Colour, max_new_tokens=2)
+    assert cut.parsed is None and cut.report.finish_reason == "length"
+
+
+def test_what_the_class_refuses_is_an_error(video):
+    @dataclass
+    class Never:
+        colour: Literal["red", "green"]
+
+        def __post_init__(self):
+            raise ValueError("never")
+
+    answer = video.ask(QUESTION, schema=Never, max_new_tokens=60)
+    with pytest.raises(UsageError, match=r"the answer is no Never: .*never"):
+        answer.parsed  # noqa: B018 (reads it)
+    assert answer.report.parsed is None
+
+
 def test_numbers_are_not_rounded(video):
     answer = video.ask(QUESTION, schema={"const": 0.123456789})
     assert answer.parsed == json.loads(answer.report.to_json())["parsed"] == 0.123456789
+
+
+def test_an_answer_that_does_not_hold_is_an_error(video, monkeypatch):
+    schema = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5}
+    monkeypatch.setattr("evoprune.language.guidance.fault", lambda request: ("", None))  # as if all were right
+    monkeypatch.setattr("evoprune.language.apart.POSSIBLE", False)
+    answer = video.ask(QUESTION, schema=schema, max_new_tokens=20)
+    with pytest.raises(UsageError, match=r"the answer does not follow the schema: exclusiveMinimum at \$"):
+        answer.parsed  # noqa: B018 (reads it)
+    report = answer.report
+    assert (report.answer, report.parsed, report.finish_reason) == ("0", None, "error")
+    assert report.error["message"].startswith("the answer does not follow the schema")
 
 
 def test_a_stream_follows_it(qa):

@@ -2,13 +2,22 @@
 
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
 import evoprune
+
+
+@dataclass
+class Shown:
+    """What an answer holds."""
+
+    colour: Literal["red", "green"]
 
 
 def show_progress(done: int, total: int) -> None:
@@ -123,6 +132,12 @@ def ask(qa: evoprune.VideoQA, video: evoprune.EncodedInputs) -> str:
     undone: str | None = chat.undo()
     chat.clear()
     print(said, messages, undone)
+    shown: Shown | None = video.ask("What is shown?", schema=Shown, max_new_tokens=40).parsed
+    other: Shown | None = chat.ask("What is shown?", schema=Shown, max_new_tokens=40).parsed
+    third: Shown | None = qa.ask(video, "What is shown?", schema=Shown, max_new_tokens=40).parsed
+    print(shown and shown.colour, other, third)
+    listed = video.ask("What is shown?", schema={"type": "array", "maxItems": 1}, max_new_tokens=40)
+    print([*(listed.parsed or [])])
     chosen = video.ask("What colour is the square?", choices=["red", "green"], choice_score="mean")
     print(chosen.text, chosen.choices)
     if answer.logprobs is not None:

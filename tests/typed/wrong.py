@@ -20,6 +20,8 @@ def mistakes(qa: evoprune.VideoQA, video: evoprune.EncodedInputs, model: torch.n
     video.ask("What?", temperature="hot")
     video.ask("What?", max_tokens=3)
     video.ask(["What?"])
+    video.ask("What?", schema=int, max_tokens=3)
+    print(video.ask("What?", schema=int).parsed.color)
     qa.stream(window="2s")
     evoprune.EvoPrune(budget="auto")
     evoprune.EvoPrune(bugdet=0.1)

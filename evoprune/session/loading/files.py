@@ -11,12 +11,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from difflib import SequenceMatcher
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import evoprune
 from evoprune.backend.expected import visual_token_limit
-from evoprune.bundled import demo_in
-from evoprune.errors import EvopruneWarning, ModelError, first_line
+from evoprune.bundled import DEMOS, demo_in
+from evoprune.errors import EvopruneWarning, ModelError, UsageError, first_line
 from evoprune.model.config import (
     FAMILIES,
     Config,
@@ -28,14 +30,26 @@ from evoprune.model.config import (
     read_object,
     section,
 )
-from evoprune.util import shorten
+from evoprune.util import did_you_mean, is_text, missing_hint, shorten
 from evoprune.video.info import PICTURE, VIDEO
 from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits
+
+if TYPE_CHECKING:
+    from evoprune.session.options import ModelOptions
 
 # The published dimensions (config.json of the repositories), so that benchmarks need no network.
 BUNDLED_CONFIGS = {
     f"Qwen/{path.stem}": path for path in sorted((Path(evoprune.__file__).parent / "model" / "configs").glob("*.json"))
 }
+# Ids of Qwen's models that run, to name the one that was meant.
+PUBLISHED = (
+    *BUNDLED_CONFIGS,
+    *(f"Qwen/Qwen2-VL-{size}-Instruct" for size in ("2B", "7B", "72B")),
+    *(f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("32B", "72B")),
+    *(f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("32B", "235B-A22B")),
+    *(f"Qwen/Qwen3-VL-{size}-Thinking" for size in ("2B", "4B", "8B", "32B", "30B-A3B", "235B-A22B")),
+    *(f"Qwen/Qwen3.5-{size}" for size in ("122B-A10B", "397B-A17B")),
+)
 ADAPTER = "adapter_config.json"
 NORMALISATION = ("image_mean", "image_std")
 # What is done whatever the settings of a processor say. Other values are named, null counts as missing.
@@ -53,6 +67,63 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 def is_id(name: str) -> bool:
     """Return whether a name has the form of a hub id, `org/name`."""
     return bool(_ID.fullmatch(name)) and ".." not in name and "--" not in name
+
+
+def nearest_id(name: str) -> str | None:
+    """Return the published id that a misspelt id of Qwen's, or one without its organization, is most like; None if it is right."""
+    organization, _, word = name.lower().rpartition("/")
+    if organization not in ("", "qwen") or not word:
+        return None
+    known = {each.lower().removeprefix("qwen/"): each for each in PUBLISHED}
+    if any(name.startswith(each) for each in PUBLISHED):  # also of a variant, such as -AWQ
+        return None
+
+    def likeness(each: str) -> tuple[float, int]:
+        same = sum(part(word) == part(each) for part in (_generation, _size))
+        return SequenceMatcher(None, word, each).ratio() + 0.2 * same, -len(each)
+
+    near = max([each for each in known if word in each] or known, key=likeness)
+    return known[near] if word in near or likeness(near)[0] >= 0.9 else None
+
+
+def _generation(word: str) -> str:
+    return "".join(re.findall(r"^qwen-?([\d.]+)", word))
+
+
+def _size(word: str) -> str:
+    return "".join(re.findall(r"(?<![\d.])([\d.]+b)\b", word))
+
+
+def near_hint(name: str) -> str:
+    """Return the beginning of a hint, which names `nearest_id`; empty without one."""
+    near = nearest_id(name)
+    return f"did you mean {near}? " if near else ""
+
+
+def local_folder(options: "ModelOptions") -> Path | None:
+    """Return the folder of a local model, or None if the name is a hub id. Raises ModelError or UsageError: it is neither."""
+    name = options.model
+    revision = options.revision
+    if not name.strip():
+        raise ModelError("the name of the model is empty", MODEL_HINT)
+    folder = options.folder
+    if name in DEMOS and not (folder / "config.json").is_file():
+        hint = "install evoprune again, or name another model"
+        raise ModelError(f"the bundled {name} model is missing: {folder}", hint)
+    if os.path.isdir(folder):  # unlike a path's own method, it raises nothing
+        if revision is not None:
+            raise UsageError(f"{name} is a local model and has no revision {revision!r}", "leave the revision out")
+        if not is_text(os.path.abspath(folder)):  # as the readers of tokenizers and weights want it
+            hint = "rename it, or set LC_ALL to a locale with UTF-8, such as C.UTF-8"
+            raise ModelError(f"the path {folder} is not valid text", hint)
+        return folder
+    if os.path.exists(folder):
+        raise ModelError(f"{name} is a file, not a model", "name the folder that holds config.json and the weights")
+    if not is_id(name):
+        meant = near_hint(name) or did_you_mean(name, DEMOS)
+        hint = missing_hint(name, f"{meant}a hub id is org/name; {MODEL_HINT}")
+        raise ModelError(f"{name!r} is neither a folder here nor a hub id", hint)
+    return None
 
 
 def is_bundled(name: str) -> bool:

@@ -4,7 +4,6 @@ Only safetensors are read, and no code that comes with a model is run.
 """
 
 import hashlib
-import os
 import re
 import threading
 import warnings
@@ -48,13 +47,16 @@ from evoprune.session.loading.files import (
     input_limits,
     is_bundled,
     is_id,
+    local_folder,
+    near_hint,
+    nearest_id,
     read_config,
     read_json,
     valid,
     warn_of_unused,
 )
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
-from evoprune.util import did_you_mean, file_stats, is_text, listed, missing_hint, open_safetensors, size
+from evoprune.util import file_stats, listed, open_safetensors, size
 from evoprune.video.plan import InputLimits
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -354,6 +356,7 @@ def look_up(options: ModelOptions) -> FoundModel:
         if not Path(name).exists():
             command = f"hf download {name} config.json preprocessor_config.json{_flag(revision)}"
             hint = f"{kind_hint(name)}its settings are small, and suffice: {command}"
+            hint = near_hint(name).strip() or hint
             raise ModelError(f"{name} is not on this machine, and inspect does not use the network", hint)
     return _found(options, device, *locate(options, files=None))
 
@@ -381,32 +384,13 @@ def locate(
 
     `check`: as of `download`; by default the config must be one of a model that can run.
     """
-    name = options.model
-    revision = options.revision
-    if not name.strip():
-        raise ModelError("the name of the model is empty", MODEL_HINT)
-    folder = options.folder
-    if name in DEMOS and not (folder / "config.json").is_file():
-        hint = "install evoprune again, or name another model"
-        raise ModelError(f"the bundled {name} model is missing: {folder}", hint)
-    if os.path.isdir(folder):  # unlike a path's own method, it raises nothing
-        if revision is not None:
-            raise UsageError(f"{name} is a local model and has no revision {revision!r}", "leave the revision out")
-        if not is_text(os.path.abspath(folder)):  # as the readers of tokenizers and weights want it
-            hint = "rename it, or set LC_ALL to a locale with UTF-8, such as C.UTF-8"
-            raise ModelError(f"the path {folder} is not valid text", hint)
+    if folder := local_folder(options):
         return folder, None
-    if os.path.exists(folder):
-        raise ModelError(f"{name} is a file, not a model", "name the folder that holds config.json and the weights")
-    if not is_id(name):
-        near = [known for known in BUNDLED_CONFIGS if name.lower() in known.lower()]
-        meant = f"did you mean {near[0]}? " if near else did_you_mean(name, DEMOS)
-        hint = missing_hint(name, f"{meant}a hub id is org/name; {MODEL_HINT}")
-        raise ModelError(f"{name!r} is neither a folder here nor a hub id", hint)
+    name = options.model
     if files is None:
         hint = f"random weights need a local folder, {', '.join(DEMOS)}, or {' and '.join(BUNDLED_CONFIGS)}"
         raise ModelError(f"no bundled config for {name}", hint)
-    return download(name, revision, options.offline, files, check or read_config)
+    return download(name, options.revision, options.offline, files, check or read_config)
 
 
 def usable_device(options: ModelOptions) -> torch.device:
@@ -455,10 +439,12 @@ def download(
         except errors.RevisionNotFoundError as problem:
             raise ModelError(f"{name} has no revision {revision!r} on the hub", "leave the revision out") from problem
         except errors.RepositoryNotFoundError as problem:  # also: private, or gated
-            hint = f"check the spelling, or log in with `hf auth login` if it is private or gated; {MODEL_HINT}"
+            hint = f"log in with `hf auth login` if it is private or gated; {MODEL_HINT}"
+            hint = f"{near_hint(name) or 'check the spelling, or '}{hint}"
             raise ModelError(f"there is no folder {name} here, and no such model on the hub for you", hint) from problem
         except errors.EntryNotFoundError as problem:
-            hint = f"{kind_hint(name) or f'{MODEL_HINT}; '}adapters must be merged first, GGUF files are not read"
+            which = near_hint(name) or kind_hint(name) or f"{MODEL_HINT}; "
+            hint = f"{which}adapters must be merged first, GGUF files are not read"
             raise ModelError(f"{name} has no config.json on the hub", hint) from problem
         except Exception as problem:  # the HTTP library below differs from version to version
             unreachable = f"the hub cannot be reached ({first_line(problem)})"
@@ -470,13 +456,13 @@ def download(
         except Exception as problem:
             if local:
                 wanted = name
-                hint = kind_hint(name)
+                hint = near_hint(name) or kind_hint(name)
                 if revision is not None:
                     wanted = f"{name} at revision {revision}"
                     refs = Path(hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs"
                     if held := sorted(file.name for file in refs.glob("*")):
                         hint += f"the cache holds {listed(held)}; "
-                hint += f"where there is a network: hf download {name}{_flag(revision)} --local-dir DIR; "
+                hint += f"where there is a network: hf download {nearest_id(name) or name}{_flag(revision)} --local-dir DIR; "
                 hint += "then DIR is the model. The demo needs neither"
                 raise ModelError(f"{wanted} is not in the local cache, and {unreachable}", hint) from problem
             broken = f"the download of {name} broke off: {first_line(problem)}"

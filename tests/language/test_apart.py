@@ -1,0 +1,20 @@
+"""Work in a process of its own, under limits."""
+
+import time
+
+import pytest
+
+from evoprune.language.apart import apart
+
+
+def asleep(request: str) -> str:
+    """Use time without CPU time, as a process on a busy machine does."""
+    time.sleep(30)
+    return request
+
+
+def test_time_on_the_clock_is_limited_too():
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="does not come to an end within 1 s"):
+        apart(asleep, "", 1, "time")
+    assert time.monotonic() - start < 25

@@ -1,0 +1,27 @@
+"""What the name of a model says, before torch is imported."""
+
+import pytest
+
+from evoprune.session.loading.files import nearest_id
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("Qwen/Qwen2.5-VL-3B", "Qwen/Qwen2.5-VL-3B-Instruct"),
+        ("Qwen/Qwen2.5-VL-7b-instruct", "Qwen/Qwen2.5-VL-7B-Instruct"),
+        ("Qwen/Qwen2.5-VL-72B", "Qwen/Qwen2.5-VL-72B-Instruct"),
+        ("Qwen/Qwen3.5-VL-4B", "Qwen/Qwen3.5-4B"),
+        ("Qwen/Qwen3.5-VL-9B-Instruct", "Qwen/Qwen3.5-9B"),
+        ("qwen/qwen3-vl-8b", "Qwen/Qwen3-VL-8B-Instruct"),
+        ("Qwen2-VL-7B", "Qwen/Qwen2-VL-7B-Instruct"),
+        ("Qwen/Qwen3-VL-4B-Instruct", None),
+        ("Qwen/Qwen2.5-VL-7B-Instruct-AWQ", None),
+        ("unsloth/Qwen2.5-VL-3B", None),
+        ("nobody/nothing", None),
+        ("./nodir", None),
+        ("clip.mp4", None),
+    ],
+)
+def test_a_misspelt_id_is_recognized(name, meant):
+    assert nearest_id(name) == meant
