@@ -41,6 +41,19 @@ MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's ha
 KINDS = {"model": ("BPE",), "normalizer": ("NFC", "NFKC", "NoneType"), "decoder": ("ByteLevel",)}
 
 
+def _bytes_of_characters() -> dict[str, int]:
+    """Return the byte for which each character stands in the vocabulary of a byte-level tokenizer, as in GPT-2.
+
+    Printable characters of Latin-1 stand for their own code. The other bytes are the characters from U+0100 on, in order.
+    """
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _bytes_of_characters()
+
+
 @dataclass
 class Tokenizer:
     """A model's tokenizer and chat template."""
@@ -77,6 +90,18 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids` without special tokens. Incomplete characters become U+FFFD."""
         return self.backend.decode(ids, skip_special_tokens=True)
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return the UTF-8 bytes of a token, which may be only a part of a character; none for an id without a token."""
+        if token in (added := self._added):
+            return added[token].encode()
+        text = self.backend.id_to_token(token) or ""
+        return bytes(_BYTES[character] for character in text)
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        """Texts of the tokens that are not in the vocabulary, by id."""
+        return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
 
     def render(self, messages: list[dict], thinking: bool = False) -> str:
         """Return a conversation in the model's own format, up to where its answer begins, or where its thoughts do.

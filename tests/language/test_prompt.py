@@ -49,6 +49,8 @@ def test_ids_and_text_are_those_of_transformers(text):
     own = Tokenizer(tokenizers.Tokenizer.from_str(theirs.backend_tokenizer.to_str()), "")
     ids = own.encode(text)
     assert ids == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert b"".join(map(own.bytes_of, ids)).decode() == own.backend.normalizer.normalize_str(text)
+    assert own.bytes_of(10**6) == b"" and own.bytes_of(own.specials()["<|im_end|>"]) == b"<|im_end|>"
     ids += list(own.specials().values())
     assert own.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 

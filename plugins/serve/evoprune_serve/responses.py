@@ -194,7 +194,7 @@ class ResponseReply:
 
 
 def _logprobs(entries: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    return logprobs(entries or (), unknown=[])  # this form has no null there
+    return logprobs(entries or ())
 
 
 def _usage(done: Done, queue_s: float) -> dict[str, Any]:
