@@ -1,8 +1,8 @@
 """Where the videos and pictures of a request are: in it, in a file of /v1/files, on the web, or on this machine."""
 
-import base64
 import binascii
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 
@@ -232,10 +232,14 @@ class Sources:
 def decoded(url: str) -> bytes:
     """Return the bytes of a `data:` address. Raises ApiError: it is none in base64, or empty."""
     head, comma, text = url.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
+    if not comma or not re.search(r"; *base64 *$", head, re.IGNORECASE):
         raise refused("a data: address is not data:TYPE;base64,...")
     try:
-        content = base64.b64decode(text, validate=True)
+        # Forgiving, as browsers are: escaped by percent signs, in lines, or without padding (WHATWG, Infra and Fetch).
+        data = unquote_to_bytes(text).translate(None, b" \t\n\f\r")
+        if b"=" not in data[-2:]:
+            data += b"=" * (-len(data) % 4)
+        content = binascii.a2b_base64(data, strict_mode=True)
     except (binascii.Error, ValueError) as problem:
         raise refused(f"a data: address is not base64: {problem}") from problem
     if not content:

@@ -350,6 +350,19 @@ def test_several_inputs_are_asked_about_together(server, qa):
     assert text_of(reply) == right.text and len(reply["usage"]["evoprune"]["frames"]) == 2
 
 
+def test_inputs_between_texts_are_read_in_their_places(server, qa):
+    from evoprune.language.turns import Placed
+
+    names = ["square.mp4", "three.mp4"]
+    question = Placed(["Video 1:", None, "Video 2:", None, COLOUR])
+    right = qa.encode([SAMPLES / name for name in names]).ask(question)
+    one, two = (video(url_of(name)) for name in names)
+    texts = [{"type": "text", "text": text} for text in ("Video 1:", "Video 2:", COLOUR)]
+    reply = answer(server, messages=[{"role": "user", "content": [texts[0], one, texts[1], two, texts[2]]}])
+    assert text_of(reply) == right.text
+    assert reply["usage"]["prompt_tokens"] == right.report.tokens.prompt
+
+
 # What is refused.
 
 

@@ -1,5 +1,6 @@
 """Where videos are fetched from, what is refused, and what is kept on the disk."""
 
+import base64
 import os
 import socket
 import subprocess
@@ -9,13 +10,14 @@ import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from evoprune.errors import VideoError
 from evoprune.video import download
 from evoprune_serve.errors import ApiError
-from evoprune_serve.sources import Address, Sources, Uploaded
+from evoprune_serve.sources import Address, Sources, Uploaded, decoded
 from evoprune_serve.store import BLOCK_BYTES, PREFIX, Store, private_folder
 from evoprune_serve.uploads import Uploads
 from tests.plugins.serve.serving import SAMPLES, url_of
@@ -141,6 +143,25 @@ def test_what_cannot_be_written_leaves_nothing(store, tmp_path, monkeypatch):
 )
 def test_addresses_that_cannot_be_read(store, uploads, url):
     assert refused(sources(store, uploads), url)
+
+
+def test_base64_is_read_as_browsers_read_it():
+    """In lines, escaped, and without padding; but for wrong characters."""
+    content = bytes(range(256)) + b"a"
+    text = base64.b64encode(content).decode()
+    for form in (
+        text,
+        base64.encodebytes(content).decode(),
+        quote(text, safe=""),
+        quote(text),
+        text.rstrip("="),
+        f" {text}\r\n",
+    ):
+        assert decoded(f"data:video/mp4;base64,{form}") == content
+    assert decoded(f"data:;codecs=a; BASE64,{text}") == content
+    for wrong in (text[:-4] + "a", text + "-", "%zz" + text):
+        with pytest.raises(ApiError, match="not base64"):
+            decoded(f"data:;base64,{wrong}")
 
 
 def test_base64_without_its_head_is_no_address(store, uploads):
