@@ -186,9 +186,8 @@ def serve(
         for library in ("uvicorn.error", "python_multipart"):  # which warn of each request that is none
             logging.getLogger(library).setLevel(logging.ERROR)
         verb = "is" if len(models) == 1 else "are"
-        tell(
-            f"{' and '.join(models)} {verb} served at http://{_in_url(host)}:{listening.getsockname()[1]}/v1; Ctrl-C ends it"
-        )
+        page = f"http://{_in_url(host)}:{listening.getsockname()[1]}/"
+        tell(f"{' and '.join(models)} {verb} served at {page} (API: {page}v1); Ctrl-C ends it")
         EndingServer(config, app.state.server.work).run(sockets=[listening])
     return 0
 

@@ -6,9 +6,8 @@ from itertools import pairwise
 from typing import Any
 
 from evoprune.language.turns import Placed
-from evoprune.util import brief
 from evoprune_serve.errors import refused
-from evoprune_serve.fields import NUMBER, Fields
+from evoprune_serve.fields import NUMBER, Fields, json_text
 from evoprune_serve.sources import Address, FrameList, Source, Uploaded
 
 MOST_MESSAGES = 1000
@@ -70,7 +69,7 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
             continue
         due = ("user", "assistant")[len(said) % 2]
         if role != due:
-            raise refused(f"{place}.role is {brief(role)}, not {due!r}: these alternate", f"{place}.role")
+            raise refused(f"{place}.role is {json_text(role)}, not {json_text(due)}: these alternate", f"{place}.role")
         if shown and role == "assistant":
             raise refused(f"{place} is an answer, which has no videos or pictures", place)
         if role == "user" and not text.strip():
@@ -115,7 +114,7 @@ def _content(content: str | list, place: str) -> tuple[list[str | None], list[So
             sources.append(SHOWN[kind](fields))
             parts.append(None)
         else:
-            fields.refuse("type", f"is {brief(kind)}; known: {', '.join([*TEXTS, *SHOWN])}")
+            fields.refuse("type", f"is {json_text(kind)}; known: {', '.join([*TEXTS, *SHOWN])}")
         fields.end()
     if texts == 1:
         parts.sort(key=lambda part: part is not None)
@@ -228,7 +227,7 @@ def _without_detail(fields: Fields) -> Fields:
     detail = fields.take("detail", str, "auto")
     if detail not in ("auto", "high", "original"):
         fields.refuse(
-            "detail", f"is {brief(detail)}: pictures are read as they are; limit them by the options of the server"
+            "detail", f"is {json_text(detail)}: pictures are read as they are; limit them by the options of the server"
         )
     return fields
 

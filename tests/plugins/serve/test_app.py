@@ -166,7 +166,7 @@ def test_several_models_answer_by_their_names(qa, tmp_path):
         assert server.client.post(CHAT, json=unnamed).json()["model"] == "demo"
         response = server.client.post(CHAT, json=body(model="gpt-4"))
         assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
-        assert "'demo', 'scenes'" in response.json()["error"]["message"]
+        assert '"demo", "scenes"' in response.json()["error"]["message"]
 
 
 def test_each_model_has_its_own_number_of_threads(tmp_path, monkeypatch):

@@ -266,6 +266,23 @@ def test_videos_of_later_questions_keep_their_places_where_one_has_some():
     assert len(sources) == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"store": True}, "store is true, which"),
+        ({"temperature": True}, "temperature is true, not a number"),
+        ({"stop": [True, "a"]}, 'stop is [true, "a"], not a text or a list of texts'),
+        ({"tools": [{"a": None}]}, 'tools is [{"a": null}], which'),
+        ({"messages": [None]}, "messages[0] is null, not an object"),
+        ({"messages": [message(COLOUR) | {"role": "tool"}]}, 'messages[0].role is "tool", not "user"'),
+        ({"stream": "yes" * 30}, "stream is a text, not true or false"),
+        ({"model": "other one"}, 'there is no model "other one", but "demo", "other"'),
+    ],
+)
+def test_errors_show_values_as_json(given, says):
+    assert says in refusal(**given).message
+
+
 def test_schemas():
     schema = {"type": "object", "properties": {"colour": {"type": "string"}}}
     pytest.importorskip("llguidance")
