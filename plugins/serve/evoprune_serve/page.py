@@ -57,7 +57,8 @@ OF_THE_PAGE = {
     "thoughts_cut": "the model was still thinking after as many tokens as the server allows, so there is no answer",
     "always_thinks": "this model thinks before every answer; its thoughts count among the tokens of the answer",
     "demo_model": f"{KNOWN}; an answer about anything else means nothing",
-    "demo_untold": f"{KNOWN}; whether the video is one of these cannot be told from its format. If it is not, trust no answer about it",
+    "demo_untold": f"{KNOWN}; whether the video is one of these cannot be told from its format. "
+    "If it is not, trust no answer about it",
     "demo_question": "a demo model knows only the words of its training, and the question has others; its answer means little",
     "demo_history": "the demo models know single questions: after others they are right less often",
     "demo_overlay": f"{KNOWN}; what it merges and selects in other videos says little",
