@@ -20,7 +20,7 @@ import torch
 
 from evoprune.errors import ModelError, UsageError, first_line, is_out_of_memory, process_error
 from evoprune.language.template import render
-from evoprune.language.turns import Turn
+from evoprune.language.turns import ASSISTANT, USER, Placed, Turn
 from evoprune.methods.types import arange_on
 from evoprune.model.config import TEXT, check_fetched, read_object
 from evoprune.util import check_text
@@ -35,10 +35,25 @@ THOUGHTS = "<think>", "</think>"  # around what a model writes before its answer
 _QUESTION = "\ue000question\ue001"
 _SYSTEM = "\ue000system\ue001"
 _EARLIER = "\ue000question {0}\ue001", "\ue000answer {0}\ue001"  # of each earlier turn
+_PART = "\ue000part {0}\ue001"  # of each text before an input of a `Placed`
 _WORDS = re.compile("\ue000[a-z0-9 ]+\ue001")
+_ALL = re.compile("|".join([*map(re.escape, _PLACEHOLDERS), _WORDS.pattern]))
 MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's have 11 MB and 3 kB
 # The steps of Qwen's tokenizers. Others could make gigabytes of a short text.
 KINDS = {"model": ("BPE",), "normalizer": ("NFC", "NFKC", "NoneType"), "decoder": ("ByteLevel",)}
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """Return the byte for which each character stands in the vocabulary of a byte-level tokenizer, as in GPT-2.
+
+    Printable characters of Latin-1 stand for their own code. The other bytes are the characters from U+0100 on, in order.
+    """
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _bytes_of_characters()
 
 
 @dataclass
@@ -77,6 +92,18 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids` without special tokens. Incomplete characters become U+FFFD."""
         return self.backend.decode(ids, skip_special_tokens=True)
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return the UTF-8 bytes of a token, which may be only a part of a character; none for an id without a token."""
+        if token in (added := self._added):
+            return added[token].encode()
+        text = self.backend.id_to_token(token) or ""
+        return bytes(_BYTES[character] for character in text)
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        """Texts of the tokens that are not in the vocabulary, by id."""
+        return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
 
     def render(self, messages: list[dict], thinking: bool = False) -> str:
         """Return a conversation in the model's own format, up to where its answer begins, or where its thoughts do.
@@ -334,7 +361,7 @@ def build_prompt(
     earlier: Sequence[Turn] = (),
 ) -> Prompt:
     """Return the prompt of a question: the inputs in their order, then the subtitles, earlier turns and the question, up to where
-    the answer begins.
+    the answer begins. The last inputs may have places of their own: between the texts of questions that are `Placed`.
 
     All texts are taken literally; the first question follows the subtitles without a space. If they hold no special token, the
     ids are the same as of tokenising the rendered conversation at once.
@@ -349,14 +376,17 @@ def build_prompt(
 
     Raises ModelError: the chat template is broken, or does not write the inputs in their order and then what was said. UsageError:
     a text is not Unicode (stray bytes from a shell), or the template leaves the system prompt out, or knows nothing of thinking.
-    ValueError: no inputs, or a number of tokens below 1.
+    ValueError: no inputs, a number of tokens below 1, or more places than inputs.
     """
     if not inputs or min(count for _, count in inputs) < 1:
         raise ValueError(f"a prompt has inputs with at least one visual token each, not {list(inputs)}")
     specials = tokenizer.specials()
     markers = MARKERS if any(times) else ()
     kinds = [kind for kind, _ in inputs]
-    rendered = _render(tokenizer, kinds, system is not None, markers, thinking, len(earlier))
+    contents, said = _laid_out(question, earlier, len(inputs))
+    flat = [part for content in contents for part in content]
+    after_inputs = flat[len(flat) - flat[::-1].index(None)]  # the text that follows the last input
+    rendered = _render(tokenizer, kinds, system is not None, markers, thinking, contents)
     if thinking and not (tokenizer.can_switch_thinking or opens_thoughts(rendered)):
         problem = "this model's chat template knows nothing of thinking"
         raise UsageError(
@@ -366,9 +396,7 @@ def build_prompt(
         problem = "the model's chat template has no place for a system prompt"
         raise UsageError(problem, "leave it out, or write it in the question")
     check_text(question, system, *_texts(earlier))
-    said = dict(zip(_said(len(earlier)), [*_texts(earlier), question], strict=True))
-    first = next(iter(said))
-    words = said | {first: subtitles + said[first], _SYSTEM: system or ""}
+    words = said | {after_inputs: subtitles + said[after_inputs], _SYSTEM: system or ""}
     times_of = times or [()] * len(inputs)
     # The placeholders of each run; an input with times has a run for each of them.
     lengths = (count // (len(own) or 1) for (_, count), own in zip(inputs, times_of, strict=True) for _ in own or [""])
@@ -388,10 +416,10 @@ def build_prompt(
             # In one pass, so that a placeholder inside the user's words is not replaced.
             text = _WORDS.sub(lambda match: words[match[0]], piece)
             encoded = tokenizer.encode(text)
-            if first in piece:
+            if after_inputs in piece:
                 prefix_length = len(ids)
                 if subtitles:
-                    before = tokenizer.encode(piece.partition(first)[0] + subtitles)
+                    before = tokenizer.encode(piece.partition(after_inputs)[0] + subtitles)
                     if encoded[: len(before)] == before:  # else the question's beginning merges with the subtitles
                         prefix_length += len(before)
             ids += encoded
@@ -406,9 +434,29 @@ def _texts(turns: Sequence[Turn]) -> list[str]:
     return [text for turn in turns for text in (turn.question, turn.answer)]
 
 
-def _said(turns: int) -> list[str]:
-    """Return the placeholders of what is said in a conversation after so many turns, in its order."""
-    return [*(name.format(turn) for turn in range(turns) for name in _EARLIER), _QUESTION]
+def _laid_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list[list[str | None]], dict[str, str]]:
+    """Return the parts of each message, a placeholder of each text and None for each input; and the texts by placeholder.
+
+    Inputs without a place in a `Placed` come first. After the inputs of a message there always is a text, perhaps an empty one.
+    """
+    names = [*(name.format(turn) for turn in range(len(earlier)) for name in _EARLIER), _QUESTION]
+    messages = [text.parts if isinstance(text, Placed) else (text,) for text in (*_texts(earlier), question)]
+    front = inputs - sum(part is None for parts in messages for part in parts)
+    if front < 0:
+        raise ValueError(f"the texts have places for {inputs - front} inputs, and there are {inputs}")
+    contents = []
+    words = {}
+    for name, parts in zip(names, messages, strict=True):
+        *before, last = parts if parts and parts[-1] is not None else (*parts, "")
+        content: list[str | None] = [] if contents else [None] * front
+        for part in before:
+            place = None if part is None else _PART.format(len(words))
+            if place is not None:
+                words[place] = part
+            content.append(place)
+        words[name] = last
+        contents.append([*content, name])
+    return contents, words
 
 
 def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
@@ -447,29 +495,35 @@ def _render(
     with_system: bool,
     markers: Sequence[str],
     thinking: bool,
-    turns: int,
+    contents: Sequence[Sequence[str | None]],
 ) -> str:
-    """Return the conversation as text, with placeholders for the user's words; these `markers` must exist."""
+    """Return the conversation as text, with placeholders for the user's words; these `markers` must exist.
+
+    `contents`: the messages, as of `_laid_out`.
+    """
     messages = []
     if with_system:
         messages.append({"role": "system", "content": _SYSTEM})
-    said = _said(turns)
-    content = [{"type": CONTENTS[kind][0]} for kind in kinds]
-    for number, text in enumerate(said):
-        if number % 2:
-            messages.append({"role": "assistant", "content": text})
-            continue
-        messages.append({"role": "user", "content": [*content, {"type": "text", "text": text}]})
-        content = []
+    left = iter(kinds)
+    due = []  # the placeholders of inputs and texts, in their order
+    for number, content in enumerate(contents):
+        parts = []
+        for part in content:
+            kind, token = ("text", part) if part is not None else CONTENTS[next(left)]
+            parts.append({"type": kind, "text": part} if part is not None else {"type": kind})
+            due.append(token)
+        role = (USER, ASSISTANT)[number % 2]
+        messages.append({"role": role, "content": content[0] if role == ASSISTANT else parts})
     try:
         rendered = tokenizer.render(messages, thinking)
-        due = [CONTENTS[kind][1] for kind in kinds]
-        written = re.findall("|".join(map(re.escape, _PLACEHOLDERS)), rendered)
-        last = max(rendered.rfind(token) for token in _PLACEHOLDERS)
-        if written != due or not {*due, *markers} <= tokenizer.specials().keys() or not last < rendered.find(said[0]):
-            raise ValueError("it does not write the inputs in their order and then the question")
-        if turns and [text for text in _WORDS.findall(rendered) if text != _SYSTEM] != said:
-            raise ValueError("it does not write a conversation in its order")
+        written = [each for each in _ALL.findall(rendered) if each != _SYSTEM]
+        inputs = [token for token in due if token in _PLACEHOLDERS]
+        missing = {*inputs, *markers} - tokenizer.specials().keys()
+        if missing or inputs != [token for token in written if token in _PLACEHOLDERS]:
+            raise ValueError("it does not write the inputs in their order")
+        # A single question after the inputs may be written more than once.
+        if written != due and (len(due) > len(inputs) + 1 or written[: len(due)] != due):
+            raise ValueError("it does not write what is said in its order, after the inputs")
     except ValueError as problem:
         where = f" ({tokenizer.template_file})" if tokenizer.template_file else ""
         hint = "take tokenizer and chat template from the model that this one was made from"

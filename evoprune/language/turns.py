@@ -11,6 +11,23 @@ USER = "user"  # who speaks in a conversation
 ASSISTANT = "assistant"
 
 
+class Placed(str):
+    """A question whose inputs stand between its texts, such as "Image 1:", an input, "Image 2:", an input, "Which is older?".
+
+    As a text it is its texts in lines. `parts`: the texts, and None for each input, in their order.
+    """
+
+    parts: tuple[str | None, ...]
+
+    def __new__(cls, parts: Sequence[str | None]) -> "Placed":
+        placed = super().__new__(cls, "\n".join(part for part in parts if part is not None))
+        placed.parts = tuple(parts)
+        return placed
+
+    def __getnewargs__(self) -> tuple[tuple[str | None, ...]]:
+        return (self.parts,)
+
+
 @dataclass(frozen=True)
 class Turn:
     """A question of a conversation and the model's answer to it, without its thoughts."""

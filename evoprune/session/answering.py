@@ -201,7 +201,7 @@ def logprobs_record(tokenizer: Tokenizer, token: int, logprobs: TokenLogprobs) -
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text = tokenizer.backend.decode([token], skip_special_tokens=False)
-        return {"id": token, "token": text, "logprob": logprob}
+        return {"id": token, "token": text, "logprob": logprob, "bytes": [*tokenizer.bytes_of(token)]}
 
     return entry(token, logprobs.chosen) | {"top_logprobs": [entry(*each) for each in logprobs.top]}
 

@@ -1,6 +1,8 @@
 """Prompts: the tokenizer, the chat template, and positions by Qwen's rule."""
 
+import copy
 import json
+import pickle
 from functools import partial
 from math import prod
 
@@ -25,6 +27,7 @@ from evoprune.language.prompt import (
     timestamps,
     video_positions,
 )
+from evoprune.language.turns import Placed, Turn
 from tests.thinking import THINKING, thinking_tokenizer
 from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_config, tiny_tokenizer
 
@@ -49,6 +52,8 @@ def test_ids_and_text_are_those_of_transformers(text):
     own = Tokenizer(tokenizers.Tokenizer.from_str(theirs.backend_tokenizer.to_str()), "")
     ids = own.encode(text)
     assert ids == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert b"".join(map(own.bytes_of, ids)).decode() == own.backend.normalizer.normalize_str(text)
+    assert own.bytes_of(10**6) == b"" and own.bytes_of(own.specials()["<|im_end|>"]) == b"<|im_end|>"
     ids += list(own.specials().values())
     assert own.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -234,6 +239,43 @@ def test_several_inputs_stand_in_their_order(tokenizer, kinds):
     assert [len(place) for place in prompt.places] == [2 + i for i in range(len(kinds))]
     assert all(ids[i] in pads for place in prompt.places for i in place.columns)
     assert prompt.visual_tokens == sum(map(len, prompt.places)) == len(ids) - prompt.text_tokens
+
+
+PLACED = [
+    (Placed(["Image 1:", None, "Image 2:", None, "Which is older?"]), []),
+    (Placed(["Which is older?\n", None, None]), []),
+    (Placed([None, " and ", None, "?"]), []),
+    (Placed(["Then this: ", None, "Which?"]), [Turn("What is it?", "A car.")]),
+    ("Which?", [Turn(Placed(["First", None, "What?"]), "A car."), Turn(Placed(["Now", None, "and"]), "")]),
+]
+
+
+@pytest.mark.parametrize(("question", "earlier"), PLACED)
+def test_inputs_keep_their_places_between_texts(tokenizer, question, earlier):
+    """As transformers writes the same parts. Inputs without a place come first."""
+    kinds = iter([{"type": "image"}, {"type": "video"}])
+    texts = [*(turn.question for turn in earlier), question]
+    places = sum(getattr(text, "parts", ()).count(None) for text in texts)
+    contents = [[next(kinds) for _ in range(2 - places)]]
+    for text in texts:
+        parts = getattr(text, "parts", [text])
+        contents[-1] += [next(kinds) if part is None else {"type": "text", "text": part} for part in parts]
+        contents.append([])
+    messages = [{"role": "user", "content": contents[0]}]
+    for turn, content in zip(earlier, contents[1:], strict=False):
+        messages += [{"role": "assistant", "content": turn.answer}, {"role": "user", "content": content}]
+    theirs = tiny_tokenizer()
+    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = text.replace("<|video_pad|>", "<|video_pad|>" * 3).replace("<|image_pad|>", "<|image_pad|>" * 2)
+    prompt = build_prompt(tokenizer, question, [(PICTURE, 2), (VIDEO, 3)], earlier=earlier)
+    assert prompt.input_ids.tolist() == theirs(text)["input_ids"]
+    assert prompt.prefix_length == prompt.places[-1].runs[-1].stop + 1
+
+
+def test_a_placed_question_is_copied_with_its_places():
+    placed = Placed(["a", None, "b"])
+    for copied in (copy.deepcopy(placed), pickle.loads(pickle.dumps(placed))):
+        assert (copied, copied.parts) == ("a\nb", ("a", None, "b"))
 
 
 def test_a_system_prompt_that_the_template_leaves_out_is_refused(tokenizer, monkeypatch):

@@ -62,7 +62,7 @@ def test_every_token_has_its_log_probability(video):
     assert "".join(each["token"] for each in answer.logprobs).strip() == answer.text
     for each in answer.logprobs:
         top = each["top_logprobs"]
-        assert top[0] == {name: each[name] for name in ("id", "token", "logprob")}  # greedy
+        assert top[0] == {name: each[name] for name in ("id", "token", "logprob", "bytes")}  # greedy
         assert len(top) == 2 and 0 >= top[0]["logprob"] >= top[1]["logprob"]
     chosen = video.ask(QUESTION, logprobs=0)
     assert chosen.logprobs == [] and chosen.text

@@ -28,7 +28,7 @@ from evoprune.util import harmless
 from evoprune.video_qa import VideoQA
 from evoprune_serve.chat import END, read_chat
 from evoprune_serve.errors import ApiError, plain, refused, told
-from evoprune_serve.guard import Access, Bodies, Guard
+from evoprune_serve.guard import Access, Bodies, Framing, Guard
 from evoprune_serve.metrics import TYPE, Metrics
 from evoprune_serve.page import PAGE_PATHS, Handler, Page
 from evoprune_serve.question import Question, no_model
@@ -442,6 +442,7 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
         headers = {"allow_headers": ["*"], "expose_headers": ["Retry-After"]}
         cors = {"allow_origins": settings.access.origins, "allow_methods": ["GET", "POST", "DELETE"]}
         middleware.insert(0, Middleware(CORSMiddleware, **cors, **headers))
+    middleware.insert(0, Middleware(Framing, refuse=refuse))
 
     def gone(request: Request, problem: Exception) -> Response:
         server.log(request, CLOSED)

@@ -35,7 +35,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ANY = ("0.0.0.0", "::")  # noqa: S104 (compared with)
 KEY = "EVOPRUNE_API_KEY"
 MIB = 2**20
-CONNECTIONS = 512
+BACKLOG = 512  # connections that wait until they are accepted
 T = TypeVar("T")
 UNTAKEN_S = 60  # how long a client may take nothing of what it is answered
 
@@ -181,15 +181,13 @@ def serve(
             access_log=False,
             server_header=False,
             proxy_headers=False,  # anybody could name himself another client
-            limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=CLOSING_S,
         )
         for library in ("uvicorn.error", "python_multipart"):  # which warn of each request that is none
             logging.getLogger(library).setLevel(logging.ERROR)
         verb = "is" if len(models) == 1 else "are"
-        tell(
-            f"{' and '.join(models)} {verb} served at http://{_in_url(host)}:{listening.getsockname()[1]}/v1; Ctrl-C ends it"
-        )
+        page = f"http://{_in_url(host)}:{listening.getsockname()[1]}/"
+        tell(f"{' and '.join(models)} {verb} served at {page} (API: {page}v1); Ctrl-C ends it")
         EndingServer(config, app.state.server.work).run(sockets=[listening])
     return 0
 
@@ -314,7 +312,7 @@ def _listening(host: str, port: int) -> socket.socket:
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; its connections have the same
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNTAKEN_S)
         listening.bind((host, port))
-        listening.listen(CONNECTIONS)
+        listening.listen(BACKLOG)
     except (OSError, OverflowError) as problem:
         listening.close()
         reason = getattr(problem, "strerror", None) or problem

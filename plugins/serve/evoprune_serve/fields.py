@@ -1,13 +1,23 @@
 """The fields of what clients send as JSON. What is not known is refused by name: an option that is ignored misleads."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from evoprune.util import brief
 from evoprune_serve.errors import refused
 
 NUMBER = (int, float)
 KINDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false", dict: "an object", list: "a list"}
+MOST_CHARACTERS = 60  # of a value in a message
+
+
+def json_text(value: Any) -> str:
+    """Return a value of a body for a message: as JSON if that is short, else its kind."""
+    if not (isinstance(value, str | list | dict) and len(value) > MOST_CHARACTERS):
+        text = json.dumps(value, ensure_ascii=False)
+        if len(text) <= MOST_CHARACTERS:
+            return text
+    return KINDS[type(value)]
 
 
 class Fields:
@@ -15,7 +25,7 @@ class Fields:
 
     def __init__(self, value: Any, place: str = ""):
         if not isinstance(value, dict):
-            raise refused(f"{place or 'the body'} is {brief(value)}, not an object", place or None)
+            raise refused(f"{place or 'the body'} is {json_text(value)}, not an object", place or None)
         self._place = place
         self._left = {name: each for name, each in value.items() if each is not None}
 
@@ -29,8 +39,10 @@ class Fields:
         value = self._left.pop(field)
         wanted = kinds if isinstance(kinds, tuple) else (kinds,)
         if not isinstance(value, wanted) or (isinstance(value, bool) and not {bool, object} & {*wanted}):
-            words = " or ".join(KINDS[kind] for kind in wanted)
-            raise refused(f"{self.name_of(field)} is {brief(value)}, not {words}", self.name_of(field), "invalid_type")
+            words = " or ".join(KINDS[kind] for kind in wanted if not (kind is int and float in wanted))
+            raise refused(
+                f"{self.name_of(field)} is {json_text(value)}, not {words}", self.name_of(field), "invalid_type"
+            )
         return value
 
     def need(self, field: str, kinds: type | tuple[type, ...]) -> Any:
@@ -52,4 +64,4 @@ class Fields:
             if field not in (neutral or {}):
                 raise refused(f"{name} is not supported here", name, "unsupported_parameter")
             if not neutral[field](value):
-                self.refuse(field, f"is {brief(value)}, which is not supported here")
+                self.refuse(field, f"is {json_text(value)}, which is not supported here")

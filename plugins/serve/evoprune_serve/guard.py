@@ -86,6 +86,29 @@ class BodyRoom:
         self.bytes += count
 
 
+class Framing:
+    """Refuse requests that have both a Content-Length and a Transfer-Encoding, and close their connections.
+
+    Something in front of the server may take the Content-Length for the length of the body, so that the rest is a request that only
+    one of the two sees (RFC 9112, 6.3).
+    """
+
+    def __init__(self, app: ASGIApp, refuse: Callable[[Request, Exception], Response]):
+        """`refuse`: makes the response of an error."""
+        self._app = app
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            names = {name for name, _ in scope["headers"]}
+            if {b"content-length", b"transfer-encoding"} <= names:
+                message = "a request has either a Content-Length or a Transfer-Encoding"
+                problem = ApiError(400, message, headers={"Connection": "close"})
+                await self._refuse(Request(scope), problem)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 class Guard:
     """Let requests through that may be answered; others have an error at once."""
 

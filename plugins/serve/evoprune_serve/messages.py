@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from evoprune.util import brief
+from evoprune.language.turns import Placed
 from evoprune_serve.errors import refused
-from evoprune_serve.fields import NUMBER, Fields
+from evoprune_serve.fields import NUMBER, Fields, json_text
 from evoprune_serve.sources import Address, FrameList, Source, Uploaded
 
 MOST_MESSAGES = 1000
@@ -25,6 +25,8 @@ TEXTS = {"text": (), "input_text": (), "output_text": ("annotations", "logprobs"
 def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, list[dict[str, str]], list[Source]]:
     """Return the system prompt, what was said, the question last, and all videos and pictures in their order.
 
+    If a message has texts before and after a video or picture, the questions are `Placed`, else all inputs come first.
+
     Args:
         messages: by their places in the body.
         field: of the body, which has them all.
@@ -35,6 +37,7 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
         raise refused(f"there are more than {MOST_MESSAGES} messages", field)
     system: list[str] = []
     said: list[dict[str, str]] = []
+    contents: list[Sequence[str | None]] = []  # the parts of each message of `said`
     sources: list[Source] = []
     parts = 0
     characters = 0
@@ -45,29 +48,34 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
             for name in OF_ANSWERS:
                 if fields.take(name, object) not in (None, [], {}) and name not in UNREAD:
                     fields.refuse(name, "is not supported here")
-        content = fields.need("content", (str, list))
+        # An answer that was cut in its thoughts, for example, has none.
+        content = (
+            fields.take("content", (str, list), "") if role == "assistant" else fields.need("content", (str, list))
+        )
         fields.end()
         if isinstance(content, list):
             parts += len(content)
         if parts > MOST_PARTS:
             raise refused(f"the messages have more than {MOST_PARTS} parts", field)
-        text, shown = _content(content, f"{place}.content")
+        pieces, shown = _content(content, f"{place}.content")
+        text = Placed(pieces)
         characters += len(text)
         if characters > MOST_CHARACTERS:
             raise refused(f"the messages have more than {MOST_CHARACTERS:,} characters of text", field)
         if role in ("system", "developer"):
             if said or shown:
                 raise refused(f"{place} is a system prompt: it is text, before all other messages", place)
-            system.append(text)
+            system.append(str(text))
             continue
         due = ("user", "assistant")[len(said) % 2]
         if role != due:
-            raise refused(f"{place}.role is {brief(role)}, not {due!r}: these alternate", f"{place}.role")
+            raise refused(f"{place}.role is {json_text(role)}, not {json_text(due)}: these alternate", f"{place}.role")
         if shown and role == "assistant":
             raise refused(f"{place} is an answer, which has no videos or pictures", place)
         if role == "user" and not text.strip():
             raise refused(f"{place} asks nothing: it has no text", place)
-        said.append({"role": role, "content": text})
+        said.append({"role": role, "content": str(text)})
+        contents.append(pieces)
         sources += shown
     if len(said) % 2 == 0:
         raise refused("the last message is not one of the user", field)
@@ -75,28 +83,42 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
         raise refused("the messages have no video or picture to ask about", field)
     if len(sources) > MOST_SOURCES:
         raise refused(f"the messages have more than {MOST_SOURCES} videos and pictures", field)
+    if any(part is not None for parts in contents for part in parts[:-1]):
+        said = [each | {"content": Placed(parts)} for each, parts in zip(said, contents, strict=True)]
     return "\n".join(system) if system else None, said, sources
 
 
-def _content(content: str | list, place: str) -> tuple[str, list[Source]]:
-    """Return the text of a message, of several parts in lines, and its videos and pictures."""
+def _content(content: str | list, place: str) -> tuple[list[str | None], list[Source]]:
+    """Return the texts of a message, with None for each video or picture between them, and its videos and pictures.
+
+    Texts that follow one another are lines of one text. A single text comes last.
+    """
     if isinstance(content, str):
-        return content, []
-    texts = []
+        return [content], []
+    parts: list[str | None] = []
+    texts = 0
     sources = []
     for number, part in enumerate(content):
         fields = Fields(part, f"{place}[{number}]")
         kind = fields.need("type", str)
         if kind in TEXTS:
-            texts.append(fields.need("text", str))
+            text = fields.need("text", str)
+            if texts and parts[-1] is not None:
+                parts[-1] += f"\n{text}"
+            else:
+                parts.append(text)
+            texts += 1
             for name in TEXTS[kind]:
                 fields.take(name, object)
         elif kind in SHOWN:
             sources.append(SHOWN[kind](fields))
+            parts.append(None)
         else:
-            fields.refuse("type", f"is {brief(kind)}; known: {', '.join([*TEXTS, *SHOWN])}")
+            fields.refuse("type", f"is {json_text(kind)}; known: {', '.join([*TEXTS, *SHOWN])}")
         fields.end()
-    return "\n".join(texts), sources
+    if texts == 1:
+        parts.sort(key=lambda part: part is not None)
+    return parts, sources
 
 
 # The parts of a message that show something, by type: each program has names of its own for them.
@@ -125,6 +147,8 @@ def _input_video(fields: Fields) -> Source:
     data = inner.need("data", str)
     container = inner.take("format", str, "mp4")
     inner.end()
+    if data[:5].lower() == "data:":
+        return Address(data)
     return Address(f"data:video/{container};base64,{data}")
 
 
@@ -203,7 +227,7 @@ def _without_detail(fields: Fields) -> Fields:
     detail = fields.take("detail", str, "auto")
     if detail not in ("auto", "high", "original"):
         fields.refuse(
-            "detail", f"is {brief(detail)}: pictures are read as they are; limit them by the options of the server"
+            "detail", f"is {json_text(detail)}: pictures are read as they are; limit them by the options of the server"
         )
     return fields
 

@@ -20,7 +20,7 @@ from evoprune.errors import UsageError
 from evoprune.methods.budget import AUTOS, PRESETS, Budget
 from evoprune.model.cost import Clock
 from evoprune.moments.search import Search
-from evoprune.report import WARNINGS, Times, VideoFacts, warned, warning_text
+from evoprune.report import KNOWN, WARNINGS, Times, VideoFacts, warned, warning_text
 from evoprune.session.encoding import OpenInput
 from evoprune.session.options import PipelineOptions
 from evoprune.session.session import Session
@@ -37,12 +37,31 @@ UNITS = "/page/units"
 MOMENTS = "/page/moments"
 PAGE_PATHS = (PAGE, SETTINGS, UNITS, MOMENTS)
 SHARES = (0.05, 0.15, 0.6, 0.8)  # beside the presets
-# Warnings that state a time or a number: what is said where it is not known.
-WITHOUT_FACTS = {
+# What the page says instead of the command line: visitors give no options, read no pages of this project, and of a time or a number
+# that a warning states the page knows nothing.
+OF_THE_PAGE = {
     "damaged_video": "the video is damaged: each frame that cannot be decoded was replaced by the one before it",
     "cut_short": "the video breaks off before the end that its file states",
     "clock_gap": "the clock of the video jumps ahead: times after that may be too early",
     "cut_off": "the video was cut off while it was written; what there is of it is read",
+    "pictures_whole": "the pictures stay whole; counts of pruning are those of the videos alone",
+    "cache_not_written": "the server could not store the encoded video",
+    "interlaced_video": "the video is interlaced: edges of what moves may look like combs",
+    "stretched_video": "the pixels of the video are not square, and are read as if they were: it looks narrower or wider "
+    "than in a player",
+    "other_tracks": "the video has more than one video track; only the main one is read",
+    "guessed_rate": "the video does not state its frame rate, and is read at 25 frames a second: times are right only if "
+    "that is it",
+    "limited": "the server looked at fewer or smaller frames of the video than usual, because it is long or large",
+    "answer_cut": "the answer may be incomplete: it has as many tokens as the server allows",
+    "thoughts_cut": "the model was still thinking after as many tokens as the server allows, so there is no answer",
+    "always_thinks": "this model thinks before every answer; its thoughts count among the tokens of the answer",
+    "demo_model": f"{KNOWN}; an answer about anything else means nothing",
+    "demo_untold": f"{KNOWN}; whether the video is one of these cannot be told from its format. "
+    "If it is not, trust no answer about it",
+    "demo_question": "a demo model knows only the words of its training, and the question has others; its answer means little",
+    "demo_history": "the demo models know single questions: after others they are right less often",
+    "demo_overlay": f"{KNOWN}; what it merges and selects in other videos says little",
 }
 
 
@@ -236,8 +255,8 @@ def budgets(usual: PipelineOptions) -> list[dict[str, Any]]:
 
 
 def sentence(warning: str) -> str:
-    """Return what a warning says of a video of which nothing else is known."""
-    return WITHOUT_FACTS.get(warning) or warning_text(warning, VideoFacts(), "the video")
+    """Return what the page says for a warning."""
+    return OF_THE_PAGE.get(warning) or warning_text(warning, VideoFacts(), "the video")
 
 
 def policy(html: str, urls: bool) -> str:

@@ -5,15 +5,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from evoprune.errors import UsageError
 from evoprune.methods.registry import parse_names
 from evoprune.session.options import GenerationOptions, PipelineOptions, PruneOptions, SamplingOptions
-from evoprune.util import brief
 from evoprune.video.plan import parse_time
 from evoprune_serve.errors import ApiError, refused
-from evoprune_serve.fields import NUMBER, Fields
+from evoprune_serve.fields import NUMBER, Fields, json_text
 from evoprune_serve.messages import read_messages
 from evoprune_serve.sources import Source
 
@@ -80,8 +80,9 @@ def _model(fields: Fields, models: Sequence[str]) -> str:
 
 def no_model(name: str, models: Iterable[str]) -> ApiError:
     """Return the error of a request that names another model than there are."""
-    known = ", ".join(map(repr, models))
-    return ApiError(404, f"there is no model {name[:100]!r}, but {known}", param="model", code="model_not_found")
+    quoted = partial(json.dumps, ensure_ascii=False)
+    known = ", ".join(map(quoted, models))
+    return ApiError(404, f"there is no model {quoted(name[:100])}, but {known}", param="model", code="model_not_found")
 
 
 def read_question(
@@ -181,7 +182,7 @@ def read_schema(fields: Fields, inner: str | None = None) -> dict[str, Any] | No
         schema = stated.need("schema", dict)
         stated.end()
     elif kind != "text":
-        fields.refuse("type", f"is {brief(kind)}: text, json_object and json_schema are known")
+        fields.refuse("type", f"is {json_text(kind)}: text, json_object and json_schema are known")
     fields.end()
     return schema
 
@@ -192,7 +193,7 @@ def read_effort(fields: Fields, name: str) -> dict[str, str]:
     if effort is None:
         return {}
     if effort != "none":
-        fields.refuse(name, f"is {brief(effort)}, which is not supported here: see think")
+        fields.refuse(name, f"is {json_text(effort)}, which is not supported here: see think")
     return {"think": "off"}
 
 
@@ -207,6 +208,8 @@ def _sampled(fields: Fields) -> dict[str, Any]:
         stop = fields.take("stop", (str, list))
         if isinstance(stop, list) and len(stop) > MOST_STOPS:
             fields.refuse("stop", f"has more than {MOST_STOPS} texts")
+        if isinstance(stop, list) and not all(isinstance(each, str) for each in stop):
+            fields.refuse("stop", f"is {json_text(stop)}, not a text or a list of texts")
         given["stop"] = stop
     think = fields.take("think", (bool, str))
     if think is not None:

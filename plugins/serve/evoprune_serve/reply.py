@@ -12,7 +12,6 @@ from evoprune_serve.sources import Source
 from evoprune_serve.work import Done, Piece
 
 TIMES = ("plan", "read", "preprocess", "overlap", "compile", "encode", "encode_prune", "prefill", "generate", "total")
-UNKNOWN = "\ufffd"  # stands in the text of a token that ends inside a character
 
 
 class Reply(Protocol):
@@ -65,15 +64,10 @@ def pruned(done: Done, queue_s: float) -> dict[str, Any]:
     }
 
 
-def logprobs(entries: Iterable[dict[str, Any]], unknown: list[int] | None = None) -> list[dict[str, Any]]:
-    """Return log probabilities of a report, each token with the likeliest in its place.
-
-    `unknown`: stands for the bytes of a token that ends inside a character.
-    """
+def logprobs(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return log probabilities of a report in OpenAI's form, each token with the most likely tokens in its place."""
 
     def entry(each: dict[str, Any]) -> dict[str, Any]:
-        text = each["token"]
-        data = unknown if UNKNOWN in text else list(text.encode())
-        return {"token": text, "logprob": each["logprob"], "bytes": data}
+        return {name: each[name] for name in ("token", "logprob", "bytes")}
 
     return [entry(each) | {"top_logprobs": [entry(top) for top in each["top_logprobs"]]} for each in entries]

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evoprune.session.options import PipelineOptions
-from evoprune.util import brief
 from evoprune_serve.errors import ApiError
-from evoprune_serve.fields import Fields
+from evoprune_serve.fields import Fields, json_text
 from evoprune_serve.question import (
     NAMES,
     NEUTRAL,
@@ -194,7 +193,7 @@ class ResponseReply:
 
 
 def _logprobs(entries: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    return logprobs(entries or (), unknown=[])  # this form has no null there
+    return logprobs(entries or ())
 
 
 def _usage(done: Done, queue_s: float) -> dict[str, Any]:
@@ -251,7 +250,7 @@ def _messages(given: str | list) -> dict[str, Any]:
         if kind == "message":
             messages[place] = {name: value for name, value in item.items() if name not in OF_MESSAGES}
         elif kind != "reasoning":
-            fields.refuse("type", f"is {brief(kind)}; known: message, reasoning")
+            fields.refuse("type", f"is {json_text(kind)}; known: message, reasoning")
     return messages
 
 

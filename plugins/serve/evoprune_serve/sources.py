@@ -1,16 +1,19 @@
 """Where the videos and pictures of a request are: in it, in a file of /v1/files, on the web, or on this machine."""
 
-import base64
 import binascii
+import errno
 import os
+import re
+import stat
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from typing import Any, BinaryIO
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 
@@ -20,11 +23,12 @@ from evoprune.video.download import downloaded
 from evoprune.video.frames import probe
 from evoprune.video.given import Input, held_video
 from evoprune.video.info import PICTURE, HeldVideo
-from evoprune_serve.errors import refused
+from evoprune_serve.errors import ApiError, full, refused
 from evoprune_serve.store import UNUSED_S, Content, Store
 from evoprune_serve.uploads import Uploads
 
 URL_CHARACTERS = 8192  # of an address that is none of data
+FILES_RETRY_S = 5  # after which a client may try again for which there were too many open files
 FRAMES_BYTES = 2**29  # of a list of frames, decoded
 
 
@@ -161,11 +165,14 @@ class Sources:
             found = [self._local(source, f"input {number}", stack, check) for number, source in enumerate(sources, 1)]
             return Fetched(found, stack.pop_all())
 
-    def _local(self, source: Source, name: str, stack: ExitStack, check: Callable[[], None]) -> Local:
+    def _local(
+        self, source: Source, name: str, stack: ExitStack, check: Callable[[], None], copied: bool = False
+    ) -> Local:
+        """Return a source as files. `copied`: as of `_file`."""
         check()
         if isinstance(source, FrameList):
             files = tuple(
-                self._local(frame, f"frame {number} of {name}", stack, check)
+                self._local(frame, f"frame {number} of {name}", stack, check, copied=True)
                 for number, frame in enumerate(source.frames, 1)
             )
             return LocalFrames(files, source.rate, source.times_s, name)
@@ -186,7 +193,7 @@ class Sources:
             content = self._download(source.url, check)
             stack.callback(self._store.release, content)
             return LocalFile(content.path, content.digest, without_password(source.url))
-        return self._file(source.url)
+        return self._file(source.url, stack, copied)
 
     def _download(self, url: str, check: Callable[[], None]) -> Content:
         """Return what is at an address, in use."""
@@ -212,30 +219,82 @@ class Sources:
         now = time.monotonic()
         self._downloads = {url: known for url, known in self._downloads.items() if now - known[1] < UNUSED_S}
 
-    def _file(self, url: str) -> LocalFile:
-        """Return a file below a folder that is allowed. All others look alike: a client learns nothing of them."""
-        missing = refused(f"{url} is not a file below a folder of --allow-dir", code="not_found")
+    def _file(self, url: str, stack: ExitStack, copied: bool) -> LocalFile:
+        """Return a file below a folder that is allowed. All others look alike: a client learns nothing of them.
+
+        It is opened once, and read from there, whatever its name leads to later. `copied`: stored rather than kept open, as the
+        many frames of a video are.
+        """
         try:
-            parts = urlsplit(url)
-            if parts.netloc not in ("", "localhost"):
-                raise missing
-            real = Path(unquote(parts.path)).resolve()
-            if not (any(real.is_relative_to(folder) for folder in self._folders) and real.is_file()):
-                raise missing
-            state = os.stat(real)
+            file = stack.enter_context(self._opened(url))
         except (OSError, ValueError) as problem:  # the latter where an address, or a name in it, is none
-            raise missing from problem
-        identity = str(real), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
-        return LocalFile(str(real), identity, url)
+            if isinstance(problem, OSError) and problem.errno in (errno.EMFILE, errno.ENFILE):
+                raise full(FILES_RETRY_S) from problem
+            message = f"{url} is not a file below a folder of --allow-dir"
+            raise ApiError(404, message, code="not_found") from problem
+        if copied:
+            with self._store.room() as room:
+                room.add(os.fstat(file.fileno()).st_size)
+                content = self._store.copy(file, room)
+            file.close()
+            stack.callback(self._store.release, content)
+            return LocalFile(content.path, content.digest, url)
+        state = os.fstat(file.fileno())
+        path = file.name
+        if sys.platform == "linux":
+            path = stack.enter_context(self._store.link(file))
+        identity = file.name, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+        return LocalFile(path, identity, url)
+
+    def _opened(self, url: str) -> BinaryIO:
+        """Return the file of an address, open. Raises OSError, ValueError: it is none below a folder that is allowed."""
+        parts = urlsplit(url)
+        if parts.netloc not in ("", "localhost"):
+            raise ValueError("a file of another machine")
+        real = Path(unquote(parts.path)).resolve()
+        for folder in self._folders:
+            if real.is_relative_to(folder):
+                return opened_below(folder, real)
+        raise ValueError("in no such folder")
+
+
+def opened_below(folder: Path, path: Path) -> BinaryIO:
+    """Open a regular file below a folder, following no link below it. Its `name` is the path.
+
+    Raises OSError: there is no such file, or a link is on the way to it. ValueError: it is the folder.
+    """
+    *folders, name = path.relative_to(folder).parts
+    if os.open not in os.supports_dir_fd:
+        if not path.is_file():
+            raise FileNotFoundError(path)
+        return open(path, "rb")
+    with ExitStack() as stack:
+
+        def opened(name: str | Path, flags: int, at: int | None = None) -> int:
+            found = os.open(name, flags | os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+            stack.callback(os.close, found)
+            return found
+
+        at = opened(folder, os.O_DIRECTORY)
+        for each in folders:
+            at = opened(each, os.O_DIRECTORY, at)
+        found = opened(name, os.O_NONBLOCK, at)  # a pipe keeps nobody waiting
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            raise FileNotFoundError(path)
+        return open(path, "rb", opener=lambda *_: os.dup(found))
 
 
 def decoded(url: str) -> bytes:
     """Return the bytes of a `data:` address. Raises ApiError: it is none in base64, or empty."""
     head, comma, text = url.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
+    if not comma or not re.search(r"; *base64 *$", head, re.IGNORECASE):
         raise refused("a data: address is not data:TYPE;base64,...")
     try:
-        content = base64.b64decode(text, validate=True)
+        # Forgiving, as browsers are: escaped by percent signs, in lines, or without padding (WHATWG, Infra and Fetch).
+        data = unquote_to_bytes(text).translate(None, b" \t\n\f\r")
+        if b"=" not in data[-2:]:
+            data += b"=" * (-len(data) % 4)
+        content = binascii.a2b_base64(data, strict_mode=True)
     except (binascii.Error, ValueError) as problem:
         raise refused(f"a data: address is not base64: {problem}") from problem
     if not content:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -95,6 +96,21 @@ class Store:
                 copied.write(chunk)
             copied.close()
             return self._keep(digest.hexdigest(), copied.name, room)
+
+    @contextmanager
+    def link(self, file: BinaryIO) -> Iterator[str]:
+        """Provide a path to an open file for other processes, whatever becomes of its name. Linux only.
+
+        The number of the file may soon be that of another one, so the path is a link, which is removed first.
+        """
+        path = str(self._folder / f"open-{secrets.token_hex(8)}")
+        with self._stored():
+            os.symlink(f"/proc/{os.getpid()}/fd/{file.fileno()}", path)
+        try:
+            yield path
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
 
     def take(self, content: Content) -> bool:
         """Uses a file once more; False where it is gone."""

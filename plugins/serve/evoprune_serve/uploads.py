@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from evoprune.util import one_line
 from evoprune_serve.errors import ApiError
+from evoprune_serve.fields import json_text
 from evoprune_serve.store import Content, Room, Store
 
 MOST = 1000  # files at a time
@@ -72,7 +73,7 @@ class Uploads:
         with self._lock:
             upload = self._uploads.get(file_id)
         if upload is None:
-            raise ApiError(404, f"there is no file {file_id[:60]!r}", param="file_id", code="not_found")
+            raise ApiError(404, f"there is no file {json_text(file_id[:40])}", param="file_id", code="not_found")
         return upload
 
     def delete(self, file_id: str) -> None:

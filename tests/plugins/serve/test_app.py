@@ -6,6 +6,7 @@ import math
 import socket
 import threading
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -165,7 +166,7 @@ def test_several_models_answer_by_their_names(qa, tmp_path):
         assert server.client.post(CHAT, json=unnamed).json()["model"] == "demo"
         response = server.client.post(CHAT, json=body(model="gpt-4"))
         assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
-        assert "'demo', 'scenes'" in response.json()["error"]["message"]
+        assert '"demo", "scenes"' in response.json()["error"]["message"]
 
 
 def test_each_model_has_its_own_number_of_threads(tmp_path, monkeypatch):
@@ -348,6 +349,19 @@ def test_several_inputs_are_asked_about_together(server, qa):
     shown = video(url_of("square.mp4")), video(url_of("three.mp4"))
     reply = server.client.post(CHAT, json={"messages": [message(COLOUR, *shown)]}).json()
     assert text_of(reply) == right.text and len(reply["usage"]["evoprune"]["frames"]) == 2
+
+
+def test_inputs_between_texts_are_read_in_their_places(server, qa):
+    from evoprune.language.turns import Placed
+
+    names = ["square.mp4", "three.mp4"]
+    question = Placed(["Video 1:", None, "Video 2:", None, COLOUR])
+    right = qa.encode([SAMPLES / name for name in names]).ask(question)
+    one, two = (video(url_of(name)) for name in names)
+    texts = [{"type": "text", "text": text} for text in ("Video 1:", "Video 2:", COLOUR)]
+    reply = answer(server, messages=[{"role": "user", "content": [texts[0], one, texts[1], two, texts[2]]}])
+    assert text_of(reply) == right.text
+    assert reply["usage"]["prompt_tokens"] == right.report.tokens.prompt
 
 
 # What is refused.
@@ -667,6 +681,87 @@ def test_a_stream_may_last(impatient, slow):
         time.sleep(2 * HEAD_S)
         slow.set()
         received(connection, b"data: [DONE]")
+
+
+@pytest.fixture
+def crowded(server, monkeypatch):
+    """A server with room for six connections, of which four are for one address."""
+    from evoprune_serve.connections import Connection
+
+    monkeypatch.setattr(Connection, "most", 6)
+    monkeypatch.setattr(Connection, "share", 4)
+    with ExitStack() as stack:
+
+        def connect(address: str = "127.0.0.1", sent: bytes = b"") -> socket.socket:
+            host, _, port = server.url.removeprefix("http://").partition(":")
+            made = stack.enter_context(socket.create_connection((host, int(port)), 20, (address, 0)))
+            made.sendall(sent)
+            whole = sent.endswith(b"\r\n\r\n")
+
+            def taken() -> bool:
+                known = [
+                    each for each in [*server.process.server_state.connections] if each.client == made.getsockname()
+                ]
+                return any(each.cycle or not whole for each in known)
+
+            wait(taken)
+            return made
+
+        server.connect = connect
+        yield server
+
+
+def is_open(connection: socket.socket) -> bool:
+    connection.settimeout(0.2)
+    try:
+        return connection.recv(1) != b""
+    except TimeoutError:
+        return True
+    except ConnectionError:
+        return False
+
+
+def test_half_open_connections_of_one_address_shut_nobody_out(crowded):
+    busy = crowded.connect(sent=json_head(6))
+    silent = [crowded.connect(sent=HEALTH[:20]) for _ in range(9)]
+    assert crowded.client.get("/health").status_code == 200
+    assert [is_open(each) for each in silent] == [False] * 7 + [True] * 2
+    busy.sendall(b"??????")
+    assert b"invalid_json" in received(busy, b"}}")
+
+
+def test_the_address_with_the_most_connections_makes_room(crowded):
+    many = [crowded.connect("127.0.0.2") for _ in range(4)]
+    few = [crowded.connect("127.0.0.3") for _ in range(2)]
+    last = crowded.connect("127.0.0.4", HEALTH)
+    received(last, HEALTHY)
+    assert [is_open(each) for each in many + few] == [False] + [True] * 5
+
+
+def test_connections_with_requests_in_progress_are_kept(crowded):
+    busy = [crowded.connect(sent=json_head(6)) for _ in range(4)]
+    with connected(crowded) as refused:
+        assert refused.recv(4096).startswith(b"HTTP/1.1 503 ")
+    received(crowded.connect("127.0.0.2", HEALTH), HEALTHY)
+    for each in busy:
+        each.sendall(b"??????")
+        assert b"invalid_json" in received(each, b"}}")
+
+
+@pytest.mark.parametrize("origins", [(), ("https://app.example",)])
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_a_body_of_two_lengths_is_refused(qa, tmp_path, method, origins):
+    """What follows on the connection, a request to one and a body to another, is not read."""
+    hidden = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    origin = "Origin: https://app.example\r\nAccess-Control-Request-Method: GET\r\n" if origins else ""
+    head = f"{method} {CHAT} HTTP/1.1\r\nHost: localhost\r\n{origin}Content-Type: application/json\r\n"
+    with serving(qa, tmp_path, access=access(origins=origins)) as server, connected(server) as connection:
+        connection.sendall(f"{head}Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode() + hidden)
+        answered = b""
+        while piece := connection.recv(4096):
+            answered += piece
+    assert answered.startswith(b"HTTP/1.1 400 ") and answered.count(b"HTTP/1.1") == 1
+    assert b"either a Content-Length or a Transfer-Encoding" in answered
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has such a limit")

@@ -60,6 +60,15 @@ def test_settings(server):
     shares = [each["share"] for each in settings["budgets"]]
     assert shares == sorted(shares) and shares[-1] == 1
     assert not any("{" in text or "?," in text for text in settings["warnings"].values())
+    # A visitor gives no options, and reads no pages of this project.
+    commands = r"(^|\W)--?[a-z]|docs/|samples/|ffmpeg|`|=True|max_"
+    assert [text for text in settings["warnings"].values() if re.search(commands, text)] == []
+
+
+def test_the_overlay_is_off_at_first_and_its_switch_is_beside_the_player(server):
+    html = server.client.get("/").text
+    player = html[html.index('id="player"') : html.index('id="upload"')]
+    assert '<input type="checkbox" id="show">' in player
 
 
 @pytest.mark.parametrize(("usual", "share"), [(0.33, 0.33), ("auto", None), ("fast", 0.1)])
@@ -295,6 +304,9 @@ def test_a_video_is_dropped_asked_about_and_looked_through(server, browser):
     assert "Answer" in browser.all("#answers table")[0].text
 
     label = browser.get("overlay").get_attribute
+    browser.until(lambda: browser.text("legend"))
+    assert browser.pixels()[0] == 0 and label("aria-label") == "No overlay"
+    browser.get("show").click()
     browser.until(lambda: "read" in label("aria-label"))
     share, before = browser.pixels()
     assert share > 0.9
@@ -356,6 +368,7 @@ def test_another_model_is_chosen(qa, tmp_path, browser):
         browser.drop("square.mp4")
         assert browser.ask(COLOUR) == "green"
         assert browser.all("#answers article .figures")[0].text.startswith("demo · ")
+        browser.get("show").click()
         browser.until(lambda: browser.pixels()[0] > 0.9)
         browser.get("models").send_keys("scenes")
         browser.until(lambda: browser.get("models").get_attribute("value") == "scenes")
@@ -413,15 +426,21 @@ def test_texts_are_never_markup(server, browser):
 def test_errors_are_told_and_the_page_goes_on(server, browser):
     browser.open(server.url)
     browser.drop("square.mp4")
+    browser.get("show").click()
     browser.until(lambda: browser.get("overlay").get_attribute("aria-label").startswith("Frame pair"))
     for upload in list(server.state.uploads._uploads):
         server.state.uploads.delete(upload)
     assert browser.ask(COLOUR) == "green" and len(server.state.uploads._uploads) == 1  # it is sent once more
     browser.get("another").click()
     broken = base64.b64encode(b"no video").decode()
-    browser.driver.execute_script(DROP, "broken.mp4", broken)
-    browser.until(lambda: browser.text("video-problem") and browser.get("unplayable").is_displayed())
-    assert not browser.get("picture").is_displayed()
+    for name, has_player in (("broken.mp4", True), ("broken.HEIC", False)):
+        browser.driver.execute_script(DROP, name, broken)
+        browser.until(lambda: browser.text("video-problem") and browser.get("unplayable").is_displayed())
+        assert not browser.get("picture").is_displayed()
+        assert browser.get("transport").is_displayed() is has_player
+        assert "The file" in browser.text("video-problem") and browser.text("name") == name
+        browser.until(lambda: browser.text("ask-state") == "Choose another video.")
+        assert not any(browser.get(each).is_enabled() for each in ("send", "search", "measure", "play"))
     browser.get("another").click()
     browser.drop("square.mp4")
     assert browser.ask(COLOUR) == "green" and not browser.text("video-problem")
@@ -451,6 +470,37 @@ def test_what_is_typed_while_an_answer_comes_stays(server, browser, monkeypatch)
 
 
 @in_browser
+def test_a_reload_in_the_middle_of_an_answer_asks_first(server, browser, monkeypatch):
+    from evoprune_serve.work import begun
+
+    going_on = threading.Event()
+
+    def late(*given):
+        going_on.wait(30)
+        return begun(*given)
+
+    browser.open(server.url)
+    browser.drop("square.mp4")
+    assert browser.ask(COLOUR) == "green"
+    leaves = "return !window.dispatchEvent(new Event('beforeunload', {cancelable: true}))"
+    assert browser.driver.execute_script(leaves) is False
+    monkeypatch.setattr("evoprune_serve.work.begun", late)
+    browser.get("question").send_keys(COLOUR, "\ue007")
+    browser.until(browser.get("stop").is_displayed)
+    assert browser.driver.execute_script(leaves) is True
+    going_on.set()
+
+
+@in_browser
+def test_of_several_files_the_others_are_named(server, browser):
+    browser.open(server.url)
+    several = DROP.replace("document.get", 'dataTransfer.items.add(new File([bytes], "second.mp4"));\ndocument.get')
+    browser.driver.execute_script(several, "a.mp4", base64.b64encode((SAMPLES / "square.mp4").read_bytes()).decode())
+    browser.until(browser.get("send").is_enabled)
+    assert "second.mp4" in browser.text("video-note") and browser.text("name") == "a.mp4"
+
+
+@in_browser
 def test_a_clock_that_begins_late(server, browser, qa, tmp_path):
     """The page has the times of the model, from the first frame on, and shows that frame."""
     clip = tmp_path / "late.mkv"
@@ -465,6 +515,7 @@ def test_a_clock_that_begins_late(server, browser, qa, tmp_path):
     (right,) = qa.find(clip, "red diamond")
     browser.open(server.url)
     browser.drop(clip)
+    browser.get("show").click()
     label = browser.get("overlay").get_attribute
     browser.until(lambda: label("aria-label").startswith("Frame pair 1 of"))
     assert browser.text("time").startswith("0:00.0")
@@ -481,12 +532,14 @@ def test_a_picture_is_shown_with_its_own_shares(server, browser, tmp_path):
         next(file.decode(video=0)).to_image().save(tmp_path / "picture.png")
     browser.open(server.url)
     browser.drop(tmp_path / "picture.png")
+    browser.get("show").click()
     browser.until(browser.get("picture").is_displayed)
     browser.until(lambda: browser.text("share") == "50% (balanced)")
     shares = [float(each.text.split("%")[0]) for each in browser.all("#ticks li")]
     assert shares == sorted(shares)
     assert not browser.get("transport").is_displayed() and not browser.get("search").is_enabled()
-    assert not browser.get("unplayable").is_displayed() and browser.pixels()[0] > 0.9
+    assert not browser.get("unplayable").is_displayed()
+    browser.until(lambda: browser.pixels()[0] > 0.9)
     assert browser.ask(COLOUR) == "green"
     browser.get("another").click()
     browser.drop("square.mp4")

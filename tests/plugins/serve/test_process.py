@@ -52,7 +52,7 @@ def serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen, int
         server = subprocess.Popen(line, stdout=out, stderr=out, env=environment | {"TMPDIR": str(folder)}, cwd=folder)
     try:
         end = time.monotonic() + START_S
-        while not (found := re.search(r"http://\S+:(\d+)/v1", log.read_text())):
+        while not (found := re.search(r"served at http://\S+:(\d+)/ \(API: http://\S+/v1\)", log.read_text())):
             assert server.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.05)
         wait_for_health(int(found[1]))

@@ -186,6 +186,10 @@ def test_values_that_change_nothing_are_accepted():
             {"type": "input_video", "input_video": {"data": "AA", "format": "webm"}},
             Address("data:video/webm;base64,AA"),
         ),
+        (
+            {"type": "input_video", "input_video": {"data": "data:video/webm;base64,AA"}},
+            Address("data:video/webm;base64,AA"),
+        ),
         ({"type": "file", "file": {"file_id": "file-1"}}, Uploaded("file-1")),
         ({"type": "file", "file": {"file_data": "u", "filename": "a.mp4"}}, Address("u")),
         ({"type": "input_file", "file_id": "file-1"}, Uploaded("file-1")),
@@ -218,6 +222,65 @@ def test_a_conversation_has_turns_and_a_system_prompt():
         {"role": "assistant", "content": "green"},
     )
     assert question.text == COLOUR and len(sources) == 2
+
+
+@pytest.mark.parametrize("answered", [{"content": None}, {"content": None, "reasoning_content": "x"}, {}])
+def test_an_earlier_answer_may_have_no_content(answered):
+    """As one has that was cut in its thoughts."""
+    turns = [message("What is it?", SHOWN), {"role": "assistant"} | answered, message(COLOUR)]
+    assert read(messages=turns)[0].earlier[1] == {"role": "assistant", "content": ""}
+    with pytest.raises(ApiError, match="content is missing"):
+        read(messages=[{"role": "user", "content": None}])
+
+
+def texts(*parts):
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (["One:", SHOWN, "Two:", SHOWN, "Which?"], ("One:", None, "Two:", None, "Which?")),
+        (["One:", "it", SHOWN, SHOWN, "Which?", "Why?"], ("One:\nit", None, None, "Which?\nWhy?")),
+        (["Which?", "Why?", SHOWN], ("Which?\nWhy?", None)),
+        ([SHOWN, "Which?", SHOWN], None),
+        (["Which?", SHOWN], None),
+        ([SHOWN, SHOWN, "Which?", "Why?"], None),
+    ],
+)
+def test_texts_keep_their_places_between_videos_and_pictures(content, parts):
+    """A single text comes after all of them, wherever it stands."""
+    question, _ = read(messages=[{"role": "user", "content": texts(*content)}])
+    assert getattr(question.text, "parts", None) == parts
+    assert question.text == "\n".join(each for each in content if isinstance(each, str))
+
+
+def test_videos_of_later_questions_keep_their_places_where_one_has_some():
+    turns = [
+        message("What?", SHOWN),
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": texts("This:", SHOWN, "Which?")},
+    ]
+    question, sources = read(messages=turns)
+    assert question.earlier[0]["content"].parts == (None, "What?") and question.text.parts == ("This:", None, "Which?")
+    assert len(sources) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"store": True}, "store is true, which"),
+        ({"temperature": True}, "temperature is true, not a number"),
+        ({"stop": [True, "a"]}, 'stop is [true, "a"], not a text or a list of texts'),
+        ({"tools": [{"a": None}]}, 'tools is [{"a": null}], which'),
+        ({"messages": [None]}, "messages[0] is null, not an object"),
+        ({"messages": [message(COLOUR) | {"role": "tool"}]}, 'messages[0].role is "tool", not "user"'),
+        ({"stream": "yes" * 30}, "stream is a text, not true or false"),
+        ({"model": "other one"}, 'there is no model "other one", but "demo", "other"'),
+    ],
+)
+def test_errors_show_values_as_json(given, says):
+    assert says in refusal(**given).message
 
 
 def test_schemas():

@@ -1,5 +1,7 @@
 """Where videos are fetched from, what is refused, and what is kept on the disk."""
 
+import base64
+import errno
 import os
 import socket
 import subprocess
@@ -9,13 +11,14 @@ import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from evoprune.errors import VideoError
 from evoprune.video import download
 from evoprune_serve.errors import ApiError
-from evoprune_serve.sources import Address, Sources, Uploaded
+from evoprune_serve.sources import Address, FrameList, Sources, Uploaded, decoded
 from evoprune_serve.store import BLOCK_BYTES, PREFIX, Store, private_folder
 from evoprune_serve.uploads import Uploads
 from tests.plugins.serve.serving import SAMPLES, url_of
@@ -143,6 +146,25 @@ def test_addresses_that_cannot_be_read(store, uploads, url):
     assert refused(sources(store, uploads), url)
 
 
+def test_base64_is_read_as_browsers_read_it():
+    """In lines, escaped, and without padding; but for wrong characters."""
+    content = bytes(range(256)) + b"a"
+    text = base64.b64encode(content).decode()
+    for form in (
+        text,
+        base64.encodebytes(content).decode(),
+        quote(text, safe=""),
+        quote(text),
+        text.rstrip("="),
+        f" {text}\r\n",
+    ):
+        assert decoded(f"data:video/mp4;base64,{form}") == content
+    assert decoded(f"data:;codecs=a; BASE64,{text}") == content
+    for wrong in (text[:-4] + "a", text + "-", "%zz" + text):
+        with pytest.raises(ApiError, match="not base64"):
+            decoded(f"data:;base64,{wrong}")
+
+
 def test_base64_without_its_head_is_no_address(store, uploads):
     with pytest.raises(ApiError, match="is not one of data:"):
         sources(store, uploads).fetch([Address("AAAA" * 9000)])
@@ -157,13 +179,74 @@ def test_files_are_read_below_the_folders_that_are_allowed_alone(store, uploads,
     os.mkfifo(inside / "pipe")
     made = sources(store, uploads, folders=[inside])
     fetched = made.fetch([Address(f"file://{inside}/a%20b.mp4")])
-    assert fetched.inputs() == [str(inside / "a b.mp4")]
+    (path,) = fetched.inputs()
+    assert Path(path).read_bytes() == b"x" and fetched.paths == {path: f"file://{inside}/a%20b.mp4"}
+    (inside / "inner").symlink_to(inside / "a b.mp4")
+    assert made.fetch([Address(f"file://{inside}/inner")]).identity == fetched.identity
+    fetched.close()
     for wrong in (
         f"{inside}/../secret", f"{inside}/%2e%2e/secret", f"{inside}/link", f"{inside}/pipe", f"{inside}", f"{inside}/none",
         "/etc/passwd", f"{inside}/a%00b", "", "/" + "x" * 5000, "//etc/passwd", f"other.host{inside}/a%20b.mp4",
     ):  # fmt: skip
         assert "not a file below" in refused(made, f"file://{wrong}")
     assert "not a file below" in refused(sources(store, uploads), f"file://{inside}/a%20b.mp4")
+
+
+def test_a_file_that_is_replaced_by_a_link_is_not_followed(store, uploads, tmp_path, monkeypatch):
+    """Neither between the check of its path and its opening, nor after it; nor is a folder on the way."""
+    inside = tmp_path / "inside"
+    (inside / "folder").mkdir(parents=True)
+    for folder in (inside / "folder", tmp_path):
+        (folder / "a.mp4").write_bytes(folder.name.encode())
+    made = sources(store, uploads, folders=[inside])
+    url = f"file://{inside}/folder/a.mp4"
+    fetched = made.fetch([Address(url)])
+    frames = made.fetch([FrameList((Address(url),), 1.0, None)])
+    resolve = Path.resolve
+
+    def resolved(self, *given):
+        real = resolve(self, *given)
+        swap()
+        return real
+
+    def swap_file():
+        (inside / "folder" / "a.mp4").unlink()
+        (inside / "folder" / "a.mp4").symlink_to(tmp_path / "a.mp4")
+
+    def swap_folder():
+        (inside / "folder").rename(tmp_path / "away")
+        (inside / "folder").symlink_to(tmp_path)
+
+    monkeypatch.setattr(Path, "resolve", resolved)
+    for swap in (swap_file, swap_folder):
+        with pytest.raises(ApiError, match="not a file below") as caught:
+            made.fetch([Address(url)])
+        assert (caught.value.status, caught.value.code) == (404, "not_found")
+        monkeypatch.undo()
+        if swap is swap_file:
+            (inside / "folder" / "a.mp4").unlink()
+            (inside / "folder" / "a.mp4").write_bytes(b"again")
+        monkeypatch.setattr(Path, "resolve", resolved)
+    for each in (*fetched.inputs(), *(file.path for file in frames._inputs[0].files)):
+        assert Path(each).read_bytes() == b"folder"
+    files = len(os.listdir("/proc/self/fd"))
+    fetched.close()
+    frames.close()
+    assert len(os.listdir("/proc/self/fd")) == files - 1 and not list((tmp_path / "store").glob("open-*"))
+
+
+def test_too_many_open_files_are_429(store, uploads, tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"x")
+    made = sources(store, uploads, folders=[tmp_path])
+
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(os, "open", fail)
+    monkeypatch.setattr(os, "supports_dir_fd", {fail})
+    with pytest.raises(ApiError) as caught:
+        made.fetch([Address(f"file://{tmp_path}/a")])
+    assert caught.value.status == 429
 
 
 class _Web(BaseHTTPRequestHandler):
