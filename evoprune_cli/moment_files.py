@@ -74,7 +74,7 @@ class MomentFiles:
         if self.chapters is not None:
             from evoprune.moments.subtitles import chapters
 
-            write_bytes(self.chapters, chapters(moments).encode())
+            write_bytes(self.chapters, chapters(moments, search.duration_s).encode())
         if self.contact_sheet is not None:
             from evoprune.bench.overlay import png
             from evoprune.bench.sheet import MADE_BY, contact_sheet
