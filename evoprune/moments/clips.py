@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 from evoprune.errors import UsageError
 from evoprune.util import is_url, long_clock
-from evoprune.video.info import CLIP_ENDINGS, Video
+from evoprune.video.info import CLIP_ENDINGS, PICTURE, Video
+from evoprune.video.plan import duration_of, span_of
 from evoprune.video.sandbox.isolation import HINT, Crash, stream_clip
 
 UNFINISHED = ".part"  # how the name of a clip ends while it is written, behind eight hexadecimal digits
@@ -43,7 +44,7 @@ def cut_clip(
 
     Args:
         info: of `probe`, of a video file.
-        start_s, end_s: seconds from the first frame.
+        start_s, end_s: seconds from the first frame. An end after the video's is the video's end.
         folder: where the clip goes. It is made, with its parents, unless it is there.
         exact: begin and end at these times: the frames are re-encoded, upright and in SDR, as a model sees them; as H.264, or as
             MPEG-4 where PyAV has no encoder of that.
@@ -51,9 +52,15 @@ def cut_clip(
         named_after: a path or address in place of the video's, for the name.
 
     Raises:
-        UsageError: the clip cannot be written.
-        VideoError: a picture or a folder; packets that cannot be copied; or as `isolation.run_task`.
+        UsageError: the start is below 0 or not before the end, or the clip cannot be written.
+        VideoError: a picture or a folder; a start after the video's end; packets that cannot be copied; or as
+            `isolation.run_task`.
     """
+    if not 0 <= start_s < end_s:
+        hint = "begin at 0 s, the first frame, or later, and end after that"
+        raise UsageError(f"a clip cannot go from {start_s:g} s to {end_s:g} s", hint)
+    if info.kind != PICTURE:  # which has no length, and is refused by the reader
+        start_s, end_s = span_of(duration_of(info), start_s, end_s)
     how = {"start_s": start_s, "end_s": end_s, "exact": exact, "title": title}
     name = clip_name(named_after or info.path, start_s)
     try:

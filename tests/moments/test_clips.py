@@ -88,6 +88,29 @@ def test_exact_times(film, tmp_path):
     assert sound and set(sound.values()) <= set(packets(film.path, "audio").values())
 
 
+def test_an_end_after_the_videos_is_the_videos(film, tmp_path):
+    clip = cut_clip(film, 5.5, 60.0, str(tmp_path), exact=True)
+    assert probe(clip.path).duration_s == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("start_s", "end_s", "problem"),
+    [
+        (-1.0, 2.0, "cannot go from -1 s to 2 s"),
+        (0.0, -2.0, "cannot go from 0 s to -2 s"),
+        (float("nan"), 2.0, "cannot go from nan s"),
+        (0.0, float("nan"), "to nan s"),
+        (2.0, 2.0, "cannot go from 2 s to 2 s"),
+        (7.0, 8.0, "start 7 s lies beyond the video, which is 6 s long"),
+    ],
+)
+@pytest.mark.parametrize("exact", [False, True])
+def test_times_outside_the_video_are_refused(start_s, end_s, problem, exact, film, tmp_path):
+    with pytest.raises((UsageError, VideoError), match=problem) as caught:
+        cut_clip(film, start_s, end_s, str(tmp_path), exact=exact)
+    assert caught.value.hint and os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.few(8)
 @pytest.mark.parametrize("name", KINDS)
