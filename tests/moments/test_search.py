@@ -217,9 +217,10 @@ def searched(demo, monkeypatch, tmp_path):
 
     def run(spans, **options):
         monkeypatch.setattr(Search, "_open", lambda self, part, seek: Known(part))
-        odds = lambda part: (
-            6.0 if any(part.start_s < end_s and part.end_s > start_s for start_s, end_s in spans) else -6.0
-        )  # noqa: E731
+
+        def odds(part):
+            return 6.0 if any(part.start_s < end_s and part.end_s > start_s for start_s, end_s in spans) else -6.0
+
         monkeypatch.setattr(Search, "_ask", lambda self, opened, queries: dict.fromkeys(queries, odds(opened.part)))
         with Search(demo.session, str(path), ["a red ring"], FindOptions(**options), SamplingOptions()) as search:
             search.run()
