@@ -27,7 +27,7 @@ from evoprune.moments.segments import (
     probability,
     runs,
 )
-from evoprune.report import VideoFacts, warned
+from evoprune.report import ABOUT_SOUND, VideoFacts, warned
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import ContentHash, SegmentCache
 from evoprune.session.encoding import CachedInput, OpenInput
@@ -490,6 +490,8 @@ class Search:
         texts = [text for query in queries for text, _ in self._questions[query]]
         if "demo_model" not in self.warnings and not all(map(loaded.knows_words, texts)):
             self.warnings.setdefault("demo_question", encoded.report.video)
+        if encoded.ignores_sound and any(map(ABOUT_SOUND.search, texts)):
+            self.warnings.setdefault("sound_ignored", encoded.report.video)
         if loaded.tokenizer.always_thinks:
             self.warnings.setdefault("always_thinks", encoded.report.video)
 
