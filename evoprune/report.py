@@ -67,6 +67,8 @@ WARNINGS = {
     "clock_gap": "the clock of {video} jumps ahead by {gap}: what follows is read as if it came at once. If it is a gap, times "
     "behind it are too early by so much",
     "cut_off": "{video} was cut off while it was written; everything before {ends} is read",
+    "sound_ignored": "the sound of {video} is not read, so an answer about it comes from the pictures alone; --subtitles (in "
+    "Python subtitles) reads a file that says what is spoken",
     "limited": "fewer or smaller frames were looked at than --fps or --frames ask for; --max-frames and --max-visual-tokens "
     "set the limits",
     "answer_cut": "the answer may be incomplete: -n (max_new_tokens) allows no more tokens",
@@ -85,7 +87,13 @@ WARNINGS = {
     "demo_overlay": f"{KNOWN}; what the model merges and selects in {{video}} "
     "says little. For a real model: --model=Qwen/Qwen2.5-VL-3B-Instruct",
 }
-NOTES = ("hdr_video",)  # warnings that leave nothing to do
+NOTES = ("hdr_video", "sound_ignored")  # warnings that leave nothing to do, or only perhaps
+# Words that a question about sound has, in English.
+ABOUT_SOUND = re.compile(
+    r"\b(say(s|ing)?|said|speak(s|ing|er|ers)?|spoken?|speech|talk(s|ed|ing)?|voices?|hear(s|d|ing)?|listen(s|ed|ing)?|sounds?"
+    r"|sing(s|ing|er)?|sang|songs?|music|audio|nois(e|es|y)|loud(ly|er)?)\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass

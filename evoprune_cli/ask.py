@@ -436,6 +436,9 @@ class Conversation:
         self._inputs, self._generation, self._encode_full = inputs, generation, encode_full
         _print_warnings(inputs.report)
         self._warned = set(inputs.report.warnings)
+        if self._verbose and not self._quiet and inputs.ignores_sound:
+            print_warning("sound_ignored", inputs.report.video)
+            self._warned.add("sound_ignored")
 
     def answer(self, question: str, typed: bool = False, identity: str | None = None) -> None:
         """Asks, and prints the answer. `typed`: the question stands on the terminal already. `identity`: of its record."""

@@ -282,18 +282,28 @@ def _deliver(search: "Search", name: str, several: bool, found: list[dict[str, A
         if shown and found is None:
             lines = [f"{name}: {query}", *map(line, shown)]
             print_text("".join(printable(each, stdout()) + "\n" for each in lines))
+        if shown and not quiet and (left_out := more(search, query)):
+            tell(f"{name}: {left_out}")
         elif not shown and search.asked > search.unread and not quiet:
             score, best_s = search.best(query)
             tell(f"{name}: nothing shows {query!r}; the best is {score:.2f} at {clock(best_s)} (--min-score)")
 
 
+def more(search: "Search", query: str) -> str:
+    """Say how many moments of a query `--top` leaves out; empty if none."""
+    count = search.more(query)
+    verb = "shows" if count == 1 else "show"
+    return f"about {count:,} more {verb} {query!r} (--top)" if count else ""
+
+
 def records(search: "Search", name: str, clips: Sequence[str]) -> list[dict[str, Any]]:
     """Return the moments as `--json` prints them. `clips`: the file of each, where they were cut."""
     moments = search.moments()
-    return [_record(moment, name, clip) for moment, clip in zip_longest(moments, clips)]
+    more = {query: search.more(query) for query in search.queries}
+    return [_record(moment, name, clip, more[moment.query]) for moment, clip in zip_longest(moments, clips)]
 
 
-def _record(moment: "Moment", name: str, clip: str | None) -> dict[str, Any]:
+def _record(moment: "Moment", name: str, clip: str | None, more: int) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "video": name,
@@ -303,6 +313,7 @@ def _record(moment: "Moment", name: str, clip: str | None) -> dict[str, Any]:
         "best_s": round(moment.best_s, 3),
         "score": round(moment.score, 6),
         "clip": clip,
+        "more": more,
         "error": None,
     }
 

@@ -67,6 +67,8 @@ class MomentFiles:
         moments = search.moments()
         if not moments:
             return []
+        left_out = sum(map(search.more, search.queries))
+        note = f"about {left_out:,} more left out by --top" if left_out else ""
         if self.srt is not None:
             from evoprune.moments.subtitles import srt
 
@@ -74,12 +76,18 @@ class MomentFiles:
         if self.chapters is not None:
             from evoprune.moments.subtitles import chapters
 
-            write_bytes(self.chapters, chapters(moments).encode())
+            text = chapters(moments, search.duration_s)
+            if note:
+                text += f"; {note}\n"  # a comment
+            write_bytes(self.chapters, text.encode())
         if self.contact_sheet is not None:
             from evoprune.bench.overlay import png
             from evoprune.bench.sheet import MADE_BY, contact_sheet
 
-            write_bytes(self.contact_sheet, png(contact_sheet(search.info, moments, os.path.basename(name)), MADE_BY))
+            title = os.path.basename(name)
+            if note:
+                title += f" ({note})"
+            write_bytes(self.contact_sheet, png(contact_sheet(search.info, moments, title), MADE_BY))
         return [] if self.clips is None else self._cut(search, name, quiet)
 
     def _cut(self, search: "Search", name: str, quiet: bool) -> list[str]:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from itertools import count
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from evoprune.errors import UsageError
+from evoprune.errors import EvopruneWarning, UsageError
 from evoprune.util import is_url, long_clock
-from evoprune.video.info import CLIP_ENDINGS, Video
+from evoprune.video.info import CLIP_ENDINGS, PICTURE, Video
+from evoprune.video.plan import duration_of, span_of
 from evoprune.video.sandbox.isolation import HINT, Crash, stream_clip
 
 UNFINISHED = ".part"  # how the name of a clip ends while it is written, behind eight hexadecimal digits
+WITHOUT_SOUND = "the file was joined of several, or FFmpeg has no decoder for the sound"
 LONGEST_STEM = 50  # characters of a video's name in a clip's, of up to four bytes each
 
 
@@ -38,22 +41,29 @@ def cut_clip(
 ) -> Clip:
     """Write a part of a video into a file of its own, such as film-00-01-02.500.mp4, completely or not at all.
 
-    Packets are copied as they are, from the last keyframe on that is shown at `start_s` or before. So is the sound. The file is an
-    MP4, or a Matroska file where players do not expect the codecs in an MP4. If there is a file of its name, -2 or more is added.
+    Packets are copied as they are, from the last keyframe on that is shown at `start_s` or before. So is the sound, unless the file
+    format cannot hold it: then it becomes AAC. The file is an MP4, or a Matroska file where players do not expect the codecs in an
+    MP4. If there is a file of its name, -2 or more is added. An `EvopruneWarning` says that a clip loses its sound.
 
     Args:
         info: of `probe`, of a video file.
-        start_s, end_s: seconds from the first frame.
+        start_s, end_s: seconds from the first frame. An end after the video's is the video's end.
         folder: where the clip goes. It is made, with its parents, unless it is there.
         exact: begin and end at these times: the frames are re-encoded, upright and in SDR, as a model sees them; as H.264, or as
-            MPEG-4 where PyAV has no encoder of that.
+            MPEG-4 where PyAV has no encoder of that. The file is an MP4; sound that players do not expect there becomes AAC.
         title: kept in the file.
         named_after: a path or address in place of the video's, for the name.
 
     Raises:
-        UsageError: the clip cannot be written.
-        VideoError: a picture or a folder; packets that cannot be copied; or as `isolation.run_task`.
+        UsageError: the start is below 0 or not before the end, or the clip cannot be written.
+        VideoError: a picture or a folder; a start after the video's end; packets that cannot be copied; or as
+            `isolation.run_task`.
     """
+    if not 0 <= start_s < end_s:
+        hint = "begin at 0 s, the first frame, or later, and end after that"
+        raise UsageError(f"a clip cannot go from {start_s:g} s to {end_s:g} s", hint)
+    if info.kind != PICTURE:  # which has no length, and is refused by the reader
+        start_s, end_s = span_of(duration_of(info), start_s, end_s)
     how = {"start_s": start_s, "end_s": end_s, "exact": exact, "title": title}
     name = clip_name(named_after or info.path, start_s)
     try:
@@ -64,6 +74,10 @@ def cut_clip(
                 file.seek(0)
                 file.truncate()
                 facts = _write(info, how, file)
+            if facts["loses_sound"]:
+                warnings.warn(
+                    f"{info.path}: its sound is left out of clips ({WITHOUT_SOUND})", EvopruneWarning, stacklevel=2
+                )
             file.close()
             return Clip(_placed(file.name, folder, name, facts["ending"]), facts["start_s"])
     except OSError as problem:

@@ -27,7 +27,7 @@ from evoprune.moments.segments import (
     probability,
     runs,
 )
-from evoprune.report import VideoFacts, warned
+from evoprune.report import ABOUT_SOUND, VideoFacts, warned
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import ContentHash, SegmentCache
 from evoprune.session.encoding import CachedInput, OpenInput
@@ -53,7 +53,8 @@ PIECE_FRAMES = 4  # of the pieces whose scores tell where a moment begins and en
 PIECES = 4  # of a segment, and of a piece whose frames are further apart than the model's
 # A border lies so many lengths of a piece inside of where the pieces that show it end: the last of them has some frames of it.
 REACH = 0.2
-CANDIDATES = 2  # for each moment that is wanted so many runs of segments are looked at in pieces, at most
+CANDIDATES = 2  # for each moment that is wanted so many runs of segments are looked at in pieces first
+APART_S = SEGMENT_S  # a thing that is away for at least this long and comes back makes two moments
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,10 @@ class Search:
             tuple[str, float, float], float
         ] = {}  # log odds of a query in a piece: its middle, its length
         self._scored: dict[tuple[str, Run], Moment] = {}  # by pieces too; of some the score is too low after all
-        self._bordered: dict[tuple[str, Run], Moment] = {}
+        self._bordered: dict[tuple[str, Run], list[Moment]] = {}  # several if the thing goes away and comes back
+        self._scored_runs = dict.fromkeys(
+            self._questions, CANDIDATES * options.top
+        )  # how many runs are scored, at most
         self._complete: set[str] = set()  # queries whose best moments have borders
         self.asked = 0
 
@@ -174,27 +178,42 @@ class Search:
                     progress("segment", self.asked, len(self.segments))
         if problem and self.unread == len(self.segments):
             raise problem
-        self._score_candidates(progress)
+        self._score_candidates(self.queries, progress)
         for query in self.queries:
-            self._find_borders(query, progress)
+            while not self._find_borders(query, progress) and self._scored_runs[query] < len(self._runs(query)):
+                self._scored_runs[query] *= 2
+                self._score_candidates([query], progress)
+            self._complete.add(query)
 
     def moments(self) -> list[Moment]:
         """Return what was found so far: for each query, in the order given, the best first.
 
         A moment whose pieces were not looked at has the borders and the score of its segments.
         """
-        found = []
-        for query in self.queries:
-            least = probability(self._least(query))
-            each = []
-            for run in self._candidates(query):
-                if moment := self._bordered.get((query, run)):
-                    each.append(moment)
-                elif query not in self._complete:
-                    each.append(self._scored.get((query, run)) or self._coarse(query, run))
-            each = joined([moment for moment in each if moment.score >= least])
-            found += sorted(each, key=lambda moment: -moment.score)[: self._options.top]
-        return found
+        return [moment for query in self.queries for moment in self._shown(query)]
+
+    def more(self, query: str) -> int:
+        """Return about how many further moments of a query there are that `top` leaves out.
+
+        Those whose borders were not looked for may turn out to be none, or several.
+        """
+        every = self._moments(query, self._runs(query))
+        return max(0, len(every) - len(self._shown(query)))
+
+    def _shown(self, query: str) -> list[Moment]:
+        """Return the moments of a query that `top` does not leave out, the best first."""
+        candidates = self._candidates(query)
+        if query in self._complete:
+            candidates = [run for run in candidates if (query, run) in self._bordered]
+        return sorted(self._moments(query, candidates), key=lambda moment: -moment.score)[: self._options.top]
+
+    def _moments(self, query: str, among: Sequence[Run]) -> list[Moment]:
+        """Return the moments in runs, by the best that is known of each run: borders, pieces, or its segments."""
+        found: list[Moment] = []
+        for run in among:
+            found += self._bordered.get((query, run)) or [self._scored.get((query, run)) or self._coarse(query, run)]
+        least = probability(self._least(query))
+        return joined([moment for moment in found if moment.score >= least])
 
     def best(self, query: str) -> tuple[float, float]:
         """Return the best score of a query, and the time where it is best. At least one segment was asked."""
@@ -213,8 +232,10 @@ class Search:
 
     def _candidates(self, query: str) -> list[Run]:
         """Return the runs that are looked at in pieces, the best first."""
-        found = runs(self._scores[query], self._least(query) - MARGIN)
-        return found[: CANDIDATES * self._options.top]
+        return self._runs(query)[: self._scored_runs[query]]
+
+    def _runs(self, query: str) -> list[Run]:
+        return runs(self._scores[query], self._least(query) - MARGIN)
 
     def _coarse(self, query: str, run: Run) -> Moment:
         best = self.segments[run.best]
@@ -242,12 +263,13 @@ class Search:
         step_s = self._segment_s / count
         return [segment.start_s + (n + 0.5) * step_s for n in range(count)]
 
-    def _score_candidates(self, progress: Progress | None) -> None:
+    def _score_candidates(self, queries: Sequence[str], progress: Progress | None) -> None:
         """Scores moments by pieces too, short parts that are read densely.
 
         Their log odds are the mean of those of their best segment and of the best piece of that.
         """
-        wanted = [(query, run) for query in self.queries for run in self._candidates(query)]
+        wanted = [(query, run) for query in queries for run in self._candidates(query)]
+        wanted = [each for each in wanted if each not in self._scored]
         pieces = [(query, middle_s) for query, run in wanted for middle_s in self._middles(run.best)]
         parts = [self._piece(middle_s, self._piece_s) for _, middle_s in pieces]
         with closing(self._opened(parts, self._sampling.seek)) as every:
@@ -264,26 +286,28 @@ class Search:
                 moment = replace(moment, score=probability(odds), best_s=best_s)
             self._scored[query, run] = moment
 
-    def _find_borders(self, query: str, progress: Progress | None) -> None:
-        """Finds the borders of the best moments of a query, as many as are wanted."""
+    def _find_borders(self, query: str, progress: Progress | None) -> bool:
+        """Find the borders of the best moments of a query; return False if there are fewer than are wanted."""
         least = probability(self._least(query))
         scored = [(run, self._scored[query, run]) for run in self._candidates(query)]
         scored = [(run, moment) for run, moment in scored if moment.score >= least]
         scored.sort(key=lambda each: -each[1].score)
         found: list[Moment] = []
         for run, moment in scored:
-            if len(joined(found)) == self._options.top:
+            if len(joined(found)) >= self._options.top:
                 break
-            self._bordered[query, run] = self._with_borders(query, run, moment)
-            found.append(self._bordered[query, run])
+            if (query, run) not in self._bordered:
+                self._bordered[query, run] = self._with_borders(query, run, moment)
+            found += self._bordered[query, run]
             if progress:
                 progress("moment", len(found), max(len(found), min(len(scored), self._options.top)))
-        self._complete.add(query)
+        return len(joined(found)) >= self._options.top
 
-    def _with_borders(self, query: str, run: Run, moment: Moment) -> Moment:
-        """Return a moment with borders by the scores of pieces. Where no piece shows it, those of its segments stay.
+    def _with_borders(self, query: str, run: Run, moment: Moment) -> list[Moment]:
+        """Return a moment with borders by the scores of pieces. If no piece shows it, the borders of its segments stay.
 
-        Pieces of long segments are long, and borders are then found again by shorter ones.
+        If pieces do not show it for `APART_S` in between, there is a moment before and another one after. Pieces of long segments
+        are long, and borders are then found again by shorter ones.
         """
         shown_from = self._least(query) - MARGIN
         begin_s = self.segments[0].start_s
@@ -315,19 +339,74 @@ class Search:
         places = range(run.first, run.last + 1)
         first = next((each for place in places for each in self._middles(place) if shown(each)), None)
         if first is None:
-            return moment
+            return [moment]
         last = next(each for place in reversed(places) for each in reversed(self._middles(place)) if shown(each))
-        start_s = edge(first, -length_s, max(begin_s, moment.start_s - self._segment_s))
-        end_s = edge(last, length_s, min(stop_s, moment.end_s + self._segment_s))
+        borders = [edge(first, -length_s, max(begin_s, moment.start_s - self._segment_s))]
+        for end_s, start_s in self._gaps(first, last, length_s, shown, between):
+            borders += [end_s, start_s]
+        borders.append(edge(last, length_s, min(stop_s, moment.end_s + self._segment_s)))
+        moments = [replace(moment, start_s=borders[0], end_s=borders[1])]
+        if len(borders) > 2:
+            moments = [self._part(query, *span) for span in zip(borders[::2], borders[1::2], strict=True)]
         while length_s > self._shortest_s:
             reach_s = length_s / 2
             length_s = max(self._shortest_s, length_s / PIECES)
-            start_s = closer(start_s, -reach_s)
-            end_s = closer(end_s, reach_s)
+            moments = [
+                replace(each, start_s=closer(each.start_s, -reach_s), end_s=closer(each.end_s, reach_s))
+                for each in moments
+            ]
+        return [self._lasting(each) for each in moments]
+
+    def _gaps(
+        self,
+        first_s: float,
+        last_s: float,
+        length_s: float,
+        shown: Callable[[float], bool],
+        between: Callable[[float, float], float],
+    ) -> Iterator[tuple[float, float]]:
+        """Yield when a thing goes away and comes back, at least `APART_S` later, between two pieces that show it.
+
+        `between` finds a border between a time that does not show it and one that does.
+        """
+        if last_s - first_s < APART_S:
+            return
+        steps = math.ceil((last_s - first_s) / max(length_s, APART_S / 2))
+        before_s = first_s  # the latest piece that shows it
+        away: list[float] = []  # the pieces after it, which do not
+        for number in range(1, steps + 1):
+            time_s = first_s + (last_s - first_s) * number / steps
+            if number < steps and not shown(time_s):
+                away.append(time_s)
+                continue
+            if away:
+                end_s, start_s = between(away[0], before_s), between(away[-1], time_s)
+                if start_s - end_s >= APART_S:
+                    yield end_s, start_s
+            before_s = time_s
+            away = []
+
+    def _part(self, query: str, start_s: float, end_s: float) -> Moment:
+        """Return a moment between two times; its score is that of its best segment and its best piece."""
+        reach_s = REACH * self._piece_s
+        pieces = {
+            middle_s: odds
+            for (asked, middle_s, length_s), odds in self._pieces.items()
+            if asked == query and length_s == self._piece_s and start_s - reach_s <= middle_s <= end_s + reach_s
+        }
+        best_s = max(pieces, key=lambda middle_s: pieces[middle_s])
+        asked = zip(self.segments, self._scores[query], strict=True)
+        of_segment = max(odds for each, odds in asked if each.start_s < end_s and each.end_s > start_s)
+        score = probability((of_segment + pieces[best_s]) / 2)
+        return Moment(query, start_s, end_s, score, best_s)
+
+    def _lasting(self, moment: Moment) -> Moment:
+        """Return a moment that lasts as long as a frame, at least, and has its best time inside."""
+        start_s, end_s = moment.start_s, moment.end_s
         if start_s >= end_s:  # shorter than its frames are apart
             middle_s = (start_s + end_s) / 2
-            start_s = max(begin_s, middle_s - 0.5 / self._fps)
-            end_s = min(stop_s, middle_s + 0.5 / self._fps)
+            start_s = max(self.segments[0].start_s, middle_s - 0.5 / self._fps)
+            end_s = min(self.segments[-1].end_s, middle_s + 0.5 / self._fps)
         return replace(moment, start_s=start_s, end_s=end_s, best_s=min(max(moment.best_s, start_s), end_s))
 
     def _piece(self, middle_s: float, length_s: float) -> Segment:
@@ -411,6 +490,8 @@ class Search:
         texts = [text for query in queries for text, _ in self._questions[query]]
         if "demo_model" not in self.warnings and not all(map(loaded.knows_words, texts)):
             self.warnings.setdefault("demo_question", encoded.report.video)
+        if encoded.ignores_sound and any(map(ABOUT_SOUND.search, texts)):
+            self.warnings.setdefault("sound_ignored", encoded.report.video)
         if loaded.tokenizer.always_thinks:
             self.warnings.setdefault("always_thinks", encoded.report.video)
 

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterable
+from itertools import chain, pairwise
 from operator import attrgetter
 
 from evoprune.moments.search import Moment
 from evoprune.util import long_clock
 
 SPECIAL = re.compile(r"[=;#\\\n]")  # characters that mean something in FFmpeg's metadata
+NO_MOMENT = "-"  # title of the chapters between moments
 
 
 def srt(moments: Iterable[Moment]) -> str:
@@ -19,13 +21,25 @@ def srt(moments: Iterable[Moment]) -> str:
     return "\n".join(blocks)
 
 
-def chapters(moments: Iterable[Moment]) -> str:
-    """Return FFmpeg's metadata with a chapter for each moment, whose title is the query."""
+def chapters(moments: Iterable[Moment], duration_s: float | None = None) -> str:
+    """Return FFmpeg's metadata with chapters that follow one another without gaps, as an MP4 needs them.
+
+    A chapter's title is the query of the moment that it shows, or several queries joined by " + " where moments overlap. Chapters
+    between moments have the title `NO_MOMENT`. Without moments there are no chapters.
+
+    Args:
+        duration_s: length of the video in seconds; None if the last moment is where chapters end.
+    """
+    spans = [(round(1000 * each.start_s), round(1000 * each.end_s), each.query) for each in _in_order(moments)]
     lines = [";FFMETADATA1"]
-    for moment in _in_order(moments):
-        title = SPECIAL.sub(r"\\\g<0>", moment.query)
-        lines += ["[CHAPTER]", "TIMEBASE=1/1000", f"START={round(1000 * moment.start_s)}"]
-        lines += [f"END={round(1000 * moment.end_s)}", f"title={title}"]
+    if spans:
+        borders = {0, *chain.from_iterable(span[:2] for span in spans)}
+        if duration_s is not None:
+            borders.add(max(*borders, round(1000 * duration_s)))
+        for start, end in pairwise(sorted(borders)):
+            shown = dict.fromkeys(query for first, stop, query in spans if first <= start < stop)
+            title = SPECIAL.sub(r"\\\g<0>", " + ".join(shown) or NO_MOMENT)
+            lines += ["[CHAPTER]", "TIMEBASE=1/1000", f"START={start}", f"END={end}", f"title={title}"]
     return "\n".join(lines) + "\n"
 
 

@@ -43,7 +43,7 @@ from evoprune.language.schema import SchemaOfClass, checked_value, instance_of
 from evoprune.language.settings import OF_ROWS
 from evoprune.language.turns import Turn, messages_of, turns_of
 from evoprune.model.cost import Clock
-from evoprune.report import OF_INPUTS, Report, TokenCounts
+from evoprune.report import ABOUT_SOUND, OF_INPUTS, Report, TokenCounts
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.options import GenerationOptions
 from evoprune.session.prompting import check_not_empty, fitting_prompt, positions_of
@@ -219,6 +219,11 @@ class Askable(ABC, Uncopied):
         self._turn = 0
         self._paid = False
 
+    @property
+    def ignores_sound(self) -> bool:
+        """True if a video has sound, and no subtitles were read in its place."""
+        return False
+
     @abstractmethod
     def _blank_report(self) -> Report:
         """Return the report of an answer before its question is read, of its own."""
@@ -333,6 +338,8 @@ class Askable(ABC, Uncopied):
             report.logprobs = []
         if "demo_model" not in report.warnings and not self._session.loaded.knows_words(question):
             report.warnings.append("demo_question")
+        if self.ignores_sound and ABOUT_SOUND.search(question):
+            report.warnings.append("sound_ignored")
         if not options.thinking and self._session.loaded.tokenizer.always_thinks:
             report.warnings.append("always_thinks")
         return report
@@ -638,6 +645,10 @@ class EncodedInputs(Askable):
     @property
     def plan(self) -> Plan:
         return self.plans[0]
+
+    @property
+    def ignores_sound(self) -> bool:
+        return any(plan.info.has_sound and not plan.subtitles.lines for plan in self.plans)
 
     def read_along(
         self, question: str, ids: Sequence[int], system: str | None = None, think: str = "off"

@@ -76,6 +76,7 @@ class Video:
     interlaced: bool = False
     pixel_aspect: float | None = None  # width by height of the stored pixels, where they are not square
     other_tracks: int = 0  # of moving pictures, which are not read
+    has_sound: bool = False  # whether there is a track of sound, which is not read
 
     @property
     def warnings(self) -> list[str]:

@@ -28,7 +28,7 @@ from evoprune_cli.ask import split_words
 from evoprune_cli.terminal import stdout
 from tests.cli.screen import visible
 from tests.loading import edit
-from tests.video.files import write_said, write_video
+from tests.video.files import numbered_frames, write_said, write_video
 from tests.video.subtitled import SRT, pictures
 
 CLIP, QUESTION, ANSWER = "samples/square.mp4", "What colour is the square?", "green"
@@ -652,3 +652,32 @@ def test_peak_is_flat_from_a_minute_to_two_hours(tmp_path):
 def test_errors_name_options_as_they_are_typed(cli, words, said):
     refused = cli("ask", CLIP, "Why?", *words)
     assert refused.code == 2 and f"error: {said}\n" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("question", "words", "noted"),
+    [
+        ("Who speaks?", (), True),
+        ("Is there MUSIC?", ("--json",), True),
+        ("What is the single colour?", (), False),
+        ("What colour is the square?", ("-v",), True),
+        ("What colour is the square?", ("-v", "-q"), False),
+    ],
+)
+def test_a_note_says_that_sound_is_ignored(cli, tmp_path, question, words, noted):
+    """If the question is about it, or everything is to be said."""
+    path = write_video(tmp_path / "sound.mp4", numbered_frames(10), audio_s=1.0)
+    result = cli("ask", str(path), question, "-n", "1", *words)
+    assert result.code == 0 and ("note: the sound of sound.mp4 is not read" in " ".join(result.err.split())) == noted
+    if "--json" in words:
+        assert "sound_ignored" in result.record["warnings"]
+
+
+def test_of_a_silent_video_or_one_with_subtitles_no_note_is_about_sound(cli, tmp_path):
+    path = write_video(tmp_path / "sound.mp4", numbered_frames(10), audio_s=1.0)
+    (tmp_path / "said.srt").write_text("1\n00:00:00,000 --> 00:00:01,000\nHello\n")
+    silent = write_video(tmp_path / "silent.mp4", numbered_frames(10))
+    for words in ((str(path), "--subtitles", str(tmp_path / "said.srt")), (str(silent),)):
+        assert "is not read" not in cli("ask", *words, "Who speaks?", "-n", "1").err
+    found = " ".join(cli("find", str(path), "someone talking", "-q").err.split())
+    assert "note: the sound of sound.mp4 is not read" in found

@@ -28,6 +28,15 @@ def test_json_has_a_line_a_moment(cli):
     assert all(0 <= each["start_s"] <= each["best_s"] <= each["end_s"] for each in records)
 
 
+def test_what_top_leaves_out_is_counted(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(Search, "more", lambda self, query: 8)
+    chapters = tmp_path / "a.txt"
+    result = cli("find", SQUARE, GREEN, "--chapters", str(chapters))
+    assert f"{SQUARE}: about 8 more show 'a green square' (--top)" in result.err
+    assert chapters.read_text().endswith("\n; about 8 more left out by --top\n")
+    assert json.loads(cli("find", SQUARE, GREEN, "--json", "-q").out)["more"] == 8
+
+
 def test_nothing_found_is_no_error(cli):
     result = cli("find", SQUARE, "a purple cross")
     assert (result.code, result.out) == (0, "")

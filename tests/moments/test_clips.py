@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from evoprune.errors import UsageError, VideoError
+from evoprune.errors import EvopruneWarning, UsageError, VideoError
 from evoprune.moments import clips
 from evoprune.moments.clips import clip_name, cut_clip
 from evoprune.video.frames import probe, read_frames
@@ -86,6 +86,95 @@ def test_exact_times(film, tmp_path):
     assert numbers(info, times) == list(range(23, 41))
     sound = packets(clip.path, "audio")
     assert sound and set(sound.values()) <= set(packets(film.path, "audio").values())
+
+
+def test_an_end_after_the_videos_is_the_videos(film, tmp_path):
+    clip = cut_clip(film, 5.5, 60.0, str(tmp_path), exact=True)
+    assert probe(clip.path).duration_s == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("start_s", "end_s", "problem"),
+    [
+        (-1.0, 2.0, "cannot go from -1 s to 2 s"),
+        (0.0, -2.0, "cannot go from 0 s to -2 s"),
+        (float("nan"), 2.0, "cannot go from nan s"),
+        (0.0, float("nan"), "to nan s"),
+        (2.0, 2.0, "cannot go from 2 s to 2 s"),
+        (7.0, 8.0, "start 7 s lies beyond the video, which is 6 s long"),
+    ],
+)
+@pytest.mark.parametrize("exact", [False, True])
+def test_times_outside_the_video_are_refused(start_s, end_s, problem, exact, film, tmp_path):
+    with pytest.raises((UsageError, VideoError), match=problem) as caught:
+        cut_clip(film, start_s, end_s, str(tmp_path), exact=exact)
+    assert caught.value.hint and os.listdir(tmp_path) == []
+
+
+def write_with_tone(path: str, codec: str, sound: str) -> None:
+    """Write six seconds of numbered frames with a tone from 3.0 s to 4.0 s."""
+    with av.open(path, "w") as out:
+        stream = out.add_stream(codec, rate=10, options={"g": "10"})
+        stream.height, stream.width = numbered_frames(1)[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        heard = out.add_stream(sound, rate=22050, layout="mono")
+        heard.bit_rate = 64_000
+        for frame in numbered_frames(60):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        out.mux(stream.encode(None))
+        time = np.arange(6 * 22050) / 22050
+        tone = np.where((time >= 3.0) & (time < 4.0), np.sin(2 * np.pi * 440 * time), 0.0).astype(np.float32)
+        for at in range(0, len(tone), 1024):
+            frame = av.AudioFrame.from_ndarray(tone[None, at : at + 1024], format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 22050, at
+            out.mux(heard.encode(frame))
+        out.mux(heard.encode(None))
+
+
+def loud(path) -> tuple[str, float, float]:
+    """Return the codec of a file's sound, and between which seconds it is loud."""
+    with av.open(path) as container:
+        sound = container.streams.audio[0]
+        times = []
+        for frame in container.decode(sound):
+            samples = frame.to_ndarray()[0]
+            most = np.iinfo(samples.dtype).max if samples.dtype.kind == "i" else 1.0
+            times += (frame.time + np.flatnonzero(np.abs(samples / most) > 0.3) / frame.rate).tolist()
+        return sound.codec_context.codec.canonical_name, min(times), max(times)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "sound", "exact", "made"),
+    [
+        ("wma.wmv", "wmv2", "wmav2", True, ("aac", ".mp4")),
+        ("wma.asf", "libx264", "wmav2", False, ("aac", ".mkv")),
+        ("pcm.mkv", "libx264", "pcm_s16le", True, ("aac", ".mp4")),
+        ("pcm.mkv", "libx264", "pcm_s16le", False, ("pcm_s16le", ".mkv")),
+    ],
+)
+def test_sound_that_the_clip_cannot_hold_is_encoded_anew(name, codec, sound, exact, made, tmp_path):
+    apart(write_with_tone, str(tmp_path / name), codec, sound)
+    info = probe(tmp_path / name)
+    clip = cut_clip(info, START_S, 5.05, str(tmp_path / "clips"), exact=exact)
+    codec, begin_s, end_s = loud(clip.path)
+    assert (codec, os.path.splitext(clip.path)[1]) == made
+    earlier_s = info.start_s + clip.start_s
+    assert (begin_s, end_s) == pytest.approx([time_s - earlier_s for time_s in loud(info.path)[1:]], abs=0.01)
+    assert probe(clip.path).duration_s == pytest.approx(5.05 - clip.start_s, abs=1e-3 if exact else 0.5)
+
+
+def test_sound_that_is_left_out_is_a_warning(film, folder, in_process, monkeypatch, tmp_path):
+    """Of a file that was joined, and where FFmpeg has no decoder for it."""
+    part = write_video(folder / "sound.ts", numbered_frames(20), audio_s=2.0)
+    (folder / "joined_sound.ts").write_bytes(part.read_bytes() * 2)
+    with pytest.warns(EvopruneWarning, match="joined_sound.ts: its sound is left out"):
+        cut_clip(probe(folder / "joined_sound.ts"), 0.5, 1.5, str(tmp_path), exact=True)
+    codec = cutting._codec
+    monkeypatch.setattr(cutting, "_codec", lambda stream: codec(stream) if stream.type == "video" else "")
+    for exact in (False, True):
+        with pytest.warns(EvopruneWarning, match="has no decoder for the sound"):
+            clip = cut_clip(film, 0.0, 1.0, str(tmp_path), exact=exact)
+        assert packets(clip.path, "video") and probe(clip.path).duration_s >= 1.0
 
 
 @pytest.mark.parametrize("exact", [False, True])

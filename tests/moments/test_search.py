@@ -12,7 +12,7 @@ from evoprune.moments.search import Search, first_tokens, questions_for
 from evoprune.session.options import FindOptions, SamplingOptions
 from experiments.demo.long_videos import WORLDS, make_long, moments_of, write_long
 from tests.threads import one_thread  # noqa: F401
-from tests.video.files import write_video
+from tests.video.files import numbered_frames, write_video
 
 
 def long_video(path, world, minutes):
@@ -195,3 +195,62 @@ def test_memory_does_not_grow_with_the_length(demo, shapes):
 
     demo.find(path, "a red circle", min_score=1.0, progress=count)
     assert len(held) == 12 and max(held) <= held[0] + 1
+
+
+class Known:
+    """Stands in for a part of a video that is read."""
+
+    def __init__(self, part):
+        self.part = part
+
+    def begin(self):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def searched(demo, monkeypatch, tmp_path):
+    """A function: search a video of 19.5 minutes, whose segments and pieces show the query in some spans of time."""
+    path = write_video(tmp_path / "long.mp4", numbered_frames(40, 56, 56), pts=[30.0 * n for n in range(40)], gop=1)
+
+    def run(spans, **options):
+        monkeypatch.setattr(Search, "_open", lambda self, part, seek: Known(part))
+
+        def odds(part):
+            return 6.0 if any(part.start_s < end_s and part.end_s > start_s for start_s, end_s in spans) else -6.0
+
+        monkeypatch.setattr(Search, "_ask", lambda self, opened, queries: dict.fromkeys(queries, odds(opened.part)))
+        with Search(demo.session, str(path), ["a red ring"], FindOptions(**options), SamplingOptions()) as search:
+            search.run()
+        return search
+
+    return run
+
+
+SPANS = [(60.0 * n + 28.0, 60.0 * n + 34.0) for n in range(18)]
+
+
+@pytest.mark.parametrize("segment_s", [None, 30.0, 60.0])
+def test_moments_a_minute_apart_are_not_joined(segment_s, searched):
+    """However long the segments are; they show it one after the other."""
+    search = searched(SPANS, segment_s=segment_s, top=20)
+    found = sorted(search.moments(), key=lambda moment: moment.start_s)
+    assert len(found) == 18 and search.more("a red ring") == 0
+    for moment, (start_s, end_s) in zip(found, SPANS, strict=True):
+        assert (moment.start_s, moment.end_s) == pytest.approx((start_s, end_s), abs=2.0)
+        assert moment.score > 0.99 and moment.start_s <= moment.best_s <= moment.end_s
+
+
+@pytest.mark.parametrize("top", [1, 10, 17])
+def test_moments_that_are_left_out_are_counted(top, searched):
+    search = searched(SPANS, top=top)
+    assert len(search.moments()) == top and search.more("a red ring") == 18 - top
+
+
+def test_what_goes_away_for_a_moment_is_one(searched):
+    (moment,) = searched([(20.0, 27.0), (32.0, 50.0)]).moments()
+    assert (moment.start_s, moment.end_s) == pytest.approx((20.0, 50.0), abs=1.0)
+    (moment,) = searched([(16.0, 900.0)]).moments()
+    assert (moment.start_s, moment.end_s) == pytest.approx((16.0, 900.0), abs=1.0)

@@ -33,15 +33,36 @@ def test_srt_is_read(tmp_path):
     assert [line[2] for line in found] == ["a dog (0.50)", "x -> y 7 z ü (1.00)", "a red star (0.99)"]
 
 
+def read_chapters(text):
+    """Start, end and title of each chapter, in seconds, as FFmpeg reads them."""
+    with av.open(io.BytesIO(text.encode()), format="ffmetadata") as container:
+        return [(each["start"] / 1000, each["end"] / 1000, each["metadata"]["title"]) for each in container.chapters()]
+
+
 @pytest.mark.parametrize("query", [ODD, "plain", "[CHAPTER]", " é "])
 def test_chapters_are_read(query):
-    moments = [*MOMENTS, Moment(query, 0.5, 4.0, 0.9, 1.0)]
-    with av.open(io.BytesIO(chapters(moments).encode()), format="ffmetadata") as container:
-        found = container.chapters()
-    milliseconds = [(chapter["start"], chapter["end"]) for chapter in found]
-    assert milliseconds == [(500, 4000), (1000, 2250), (3723000, 3730500)]
-    assert [chapter["metadata"]["title"] for chapter in found] == [query, "a dog", "a red star"]
-    assert chapters([]) == ";FFMETADATA1\n"
+    """They cover the video without gaps, because players of an MP4 begin each chapter where the one before it ends."""
+    moments = [*MOMENTS, Moment(query, 2.25, 4.0, 0.9, 1.0)]
+    assert read_chapters(chapters(moments, 4000.5)) == [
+        (0.0, 1.0, "-"),
+        (1.0, 2.25, "a dog"),
+        (2.25, 4.0, query),
+        (4.0, 3723.0, "-"),
+        (3723.0, 3730.5, "a red star"),
+        (3730.5, 4000.5, "-"),
+    ]
+    assert chapters([]) == chapters([], 9.0) == ";FFMETADATA1\n"
+
+
+def test_chapters_of_moments_that_overlap():
+    moments = [Moment("a", 0.0, 4.0, 1.0, 1.0), Moment("b", 1.0, 2.0, 1.0, 1.5), Moment("c", 3.0, 5.0, 1.0, 4.0)]
+    assert read_chapters(chapters(moments)) == [
+        (0.0, 1.0, "a"),
+        (1.0, 2.0, "a + b"),
+        (2.0, 3.0, "a"),
+        (3.0, 4.0, "a + c"),
+        (4.0, 5.0, "c"),
+    ]
 
 
 def test_what_is_special_is_escaped():

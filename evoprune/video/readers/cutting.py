@@ -1,5 +1,7 @@
 """A part of a video as a file of its own: its packets copied from a keyframe on, or its frames re-encoded; with its sound.
 
+Sound is copied too, and re-encoded if the clip's file format cannot hold it.
+
 FFmpeg writes to memory, and `ClipReader.fill` hands the bytes out, each with its place in the file, because the end of an MP4 is
 known before its beginning can be written. So the process that opens the video writes no file.
 """
@@ -18,7 +20,11 @@ from typing import Any
 
 import av
 import numpy as np
+from av.audio.frame import AudioFrame
+from av.audio.stream import AudioStream
+from av.codec import Codec
 from av.container import OutputContainer
+from av.filter import Graph
 from av.packet import Packet
 from av.stream import Stream
 from av.video.frame import VideoFrame
@@ -40,6 +46,8 @@ IN_MP4 = ("h264", "hevc", "av1", "mpeg4", "aac", "mp3", "ac3", "eac3", "alac")
 # The encoders, the preferred one first, with settings at which one hardly sees a difference. Without frames out of order (bf), an
 # MP4 says exactly how long the last frame is shown.
 ENCODERS = {"libx264": {"crf": "18", "preset": "veryfast", "bf": "0"}, "mpeg4": {"qmin": "2", "qmax": "4"}}
+SOUND_ENCODER = "aac"  # part of every FFmpeg
+SOUND_BITS = 96_000  # a second, for each channel
 CLOCK = Fraction(1, 60_000)  # of re-encoded frames; MPEG-4 has no finer one
 BT709 = 1  # FFmpeg's number of its primaries, curve and matrix
 LIMITED_RANGE = 1  # FFmpeg's number of the usual range of brightness
@@ -54,7 +62,8 @@ Pictures = Iterator[tuple[float, np.ndarray]]
 class ClipReader:
     """Make a clip and hand out its bytes; arguments as of `evoprune.moments.clips.cut_clip`.
 
-    `facts`: the "ending" of its name, and "start_s", where it begins in the video, in seconds from the first frame.
+    `facts`: the "ending" of its name, "start_s", where it begins in the video, in seconds from the first frame, and
+    "loses_sound", True if the video has sound and the clip has none.
 
     Raises VideoError: no video file, or one whose packets cannot be copied. So does `fill`, where the file is found to be damaged.
     """
@@ -130,16 +139,19 @@ def _cut(
         raise VideoError(f"{info.path} was joined of several files, so its packets cannot be copied", EXACTLY)
     part = every[0]
     with closing(Track(info.path, part)) as track, ffmpeg.open_video(info.path, part.span) as beside:
-        sound = None if joined else beside.streams.best("audio")
+        heard = beside.streams.best("audio")
+        sound = heard
+        if joined or (heard is not None and not _codec(heard)):
+            sound = None
         copied: list[Stream] = []
-        if sound is not None:
+        if sound is not None and not (exact and _codec(sound) not in IN_MP4):
             copied.append(sound)
         packets: Iterator[Packet | None] = iter(())
         if not exact:
             start_s, packets = _from_keyframe(track, start_s)
             copied.append(track.stream)
         ending = MP4 if all(_codec(stream) in IN_MP4 for stream in copied) else MATROSKA
-        yield {"ending": ending, "start_s": start_s}
+        yield {"ending": ending, "start_s": start_s, "loses_sound": heard is not None and sound is None}
         origin_s = info.start_s + start_s
         length_s = end_s - start_s
         with _writing(info, exact), av.open(file, "w", format=FORMATS[ending]) as out:
@@ -150,7 +162,7 @@ def _cut(
                 video = _copied(_like(out, track.stream), info.path, packets, origin_s, length_s)
             audible: TimedPackets = iter(())
             if sound is not None:
-                audible = _copied(_like(out, sound), info.path, _heard(sound, origin_s), origin_s, length_s)
+                audible = _sound(out, info.path, sound, sound in copied, origin_s, length_s)
             for _, packet in merge(video, audible, key=itemgetter(0)):
                 out.mux_one(packet)
                 ffmpeg.alive()
@@ -225,6 +237,60 @@ def _heard(sound: Stream, origin_s: float) -> Iterator[Packet | None]:
     with suppress(av.error.FFmpegError):  # a container that does not seek
         sound.container.seek(math.floor(origin_s / sound.time_base), stream=sound)
     return ffmpeg.packets(sound.container, sound)
+
+
+def _sound(
+    out: OutputContainer, path: str, sound: AudioStream, copied: bool, origin_s: float, length_s: float
+) -> TimedPackets:
+    """Add a stream for the sound of a clip and return its packets: copied if asked for and the format holds them, else AAC."""
+    packets = _heard(sound, origin_s)
+    if copied:
+        with suppress(ValueError):  # the format does not hold the codec, such as WMA
+            return _copied(_like(out, sound), path, packets, origin_s, length_s)
+    rates = Codec(SOUND_ENCODER, "w").audio_rates or ()
+    target = out.add_stream(SOUND_ENCODER, rate=sound.rate if sound.rate in rates else 48_000)
+    target.layout = "mono" if sound.layout.nb_channels == 1 else "stereo"
+    target.bit_rate = SOUND_BITS * target.layout.nb_channels
+    return _encoded_sound(target, sound, packets, origin_s, length_s)
+
+
+def _encoded_sound(
+    target: AudioStream, sound: AudioStream, packets: Iterator[Packet | None], origin_s: float, length_s: float
+) -> TimedPackets:
+    """Yield the packets of the sound between the beginning and the end of a clip, re-encoded; damaged packets are skipped."""
+    part = Graph()
+    ends = part.add_abuffer(template=sound), part.add("atrim", f"0:{length_s}"), part.add("abuffersink")
+    part.link_nodes(*ends).configure()
+
+    def encoded(frame: AudioFrame | None) -> TimedPackets:
+        """Yield the packets that are complete after a frame; None for the end."""
+        part.push(frame)
+        with suppress(BlockingIOError, EOFError):  # there is nothing more yet
+            while True:
+                yield from _ordered(target.encode(part.pull()))
+
+    for packet in packets:
+        try:
+            frames = sound.decode(packet)
+        except av.error.FFmpegError:
+            continue
+        for frame in frames:
+            if frame.pts is None:
+                continue
+            frame.pts -= round(origin_s / frame.time_base)
+            if frame.pts * frame.time_base >= length_s:
+                break
+            yield from encoded(frame)
+        else:
+            continue
+        break
+    yield from encoded(None)
+    yield from _ordered(target.encode(None))
+
+
+def _ordered(packets: list[Packet]) -> TimedPackets:
+    for packet in packets:
+        yield float(packet.dts * packet.time_base), packet
 
 
 def _copied(
@@ -304,7 +370,7 @@ def _encoded(stream: VideoStream, pictures: Pictures, length_s: float) -> TimedP
 def _timed(packets: list[Packet], lengths: dict[int, int]) -> TimedPackets:
     for packet in packets:
         packet.duration = lengths.pop(packet.pts)
-        yield float(packet.dts * packet.time_base), packet
+    yield from _ordered(packets)
 
 
 def _pictures(info: Video, every: list[Part], start_s: float, end_s: float) -> Pictures:

@@ -163,6 +163,7 @@ def _probe(path: str, span: Span, container: InputContainer) -> Video:
         clock_gap_s=lengths.gap_s,
         changes_size=len(sizes) > 1,
         other_tracks=len(ffmpeg.moving(container)) - 1,
+        has_sound=bool(container.streams.audio),
         **ffmpeg.shown_otherwise(stream, colour.hdr_format(first, header), first),
     )
 

@@ -167,10 +167,17 @@ class Page:
                 for each in search.moments()
             ]
             score, best_s = search.best(question.text)
+            more = search.more(question.text)
         best = {"score": score, "time_s": best_s}
         put(
             Told(
-                {"moments": moments, "best": best, "origin_s": search.info.start_s, "warnings": list(search.warnings)},
+                {
+                    "moments": moments,
+                    "more": more,
+                    "best": best,
+                    "origin_s": search.info.start_s,
+                    "warnings": list(search.warnings),
+                },
                 last=True,
             )
         )
