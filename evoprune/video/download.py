@@ -98,7 +98,10 @@ def _chunks(
                 check()
                 yield chunk
     except httpx2.TimeoutException as error:
-        raise VideoError(f"cannot download {name}: no answer for {TIMEOUT_S:g} s", "try again later") from error
+        problem = f"cannot download {name}: no answer for {TIMEOUT_S:g} s"
+        if done:
+            problem = f"the download of {name} stalled after {done:,} bytes: nothing arrived for {TIMEOUT_S:g} s"
+        raise VideoError(problem, "try again later") from error
     except httpx2.DecodingError as error:
         raise VideoError(f"{name} does not have the encoding that the server announces", DOWNLOAD_HINT) from error
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, ImportError) as error:
@@ -127,6 +130,8 @@ def _opened(url: str, name: str, public: bool, check: Check) -> Iterator[httpx2.
     The client's own redirects are not used, because they read the body of each redirect, which may be endless.
     """
     address = httpx2.URL(url)
+    if not address.host:
+        raise httpx2.InvalidURL("it names no server")
     auth = (address.username, address.password) if address.userinfo else None  # kept out of the log of httpx2
     transport = _PublicTransport() if public else None
     with httpx2.Client(transport=transport, headers=HEADERS, timeout=TIMEOUT_S) as client:
@@ -141,13 +146,13 @@ def _opened(url: str, name: str, public: bool, check: Check) -> Iterator[httpx2.
                     code = response.status_code
                     usual = "try again later" if code >= 500 or code == 429 else DOWNLOAD_HINT
                     raise VideoError(f"cannot download {name}: {code} {response.reason_phrase}", HINTS.get(code, usual))
-            there = without_password(response.headers["Location"])
-            auth = None  # a redirect to the same server repeats the header
             if response.next_request is None or response.next_request.url.scheme not in ("http", "https"):
-                break
+                there = without_password(response.headers["Location"])
+                hint = "redirects may lead to http and https addresses only"
+                raise VideoError(f"{name} leads to {there}, which is not read", hint)
+            auth = None  # a redirect to the same server repeats the header
             request = response.next_request
-    hint = f"redirects may lead to http and https addresses only, and at most {MOST_REDIRECTS} are followed"
-    raise VideoError(f"{name} leads to {there}, which is not read", hint)
+    raise VideoError(f"{name} redirects more than {MOST_REDIRECTS} times", "check the address")
 
 
 def _trace_with(check: Check) -> Callable[[str, dict[str, Any]], None]:
