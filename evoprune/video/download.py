@@ -92,8 +92,8 @@ def _chunks(
             total = int(response.headers.get("Content-Length", 0))
             check()
             for chunk in response.iter_bytes():
-                if not done and _is_page(chunk, response.headers.get("Content-Type", "")):
-                    raise VideoError(f"{name} is a web page, not a video or a picture", DOWNLOAD_HINT)
+                if not done:
+                    _check_beginning(chunk, response.headers.get("Content-Type", ""), name)
                 done += len(chunk)
                 check()
                 yield chunk
@@ -117,10 +117,14 @@ def _chunks(
         raise VideoError(f"{name} is empty", "check the address")
 
 
-def _is_page(beginning: bytes, content_type: str) -> bool:
-    """Return True for HTML. Servers also send videos as text/html, and pages as application/octet-stream."""
+def _check_beginning(beginning: bytes, content_type: str, name: str) -> None:
+    """Raise VideoError for playlists and web pages. The type is only a hint: servers also send videos as text/html."""
     text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    return text.startswith(b"<") and ("html" in content_type.lower() or b"html" in text)
+    if text.startswith(b"#extm3u") or (text.startswith(b"<") and b"<mpd" in text):
+        hint = 'evoprune watch follows playlists: evoprune watch URL -Q "What happens?"'
+        raise VideoError(f"{name} is a playlist, not a video or a picture", hint)
+    if text.startswith(b"<") and ("html" in content_type.lower() or b"html" in text):
+        raise VideoError(f"{name} is a web page, not a video or a picture", DOWNLOAD_HINT)
 
 
 @contextmanager

@@ -146,6 +146,12 @@ class Web(http.server.BaseHTTPRequestHandler):
     def _watch(self) -> None:
         self._whole(b"\n<!DOCTYPE html><title>a film</title>", "application/octet-stream")
 
+    def _playlist(self) -> None:
+        self._whole(b"#EXTM3U\n#EXTINF:3,\na.ts\n#EXT-X-ENDLIST\n", "application/x-mpegurl")
+
+    def _manifest(self) -> None:
+        self._whole(b'<?xml version="1.0"?>\n<MPD type="static"></MPD>', "application/dash+xml")
+
     def _text(self) -> None:
         self._whole(b"some text", "text/plain")
 
@@ -286,6 +292,8 @@ BROKEN = [
     ("nothing.mp4", "is empty", "address"),
     ("page", "is a web page", "yt-dlp"),
     ("watch?v=1", "is a web page", "yt-dlp"),
+    ("playlist.m3u8", "is a playlist", "evoprune watch URL"),
+    ("manifest.mpd", "is a playlist", "evoprune watch URL"),
     ("encoded?gzip", "does not have the encoding", "yt-dlp"),
     ("wrong.mp4", "cannot download", "check the address"),
 ]
