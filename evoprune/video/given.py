@@ -4,7 +4,7 @@ import io
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, BinaryIO, Union
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.util import brief, is_url, without_password
-from evoprune.video.download import Progress, downloaded
 from evoprune.video.info import ARRAY, TOLERANCE_S, HeldVideo
 from evoprune.video.temporary import temporary
 
@@ -151,7 +150,9 @@ def name_of(source: Any) -> str:
 
 
 @contextmanager
-def local_input(source: Any, *, offline: bool = False, progress: Progress | None = None) -> Iterator[Any]:
+def local_input(
+    source: Any, *, offline: bool = False, progress: Callable[[int, int], None] | None = None
+) -> Iterator[Any]:
     """Provide what `probe` opens: a path as it is, and of anything else but a `HeldVideo`, which needs no probing, a temporary
     file.
 
@@ -164,6 +165,8 @@ def local_input(source: Any, *, offline: bool = False, progress: Progress | None
         yield source
         return
     if is_url(source):
+        from evoprune.video.download import downloaded
+
         with downloaded(source, offline=offline, progress=progress) as path:
             yield path
         return

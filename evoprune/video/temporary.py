@@ -1,20 +1,27 @@
-"""Temporary files, which readers open because they seek, in a process of their own."""
+"""Temporary files, for inputs that have no file of their own: readers run in another process, and seek."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 from evoprune.errors import VideoError
+
+PREFIX = "evoprune-"
+LOCK = ".evoprune-lock"  # file in each temporary folder, locked by the process that uses the folder
 
 
 @contextmanager
 def temporary(chunks: Iterable[bytes], name: str, file_name: str = "input") -> Iterator[str]:
-    """Yields the path of a temporary file of these bytes, which errors call `name`. Raises VideoError: it cannot be stored."""
+    """Write bytes to a temporary file, and yield its path. Errors say `name` instead of the path.
+
+    Raises VideoError: the file cannot be stored.
+    """
     with ExitStack() as stack:
         try:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="evoprune-"))
-            path = os.path.join(folder, file_name)
+            path = os.path.join(stack.enter_context(temporary_folder()), file_name)
             with open(path, "wb") as file:
                 for chunk in chunks:
                     file.write(chunk)
@@ -26,8 +33,42 @@ def temporary(chunks: Iterable[bytes], name: str, file_name: str = "input") -> I
 
 
 @contextmanager
+def temporary_folder(prefix: str = PREFIX) -> Iterator[str]:
+    """Make a temporary folder that only this user can read, and delete it at the end.
+
+    If this process is killed, the next process that calls this function deletes the folder: it finds the lock free, which the
+    operating system releases however a process ends. `prefix` begins with `PREFIX`. Windows has no such locks.
+    """
+    _delete_abandoned(Path(tempfile.gettempdir()))
+    while True:
+        folder = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+        with folder, open(os.path.join(folder.name, LOCK), "wb") as lock:
+            with suppress(ImportError, OSError):  # Windows; a file system without locks
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock.fileno()).st_nlink:  # else another process has deleted the folder before it was locked
+                yield folder.name
+                return
+
+
+def _delete_abandoned(parent: Path) -> None:
+    """Delete the temporary folders of this user's processes that have ended without deleting them."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        with suppress(
+            ImportError, OSError
+        ):  # no lock file, a lock that is held, or a folder that has just been deleted
+            import fcntl
+
+            if folder.lstat().st_uid == os.getuid() and not folder.is_symlink():
+                with open(folder / LOCK, "rb+") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def named(files: Mapping[str, str]) -> Iterator[None]:
-    """Has errors about files, by path, say their names: a user does not know a temporary file."""
+    """Replace the paths of temporary files in errors by the names that users know them by."""
     try:
         yield
     except VideoError as problem:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from evoprune.session.loading.find import BUNDLED_CONFIGS
 from evoprune.session.loading.model import LoadedModel
 from evoprune.video.frames import probe
 from evoprune.video.info import PICTURE
+from evoprune.video.temporary import temporary_folder
 
 SCHEMA = "evoprune/verify@1"
 DIGITS = 4  # of a figure in the record
@@ -137,7 +137,7 @@ def _short(figures: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
     """Provide what is compared: a file that the user names, in the place of the clip or the picture made by formula."""
-    with TemporaryDirectory(prefix="evoprune-verify-") as folder:
+    with temporary_folder("evoprune-verify-") as folder:
         video, still, picture = _material(Path(folder))
         if path is not None:
             if probe(path).kind == PICTURE:

@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -34,6 +33,7 @@ from evoprune.session.loading.find import (
     weight_files,
 )
 from evoprune.util import counted, listed
+from evoprune.video.temporary import temporary_folder
 
 # Entries of a config that name the modules which are not quantised.
 UNQUANTIZED = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
@@ -225,7 +225,7 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
     if not (folder / ADAPTER).exists():
         yield folder
         return
-    with TemporaryDirectory(prefix="evoprune-") as links:
+    with temporary_folder() as links:
         for file in folder.iterdir():
             if file.name != ADAPTER:
                 Path(links, file.name).symlink_to(file.resolve())

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, TokenCounts
@@ -27,6 +26,7 @@ from evoprune.report import Report
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.options import PipelineOptions
 from evoprune.util import from_keywords
+from evoprune.video.temporary import temporary_folder
 from evoprune.video_qa import load_qa
 
 HINT = "evoprune_qwen2_5_vl answers generate_until about one video a question"
@@ -88,7 +88,7 @@ class EvoPruneQwen25VL(lmms):
         for request in requests:
             question, settings, doc_to_visual, doc_id, task, split = request.args
             visuals = doc_to_visual(self.task_dict[task][split][doc_id])
-            with TemporaryDirectory(prefix="evoprune-") as folder:
+            with temporary_folder() as folder:
                 paths = _files(visuals, folder) if self._pictures else [_only_video(visuals)]
                 contents = [path.removeprefix(folder) for path in paths]
                 if self._shown != contents:

@@ -4,7 +4,6 @@ import hashlib
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -15,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from evoprune.video.temporary import temporary_folder
 from evoprune_serve.errors import ApiError
 
 PREFIX = "evoprune-serve-"
-LOCK = "lock"  # a file in the folder that its process holds locked, until it ends in whatever way
 CHUNK_BYTES = 2**20
 BLOCK_BYTES = 4096  # of a disk: what the smallest file takes
 UNUSED_S = 600.0  # how long a content that nobody uses serves later questions
@@ -237,47 +236,11 @@ class Room:
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """Provide a new folder that nobody else may read, which is removed in the end, as are those that killed servers left.
-
-    Temporary files of this process are in it meanwhile.
-    """
+    """Provide a `temporary_folder` that also has all other temporary files of this process meanwhile."""
     usual = tempfile.gettempdir()
-    _remove_left(Path(usual))
-    folder = tempfile.mkdtemp(prefix=PREFIX)
-    with open(os.path.join(folder, LOCK), "wb") as lock:
-        _try_lock(lock)
+    with temporary_folder(PREFIX) as folder:
         tempfile.tempdir = folder
         try:
             yield Path(folder)
         finally:
             tempfile.tempdir = usual
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_left(parent: Path) -> None:
-    """Removes folders of servers of this user that have ended without removing them."""
-    if sys.platform == "win32":  # which has no such locks
-        return
-    for folder in parent.glob(f"{PREFIX}*"):
-        try:
-            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-                continue
-            with open(folder / LOCK, "rb+") as lock:
-                left = _try_lock(lock)
-        except OSError:  # of another user, or just being made or removed
-            continue
-        if left:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _try_lock(file: BinaryIO) -> bool:
-    """Locks a file until it is closed, unless another process has."""
-    if sys.platform == "win32":
-        return False
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
