@@ -1,5 +1,6 @@
 """HDR is seen in whatever way it is signalled, and mapped to SDR; every format and matrix is converted, or refused by name."""
 
+import gc
 import shutil
 import subprocess
 import zlib
@@ -17,7 +18,7 @@ from av.video.reformatter import VideoReformatter
 from evoprune.errors import VideoError
 from evoprune.live.source import LiveSource
 from evoprune.video.frames import probe, read_frames, scan
-from evoprune.video.readers import colour
+from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.live import LiveReader
 from tests.video.files import numbered_frame, pixels, quarters, write_video
 
@@ -567,3 +568,16 @@ def test_grey_of_limited_range_is_expanded(form):
             frame.color_range = said
         rgb = colour.Converter("a.mkv").rgb(frame, 5, 4)
         assert np.abs(rgb[0, :, 0].astype(int) - expected).max() <= 1 and (rgb == rgb[:1, :, :1]).all()
+
+
+def test_a_frame_frees_its_memory_when_nobody_has_it_any_more():
+    frame = frame_of([np.zeros((4, 4), np.uint8)], "gray")
+    gc.collect()
+    gc.disable()
+    try:
+        colour.Converter("a.mkv").rgb(frame, 4, 4)
+        ffmpeg.orientation(frame)
+        del frame
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

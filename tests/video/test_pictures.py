@@ -156,7 +156,7 @@ def plain(pixels):
 
 REFUSED = {
     "animation.webp": (animation, "is an animation"),
-    "pages.tiff": (animation, "has 3 pages"),
+    "pages.tiff": (animation, "has several pages"),
     "photo.heic": (heic, "HEIC, which is not read"),
     "raw.tiff": (raw, "only a preview"),
     "float.tiff": (plain(RGB[..., 0].astype(np.float32)), "floating-point"),

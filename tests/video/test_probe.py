@@ -824,3 +824,34 @@ def test_a_still_beside_the_video_is_no_other_track(tmp_path):
                     out.mux(packet)
     info = probe(both)
     assert (info.frames_total, info.other_tracks, info.warnings) == (30, 0, [])
+
+
+def gif(path, count, width=16, height=16):
+    """A GIF of frames that each change one pixel, in 23 bytes a frame."""
+    head = b"GIF89a" + struct.pack("<HH", width, height) + b"\xf0\0\0" + b"\0\0\0\xff\xff\xff"
+    frame = b"\x21\xf9\x04\0\x0a\0\0\0\x2c" + struct.pack("<HHHH", 0, 0, 1, 1) + b"\0\x02\x02\x44\x01\0"
+    path.write_bytes(head + count * frame + b";")
+    return path
+
+
+def test_a_frame_of_a_video_has_fewer_pixels_than_a_picture(tmp_path):
+    refused_to_read(gif(tmp_path / "a.gif", 2, 10_000, 8_000), "megapixels")
+
+
+def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    refused_to_read(gif(tmp_path / "bomb.gif", 200, 8_000, 8_000), "billion pixels in 200 frames")
+    path = write_video(tmp_path / "small.mp4", FRAMES)
+    assert probe(path).frames_total == 30
+    monkeypatch.setattr(isolation, "POSSIBLE", False)
+    monkeypatch.setattr(ffmpeg, "MAX_DECODED_PIXELS", 30 * 64 * 48 - 1)
+    assert probe(path).frames_total == 30  # as large files may have more
+    monkeypatch.setattr(ffmpeg, "MAX_PIXELS_PER_BYTE", 1)
+    refused_to_read(path, "pixels in 30 frames")
+
+
+@pytest.mark.parametrize("name", ["many.gif", "many.h264"])
+def test_a_file_of_too_many_packets_is_not_read_to_its_end(name, tmp_path, in_process, monkeypatch):
+    path = gif(tmp_path / name, 400) if name == "many.gif" else write_video(tmp_path / name, FRAMES * 10)
+    monkeypatch.setattr(probing, "MAX_PACKETS", 200)
+    monkeypatch.setattr(probing, "BYTES_PER_PACKET", 2**20)
+    refused_to_read(path, "more than 200 frames")

@@ -16,7 +16,7 @@ import av
 import numpy as np
 from av.buffer import Buffer
 from av.filter import Graph
-from av.sidedata.sidedata import SideData
+from av.sidedata.sidedata import SideData, SideDataContainer
 from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc, VideoReformatter
@@ -121,11 +121,12 @@ def stated(stream: VideoStream, log: str) -> str | None:
 
 def side_data(frame: VideoFrame) -> Mapping[str, SideData]:
     """Return the side data of a frame by the names of its types. PyAV 18 fails on types that it has no name for: without these."""
+    # `frame.side_data` would refer to the frame, and the frame to it: its pixels would stay until Python collects cycles.
     try:
-        return frame.side_data
+        return SideDataContainer(frame)
     except ValueError:
         without = [("sidedata", f"mode=delete:type={number}") for number in NAMELESS_SIDE_DATA]
-        return filtered(frame, *without).side_data
+        return SideDataContainer(filtered(frame, *without))
 
 
 def filtered(frame: VideoFrame, *filters: tuple[str, str]) -> VideoFrame:
@@ -200,14 +201,12 @@ class Converter:
         own = _own_matrix(frame, hdr)
         plain = hdr is None and own is None and not _is_limited_grey(frame)
         if may_be_transparent(frame.format):
-            rgba = self._reformat(frame, "rgba").to_ndarray().astype(np.uint16)
-            alpha = rgba[..., 3:]
-            if alpha.min() < 255:
+            rgba = self._reformat(frame, "rgba").to_ndarray()
+            if rgba[..., 3].min() < 255:
                 opaque = rgba[..., :3]
                 if not plain:
                     opaque = self._computed(frame, frame.width, frame.height, hdr, own)
-                mixed = (opaque * alpha + 255 * (255 - alpha) + 127) // 255
-                frame = VideoFrame.from_ndarray(mixed.astype(np.uint8), format="rgb24")
+                frame = VideoFrame.from_ndarray(_over_white(opaque, rgba[..., 3:]), format="rgb24")
                 plain = True
         if plain:
             return self._reformat(frame, "rgb24", width, height).to_ndarray()
@@ -242,6 +241,17 @@ class Converter:
         if matrix := _replacement(frame):
             how = {"src_colorspace": matrix, "dst_colorspace": matrix}
         return self._reformatter.reformat(frame, width, height, format=form, **how)
+
+
+def _over_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Return uint8 `[h, w, 3]`: RGB of that shape over white, by its opacity, uint8 `[h, w, 1]`."""
+    mixed = np.empty(rgb.shape, np.uint8)
+    rows = max(1, STRIP // rgb.shape[1])
+    for top in range(0, len(rgb), rows):
+        strip = np.s_[top : top + rows]
+        share = alpha[strip].astype(np.uint16)
+        mixed[strip] = (rgb[strip] * share + 255 * (255 - share) + 127) // 255
+    return mixed
 
 
 def _is_yuv(form: VideoFormat) -> bool:

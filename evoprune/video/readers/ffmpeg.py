@@ -52,7 +52,12 @@ LEAST_CLOCK_HZ = (
 TAG_CHARACTERS = 4000  # tags with more are left out, because tags travel with every `Video`
 # For `av.open`: tags that are not UTF-8 do not make a file unreadable. PyAV 19 always reads them so, and has no such argument.
 ANY_TAGS = {"metadata_errors": "surrogateescape"} if int(av.__version__.split(".")[0]) < 19 else {}
-MAX_PIXELS = 2**27  # of pictures that are read: 16K video, and photographs of 100 megapixels, have fewer
+MAX_PIXELS = 2**27  # of a still picture: photographs of 100 megapixels have fewer
+MAX_VIDEO_PIXELS = 2**26  # of a frame of a video: 8K video, and 11K video of 360 degrees, have fewer
+# Decompression bombs: a video may have so many pixels, in all its frames together, or so many for each byte of its file if that is
+# more. Videos of a screen on which nothing moves have up to 2**17 for each byte.
+MAX_DECODED_PIXELS = 2**33
+MAX_PIXELS_PER_BYTE = 2**18
 INCOMPLETE = (
     "is it a complete video file? An MP4 or MOV cut off before its index, usually at its end, cannot be read at all"
 )
@@ -254,11 +259,14 @@ def open_video(path: str, span: Span | None = None) -> Iterator[InputContainer]:
         yield container
 
 
-def open_bytes(file: BinaryIO, format_name: str | None = None) -> InputContainer:
-    """Open what a seekable binary file holds, in FFmpeg's format of that name if it is known; PyAV raises its own errors."""
+def open_bytes(file: BinaryIO, format_name: str | None = None, max_pixels: int = MAX_VIDEO_PIXELS) -> InputContainer:
+    """Open what a seekable binary file holds, in FFmpeg's format of that name if it is known; PyAV raises its own errors.
+
+    Frames of more than `max_pixels` are not decoded.
+    """
     # FFmpeg gets bytes and no name, because it takes what precedes a colon in a name for a protocol, and %d for a pattern.
     # The whitelist allows no protocol, so a playlist in the file reaches neither other files nor the network.
-    options = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
+    options = {"protocol_whitelist": "none", "max_pixels": str(max_pixels)}
     nameless = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
     return av.open(nameless, format=format_name, options=options, **ANY_TAGS)
 
@@ -269,10 +277,12 @@ def moving(container: InputContainer) -> list[VideoStream]:
     return [track for track in tracks if track.frames != 1] or tracks
 
 
-def video_stream(container: InputContainer, path: str, *, threads: int = 1) -> VideoStream:
+def video_stream(
+    container: InputContainer, path: str, *, threads: int = 1, max_pixels: int = MAX_VIDEO_PIXELS
+) -> VideoStream:
     """Return the stream to show, decoded with so many `threads`.
 
-    Raises VideoError: no video, only a cover picture, no decoder in this build of FFmpeg, or pictures that are too large.
+    Raises VideoError: no video, only a cover picture, no decoder in this build of FFmpeg, or frames of more than `max_pixels`.
     """
     tracks = moving(container)
     if not tracks:
@@ -285,10 +295,10 @@ def video_stream(container: InputContainer, path: str, *, threads: int = 1) -> V
         raise VideoError(f"there is no decoder for the video in {path}", hint)
     width = stream.codec_context.width
     height = stream.codec_context.height
-    if width * height > MAX_PIXELS:
-        hint = f"at most {MAX_PIXELS // 10**6} megapixels can be read; is it damaged?"
+    if width * height > max_pixels:
+        hint = f"at most {max_pixels // 10**6} megapixels can be read; is it damaged?"
         raise VideoError(f"{path} says that its pictures have {width:,} x {height:,} pixels", hint)
-    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # a frame may state another size
+    stream.codec_context.options = {"max_pixels": str(max_pixels)}  # a frame may state another size
     picture_size(width * height)
     if stream.codec_context.codec.canonical_name in UNTHREADED:
         threads = 1
@@ -315,7 +325,9 @@ def thread_count(cores: int) -> int:
 
 
 def nothing_decoded(path: str) -> VideoError:
-    hint = f"it is damaged, incomplete, encrypted, or its pictures are larger than {MAX_PIXELS // 10**6} megapixels"
+    hint = (
+        f"it is damaged, incomplete, encrypted, or its pictures are larger than {MAX_VIDEO_PIXELS // 10**6} megapixels"
+    )
     return VideoError(f"no frame of {path} can be decoded", hint)
 
 

@@ -114,8 +114,8 @@ def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size <= MAX_BYTES:
                 content = file.read()
-        with ffmpeg.open_bytes(io.BytesIO(content)) as container:
-            stream = ffmpeg.video_stream(container, path)
+        with ffmpeg.open_bytes(io.BytesIO(content), max_pixels=ffmpeg.MAX_PIXELS) as container:
+            stream = ffmpeg.video_stream(container, path, max_pixels=ffmpeg.MAX_PIXELS)
             # Without it, half a JPEG decodes to a picture with a grey bottom.
             stream.codec_context.options = stream.codec_context.options | {"err_detect": "explode"}
             frame = next(ffmpeg.decoded_frames(stream, ffmpeg.packets(container, stream)), None)

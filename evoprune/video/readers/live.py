@@ -127,7 +127,7 @@ class LiveReader:
 
     def _opened(self, descriptor: int | None) -> InputContainer:
         # a second
-        limits = {"max_pixels": str(ffmpeg.MAX_PIXELS), "analyzeduration": str(10**6)}
+        limits = {"max_pixels": str(ffmpeg.MAX_VIDEO_PIXELS), "analyzeduration": str(10**6)}
         path = self._source
         camera = None
         if path and not self._scheme and stat.S_ISCHR(os.stat(path).st_mode):
@@ -251,7 +251,7 @@ class LiveReader:
             except (av.error.InvalidDataError, av.error.ArgumentError):
                 frames = []
             for frame in frames:
-                if frame.width * frame.height > ffmpeg.MAX_PIXELS:
+                if frame.width * frame.height > ffmpeg.MAX_VIDEO_PIXELS:
                     continue
                 ffmpeg.picture_size(frame.width * frame.height)
                 yield frame

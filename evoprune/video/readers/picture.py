@@ -127,10 +127,10 @@ def _opened(path: str) -> Iterator[Image.Image]:
             tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
             if 50706 in tags or tags.get(254, 0) & 1:  # the tags DNG, and "reduced" of a picture before the one itself
                 raise VideoError(f"{path} is a camera's raw file, of which only a preview could be read", CONVERT)
-            count = getattr(image, "n_frames", 1)
-            if count > 1 and image.format == "TIFF":
-                raise VideoError(f"{path} has {count:,} pages", "save one page as a JPEG or PNG")
-            if count > 1 and image.format != "MPO":  # of which the first is the photograph
+            several = getattr(image, "is_animated", False)  # `n_frames` of a TIFF reads it to its end
+            if several and image.format == "TIFF":
+                raise VideoError(f"{path} has several pages", "save one page as a JPEG or PNG")
+            if several and image.format != "MPO":  # of which the first is the photograph
                 raise VideoError(f"{path} is an animation", "save it as a GIF or MP4, or one picture of it as a PNG")
             yield image
     except (VideoError, MemoryError):

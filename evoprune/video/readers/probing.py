@@ -19,6 +19,9 @@ from evoprune.video.readers.parts import AVI_ENTRY_BYTES, avi_index, cut_off, ha
 from evoprune.video.readers.sizes import stored_sizes
 
 RATE_JITTER_S = 0.0025  # frame intervals that differ by less are constant: Matroska rounds times to milliseconds
+# A file whose packets are all read to find its length may have so many, or one for each so many bytes of the file if that is more.
+MAX_PACKETS = 2**18
+BYTES_PER_PACKET = 128
 RATE_PACKETS = 100  # by which the rate of frames is measured where none is stated
 
 
@@ -141,6 +144,7 @@ def _probe(path: str, span: Span, container: InputContainer) -> Video:
         variable_rate = len(steps) > 1 and bool(np.ptp(steps) * stream.time_base > RATE_JITTER_S)
     sizes = stored_sizes(container, stream, first, crop, lengths.duration_s)
     width, height = ffmpeg.turned_size(max(sizes, key=math.prod), rotation)
+    _check_decodable(path, span, width * height, total or math.ceil((lengths.duration_s or 0.0) / step))
     return Video(
         path=path,
         duration_s=lengths.duration_s,
@@ -166,6 +170,15 @@ def _probe(path: str, span: Span, container: InputContainer) -> Video:
         has_sound=bool(container.streams.audio),
         **ffmpeg.shown_otherwise(stream, colour.hdr_format(first, header), first),
     )
+
+
+def _check_decodable(path: str, span: Span, pixels: int, frames: int) -> None:
+    """Raises VideoError for a decompression bomb: a part of a file with more pixels in all its frames than its size allows."""
+    size = span[1] - span[0]
+    decoded = pixels * min(frames, size)  # a frame has a byte at least
+    if decoded > max(ffmpeg.MAX_DECODED_PIXELS, ffmpeg.MAX_PIXELS_PER_BYTE * size):
+        message = f"{path} has {decoded / 10**9:,.0f} billion pixels in {frames:,} frames, too many for {size:,} bytes"
+        raise VideoError(message, "it is damaged, or made to do harm; else convert it to smaller frames, or to fewer")
 
 
 @dataclass
@@ -249,7 +262,7 @@ def _lengths(path: str, span: Span, stream: VideoStream, start: float | None, st
         return _lengths_in_avi(path, span, stream, start, step)
     if start is None:
         return _Lengths(step * sum(1 for _ in _all_packets(path, span)))
-    times = _measured(_tail_packets(container, stream), name, step)
+    times = _measured(_tail_packets(path, container, stream), name, step)
     if times is None or times.restarts or (name in ffmpeg.JOINED and _seen_to_restart(container, stream, times)):
         times = _measured(_all_packets(path, span), name, step)
     if times is None:
@@ -324,7 +337,7 @@ def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Time
     return any(np.diff(begun) < -ffmpeg.BACK_S) or any(steps < -ffmpeg.BACK_S) or any(steps > longest)
 
 
-def _tail_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet | None]:
+def _tail_packets(path: str, container: InputContainer, stream: VideoStream) -> Iterator[Packet | None]:
     """Yield the packets of the last 3 s, as the frame displayed last may not be stored last; none if FFmpeg cannot seek there."""
     if container.duration is None:
         return
@@ -333,14 +346,24 @@ def _tail_packets(container: InputContainer, stream: VideoStream) -> Iterator[Pa
         container.seek(math.floor((end - 3) / stream.time_base), stream=stream)
     except av.error.FFmpegError:
         return
-    yield from ffmpeg.packets(container, stream)
+    yield from _bounded(ffmpeg.packets(container, stream), path, container.size)
 
 
 def _all_packets(path: str, span: Span) -> Iterator[Packet]:
-    """Yield all packets of the stream; an empty one that has a time repeats the frame before it."""
+    """Yield all packets of the stream; an empty one that has a time repeats the frame before it. Raises as `_bounded`."""
     with ffmpeg.open_video(path, span) as container:
-        packets = ffmpeg.packets(container, ffmpeg.video_stream(container, path))
+        packets = _bounded(ffmpeg.packets(container, ffmpeg.video_stream(container, path)), path, container.size)
         yield from (packet for packet in packets if packet is not None and (packet.size or packet.dts is not None))
+
+
+def _bounded(packets: Iterator[Packet | None], path: str, size: int) -> Iterator[Packet | None]:
+    """Yield packets of a file of that size in bytes. Raises VideoError: too many, so that going through them would take minutes."""
+    most = max(MAX_PACKETS, size // BYTES_PER_PACKET)
+    for count, packet in enumerate(packets):
+        if count > most:
+            hint = "cut it into shorter videos, or convert it to MP4, e.g. with ffmpeg"
+            raise VideoError(f"{path} has more than {most:,} frames in {size:,} bytes", hint)
+        yield packet
 
 
 def misses_one(late_s: float, length_s: float, container: str) -> bool:

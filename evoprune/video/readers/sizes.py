@@ -105,7 +105,7 @@ def _decoded_size(
 ) -> Size | None:
     """Return the cropped size of a keyframe; None if it cannot be decoded alone."""
     decoder = CodecContext.create(stream.codec_context.codec.name, "r")
-    decoder.options = {"max_pixels": str(ffmpeg.MAX_PIXELS)}
+    decoder.options = {"max_pixels": str(ffmpeg.MAX_VIDEO_PIXELS)}
     decoder.extradata = extradata
     try:
         frames = [*decoder.decode(keyframe), *decoder.decode(None)]
