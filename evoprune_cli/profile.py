@@ -5,6 +5,7 @@ ProfileResults are a table for a terminal, Markdown, CSV or JSON, and a chart.
 
 import csv
 import io
+import math
 import re
 import textwrap
 import time
@@ -14,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evoprune.backend.cpu.precision import LOAD_FORMATS, QUANTIZE
 from evoprune.bench.chart import COLOURS, INK, PALE, Panel, Point, Series, draw
@@ -33,16 +34,22 @@ from evoprune_cli.terminal import (
     fitting,
     folded,
     json_line,
+    note,
     page_width,
     progress,
     short_name,
 )
+
+if TYPE_CHECKING:
+    from evoprune.bench.profile_results import TimeLimit
+    from evoprune.session.loading.find import FoundModel
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 UNITS = (28, 32)  # sides of a unit in pixels, that models have
 SIZE = (224, 336)  # pixels of a frame, height and width, with the first of these; with the other as many units
 PICTURES = ((1344, 1344), (2688, 2688))  # 2,304 and 9,216 visual tokens
 FORMATS = ("table", "md", "csv", "json")
+NOTED_S = 2.0  # a run that takes longer is announced
 ROUNDS = "Rounds"  # the title of a panel
 
 
@@ -111,7 +118,7 @@ def profile(
         float,
         "--time-limit SECONDS",
         "Of the whole run, loading included. Rows and rounds that would end later are left out, except Hugging Face, budget "
-        "1.0 and one method.",
+        "1.0 and one method; if even these surely take longer, nothing is run.",
         ROUNDS,
         min=0,
     ) = 150,
@@ -184,7 +191,7 @@ def profile(
         show("loading libraries")
         prepare()
         from evoprune.bench.clips import synthetic_frames, video_frames
-        from evoprune.bench.profile import default_load_format, load, measure, outline
+        from evoprune.bench.profile import default_load_format, load, measure, needs_of, outline
         from evoprune.bench.profile_results import ProfileSettings, TimeLimit
         from evoprune.session.session import check_fits
 
@@ -201,6 +208,10 @@ def profile(
                 cases = [case.of_units(unit / UNITS[0]) for case in cases]
             for reducer in methods:
                 check_fits(reducer, config)
+            needs = needs_of(config, cases, new_tokens)
+            _check_time(needs.seconds, limit, config)
+            if needs.seconds >= NOTED_S and not quiet:
+                note(f"needs about {size_text(needs.memory)} of memory and at least {needs.seconds:.0f} s")
         show("loading model")
         loaded = load(model, cases)
         if info:
@@ -214,6 +225,17 @@ def profile(
             pass
     deliver()
     return SOME_FAILED if any(row.error for row in results.rows) else 0
+
+
+def _check_time(seconds: float, limit: "TimeLimit", model: "FoundModel") -> None:
+    """Raises UsageError: what a run takes in `seconds`, at least, goes beyond its limit."""
+    if seconds <= limit.left:
+        return
+    least = f"Hugging Face and budget 1.0 alone take at least {seconds:.0f} s on this machine with {model.id}"
+    raise UsageError(
+        f"{least}, and --time-limit is {limit.seconds:g}",
+        f"--time-limit {2 * math.ceil(seconds + limit.spent)}, fewer or smaller frames (--frames, --size), or -m demo",
+    )
 
 
 def _write_or_print(path: str, text: str) -> None:

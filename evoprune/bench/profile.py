@@ -75,7 +75,7 @@ from evoprune.session.options import ModelOptions
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoder import encode
-from evoprune.vision.tower import tower_geometry, tower_shape
+from evoprune.vision.tower import geometry, tower_geometry, tower_shape
 
 Progress = Callable[[str], None]
 
@@ -108,6 +108,33 @@ def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
     loaded = load_model(options, pack=False)
     loaded.ready()
     return loaded
+
+
+class Needs(NamedTuple):
+    """Hold what a run takes: bytes of memory, and a lower bound on the seconds."""
+
+    memory: int
+    seconds: float
+
+
+def needs_of(model: FoundModel, cases: Sequence[Case], new_tokens: int) -> Needs:
+    """Estimate what a run takes: memory for its largest case, and time for Hugging Face and budget 1.0 on the first case.
+
+    The time is that of their operations at the rate of a matrix product, which is measured for 0.1 s. Loading, packing and the
+    rows of methods are not counted.
+    """
+    config = model.config
+    dtype = DTYPES[model.dtype]
+    grid = case_grid(cases[0], model.limits[VIDEO])
+    units = prod(grid)
+    windows = geometry(*grid[1:], tower_shape(model.tower).window, "cpu").windows
+    flop = tower_flop(config.vision_config, [units] * (config.vision_config.depth + 1), grid[0], windows)
+    prompt = units + text_tokens(config.vision_config, cases[0], model.limits[VIDEO])
+    flop += cost.prefill_flop(config.text_config, prompt)
+    flop += (new_tokens - 1) * cost.prefill_flop(config.text_config, 1)
+    seconds = 2 * flop / matmul_rate(dtype, str(model.device))
+    working = max(working_memory(config, case, model.limits[VIDEO], dtype.itemsize) for case in cases)
+    return Needs(model.parameters * dtype.itemsize + working, seconds)
 
 
 def quantized_models(

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -225,3 +226,20 @@ def test_defaults(cli, monkeypatch):
     monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
     cli("profile")
     assert recorded[-1].budgets == ("fast",)
+
+
+def test_a_run_that_surely_takes_longer_than_its_limit_is_refused_before_it_loads(cli, monkeypatch):
+    monkeypatch.setattr(measuring, "load", lambda *_: pytest.fail("it loads"))
+    monkeypatch.setattr(measuring, "matmul_rate", lambda *_, **__: 1e10)  # a slow machine
+    asked = ("profile", "-b", "0.1", "-r", "1", "--frames", "4")
+    result = cli(*asked, "--time-limit", "20")
+    assert result.code == 2 and result.out == ""
+    assert "Hugging Face and budget 1.0 alone take at least " in result.err and "--time-limit is 20" in result.err
+    assert "hint: --time-limit " in result.err and "-m demo" in result.err
+
+
+def test_what_a_long_run_takes_is_said_before_it(profile, monkeypatch):
+    monkeypatch.setattr(measuring, "matmul_rate", lambda *_, **__: 1e6)
+    result = profile("--time-limit", "1000")
+    assert result.code == 0 and re.fullmatch("needs about [0-9]+ MiB of memory and at least [0-9]+ s\n", result.err)
+    assert profile("--time-limit", "1000", "-q").err == ""
