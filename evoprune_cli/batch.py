@@ -211,9 +211,10 @@ def _rows(
             raise UsageError("no question", f"put -Q before each question, or give --from FILE: {USAGE}")
         if DASH in videos:
             raise UsageError("a batch takes no video from stdin", "evoprune ask - does; a file of that name is ./-")
-        rows = product_rows(videos, questions, *span, recursive)
+        pictures = span == (0.0, None)  # which have no part of their time
+        rows = product_rows(videos, questions, *span, recursive, pictures)
         if not quiet and not recursive:
-            for line in filter(None, map(left_out, videos)):
+            for line in filter(None, (left_out(video, pictures) for video in videos)):
                 tell(line)
         return rows
     if recursive:

@@ -123,7 +123,7 @@ def find(
     videos, queries = _words(words, list(more or []))
     pipeline = options()
     check_text(*queries, pipeline.find.prompt)
-    rows = _rows(videos, queries, pipeline.sampling)
+    rows = _rows(videos, queries, pipeline.sampling, quiet)
     files = MomentFiles(srt, chapters, contact_sheet, clips, exact)
     files.check([row.paths[0] for row in rows], output)
     if (resume or overwrite) and output is None:
@@ -240,9 +240,13 @@ def _words(words: Sequence[str], more: list[str]) -> tuple[list[str], list[str]]
     return list(videos), queries
 
 
-def _rows(words: Sequence[str], queries: Sequence[str], sampling: SamplingOptions) -> list["Row"]:
-    """Return a row for each video, those of a folder in its place. Raises VideoError where one is missing."""
+def _rows(words: Sequence[str], queries: Sequence[str], sampling: SamplingOptions, quiet: bool) -> list["Row"]:
+    """Return a row for each video, those of a folder in its place, and say what of a folder is left out.
+
+    Raises VideoError if one is missing.
+    """
     from evoprune.batch.moments import search_rows
+    from evoprune.batch.rows import left_out
 
     missing = [word for word in words if not is_url(word) and not os.path.exists(word)]
     if missing:
@@ -250,7 +254,11 @@ def _rows(words: Sequence[str], queries: Sequence[str], sampling: SamplingOption
             f"no such file: {shown(missing[0])}",
             missing_hint(missing[0], f"check the path; videos come first: {USAGE}"),
         )
-    return search_rows(words, queries, sampling)
+    rows = search_rows(words, queries, sampling)
+    if not quiet:
+        for line in filter(None, (left_out(word, hint="") for word in words)):
+            tell(line)
+    return rows
 
 
 def _announce(search: "Search", name: str) -> None:

@@ -182,13 +182,16 @@ def product_rows(
     start_s: float = 0.0,
     end_s: float | None = None,
     recursive: bool = False,
+    pictures: bool = False,
 ) -> list[Row]:
     """Return every question about every video, or every video of a folder, with `recursive` also of the folders inside it.
+
+    `pictures`: also about pictures in a folder of videos, as `in_folder`.
 
     Raises UsageError that names all that is wrong.
     """
     wrong = Wrong()
-    videos = list(in_folders(videos, wrong, recursive))
+    videos = list(in_folders(videos, wrong, recursive, pictures))
     for noun, texts, check in (("video", videos, _file), ("question", questions, _text)):
         for text, times in Counter(texts).items():
             if times > 1:
@@ -485,11 +488,26 @@ def folders_below(folder: str) -> Iterator[str]:
         yield from folders_below(os.path.join(folder, name))
 
 
-def in_folders(videos: Iterable[str], wrong: Wrong, recursive: bool = False) -> Iterator[str]:
+def in_folder(folder: str, pictures: bool = False) -> list[str]:
+    """Return the videos in a folder, in natural order of names, with `pictures` also the pictures.
+
+    A picture that has the name of a video, as a thumbnail has, does not count. Raises OSError: the folder cannot be read.
+    """
+    videos = files(folder, VIDEOS)
+    if not pictures:
+        return videos
+    stems = {os.path.splitext(path)[0] for path in videos}
+    return [
+        path for path in files(folder, (*VIDEOS, *IMAGES)) if path in videos or os.path.splitext(path)[0] not in stems
+    ]
+
+
+def in_folders(videos: Iterable[str], wrong: Wrong, recursive: bool = False, pictures: bool = False) -> Iterator[str]:
     """Yield the videos, with those in a folder of videos instead of the folder, in natural order of names; a folder of images is
     one.
 
-    Among more videos than images, the images are left out, as thumbnails are. `wrong` collects folders that are unclear.
+    Among more videos than images, the images are left out unless `in_folder` takes them with `pictures`.
+    `wrong` collects folders that are unclear.
     `recursive`: also those of the folders inside a folder, each as if it was given; of those that hold neither there is no word.
     """
     for video in videos:
@@ -500,7 +518,7 @@ def in_folders(videos: Iterable[str], wrong: Wrong, recursive: bool = False) -> 
             below = [folder for folder in folders_below(video) if holds_some(folder)]
             if not below:
                 wrong.add(f"neither videos nor images in the folder {video} and those inside it", ENDINGS_HINT)
-            yield from in_folders(below, wrong)
+            yield from in_folders(below, wrong, pictures=pictures)
             continue
         try:
             images = files(video, IMAGES)
@@ -510,7 +528,7 @@ def in_folders(videos: Iterable[str], wrong: Wrong, recursive: bool = False) -> 
             wrong.add(f"cannot read the folder {video}: {problem.strerror}", hint)
             continue
         if len(video_files) > len(images) or (images and not video_files):
-            yield from video_files or [video]
+            yield from in_folder(video, pictures) if video_files else [video]
         elif images:
             pattern = os.path.join(video, "*" + os.path.splitext(video_files[0])[1])
             hint = f"name the videos ({pattern}), or move the images to a folder of their own"
@@ -531,27 +549,30 @@ def holds_some(folder: str) -> bool:
         return True
 
 
-def left_out(video: str) -> str:
-    """Name the other things in a folder of videos, or of images, as a line; empty where there are none.
+def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
+    """Name the other things in a folder of videos, or of images, as a line; empty if there are none.
 
-    Hidden files do not count, nor other files beside images.
+    Hidden files do not count, nor other files beside images. `pictures`: as of `in_folder`. `hint`: how
+    folders inside a folder of images are searched.
     """
     if not os.path.isdir(video):
         return ""
     videos = files(video, VIDEOS)
     images = files(video, IMAGES)
+    taken = in_folder(video, pictures)
     with os.scandir(video) as entries:
-        others = [entry.is_dir() for entry in entries if entry.name[0] != "." and entry.path not in videos]
+        others = [entry for entry in entries if entry.name[0] != "." and entry.path not in taken]
+        names = [entry.name + "/" * entry.is_dir() for entry in others]
+    names.sort(key=natural)
     if len(videos) <= len(images):
-        if not images or not any(others):
+        if not images or not any(name.endswith("/") for name in names):
             return ""
-        taken = f"{counted(len(images), 'image')} as one video"
-        return f"{video}: {taken}; folders inside it are not searched (-r)"
-    counts = {"folder": sum(others), "other file": len(others) - sum(others)}
-    skipped = [counted(count, noun) for noun, count in counts.items() if count]
-    if not skipped:
+        return f"{video}: {counted(len(images), 'image')} as one video; folders inside it are not searched{hint}"
+    if not names:
         return ""
-    return f"{video}: {counted(len(videos), 'video')}; left out: {', '.join(skipped)}"
+    counts = {"video": len(videos), "picture": len(taken) - len(videos)}
+    found = " and ".join(counted(count, noun) for noun, count in counts.items() if count)
+    return f"{video}: {found}; left out: {some(list(map(shown, names)))}"
 
 
 def read_all(file: BinaryIO, name: str, hint: str) -> bytes:

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -373,8 +374,8 @@ def test_rows_that_one_encoding_serves_are_together(rows):
     ("names", "found", "says"),
     [
         ("1.png 2.JPG times.txt", ".", None),
-        ("10.mkv 2.mp4 1.webm .0.mp4 3.mp4/", "1.webm 2.mp4 10.mkv", "3 videos; left out: 1 folder"),
-        ("a.mp4 b.mp4 a.jpg notes.txt folder/", "a.mp4 b.mp4", "2 videos; left out: 1 folder, 2 other files"),
+        ("10.mkv 2.mp4 1.webm .0.mp4 3.mp4/", "1.webm 2.mp4 10.mkv", "3 videos; left out: 3.mp4/"),
+        ("a.mp4 b.mp4 a.jpg notes.txt folder/", "a.mp4 b.mp4", "2 videos; left out: a.jpg, folder/, notes.txt"),
         ("a.mp4", "a.mp4", None),
         ("a.png folder/", ".", "1 image as one video; folders inside it are not searched (-r)"),
         ("a.mp4 b.mp4 a.jpg b.jpg", None, "holds 2 images and 2 videos"),
@@ -393,3 +394,15 @@ def test_folders_of_images_and_of_videos(tmp_path, names, found, says):
     else:
         assert taken == [*(str(tmp_path / name) for name in found.split()), "gone.mp4"]
         assert (left_out(str(tmp_path)) or None) == (says and f"{tmp_path}: {says}")
+
+
+def test_a_photo_among_videos_is_taken(tmp_path):
+    """But no thumbnail, which has the name of a video. Of what is left out some is named, and the rest counted."""
+    for name in ("a.mp4", "b.mp4", "c.mov", "a.jpg", "b2.png", *(f"{n}.txt" for n in range(12))):
+        (tmp_path / name).touch()
+    folder = str(tmp_path)
+    found = [Path(row.video).name for row in product_rows([folder], ["Why?"], pictures=True)]
+    assert found == ["a.mp4", "b.mp4", "b2.png", "c.mov"]
+    assert [Path(row.video).name for row in product_rows([folder], ["Why?"])] == ["a.mp4", "b.mp4", "c.mov"]
+    names = ", ".join([*(f"{n}.txt" for n in range(10)), "and 3 more"])
+    assert left_out(folder, pictures=True) == f"{folder}: 3 videos and 1 picture; left out: {names}"

@@ -504,5 +504,11 @@ def test_folders_inside_folders(run, out, tmp_path):
     write_image(tmp_path / "all" / "a.png", numbered_frame(0))
     result = run(tmp_path / "all", "-Q", QUESTIONS[0], "--overwrite")
     assert result.code == 0 and "1 image as one video; folders inside it are not searched (-r)\n" in result.err
+    shutil.copy(ROOT / CLIPS[0], tmp_path / "all" / "x.mp4")
+    shutil.copy(ROOT / CLIPS[0], tmp_path / "all" / "y.mp4")
+    for words, found in (((), 3), (("--start", "1"), 2)):  # a picture has no part of its time
+        result = run(tmp_path / "all", "-Q", QUESTIONS[0], "--overwrite", *words)
+        assert result.code == 0 and len(records(out)) == found
+        assert ("2 videos and 1 picture; left out: b/" in result.err) == (found == 3)
     (tmp_path / "none").mkdir()
     assert run(tmp_path / "none", "-r", "-Q", QUESTIONS[0], "--overwrite").code == 2
