@@ -26,12 +26,14 @@ ROOT = SAMPLES.parent
 START_S = 120
 # The command without an installed entry point: the plug-in is found as pytest finds it.
 PROGRAM = """
-import sys
+import signal
+usual = signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the installed command does, however slow these imports are
 from importlib.metadata import EntryPoint
 from evoprune_cli import main
 entry = EntryPoint("serve", "evoprune_serve:serve", main.COMMANDS)
 main.plugged = lambda: {"serve": entry}
 from evoprune_cli.__main__ import start
+signal.signal(signal.SIGINT, usual)
 start()
 """
 
