@@ -35,6 +35,7 @@ OFTEN_NOTHING = (
     "changes_size",
     "rate_guessed",
     "cut_off",
+    "crop",
     "hdr",
     "hdr_format",
     "interlaced",

@@ -175,7 +175,7 @@ def spoil(path, out, packets):
 
 
 def crop_video(path: Path, out: Path, left: int, right: int, top: int, bottom: int) -> Path:
-    """A copy of an MP4 of H.264 with a `clap` box, by which players crop so many pixels of each frame."""
+    """A copy of an MP4 of H.264 with a clap box, by which players crop so many pixels of each frame."""
     content = bytearray(path.read_bytes())
     at = 0
     boxes = []

@@ -1,4 +1,4 @@
-"""Pictures that the container crops, as `clap` in MP4 and PixelCrop in Matroska do: whatever reads them, they are cropped."""
+"""Pictures that the container crops, as a clap box in MP4 and PixelCrop in Matroska do: whatever reads them, they are cropped."""
 
 from contextlib import closing
 

@@ -403,9 +403,9 @@ def check_encryption(stream: VideoStream, log: str, path: str) -> None:
 
 
 def cropping(log: str) -> Crop | None:
-    """Return the pixels that a container crops (`clap` in MP4, PixelCrop in Matroska), from `stream_log`; None if it crops none.
+    """Return the pixels that a container crops, from `stream_log`; None if it crops none.
 
-    Cropping by the codec is done in the decoder.
+    MP4 says so in a clap box, Matroska in PixelCrop. Cropping by the codec is done in the decoder.
     """
     found = CROPPING.search(log)
     return (int(found[1]), int(found[2]), int(found[3]), int(found[4])) if found else None

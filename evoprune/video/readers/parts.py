@@ -33,7 +33,7 @@ BROKEN = (b"moof", b"mdat", b"mfra", b"sidx", b"styp")  # where a fragmented MP4
 # elements of Matroska that hold others
 SEGMENT = 0x18538067
 CLUSTER = 0x1F43B675
-ENCRYPTED_TRACK = b"encv" + bytes(6)  # the beginning of its entry in `stsd`
+ENCRYPTED_TRACK = b"encv" + bytes(6)  # the beginning of its entry in the table of formats (stsd)
 NUT = b"nut/multimedia container\0"
 Y4M = b"YUV4MPEG2 W"
 REAL = b".RMF\0\0\0\x12\0"

@@ -127,7 +127,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
             tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
             if 50706 in tags or tags.get(254, 0) & 1:  # the tags DNG, and "reduced" of a picture before the one itself
                 raise VideoError(f"{path} is a camera's raw file, of which only a preview could be read", CONVERT)
-            several = getattr(image, "is_animated", False)  # `n_frames` of a TIFF reads it to its end
+            several = getattr(image, "is_animated", False)  # to count the pages of a TIFF reads it to its end
             if several and image.format == "TIFF":
                 raise VideoError(f"{path} has several pages", "save one page as a JPEG or PNG")
             if several and image.format != "MPO":  # of which the first is the photograph
