@@ -231,10 +231,11 @@ def _check_time(seconds: float, limit: "TimeLimit", model: "FoundModel") -> None
     """Raises UsageError: what a run takes in `seconds`, at least, goes beyond its limit."""
     if seconds <= limit.left:
         return
-    least = f"Hugging Face and budget 1.0 alone take at least {seconds:.0f} s on this machine with {model.id}"
+    total = seconds + limit.spent
     raise UsageError(
-        f"{least}, and --time-limit is {limit.seconds:g}",
-        f"--time-limit {2 * math.ceil(seconds + limit.spent)}, fewer or smaller frames (--frames, --size), or -m demo",
+        f"Hugging Face and budget 1.0 alone take at least {total:.0f} s on this machine with {model.id}, the import of libraries "
+        f"included, and --time-limit is {limit.seconds:g}",
+        f"--time-limit {2 * math.ceil(total)}, fewer or smaller frames (--frames, --size), or -m demo",
     )
 
 
