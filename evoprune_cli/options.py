@@ -125,7 +125,9 @@ def command(
         @wraps(function)
         def run(debug: bool, help_all: bool, **given: Any) -> int:
             if groups:
-                given["options"] = partial(_made, said, {name: given.pop(name) for name in said})
+                resumed = given.get("resume") and given.get("data", "") is None  # its settings name the model
+                typed = {name: given.pop(name) for name in said}
+                given["options"] = partial(_made, said, typed, check_model=not resumed)
             return function(**given)
 
         parameters = []
@@ -172,15 +174,15 @@ def _parameter(panel: str, field: Any, said: Option) -> Parameter:
     return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _made(said: dict[str, Option], typed: dict[str, Any]) -> PipelineOptions:
-    """Return options as they were typed. Raises ModelError: the model is neither a folder nor a hub id."""
+def _made(said: dict[str, Option], typed: dict[str, Any], *, check_model: bool) -> PipelineOptions:
+    """Return options as they were typed. Raises ModelError with `check_model`: the model is neither a folder nor a hub id."""
     try:
         parsed = {name: said[name].parse(value) for name, value in typed.items() if said[name].parse}
         options = PipelineOptions.of(**typed | parsed)
     except UsageError as problem:
         problem.message = _as_typed(problem.message, said)
         raise
-    if options.model.model:  # `inspect` needs none
+    if check_model and options.model.model:  # `inspect` needs none
         from evoprune.session.loading.files import local_folder
 
         local_folder(options.model)  # before seconds of imports

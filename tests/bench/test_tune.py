@@ -303,7 +303,7 @@ def test_agreement_does_not_rise_with_kl():
     assert (np.diff(found) <= 1e-12).all()
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("idle", [0, 2])
 def test_each_video_is_read_once_for_all_candidates(saved, monkeypatch, idle):
     """Ahead where that takes no core from what is measured."""

@@ -122,6 +122,7 @@ def test_each_of_several_questions_stands_above_its_answer_on_a_terminal(cli):
 CUT = "warning: the answer may be incomplete: -n (max_new_tokens) allows no more tokens\n"
 
 
+@pytest.mark.full
 def test_an_answer_that_is_cut_says_so_in_one_line(cli):
     asked = ("ask", CLIP, "Describe the video.", "-Q", QUESTION)
     result = cli(*asked, "-n", "2", "--json")

@@ -97,6 +97,7 @@ def no_weights(monkeypatch):
     monkeypatch.setattr("evoprune.session.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     ("args", "says", "code"),
     [

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
 ROWS = [
     {"question": QUESTION, "options": ["red", "green", "blue"], "answer": "green"},
@@ -30,7 +32,7 @@ def test_ask_chooses(cli):
         ("options", "those of the rows"),
         ("a,\udcff", "not valid text"),
     ):
-        refused = cli("ask", CLIP, QUESTION, "-m", "no/such/model", "--choices", given)
+        refused = cli("ask", CLIP, QUESTION, "-m", "nobody/nothing", "--choices", given)
         assert refused.code == 2 and wrong in refused.err
 
 
@@ -50,6 +52,7 @@ def test_a_batch_chooses_among_the_options_of_rows(cli, tmp_path):
     assert refused.code == 2 and "give --from FILE" in refused.err
 
 
+@pytest.mark.full
 def test_eval_grades_by_likelihood(cli, tmp_path):
     asked = ("eval", "--data", rows(tmp_path, {"question": QUESTION, "answer": "green"}), "--frames", "4", "-b", "0.25")
     done = cli(*asked, "--score", "likelihood", "-q", "-o", str(tmp_path / "run"))

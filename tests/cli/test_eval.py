@@ -96,6 +96,7 @@ def test_tables_of_few_questions_say_that_they_are_no_measurement(groups, where)
     assert [line for line in made if "measurement" in line] == said
 
 
+@pytest.mark.full
 def test_a_chart_beside_results_that_are_not_there_yet(run, tmp_path):
     chart = tmp_path / "runs" / "a.svg"
     assert run("--blind", "-o", tmp_path / "runs" / "a", "--chart", chart).code == 0
@@ -202,7 +203,7 @@ def test_a_folder_is_all_that_is_needed_to_go_on(run, cli, tmp_path, monkeypatch
         breaking(patch, 7, KeyboardInterrupt())  # in the second video
         torn = run(*more, "-o", place)
     assert torn.code == 130 and torn.err.endswith(f"to go on: evoprune eval --resume '{place}'\n")
-    monkeypatch.setenv("EVOPRUNE_MODEL", "other")
+    monkeypatch.setenv("EVOPRUNE_MODEL", "some/other")
     again = cli("eval", "--resume", place, "--json", "-q", "--threads", "1")
     assert (again.code, again.err) == (0, "")
     assert again.record["videos"] == {"wanted": 2, "evaluated": 2, "failed": 0}

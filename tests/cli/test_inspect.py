@@ -144,7 +144,7 @@ def test_video_from_stdin(cli):
     assert record["video"]["path"] == "-" and record["scan"]["frames"] == 72 and record["plan"]["frames"] == 12
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("ending", ["gif", "mp4"])
 def test_overlay(cli, foreign, tmp_path, ending):
     file = tmp_path / f"drawn.{ending}"

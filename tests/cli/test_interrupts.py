@@ -1,6 +1,6 @@
 """Ctrl-C while a video is read that hangs: every command, and Python, ends at once, and says and leaves nothing wrong.
 
-`python -m tests.cli.test_interrupts FOLDER` makes the runs, each a copy of that process, which has imported everything before.
+`python -m tests.cli.test_interrupts FOLDER NAME...` makes the runs, each a copy of that process, which has imported all before.
 Prints one JSON object a run.
 """
 
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ TWICE = ("ask", "ahead", "python")  # also ended by two in a row
 LONGEST_S = 0.5
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: Sequence[str]) -> None:
     import torch
 
     import evoprune_cli.main  # noqa: F401
@@ -54,8 +55,13 @@ def main(folder: Path) -> None:
     VideoQA.load("demo").encode(GOOD, frames=4)  # imports what remains
     isolation.end_all()
     isolation.PROGRAM = PROGRAM
-    for name, times in [*((name, 1) for name in RUNS), *((name, 2) for name in TWICE)]:
+    for name, times in runs_of(names):
         print(json.dumps(run(name, RUNS[name], folder / f"{name}{times}", times)), flush=True)
+
+
+def runs_of(names: Sequence[str]) -> list[tuple[str, int]]:
+    """What is run, and how often each gets Ctrl-C."""
+    return [*((name, 1) for name in names), *((name, 2) for name in names if name in TWICE)]
 
 
 def run(name: str, words: list[str], folder: Path, times: int) -> dict:
@@ -123,9 +129,12 @@ def in_python(folder: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere videos are read in the process itself")
-def test_ctrl_c_while_reading_ends_at_once(tmp_path):
-    runs = records_of("tests.cli.test_interrupts", str(tmp_path))
-    assert len(runs) == len(RUNS) + len(TWICE)
+@pytest.mark.parametrize(
+    "names", [["ask", "ahead", "python"], pytest.param([*RUNS], marks=pytest.mark.full)], ids=["few", "all"]
+)
+def test_ctrl_c_while_reading_ends_at_once(tmp_path, names):
+    runs = records_of("tests.cli.test_interrupts", str(tmp_path), *names)
+    assert len(runs) == len(runs_of(names))
     for one in runs:
         assert one["code"] == (130 if one["name"] == "python" else -signal.SIGINT), one
         assert one["left"] == [] and "Traceback" not in one["err"] and "Exception" not in one["err"], one
@@ -137,7 +146,7 @@ def test_ctrl_c_while_reading_ends_at_once(tmp_path):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
 
 
 DROPPED = """

@@ -184,7 +184,7 @@ def clips(tmp_path_factory):
     return folder
 
 
-@pytest.mark.few(44)
+@pytest.mark.few(30)
 @pytest.mark.parametrize(("case", "way"), WAYS)
 def test_contract(cli, clips, foreign, monkeypatch, case, way):
     for name, value in case.env.items():
@@ -297,6 +297,7 @@ def test_a_damaged_compiled_module_is_named(cli, monkeypatch, tmp_path):
     assert result.code == 2 and f"a compiled module of Python is damaged: {compiled}" in result.err
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("output", ["batch -Q What? -m demo -o out.jsonl", "inspect --overlay out.png"])
 def test_a_current_folder_that_is_gone_is_named(tmp_path, output):
     gone = "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); from evoprune_cli.main import run; run()"
@@ -793,6 +794,7 @@ def test_a_pipe_without_another_end_is_named(tmp_path, command, does):
     assert said == f"waiting for {tmp_path / 'pipe'}, which is a pipe: does a program {does} it?\n"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "args",
     [

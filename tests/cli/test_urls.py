@@ -299,6 +299,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(("name", "says", "hint"), BROKEN, ids=[name for name, *_ in BROKEN])
 def test_what_a_server_does_wrong_is_said(web, monkeypatch, name, says, hint):
     monkeypatch.setattr(download, "LIMIT_BYTES", 2**20)

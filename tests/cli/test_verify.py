@@ -14,6 +14,7 @@ from tests.bench.faults import FAULTS
 NAMES = ("patches", "positions", "tower", "logits", "answer")
 
 
+@pytest.mark.full
 def test_a_line_for_each_check_and_a_verdict(cli):
     result = cli("verify", "-m", "demo", "--quick")
     assert result.code == 0 and result.err == ""

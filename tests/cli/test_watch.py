@@ -64,7 +64,7 @@ def untagged(tmp_path_factory):
         yield url
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("source", ["whole", "file"])
 def test_what_can_wait_is_asked_about_at_every_moment(cli, untagged, source):
     """It is read faster than it plays, and each answer sees just what was before its moment."""

@@ -95,13 +95,13 @@ def same(folder, name: str) -> None:
         )
 
 
-@pytest.mark.few(50)
+@pytest.mark.few(30)
 @some("public")
 def test_as_recorded(folder, name):
     same(folder, name)
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @some("each method")
 def test_every_method(folder, name):
     same(folder, name)

@@ -422,7 +422,7 @@ def started(*works):
     return threads
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_each_thread_gets_what_it_gets_alone(model, use_cache):
     batches, made = [processed(model, *prompts) for prompts in SEVERAL] * 3, {}

@@ -27,7 +27,7 @@ def answer_of(model, inputs, budget: float) -> list[int]:
     return out[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 @pytest.mark.parametrize(
     ("clip", "how"),

@@ -118,6 +118,7 @@ def test_a_regular_expression_that_cannot_be_followed_is_refused(regex, said):
 LARGE = 2**53 + 1
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
@@ -139,6 +140,7 @@ def test_numbers_that_would_not_be_followed_exactly_are_refused(schema, said):
     assert said in refusal(GenerationOptions, schema=schema)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "schema",
     [
@@ -167,6 +169,7 @@ def test_a_schema_whose_references_go_too_deep_is_refused():
     assert "too much" in refusal(GenerationOptions, schema=references(4000))
 
 
+@pytest.mark.full
 def test_a_check_without_an_end_is_ended(monkeypatch):
     monkeypatch.setattr(guidance, "SECONDS", 1)
     patterns = [{"type": "string", "pattern": f"a.{{{number}}}b"} for number in range(400)]

@@ -154,6 +154,7 @@ def test_a_source_that_stalls(served):
     assert not found and "nothing came from" in problem.message
 
 
+@pytest.mark.full
 def test_garbage(served):
     found, _, problem = read(f"{served[0]}/garbage.ts")
     assert not found and problem.exit_code == 3

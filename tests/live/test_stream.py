@@ -57,7 +57,7 @@ def fed(stream, seconds, fps=2.0, start=0.0):
     return stream
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("budget, method", [(1.0, "none"), (0.25, "evoprune"), (0.1, "adjacent"), (0.25, "visionzip")])
 @pytest.mark.parametrize("model", ["demo", "qwen3"])
 def test_a_stream_of_one_window_has_the_answer_of_the_file(model, budget, method, request):
@@ -174,6 +174,7 @@ def test_windows_are_read_as_one_video(model, request):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.full
 def test_memory_does_not_grow_and_the_oldest_windows_are_thinned_step_by_step(demo):
     with VideoQA(demo, budget=0.25).stream(window_s=2.0, memory_s=20.0) as stream:
         held, before, capacities = [], {}, set()
@@ -203,7 +204,7 @@ def test_memory_does_not_grow_and_the_oldest_windows_are_thinned_step_by_step(de
         )  # five whole, five halves, ...
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["none", "evoprune-merge", "tome", "evs", "divprune", "visionzip", "random", "pool"])
 def test_windows_of_any_method_are_thinned(demo, method):
     with fed(VideoQA(demo, budget=0.25, method=method).stream(window_s=2.0, memory_s=12.0), 40) as stream:
@@ -240,6 +241,7 @@ def test_the_beginning_can_be_moved_without_a_change_of_distances(demo):
         assert not torch.allclose(moved, old, atol=1e-2)
 
 
+@pytest.mark.full
 def test_a_memory_longer_than_the_context_is_moved_now_and_then(demo):
     with VideoQA(demo, budget=0.25).stream(window_s=2.0, memory_s=20.0) as stream:
         fed(stream, 2)

@@ -175,6 +175,7 @@ def test_a_class_that_is_no_method_is_refused_when_it_is_loaded(package, says):
     assert caught.value.message.startswith("method 'mine' of extra-methods 1.2 ")
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("says", RETURNS)
 def test_what_one_returns_is_checked(package, says):
     select = f"    def select(self, tokens, keep):\n        return {RETURNS[says]}\n"

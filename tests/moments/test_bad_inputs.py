@@ -35,6 +35,7 @@ def test_ten_hours(demo, tmp_path):
     assert 2 <= len(search.segments) == search.asked and search.unread == 0
 
 
+@pytest.mark.full
 def test_minutes_without_frames(demo, tmp_path):
     """What is on the screen stays there until the next frame."""
     frames = [np.zeros((56, 56, 3), np.uint8), *numbered_frames(3, 56, 56)]

@@ -83,6 +83,7 @@ def test_the_other_world(tmp_path):
     assert len([m for m in found if m.query in absent]) <= 1
 
 
+@pytest.mark.full
 def test_what_broke_off_has_moments_of_what_was_read(demo, shapes):
     path, times = shapes
     there = [name for name, spans in times.items() if spans and spans[0][1] < 40][:6]
@@ -184,6 +185,7 @@ def test_a_moment_ends_with_its_last_segment(demo, shapes):
     assert (moment.start_s, moment.end_s) == (search.segments[1].start_s, search.segments[3].end_s)
 
 
+@pytest.mark.full
 def test_memory_does_not_grow_with_the_length(demo, shapes):
     """A segment is forgotten before the next but one."""
     path, _ = shapes

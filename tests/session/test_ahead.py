@@ -334,6 +334,7 @@ def test_frames_are_given_once_in_the_order_of_the_inputs(long, read_anew):
 # Bounds.
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("order", [[0, 1], [1, 0], [1]])
 def test_frames_that_wait_are_bounded_and_whoever_asks_gets_them_in_any_order(long, monkeypatch, order):
     monkeypatch.setattr(module, "PIECE_BYTES", 1)

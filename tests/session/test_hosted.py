@@ -57,7 +57,7 @@ def either(request, tmp_path_factory):
     return loaded(tmp_path_factory, "qwen3_vl_moe")
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("inner", ["absent", "empty"])
 def test_settings_of_the_language_model_that_lie_flat(folder, tmp_path, inner):
     """transformers takes its defaults for them, of billions of weights; a Qwen2.5-VL's own config.json lies flat."""
@@ -213,6 +213,7 @@ def test_one_column_goes_through_its_experts_without_groups(columns, on_a_cpu, t
     assert calls == model.config.text_config.num_hidden_layers * [taken]
 
 
+@pytest.mark.full
 def test_several_questions_are_answered_as_fresh_ones(either):
     qa = VideoQA(either, budget=0.3)
     inputs = qa.encode(CLIP)
@@ -350,6 +351,7 @@ def in_bf16(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", parameters("int8", "int4"))
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_hybrid_in_fewer_bits(tmp_path, monkeypatch, hybrid, kind, dtype):

@@ -73,13 +73,13 @@ def test_answers_are_the_same_however_many_were_asked_before(load, want):
         assert [ids_of(video, question) for question in QUESTIONS] == want
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 def test_the_beginning_of_an_answer_does_not_depend_on_its_length(load, want):
     for n in (1, 2, 3, 5):
         assert ids_of(VideoQA(load(), budget=0.25).encode(CLIP), QUESTIONS[0], n) == want[0][:n]
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 def test_an_interruption_while_layers_are_packed(load, want, monkeypatch):
     reorder = linear._packed
     for moment in (1, 4, 9):

@@ -64,7 +64,7 @@ def answered(loaded, path, n=12, **pruning) -> list[int]:
     return answer.ids if answer.text is not None else []
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("path", [CLIP, LONG, [CLIP, LONG], "samples/square.png"])
 def test_full_budget_is_hugging_faces_generate(folder, loaded, host, path, tmp_path):
     if path == "samples/square.png":

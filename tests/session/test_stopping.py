@@ -121,6 +121,7 @@ def test_inputs_that_are_read_ahead(qa, named, monkeypatch, name, count, keeps):
         ahead.close()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("wanted", [True, False])
 @pytest.mark.parametrize("name", HANGS)
 def test_inputs_that_are_read_before_the_model_is_there(qa, saved, named, name, wanted):

@@ -73,6 +73,7 @@ def test_keyframes_near_the_middles_are_read_on_request(clip):
     assert np.abs(times_s - [3.2, 9.6, 16, 22.4]).max() < 3.2
 
 
+@pytest.mark.full
 def test_large_frames_come_in_several_chunks(folder):
     path = write_video(folder / "large.mp4", numbered_frames(30, 1088, 1920), gop=30)
     frames, _ = evoprune.read_frames(path, frames=30)

@@ -307,6 +307,7 @@ def has_zscale():
     return " zscale " in filters and " tonemap " in filters
 
 
+@pytest.mark.few(6)
 @pytest.mark.skipif(not has_zscale(), reason="no ffmpeg with zscale")
 @pytest.mark.parametrize("hdr_format", MAPPED)
 @pytest.mark.parametrize("full", [False, True])

@@ -302,6 +302,7 @@ VIEWS = (
 )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("hold", VIEWS)
 def test_what_somebody_holds_is_not_written_over(good, started, pieces, hold):
     """Nor what a view of it shows, or what torch makes of it; it stays, and may be written to, when the process is gone."""

@@ -38,6 +38,7 @@ def encoded_units(patches, grid, threshold=THRESHOLD) -> torch.Tensor:
 # --- properties --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @settings(deadline=None, max_examples=50)
 @given(
     grid=st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 6)),
