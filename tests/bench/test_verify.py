@@ -51,7 +51,7 @@ def assert_held(results) -> None:
     assert not [(found.check.name, found.outcome.says) for found in results.of(DIFFERS)]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["demo", *MODEL_TYPES])
 def test_everything_holds(folders, name):
     assert_held(results := verified(folders.get(name, name), quick=True))

@@ -44,6 +44,7 @@ def there_and_absent(times):
     return lasting, absent
 
 
+@pytest.mark.full
 def test_things_that_are_there_are_found_and_others_are_not(demo, shapes):
     path, times = shapes
     lasting, absent = there_and_absent(times)
