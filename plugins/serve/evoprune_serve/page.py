@@ -52,6 +52,7 @@ OF_THE_PAGE = {
     "other_tracks": "the video has more than one video track; only the main one is read",
     "guessed_rate": "the video does not state its frame rate, and is read at 25 frames a second: times are right only if "
     "that is it",
+    "sound_ignored": "the sound of the video is not read, so an answer about it comes from the pictures alone",
     "limited": "the server looked at fewer or smaller frames of the video than usual, because it is long or large",
     "answer_cut": "the answer may be incomplete: it has as many tokens as the server allows",
     "thoughts_cut": "the model was still thinking after as many tokens as the server allows, so there is no answer",

@@ -49,8 +49,8 @@ def events(server, **given) -> list[dict]:
 def same(response: dict) -> dict:
     """A response without what differs each time."""
     response = json.loads(json.dumps(response))
-    for name in ("id", "created_at"):
-        del response[name]
+    for name in ("id", "created_at", "completed_at"):
+        response.pop(name, None)
     del response["usage"]["evoprune"]
     for item in response["output"]:
         del item["id"]
