@@ -695,7 +695,6 @@ SPECIFIED = {
 }
 
 
-@pytest.mark.few(6)
 @pytest.mark.parametrize("name", SPECIFIED)
 @examples()
 def test_it_selects_what_its_specification_says(name, grid, kind, seed, data):
