@@ -397,7 +397,7 @@ HOSTILE: dict[str, set[Status]] = {
     "rebinding": {400},
     "redirect": {400},
     "dripping": {GONE},
-    "paths": {400},
+    "paths": {400, 404},
     "file_paths": {404},
     "wrong_host": {403},
     "no_http": {400, CUT},

