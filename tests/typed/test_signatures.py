@@ -119,6 +119,7 @@ def public() -> Iterator[tuple[str, Callable]]:
                 (f"{name}.{each}", getattr(value, each))
                 for each in dir(value)
                 if (not each.startswith("_") or each in ("__init__", "__call__", "__enter__"))
+                and callable(getattr(value, each))  # Python 3.13 calls a `cached_property` a routine
                 and inspect.isroutine(getattr(value, each))
                 and getattr(getattr(value, each), "__module__", "").startswith("evoprune")
             )
