@@ -86,12 +86,13 @@ def pytest_configure(config):
 
 
 def pytest_sessionstart(session):
-    """Import the test modules in another order in each worker of pytest-xdist, so that workers share the rewriting of asserts.
+    """Import the test modules in another order in each worker of pytest-xdist, if all tests are asked for.
 
-    In a fresh checkout, pytest rewrites and compiles each module once. In the same order, all workers would do that to all modules.
+    In a fresh checkout, pytest rewrites the asserts of each module and caches the result. In the same order, all workers would do
+    that to all modules.
     """
     worker = getattr(session.config, "workerinput", None)
-    if worker is None:
+    if worker is None or session.config.option.file_or_dir:
         return
     folder = Path(__file__).parent
     paths = sorted(path.relative_to(folder.parent) for path in folder.rglob("test_*.py"))
