@@ -220,7 +220,7 @@ def make_environment(folder: Path, torchcodec: str = TORCHCODEC, wheels: Path | 
     """
     import subprocess
 
-    from experiments.environments.recipes import run
+    from experiments.environments.__main__ import run
 
     python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     if (folder / "made").exists():

@@ -25,7 +25,7 @@ from evoprune.backend.cpu.quantize import (
     quantize,
 )
 from evoprune.backend.devices import PIECE_UNITS, environment
-from evoprune.errors import UsageError, first_line
+from evoprune.errors import UsageError
 from evoprune.methods.plans import full_plan
 from evoprune.model.config import PATCHES, Config, vision_sizes
 from evoprune.model.cost import matmul_rate
@@ -56,7 +56,6 @@ class Sizes:
         grid: (H, W) of a frame pair in units, whole windows.
         grids: frame pairs that the encoder takes at a time.
         clip: frame pairs of the clip that the tower encodes in chunks, or at once.
-        rows: of products of bytes.
     """
 
     config: Config
@@ -66,7 +65,6 @@ class Sizes:
     grid: tuple[int, int] = (8, 12)
     grids: int = 5
     clip: int = 16
-    rows: tuple[int, ...] = (1, 34, 68, 126, 414, 1536)
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -128,43 +126,6 @@ def single_rows(sizes: Sizes, repeat: int) -> None:
     ]
     title = "One row by {}x{} weights, {} of each in turn".format(*sizes.product, sizes.copies)
     show(title, ("kernel", "ms", "of plain bf16", "MiB", "GB/s"), rows)
-
-
-def byte_products(sizes: Sizes, repeat: int) -> None:
-    """Prints how long products of bytes take by their number of rows, beside float32: as built, and with fbgemm's kernels.
-
-    fbgemm takes float32 and rounds it itself; its scales are one a matrix. PyTorch has deprecated the tensors that it needs.
-    """
-    inner, outer = sizes.product
-    plain = nn.Linear(inner, outer, bias=False)
-    stored = int8_weights(plain)
-    built = Int8Linear(stored)
-    engine = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    scales = built.scale.double()
-    zeros = torch.zeros(outer, dtype=torch.int64)
-    weights = torch.quantize_per_channel(plain.weight.float(), scales, zeros, 0, torch.qint8)
-    held = torch.ops.quantized.linear_prepack(weights, None)
-    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-    rows = []
-    for count in sizes.rows:
-        x = torch.randn(count, inner)
-        whole = built.to_bytes(x, built.large)[0].float()
-        # A new view each time, because layers share the conversion of the same activations.
-        ways = [lambda x=x: plain(x), lambda x=x: built(x[:]), lambda whole=whole: product(whole, 1.0, 0, held)]
-        rows.append((f"{count:,}", *(cell for cells in times(medians(ways, repeat)) for cell in cells)))
-    arranging = [
-        lambda: Int8Linear(stored),
-        lambda: torch.ops.quantized.linear_prepack(weights, None),
-    ]
-    for name, each in zip(("as built", "fbgemm"), medians(arranging, repeat), strict=True):
-        print(f"Arranging the weights, {name}: {each:.0f} ms")
-    torch.backends.quantized.engine = engine
-    columns = (
-        "rows",
-        *(text for name in ("float32", "int8 as built", "fbgemm") for text in (f"{name}: ms", "of float32")),
-    )
-    show(f"Products by {inner}x{outer} weights", columns, rows)
 
 
 def memory(sizes: Sizes, repeat: int) -> None:
@@ -297,41 +258,8 @@ def pieces(packed: nn.Module, sizes: Sizes, repeat: int) -> None:
     show(f"A tower of {config.depth} layers on {2 * sizes.clip} frames", ("", "ms", "of as built"), rows)
 
 
-def compiled(plain: nn.Module, packed: nn.Module, sizes: Sizes, repeat: int, backend: str = "inductor") -> None:
-    """Prints how long one layer takes in windows, as it is built and compiled by torch.compile."""
-    from torch._inductor import config as settings
-    from torch._inductor.utils import fresh_cache
-
-    x, turn, (group, _) = layer_inputs(plain, sizes)
-    rest = (x, turn, plain.config.num_heads, group)
-    ways: dict[str, Callable] = {
-        "as built, packed weights": partial(layer, packed.blocks[0], *rest),
-        "plain weights": partial(layer, plain.blocks[0], *rest),
-    }
-    notes = ["", ""]
-    for name, freezing in (("torch.compile", False), ("torch.compile, weights frozen", True)):
-        torch._dynamo.reset()
-
-        def fixed(x: torch.Tensor) -> torch.Tensor:
-            return layer(plain.blocks[0], x, *rest[1:])
-
-        start = time.perf_counter()
-        try:
-            with fresh_cache(), settings.patch(freezing=freezing):
-                run = torch.compile(fixed, backend=backend, dynamic=False)
-                apart = (run(x) - fixed(x)).abs().max() / fixed(x).abs().max()
-        except Exception as problem:  # no compiler, or one that fails, is a result too
-            print(f"\n{name}: {type(problem).__name__}: {first_line(problem)}")
-            continue
-        ways[name] = partial(run, x)
-        notes.append(f"{time.perf_counter() - start:.1f} s to compile, {apart:.1%} apart at most")
-    cells = times(medians(list(ways.values()), repeat))
-    rows = [(name, *cell, note) for name, cell, note in zip(ways, cells, notes, strict=True)]
-    show(f"One layer of the tower compiled, {len(x) * PATCHES:,} patch rows", ("", "ms", "of as built", ""), rows)
-
-
 @torch.no_grad()
-def measure(sizes: Sizes, repeat: int, backend: str = "inductor") -> None:
+def measure(sizes: Sizes, repeat: int) -> None:
     """Prints everything."""
     single_rows(sizes, repeat)
     memory(sizes, repeat)
@@ -349,13 +277,11 @@ def measure(sizes: Sizes, repeat: int, backend: str = "inductor") -> None:
     pack(packed)
     layers(plain, packed, sizes, repeat)
     pieces(packed, sizes, repeat)
-    compiled(plain, packed, sizes, repeat, backend)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=7, help="measured rounds; their median is shown (default: 7)")
-    parser.add_argument("--bytes", action="store_true", help="products of bytes alone, which need no bf16")
     args = parser.parse_args()
     try:
         check("int8", CPU)
@@ -363,12 +289,6 @@ def main() -> None:
     except UsageError as problem:
         parser.exit(2, f"{problem.message}\n")
     sizes = Sizes(describe_model(ModelOptions(MODEL)).config)
-    if args.bytes:
-        env = environment("cpu")
-        print(f"{env.device_name}, {env.threads} threads; torch {env.torch}; medians of {args.repeat} rounds in turn")
-        with torch.no_grad():
-            byte_products(sizes, args.repeat)
-        return
     if not can_pack(torch.empty(1, dtype=DTYPE)):
         parser.exit(2, "this CPU has no products in bf16\n")
     env = environment("cpu")

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -38,11 +37,10 @@ def test_the_command_prints_all_tables(monkeypatch, capsys, sizes, needs_bytes_a
     monkeypatch.setattr(kernels, "Sizes", lambda config: sizes)
     monkeypatch.setattr(kernels, "matmul_rate", lambda dtype: 1e11)
     monkeypatch.setattr(sys, "argv", ["kernels", "--repeat", "1"])
-    monkeypatch.setattr(kernels, "measure", partial(kernels.measure, backend="eager"))  # the compiler takes long
     kernels.main()
     out = capsys.readouterr().out
     tables = [block.splitlines() for block in out.split("\n\n") if block.startswith("|")]
-    assert [len(table) - 2 for table in tables] == [6, 10, 6, 2, 4]
+    assert [len(table) - 2 for table in tables] == [6, 10, 6, 2]
     assert all(len({line.count("|") for line in table}) == 1 for table in tables)
     assert "100 GFLOP/s" in out and "GB/s" in out and "Error" not in out
 
