@@ -24,10 +24,21 @@ from evoprune.video_qa import VideoQA
 from experiments.accuracy.frontier import SETS
 from experiments.accuracy.paired import in_points, paired_difference
 from experiments.demo.write import ClipName, clips_asked, demo_video
+from experiments.tables import table
 
 BUDGETS = (1.0, 0.25, 0.1)
 TOKENS = 64
-COLUMNS = "questions", "fp32", "8 bits", "difference in points", "tokens agreed", "mean KL, nats", "95th percentile"
+COLUMNS = (
+    "world and weights",
+    "budget",
+    "questions",
+    "fp32",
+    "8 bits",
+    "difference in points",
+    "tokens agreed",
+    "mean KL, nats",
+    "95th percentile",
+)
 
 
 def start(model: str, kind: str, folder: str) -> Callable[[ClipName], list[dict]]:
@@ -56,16 +67,15 @@ def answers_about(loaded: list, folder: Path, clip: ClipName) -> list[dict]:
     return made
 
 
-def table_row(name: str, budget: float, answers: list[dict]) -> str:
-    """Return a row of the table, in Markdown."""
+def table_row(name: str, budget: float, answers: list[dict]) -> list[object]:
+    """Return the cells of a row of the table."""
     bits, exact = ([answer | {"right": answer[side]} for answer in answers] for side in ("bits", "exact"))
     right = [np.mean([answer["right"] for answer in side]) for side in (exact, bits)]
     agrees, kl = (np.concatenate([answer[what] for answer in answers]) for what in ("agrees", "kl"))
-    cells = [
+    return [
         name, budget, f"{len(answers):,}", f"{right[0]:.1%}", f"{right[1]:.1%}", in_points(*paired_difference(bits, exact)),
         f"{agrees.mean():.2%}", f"{kl.mean():.4f}", f"{np.quantile(kl, 0.95):.4f}",
     ]  # fmt: skip
-    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
@@ -77,8 +87,7 @@ def main() -> None:
     parser.add_argument("--sets", default=";".join(SETS), help="some of: %(default)s")
     parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()
-    print(f"| world and weights | budget | {' | '.join(COLUMNS)} |")
-    print("|---" * (len(COLUMNS) + 2) + "|")
+    rows = []
     for name in args.sets.split(";"):
         world, model = SETS[name]
         clips = clips_asked(world, args.split, args.block, args.clips)
@@ -87,8 +96,8 @@ def main() -> None:
             closing(map_in_processes(partial(start, model, args.quantize, folder), clips, args.processes)) as found,
         ):
             answers = [answer for about_clip in found for answer in about_clip]
-        for budget in BUDGETS:
-            print(table_row(name, budget, [a for a in answers if a["budget"] == budget]), flush=True)
+        rows += [table_row(name, budget, [a for a in answers if a["budget"] == budget]) for budget in BUDGETS]
+    print("\n".join(table(COLUMNS, rows)))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from evoprune.vision.attention import PaddedGroups, grouped_attention
 from evoprune.vision.encoder import encode
 from evoprune.vision.families import norm as tower_norm
 from evoprune.vision.tower import rotary, rotate, tower_geometry, tower_shape
+from experiments.tables import table
 from experiments.timing import medians
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -69,9 +70,7 @@ class Sizes:
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table."""
-    print(f"\n{title}\n")
-    for cells in (columns, ["---"] * len(columns), *rows):
-        print(f"| {' | '.join(cells)} |", flush=True)
+    print("\n".join([f"\n{title}\n", *table(columns, rows)]), flush=True)
 
 
 def times(ms: Sequence[float]) -> list[tuple[str, str]]:
