@@ -1,7 +1,7 @@
 """Time single kernels and steps, as Markdown tables: `python -m experiments.speed.kernels`.
 
-It measures products of single rows, memory, packing and quantising of weights, and one layer of the tower against alternatives. The
-weights are random and of the 3B model's dimensions, on the CPU, in bf16.
+It measures products of single rows, which decoding consists of, memory, and packing and quantising of weights. The weights are
+random and of the 3B model's dimensions, on the CPU, in bf16.
 """
 
 import argparse
@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from evoprune.backend.cpu.linear import PackedLinear, can_pack, linear, pack
+from evoprune.backend.cpu.linear import PackedLinear, can_pack, pack
 from evoprune.backend.cpu.quantize import (
     Int4Linear,
     Int8Linear,
@@ -24,19 +23,14 @@ from evoprune.backend.cpu.quantize import (
     int8_weights,
     quantize,
 )
-from evoprune.backend.devices import PIECE_UNITS, environment
+from evoprune.backend.devices import environment
 from evoprune.errors import UsageError
-from evoprune.methods.plans import full_plan
-from evoprune.model.config import PATCHES, Config, vision_sizes
+from evoprune.model.config import Config
 from evoprune.model.cost import matmul_rate
 from evoprune.model.weights import QwenVL, Tree, shared
 from evoprune.session.loading.find import describe_model
 from evoprune.session.loading.model import random_model
 from evoprune.session.options import ModelOptions
-from evoprune.vision.attention import PaddedGroups, grouped_attention
-from evoprune.vision.encoder import encode
-from evoprune.vision.families import norm as tower_norm
-from evoprune.vision.tower import rotary, rotate, tower_geometry, tower_shape
 from experiments.tables import table
 from experiments.timing import medians
 
@@ -54,18 +48,12 @@ class Sizes:
         product: (in, out) features of the products of single rows.
         copies: of each weight of those products, too many for any cache.
         read_bytes: size of the tensor that is read to measure memory.
-        grid: (H, W) of a frame pair in units, whole windows.
-        grids: frame pairs that the encoder takes at a time.
-        clip: frame pairs of the clip that the tower encodes in chunks, or at once.
     """
 
     config: Config
     product: tuple[int, int] = (2048, 11008)
     copies: int = 12
     read_bytes: int = 2**30
-    grid: tuple[int, int] = (8, 12)
-    grids: int = 5
-    clip: int = 16
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -168,114 +156,17 @@ def conversions(model: QwenVL, sizes: Sizes) -> None:
     show("Seconds to pack and to quantise weights", ("form", "of", "s", "times", "s in all"), rows)
 
 
-# The tower: one layer, as it is built and with alternatives.
-
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def as_built(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Attention `[B, heads, rows, d]` by the encoder's own function. Its inputs and its result are views here."""
-    groups, heads, rows, dim = q.shape
-    units = rows // PATCHES
-    q, k, v = (x.transpose(1, 2).reshape(-1, PATCHES, heads, dim) for x in (q, k, v))
-    return grouped_attention(q, k, v, [PaddedGroups((groups, units))]).view(groups, rows, heads, dim).transpose(1, 2)
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """PyTorch's own."""
-    return F.rms_norm(x, weight.shape, weight, 1e-6)
-
-
-def layer(
-    block: nn.Module,
-    x: torch.Tensor,
-    turn: tuple[torch.Tensor, torch.Tensor],
-    heads: int,
-    group: int,
-    attend: Attention = as_built,
-    norm: Callable = tower_norm,
-) -> torch.Tensor:
-    """One layer of the tower without pruning, on the functions that the encoder runs on.
-
-    Args:
-        block: its weights, plain or packed.
-        x: `[units, 4, hidden]`. turn: cos and sin `[units, 4, 1, 1, d]`.
-        group: patch rows that attend to each other.
-    """
-    qkv = linear(block.attn.qkv, norm(x, block.norm1.weight)).view(*x.shape[:2], 3, heads, -1)
-    q, k = rotate(qkv[:, :, :2], *turn).unbind(2)
-    by_head = [rows.reshape(-1, group, heads, rows.shape[-1]).transpose(1, 2) for rows in (q, k, qkv[:, :, 2])]
-    mixed = attend(*by_head).transpose(1, 2).reshape(x.shape)
-    x = linear(block.attn.proj, mixed, plus=x)
-    hidden = norm(x, block.norm2.weight)
-    hidden = linear(block.mlp.up_proj, hidden, times=linear(block.mlp.gate_proj, hidden, silu=True))
-    return linear(block.mlp.down_proj, hidden, plus=x)
-
-
-def layer_inputs(visual: nn.Module, sizes: Sizes) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], list[int]]:
-    """x and `turn` of `layer`, in window order; and the patch rows of a window and of a frame pair."""
-    geo = tower_geometry(visual, *sizes.grid)
-    x = torch.randn(sizes.grids * geo.units, PATCHES, visual.config.hidden_size).to(DTYPE)
-    cos, sin = (part[geo.order].repeat(sizes.grids, 1, 1, 1, 1) for part in rotary(vision_sizes(visual.config), geo))
-    return x, (cos, sin), [geo.units // geo.windows * PATCHES, geo.units * PATCHES]
-
-
-def layers(plain: nn.Module, packed: nn.Module, sizes: Sizes, repeat: int) -> None:
-    """Prints the time of one layer as built, and with one alternative at a time. `plain` and `packed`: the tower."""
-    x, turn, groups = layer_inputs(plain, sizes)
-    heads = plain.config.num_heads
-    sdpa = F.scaled_dot_product_attention
-    run = partial(layer, packed.blocks[0])
-    ways = {
-        "as built": run,
-        "plain weights, activations apart": partial(layer, plain.blocks[0]),
-        "PyTorch's fused attention": partial(run, attend=sdpa),
-        "PyTorch's rms_norm": partial(run, norm=rms_norm),
-    }
-    found = [times(medians([partial(way, x, turn, heads, group) for way in ways.values()], repeat)) for group in groups]
-    for attend, name in ((as_built, "attention alone, as built"), (sdpa, "attention alone, PyTorch's")):
-        ways[name] = attend
-    for cells, group in zip(found, groups, strict=True):
-        shape = (len(x) * PATCHES // group, group, 3, heads, plain.config.hidden_size // heads)
-        qkv = torch.randn(shape).to(DTYPE).transpose(1, 3).unbind(2)  # views, as in the tower
-        cells += times(medians([partial(attend, *qkv) for attend in (as_built, sdpa)], repeat))
-    rows = [(name, *windows, *grids) for name, windows, grids in zip(ways, *found, strict=True)]
-    columns = ["", *(text for group in groups for text in (f"groups of {group}: ms", "of as built"))]
-    show(f"One layer of the tower, {len(x) * PATCHES:,} patch rows", columns, rows)
-
-
-def pieces(packed: nn.Module, sizes: Sizes, repeat: int) -> None:
-    """Prints the time of a short tower on a clip, some units at a time and all at once."""
-    config = packed.config
-    units = sizes.clip * sizes.grid[0] * sizes.grid[1]
-    patches = torch.randn(units * PATCHES, packed.patch_embed.proj.weight[0].numel()).to(DTYPE)
-    some = min(PIECE_UNITS, sizes.grids * sizes.grid[0] * sizes.grid[1])
-    plan = full_plan(tower_shape(packed), (sizes.clip, *sizes.grid))
-    runs = [partial(encode, packed, [patches], plan, piece_units=piece_units) for piece_units in (some, units)]
-    ms = times(medians(runs, repeat))
-    rows = [(f"{some} units at a time", *ms[0]), (f"all {units:,} at once", *ms[1])]
-    show(f"A tower of {config.depth} layers on {2 * sizes.clip} frames", ("", "ms", "of as built"), rows)
-
-
 @torch.no_grad()
 def measure(sizes: Sizes, repeat: int) -> None:
     """Prints everything."""
     single_rows(sizes, repeat)
     memory(sizes, repeat)
-    vision = sizes.config.vision_config
-    text = sizes.config.text_config
     small = replace(
         sizes.config,
-        vision_config=replace(vision, depth=2, fullatt_block_indexes=(1,)),  # one layer in windows, one in frame pairs
-        text_config=replace(text, num_hidden_layers=1),
+        vision_config=replace(sizes.config.vision_config, depth=1, fullatt_block_indexes=()),
+        text_config=replace(sizes.config.text_config, num_hidden_layers=1),
     )
-    model = random_model(small, DTYPE, CPU)
-    conversions(model, sizes)
-    plain = model.model.visual
-    packed = shared(model).model.visual
-    pack(packed)
-    layers(plain, packed, sizes, repeat)
-    pieces(packed, sizes, repeat)
+    conversions(random_model(small, DTYPE, CPU), sizes)
 
 
 def main() -> None:
