@@ -50,7 +50,8 @@ OTHERS = {
     # shells and files
     "sh", "proc", "nohup", "site", "TMPDIR", "https_proxy", "no_proxy", "source_zsh", "x1b", "frame2", "frame10", "img",
     "white-space",
-    # browsers and systemd
+    # browsers, Docker and systemd
+    "docker", "--cap-drop", "--security-opt", "--read-only", "--tmpfs",
     "sessionStorage", "systemd-analyze", "PrivateDevices", "ProtectHome", "MemoryDenyWriteExecute",
     # pip
     "--extra-index-url", "-i", "--no-build-isolation", "--from", "BUILD_CUDA_EXT",
@@ -63,7 +64,7 @@ OTHERS = {
     # vLLM and lmms-eval
     "vllm.general_plugins", "vllm.entrypoints.openai.api_server", "mm_processor_kwargs", "video_backend", "decode_opencv",
     "frame_recovery", "--media-io-kwargs", "--trust-request-mm-kwargs", "--allowed-local-media-path", "VLLM_VIDEO_LOADER_BACKEND",
-    "mvbench", "longvideobench_val_v", "mlvu_dev", "model_args", "token_counts",
+    "--hf-overrides", "--max-model-len", "mvbench", "longvideobench_val_v", "mlvu_dev", "model_args", "token_counts",
     # models and answers
     "Qwen", "Qwen3-VL-4B-Instruct", "boxed", "nWhat", "org",
     # placeholders, names that are put together from parts, and the groups of entry points

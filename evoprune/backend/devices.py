@@ -30,7 +30,7 @@ from evoprune.report import Environment
 
 HOST = torch.device("cpu")  # whose values the program reads without waiting
 # Units whose rows go through a product at a time. 256 units (1,024 patches) keep matrix products at full speed and their
-# results in a CPU's caches (`python -m experiments.speed.kernels`). A GPU needs more to be busy.
+# results in a CPU's caches (results/benchmarks.md, "Kernels"). A GPU needs more to be busy.
 PIECE_UNITS = 256
 GPU_PIECE_UNITS = 8192
 # Entries of a score matrix held at a time, for the same reasons.

@@ -70,7 +70,7 @@ class Cost:
         self._tower = tower_flop(vision, rows, grids, windows) / 1e12
 
     def of(self, report: Report) -> dict[str, float]:
-        """Return the cost of an answered question, as fields of a sample. `tflop`: 10^12 multiplications and additions."""
+        """Return the cost of an answered question, as fields of a sample. `tflop_3b`: in 10^12 multiplications and additions."""
         pruning = report.pruning
         tokens = report.tokens
         depth = self._text.num_hidden_layers

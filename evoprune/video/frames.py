@@ -183,7 +183,6 @@ def choose_decoder(decoder: str, info: Video | None = None) -> str:
     used.
 
     `auto` is PyAV: decord decodes every frame (readers/decord.py says why), has no AV1, and gives up on damage.
-    `python -m experiments.speed.decoders` measures both.
 
     Raises UsageError: no such decoder, or it is not installed. VideoError: decord is known to fail on videos like this one.
     """

@@ -22,6 +22,7 @@ from evoprune.bench.chart import COLOURS, INK, SOFT, Panel, Point, Series, draw
 from evoprune.bench.scores import FULL, METHOD
 from evoprune.methods.budget import PRESETS, Budget
 from evoprune.util import budget_text
+from experiments import tables
 from experiments.accuracy.frontier import SETS, kept, samples_of
 from experiments.accuracy.frontier import table as by_group
 from experiments.accuracy.paired import in_points, paired_difference
@@ -100,7 +101,6 @@ def short(samples: Samples, world: str, fast: dict[Key, float]) -> list[str]:
     sets = [rows for name, rows in samples.items() if name.split(",")[0] == world]
     budgets = [budget for budget in PRESETS if any(key[0] != OURS and key[1] == budget for key in rows_of(samples))]
     heads = [head for budget in budgets for head in (f"`-b {budget}` keeps", "operations", "first token")]
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
 
     def shares(key: Key) -> list[float]:
         return [kept(rows[key], rows[NONE]) for rows in sets]
@@ -113,9 +113,9 @@ def short(samples: Samples, world: str, fast: dict[Key, float]) -> list[str]:
         return found
 
     names = dict.fromkeys(name for name, budget in sorted(rows_of(samples), key=str) if budget in budgets)
-    for name in sorted(names, key=lambda name: -np.mean([shares((name, budget)) for budget in budgets])):
-        lines.append("| " + " | ".join([f"`{name}`", *(c for budget in budgets for c in cells((name, budget)))]) + " |")
-    return lines
+    ordered = sorted(names, key=lambda name: -np.mean([shares((name, budget)) for budget in budgets]))
+    rows = [[f"`{name}`", *(c for budget in budgets for c in cells((name, budget)))] for name in ordered]
+    return tables.table(["", *heads], rows)
 
 
 def verdicts(samples: Samples, key: Key, ours: Key) -> list[str]:
@@ -137,10 +137,7 @@ def table(samples: Samples, fast: dict[Key, float]) -> list[str]:
     rows = rows_of(samples)
     ours = {key: speed_of(key, fast) for key in rows if key[0] == OURS} | {NONE: fast[NONE]}
     ours = {key: speed for key, speed in ours.items() if speed}
-    lines = [
-        "| | first token | keeps | ours | first token | " + " | ".join(SETS) + " |",
-        "|---" * (len(SETS) + 5) + "|",
-    ]
+    lines = []
     missing = []
     others = {key: speed_of(key, fast) for key in rows if key[0] not in (OURS, "none")}
     for key, speed in sorted(others.items(), key=lambda each: -(each[1] or 0)):
@@ -150,7 +147,7 @@ def table(samples: Samples, fast: dict[Key, float]) -> list[str]:
             continue
         slow = {one: at for one, at in ours.items() if at * ALIKE >= speed}
         if not slow:
-            lines.append(f"| {text} | {speed:.2f} | {worst(samples, key):.1f} | none so fast | | " + " | " * len(SETS))
+            lines.append([text, f"{speed:.2f}", f"{worst(samples, key):.1f}", "none so fast", *[""] * (len(SETS) + 1)])
             continue
         best = max(slow, key=lambda one: worst(samples, one))
         cells = [
@@ -160,10 +157,11 @@ def table(samples: Samples, fast: dict[Key, float]) -> list[str]:
             f"`-b {budget_text(best[1])}`",
             f"{ours[best]:.2f}",
         ]
-        lines.append("| " + " | ".join([*cells, *verdicts(samples, key, best)]) + " |")
+        lines.append([*cells, *verdicts(samples, key, best)])
+    made = tables.table(["", "first token", "keeps", "ours", "first token", *SETS], lines)
     if missing:
-        lines += ["", f"Not profiled: {', '.join(missing)}."]
-    return lines
+        made += ["", f"Not profiled: {', '.join(missing)}."]
+    return made
 
 
 def worst_of(samples: Samples) -> dict[Key, float]:

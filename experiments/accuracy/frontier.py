@@ -17,6 +17,7 @@ from evoprune.bench.scores import FULL, METHOD
 from evoprune.methods.budget import PRESETS, Budget
 from evoprune.session.options import ModelOptions
 from evoprune.util import budget_text
+from experiments import tables
 from experiments.accuracy.paired import in_points, paired_difference
 from experiments.demo.write import clips_asked, data_text, demo_videos
 
@@ -69,7 +70,7 @@ def table(samples: dict[str, list[dict]]) -> list[str]:
     """Return lines of Markdown: a row for each method and budget, a column for each set and group, and the worst set."""
     columns = [(name, group) for name in samples for group in (None, *(GROUPS if "scenes" in name else ()))]
     heads = [name if group is None else f"{name}: {group}" for name, group in columns]
-    lines = ["| | worst | " + " | ".join(heads) + " |", "|---" * (len(columns) + 2) + "|"]
+    lines = []
     rows = dict.fromkeys((s["method"], s["budget"]) for each in samples.values() for s in each if s["row"] == METHOD)
     for method, budget in rows:
         cells = []
@@ -82,14 +83,14 @@ def table(samples: dict[str, list[dict]]) -> list[str]:
             if group is None:
                 whole.append(kept(mine, full))
                 cells[-1] += f", {in_points(*paired_difference(mine, full))}"
-        lines.append(f"| `{method} -b {budget_text(budget)}` | {min(whole):.1f} | " + " | ".join(cells) + " |")
-    return lines
+        lines.append([f"`{method} -b {budget_text(budget)}`", f"{min(whole):.1f}", *cells])
+    return tables.table(["", "worst", *heads], lines)
 
 
 def against(samples: dict[str, list[dict]], others: dict[str, list[dict]]) -> list[str]:
     """Return lines of Markdown: how many points more each row is right than the same row of another run, on the clips of both."""
     rows = dict.fromkeys((s["method"], s["budget"]) for each in samples.values() for s in each if s["row"] == METHOD)
-    lines = ["| | " + " | ".join(samples) + " |", "|---" * (len(samples) + 1) + "|"]
+    lines = []
     for method, budget in rows:
         cells = []
         for name in samples:
@@ -100,8 +101,8 @@ def against(samples: dict[str, list[dict]], others: dict[str, list[dict]]) -> li
             both = {(s["video"], s["id"]) for s in mine} & {(s["video"], s["id"]) for s in theirs}
             mine, theirs = ([s for s in each if (s["video"], s["id"]) in both] for each in (mine, theirs))
             cells.append(in_points(*paired_difference(mine, theirs)))
-        lines.append(f"| `{method} -b {budget_text(budget)}` | " + " | ".join(cells) + " |")
-    return lines
+        lines.append([f"`{method} -b {budget_text(budget)}`", *cells])
+    return tables.table(["", *samples], lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -100,23 +100,17 @@ def write_frames(
     crf: int = 18,
     preset: str = "medium",
     tag: str = DEMO_TAG,
-    keyframe_s: float | None = None,
 ) -> None:
     """Encodes uint8 frames `[height, width, 3]` as a video of this `size` (height and width, even), tagged as a comment.
 
-    `crf`: the codec's constant rate factor; with `LOSSLESS` x264 keeps red, green and blue to the bit. `keyframe_s`: seconds
-    from one keyframe of x264 to the next; default: x264 chooses.
+    `crf`: the codec's constant rate factor; with `LOSSLESS` x264 keeps red, green and blue to the bit.
 
     Raises OSError: the file cannot be written.
     """
     import av
 
     # Macroblock trees differ from run to run on some processors; without them a clip is always the same file.
-    params = "mbtree=0"
-    if keyframe_s is not None:
-        keyint = round(fps * keyframe_s)
-        params += f":keyint={keyint}:min-keyint={keyint}:scenecut=0"
-    of_codec = {"crf": str(crf), "preset": preset, "x264-params": params}
+    of_codec = {"crf": str(crf), "preset": preset, "x264-params": "mbtree=0"}
     of_file = {}
     pix_fmt = "yuv420p"
     if "vp9" in codec:

@@ -1,8 +1,7 @@
 """Render the clips in `samples/` and their questions: `python -m experiments.demo.samples samples`.
 
 They come from seeds of their own (split "samples"). They were chosen for their variety, and so that the demo model answers their
-questions with nothing pruned and by default; what it says about them is no measurement. `choose_samples.py` found three of the
-clips by that. The others had been chosen for their variety alone, and their questions were chosen later.
+questions with nothing pruned and by default; what it says about them is no measurement.
 
 The clip of the second world, in `samples/scenes/`, has no questions. It was chosen by its frames and its overlay, for things that
 move at different times before a camera that stands still.

@@ -9,14 +9,9 @@ the end OUT has the layout of a model on the hub.
 """
 
 import argparse
-import math
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,7 +20,18 @@ from evoprune.vision.patches import patchify
 from experiments.demo.batches import ATTRIBUTES, COLUMNS, ROWS, Recipe, question_batches, vision_batches
 from experiments.demo.build import build_config, build_tokenizer, init_weights
 from experiments.demo.forward import tower
-from experiments.demo.training import Run, answer_loss, export, half_precision, in_worker, learn_from, optimizers, rate
+from experiments.demo.training import (
+    Learn,
+    Log,
+    Run,
+    answer_loss,
+    export,
+    half_precision,
+    in_worker,
+    optimizers,
+    resumed,
+    run_stage,
+)
 
 
 class Head(nn.Module):
@@ -84,65 +90,43 @@ def train(folder: Path, recipe: Recipe) -> None:
     if state:
         model.load_state_dict(state["modules"][0])
         head.load_state_dict(state["modules"][1])
-    reached = state["stage"] if state else 1
-    if reached == 1:
-        train_stage(run, 1, recipe.vision_steps, model, head, tokenizer, state)
-    train_stage(run, 2, recipe.steps, model, head, tokenizer, state if reached == 2 else None)
+    for stage in range(state["stage"] if state else 1, 3):
+        train_stage(run, stage, model, head, tokenizer, state)
+        state = None
     export(folder, model, tokenizer)
     run.log(done=True)
 
 
-def train_stage(run: Run, stage: int, steps: int, model, head: Head, tokenizer, state: dict | None) -> None:
-    """One stage, from `state` if it is a checkpoint of this stage."""
+def train_stage(run: Run, stage: int, model, head: Head, tokenizer, state: dict | None) -> None:
+    """One stage, from `state` if there is a checkpoint of it."""
     recipe = run.recipe
     visual = model.model.visual
-    first = 0
-    modules = [visual, head]
-    if stage == 2:
-        modules = [visual.merger.mlp, model.model.language_model]
-    opts = optimizers(recipe, modules)
-    if state:
-        first = state["step"] + 1
-        for optimizer, saved in zip(opts, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-    made = [vision_batches, recipe, first]
-    if stage == 2:
-        made = [question_batches, recipe, tokenizer, first]
-    batches = in_worker(*made)
-    learn = partial(learn_from, opts=opts, parameters=[p for module in modules for p in module.parameters()])
-    seen = {}
-    clock = time.monotonic()
-    for step in range(first, steps):
-        batch = next(batches)
-        for optimizer in opts:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate(step, steps, recipe)
-        reports = vision_step(visual, head, batch, learn) if stage == 1 else question_steps(model, batch, learn)
-        for report in reports:
-            for name, value in report.items():
-                seen.setdefault(name, []).append(value)
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            means = {name: float(np.mean(values)) for name, values in seen.items()}
-            run.log(stage=stage, step=step + 1, seconds=time.monotonic() - clock, **means)
-            seen = {}
-            clock = time.monotonic()
-        run.save(stage, step, (model, head), opts)
-    run.saved = -math.inf
-    run.save(stage, steps - 1, (model, head), opts)
+    if stage == 1:
+        opts = optimizers(recipe, [visual, head])
+        steps = range(resumed(opts, state), recipe.vision_steps)
+        batches = in_worker(vision_batches, recipe, steps.start)
+        run_stage(run, 1, steps, (model, head), opts, lambda *how: vision_step(visual, head, next(batches), *how[1:]))
+    else:
+        opts = optimizers(recipe, [visual.merger.mlp, model.model.language_model])
+        steps = range(resumed(opts, state), recipe.steps)
+        batches = in_worker(question_batches, recipe, tokenizer, steps.start)
+        run_stage(run, 2, steps, (model, head), opts, lambda *how: question_steps(model, next(batches), *how[1:]))
 
 
-def vision_step(visual, head: Head, batch: tuple, learn: Callable[[torch.Tensor], None]) -> Iterator[dict]:
-    """One step of stage 1; yields what to log."""
+def vision_step(visual, head: Head, batch: tuple, learn: Learn, log: Log) -> None:
+    """One step of stage 1."""
     frames, labels, (height, width) = batch
     with half_precision():
         _, flat = tower(visual, patchify(frames), height, width)
-        loss, report = head(flat, labels, height, width)
+        loss, right = head(flat, labels, height, width)
     learn(loss)
-    yield {"loss": loss.item(), **report}
+    log.add("loss", loss.item())
+    for name, share in right.items():
+        log.add(name, share)
 
 
-def question_steps(model, batch: dict, learn: Callable[[torch.Tensor], None]) -> Iterator[dict]:
-    """Yield the steps of stage 2 on one batch, one a pack of questions; yields what to log of each."""
+def question_steps(model, batch: dict, learn: Learn, log: Log) -> None:
+    """The steps of stage 2 on one batch, one for each pack of questions."""
     with half_precision():
         flat = look(model.model.visual, batch)
     for pack in batch["packs"]:
@@ -152,7 +136,8 @@ def question_steps(model, batch: dict, learn: Callable[[torch.Tensor], None]) ->
             )
             loss, _, right, _ = answer_loss(model, video, batch, pack)
         learn(loss)
-        yield {"loss": loss.item(), "right": right.float().mean().item()}
+        log.add("loss", loss.item())
+        log.add("right", right.float().mean().item())
 
 
 def main() -> None:

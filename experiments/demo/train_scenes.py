@@ -20,9 +20,7 @@ so it can be run in phases (`--minutes`). `OUT/log.jsonl` holds the curve. At th
 import argparse
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,12 +32,21 @@ from experiments.demo.scenes_batches import GROUPS, ScenesRecipe, question_batch
 from experiments.demo.scenes_labels import Head
 from experiments.demo.scenes_model import HIDDEN, keep_large, scenes_config, scenes_tokenizer
 from experiments.demo.team import Team, run_team
-from experiments.demo.training import Run, answer_loss, export, half_precision, in_worker, learn_from, optimizers, rate
+from experiments.demo.training import (
+    Learn,
+    Log,
+    Run,
+    answer_loss,
+    export,
+    half_precision,
+    in_worker,
+    optimizers,
+    resumed,
+    run_stage,
+)
 
-LOG_EVERY = 30.0  # seconds
 SIZE = 16 * 24, 32  # units a frame and frames that the finished model takes at most
 MATCH = "match"  # the stage between 1 and 2 in which the merger learns
-Learn = Callable[[torch.Tensor], None]
 
 
 def build(folder: Path, recipe: ScenesRecipe):
@@ -89,23 +96,11 @@ def train(team: Team, folder: Path, recipe: ScenesRecipe, minutes: float) -> Non
         run.log(done=True)
 
 
-def export_checkpoint(folder: Path, recipe: ScenesRecipe, to: Path) -> None:
-    """Writes the weights of the checkpoint in `folder` as a model, wherever training stands."""
-    model, _, tokenizer = build(folder, recipe)
-    state = Run(folder, recipe).load()
-    if state is None:
-        raise SystemExit(f"{folder} has no checkpoint")
-    model.load_state_dict(state["modules"][0])
-    to.mkdir(parents=True, exist_ok=True)
-    export(to, model, tokenizer, *SIZE)
-
-
 def train_stage(
     team: Team, run: Run, stage: int | str, model, head: Head, tokenizer, state: dict | None, end: float
 ) -> bool:
     """One stage, from `state` if it is a checkpoint of this stage; whether it is finished."""
     recipe = run.recipe
-    first = 0
     visual = model.model.visual
     steps = {1: recipe.vision_steps, MATCH: recipe.match_steps, 2: recipe.steps}[stage]
     modules = [visual, head]
@@ -120,47 +115,27 @@ def train_stage(
             of_reader = recipe.reader_rate
         shares = [recipe.tower_rate, recipe.tower_rate, of_reader]
     opts = optimizers(recipe, modules, shares)
-    if state:
-        first = state["step"] + 1
-        for optimizer, saved in zip(opts, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-    start = first
-    if stage == MATCH:  # goes on with the batches of the first stage
-        start += recipe.vision_steps
+    first = resumed(opts, state)
     if stage == 2:
-        batches = in_worker(question_batches, recipe, tokenizer, start, team.rank)
-    else:
+        batches = in_worker(question_batches, recipe, tokenizer, first, team.rank)
+    else:  # the merger goes on with the batches of the first stage
+        start = first + (recipe.vision_steps if stage == MATCH else 0)
         batches = in_worker(vision_batches, recipe, start, team.rank)
-    parameters = [p for module in modules for p in module.parameters()]
-    learn = partial(learn_from, opts=opts, parameters=parameters, team=team)
-    log = Log(run, stage)
-    for step in range(first, steps):
-        for optimizer in opts:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate(step, steps, recipe)
-                if stage == 2 and group["module"] < 2:  # tower and head
-                    group["lr"] *= tower_share(step, recipe)
+
+    def one_step(step: int, learn: Learn, log: Log) -> None:
         if stage == 1:
             vision_step(model, head, next(batches), learn, log)
         elif stage == MATCH:
             match_step(visual, aim, next(batches), learn, log)
         else:
-            labels = 0.0
-            if step >= recipe.open_steps:
-                labels = recipe.labels
+            labels = recipe.labels if step >= recipe.open_steps else 0.0
             question_step(model, head, next(batches), learn, log, labels)
         keep_large(visual)
-        last = step + 1 == steps
-        late = team.any(time.monotonic() > end)
-        if team.rank == 0:
-            log.write(step + 1, last)
-            every_s = 180.0
-            if late or last:
-                every_s = 0.0
-            run.save(stage, step, (model, head), opts, every=every_s)
-        if late:
-            return False
-    return True
+
+    def share(step: int, module: int) -> float:
+        return tower_share(step, recipe) if stage == 2 and module < 2 else 1.0  # of tower and head
+
+    return run_stage(run, stage, range(first, steps), (model, head), opts, one_step, team, end, share)
 
 
 def tower_share(step: int, recipe: ScenesRecipe) -> float:
@@ -168,34 +143,6 @@ def tower_share(step: int, recipe: ScenesRecipe) -> float:
     if step < recipe.open_steps:
         return 1.0
     return recipe.thawed * min(1.0, (step - recipe.open_steps + 1) / recipe.thaw_steps)
-
-
-class Log:
-    """Means since the last line: of losses, and of the share of right answers by group."""
-
-    def __init__(self, run: Run, stage: int | str):
-        self.run = run
-        self.stage = stage
-        self._clear()
-
-    def _clear(self) -> None:
-        self.clock = time.monotonic()
-        self.steps = 0
-        self.sums = {}
-
-    def add(self, name: str, total: float, count: float = 1) -> None:
-        old = self.sums.get(name, (0.0, 0.0))
-        self.sums[name] = old[0] + total, old[1] + count
-
-    def write(self, step: int, last: bool = False) -> None:
-        """A line, if it is time for one; `step`: how many are done."""
-        self.steps += 1
-        passed = time.monotonic() - self.clock
-        if passed < LOG_EVERY and not last:
-            return
-        means = {name: total / count for name, (total, count) in self.sums.items() if count}
-        self.run.log(stage=self.stage, step=step, at=round(time.time()), step_s=passed / self.steps, **means)
-        self._clear()
 
 
 def vision_step(model, head: Head, batch: tuple, learn: Learn, log: Log) -> None:
@@ -253,17 +200,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for checkpoint, log and weights")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, with a checkpoint")
-    parser.add_argument("--export", type=Path, help="do not train: write the checkpoint's weights to this folder")
     for name, value in asdict(ScenesRecipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     args = vars(parser.parse_args())
-    out, minutes, to = (args.pop(name) for name in ("out", "minutes", "export"))
+    out = args.pop("out")
+    minutes = args.pop("minutes")
     recipe = ScenesRecipe(**args)
-    if to is not None:
-        export_checkpoint(out, recipe, to)
-    else:
-        build(out, recipe)  # the tokenizer, before several processes look for it
-        run_team(train, recipe.processes, out, recipe, minutes)
+    build(out, recipe)  # the tokenizer, before several processes look for it
+    run_team(train, recipe.processes, out, recipe, minutes)
 
 
 if __name__ == "__main__":

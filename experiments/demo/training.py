@@ -4,8 +4,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,10 @@ from evoprune.vision.patches import CLIP
 from experiments.demo.muon import Muon
 from experiments.demo.shared_prompts import hidden_of_rows
 from experiments.demo.team import Team
+
+LOG_EVERY = 30.0  # seconds
+SAVE_EVERY = 180.0
+Learn = Callable[[torch.Tensor], None]  # one step of all optimizers on a loss
 
 # Read by torch at its first operation; the default forgets shapes too soon.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
@@ -95,15 +100,14 @@ def rate(step: int, steps: int, recipe) -> float:
 
 
 def learn_from(
-    loss: torch.Tensor, opts: list[torch.optim.Optimizer], parameters: list[nn.Parameter], team: Team | None = None
+    loss: torch.Tensor, opts: list[torch.optim.Optimizer], parameters: list[nn.Parameter], team: Team
 ) -> None:
-    """One step of all optimizers, with the mean gradients of the `team` if there is one."""
+    """One step of all optimizers, with the mean gradients of the `team`."""
     for optimizer in opts:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    if team is not None:
-        team.complete(parameters)
-        team.average([p.grad for p in parameters if p.grad is not None])
+    team.complete(parameters)
+    team.average([p.grad for p in parameters if p.grad is not None])
     learned = [p for p in parameters if p.grad is not None]
     nn.utils.clip_grad_norm_(learned, 1.0)
     for optimizer in opts:
@@ -134,7 +138,7 @@ class Run:
             raise SystemExit(f"{self.checkpoint} comes from another recipe: use another folder, or remove it")
         return state
 
-    def save(self, stage: int | str, step: int, modules, opts, every: float = 180.0) -> None:
+    def save(self, stage: int | str, step: int, modules, opts, every: float) -> None:
         if time.monotonic() - self.saved < every:
             return
         state = {
@@ -148,6 +152,81 @@ class Run:
         torch.save(state, unfinished)
         unfinished.replace(self.checkpoint)
         self.saved = time.monotonic()
+
+
+class Log:
+    """Means since the last line: of losses, and of shares of right answers."""
+
+    def __init__(self, run: Run, stage: int | str):
+        self.run = run
+        self.stage = stage
+        self._clear()
+
+    def _clear(self) -> None:
+        self.clock = time.monotonic()
+        self.steps = 0
+        self.sums = {}
+
+    def add(self, name: str, total: float, count: float = 1) -> None:
+        old = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = old[0] + total, old[1] + count
+
+    def write(self, step: int, last: bool = False) -> None:
+        """A line, if it is time for one; `step`: how many are done."""
+        self.steps += 1
+        passed = time.monotonic() - self.clock
+        if passed < LOG_EVERY and not last:
+            return
+        means = {name: total / count for name, (total, count) in self.sums.items() if count}
+        self.run.log(stage=self.stage, step=step, at=round(time.time()), step_s=passed / self.steps, **means)
+        self._clear()
+
+
+def resumed(opts: list[torch.optim.Optimizer], state: dict | None) -> int:
+    """Give optimizers the state of a checkpoint, if there is one; return the next step."""
+    if state is None:
+        return 0
+    for optimizer, saved in zip(opts, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["step"] + 1
+
+
+def run_stage(
+    run: Run,
+    stage: int | str,
+    steps: range,
+    saved: Sequence[nn.Module],
+    opts: list[torch.optim.Optimizer],
+    one_step: Callable[[int, Learn, Log], None],
+    team: Team | None = None,
+    end: float = math.inf,
+    share: Callable[[int, int], float] = lambda step, module: 1.0,
+) -> bool:
+    """Run the steps of a stage, with log and checkpoints; return whether it is finished.
+
+    Args:
+        saved: modules whose weights are in the checkpoint.
+        one_step: learns from the next batch.
+        end: when a run stops, with a checkpoint, on the clock `time.monotonic`.
+        share: of the learning rate, by the step and the number of the module in `optimizers`.
+    """
+    team = team or Team(0, 1)
+    parameters = [p for optimizer in opts for group in optimizer.param_groups for p in group["params"]]
+    learn = partial(learn_from, opts=opts, parameters=parameters, team=team)
+    log = Log(run, stage)
+    for step in steps:
+        for optimizer in opts:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate(step, steps.stop, run.recipe) * share(step, group["module"])
+        one_step(step, learn, log)
+        last = step + 1 == steps.stop
+        late = team.any(time.monotonic() > end)
+        if team.rank == 0:
+            log.write(step + 1, last)
+            run.save(stage, step, saved, opts, every=0.0 if late or last else SAVE_EVERY)
+        if late:
+            return False
+    return True
 
 
 class _Stream(torch.utils.data.IterableDataset):

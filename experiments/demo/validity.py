@@ -17,6 +17,7 @@ import numpy as np
 
 from evoprune.bench.eval import EvalSettings, Evaluation, told
 from evoprune.session.options import GenerationOptions, ModelOptions
+from experiments import tables
 from experiments.demo.worlds import SCENES
 from experiments.demo.write import clips_asked, data_text, demo_videos
 
@@ -122,19 +123,15 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
 
 def table(found: dict[Cell, float], facts: list[str]) -> str:
     """Return the cells, published beside ours, the rank correlations, and whether the world is near enough."""
-    lines = [
-        *(f"- {fact}" for fact in facts),
-        "",
-        "| | budget | method | published | ours | difference |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for counted in (True, False):
         for cell in (cell for cell in CELLS if cell.counted == counted):
             name = f"{cell.group} {cell.within}".strip() + ("" if counted else ", for information")
             ours = found[cell]
-            lines.append(
-                f"| {name} | {cell.budget:.2g} | {cell.method} | {cell.published:.1f} | {ours:.1f} | {ours - cell.published:+.1f} |"
-            )
+            figures = f"{cell.published:.1f}", f"{ours:.1f}", f"{ours - cell.published:+.1f}"
+            rows.append([name, f"{cell.budget:.2g}", cell.method, *figures])
+    heads = ("", "budget", "method", "published", "ours", "difference")
+    lines = [*(f"- {fact}" for fact in facts), "", *tables.table(heads, rows)]
     near = sum(cell.counted and abs(found[cell] - cell.published) <= NEAR for cell in CELLS)
     lines += ["", f"- {near} of 12 cells within {NEAR:g} points ({ENOUGH} wanted)"]
     groups = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,7 @@ class World:
     make: Callable[[str, int], Any]  # the clip of a split and a seed
     ask: Callable[[Any, int], list[Question]]  # the questions about a clip, by its seed
     suffix: Callable[[Any, int], str]  # of a clip's file at a rate factor
-    write: Callable[
-        ..., None
-    ]  # the file of a clip: path, rate factor (0 is lossless), `keyframe_s` of `painting.write_frames`
+    write: Callable[[Any, Path, int], None]  # the file of a clip at a rate factor, 0 for lossless
     may_hold: Callable[[int, Collection[str]], bool]  # whether the clip of a seed can have such questions
 
 
@@ -44,7 +43,7 @@ SHAPES = World(
     clips.make_clip,
     lambda clip, seed: questions.ask(clip, np.random.default_rng(seed), QUESTIONS),
     lambda clip, crf: ".mp4",
-    lambda clip, path, crf, **encoding: drawing.write_video(clip, path, crf=crf, preset="veryfast", **encoding),
+    lambda clip, path, crf: drawing.write_video(clip, path, crf=crf, preset="veryfast"),
     lambda seed, wanted: True,
 )
 SCENES = World(

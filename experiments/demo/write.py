@@ -2,7 +2,7 @@
 
 `evoprune eval --data FOLDER/questions.jsonl` asks them; clips of scenes are for `-m demo-scenes`. The clips go by split, block and
 number alone, and the same are the same file each time. Every pixel is as it was drawn. The figures in results/ are of compressed
-files (`--compressed`), whose rate factors go by the clip's number; `comparison.py` and others make these themselves.
+files (`--compressed`), whose rate factors go by the clip's number; `frontier.py` and others make these themselves.
 """
 
 import argparse
@@ -60,12 +60,10 @@ def data_text(world: str, split: str, block: int) -> str:
     return f"{world} ({split}, block {block})"
 
 
-def write_clip(
-    name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = (), **encoding
-) -> VideoQuestions:
+def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()) -> VideoQuestions:
     """Writes a clip as a file in `folder`; returns it with its questions, those of `groups` where any are given.
 
-    `crf`: x264's constant rate factor, 0 to keep every pixel; default: by the seed. `encoding`: as of `World.write`.
+    `crf`: x264's constant rate factor, 0 to keep every pixel; default: by the seed.
 
     Raises UsageError: the file cannot be written.
     """
@@ -83,7 +81,7 @@ def write_clip(
         for i, q in enumerate(asked)
     )  # fmt: skip
     try:
-        world.write(clip, path, crf, **encoding)
+        world.write(clip, path, crf)
         os.utime(
             path, (0, 0)
         )  # the same file each time, so that a run that is resumed takes it for the one that it began with
@@ -97,10 +95,10 @@ def write_clip(
 
 @contextmanager
 def demo_video(
-    name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = (), **encoding
+    name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()
 ) -> Iterator[VideoQuestions]:
     """As `write_clip`, but the file is removed at the end."""
-    video = write_clip(name, folder, crf, groups, **encoding)
+    video = write_clip(name, folder, crf, groups)
     try:
         yield video
     finally:

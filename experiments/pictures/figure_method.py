@@ -1,16 +1,14 @@
-"""Draw a real run of `evoprune` on one clip: `python -m experiments.pictures.figure_method -o docs/method.svg`.
+"""Draw a real run of `evoprune` on one clip of at most eight frame pairs. Imported by `experiments.pictures.examples`.
 
 Three rows of frame pairs show the units that enter, those that are encoded, and those that are selected, with the size of each
 cluster. Below them stand the rows that each layer of the tower computes, beside those of a method that prunes after the encoder.
 """
 
-import argparse
 import base64
 import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +21,6 @@ from experiments.svg import EDGE, document, text
 
 CLIP = "samples/flash.mp4"
 BUDGET = 0.1
-MOST_PAIRS = 8
 WIDTH = 830
 HEIGHT = 690
 OURS = COLOURS[0]
@@ -228,20 +225,3 @@ def _model(left: float, width: float, lines: Sequence[str]) -> Iterator[str]:
     yield text(left + width / 2, top + 17, "language model", "middle", size=12.5, weight=600)
     for number, line in enumerate(lines):
         yield text(left + width / 2, top + 35 + 17 * number, line, "middle", size=11.5)
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.pictures.figure_method", description=__doc__)
-    parser.add_argument("clip", nargs="?", default=CLIP, help="at most eight frame pairs (default: %(default)s)")
-    parser.add_argument("-b", "--budget", type=float, default=BUDGET, help="default: %(default)s")
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/method.svg"), help="default: %(default)s")
-    asked = parser.parse_args(args)
-    run = measure(asked.clip, asked.budget)
-    if run.video.plan.grid[0] > MOST_PAIRS:
-        parser.error(f"{asked.clip} has {run.video.plan.grid[0]} frame pairs, and {MOST_PAIRS} have room")
-    asked.output.write_text(figure(run), encoding="utf-8")
-    print(asked.output)
-
-
-if __name__ == "__main__":
-    main()

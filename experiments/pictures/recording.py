@@ -1,24 +1,20 @@
-"""Record a command in a terminal as an animated SVG: `python -m experiments.pictures.recording -o docs/recording.svg`.
+"""Record a command in a terminal as an animated SVG. Imported by `experiments.pictures.examples`.
 
 The command runs on a pseudo-terminal. What it writes appears when it was written, but the time until the first output, in which
 Python starts and imports torch, is cut to a second. The picture plays once; where nothing moves, it is the last screen. POSIX only.
 """
 
-import argparse
 import fcntl
 import os
 import re
-import shlex
 import struct
 import subprocess
 import sys
 import termios
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from xml.sax.saxutils import escape
 
-COMMAND = ["ask", "samples/square.mp4", "What colour is the square?"]
 COLUMNS = 92
 ROWS = 24
 WIDE, TALL, EDGE = 7.8, 17, 16  # of a letter and a line, and around the text, in pixels
@@ -157,16 +153,3 @@ def _line(number: int, row: int, line: Line, since: float, until: float | None) 
     kind = "passing" if until else "last"
     place = f'y="{EDGE + 13 + row * TALL}" style="animation-name: l{number}"'
     return f'<style>{css}</style><text class="{kind}" {place}>{"".join(made)}</text>'
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("arguments", nargs="*", default=COMMAND, help="of evoprune")
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    args = parser.parse_args()
-    command = shlex.join(["evoprune", *args.arguments]).replace("'", '"')
-    args.output.write_text(drawing(command, record(args.arguments)), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

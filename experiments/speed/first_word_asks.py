@@ -1,6 +1,6 @@
 """Answer questions for `experiments.speed.first_word` with one loaded model: ours at a budget, or transformers' own.
 
-`python -m experiments.speed.first_word_asks SIDE -m CKPT` answers as often as it is asked (`turns.serve`). With `--once FILE` it
+`python -m experiments.speed.first_word_asks SIDE -m CKPT` answers as often as it is asked (`serve`). With `--once FILE` it
 asks one question, and prints the words as they come.
 
 transformers gets what a user has to make of a video, in the fastest way there is here: frames of the fastest reader that can be
@@ -16,8 +16,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from evoprune.video.info import AUTO_SEEK, EXACT, SEEKS
-from experiments.speed.turns import serve
+from evoprune.video.info import EXACT
+from experiments.speed.processes import serve
 
 QUESTION = "What happens in the video?"
 TRANSFORMERS = "transformers"
@@ -33,36 +33,28 @@ class Ours:
         begun = time.perf_counter()
         from evoprune import VideoQA
 
-        how = {"device": args.device, "dtype": args.dtype, "threads": "auto", "offline": True}
+        how = {"device": args.device, "threads": "auto", "offline": True}
         self._qa = VideoQA.load(args.model, budget=args.side, **how)
-        self._sampling = {}
-        if args.seek != AUTO_SEEK:
-            self._sampling["seek"] = args.seek
         self.facts = {"load": time.perf_counter() - begun}
 
     def ask(self, video: str, frames: int | None, new_tokens: int, word: Word) -> dict[str, Any]:
         os.utime(video)  # another state of the file: patches that were kept of an earlier question do not serve
         begun = time.perf_counter()
-        sampling = dict(self._sampling)
-        if frames is not None:
-            sampling["frames"] = frames
-        if sampling:
-            answer = self._qa.encode(video, **sampling).ask(QUESTION, max_new_tokens=new_tokens)
-        else:
+        if frames is None:
             answer = self._qa.ask(video, QUESTION, max_new_tokens=new_tokens)
+        else:
+            answer = self._qa.encode(video, frames=frames).ask(QUESTION, max_new_tokens=new_tokens)
         moments = []
         for piece in answer:
             moments.append(time.perf_counter() - begun)
             word(piece)
         report = answer.report
-        times = {name: value / 1000 for name, value in vars(report.time_ms).items() if value is not None}
         return {
             "first_word": moments[0],
             "second_word": moments[1] if len(moments) > 1 else None,
             "last_word": moments[-1],
-            "encode": times["encode"],
-            "prefill": times["prefill"],
-            "times": times,
+            "encode": report.time_ms.encode / 1000,
+            "prefill": report.time_ms.prefill / 1000,
             "words": report.tokens.new,
             "visual": report.tokens.visual,
             "prompt": report.tokens.prompt,
@@ -71,7 +63,6 @@ class Ours:
             "seek": report.sampling.seek,
             "dtype": report.model.dtype,
             "threads": report.env.threads,
-            "device": report.env.device_name,
         }
 
 
@@ -88,7 +79,7 @@ class Transformers:
         from evoprune.session.loading.find import DTYPES, find_model
         from evoprune.session.options import ModelOptions
 
-        found = find_model(ModelOptions(args.model, device=args.device, dtype=args.dtype, offline=True))
+        found = find_model(ModelOptions(args.model, device=args.device, offline=True))
         self._found = found
         self._dtype = DTYPES[found.dtype]
         self._tokenizer = load_tokenizer(found.folder)
@@ -245,8 +236,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("side", help=f"{TRANSFORMERS}, or a budget of evoprune")
     made.add_argument("-m", "--model", required=True, help="a folder")
     made.add_argument("--device", default="cpu")
-    made.add_argument("--dtype", default="auto")
-    made.add_argument("--seek", default=AUTO_SEEK, choices=SEEKS, help="of evoprune")
     made.add_argument("--once", metavar="FILE", help="ask one question about a video, and print the answer")
     made.add_argument("--frames", type=int, help="default: what the model's rate and limits give")
     made.add_argument("-n", "--new-tokens", type=int, default=32)

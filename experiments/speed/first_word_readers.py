@@ -1,28 +1,29 @@
 """Read for `experiments.speed.first_word` with each reader, as its own documents or transformers use it.
 
-`python -m experiments.speed.first_word_readers NAME` is a process that reads with one of them, as often as asked (`turns.serve`).
+`python -m experiments.speed.first_word_readers NAME` is a process that reads with one of them, as often as asked (`serve`).
 The other readers are in an environment of their own, which `make_environment` puts on top of the running one.
 """
 
+import subprocess
 import sys
 import sysconfig
 import time
+import venv
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments.speed.first_word_clips import KINDS, number_of
-from experiments.speed.turns import serve
+from experiments.speed.processes import serve
 
 EARLIER_S = (0.0, 1.0, 4.0, 16.0)  # jumps of `pyav_seeking`
 TOLERANCE_S = 1e-6
 BLOCK = 16  # frames that are asked for at a time, where a reader gives all that it was asked for at once
 OURS = EXACT, KEYFRAMES = "evoprune", "evoprune, keyframes"
-TORCHCODEC = "torchcodec==0.13.0"  # later versions want libraries of CUDA
-PACKAGES = ("decord==0.6.0", "opencv-python-headless")
+PACKAGES = ("torchcodec==0.13.0", "decord==0.6.0", "opencv-python-headless")  # later torchcodec wants libraries of CUDA
 
 Frames = Iterator[np.ndarray]  # uint8 [height, width, 3], RGB, in the order of the times
 
@@ -39,19 +40,14 @@ def keyframes(path: str, times_s: Sequence[float], part_s: float) -> Frames:
     return evoprune(path, times_s, part_s, "keyframes")
 
 
-def torchcodec(path: str, times_s: Sequence[float], part_s: float, mode: str = "exact") -> Frames:
+def torchcodec(path: str, times_s: Sequence[float], part_s: float) -> Frames:
     """As transformers opens it. Its times count from where the stream begins."""
     from torchcodec.decoders import VideoDecoder
 
-    decoder = VideoDecoder(path, seek_mode=mode, num_ffmpeg_threads=0, dimension_order="NHWC")
+    decoder = VideoDecoder(path, seek_mode="exact", num_ffmpeg_threads=0, dimension_order="NHWC")
     begin = decoder.metadata.begin_stream_seconds or 0.0
     for block in blocks(times_s):
         yield from decoder.get_frames_played_at([begin + time_s for time_s in block]).data.numpy()
-
-
-def torchcodec_approximate(path: str, times_s: Sequence[float], part_s: float) -> Frames:
-    """Without a pass over the file's packets: it trusts the file's header."""
-    return torchcodec(path, times_s, part_s, "approximate")
 
 
 def decord(path: str, times_s: Sequence[float], part_s: float) -> Frames:
@@ -64,54 +60,24 @@ def decord(path: str, times_s: Sequence[float], part_s: float) -> Frames:
 
 
 def opencv_seeking(path: str, times_s: Sequence[float], part_s: float) -> Frames:
+    """Raises OSError: OpenCV finds no frame."""
     import cv2
 
-    video = opened(path)
+    video = cv2.VideoCapture(path)
     rate = video.get(cv2.CAP_PROP_FPS)
     count = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     for time_s in times_s:
         video.set(cv2.CAP_PROP_POS_FRAMES, index_of(time_s, rate, count))
-        yield in_rgb(*video.read())
-
-
-def opencv_one_pass(path: str, times_s: Sequence[float], part_s: float) -> Frames:
-    """As vLLM does: every frame is decoded, until the last that is wanted."""
-    import cv2
-
-    video = opened(path)
-    rate = video.get(cv2.CAP_PROP_FPS)
-    count = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-    at = -1
-    for time_s in times_s:
-        wanted = index_of(time_s, rate, count)
-        while at < wanted and video.grab():
-            at += 1
-        yield in_rgb(*video.retrieve())
-
-
-def opened(path: str):
-    """Return an open file of OpenCV. Raises OSError."""
-    import cv2
-
-    video = cv2.VideoCapture(path)
-    if not video.isOpened():
-        raise OSError("OpenCV cannot open the file")
-    return video
-
-
-def in_rgb(found: bool, frame: np.ndarray) -> np.ndarray:
-    """Return a frame of OpenCV. Raises OSError: there was none."""
-    import cv2
-
-    if not found:
-        raise OSError("OpenCV found no frame")
-    return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        found, frame = video.read()
+        if not found:
+            raise OSError("OpenCV found no frame")
+        yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 
 def pyav_seeking(path: str, times_s: Sequence[float], part_s: float) -> Frames:
     """Jumps before each time, and decodes with FFmpeg's threads until the frame that is on screen then.
 
-    Where a jump lands behind its time, as in files without an index, the next one begins earlier.
+    If a jump lands after its time, as in files without an index, the next one begins earlier.
     """
     import av
 
@@ -120,38 +86,15 @@ def pyav_seeking(path: str, times_s: Sequence[float], part_s: float) -> Frames:
         stream.thread_type = "AUTO"
         begin = float((stream.start_time or 0) * stream.time_base)
         for time_s in times_s:
+            until = begin + time_s + TOLERANCE_S
             for earlier_s in EARLIER_S:
                 container.seek(int(max(0.0, begin + time_s - earlier_s) / stream.time_base), stream=stream)
-                decoded = container.decode(stream)
-                first = next(decoded, None)
-                if first is not None and first.time - begin <= time_s + TOLERANCE_S:
-                    yield from on_screen(chain([first], decoded), [time_s], begin)
+                shown = None
+                for frame in takewhile(lambda frame, until=until: frame.time <= until, container.decode(stream)):
+                    shown = frame
+                if shown is not None:
+                    yield shown.to_ndarray(format="rgb24")
                     break
-
-
-def pyav_one_pass(path: str, times_s: Sequence[float], part_s: float) -> Frames:
-    import av
-
-    with av.open(path) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        begin = float((stream.start_time or 0) * stream.time_base)
-        yield from on_screen(container.decode(stream), times_s, begin)
-
-
-def on_screen(decoded, times_s: Sequence[float], begin: float) -> Frames:
-    """Of frames in the order of their times those that are on screen at times that ascend."""
-    shown = None
-    left = [*times_s]
-    for frame in decoded:
-        while left and shown is not None and frame.time - begin > left[0] + TOLERANCE_S:
-            yield shown.to_ndarray(format="rgb24")
-            left.pop(0)
-        if not left:
-            return
-        shown = frame
-    for _ in left:
-        yield shown.to_ndarray(format="rgb24")
 
 
 def blocks(times_s: Sequence[float]) -> Iterator[Sequence[float]]:
@@ -168,14 +111,10 @@ READERS: dict[str, Callable[[str, Sequence[float], float], Frames]] = {
     EXACT: evoprune,
     KEYFRAMES: keyframes,
     "torchcodec": torchcodec,
-    "torchcodec, approximate": torchcodec_approximate,
     "decord": decord,
     "OpenCV, seeking": opencv_seeking,
-    "OpenCV, one pass": opencv_one_pass,
     "PyAV, seeking": pyav_seeking,
-    "PyAV, one pass": pyav_one_pass,
 }
-PEERS = tuple(name for name in READERS if name not in OURS)
 
 
 def read(name: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -212,28 +151,20 @@ def distance(kind, number: int, other: int) -> float:
     return min(apart, kind.piece_s - apart)
 
 
-def make_environment(folder: Path, torchcodec: str = TORCHCODEC, wheels: Path | None = None) -> Path:
-    """Makes an environment with the other readers and all packages of the running one; its Python.
+def make_environment(folder: Path, wheels: Path | None = None) -> Path:
+    """Make an environment with the other readers and all packages of the running one; return its Python.
 
     Packages are installed one by one, and without what they depend on: a reader that is missing fails alone. `wheels`: a folder to
-    install from, where there is no network.
+    install from, if there is no network.
     """
-    import subprocess
-
-    from experiments.environments.recipes import run
-
-    python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    if (folder / "made").exists():
-        return python
-    run(sys.executable, ["-m", "venv", str(folder)])
-    asked = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    packages = subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()  # noqa: S603
-    below = sysconfig.get_path("purelib")
-    Path(packages, "running.pth").write_text(f"import site; site.addsitedir({below!r})\n", encoding="utf-8")
-    source = ["--no-index", "--find-links", str(wheels)] if wheels else []
-    for package in (torchcodec, *PACKAGES):
-        run(python, ["-m", "pip", "install", "-q", "--no-deps", *source, package], check=False)
-    (folder / "made").touch()
+    python = folder / "bin" / "python"
+    if not folder.exists():
+        venv.create(folder, with_pip=True)
+        packages = next(folder.glob("lib/*/site-packages"))
+        (packages / "running.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+        source = ["--no-index", "--find-links", str(wheels)] if wheels else []
+        for package in PACKAGES:
+            subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-deps", *source, package], check=False)  # noqa: S603
     return python
 
 

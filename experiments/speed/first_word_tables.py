@@ -9,8 +9,8 @@ from typing import Any
 from evoprune.bench.chart import SOFT
 from experiments import svg
 from experiments.speed.first_word_asks import TRANSFORMERS
-from experiments.speed.first_word_clips import KINDS
-from experiments.speed.first_word_readers import EXACT, KEYFRAMES, READERS
+from experiments.speed.first_word_readers import READERS
+from experiments.tables import table
 
 BEGIN = "<!-- first word: python -m experiments.speed.first_word -o DIR --readme -->"
 END = "<!-- end of first word -->"
@@ -19,15 +19,6 @@ CHART = "first_word.svg"
 STAGES = {"reading and preparing": "#E69F00", "encode": "#0072B2", "prefill": "#56B4E9"}
 RIGHT_S = 0.02  # farther from its time, a frame is another one
 Row = dict[str, Any]
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return lines of Markdown; all columns but the first are to the right."""
-    return [
-        f"| {' | '.join(heads)} |",
-        "|---" + "|--:" * (len(heads) - 1) + "|",
-        *(f"| {' | '.join(r)} |" for r in rows),
-    ]
 
 
 def seconds(value: float | None) -> str:
@@ -92,8 +83,7 @@ def error_of(rows: Sequence[Row]) -> str:
 def title_of(side: str, rows: Sequence[Row] = ()) -> str:
     """Return a side as the tables name it."""
     if not side.startswith(TRANSFORMERS):
-        name, _, more = side.partition(", ")
-        return f"evoprune `-b {name}`" + f", {more}" * bool(more)
+        return f"evoprune `-b {side}`"
     reader = next((row["reader"] for row in rows if "reader" in row), None)
     if reader is None:
         return "transformers"
@@ -160,7 +150,7 @@ def loaded_tables(record: Row) -> list[str]:
                     seconds(middle(at_first, "last_word")),
                 ]
             )
-        lines += [*table(heads, rows), ""]
+        lines += [*table(heads, rows, numbers=True), ""]
     return lines
 
 
@@ -189,7 +179,7 @@ def start_table(record: Row) -> list[str]:
                 f"{middle(turns, 'peak_bytes') / 2**30:.1f}",
             ]
         )
-    return table(heads, cells)
+    return table(heads, cells, numbers=True)
 
 
 # Reading.
@@ -231,31 +221,7 @@ def reading_table(record: Row) -> list[str]:
         title = f"{clip}: {count} frames, {part_s:.3g} s apart"
         cells = {name: reading_cell(turns) for name, turns in sides.items()}
         lines.append([title, *(cells.get(name, "") for name in names)])
-    return [*table(["seconds", *names], lines), "", *failures(record["reading"])]
-
-
-def curve_tables(record: Row) -> list[str]:
-    """Return a table for each kind of clip: a row for each distance of frames."""
-    lines = []
-    for kind, rows in grouped(record.get("curve", []), lambda row: row["kind"]).items():
-        names = [name for name in READERS if any(row["side"] == name for row in rows)]
-        cells: list[list[str]] = []
-        for part_s, here in grouped(rows, lambda row: row["part_s"]).items():
-            sides = grouped(here, lambda row: row["side"])
-            others = [sides[name] for name in names if name not in (EXACT, KEYFRAMES) and name in sides]
-            timed = [turns for turns in others if middle(turns, "seconds") is not None]
-            best = min(timed, key=lambda turns: middle(turns, "seconds"), default=[])
-            faster = [times_as_fast(ratio(best, sides.get(name, []), "seconds")) for name in (EXACT, KEYFRAMES)]
-            cells.append(
-                [
-                    f"{part_s:g} s, {here[0]['asked']} frames",
-                    *(reading_cell(sides.get(name, [])) for name in names),
-                    *faster,
-                ]
-            )
-        heads = [KINDS[kind].title, *names, "exact: times as fast", "keyframes: times as fast"]
-        lines += [*table(heads, cells), "", *failures(rows), ""]
-    return lines
+    return [*table(["seconds", *names], lines, numbers=True), "", *failures(record["reading"])]
 
 
 # The documents.
@@ -292,7 +258,6 @@ def sections(record: Row) -> list[str]:
         "With the model loaded": loaded_tables(record),
         "From the start of a process": start_table(record),
         "Reading": reading_table(record),
-        "Reading, over the distance of the frames": curve_tables(record),
     }
     lines = []
     for heading, found in made.items():
@@ -328,7 +293,7 @@ def summary(records: Sequence[Row]) -> list[str]:
                 cell += f", {times_as_fast(faster)} times as fast"
             cells.append(cell)
         rows.append([title_of(name, [row for _, _, sides in columns for row in sides.get(name, [])]), *cells])
-    return table(heads, rows)
+    return table(heads, rows, numbers=True)
 
 
 def shown_stats(records: Sequence[Row]) -> list[str]:

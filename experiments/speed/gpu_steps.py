@@ -9,10 +9,8 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
@@ -25,13 +23,6 @@ HF = "HF"
 HF_VARLEN = "HF+"
 FULL = "ours 1.0"
 INSIDE = "evoprune:inner=always"  # what a GPU does with larger inputs
-# Calls of CUDA's interface, as the profiler names them, by what they do.
-LAUNCHES = "cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx"
-TO_HOST = "Memcpy DtoH"
-GRAPHS = "cudaGraphLaunch"
-# of a profiler's table
-WIDTH = 70
-LINES = 24
 
 
 class Record:
@@ -231,8 +222,6 @@ def decoding(record: Record) -> None:
             later = {name: median(each[1:] or each) for name, each in found.items()}
             first = {name: each[0] for name, each in found.items()}
             record.save(token_ms=later, first_turn_ms=first, tokens=tokens, prompt_case=args.cases[0])
-    if record.left > 0:
-        record.save(calls_a_token=calls_a_token(args, bench, rows))
 
 
 def forced(bench, row) -> tuple[float, list[int]]:
@@ -263,23 +252,8 @@ def generated(bench, count: int) -> tuple[float, list[int]]:
     return 1000 * (all_ - one) / (count - 1), tokens
 
 
-def calls_a_token(args: argparse.Namespace, bench, rows) -> dict[str, dict[str, float]]:
-    """Of each row of evoprune, calls of CUDA's interface a decoded token; empty on a CPU."""
-    found: dict[str, dict[str, float]] = {}
-    for row in [row for row in rows if label(row) != HF]:
-        calls = []
-        for count in (1, args.tokens):
-            bench._settings = replace(bench._settings, new_tokens=count)
-            with profiler(args.device) as seen:
-                bench.run(row)
-            calls.append(calls_of(seen.key_averages()))
-        one, all_ = calls
-        found[label(row)] = {name: round((all_[name] - one[name]) / (args.tokens - 1), 2) for name in one}
-    return found
-
-
 def first(record: Record) -> None:
-    """The first question of a process after loading, then the same three times again. With --profile: where the first one goes."""
+    """The first question of a process after loading, then the same again."""
     args = record.args
     import torch
 
@@ -309,8 +283,6 @@ def first(record: Record) -> None:
             times = {name: value for name, value in vars(report.time_ms).items() if value is not None}
             return {"whole_ms": 1000 * whole, "time_ms": times, "tokens": vars(report.tokens), "answer": text[:80]}
 
-        if args.profile:
-            record.save(profile=profiled(args.device, lambda: record.found["asked"].append(ask())))
         for _ in range(args.rounds):
             if not record.found["asked"] or record.left > 0:
                 record.found["asked"].append(ask())
@@ -333,138 +305,7 @@ def sample(folder: Path) -> Path:
     return folder / "frames"
 
 
-def profiled(device: str, run: Callable[[], Any]) -> str:
-    """Tables of Python's and torch's profiler of one run."""
-    import cProfile
-    import io
-    import pstats
-
-    python = cProfile.Profile()
-    with profiler(device) as seen:
-        python.runcall(run)
-    out = io.StringIO()
-    for order in ("cumulative", "tottime"):
-        pstats.Stats(python, stream=out).sort_stats(order).print_stats(LINES)
-    found = seen.key_averages()
-    how = {"row_limit": LINES, "max_name_column_width": WIDTH}
-    orders = ["self_cpu_time_total"] + ["self_device_time_total"] * (device != "cpu")
-    tables = [found.table(sort_by=order, **how) for order in orders]
-    return "\n".join([*tables, out.getvalue()])
-
-
-def profiler(device: str):
-    from torch.profiler import ProfilerActivity, profile
-
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * device.startswith("cuda")
-    return profile(activities=kinds)
-
-
-def calls_of(found) -> dict[str, int]:
-    """Of a profile: kernels launched, graphs launched, copies to the host, and calls that wait for the device."""
-    counts = {"launches": 0, "graphs": 0, "copies_to_host": 0, "waits": 0}
-    for event in found:
-        counts["launches"] += event.count * (event.key in LAUNCHES)
-        counts["graphs"] += event.count * (event.key == GRAPHS)
-        counts["copies_to_host"] += event.count * event.key.startswith(TO_HOST)
-        counts["waits"] += event.count * (event.key.startswith("cuda") and event.key.endswith("Synchronize"))
-    return counts
-
-
-@contextmanager
-def around(name: str, context: Callable[[], Any]) -> Iterator[list]:
-    """Has each call of a function that `evoprune profile` calls run inside a new `context()`; yields what these gave."""
-    from evoprune.bench import profile
-
-    *path, last = name.split(".")
-    owner = profile
-    for part in path:
-        owner = getattr(owner, part)
-    plain = getattr(owner, last)
-    seen = []
-
-    def inside(*args, **kwargs):
-        with context() as each:
-            seen.append(each)
-            return plain(*args, **kwargs)
-
-    setattr(owner, last, inside)
-    try:
-        yield seen
-    finally:
-        setattr(owner, last, plain)
-
-
-def counting():
-    """A context that counts operations of torch's dispatcher, those that wait for the device, and copies of tensors to the CPU."""
-    from evoprune.bench.verify.waiting import Waiting
-
-    class Counting(Waiting):
-        def __init__(self):
-            super().__init__()
-            self.operations = Counter()
-            self.copies = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            made = super().__torch_dispatch__(func, types, args, kwargs)
-            self.operations[func._schema.name.removeprefix("aten::")] += 1
-            if func._schema.name in ("aten::_to_copy", "aten::copy_"):
-                to, source = args[:2] if func._schema.name == "aten::copy_" else (made, args[0])
-                self.copies += to.device.type == "cpu" != source.device.type
-            return made
-
-    return Counting()
-
-
-def operations(record: Record) -> None:
-    """Of an encode at 1.0 and at the first budget: operations, launches, waits and copies; and where device time goes there."""
-    args = record.args
-    bench, rows = bench_of(args, 1, ("evoprune", INSIDE))
-    rows = [row for row in rows if row.budget == args.budgets[0] or label(row) == FULL]
-    found = []
-    for row in [row for row in rows if label(row) != HF and not row.error]:
-        if found and record.left < 0:
-            break
-        bench.run(row)  # everything is set up
-        with around("encode", counting) as seen:
-            bench.run(row)
-        (encode,) = seen
-        with counting() as whole:
-            bench.run(row)
-        with around("encode", lambda: profiler(args.device)) as seen:
-            bench.run(row)
-        averages = seen[0].key_averages()
-        found.append(
-            {"case": case_text(row.case), "row": label(row)}
-            | {"operations": encode.operations.total(), "to_first_token": whole.operations.total()}
-            | {"value_reads": len(encode.places), "tensor_copies": encode.copies, **calls_of(averages)}
-            | {"read_at": Counter(encode.places).most_common(20), "most": encode.operations.most_common(20)}
-            | device_time(averages, args.device)
-        )
-        record.save(rows=found)
-
-
-def device_time(averages, device: str) -> dict[str, Any]:
-    """Milliseconds on the device by operator and by kernel, the largest first; on a CPU those of the operators there."""
-    from torch.autograd import DeviceType
-
-    on_cpu = device == "cpu"
-
-    def largest(events) -> list[tuple[str, float, int]]:
-        ms = [(e.key, (e.self_cpu_time_total if on_cpu else e.self_device_time_total) / 1000, e.count) for e in events]
-        ordered = sorted(ms, key=lambda each: -each[1])
-        return [(name[:WIDTH], round(value, 3), count) for name, value, count in ordered[:LINES] if value]
-
-    kernels = [event for event in averages if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
-    operators = [event for event in averages if event.device_type == DeviceType.CPU]
-    total = sum(event.self_device_time_total for event in kernels) / 1000
-    return {
-        "device_ms": round(total, 2),
-        "by_operator": largest(operators),
-        "by_kernel": [] if on_cpu else largest(kernels),
-    }
-
-
-STEPS = {"table": table, "decoding": decoding, "first": first, "operations": operations}
+STEPS = {"table": table, "decoding": decoding, "first": first}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -481,7 +322,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tokens", type=int, default=64, help="of an answer")
     made.add_argument("--seconds", type=float, default=60.0, help="after which no turn begins")
     made.add_argument("--hf", action="store_true", help="decoding: with transformers")
-    made.add_argument("--profile", action="store_true", help="first: under the profilers")
     return made
 
 

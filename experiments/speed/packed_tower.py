@@ -22,6 +22,7 @@ from evoprune.session.loading.find import DTYPES, describe_model
 from evoprune.session.loading.model import random_model
 from evoprune.session.options import ModelOptions
 from evoprune.vision.patches import patchify
+from experiments.tables import table
 from experiments.timing import medians
 
 
@@ -68,10 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"{options.model}, {options.dtype}, {case}, {options.rounds} rounds, {options.threads} threads, {env.device_name}"
     )
-    print("\n| tower | ms | times as fast as Hugging Face | relative difference |\n|---|---|---|---|")
     rows = measure(random_tower(options.model, dtype), patches, grid_thw, options.rounds)
-    for name, ms, apart in rows:
-        print(f"| {name} | {ms:,.0f} | {rows[0][1] / ms:.2f} | {apart:.2g} |")
+    cells = [(name, f"{ms:,.0f}", f"{rows[0][1] / ms:.2f}", f"{apart:.2g}") for name, ms, apart in rows]
+    print("\n".join(["", *table(("tower", "ms", "times as fast as Hugging Face", "relative difference"), cells)]))
 
 
 if __name__ == "__main__":

@@ -11,14 +11,8 @@ from tests.cli.test_documents import PAGES, ROOT, commands, lines_of
 
 LIST = ROOT / "results/demo-model.md"
 HELD_OUT, VALIDATION, PORTRAIT = "heldout", "validation", "portrait"
-MEASURES = ("ablations", "bits", "comparison", "frontier", "moments", "seek", "tune_records", "validity")
+MEASURES = ("bits", "frontier", "validity")
 NAMED = re.compile(r"(held-out|validation|portrait)[^.|]*?\bblocks? (\d+)(?: (and|to) (\d+))?")
-
-
-def split_by_default(module: str) -> str:
-    """The split whose clips a command takes that names none."""
-    source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
-    return HELD_OUT if '"--split", default=SHAPES.splits[0]' in source else VALIDATION
 
 
 def used_by_commands(text: str) -> Iterator[tuple[str, int]]:
@@ -30,7 +24,7 @@ def used_by_commands(text: str) -> Iterator[tuple[str, int]]:
             given = dict(pairwise(rest))
             block = given.get("--block", given.get("--seed", "0"))
             if block.isdigit() and len(rest) > 1:  # otherwise a mention of the command, or a placeholder
-                yield given.get("--split", split_by_default(module)), int(block)
+                yield given.get("--split", VALIDATION), int(block)
 
 
 def used_by_sentences(text: str) -> Iterator[tuple[str, int]]:
@@ -90,11 +84,10 @@ def test_commands_and_sentences_are_understood():
     text = """About 40 held-out clips (blocks 3 and 5), and validation clips of blocks 7 to 9.
 
 ```text
-python -m experiments.accuracy.comparison --seed 2 --limit 5
 python -m experiments.accuracy.frontier runs/a --split heldout --seed 13
-python -m experiments.accuracy.seek -o a --block 4
-python -m experiments.accuracy.bits -o runs/NAME.jsonl --block N
+python -m experiments.accuracy.bits --block 4
+python -m experiments.accuracy.bits --block N
 ```
 """
-    assert set(used_by_commands(text)) == {(HELD_OUT, 2), (HELD_OUT, 13), (VALIDATION, 4)}
+    assert set(used_by_commands(text)) == {(HELD_OUT, 13), (VALIDATION, 4)}
     assert list(used_by_sentences(text)) == [(HELD_OUT, 3), (HELD_OUT, 5), *((VALIDATION, n) for n in (7, 8, 9))]

@@ -10,16 +10,9 @@ import evoprune
 from evoprune.errors import UsageError, VideoError
 from evoprune.moments.search import Search, first_tokens, questions_for
 from evoprune.session.options import FindOptions, SamplingOptions
-from experiments.demo.long_videos import WORLDS, make_long, moments_of, write_long
+from tests.moments.long_videos import write_long_video
 from tests.threads import one_thread  # noqa: F401
 from tests.video.files import numbered_frames, write_video
-
-
-def long_video(path, world, minutes):
-    """Write a long video; returns the moments of each name."""
-    video = make_long(world, "validation", 71, 0, minutes)
-    write_long(world, video, path)
-    return {name: moments_of(world, video, name) for name in WORLDS[world].names}
 
 
 def overlaps(moment, span) -> bool:
@@ -29,7 +22,7 @@ def overlaps(moment, span) -> bool:
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     path = tmp_path_factory.mktemp("shapes") / "long.mp4"
-    return path, long_video(path, "shapes", 1.5)
+    return path, write_long_video(path, "shapes", 1.5)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +68,7 @@ def test_borders_of_long_segments_are_found_by_shorter_and_shorter_parts(demo, s
 @pytest.mark.full
 def test_the_other_world(tmp_path):
     path = tmp_path / "long.mp4"
-    times = long_video(path, "scenes", 1.3)
+    times = write_long_video(path, "scenes", 1.3)
     lasting, absent = there_and_absent(times)
     qa = evoprune.VideoQA.load("demo-scenes", budget=0.25)
     found = qa.find(path, [*lasting[:6], *absent[:4]])

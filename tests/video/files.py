@@ -6,8 +6,9 @@ starts afterwards keeps all other programs from the processor, so a test process
 
 import multiprocessing
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from evoprune.video.frames import read_frames
+from evoprune.video.sandbox import isolation
 
 BITS = 8
 CLOCK = Fraction(1, 1000)
@@ -32,6 +34,17 @@ def apart(function: Callable, *arguments, **how):
     """What the function returns or raises, in another process. It and its arguments can be pickled."""
     with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
         return pool.submit(partial(function, *arguments, **how)).result()
+
+
+@contextmanager
+def in_this_process() -> Iterator[None]:
+    """Videos are read in this process, not in one of their own."""
+    usual = isolation.POSSIBLE
+    isolation.POSSIBLE = False
+    try:
+        yield
+    finally:
+        isolation.POSSIBLE = usual
 
 
 def numbered_frame(number: int, height: int = 48, width: int = 64) -> np.ndarray:

@@ -16,9 +16,8 @@ import numpy as np
 from evoprune.video.frames import probe, read_frames
 from evoprune.video.plan import InputLimits, make_plan
 from evoprune.video_qa import VideoQA
-from experiments.speed.decoders import in_this_process
 from experiments.timing import medians
-from tests.video.files import numbered_frames, write_video
+from tests.video.files import in_this_process, numbered_frames, write_video
 from tests.video.kinds import AV1, HEVC, KINDS, OPEN_GOP, VP9, write_kind
 
 MADE = 200 - len(KINDS)

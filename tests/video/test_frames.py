@@ -18,9 +18,17 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.video.frames import probe, read_frames, scan
 from evoprune.video.readers import ffmpeg, pyav
 from evoprune.video.readers.ffmpeg import TOLERANCE_S
-from experiments.speed.decoders import in_this_process
 from tests.decoders import DECODERS, EVERY
-from tests.video.files import number_of, numbered_frames, numbers, pixels, quarters, write_image, write_video
+from tests.video.files import (
+    in_this_process,
+    number_of,
+    numbered_frames,
+    numbers,
+    pixels,
+    quarters,
+    write_image,
+    write_video,
+)
 from tests.video.good import good_files
 from tests.video.kinds import KINDS, table, write_kind
 

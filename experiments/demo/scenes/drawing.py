@@ -22,11 +22,11 @@ def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
     return render_with_map(clip, times)[0]
 
 
-def write_file(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8, keyframe_s: float | None = None) -> None:
+def write_file(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8) -> None:
     """Writes a still as a JPEG file, any other clip as a video, with the tag of scenes. Raises OSError: it cannot be written.
 
     `crf`: x264's constant rate factor. A still has the quality 95 at the finest that the world has, and 65 at the coarsest; with
-    `LOSSLESS` it is a PNG file. `keyframe_s`: see `painting.write_frames`.
+    `LOSSLESS` it is a PNG file.
     """
     if clip.is_still:
         still = Image.fromarray(render(clip, [clip.seconds / 2])[0])
@@ -39,7 +39,7 @@ def write_file(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8, keyfra
         return
     frames = render(clip, [i / fps for i in range(round(clip.seconds * fps))])
     size = clip.height, clip.width
-    write_frames(frames, path, size, fps, crf=crf, preset="veryfast", tag=SCENES_TAG, keyframe_s=keyframe_s)
+    write_frames(frames, path, size, fps, crf=crf, preset="veryfast", tag=SCENES_TAG)
 
 
 def render_with_map(clip: Clip, times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ import pytest
 from evoprune.video.plan import even_times
 from experiments.demo.batches import ATTRIBUTES, Recipe, unit_labels
 from experiments.demo.clips import COLOURS, MOTIONS, SHAPES, SIZES, make_clip
-from experiments.demo.train import rate
+from experiments.demo.training import rate
 
 
 def expected_label(thing) -> list[int]:

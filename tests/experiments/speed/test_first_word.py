@@ -19,10 +19,10 @@ from evoprune.session.loading.model import load_model
 from evoprune.video.frames import probe, read_frames
 from evoprune.video_qa import VideoQA
 from experiments.speed import checkpoint, first_word, first_word_readers, first_word_tables
-from experiments.speed.first_word import Clip, Frames, Run, fastest, parsed, read_in_turn, run_once
+from experiments.speed.first_word import Clip, Frames, Run, parsed, read_in_turn, run_once
 from experiments.speed.first_word_asks import QUESTION, Transformers
 from experiments.speed.first_word_clips import KINDS, TINY, Kind, join, make_clip, number_of
-from experiments.speed.turns import Side
+from experiments.speed.processes import Side
 from tests.tiny import tiny_config
 from tests.video.files import apart
 
@@ -48,7 +48,7 @@ def test_a_checkpoint_has_every_weight_and_a_tokenizer_of_that_size_and_transfor
     assert loaded.tokenizer.decode(loaded.tokenizer.encode(text)) == text
     answer = VideoQA(loaded).encode(CLIP, frames=4).ask("What?", max_new_tokens=5)
     assert answer.text is not None and answer.report.tokens.new == 5  # no token ends an answer
-    side = Transformers(Namespace(model=str(written), device="cpu", dtype="bf16"))
+    side = Transformers(Namespace(model=str(written), device="cpu"))
     plain = load_model(str(written), dtype="bf16", pack=False)
     assert share_equal(side._model, plain.model) == []  # it has all weights, and no others
     assert side.ask(str(CLIP), 4, 5, lambda piece: None)["words"] == 5
@@ -96,7 +96,7 @@ def test_a_clip_that_would_be_too_large_is_not_written(tmp_path, monkeypatch, cl
 # Sides.
 
 
-ANSWERS = "from experiments.speed.turns import serve\nimport os, time\n"
+ANSWERS = "from experiments.speed.processes import serve\nimport os, time\n"
 SIDES = {
     "echoes": "serve(lambda: lambda asked: (print('noise'), asked)[1])",
     "raises": "def make():\n  raise OSError('no such library')\nserve(make)",
@@ -122,12 +122,12 @@ def test_a_side_that_fails_ends_or_hangs_says_so(tmp_path):
 
 def test_a_process_is_ended_in_time_and_one_that_fails_shows_why(tmp_path):
     log = tmp_path / "log.txt"
-    hangs = run_once([sys.executable, "-c", "import time; time.sleep(60)"], ROOT, 1.0, log)
+    hangs = run_once([sys.executable, "-c", "import time; time.sleep(60)"], 1.0, log)
     assert hangs == {"error": "not done in 1 s", "over_s": 1.0}
-    fails = run_once([sys.executable, "-c", "raise SystemExit('no such model')"], ROOT, 60, log)
+    fails = run_once([sys.executable, "-c", "raise SystemExit('no such model')"], 60, log)
     assert fails == {"error": "ended with 1: no such model"}
     words = "import sys, time\nfor w in 'ab':\n  print(w, end='', flush=True); time.sleep(0.2)"
-    works = run_once([sys.executable, "-c", words], ROOT, 60, log)
+    works = run_once([sys.executable, "-c", words], 60, log)
     assert 0 < works["first_word"] < works["second_word"] == works["last_word"] < works["ended"]
     assert works["answer"] == "ab" and works["peak_bytes"] > 2**20 and works["cpu"] > 0
 
@@ -135,29 +135,16 @@ def test_a_process_is_ended_in_time_and_one_that_fails_shows_why(tmp_path):
 # Reading.
 
 
-def run_in(folder: Path, *more: str) -> Run:
-    """A run on small clips, in which the other readers are those of this environment."""
-    return Run(parsed(["-o", str(folder), "--tiny", "--peers", sys.executable, *more]))
-
-
 def test_readers_take_turns_and_those_that_fail_are_rows(tmp_path, clips):
     """Readers that are not installed here fail, each with its reason; times of the others are there."""
-    names = [
-        "evoprune",
-        "evoprune, keyframes",
-        "torchcodec",
-        "OpenCV, seeking",
-        "PyAV, seeking",
-        "PyAV, one pass",
-        "decord",
-    ]
-    run = run_in(tmp_path, "--sides", ";".join(names), "-r", "2")
+    run = Run(parsed(["-o", str(tmp_path), "--tiny", "-r", "2"]))
     run.record |= {"reading": [], "about": first_word.about(run), "parts": {}}
-    cases = [(Frames(clip, 6, 1.1, 1.0137), names) for clip in (clips["hd"], clips["ts"])]
-    read_in_turn(run, "reading", cases, time.monotonic() + 300)
+    names = [*first_word_readers.READERS]
+    cases = [Frames(clip, 6, 1.1, 1.0137) for clip in (clips["hd"], clips["ts"])]
+    read_in_turn(run, cases, names, time.monotonic() + 300)
     rows = run.record["reading"]
     assert [row["side"] for row in rows[: len(names)]] == names and {row["round"] for row in rows} == {0, 1}
-    for side in ("evoprune", "PyAV, seeking", "PyAV, one pass"):
+    for side in ("evoprune", "PyAV, seeking"):
         mine = [row for row in rows if row["side"] == side]
         assert len(mine) == 4 and all(row["others"] == 0 and row["seconds"] > 0 and row["frames"] == 6 for row in mine)
     near = [row for row in rows if row["side"] == "evoprune, keyframes"]
@@ -170,25 +157,12 @@ def test_readers_take_turns_and_those_that_fail_are_rows(tmp_path, clips):
 
 
 def test_a_reader_that_takes_too_long_is_ended_and_the_others_go_on(tmp_path, clips, monkeypatch):
-    run = run_in(tmp_path, "--turn-seconds", "0.001", "--sides", "PyAV, one pass;PyAV, seeking")
+    run = Run(parsed(["-o", str(tmp_path), "--tiny"]))
     run.record["reading"] = []
-    monkeypatch.setattr(first_word, "BEGIN_LIMIT_S", 60)
-    case = Frames(clips["uhd"], 4, 1.7, 1.0137), ["PyAV, one pass", "PyAV, seeking"]
-    read_in_turn(run, "reading", [case], time.monotonic() + 120)
+    monkeypatch.setitem(first_word.TURN_S["cpu"], "reading", 0.001)
+    read_in_turn(run, [Frames(clips["uhd"], 4, 1.7, 1.0137)], ["evoprune", "PyAV, seeking"], time.monotonic() + 120)
     assert [row["over_s"] for row in run.record["reading"]] == [0.001, 0.001]
     assert first_word_tables.reading_cell(run.record["reading"][:1]) == "over 0.00"
-
-
-def test_the_fastest_readers_return_the_right_frames():
-    def row(side: str, part_s: float, seconds: float, moved_s: float = 0.0) -> dict:
-        facts = {"clip": "a", "kind": "hd", "part_s": part_s, "moved_s": moved_s}
-        return {"side": side, "seconds": seconds, **facts}
-
-    rows = [row("evoprune", 9.0, 0.1), row("decord", 9.0, 0.2, moved_s=1.0), row("torchcodec", 9.0, 3.0)]
-    rows += [row("PyAV, seeking", 9.0, 4.0), row("torchcodec", 0.5, 3.0), row("OpenCV, one pass", 0.5, 2.0)]
-    failed = {"side": "decord", "clip": "a", "kind": "hd", "part_s": 0.5, "error": "over"}
-    assert fastest([*rows, failed], "hd") == ["torchcodec", "OpenCV, one pass"]
-    assert fastest(rows, "vp9") == ["torchcodec"]
 
 
 def test_frames_that_moved_are_counted():
@@ -203,7 +177,7 @@ def test_frames_that_moved_are_counted():
 
 def test_transformers_gets_what_its_processor_would_make_of_the_video():
     model, words = str(DEMOS["demo"].folder), []
-    side = Transformers(Namespace(model=model, device="cpu", dtype="auto"))
+    side = Transformers(Namespace(model=model, device="cpu"))
     side._feed = "PyAV, seeking"
     made = side._inputs(side._plan(str(CLIP), None))
     wanted = processor_inputs(model, CLIP, QUESTION)
@@ -216,22 +190,21 @@ def test_transformers_gets_what_its_processor_would_make_of_the_video():
 
 
 def test_every_part_runs_and_fills_the_documents(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(first_word, "CURVE_PARTS_S", (0.5, 5.0))
     monkeypatch.setattr(first_word.signal, "signal", lambda *_: None)
-    quick = ("--tiny", "--kinds", "hd", "--minutes", "0.5", "-r", "1", "-n", "6", "--peers", sys.executable)
-    sides = "evoprune;PyAV, one pass;transformers;balanced"
-    first_word.main(["-o", str(tmp_path), *quick, "--parts", "reading,curve,loaded", "--sides", sides])
-    first_word.main(["-o", str(tmp_path), *quick, "--parts", "start", "--sides", "balanced"])  # the other parts stay
+    monkeypatch.setattr(first_word, "NEW_TOKENS", 6)
+    monkeypatch.setattr(first_word, "BUDGETS", ("balanced",))
+    quick = ["-o", str(tmp_path), "--tiny", "-r", "1"]
+    first_word.main([*quick, "--parts", "reading,loaded"])
+    first_word.main([*quick, "--parts", "start"])  # the other parts stay
     record = json.loads((tmp_path / "first_word.json").read_text())
-    timed = {part: [row for row in record[part] if "error" not in row] for part in first_word.PARTS}
-    assert {row["side"] for row in timed["reading"]} >= {"evoprune", "PyAV, one pass"}
-    assert len({row["part_s"] for row in timed["curve"]}) == 2
+    timed = {part: [row for row in record[part] if "error" not in row] for part in ("reading", "loaded", "start")}
+    assert {row["side"] for row in timed["reading"]} >= {"evoprune", "PyAV, seeking"}
     assert [row["side"] for row in timed["loaded"]] == 2 * ["transformers"] + 2 * ["balanced"], record["loaded"]
     assert [row["first"] for row in timed["loaded"]] == [True, False] * 2
-    assert [row["side"] for row in timed["start"]] == ["balanced"], record["start"]
+    assert [row["side"] for row in timed["start"]] == ["transformers", "balanced"], record["start"]
     for row in timed["loaded"]:
         assert 0 < row["encode"] + row["prefill"] <= row["first_word"] <= row["last_word"]
-    assert "encode + prefill" in timed["start"][0]["stats"]
+    assert "encode + prefill" in timed["start"][1]["stats"]
     assert all(record["about"]["versions"][name] for name in ("evoprune", "torch", "av"))
     assert "evoprune `-b balanced`" in capsys.readouterr().out
 
@@ -241,32 +214,24 @@ def test_every_part_runs_and_fills_the_documents(tmp_path, monkeypatch, capsys):
     first_word_tables.write_documents([record], tmp_path)
     readme = (tmp_path / "README.md").read_text()
     assert "| transformers, fed by " in readme and "```text\n$ evoprune ask clip.mp4" in readme
-    first_word_tables.write_documents(
-        [record], tmp_path
-    )  # again: the place is found once more, and nothing is there twice
+    first_word_tables.write_documents([record], tmp_path)  # again: nothing is there twice
     assert (tmp_path / "README.md").read_text() == readme
     page = (tmp_path / "results/first_word.md").read_text()
-    assert "Not measured yet" not in page and "### Reading" in page and "*Exact* frames" in page
+    assert "### Reading" in page and "*Exact* frames" in page
     drawn = ElementTree.parse(tmp_path / "results/first_word.svg")
     bars = [e for e in drawn.iter() if e.tag.endswith("rect") and e.get("height") == str(first_word_tables.TALL)]
     assert len(bars) == 2 * len(first_word_tables.STAGES)
 
 
-def test_a_gpu_takes_eight_minutes_at_most():
+def test_a_gpu_takes_eight_minutes_at_most(tmp_path):
     assert sum(first_word.SECONDS["cuda"].values()) <= 480
-    args = parsed(["-o", "a", "--device", "cuda"])
-    assert args.kinds == ["hd"] and args.parts == ["reading", "loaded", "start"]
+    run = Run(parsed(["-o", str(tmp_path), "--device", "cuda"]))
+    assert [(clip.minutes, frames) for clip, frames in run.questions] == [(60, 64), (10, None)]
 
 
 @pytest.mark.parametrize(
     ("more", "says"),
-    [
-        (("--parts", "reading,talking"), "no part talking"),
-        (("--kinds", "hd,film"), "no kind film"),
-        (("--seconds", "reading=soon"), "--seconds reading=soon"),
-        (("--device", "cuda", "--parts", "curve"), "--seconds curve=N"),
-        (("--kinds", "vp9"), "ask about hd"),
-    ],
+    [(("--parts", "reading,talking"), "no part talking"), (("--seconds", "reading=soon"), "--seconds")],
 )
 def test_what_cannot_be_run_is_refused(more, says, capsys):
     with pytest.raises(SystemExit):

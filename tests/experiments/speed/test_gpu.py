@@ -2,7 +2,6 @@
 
 import json
 import os
-import tarfile
 
 import pytest
 
@@ -32,22 +31,14 @@ def test_a_varlen_call_in_the_tower_of_transformers_gives_what_its_loop_over_win
 
 def test_a_step_that_fails_or_hangs_does_not_end_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "SPARE", 0.0)
-    hangs = gpu.Step("first", "hangs", ("-c", "import time; time.sleep(60)"))
-    fails = gpu.Step("table", "fails", ("-c", "raise ValueError('no such kernel')"))
-    works = "import sys; open(sys.argv[2], 'w').write('{\"rows\": []}')"
-    (tmp_path / "work").mkdir()
-    run = gpu.Run(tmp_path, tmp_path / "work")
-    run.part([fails, gpu.Step("operations", "works", ("-c", works))], 20)
-    run.part([hangs], 0.3)
-    assert [each["state"] for each in run.done] == ["exit code 1", "done", "stopped"]
-    kept = json.loads((tmp_path / "gpu.json").read_text())
-    assert kept[0]["output"][-1] == "ValueError: no such kernel" and kept[1]["found"] == {"rows": []}
-    assert "ValueError: no such kernel" in (tmp_path / "gpu.txt").read_text()
-    with tarfile.open(tmp_path / "gpu.tar.gz") as packed:
-        names = packed.getnames()
-    assert (
-        names[:2] == ["gpu.json", "gpu.txt"] and "00-table-fails.txt" in names and "01-operations-works.json" in names
-    )
+    small = ("-m", "demo", "--device", "cpu", "--rounds", "1", "--cases", "4x56x84")
+    fails = gpu.Step("table", "fails", ("-m", "no-such-model", "--device", "cpu"))
+    done = gpu.run_part([fails, gpu.Step("table", "works", small)], 200, tmp_path)
+    done += gpu.run_part([gpu.Step("first", "hangs", small)], 0.3, tmp_path)
+    assert [each["state"].partition(":")[0] for each in done] == ["exit code 1", "done", "stopped"]
+    assert "no-such-model" in (tmp_path / "table-fails.txt").read_text() and done[1]["found"]["rows"]
+    page = gpu.document(done)
+    assert "- works: done" in page and "| works | 4x56x84 | HF+ |" in page
 
 
 def test_every_part_runs_at_the_size_of_the_demo(tmp_path, capsys, monkeypatch):
@@ -55,10 +46,15 @@ def test_every_part_runs_at_the_size_of_the_demo(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "DRY_SECONDS", 300)  # the machine may be busy
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
     gpu.main(["-o", str(tmp_path), "--dry"])
-    done = json.loads((tmp_path / "gpu.json").read_text())
-    assert [each["state"] for each in done] == ["done"] * len(gpu.dry_steps()), (tmp_path / "gpu.txt").read_text()
+    page = (tmp_path / "gpu.md").read_text()
+    assert page.count(": done") == len(gpu.dry_steps()), page
     shown = capsys.readouterr().out
-    assert "0 differs" in shown and "HF+" in shown and "HF generate" in shown and "demo full" in shown
-    decoded, plain = (each["found"] for each in done if each["part"] == "decoding")
+    assert "HF+" in shown and "HF generate" in shown and "demo full" in shown
+    decoded, plain = (json.loads((tmp_path / f"decoding-demo{name}.json").read_text()) for name in ("", "-plain"))
     assert decoded["tokens"]["ours 1.0"] == plain["tokens"]["ours 1.0"] == decoded["tokens"]["HF"]
-    assert "cumulative" in (tmp_path / "gpu.txt").read_text() and (tmp_path / "gpu.tar.gz").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("more", [("--parts", "talking"), ("--seconds", "table=soon"), ("--seconds", "talking=3")])
+def test_what_cannot_be_run_is_refused(more, capsys):
+    with pytest.raises(SystemExit):
+        gpu.parsed(["-o", "a", *more])

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from experiments.environments.huggingface_plugin import with_patches
-from experiments.environments.huggingface_tests import compare
+from experiments.environments.huggingface import compare, with_patches
 from tests.tiny import tiny_config, tiny_model
 
 

@@ -1,6 +1,7 @@
-"""Let processes take turns: each waits while another one works, gets a line of JSON and answers with one.
+"""Processes that measure: each is ended after its time, with what it started, and says why it failed.
 
-`Side` is the end of the process that measures, `serve` the end of the one that is measured.
+`Side` and `serve` are the two ends of a process that takes turns with others: it waits while another one works, gets a line of JSON
+and answers with one.
 """
 
 import json
@@ -31,7 +32,7 @@ class Side:
         return self._process is not None
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Return the answer to a request; `{"error": text}` where there is none in so many seconds, or the process ends."""
+        """Return the answer to a request; `{"error": text}` if there is none in so many seconds, or the process ends."""
         if seconds <= 0:
             return {"error": "not begun: no time was left"}
         if self._process is None:
@@ -51,7 +52,7 @@ class Side:
         return json.loads(line)
 
     def end(self, kill: bool = False) -> int | None:
-        """Ends the process with what it started; its exit code, None where none runs."""
+        """End the process with what it started; return its exit code, None if none runs."""
         if self._process is None:
             return None
         process = self._process
@@ -82,28 +83,14 @@ class Side:
 
 
 def _forward(lines, into: queue.Queue) -> None:
-    """Puts lines into a queue as they come, and None at their end."""
+    """Put lines into a queue as they come, and None at their end."""
     for line in lines:
         into.put(line)
     into.put(None)
 
 
-def end_group(number: int) -> None:
-    """Kills a process that leads a session, with what it started."""
-    try:
-        os.killpg(number, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-
-
-def last_line(log: Path) -> str:
-    """Return the last line of a file that is not empty: of a traceback, the error."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip()[:200] if lines else "it said nothing"
-
-
 def serve(make: Callable[[], Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
-    """Answers lines of stdin until it ends. `make` makes the function that answers; what it raises is each answer.
+    """Answer lines of stdin until it ends. `make` makes the function that answers; what it raises is each answer.
 
     Libraries may print: their stdout is sent to stderr.
     """
@@ -117,3 +104,53 @@ def serve(make: Callable[[], Callable[[dict[str, Any]], dict[str, Any]]]) -> Non
         except Exception as problem:  # whatever a library raises is its result
             said = {"error": f"{type(problem).__name__}: {problem}".strip()[:300]}
         print(json.dumps(said), file=answers, flush=True)
+
+
+def run_process(arguments: Sequence[str], log: Path, seconds: float, environment: dict[str, str] | None = None) -> str:
+    """Run Python with its output in a file; return "done", "stopped" (after its seconds) or "exit code N"."""
+    with log.open("w", encoding="utf-8") as out:
+        process = subprocess.Popen(  # noqa: S603 (this Python)
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=os.environ | (environment or {}),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(max(seconds, 0.1))
+        except subprocess.TimeoutExpired:
+            return "stopped"
+        finally:
+            end_group(process.pid)
+            process.wait()
+    return f"exit code {code}" if code else "done"
+
+
+def end_group(number: int) -> None:
+    """Kill a process that leads a session, with what it started."""
+    try:
+        os.killpg(number, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a file that is not empty: of a traceback, the error."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:200] if lines else "it said nothing"
+
+
+def limits_of(text: str, usual: dict[str, float]) -> dict[str, float]:
+    """Return the seconds of each part: the usual ones, but those that `text` names, as in "table=300,first=60".
+
+    Raises:
+        ValueError: there is no such part, or its time is no number.
+    """
+    made = dict(usual)
+    for each in filter(None, text.split(",")):
+        name, _, number = each.partition("=")
+        if name not in made:
+            raise ValueError(f"no part {name!r}")
+        made[name] = float(number)
+    return made

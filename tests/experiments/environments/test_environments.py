@@ -5,8 +5,7 @@ import shlex
 import pytest
 
 from evoprune_vllm import TESTED
-from experiments.environments.__main__ import parsed
-from experiments.environments.recipes import RECIPES, ROOT, block_of
+from experiments.environments.__main__ import RECIPES, ROOT, block_of, parsed
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

@@ -1,0 +1,84 @@
+"""Long videos whose moments are known: clips of a demo world, one after the other in one file."""
+
+import math
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+
+from evoprune.bundled import DEMO_TAG, SCENES_TAG
+from experiments.demo import clips, drawing
+from experiments.demo.painting import write_frames
+from experiments.demo.scenes import clip as scenes_clip
+from experiments.demo.scenes import compose
+from experiments.demo.scenes import drawing as scenes_drawing
+
+HEIGHT, WIDTH = 8, 12  # of a frame, in units of 28 pixels
+FPS = 8
+FIRST_SEED = 3_550_000
+JOINED_S = 8.0  # a thing that is gone for less than this is there in one moment
+Span = tuple[float, float]  # start and end in seconds
+
+
+def shapes_clip(seed: int) -> clips.Clip:
+    return clips.make_clip("validation", seed, HEIGHT * 28, WIDTH * 28)
+
+
+def shapes_shown(clip: clips.Clip) -> Iterator[tuple[str, float, float]]:
+    for thing in clip.shapes:
+        yield thing.name, thing.start, thing.end
+
+
+def scene(seed: int) -> scenes_clip.Clip:
+    key = (compose.SPLITS["validation"], seed)
+    pairs = compose.draw(np.random.default_rng((7, *key)), compose.LENGTHS)
+    return compose.compose(key, HEIGHT, WIDTH, pairs, float(pairs))
+
+
+def scene_shown(clip: scenes_clip.Clip) -> Iterator[tuple[str, float, float]]:
+    """A thing that changes has two names, each for its part of the time. Signs have other names."""
+    for thing in clip.things:
+        looks = [(thing.colour, 0.0, thing.turn)]
+        if thing.after:
+            looks.append((thing.after, thing.turn, math.inf))
+        if not thing.is_sign:
+            for colour, first, last in looks:
+                yield from ((f"{colour} {thing.outline}", max(a, first), min(b, last)) for a, b in thing.spans)
+
+
+WORLDS = {
+    "shapes": (DEMO_TAG, shapes_clip, drawing.render, shapes_shown, clips.COLOURS, clips.SHAPES),
+    "scenes": (SCENES_TAG, scene, scenes_drawing.render, scene_shown, scenes_clip.COLOURS, scenes_clip.OUTLINES),
+}
+
+
+def write_long_video(path: Path, world: str, minutes: float) -> dict[str, list[Span]]:
+    """Write a video of at least that many minutes; return the moments in which each thing of the world is there."""
+    tag, make, render, shown, colours, outlines = WORLDS[world]
+    made = []
+    spans: dict[str, list[Span]] = {f"{colour} {outline}": [] for colour in colours for outline in outlines}
+    begin = 0.0
+    for seed in count(FIRST_SEED):
+        if begin >= 60 * minutes:
+            break
+        clip = make(seed)
+        made.append(clip)
+        for name, start, end in shown(clip):
+            if max(start, 0.0) < min(end, clip.seconds):
+                spans[name].append((begin + max(start, 0.0), begin + min(end, clip.seconds)))
+        begin += clip.seconds
+    frames = (frame for clip in made for frame in render(clip, [n / FPS for n in range(round(clip.seconds * FPS))]))
+    write_frames(frames, path, (HEIGHT * 28, WIDTH * 28), FPS, crf=23, preset="veryfast", tag=tag)
+    return {name: joined(found) for name, found in spans.items()}
+
+
+def joined(spans: list[Span]) -> list[Span]:
+    """Return the moments, of which those less than `JOINED_S` apart are one."""
+    made: list[Span] = []
+    for start, end in sorted(spans):
+        if made and start - made[-1][1] < JOINED_S:
+            made[-1] = (made[-1][0], max(end, made[-1][1]))
+        else:
+            made.append((start, end))
+    return made
