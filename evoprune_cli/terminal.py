@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any, TextIO, TypeVar
 
@@ -398,60 +397,40 @@ def encoding(show: Callable[[str, int, int], None]) -> Callable[[str, int, int],
 
 
 class Line:
-    """Tell the progress in a line: what is done, of how much, for how long already, and for how much longer."""
+    """A line of progress: what is being done, how much of it is done, the elapsed time and an estimate of the time left."""
 
     def __init__(self, what: str, now: Callable[[], float] = time.monotonic):
         self._now = now
         self._begun = now()
-        self._said = _Said(what, at=self._begun, first_at=self._begun)
+        self._what = what
+        self._total = 0
+        self.show(what)
 
     def show(self, what: str, done: int = 0, total: int = 0, detail: str = "") -> None:
-        """Say `what` from now on: with `done` of `total`, where there is something to count, and with what is done just now."""
-        now = self._now()
-        before = self._said
-        said = _Said(what, done, total, detail, now, done, now)
-        if (what, total) == (before.what, before.total):
-            said = replace(said, first=before.first, first_at=before.first_at)
-        self._said = said
+        """Say `what` from now on, with `done` of `total` if there is something to count, and a detail that changes often."""
+        self._at = self._now()
+        if (what, total) != (self._what, self._total) or not total:
+            self._first, self._first_at = done, self._at
+        self._what, self._done, self._total, self._detail = what, done, total, detail
 
     def text(self, width: int) -> str:
         """Return as much of the line as fits into so many columns."""
         from rich.cells import cell_len, set_cell_size
 
-        said = self._said
         now = self._now()
-        what = said.what
-        if said.total:
-            what += f" {said.done:,}/{said.total:,}"
-        detail = what
-        if said.detail:
-            detail += f": {said.detail}"
+        what = self._what
+        if self._total:
+            what += f" {self._done:,}/{self._total:,}"
+        detail = f"{what}: {self._detail}" if self._detail else what
         elapsed = clock(now - self._begun).partition(".")[0]
-        left = said.left_s(now)
-        rest = [] if left is None else [f"{roughly(left)} left"]
+        rest = []
+        spent = self._at - self._first_at
+        steps = self._done - self._first
+        if steps > 0 and spent >= LEAST_S:
+            left = spent / steps * (self._total - self._done) - (now - self._at)
+            rest = [f"{roughly(max(0.0, left))} left"]
         texts = [", ".join(parts) for parts in ([detail, elapsed, *rest], [what, elapsed, *rest], [what, *rest])]
         return next((text for text in texts if cell_len(text) <= width), set_cell_size(what, width).rstrip())
-
-
-@dataclass(frozen=True)
-class _Said:
-    """Hold the last message to a `Line`, and its time; `first`: how many were done when this counting began, at `first_at`."""
-
-    what: str
-    done: int = 0
-    total: int = 0
-    detail: str = ""
-    at: float = 0.0
-    first: int = 0
-    first_at: float = 0.0
-
-    def left_s(self, now: float) -> float | None:
-        """Estimate how many seconds the rest of this counting will take; None where nothing tells yet."""
-        spent = self.at - self.first_at
-        done = self.done - self.first
-        if not self.total or done <= 0 or spent < LEAST_S:
-            return None
-        return max(0.0, spent / done * (self.total - self.done) - (now - self.at))
 
 
 def downloading(show: Callable[..., None]) -> Callable[[int, int], None]:
