@@ -22,8 +22,8 @@ from pathlib import Path
 from random import Random
 from urllib.parse import quote, unquote
 
-from evoprune.video import download
 from evoprune_cli.__main__ import start
+from evoprune_serve import public
 
 OUTSIDE = "127.9.0.1"
 INSIDE = "127.9.0.2"
@@ -34,7 +34,7 @@ MOST_HOPS = 3
 FLOOD_MIB = 64  # much more than the buffers between two programs hold
 CLIP = Path(__file__).parents[2] / "samples" / "square.mp4"
 REFUSED = "not on the public internet"
-NOT_READ = "which is not read"
+NOT_READ = "only http and https are read"
 IPV6 = Path("/proc/net/if_inet6")  # the addresses of this machine
 IPV6_LOOPBACK = f"{1:032x}"
 
@@ -61,11 +61,11 @@ class Lures:
         inside += ["http://169.254.169.254/latest/meta-data/", "http://10.0.0.1/", "http://[fe80::1]/"]
         elsewhere = [
             ("file:///etc/passwd", NOT_READ),
-            ("data:video/mp4;base64,AAAA", NOT_READ),
-            ("ftp://127.0.0.1/a", "unknown url type"),
+            ("data:video/mp4;base64,AAAA", "Invalid URL in location header"),
+            ("ftp://127.0.0.1/a", NOT_READ),
             (f"http://outside.test@{INSIDE}:{self.port}/", REFUSED),
-            ("/round", "more than 10 times"),
-            ("/on/1", "more than 10 times"),
+            ("/round", "maximum allowed redirects"),
+            ("/on/1", "maximum allowed redirects"),
         ]
         target, says = draw.choice([*[(each, REFUSED) for each in inside], *3 * elsewhere])
         for _ in range(draw.randint(1, MOST_HOPS)):
@@ -156,7 +156,7 @@ def luring() -> Iterator[Lures]:
 
 def lured() -> None:
     """Has this process take OUTSIDE for an address of the internet, and know the names."""
-    is_public = download.is_public
+    is_public = public.is_public
     look_up = socket.getaddrinfo
     turns = cycle([OUTSIDE, INSIDE])
 
@@ -167,7 +167,7 @@ def lured() -> None:
         addresses = [next(turns)] if host == REBINDING else NAMES.get(host, [host])
         return [found for address in addresses for found in look_up(address, *given, **options)]
 
-    download.is_public = or_outside
+    public.is_public = or_outside
     socket.getaddrinfo = look_up_here
 
 

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from evoprune.errors import VideoError
-from evoprune.video import download
+from evoprune.video.download import downloaded
+from evoprune_serve import public
 from experiments.speed import server_first_token, server_load
 from experiments.speed.server_lures import INSIDE, REBINDING, REFUSED, lured, luring
 from tests.threads import one_thread  # noqa: F401
@@ -48,7 +49,7 @@ def test_the_bomb_is_small_and_unpacks_to_all_of_its_pixels():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the whole network 127.0.0.0 is the loopback's")
 def test_lures_lead_inside_whoever_does_not_look(monkeypatch):
-    monkeypatch.setattr(download, "is_public", download.is_public)  # both are put back in the end
+    monkeypatch.setattr(public, "is_public", public.is_public)  # both are put back in the end
     monkeypatch.setattr(socket, "getaddrinfo", socket.getaddrinfo)
     lured()
     with luring() as lures:
@@ -56,7 +57,8 @@ def test_lures_lead_inside_whoever_does_not_look(monkeypatch):
         found.append((lures.url("clip.mp4", "both.test"), REFUSED))
         found += [(lures.url("on/1", REBINDING), REFUSED)] * 2
         for url, says in found:
-            with pytest.raises(VideoError, match=says), download.downloaded(url, public=True):
+            transport = public.PublicTransport(lambda: None)
+            with pytest.raises(VideoError, match=says), downloaded(url, transport=transport):
                 pass
         assert not lures.taken
         urlopen(lures.url(f"302/http:%2F%2F{INSIDE}:{lures.port}%2Fclip.mp4")).close()
