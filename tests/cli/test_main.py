@@ -725,7 +725,6 @@ def test_every_hint_about_a_command_names_one_that_there_is():
     ("command", "near"),
     [
         ("ask samples/sqare.mp4 What?", "samples/square.mp4"),
-        ("ask sampels/square.mp4 What?", "samples/square.mp4"),
         ("ask samples/Square.MP4 What?", "samples/square.mp4"),
         ("ask samples/square.mkv samples/pan.mp4 What?", "samples/square.mp4"),
         ("batch samples/sqare.mp4 -Q What -m demo -o -", "samples/square.mp4"),
