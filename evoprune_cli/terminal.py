@@ -22,7 +22,6 @@ from evoprune.util import clock, counted, harmless, one_line, roughly, size
 LEAST_S = 1.0  # that a line of progress has counted before it says how much longer it takes
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
 PIPE_S = 2.0  # for which nobody is told of a pipe that has no other end
-TAB = 8  # columns
 # With the option each sets.
 FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b", "EVOPRUNE_THREADS": "--threads"}
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
@@ -283,99 +282,14 @@ def _folded(text: str, indent: int) -> list[str]:
     return textwrap.wrap(text, max(columns(), 30), **settings)
 
 
-class Wrapped:
-    """Writes pieces of a text as they come, each word as soon as the next one begins; a line of `width` columns ends before a word
-    that does not fit."""
-
-    def __init__(self, width: int, write: Callable[[str], None]):
-        from rich.cells import cell_len
-
-        self._width = width
-        self._write = write
-        self._cells = cell_len
-        self._column = 0
-        self._gap = ""
-        self._word = ""
-        self._inside = False  # a word that is longer than a line: the terminal breaks it
-
-    def add(self, text: str) -> None:
-        """Take the next piece. Between two wide characters, as of Chinese, a line may end without a space."""
-        for character in text:
-            if character.isspace():
-                self.flush()
-                self._inside = False
-                self._gap += character
-                if character == "\n":
-                    self._write(self._gap)
-                    self._gap, self._column = "", 0
-                continue
-            self._word += character
-            wide = self._cells(character) > 1
-            if wide or self._cells(self._word) >= self._width:
-                self.flush()
-                self._inside = not wide
-
-    def flush(self) -> None:
-        """Writes the word that has begun."""
-        if not self._word:
-            return
-        gap = len(self._gap) + (TAB - 1) * self._gap.count("\t")
-        word = self._cells(self._word)
-        if self._column and not self._inside and self._column + gap + word > self._width:
-            self._gap, self._column = "\n", 0
-            gap = 0
-        self._write(self._gap + self._word)
-        self._column = self._column + gap + word
-        if self._column > self._width:  # the terminal breaks what is longer than a line
-            self._column %= self._width
-        self._gap = self._word = ""
-
-
-def print_stream(pieces) -> None:
-    """Prints an answer as it is generated, and a newline even when it is interrupted; where stdout is no terminal, as it is."""
-
+def print_stream(pieces: Iterable[str]) -> None:
+    """Print an answer as it is generated, and a newline even when it is interrupted."""
     stream = stdout()
-
-    def show(text: str) -> None:
-        print(text, end="", file=stream, flush=True)
-
-    wrapped = Wrapped(width_of(stream), show) if stream.isatty() else None
     try:
         for piece in pieces:
-            text = encodable(piece, stream)
-            if wrapped:
-                wrapped.add(text)
-            else:
-                show(text)
+            print(encodable(piece, stream), end="", file=stream, flush=True)
     finally:
-        if wrapped:
-            wrapped.flush()
         print(file=stream, flush=True)
-
-
-class Thoughts:
-    """Prints what a model thinks on stderr, dim, as it comes."""
-
-    def __init__(self):
-        self._begun = False
-        self._wrapped = Wrapped(columns(), self._show) if sys.stderr.isatty() else None
-
-    def _show(self, text: str) -> None:
-        note(paint(encodable(text), "2"), end="")
-
-    def add(self, piece: str) -> None:
-        self._begun = True
-        if self._wrapped:
-            self._wrapped.add(piece)
-        else:
-            self._show(piece)
-
-    def end(self) -> None:
-        """Ends the line, if there is one."""
-        if self._begun:
-            if self._wrapped:
-                self._wrapped.flush()
-            note()
 
 
 def encoding(show: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
