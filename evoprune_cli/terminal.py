@@ -7,7 +7,6 @@ import signal
 import stat
 import sys
 import textwrap
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,6 @@ from evoprune.util import clock, counted, harmless, one_line, roughly, size
 
 LEAST_S = 1.0  # that a line of progress has counted before it says how much longer it takes
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
-PIPE_S = 2.0  # for which nobody is told of a pipe that has no other end
 # With the option each sets.
 FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b", "EVOPRUNE_THREADS": "--threads"}
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
@@ -238,29 +236,6 @@ def tell(text: str) -> None:
     """Prints a sentence on stderr, folded to the terminal's width."""
     for line in _folded(printable(text), 2):
         note(paint(line, "2"))
-
-
-@contextmanager
-def naming_pipe(path: str | None, does: str = "write to") -> Iterator[None]:
-    """Says on stderr after two seconds that a block waits for the other end of a named pipe; of other files nothing."""
-    if path is None or not _is_pipe(path):
-        yield
-        return
-    said = f"waiting for {path}, which is a pipe: does a program {does} it?"
-    timer = threading.Timer(PIPE_S, tell, (said,))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _is_pipe(path: str) -> bool:
-    try:
-        return stat.S_ISFIFO(os.stat(path).st_mode)
-    except (OSError, ValueError):  # whoever opens it says what is wrong
-        return False
 
 
 def print_titled(title: str, text: str) -> None:

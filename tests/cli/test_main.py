@@ -764,35 +764,6 @@ def test_a_name_that_no_file_is_like_gets_none(cli):
     assert "did you mean" not in cli("ask", "samples/b.mp4", "What?").err  # an ending alone is no likeness
 
 
-@pytest.mark.few(1)
-@pytest.mark.parametrize(
-    ("command", "does"),
-    [
-        ("batch --from {} -m demo -o -", "write to"),
-        ("eval --data {}", "write to"),
-        ("tune samples/square.mp4 -m demo --questions {}", "write to"),
-        ("batch samples/square.mp4 -Q What? -m demo -o {}", "read"),
-    ],
-)
-def test_a_pipe_without_another_end_is_named(tmp_path, command, does):
-    os.mkfifo(tmp_path / "pipe")
-    words = shlex.split(command.format(tmp_path / "pipe"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "evoprune_cli", *words],
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        cwd=ROOT,
-        text=True,
-    )
-    try:
-        said = process.stderr.readline()
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
-    assert said == f"waiting for {tmp_path / 'pipe'}, which is a pipe: does a program {does} it?\n"
-
-
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
     "args",
