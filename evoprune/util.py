@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
-from itertools import islice
 from numbers import Integral, Real
 from os import PathLike
 from types import NoneType, UnionType
@@ -26,7 +25,6 @@ STREAMS = ("rtsp", "rtsps", "udp", "tcp")  # how addresses of live video begin t
 DOWNLOAD_HINT = "download what is on the web first, e.g. with yt-dlp"
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 LONGEST = 200  # characters of a path in a message
-MOST_NAMES = 10_000  # of a folder that a misspelt one is compared with
 SOME = 10  # texts that a sentence names before it only counts them
 
 
@@ -129,39 +127,19 @@ def missing_hint(path: str, usual: str) -> str:
 
 
 def near_file(path: str) -> str | None:
-    """Return the path of a file or folder that exists and that a misspelt path is like; None where none is.
+    """Return a path that exists, in the same folder, and that a misspelt path is like; None if there is none.
 
-    The first part of the path that does not exist is compared with the names beside it, without regard to case. Endings count
-    less than what is before them, or all names of a folder of videos would be alike.
+    Names are compared without their endings, or all names of a folder of videos would be alike.
     """
-    if os.path.lexists(path):
-        return None
-    above = os.path.dirname(path)
-    name = os.path.basename(path)
-    below = ""
-    while above and not os.path.isdir(above):
-        below = _joined(name, below)
-        name = os.path.basename(above)
-        above = os.path.dirname(above)
+    folder, name = os.path.split(path)
     try:
-        with os.scandir(above or os.curdir) as entries:
-            names = [entry.name for entry in islice(entries, MOST_NAMES)]
+        names = [] if os.path.lexists(path) else os.listdir(folder or os.curdir)
     except (OSError, ValueError):  # a folder that may not be read; a name that no folder can have
         return None
-    stems: dict[str, list[str]] = {}
-    for each in names:
-        stems.setdefault(os.path.splitext(each)[0].lower(), []).append(each)
-    for stem in get_close_matches(os.path.splitext(name)[0].lower(), stems, 3):
-        for near in get_close_matches(name, stems[stem], len(stems[stem]), 0.0):
-            found = os.path.join(above, _joined(near, below))
-            if found != path and os.path.exists(found):
-                return found
-    return None
-
-
-def _joined(name: str, below: str) -> str:
-    """Join a name and what is below it, which may be nothing."""
-    return os.path.join(name, below) if below else name
+    stems = {each: os.path.splitext(each)[0].lower() for each in names}
+    near = get_close_matches(os.path.splitext(name)[0].lower(), stems.values(), 1)
+    found = get_close_matches(name, [each for each in names if stems[each] in near], 1, 0.0)
+    return os.path.join(folder, found[0]) if found else None
 
 
 def is_url(path: Any) -> bool:

@@ -21,10 +21,10 @@ from evoprune.video.sandbox.isolation import warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.running import load
 from evoprune_cli.terminal import (
-    Thoughts,
     check_output,
     columns,
     downloading,
+    encodable,
     encoding,
     failure,
     note,
@@ -519,12 +519,11 @@ class Conversation:
 
     def _say(self, inputs: "EncodedInputs | Chat", question: str, label: str) -> "Answer":
         with contextlib.ExitStack() as line:  # of progress
-            thoughts = Thoughts() if self._show_thoughts else None
 
             def think(piece: str) -> None:
-                if thoughts:
+                if self._show_thoughts:
                     line.close()
-                    thoughts.add(piece)
+                    note(paint(encodable(piece), "2"), end="")
                 else:
                     show("thinking")
 
@@ -537,8 +536,8 @@ class Conversation:
             try:
                 first = next(answer, "")
             finally:
-                if thoughts:
-                    thoughts.end()
+                if self._show_thoughts and answer.report.thoughts:
+                    note()
         if (seen := answer.report.stream) and not (self._json or self._quiet):
             tell(f"up to {clock(seen['end_s'])}:")
         if self._json:

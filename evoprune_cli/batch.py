@@ -16,7 +16,7 @@ from evoprune.session.options import PipelineOptions
 from evoprune.util import SOME, clock, counted, is_text, is_url, listed, missing_hint, roughly, shown, some
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, is_one_of, note_model, prepare
-from evoprune_cli.terminal import encoding, naming_pipe, print_traceback, print_warning, progress, stdout, tell
+from evoprune_cli.terminal import encoding, print_traceback, print_warning, progress, stdout, tell
 
 if TYPE_CHECKING:
     from evoprune.batch.output import RecordFile
@@ -131,8 +131,7 @@ def batch(
         rows = with_scored_options(rows)
     tally = Tally(len(rows), quiet, _check_files(rows, source, output, quiet))
     kind = partial(TableFile, rows=rows) if is_table(output) else RecordFile
-    with naming_pipe(output, "read"):
-        opened = kind(output, stdout=stdout(), resume=resume, overwrite=overwrite)
+    opened = kind(output, stdout=stdout(), resume=resume, overwrite=overwrite)
     with tally, closing(opened) as file, progress(not quiet) as show:
         sources = Sources(settings)
         left = remaining(rows, settings, file.found, sources)
@@ -223,8 +222,7 @@ def _rows(
         raise UsageError("--from excludes videos and questions", "the rows of the file name both")
     rules = replace(BATCH, passes_on=passes_on)
     if source != DASH:
-        with naming_pipe(source):
-            return load_rows(source, *span, rules)
+        return load_rows(source, *span, rules)
     stdin = getattr(sys.stdin, "buffer", None)
     if stdin is None or sys.stdin.isatty():
         raise UsageError("--from - reads stdin, and nothing is piped into it", "pipe rows into it, or name a file")

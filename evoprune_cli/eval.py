@@ -24,7 +24,6 @@ from evoprune_cli.terminal import (
     fitting,
     folded,
     model_line,
-    naming_pipe,
     note,
     progress,
     short_name,
@@ -152,8 +151,7 @@ def evaluate(
     if output is not None:
         check_new_folder(output)
     check_chart(chart, beside=output, inputs=[data])
-    with naming_pipe(data):
-        videos = load_questions(Path(data))
+    videos = load_questions(Path(data))
     if score == "likelihood" and not any(row.options for video in videos for row in video.rows):
         raise UsageError(
             "--score likelihood is about options, and no question has any", "leave it out, or give options"

@@ -15,9 +15,7 @@ from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-import shellingham  # comes with Typer
 import typer
-from typer import completion
 from typer.core import TyperGroup
 
 import evoprune
@@ -90,11 +88,12 @@ class Group(TyperGroup):
             args = [*args[1:], "--help"]
         return super().parse_args(ctx, args)
 
-    def get_help_option(self, ctx):
-        """Return the option with a default that is False, and not None, which Typer would convert with pydantic."""
-        option = super().get_help_option(ctx)
-        option.default = False
-        return option
+    def get_params(self, ctx):
+        """Return the options, all of them flags, with the default False: Typer would convert None with pydantic."""
+        params = super().get_params(ctx)
+        for param in params:
+            param.default = False
+        return params
 
 
 app = typer.Typer(
@@ -104,7 +103,6 @@ app = typer.Typer(
     '\b\nevoprune ask clip.mp4 "What happens?"\nevoprune ask --help',
     epilog="Exit codes: 0 done, 1 a bug, 2 usage or an output that cannot be written, 3 video, 4 model, 5 out of memory, "
     "6 some items failed or no setting passed, 7 verify found a difference, 130 interrupted, 143 terminated.",
-    add_completion=False,  # the two options are those below, with errors of our own
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -139,68 +137,12 @@ def plugged_command(entry: EntryPoint) -> Any:
 # Completion at TAB. Scripts and protocol are Typer's. At each TAB the shell's script runs `evoprune` with the line in environment
 # variables, and offers the lines that are printed. Where there are none it offers files.
 
-PROGRAM = "evoprune"
-VARIABLE = "_EVOPRUNE_COMPLETE"  # what a script asks for: complete_bash, or source_bash for the script itself
-SHELLS = tuple(shell.value for shell in completion.Shells)
-BY_HAND = f"{VARIABLE}=source_bash {PROGRAM} prints the script of bash; others: {', '.join(SHELLS[1:])}"
-
-
-def _prepare_completion() -> None:
-    """Makes ready what Typer needs to answer a script; without a request it does nothing.
-
-    Raises UsageError: no shell or no request that Typer knows.
-    """
-    if not _completes():
-        return
-    request = os.environ[VARIABLE]
-    action, _, shell = request.partition("_")
-    if shell == "source":  # click's order of the two
-        action, shell = shell, action
-    if action not in ("source", "complete"):
-        raise UsageError(f"{VARIABLE}={request} is unknown", BY_HAND)
-    _check_shell(shell)
-    if (action, shell) == ("complete", "bash"):  # which makes three words of `--method=divprune`
-        try:
-            words = os.environ["COMP_WORDS"].split("\n")
-            current = int(os.environ["COMP_CWORD"])
-        except (KeyError, ValueError) as problem:
-            raise UsageError(f"{VARIABLE}=complete_bash needs COMP_WORDS and COMP_CWORD", BY_HAND) from problem
-        if words[current - 1 : current] == ["="] and words[current - 2].startswith("--"):
-            del words[current - 1]
-            os.environ |= {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(current - 1)}
-    os.environ[VARIABLE] = f"{action}_{shell}"
-    os.environ["COLUMNS"] = "1000"  # rich would fold help at the terminal's width, and fish offers every line
-    completion.completion_init()
+VARIABLE = "_EVOPRUNE_COMPLETE"
 
 
 def _completes() -> bool:
     """Return whether a script asks for something, so that this is no command of a user."""
     return bool(os.environ.get(VARIABLE))
-
-
-def _check_shell(shell: str) -> None:
-    if shell not in SHELLS:
-        raise UsageError(f"no completion for the shell {shell!r}", BY_HAND)
-
-
-def _complete_here(context: typer.Context, option: typer.CallbackParam, wanted: bool) -> None:
-    """Installs or prints the script of the shell that called, found among the parents of this process, and exits."""
-    if not wanted or context.resilient_parsing:
-        return
-    try:
-        shell, _ = shellingham.detect_shell()
-    except shellingham.ShellDetectionFailure as problem:
-        raise UsageError("cannot detect which shell this is", BY_HAND) from problem
-    _check_shell(shell)
-    if option.name == "show_completion":
-        typer.echo(completion.get_completion_script(shell=shell, prog_name=PROGRAM, complete_var=VARIABLE))
-        raise typer.Exit
-    try:
-        _, path = completion.install(shell, PROGRAM)
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UsageError(f"cannot install the completion of {shell}: {problem}", BY_HAND) from problem
-    typer.echo(f"{shell} completion installed in {path}; it works in shells that start from now on")
-    raise typer.Exit
 
 
 # The commands.
@@ -216,16 +158,6 @@ def _version(context: typer.Context, wanted: bool) -> None:
 def main(
     context: typer.Context,
     version: bool = typer.Option(False, "--version", is_eager=True, callback=_version, help="Print the version."),
-    install_completion: bool = typer.Option(
-        False,
-        "--install-completion",
-        is_eager=True,
-        callback=_complete_here,
-        help="Install completion at TAB for this shell.",
-    ),
-    show_completion: bool = typer.Option(
-        False, "--show-completion", is_eager=True, callback=_complete_here, help="Print its script instead."
-    ),
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)
@@ -303,7 +235,8 @@ def _outcome() -> int:
     try:
         # Not standalone, or click would print errors its own way. Commands return their exit code.
         columns = min(shutil.get_terminal_size().columns, terminal.WIDTH)
-        _prepare_completion()
+        if _completes():
+            os.environ["COLUMNS"] = "1000"  # rich would fold help at the terminal's width, and fish offers every line
         try:
             code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
         except typer.Abort as ended:  # what Typer makes of an EOFError, and in some versions of Ctrl-C

@@ -7,12 +7,10 @@ import signal
 import stat
 import sys
 import textwrap
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any, TextIO, TypeVar
 
@@ -22,8 +20,6 @@ from evoprune.util import clock, counted, harmless, one_line, roughly, size
 
 LEAST_S = 1.0  # that a line of progress has counted before it says how much longer it takes
 COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
-PIPE_S = 2.0  # for which nobody is told of a pipe that has no other end
-TAB = 8  # columns
 # With the option each sets.
 FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b", "EVOPRUNE_THREADS": "--threads"}
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
@@ -242,29 +238,6 @@ def tell(text: str) -> None:
         note(paint(line, "2"))
 
 
-@contextmanager
-def naming_pipe(path: str | None, does: str = "write to") -> Iterator[None]:
-    """Says on stderr after two seconds that a block waits for the other end of a named pipe; of other files nothing."""
-    if path is None or not _is_pipe(path):
-        yield
-        return
-    said = f"waiting for {path}, which is a pipe: does a program {does} it?"
-    timer = threading.Timer(PIPE_S, tell, (said,))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _is_pipe(path: str) -> bool:
-    try:
-        return stat.S_ISFIFO(os.stat(path).st_mode)
-    except (OSError, ValueError):  # whoever opens it says what is wrong
-        return False
-
-
 def print_titled(title: str, text: str) -> None:
     """Words of the command line are not broken, also those with spaces: most are paths. `title`: one of `COLOURS`."""
     text = printable(text)
@@ -284,99 +257,14 @@ def _folded(text: str, indent: int) -> list[str]:
     return textwrap.wrap(text, max(columns(), 30), **settings)
 
 
-class Wrapped:
-    """Writes pieces of a text as they come, each word as soon as the next one begins; a line of `width` columns ends before a word
-    that does not fit."""
-
-    def __init__(self, width: int, write: Callable[[str], None]):
-        from rich.cells import cell_len
-
-        self._width = width
-        self._write = write
-        self._cells = cell_len
-        self._column = 0
-        self._gap = ""
-        self._word = ""
-        self._inside = False  # a word that is longer than a line: the terminal breaks it
-
-    def add(self, text: str) -> None:
-        """Take the next piece. Between two wide characters, as of Chinese, a line may end without a space."""
-        for character in text:
-            if character.isspace():
-                self.flush()
-                self._inside = False
-                self._gap += character
-                if character == "\n":
-                    self._write(self._gap)
-                    self._gap, self._column = "", 0
-                continue
-            self._word += character
-            wide = self._cells(character) > 1
-            if wide or self._cells(self._word) >= self._width:
-                self.flush()
-                self._inside = not wide
-
-    def flush(self) -> None:
-        """Writes the word that has begun."""
-        if not self._word:
-            return
-        gap = len(self._gap) + (TAB - 1) * self._gap.count("\t")
-        word = self._cells(self._word)
-        if self._column and not self._inside and self._column + gap + word > self._width:
-            self._gap, self._column = "\n", 0
-            gap = 0
-        self._write(self._gap + self._word)
-        self._column = self._column + gap + word
-        if self._column > self._width:  # the terminal breaks what is longer than a line
-            self._column %= self._width
-        self._gap = self._word = ""
-
-
-def print_stream(pieces) -> None:
-    """Prints an answer as it is generated, and a newline even when it is interrupted; where stdout is no terminal, as it is."""
-
+def print_stream(pieces: Iterable[str]) -> None:
+    """Print an answer as it is generated, and a newline even when it is interrupted."""
     stream = stdout()
-
-    def show(text: str) -> None:
-        print(text, end="", file=stream, flush=True)
-
-    wrapped = Wrapped(width_of(stream), show) if stream.isatty() else None
     try:
         for piece in pieces:
-            text = encodable(piece, stream)
-            if wrapped:
-                wrapped.add(text)
-            else:
-                show(text)
+            print(encodable(piece, stream), end="", file=stream, flush=True)
     finally:
-        if wrapped:
-            wrapped.flush()
         print(file=stream, flush=True)
-
-
-class Thoughts:
-    """Prints what a model thinks on stderr, dim, as it comes."""
-
-    def __init__(self):
-        self._begun = False
-        self._wrapped = Wrapped(columns(), self._show) if sys.stderr.isatty() else None
-
-    def _show(self, text: str) -> None:
-        note(paint(encodable(text), "2"), end="")
-
-    def add(self, piece: str) -> None:
-        self._begun = True
-        if self._wrapped:
-            self._wrapped.add(piece)
-        else:
-            self._show(piece)
-
-    def end(self) -> None:
-        """Ends the line, if there is one."""
-        if self._begun:
-            if self._wrapped:
-                self._wrapped.flush()
-            note()
 
 
 def encoding(show: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
@@ -398,60 +286,40 @@ def encoding(show: Callable[[str, int, int], None]) -> Callable[[str, int, int],
 
 
 class Line:
-    """Tell the progress in a line: what is done, of how much, for how long already, and for how much longer."""
+    """A line of progress: what is being done, how much of it is done, the elapsed time and an estimate of the time left."""
 
     def __init__(self, what: str, now: Callable[[], float] = time.monotonic):
         self._now = now
         self._begun = now()
-        self._said = _Said(what, at=self._begun, first_at=self._begun)
+        self._what = what
+        self._total = 0
+        self.show(what)
 
     def show(self, what: str, done: int = 0, total: int = 0, detail: str = "") -> None:
-        """Say `what` from now on: with `done` of `total`, where there is something to count, and with what is done just now."""
-        now = self._now()
-        before = self._said
-        said = _Said(what, done, total, detail, now, done, now)
-        if (what, total) == (before.what, before.total):
-            said = replace(said, first=before.first, first_at=before.first_at)
-        self._said = said
+        """Say `what` from now on, with `done` of `total` if there is something to count, and a detail that changes often."""
+        self._at = self._now()
+        if (what, total) != (self._what, self._total) or not total:
+            self._first, self._first_at = done, self._at
+        self._what, self._done, self._total, self._detail = what, done, total, detail
 
     def text(self, width: int) -> str:
         """Return as much of the line as fits into so many columns."""
         from rich.cells import cell_len, set_cell_size
 
-        said = self._said
         now = self._now()
-        what = said.what
-        if said.total:
-            what += f" {said.done:,}/{said.total:,}"
-        detail = what
-        if said.detail:
-            detail += f": {said.detail}"
+        what = self._what
+        if self._total:
+            what += f" {self._done:,}/{self._total:,}"
+        detail = f"{what}: {self._detail}" if self._detail else what
         elapsed = clock(now - self._begun).partition(".")[0]
-        left = said.left_s(now)
-        rest = [] if left is None else [f"{roughly(left)} left"]
+        rest = []
+        spent = self._at - self._first_at
+        steps = self._done - self._first
+        if steps > 0 and spent >= LEAST_S:
+            left = spent / steps * (self._total - self._done) - (now - self._at)
+            rest = [f"{roughly(max(0.0, left))} left"]
         texts = [", ".join(parts) for parts in ([detail, elapsed, *rest], [what, elapsed, *rest], [what, *rest])]
         return next((text for text in texts if cell_len(text) <= width), set_cell_size(what, width).rstrip())
-
-
-@dataclass(frozen=True)
-class _Said:
-    """Hold the last message to a `Line`, and its time; `first`: how many were done when this counting began, at `first_at`."""
-
-    what: str
-    done: int = 0
-    total: int = 0
-    detail: str = ""
-    at: float = 0.0
-    first: int = 0
-    first_at: float = 0.0
-
-    def left_s(self, now: float) -> float | None:
-        """Estimate how many seconds the rest of this counting will take; None where nothing tells yet."""
-        spent = self.at - self.first_at
-        done = self.done - self.first
-        if not self.total or done <= 0 or spent < LEAST_S:
-            return None
-        return max(0.0, spent / done * (self.total - self.done) - (now - self.at))
 
 
 def downloading(show: Callable[..., None]) -> Callable[[int, int], None]:

@@ -21,7 +21,6 @@ from evoprune_cli.terminal import (
     fitting,
     folded,
     model_line,
-    naming_pipe,
     note,
     progress,
     short_name,
@@ -170,7 +169,7 @@ def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:
 
         hint = "a text file with a question on each line"
         try:
-            with naming_pipe(file), open(file, "rb") as opened:
+            with open(file, "rb") as opened:
                 lines = read_all(opened, f"--questions {file}", hint).decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as problem:
             reason = getattr(problem, "strerror", None) or "it is not UTF-8"

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from tokenizers.decoders import DecodeStream
 
 from evoprune.backend.cpu.linear import begin_pass
 from evoprune.backend.devices import to_device
@@ -392,22 +393,16 @@ def probabilities(logits: torch.Tensor, settings: GenerationOptions) -> torch.Te
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Yield the text of token ids, in pieces, as the ids arrive; joined, they equal `tokenizer.decode` of all ids.
 
-    A byte-level token may end inside a character. Its last bytes are held back until the character is complete.
+    A byte-level token may end inside a character. A piece ends with a whole character.
     """
+    stream = DecodeStream(skip_special_tokens=True)
     pending = []
-    yielded = 0
     for token in ids:
         pending.append(token)
-        piece = tokenizer.decode(pending)
-        # An incomplete character decodes to one replacement character, always the last; the text before it is final.
-        final = piece.removesuffix("\ufffd")
-        if len(final) > yielded:
-            yield final[yielded:]
-            yielded = len(final)
-        if final == piece:
+        if piece := stream.step(tokenizer.backend, token):
+            yield piece
             pending = []
-            yielded = 0
-    if rest := tokenizer.decode(pending)[yielded:]:
+    if rest := tokenizer.decode(pending):  # an incomplete character, which the stream would hold back
         yield rest
 
 

@@ -1,9 +1,7 @@
 """JSON Schemas that an answer has to follow: read from a file or made of a class, and what an answer holds. Imports no torch."""
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 from evoprune.errors import UsageError, first_line
@@ -72,19 +70,15 @@ def _parsed(content: bytes, name: str) -> dict[str, Any]:
 
 def _of_class(kind: type) -> dict[str, Any]:
     """Return the JSON Schema of a class. Raises UsageError: it has none, or pydantic is not installed."""
-    if hasattr(kind, "model_json_schema"):
-        describe = kind.model_json_schema
-    elif dataclasses.is_dataclass(kind):
-        describe = partial(_of_dataclass, kind)
-    else:
-        raise UsageError(f"schema is the class {kind.__name__}", "give a dataclass or a model of pydantic")
     try:
-        return describe()
-    except UsageError:
-        raise
+        from pydantic import TypeAdapter
+    except ImportError as problem:
+        raise UsageError("the schema of a class needs pydantic", "pip install 'evoprune[schema]'") from problem
+    try:
+        return TypeAdapter(kind).json_schema()
     except Exception as problem:  # of pydantic, or of what the class itself runs
         said = f"the class {kind.__name__} has no JSON Schema: {first_line(problem)}"
-        raise UsageError(said, "give its fields types that JSON has") from problem
+        raise UsageError(said, "give a dataclass or a model of pydantic, with fields that JSON has") from problem
 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
@@ -93,15 +87,6 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
         if "properties" in part:
             part.setdefault("additionalProperties", False)
     return schema
-
-
-def _of_dataclass(kind: type) -> dict[str, Any]:
-    """As `_of_class`, of a dataclass."""
-    try:
-        from pydantic import TypeAdapter
-    except ImportError as problem:
-        raise UsageError("the schema of a dataclass needs pydantic", "pip install 'evoprune[schema]'") from problem
-    return TypeAdapter(kind).json_schema()
 
 
 def parts_of_schema(value: Any, path: str = "", is_schema: bool = True) -> Iterator[tuple[str, dict]]:

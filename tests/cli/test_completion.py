@@ -32,7 +32,6 @@ LINES = {
     "profile -b au": [],
     "tune -b fast,": ["fast,full", "fast,high", "fast,balanced"],
     "ask --method divp": ["divprune"],
-    "ask --method = divp": ["divprune"],  # what bash makes of --method=divp
     "ask --method evoprune:rows=1+fa": ["evoprune:rows=1+fastv"],
     "ask --method evoprune+pool+": [],
     "ask --method reuse+divprune+visip": ["reuse+divprune+visipruner"],
@@ -115,41 +114,6 @@ def test_fish(at_tab):
 
 
 @pytest.mark.parametrize(
-    ("request_", "says"),
-    [
-        ("source_bash", "complete -o default -F _evoprune_completion evoprune"),
-        ("bash_source", "complete -o default -F _evoprune_completion evoprune"),
-        ("source_fish", "complete --command evoprune"),
-    ],
-)
-def test_both_spellings_print_the_script(cli, monkeypatch, request_, says):
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("_EVOPRUNE_COMPLETE", request_)
-    result = cli()
-    assert (result.code, result.err) == (0, "") and says in result.out
-
-
-@pytest.mark.parametrize(
-    ("request_", "says"),
-    [
-        ("source_tcsh", "no completion for the shell 'tcsh'"),
-        ("bash_complete", "_EVOPRUNE_COMPLETE=bash_complete is unknown"),
-        ("1", "_EVOPRUNE_COMPLETE=1 is unknown"),
-        ("complete_bash", "needs COMP_WORDS and COMP_CWORD"),
-    ],
-)
-def test_unknown_requests_are_usage_errors(cli, monkeypatch, request_, says):
-    monkeypatch.setenv("_EVOPRUNE_COMPLETE", request_)
-    fails_in_two_lines(cli(), says)
-
-
-def fails_in_two_lines(result, says):
-    error, hint = result.err.splitlines()
-    assert (result.code, result.out) == (2, "")
-    assert error.startswith("error: ") and says in error and hint.startswith("hint: _EVOPRUNE_COMPLETE=source_bash")
-
-
-@pytest.mark.parametrize(
     ("shell", "files"),
     [
         ("bash", {".bash_completions/evoprune.sh": "complete -o default", ".bashrc": "/.bash_completions/evoprune.sh"}),
@@ -168,27 +132,6 @@ def test_install_and_show(cli, monkeypatch, tmp_path, shell, files):
     assert script.read_text().strip() == shown.out.strip()
     for name, text in files.items():
         assert text in (tmp_path / name).read_text()
-
-
-def test_a_shell_that_is_not_known_is_a_usage_error(cli, monkeypatch, tmp_path):
-    def undetected():
-        raise shellingham.ShellDetectionFailure
-
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for option in ("--install-completion", "--show-completion"):
-        monkeypatch.setattr(shellingham, "detect_shell", lambda: ("tcsh", "/bin/tcsh"))
-        fails_in_two_lines(cli(option), "no completion for the shell 'tcsh'")
-        monkeypatch.setattr(shellingham, "detect_shell", undetected)
-        fails_in_two_lines(cli(option), "cannot detect which shell this is")
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_rc_file_that_is_no_text_is_left_alone(cli, monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(shellingham, "detect_shell", lambda: ("bash", "/bin/bash"))
-    (tmp_path / ".bashrc").write_bytes(b"caf\xe9\n")
-    fails_in_two_lines(cli("--install-completion"), "cannot install the completion of bash")
-    assert (tmp_path / ".bashrc").read_bytes() == b"caf\xe9\n"
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")

@@ -725,7 +725,6 @@ def test_every_hint_about_a_command_names_one_that_there_is():
     ("command", "near"),
     [
         ("ask samples/sqare.mp4 What?", "samples/square.mp4"),
-        ("ask sampels/square.mp4 What?", "samples/square.mp4"),
         ("ask samples/Square.MP4 What?", "samples/square.mp4"),
         ("ask samples/square.mkv samples/pan.mp4 What?", "samples/square.mp4"),
         ("batch samples/sqare.mp4 -Q What -m demo -o -", "samples/square.mp4"),
@@ -763,35 +762,6 @@ def test_addresses_that_are_not_read_say_what_is(cli, given, hint):
 def test_a_name_that_no_file_is_like_gets_none(cli):
     assert "did you mean" not in cli("ask", "nothing.mp4", "What?").err
     assert "did you mean" not in cli("ask", "samples/b.mp4", "What?").err  # an ending alone is no likeness
-
-
-@pytest.mark.few(1)
-@pytest.mark.parametrize(
-    ("command", "does"),
-    [
-        ("batch --from {} -m demo -o -", "write to"),
-        ("eval --data {}", "write to"),
-        ("tune samples/square.mp4 -m demo --questions {}", "write to"),
-        ("batch samples/square.mp4 -Q What? -m demo -o {}", "read"),
-    ],
-)
-def test_a_pipe_without_another_end_is_named(tmp_path, command, does):
-    os.mkfifo(tmp_path / "pipe")
-    words = shlex.split(command.format(tmp_path / "pipe"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "evoprune_cli", *words],
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        cwd=ROOT,
-        text=True,
-    )
-    try:
-        said = process.stderr.readline()
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
-    assert said == f"waiting for {tmp_path / 'pipe'}, which is a pipe: does a program {does} it?\n"
 
 
 @pytest.mark.few(2)

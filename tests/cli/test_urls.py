@@ -27,8 +27,6 @@ from tests.video.files import numbered_frames, write_video
 
 QUESTION = "What is there?"
 QUICK = ("-m", "demo", "-n", "1", "--frames", "4")
-LONGEST_S = 30.0  # of an answer that has no end
-TALK_MIB = 64
 
 
 class Web(http.server.BaseHTTPRequestHandler):
@@ -82,24 +80,8 @@ class Web(http.server.BaseHTTPRequestHandler):
     def _elsewhere(self) -> None:
         self._begin(302, Location=self.path.partition("?")[2], Content_Length="0")
 
-    def _talkative(self) -> None:
-        """A redirect with a body that lasts as long as somebody reads it."""
-        self._begin(302, Location="/clip.mp4")
-        for _ in range(TALK_MIB):
-            self.wfile.write(bytes(2**20))
-        self.visits.append(("all was read", None))
-
     def _circle(self) -> None:
         self._begin(302, Location=self.path + "?x", Content_Length="0")
-
-    def _endless(self) -> None:
-        self._begin(Content_Type="video/mp4")
-        end = time.monotonic() + LONGEST_S
-        while time.monotonic() < end:
-            self.wfile.write(bytes(2**16))
-
-    def _huge(self) -> None:
-        self._begin(Content_Type="video/mp4", Content_Length=str(2**50))
 
     def _slow(self) -> None:
         """A little, and then a little now and then."""
@@ -113,14 +95,6 @@ class Web(http.server.BaseHTTPRequestHandler):
         self._begin(Content_Length=str(len(self.clip)))
         self.wfile.write(self.clip[:10])
         time.sleep(3.0)
-
-    def _dripping(self) -> None:
-        """Headers without an end, byte by byte: it is never silent."""
-        self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
-        end = time.monotonic() + LONGEST_S
-        while time.monotonic() < end:
-            self.wfile.write(b"x")
-            time.sleep(0.02)
 
     def _silent(self) -> None:
         time.sleep(3.0)
@@ -252,23 +226,13 @@ def test_a_host_with_other_letters_than_ascii(web, monkeypatch):
         pass
 
 
-def test_what_comes_with_a_redirect_is_not_read(web):
-    with downloaded(f"{web}/talkative") as path:
-        assert open(path, "rb").read() == Web.clip  # noqa: SIM115
-    assert [path for path, _ in Web.visits] == ["/talkative", "/clip.mp4"]
-
-
-@pytest.mark.parametrize("name", ["dripping.mp4", "slow.mp4"])
-def test_what_progress_raises_ends_a_download(web, name):
-    calls = []
-
+def test_what_progress_raises_ends_a_download(web):
     def give_up(done: int, total: int) -> None:
-        calls.append(done)
-        if len(calls) == 5:
+        if done:
             raise RuntimeError
 
     start = time.monotonic()
-    with pytest.raises(RuntimeError), downloaded(f"{web}/{name}", progress=give_up):
+    with pytest.raises(RuntimeError), downloaded(f"{web}/slow.mp4", progress=give_up):
         pass
     assert time.monotonic() - start < 5
 
@@ -277,15 +241,11 @@ BROKEN = [
     ("gone.mp4", "404", "check the address"),
     ("secret.mp4", "401", "login"),
     ("busy.mp4", "503", "later"),
-    ("elsewhere?file:///etc/passwd", "leads to file:///etc/passwd", "http and https addresses"),
-    ("elsewhere?ftp://127.0.0.1/a.mp4", "ftp", "address"),
-    ("elsewhere?data:video/mp4,x", "data:", "address"),
-    ("circle", "redirects more than 10 times", "address"),
+    ("elsewhere?file:///etc/passwd", "unsupported protocol 'file://'", "address"),
+    ("elsewhere?ftp://127.0.0.1/a.mp4", "unsupported protocol 'ftp://'", "address"),
+    ("elsewhere?data:video/mp4,x", "Invalid URL in location header", "address"),
+    ("circle", "maximum allowed redirects", "address"),
     ("stalling.mp4", "stalled after 10 bytes", "again"),
-    ("huge.mp4", "more than 1 MiB", "download it first"),
-    ("endless.mp4", "more than 1 MiB", "download it first"),
-    ("slow.mp4", "takes more than", "download it first"),
-    ("dripping.mp4", "takes more than", "download it first"),
     ("silent.mp4", "no answer for", "later"),
     ("short.mp4", "broke off", "again"),
     ("chunked.mp4", "broke off", "again"),
@@ -302,8 +262,6 @@ BROKEN = [
 @pytest.mark.few(8)
 @pytest.mark.parametrize(("name", "says", "hint"), BROKEN, ids=[name for name, *_ in BROKEN])
 def test_what_a_server_does_wrong_is_said(web, monkeypatch, name, says, hint):
-    monkeypatch.setattr(download, "LIMIT_BYTES", 2**20)
-    monkeypatch.setattr(download, "LONGEST_S", 0.8)
     monkeypatch.setattr(download, "TIMEOUT_S", 0.5)
     start = time.monotonic()
     with pytest.raises(VideoError) as caught, downloaded(f"{web}/{name}"):

@@ -81,7 +81,7 @@ def test_a_class_that_has_no_schema_is_refused():
     assert "the class Odd has no JSON Schema" in refusal(schema_of, model)
 
 
-@pytest.mark.parametrize("given", [3, "object", int, [SHOWN], {"a": {1}}])
+@pytest.mark.parametrize("given", [3, "object", [SHOWN], {"a": {1}}])
 def test_what_is_no_schema_is_refused(given):
     assert refusal(schema_of, given).startswith("schema is ")
 

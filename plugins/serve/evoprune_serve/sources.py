@@ -17,19 +17,23 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 
-from evoprune.util import without_password
+from evoprune.errors import VideoError
+from evoprune.util import size, without_password
 from evoprune.video.arrays import in_one
 from evoprune.video.download import downloaded
 from evoprune.video.frames import probe
 from evoprune.video.given import Input, held_video
 from evoprune.video.info import PICTURE, HeldVideo
 from evoprune_serve.errors import ApiError, full, refused
+from evoprune_serve.public import PublicTransport
 from evoprune_serve.store import UNUSED_S, Content, Store
 from evoprune_serve.uploads import Uploads
 
 URL_CHARACTERS = 8192  # of an address that is none of data
 FILES_RETRY_S = 5  # after which a client may try again for which there were too many open files
 FRAMES_BYTES = 2**29  # of a list of frames, decoded
+LONGEST_S = 3600.0  # of a download
+FILE_HINT = "upload the file instead"
 
 
 @dataclass(frozen=True)
@@ -203,13 +207,23 @@ class Sources:
             self._forget_old()
             if (known := self._downloads.get(url)) and self._store.take(known[0]):
                 return known[0]
+        end = time.monotonic() + LONGEST_S
+
+        def check_time() -> None:
+            check()
+            if time.monotonic() > end:
+                name = without_password(url)
+                raise VideoError(f"downloading {name} takes more than {LONGEST_S / 60:.0f} min", FILE_HINT)
+
         with self._store.room() as room:
 
             def progress(done: int, total: int) -> None:
-                check()
+                if max(done, total) > self._limit_bytes:
+                    raise VideoError(f"{without_password(url)} has more than {size(self._limit_bytes)}", FILE_HINT)
+                check_time()
                 room.add(done - room.bytes)
 
-            with downloaded(url, progress=progress, public=True, limit_bytes=self._limit_bytes) as path:
+            with downloaded(url, progress=progress, transport=PublicTransport(check_time)) as path:
                 content = self._store.add_file(path, room)
         with self._lock:
             self._downloads[url] = content, time.monotonic()

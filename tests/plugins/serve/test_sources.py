@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from urllib.parse import quote
@@ -16,8 +16,10 @@ from urllib.parse import quote
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.video import download
+from evoprune_serve import public
+from evoprune_serve import sources as sources_module
 from evoprune_serve.errors import ApiError
+from evoprune_serve.public import is_public
 from evoprune_serve.sources import Address, FrameList, Sources, Uploaded, decoded
 from evoprune_serve.store import BLOCK_BYTES, PREFIX, Store, private_folder
 from evoprune_serve.uploads import Uploads
@@ -250,7 +252,7 @@ def test_too_many_open_files_are_429(store, uploads, tmp_path, monkeypatch):
 
 
 class _Web(BaseHTTPRequestHandler):
-    """Serves a sample, and redirects to what a path names."""
+    """Serves a sample, redirects to what a path names, and sends headers without an end."""
 
     asked = 0
 
@@ -260,6 +262,13 @@ class _Web(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", self.path[4:])
             self.end_headers()
+            return
+        if self.path == "/drip":
+            with suppress(ConnectionError):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+                for _ in range(1000):
+                    self.wfile.write(b"x")
+                    time.sleep(0.02)
             return
         content = (SAMPLES / "square.mp4").read_bytes()
         self.send_response(200)
@@ -287,7 +296,7 @@ def web():
 
 
 def test_addresses_on_the_web_are_read_if_they_are_allowed(store, uploads, monkeypatch):
-    monkeypatch.setattr(download, "is_public", lambda address: True)
+    monkeypatch.setattr(public, "is_public", lambda address: True)
     with web() as host:
         monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("198.51.100.1", 1))  # as of another machine
         assert "--allow-urls" in refused(sources(store, uploads), f"http://{host}/a.mp4")
@@ -301,8 +310,17 @@ def test_addresses_on_the_web_are_read_if_they_are_allowed(store, uploads, monke
             small.fetch([Address(f"http://{host}/a.mp4")])
 
 
+def test_a_download_that_takes_too_long_ends(store, uploads, monkeypatch):
+    monkeypatch.setattr(public, "is_public", lambda address: True)
+    monkeypatch.setattr(sources_module, "LONGEST_S", 0.3)
+    with web() as host:
+        monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("198.51.100.1", 1))
+        with pytest.raises(VideoError, match="takes more than"):
+            sources(store, uploads, urls=True).fetch([Address(f"http://{host}/drip")])
+
+
 def test_a_download_without_room_ends(store, uploads, monkeypatch):
-    monkeypatch.setattr(download, "is_public", lambda address: True)
+    monkeypatch.setattr(public, "is_public", lambda address: True)
     held = store.add(bytes(LIMIT - BLOCK_BYTES))
     with web() as host:
         monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("198.51.100.1", 1))
@@ -334,10 +352,10 @@ def test_a_redirect_into_this_network_is_not_followed(store, uploads, monkeypatc
     with web() as host:
         port = host.partition(":")[2]
         monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("198.51.100.1", 1))
-        monkeypatch.setattr(download, "is_public", lambda address: address == "127.0.0.1")
+        monkeypatch.setattr(public, "is_public", lambda address: address == "127.0.0.1")
         with pytest.raises(VideoError, match="not on the public internet"):
             made.fetch([Address(f"http://{host}/to/http://[::1]:{port}/a.mp4")])
-        with pytest.raises(VideoError, match="which is not read"):
+        with pytest.raises(VideoError, match="only http and https are read"):
             made.fetch([Address(f"http://{host}/to/file:///etc/passwd")])
 
 
@@ -351,7 +369,7 @@ def test_a_redirect_into_this_network_is_not_followed(store, uploads, monkeypatc
     ],
 )  # fmt: skip
 def test_which_addresses_are_public(address, public):
-    assert download.is_public(address) is public
+    assert is_public(address) is public
 
 
 def test_uploads_go_when_they_are_deleted_or_old(store, uploads, tmp_path, monkeypatch):

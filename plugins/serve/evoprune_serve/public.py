@@ -1,0 +1,100 @@
+"""Connections to the public internet only, for addresses that clients of the server choose."""
+
+import ipaddress
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import httpcore2
+import httpx2
+
+from evoprune.errors import VideoError
+
+PORTS = {"http": 80, "https": 443}
+
+
+class PublicTransport(httpx2.HTTPTransport):
+    """Connects only to the public internet, and to the very addresses it checked, so a name cannot change its meaning meanwhile.
+
+    Every request passes here, including those after redirects.
+
+    Args:
+        check: called before each connection and each read; what it raises ends the request. A timeout alone does not stop a
+            server that sends its headers byte by byte.
+    """
+
+    def __init__(self, check: Callable[[], None]):
+        super().__init__()
+        self._check = check
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        scheme = request.url.scheme
+        if scheme not in PORTS:
+            raise httpx2.UnsupportedProtocol(f"it leads to an address of {scheme}:, and only http and https are read")
+        host = request.url.raw_host.decode()
+        problem: Exception = httpx2.ConnectError("no address")
+        for address in _public_addresses(host, request.url.port or PORTS[scheme]):
+            pinned = httpx2.Request(
+                request.method,
+                request.url.copy_with(host=address),
+                headers=request.headers,
+                stream=request.stream,
+                extensions=request.extensions | {"sni_hostname": host, "trace": self._trace},
+            )
+            try:
+                response = super().handle_request(pinned)
+            except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+                problem = error
+                continue
+            if not response.has_redirect_location:
+                return response
+            response.close()  # the client would read its body, which may be endless
+            kept = [each for each in response.headers.multi_items() if each[0] in ("location", "set-cookie")]
+            return httpx2.Response(response.status_code, headers=kept)
+        raise problem
+
+    def _trace(self, event: str, info: dict[str, Any]) -> None:
+        """Call the check before each connection and each read; httpcore2 calls this function."""
+        if event == "connection.connect_tcp.started":
+            self._check()
+        stream = info.get("return_value")
+        if isinstance(stream, httpcore2.NetworkStream):
+            read = stream.read
+
+            def checked_read(max_bytes: int, timeout: float | None = None) -> bytes:
+                self._check()
+                return read(max_bytes, timeout)
+
+            stream.read = checked_read  # type: ignore[method-assign]
+
+
+def _public_addresses(host: str, port: int) -> list[str]:
+    """Resolve a host. Raises OSError, UnicodeError; VideoError if an address is not public, or belongs to this machine."""
+    refused = VideoError(f"{host} is not on the public internet, so it is not read", "send the video itself")
+    found = list(dict.fromkeys(str(place[0]) for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+    if not found or not all(map(is_public, found)):
+        raise refused
+    for address in found:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((address, port))  # sends nothing, but finds the local address
+            except OSError:  # no route
+                continue
+            if probe.getsockname()[0] == probe.getpeername()[0]:
+                raise refused
+    return found
+
+
+# IPv6 addresses that lead to an IPv4 address, which may be in any network: NAT64, 6to4, Teredo.
+TRANSLATED = tuple(ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
+
+
+def is_public(address: str) -> bool:
+    """Return True if an IP address is on the public internet: not private, loopback, link-local, multicast or reserved."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            return is_public(str(ip.ipv4_mapped))
+        if any(ip in net for net in TRANSLATED):
+            return False
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved)
