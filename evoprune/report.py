@@ -66,7 +66,8 @@ WARNINGS = {
     "ffmpeg -r RATE -i IN -c copy OUT.mp4 states it",
     "clock_gap": "the clock of {video} jumps ahead by {gap}: what follows is read as if it came at once. If it is a gap, times "
     "behind it are too early by so much",
-    "cut_off": "{video} was cut off while it was written; everything before {ends} is read",
+    "joined_files": "{video} holds another file after its first one, as cat writes it: what follows the first may be missing or "
+    "misplaced. ffmpeg -f concat joins videos",
     "sound_ignored": "the sound of {video} is not read, so an answer about it comes from the pictures alone; --subtitles (in "
     "Python subtitles) reads a file that says what is spoken",
     "limited": "fewer or smaller frames were looked at than --fps or --frames ask for; --max-frames and --max-visual-tokens "

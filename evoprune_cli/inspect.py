@@ -34,7 +34,7 @@ OFTEN_NOTHING = (
     "clock_gap_s",
     "changes_size",
     "rate_guessed",
-    "cut_off",
+    "joined",
     "crop",
     "hdr",
     "hdr_format",

@@ -68,7 +68,7 @@ class Video:
     stated_s: float | None = None  # the duration by the file, of the pictures alone; longer if the file was cut off
     rate_guessed: bool = False  # whether `fps` is a guess, as of a raw stream that does not state its rate
     clock_restarts: int = 0  # how often the file's clock starts anew, as in files that were joined; times here go on
-    cut_off: bool = False  # whether the file ends inside a fragment of MP4, as a recording that was interrupted
+    joined: bool = False  # whether another file follows inside it, which may not be read (`cat a.mp4 b.mp4`)
     clock_gap_s: float = 0.0  # the largest step ahead that counts as another clock
     changes_size: bool = False  # whether some frames have another size; `width` and `height` are those of the largest
     hdr: bool = False  # mapped to SDR where frames are read
@@ -89,7 +89,7 @@ class Video:
             "other_tracks": self.other_tracks,
             "guessed_rate": self.rate_guessed,
             "clock_gap": self.clock_gap_s,
-            "cut_off": self.cut_off,
+            "joined_files": self.joined,
             "changing_size": self.changes_size,
         }
         return [name for name, true in flags.items() if true]

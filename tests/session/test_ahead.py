@@ -146,12 +146,6 @@ def subtitled(tmp_path) -> str:
     return str(tmp_path / "clip.mp4")
 
 
-def joined(tmp_path) -> str:
-    parts = [write_video(tmp_path / f"{n}.mkv", numbered_frames(20), fps=10).read_bytes() for n in range(2)]
-    (tmp_path / "joined.mkv").write_bytes(b"".join(parts))
-    return str(tmp_path / "joined.mkv")
-
-
 def keyframes(tmp_path) -> str:
     return str(write_video(tmp_path / "keys.mp4", numbered_frames(200), fps=10, options={"g": "7"}))
 
@@ -168,7 +162,6 @@ CASES = {
     "several": (lambda tmp_path: [SQUARE, picture(tmp_path), THREE], {"start_s": 0.5}, {}),
     "the same twice": (lambda tmp_path: [SQUARE, SQUARE], {}, {}),
     "subtitles": (lambda tmp_path: [subtitled(tmp_path)], {"subtitles": "auto"}, {}),
-    "joined": (lambda tmp_path: [joined(tmp_path)], {}, {}),
     "downscale": (lambda tmp_path: [SQUARE], {}, {"method": "downscale"}),
     "reads the question": (lambda tmp_path: [SQUARE], {}, {"method": "cdpruner"}),
 }

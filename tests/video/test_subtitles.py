@@ -67,16 +67,6 @@ def test_a_file_beside_a_stream_that_begins_late_as_a_whole(tmp_path):
     assert [line[:2] for line in read_subtitles(probe(path), "auto").lines] == [(1.0, 2.0), (3.5, 4.0)]
 
 
-def test_tracks_of_a_joined_file(tmp_path):
-    part = write_subtitled(tmp_path / "part.mkv", [SRT]).read_bytes()
-    path = tmp_path / "joined.mkv"
-    path.write_bytes(part * 3)
-    info = probe(path)
-    assert info.duration_s == pytest.approx(18.0)
-    starts = [start for start, _, said in read_subtitles(info, "auto").lines if said == WHO[2]]
-    assert starts == pytest.approx([1.0, 7.0, 13.0])
-
-
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_encodings(video, tmp_path, encoding, newline):

@@ -5,12 +5,10 @@ with a decoder of its own. What is planned depends on the file and the times alo
 `intervals` decodes all frames.
 """
 
-import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
 from operator import itemgetter
 
@@ -19,12 +17,11 @@ from av.video.frame import VideoFrame
 from evoprune.backend.limits import available_cores, available_memory
 from evoprune.video.info import AUTO_SEEK, EXACT, KEYFRAMES, FrameTimes, Video, fitted
 from evoprune.video.readers import colour, ffmpeg
-from evoprune.video.readers.probing import Part, parts_of
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
 from evoprune.video.readers.workers import in_order
 
 EARLIER = 3  # keyframes at which decoding a time is tried to begin: what an index lists may be none
-BEGINNING_S = 1.0  # from a keyframe before that, a part is decoded from its beginning
+BEGINNING_S = 1.0  # from a keyframe before that, the file is decoded from its beginning
 NEAR = 3  # keyframes that are tried, the nearest first
 # Times are moved to keyframes where that saves the decoding of so many pixels, which takes one core two to three seconds; and where
 # the parts of the video are not shorter than this.
@@ -39,7 +36,7 @@ class Run:
     """Times whose frames are decoded one after the other."""
 
     times_s: tuple[float, ...]
-    entries: tuple[Keyframe | None, ...]  # where decoding begins, the best first; None: at the part's beginning
+    entries: tuple[Keyframe | None, ...]  # where decoding begins, the best first; None: at the file's beginning
     near: tuple[Keyframe, ...] = ()  # to which the only time may be moved, the nearest first
 
 
@@ -55,54 +52,36 @@ def read(
 
     `seek`, `part_s`: as of `frames.read_frames`. `cores`: that may be kept busy; default: all that this process may use.
     """
-    cores = cores or available_cores()
-    with ffmpeg.reading(info.path):
-        every = parts_of(info, damaged)
-        begins = [part.begin_s - ffmpeg.TOLERANCE_S for part in every[1:]]
-        spans = zip([-math.inf, *begins], [*begins, math.inf], strict=True)
-        for number, (part, (starts_s, ends_s)) in enumerate(zip(every, spans, strict=True)):
-            times = [time - part.begin_s for time in times_s if starts_s <= time < ends_s]
-            if times:
-                with closing(
-                    _read_part(info, part, times, partial(_damaged_in, number, damaged), seek, part_s, cores)
-                ) as frames:
-                    for shown in frames:
-                        yield shown._replace(time_s=part.begin_s + shown.time_s)
+    with ffmpeg.reading(info.path), closing(_read(info, times_s, damaged, seek, part_s, cores)) as frames:
+        yield from frames
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
     """Yield the time and duration of every frame in seconds, and whether it is a keyframe."""
-    for number, part in enumerate(parts_of(info, damaged)):
-        step = 1 / (part.info.fps or ffmpeg.FALLBACK_FPS)
-        with closing(Track(info.path, part, ffmpeg.thread_count(available_cores()))) as track:
-            for time_s, frame in track.from_beginning((), partial(_damaged_in, number, damaged)):
-                length = frame.duration if frame.pts is not None else 0
-                yield part.begin_s + time_s, float((length or 0) * frame.time_base) or step, frame.key_frame
+    step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
+    with closing(Track(info, ffmpeg.thread_count(available_cores()))) as track:
+        for time_s, frame in track.from_beginning((), damaged):
+            length = frame.duration if frame.pts is not None else 0
+            yield time_s, float((length or 0) * frame.time_base) or step, frame.key_frame
 
 
 def frame_times(info: Video) -> FrameTimes:
     """See `evoprune.video.frames.frame_times`."""
     with ffmpeg.reading(info.path):
-        first, *others = parts_of(info, ffmpeg.ignore_damage)
-        with ffmpeg.open_video(info.path, first.span) as container:
+        with ffmpeg.open_video(info.path) as container:
             stated = ffmpeg.stated_frames(container, ffmpeg.video_stream(container, info.path))
-        times = None
-        if not others:
-            with closing(Track(info.path, first)) as track:
-                times = track.times()
+        with closing(Track(info)) as track:
+            times = track.times()
         if times is None:
             times = sorted(time_s for time_s, _, _ in intervals(info, ffmpeg.ignore_damage))
         return FrameTimes(times, stated)
 
 
-def _damaged_in(part: int, damaged: ffmpeg.Damage, number: int | None) -> None:
-    damaged((part, number))
-
-
-def _read_part(
-    info: Video, part: Part, times_s: Sequence[float], damaged: ffmpeg.Damage, seek: str, part_s: float, cores: int
+def _read(
+    info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage, seek: str, part_s: float, cores: int | None
 ) -> ffmpeg.Frames:
-    runs = planned(info.path, part, times_s, seek, part_s)
+    cores = cores or available_cores()
+    runs = planned(info, times_s, seek, part_s)
     pixels = info.width * info.height
     threads = min(cores, len(runs), _most_decoders(pixels))
     ffmpeg.picture_size(pixels, threads)
@@ -110,8 +89,8 @@ def _read_part(
     @contextmanager
     def tools() -> Iterator[Callable[[Run], Iterator[tuple[ffmpeg.Shown, list[object]]]]]:
         """Provide each frame comes with the damage that was met on the way to it."""
-        with closing(Track(info.path, part, ffmpeg.thread_count(cores // threads))) as track:
-            picture = Picture(info, part)
+        with closing(Track(info, ffmpeg.thread_count(cores // threads))) as track:
+            picture = Picture(info)
 
             def work(run: Run) -> Iterator[tuple[ffmpeg.Shown, list[object]]]:
                 met: list[object] = []
@@ -137,8 +116,8 @@ def _read_part(
         rest = Run(tuple(times_s[done:]), (None,))
     # A decoder with several threads tells of damage some packets later, so that the same damage would count twice.
     threads = 1 if any_damage else ffmpeg.thread_count(cores)
-    with closing(Track(info.path, part, threads)) as track:
-        picture = Picture(info, part)
+    with closing(Track(info, threads)) as track:
+        picture = Picture(info)
         for found in _on_screen(track, rest, damaged, sparing=False):
             yield picture.of(*found, moved=False)
 
@@ -152,13 +131,13 @@ def _most_decoders(pixels: int) -> int:
 
 
 class Picture:
-    """Makes what readers yield of the frames of a part, one after the other."""
+    """Makes what readers yield of the frames of a video, one after the other."""
 
-    def __init__(self, info: Video, part: Part):
+    def __init__(self, info: Video):
         self._size = (info.width, info.height)
-        self._turn = (part.info.rotation_deg, part.info.mirrored)
+        self._turn = (info.rotation_deg, info.mirrored)
         # Where a clock restarts, frames that do not say what they are may be of another file than the first one.
-        header = None if part.info.clock_restarts else part.info.hdr_format
+        header = None if info.clock_restarts else info.hdr_format
         self._converter = colour.Converter(info.path, header)
         self._frame = None
         self._rgb = None
@@ -173,9 +152,9 @@ class Picture:
         return ffmpeg.Shown(time_s, self._rgb, self._other_shape, moved)
 
 
-def planned(path: str, part: Part, times_s: Sequence[float], seek: str, part_s: float) -> list[Run]:
+def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> list[Run]:
     """Return the runs of some times, at least one, which ascend."""
-    with closing(Track(path, part)) as track:
+    with closing(Track(info)) as track:
         try:
             keyframes = track.keyframes(times_s[0], times_s[-1] + part_s)
         except Unreachable:
@@ -190,11 +169,11 @@ def planned(path: str, part: Part, times_s: Sequence[float], seek: str, part_s: 
         near = [_near(keyframes, time, part_s / 2) for time in times_s]
     if seek == AUTO_SEEK and moves:
         frames = [
-            (time - keyframes[place].time_s) * (part.info.fps or ffmpeg.FALLBACK_FPS)
+            (time - keyframes[place].time_s) * (info.fps or ffmpeg.FALLBACK_FPS)
             for time, place, found in zip(times_s, places, near, strict=True)
             if found
         ]
-        if sum(frames) * part.info.width * part.info.height < SAVED_PIXELS:
+        if sum(frames) * info.width * info.height < SAVED_PIXELS:
             near = [()] * len(times_s)
     runs: list[Run] = []
     for (place, found), same in groupby(zip(places, near, times_s, strict=True), key=itemgetter(0, 1)):

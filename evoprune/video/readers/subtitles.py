@@ -17,8 +17,7 @@ from av.subtitles.stream import SubtitleStream
 from evoprune.errors import LFS, LFS_HINT, VideoError
 from evoprune.util import missing_hint, shown
 from evoprune.video.info import AUTO_SUBTITLES, SubtitleLine, Subtitles, subtitles_beside
-from evoprune.video.readers import ffmpeg, probing
-from evoprune.video.readers.parts import spans
+from evoprune.video.readers import ffmpeg
 
 TEXT_CODECS = ("subrip", "ass", "ssa", "webvtt", "mov_text", "text")
 # Bytes of a file of subtitles, and of all text in a track. A film has 0.1 MB; as JSON, text grows up to six times.
@@ -200,9 +199,7 @@ def _line_before(text: str, start: int) -> str:
 
 def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
     """Return the default text track of a container, or its only one."""
-    ffmpeg.check_file(path)
-    every = spans(path)
-    with ffmpeg.open_video(path, every[0]) as container:
+    with ffmpeg.open_video(path) as container:
         tracks = list(enumerate(container.streams.subtitles, 1))
         texts = [(number, track) for number, track in tracks if _codec(track) in TEXT_CODECS]
         default = [pair for pair in texts if pair[1].disposition & Disposition.default]
@@ -220,22 +217,10 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
                     other.discard = Discard.all
         warnings = []
         cues = list(_cues(container, stream, stream.time_base, origin_s, warnings))
-        index = stream.index
         name = f"{prefix}track {number}"
         if stream.language:
             name += f" ({stream.language})"
-    if len(every) > 1:
-        cues += _cues_behind(path, index, warnings)
     return Subtitles(name, _lines(cues), warnings)
-
-
-def _cues_behind(path: str, index: int, warnings: list[str]) -> Iterator[tuple[float, float, list[str]]]:
-    """Yield the cues of all parts of a joined file but the first, in the stream with that index."""
-    for part in probing.parts(path)[1:]:
-        with ffmpeg.open_video(path, part.span) as container:
-            if index < len(container.streams) and _codec(container.streams[index]) in TEXT_CODECS:
-                stream = container.streams[index]
-                yield from _cues(container, stream, stream.time_base, part.info.start_s - part.begin_s, warnings)
 
 
 def _codec(stream: SubtitleStream) -> str | None:
