@@ -60,8 +60,8 @@ WARNINGS = {
     "stretched_video": "the pixels of {video} are not square, and are read as if they were: it looks narrower or wider than in a "
     "player. Scale it first, e.g. with ffmpeg -i IN -vf scale=iw*sar:ih,setsar=1 OUT",
     "other_tracks": "{video} has more than one video track; only the main one is read. Extract another with ffmpeg -map",
-    "changing_size": "{video} changes the size of its pictures: all are read at one size, those of another shape between black "
-    "borders",
+    "changing_size": "{video} changes the size of its pictures: all are read at the size of the first, those of another shape "
+    "between black borders",
     "guessed_rate": "{video} does not state its frame rate, and is read at 25 frames a second: times are right only if that is it. "
     "ffmpeg -r RATE -i IN -c copy OUT.mp4 states it",
     "clock_gap": "the clock of {video} jumps ahead by {gap}: what follows is read as if it came at once. If it is a gap, times "

@@ -32,7 +32,6 @@ OFTEN_NOTHING = (
     "download_bytes",
     "clock_restarts",
     "clock_gap_s",
-    "changes_size",
     "rate_guessed",
     "joined",
     "crop",

@@ -208,7 +208,7 @@ def test_pieces_of_any_size_become_chunks_of_any_size():
         cuts = [0, *sorted(set(rng.integers(1, 29, rng.integers(0, 6)).tolist())), 29]
         frames = np.arange(29, dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, 3)
         pieces = [
-            FrameChunk(a, frames[a:b], tuple(range(a, b)), damaged=n, other_shape=n == 1, hidden_s=0.5)
+            FrameChunk(a, frames[a:b], tuple(range(a, b)), damaged=n, other_size=n == 1, hidden_s=0.5)
             for n, (a, b) in enumerate(pairwise(cuts))
         ]
         size = int(rng.integers(1, 31))
@@ -218,7 +218,7 @@ def test_pieces_of_any_size_become_chunks_of_any_size():
         assert np.concatenate([chunk.pixels for chunk in chunks])[:, 0, 0, 0].tolist() == list(range(29))
         assert [time for chunk in chunks for time in chunk.times_s] == list(range(29))
         assert sum(chunk.damaged for chunk in chunks) == sum(piece.damaged for piece in pieces)
-        assert any(chunk.other_shape for chunk in chunks) == (len(pieces) > 1)
+        assert any(chunk.other_size for chunk in chunks) == (len(pieces) > 1)
         assert sum(chunk.hidden_s for chunk in chunks) == 0.5 * len(pieces)
 
 

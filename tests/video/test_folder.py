@@ -159,7 +159,7 @@ def test_exif_of_either_byte_order(order, tmp_path):
         assert orientation(picture.replace(tag, struct.pack(order + "IHH", 1, value, 0))) == (0, False)
 
 
-def test_other_sizes_are_scaled_to_the_first_and_other_shapes_refused(tmp_path):
+def test_other_sizes_are_scaled_to_the_first_and_other_sizes_refused(tmp_path):
     for number, (name, size) in enumerate(
         [("0.png", (48, 64)), ("1.jpg", (96, 128)), ("2.bmp", (36, 48)), ("3.png", (48, 65)), ("4.png", (64, 48))]
     ):

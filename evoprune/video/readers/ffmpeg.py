@@ -100,7 +100,7 @@ class Shown(NamedTuple):
 
     time_s: float  # the frame's own, from the first frame
     rgb: np.ndarray  # uint8 `[H, W, 3]`, as displayed
-    other_shape: bool = False  # whether it has another shape than the video
+    other_size: bool = False  # whether it has another size than the video, to which it was scaled
     moved: bool = False  # whether it is a keyframe nearby instead of the frame on screen
 
 

@@ -16,7 +16,6 @@ from av.video.stream import VideoStream
 from evoprune.errors import VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg
-from evoprune.video.readers.sizes import stored_sizes
 
 RATE_JITTER_S = 0.0025  # frame intervals that differ by less are constant: Matroska rounds times to milliseconds
 # A file whose packets are all read to find its length may have so many, or one for each so many bytes of the file if that is more.
@@ -68,8 +67,7 @@ def _probe(path: str, container: InputContainer) -> Video:
         total = len(shown)
         steps = np.diff(shown)
         variable_rate = len(steps) > 1 and bool(np.ptp(steps) * stream.time_base > RATE_JITTER_S)
-    sizes = stored_sizes(container, stream, first, crop, lengths.duration_s)
-    width, height = ffmpeg.turned_size(max(sizes, key=math.prod), rotation)
+    width, height = ffmpeg.turned_size((first.width, first.height), rotation)
     _check_decodable(path, width * height, total or math.ceil((lengths.duration_s or 0.0) / step))
     return Video(
         path=path,
@@ -92,7 +90,6 @@ def _probe(path: str, container: InputContainer) -> Video:
         clock_restarts=lengths.restarts,
         clock_gap_s=lengths.gap_s,
         joined=_is_joined(path, container.format.name, lengths),
-        changes_size=len(sizes) > 1,
         other_tracks=len(ffmpeg.moving(container)) - 1,
         has_sound=bool(container.streams.audio),
         **ffmpeg.shown_otherwise(stream, colour.hdr_format(first, header), first),

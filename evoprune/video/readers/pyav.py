@@ -15,7 +15,7 @@ from operator import itemgetter
 from av.video.frame import VideoFrame
 
 from evoprune.backend.limits import available_cores, available_memory
-from evoprune.video.info import AUTO_SEEK, EXACT, KEYFRAMES, FrameTimes, Video, fitted
+from evoprune.video.info import AUTO_SEEK, EXACT, KEYFRAMES, FrameTimes, Video
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
 from evoprune.video.readers.workers import in_order
@@ -141,15 +141,14 @@ class Picture:
         self._converter = colour.Converter(info.path, header)
         self._frame = None
         self._rgb = None
-        self._other_shape = False
+        self._other_size = False
 
     def of(self, time_s: float, frame: VideoFrame, moved: bool) -> ffmpeg.Shown:
         if frame is not self._frame:
             self._frame = frame
             self._rgb = ffmpeg.to_rgb(frame, *self._size, *self._turn, self._converter)
-            shown = ffmpeg.turned_size((frame.width, frame.height), self._turn[0])
-            self._other_shape = fitted(shown, self._size) != self._size
-        return ffmpeg.Shown(time_s, self._rgb, self._other_shape, moved)
+            self._other_size = ffmpeg.turned_size((frame.width, frame.height), self._turn[0]) != self._size
+        return ffmpeg.Shown(time_s, self._rgb, self._other_size, moved)
 
 
 def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> list[Run]:

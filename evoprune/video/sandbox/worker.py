@@ -183,7 +183,7 @@ class FrameReader:
         return {
             "times_s": [shown.time_s for shown in filled],
             "damaged": self._count() - before,
-            "other_shape": any(shown.other_shape for shown in filled),
+            "other_size": any(shown.other_size for shown in filled),
             "moved": any(shown.moved for shown in filled),
         }
 
