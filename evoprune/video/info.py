@@ -4,13 +4,12 @@
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from evoprune.errors import UsageError
 from evoprune.util import file_state
-from evoprune.video.order import natural, readings_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -236,8 +235,14 @@ def files(folder: str, endings: tuple[str, ...]) -> list[str]:
     with os.scandir(folder) as entries:
         seen = [e for e in entries if e.name.lower().endswith(endings) and e.name[0] != "."]
         names = [e.name for e in seen if e.is_file(follow_symlinks=False) or os.path.isfile(e.path)]
-    readings = readings_of(names)
-    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: natural(name, readings))]
+    return [os.path.join(folder, name) for name in in_order(names)]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort names of files by the whole numbers in them: frame2 before frame10. A dash is no minus sign, and a point separates."""
+    from natsort import natsorted, ns  # takes tens of milliseconds
+
+    return natsorted(sorted(names), alg=ns.PATH | ns.IGNORECASE)
 
 
 def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[list[str], list[str]]:
