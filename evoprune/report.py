@@ -53,8 +53,6 @@ WARNINGS = {
     "replaced by the one before it",
     "cut_short": "{video} breaks off at {ends}, although its file says that it lasts until {stated}",
     "hdr_video": "{video} is HDR, mapped to SDR",
-    "dolby_vision": "{video} is Dolby Vision with no HDR10, HLG or SDR in it (profile 5), and its metadata, which changes colours "
-    "scene by scene, is not applied: colours and brightness may be wrong. Export it as HDR10 or SDR first",
     "interlaced_video": "{video} is interlaced: edges of what moves look like combs. Deinterlace it first, e.g. with ffmpeg -i IN "
     "-vf bwdif OUT",
     "stretched_video": "the pixels of {video} are not square, and are read as if they were: it looks narrower or wider than in a "

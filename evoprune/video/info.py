@@ -21,7 +21,7 @@ VIDEO = "video"
 PICTURE = "picture"
 ARRAY = "array"  # the container of frames that a Python program holds
 FOLDER_FPS = 2.0  # of a folder of images, by default: the rate at which frames for Qwen2.5-VL are usually extracted
-# How HDR is stored: by one of two curves of brightness, or in the format of Dolby Vision that nothing else reads (profile 5).
+# How HDR is stored: by one of two curves of brightness, or in the format of Dolby Vision that is not read (profile 5).
 PQ = "PQ"
 HLG = "HLG"
 IPT = "IPTPQc2"
@@ -82,7 +82,6 @@ class Video:
         """Name what the model sees in another way than players show it."""
         flags = {
             "hdr_video": self.hdr,
-            "dolby_vision": self.hdr_format == IPT,
             "interlaced_video": self.interlaced,
             "stretched_video": self.pixel_aspect,
             "other_tracks": self.other_tracks,
