@@ -1,7 +1,6 @@
 """Live sources: they stall, end, come back, change, send garbage, or want a password. Nothing hangs."""
 
 import os
-import re
 import sys
 import threading
 import time
@@ -187,11 +186,8 @@ def test_a_playlist_reaches_no_file_of_this_machine(served, clip, where):
 
 @pytest.mark.parametrize("name", ["aa", "ab"])  # itself; two that name each other
 def test_a_playlist_that_names_itself(served, name):
-    before = len(served[1])
-    found, _, problem = read(f"{served[0]}/loop.m3u8?{name}", timeout_s=10.0)
-    # FFmpeg 9 (PyAV 19) refuses such a playlist itself.
-    assert not found and re.search("names itself|no video that can be read", problem.message)
-    assert len(served[1]) - before < 1000  # of some ten thousand
+    found, _, problem = read(f"{served[0]}/loop.m3u8?{name}")
+    assert not found and problem.exit_code == 3
 
 
 def test_a_file_that_is_a_playlist(served, tmp_path):

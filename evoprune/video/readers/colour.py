@@ -53,9 +53,8 @@ KNEE = 0.3
 PEAK = 10.0
 WHITE = 2**16 - 1  # of 16-bit channels
 STRIP = 2**16  # pixels that are computed at a time, so that they stay in a core's cache
-# Formats that libswscale reads with swapped bytes, by those that hold the same pixels; and those at which it ends the process.
-SWAPPED = {f"{name}be": f"{name}le" for name in ("rgb565", "bgr565", "rgb555", "bgr555")}
-FATAL = ("yaf32le", "yaf32be")
+# Formats that libswscale reads with swapped bytes, and those at which it ends the process.
+UNREAD = ("rgb565be", "bgr565be", "rgb555be", "bgr555be", "yaf32le", "yaf32be")
 
 
 class Matrix(IntEnum):
@@ -218,10 +217,8 @@ class Converter:
     def _reformat(
         self, frame: VideoFrame, form: str, width: int | None = None, height: int | None = None
     ) -> VideoFrame:
-        if frame.format.name in FATAL:
-            raise ValueError("libswscale would end the process")
-        if native := SWAPPED.get(frame.format.name):
-            frame = self._reformatter.reformat(frame, format=native)
+        if frame.format.name in UNREAD:
+            raise ValueError("libswscale reads it wrong, or ends the process")
         return self._reformatter.reformat(frame, width, height, format=form)
 
 

@@ -9,13 +9,10 @@ import os
 import select
 import stat
 import time
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 
 import av
-import av.logging
 import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
@@ -138,10 +135,7 @@ class LiveReader:
                 "rtsp_flags": "prefer_tcp",
             }
         if self._scheme or camera:
-            kwargs = {"format": camera, "options": limits, "timeout": self._timeout_s} | ffmpeg.ANY_TAGS
-            if self._scheme in ("http", "https"):
-                return self._followed(path, kwargs)
-            return av.open(path, **kwargs)
+            return av.open(path, format=camera, options=limits, timeout=self._timeout_s, **ffmpeg.ANY_TAGS)
         limits |= {"protocol_whitelist": "none", "format_whitelist": FORMATS}
         end = time.monotonic() + self._timeout_s
         while True:
@@ -168,29 +162,6 @@ class LiveReader:
                     raise VideoError(f"cannot read {path}: {ffmpeg.reason(problem)}", ffmpeg.INCOMPLETE) from problem
             ffmpeg.alive()
             time.sleep(POLL_S)
-
-    def _followed(self, url: str, kwargs: dict) -> InputContainer:
-        """Return what a URL holds.
-
-        FFmpeg follows a playlist that names itself without end, so its log is searched for that meanwhile.
-        """
-        level = av.logging.get_level()
-        opener = ThreadPoolExecutor(1)
-        av.logging.set_level(av.logging.DEBUG)  # at which requests are logged
-        try:
-            with av.logging.Capture(local=False) as log:
-                opening = opener.submit(av.open, url, **kwargs)
-                while not wait([opening], POLL_S).done:
-                    ffmpeg.alive()
-                    asked = Counter(text for _, _, text in list(log) if text.startswith("request:"))
-                    if max(asked.values(), default=0) > 10:  # a live playlist is asked for now and then
-                        raise VideoError(
-                            f"{self._name} is a playlist that names itself", "give the address of a stream"
-                        )
-            return opening.result()
-        finally:
-            av.logging.set_level(level)
-            opener.shutdown(wait=False)  # the thread ends by the timeout, or with this process
 
     def _timed(self) -> Iterator[tuple[float, VideoFrame]]:
         """Yield each frame with its seconds from the first one, which never go back, whatever the source's own clock does."""

@@ -161,18 +161,14 @@ class _Times:
     length_s: float
     decoded_s: float  # the time at which the packet that is stored last is decoded
     claimed_s: float  # the latest end by the word of any packet
-    counted_s: float = 0.0  # of the same part, the durations of all packets together
     parts_s: float = 0.0  # of the parts before
     restarts: int = 0
     gap_s: float = 0.0  # the largest step ahead that was taken for a restart
     end: int = 0  # the byte behind the last packet
 
-    def part_s(self, container: str, step: float) -> float:
+    def part_s(self, step: float) -> float:
         """Return how long the part lasts that is read; `step` replaces the length of its last frame."""
-        stamped_s = self.last_s - self.first_s + step
-        if misses_one(stamped_s - self.counted_s, step, container):
-            return self.counted_s
-        return stamped_s
+        return self.last_s - self.first_s + step
 
 
 def _measured(packets: Iterable[Packet | None], container: str, step: float) -> _Times | None:
@@ -198,9 +194,8 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
             times = _Times(shown, shown, length, decoded, shown + length)
         passed = decoded - times.decoded_s if stored else key * (shown - times.last_s)
         if ffmpeg.restarts(passed, container):
-            times.parts_s += times.part_s(container, step)
+            times.parts_s += times.part_s(step)
             times.first_s = times.last_s = shown
-            times.counted_s = 0.0
             times.restarts += 1
             times.gap_s = max(times.gap_s, passed)
         times.first_s = min(times.first_s, shown)
@@ -208,7 +203,6 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
         times.claimed_s = max(times.claimed_s, shown + length)
         times.length_s = length
         times.decoded_s = decoded
-        times.counted_s += length
         times.end = max(times.end, (packet.pos or 0) + packet.size)
     return times
 
@@ -243,7 +237,7 @@ def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -
         return _Lengths(None)
     duration = times.last_s + times.length_s - start
     if times.restarts:
-        duration = times.parts_s + times.part_s(name, times.length_s)
+        duration = times.parts_s + times.part_s(times.length_s)
     stated = None
     if name == ffmpeg.MOV and len(stream.index_entries):
         stated = duration
@@ -350,12 +344,3 @@ def _bounded(packets: Iterator[Packet | None], path: str, size: int) -> Iterator
             hint = "cut it into shorter videos, or convert it to MP4, e.g. with ffmpeg"
             raise VideoError(f"{path} has more than {most:,} frames in {size:,} bytes", hint)
         yield packet
-
-
-def misses_one(late_s: float, length_s: float, container: str) -> bool:
-    """Return whether a time by the clock is one frame wrong.
-
-    MPEG-PS states a time for a pack of 2 KiB. If that holds several small frames, FFmpeg gives the time to the frame before its
-    own, and counts on from there.
-    """
-    return container == ffmpeg.PROGRAM_STREAM and 0.5 * length_s < abs(late_s) < 1.5 * length_s

@@ -52,8 +52,28 @@ def read(
 
     `seek`, `part_s`: as of `frames.read_frames`. `cores`: that may be kept busy; default: all that this process may use.
     """
-    with ffmpeg.reading(info.path), closing(_read(info, times_s, damaged, seek, part_s, cores)) as frames:
-        yield from frames
+    cores = cores or available_cores()
+    with ffmpeg.reading(info.path):
+        runs = planned(info, times_s, seek, part_s)
+        done = 0
+        met: list[object] = []
+        try:
+            with closing(_by_threads(info, runs, part_s, cores)) as frames:
+                for shown, met_here in frames:
+                    for mark in met_here:
+                        damaged(mark)
+                    met += met_here
+                    done += 1
+                    yield shown
+            return
+        except Unreachable:
+            rest = Run(tuple(times_s[done:]), (None,))
+        # A decoder with several threads tells of damage some packets later, so that the same damage would count twice.
+        threads = 1 if met else ffmpeg.thread_count(cores)
+        with closing(Track(info, threads)) as track:
+            picture = Picture(info)
+            for found in _on_screen(track, rest, damaged, sparing=False):
+                yield picture.of(*found, moved=False)
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
@@ -77,18 +97,16 @@ def frame_times(info: Video) -> FrameTimes:
         return FrameTimes(times, stated)
 
 
-def _read(
-    info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage, seek: str, part_s: float, cores: int | None
-) -> ffmpeg.Frames:
-    cores = cores or available_cores()
-    runs = planned(info, times_s, seek, part_s)
+def _by_threads(
+    info: Video, runs: Sequence[Run], part_s: float, cores: int
+) -> Iterator[tuple[ffmpeg.Shown, list[object]]]:
+    """Yield the frames of some runs, each with the damage that was met on the way to it. Raises Unreachable."""
     pixels = info.width * info.height
     threads = min(cores, len(runs), _most_decoders(pixels))
     ffmpeg.picture_size(pixels, threads)
 
     @contextmanager
     def tools() -> Iterator[Callable[[Run], Iterator[tuple[ffmpeg.Shown, list[object]]]]]:
-        """Provide each frame comes with the damage that was met on the way to it."""
         with closing(Track(info, ffmpeg.thread_count(cores // threads))) as track:
             picture = Picture(info)
 
@@ -100,26 +118,7 @@ def _read(
 
             yield work
 
-    any_damage = False
-    room = max(2 * threads, ROOM_BYTES // (3 * pixels))
-    done = 0
-    try:
-        with closing(in_order(runs, tools, threads, room)) as frames:
-            for frame, met in frames:
-                for mark in met:
-                    damaged(mark)
-                    any_damage = True
-                done += 1
-                yield frame
-        return
-    except Unreachable:
-        rest = Run(tuple(times_s[done:]), (None,))
-    # A decoder with several threads tells of damage some packets later, so that the same damage would count twice.
-    threads = 1 if any_damage else ffmpeg.thread_count(cores)
-    with closing(Track(info, threads)) as track:
-        picture = Picture(info)
-        for found in _on_screen(track, rest, damaged, sparing=False):
-            yield picture.of(*found, moved=False)
+    return in_order(runs, tools, threads, room=max(2 * threads, ROOM_BYTES // (3 * pixels)))
 
 
 def _most_decoders(pixels: int) -> int:

@@ -15,7 +15,6 @@ from av.video.stream import VideoStream
 
 from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg
-from evoprune.video.readers.probing import misses_one
 
 TimedFrame = tuple[float, VideoFrame]  # seconds from the first frame; the decoder's own pixels, not yet rotated
 
@@ -287,7 +286,7 @@ class Track:
         So is the first frame after a restart of the file's clock, from where on times are counted.
         """
         info = self.info
-        step = length = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
+        step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
         time = -step
         origin = info.start_s
         for frame in ffmpeg.decoded_frames(self._stream, packets, damaged, info.crop):
@@ -296,12 +295,9 @@ class Track:
                 origin = stamp - time - step
             if stamp is None:
                 time += step
-            elif info.clock_restarts and misses_one(stamp - origin - time - length, length, info.container):
-                time += length
             else:
                 time = stamp - origin
             yield time, frame
-            length = float((frame.duration or 0) * self._stream.time_base) or step
 
 
 def _is_whole(frame: VideoFrame) -> bool:
