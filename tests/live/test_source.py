@@ -72,7 +72,7 @@ def test_a_file_a_url_and_a_connection_give_the_same_frames(clip, served):
 
 @pytest.mark.full
 def test_in_this_process_too(clip, served, monkeypatch):
-    monkeypatch.setattr("evoprune.live.source.POSSIBLE", False)
+    monkeypatch.setattr("evoprune.video.sandbox.isolation.POSSIBLE", False)
     check_whole(read(clip, pace="file")[0])
     found, _, problem = read(f"{served[0]}/silent")
     assert not found and "nothing came from" in problem.message
