@@ -53,20 +53,19 @@ WARNINGS = {
     "replaced by the one before it",
     "cut_short": "{video} breaks off at {ends}, although its file says that it lasts until {stated}",
     "hdr_video": "{video} is HDR, mapped to SDR",
-    "dolby_vision": "{video} is Dolby Vision with no HDR10, HLG or SDR in it (profile 5), and its metadata, which changes colours "
-    "scene by scene, is not applied: colours and brightness may be wrong. Export it as HDR10 or SDR first",
     "interlaced_video": "{video} is interlaced: edges of what moves look like combs. Deinterlace it first, e.g. with ffmpeg -i IN "
     "-vf bwdif OUT",
     "stretched_video": "the pixels of {video} are not square, and are read as if they were: it looks narrower or wider than in a "
     "player. Scale it first, e.g. with ffmpeg -i IN -vf scale=iw*sar:ih,setsar=1 OUT",
     "other_tracks": "{video} has more than one video track; only the main one is read. Extract another with ffmpeg -map",
-    "changing_size": "{video} changes the size of its pictures: all are read at one size, those of another shape between black "
-    "borders",
+    "changing_size": "{video} changes the size of its pictures: all are read at the size of the first, those of another shape "
+    "between black borders",
     "guessed_rate": "{video} does not state its frame rate, and is read at 25 frames a second: times are right only if that is it. "
     "ffmpeg -r RATE -i IN -c copy OUT.mp4 states it",
     "clock_gap": "the clock of {video} jumps ahead by {gap}: what follows is read as if it came at once. If it is a gap, times "
     "behind it are too early by so much",
-    "cut_off": "{video} was cut off while it was written; everything before {ends} is read",
+    "joined_files": "{video} holds another file after its first one, as cat writes it: what follows the first may be missing or "
+    "misplaced. ffmpeg -f concat joins videos",
     "sound_ignored": "the sound of {video} is not read, so an answer about it comes from the pictures alone; --subtitles (in "
     "Python subtitles) reads a file that says what is spoken",
     "limited": "fewer or smaller frames were looked at than --fps or --frames ask for; --max-frames and --max-visual-tokens "

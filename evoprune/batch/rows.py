@@ -31,8 +31,7 @@ from evoprune.util import (
     shown,
     some,
 )
-from evoprune.video.info import AUTO_SUBTITLES, IMAGES, NO_SUBTITLES, VIDEOS, files
-from evoprune.video.order import natural
+from evoprune.video.info import AUTO_SUBTITLES, IMAGES, NO_SUBTITLES, VIDEOS, files, in_order
 from evoprune.video.plan import SamplingOptions, parse_time
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
@@ -484,7 +483,7 @@ def folders_below(folder: str) -> Iterator[str]:
             inside = [e.name for e in entries if e.name[0] != "." and e.is_dir(follow_symlinks=False)]
     except OSError:  # `in_folders` reports it
         return
-    for name in sorted(inside, key=natural):
+    for name in in_order(inside):
         yield from folders_below(os.path.join(folder, name))
 
 
@@ -562,8 +561,7 @@ def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
     taken = in_folder(video, pictures)
     with os.scandir(video) as entries:
         others = [entry for entry in entries if entry.name[0] != "." and entry.path not in taken]
-        names = [entry.name + "/" * entry.is_dir() for entry in others]
-    names.sort(key=natural)
+        names = in_order(entry.name + "/" * entry.is_dir() for entry in others)
     if len(videos) <= len(images):
         if not images or not any(name.endswith("/") for name in names):
             return ""

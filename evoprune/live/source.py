@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from evoprune.errors import UsageError, VideoError
 from evoprune.util import FILE_URL, missing_hint, shown, without_password
 from evoprune.video.sandbox.channel import FrameMemory
-from evoprune.video.sandbox.isolation import POSSIBLE, borrow
+from evoprune.video.sandbox.isolation import borrow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,7 +80,6 @@ class LiveSource:
 
         Raises VideoError: the source cannot be read, broke off, or did not come back.
         """
-        connect = self._apart if POSSIBLE else self._here
         tries = 0
         base = 0.0
         last = None
@@ -88,7 +87,7 @@ class LiveSource:
             problem = None
             finite = False
             try:
-                with closing(connect(lambda base=base: due() - base)) as frames:
+                with closing(self._connected(lambda base=base: due() - base)) as frames:
                     self.facts = next(frames)
                     finite = self.facts.pop("finite")
                     begun = time.monotonic()
@@ -122,7 +121,7 @@ class LiveSource:
         if worker := self._worker:
             worker.kill()
 
-    def _apart(self, due: Due) -> Iterator:
+    def _connected(self, due: Due) -> Iterator:
         """Yield the facts of a `LiveReader`, then its frames, read by a worker process, which is ended afterwards."""
         with borrow(self.name) as worker:
             self._worker = worker
@@ -148,21 +147,6 @@ class LiveSource:
                     del frames  # so that its memory can be used again
             finally:
                 self._worker, worker.busy = None, True
-
-    def _here(self, due: Due) -> Iterator:
-        """Yield the same without a worker process."""
-        import numpy as np
-
-        from evoprune.video.readers.live import LiveReader
-
-        descriptor = None if self._source else os.dup(sys.stdin.fileno())
-        with closing(LiveReader(**self._arguments, descriptor=descriptor)) as reader:
-            yield reader.facts
-            while header := reader.next(due()):
-                self._learn(header)
-                frames = np.empty((1, header["height"], header["width"], 3), np.uint8)
-                reader.fill(frames)
-                yield header["time_s"], frames[0], header["clock_gap_s"]
 
     def _learn(self, header: dict) -> None:
         """Adds to the facts what only the frames of some sources say."""

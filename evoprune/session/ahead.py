@@ -409,7 +409,7 @@ def _joined(pieces: Sequence[FrameChunk]) -> FrameChunk:
         pixels=np.concatenate([piece.pixels for piece in pieces]),
         times_s=tuple(time_s for piece in pieces for time_s in piece.times_s),
         damaged=sum(piece.damaged for piece in pieces),
-        other_shape=any(piece.other_shape for piece in pieces),
+        other_size=any(piece.other_size for piece in pieces),
         moved=any(piece.moved for piece in pieces),
         hidden_s=sum(piece.hidden_s for piece in pieces),
     )

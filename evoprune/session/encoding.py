@@ -67,7 +67,7 @@ class OpenInput:
         self.early = False  # whether nobody waits for what is read before it is encoded
         self.waited_s = 0.0  # for patches, while they were encoded
         self.ahead: Ahead | None = None  # what may have read the frames already
-        self.other_shape = self.moved = False
+        self.other_size = self.moved = False
         self.read_s: tuple[float, ...] = ()  # times of the frames themselves
         self.lasting = True  # whether its files may be read again by another input, not where they are temporary
         self.cores = self.session.loaded.cores  # for reading; None for all that this process may use
@@ -197,7 +197,7 @@ class OpenInput:
         clock.seconds["encode"] = clock.now() - start - self.waited_s
         if self.damaged:
             warnings.append("damaged_video")
-        if self.other_shape and "changing_size" not in warnings:  # a part that probing did not meet
+        if self.other_size:
             warnings.append("changing_size")
         return result, "off"
 
@@ -206,12 +206,12 @@ class OpenInput:
         begun = self._begun
         self._begun = None
         self.damaged = 0
-        self.other_shape = self.moved = False
+        self.other_size = self.moved = False
         self.read_s = ()
         for chunk in clock.each("wait", begun or self._read_now()):
             self._tell()
             self.damaged += chunk.damaged
-            self.other_shape = self.other_shape or chunk.other_shape
+            self.other_size = self.other_size or chunk.other_size
             self.moved = self.moved or chunk.moved
             self.read_s += chunk.times_s
             yield chunk.pixels
@@ -290,8 +290,9 @@ class CachedInput(OpenInput):
             self.moved = self.stored.moved
             return self.stored.encoded, "hit"
         result, _ = super()._result(clock, progress, pieces, warnings)
-        # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.
-        whole = not self.damaged and (self.plan.info.changes_size or not self.other_shape)
+        # What is damaged, or changes its size, is not stored, or the next run would not warn. Another file may have been put in its
+        # place meanwhile.
+        whole = not self.damaged and not self.other_size
         with clock.stage("store"):
             storable = self.key and whole and self._key_now() == self.key
             if storable and not self.cache.store(self.key, Entry(result, self.read_s, self.moved)):

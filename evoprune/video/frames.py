@@ -106,7 +106,7 @@ class FrameChunk:
     pixels: "np.ndarray | torch.Tensor"
     times_s: tuple[float, ...]  # of the frames themselves, from the first frame; perhaps earlier than those asked for
     damaged: int = 0  # damaged packets (of a folder: images) on the way to these frames that no earlier chunk counts
-    other_shape: bool = False  # whether one of the frames had another shape than the video, and has borders
+    other_size: bool = False  # whether one of the frames had another size than the video, and was scaled to it
     moved: bool = False  # whether one of them is a keyframe nearby instead of the frame on screen
     hidden_s: float = 0.0  # seconds of reading that nobody waited for, because it was done ahead (session/ahead.py)
 

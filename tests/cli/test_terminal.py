@@ -76,7 +76,7 @@ def test_hints_keep_options_whole(cli):
         ("demo_model", "clips/a.mp4", 3, "its answers about 4 videos mean nothing"),
         ("demo_model", "-", None, "its answer about standard input means nothing"),
         ("cut_short", "clips/a.mp4", 1, "it lasts until ? (and 1 more video)"),
-        ("dolby_vision", "clips/a.mp4", None, "warning: a.mp4 is Dolby Vision"),
+        ("other_tracks", "clips/a.mp4", None, "warning: a.mp4 has more than one video track"),
         ("hdr_video", "clips/a.mp4", None, "note: a.mp4 is HDR, mapped to SDR\n"),
     ],
 )  # fmt: skip

@@ -1,7 +1,6 @@
 """Live sources: they stall, end, come back, change, send garbage, or want a password. Nothing hangs."""
 
 import os
-import re
 import sys
 import threading
 import time
@@ -73,7 +72,7 @@ def test_a_file_a_url_and_a_connection_give_the_same_frames(clip, served):
 
 @pytest.mark.full
 def test_in_this_process_too(clip, served, monkeypatch):
-    monkeypatch.setattr("evoprune.live.source.POSSIBLE", False)
+    monkeypatch.setattr("evoprune.video.sandbox.isolation.POSSIBLE", False)
     check_whole(read(clip, pace="file")[0])
     found, _, problem = read(f"{served[0]}/silent")
     assert not found and "nothing came from" in problem.message
@@ -187,11 +186,8 @@ def test_a_playlist_reaches_no_file_of_this_machine(served, clip, where):
 
 @pytest.mark.parametrize("name", ["aa", "ab"])  # itself; two that name each other
 def test_a_playlist_that_names_itself(served, name):
-    before = len(served[1])
-    found, _, problem = read(f"{served[0]}/loop.m3u8?{name}", timeout_s=10.0)
-    # FFmpeg 9 (PyAV 19) refuses such a playlist itself.
-    assert not found and re.search("names itself|no video that can be read", problem.message)
-    assert len(served[1]) - before < 1000  # of some ten thousand
+    found, _, problem = read(f"{served[0]}/loop.m3u8?{name}")
+    assert not found and problem.exit_code == 3
 
 
 def test_a_file_that_is_a_playlist(served, tmp_path):
@@ -219,24 +215,15 @@ def test_frames_of_another_size_and_times_that_jump(tmp_path):
     assert times == sorted(times) and times[-1] < 3.0
 
 
-@pytest.mark.full
-def test_a_joined_file_is_watched_to_its_end(tmp_path):
-    path = tmp_path / "joined.mkv"
-    path.write_bytes(
-        b"".join(write_video(tmp_path / f"{i}.mkv", numbered_frames(30)[i : i + 10]).read_bytes() for i in (0, 10, 20))
-    )
-    for pace in ("source", "file"):
-        check_whole(read(path, pace=pace)[0])
-
-
-def test_a_recording_that_was_cut_off_is_watched(tmp_path):
-    how = {"container_options": {"movflags": "frag_keyframe+empty_moov+default_base_moof"}, "gop": 5}
-    content = write_video(tmp_path / "whole.mp4", numbered_frames(30), **how).read_bytes()
-    path = tmp_path / "cut.mp4"
-    path.write_bytes(content[: content.rindex(b"moof") + 36])
+@pytest.mark.parametrize("name", ["a.mp4", "a.flv"])
+def test_the_end_of_a_joined_file_says_what_is_not_read(name, tmp_path):
+    whole = write_video(tmp_path / name, numbered_frames(30))
+    path = tmp_path / f"joined{whole.suffix}"
+    path.write_bytes(whole.read_bytes() * 2)
     for pace in ("source", "file"):
         found, _, problem = read(path, pace=pace)
-        assert [number for _, number in found] == list(range(len(found))) and len(found) > 20 and problem is None
+        check_whole(found)
+        assert "ffmpeg -f concat" in problem.hint
 
 
 def test_a_raw_stream_is_watched_at_the_rate_that_it_states(tmp_path):

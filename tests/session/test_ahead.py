@@ -146,12 +146,6 @@ def subtitled(tmp_path) -> str:
     return str(tmp_path / "clip.mp4")
 
 
-def joined(tmp_path) -> str:
-    parts = [write_video(tmp_path / f"{n}.mkv", numbered_frames(20), fps=10).read_bytes() for n in range(2)]
-    (tmp_path / "joined.mkv").write_bytes(b"".join(parts))
-    return str(tmp_path / "joined.mkv")
-
-
 def keyframes(tmp_path) -> str:
     return str(write_video(tmp_path / "keys.mp4", numbered_frames(200), fps=10, options={"g": "7"}))
 
@@ -168,7 +162,6 @@ CASES = {
     "several": (lambda tmp_path: [SQUARE, picture(tmp_path), THREE], {"start_s": 0.5}, {}),
     "the same twice": (lambda tmp_path: [SQUARE, SQUARE], {}, {}),
     "subtitles": (lambda tmp_path: [subtitled(tmp_path)], {"subtitles": "auto"}, {}),
-    "joined": (lambda tmp_path: [joined(tmp_path)], {}, {}),
     "downscale": (lambda tmp_path: [SQUARE], {}, {"method": "downscale"}),
     "reads the question": (lambda tmp_path: [SQUARE], {}, {"method": "cdpruner"}),
 }
@@ -215,7 +208,7 @@ def test_pieces_of_any_size_become_chunks_of_any_size():
         cuts = [0, *sorted(set(rng.integers(1, 29, rng.integers(0, 6)).tolist())), 29]
         frames = np.arange(29, dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, 3)
         pieces = [
-            FrameChunk(a, frames[a:b], tuple(range(a, b)), damaged=n, other_shape=n == 1, hidden_s=0.5)
+            FrameChunk(a, frames[a:b], tuple(range(a, b)), damaged=n, other_size=n == 1, hidden_s=0.5)
             for n, (a, b) in enumerate(pairwise(cuts))
         ]
         size = int(rng.integers(1, 31))
@@ -225,7 +218,7 @@ def test_pieces_of_any_size_become_chunks_of_any_size():
         assert np.concatenate([chunk.pixels for chunk in chunks])[:, 0, 0, 0].tolist() == list(range(29))
         assert [time for chunk in chunks for time in chunk.times_s] == list(range(29))
         assert sum(chunk.damaged for chunk in chunks) == sum(piece.damaged for piece in pieces)
-        assert any(chunk.other_shape for chunk in chunks) == (len(pieces) > 1)
+        assert any(chunk.other_size for chunk in chunks) == (len(pieces) > 1)
         assert sum(chunk.hidden_s for chunk in chunks) == 0.5 * len(pieces)
 
 

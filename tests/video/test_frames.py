@@ -117,7 +117,7 @@ def test_jumps_change_nothing_but_how_much_is_decoded(name, folder, decoded, mon
     for step in (0.7, 3.3, 6.1):
         times = np.arange(0.05, info.duration_s + step, step)
         with monkeypatch.context() as patch:
-            patch.setattr(pyav, "planned", lambda path, part, times, *how: [pyav.Run(tuple(times), (None,))])
+            patch.setattr(pyav, "planned", lambda info, times, *how: [pyav.Run(tuple(times), (None,))])
             straight = list(read_frames(info, times, cores=1))
         jumping = list(read_frames(info, times))
         np.testing.assert_array_equal(pixels(straight), pixels(jumping))

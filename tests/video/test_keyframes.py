@@ -10,7 +10,6 @@ from evoprune.video.frames import probe, read_frames
 from evoprune.video.plan import even_times
 from evoprune.video.readers import pyav
 from evoprune.video.readers.ffmpeg import TOLERANCE_S
-from evoprune.video.readers.probing import parts
 from evoprune.video.readers.track import Track
 from tests.video.files import number_of, numbered_frames, pixels, write_video
 
@@ -100,11 +99,10 @@ def test_what_auto_does_depends_on_the_file_and_the_times_alone(folder, monkeypa
     part_s = info.duration_s / SPARSE
     exact, _, never = read(info, asked)
     assert read(info, asked, seek="auto", part_s=part_s)[0] == exact and not never  # it would save little
-    part = parts(info.path)[0]
     monkeypatch.setattr(pyav, "SAVED_PIXELS", 100)
-    assert any(run.near for run in pyav.planned(info.path, part, asked, "auto", part_s))
-    assert not any(run.near for run in pyav.planned(info.path, part, asked, "auto", 0.9))  # a part below a second
-    assert not any(run.near for run in pyav.planned(info.path, part, asked, "exact", part_s))
+    assert any(run.near for run in pyav.planned(info, asked, "auto", part_s))
+    assert not any(run.near for run in pyav.planned(info, asked, "auto", 0.9))  # a part below a second
+    assert not any(run.near for run in pyav.planned(info, asked, "exact", part_s))
 
 
 @pytest.mark.few(4)

@@ -1,14 +1,11 @@
-"""Videos whose frames change their size: read at the largest, those of another shape between borders, and said."""
-
-from dataclasses import replace
+"""Videos whose frames change their size: read at the size of the first, those of another shape between borders, and said."""
 
 import av
-import numpy as np
 import pytest
 
+from evoprune import VideoQA
 from evoprune.video.frames import probe, read_frames
 from evoprune.video.info import fitted
-from evoprune.video.readers import sizes
 from tests.video.files import number_of, numbered_frames, write_video
 
 SIZES = {
@@ -53,10 +50,9 @@ def middle(rgb, width_of_part, height_of_part):
 def test_frames_that_change_their_size(codec, how, tmp_path):
     path = changing(tmp_path, SIZES[how], codec)
     info = probe(path)
-    largest = max(SIZES[how], key=np.prod)
-    assert (info.height, info.width, info.changes_size, info.warnings) == (*largest, True, ["changing_size"])
+    assert (info.height, info.width, info.warnings) == (*SIZES[how][0], [])
     (chunk,) = read_frames(info, [0.05 + 0.1 * i for i in range(10 * len(SIZES[how]))])
-    assert chunk.other_shape == (how == "turns")
+    assert chunk.other_size
     if how != "turns":
         assert [number_of(rgb) for rgb in chunk.pixels] == [*range(10)] * len(SIZES[how])
         return
@@ -65,20 +61,11 @@ def test_frames_that_change_their_size(codec, how, tmp_path):
     assert chunk.pixels[10:, :, :27].max() == chunk.pixels[10:, :, -27:].max() == 0
 
 
-def test_one_size_is_found_without_decoding(tmp_path, monkeypatch):
-    decoded = []
-    original = sizes._decoded_size
-    monkeypatch.setattr(sizes, "_decoded_size", lambda *args: decoded.append(args) or original(*args))
-    path = write_video(tmp_path / "a.mp4", numbered_frames(100))
-    from evoprune.video.readers.probing import probe as probe_here
-
-    assert not probe_here(str(path)).changes_size and len(decoded) <= 1
-
-
-def test_a_size_that_probing_did_not_meet_is_said_when_it_is_read(tmp_path):
-    path = changing(tmp_path, SIZES["turns"])
-    info = replace(probe(path), changes_size=False)
-    assert [chunk.other_shape for chunk in read_frames(info, [0.05, 0.15, 1.05, 1.15], chunk_bytes=1)] == [False, True]
+def test_another_size_is_said_where_it_is_read(tmp_path):
+    path = str(changing(tmp_path, SIZES["grows"]))
+    for end_s, said in ((0.9, False), (None, True)):
+        report = VideoQA.load("demo").encode(path, end_s=end_s).ask("What colour is the square?").report
+        assert ("changing_size" in report.warnings) == said
 
 
 @pytest.mark.parametrize(

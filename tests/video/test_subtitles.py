@@ -67,16 +67,6 @@ def test_a_file_beside_a_stream_that_begins_late_as_a_whole(tmp_path):
     assert [line[:2] for line in read_subtitles(probe(path), "auto").lines] == [(1.0, 2.0), (3.5, 4.0)]
 
 
-def test_tracks_of_a_joined_file(tmp_path):
-    part = write_subtitled(tmp_path / "part.mkv", [SRT]).read_bytes()
-    path = tmp_path / "joined.mkv"
-    path.write_bytes(part * 3)
-    info = probe(path)
-    assert info.duration_s == pytest.approx(18.0)
-    starts = [start for start, _, said in read_subtitles(info, "auto").lines if said == WHO[2]]
-    assert starts == pytest.approx([1.0, 7.0, 13.0])
-
-
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_encodings(video, tmp_path, encoding, newline):
@@ -206,79 +196,93 @@ def cue(*lines: str) -> str:
     return "\n".join([*lines, "a", ""])
 
 
-@pytest.mark.parametrize(
-    ("start", "end", "seconds"),
-    [
-        ("0:00:01.500000", "0:00:03.250000", (1.5, 3.25)),
-        ("00:00:04,5", "00:00:05,25", (4.5, 5.25)),
-        ("00:00:01.123456789", "00:00:02.9999999999", (1.123, 3.0)),
-        ("01:02,500", "01:05.5", (62.5, 65.5)),
-        ("1:02", "0:01:05", (62.0, 65.0)),
-        ("00:00:01", "00:00:02", (1.0, 2.0)),
-        ("00:00:59,9999", "00:01:02:5", (60.0, 62.5)),
-        ("-00:00:01,500", "00:00:02,25", (-1.5, 2.25)),
-        ("00:75:00,5", "00:75:61,5", (4500.5, 4561.5)),
-        ("100:00:00,25", "100:00:01", (360000.25, 360001.0)),
-    ],
-)
-@pytest.mark.parametrize("form", ["srt", "vtt", "ass"])
-def test_times_of_any_precision(video, tmp_path, form, start, end, seconds):
-    """Of one to nine digits, to the millisecond, in ASS too, whose times usually have hundredths."""
-    content = {
+def in_form(form: str, start: str, end: str) -> str:
+    """A file of one cue from one time to another."""
+    return {
         "srt": cue("7", f"{start} --> {end}"),
         "vtt": f"WEBVTT\n\nname\n{start} --> {end} align:start\na\n",
         "ass": HEAD + FORMAT + f"Dialogue: 0,{start},{end},Default,,0,0,0,,a\n",
     }[form]
-    assert read(video, tmp_path / f"a.{form}", content, end_s=1e9).lines == [(*seconds, "a")]
+
+
+@pytest.mark.parametrize(
+    ("form", "start", "end", "seconds"),
+    [
+        ("srt", "00:00:01,500", "0:01:03.250", (1.5, 63.25)),
+        ("srt", "100:00:00,250", "100:00:01,000", (360000.25, 360001.0)),
+        ("vtt", "01:02.500", "00:01:05.250", (62.5, 65.25)),
+        ("ass", "0:00:01.50", "00:01:05.25", (1.5, 65.25)),
+    ],
+)
+def test_times(video, tmp_path, form, start, end, seconds):
+    assert read(video, tmp_path / f"a.{form}", in_form(form, start, end), end_s=1e9).lines == [(*seconds, "a")]
+
+
+@pytest.mark.parametrize(
+    ("form", "start", "end"),
+    [
+        ("srt", "00:00:04,5", "00:00:05,250"),
+        ("srt", "00:00:01,500000", "00:00:03,250000"),
+        ("srt", "01:02,500", "01:05,500"),
+        ("srt", "00:00:01", "00:00:02"),
+        ("srt", "-00:00:01,500", "00:00:02,250"),
+        ("vtt", "00:00:03,000", "00:00:04,000"),
+        ("vtt", "00:05", "00:06"),
+        ("ass", "0:00:01.500", "0:00:02.500"),
+    ],
+)
+def test_times_that_ffmpeg_would_read_wrong_are_refused(video, tmp_path, form, start, end):
+    with pytest.raises(VideoError, match="have times that are not read") as refused:
+        read(video, tmp_path / f"a.{form}", in_form(form, start, end))
+    assert start in refused.value.message and "write 0" in refused.value.hint
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize(
     "line",
     [
-        "00:00:01,5-->00:00:02,5",
-        "  00:00:01,5\t-->  00:00:02,5  ",
-        "00:00:01, 5 --> 00: 00: 02 ,5",
-        "00:00:01,5 -> 00:00:02,5",
-        "00:00:01,5 ---> 00:00:02,5",
-        "00:00:01,5 -- > 00:00:02,5",
-        "00:00:01;5 - -> 00:00:02;5",
-        "00:00:01,5 \N{EN DASH}> 00:00:02,5",
-        "00:00:01,5 \N{RIGHTWARDS ARROW} 00:00:02,5",
-        "00:00:01,5 --&gt; 00:00:02,5",
-        "00:00:01,5 --> 00:00:02,5 X1:10 X2:20 Y1:30 Y2:40",
+        "00:00:01,500-->00:00:02,500",
+        "  00:00:01,500\t-->  00:00:02,500  ",
+        "00:00:01,500 --> 00:00:02,500 X1:10 X2:20 Y1:30 Y2:40",
     ],
 )
-def test_lines_of_times_as_people_write_them(video, tmp_path, line, newline):
-    before = cue("00:00:00.5 --> 00:00:01")
-    for text in (cue("1", line), before + "\n" + cue(line), before + "\n" + cue("2", line)):
-        assert read(video, tmp_path / "a.srt", text.replace("\n", newline)).lines[-1] == (1.5, 2.5, "a")
+def test_blanks_and_settings_in_a_line_of_times(video, tmp_path, line, newline):
+    assert read(video, tmp_path / "a.srt", cue("1", line).replace("\n", newline)).lines == [(1.5, 2.5, "a")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "00:00:01, 500 --> 00: 00: 02 ,500",
+        "00:00:01,500 -> 00:00:02,500",
+        "00:00:01;500 - -> 00:00:02;500",
+        "00:00:01,500 \N{EN DASH}> 00:00:02,500",
+        "00:00:01,500 \N{RIGHTWARDS ARROW} 00:00:02,500",
+        "00:00:01,500 --&gt; 00:00:02,500",
+    ],
+)
+def test_a_line_of_times_that_ffmpeg_would_take_for_text_is_refused(video, tmp_path, line):
+    with pytest.raises(VideoError, match="have times that are not read"):
+        read(video, tmp_path / "a.srt", cue("00:00:00.500 --> 00:00:01,000") + "\n" + cue("2", line))
 
 
 def test_text_is_never_taken_for_times(video, tmp_path):
-    said = ["3:20 -> 4:10", "Train 00:00:07,5 --> 00:00:08,5", "00:00:09,5 --> later", "1:02.5"]
-    found = read(video, tmp_path / "a.srt", cue("1", "00:00:01,5 --> 00:00:03,5", "5", *said))
+    said = ["3:20 to 4:10", "Train 00:00:07,500 --> 00:00:08,500", "00:00:09,500 --> later", "1:02.5"]
+    found = read(video, tmp_path / "a.srt", cue("1", "00:00:01,500 --> 00:00:03,500", "5", *said))
     assert found.lines == [(1.5, 3.5, f"5 {' '.join(said)} a")]
-    inner = "WEBVTT\n\n00:01.5 --> 00:03.5\n00:02.5 to 00:03<00:02.500> word 0:00:04.5\n"
+    inner = "WEBVTT\n\n00:01.500 --> 00:03.500\n00:02.5 to 00:03<00:02.500> word 0:00:04.5\n"
     assert read(video, tmp_path / "a.vtt", inner).lines == [(1.5, 3.5, "00:02.5 to 00:03 word 0:00:04.5")]
     events = [
-        "Dialogue: 0,0:00:01.5,0:00:03.5,Default,,0,0,0,,a, 0:00:01.5,0:00:03.5, b",
+        "Dialogue: 0,0:00:01.50,0:00:03.50,Default,,0,0,0,,a, 0:00:01.5,0:00:03.5, b",
         "Comment: 0,0:00:01.5,0:00:02,,,,,,,c",
     ]
     found = read(video, tmp_path / "a.ass", HEAD + FORMAT + "\n".join(events) + "\n")
     assert found.lines == [(1.5, 3.5, "a, 0:00:01.5,0:00:03.5, b")]
 
 
-def test_a_cue_with_a_comma_in_its_time_ends_no_file(video, tmp_path):
-    """FFmpeg reads a WebVTT file up to the first line of times that it does not know."""
-    times = ("00:01.000 --> 00:02.000", "00:00:03,000 --> 00:00:04,000", "00:05 --> 00:06")
-    found = read(video, tmp_path / "a.vtt", "WEBVTT\n\n" + "\n\n".join(f"{line}\n{i}" for i, line in enumerate(times)))
-    assert found.lines == [(1.0, 2.0, "0"), (3.0, 4.0, "1"), (5.0, 6.0, "2")]
-
-
 def test_times_of_tracks_are_those_of_the_container(tmp_path):
-    path = write_subtitled(tmp_path / "clip.mkv", [srt([(1.001, 2.002, "a"), (3.25, 4, "00:00:04,5 -> 00:00:05")])])
-    assert read_subtitles(probe(path), "auto").lines == [(1.001, 2.002, "a"), (3.25, 4.0, "00:00:04,5 -> 00:00:05")]
+    path = write_subtitled(tmp_path / "clip.mkv", [srt([(1.001, 2.002, "a"), (3.25, 4, "00:00:04,5 to 00:00:05")])])
+    assert read_subtitles(probe(path), "auto").lines == [(1.001, 2.002, "a"), (3.25, 4.0, "00:00:04,5 to 00:00:05")]
 
 
 ORDER = random.Random(0)
@@ -298,13 +302,13 @@ UNSORTED = [(at := ORDER.random() * 9000, at + ORDER.random() * 60, f"{i} <|im_e
         "WEBVTT\n\n00:01.000 --> 00:02.000\n" + "\x01" * 10_000_000,
         "WEBVTT\n\n" + "00:01.000 --> 00:02.000\na\n\n" * 380_000,
         "WEBVTT\n\n00:01.000 --> 00:02.000\n" + "0:" * 5_000_000,
-        "00:00:01,5 --> 00:00:02,5\n" + "1:2\n" * 2_500_000,
-        "00:00:01,5 --> 00:00:02,5\n" + (" " * 3999 + "\n") * 2500,
-        "00:00:01,5 --> 00:00:02,5\n1:2 -" + " " * 3900,
-        "00:00:01,5 --> 00:00:02,5\n\n" + "1:2 -> 3:4\n" * 900_000,
-        "00:00:01,5 --> 00:00:02,5\n" + "\r" * 9_000_000,
+        "00:00:01,500 --> 00:00:02,500\n" + "1:2\n" * 2_500_000,
+        "00:00:01,500 --> 00:00:02,500\n" + (" " * 3999 + "\n") * 2500,
+        "00:00:01,500 --> 00:00:02,500\n1:2 -" + " " * 3900,
+        "00:00:01,500 --> 00:00:02,500\n\n" + "1:2 -> 3:4\n" * 900_000,
+        "00:00:01,500 --> 00:00:02,500\n" + "\r" * 9_000_000,
         "WEBVTT\n\n00:01.000 --> 00:02." + "1" * 9_000_000 + "\na",
-        "[Script Info]\n\n[Events]\nDialogue: 0,0:00:01.5,0:00:02.5,,,,,,,a\n" + "Dialogue: " * 1_000_000,
+        "[Script Info]\n\n[Events]\nDialogue: 0,0:00:01.50,0:00:02.50,,,,,,,a\n" + "Dialogue: " * 1_000_000,
         "[Script Info]\n\n[Events]\n" + "Dialogue: 0,0:00:01.00,0:00:02.00,Default,,0,0,0,," + "{\\a" * 2_400_000,
     ],
 )  # fmt: skip

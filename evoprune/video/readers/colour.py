@@ -1,8 +1,9 @@
 """The pixels of decoded frames as 8-bit RGB of BT.709, whatever their format, range, matrix, primaries and curve of brightness.
 
-libswscale converts them, but for two things. HDR is mapped to SDR here, as FFmpeg's filters do it: `zscale=t=linear:npl=100,
-zscale=p=bt709,tonemap=mobius:desat=0,zscale=t=bt709`, for displays of 1000 cd/m2. Matrices that libswscale refuses are computed, or
-replaced by the nearest one that it has. Numbers of matrices, primaries and curves are those of ITU-T H.273, as in FFmpeg and PyAV.
+libswscale converts them, and what it refuses is refused here. HDR alone is mapped to SDR here, as FFmpeg's filters do it:
+`zscale=t=linear:npl=100,zscale=p=bt709,tonemap=mobius:desat=0,zscale=t=bt709`, for displays of 1000 cd/m2. PyAV comes without
+zscale, and libswscale's own mapping computes a table for many seconds before the first frame. Numbers of matrices, primaries and
+curves are those of ITU-T H.273, as in FFmpeg and PyAV.
 """
 
 import re
@@ -43,32 +44,17 @@ DOLBY_TAGS = (
     "dav1",
 )  # of MP4; where neither record nor curve says more, it is Dolby's own format
 
-# Matrices that make three channels of a stored Y and two differences, which are 0.5 at most. Of ICtCp they depend on the curve
-# (BT.2100); that of Dolby's own format is in all its metadata.
-FROM_YCGCO = np.array([[1, -1, 1], [1, 1, 0], [1, -1, -1]])
-FROM_ICTCP = {
-    PQ: np.linalg.inv(np.array([[2048, 2048, 0], [6610, -13613, 7003], [17933, -17390, -543]]) / 4096),
-    HLG: np.linalg.inv(np.array([[2048, 2048, 0], [3625, -7465, 3840], [9500, -9212, -288]]) / 4096),
-}
-FROM_IPT = np.array([[8192, 799, 1681], [8192, -933, 1091], [8192, 267, -5545]]) / 8192
-# Matrices that make light of BT.709 of the light of three channels: RGB of BT.2020 (BT.2087) or Display P3, LMS of ICtCp (BT.2100),
-# and LMS of Dolby's own format, without its crosstalk (in its metadata) and then as in libplacebo.
+# Matrices that make light of BT.709 of RGB of BT.2020 (BT.2087) or Display P3.
 FROM_BT2020 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])
 FROM_P3 = np.array([[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0], [-0.0197, -0.0786, 1.0979]])
-TO_LMS = np.array([[1688, 2146, 262], [683, 2951, 462], [99, 309, 3688]]) / 4096
-FROM_LMS = FROM_BT2020 @ np.linalg.inv(TO_LMS)
-CROSSTALK = np.array([[17081, -349, -349], [-349, 17081, -349], [-349, -349, 17081]]) / 16384
-DOLBY_LMS = np.array([[3.0644, -2.1660, 0.1016], [-0.6561, 1.7855, -0.1294], [0.0174, -0.0473, 1.0300]])
-FROM_DOLBY_LMS = FROM_BT2020 @ DOLBY_LMS @ CROSSTALK
 
 # Of the tone mapping, in units of 100 cd/m2: up to the knee light stays as it is, and the peak becomes white.
 KNEE = 0.3
 PEAK = 10.0
 WHITE = 2**16 - 1  # of 16-bit channels
 STRIP = 2**16  # pixels that are computed at a time, so that they stay in a core's cache
-# Formats that libswscale reads with swapped bytes, by those that hold the same pixels; and those at which it ends the process.
-SWAPPED = {f"{name}be": f"{name}le" for name in ("rgb565", "bgr565", "rgb555", "bgr555")}
-FATAL = ("yaf32le", "yaf32be")
+# Formats that libswscale reads with swapped bytes, and those at which it ends the process.
+UNREAD = ("rgb565be", "bgr565be", "rgb555be", "bgr555be", "yaf32le", "yaf32be")
 
 
 class Matrix(IntEnum):
@@ -144,12 +130,10 @@ def filtered(frame: VideoFrame, *filters: tuple[str, str]) -> VideoFrame:
 def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
     """Return `Video.hdr_format` of a frame. `header`: what it is where it does not say so itself."""
     data = side_data(frame)
-    if header == IPT or frame.colorspace == Matrix.IPT_C2 or _is_dolby_own(data.get("DOVI_METADATA")):
+    if header == IPT or _is_dolby_own(data.get("DOVI_METADATA")):
         return IPT
     if curve := CURVES.get(frame.color_trc):
         return curve
-    if frame.colorspace == Matrix.ICTCP:
-        return PQ  # there is no ICtCp of SDR
     if frame.color_trc not in UNSTATED:
         return None
     if header:
@@ -188,44 +172,44 @@ class Converter:
 
         Raises VideoError: its format or its matrix cannot be converted.
         """
+        hdr = hdr_format(frame, self._header)
+        if hdr == IPT:
+            problem = f"{self._name} is Dolby Vision with no HDR10, HLG or SDR in it (profile 5), which is not read"
+            raise VideoError(problem, "export it as HDR10 or SDR first")
         try:
-            return self._rgb(frame, width, height)
+            return self._rgb(frame, width, height, hdr)
         except MemoryError as error:  # FFmpeg's own kind of it counts as damage of the file
             raise MemoryError(str(error)) from error
         except (av.error.FFmpegError, ValueError) as error:
             hint = "export it as 8-bit 4:2:0 video in BT.709, as most programs do"
             raise VideoError(f"the colours of {self._name} cannot be converted: {_described(frame)}", hint) from error
 
-    def _rgb(self, frame: VideoFrame, width: int, height: int) -> np.ndarray:
-        hdr = hdr_format(frame, self._header)
-        own = _own_matrix(frame, hdr)
-        plain = hdr is None and own is None and not _is_limited_grey(frame)
+    def _rgb(self, frame: VideoFrame, width: int, height: int, hdr: str | None) -> np.ndarray:
+        plain = hdr is None and not _is_limited_grey(frame)
         if may_be_transparent(frame.format):
             rgba = self._reformat(frame, "rgba").to_ndarray()
             if rgba[..., 3].min() < 255:
                 opaque = rgba[..., :3]
                 if not plain:
-                    opaque = self._computed(frame, frame.width, frame.height, hdr, own)
+                    opaque = self._computed(frame, frame.width, frame.height, hdr)
                 frame = VideoFrame.from_ndarray(_over_white(opaque, rgba[..., 3:]), format="rgb24")
                 plain = True
         if plain:
             return self._reformat(frame, "rgb24", width, height).to_ndarray()
-        return self._computed(frame, width, height, hdr, own)
+        return self._computed(frame, width, height, hdr)
 
-    def _computed(
-        self, frame: VideoFrame, width: int, height: int, hdr: str | None, own: np.ndarray | None
-    ) -> np.ndarray:
-        """Return the same for HDR, for a matrix of `_own_matrix`, and for grey of limited range."""
-        form = "gbrp16" if own is None else "yuv444p16"
-        stored = self._reformat(frame, form, width, height)
+    def _computed(self, frame: VideoFrame, width: int, height: int, hdr: str | None) -> np.ndarray:
+        """Return the same for HDR, and for grey of limited range."""
+        stored = self._reformat(frame, "gbrp16", width, height)
         planes = [np.frombuffer(plane, np.uint16).reshape(height, -1)[:, :width] for plane in stored.planes]
-        matrix, offset = _scaled(frame, own)
-        to_bt709 = _to_bt709(frame, hdr)
+        planes = [planes[2], *planes[:2]]  # red, green and blue
+        black, white = _levels(frame)
+        to_bt709 = _to_bt709(frame)
         rgb = np.empty((height, width, 3), np.uint8)
         rows = max(1, STRIP // width)
         for top in range(0, height, rows):
             values = np.stack([plane[top : top + rows].ravel() for plane in planes], dtype=np.float32)
-            channels = (matrix @ values + offset).clip(0, WHITE).astype(np.uint16)
+            channels = ((values - black) * (WHITE / (white - black)) + 0.5).clip(0, WHITE).astype(np.uint16)
             strip = _mapped(channels, hdr, to_bt709) if hdr else (channels.astype(np.uint32) + 128) // 257
             rgb[top : top + rows] = strip.T.reshape(-1, width, 3)
         return rgb
@@ -233,14 +217,9 @@ class Converter:
     def _reformat(
         self, frame: VideoFrame, form: str, width: int | None = None, height: int | None = None
     ) -> VideoFrame:
-        if frame.format.name in FATAL:
-            raise ValueError("libswscale would end the process")
-        if native := SWAPPED.get(frame.format.name):
-            frame = self._reformatter.reformat(frame, format=native)
-        how = {}
-        if matrix := _replacement(frame):
-            how = {"src_colorspace": matrix, "dst_colorspace": matrix}
-        return self._reformatter.reformat(frame, width, height, format=form, **how)
+        if frame.format.name in UNREAD:
+            raise ValueError("libswscale reads it wrong, or ends the process")
+        return self._reformatter.reformat(frame, width, height, format=form)
 
 
 def _over_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -263,76 +242,20 @@ def _is_limited_grey(frame: VideoFrame) -> bool:
     return frame.format.name.startswith(("gray", "ya")) and frame.color_range == ColorRange.MPEG
 
 
-def _replacement(frame: VideoFrame) -> str | None:
-    """PyAV's name of the matrix to use in place of the frame's own; None where that will do, or nothing will."""
-    matrix = frame.colorspace
-    if matrix in USUAL or not _is_yuv(frame.format):
-        return None
-    if matrix in (Matrix.CHROMA_DERIVED_NC, Matrix.CHROMA_DERIVED_C):
-        return "BT2020" if frame.color_primaries == ColorPrimaries.BT2020 else "ITU709"
-    if matrix == Matrix.BT2020C:
-        return "BT2020"
-    if matrix in (Matrix.RESERVED, Matrix.YCGCO, Matrix.ICTCP, Matrix.IPT_C2) or matrix > max(Matrix):
-        return "DEFAULT"
-    return None
-
-
-def _own_matrix(frame: VideoFrame, hdr: str | None) -> np.ndarray | None:
-    """Return the matrix `[3, 3]` that makes channels from 0 to 1 of a stored Y from 0 to 1 and two differences; None where
-    libswscale does.
-    """
-    if not _is_yuv(frame.format):
-        return None
-    if hdr == IPT:
-        return FROM_IPT
-    if frame.colorspace == Matrix.ICTCP:
-        return FROM_ICTCP[hdr]
-    if frame.colorspace == Matrix.YCGCO:
-        return FROM_YCGCO
-    return None
-
-
-def _scaled(frame: VideoFrame, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return float32 `[3, 3]` and `[3, 1]`: matrix and offset that make channels from 0 to 65535 of three planes of 16 bits.
-
-    These are G, B and R, or with a matrix of `_own_matrix` Y and two differences. libswscale adds zeros to values of fewer bits.
-    """
-    added = 16 - min(16, frame.format.components[0].bits)
-    full = WHITE >> added << added
-    limited = _is_yuv(frame.format) and frame.color_range != ColorRange.JPEG
+def _levels(frame: VideoFrame) -> tuple[int, int]:
+    """Return black and white of the 16-bit channels that libswscale makes of a frame. It adds zeros to values of fewer bits."""
     if _is_limited_grey(frame):
-        matrix = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])
-        zero = [16 << 8] * 3
-        one = [219 << 8] * 3
-    elif own is None:
-        matrix = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])
-        zero = [0, 0, 0]
-        white = 255 << 8 if limited else full
-        one = [white] * 3
-    elif limited:
-        matrix = own
-        level = 1 << 8
-        chroma = 219 if own is FROM_YCGCO else 224
-        zero = [16 * level, 128 * level, 128 * level]
-        one = [219 * level, chroma * level, chroma * level]
-    else:
-        matrix = own
-        zero = [0, 1 << 15, 1 << 15]
-        one = [full] * 3
-    matrix = matrix * WHITE / np.array(one)
-    return matrix.astype(np.float32), (0.5 - matrix @ zero).astype(np.float32)[:, None]
+        return 16 << 8, 235 << 8
+    if _is_yuv(frame.format) and frame.color_range != ColorRange.JPEG:
+        return 0, 255 << 8
+    added = 16 - min(16, frame.format.components[0].bits)
+    return 0, WHITE >> added << added
 
 
-def _to_bt709(frame: VideoFrame, hdr: str | None) -> np.ndarray:
+def _to_bt709(frame: VideoFrame) -> np.ndarray:
     """Return float32 `[3, 3]`: the matrix that makes light of BT.709 of the light of an HDR frame's channels."""
-    if hdr == IPT:
-        matrix = FROM_DOLBY_LMS
-    elif frame.colorspace == Matrix.ICTCP:
-        matrix = FROM_LMS
-    else:
-        known = {ColorPrimaries.BT709: np.eye(3), ColorPrimaries.SMPTE432: FROM_P3}
-        matrix = known.get(frame.color_primaries, FROM_BT2020)  # nearly all HDR is BT.2020
-    return matrix.astype(np.float32)
+    known = {ColorPrimaries.BT709: np.eye(3), ColorPrimaries.SMPTE432: FROM_P3}
+    return known.get(frame.color_primaries, FROM_BT2020).astype(np.float32)  # nearly all HDR is BT.2020
 
 
 def _mapped(channels: np.ndarray, hdr: str, to_bt709: np.ndarray) -> np.ndarray:

@@ -35,9 +35,8 @@ from evoprune.backend.limits import available_cores
 from evoprune.errors import VideoError
 from evoprune.video.info import CLIP_ENDINGS, EXACT, PICTURE, Video
 from evoprune.video.readers import ffmpeg, folder
-from evoprune.video.readers.probing import Part, parts_of
 from evoprune.video.readers.pyav import Picture, begun, planned
-from evoprune.video.readers.track import Track, Unreachable
+from evoprune.video.readers.track import TimedFrame, Track, Unreachable
 
 MP4, MATROSKA = CLIP_ENDINGS
 FORMATS = {MP4: "mp4", MATROSKA: "matroska"}
@@ -133,12 +132,10 @@ def _cut(
     info: Video, start_s: float, end_s: float, exact: bool, title: str, file: _Written
 ) -> Iterator[dict[str, Any]]:
     """Write a clip into a file: yield the facts, and then something after each packet."""
-    every = parts_of(info, ffmpeg.ignore_damage)
-    joined = len(every) > 1 or info.clock_restarts > 0
+    joined = info.clock_restarts > 0
     if joined and not exact:
         raise VideoError(f"{info.path} was joined of several files, so its packets cannot be copied", EXACTLY)
-    part = every[0]
-    with closing(Track(info.path, part)) as track, ffmpeg.open_video(info.path, part.span) as beside:
+    with closing(Track(info)) as track, ffmpeg.open_video(info.path) as beside:
         heard = beside.streams.best("audio")
         sound = heard
         if joined or (heard is not None and not _codec(heard)):
@@ -157,7 +154,7 @@ def _cut(
         with _writing(info, exact), av.open(file, "w", format=FORMATS[ending]) as out:
             out.metadata["title"] = title
             if exact:
-                video = _encoded(_encoder(out, info), _pictures(info, every, start_s, end_s), length_s)
+                video = _encoded(_encoder(out, info), _pictures(info, start_s, end_s), length_s)
             else:
                 video = _copied(_like(out, track.stream), info.path, packets, origin_s, length_s)
             audible: TimedPackets = iter(())
@@ -373,7 +370,7 @@ def _timed(packets: list[Packet], lengths: dict[int, int]) -> TimedPackets:
     yield from _ordered(packets)
 
 
-def _pictures(info: Video, every: list[Part], start_s: float, end_s: float) -> Pictures:
+def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
     """Yield the picture that is shown at a time, and then each that appears before another time.
 
     Raises VideoError: nothing can be decoded.
@@ -384,7 +381,8 @@ def _pictures(info: Video, every: list[Part], start_s: float, end_s: float) -> P
 
     shown = None
     shown_s = -math.inf
-    for time_s, frame, of_part in _decoded(info, every, start_s):
+    picture = Picture(info)
+    for time_s, frame in _decoded(info, start_s):
         if time_s < shown_s + ffmpeg.TOLERANCE_S:  # its time lies
             continue
         if shown is not None and time_s >= end_s - ffmpeg.TOLERANCE_S:
@@ -393,23 +391,18 @@ def _pictures(info: Video, every: list[Part], start_s: float, end_s: float) -> P
             yield held()
         shown = frame
         shown_s = time_s
-        picture = of_part
     if shown is None:
         raise ffmpeg.nothing_decoded(info.path)
     yield held()
 
 
-def _decoded(info: Video, every: list[Part], start_s: float) -> Iterator[tuple[float, VideoFrame, Picture]]:
-    """Yield the frames from a keyframe before a time on: when each appears in the video, and what makes a picture of it."""
-    first = bisect_right([part.begin_s for part in every], start_s + ffmpeg.TOLERANCE_S) - 1
-    for part in every[max(0, first) :]:
-        picture = Picture(info, part)
-        (run,) = planned(info.path, part, [max(0.0, start_s - part.begin_s)], EXACT, 0.0)
-        with closing(Track(info.path, part, ffmpeg.thread_count(available_cores()))) as track:
-            frames = None
-            with suppress(Unreachable):
-                _, frames = begun(track, run, ffmpeg.ignore_damage, sparing=False)
-            if frames is None:
-                frames = track.from_beginning((), ffmpeg.ignore_damage)
-            for time_s, frame in frames:
-                yield part.begin_s + time_s, frame, picture
+def _decoded(info: Video, start_s: float) -> Iterator[TimedFrame]:
+    """Yield the frames from a keyframe before a time on."""
+    (run,) = planned(info, [max(0.0, start_s)], EXACT, 0.0)
+    with closing(Track(info, ffmpeg.thread_count(available_cores()))) as track:
+        frames = None
+        with suppress(Unreachable):
+            _, frames = begun(track, run, ffmpeg.ignore_damage, sparing=False)
+        if frames is None:
+            frames = track.from_beginning((), ffmpeg.ignore_damage)
+        yield from frames

@@ -9,7 +9,7 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from itertools import islice
 from types import SimpleNamespace
 from typing import BinaryIO, NamedTuple
@@ -29,7 +29,6 @@ from evoprune.util import LONGEST, missing_hint, shorten, shown
 from evoprune.video.info import Video, fitted
 from evoprune.video.readers import colour
 
-Span = tuple[int, int]  # the first byte of a part of a file, and the one behind its last byte
 # Called with a mark for each damaged packet or image: the same mark for the same damage.
 Damage = Callable[[object], None]
 Crop = Sequence[int]  # pixels that are cut off a stored frame on the left, right, top and bottom
@@ -101,7 +100,7 @@ class Shown(NamedTuple):
 
     time_s: float  # the frame's own, from the first frame
     rgb: np.ndarray  # uint8 `[H, W, 3]`, as displayed
-    other_shape: bool = False  # whether it has another shape than the video
+    other_size: bool = False  # whether it has another size than the video, to which it was scaled
     moved: bool = False  # whether it is a keyframe nearby instead of the frame on screen
 
 
@@ -223,37 +222,11 @@ def check_file(path: str) -> None:
         raise VideoError(f"{path} is empty", "was it copied or downloaded to its end?")
 
 
-class Slice:
-    """Show one part of an open binary file as a file of its own that FFmpeg can read and seek in."""
-
-    def __init__(self, path: str, span: Span):
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (`close` closes it)
-        self._begin, self._end = span
-        self._file.seek(self._begin)
-
-    def read(self, count: int) -> bytes:
-        left = self._end - self._file.tell()
-        if left <= 0:
-            return b""
-        return self._file.read(min(count, left))
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = (self._begin, self._file.tell(), self._end)[whence]
-        return self._file.seek(max(self._begin, start + offset)) - self._begin
-
-    def tell(self) -> int:
-        return self._file.tell() - self._begin
-
-    def close(self) -> None:
-        self._file.close()
-
-
 @contextmanager
-def open_video(path: str, span: Span | None = None) -> Iterator[InputContainer]:
-    """Provide an opened file, or one part of it. Raises what `check_file` raises, and as `reading`."""
+def open_video(path: str) -> Iterator[InputContainer]:
+    """Provide an opened file. Raises what `check_file` raises, and as `reading`."""
     check_file(path)
-    file = open(path, "rb", buffering=0) if span is None else Slice(path, span)  # noqa: SIM115 (`closing` closes it)
-    with closing(file), open_bytes(file) as container:
+    with open(path, "rb", buffering=0) as file, open_bytes(file) as container:
         if container.format.name == "tty":  # FFmpeg draws text files as a terminal would
             raise VideoError(f"{path} is not a video: it is a text file", FORMATS)
         yield container

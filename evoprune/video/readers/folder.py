@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 
 import av
@@ -13,11 +14,16 @@ from evoprune.video.info import IMAGES, Video, files, fitted
 from evoprune.video.readers import colour, ffmpeg
 
 CONTAINER = "folder"
+FRACTION = re.compile(r"[0-9]\.([0-9]+)")
 MAX_BYTES = 2**29  # larger files count as damaged
 
 
 def list_images(folder: str) -> list[str]:
-    """Paths of the images in a folder, in display order. Raises VideoError if it cannot be read, or has none."""
+    """Return the paths of the images in a folder, in display order.
+
+    Raises VideoError: the folder cannot be read, has no images, or has names whose order is not clear: fractions of different
+    lengths may be decimals (0.25 before 0.5) or separate numbers (1.9 before 1.10).
+    """
     try:
         images = files(folder, IMAGES)
     except (OSError, ValueError) as error:
@@ -25,6 +31,10 @@ def list_images(folder: str) -> list[str]:
     if not images:
         hint = f"files that count as images: {', '.join(IMAGES)}; for a folder of videos: evoprune batch {folder}"
         raise VideoError(f"no images in the folder {folder}", hint)
+    names = [os.path.basename(os.path.splitext(image)[0]) for image in images]
+    if len({len(fraction) for name in names for fraction in FRACTION.findall(name)}) > 1:
+        hint = "give all as many digits behind the point, such as 0.25 and 0.50, or use whole numbers"
+        raise VideoError(f"the names in the folder {folder} have numbers whose order is not clear", hint)
     return images
 
 

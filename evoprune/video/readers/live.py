@@ -9,13 +9,10 @@ import os
 import select
 import stat
 import time
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 
 import av
-import av.logging
 import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
@@ -24,8 +21,7 @@ from av.video.frame import VideoFrame
 from evoprune.backend.limits import available_cores
 from evoprune.errors import VideoError
 from evoprune.video.readers import colour, ffmpeg
-from evoprune.video.readers.ffmpeg import Slice, Span
-from evoprune.video.readers.parts import spans
+from evoprune.video.readers.probing import another_follows
 
 # By the kind of a URL: the protocols that it needs, and formats beside those of files.
 WEB = "http,https,httpproxy,tcp,tls,crypto", ",hls,dash,aac,mp3,webvtt"
@@ -66,7 +62,6 @@ class LiveReader:
         self._live = source is None or not os.path.isfile(source)  # whether what comes has just been made
         self._open = ExitStack()
         self._held = None
-        self._parts: list[Span] = []  # of a file that does not grow, those that were not opened yet
         self._gap_s = 0.0  # the largest step ahead that was taken for another clock
         if descriptor is not None:
             self._open.callback(os.close, descriptor)
@@ -140,10 +135,7 @@ class LiveReader:
                 "rtsp_flags": "prefer_tcp",
             }
         if self._scheme or camera:
-            kwargs = {"format": camera, "options": limits, "timeout": self._timeout_s} | ffmpeg.ANY_TAGS
-            if self._scheme in ("http", "https"):
-                return self._followed(path, kwargs)
-            return av.open(path, **kwargs)
+            return av.open(path, format=camera, options=limits, timeout=self._timeout_s, **ffmpeg.ANY_TAGS)
         limits |= {"protocol_whitelist": "none", "format_whitelist": FORMATS}
         end = time.monotonic() + self._timeout_s
         while True:
@@ -153,18 +145,12 @@ class LiveReader:
                 if picture.is_picture(path):
                     raise VideoError(f"{path} is a picture, not a video", "evoprune ask answers questions about it")
             late = not self._follow or time.monotonic() > end
-            parts = spans(path) if path and os.path.isfile(path) else []
-            if len(parts) > 1 or (parts and late):  # a joined file, or the end of one that is cut off, does not grow
-                first, *self._parts = parts
-                file = Slice(path, first)
-            else:
-                number = os.open(path, os.O_RDONLY) if path else os.dup(descriptor)
-                file = _Following(number, self._timeout_s)
+            number = os.open(path, os.O_RDONLY) if path else os.dup(descriptor)
+            file = _Following(number, self._timeout_s)
             self._open.callback(file.close)
             try:
                 container = av.open(file, options=limits, **ffmpeg.ANY_TAGS)
-                if isinstance(file, _Following):
-                    file.waits = self._follow and path is not None  # not before: FFmpeg also looks at the end of a file
+                file.waits = self._follow and path is not None  # not before: FFmpeg also looks at the end of a file
                 return container
             except av.error.FFmpegError as problem:  # perhaps its beginning is not there yet
                 file.close()
@@ -176,29 +162,6 @@ class LiveReader:
                     raise VideoError(f"cannot read {path}: {ffmpeg.reason(problem)}", ffmpeg.INCOMPLETE) from problem
             ffmpeg.alive()
             time.sleep(POLL_S)
-
-    def _followed(self, url: str, kwargs: dict) -> InputContainer:
-        """Return what a URL holds.
-
-        FFmpeg follows a playlist that names itself without end, so its log is searched for that meanwhile.
-        """
-        level = av.logging.get_level()
-        opener = ThreadPoolExecutor(1)
-        av.logging.set_level(av.logging.DEBUG)  # at which requests are logged
-        try:
-            with av.logging.Capture(local=False) as log:
-                opening = opener.submit(av.open, url, **kwargs)
-                while not wait([opening], POLL_S).done:
-                    ffmpeg.alive()
-                    asked = Counter(text for _, _, text in list(log) if text.startswith("request:"))
-                    if max(asked.values(), default=0) > 10:  # a live playlist is asked for now and then
-                        raise VideoError(
-                            f"{self._name} is a playlist that names itself", "give the address of a stream"
-                        )
-            return opening.result()
-        finally:
-            av.logging.set_level(level)
-            opener.shutdown(wait=False)  # the thread ends by the timeout, or with this process
 
     def _timed(self) -> Iterator[tuple[float, VideoFrame]]:
         """Yield each frame with its seconds from the first one, which never go back, whatever the source's own clock does."""
@@ -225,18 +188,6 @@ class LiveReader:
             yield time_s, frame
 
     def _decoded(self) -> Iterator[VideoFrame]:
-        """Yield all frames of all parts."""
-        yield from self._decoded_part()
-        while self._parts:
-            self._container.close()
-            self._container = self._open.enter_context(ffmpeg.open_video(self._source, self._parts.pop(0)))
-            self._stream = ffmpeg.video_stream(
-                self._container, self._name, threads=ffmpeg.thread_count(available_cores())
-            )
-            self._crop = ffmpeg.cropping(ffmpeg.stream_log(self._stream))
-            yield from self._decoded_part()
-
-    def _decoded_part(self) -> Iterator[VideoFrame]:
         """Yield all frames; what cannot be decoded is left out, unless it is all that comes for `timeout_s`."""
         since = None  # when the first packet after the latest frame came; waiting for one is no failure
         decode = ffmpeg.decoder(self._stream, self._crop)
@@ -267,13 +218,13 @@ class LiveReader:
         """Yield all packets; where the source breaks off, None, which makes the decoder return what it still holds, then the
         error.
         """
-        begun = False
+        end = 0
         try:
             for packet in self._container.demux(self._stream):
                 yield packet
-                begun = True
+                end = max(end, (packet.pos or 0) + packet.size)
         except (av.error.FFmpegError, OSError, IndexError) as problem:
-            back = (self._scheme or not self._source) and self.facts["container"] == ffmpeg.MOV and not begun
+            back = (self._scheme or not self._source) and self.facts["container"] == ffmpeg.MOV and not end
             if back and isinstance(problem, av.error.InvalidDataError | av.error.OSError):
                 message = f"{self._name} has its index at its end, so it can be read only as a file"
                 hint = "download it first, or have it written by ffmpeg -movflags +faststart"
@@ -282,6 +233,13 @@ class LiveReader:
             # So FFmpeg calls the end of a transfer whose length was not said.
             if getattr(problem, "errno", None) != errno.EIO or self.facts["finite"]:
                 raise self._error(problem) from problem
+        if (
+            self._source
+            and os.path.isfile(self._source)
+            and another_follows(self._source, self.facts["container"], end)
+        ):
+            message = f"{self._name} holds another file after its first one, as cat writes it, which is not read"
+            raise VideoError(message, "join the videos with ffmpeg -f concat")
 
     def _error(self, problem: Exception) -> VideoError:
         """Return what a failure means to the user. It never names the URL as it was typed, which may hold a password."""

@@ -1,9 +1,11 @@
-"""What a video file is, and how long: `probe` decodes no more than the first frame. `parts`: of a file that was joined."""
+"""What a video file is, and how long: `probe` decodes no more than the first frame."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -14,112 +16,35 @@ from av.video.stream import VideoStream
 from evoprune.errors import VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg
-from evoprune.video.readers.ffmpeg import Span
-from evoprune.video.readers.parts import AVI_ENTRY_BYTES, avi_index, cut_off, has_encrypted_track, spans
-from evoprune.video.readers.sizes import stored_sizes
 
 RATE_JITTER_S = 0.0025  # frame intervals that differ by less are constant: Matroska rounds times to milliseconds
 # A file whose packets are all read to find its length may have so many, or one for each so many bytes of the file if that is more.
 MAX_PACKETS = 2**18
 BYTES_PER_PACKET = 128
+MAX_BOXES = 2**20  # of an MP4 that are looked at, which takes a second; a fragment has two
+ENCRYPTED_TRACK = b"encv" + bytes(6)  # the beginning of its entry in an MP4's table of formats (stsd)
+AVI_ENTRY_BYTES = 16  # of the index at the end of an AVI
+BEHIND_BYTES = 2**20  # in which another file is looked for behind the last packet
+# The first bytes of Matroska, FLV and ASF, and those of MP4 and AVI behind the first length.
+STARTS = (b"\x1aE\xdf\xa3", b"FLV\x01", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", b"ftyp", b"AVI LIST")
+START_BYTES = 14  # in which files of other containers begin alike; a shorter beginning is that of each piece of an MXF
 RATE_PACKETS = 100  # by which the rate of frames is measured where none is stated
 
 
 def probe(path: str) -> Video:
-    """See `evoprune.video.frames.probe`. Of a joined file the size is that of its largest part."""
-    every = parts(path)
-    first = every[0].info
-    broken = cut_off(path, every[-1].span[0])
-    if len(every) == 1:
-        return replace(first, cut_off=broken)
-    infos = [part.info for part in every]
-    largest = max(infos, key=_area)
-    same_rate = all(info.fps == first.fps for info in infos)
-    return replace(
-        first,
-        duration_s=_sum([info.duration_s for info in infos]),
-        width=largest.width,
-        height=largest.height,
-        fps=first.fps if same_rate else None,
-        variable_rate=None,
-        frames_total=_sum([info.frames_total for info in infos]),
-        stated_s=_sum([info.stated_s for info in infos]),
-        clock_restarts=sum(info.clock_restarts + 1 for info in infos) - 1,
-        clock_gap_s=max(info.clock_gap_s for info in infos),
-        changes_size=any(
-            info.changes_size or (info.width, info.height) != (first.width, first.height) for info in infos
-        ),
-        hdr=any(info.hdr for info in infos),
-        hdr_format=next((info.hdr_format for info in infos if info.hdr_format), None),
-        interlaced=any(info.interlaced for info in infos),
-        rate_guessed=any(info.rate_guessed for info in infos),
-        cut_off=broken,
-    )
+    """See `evoprune.video.frames.probe`."""
+    with ffmpeg.open_video(path) as container:
+        return _probe(path, container)
 
 
-def _area(info: Video) -> int:
-    return info.width * info.height
-
-
-def _sum(values: Sequence[float | None]) -> float | None:
-    """Add values; None if one of them is not known."""
-    if None in values:
-        return None
-    return sum(values)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Describe one of the files that a joined file consists of.
-
-    `info` counts times from its own first frame, which comes at `begin_s`.
-    """
-
-    span: Span
-    info: Video
-    begin_s: float
-
-
-def parts(path: str, damaged: ffmpeg.Damage = ffmpeg.ignore_damage) -> list[Part]:
-    """Return the parts, at least one. Those behind it that cannot be read are left out, and `damaged` is called for each.
-
-    Raises VideoError: nothing in the first can be decoded, or as `ffmpeg.open_video` and `spans`.
-    """
-    ffmpeg.check_file(path)
-    found: list[Part] = []
-    begin_s = 0.0
-    for span in spans(path):
-        ffmpeg.alive()
-        try:
-            with ffmpeg.open_video(path, span) as container:
-                info = _probe(path, span, container)
-        except (VideoError, av.error.FFmpegError):
-            if not found:
-                raise
-            damaged(span)
-            continue
-        found.append(Part(span, info, begin_s))
-        begin_s += info.duration_s or 0.0
-    return found
-
-
-def parts_of(info: Video, damaged: ffmpeg.Damage) -> list[Part]:
-    """Return the parts of a file that was probed before, which is not probed again unless it was joined."""
-    ffmpeg.check_file(info.path)
-    found = spans(info.path)
-    if len(found) == 1:
-        return [Part(found[0], info, 0.0)]
-    return parts(info.path, damaged)
-
-
-def _probe(path: str, span: Span, container: InputContainer) -> Video:
+def _probe(path: str, container: InputContainer) -> Video:
     stream = ffmpeg.video_stream(container, path)
     if container.format.name.endswith("_pipe"):  # FFmpeg's names for single pictures: jpegxl_pipe and so on
         hint = f"convert it to JPEG or PNG; {', '.join(ffmpeg.PICTURES)} are read"
         raise VideoError(f"{path} is a picture of a kind that is not read ({stream.codec_context.codec.name})", hint)
     log = ffmpeg.stream_log(stream)
     ffmpeg.check_encryption(stream, log, path)
-    if container.format.name == ffmpeg.MOV and has_encrypted_track(path, span):
+    if container.format.name == ffmpeg.MOV and _has_encrypted_track(path):
         raise ffmpeg.encrypted(path)
     header = colour.stated(stream, log)
     crop = ffmpeg.cropping(log)
@@ -128,12 +53,12 @@ def _probe(path: str, span: Span, container: InputContainer) -> Video:
         raise ffmpeg.nothing_decoded(path)
     rotation, mirrored = ffmpeg.orientation(first)
     rate, guessed = ffmpeg.frame_rate(stream)
-    rate = rate or _measured_rate(path, span)
+    rate = rate or _measured_rate(path)
     step = 1 / (rate or ffmpeg.FALLBACK_FPS)
     # The header's count is wrong if it has more frames than the file has bytes.
     total = stream.frames if stream.frames <= container.size else 0
     start = ffmpeg.frame_time(first, stream)
-    lengths = _lengths(path, span, stream, start, step)
+    lengths = _lengths(path, stream, start, step)
     variable_rate = None
     # Only MP4 and related containers list every frame in advance, less those that an edit list cuts away; fragments were found when
     # packets were read.
@@ -142,9 +67,8 @@ def _probe(path: str, span: Span, container: InputContainer) -> Video:
         total = len(shown)
         steps = np.diff(shown)
         variable_rate = len(steps) > 1 and bool(np.ptp(steps) * stream.time_base > RATE_JITTER_S)
-    sizes = stored_sizes(container, stream, first, crop, lengths.duration_s)
-    width, height = ffmpeg.turned_size(max(sizes, key=math.prod), rotation)
-    _check_decodable(path, span, width * height, total or math.ceil((lengths.duration_s or 0.0) / step))
+    width, height = ffmpeg.turned_size((first.width, first.height), rotation)
+    _check_decodable(path, width * height, total or math.ceil((lengths.duration_s or 0.0) / step))
     return Video(
         path=path,
         duration_s=lengths.duration_s,
@@ -165,16 +89,63 @@ def _probe(path: str, span: Span, container: InputContainer) -> Video:
         stated_s=lengths.stated_s and max(lengths.stated_s, lengths.duration_s or 0.0),
         clock_restarts=lengths.restarts,
         clock_gap_s=lengths.gap_s,
-        changes_size=len(sizes) > 1,
+        joined=_is_joined(path, container.format.name, lengths),
         other_tracks=len(ffmpeg.moving(container)) - 1,
         has_sound=bool(container.streams.audio),
         **ffmpeg.shown_otherwise(stream, colour.hdr_format(first, header), first),
     )
 
 
-def _check_decodable(path: str, span: Span, pixels: int, frames: int) -> None:
-    """Raises VideoError for a decompression bomb: a part of a file with more pixels in all its frames than its size allows."""
-    size = span[1] - span[0]
+def _is_joined(path: str, container: str, lengths: "_Lengths") -> bool:
+    """Return whether a file holds another one in a way in which FFmpeg reads it by the header of the first, or not at all."""
+    if container in ffmpeg.JOINED:
+        return False
+    return lengths.restarts > 0 or another_follows(path, container, lengths.end)
+
+
+def another_follows(path: str, container: str, end: int) -> bool:
+    """Return whether another file was joined to this one, byte by byte (`cat a.mkv b.mkv`). Looks at a few places only.
+
+    `end`: the byte behind the last packet that FFmpeg reads, 0 if packets have no times. An index may follow it, and then the other
+    file.
+    """
+    with open(path, "rb", buffering=0) as file:
+        if container == ffmpeg.MOV:
+            return sum(kind == b"moov" for kind, _, _ in _boxes(file)) > 1
+        own = file.read(START_BYTES)
+        file.seek(end)
+        behind = file.read(BEHIND_BYTES)
+        return end > 0 and any(start in behind for start in (own, *STARTS))
+
+
+def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the kind, the beginning and the end of each box at the top level of an MP4 or MOV."""
+    at = 0
+    for _ in range(MAX_BOXES):
+        head = os.pread(file.fileno(), 16, at)
+        size = int.from_bytes(head[:4], "big")
+        if size == 1:
+            size = int.from_bytes(head[8:], "big")
+        if size < 8:  # no box, or one that ends with the file
+            size = os.fstat(file.fileno()).st_size - at
+        if size <= 0:
+            return
+        yield head[4:8], at, at + size
+        at += size
+
+
+def _has_encrypted_track(path: str) -> bool:
+    """Return True if the index of an MP4 has an encrypted video track, also in ways that FFmpeg does not report (PIFF)."""
+    with open(path, "rb", buffering=0) as file:
+        for kind, at, end in _boxes(file):
+            if kind == b"moov":
+                return ENCRYPTED_TRACK in os.pread(file.fileno(), end - at, at)
+    return False
+
+
+def _check_decodable(path: str, pixels: int, frames: int) -> None:
+    """Raises VideoError for a decompression bomb: a file with more pixels in all its frames than its size allows."""
+    size = os.stat(path).st_size
     decoded = pixels * min(frames, size)  # a frame has a byte at least
     if decoded > max(ffmpeg.MAX_DECODED_PIXELS, ffmpeg.MAX_PIXELS_PER_BYTE * size):
         message = f"{path} has {decoded / 10**9:,.0f} billion pixels in {frames:,} frames, too many for {size:,} bytes"
@@ -190,17 +161,14 @@ class _Times:
     length_s: float
     decoded_s: float  # the time at which the packet that is stored last is decoded
     claimed_s: float  # the latest end by the word of any packet
-    counted_s: float = 0.0  # of the same part, the durations of all packets together
     parts_s: float = 0.0  # of the parts before
     restarts: int = 0
     gap_s: float = 0.0  # the largest step ahead that was taken for a restart
+    end: int = 0  # the byte behind the last packet
 
-    def part_s(self, container: str, step: float) -> float:
+    def part_s(self, step: float) -> float:
         """Return how long the part lasts that is read; `step` replaces the length of its last frame."""
-        stamped_s = self.last_s - self.first_s + step
-        if misses_one(stamped_s - self.counted_s, step, container):
-            return self.counted_s
-        return stamped_s
+        return self.last_s - self.first_s + step
 
 
 def _measured(packets: Iterable[Packet | None], container: str, step: float) -> _Times | None:
@@ -226,9 +194,8 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
             times = _Times(shown, shown, length, decoded, shown + length)
         passed = decoded - times.decoded_s if stored else key * (shown - times.last_s)
         if ffmpeg.restarts(passed, container):
-            times.parts_s += times.part_s(container, step)
+            times.parts_s += times.part_s(step)
             times.first_s = times.last_s = shown
-            times.counted_s = 0.0
             times.restarts += 1
             times.gap_s = max(times.gap_s, passed)
         times.first_s = min(times.first_s, shown)
@@ -236,7 +203,7 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
         times.claimed_s = max(times.claimed_s, shown + length)
         times.length_s = length
         times.decoded_s = decoded
-        times.counted_s += length
+        times.end = max(times.end, (packet.pos or 0) + packet.size)
     return times
 
 
@@ -248,9 +215,10 @@ class _Lengths:
     stated_s: float | None = None
     restarts: int = 0
     gap_s: float = 0.0
+    end: int = 0  # the byte behind the last packet; 0 where packets have no times
 
 
-def _lengths(path: str, span: Span, stream: VideoStream, start: float | None, step: float) -> _Lengths:
+def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -> _Lengths:
     """Measure the length of a video, and read the stated one.
 
     The header is not trusted where packets have times: it includes audio, may count from zero instead of from the first frame,
@@ -259,17 +227,17 @@ def _lengths(path: str, span: Span, stream: VideoStream, start: float | None, st
     container = stream.container
     name = container.format.name
     if name == ffmpeg.AVI:
-        return _lengths_in_avi(path, span, stream, start, step)
+        return _lengths_in_avi(path, stream, start, step)
     if start is None:
-        return _Lengths(step * sum(1 for _ in _all_packets(path, span)))
+        return _Lengths(step * sum(1 for _ in _all_packets(path)))
     times = _measured(_tail_packets(path, container, stream), name, step)
     if times is None or times.restarts or (name in ffmpeg.JOINED and _seen_to_restart(container, stream, times)):
-        times = _measured(_all_packets(path, span), name, step)
+        times = _measured(_all_packets(path), name, step)
     if times is None:
         return _Lengths(None)
     duration = times.last_s + times.length_s - start
     if times.restarts:
-        duration = times.parts_s + times.part_s(name, times.length_s)
+        duration = times.parts_s + times.part_s(times.length_s)
     stated = None
     if name == ffmpeg.MOV and len(stream.index_entries):
         stated = duration
@@ -279,36 +247,48 @@ def _lengths(path: str, span: Span, stream: VideoStream, start: float | None, st
         stated = max(container.duration / av.time_base - start, duration)
         # It includes the wrong duration of a frame that was copied from an MP4, see `_measured`.
         if stated - duration > 0.5:
-            every = _measured(_all_packets(path, span), name, step)
+            every = _measured(_all_packets(path), name, step)
             if every and every.claimed_s - start >= stated - 1e-2:
                 stated = duration
-    return _Lengths(duration, stated, times.restarts, times.gap_s)
+    return _Lengths(duration, stated, times.restarts, times.gap_s, times.end)
 
 
-def _lengths_in_avi(path: str, span: Span, stream: VideoStream, start: float | None, step: float) -> _Lengths:
+def _lengths_in_avi(path: str, stream: VideoStream, start: float | None, step: float) -> _Lengths:
     frames = stream.frames if stream.frames <= stream.container.size else 0  # written to a pipe it claims 2**30
     stated = step * frames or None
     if start is None:
-        return _Lengths(step * sum(1 for _ in _all_packets(path, span)), stated)
+        return _Lengths(step * sum(1 for _ in _all_packets(path)), stated)
     # If the index does not list as many frames as the header, the file was cut off. FFmpeg's lacks frames without data.
-    if frames and frames in (len(stream.index_entries), _listed_in_avi(path, span, stream.index)):
-        return _Lengths(stated, stated)
-    decoded = [float(p.dts * p.time_base) for p in _all_packets(path, span) if p.dts is not None]
+    if frames and frames in (len(stream.index_entries), _listed_in_avi(path, stream.index)):
+        return _Lengths(stated, stated, end=_riff_end(path))
+    decoded = [float(p.dts * p.time_base) for p in _all_packets(path) if p.dts is not None]
     if not decoded:
         return _Lengths(None, stated)
     return _Lengths(max(decoded) - min(decoded) + step, stated)
 
 
-def _listed_in_avi(path: str, span: Span, stream: int) -> int:
-    """Return how many frames of a stream the index of an AVI lists; those without data repeat the frame before."""
-    chunks = avi_index(path, span)
+def _riff_end(path: str) -> int:
+    with open(path, "rb") as file:
+        return 8 + int.from_bytes(file.read(8)[4:], "little")
+
+
+def _listed_in_avi(path: str, stream: int) -> int:
+    """Return how many frames of a stream the index at the end of an AVI lists; those without data repeat the frame before."""
     names = {f"{stream:02}{kind}".encode() for kind in ("dc", "db")}
-    return sum(chunks[at : at + 4] in names for at in range(0, len(chunks), AVI_ENTRY_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(12)
+        while len(head := file.read(8)) == 8:
+            length = int.from_bytes(head[4:], "little")
+            if head[:4] == b"idx1":
+                chunks = file.read(length)
+                return sum(chunks[at : at + 4] in names for at in range(0, len(chunks), AVI_ENTRY_BYTES))
+            file.seek(length + length % 2, os.SEEK_CUR)
+    return 0
 
 
-def _measured_rate(path: str, span: Span) -> float | None:
+def _measured_rate(path: str) -> float | None:
     """Measure the frames a second by the times of the first packets; None if they have none."""
-    stamps = [float(p.pts * p.time_base) for p in islice(_all_packets(path, span), RATE_PACKETS) if p.pts is not None]
+    stamps = [float(p.pts * p.time_base) for p in islice(_all_packets(path), RATE_PACKETS) if p.pts is not None]
     lasts_s = max(stamps, default=0.0) - min(stamps, default=0.0)
     if not lasts_s:
         return None
@@ -349,9 +329,9 @@ def _tail_packets(path: str, container: InputContainer, stream: VideoStream) -> 
     yield from _bounded(ffmpeg.packets(container, stream), path, container.size)
 
 
-def _all_packets(path: str, span: Span) -> Iterator[Packet]:
+def _all_packets(path: str) -> Iterator[Packet]:
     """Yield all packets of the stream; an empty one that has a time repeats the frame before it. Raises as `_bounded`."""
-    with ffmpeg.open_video(path, span) as container:
+    with ffmpeg.open_video(path) as container:
         packets = _bounded(ffmpeg.packets(container, ffmpeg.video_stream(container, path)), path, container.size)
         yield from (packet for packet in packets if packet is not None and (packet.size or packet.dts is not None))
 
@@ -364,12 +344,3 @@ def _bounded(packets: Iterator[Packet | None], path: str, size: int) -> Iterator
             hint = "cut it into shorter videos, or convert it to MP4, e.g. with ffmpeg"
             raise VideoError(f"{path} has more than {most:,} frames in {size:,} bytes", hint)
         yield packet
-
-
-def misses_one(late_s: float, length_s: float, container: str) -> bool:
-    """Return whether a time by the clock is one frame wrong.
-
-    MPEG-PS states a time for a pack of 2 KiB. If that holds several small frames, FFmpeg gives the time to the frame before its
-    own, and counts on from there.
-    """
-    return container == ffmpeg.PROGRAM_STREAM and 0.5 * length_s < abs(late_s) < 1.5 * length_s

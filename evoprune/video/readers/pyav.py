@@ -5,26 +5,23 @@ with a decoder of its own. What is planned depends on the file and the times alo
 `intervals` decodes all frames.
 """
 
-import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
 from operator import itemgetter
 
 from av.video.frame import VideoFrame
 
 from evoprune.backend.limits import available_cores, available_memory
-from evoprune.video.info import AUTO_SEEK, EXACT, KEYFRAMES, FrameTimes, Video, fitted
+from evoprune.video.info import AUTO_SEEK, EXACT, KEYFRAMES, FrameTimes, Video
 from evoprune.video.readers import colour, ffmpeg
-from evoprune.video.readers.probing import Part, parts_of
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
 from evoprune.video.readers.workers import in_order
 
 EARLIER = 3  # keyframes at which decoding a time is tried to begin: what an index lists may be none
-BEGINNING_S = 1.0  # from a keyframe before that, a part is decoded from its beginning
+BEGINNING_S = 1.0  # from a keyframe before that, the file is decoded from its beginning
 NEAR = 3  # keyframes that are tried, the nearest first
 # Times are moved to keyframes where that saves the decoding of so many pixels, which takes one core two to three seconds; and where
 # the parts of the video are not shorter than this.
@@ -39,7 +36,7 @@ class Run:
     """Times whose frames are decoded one after the other."""
 
     times_s: tuple[float, ...]
-    entries: tuple[Keyframe | None, ...]  # where decoding begins, the best first; None: at the part's beginning
+    entries: tuple[Keyframe | None, ...]  # where decoding begins, the best first; None: at the file's beginning
     near: tuple[Keyframe, ...] = ()  # to which the only time may be moved, the nearest first
 
 
@@ -57,61 +54,61 @@ def read(
     """
     cores = cores or available_cores()
     with ffmpeg.reading(info.path):
-        every = parts_of(info, damaged)
-        begins = [part.begin_s - ffmpeg.TOLERANCE_S for part in every[1:]]
-        spans = zip([-math.inf, *begins], [*begins, math.inf], strict=True)
-        for number, (part, (starts_s, ends_s)) in enumerate(zip(every, spans, strict=True)):
-            times = [time - part.begin_s for time in times_s if starts_s <= time < ends_s]
-            if times:
-                with closing(
-                    _read_part(info, part, times, partial(_damaged_in, number, damaged), seek, part_s, cores)
-                ) as frames:
-                    for shown in frames:
-                        yield shown._replace(time_s=part.begin_s + shown.time_s)
+        runs = planned(info, times_s, seek, part_s)
+        done = 0
+        met: list[object] = []
+        try:
+            with closing(_by_threads(info, runs, part_s, cores)) as frames:
+                for shown, met_here in frames:
+                    for mark in met_here:
+                        damaged(mark)
+                    met += met_here
+                    done += 1
+                    yield shown
+            return
+        except Unreachable:
+            rest = Run(tuple(times_s[done:]), (None,))
+        # A decoder with several threads tells of damage some packets later, so that the same damage would count twice.
+        threads = 1 if met else ffmpeg.thread_count(cores)
+        with closing(Track(info, threads)) as track:
+            picture = Picture(info)
+            for found in _on_screen(track, rest, damaged, sparing=False):
+                yield picture.of(*found, moved=False)
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
     """Yield the time and duration of every frame in seconds, and whether it is a keyframe."""
-    for number, part in enumerate(parts_of(info, damaged)):
-        step = 1 / (part.info.fps or ffmpeg.FALLBACK_FPS)
-        with closing(Track(info.path, part, ffmpeg.thread_count(available_cores()))) as track:
-            for time_s, frame in track.from_beginning((), partial(_damaged_in, number, damaged)):
-                length = frame.duration if frame.pts is not None else 0
-                yield part.begin_s + time_s, float((length or 0) * frame.time_base) or step, frame.key_frame
+    step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
+    with closing(Track(info, ffmpeg.thread_count(available_cores()))) as track:
+        for time_s, frame in track.from_beginning((), damaged):
+            length = frame.duration if frame.pts is not None else 0
+            yield time_s, float((length or 0) * frame.time_base) or step, frame.key_frame
 
 
 def frame_times(info: Video) -> FrameTimes:
     """See `evoprune.video.frames.frame_times`."""
     with ffmpeg.reading(info.path):
-        first, *others = parts_of(info, ffmpeg.ignore_damage)
-        with ffmpeg.open_video(info.path, first.span) as container:
+        with ffmpeg.open_video(info.path) as container:
             stated = ffmpeg.stated_frames(container, ffmpeg.video_stream(container, info.path))
-        times = None
-        if not others:
-            with closing(Track(info.path, first)) as track:
-                times = track.times()
+        with closing(Track(info)) as track:
+            times = track.times()
         if times is None:
             times = sorted(time_s for time_s, _, _ in intervals(info, ffmpeg.ignore_damage))
         return FrameTimes(times, stated)
 
 
-def _damaged_in(part: int, damaged: ffmpeg.Damage, number: int | None) -> None:
-    damaged((part, number))
-
-
-def _read_part(
-    info: Video, part: Part, times_s: Sequence[float], damaged: ffmpeg.Damage, seek: str, part_s: float, cores: int
-) -> ffmpeg.Frames:
-    runs = planned(info.path, part, times_s, seek, part_s)
+def _by_threads(
+    info: Video, runs: Sequence[Run], part_s: float, cores: int
+) -> Iterator[tuple[ffmpeg.Shown, list[object]]]:
+    """Yield the frames of some runs, each with the damage that was met on the way to it. Raises Unreachable."""
     pixels = info.width * info.height
     threads = min(cores, len(runs), _most_decoders(pixels))
     ffmpeg.picture_size(pixels, threads)
 
     @contextmanager
     def tools() -> Iterator[Callable[[Run], Iterator[tuple[ffmpeg.Shown, list[object]]]]]:
-        """Provide each frame comes with the damage that was met on the way to it."""
-        with closing(Track(info.path, part, ffmpeg.thread_count(cores // threads))) as track:
-            picture = Picture(info, part)
+        with closing(Track(info, ffmpeg.thread_count(cores // threads))) as track:
+            picture = Picture(info)
 
             def work(run: Run) -> Iterator[tuple[ffmpeg.Shown, list[object]]]:
                 met: list[object] = []
@@ -121,26 +118,7 @@ def _read_part(
 
             yield work
 
-    any_damage = False
-    room = max(2 * threads, ROOM_BYTES // (3 * pixels))
-    done = 0
-    try:
-        with closing(in_order(runs, tools, threads, room)) as frames:
-            for frame, met in frames:
-                for mark in met:
-                    damaged(mark)
-                    any_damage = True
-                done += 1
-                yield frame
-        return
-    except Unreachable:
-        rest = Run(tuple(times_s[done:]), (None,))
-    # A decoder with several threads tells of damage some packets later, so that the same damage would count twice.
-    threads = 1 if any_damage else ffmpeg.thread_count(cores)
-    with closing(Track(info.path, part, threads)) as track:
-        picture = Picture(info, part)
-        for found in _on_screen(track, rest, damaged, sparing=False):
-            yield picture.of(*found, moved=False)
+    return in_order(runs, tools, threads, room=max(2 * threads, ROOM_BYTES // (3 * pixels)))
 
 
 def _most_decoders(pixels: int) -> int:
@@ -152,30 +130,29 @@ def _most_decoders(pixels: int) -> int:
 
 
 class Picture:
-    """Makes what readers yield of the frames of a part, one after the other."""
+    """Makes what readers yield of the frames of a video, one after the other."""
 
-    def __init__(self, info: Video, part: Part):
+    def __init__(self, info: Video):
         self._size = (info.width, info.height)
-        self._turn = (part.info.rotation_deg, part.info.mirrored)
+        self._turn = (info.rotation_deg, info.mirrored)
         # Where a clock restarts, frames that do not say what they are may be of another file than the first one.
-        header = None if part.info.clock_restarts else part.info.hdr_format
+        header = None if info.clock_restarts else info.hdr_format
         self._converter = colour.Converter(info.path, header)
         self._frame = None
         self._rgb = None
-        self._other_shape = False
+        self._other_size = False
 
     def of(self, time_s: float, frame: VideoFrame, moved: bool) -> ffmpeg.Shown:
         if frame is not self._frame:
             self._frame = frame
             self._rgb = ffmpeg.to_rgb(frame, *self._size, *self._turn, self._converter)
-            shown = ffmpeg.turned_size((frame.width, frame.height), self._turn[0])
-            self._other_shape = fitted(shown, self._size) != self._size
-        return ffmpeg.Shown(time_s, self._rgb, self._other_shape, moved)
+            self._other_size = ffmpeg.turned_size((frame.width, frame.height), self._turn[0]) != self._size
+        return ffmpeg.Shown(time_s, self._rgb, self._other_size, moved)
 
 
-def planned(path: str, part: Part, times_s: Sequence[float], seek: str, part_s: float) -> list[Run]:
+def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> list[Run]:
     """Return the runs of some times, at least one, which ascend."""
-    with closing(Track(path, part)) as track:
+    with closing(Track(info)) as track:
         try:
             keyframes = track.keyframes(times_s[0], times_s[-1] + part_s)
         except Unreachable:
@@ -190,11 +167,11 @@ def planned(path: str, part: Part, times_s: Sequence[float], seek: str, part_s: 
         near = [_near(keyframes, time, part_s / 2) for time in times_s]
     if seek == AUTO_SEEK and moves:
         frames = [
-            (time - keyframes[place].time_s) * (part.info.fps or ffmpeg.FALLBACK_FPS)
+            (time - keyframes[place].time_s) * (info.fps or ffmpeg.FALLBACK_FPS)
             for time, place, found in zip(times_s, places, near, strict=True)
             if found
         ]
-        if sum(frames) * part.info.width * part.info.height < SAVED_PIXELS:
+        if sum(frames) * info.width * info.height < SAVED_PIXELS:
             near = [()] * len(times_s)
     runs: list[Run] = []
     for (place, found), same in groupby(zip(places, near, times_s, strict=True), key=itemgetter(0, 1)):

@@ -1,13 +1,16 @@
-"""Subtitles: files beside a video, and text tracks inside one. FFmpeg parses both; pictures of text are refused."""
+"""Subtitles: files beside a video, and text tracks inside one. FFmpeg parses both; pictures of text are refused.
+
+pysubs2 does not serve: of the captions that YouTube writes, it takes a line with the times of two words for another cue, so that
+its words are lost, and of WebVTT comments and names of cues for what is said.
+"""
 
 import io
 import os
 import re
 import stat
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from fractions import Fraction
 
 import av
 from av.container import InputContainer
@@ -15,10 +18,9 @@ from av.stream import Discard, Disposition
 from av.subtitles.stream import SubtitleStream
 
 from evoprune.errors import LFS, LFS_HINT, VideoError
-from evoprune.util import missing_hint, shown
+from evoprune.util import missing_hint, shorten, shown
 from evoprune.video.info import AUTO_SUBTITLES, SubtitleLine, Subtitles, subtitles_beside
-from evoprune.video.readers import ffmpeg, probing
-from evoprune.video.readers.parts import spans
+from evoprune.video.readers import ffmpeg
 
 TEXT_CODECS = ("subrip", "ass", "ssa", "webvtt", "mov_text", "text")
 # Bytes of a file of subtitles, and of all text in a track. A film has 0.1 MB; as JSON, text grows up to six times.
@@ -28,17 +30,24 @@ DAMAGED = "damaged_subtitles"
 HEAD_BYTES = 4096
 # Words of other scripts that are read as cp1252 consist of accented letters. In Western European words, not so many follow.
 NO_WESTERN_WORD = re.compile(r"[^\W\d_\x00-\x7f]{4}")
-MILLISECOND = Fraction(1, 1000)
-# FFmpeg counts the digits behind the seconds as so many parts of a second, however many digits there are.
-PARTS = {"srt": 1000, "webvtt": 1000, "ass": 100}
-# A time as people write it: sign, hours or none, minutes, seconds, fraction or none. With four digits each no number overflows.
-TIME = (
-    r"[ \t]*+(-?)(?:([0-9]{1,4}+)[ \t]*+:[ \t]*+)?([0-9]{1,4}+)[ \t]*+:[ \t]*+([0-9]{1,4}+)"
-    r"(?:[ \t]*+[,.:;][ \t]*+([0-9]++))?[ \t]*+"
-)
-ARROW = r"([-–—=](?: ?[-–—=]){0,2} ?(?:>|&gt;)|→)"
-SPAN = re.compile(rf"^{TIME}{ARROW}{TIME}([^\n]*+)", re.MULTILINE)  # a line of times in SRT and WebVTT
-EVENT = re.compile(rf"^(Dialogue:[^,\n]++,){TIME},{TIME}(?=,)", re.MULTILINE)  # the times of a line in ASS
+# Lines of times, however written; and as FFmpeg reads them right. It takes the digits behind the seconds for thousandths, in ASS
+# for hundredths, however many there are, and a line that it does not know for text, in WebVTT for the end of the file.
+TIMES = {
+    "ass": re.compile(r"^Dialogue:[^,\n]++,[^,\n]*+,[^,\n]*+", re.MULTILINE),
+    "srt": re.compile(
+        r"^[ \t]*+-?[0-9]++:[0-9:,.; \t]*+(?:[-–—=][-–—= ]*+(?:>|&gt;)|→)[ \t]*+-?[0-9]++:.*+", re.MULTILINE
+    ),
+}
+TIMES["webvtt"] = TIMES["srt"]
+CLOCK = r"[0-9]{1,4}:[0-9]{1,2}:[0-9]{1,2}"
+SHORT = r"(?:[0-9]{1,4}:)?[0-9]{2}:[0-9]{2}"
+ARROW = r"[ \t]*+-->[ \t]*+"
+READ = {
+    "ass": re.compile(rf"Dialogue:[^,]++,[ \t]*+{CLOCK}\.[0-9]{{2}},[ \t]*+{CLOCK}\.[0-9]{{2}}"),
+    "srt": re.compile(rf"[ \t]*+{CLOCK}[,.][0-9]{{3}}{ARROW}{CLOCK}[,.][0-9]{{3}}(?![0-9]).*"),
+    "webvtt": re.compile(rf"[ \t]*+{SHORT}\.[0-9]{{3}}{ARROW}{SHORT}\.[0-9]{{3}}(?![0-9]).*"),
+}
+USUAL = {"ass": "0:00:01.50", "srt": "00:00:01,500 --> 00:00:02,000", "webvtt": "00:00:01.500 --> 00:00:02.000"}
 HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a text track; or leave them out"
 
 
@@ -118,9 +127,9 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
     if name == "srt" and max(map(len, text.encode().split(b"\n"))) > LONGEST_LINE:
         hint = "is it a file of subtitles? break the line"
         raise VideoError(f"{file} has a line of more than {LONGEST_LINE:,} bytes", hint)
-    written = _in_milliseconds(text, name).encode()
-    with ffmpeg.open_bytes(io.BytesIO(written), name) as container:
-        lines = _lines(_cues(container, container.streams.subtitles[0], MILLISECOND, origin_s, warnings))
+    _check_times(text, name, file)
+    with ffmpeg.open_bytes(io.BytesIO(text.encode()), name) as container:
+        lines = _lines(_cues(container, container.streams.subtitles[0], origin_s, warnings))
     if not lines:
         if content.startswith(LFS):
             raise VideoError(f"{file} is a git-lfs pointer", LFS_HINT)
@@ -144,65 +153,19 @@ def _decoded(content: bytes, file: str) -> tuple[str, list[str]]:
     return text, warnings
 
 
-def _in_milliseconds(text: str, name: str) -> str:
-    """Rewrite the times in the text of a file so that FFmpeg reads them in milliseconds. What the cues say stays as it is.
-
-    Times may have any number of digits behind the seconds, no fraction, no hours, blanks or a minus sign, and arrows may have other
-    strokes. `name`: of the format, in FFmpeg. Lines end with \\n.
-    """
-
-    def event(match: re.Match[str]) -> str:
-        head, *times = match.groups()
-        return f"{head}{_time(times[:5], name)},{_time(times[5:], name)}"
-
-    def span(match: re.Match[str]) -> str:
-        *start, arrow = match.groups()[:6]
-        *end, rest = match.groups()[6:]
-        # FFmpeg takes such a line for one of times wherever it stands in an SRT file. Others may be what somebody says.
-        usual = name == "srt" and arrow == "-->" and all((start[1], start[4], end[1], end[4]))
-        if usual or _begins_cue(text, match.start(), rest, name):
-            return f"{_time(start, name)} --> {_time(end, name)} {rest}"
-        return match[0]
-
-    if name == "ass":
-        return EVENT.sub(event, text)
-    return SPAN.sub(span, text)
-
-
-def _time(groups: Sequence[str | None], name: str) -> str:
-    """Write a time, the groups of `TIME`: FFmpeg takes seconds times `PARTS` plus the digits behind them, here milliseconds."""
-    sign, hours, minutes, seconds, fraction = groups
-    whole = (int(hours or 0) * 60 + int(minutes)) * 60 + int(seconds)
-    nanoseconds = int((fraction or "")[:9].ljust(9, "0"))
-    milliseconds = 1000 * whole + (nanoseconds + 500_000) // 1_000_000
-    if sign:
-        milliseconds = -milliseconds
-    count, rest = divmod(milliseconds, PARTS[name])
-    return f"0:0:{count}.{rest}"
-
-
-def _begins_cue(text: str, start: int, rest: str, name: str) -> bool:
-    """Say whether a line of two times, at `start` of the text, begins a cue: it follows an empty line and perhaps a number, in
-    WebVTT a name. In SRT the `rest` of the line holds nothing but settings.
-    """
-    before = _line_before(text, start)
-    named = before.strip().isdecimal() if name == "srt" else not SPAN.match(before)
-    if before.strip() and named:
-        before = _line_before(text, start - len(before) - 1)
-    settings = name != "srt" or all(":" in word for word in rest.split())
-    return settings and not before.strip()
-
-
-def _line_before(text: str, start: int) -> str:
-    end = max(0, start - 1)
-    return text[text.rfind("\n", 0, end) + 1 : end]
+def _check_times(text: str, name: str, file: str) -> None:
+    """Raises VideoError: FFmpeg would read a time in the text of a file wrong. `name`: of the format, in FFmpeg."""
+    for line in TIMES[name].findall(text):
+        if not READ[name].fullmatch(line):
+            raise VideoError(
+                f"the subtitles in {file} have times that are not read: {shorten(line.strip(), 60)}",
+                f"write {USUAL[name]}",
+            )
 
 
 def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
     """Return the default text track of a container, or its only one."""
-    ffmpeg.check_file(path)
-    every = spans(path)
-    with ffmpeg.open_video(path, every[0]) as container:
+    with ffmpeg.open_video(path) as container:
         tracks = list(enumerate(container.streams.subtitles, 1))
         texts = [(number, track) for number, track in tracks if _codec(track) in TEXT_CODECS]
         default = [pair for pair in texts if pair[1].disposition & Disposition.default]
@@ -219,23 +182,11 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
                 if other.index != stream.index:
                     other.discard = Discard.all
         warnings = []
-        cues = list(_cues(container, stream, stream.time_base, origin_s, warnings))
-        index = stream.index
+        cues = list(_cues(container, stream, origin_s, warnings))
         name = f"{prefix}track {number}"
         if stream.language:
             name += f" ({stream.language})"
-    if len(every) > 1:
-        cues += _cues_behind(path, index, warnings)
     return Subtitles(name, _lines(cues), warnings)
-
-
-def _cues_behind(path: str, index: int, warnings: list[str]) -> Iterator[tuple[float, float, list[str]]]:
-    """Yield the cues of all parts of a joined file but the first, in the stream with that index."""
-    for part in probing.parts(path)[1:]:
-        with ffmpeg.open_video(path, part.span) as container:
-            if index < len(container.streams) and _codec(container.streams[index]) in TEXT_CODECS:
-                stream = container.streams[index]
-                yield from _cues(container, stream, stream.time_base, part.info.start_s - part.begin_s, warnings)
 
 
 def _codec(stream: SubtitleStream) -> str | None:
@@ -243,15 +194,12 @@ def _codec(stream: SubtitleStream) -> str | None:
 
 
 def _cues(
-    container: InputContainer, stream: SubtitleStream, time_base: Fraction, origin_s: float, warnings: list[str]
+    container: InputContainer, stream: SubtitleStream, origin_s: float, warnings: list[str]
 ) -> Iterator[tuple[float, float, list[str]]]:
-    """Yield the start and the end of each cue, in seconds, and its text lines. Adds a warning where something cannot be read.
-
-    `time_base`: seconds that a packet's times count.
-    """
+    """Yield the start and the end of each cue, in seconds, and its text lines. Adds a warning where something cannot be read."""
     hidden = _codec(stream) in ("ass", "ssa")
     size = 0
-    tick, per = time_base.numerator, time_base.denominator  # fractions would take half of the time
+    tick, per = stream.time_base.numerator, stream.time_base.denominator  # fractions would take half of the time
     for packet in ffmpeg.packets(container, stream, every_stream=True):
         if packet is not None and (packet.pts is None or not packet.size):
             continue

@@ -1,4 +1,4 @@
-"""One part of a video file, open, with a decoder of its own: its keyframes, and its frames from a place on."""
+"""A video file, open, with a decoder of its own: its keyframes, and its frames from a place on."""
 
 import math
 from bisect import bisect_left, bisect_right, insort
@@ -13,10 +13,10 @@ from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
+from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg
-from evoprune.video.readers.probing import Part, misses_one
 
-TimedFrame = tuple[float, VideoFrame]  # seconds from the part's first frame; the decoder's own pixels, not yet rotated
+TimedFrame = tuple[float, VideoFrame]  # seconds from the first frame; the decoder's own pixels, not yet rotated
 
 # Containers that store the time of each frame, so that times are the same after a jump; others are read front to back.
 SEEKABLE = (ffmpeg.MOV, ffmpeg.MATROSKA, "mpegts")
@@ -33,32 +33,30 @@ BACK_S = (
 
 
 class Unreachable(Exception):
-    """Say that a time cannot be decoded from a keyframe on: the part has to be, from its beginning."""
+    """Say that a time cannot be decoded from a keyframe on: the file has to be, from its beginning."""
 
 
 @dataclass(frozen=True, order=True)
 class Keyframe:
     """Describe a packet that says that it is a keyframe. `time_s` is wrong by a few frames where an index has decoding times."""
 
-    time_s: float  # from the part's first frame
+    time_s: float  # from the first frame
     stamp: int  # by which the packet is recognised, in units of the stream's clock
 
 
 class Track:
-    """Decode a part of a file, for one thread. To be closed. `threads`: of the decoder."""
+    """Decode a file, for one thread. To be closed. `threads`: of the decoder."""
 
-    def __init__(self, path: str, part: Part, threads: int = 1):
-        self.info = part.info
-        self._path = path
-        self._span = part.span
+    def __init__(self, info: Video, threads: int = 1):
+        self.info = info
         self._threads = threads
         self._files = ExitStack()
         self._open()
 
     def _open(self) -> None:
-        self._container = self._files.enter_context(ffmpeg.open_video(self._path, self._span))
+        self._container = self._files.enter_context(ffmpeg.open_video(self.info.path))
         try:
-            self._stream = ffmpeg.video_stream(self._container, self._path, threads=self._threads)
+            self._stream = ffmpeg.video_stream(self._container, self.info.path, threads=self._threads)
         except BaseException:
             self.close()
             raise
@@ -288,7 +286,7 @@ class Track:
         So is the first frame after a restart of the file's clock, from where on times are counted.
         """
         info = self.info
-        step = length = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
+        step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
         time = -step
         origin = info.start_s
         for frame in ffmpeg.decoded_frames(self._stream, packets, damaged, info.crop):
@@ -297,12 +295,9 @@ class Track:
                 origin = stamp - time - step
             if stamp is None:
                 time += step
-            elif info.clock_restarts and misses_one(stamp - origin - time - length, length, info.container):
-                time += length
             else:
                 time = stamp - origin
             yield time, frame
-            length = float((frame.duration or 0) * self._stream.time_base) or step
 
 
 def _is_whole(frame: VideoFrame) -> bool:

@@ -192,6 +192,42 @@ class WorkerProcess:
             self._process.wait(1)
 
 
+class InProcess:
+    """Answer requests in this process, as a `WorkerProcess` does: each runs when `answer` asks for its result."""
+
+    def __init__(self):
+        from evoprune.video.sandbox.worker import Server
+
+        self.path = ""
+        self.busy = False
+        self._server = Server()
+        self._pending: Callable[[], Any] = lambda: None
+
+    def request(self, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {"task": task, "arguments": arguments}
+
+    def ask_to_fill(self, memory: FrameMemory, shape: tuple[int, ...], more: dict[str, Any]) -> "np.ndarray":
+        import numpy as np
+
+        array = np.empty(shape, np.uint8)
+        self._pending = partial(self._server.result, more, array)
+        return array
+
+    def send(self, message: dict[str, Any], descriptor: int | None = None) -> None:
+        if descriptor is not None:
+            message["arguments"] |= {"descriptor": os.dup(descriptor)}
+        self._pending = partial(self._server.result, message)
+
+    def answer(self, on_frames: OnFrames | None = None) -> Any:
+        return self._pending()
+
+    def kill(self) -> None:
+        """Do nothing: a request that runs here cannot be ended."""
+
+    def close(self) -> None:
+        self._server.close()
+
+
 _idle: list[WorkerProcess] = []
 _lock = threading.RLock()  # memory may be cleaned up, which gives a process back, in whoever holds it
 _most_idle = MAX_IDLE
@@ -286,8 +322,15 @@ def warm_up() -> None:
 
 
 @contextmanager
-def borrow(path: str) -> Iterator[WorkerProcess]:
-    """Provide a process for one video, idle or new. It is kept afterwards unless a request is unanswered; then it is ended."""
+def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
+    """Provide a process for one video, idle or new. It is kept afterwards unless a request is unanswered; then it is ended.
+
+    Where no process is `POSSIBLE`, requests are answered in this one.
+    """
+    if not POSSIBLE:
+        with closing(InProcess()) as here:
+            yield here
+        return
     worker = None
     while worker is None:
         with _lock:
@@ -347,10 +390,6 @@ def run_task(
         OutOfMemory: there is none to start a process, or the system ended it. UsageError: no process can be started.
         What the task raises.
     """
-    if not POSSIBLE:
-        from evoprune.video.sandbox.worker import run
-
-        return run(task, arguments)
     for again in (True, False):
         try:
             with borrow(path) as worker:
@@ -376,7 +415,7 @@ def stream_frames(
     of each array, of which there is at least one; their sum is the number of times. `on_frames`: called about each second, by the
     thread that iterates, with how many frames there are so far, at least.
     """
-    stream = partial(_stream_once, on_frames=on_frames) if POSSIBLE else _stream_here
+    stream = partial(_stream_once, on_frames=on_frames)
     done = 0
     try:
         with closing(stream(info, times_s, sizes, how)) as arrays:
@@ -387,19 +426,6 @@ def stream_frames(
         # All times again, because on all of them depends whether times are moved.
         with closing(stream(info, times_s, sizes, how)) as arrays:
             yield from islice(arrays, done, None)
-
-
-def _stream_here(
-    info: Video, times_s: Sequence[float], sizes: Sequence[int], how: dict[str, Any]
-) -> Iterator[FilledArray]:
-    import numpy as np
-
-    from evoprune.video.sandbox.worker import FrameReader
-
-    with closing(FrameReader(info, times_s, **how)) as reader:
-        for size in sizes:
-            frames = np.empty((size, info.height, info.width, 3), np.uint8)
-            yield frames, reader.fill(frames)
 
 
 def _stream_once(
@@ -434,8 +460,7 @@ def stream_clip(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | t
 
     `how`: further arguments of `ClipReader`. Raises what `run_task` raises. A crash is not tried again: the caller can write anew.
     """
-    stream = _clip_apart if POSSIBLE else _clip_here
-    with closing(stream(info, how)) as pieces:
+    with closing(_clip_pieces(info, how)) as pieces:
         yield next(pieces)
         size = 0
         for at, content in pieces:
@@ -445,22 +470,7 @@ def stream_clip(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | t
             yield at, content
 
 
-def _clip_here(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
-    import numpy as np
-
-    from evoprune.video.readers.cutting import ClipReader
-
-    with closing(ClipReader(info, **how)) as reader:
-        yield reader.facts
-        done = False
-        while not done:
-            content = np.empty(CLIP_PIECE, np.uint8)
-            said = reader.fill(content)
-            done = said["done"]
-            yield said["at"], content.data[: said["bytes"]]
-
-
-def _clip_apart(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
+def _clip_pieces(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
     memory = FrameMemory(
         2 * CLIP_PIECE
     )  # so much that each piece has memory of its own, which the process then forgets

@@ -183,7 +183,7 @@ class FrameReader:
         return {
             "times_s": [shown.time_s for shown in filled],
             "damaged": self._count() - before,
-            "other_shape": any(shown.other_shape for shown in filled),
+            "other_size": any(shown.other_size for shown in filled),
             "moved": any(shown.moved for shown in filled),
         }
 
@@ -240,57 +240,79 @@ def _limit(memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (memory, hard))
 
 
+class Server:
+    """Answer messages. `close` closes the reader that one of them has opened."""
+
+    def __init__(self):
+        self._reader: FrameReader | LiveReader | ClipReader | None = None
+
+    def result(self, message: dict[str, Any], array: np.ndarray | None = None) -> Any:
+        """Run the task of a message, if it has one, and fill the array, if there is one."""
+        result = None
+        task = message.get("task")
+        if task == "next":
+            result = self._reader.next(**message["arguments"])
+        elif task:
+            self.close()
+            self._reader, result = _begin(task, message["arguments"])
+        if array is not None:
+            result = self._reader.fill(array)
+        return result
+
+    def close(self) -> None:
+        if self._reader:
+            self._reader.close()
+        self._reader = None
+
+
 def _serve(channel: Channel) -> None:
-    reader = None
+    server = Server()
     pieces = {}
     while True:
         message, memory = channel.receive()
         shape, piece, last = (message.pop(name, None) for name in ("shape", "piece", "last"))
         try:
-            if message.get("task") == "next":
-                result = reader.next(**message["arguments"])
-                message = None
-            elif message:
+            task = message.get("task")
+            if task and task != "next":
                 pieces.clear()
-            if message and message["task"] == "live":
+                _limit(BASE_BYTES)
+                _enter(message["folder"])
+            if task == "live":
                 message["arguments"]["descriptor"] = memory
                 memory = None
             if memory is not None:  # first, because it closes the descriptor whatever fails later
                 pieces[piece] = _mapped(memory)
-            if message:
-                if reader:
-                    reader.close()
-                reader, result = _begin(**message)
-            if shape:
-                result = reader.fill(pieces[piece][: prod(shape)].reshape(shape))
-            answer = {"result": result}
+            array = pieces[piece][: prod(shape)].reshape(shape) if shape else None
+            answer = {"result": server.result(message, array)}
         except EvopruneError as problem:
             answer = {"error": {name: getattr(problem, name) for name in ("type", "message", "hint", "stage")}}
         except MemoryError:
             answer = {"memory": resource.getrlimit(resource.RLIMIT_DATA)[0]}
         except Exception:
             answer = {"bug": traceback.format_exc()}
+        array = None  # an idle process holds no memory for frames
         pieces.pop(None, None)  # used only once
         if last or "result" not in answer:
-            pieces.clear()  # an idle process holds no memory for frames
+            pieces.clear()
         channel.send(answer)
 
 
-def _begin(
-    task: str, folder: str | None, arguments: dict[str, Any]
-) -> tuple[FrameReader | LiveReader | ClipReader | None, dict | None]:
-    """Run a task: the reader that it opens, if any, and its result."""
-    _limit(BASE_BYTES)
+def _enter(folder: str | None) -> None:
+    """Make a folder the working directory, if one is given. Raises VideoError."""
     if folder is not None:
         try:
             os.chdir(folder)
         except OSError as error:
             raise VideoError(f"cannot enter {folder}: {error.strerror}", "give the whole path of the video") from error
+
+
+def _begin(task: str, arguments: dict[str, Any]) -> tuple[FrameReader | LiveReader | ClipReader | None, dict | None]:
+    """Run a task. Returns the reader that it opens, if any, and its result."""
     if task == "frames":
         return FrameReader(Video(**arguments.pop("info")), **arguments), None
     if task == "live":
         reader = LiveReader(**arguments)
-        return reader, reader.facts
+        return reader, dict(reader.facts)
     if task == "clip":
         reader = ClipReader(Video(**arguments.pop("info")), **arguments)
         return reader, reader.facts
