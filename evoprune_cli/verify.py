@@ -42,10 +42,10 @@ def verify(
 ) -> int:
     """Check the results of this machine against transformers.
 
-    Both sides compute with the same weights, on the same device and in the same dtype: pixels, features, positions, logits and
-    answers with nothing pruned. With pruning, counts, chunks, reuse and every method are checked. How far two results may be apart
-    follows from the rounding of the dtype, which is measured. Each check held, differs or was skipped. Exit code 7: something
-    differs.
+    Both sides compute with the same weights, on the same device and in the same dtype: positions, features, logits and an answer with
+    nothing pruned. With pruning, the rows of each layer are counted. On a GPU, kernels and graphs are compared with plain PyTorch. How
+    far two results may be apart follows from the rounding of the dtype, which is measured. Each check held, differs or was skipped.
+    Exit code 7: something differs.
 
     \b
     evoprune verify

@@ -396,7 +396,7 @@ def around(name: str, context: Callable[[], Any]) -> Iterator[list]:
 
 def counting():
     """A context that counts operations of torch's dispatcher, those that wait for the device, and copies of tensors to the CPU."""
-    from evoprune.bench.verify.waiting import Waiting
+    from tests.waiting import Waiting
 
     class Counting(Waiting):
         def __init__(self):

@@ -11,7 +11,7 @@ from evoprune.bench.verify.subject import QUESTION
 from evoprune_cli.verify import render
 from tests.bench.faults import FAULTS
 
-NAMES = ("patches", "positions", "tower", "logits", "answer")
+NAMES = ("weights", "positions", "tower", "logits", "answer", "counts")
 
 
 @pytest.mark.full
@@ -76,8 +76,8 @@ def test_what_was_found_before_an_interrupt_is_told(cli, monkeypatch, tmp_path):
     result = cli("verify", "-m", "demo", "--quick", "-o", tmp_path / "report.json")
     record = json.loads((tmp_path / "report.json").read_text())
     assert result.code == 130 == record["error"]["code"]
-    assert [check["name"] for check in record["checks"]] == ["kernels", "weights", "patches"]
-    assert [line for line in result.out.splitlines() if line.startswith("held     patches ")]
+    assert [check["name"] for check in record["checks"]] == ["weights"]
+    assert [line for line in result.out.splitlines() if line.startswith("held     weights ")]
 
 
 @pytest.mark.full

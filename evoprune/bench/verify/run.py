@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shutil import copy
 from typing import Any
 
 import numpy as np
@@ -27,35 +28,20 @@ from evoprune.video.temporary import temporary_folder
 
 SCHEMA = "evoprune/verify@1"
 DIGITS = 4  # of a figure in the record
-# of the clips made by formula; no multiples of 28 or 32: frames are resized
+# of the clip made by formula; no multiples of 28 or 32: frames are resized
 FRAMES = 8
 HEIGHT = 120
 WIDTH = 180
 # In the order in which they run: the cheap ones and those on which others rest come first.
 CHECKS = (
-    Check("kernels", "nothing: what computes attention and products here", checks.kernels),
     Check("weights", "every tensor, with what transformers reads of the same files", checks.weights),
-    Check("patches", "pixels of resized frames, with transformers' processor", checks.patches),
     Check("positions", "positions of a prompt's tokens, with transformers'", checks.positions),
     Check("tower", "features with nothing pruned, with transformers' tower", checks.tower),
     Check("logits", "the language model on the same features, with transformers'", checks.logits),
     Check("answer", "a greedy answer about a video, token by token, with transformers'", checks.answer),
-    Check("inputs", "the same about a picture and a video together", checks.inputs, slow=True),
-    Check("again", "a second question about a video, with the same question asked first", checks.again),
     Check("counts", "rows of each layer and tokens, with the plan", checks.counts),
-    Check("chunks", "tokens from the smallest pieces, with those from the usual ones", checks.pieces),
-    Check("reuse", "a clip that stands still, with and without reuse", checks.reuse),
-    Check("model", "EvoPrune(...)(model) of transformers, with VideoQA, both pruned", checks.transformers_model),
     Check("plain", "kernels and graphs of a GPU, with plain PyTorch", checks.accelerated),
-    Check("waits", "how often the program waits for the device, with the design", checks.waits),
-    Check("memory", "the peak of a question, with the estimate", checks.memory),
-    Check("packed", "products with packed weights, with those in fp64", checks.packed),
-    Check("batch", "a batch of two in transformers' model, with each prompt by itself", checks.batch, slow=True),
-    Check("threads", "tokens with another number of threads", checks.threads, slow=True),
-    Check("int8", "an answer with weights in 8 bits, with the weights as they are", checks.int8, slow=True),
-    Check("int4", "the same in 4 bits", checks.int4, slow=True),
     Check("speed", "time to the first token, with transformers' in turns", checks.first_token, slow=True),
-    Check("methods", "every method on a short clip, with its plan and with itself", checks.every_method, slow=True),
 )
 
 Progress = Callable[[str, int, int, str], None]
@@ -138,29 +124,28 @@ def _short(figures: dict[str, Any]) -> dict[str, Any]:
 def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
     """Provide what is compared: a file that the user names, in the place of the clip or the picture made by formula."""
     with temporary_folder("evoprune-verify-") as folder:
-        video, still, picture = _material(Path(folder))
+        video, picture = _material(Path(folder))
         if path is not None:
             if probe(path).kind == PICTURE:
                 picture = Path(path)
             else:
                 video = Path(path)
-        subject = Subject(loaded, video, still, picture)
-        subject.asking()  # raises where the device computes nothing
+        subject = Subject(loaded, video, picture)
+        subject.asking(1.0)  # raises if the device computes nothing
         yield subject
 
 
-def _material(folder: Path) -> tuple[Path, Path, Path]:
-    """Return a clip in which things move, a clip that stands still, and a picture: two folders of frames and a file."""
+def _material(folder: Path) -> tuple[Path, Path]:
+    """Return a clip, as a folder of frames, and a picture, its first frame: both made by formula."""
     from PIL import Image
 
     unit = clips.UNIT
     whole = FRAMES, *(-(-side // unit) * unit for side in (HEIGHT, WIDTH))
-    moving, still = (clips.synthetic_clip(kind, *whole)[:, :HEIGHT, :WIDTH] for kind in ("motion", "static90"))
-    for name, frames in (("moving", moving), ("still", still[:1].repeat(FRAMES, 0)), ("picture", still[:1])):
-        (folder / name).mkdir()
-        for number, frame in enumerate(frames):
-            Image.fromarray(np.ascontiguousarray(frame)).save(folder / name / f"{number}.png")
-    return folder / "moving", folder / "still", folder / "picture" / "0.png"
+    clip = folder / "clip"
+    clip.mkdir()
+    for number, frame in enumerate(clips.synthetic_clip("motion", *whole)[:, :HEIGHT, :WIDTH]):
+        Image.fromarray(np.ascontiguousarray(frame)).save(clip / f"{number}.png")
+    return clip, Path(copy(clip / "0.png", folder / "picture.png"))
 
 
 def verify(
@@ -182,7 +167,6 @@ def verify(
     Yields the results so far, after each check.
     """
     results = VerifyResults(subject.loaded)
-    subject.limit = limit
     for number, check in enumerate(checks):
         progress("check", number, len(checks), check.name)
         begun = limit.spent
