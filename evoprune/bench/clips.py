@@ -23,7 +23,7 @@ from math import prod
 import numpy as np
 import torch
 
-from evoprune.bench.profile_results import SYNTHETIC, Case
+from evoprune.bench.profile_rows import SYNTHETIC, Case
 from evoprune.errors import UsageError
 from evoprune.language.prompt import Place, place_of_pairs, prompt_positions
 from evoprune.methods.chain import PruneConfig

@@ -1,7 +1,7 @@
 """What `evoprune profile` runs: all rows take turns, round after round, in one process; random weights will do.
 
-`load` loads a model that there is memory for, `Bench` holds it with its clips and with plain, packed and quantised weights, and
-`measure` runs rounds. A turn of a row is `run_evoprune` or, with plain transformers, `run_hugging_face`, stage by stage.
+`Profile` does all of it: `load` loads a model that fits into memory, `Bench` holds it with its clips and with plain, packed and
+quantised weights, and `measure` runs rounds. A turn of a row is `run_evoprune` or, for plain transformers, `run_hugging_face`.
 """
 
 import os
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,29 +36,32 @@ from evoprune.bench.clips import (
     BEFORE_PAIR,
     TEXT_AFTER,
     TEXT_BEFORE,
+    UNIT,
     Clip,
     Frames,
     case_grid,
     prepare,
+    synthetic_frames,
     text_tokens,
+    video_frames,
 )
 from evoprune.bench.hugging_face import hugging_face_model
-from evoprune.bench.profile_results import (
+from evoprune.bench.profile_results import ProfileResults
+from evoprune.bench.profile_rows import (
     FULL,
     HUGGING_FACE,
     METHOD,
+    SYNTHETIC,
     Case,
     Counts,
-    ProfileResults,
     ProfileRow,
     ProfileSettings,
     Sample,
-    TimeLimit,
     bound_of,
 )
-from evoprune.bench.shared import after_tower_below, after_tower_note
+from evoprune.bench.shared import TimeLimit, after_tower_below, after_tower_note
 from evoprune.bundled import DEMOS
-from evoprune.errors import ModelError, OutOfMemory, memory_guard
+from evoprune.errors import ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language import generate
 from evoprune.language.pruned import prune_prompt
 from evoprune.methods.chain import PruneConfig
@@ -72,7 +75,8 @@ from evoprune.session.loading.find import BUNDLED_CONFIGS, DTYPES, FoundModel, d
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.loading.stored import calibrate
 from evoprune.session.options import ModelOptions
-from evoprune.video.info import VIDEO
+from evoprune.session.session import check_fits
+from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import geometry, tower_geometry, tower_shape
@@ -80,8 +84,73 @@ from evoprune.vision.tower import geometry, tower_geometry, tower_shape
 Progress = Callable[[str], None]
 
 
+class Profile:
+    """A sweep: construct it, ask for its `needs`, then `run` it.
+
+    Args:
+        load_format: None for random weights if the dimensions come with evoprune, else the model's own.
+        cases: sizes of clips. Unless they are `exact`, they are scaled to as many units of the model as there are of `UNIT` pixels.
+        video: facts of the video to take frames from; None for a synthetic clip.
+        source: name of the video in records, or the kind of synthetic clip.
+        begun: when the run began, by `time.perf_counter`; now by default.
+
+    Raises UsageError: wrong settings of methods, or a method that cannot act in the model. And what `describe_model` raises.
+    """
+
+    def __init__(
+        self,
+        settings: ProfileSettings,
+        model: ModelOptions,
+        cases: Sequence[Case],
+        *,
+        load_format: str | None = None,
+        exact: bool = True,
+        video: Video | None = None,
+        source: str = SYNTHETIC[0],
+        begun: float | None = None,
+    ):
+        methods = [settings.config(name, 1.0).method for name in settings.methods]
+        self.settings = settings
+        self.limit = TimeLimit(settings.time_limit_s, begun=begun)
+        self.model = model = replace(model, load_format=load_format or default_load_format(model.model))
+        self.cases = list(cases)
+        self._found = outline(model)
+        unit = UNIT
+        if self._found:
+            unit = self._found.limits[VIDEO].unit
+            for method in methods:
+                check_fits(method, self._found)
+        if not exact:
+            self.cases = [case.of_units(unit / UNIT) for case in cases]
+        self._about = {"video": source if video else None, "synthetic": None if video else source}
+        self._frames = partial(video_frames, video) if video else partial(synthetic_frames, source, unit=unit)
+
+    def needs(self) -> "Needs | None":
+        """Estimate what the run takes; None if only loading the model tells. Raises UsageError: more time than its limit."""
+        if self._found is None:
+            return None
+        needs = needs_of(self._found, self.cases, self.settings.new_tokens)
+        if needs.seconds > self.limit.left:
+            total = needs.seconds + self.limit.spent
+            alone = (
+                f"Hugging Face and budget 1.0 alone take at least {total:.0f} s on this machine with {self._found.id}"
+            )
+            raise UsageError(
+                f"{alone}, the import of libraries included, and --time-limit is {self.limit.seconds:g}",
+                f"--time-limit {2 * ceil(total)}, fewer or smaller frames (--frames, --size), or -m demo",
+            )
+        return needs
+
+    def run(self, progress: Progress = lambda what: None) -> Iterator[ProfileResults]:
+        """Load the model, and yield the results so far after each measured round. Raises as `load`."""
+        progress("loading model")
+        loaded = load(self.model, self.cases)
+        how = {"about": self._about, "progress": progress, "limit": self.limit}
+        yield from measure(loaded, self.cases, self._frames, self.settings, **how)
+
+
 def default_load_format(name: str) -> str:
-    """Choose random weights where there is a bundled config of that name, else the model's own."""
+    """Choose random weights if a bundled config has that name, else the model's own weights."""
     return "dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto"
 
 

@@ -1,7 +1,8 @@
-"""What the variants of one evaluated video share: the encoder's rows where they give the tower the same work."""
+"""What `profile`, `eval`, `tune` and `verify` share: a time limit, and the tower's rows of one video for many settings."""
 
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -18,6 +19,28 @@ from evoprune.vision.encoder import EncodedRows, encode_rows
 # Encodings held: enough for the selectors behind `reuse`, which need attention, keys, both or nothing, at three budgets, whatever
 # other methods run between them.
 MAX_ENCODINGS = 32
+
+
+@dataclass
+class TimeLimit:
+    """A limit on the seconds of a run that `begun` at some time of the clock `now`, by default at once."""
+
+    seconds: float
+    now: Callable[[], float] = time.perf_counter
+    begun: float | None = None
+
+    def __post_init__(self):
+        if self.begun is None:
+            self.begun = self.now()
+
+    @property
+    def spent(self) -> float:
+        return self.now() - self.begun
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left; negative after the end."""
+        return self.seconds - self.spent
 
 
 def after_tower_below(configs: Iterable[PruneConfig], device: str) -> int:

@@ -25,8 +25,10 @@ from evoprune import methods
 from evoprune.backend.cpu.linear import pack_waiting
 from evoprune.backend.devices import environment
 from evoprune.bench.agreement import Reference, agreement, reference
+from evoprune.bench.results import Results
 from evoprune.bench.scores import Z95, share_variance, wilson
 from evoprune.bench.shared import SharedInput, SharedRows, after_tower_below, after_tower_note
+from evoprune.bench.tune_results import TuneResults
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.methods.chain import PruneConfig
 from evoprune.session.ahead import Ahead
@@ -480,6 +482,7 @@ class Run:
     """Construct it, `load` a model, `run`. The results are in `document`, at any time."""
 
     schema: ClassVar[str]  # of the document
+    results_of: ClassVar[Callable[[dict[str, Any]], Results]]
 
     def __init__(self, settings: TuneSettings, now: Callable[[], float] = time.perf_counter):
         self.settings = settings
@@ -515,6 +518,14 @@ class Run:
             raise
         return self.answering.made
 
+    def document(self, error: dict | None = None) -> dict[str, Any]:
+        """Return the results so far, for JSON; `error` is what cut the run short."""
+        raise NotImplementedError
+
+    def results(self, error: dict | None = None) -> Results:
+        """Return the results so far, with their schema."""
+        return type(self).results_of({"schema": self.schema} | self.document(error))
+
     def facts(self) -> dict[str, Any]:
         """Return what every document says of a run, as plain data for JSON."""
         answers = []
@@ -547,6 +558,7 @@ class Tuning(Run):
     """
 
     schema = "evoprune/tune@1"
+    results_of = TuneResults
 
     def __init__(self, settings: TuneSettings, now: Callable[[], float] = time.perf_counter):
         super().__init__(settings, now)

@@ -25,7 +25,7 @@ def measure(side: str, args: argparse.Namespace) -> list[dict]:
     from evoprune.bench.clips import prepare, synthetic_frames
     from evoprune.bench.hugging_face import hugging_face_model
     from evoprune.bench.profile import run_evoprune, run_hugging_face
-    from evoprune.bench.profile_results import Case
+    from evoprune.bench.profile_rows import Case
     from evoprune.methods.chain import PruneConfig
     from evoprune.session.loading.model import load_model
     from evoprune.vision.tower import tower_shape

@@ -12,22 +12,20 @@ from evoprune.backend.devices import peak_memory, reset_peak_memory
 from evoprune.bench import clips, profile
 from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.bench.profile import measure, paced, run_evoprune, run_hugging_face
-from evoprune.bench.profile_results import (
+from evoprune.bench.profile_results import ProfileResults, Spread, median_ratio
+from evoprune.bench.profile_rows import (
     BOUND,
     FULL,
     HUGGING_FACE,
     METHOD,
     Case,
     Counts,
-    ProfileResults,
     ProfileRow,
     ProfileSettings,
     Sample,
-    Spread,
-    TimeLimit,
     bound_of,
-    median_ratio,
 )
+from evoprune.bench.shared import TimeLimit
 from evoprune.errors import ModelError, OutOfMemory
 from evoprune.methods.chain import PruneConfig
 from evoprune.methods.plans import full_plan

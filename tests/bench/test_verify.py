@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import pytest
 import torch
 
-from evoprune.bench.profile_results import TimeLimit
+from evoprune.bench.shared import TimeLimit
 from evoprune.bench.verify import checks
 from evoprune.bench.verify.run import CHECKS, subject_of, verify
 from evoprune.bench.verify.subject import DIFFERS, HELD, QUESTION, SKIPPED, Check, Outcome, computing_in, gap, judged

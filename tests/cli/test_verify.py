@@ -7,8 +7,8 @@ import shutil
 import huggingface_hub
 import pytest
 
+from evoprune.bench.verify.run import render
 from evoprune.bench.verify.subject import QUESTION
-from evoprune_cli.verify import render
 from tests.bench.faults import FAULTS
 
 NAMES = ("weights", "positions", "tower", "logits", "answer", "counts")
@@ -29,7 +29,9 @@ def test_a_line_for_each_check_and_a_verdict(cli):
 def test_one_thread_is_one():
     env = {"device_name": "a CPU", "evoprune": "0", "torch": "2", "transformers": "5", "threads": 1}
     document = {"model": {"id": "m", "dtype": "fp32", "device": "cpu"}, "env": env, "checks": [], "seconds": 1.0}
-    assert "transformers 5, 1 thread\n" in render(document | {"verdict": "held", "held": 1, "differs": 0, "skipped": 0})
+    assert "transformers 5, 1 thread\n" in render(
+        document | {"verdict": "held", "held": 1, "differs": 0, "skipped": 0}, 80
+    )
 
 
 def test_a_difference_has_an_exit_code_of_its_own(cli, monkeypatch, tmp_path):

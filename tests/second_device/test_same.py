@@ -15,7 +15,7 @@ from evoprune.backend.devices import LAUNCH_BOUND_UNITS
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import group_by_span, product_rows
 from evoprune.batch.run import answers
-from evoprune.bench.profile_results import TimeLimit
+from evoprune.bench.shared import TimeLimit
 from evoprune.bench.tune import TuneSettings, Tuning
 from evoprune.bench.verify.run import subject_of, verify
 from evoprune.bench.verify.subject import DIFFERS, Subject

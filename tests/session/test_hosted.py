@@ -16,7 +16,7 @@ import torch
 
 from evoprune.backend.cpu.quantize import levels
 from evoprune.backend.hosted import FUSED
-from evoprune.bench.profile_results import TimeLimit
+from evoprune.bench.shared import TimeLimit
 from evoprune.bench.verify.run import CHECKS, subject_of, verify
 from evoprune.bench.verify.subject import gap, rounding_again
 from evoprune.errors import ModelError, ModelWarning, PluginError, UsageError
@@ -134,7 +134,7 @@ import torch
 import evoprune
 from evoprune.backend import hosted
 from evoprune.backend.devices import plain_pytorch
-from evoprune.bench.profile_results import TimeLimit
+from evoprune.bench.shared import TimeLimit
 from evoprune.bench.verify.run import CHECKS, subject_of, verify
 from evoprune.session.loading.model import load_model
 

@@ -11,7 +11,7 @@ from evoprune.backend import operators
 from evoprune.backend.devices import capture_on, plain_pytorch, uses_kernels
 from evoprune.bench.clips import prepare, synthetic_frames
 from evoprune.bench.profile import run_evoprune, run_hugging_face
-from evoprune.bench.profile_results import Case
+from evoprune.bench.profile_rows import Case
 from evoprune.bench.verify.subject import (
     BUDGET,
     DIFFERS,

@@ -14,19 +14,28 @@ import numpy as np
 from evoprune.backend.devices import environment, exact_convolutions, peak_memory
 from evoprune.backend.hosted import without_packages
 from evoprune.bench import clips
-from evoprune.bench.profile_results import TimeLimit
+from evoprune.bench.results import Results, folded
+from evoprune.bench.shared import TimeLimit
 from evoprune.bench.verify import checks
 from evoprune.bench.verify.subject import DIFFERS, HELD, SKIPPED, Check, Outcome, Subject, skipped
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError, first_line, is_out_of_memory
 from evoprune.model.config import as_written
 from evoprune.session.loading.find import BUNDLED_CONFIGS
-from evoprune.session.loading.model import LoadedModel
+from evoprune.session.loading.model import LoadedModel, load_model
+from evoprune.session.options import ModelOptions
+from evoprune.util import counted
 from evoprune.video.frames import probe
 from evoprune.video.info import PICTURE
 from evoprune.video.temporary import temporary_folder
 
 SCHEMA = "evoprune/verify@1"
+VERDICTS = {
+    HELD: "this machine computes with this model what transformers computes",
+    DIFFERS: "something is not as it should be; -o FILE.json writes what a bug report needs",
+    SKIPPED: "nothing was compared",
+}
+UNLIMITED_S = 86_400.0
 DIGITS = 4  # of a figure in the record
 # of the clip made by formula; no multiples of 28 or 32: frames are resized
 FRAMES = 8
@@ -57,12 +66,13 @@ class Finding:
 
 
 @dataclass
-class VerifyResults:
-    """Hold the results so far; `findings` in the order of the checks."""
+class VerifyResults(Results):
+    """Hold the results so far; `findings` in the order of the checks. `error`: what cut the run short."""
 
     loaded: LoadedModel
     findings: list[Finding] = field(default_factory=list)
     seconds: float = 0.0
+    error: dict[str, Any] | None = None
 
     def of(self, state: str) -> list[Finding]:
         return [finding for finding in self.findings if finding.outcome.state == state]
@@ -95,7 +105,24 @@ class VerifyResults:
             "checks": checks,
             "seconds": round(self.seconds, 2),
             "peak_bytes": peak_memory(loaded.device),
+            "error": self.error,
         }
+
+    def table(self, width: int) -> str:
+        """Return the model and the machine, a line for each check with its figures, and the verdict."""
+        return render(self.document(), width)
+
+
+def render(document: dict[str, Any], width: int) -> str:
+    model = document["model"]
+    env = document["env"]
+    about = f"{model['id'] or model['family']}, {model['dtype']}, {model['device']}: {env['device_name']}"
+    versions = ", ".join(f"{name} {env[name]}" for name in ("evoprune", "torch", "transformers"))
+    lines = [about, f"{versions}, {counted(env['threads'], 'thread')}", ""]
+    lines += [f"{check['state']:<8} {check['name']:<10} {check['says']}" for check in document["checks"]]
+    counts = ", ".join(f"{document[state]} {state}" for state in (HELD, DIFFERS, SKIPPED))
+    lines += ["", f"{counts} in {document['seconds']:.0f} s: {VERDICTS[document['verdict']]}"]
+    return "\n".join(folded(lines, width)) + "\n"
 
 
 def _facts(loaded: LoadedModel) -> dict[str, Any]:
@@ -146,6 +173,28 @@ def _material(folder: Path) -> tuple[Path, Path]:
     for number, frame in enumerate(clips.synthetic_clip("motion", *whole)[:, :HEIGHT, :WIDTH]):
         Image.fromarray(np.ascontiguousarray(frame)).save(clip / f"{number}.png")
     return clip, Path(copy(clip / "0.png", folder / "picture.png"))
+
+
+def run_checks(
+    model: ModelOptions,
+    path: str | None,
+    *,
+    time_limit_s: float | None,
+    begun: float,
+    quick: bool,
+    progress: Progress,
+    failed: Callable[[Exception], None],
+) -> Iterator[VerifyResults]:
+    """Load a model and check it. Arguments and results as of `verify`; `path`: as of `subject_of`. Raises as `load_model`.
+
+    Args:
+        time_limit_s: of the whole run, which `begun` by the clock `time.perf_counter`; None for no limit.
+    """
+    limit = TimeLimit(UNLIMITED_S if time_limit_s is None else time_limit_s, begun=begun)
+    progress("loading model", 0, 0, "")
+    loaded = load_model(model, pack=False, to_answer=True)
+    with subject_of(loaded, path) as subject:
+        yield from verify(subject, limit, quick=quick, progress=progress, failed=failed)
 
 
 def verify(
