@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 from evoprune import methods
-from evoprune.backend.devices import environment
 from evoprune.batch.output import file_changes
 from evoprune.batch.rows import Row, Span, group_by_span
 from evoprune.bench.eval_folder import SIZE_RULE, RunFolder
@@ -26,7 +24,15 @@ from evoprune.bench.eval_settings import SCORES, EvalSettings
 from evoprune.bench.processes import map_in_processes
 from evoprune.bench.questions import VideoQuestions, grade, of_groups
 from evoprune.bench.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
-from evoprune.bench.shared import GreyInput, SharedInput, SharedRows, after_tower_below, after_tower_note
+from evoprune.bench.shared import (
+    GreyInput,
+    SharedInput,
+    SharedRows,
+    after_tower_below,
+    after_tower_note,
+    model_and_machine,
+    swept,
+)
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.methods.types import generator_seed
 from evoprune.model.cost import prefill_flop, shortage, stretched, tower_flop
@@ -36,10 +42,7 @@ from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.loading.find import FoundModel, describe_model, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, threads_of_each
-from evoprune.session.options import (
-    ModelOptions,
-    PruneOptions,
-)
+from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.session import Session, check_fits
 from evoprune.session.upcoming import Upcoming
 from evoprune.util import counted
@@ -114,9 +117,7 @@ def variants(settings: EvalSettings) -> list[Variant]:
     """Return the rows in order: full, blind, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
     if settings.score not in SCORES:
         raise UsageError(f"score is {settings.score!r}", f"use {' or '.join(SCORES)}")
-    pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
-    asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
-    pruned = [Variant(METHOD, options.method, options.budget) for options in asked if options.config().prunes]
+    pruned = [Variant(METHOD, *pair) for pair in swept(settings.methods, settings.budgets, settings.method_args)]
     unpruned = [Variant(FULL)]
     if settings.blind:
         unpruned.append(Variant(BLIND))
@@ -304,12 +305,10 @@ class Evaluation:
         """Return the results so far, as plain data for JSON; `error` is what cut the run short."""
         failed = {s["video"]: s["error"]["message"] for s in self.samples if "error" in s}
         good = [s for s in self.samples if "error" not in s and s["row"] == FULL]
-        loaded = self.loaded
         rows = score_rows(self.samples)
         return {
             "schema": SCHEMA,
-            "model": asdict(loaded.facts()) if loaded else None,
-            "env": asdict(environment(loaded.device)) if loaded else None,
+            **model_and_machine(self.loaded),
             "settings": self._record(),
             "videos": {"wanted": self.total, "evaluated": len({s["video"] for s in good}), "failed": len(failed)},
             "items": {"answered": len(good), "failed": sum("error" in s for s in self.samples)},

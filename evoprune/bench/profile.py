@@ -9,7 +9,6 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import product
 from math import ceil, prod
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +58,7 @@ from evoprune.bench.profile_rows import (
     Sample,
     bound_of,
 )
-from evoprune.bench.shared import TimeLimit, after_tower_below, after_tower_note
+from evoprune.bench.shared import COUNTED, WARM_UP, TimeLimit, after_tower_below, after_tower_note, paced, swept
 from evoprune.bundled import DEMOS
 from evoprune.errors import ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language import generate
@@ -422,9 +421,12 @@ class Bench:
 
 def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRow]:
     """Return the rows of all cases in the order of their turns. A method that prunes nothing is the budget of 1.0, always there."""
-    named = [name for name in settings.methods if name != "none"]
-    asked = product(settings.budgets, named, settings.quantize)
-    pruned = [(budget, name, quantize) for budget, name, quantize in asked if settings.config(name, budget).prunes]
+    pruned = [
+        (budget, name, quantize)
+        for each in settings.budgets
+        for name, budget in swept(settings.methods, [each], settings.method_args)
+        for quantize in settings.quantize
+    ]
     full = 1.0 in settings.budgets or "none" in settings.methods
     rows = []
     for case in cases:
@@ -434,10 +436,6 @@ def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRo
     return rows
 
 
-# what `paced` yields
-WARM_UP = "warm-up"
-ROUND = "round"
-COUNTED = "counted"
 # The rate in matrix products, and the turn of each row or why it failed.
 Round = tuple[float, dict[ProfileRow, Turn | str]]
 
@@ -494,7 +492,7 @@ def measure(
     notes += bench.notes
 
     run_round = partial(_run_round, bench, rows, limit, progress)
-    for phase, (rate, turns) in paced(run_round, settings, limit):
+    for phase, (rate, turns) in paced(run_round, settings.warmups, settings.repetitions, limit):
         for row, turn in turns.items():
             if isinstance(turn, str):
                 row.error, row.samples = turn, []
@@ -547,34 +545,6 @@ def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: Ti
     if not missing:
         return []
     return [f"left out to end within {limit.seconds:g} s: {'; '.join(missing)}"]
-
-
-def paced(
-    run_round: Callable[[str, int], Round], settings: ProfileSettings, limit: TimeLimit
-) -> Iterator[tuple[str, Round]]:
-    """Runs rounds while they end in time, by the time of the round before; the first one in any case.
-
-    `run_round` gets a title; and for the first round, for which rows may be left out, how many must end in time, else 0.
-
-    Yields each with `WARM_UP` or `ROUND`; and the last warm-up once more with `COUNTED`, if no measured round ends in time.
-    """
-    last = 0.0
-    result = None
-    measured = False
-    titles = [(WARM_UP, n, settings.warmups) for n in range(settings.warmups)]
-    titles += [(ROUND, n, settings.repetitions) for n in range(settings.repetitions)]
-    for phase, number, wanted in titles:
-        rounds = 1 if phase == ROUND else 2  # a measured round comes after each warm-up
-        if result is None or limit.left >= last * rounds:
-            begun = limit.spent
-            if result is not None:
-                rounds = 0
-            result = run_round(f"{phase} {number + 1} of {wanted}", rounds)
-            last = limit.spent - begun
-            measured = phase == ROUND
-            yield phase, result
-    if not measured:
-        yield COUNTED, result
 
 
 def _with_bounds(rows: list[ProfileRow]) -> list[ProfileRow]:

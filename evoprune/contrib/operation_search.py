@@ -227,7 +227,7 @@ class OperationTuning(Run):
             return Loss(float(kl.mean()), sum(int(result.agrees.sum()) for result in results) / len(kl))
 
         blank = self._blank
-        self.complete = search(blank.after, blank.depth, measure, self.found, lambda: self.left_s > 0)
+        self.complete = search(blank.after, blank.depth, measure, self.found, lambda: self.limit.left > 0)
         if not self.complete:
             note(f"{self._measured} measurements took all the time: too little to order the operations (--time-limit)")
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from math import inf
 from statistics import median
 
 import torch
@@ -11,7 +12,9 @@ from evoprune.backend import operators
 from evoprune.backend.devices import capture_on, plain_pytorch, uses_kernels
 from evoprune.bench.clips import prepare, synthetic_frames
 from evoprune.bench.profile import run_evoprune, run_hugging_face
+from evoprune.bench.profile_results import median_ratio
 from evoprune.bench.profile_rows import Case
+from evoprune.bench.shared import ROUND, TimeLimit, paced
 from evoprune.bench.verify.subject import (
     BUDGET,
     DIFFERS,
@@ -144,8 +147,8 @@ def answer(subject: Subject) -> Outcome:
     return outcome
 
 
-def _within(distance: Gap, noise: Gap, times: float = 1.0) -> Outcome:
-    return judged(f"{distance}; rounding alone {noise.mean:.1e}, {noise.largest:.1e}", distance.limits(noise, times))
+def _within(distance: Gap, noise: Gap) -> Outcome:
+    return judged(f"{distance}; rounding alone {noise.mean:.1e}, {noise.largest:.1e}", distance.limits(noise))
 
 
 @contextmanager
@@ -193,15 +196,14 @@ def first_token(subject: Subject) -> Outcome:
     case = Case(SAMPLING.frames, whole.height, whole.width)
     clip = prepare(loaded, *synthetic_frames("motion", case, loaded.video.unit))
     plan = config.plan(tower_shape(loaded.model.model.visual), clip.grid)
-    rounds = []
-    for _ in range(ROUNDS + 1):
-        turns = (
-            run_hugging_face(loaded, subject.transformers, clip, 1),
-            run_evoprune(loaded, clip, plan, config, 1),
-        )
-        rounds.append([turn.sample.first_token for turn in turns])
-    theirs, ours = map(median, zip(*rounds[1:], strict=True))  # the first round warms up
-    figures = {"transformers_s": theirs, "evoprune_s": ours, "ratio": median(a / b for a, b in rounds[1:])}
+
+    def run_round(*_) -> tuple[float, float]:
+        theirs = run_hugging_face(loaded, subject.transformers, clip, 1)
+        return theirs.sample.first_token, run_evoprune(loaded, clip, plan, config, 1).sample.first_token
+
+    rounds = [turns for phase, turns in paced(run_round, 1, ROUNDS, TimeLimit(inf)) if phase == ROUND]
+    theirs, ours = map(median, zip(*rounds, strict=True))
+    figures = {"transformers_s": theirs, "evoprune_s": ours, "ratio": median_ratio(*zip(*rounds, strict=True))}
     both = f"{ours:.2f} s, transformers {theirs:.2f} s: {figures['ratio']:.1f} times as fast"
     return Outcome(HELD, f"first token {both} (weights are not packed here)", figures)
 

@@ -255,7 +255,7 @@ class Subject:
     """
 
     def __init__(self, loaded: LoadedModel, video: Path, picture: Path):
-        self._asked = {}
+        self._asked: dict[tuple[Path, ...], Asked] = {}
         self.differing: list[str] = []
         self.not_read: str | None = None
         limits = {kind: replace(limit, min_pixels=limit.unit**2) for kind, limit in loaded.limits.items()}
@@ -307,11 +307,11 @@ class Subject:
         """Encode the video with evoprune."""
         return self.asking(budget, method).encode(self.video, **vars(SAMPLING))
 
-    def about(self, *paths: Path, question: str = QUESTION) -> "Asked":
-        """Return a question about inputs, as both sides read it; made once."""
-        if (paths, question) not in self._asked:
-            self._asked[paths, question] = Asked(self, paths, question)
-        return self._asked[paths, question]
+    def about(self, *paths: Path) -> "Asked":
+        """Return the question about inputs as both sides read it; made once."""
+        if paths not in self._asked:
+            self._asked[paths] = Asked(self, paths)
+        return self._asked[paths]
 
     @torch.inference_mode()
     def features(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -436,7 +436,7 @@ class Subject:
 
 
 class Asked:
-    """Hold a question about inputs, as both sides read it.
+    """The question about inputs as both sides read it.
 
     Attributes:
         plans: what is looked at of each.
@@ -444,14 +444,14 @@ class Asked:
         call: the arguments of transformers' model.
     """
 
-    def __init__(self, subject: Subject, paths: Sequence[Path], question: str):
+    def __init__(self, subject: Subject, paths: Sequence[Path]):
         session = subject.asking(1.0).session
         loaded = subject.loaded
         self._subject = subject
         with closing(open_inputs(session, paths, SAMPLING)) as opened:
             self.plans = opened.plans
         units = sum(plan.units for plan in self.plans)
-        self.prompt = fitting_prompt(session, self.plans, question, GenerationOptions(), units)
+        self.prompt = fitting_prompt(session, self.plans, QUESTION, GenerationOptions(), units)
         self.positions = positions_of(self.prompt, self.plans, loaded)
         # Frames are resized as the encoder does it.
         read = [read_patches(plan, loaded.limits[plan.kind], subject.device) for plan in self.plans]
