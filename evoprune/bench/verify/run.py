@@ -26,7 +26,6 @@ from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import ModelOptions
 from evoprune.util import counted
 from evoprune.video.frames import probe
-from evoprune.video.info import PICTURE
 from evoprune.video.temporary import temporary_folder
 
 SCHEMA = "evoprune/verify@1"
@@ -149,14 +148,12 @@ def _short(figures: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
-    """Provide what is compared: a file that the user names, in the place of the clip or the picture made by formula."""
+    """Provide what is compared. A file that the user names, a video or a picture, takes the place of the clip made by formula."""
     with temporary_folder("evoprune-verify-") as folder:
         video, picture = _material(Path(folder))
         if path is not None:
-            if probe(path).kind == PICTURE:
-                picture = Path(path)
-            else:
-                video = Path(path)
+            video = Path(path)
+            probe(path)  # raises if it is no video or picture
         subject = Subject(loaded, video, picture)
         subject.asking(1.0)  # raises if the device computes nothing
         yield subject

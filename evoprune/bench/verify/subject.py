@@ -249,7 +249,8 @@ class Subject:
 
     Attributes:
         loaded: the model with plain weights, that both sides compute with, and without a least size of frames.
-        video, picture: files.
+        video: the file that is compared on, which may be a picture.
+        picture: a picture to ask about beside it.
         differing: once there is `transformers`, names of tensors that it reads of the files otherwise than this project.
         not_read: why it does not read them; None where it does.
     """
