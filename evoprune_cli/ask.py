@@ -453,14 +453,9 @@ class Conversation:
                     self._full = self._encode_full(show)
             answer = self._say(self._full, question, "full")
             report.compare, self._half = answer.report, None
-            from evoprune.bench.agreement import agreement, reference
+            from evoprune.bench import compare
 
-            generation = self._generation
-            ended = answer.report.finish_reason == "stop"
-            if answer.report.stop_reason is not None or generation.grammar is not None:
-                ended = False  # perhaps it has no token of its end
-            given = reference(self._full, question, answer.ids, ended, generation.system, generation.think)
-            report.agreement = agreement(given, self._inputs).record()
+            report.agreement = compare(self._full, question, answer, self._generation, self._inputs)
         self.answered += 1  # before it is printed: a record that is interrupted must not be printed twice
         self._finish(report)
 

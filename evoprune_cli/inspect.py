@@ -202,7 +202,7 @@ def _draw_overlay(file: str, ending: str, path: str, video: str, options: Pipeli
     """Draws what a model makes of a video; the facts to report."""
     with progress(True) as show:
         prepare()
-        from evoprune.bench.overlay import overlay_file, trace
+        from evoprune.bench import trace
         from evoprune.video_qa import load_qa
 
         show("loading model")
@@ -213,7 +213,7 @@ def _draw_overlay(file: str, ending: str, path: str, video: str, options: Pipeli
         name = session.pruning.name
         budget = session.pruning.budget.recorded
         title = f"{os.path.basename(os.path.abspath(video))}, {name} -b {budget_text(budget)}. {traced.summary}"
-        write_bytes(file, overlay_file(traced, title, ending))
+        write_bytes(file, traced.draw(title, ending))
     for warning in traced.warnings:
         print_warning(warning, VideoFacts(path=video, damaged=traced.damaged))
     facts = {"file": file, "method": name, "args": session.pruning.method.args, "budget": budget}

@@ -5,11 +5,12 @@ from contextlib import suppress
 from typing import Any
 
 from evoprune import methods as registry
+from evoprune.bench import folded, grid
 from evoprune.errors import EvopruneError
 from evoprune.util import one_line
 from evoprune_cli import options as opt
 from evoprune_cli.running import print_text
-from evoprune_cli.terminal import folded, page_width, print_document, table
+from evoprune_cli.terminal import page_width, print_document
 
 ACTS = {
     "none": "nowhere",
@@ -44,7 +45,7 @@ def methods(*, json: opt.option(bool, "--json", "JSON on stdout instead of text.
         print_document({"schema": "evoprune/methods@1", "methods": entries, "error": None})
         return 0
     rows = [[cell(entry) for cell in COLUMNS.values()] for entry in entries]
-    lines, _ = table([*COLUMNS], rows, page_width(), right=False)
+    lines, _ = grid([*COLUMNS], rows, page_width(), right=False)
     print_text("\n".join([*lines, "", *folded([COMBINED], page_width())]) + "\n")
     return 0
 

@@ -81,13 +81,12 @@ class MomentFiles:
                 text += f"; {note}\n"  # a comment
             write_bytes(self.chapters, text.encode())
         if self.contact_sheet is not None:
-            from evoprune.bench.overlay import png
-            from evoprune.bench.sheet import MADE_BY, contact_sheet
+            from evoprune.bench import contact_sheet
 
             title = os.path.basename(name)
             if note:
                 title += f" ({note})"
-            write_bytes(self.contact_sheet, png(contact_sheet(search.info, moments, title), MADE_BY))
+            write_bytes(self.contact_sheet, contact_sheet(search.info, moments, title))
         return [] if self.clips is None else self._cut(search, name, quiet)
 
     def _cut(self, search: "Search", name: str, quiet: bool) -> list[str]:

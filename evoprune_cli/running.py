@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from evoprune.backend.limits import check_libraries, keep_freed_memory
 from evoprune.batch.output import OPEN_FILES, write_file
 from evoprune.errors import UsageError
+from evoprune.report import WIDTH
 from evoprune.session.options import GenerationOptions, PipelineOptions
-from evoprune_cli.terminal import encodable, failure, json_line, page_width, print_document, stdout, tell, write_whole
+from evoprune_cli.terminal import encodable, failure, page_width, stdout, tell, write_whole
 
 if TYPE_CHECKING:
+    from evoprune.bench import Results
     from evoprune.session.session import Session
     from evoprune.video_qa import VideoQA
 
@@ -195,19 +197,12 @@ def rescuing(ready: Callable[[], bool], deliver: Callable[[dict[str, Any]], Any]
         raise
 
 
-def show(document: dict[str, Any], render: Callable[[dict, int], str], json: bool) -> None:
-    """Prints results: as one JSON line, or as the text that `render` makes for a width."""
-    if json:
-        print_document(document)
-    else:
-        print_text(render(document, page_width()))
-
-
-def write(
-    document: dict[str, Any], output: str | None, chart: str | None = None, draw: Callable[[dict], str] | None = None
-) -> None:
-    """Writes results to the files that are wanted: as JSON, and as a chart of `draw` where there is a row."""
-    if output:
-        write_bytes(output, f"{json_line(document)}\n".encode())
-    if chart and document["rows"]:
-        write_bytes(chart, draw(document).encode())
+def deliver_results(results: "Results", form: str, output: str | None = None, chart: str | None = None) -> None:
+    """Print results as "table", "json" or "csv". Write them as JSON and as a chart, even if nobody reads stdout."""
+    try:
+        print_text(results.text(form, page_width()))
+    finally:
+        if output:
+            write_bytes(output, results.text("json", WIDTH).encode())
+        if chart and (drawn := results.chart()):
+            write_bytes(chart, drawn.encode())

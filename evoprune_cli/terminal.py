@@ -1,4 +1,4 @@
-"""What is printed: errors, warnings, notes and progress on stderr, tables and JSON on stdout. Colour only on a terminal."""
+"""What is printed: errors, warnings, notes and progress on stderr, answers and JSON on stdout. Colour only on a terminal."""
 
 import io
 import json
@@ -9,13 +9,13 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import cycle
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 from evoprune.errors import UsageError, error_record
-from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, precision, warning_text, warning_title
+from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, warning_text, warning_title
 from evoprune.util import clock, counted, harmless, one_line, roughly, size
 
 LEAST_S = 1.0  # that a line of progress has counted before it says how much longer it takes
@@ -23,8 +23,6 @@ COLOURS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
 # With the option each sets.
 FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b", "EVOPRUNE_THREADS": "--threads"}
 GLUE = "\0"  # for a space at which no line ends; it is in no printable text
-MIN_NAME = 8  # characters of the first column of a table for which the others keep their width
-T = TypeVar("T")
 
 _stdout: TextIO | None = None  # while `sys.stdout` is stderr
 
@@ -361,75 +359,3 @@ def progress(active: bool, timing: bool = False) -> Iterator:
 
     with Live(get_renderable=drawn, console=console, transient=True, refresh_per_second=8):
         yield line.show
-
-
-# Tables and folded lines of text for stdout.
-
-
-def short_name(model: str) -> str:
-    """Return what titles call a model: the last part of its id or path."""
-    return one_line(model).rpartition("/")[2]
-
-
-def model_line(model: dict) -> str:
-    """Name a model's id, precision and device. `model`: from a document of results."""
-    return f"{one_line(model['id'])}, {precision(model['dtype'], model.get('quantize'))}, {model['device']}"
-
-
-def failures(document: dict) -> list[str]:
-    """Return a line for each video that failed. `document`: of results."""
-    return [one_line(f"failed: {entry['video']}: {entry['message']}") for entry in document["failures"]]
-
-
-def folded(texts: Iterable[str], width: int, **settings: bool) -> list[str]:
-    """Fold texts to lines no longer than `width`; lines that continue one are indented, empty ones stay."""
-    return [line for text in texts for line in textwrap.wrap(text, width, subsequent_indent="  ", **settings) or [""]]
-
-
-def table(
-    titles: Sequence[str], rows: Iterable[Sequence[str]], width: int, right: bool = True
-) -> tuple[list[str], bool]:
-    """Return the lines of a table, and whether it fits into `width` as it is. Where it does not, words are broken and none is cut.
-
-    `right`: the columns after the first hold numbers, and the first gives way to them.
-    """
-    from rich.cells import cell_len
-    from rich.console import Console
-    from rich.measure import Measurement
-    from rich.table import Table
-
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
-    grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
-    rows = list(rows)
-    for number, title in enumerate(titles):
-        side = "right" if number and right else "left"
-        grid.add_column(title, justify=side, overflow="fold")
-    for row in rows:
-        grid.add_row(*row)
-    wide = Measurement.get(console, console.options.update(width=10_000), grid).maximum
-    if right and wide > width:
-        cells = [[*title.split(), *(row[number] for row in rows)] for number, title in enumerate(titles)]
-        min_widths = [max(map(cell_len, column), default=0) for column in cells[1:]]
-        if width - sum(min_widths) - 2 * len(min_widths) >= MIN_NAME:
-            for column, columns in zip(grid.columns[1:], min_widths, strict=True):
-                column.width = columns
-    with console.capture() as captured:
-        console.print(grid)
-    return [line.rstrip() for line in captured.get().splitlines()], wide <= width
-
-
-def fitting(
-    rows: Sequence[T], name: Callable[[T], str], columns: dict[str, Callable[[T], str]], drop: Iterable[str], width: int
-) -> tuple[list[str], list[str]]:
-    """Return a table of as many columns as there is room for: its lines, and their titles. Those of `drop` are left out, in this
-    order.
-
-    `name`: of a row, in the first column. `columns`: title and cell of the others.
-    """
-    for title in (None, *drop):
-        columns = {heading: cell for heading, cell in columns.items() if heading != title}
-        body = [[name(row), *(cell(row) for cell in columns.values())] for row in rows]
-        lines, fits = table(["", *columns], body, width)
-        if fits:
-            break
-    return lines, list(columns)

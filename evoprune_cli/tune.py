@@ -1,30 +1,17 @@
 """`evoprune tune`: the fastest setting that changes a model's answers little enough, found without labels."""
 
 import os
-from collections.abc import Callable
 from functools import partial
-from itertools import cycle
 from typing import Any
 
 from evoprune import methods
-from evoprune.bench.chart import COLOURS, PALE, Panel, Point, Series, draw
 from evoprune.errors import UsageError, VideoError
 from evoprune.methods.budget import Budget
-from evoprune.report import rounded
 from evoprune.session.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
-from evoprune.util import counted, missing_hint, shown
+from evoprune.util import missing_hint, shown
 from evoprune_cli import options as opt
-from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, prepare, rescuing, show, write
-from evoprune_cli.terminal import (
-    check_output,
-    failures,
-    fitting,
-    folded,
-    model_line,
-    note,
-    progress,
-    short_name,
-)
+from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, deliver_results, prepare, rescuing
+from evoprune_cli.terminal import check_output, note, progress
 
 AGREE = 0.98
 ASKED = "What is asked"  # the title of a panel
@@ -129,14 +116,10 @@ def tune(
     tuning = None
 
     def deliver(error: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Prints, writes and draws the results; returns them. `error`: what cut the run short."""
-        document = rounded({"schema": tuning.schema} | tuning.document(error))
-        form = render_operations if "steps" in document else render
-        try:
-            show(document, form, json)
-        finally:  # also where nobody reads stdout
-            write(document, output, chart, draw_chart)
-        return document
+        """Print, write, draw and return the results; `error`: what cut the run short."""
+        results = tuning.results(error)
+        deliver_results(results, "json" if json else "table", output, chart)
+        return results.document()
 
     from evoprune.session.ahead import Ahead
 
@@ -149,7 +132,7 @@ def tune(
         prepare()
         # The first video alone: reading others would take time from what is measured.
         ahead.begin([(settings["videos"][:1], pipeline.sampling)])
-        from evoprune.bench.tune import TuneSettings, Tuning
+        from evoprune.bench import TuneSettings, Tuning
         from evoprune.contrib.operation_search import OperationTuning
 
         kind = OperationTuning if operations else Tuning
@@ -180,136 +163,3 @@ def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:
     if not all(text.strip() for text in texts):
         raise UsageError("the question is empty", '-Q "What happens?"')
     return tuple(dict.fromkeys(texts))
-
-
-# The tables. Columns: what they hold, and what that means.
-
-COLUMNS: dict[str, tuple[Callable[[dict], str], str]] = {
-    "first token": (
-        lambda row: f"{1 / row['first_token']:.2f}x",
-        "how much sooner than unpruned, the median over videos",
-    ),
-    "agree": (
-        lambda row: f"{100 * row['agreement']:.1f} ({100 * row['low']:.1f}-{100 * row['high']:.1f})",
-        "percent of the tokens of the unpruned model's answers at which the first choice is the same, estimated in the order of "
-        "KL, with the 95% interval over videos",
-    ),
-    "KL": (lambda row: f"{row['kl']:.3f}", "mean of KL(unpruned, pruned) in nats a token"),
-    "KL 95%": (lambda row: f"{row['kl_p95']:.3f}", "its 95th percentile"),
-    "tokens": (lambda row: f"{100 * row['kept_share']:.0f}%", "visual tokens kept"),
-    "work": (
-        lambda row: f"{100 * row['live_share']:.0f}%",
-        "rows that the vision encoder computes, a mean over its layers",
-    ),
-    "videos": (lambda row: f"{row['videos']}", "on which it was tried"),
-}
-
-
-def _if_measured(row: dict, form: str) -> str:
-    """Fill in figures of a row; a dash where they were not measured."""
-    if row["kl"] is None:
-        return "-"
-    return form.format(**row)
-
-
-# The same of recipes of operations.
-OPERATIONS: dict[str, tuple[Callable[[dict], str], str]] = {
-    "work": (
-        lambda row: f"{100 * row['share']:.1f}%",
-        "what is left of the work on visual tokens in the layers that leave some out",
-    ),
-    "operations": (lambda row: f"{row['operations']:,}", "left out"),
-    "KL": (
-        lambda row: _if_measured(row, "{kl:.3f}"),
-        "mean of KL(unpruned, pruned) in nats a token; -: not measured",
-    ),
-    "agree": (
-        lambda row: _if_measured(row, "{agree:.1%}"),
-        "tokens with the same first choice",
-    ),
-}
-DROPPED = ("KL 95%", "work", "videos", "tokens", "KL")  # in this order, where the terminal has too few characters
-
-
-def _heading(document: dict, width: int) -> list[str]:
-    videos = document["videos"]
-    answers = (
-        f"{counted(document['answer_tokens'], 'token')} of answers to {counted(document['questions'], 'question')}"
-    )
-    about = f"{videos['answered']} of {counted(videos['wanted'], 'video')}, {document['seconds']:.0f} s"
-    return folded([model_line(document["model"]), f"{answers} about {about}"], width)
-
-
-def _fitting(document: dict, name, columns: dict, drop: tuple[str, ...], width: int) -> tuple[list[str], str]:
-    """Return the lines of a table, and what its columns mean."""
-    body, titles = fitting(document["rows"], name, {title: cell for title, (cell, _) in columns.items()}, drop, width)
-    return body, "; ".join(f"{title}: {columns[title][1]}" for title in titles)
-
-
-def render_operations(document: dict, width: int = 80) -> str:
-    lines = _heading(document, width)
-    if document["rows"]:
-        body, said = _fitting(document, lambda row: f"-b {row['budget']:g}", OPERATIONS, ("operations", "agree"), width)
-        lines += ["", *body, "", *folded([said], width)]
-    else:
-        lines.append("no recipe was found: too little time")
-    lines += failures(document)
-    if document["error"]:
-        lines += folded([f"{document['error']['message']}: not everything was measured"], width)
-    if document["complete"]:
-        lines += ["", "the file of -o is the recipe: --method operations:recipe=FILE"]
-    return "\n".join(lines) + "\n"
-
-
-def render(document: dict, width: int = 80) -> str:
-    """Return the results, no line longer than `width` if that is possible."""
-    lines = _heading(document, width)
-    said = [_verdict(document)]
-    if document["rows"]:
-        marks = {document["recommended"]: "*"}
-        body, meanings = _fitting(
-            document, lambda row: f"{marks.get(row['name'], ' ')} {row['name']}", COLUMNS, DROPPED, width
-        )
-        lines += ["", *body, ""]
-        said.append(meanings)
-    said += [*document["notes"], *failures(document)]
-    if document["error"]:
-        said.append(f"{document['error']['message']}: not everything was tried")
-    lines += folded(said, width, break_on_hyphens=False)
-    if options := document["options"]:
-        lines += ["", f"-b {options['budget']:g} --method {options['method']}"]
-    return "\n".join(lines) + "\n"
-
-
-def _verdict(document: dict) -> str:
-    rows = {row["name"]: row for row in document["rows"]}
-    goal = f"{100 * document['settings']['agree']:g}%"
-    if name := document["recommended"]:
-        gain = f"{1 / rows[name]['first_token']:.1f}x as fast, {100 * rows[name]['agreement']:.1f}% agree"
-        return f"recommended: {name}, the fastest that is sure to agree at {goal} of the tokens: first token {gain}"
-    if not rows:
-        return "nothing was tried: too little time"
-    row = rows[document["best"]]
-    best = f"the best is {row['name']}: at least {100 * row['low']:.1f}%"
-    return f"no setting is sure to agree at {goal} of the tokens; {best}"
-
-
-def draw_chart(document: dict) -> str:
-    """SVG: agreement against the time to the first token, a line a method, and the frontier."""
-    rows = document["rows"]
-    series = []
-    for method, colour in zip(dict.fromkeys(row["method"] for row in rows), cycle(COLOURS), strict=False):
-        line = sorted((row for row in rows if row["method"] == method), key=lambda row: row["budget"])
-        labels = {row["name"]: f"-b {row['budget']:g}" * row["frontier"] for row in line}
-        points = (Point.percent(100 * row["first_token"], row, "agreement", labels[row["name"]]) for row in line)
-        series.append(Series(method, tuple(points), colour))
-    best = sorted((row for row in rows if row["frontier"]), key=lambda row: row["first_token"])
-    edge = tuple(Point(100 * row["first_token"], 100 * row["agreement"]) for row in best)
-    series.append(Series("frontier", edge, PALE, dashed=True))
-    title = f"{short_name(document['model']['id'])}: agreement with the unpruned model against time to the first token"
-    answers = counted(document["answer_tokens"], "token")
-    videos = counted(document["videos"]["answered"], "video")
-    asked = f"{100 * document['settings']['agree']:g}% asked"
-    facts = f"{answers} of answers about {videos}, 95% intervals over videos; {asked}"
-    label = "first token, % of the unpruned model's"
-    return draw(title, facts, [Panel("", label, "tokens that agree, %", tuple(series), from_zero=False)])

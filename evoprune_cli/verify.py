@@ -1,20 +1,14 @@
 """`evoprune verify`: whether this machine computes with this model what transformers computes."""
 
 import time
+from typing import Any
 
 from evoprune.session.options import ModelOptions
-from evoprune.util import counted
 from evoprune_cli import options as opt
-from evoprune_cli.running import check_writable, prepare, rescuing, show, write
-from evoprune_cli.terminal import check_output, folded, print_traceback, progress
+from evoprune_cli.running import check_writable, deliver_results, prepare, rescuing
+from evoprune_cli.terminal import check_output, print_traceback, progress
 
 DIFFERENCE = 7  # an exit code
-UNLIMITED_S = 86_400.0
-VERDICTS = {
-    "held": "this machine computes with this model what transformers computes",
-    "differs": "something is not as it should be; -o FILE.json writes what a bug report needs",
-    "skipped": "nothing was compared",
-}
 
 
 @opt.command(ModelOptions, short="quick time_limit model output json quiet", without=("quantize", "store_quantized"))
@@ -42,10 +36,10 @@ def verify(
 ) -> int:
     """Check the results of this machine against transformers.
 
-    Both sides compute with the same weights, on the same device and in the same dtype: pixels, features, positions, logits and
-    answers with nothing pruned. With pruning, counts, chunks, reuse and every method are checked. How far two results may be apart
-    follows from the rounding of the dtype, which is measured. Each check held, differs or was skipped. Exit code 7: something
-    differs.
+    Both sides compute with the same weights, on the same device and in the same dtype: positions, features, logits and an answer,
+    with nothing pruned. With pruning, the rows of each layer are counted. On a GPU, kernels and graphs are compared with plain
+    PyTorch. How far two results may be apart follows from the rounding of the dtype, which is measured. Each check held, differs or
+    was skipped. Exit code 7: something differs.
 
     \b
     evoprune verify
@@ -58,40 +52,17 @@ def verify(
     pipeline = options()
     results = None
 
-    def deliver(error: dict | None = None) -> None:
-        document = results.document() | {"error": error}
-        try:
-            show(document, render, json)
-        finally:  # also where nobody reads stdout
-            write(document, output)
+    def deliver(error: dict[str, Any] | None = None) -> None:
+        results.error = error
+        deliver_results(results, "json" if json else "table", output)
 
     with rescuing(lambda: results is not None, deliver), progress(not quiet) as tell:
         tell("loading libraries")
         prepare()
-        from evoprune.bench.profile_results import TimeLimit
-        from evoprune.bench.verify.run import subject_of
-        from evoprune.bench.verify.run import verify as run
-        from evoprune.session.loading.model import load_model
+        from evoprune.bench import run_checks
 
-        seconds = UNLIMITED_S if time_limit is None else time_limit
-        limit = TimeLimit(seconds, begun=begun)
-        tell("loading model")
-        loaded = load_model(pipeline.model, pack=False, to_answer=True)
-        with subject_of(loaded, path) as subject:
-            for results in run(subject, limit, quick=quick, progress=tell, failed=print_traceback):  # noqa: B007
-                pass
+        how = {"quick": quick, "progress": tell, "failed": print_traceback}
+        for results in run_checks(pipeline.model, path, time_limit_s=time_limit, begun=begun, **how):  # noqa: B007
+            pass
     deliver()
     return 0 if results.verdict == "held" else DIFFERENCE
-
-
-def render(document: dict, width: int = 80) -> str:
-    """Return the record as lines: the model and the machine, a line for each check, the figures, and the verdict."""
-    model = document["model"]
-    env = document["env"]
-    about = f"{model['id'] or model['family']}, {model['dtype']}, {model['device']}: {env['device_name']}"
-    versions = ", ".join(f"{name} {env[name]}" for name in ("evoprune", "torch", "transformers"))
-    lines = [about, f"{versions}, {counted(env['threads'], 'thread')}", ""]
-    lines += [f"{check['state']:<8} {check['name']:<10} {check['says']}" for check in document["checks"]]
-    counts = ", ".join(f"{document[state]} {state}" for state in ("held", "differs", "skipped"))
-    lines += ["", f"{counts} in {document['seconds']:.0f} s: {VERDICTS[document['verdict']]}"]
-    return "\n".join(folded(lines, width)) + "\n"

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.answering import Answer, EncodedInputs
+from evoprune.session.options import GenerationOptions
 
 KEPT = 1024  # tokens whose probabilities are kept for every token of an answer, instead of 150,000
 
@@ -65,6 +66,17 @@ def agreement(given: Reference, video: EncodedInputs) -> Agreement:
     logs = torch.cat([logs, _rest(logs)], 1)
     kl = (given.logs.exp() * (given.logs - logs)).sum(1).clamp(min=0)
     return Agreement((logits.argmax(-1) == given.tokens[:, 0]).cpu(), kl.cpu(), seconds)
+
+
+def compare(
+    full: EncodedInputs, question: str, answer: Answer, options: GenerationOptions, pruned: EncodedInputs
+) -> dict[str, float]:
+    """Return the record of how a pruned video agrees with an answer of the unpruned one, which `options` led to."""
+    ended = answer.report.finish_reason == "stop"
+    if answer.report.stop_reason is not None or options.grammar is not None:
+        ended = False  # perhaps the answer has no token of its end
+    given = reference(full, question, answer.ids, ended, options.system, options.think)
+    return agreement(given, pruned).record()
 
 
 def _rest(logs: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,9 @@
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise, product
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -51,6 +51,21 @@ class Series:
     colour: str = COLOURS[0]
     dashed: bool = False
     hollow: bool = False
+
+
+def lines(
+    points: Mapping[str, Sequence[Point]], colours: Mapping[str, str], dashed: Collection[str] = ()
+) -> tuple[Series, ...]:
+    """Return a series for each name.
+
+    Names without a colour in `colours` get one in turn; after the sixth their marks are hollow. `dashed`: names of derived series.
+    """
+    looks = cycle(product((False, True), COLOURS))
+    series = []
+    for name, line in points.items():
+        hollow, colour = (False, colours[name]) if name in colours else next(looks)
+        series.append(Series(name, tuple(sorted(line, key=lambda point: point.x)), colour, name in dashed, hollow))
+    return tuple(series)
 
 
 @dataclass(frozen=True)

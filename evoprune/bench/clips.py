@@ -23,15 +23,16 @@ from math import prod
 import numpy as np
 import torch
 
-from evoprune.bench.profile_results import SYNTHETIC, Case
+from evoprune.bench.profile_rows import SYNTHETIC, Case
 from evoprune.errors import UsageError
 from evoprune.language.prompt import Place, place_of_pairs, prompt_positions
 from evoprune.methods.chain import PruneConfig
 from evoprune.model.config import VisionConfig
 from evoprune.session.loading.model import LoadedModel
+from evoprune.session.options import SamplingOptions
 from evoprune.video.frames import read_frames
 from evoprune.video.info import PICTURE, Video
-from evoprune.video.plan import InputLimits, SamplingOptions, even_times, make_plan
+from evoprune.video.plan import InputLimits, even_times, make_plan
 from evoprune.vision.patches import normalised
 from evoprune.vision.preprocess import pixel_patches, resize
 from evoprune.vision.tower import tower_shape

@@ -7,28 +7,33 @@ computed are stretched to the 3B's 32 layers by relative depth (`stretched`), an
 layer to layer. Scoring and merging, a few percent of the tower, are left out.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 from zlib import crc32
 
-import evoprune
 from evoprune import methods
-from evoprune.backend.devices import environment
 from evoprune.batch.output import file_changes
 from evoprune.batch.rows import Row, Span, group_by_span
 from evoprune.bench.eval_folder import SIZE_RULE, RunFolder
+from evoprune.bench.eval_results import EvalResults
+from evoprune.bench.eval_settings import SCORES, EvalSettings
 from evoprune.bench.processes import map_in_processes
 from evoprune.bench.questions import VideoQuestions, grade, of_groups
 from evoprune.bench.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
-from evoprune.bench.shared import GreyInput, SharedInput, SharedRows, after_tower_below, after_tower_note
+from evoprune.bench.shared import (
+    GreyInput,
+    SharedInput,
+    SharedRows,
+    after_tower_below,
+    after_tower_note,
+    model_and_machine,
+    swept,
+)
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
-from evoprune.methods.budget import Budget
 from evoprune.methods.types import generator_seed
 from evoprune.model.cost import prefill_flop, shortage, stretched, tower_flop
 from evoprune.report import Report
@@ -37,17 +42,10 @@ from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.loading.find import FoundModel, describe_model, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, threads_of_each
-from evoprune.session.options import (
-    GenerationOptions,
-    ModelOptions,
-    PipelineOptions,
-    PruneOptions,
-    SamplingOptions,
-    record,
-)
+from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.session import Session, check_fits
 from evoprune.session.upcoming import Upcoming
-from evoprune.util import OPTION, counted
+from evoprune.util import counted
 from evoprune.video.info import NO_SUBTITLES, input_state
 from evoprune.vision.tower import tower_geometry
 
@@ -93,9 +91,6 @@ class Cost:
         }
 
 
-Score = Literal["text", "likelihood"]
-SCORES = get_args(Score)
-
 # Called with what is done; by `run` with "video", how many are done and in all, and what is done just now.
 Progress = Callable[..., None]
 
@@ -105,63 +100,6 @@ def told(what: str, done: int = 0, total: int = 0, detail: str = "") -> str:
     if not total:
         return what
     return f"{what} {done} of {total}: {detail}"
-
-
-# Options that results hold also at their defaults.
-RECORDED = (
-    "fps", "frames", "max_frames", "max_visual_tokens", "seek", "max_new_tokens", "model", "revision", "dtype", "quantize",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """Hold the settings of a run; two runs with the same ones give the same results, but for `timed`.
-
-    Each method runs at each budget.
-    """
-
-    data: str  # path of a file of questions, or what else the videos are
-    budgets: tuple[float | str, ...]  # as of `Budget.recorded`
-    methods: tuple[str, ...] = (methods.DEFAULT,)
-    method_args: dict[str, str] = field(default_factory=dict)
-    blind: bool = False  # also ask without the video
-    seed: int = 0  # of methods that select at random
-    score: Score = (
-        "text"  # how questions with options are graded: the text that is generated, or the most probable option
-    )
-    groups: tuple[str, ...] = ()  # only questions of these; all if it is empty
-    limit: int | None = None  # of videos; None for all
-    model: ModelOptions = field(default_factory=ModelOptions)
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    generation: GenerationOptions = field(default_factory=lambda: GenerationOptions(max_new_tokens=64))
-    digest: str | None = None  # of the file's content
-    timed: bool = False  # samples hold `prune_ms` too: for the video, or for the question if the method reads it
-    version: str = evoprune.__version__
-
-    @classmethod
-    def of_record(cls, record: dict[str, Any], model: ModelOptions) -> "EvalSettings":
-        """Read the settings of a record, though its file may have changed since.
-
-        `model`: options that answers do not depend on, such as the device.
-
-        Raises KeyError, TypeError, ValueError or UsageError: it is no such record.
-        """
-        others = ("digest", "version", "plugins", "files", SIZE_RULE)
-        options = {name: value for name, value in record.items() if name not in others}
-        own = {f.name: options.pop(f.name) for f in fields(cls) if f.name in options and f.name != "model"}
-        own["budgets"] = tuple(Budget.parse(each, auto=True).recorded for each in own["budgets"])
-        own |= {name: tuple(own[name]) for name in ("methods", "groups")}
-        free = (f.name for f in fields(model) if not f.metadata[OPTION].changes_answers)
-        pipeline = PipelineOptions.of(**{name: getattr(model, name) for name in free} | options)
-        return cls(**own, model=pipeline.model, sampling=pipeline.sampling, generation=pipeline.generation)
-
-    def record(self) -> dict[str, Any]:
-        own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling", "generation")}
-        code = {name: code for text in self.methods for name, code in methods.plugin_code(text).items()}
-        options = record((self.sampling, self.generation, self.model), RECORDED)
-        if code:
-            options["plugins"] = code
-        return own | options
 
 
 @dataclass(frozen=True)
@@ -175,17 +113,11 @@ class Variant:
         return row_name(**asdict(self))
 
 
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def variants(settings: EvalSettings) -> list[Variant]:
     """Return the rows in order: full, blind, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
     if settings.score not in SCORES:
         raise UsageError(f"score is {settings.score!r}", f"use {' or '.join(SCORES)}")
-    pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
-    asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
-    pruned = [Variant(METHOD, options.method, options.budget) for options in asked if options.config().prunes]
+    pruned = [Variant(METHOD, *pair) for pair in swept(settings.methods, settings.budgets, settings.method_args)]
     unpruned = [Variant(FULL)]
     if settings.blind:
         unpruned.append(Variant(BLIND))
@@ -365,16 +297,18 @@ class Evaluation:
                 sample["prune_ms"] = prune_ms + (times.prefill_prune or 0.0)
             yield _about(video, row) | sample
 
+    def results(self, error: dict | None = None) -> EvalResults:
+        """Return the results so far; `error` is what cut the run short."""
+        return EvalResults(self.document(error))
+
     def document(self, error: dict | None = None) -> dict[str, Any]:
         """Return the results so far, as plain data for JSON; `error` is what cut the run short."""
         failed = {s["video"]: s["error"]["message"] for s in self.samples if "error" in s}
         good = [s for s in self.samples if "error" not in s and s["row"] == FULL]
-        loaded = self.loaded
         rows = score_rows(self.samples)
         return {
             "schema": SCHEMA,
-            "model": asdict(loaded.facts()) if loaded else None,
-            "env": asdict(environment(loaded.device)) if loaded else None,
+            **model_and_machine(self.loaded),
             "settings": self._record(),
             "videos": {"wanted": self.total, "evaluated": len({s["video"] for s in good}), "failed": len(failed)},
             "items": {"answered": len(good), "failed": sum("error" in s for s in self.samples)},

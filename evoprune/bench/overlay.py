@@ -1,9 +1,9 @@
 """An overlay: a video's frames with the fate of each unit: read by the language model, reused, merged or dropped.
 
-`trace` encodes a video and keeps its frames; `Overlay` draws them, frame pairs side by side, or frame after frame, with a title and
-a legend; `overlay_file` makes a file of that. A unit that is read keeps its colours, a little brighter. Any other is darker, with a
-tint of its fate: blue where it was reused, orange where it merged, none where it was dropped. A line leads from a merged unit to
-the dot of its owner, or an arrow points to the frame pair of its owner.
+`trace` encodes a video and keeps its frames, and `TracedVideo.draw` makes a file. `Overlay` draws frame pairs side by side, or the
+frames one after another, with a title and a legend. A unit that is read keeps its colours, a little brighter. Any other is darker,
+with a tint of its fate: blue if it was reused, orange if it merged, none if it was dropped. A line leads from a merged unit to the
+dot of its owner, or an arrow points to the frame pair of its owner.
 """
 
 import io
@@ -118,6 +118,17 @@ class TracedVideo:
         count, height, width = self.plan.grid
         pairs = f"{counted(count, 'frame pair')} of {height}x{width} units"
         return f"{pairs}: {n['units']:,} units, {n['encoded']:,} encoded, {n['read']:,} tokens read"
+
+    def draw(self, title: str, ending: str) -> bytes:
+        """Return a file: .png has frame pairs side by side, .gif and .mp4 frame after frame, two to ten a second."""
+        overlay = Overlay(self, title)
+        if ending == ".png":
+            return png(overlay.sheet(), MADE_BY)
+        seconds = min(0.5, max(0.1, self.plan.sampling.seconds_per_frame))
+        if ending == ".mp4":
+            return mp4(overlay.frames(), seconds)
+        every = math.ceil(len(self.frames) / 4)  # its colours are taken from four frames
+        return gif(overlay.frames(), seconds, shared_palette(overlay.frames(every)))
 
 
 class _TracedInput(OpenInput):
@@ -271,18 +282,6 @@ class Marks:
 
     def _middle(self, y: int, x: int) -> tuple[int, int]:
         return x * self._side + self._side // 2, y * self._side + self._side // 2
-
-
-def overlay_file(video: TracedVideo, title: str, ending: str) -> bytes:
-    """`.png` is `Overlay.sheet`; `.gif` and `.mp4` are `Overlay.frames`, at the video's pace but two to ten frames a second."""
-    overlay = Overlay(video, title)
-    if ending == ".png":
-        return png(overlay.sheet())
-    seconds = min(0.5, max(0.1, video.plan.sampling.seconds_per_frame))
-    if ending == ".mp4":
-        return mp4(overlay.frames(), seconds)
-    every = math.ceil(len(video.frames) / 4)  # its colours are taken from four frames
-    return gif(overlay.frames(), seconds, shared_palette(overlay.frames(every)))
 
 
 class Overlay:

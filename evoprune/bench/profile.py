@@ -1,7 +1,7 @@
 """What `evoprune profile` runs: all rows take turns, round after round, in one process; random weights will do.
 
-`load` loads a model that there is memory for, `Bench` holds it with its clips and with plain, packed and quantised weights, and
-`measure` runs rounds. A turn of a row is `run_evoprune` or, with plain transformers, `run_hugging_face`, stage by stage.
+`Profile` does all of it: `load` loads a model that fits into memory, `Bench` holds it with its clips and with plain, packed and
+quantised weights, and `measure` runs rounds. A turn of a row is `run_evoprune` or, for plain transformers, `run_hugging_face`.
 """
 
 import os
@@ -9,8 +9,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import product
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,29 +35,32 @@ from evoprune.bench.clips import (
     BEFORE_PAIR,
     TEXT_AFTER,
     TEXT_BEFORE,
+    UNIT,
     Clip,
     Frames,
     case_grid,
     prepare,
+    synthetic_frames,
     text_tokens,
+    video_frames,
 )
 from evoprune.bench.hugging_face import hugging_face_model
-from evoprune.bench.profile_results import (
+from evoprune.bench.profile_results import ProfileResults
+from evoprune.bench.profile_rows import (
     FULL,
     HUGGING_FACE,
     METHOD,
+    SYNTHETIC,
     Case,
     Counts,
-    ProfileResults,
     ProfileRow,
     ProfileSettings,
     Sample,
-    TimeLimit,
     bound_of,
 )
-from evoprune.bench.shared import after_tower_below, after_tower_note
+from evoprune.bench.shared import COUNTED, WARM_UP, TimeLimit, after_tower_below, after_tower_note, paced, swept
 from evoprune.bundled import DEMOS
-from evoprune.errors import ModelError, OutOfMemory, memory_guard
+from evoprune.errors import ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language import generate
 from evoprune.language.pruned import prune_prompt
 from evoprune.methods.chain import PruneConfig
@@ -72,7 +74,8 @@ from evoprune.session.loading.find import BUNDLED_CONFIGS, DTYPES, FoundModel, d
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.loading.stored import calibrate
 from evoprune.session.options import ModelOptions
-from evoprune.video.info import VIDEO
+from evoprune.session.session import check_fits
+from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import geometry, tower_geometry, tower_shape
@@ -80,8 +83,73 @@ from evoprune.vision.tower import geometry, tower_geometry, tower_shape
 Progress = Callable[[str], None]
 
 
+class Profile:
+    """A sweep: construct it, ask for its `needs`, then `run` it.
+
+    Args:
+        load_format: None for random weights if the dimensions come with evoprune, else the model's own.
+        cases: sizes of clips. Unless they are `exact`, they are scaled to as many units of the model as there are of `UNIT` pixels.
+        video: facts of the video to take frames from; None for a synthetic clip.
+        source: name of the video in records, or the kind of synthetic clip.
+        begun: when the run began, by `time.perf_counter`; now by default.
+
+    Raises UsageError: wrong settings of methods, or a method that cannot act in the model. And what `describe_model` raises.
+    """
+
+    def __init__(
+        self,
+        settings: ProfileSettings,
+        model: ModelOptions,
+        cases: Sequence[Case],
+        *,
+        load_format: str | None = None,
+        exact: bool = True,
+        video: Video | None = None,
+        source: str = SYNTHETIC[0],
+        begun: float | None = None,
+    ):
+        methods = [settings.config(name, 1.0).method for name in settings.methods]
+        self.settings = settings
+        self.limit = TimeLimit(settings.time_limit_s, begun=begun)
+        self.model = model = replace(model, load_format=load_format or default_load_format(model.model))
+        self.cases = list(cases)
+        self._found = outline(model)
+        unit = UNIT
+        if self._found:
+            unit = self._found.limits[VIDEO].unit
+            for method in methods:
+                check_fits(method, self._found)
+        if not exact:
+            self.cases = [case.of_units(unit / UNIT) for case in cases]
+        self._about = {"video": source if video else None, "synthetic": None if video else source}
+        self._frames = partial(video_frames, video) if video else partial(synthetic_frames, source, unit=unit)
+
+    def needs(self) -> "Needs | None":
+        """Estimate what the run takes; None if only loading the model tells. Raises UsageError: more time than its limit."""
+        if self._found is None:
+            return None
+        needs = needs_of(self._found, self.cases, self.settings.new_tokens)
+        if needs.seconds > self.limit.left:
+            total = needs.seconds + self.limit.spent
+            alone = (
+                f"Hugging Face and budget 1.0 alone take at least {total:.0f} s on this machine with {self._found.id}"
+            )
+            raise UsageError(
+                f"{alone}, the import of libraries included, and --time-limit is {self.limit.seconds:g}",
+                f"--time-limit {2 * ceil(total)}, fewer or smaller frames (--frames, --size), or -m demo",
+            )
+        return needs
+
+    def run(self, progress: Progress = lambda what: None) -> Iterator[ProfileResults]:
+        """Load the model, and yield the results so far after each measured round. Raises as `load`."""
+        progress("loading model")
+        loaded = load(self.model, self.cases)
+        how = {"about": self._about, "progress": progress, "limit": self.limit}
+        yield from measure(loaded, self.cases, self._frames, self.settings, **how)
+
+
 def default_load_format(name: str) -> str:
-    """Choose random weights where there is a bundled config of that name, else the model's own."""
+    """Choose random weights if a bundled config has that name, else the model's own weights."""
     return "dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto"
 
 
@@ -353,9 +421,12 @@ class Bench:
 
 def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRow]:
     """Return the rows of all cases in the order of their turns. A method that prunes nothing is the budget of 1.0, always there."""
-    named = [name for name in settings.methods if name != "none"]
-    asked = product(settings.budgets, named, settings.quantize)
-    pruned = [(budget, name, quantize) for budget, name, quantize in asked if settings.config(name, budget).prunes]
+    pruned = [
+        (budget, name, quantize)
+        for each in settings.budgets
+        for name, budget in swept(settings.methods, [each], settings.method_args)
+        for quantize in settings.quantize
+    ]
     full = 1.0 in settings.budgets or "none" in settings.methods
     rows = []
     for case in cases:
@@ -365,10 +436,6 @@ def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRo
     return rows
 
 
-# what `paced` yields
-WARM_UP = "warm-up"
-ROUND = "round"
-COUNTED = "counted"
 # The rate in matrix products, and the turn of each row or why it failed.
 Round = tuple[float, dict[ProfileRow, Turn | str]]
 
@@ -425,7 +492,7 @@ def measure(
     notes += bench.notes
 
     run_round = partial(_run_round, bench, rows, limit, progress)
-    for phase, (rate, turns) in paced(run_round, settings, limit):
+    for phase, (rate, turns) in paced(run_round, settings.warmups, settings.repetitions, limit):
         for row, turn in turns.items():
             if isinstance(turn, str):
                 row.error, row.samples = turn, []
@@ -478,34 +545,6 @@ def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: Ti
     if not missing:
         return []
     return [f"left out to end within {limit.seconds:g} s: {'; '.join(missing)}"]
-
-
-def paced(
-    run_round: Callable[[str, int], Round], settings: ProfileSettings, limit: TimeLimit
-) -> Iterator[tuple[str, Round]]:
-    """Runs rounds while they end in time, by the time of the round before; the first one in any case.
-
-    `run_round` gets a title; and for the first round, for which rows may be left out, how many must end in time, else 0.
-
-    Yields each with `WARM_UP` or `ROUND`; and the last warm-up once more with `COUNTED`, if no measured round ends in time.
-    """
-    last = 0.0
-    result = None
-    measured = False
-    titles = [(WARM_UP, n, settings.warmups) for n in range(settings.warmups)]
-    titles += [(ROUND, n, settings.repetitions) for n in range(settings.repetitions)]
-    for phase, number, wanted in titles:
-        rounds = 1 if phase == ROUND else 2  # a measured round comes after each warm-up
-        if result is None or limit.left >= last * rounds:
-            begun = limit.spent
-            if result is not None:
-                rounds = 0
-            result = run_round(f"{phase} {number + 1} of {wanted}", rounds)
-            last = limit.spent - begun
-            measured = phase == ROUND
-            yield phase, result
-    if not measured:
-        yield COUNTED, result
 
 
 def _with_bounds(rows: list[ProfileRow]) -> list[ProfileRow]:

@@ -1,159 +1,34 @@
-"""What `evoprune profile` sweeps, and what it measured: raw samples in seconds, and figures made of them. No torch.
+"""Results of `evoprune profile`: figures made of the samples, as JSON, as a table, Markdown or CSV, and as a chart. No torch.
 
 A ratio is taken round by round, and its median is reported, so that a drift of the machine's speed cancels.
 """
 
-import time
+import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import cycle
 from statistics import median
 from typing import Any, NamedTuple
 
-from evoprune import methods
-from evoprune.report import Environment, ModelFacts
-from evoprune.util import budget_text
-
-SYNTHETIC = ("motion", "static90", "noise")  # kinds of synthetic clips, see `clips.py`
-
-
-@dataclass(frozen=True)
-class ProfileSettings:
-    """Every method runs at every budget, with each quantisation of the language model's weights."""
-
-    budgets: tuple[float | str, ...]  # as of `Budget.recorded`
-    methods: tuple[str, ...] = (methods.DEFAULT,)
-    quantize: tuple[str, ...] = ("none",)
-    method_args: dict[str, str] | None = None  # settings of the methods, as texts
-    seed: int = 0  # for methods that select at random
-    new_tokens: int = 4  # generated in any case; ends of sequence are ignored
-    warmups: int = 1  # rounds that are not counted
-    repetitions: int = 3  # rounds that are
-    time_limit_s: float = 150.0  # of the whole run, loading included
-
-    def config(self, name: str, budget: float | str):
-        """Return the `PruneConfig` of a method at a budget, with the settings of all methods."""
-        from evoprune.methods.chain import PruneConfig  # which loads torch
-
-        return PruneConfig.of(budget, name, self.method_args, self.seed)
-
-
-@dataclass
-class TimeLimit:
-    """Limit the seconds that a run may take since it `begun`, by the clock `now`."""
-
-    seconds: float
-    now: Callable[[], float] = time.perf_counter
-    begun: float | None = None
-
-    def __post_init__(self):
-        if self.begun is None:
-            self.begun = self.now()
-
-    @property
-    def spent(self) -> float:
-        return self.now() - self.begun
-
-    @property
-    def left(self) -> float:
-        """Negative when the limit is over."""
-        return self.seconds - self.spent
-
+from evoprune.bench.chart import COLOURS, INK, PALE, Panel, Point, draw, lines
+from evoprune.bench.profile_rows import BOUND, HUGGING_FACE, METHOD, Case, ProfileRow
+from evoprune.bench.results import Column, Results, as_csv, fitting, folded, markdown, meanings, short_name
+from evoprune.report import Environment, ModelFacts, device_text
+from evoprune.util import budget_text, counted, one_line, size
 
 SCHEMA = "evoprune/profile@1"
-# Kinds of rows: plain transformers, evoprune without pruning, the best that a post-encoder method could reach, a method.
-HUGGING_FACE = "hugging_face"
-FULL = "full"
-BOUND = "post_encoder_bound"
-METHOD = "method"
 STAGES = {  # names of times in the document, and in a `Sample`
     "encode": "encode", "encode_prune": "prune", "prefill": "prefill", "prefill_prune": "prefill_prune",
     "generate": "generate", "ttft_model": "first_token",
 }  # fmt: skip
+# Facts of a row in CSV: what it is, and its counts.
+KEY = ("row", "name", "method", "budget", "quantize", "frames", "height", "width")
+COUNTED = ("units", "encoder_rows", "live_share", "tokens", "prompt", "tower_flop")
 RATIOS = {  # names in the document, and in `Figures`
     "first_token_to_hugging_face": "vs_hf", "first_token_to_bound": "vs_bound", "encode_to_hugging_face": "encode_vs_hf",
     "prune_of_encode": "prune_share", "tower_of_matmul": "matmul_share",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, order=True)
-class Case:
-    """Hold the size of a clip: its number of frames, and their height and width in pixels. One frame is a picture."""
-
-    frames: int
-    height: int
-    width: int
-
-    def __str__(self) -> str:
-        size = f"{self.height}x{self.width}"
-        if self.frames == 1:
-            return f"a picture of {size}"
-        return f"{self.frames} frames of {size}"
-
-    def of_units(self, larger: float) -> "Case":
-        """Return the same number of units, whose side in pixels is so many times larger."""
-        return replace(self, height=round(self.height * larger), width=round(self.width * larger))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Hold the times of one row in one round, in seconds."""
-
-    encode: float  # the tower
-    prune: float  # scores, merging and selection, part of `encode`
-    prefill: float  # the prompt, up to the logits of its last token
-    generate: float  # all new tokens; the first needs no pass of its own
-    peak_bytes: int | None = None  # the most memory in use, weights included
-    prefill_prune: float = 0.0  # part of `prefill`
-
-    @property
-    def first_token(self) -> float:
-        return self.encode + self.prefill
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Count the work of a row, the same in every round."""
-
-    units: int  # N, of the clip
-    encoder_rows: int  # that leave the tower
-    live_share: float  # mean over its layers of rows / N
-    layers: tuple[tuple[int, int], ...]  # (layer, rows that it computed)
-    tokens: int  # K, visual tokens that reach the language model
-    prompt: int  # those and the text around them
-    tower_flop: float
-    # (layer, visual tokens that it read), and (layer, those whose keys, queries and MLP it computed); None where it is all of them
-    language_layers: tuple[tuple[int, int], ...] | None = None
-    language_work: tuple[tuple[int, ...], ...] | None = None
-
-
-@dataclass(eq=False)
-class ProfileRow:
-    """Hold one row at one case. `samples`: one for each measured round; none if the row failed with an `error`."""
-
-    kind: str
-    case: Case
-    budget: float | str = 1.0
-    method: str | None = None
-    counts: Counts | None = None
-    samples: list[Sample] = field(default_factory=list)
-    error: str | None = None
-    quantize: str = "none"
-
-    @property
-    def name(self) -> str:
-        if self.kind == HUGGING_FACE:
-            return "Hugging Face"
-        if self.kind == FULL:
-            return "budget 1.0"
-        pruner = "bound" if self.kind == BOUND else self.method
-        name = f"{pruner} -b {budget_text(self.budget)}"
-        if self.quantize != "none":
-            name += f" {self.quantize}"
-        return name
-
-    def seconds(self, stage: str) -> list[float]:
-        """Return the times of all rounds in seconds; `stage` is a field of Sample, or `first_token`."""
-        return [getattr(sample, stage) for sample in self.samples]
 
 
 class Spread(NamedTuple):
@@ -173,19 +48,6 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return median(a / b for a, b in zip(above, below, strict=True))
 
 
-def bound_of(full: ProfileRow, method: ProfileRow) -> ProfileRow:
-    """Return the tower of `full` and the rest of `method`, round by round: the best that a method after the encoder can do, or
-    why not.
-    """
-    bound = ProfileRow(BOUND, method.case, method.budget, error=full.error or method.error)
-    if bound.error or full.counts is None or method.counts is None:
-        return bound
-    bound.counts = replace(full.counts, tokens=method.counts.tokens, prompt=method.counts.prompt)
-    rounds = zip(full.samples, method.samples, strict=True)
-    bound.samples = [Sample(tower.encode, 0.0, rest.prefill, rest.generate) for tower, rest in rounds]
-    return bound
-
-
 class Figures(NamedTuple):
     """Hold the figures of a row: medians over the rounds in seconds, and ratios as medians of the rounds' own."""
 
@@ -202,8 +64,11 @@ class Figures(NamedTuple):
     peak_bytes: int | None  # the highest
 
 
+Row = tuple[ProfileRow, Figures | None]
+
+
 @dataclass
-class ProfileResults:
+class ProfileResults(Results):
     """Everything a benchmark found, and with which settings."""
 
     model: ModelFacts
@@ -304,22 +169,300 @@ class ProfileResults:
             "quantize": row.quantize,
             **asdict(row.case),
             "counts": asdict(row.counts) if row.counts else None,
-            "time_ms": {name: _ms(median(seconds)) if seconds else None for name, seconds in times.items()},
+            "time_ms": {name: _milliseconds(median(seconds)) if seconds else None for name, seconds in times.items()},
             "rate": {"generate_tok_s": f and _short(f.generate_tok_s)},
             "ratio": {name: f and _short(getattr(f, figure)) for name, figure in RATIOS.items()},
             "memory": {"peak_bytes": f and f.peak_bytes},
             "samples": [
-                {name: _ms(getattr(sample, stage)) for name, stage in STAGES.items()}
+                {name: _milliseconds(getattr(sample, stage)) for name, stage in STAGES.items()}
                 | {"peak_bytes": sample.peak_bytes}
                 for sample in row.samples
             ],
             "error": row.error,
         }
 
+    def text(self, form: str, width: int) -> str:
+        """Return the results as "table", "md", "csv" or "json"."""
+        if form == "md":
+            return self._markdown()
+        if form == "csv":
+            return self._csv()
+        return super().text(form, width)
 
-def _ms(seconds: float) -> float:
+    def table(self, width: int) -> str:
+        """Return two tables for each case: the times, and the work that they took."""
+        lines = folded(self._heading(), width)
+        shown: list[Column] = []
+        for case in self.cases:
+            lines += ["", *textwrap.wrap(self._caption(case), width)]
+            rows = [(row, self.figures(row)) for row in self.of(case)]
+            for columns in (TIMES, WORK):
+                drawn, there = fitting(rows, [NAME, *columns], width)
+                lines += ["", *drawn]
+                shown += there
+        far = "±: the round that is farthest from the median"
+        lines += ["", *folded((*_legend(shown), far, *self._remarks()), width)]
+        return "\n".join(lines) + "\n"
+
+    def _markdown(self) -> str:
+        columns = MARKDOWN
+        if len(self.cases) == 1:
+            seen = self._caption(self.cases[0])
+        else:
+            seen = f"{len(self.cases)} sizes"
+            columns = [FRAMES, SIZE, *MARKDOWN]
+        heading = self._heading()
+        head = "; ".join([*heading[:3], seen, *heading[3:]]) + "."
+        rows = [(row, self.figures(row)) for row in self.rows]
+        notes = (*_legend(MARKDOWN), "Times: the median (lowest-highest) of the rounds", *self._remarks())
+        said = [f"- {note[0].upper()}{note[1:]}." for note in notes]
+        return "\n".join([head, "", *markdown(rows, columns), "", *said]) + "\n"
+
+    def _csv(self) -> str:
+        """Return a line for each row that is complete in itself; a field is empty if its value is unknown."""
+        document = self.document()
+        common = {"rounds": self.rounds, "warmups": self.warmups, "new_tokens": self.settings["new_tokens"]}
+        common |= {"source": self._source(), "matmul_flop_per_s": document["matmul"]["flop_per_s"]}
+        common |= {
+            f"model_{name}": one_line(document["model"][name]) for name in ("id", "dtype", "device", "load_format")
+        }
+        common |= document["env"]
+        rows = []
+        for facts in document["rows"]:
+            counts = facts["counts"] or {}
+            line = {name: facts[name] for name in KEY}
+            line |= {name: counts.get(name) for name in COUNTED}
+            for stage, median_ms in facts["time_ms"].items():
+                taken = [sample[stage] for sample in facts["samples"]]
+                line |= {f"{stage}_ms": median_ms}
+                line |= {f"{stage}_low_ms": min(taken, default=None), f"{stage}_high_ms": max(taken, default=None)}
+            rows.append(line | facts["rate"] | facts["ratio"] | facts["memory"] | {"error": facts["error"]} | common)
+        return as_csv(rows)
+
+    def chart(self) -> str:
+        """Draw time against the size if sizes are swept, else the time of the tower against its live share."""
+        longest = max((max(row.seconds("first_token")) for row in self.rows if row.samples), default=0)
+        unit = "milliseconds"
+        factor = 1000.0
+        if longest >= 2:
+            unit = "seconds"
+            factor = 1.0
+        if len(self.cases) > 1:
+            sizes = ", ".join(sorted({f"{case.height}x{case.width}" for case in self.cases}))
+            seen = f"frames of {sizes}"
+            subject = "time to the first token"
+            panels = self._sweep(unit, factor)
+        else:
+            used = ", ".join(dict.fromkeys(one_line(row.method) for row in self.rows if row.kind == METHOD))
+            seen = str(self.cases[0])
+            subject = f"encode against live share of {used}"
+            panels = [self._live_share(unit, factor)]
+        rounds = "1 round"
+        if self.rounds > 1:
+            rounds = f"median and range of {self.rounds} rounds"
+        name = short_name(self.model.id)
+        if self.model.load_format == "dummy":
+            name += " with random weights"
+        device = device_text(self.model.device, self.env.threads)
+        return draw(f"{name}: {subject}", ", ".join([self.model.dtype, device, seen, self._source(), rounds]), panels)
+
+    def _sweep(self, unit: str, factor: float) -> list[Panel]:
+        """Return encode and the first token against the frames, or against the units if the frames differ in size.
+
+        Plain transformers are grey, evoprune without pruning is black. A bound has the colour of the row below it.
+        """
+        by_frames = len({(case.height, case.width) for case in self.cases}) == 1
+        pruned = {row.name: row.budget for row in self.rows if row.kind == METHOD}
+        colours = dict(zip(pruned, cycle(COLOURS), strict=False))
+        colours |= {f"bound -b {budget_text(pruned[name])}": colour for name, colour in reversed(colours.items())}
+        panels = []
+        for stage, title in (("encode", "Encode"), ("first_token", "First token (encode + prefill)")):
+            points: dict[str, list[Point]] = {}
+            for row in self.rows:
+                figures = self.figures(row)
+                if figures and (row.kind != BOUND or stage == "first_token"):
+                    x = row.case.frames if by_frames else row.counts.units
+                    points.setdefault(row.name, []).append(_point(x, getattr(figures, stage), factor))
+            xs = tuple(sorted({point.x for line in points.values() for point in line}))
+            label = "frames" if by_frames else "units (visual tokens before pruning)"
+            bounds = [name for name in points if name.startswith("bound")]
+            panels.append(Panel(title, label, unit, lines(points, colours | FIXED, bounds), xs))
+        return panels
+
+    def _live_share(self, unit: str, factor: float) -> Panel:
+        """Return encode against the live share, a line for each method."""
+        points: dict[str, list[Point]] = {}
+        for row in self.rows:
+            figures = self.figures(row)
+            if figures and row.kind != BOUND and row.quantize == "none":
+                name = row.method if row.kind == METHOD else row.name
+                label = ""
+                if row.counts.live_share < 1:
+                    label = f"-b {budget_text(row.budget)}"
+                points.setdefault(name, []).append(_point(row.counts.live_share, figures.encode, factor, label))
+        ideal = "live share of budget 1.0's time"
+        if "budget 1.0" in points:
+            points = {ideal: [Point(0, 0), Point(1, points["budget 1.0"][0].y)], **points}
+        series = lines(points, FIXED | {ideal: PALE}, [ideal])
+        return Panel("Encode", "live share: rows computed, mean over all layers", unit, series)
+
+    def _source(self) -> str:
+        """Return the video, or the kind of synthetic clip."""
+        return one_line(self.settings.get("video") or f"synthetic {self.settings.get('synthetic', 'clip')}")
+
+    def _heading(self) -> list[str]:
+        """Return what was measured, and how."""
+        model = self.model
+        env = self.env
+        args = [f"{name}={value}" for name, value in (self.settings["method_args"] or {}).items()]
+        name = one_line(model.id)
+        if model.load_format == "dummy":
+            name += " (true dimensions, random weights)"
+        text_tokens = f"{self.settings['text_tokens']} text tokens"
+        read = [self._source(), text_tokens, counted(self.settings["new_tokens"], "new token")]
+        return [
+            f"evoprune profile {env.evoprune}, torch {env.torch}, transformers {env.transformers}",  # how `-o` knows it
+            f"{name}, {model.dtype}",
+            f"{device_text(model.device, env.threads)}: {env.device_name}, "
+            f"{median(self.matmul_rates) / 1e9:,.0f} GFLOP/s in matrix products",
+            "; ".join([*read, *map(one_line, args)]),
+            f"{counted(self.rounds, 'round')} after {self.warmups} of warm-up, {self.seconds:.0f} s in all",
+        ]
+
+    def _remarks(self) -> list[str]:
+        failed = [f"{row.name}, {row.case}: {row.error}" for row in self.rows if row.error and row.kind != BOUND]
+        return [*failed, *self.remarks]
+
+    def _caption(self, case: Case) -> str:
+        for row in self.of(case):
+            if row.counts:
+                return f"{case}: {counted(row.counts.units, 'unit')}"
+        return str(case)
+
+
+def _milliseconds(seconds: float) -> float:
     return round(seconds * 1000, 3)
 
 
 def _short(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
+
+
+LEGEND = (
+    "Hugging Face: plain transformers on the same weights; budget 1.0: evoprune, nothing pruned",
+    "bound: the best that pruning after the encoder can do, put together from the same round: encode of budget 1.0, a selection "
+    "that costs nothing, prefill and generation of as many tokens as the row below it keeps",
+)
+
+
+def _legend(columns: Sequence[Column]) -> list[str]:
+    """Return what rows and columns mean."""
+    ratios = ", ".join(title for title in ("vs HF", "vs bound") if title in [column.title for column in columns])
+    texts = [*LEGEND]
+    if ratios:
+        faster = "how many times faster, the median of the rounds' own ratios; first token is encode + prefill"
+        texts.append(f"{ratios}: {faster}")
+    if shares := meanings(list(dict.fromkeys(columns))):
+        texts.append(shares)
+    return texts
+
+
+def _ms(seconds: float) -> str:
+    if seconds < 0.1:
+        return f"{seconds * 1000:.1f}"
+    return f"{seconds * 1000:,.0f}"
+
+
+def _near(spread: Spread) -> str:
+    """Return the median, and how far the farthest round is from it, if there is more than one round."""
+    far = max(spread.high - spread.median, spread.median - spread.low)
+    if not far:
+        return _ms(spread.median)
+    return f"{_ms(spread.median)} ±{far / spread.median:.0%}"
+
+
+def _range(spread: Spread) -> str:
+    """Return the median, and the range of the rounds."""
+    if spread.low == spread.high:
+        return _ms(spread.median)
+    return f"{_ms(spread.median)} ({_ms(spread.low)}-{_ms(spread.high)})"
+
+
+def _rate(tokens_s: float) -> str:
+    if tokens_s < 10:
+        return f"{tokens_s:.2f}"
+    return f"{tokens_s:,.0f}"
+
+
+def _figure(show: Callable[[Any], str], name: str, row: Row) -> str:
+    """Return a figure of a row: a dash if the row has none, nothing if this one is unknown."""
+    _, figures = row
+    if figures is None:
+        return "-"
+    value = getattr(figures, name)
+    return "" if value is None else show(value)
+
+
+def _count(show: Callable[[Any], str], name: str, row: Row) -> str:
+    """Return a count of a row; a dash if the row has none."""
+    counts = row[0].counts
+    return "-" if counts is None else show(getattr(counts, name))
+
+
+def _pruning(row: Row) -> str:
+    """Return the share of pruning in encode; nothing if the row prunes nothing."""
+    if row[1] and row[0].kind != METHOD:
+        return ""
+    return _figure("{:.1%}".format, "prune_share", row)
+
+
+NAME: Column[Row] = Column("", lambda row: row[0].name)
+FRAMES: Column[Row] = Column("frames", lambda row: f"{row[0].case.frames:,}")
+SIZE: Column[Row] = Column("size", lambda row: f"{row[0].case.height}x{row[0].case.width}")
+# Columns of tables and of Markdown, by title. Those with a low `drop` make room first.
+BOTH: dict[str, Column[Row]] = {
+    column.title: column
+    for column in (
+        Column("vs HF", partial(_figure, "{:.2f}x".format, "vs_hf")),
+        Column("vs bound", partial(_figure, "{:.2f}x".format, "vs_bound"), drop=8),
+        Column("tower vs HF", partial(_figure, "{:.2f}x".format, "encode_vs_hf"), drop=7),
+        Column("tok/s", partial(_figure, _rate, "generate_tok_s"), drop=1),
+        Column("tokens", partial(_count, "{:,}".format, "tokens")),
+        Column(
+            "live",
+            partial(_count, "{:.2f}".format, "live_share"),
+            "live: share of the rows that the tower computes, mean over its layers",
+        ),
+        Column("pruning", _pruning, drop=4),
+        Column(
+            "matmul",
+            partial(_figure, "{:.0%}".format, "matmul_share"),
+            "matmul: of the machine's rate, what it reaches",
+            drop=5,
+        ),
+        Column("peak", partial(_figure, size, "peak_bytes"), drop=2),
+    )
+}
+TIMES: list[Column[Row]] = [
+    Column("encode ms", partial(_figure, _near, "encode"), drop=6),
+    Column("prefill", partial(_figure, lambda spread: _ms(spread.median), "prefill"), drop=3),
+    Column("first token", partial(_figure, _near, "first_token")),
+    *(BOTH[title] for title in ("vs HF", "vs bound", "tok/s")),
+]
+WORK = [BOTH[title] for title in ("tokens", "live", "tower vs HF", "matmul", "pruning", "peak")]
+MARKDOWN: list[Column[Row]] = [
+    NAME,
+    Column("encode ms", partial(_figure, _range, "encode")),
+    Column("prefill ms", partial(_figure, _range, "prefill")),
+    Column("first token ms", partial(_figure, _range, "first_token")),
+    *(BOTH[title] for title in ("vs HF", "vs bound", "tower vs HF", "tok/s", "tokens")),
+    Column("prompt", partial(_count, "{:,}".format, "prompt")),
+    Column("rows", partial(_count, "{:,}".format, "encoder_rows")),
+    *(BOTH[title] for title in ("live", "pruning", "matmul", "peak")),
+]
+
+FIXED = {"Hugging Face": PALE, "budget 1.0": INK}  # colours of the chart
+
+
+def _point(x: float, spread: Spread, factor: float, label: str = "") -> Point:
+    return Point(x, spread.median * factor, spread.low * factor, spread.high * factor, label)

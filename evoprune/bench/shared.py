@@ -1,23 +1,99 @@
-"""What the variants of one evaluated video share: the encoder's rows where they give the tower the same work."""
+"""What `profile`, `eval`, `tune` and `verify` share: time limits and rounds, the settings of a sweep, and the tower's rows."""
 
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 
+from evoprune.backend.devices import environment
 from evoprune.methods.chain import PruneConfig
 from evoprune.methods.plans import EncoderPlan, SetAside
 from evoprune.model.cost import Clock
 from evoprune.session.encoding import OpenInput
+from evoprune.session.loading.model import LoadedModel
 from evoprune.video.frames import FrameChunk, frames_at_once
 from evoprune.vision.encoder import EncodedRows, encode_rows
 
+T = TypeVar("T")
 # Encodings held: enough for the selectors behind `reuse`, which need attention, keys, both or nothing, at three budgets, whatever
 # other methods run between them.
 MAX_ENCODINGS = 32
+
+
+@dataclass
+class TimeLimit:
+    """A limit on the seconds of a run that `begun` at some time of the clock `now`, by default at once."""
+
+    seconds: float
+    now: Callable[[], float] = time.perf_counter
+    begun: float | None = None
+
+    def __post_init__(self):
+        if self.begun is None:
+            self.begun = self.now()
+
+    @property
+    def spent(self) -> float:
+        return self.now() - self.begun
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left; negative after the end."""
+        return self.seconds - self.spent
+
+
+def model_and_machine(loaded: LoadedModel | None) -> dict[str, Any]:
+    """Return the facts of a document about the model and the machine; None for both before a model is loaded."""
+    if loaded is None:
+        return {"model": None, "env": None}
+    return {"model": asdict(loaded.facts()), "env": asdict(environment(loaded.device))}
+
+
+# What `paced` yields beside a round.
+WARM_UP = "warm-up"
+ROUND = "round"
+COUNTED = "counted"
+
+
+def paced(
+    run_round: Callable[[str, int], T], warmups: int, repetitions: int, limit: TimeLimit
+) -> Iterator[tuple[str, T]]:
+    """Run rounds while they end in time, judged by the round before; the first one in any case.
+
+    Args:
+        run_round: gets a title; and how many rounds must end in time if it is the first one, which may then do less, otherwise 0.
+
+    Yields `WARM_UP` or `ROUND` and the round; and the last warm-up once more with `COUNTED` if no measured round ends in time.
+    """
+    last = 0.0
+    result = None
+    measured = False
+    titles = [(WARM_UP, n, warmups) for n in range(warmups)] + [(ROUND, n, repetitions) for n in range(repetitions)]
+    for phase, number, wanted in titles:
+        rounds = 1 if phase == ROUND else 2  # a measured round comes after each warm-up
+        if result is None or limit.left >= last * rounds:
+            begun = limit.spent
+            if result is not None:
+                rounds = 0
+            result = run_round(f"{phase} {number + 1} of {wanted}", rounds)
+            last = limit.spent - begun
+            measured = phase == ROUND
+            yield phase, result
+    if not measured:
+        yield COUNTED, result
+
+
+def swept(
+    names: Iterable[str], budgets: Sequence[float | str], args: dict[str, str] | None = None
+) -> list[tuple[str, float | str]]:
+    """Return each method at each budget, once, if it prunes anything there. Raises as `PruneConfig.of`."""
+    pairs = dict.fromkeys(product(names, budgets))
+    return [(name, budget) for name, budget in pairs if name != "none" and PruneConfig.of(budget, name, args).prunes]
 
 
 def after_tower_below(configs: Iterable[PruneConfig], device: str) -> int:

@@ -5,7 +5,7 @@ from operator import attrgetter
 
 from PIL import Image
 
-from evoprune.bench.overlay import FAINT, GAP, MIN_WIDTH, columns, framed, joined, text_picture, text_size, wrap
+from evoprune.bench.overlay import FAINT, GAP, MIN_WIDTH, columns, framed, joined, png, text_picture, text_size, wrap
 from evoprune.moments.search import Moment
 from evoprune.util import clock
 from evoprune.video.frames import read_frames
@@ -15,8 +15,8 @@ MADE_BY = "evoprune contact sheet"  # in the metadata of each file
 PANEL = (320, 320)  # pixels, at most, of the width and height of a frame
 
 
-def contact_sheet(info: Video, moments: Sequence[Moment], title: str) -> Image.Image:
-    """Return an RGB picture of the best frames of moments, at least one, in order of time.
+def contact_sheet(info: Video, moments: Sequence[Moment], title: str) -> bytes:
+    """Return a PNG file with the best frames of moments, at least one, in order of time.
 
     One frame is read after the other, so memory does not grow with their number. Raises VideoError: as `read_frames`.
     """
@@ -38,4 +38,4 @@ def contact_sheet(info: Video, moments: Sequence[Moment], title: str) -> Image.I
         for picture, caption in zip(pictures, captions, strict=True)
     ]
     rows = [joined(panels[at : at + across], GAP, across=True) for at in range(0, len(panels), across)]
-    return framed([text_picture(title, whole, size), *rows])
+    return png(framed([text_picture(title, whole, size), *rows]), MADE_BY)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import accumulate, product
+from itertools import accumulate
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, ClassVar, NamedTuple
@@ -23,12 +23,20 @@ import numpy as np
 
 from evoprune import methods
 from evoprune.backend.cpu.linear import pack_waiting
-from evoprune.backend.devices import environment
 from evoprune.bench.agreement import Reference, agreement, reference
+from evoprune.bench.results import Results
 from evoprune.bench.scores import Z95, share_variance, wilson
-from evoprune.bench.shared import SharedInput, SharedRows, after_tower_below, after_tower_note
+from evoprune.bench.shared import (
+    SharedInput,
+    SharedRows,
+    TimeLimit,
+    after_tower_below,
+    after_tower_note,
+    model_and_machine,
+    swept,
+)
+from evoprune.bench.tune_results import TuneResults
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
-from evoprune.methods.chain import PruneConfig
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
@@ -61,9 +69,7 @@ class Candidate:
 
 def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[Candidate]:
     """List `METHODS` and `more` at each of `budgets` or `BUDGETS`, without those that prune nothing. Raises as `methods.parse`."""
-    named = [name for name in dict.fromkeys((*METHODS, *more)) if name != "none"]
-    pairs = product(named, sorted(set(budgets or BUDGETS), reverse=True))
-    return [Candidate(name, budget) for name, budget in pairs if PruneConfig.of(budget, name).prunes]
+    return [Candidate(*pair) for pair in swept((*METHODS, *more), sorted({*(budgets or BUDGETS)}, reverse=True))]
 
 
 class Trial(NamedTuple):
@@ -321,7 +327,7 @@ def encode(
 
 
 class Answering:
-    """Answers the questions about all videos within `seconds`, by the clock `now`.
+    """Answers the questions about all videos within a time limit.
 
     Where answers would take longer they become shorter, then fewer questions are asked, then videos are left out. The patches of
     videos that were answered stay in memory until this is closed.
@@ -332,8 +338,7 @@ class Answering:
         session: Session,
         sampling: SamplingOptions,
         questions: tuple[str, ...],
-        seconds: float,
-        now: Callable[[], float],
+        limit: TimeLimit,
         think: str = "off",
         ahead: Ahead | None = None,
     ):
@@ -349,9 +354,7 @@ class Answering:
         self.session = session.unpruned()
         self._sampling = sampling
         self._questions = questions
-        self._seconds = seconds
-        self._now = now
-        self._begun = now()
+        self._limit = limit
 
     def answer(self, videos: tuple[str, ...], progress: Progress = lambda *what: None) -> None:
         """Answers what the time allows, the first readable video in any case. Raises the first problem if there is none."""
@@ -362,7 +365,7 @@ class Answering:
             if upcoming:
                 cleanup.enter_context(closing(upcoming))
             for number, path in enumerate(videos):
-                if self.made and self._left < self._next_s:
+                if self.made and self._limit.left < self._next_s:
                     return
                 progress("answering in full, video", number, len(videos))
                 try:
@@ -383,10 +386,6 @@ class Answering:
             opened.close()
         self._held.clear()
 
-    @property
-    def _left(self) -> float:
-        return self._seconds - (self._now() - self._begun)
-
     def _open(self, path: str, cores: int | None) -> OpenInputs:
         inputs = open_inputs(self.session, [path], self._sampling, ahead=self._ahead)
         inputs.use_cores(cores)
@@ -400,13 +399,13 @@ class Answering:
         if isinstance(opened, Exception):
             raise opened
         self._held.append(opened)
-        start = self._now()
+        start = self._limit.now()
         video, seconds = encode(self.session, path, self._sampling, ahead=self._ahead)
         opened.read()  # finds the patches, and keeps them
-        spent = self._now() - start
+        spent = self._limit.now() - start
         if not self.made:
             pack_waiting(self.session.loaded.model)  # or the first answers would be slower than the later ones
-            if spent < SLOW * self._seconds:
+            if spent < SLOW * self._limit.seconds:
                 video, seconds = encode(self.session, path, self._sampling)  # the first time also warms up
             self._plan(video, spent, videos)
         references: list[Reference] = []
@@ -416,7 +415,7 @@ class Answering:
             str(answer)  # generates it
             ended = answer.report.finish_reason == "stop"
             references.append(reference(fresh, question, answer.ids, ended, think=self._think))
-        return FullAnswers(path, tuple(references), seconds + references[0].seconds, self._now() - start)
+        return FullAnswers(path, tuple(references), seconds + references[0].seconds, self._limit.now() - start)
 
     def _plan(self, video: EncodedInputs, encoding: float, videos: int) -> None:
         """Choose the longest answers to the most questions for which there is time, by a short answer.
@@ -426,16 +425,16 @@ class Answering:
         question = self._questions[0]
         every = len(self._questions)
         for _ in range(2):  # the first time also warms up
-            start = self._now()
+            start = self._limit.now()
             answer = video.ask(question, max_new_tokens=TOKENS[-1], think=self._think)
             str(answer)
             reference(video, question, answer.ids, ended=False, think=self._think)
         token = (answer.report.time_ms.generate or 0.0) / 1000 / max(1, len(answer.ids))
-        reading = self._now() - start - token * len(answer.ids)
+        reading = self._limit.now() - start - token * len(answer.ids)
         choices = [(tokens, every) for tokens in TOKENS] + [(TOKENS[-1], asked) for asked in range(every - 1, 0, -1)]
         for self.tokens, self.asked in choices:
             self._next_s = encoding + self.asked * (reading + self.tokens * token)
-            if videos * self._next_s <= self._left:
+            if videos * self._next_s <= self._limit.left:
                 return
 
 
@@ -480,11 +479,11 @@ class Run:
     """Construct it, `load` a model, `run`. The results are in `document`, at any time."""
 
     schema: ClassVar[str]  # of the document
+    results_of: ClassVar[Callable[[dict[str, Any]], Results]]
 
     def __init__(self, settings: TuneSettings, now: Callable[[], float] = time.perf_counter):
         self.settings = settings
-        self._now = now
-        self._begun = now()
+        self.limit = TimeLimit(settings.time_limit_s, now)
         self.loaded: LoadedModel | None = None  # before `load`
         self.answering: Answering | None = None  # the full answers; None before `run`
         self.ahead: Ahead | None = None  # what may have read the first video already
@@ -493,20 +492,12 @@ class Run:
         """Raises what `load_model` raises."""
         self.loaded = load_model(self.settings.model, to_answer=True, progress=progress)
 
-    @property
-    def spent_s(self) -> float:
-        return self._now() - self._begun
-
-    @property
-    def left_s(self) -> float:
-        return self.settings.time_limit_s - self.spent_s
-
     def answer(self, progress: Progress) -> list[FullAnswers]:
         """Raises what `Answering.answer` raises."""
         session = Session(self.loaded, PruneOptions(seed=self.settings.seed).config())
         settings = self.settings
-        seconds = SHARE_OF_FULL * settings.time_limit_s
-        given = session, settings.sampling, settings.questions, seconds, self._now
+        limit = TimeLimit(SHARE_OF_FULL * settings.time_limit_s, self.limit.now)
+        given = session, settings.sampling, settings.questions, limit
         self.answering = Answering(*given, settings.think, self.ahead)
         try:
             self.answering.answer(settings.videos, progress)
@@ -514,6 +505,14 @@ class Run:
             self.answering.close()
             raise
         return self.answering.made
+
+    def document(self, error: dict | None = None) -> dict[str, Any]:
+        """Return the results so far, for JSON; `error` is what cut the run short."""
+        raise NotImplementedError
+
+    def results(self, error: dict | None = None) -> Results:
+        """Return the results so far, with their schema."""
+        return type(self).results_of({"schema": self.schema} | self.document(error))
 
     def facts(self) -> dict[str, Any]:
         """Return what every document says of a run, as plain data for JSON."""
@@ -526,13 +525,12 @@ class Run:
             asked = self.answering.asked
         failures = [{"video": path, "message": error_record(problem)["message"]} for path, problem in problems.items()]
         return {
-            "model": asdict(self.loaded.facts()) if self.loaded else None,
-            "env": asdict(environment(self.loaded.device)) if self.loaded else None,
+            **model_and_machine(self.loaded),
             "settings": self.settings.record(),
             "videos": {"wanted": len(self.settings.videos), "answered": len(answers), "failed": len(problems)},
             "questions": asked,
             "answer_tokens": sum(full.tokens for full in answers),
-            "seconds": self.spent_s,
+            "seconds": self.limit.spent,
             "failures": failures,
         }
 
@@ -547,6 +545,7 @@ class Tuning(Run):
     """
 
     schema = "evoprune/tune@1"
+    results_of = TuneResults
 
     def __init__(self, settings: TuneSettings, now: Callable[[], float] = time.perf_counter):
         super().__init__(settings, now)
@@ -600,7 +599,7 @@ class Tuning(Run):
             if video not in held:
                 held.clear()  # the rows of the video before
                 held[video] = SharedRows()
-            start = self._now()
+            start = self.limit.now()
             full = answers[video]
             session = Session(
                 self.loaded, PruneOptions(candidate.budget, candidate.method, seed=self.settings.seed).config()
@@ -614,13 +613,15 @@ class Tuning(Run):
                 kl=[value for result in along for value in result.kl.tolist()],
                 first_s=seconds + along[0].seconds,
                 full_s=full.first_s,
-                took_s=self._now() - start,
+                took_s=self.limit.now() - start,
                 kept=pruning.visual_tokens_kept / pruning.visual_tokens_in,
                 live=pruning.encoder_live_share,
             )
 
         goal = self.settings.agree
-        trials = search(self.known, len(answers), goal, trial, lambda: self.left_s, lambda video: answers[video].took_s)
+        trials = search(
+            self.known, len(answers), goal, trial, lambda: self.limit.left, lambda video: answers[video].took_s
+        )
         for candidate, video in trials:
             progress(f"video {video + 1} of {len(answers)}, {candidate.name}{self._best()}")
         self.answering.close()

@@ -8,18 +8,22 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from evoprune.bench.agreement import agreement
+from evoprune.bench.results import Column, Results, failures, fitting, folded, meanings
 from evoprune.bench.tune import BUDGETS, Progress, Run, TuneSettings, encode
+from evoprune.bench.tune_results import heading
 from evoprune.contrib.language import LanguagePlan, layers_before
 from evoprune.contrib.operations import ALL, KEY, PLACE, REST, SCHEMA, Operation, Operations, Recipe, Removed, closed
 from evoprune.errors import UsageError
 from evoprune.methods.chain import MethodChain
 from evoprune.model.config import head_size
+from evoprune.report import rounded
 from evoprune.session.options import PruneOptions
 from evoprune.session.session import Session
 from evoprune.util import counted
@@ -116,6 +120,54 @@ def search(
     return True
 
 
+def _if_measured(form: str, row: dict[str, Any]) -> str:
+    """Fill in the loss of a row; a dash if it was not measured."""
+    return "-" if row["kl"] is None else form.format(**row)
+
+
+BUDGET: Column[dict[str, Any]] = Column("", lambda row: f"-b {row['budget']:g}")
+COLUMNS: list[Column[dict[str, Any]]] = [
+    Column(
+        "work",
+        lambda row: f"{100 * row['share']:.1f}%",
+        "work: what is left of the work on visual tokens in the layers that leave some out",
+    ),
+    Column("operations", lambda row: f"{row['operations']:,}", "operations: left out", drop=1),
+    Column(
+        "KL",
+        partial(_if_measured, "{kl:.3f}"),
+        "KL: mean of KL(unpruned, pruned) in nats a token; -: not measured",
+    ),
+    Column("agree", partial(_if_measured, "{agree:.1%}"), "agree: tokens with the same first choice", drop=2),
+]
+
+
+@dataclass
+class OperationResults(Results):
+    """Hold a document of the schema of recipes, which `Recipe.read` reads if the recipe is complete."""
+
+    found: dict[str, Any]
+
+    def document(self) -> dict[str, Any]:
+        return rounded(self.found)
+
+    def table(self, width: int) -> str:
+        """Return what the recipe leaves out at each budget."""
+        found = self.document()
+        lines = heading(found, width)
+        if found["rows"]:
+            drawn, columns = fitting(found["rows"], [BUDGET, *COLUMNS], width)
+            lines += ["", *drawn, "", *folded([meanings(columns)], width)]
+        else:
+            lines.append("no recipe was found: too little time")
+        lines += failures(found)
+        if found["error"]:
+            lines += folded([f"{found['error']['message']}: not everything was measured"], width)
+        if found["complete"]:
+            lines += ["", "the file of -o is the recipe: --method operations:recipe=FILE"]
+        return "\n".join(lines) + "\n"
+
+
 @dataclass(frozen=True)
 class _Trial(Operations):
     """Without some operations, whatever the budget."""
@@ -130,6 +182,7 @@ class OperationTuning(Run):
     """Finds a recipe; of the settings `agree` and `methods` are not read. `found` is the order so far, if `complete` all of it."""
 
     schema = SCHEMA
+    results_of = OperationResults
 
     def __init__(self, settings: TuneSettings, now: Callable[[], float] = time.perf_counter):
         super().__init__(settings, now)
@@ -174,7 +227,7 @@ class OperationTuning(Run):
             return Loss(float(kl.mean()), sum(int(result.agrees.sum()) for result in results) / len(kl))
 
         blank = self._blank
-        self.complete = search(blank.after, blank.depth, measure, self.found, lambda: self.left_s > 0)
+        self.complete = search(blank.after, blank.depth, measure, self.found, lambda: self.limit.left > 0)
         if not self.complete:
             note(f"{self._measured} measurements took all the time: too little to order the operations (--time-limit)")
 

@@ -68,7 +68,7 @@ def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] =
     from evoprune.backend.devices import LAUNCH_BOUND_UNITS
     from evoprune.bench.clips import case_grid, synthetic_frames
     from evoprune.bench.profile import Bench, all_rows, default_load_format, load, outline
-    from evoprune.bench.profile_results import Case, ProfileSettings
+    from evoprune.bench.profile_rows import Case, ProfileSettings
     from evoprune.session.options import ModelOptions
     from evoprune.video.info import VIDEO
 
@@ -94,7 +94,7 @@ def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] =
 
 
 def label(row) -> str:
-    from evoprune.bench.profile_results import HUGGING_FACE
+    from evoprune.bench.profile_rows import HUGGING_FACE
 
     if row.kind == HUGGING_FACE:
         return HF

@@ -16,7 +16,7 @@ import torch
 from evoprune.backend.devices import environment
 from evoprune.bench.clips import synthetic_frames
 from evoprune.bench.hugging_face import hugging_face_model
-from evoprune.bench.profile_results import Case
+from evoprune.bench.profile_rows import Case
 from evoprune.hf.encoding import PackedTower, encode_each, patch_config
 from evoprune.session.loading.find import DTYPES, describe_model
 from evoprune.session.loading.model import random_model

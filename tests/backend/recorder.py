@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from evoprune.bench.verify.waiting import COPYING, shape_depends_on_values
+from tests.waiting import COPYING, shape_depends_on_values
 
 # Operators that copy the ends of their groups to the host: torch's own in all dtypes but bf16, and in that one on most GPUs too
 # (`_grouped_mm_fallback` in ATen/native/GroupedMMUtils.h), and the one that transformers has for older ones.

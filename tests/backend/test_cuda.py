@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evoprune.bench.profile_results import TimeLimit
+from evoprune.bench.shared import TimeLimit
 from evoprune.bench.verify.checks import accelerated
 from evoprune.bench.verify.run import subject_of, verify
 from evoprune.bench.verify.subject import DIFFERS, INSIDE

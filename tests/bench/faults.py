@@ -58,7 +58,6 @@ FAULTS = {
         "linear(self.weights.attn.qkv, normed)",
         "F.linear(normed, self.weights.attn.qkv.weight)",
     ),
-    "the bias of cluster sizes left out": Fault("model", f"{DECODER}:_bias", "sizes.log()", "sizes.log() * 0"),
     "a norm of the tower scaled": Fault(
         "tower", f"{TOWER}:Layer.mlp", "self.weights.norm2, x)", "self.weights.norm2, x) * 1.02"
     ),
@@ -69,67 +68,11 @@ FAULTS = {
         "max_rows = stage.rows\n",
         "max_rows = len(rows)\n",
     ),
-    "units that reuse the row of their neighbour": Fault(
-        "reuse",
-        f"{ENCODER}:reused_units",
-        "* geo.units + place]",
-        "* geo.units + place.roll(1)]",
-    ),
-    "pixels too bright": Fault(
-        "patches", "evoprune.hf.processor_inputs:normalised", "_by_channel(std", "0.98 * _by_channel(std"
-    ),
     "decoded tokens at a wrong position": Fault(
         "answer",
         "evoprune.language.generate:PrefillState.read",
         "self.next_position + len(self.answer)",
         "self.next_position - len(self.answer)",
-    ),
-    "every input reads the tokens of the last": Fault(
-        "inputs",
-        "evoprune.session.answering:prune_prompt",
-        "*(tokens.features.to(words) for tokens in read)",
-        "*(read[-1].features[: len(tokens.features)].to(words) for tokens in read)",
-    ),
-    "a word of the question before that stays": Fault(
-        "again", "evoprune.session.answering:EncodedInputs._take_prefix", "cache.crop(known)", "cache.crop(known + 1)"
-    ),
-    "the rows of a piece in another order": Fault(
-        "chunks", f"{TOWER}:in_pieces", "len(values)] = values", "len(values)] = values.roll(1, 0)"
-    ),
-    "one wait for each norm": Fault(
-        "waits", "evoprune.vision.families:norm", ".mul_(weight)", ".mul_(weight + 0 * weight.sum().item())"
-    ),
-    "an estimate that leaves the work out": Fault(
-        "memory",
-        "evoprune.bench.verify.checks:encoding_bytes",
-        "return working_memory",
-        "return 0 * working_memory",
-    ),
-    "packed layers without their bias": Fault(
-        "packed",
-        "evoprune.backend.cpu.linear:PackedLinear.forward",
-        "self.weights_for(x), self.bias",
-        "self.weights_for(x), None",
-    ),
-    "attention to padding": Fault(
-        "batch",
-        "evoprune.hf.context:without_pruned",
-        '["attention_mask"] = columns.take(used)',
-        '["attention_mask"] = torch.ones_like(columns.take(used))',
-    ),
-    "a selection that depends on threads": Fault(
-        "threads",
-        "evoprune.methods.evoprune:farthest_points",
-        "radii.long()",
-        "radii.roll(torch.get_num_threads()).long()",
-    ),
-    "scales of 8 bits too small": Fault("int8", "evoprune.backend.cpu.quantize:int8_weights", "/ 127)", "/ 200)"),
-    "zeros of 4 bits off by one": Fault("int4", "evoprune.backend.cpu.quantize:_int4_piece", ".add_(8)", ".add_(9)"),
-    "a method that selects one token too few": Fault(
-        "methods",
-        "evoprune.methods.baselines:DivPrune.select",
-        "(tokens.features, keep)",
-        "(tokens.features, keep - 1)",
     ),
 }
 # Of what Qwen3-VL alone has.

@@ -17,7 +17,6 @@ from evoprune.bench.overlay import (
     Overlay,
     TracedVideo,
     light,
-    overlay_file,
     png,
     trace,
     wrap,
@@ -233,11 +232,11 @@ def test_a_sheet_keeps_its_colours_as_png_and_is_small():
 @pytest.mark.parametrize("ending", [".gif", ".mp4"])
 def test_films_last_as_long_as_the_video(ending):
     pictures = list(Overlay(painted(), "t").frames())
-    with av.open(io.BytesIO(overlay_file(painted(), "t", ending))) as file:
+    with av.open(io.BytesIO(painted().draw("t", ending))) as file:
         frames = list(file.decode(video=0))
         assert [float(frame.time) for frame in frames] == [0.0, 0.5, 1.0, 1.5] and file.duration == 2_000_000
     if ending == ".gif":
-        assert Image.open(io.BytesIO(overlay_file(painted(), "t", ending))).info["loop"] == 0
+        assert Image.open(io.BytesIO(painted().draw("t", ending))).info["loop"] == 0
     for frame, picture in zip(frames, pictures, strict=True):
         assert np.abs(frame.to_ndarray(format="rgb24").astype(int) - np.asarray(picture)).mean() < 4
 
@@ -245,4 +244,4 @@ def test_films_last_as_long_as_the_video(ending):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("ending", [".png", ".gif", ".mp4"])
 def test_the_same_video_gives_the_same_bytes(ending):
-    assert overlay_file(painted(), "t", ending) == overlay_file(painted(), "t", ending)
+    assert painted().draw("t", ending) == painted().draw("t", ending)

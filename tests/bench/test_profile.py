@@ -11,23 +11,21 @@ import torch
 from evoprune.backend.devices import peak_memory, reset_peak_memory
 from evoprune.bench import clips, profile
 from evoprune.bench.hugging_face import hugging_face_model
-from evoprune.bench.profile import measure, paced, run_evoprune, run_hugging_face
-from evoprune.bench.profile_results import (
+from evoprune.bench.profile import measure, run_evoprune, run_hugging_face
+from evoprune.bench.profile_results import ProfileResults, Spread, median_ratio
+from evoprune.bench.profile_rows import (
     BOUND,
     FULL,
     HUGGING_FACE,
     METHOD,
     Case,
     Counts,
-    ProfileResults,
     ProfileRow,
     ProfileSettings,
     Sample,
-    Spread,
-    TimeLimit,
     bound_of,
-    median_ratio,
 )
+from evoprune.bench.shared import TimeLimit, paced
 from evoprune.errors import ModelError, OutOfMemory
 from evoprune.methods.chain import PruneConfig
 from evoprune.methods.plans import full_plan
@@ -180,7 +178,7 @@ class Time:
 def test_the_rounds_that_end_within_the_time_limit(lasts, warmups, repetitions, limit, run):
     time = Time(*lasts)
     settings = ProfileSettings((0.5,), warmups=warmups, repetitions=repetitions, time_limit_s=limit)
-    made = list(paced(time.run_round, settings, TimeLimit(limit, lambda: time.now)))
+    made = list(paced(time.run_round, settings.warmups, settings.repetitions, TimeLimit(limit, lambda: time.now)))
     kinds, titles = [kind for kind, _ in made], [title for title, _ in time.titles]
     assert [title for kind, (title,) in made if kind != "counted"] == titles and made[-1][1] == (titles[-1],)
     assert not time.lasts and titles == [title for title in run if title != "counted"]

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from evoprune import Moment
-from evoprune.bench.overlay import BACKGROUND, png
-from evoprune.bench.sheet import MADE_BY, PANEL, contact_sheet
+from evoprune.bench.overlay import BACKGROUND
+from evoprune.bench.sheet import PANEL, contact_sheet
 from evoprune.video.frames import probe
 from tests.video.files import write_video
 
@@ -22,10 +22,9 @@ def test_the_best_frames_are_drawn_in_order_of_time(tmp_path):
         Moment("a", 0.0, 1.0, 0.9, 0.5),
         Moment("b", 1.0, 2.0, 0.9, 1.5),
     ]
-    picture = contact_sheet(info, moments, "colours.mp4")
-    content = png(picture, MADE_BY)
-    assert Image.open(io.BytesIO(content)).info["Software"] == "evoprune contact sheet"
-    pixels = np.asarray(picture).astype(int)
+    picture = Image.open(io.BytesIO(contact_sheet(info, moments, "colours.mp4")))
+    assert picture.info["Software"] == "evoprune contact sheet"
+    pixels = np.asarray(picture.convert("RGB")).astype(int)
     places = []
     for colour in COLOURS:
         rows, columns = np.nonzero(np.abs(pixels - colour).sum(2) < 40)
@@ -37,4 +36,5 @@ def test_the_best_frames_are_drawn_in_order_of_time(tmp_path):
 
 def test_one_upright_frame(tmp_path):
     info = probe(write_video(tmp_path / "tall.mp4", [np.full((96, 48, 3), 128, np.uint8)] * 2))
-    assert contact_sheet(info, [Moment("a", 0.0, 0.2, 1.0, 0.1)], "tall.mp4").height > 96
+    content = contact_sheet(info, [Moment("a", 0.0, 0.2, 1.0, 0.1)], "tall.mp4")
+    assert Image.open(io.BytesIO(content)).height > 96

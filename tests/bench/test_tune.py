@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from evoprune.bench import tune
+from evoprune.bench.shared import TimeLimit
 from evoprune.bench.tune import (
     MIN_CANDIDATES,
     Answering,
@@ -78,7 +79,7 @@ def test_the_time_to_the_first_token_holds_the_whole_prompt(loaded, monkeypatch)
     monkeypatch.setattr("evoprune.session.answering.prefill", lambda *args: read.append(len(args[1])) or prefill(*args))
     monkeypatch.setattr(EncodedInputs, "read_along", lambda *args: (along(*args)[0], read[-1]))
     session = Session(loaded, PruneOptions().config())
-    answering = Answering(session, SamplingOptions(frames=4), QUESTIONS, 60, lambda: 0.0)
+    answering = Answering(session, SamplingOptions(frames=4), QUESTIONS, TimeLimit(60, lambda: 0.0))
     answering.answer(CLIPS)
     for full in answering.made:
         first, second = full.references
@@ -144,7 +145,7 @@ class Ticks:
 @pytest.mark.parametrize(("seconds", "tokens", "asked", "videos"), [(1e6, 64, 2, 2), (60, 64, 2, 2), (3, 8, 1, 1)])
 def test_full_answers_keep_their_time(loaded, seconds, tokens, asked, videos):
     session = Session(loaded, PruneOptions().config())
-    answering = Answering(session, SamplingOptions(frames=4), QUESTIONS, seconds, Ticks())
+    answering = Answering(session, SamplingOptions(frames=4), QUESTIONS, TimeLimit(seconds, Ticks()))
     answering.answer(CLIPS)
     assert (answering.tokens, answering.asked, len(answering.made)) == (tokens, asked, videos)
     assert all(len(full.references) == answering.asked for full in answering.made)

@@ -9,11 +9,11 @@ from xml.etree import ElementTree
 import pytest
 
 from evoprune.bench import eval as evaluation
+from evoprune.bench.eval_results import EvalResults
 from evoprune.bench.scores import COSTS, score_rows
 from evoprune.errors import OutOfMemory
 from evoprune.methods.budget import PRESETS
 from evoprune.session.encoding import OpenInput
-from evoprune_cli.eval import render as table
 from evoprune_cli.terminal import Terminated
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,8 @@ def test_tables_of_few_questions_say_that_they_are_no_measurement(groups, where)
     samples = [one | {"groups": [name]} for name, count in groups.items() for _ in range(count)]
     nothing = {"failures": [], "error": None, "notes": [], "settings": {"data": "x"}, "items": {"answered": 1}}
     videos, model = {"evaluated": 1, "wanted": 1, "failed": 0}, {"id": "m", "dtype": "fp32", "device": "cpu"}
-    made = table(nothing | {"rows": score_rows(samples), "videos": videos, "model": model}).splitlines()
+    found = nothing | {"rows": score_rows(samples), "videos": videos, "model": model}
+    made = EvalResults(found).table(80).splitlines()
     said = [f"fewer than 30 questions{f' in {each}' * bool(each)}: an example, not a measurement" for each in where]
     assert [line for line in made if "measurement" in line] == said
 
@@ -110,7 +111,7 @@ def test_only_columns_that_are_there_are_explained(run):
     document = run("--json").record
     gone = 0
     for width in (80, 40, 30):
-        made = table(document, width)
+        made = EvalResults(document).table(width)
         heads, text = [line for line in made.splitlines() if line.startswith("   ")], " ".join(made.split())
         assert "accuracy, in percent" in text and "TFLOP: operations" in text and "…" not in made
         for title in ("vs full", "kept", "live"):

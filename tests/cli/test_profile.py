@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 import pytest
 
 from evoprune.bench import profile as measuring
-from evoprune.bench.profile_results import Case, ProfileSettings
+from evoprune.bench.profile_results import ProfileResults
+from evoprune.bench.profile_rows import Case, ProfileSettings
 from evoprune.errors import ModelError
 from evoprune.methods.budget import PRESETS
-from evoprune_cli.profile import render
 from tests.cli.screen import visible
 
 CLIP = "samples/square.mp4"
@@ -53,10 +53,10 @@ def test_a_table_on_stdout_and_nothing_else(profile):
 
 def test_only_columns_that_are_there_are_explained(profile, monkeypatch):
     seen = []
-    monkeypatch.setattr("evoprune_cli.profile.render", lambda results, *_: seen.append(results) or "")
+    monkeypatch.setattr(ProfileResults, "text", lambda results, *_: seen.append(results) or "")
     profile()
     for width, gone in ((80, ()), (40, ("vs bound", "matmul"))):
-        text = " ".join(render(seen[0], "table", width).split())
+        text = " ".join(seen[0].table(width).split())
         for title in ("vs bound", "live", "matmul"):
             assert (f"{title}: " in text) == (title not in gone), (width, title)
 
@@ -216,7 +216,7 @@ def test_defaults(cli, monkeypatch):
 
     made = ProfileSettings
     monkeypatch.setattr(measuring, "load", load)
-    monkeypatch.setattr("evoprune.bench.profile_results.ProfileSettings", record)
+    monkeypatch.setattr("evoprune_cli.profile.ProfileSettings", record)
     monkeypatch.setenv("EVOPRUNE_MODEL", "demo")
     assert cli("profile").code == 4
     assert asked == [("Qwen/Qwen2.5-VL-3B-Instruct", [Case(8, 224, 336)], "dummy")]

@@ -10,11 +10,11 @@ from PIL import Image
 
 from evoprune.bench.chart import Panel, draw
 from evoprune.bench.overlay import gif, mp4, png, shared_palette
-from evoprune.bench.profile_results import METHOD, Case, ProfileResults, ProfileRow
+from evoprune.bench.profile_results import ProfileResults
+from evoprune.bench.profile_rows import METHOD, Case, ProfileRow
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.report import Environment, ModelFacts
 from evoprune_cli import __main__
-from evoprune_cli.profile import render
 from evoprune_cli.running import check_writable, write_bytes
 from evoprune_cli.terminal import json_line
 
@@ -82,7 +82,7 @@ def written() -> dict[str, bytes]:
         [ProfileRow(METHOD, Case(4, 56, 56), 0.5, "evoprune", error="failed")],
         [1e9],
     )
-    tables = {form: render(results, form).encode() for form in ("table", "md", "csv", "json")}
+    tables = {form: results.text(form, 80).encode() for form in ("table", "md", "csv", "json")}
     tuned = {
         name: (json_line({"schema": f"evoprune/{name}@1", "model": {}}) + "\n").encode()
         for name in ("tune", "tune-operations")

@@ -7,11 +7,11 @@ import shutil
 import huggingface_hub
 import pytest
 
+from evoprune.bench.verify.run import render
 from evoprune.bench.verify.subject import QUESTION
-from evoprune_cli.verify import render
 from tests.bench.faults import FAULTS
 
-NAMES = ("patches", "positions", "tower", "logits", "answer")
+NAMES = ("weights", "positions", "tower", "logits", "answer", "counts")
 
 
 @pytest.mark.full
@@ -29,7 +29,9 @@ def test_a_line_for_each_check_and_a_verdict(cli):
 def test_one_thread_is_one():
     env = {"device_name": "a CPU", "evoprune": "0", "torch": "2", "transformers": "5", "threads": 1}
     document = {"model": {"id": "m", "dtype": "fp32", "device": "cpu"}, "env": env, "checks": [], "seconds": 1.0}
-    assert "transformers 5, 1 thread\n" in render(document | {"verdict": "held", "held": 1, "differs": 0, "skipped": 0})
+    assert "transformers 5, 1 thread\n" in render(
+        document | {"verdict": "held", "held": 1, "differs": 0, "skipped": 0}, 80
+    )
 
 
 def test_a_difference_has_an_exit_code_of_its_own(cli, monkeypatch, tmp_path):
@@ -76,8 +78,8 @@ def test_what_was_found_before_an_interrupt_is_told(cli, monkeypatch, tmp_path):
     result = cli("verify", "-m", "demo", "--quick", "-o", tmp_path / "report.json")
     record = json.loads((tmp_path / "report.json").read_text())
     assert result.code == 130 == record["error"]["code"]
-    assert [check["name"] for check in record["checks"]] == ["kernels", "weights", "patches"]
-    assert [line for line in result.out.splitlines() if line.startswith("held     patches ")]
+    assert [check["name"] for check in record["checks"]] == ["weights"]
+    assert [line for line in result.out.splitlines() if line.startswith("held     weights ")]
 
 
 @pytest.mark.full

@@ -40,7 +40,7 @@ class Counting(TorchDispatchMode):
 
 def encodes(qa, clip: str, lines: bool = False, prefill: bool = False, **frames) -> tuple[Counting, int]:
     """The counts of one encode, perhaps with the prefill of a question, its first one made before; and how often it waits."""
-    from evoprune.bench.verify.waiting import Waiting
+    from tests.waiting import Waiting
 
     def run() -> None:
         encoded = qa.encode(clip, **frames)

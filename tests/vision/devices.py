@@ -6,11 +6,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune.backend import attention, devices
-from evoprune.bench.verify.waiting import shape_depends_on_values
 from evoprune.methods.base import Merger
 from evoprune.vision import encoder
 from tests.vision.results import assert_same, check_result, encode_patches
 from tests.vision.tower import tiny_tower
+from tests.waiting import shape_depends_on_values
 
 
 class NoWaiting(TorchDispatchMode):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shutil import copy
 from typing import Any
 
 import numpy as np
@@ -13,49 +14,42 @@ import numpy as np
 from evoprune.backend.devices import environment, exact_convolutions, peak_memory
 from evoprune.backend.hosted import without_packages
 from evoprune.bench import clips
-from evoprune.bench.profile_results import TimeLimit
+from evoprune.bench.results import Results, folded
+from evoprune.bench.shared import TimeLimit
 from evoprune.bench.verify import checks
 from evoprune.bench.verify.subject import DIFFERS, HELD, SKIPPED, Check, Outcome, Subject, skipped
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError, first_line, is_out_of_memory
 from evoprune.model.config import as_written
 from evoprune.session.loading.find import BUNDLED_CONFIGS
-from evoprune.session.loading.model import LoadedModel
+from evoprune.session.loading.model import LoadedModel, load_model
+from evoprune.session.options import ModelOptions
+from evoprune.util import counted
 from evoprune.video.frames import probe
-from evoprune.video.info import PICTURE
 from evoprune.video.temporary import temporary_folder
 
 SCHEMA = "evoprune/verify@1"
+VERDICTS = {
+    HELD: "this machine computes with this model what transformers computes",
+    DIFFERS: "something is not as it should be; -o FILE.json writes what a bug report needs",
+    SKIPPED: "nothing was compared",
+}
+UNLIMITED_S = 86_400.0
 DIGITS = 4  # of a figure in the record
-# of the clips made by formula; no multiples of 28 or 32: frames are resized
+# of the clip made by formula; no multiples of 28 or 32: frames are resized
 FRAMES = 8
 HEIGHT = 120
 WIDTH = 180
 # In the order in which they run: the cheap ones and those on which others rest come first.
 CHECKS = (
-    Check("kernels", "nothing: what computes attention and products here", checks.kernels),
     Check("weights", "every tensor, with what transformers reads of the same files", checks.weights),
-    Check("patches", "pixels of resized frames, with transformers' processor", checks.patches),
     Check("positions", "positions of a prompt's tokens, with transformers'", checks.positions),
     Check("tower", "features with nothing pruned, with transformers' tower", checks.tower),
     Check("logits", "the language model on the same features, with transformers'", checks.logits),
     Check("answer", "a greedy answer about a video, token by token, with transformers'", checks.answer),
-    Check("inputs", "the same about a picture and a video together", checks.inputs, slow=True),
-    Check("again", "a second question about a video, with the same question asked first", checks.again),
     Check("counts", "rows of each layer and tokens, with the plan", checks.counts),
-    Check("chunks", "tokens from the smallest pieces, with those from the usual ones", checks.pieces),
-    Check("reuse", "a clip that stands still, with and without reuse", checks.reuse),
-    Check("model", "EvoPrune(...)(model) of transformers, with VideoQA, both pruned", checks.transformers_model),
     Check("plain", "kernels and graphs of a GPU, with plain PyTorch", checks.accelerated),
-    Check("waits", "how often the program waits for the device, with the design", checks.waits),
-    Check("memory", "the peak of a question, with the estimate", checks.memory),
-    Check("packed", "products with packed weights, with those in fp64", checks.packed),
-    Check("batch", "a batch of two in transformers' model, with each prompt by itself", checks.batch, slow=True),
-    Check("threads", "tokens with another number of threads", checks.threads, slow=True),
-    Check("int8", "an answer with weights in 8 bits, with the weights as they are", checks.int8, slow=True),
-    Check("int4", "the same in 4 bits", checks.int4, slow=True),
     Check("speed", "time to the first token, with transformers' in turns", checks.first_token, slow=True),
-    Check("methods", "every method on a short clip, with its plan and with itself", checks.every_method, slow=True),
 )
 
 Progress = Callable[[str, int, int, str], None]
@@ -71,12 +65,13 @@ class Finding:
 
 
 @dataclass
-class VerifyResults:
-    """Hold the results so far; `findings` in the order of the checks."""
+class VerifyResults(Results):
+    """Hold the results so far; `findings` in the order of the checks. `error`: what cut the run short."""
 
     loaded: LoadedModel
     findings: list[Finding] = field(default_factory=list)
     seconds: float = 0.0
+    error: dict[str, Any] | None = None
 
     def of(self, state: str) -> list[Finding]:
         return [finding for finding in self.findings if finding.outcome.state == state]
@@ -109,7 +104,24 @@ class VerifyResults:
             "checks": checks,
             "seconds": round(self.seconds, 2),
             "peak_bytes": peak_memory(loaded.device),
+            "error": self.error,
         }
+
+    def table(self, width: int) -> str:
+        """Return the model and the machine, a line for each check with its figures, and the verdict."""
+        return render(self.document(), width)
+
+
+def render(document: dict[str, Any], width: int) -> str:
+    model = document["model"]
+    env = document["env"]
+    about = f"{model['id'] or model['family']}, {model['dtype']}, {model['device']}: {env['device_name']}"
+    versions = ", ".join(f"{name} {env[name]}" for name in ("evoprune", "torch", "transformers"))
+    lines = [about, f"{versions}, {counted(env['threads'], 'thread')}", ""]
+    lines += [f"{check['state']:<8} {check['name']:<10} {check['says']}" for check in document["checks"]]
+    counts = ", ".join(f"{document[state]} {state}" for state in (HELD, DIFFERS, SKIPPED))
+    lines += ["", f"{counts} in {document['seconds']:.0f} s: {VERDICTS[document['verdict']]}"]
+    return "\n".join(folded(lines, width)) + "\n"
 
 
 def _facts(loaded: LoadedModel) -> dict[str, Any]:
@@ -136,31 +148,50 @@ def _short(figures: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
-    """Provide what is compared: a file that the user names, in the place of the clip or the picture made by formula."""
+    """Provide what is compared. A file that the user names, a video or a picture, takes the place of the clip made by formula."""
     with temporary_folder("evoprune-verify-") as folder:
-        video, still, picture = _material(Path(folder))
+        video, picture = _material(Path(folder))
         if path is not None:
-            if probe(path).kind == PICTURE:
-                picture = Path(path)
-            else:
-                video = Path(path)
-        subject = Subject(loaded, video, still, picture)
-        subject.asking()  # raises where the device computes nothing
+            video = Path(path)
+            probe(path)  # raises if it is no video or picture
+        subject = Subject(loaded, video, picture)
+        subject.asking(1.0)  # raises if the device computes nothing
         yield subject
 
 
-def _material(folder: Path) -> tuple[Path, Path, Path]:
-    """Return a clip in which things move, a clip that stands still, and a picture: two folders of frames and a file."""
+def _material(folder: Path) -> tuple[Path, Path]:
+    """Return a clip, as a folder of frames, and a picture, its first frame: both made by formula."""
     from PIL import Image
 
     unit = clips.UNIT
     whole = FRAMES, *(-(-side // unit) * unit for side in (HEIGHT, WIDTH))
-    moving, still = (clips.synthetic_clip(kind, *whole)[:, :HEIGHT, :WIDTH] for kind in ("motion", "static90"))
-    for name, frames in (("moving", moving), ("still", still[:1].repeat(FRAMES, 0)), ("picture", still[:1])):
-        (folder / name).mkdir()
-        for number, frame in enumerate(frames):
-            Image.fromarray(np.ascontiguousarray(frame)).save(folder / name / f"{number}.png")
-    return folder / "moving", folder / "still", folder / "picture" / "0.png"
+    clip = folder / "clip"
+    clip.mkdir()
+    for number, frame in enumerate(clips.synthetic_clip("motion", *whole)[:, :HEIGHT, :WIDTH]):
+        Image.fromarray(np.ascontiguousarray(frame)).save(clip / f"{number}.png")
+    return clip, Path(copy(clip / "0.png", folder / "picture.png"))
+
+
+def run_checks(
+    model: ModelOptions,
+    path: str | None,
+    *,
+    time_limit_s: float | None,
+    begun: float,
+    quick: bool,
+    progress: Progress,
+    failed: Callable[[Exception], None],
+) -> Iterator[VerifyResults]:
+    """Load a model and check it. Arguments and results as of `verify`; `path`: as of `subject_of`. Raises as `load_model`.
+
+    Args:
+        time_limit_s: of the whole run, which `begun` by the clock `time.perf_counter`; None for no limit.
+    """
+    limit = TimeLimit(UNLIMITED_S if time_limit_s is None else time_limit_s, begun=begun)
+    progress("loading model", 0, 0, "")
+    loaded = load_model(model, pack=False, to_answer=True)
+    with subject_of(loaded, path) as subject:
+        yield from verify(subject, limit, quick=quick, progress=progress, failed=failed)
 
 
 def verify(
@@ -182,7 +213,6 @@ def verify(
     Yields the results so far, after each check.
     """
     results = VerifyResults(subject.loaded)
-    subject.limit = limit
     for number, check in enumerate(checks):
         progress("check", number, len(checks), check.name)
         begun = limit.spent

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from math import inf, isfinite
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,18 +20,15 @@ from torch import nn
 
 from evoprune.backend.hosted import cache_name
 from evoprune.bench.hugging_face import hugging_face_model, share_equal
-from evoprune.bench.profile_results import TimeLimit
 from evoprune.hf.processor_inputs import NAMES, TYPES, arguments, read_patches
 from evoprune.language.hosted import run_for, run_modules
 from evoprune.model.cost import shortage
 from evoprune.session.answering import EncodedInputs
-from evoprune.session.encoding import OpenInput, open_inputs
+from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.hosted import read_whole
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.options import GenerationOptions, SamplingOptions
 from evoprune.session.prompting import fitting_prompt, positions_of
-from evoprune.session.session import Session
-from evoprune.video.plan import Plan
 from evoprune.video_qa import VideoQA
 
 HELD = "held"
@@ -238,37 +235,33 @@ def rounding_again(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 QUESTION = "What happens in this video?"
-ANOTHER = "Which things can be seen, and where do they go?"
 # Of an input: enough for several frame pairs and windows, and few enough for a large model on a CPU.
 SAMPLING = SamplingOptions(frames=8, max_visual_tokens=128)
-SHORT = SamplingOptions(frames=4, max_visual_tokens=48)
 NEW_TOKENS = 16
 BUDGET = 0.25
 INSIDE = "evoprune:inner=always"  # the clips are small: a GPU would prune them after the tower alone, and the rest go unchecked
 
 
 class Subject:
-    """Hold a model and three files, and make more of them when a check first needs it.
+    """Hold a model and two files, and make more of them when a check first needs it.
 
     Frames may be smaller than the model's own limits have it, so that several frame pairs are few tokens.
 
     Attributes:
         loaded: the model with plain weights, that both sides compute with, and without a least size of frames.
-        video, still, picture: files.
-        limit: of the whole run: a check of many steps ends when it is over.
+        video: the file that is compared on, which may be a picture.
+        picture: a picture to ask about beside it.
         differing: once there is `transformers`, names of tensors that it reads of the files otherwise than this project.
         not_read: why it does not read them; None where it does.
     """
 
-    def __init__(self, loaded: LoadedModel, video: Path, still: Path, picture: Path):
-        self.limit = TimeLimit(inf)
-        self._asked = {}
+    def __init__(self, loaded: LoadedModel, video: Path, picture: Path):
+        self._asked: dict[tuple[Path, ...], Asked] = {}
         self.differing: list[str] = []
         self.not_read: str | None = None
         limits = {kind: replace(limit, min_pixels=limit.unit**2) for kind, limit in loaded.limits.items()}
         self.loaded = replace(loaded, limits=limits)
         self.video = video
-        self.still = still
         self.picture = picture
 
     @cached_property
@@ -305,35 +298,21 @@ class Subject:
     def dtype(self) -> torch.dtype:
         return self.loaded.model.dtype
 
-    def asking(self, budget: float = BUDGET, method: str = INSIDE) -> VideoQA:
-        """Make this project's side; at a budget of 1.0 nothing is pruned."""
+    def asking(self, budget: float, method: str = INSIDE) -> VideoQA:
+        """Return evoprune's side; a budget of 1.0 prunes nothing."""
         if budget == 1:
             method = "none"
         return VideoQA(self.loaded, budget=budget, method=method)
 
-    def encode(
-        self, qa: VideoQA, paths: Sequence[Path], sampling: SamplingOptions = SAMPLING, in_pieces: bool = False
-    ) -> EncodedInputs:
-        """Encode as `VideoQA.encode`, perhaps in the smallest pieces."""
+    def encode(self, budget: float, method: str = INSIDE) -> EncodedInputs:
+        """Encode the video with evoprune."""
+        return self.asking(budget, method).encode(self.video, **vars(SAMPLING))
 
-        class InPieces(OpenInput):
-            def run_tower(self, patches, **options):
-                _, height, width = self.plan.encoder.grid
-                return super().run_tower(patches, **options | {"piece_units": height * width})
-
-        kind = InPieces if in_pieces else OpenInput
-        with closing(open_inputs(qa.session, paths, sampling, kind=kind)) as opened:
-            return opened.encode()
-
-    def plans(self, session: Session, paths: Sequence[Path]) -> list[Plan]:
-        with closing(open_inputs(session, paths, SAMPLING)) as opened:
-            return opened.plans
-
-    def about(self, *paths: Path, question: str = QUESTION) -> "Asked":
-        """Return a question about inputs, as both sides read it; made once."""
-        if (paths, question) not in self._asked:
-            self._asked[paths, question] = Asked(self, paths, question)
-        return self._asked[paths, question]
+    def about(self, *paths: Path) -> "Asked":
+        """Return the question about inputs as both sides read it; made once."""
+        if paths not in self._asked:
+            self._asked[paths] = Asked(self, paths)
+        return self._asked[paths]
 
     @torch.inference_mode()
     def features(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -398,25 +377,6 @@ class Subject:
         hidden = text(**read, use_cache=cache is not None, **inner)
         return self.transformers.lm_head(hidden.last_hidden_state[0, -last:])
 
-    @torch.inference_mode()
-    def last_logits(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Compute the logits of transformers' model behind each prompt of a call, `[prompts, vocabulary]`."""
-        return self.transformers(**call, logits_to_keep=1, use_cache=False).logits[:, -1]
-
-    @cached_property
-    def words(self) -> list[int]:
-        """Tokens to be read behind a prompt as if they were its answer, so that the logits of several places are compared."""
-        return self.loaded.tokenizer.encode(ANOTHER)
-
-    @torch.inference_mode()
-    def logits_along(self, call: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Compute the logits of transformers' model for each of `words` behind the prompt of a call, `[words, vocabulary]`."""
-        read = torch.tensor([self.words[:-1]], dtype=torch.int64, device=self.device)
-        call = dict(call)
-        for name, more in (("input_ids", read), ("attention_mask", read * 0 + 1), ("mm_token_type_ids", read * 0)):
-            call[name] = torch.cat([call[name], more.to(call[name])], 1)
-        return self.transformers(**call, logits_to_keep=len(self.words), use_cache=False).logits[0]
-
     @cached_property
     def video_logits(self) -> torch.Tensor:
         """Compute transformers' logits after each token behind the video."""
@@ -477,7 +437,7 @@ class Subject:
 
 
 class Asked:
-    """Hold a question about inputs, as both sides read it.
+    """The question about inputs as both sides read it.
 
     Attributes:
         plans: what is looked at of each.
@@ -485,13 +445,14 @@ class Asked:
         call: the arguments of transformers' model.
     """
 
-    def __init__(self, subject: Subject, paths: Sequence[Path], question: str):
+    def __init__(self, subject: Subject, paths: Sequence[Path]):
         session = subject.asking(1.0).session
         loaded = subject.loaded
         self._subject = subject
-        self.plans = subject.plans(session, paths)
+        with closing(open_inputs(session, paths, SAMPLING)) as opened:
+            self.plans = opened.plans
         units = sum(plan.units for plan in self.plans)
-        self.prompt = fitting_prompt(session, self.plans, question, GenerationOptions(), units)
+        self.prompt = fitting_prompt(session, self.plans, QUESTION, GenerationOptions(), units)
         self.positions = positions_of(self.prompt, self.plans, loaded)
         # Frames are resized as the encoder does it.
         read = [read_patches(plan, loaded.limits[plan.kind], subject.device) for plan in self.plans]

@@ -624,7 +624,7 @@ def test_the_models_own_repetition_penalty_is_applied_as_in_transformers(folder,
     encoded = VideoQA(loaded, budget=1.0, method="none").encode(CLIP, **vars(SAMPLING))
     answer = encoded.ask(QUESTION, max_new_tokens=24, repetition_penalty=penalty)
     assert answer.text and answer.report.generation["repetition_penalty"] == (penalty or 1.3)
-    subject = Subject(loaded, CLIP, CLIP, CLIP)
+    subject = Subject(loaded, CLIP, CLIP)
     asked = subject.about(CLIP)
     length = len(asked.prompt.input_ids)
     places = torch.cat([torch.arange(length)[None], asked.positions])[:, None]

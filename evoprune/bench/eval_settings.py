@@ -1,0 +1,103 @@
+"""Settings of `evoprune eval`, from the command line or from the folder of an earlier run, and its questions. No torch."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import evoprune
+from evoprune import methods
+from evoprune.batch.rows import group_by_span
+from evoprune.bench.eval_folder import SIZE_RULE, no_folder, stored_settings
+from evoprune.bench.questions import VideoQuestions, load_questions, of_groups
+from evoprune.errors import UsageError
+from evoprune.methods.budget import Budget
+from evoprune.session.ahead import FIRST, Asked
+from evoprune.session.options import GenerationOptions, ModelOptions, PipelineOptions, SamplingOptions, record
+from evoprune.util import OPTION
+
+Score = Literal["text", "likelihood"]
+SCORES = get_args(Score)
+
+# Options that results hold also at their defaults.
+RECORDED = (
+    "fps", "frames", "max_frames", "max_visual_tokens", "seek", "max_new_tokens", "model", "revision", "dtype", "quantize",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Hold the settings of a run; two runs with the same ones give the same results, but for `timed`.
+
+    Each method runs at each budget.
+    """
+
+    data: str  # path of a file of questions, or what else the videos are
+    budgets: tuple[float | str, ...]  # as of `Budget.recorded`
+    methods: tuple[str, ...] = (methods.DEFAULT,)
+    method_args: dict[str, str] = field(default_factory=dict)
+    blind: bool = False  # also ask without the video
+    seed: int = 0  # of methods that select at random
+    score: Score = (
+        "text"  # how questions with options are graded: the text that is generated, or the most probable option
+    )
+    groups: tuple[str, ...] = ()  # only questions of these; all if it is empty
+    limit: int | None = None  # of videos; None for all
+    model: ModelOptions = field(default_factory=ModelOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    generation: GenerationOptions = field(default_factory=lambda: GenerationOptions(max_new_tokens=64))
+    digest: str | None = None  # of the file's content
+    timed: bool = False  # samples hold `prune_ms` too: for the video, or for the question if the method reads it
+    version: str = evoprune.__version__
+
+    @classmethod
+    def stored(cls, folder: Path, model: ModelOptions) -> "EvalSettings":
+        """Return the settings of the run in a folder, though its file of questions may have changed since.
+
+        Args:
+            model: options that answers do not depend on, such as the device.
+
+        Raises UsageError: the folder holds no run.
+        """
+        try:
+            return cls.of_record(stored_settings(folder), model)
+        except (KeyError, TypeError, ValueError) as problem:
+            raise no_folder(folder) from problem
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any], model: ModelOptions) -> "EvalSettings":
+        others = ("digest", "version", "plugins", "files", SIZE_RULE)
+        options = {name: value for name, value in record.items() if name not in others}
+        own = {f.name: options.pop(f.name) for f in fields(cls) if f.name in options and f.name != "model"}
+        own["budgets"] = tuple(Budget.parse(each, auto=True).recorded for each in own["budgets"])
+        own |= {name: tuple(own[name]) for name in ("methods", "groups")}
+        free = (f.name for f in fields(model) if not f.metadata[OPTION].changes_answers)
+        pipeline = PipelineOptions.of(**{name: getattr(model, name) for name in free} | options)
+        return cls(**own, model=pipeline.model, sampling=pipeline.sampling, generation=pipeline.generation)
+
+    def record(self) -> dict[str, Any]:
+        own = {name: value for name, value in asdict(self).items() if name not in ("model", "sampling", "generation")}
+        code = {name: code for text in self.methods for name, code in methods.plugin_code(text).items()}
+        options = record((self.sampling, self.generation, self.model), RECORDED)
+        if code:
+            options["plugins"] = code
+        return own | options
+
+    def read_questions(self) -> tuple["EvalSettings", list[VideoQuestions]]:
+        """Return the settings with the digest of the file of questions, and its questions by video.
+
+        Raises UsageError: as `load_questions`; or options are to be scored, and no question has any.
+        """
+        path = Path(self.data)
+        videos = load_questions(path)
+        if self.score == "likelihood" and not any(row.options for video in videos for row in video.rows):
+            hint = "leave it out, or give options"
+            raise UsageError("--score likelihood is about options, and no question has any", hint)
+        return replace(self, digest=hashlib.sha256(path.read_bytes()).hexdigest()), videos
+
+    def first_inputs(self, videos: Sequence[VideoQuestions]) -> list[Asked]:
+        """Return what is read first, for `Ahead.begin`."""
+        chosen = of_groups(videos, self.groups)[: self.limit]
+        spans = ((video, group_by_span(video.rows)[0]) for video in chosen[:FIRST])
+        return [([video.path], self.sampling.but(**span.sampling)) for video, span in spans]

@@ -1,0 +1,130 @@
+"""What `evoprune profile` sweeps and measures: settings, cases, rows and their samples in seconds. No torch."""
+
+from dataclasses import dataclass, field, replace
+
+from evoprune import methods
+from evoprune.util import budget_text
+
+SYNTHETIC = ("motion", "static90", "noise")  # kinds of synthetic clips, see `clips.py`
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """Every method runs at every budget, with each quantisation of the language model's weights."""
+
+    budgets: tuple[float | str, ...]  # as of `Budget.recorded`
+    methods: tuple[str, ...] = (methods.DEFAULT,)
+    quantize: tuple[str, ...] = ("none",)
+    method_args: dict[str, str] | None = None  # settings of the methods, as texts
+    seed: int = 0  # for methods that select at random
+    new_tokens: int = 4  # generated in any case; ends of sequence are ignored
+    warmups: int = 1  # rounds that are not counted
+    repetitions: int = 3  # rounds that are
+    time_limit_s: float = 150.0  # of the whole run, loading included
+
+    def config(self, name: str, budget: float | str):
+        """Return the `PruneConfig` of a method at a budget, with the settings of all methods."""
+        from evoprune.methods.chain import PruneConfig  # which loads torch
+
+        return PruneConfig.of(budget, name, self.method_args, self.seed)
+
+
+# Kinds of rows: plain transformers, evoprune without pruning, the best that a post-encoder method could reach, a method.
+HUGGING_FACE = "hugging_face"
+FULL = "full"
+BOUND = "post_encoder_bound"
+METHOD = "method"
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """Hold the size of a clip: its number of frames, and their height and width in pixels. One frame is a picture."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        size = f"{self.height}x{self.width}"
+        if self.frames == 1:
+            return f"a picture of {size}"
+        return f"{self.frames} frames of {size}"
+
+    def of_units(self, larger: float) -> "Case":
+        """Return the same number of units, whose side in pixels is so many times larger."""
+        return replace(self, height=round(self.height * larger), width=round(self.width * larger))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Hold the times of one row in one round, in seconds."""
+
+    encode: float  # the tower
+    prune: float  # scores, merging and selection, part of `encode`
+    prefill: float  # the prompt, up to the logits of its last token
+    generate: float  # all new tokens; the first needs no pass of its own
+    peak_bytes: int | None = None  # the most memory in use, weights included
+    prefill_prune: float = 0.0  # part of `prefill`
+
+    @property
+    def first_token(self) -> float:
+        return self.encode + self.prefill
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Count the work of a row, the same in every round."""
+
+    units: int  # N, of the clip
+    encoder_rows: int  # that leave the tower
+    live_share: float  # mean over its layers of rows / N
+    layers: tuple[tuple[int, int], ...]  # (layer, rows that it computed)
+    tokens: int  # K, visual tokens that reach the language model
+    prompt: int  # those and the text around them
+    tower_flop: float
+    # (layer, visual tokens that it read), and (layer, those whose keys, queries and MLP it computed); None where it is all of them
+    language_layers: tuple[tuple[int, int], ...] | None = None
+    language_work: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclass(eq=False)
+class ProfileRow:
+    """Hold one row at one case. `samples`: one for each measured round; none if the row failed with an `error`."""
+
+    kind: str
+    case: Case
+    budget: float | str = 1.0
+    method: str | None = None
+    counts: Counts | None = None
+    samples: list[Sample] = field(default_factory=list)
+    error: str | None = None
+    quantize: str = "none"
+
+    @property
+    def name(self) -> str:
+        if self.kind == HUGGING_FACE:
+            return "Hugging Face"
+        if self.kind == FULL:
+            return "budget 1.0"
+        pruner = "bound" if self.kind == BOUND else self.method
+        name = f"{pruner} -b {budget_text(self.budget)}"
+        if self.quantize != "none":
+            name += f" {self.quantize}"
+        return name
+
+    def seconds(self, stage: str) -> list[float]:
+        """Return the times of all rounds in seconds; `stage` is a field of Sample, or `first_token`."""
+        return [getattr(sample, stage) for sample in self.samples]
+
+
+def bound_of(full: ProfileRow, method: ProfileRow) -> ProfileRow:
+    """Return the tower of `full` and the rest of `method`, round by round: the best that a method after the encoder can do, or
+    why not.
+    """
+    bound = ProfileRow(BOUND, method.case, method.budget, error=full.error or method.error)
+    if bound.error or full.counts is None or method.counts is None:
+        return bound
+    bound.counts = replace(full.counts, tokens=method.counts.tokens, prompt=method.counts.prompt)
+    rounds = zip(full.samples, method.samples, strict=True)
+    bound.samples = [Sample(tower.encode, 0.0, rest.prefill, rest.generate) for tower, rest in rounds]
+    return bound

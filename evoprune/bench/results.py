@@ -1,0 +1,143 @@
+"""Results of `profile`, `eval`, `tune` and `verify`: a document for JSON, tables as text, Markdown or CSV, and a chart."""
+
+import csv
+import io
+import json
+import textwrap
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from evoprune.report import precision
+from evoprune.util import one_line
+
+MIN_NAME = 8  # characters of the first column of a table for which the other columns keep their width
+T = TypeVar("T")
+
+
+class Results(ABC):
+    """What a command has measured so far."""
+
+    @abstractmethod
+    def document(self) -> dict[str, Any]:
+        """Return the results as plain data for JSON."""
+
+    @abstractmethod
+    def table(self, width: int) -> str:
+        """Return the results as text for people, in lines of at most `width` columns if possible."""
+
+    def to_json(self) -> str:
+        """Return the document as one line of ASCII."""
+        return json.dumps(self.document(), separators=(",", ":"), allow_nan=False)
+
+    def text(self, form: str, width: int) -> str:
+        """Return the results as "table" or "json"."""
+        return self.table(width) if form == "table" else f"{self.to_json()}\n"
+
+    def chart(self) -> str | None:
+        """Return an SVG document; None if there is nothing to draw."""
+        return None
+
+
+@dataclass(frozen=True)
+class Column(Generic[T]):
+    """One column of a table.
+
+    Attributes:
+        title: its heading.
+        cell: returns the text of a row.
+        meaning: a note below the table; empty if the title says enough.
+        drop: order in which columns are left out if the terminal is too narrow; 0 for a column that always stays.
+    """
+
+    title: str
+    cell: Callable[[T], str]
+    meaning: str = ""
+    drop: int = 0
+
+
+def fitting(rows: Sequence[T], columns: Sequence[Column[T]], width: int) -> tuple[list[str], list[Column[T]]]:
+    """Return the lines of a table that leaves out columns until it fits, and the columns that it has."""
+    droppable = sorted((column for column in columns if column.drop), key=lambda column: column.drop)
+    for left_out in (None, *droppable):
+        columns = [column for column in columns if column is not left_out]
+        cells = [[column.cell(row) for column in columns] for row in rows]
+        lines, fits = grid([column.title for column in columns], cells, width)
+        if fits:
+            break
+    return lines, list(columns)
+
+
+def meanings(columns: Sequence[Column]) -> str:
+    return "; ".join(column.meaning for column in columns if column.meaning)
+
+
+def grid(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], width: int, right: bool = True
+) -> tuple[list[str], bool]:
+    """Return the lines of a table, and whether it fits into `width` as it is. If it does not, words are broken and none is cut.
+
+    Args:
+        right: all columns but the first hold numbers. The first column gives way to them.
+    """
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
+    rows = list(rows)
+    for number, title in enumerate(titles):
+        side = "right" if number and right else "left"
+        table.add_column(title, justify=side, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    wide = Measurement.get(console, console.options.update(width=10_000), table).maximum
+    if right and wide > width:
+        cells = [[*title.split(), *(row[number] for row in rows)] for number, title in enumerate(titles)]
+        min_widths = [max(map(cell_len, column), default=0) for column in cells[1:]]
+        if width - sum(min_widths) - 2 * len(min_widths) >= MIN_NAME:
+            for column, min_width in zip(table.columns[1:], min_widths, strict=True):
+                column.width = min_width
+    with console.capture() as captured:
+        console.print(table)
+    return [line.rstrip() for line in captured.get().splitlines()], wide <= width
+
+
+def markdown(rows: Iterable[T], columns: Sequence[Column[T]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    lines = [[column.title for column in columns], ["---"] * len(columns)]
+    lines += [[column.cell(row) for column in columns] for row in rows]
+    return [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines]
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Return rows as CSV with a header; empty without rows."""
+    out = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return out.getvalue()
+
+
+def folded(texts: Iterable[str], width: int, **settings: bool) -> list[str]:
+    """Fold texts to lines no longer than `width`. Continuation lines are indented; an empty text is an empty line."""
+    return [line for text in texts for line in textwrap.wrap(text, width, subsequent_indent="  ", **settings) or [""]]
+
+
+def short_name(model: str) -> str:
+    """Return the last part of a model's id or path, for titles."""
+    return one_line(model).rpartition("/")[2]
+
+
+def model_line(model: dict) -> str:
+    """Name a model of a document: its id, precision and device."""
+    return f"{one_line(model['id'])}, {precision(model['dtype'], model.get('quantize'))}, {model['device']}"
+
+
+def failures(document: dict) -> list[str]:
+    """Return a line for each video of a document that failed."""
+    return [one_line(f"failed: {entry['video']}: {entry['message']}") for entry in document["failures"]]

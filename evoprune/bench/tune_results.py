@@ -1,0 +1,111 @@
+"""Results of `evoprune tune`: the settings by speed and agreement, as a table and as a chart. No torch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from evoprune.bench.chart import PALE, Panel, Point, draw, lines
+from evoprune.bench.results import Column, Results, failures, fitting, folded, meanings, model_line, short_name
+from evoprune.report import rounded
+from evoprune.util import counted
+
+Row = dict[str, Any]
+
+
+@dataclass
+class TuneResults(Results):
+    """Hold a document of schema `evoprune/tune@1`."""
+
+    found: dict[str, Any]
+
+    def document(self) -> dict[str, Any]:
+        return rounded(self.found)
+
+    def table(self, width: int) -> str:
+        """Return the heading, the verdict, a row for each setting, and the options of the recommended one in the last line."""
+        found = self.document()
+        output = heading(found, width)
+        said = [_verdict(found)]
+        if found["rows"]:
+            mark = found["recommended"]
+            name: Column[Row] = Column("", lambda row: f"{'*' if row['name'] == mark else ' '} {row['name']}")
+            drawn, columns = fitting(found["rows"], [name, *COLUMNS], width)
+            output += ["", *drawn, ""]
+            said.append(meanings(columns))
+        said += [*found["notes"], *failures(found)]
+        if found["error"]:
+            said.append(f"{found['error']['message']}: not everything was tried")
+        output += folded(said, width, break_on_hyphens=False)
+        if options := found["options"]:
+            output += ["", f"-b {options['budget']:g} --method {options['method']}"]
+        return "\n".join(output) + "\n"
+
+    def chart(self) -> str | None:
+        """Draw agreement against the time to the first token, a line for each method, and the frontier."""
+        found = self.document()
+        rows = found["rows"]
+        if not rows:
+            return None
+        points: dict[str, list[Point]] = {}
+        for row in rows:
+            label = f"-b {row['budget']:g}" * row["frontier"]
+            points.setdefault(row["method"], []).append(
+                Point.percent(100 * row["first_token"], row, "agreement", label)
+            )
+        best = (row for row in rows if row["frontier"])
+        points["frontier"] = [Point(100 * row["first_token"], 100 * row["agreement"]) for row in best]
+        title = f"{short_name(found['model']['id'])}: agreement with the unpruned model against time to the first token"
+        answers = counted(found["answer_tokens"], "token")
+        videos = counted(found["videos"]["answered"], "video")
+        asked = f"{100 * found['settings']['agree']:g}% asked"
+        facts = f"{answers} of answers about {videos}, 95% intervals over videos; {asked}"
+        label = "first token, % of the unpruned model's"
+        series = lines(points, {"frontier": PALE}, ["frontier"])
+        return draw(title, facts, [Panel("", label, "tokens that agree, %", series, from_zero=False)])
+
+
+def heading(document: dict[str, Any], width: int) -> list[str]:
+    """Return lines that say which model answered how much, and how long the run took."""
+    videos = document["videos"]
+    answers = (
+        f"{counted(document['answer_tokens'], 'token')} of answers to {counted(document['questions'], 'question')}"
+    )
+    about = f"{videos['answered']} of {counted(videos['wanted'], 'video')}, {document['seconds']:.0f} s"
+    return folded([model_line(document["model"]), f"{answers} about {about}"], width)
+
+
+COLUMNS: list[Column[Row]] = [
+    Column(
+        "first token",
+        lambda row: f"{1 / row['first_token']:.2f}x",
+        "first token: how much sooner than unpruned, the median over videos",
+    ),
+    Column(
+        "agree",
+        lambda row: f"{100 * row['agreement']:.1f} ({100 * row['low']:.1f}-{100 * row['high']:.1f})",
+        "agree: percent of the tokens of the unpruned model's answers at which the first choice is the same, estimated in the "
+        "order of KL, with the 95% interval over videos",
+    ),
+    Column("KL", lambda row: f"{row['kl']:.3f}", "KL: mean of KL(unpruned, pruned) in nats a token", drop=5),
+    Column("KL 95%", lambda row: f"{row['kl_p95']:.3f}", "KL 95%: its 95th percentile", drop=1),
+    Column("tokens", lambda row: f"{100 * row['kept_share']:.0f}%", "tokens: visual tokens kept", drop=4),
+    Column(
+        "work",
+        lambda row: f"{100 * row['live_share']:.0f}%",
+        "work: rows that the vision encoder computes, a mean over its layers",
+        drop=2,
+    ),
+    Column("videos", lambda row: f"{row['videos']}", "videos: on which it was tried", drop=3),
+]
+
+
+def _verdict(document: dict[str, Any]) -> str:
+    rows = {row["name"]: row for row in document["rows"]}
+    goal = f"{100 * document['settings']['agree']:g}%"
+    if name := document["recommended"]:
+        gain = f"{1 / rows[name]['first_token']:.1f}x as fast, {100 * rows[name]['agreement']:.1f}% agree"
+        return f"recommended: {name}, the fastest that is sure to agree at {goal} of the tokens: first token {gain}"
+    if not rows:
+        return "nothing was tried: too little time"
+    row = rows[document["best"]]
+    best = f"the best is {row['name']}: at least {100 * row['low']:.1f}%"
+    return f"no setting is sure to agree at {goal} of the tokens; {best}"
