@@ -48,7 +48,7 @@ FILES = (
 )
 OTHERS = {
     # shells and files
-    "sh", "proc", "nohup", "site", "TMPDIR", "https_proxy", "no_proxy", "source_zsh", "x1b", "frame2", "frame10", "img",
+    "sh", "proc", "nohup", "site", "TMPDIR", "https_proxy", "no_proxy", "x1b", "frame2", "frame10", "img",
     "white-space",
     # browsers, Docker and systemd
     "docker", "--cap-drop", "--security-opt", "--read-only", "--tmpfs",

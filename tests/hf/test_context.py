@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import inspect
 import io
 import re
 from contextlib import suppress
@@ -12,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 
 import evoprune
 from evoprune.hf import context
@@ -378,24 +376,6 @@ def test_the_documents_run(model, page, count):
         exec(block, names)
     assert names["run"].report.pruning.budget == 0.1 and "generate" not in vars(model)
     assert torch.equal(names["out"][:, :110], prompt["input_ids"])
-
-
-def test_the_guide_makes_inputs_with_arguments_that_the_processor_has(monkeypatch):
-    """Without a download, and without torchvision."""
-    text = (Path(__file__).parents[2] / "docs/guide.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```python\n(from transformers.*?)^```", text, re.S | re.M)
-    known, calls = inspect.signature(transformers.ProcessorMixin.apply_chat_template), []
-
-    class Processor:
-        def apply_chat_template(self, *args, **given):
-            calls.append(known.bind(self, *args, **given).arguments)
-            return transformers.BatchFeature()
-
-    stubs = {"AutoProcessor": Processor(), "Qwen2_5_VLForConditionalGeneration": SimpleNamespace(device="cpu")}
-    for name, made in stubs.items():
-        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda *_, made=made, **__: made)
-    exec(block, {})
-    assert len(calls) == 1 and "kwargs" not in calls[0]
 
 
 # Several threads call one model that prunes.
