@@ -5,6 +5,7 @@ import io
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, product
@@ -181,17 +182,19 @@ def evaluate(
             if evaluation.folder and not quiet:
                 note(f"to go on: evoprune eval --resume {shlex.quote(str(evaluation.folder.path))}")
 
-    from evoprune.session.ahead import Ahead
+    from evoprune.session.ahead import ReadAhead
 
     with (
         rescuing(lambda: evaluation is not None and evaluation.loaded, rescue),
         progress(not quiet) as tell,
-        Ahead(pipeline.model) as ahead,
+        ExitStack() as cleanup,
     ):
         tell("loading libraries")
         prepare()
+        asked = []
         if record is None and processes == 1:
-            ahead.begin(_first(videos, groups, limit, pipeline.sampling))
+            asked = _first(videos, groups, limit, pipeline.sampling)
+        ahead = cleanup.enter_context(ReadAhead(pipeline.model, asked))
         from evoprune.bench.eval import EvalSettings, Evaluation, digest
 
         try:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -139,17 +140,17 @@ def tune(
             write(document, output, chart, draw_chart)
         return document
 
-    from evoprune.session.ahead import Ahead
+    from evoprune.session.ahead import ReadAhead
 
     with (
         rescuing(lambda: tuning is not None and tuning.has_results, deliver),
         progress(not quiet) as tell,
-        Ahead(pipeline.model) as ahead,
+        ExitStack() as cleanup,
     ):
         tell("loading libraries")
         prepare()
         # The first video alone: reading others would take time from what is measured.
-        ahead.begin([(settings["videos"][:1], pipeline.sampling)])
+        ahead = cleanup.enter_context(ReadAhead(pipeline.model, [(settings["videos"][:1], pipeline.sampling)]))
         from evoprune.bench.tune import TuneSettings, Tuning
         from evoprune.contrib.operation_search import OperationTuning
 

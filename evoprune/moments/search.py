@@ -6,7 +6,7 @@ nothing, so one is forgotten before the next one is encoded, and memory does not
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -460,8 +460,7 @@ class Search:
                 following = None
                 if number + 1 < len(segments):
                     following = self._open(segments[number + 1], seek)
-                    with suppress(VideoError):  # which encoding it raises again
-                        following.begin()
+                    following.begin()
                 yield opened
         finally:
             if following:

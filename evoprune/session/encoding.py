@@ -4,12 +4,11 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
-from itertools import chain, islice
 from typing import Any, ClassVar
 
 import torch
@@ -20,19 +19,21 @@ from evoprune.backend.devices import empty_cache, kind
 from evoprune.errors import OutOfMemory, UsageError, memory_guard
 from evoprune.model.cost import Clock
 from evoprune.report import BESIDE, OF_INPUTS
-from evoprune.session.ahead import Ahead
+from evoprune.session.ahead import ReadAhead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache, Entry, content_hash, own_code
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.options import SamplingOptions
-from evoprune.session.patches import Count, KeptPatches, content_key, cut_frames, patch_bytes, prefetched
-from evoprune.session.planning import TEXT, chunk_bytes, fitting_pieces, plan_input
+from evoprune.session.patches import PatchChunk, content_key, cut_frames, patch_bytes
+from evoprune.session.planning import TEXT, fitting_pieces, plan_input
+from evoprune.session.reading import Reading, Readings, chunk_bytes, probed
 from evoprune.session.session import Session
 from evoprune.util import brief
-from evoprune.video.frames import FrameChunk, probe, read_frames
+from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video.given import Input, held_video, is_frames, is_given, is_temporary, local_input, name_of
 from evoprune.video.info import ARRAY, PICTURE, HeldVideo, check_one_file
 from evoprune.video.plan import Plan
+from evoprune.video.sandbox.isolation import OnFrames, Stopped
 from evoprune.video.temporary import named
 from evoprune.vision.encoder import Encoded, EncodedRows, encode_rows, select_tokens
 
@@ -41,6 +42,7 @@ Path = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]
 
 KINDS_HINT = "give a path or a URL, an array of frames, a picture of Pillow, the bytes of a file, or an open file"
+AHEAD_BYTES = 2**26  # of patches that are read before the encoder needs them, where they are not kept
 READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package that each decoder is
 
 
@@ -63,61 +65,57 @@ class OpenInput:
 
     def __post_init__(self):
         self.damaged = 0
-        self._open = ExitStack()
         self.early = False  # whether nobody waits for what is read before it is encoded
         self.waited_s = 0.0  # for patches, while they were encoded
-        self.ahead: Ahead | None = None  # what may have read the frames already
+        self.ahead: ReadAhead | None = None  # what may have read the frames already
         self.other_shape = self.moved = False
         self.read_s: tuple[float, ...] = ()  # times of the frames themselves
         self.lasting = True  # whether its files may be read again by another input, not where they are temporary
         self.cores = self.session.loaded.cores  # for reading; None for all that this process may use
-        self.count = Count()
         self._told = -1  # so many frames were told to have been read
         self._progress: Progress | None = None
-        self._begun: Iterator[FrameChunk] | None = None
-        self._key: Hashable | None = None
-        self._held: KeptPatches | None = None  # the patches, where they are kept
+        self._key: Hashable | None = None  # of the patches, where they are kept
+        self._reading: Reading[PatchChunk] | None = None
         self._closed = False
         self._lock = threading.Lock()
 
-    def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
-        """Return what is looked at, as `video.frames.read_frames` yields it."""
+    def frames(self, on_frames: OnFrames) -> Iterator[FrameChunk]:
+        """Yield what is looked at, as `video.frames.read_frames`; arguments as there."""
         plan = self.plan
-        read = read_frames
-        if self.ahead:
-            read = self.ahead.read_frames
-        given = {"chunk_bytes": chunk_bytes, "cores": self.cores, "on_frames": self.count.at_least}
-        return read(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)
+        early = self.ahead.take(plan) if self.ahead else None
+        if early is None:
+            given = {"chunk_bytes": chunk_bytes(plan), "cores": self.cores, "on_frames": on_frames}
+            with closing(read_frames(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)) as chunks:
+                yield from chunks
+            return
+        with closing(early):
+            hidden_s = 0.0
+            for chunk in early.chunks():
+                self.clock.seconds["read"] += early.hidden_s - hidden_s
+                hidden_s = early.hidden_s
+                yield chunk
+                del chunk  # so that only the caller holds the frames
 
     def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
         """Return what the tower makes of it. `options`: of `vision.encoder.encode_rows`."""
         return encode_rows(self.session.loaded.model.model.visual, patches, self.plan.encoder, **options)
 
     def begin(self) -> None:
-        """Starts to read in a thread: all of it where it is kept; else three chunks, of which the first is then ready.
-
-        Raises VideoError or OutOfMemory where that first one fails.
-        """
+        """Start to read, in a thread: all of it if it is kept; else some chunks."""
         self.early = True
-        if self.stored is None and self._kept() is None:
-            pieces = self._start()
-            self._begun = chain(list(islice(pieces, 1)), pieces)
+        if self.stored is None:
+            self._begun()
 
     def read(self) -> None:
-        """Reads all of it where it is kept, and else nothing. For another thread than the one that encodes, which may begin."""
-        self.early = True
-        if self.stored is None and (held := self._kept()):
-            held.wait()
+        """Begin, and wait until all of it is read, or what may wait. For another thread than the one that encodes."""
+        self.begin()
+        if reading := self._reading:
+            reading.wait()
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            held = self._held
-            self._held = None
-        self._begun = None
-        self._open.close()
-        if held:
-            self.session.loaded.patches.close(self._key, held)
+        self._drop()
 
     def encode(self, progress: Progress | None = None, pieces: Sequence[int] | None = None) -> EncodedInput:
         """Reads, preprocesses and encodes it.
@@ -190,6 +188,8 @@ class OpenInput:
                     except OutOfMemory as problem:
                         if problem.stage != "encode" or piece_units == pieces[-1]:
                             raise
+                    if self._key is None:
+                        self._drop()
                     loaded.patches.clear()
                     empty_cache()
         finally:
@@ -203,59 +203,72 @@ class OpenInput:
 
     def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
         """Yield all patches, once more in each pass."""
-        begun = self._begun
-        self._begun = None
         self.damaged = 0
         self.other_shape = self.moved = False
         self.read_s = ()
-        for chunk in clock.each("wait", begun or self._read_now()):
+        chunks = self._begun().chunks(self._tell) if self.threaded else self._cut(lambda frames: None)
+        for chunk in clock.each("wait", chunks):
             self._tell()
             self.damaged += chunk.damaged
             self.other_shape = self.other_shape or chunk.other_shape
             self.moved = self.moved or chunk.moved
             self.read_s += chunk.times_s
-            yield chunk.pixels
+            yield chunk.patches
             if progress:
                 progress("encode", chunk.end, self.plan.sampling.frames)
 
-    def _read_now(self) -> Iterator[FrameChunk]:
-        kept = self._kept()
-        return self._start() if kept is None else kept.pieces(self._tell)
-
-    def _kept(self) -> KeptPatches | None:
-        """Return the patches where they are kept; they are read from now on, unless they are there."""
+    def _begun(self) -> Reading[PatchChunk]:
+        """Return the reading of its patches, which goes on, or begins now. Raises Stopped: it was closed."""
         with self._lock:
-            if self._held is None and self.shares and self.lasting and self.threaded and not self._closed:
-                plan = self.plan
-                device = self.session.device
-                limits = self.session.loaded.limits[plan.kind]
-                store = self.session.loaded.patches
-                self._key = content_key(plan, limits, device)
-                if self._key is not None:
-                    size = patch_bytes(plan, limits)
-                    self._held = store.open(self._key, size, device, self._prepared, self.count)
-            return self._held
+            if self._closed:
+                raise Stopped
+            if self._reading is None:
+                self._reading = self._shared() or Reading(self._read, Readings(AHEAD_BYTES))
+            return self._reading
+
+    def _shared(self) -> Reading[PatchChunk] | None:
+        """Return the reading if its patches are kept."""
+        if not (self.shares and self.lasting):
+            return None
+        device = self.session.device
+        limits = self.session.loaded.limits[self.plan.kind]
+        key = content_key(self.plan, limits, device)
+        if key is None:
+            return None
+        size = patch_bytes(self.plan, limits)
+        reading = self.session.loaded.patches.open(key, size, device, self._read)
+        if reading:
+            self._key = key
+        return reading
+
+    def _drop(self) -> None:
+        """Give up the reading; another pass begins a new one."""
+        with self._lock:
+            reading = self._reading
+            key = self._key
+            self._reading = self._key = None
+        if key is not None:
+            self.session.loaded.patches.close(key)
+        elif reading:
+            reading.close()
 
     def _tell(self) -> None:
         """Tells how many frames were read, where that is more than was told."""
-        frames = (self._held or self).count.frames  # perhaps read for another input
-        if self._progress and frames > self._told:
-            self._told = frames
-            self._progress("read", frames, self.plan.sampling.frames)
+        if self._progress and self._reading and self._reading.frames > self._told:
+            self._told = self._reading.frames
+            self._progress("read", self._told, self.plan.sampling.frames)
 
-    def _start(self) -> Iterator[FrameChunk]:
-        self._open.close()  # of an earlier pass
-        pieces = self._prepared()
-        if self.threaded:
-            pieces = prefetched(pieces, waiting=self._tell)
-        return self._open.enter_context(closing(pieces))
+    def _read(self, reading: Reading[PatchChunk]) -> Iterator[PatchChunk]:
+        """Yield the patches of each chunk of frames, in the thread of the reading."""
+        with closing(self._cut(reading.at_least)) as chunks:
+            for chunk in chunks:
+                reading.at_least(chunk.end)
+                yield chunk
+                del chunk
 
-    def _prepared(self) -> Generator[FrameChunk, None, None]:
-        """Return the patches of each chunk of frames."""
-        plan = self.plan
-        limits = self.session.loaded.limits[plan.kind]
-        frames = partial(self.frames, chunk_bytes(self.session, plan))
-        return cut_frames(frames, plan, limits, self.session.device, self.clock, self.count)
+    def _cut(self, on_frames: OnFrames) -> Iterator[PatchChunk]:
+        limits = self.session.loaded.limits[self.plan.kind]
+        return cut_frames(self.frames(on_frames), self.plan, limits, self.session.device, self.clock)
 
 
 @dataclass(eq=False)
@@ -345,17 +358,13 @@ class OpenInputs:
         self._names = {opened.plan.info.path: opened.plan.name for opened in inputs if not opened.lasting}
 
     def begin(self) -> None:
-        """Starts to read the first one, while something else is computed. Errors: as of `OpenInput.begin`.
-
-        So far nobody has waited for any of them.
-        """
+        """Start to read the first one, while something else is computed. So far nobody has waited for any of them."""
         for opened in self.inputs:
             opened.early = True
-        with named(self._names):
-            self.inputs[0].begin()
+        self.inputs[0].begin()
 
     def read(self) -> None:
-        """Reads one after the other, all of it where it is kept. Another thread may encode meanwhile."""
+        """Reads one after the other, as `OpenInput.read`. Another thread may encode meanwhile."""
         for opened in self.inputs:
             opened.read()
 
@@ -413,7 +422,7 @@ def open_inputs(
     names: Sequence[str] | None = None,
     cache: Cache | None = None,
     kind: Callable[[Session, Plan, Clock], OpenInput] = OpenInput,
-    ahead: Ahead | None = None,
+    ahead: ReadAhead | None = None,
 ) -> OpenInputs:
     """Probes videos and pictures, at least one, in the order in which the model reads them, and plans what is read; reads no frame.
 
@@ -434,9 +443,6 @@ def open_inputs(
         kind = partial(CachedInput, cache=cache)
     if names is None:
         names = [name_of(path) for path in paths]
-    look = probe
-    if ahead:
-        look = ahead.probe
     how = {"offline": session.loaded.found.options.offline}
     if progress:
         how["progress"] = partial(progress, "download")
@@ -447,7 +453,7 @@ def open_inputs(
                 if isinstance(file, HeldVideo):
                     infos.append(file)
                 else:
-                    infos.append(look(file, folder_fps=sampling.frame_rate))
+                    infos.append(probed(file, folder_fps=sampling.frame_rate))
         for path, clock, info, wanted, name in zip(paths, clocks, infos, sampling.of_each(infos), names, strict=True):
             with clock.stage("read"):
                 plan = plan_input(session, info, wanted, name)

@@ -35,9 +35,11 @@ from evoprune.bench.questions import VideoQuestions, grade
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.session.reading import chunk_bytes
 from evoprune.session.session import Session
 from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video.plan import SamplingPlan
+from evoprune.video.sandbox.isolation import OnFrames
 from experiments.demo.worlds import SCENES, SHAPES, WORLDS
 from experiments.demo.write import ClipName, clips_asked, demo_video
 
@@ -95,10 +97,10 @@ class MovedInput(OpenInput):
 
     move: Callable[[SamplingPlan], tuple[float, ...]]
 
-    def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
+    def frames(self, on_frames: OnFrames) -> Iterator[FrameChunk]:
         plan = self.plan
         times_s = self.move(plan.sampling)
-        return read_frames(plan.source, times_s, decoder=plan.decoder, chunk_bytes=chunk_bytes, cores=self.cores)
+        return read_frames(plan.source, times_s, decoder=plan.decoder, chunk_bytes=chunk_bytes(plan), cores=self.cores)
 
 
 Job = tuple[ClipName, Sequence[str]]  # a clip and the budgets at which it is asked about

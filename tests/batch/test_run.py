@@ -204,7 +204,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 @pytest.mark.parametrize(
     ("where", "problem", "kind", "stage", "failing"),
     [
-        ("evoprune.session.encoding.probe", VideoError("gone"), "video", "read", 2),
+        ("evoprune.session.encoding.probed", VideoError("gone"), "video", "read", 2),
         ("evoprune.vision.preprocess.pixel_patches", MemoryError(), "out_of_memory", "preprocess", 2),
         ("evoprune.session.encoding.encode_rows", FULL, "out_of_memory", "encode", 2),
         ("evoprune.session.answering.prefill", FULL, "out_of_memory", "prefill", 1),

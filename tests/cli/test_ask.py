@@ -21,7 +21,7 @@ from evoprune.bundled import DEMOS, SCENES_TAG
 from evoprune.errors import VideoError
 from evoprune.report import Report
 from evoprune.session import answering, encoding
-from evoprune.session.ahead import Ahead
+from evoprune.session.ahead import ReadAhead
 from evoprune.session.answering import EncodedInputs
 from evoprune.video import frames
 from evoprune_cli.ask import split_words
@@ -412,7 +412,7 @@ def notes(cli, tiny_folder, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(frames, "stream_frames", announced)
-            patch.setattr(Ahead, "begin", lambda *_: None)  # which reads before
+            patch.setattr(ReadAhead, "_begin", lambda *_: iter(()))  # which reads before
             result = cli("ask", clip, QUESTION, "-m", model, "-n", "1", *flags)
         assert result.code == 3, result.err
         before, after = result.err.split("READING\n")
