@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any, ClassVar
@@ -50,31 +50,40 @@ READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package 
 class OpenInput:
     """A video or picture that is being read. To be encoded once, and closed.
 
-    `threaded`: whether a thread prepares the next chunks while one is used. Subclasses take frames or rows from elsewhere.
-    `shares`: whether its patches are kept for other inputs, and are perhaps those that another one has read; not where a subclass
-    changes frames, or needs each of them.
+    Subclasses take frames or rows from elsewhere.
+
+    Attributes:
+        threaded: Whether a thread prepares the next chunks while the encoder uses one.
+        shares: Whether other inputs may use its patches, and it may use theirs; not if a subclass changes frames, or needs each.
+        ahead: What may have read the frames already.
+        cache: Where encodings are kept. What it has is not read, and what it lacks is stored.
+        hashed: Hashes the file for the cache; default: `content_hash`.
+        temporary: Whether its files are removed once it is closed, so that no other input reads them again.
+        cores: That reading may keep busy; None for all that this process may use.
     """
 
     threaded: ClassVar[bool] = True
     shares: ClassVar[bool] = True
-    stored: ClassVar[Entry | None] = None
 
     session: Session
     plan: Plan
     clock: Clock  # adds up the seconds of "plan", "read" and "preprocess"
+    _: KW_ONLY
+    ahead: ReadAhead | None = None
+    cache: Cache | None = None
+    hashed: Callable[[Path], str] | None = None
+    temporary: bool = False
 
     def __post_init__(self):
+        self.cores = self.session.loaded.cores
         self.damaged = 0
-        self.early = False  # whether nobody waits for what is read before it is encoded
+        self.read_early = False  # whether nobody waits for what is read before it is encoded
         self.waited_s = 0.0  # for patches, while they were encoded
-        self.ahead: ReadAhead | None = None  # what may have read the frames already
         self.other_shape = self.moved = False
         self.read_s: tuple[float, ...] = ()  # times of the frames themselves
-        self.lasting = True  # whether its files may be read again by another input, not where they are temporary
-        self.cores = self.session.loaded.cores  # for reading; None for all that this process may use
-        self._told = -1  # so many frames were told to have been read
+        self._reported_frames = -1  # as progress
         self._progress: Progress | None = None
-        self._key: Hashable | None = None  # of the patches, where they are kept
+        self._patch_key: Hashable | None = None  # of the patches, if they are kept
         self._reading: Reading[PatchChunk] | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -96,13 +105,30 @@ class OpenInput:
                 yield chunk
                 del chunk  # so that only the caller holds the frames
 
+    @cached_property
+    def key(self) -> str | None:
+        """The key of its entry in the cache; None without one."""
+        with self.clock.stage("read"):
+            return self._key_now()
+
+    @cached_property
+    def stored(self) -> Entry | None:
+        """What the cache has."""
+        if self.key is None:
+            return None
+        with self.clock.stage("read"):
+            return self.cache.load(self.key, self.session.device)
+
+    def _key_now(self) -> str | None:
+        return entry_key(self.session, self.plan, self.hashed or content_hash) if self.cache else None
+
     def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
         """Return what the tower makes of it. `options`: of `vision.encoder.encode_rows`."""
         return encode_rows(self.session.loaded.model.model.visual, patches, self.plan.encoder, **options)
 
     def begin(self) -> None:
         """Start to read, in a thread: all of it if it is kept; else some chunks."""
-        self.early = True
+        self.read_early = True
         if self.stored is None:
             self._begun()
 
@@ -133,7 +159,7 @@ class OpenInput:
         self._progress = progress
         start = clock.now()
         before = dict.fromkeys(OF_INPUTS, 0.0) | self.clock.seconds
-        read_before = 0.0 if self.early else before["read"]  # that somebody waited for
+        read_before = 0.0 if self.read_early else before["read"]  # that somebody waited for
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
         result, cache = self._result(clock, progress, pieces, warnings)
@@ -159,11 +185,28 @@ class OpenInput:
     def _result(
         self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> tuple[Encoded | EncodedRows, str]:
-        """Return the tokens, or the rows where the method reads the question; and whether they were in the cache, as
-        `EncodedInput.cache`.
-
-        Writes the seconds of "compile", "encode", "store" and "wait" into `clock`, and adds to the `warnings`.
+        """Return the tokens, or the rows if the method reads the question; and whether they were in the cache, as
+        `EncodedInput.cache`. Adds the seconds of "store" to `clock`, and to the `warnings`; otherwise as `_computed`.
         """
+        if self.stored:
+            self.read_s = self.stored.read_s
+            self.moved = self.stored.moved
+            return self.stored.encoded, "hit"
+        result = self._computed(clock, progress, pieces, warnings)
+        if self.key is None:
+            return result, "off"
+        # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.
+        whole = not self.damaged and (self.plan.info.changes_size or not self.other_shape)
+        with clock.stage("store"):
+            storable = whole and self._key_now() == self.key
+            if storable and not self.cache.store(self.key, Entry(result, self.read_s, self.moved)):
+                warnings.append("cache_not_written")
+        return result, "miss"
+
+    def _computed(
+        self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
+    ) -> Encoded | EncodedRows:
+        """Return the tokens, or the rows. Adds the seconds of "compile" and "encode" to `clock`, and to the `warnings`."""
         plan = self.plan
         loaded = self.session.loaded
         pruning = self.session.pruning
@@ -188,7 +231,7 @@ class OpenInput:
                     except OutOfMemory as problem:
                         if problem.stage != "encode" or piece_units == pieces[-1]:
                             raise
-                    if self._key is None:
+                    if self._patch_key is None:
                         self._drop()
                     loaded.patches.clear()
                     empty_cache()
@@ -199,7 +242,7 @@ class OpenInput:
             warnings.append("damaged_video")
         if self.other_shape and "changing_size" not in warnings:  # a part that probing did not meet
             warnings.append("changing_size")
-        return result, "off"
+        return result
 
     def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
         """Yield all patches, once more in each pass."""
@@ -223,12 +266,12 @@ class OpenInput:
             if self._closed:
                 raise Stopped
             if self._reading is None:
-                self._reading = self._shared() or Reading(self._read, Readings(AHEAD_BYTES))
+                self._reading = self._shared() or Reading(self._cut_in_thread, Readings(AHEAD_BYTES))
             return self._reading
 
     def _shared(self) -> Reading[PatchChunk] | None:
         """Return the reading if its patches are kept."""
-        if not (self.shares and self.lasting):
+        if self.temporary or not self.shares:
             return None
         device = self.session.device
         limits = self.session.loaded.limits[self.plan.kind]
@@ -236,17 +279,17 @@ class OpenInput:
         if key is None:
             return None
         size = patch_bytes(self.plan, limits)
-        reading = self.session.loaded.patches.open(key, size, device, self._read)
+        reading = self.session.loaded.patches.open(key, size, device, self._cut_in_thread)
         if reading:
-            self._key = key
+            self._patch_key = key
         return reading
 
     def _drop(self) -> None:
         """Give up the reading; another pass begins a new one."""
         with self._lock:
             reading = self._reading
-            key = self._key
-            self._reading = self._key = None
+            key = self._patch_key
+            self._reading = self._patch_key = None
         if key is not None:
             self.session.loaded.patches.close(key)
         elif reading:
@@ -254,64 +297,17 @@ class OpenInput:
 
     def _tell(self) -> None:
         """Tells how many frames were read, where that is more than was told."""
-        if self._progress and self._reading and self._reading.frames > self._told:
-            self._told = self._reading.frames
-            self._progress("read", self._told, self.plan.sampling.frames)
+        if self._progress and self._reading and self._reading.frames > self._reported_frames:
+            self._reported_frames = self._reading.frames
+            self._progress("read", self._reported_frames, self.plan.sampling.frames)
 
-    def _read(self, reading: Reading[PatchChunk]) -> Iterator[PatchChunk]:
-        """Yield the patches of each chunk of frames, in the thread of the reading."""
-        with closing(self._cut(reading.at_least)) as chunks:
-            for chunk in chunks:
-                reading.at_least(chunk.end)
-                yield chunk
-                del chunk
+    def _cut_in_thread(self, reading: Reading[PatchChunk]) -> Iterator[PatchChunk]:
+        return self._cut(reading.at_least)
 
     def _cut(self, on_frames: OnFrames) -> Iterator[PatchChunk]:
+        """Yield the patches of each chunk of frames."""
         limits = self.session.loaded.limits[self.plan.kind]
-        return cut_frames(self.frames(on_frames), self.plan, limits, self.session.device, self.clock)
-
-
-@dataclass(eq=False)
-class CachedInput(OpenInput):
-    """The same with a cache: what that has is not read, and what it lacks is stored."""
-
-    cache: Cache
-    hashed: Callable[[Path], str] | None = None  # hashes the file; default: `content_hash`
-
-    @cached_property
-    def key(self) -> str | None:
-        """Of its entry in the cache; None without one."""
-        with self.clock.stage("read"):
-            return self._key_now()
-
-    def _key_now(self) -> str | None:
-        return entry_key(self.session, self.plan, self.hashed or content_hash)
-
-    @cached_property
-    def stored(self) -> Entry | None:
-        """What the cache has."""
-        if not self.key:
-            return None
-        with self.clock.stage("read"):
-            return self.cache.load(self.key, self.session.device)
-
-    def _result(
-        self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
-    ) -> tuple[Encoded | EncodedRows, str]:
-        if self.stored:
-            self.read_s = self.stored.read_s
-            self.moved = self.stored.moved
-            return self.stored.encoded, "hit"
-        result, _ = super()._result(clock, progress, pieces, warnings)
-        # What is damaged is not stored, or the next run would not warn. Another file may have been put in its place meanwhile.
-        whole = not self.damaged and (self.plan.info.changes_size or not self.other_shape)
-        with clock.stage("store"):
-            storable = self.key and whole and self._key_now() == self.key
-            if storable and not self.cache.store(self.key, Entry(result, self.read_s, self.moved)):
-                warnings.append("cache_not_written")
-        if self.key:
-            return result, "miss"
-        return result, "off"
+        return cut_frames(self.frames(on_frames), self.plan, limits, self.session.device, self.clock, on_frames)
 
 
 def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> str | None:
@@ -355,12 +351,12 @@ class OpenInputs:
         self.inputs = inputs
         self.plans = [opened.plan for opened in inputs]
         self._files = files or ExitStack()
-        self._names = {opened.plan.info.path: opened.plan.name for opened in inputs if not opened.lasting}
+        self._names = {opened.plan.info.path: opened.plan.name for opened in inputs if opened.temporary}
 
     def begin(self) -> None:
         """Start to read the first one, while something else is computed. So far nobody has waited for any of them."""
         for opened in self.inputs:
-            opened.early = True
+            opened.read_early = True
         self.inputs[0].begin()
 
     def read(self) -> None:
@@ -421,14 +417,14 @@ def open_inputs(
     progress: Progress | None = None,
     names: Sequence[str] | None = None,
     cache: Cache | None = None,
-    kind: Callable[[Session, Plan, Clock], OpenInput] = OpenInput,
+    kind: Callable[..., OpenInput] = OpenInput,
     ahead: ReadAhead | None = None,
 ) -> OpenInputs:
     """Probes videos and pictures, at least one, in the order in which the model reads them, and plans what is read; reads no frame.
 
     What is no path becomes one until they are closed (video/given.py). `sampling` applies to each, what it says of time to the
-    videos. `names`: for reports; default: the paths. `cache`: not used for a method that reads the question. `kind`: the class of
-    each without a cache. `ahead`: what may have read them already. `progress`: called with "download", bytes so far and in all.
+    videos. `names`: for reports; default: the paths. `cache`: not used for a method that reads the question. `kind`: makes
+    each. `ahead`: what may have read them already. `progress`: called with "download", bytes so far and in all.
 
     Raises VideoError: one is missing, unreadable or empty. UsageError: numbers that make no sense, a part of the time where
     there are pictures alone, a file of subtitles for several inputs, or an address on the web where the network may not be used.
@@ -439,8 +435,8 @@ def open_inputs(
     clocks = [Clock(torch.device("cpu")) for _ in paths]
     infos = []
     inputs = []
-    if cache and not session.pruning.method.reads_question:
-        kind = partial(CachedInput, cache=cache)
+    if session.pruning.method.reads_question:
+        cache = None
     if names is None:
         names = [name_of(path) for path in paths]
     how = {"offline": session.loaded.found.options.offline}
@@ -457,10 +453,7 @@ def open_inputs(
         for path, clock, info, wanted, name in zip(paths, clocks, infos, sampling.of_each(infos), names, strict=True):
             with clock.stage("read"):
                 plan = plan_input(session, info, wanted, name)
-            opened = kind(session, plan, clock)
-            opened.ahead = ahead
-            opened.lasting = not is_temporary(path)
-            inputs.append(opened)
+            inputs.append(kind(session, plan, clock, ahead=ahead, cache=cache, temporary=is_temporary(path)))
         return OpenInputs(session, inputs, stack.pop_all())
 
 

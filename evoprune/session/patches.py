@@ -18,6 +18,7 @@ from evoprune.session.reading import Reading, state_of
 from evoprune.video.frames import FrameChunk
 from evoprune.video.info import ARRAY, NOTHING_SAID
 from evoprune.video.plan import InputLimits, Plan
+from evoprune.video.sandbox.isolation import OnFrames
 from evoprune.vision.preprocess import patches_of
 
 LIMIT_BYTES = 2**29  # of one input, and of all that nobody uses
@@ -41,11 +42,20 @@ class PatchChunk:
 
 
 def cut_frames(
-    frames: Iterator[FrameChunk], plan: Plan, limits: InputLimits, device: torch.device, clock: Clock
+    frames: Iterator[FrameChunk],
+    plan: Plan,
+    limits: InputLimits,
+    device: torch.device,
+    clock: Clock,
+    on_frames: OnFrames,
 ) -> Iterator[PatchChunk]:
-    """Yield the patches of each chunk of frames, and close `frames`. Adds up the seconds of "read" and "preprocess" in `clock`."""
+    """Yield the patches of each chunk of frames, and close `frames`. Adds up the seconds of "read" and "preprocess" in `clock`.
+
+    `on_frames`: called with how many frames were read so far.
+    """
     with closing(frames):
         for chunk in clock.each("read", frames):
+            on_frames(chunk.end)
             with clock.stage("preprocess"):
                 patches = patches_of(chunk.pixels, plan, limits, device)
             yield PatchChunk(patches, chunk.end, chunk.times_s, chunk.damaged, chunk.other_shape, chunk.moved)
