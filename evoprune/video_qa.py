@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 from evoprune.backend.devices import holds_values
 from evoprune.errors import UsageError
 from evoprune.session.ahead import ReadAhead
-from evoprune.session.answering import Answer, EncodedInputs, Shape, Uncopied, together
+from evoprune.session.answers import Answer, Shape, Uncopied
+from evoprune.session.asking import EncodedInputs, together
 from evoprune.session.encoding import OpenInputs, Progress, inputs_of, open_inputs, paths_of
 from evoprune.session.loading.find import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, no_tokenizer

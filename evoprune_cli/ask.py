@@ -41,7 +41,8 @@ from evoprune_cli.terminal import (
 
 if TYPE_CHECKING:
     from evoprune.session.ahead import ReadAhead
-    from evoprune.session.answering import Answer, Chat, EncodedInputs
+    from evoprune.session.answers import Answer, Chat
+    from evoprune.session.asking import EncodedInputs
     from evoprune.session.session import Session
     from evoprune.video.plan import Plan, PromptSubtitles
 

@@ -12,7 +12,7 @@ from evoprune.errors import OutOfMemory, error_record
 from evoprune.language.turns import messages_of
 from evoprune.report import Report, name_inputs
 from evoprune.session.ahead import ReadAhead
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import OpenInputs, Progress, open_inputs
 from evoprune.session.upcoming import in_flight

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.asking import EncodedInputs
 
 KEPT = 1024  # tokens whose probabilities are kept for every token of an answer, instead of 150,000
 

@@ -33,7 +33,7 @@ from evoprune.methods.types import generator_seed
 from evoprune.model.cost import prefill_flop, shortage, stretched, tower_flop
 from evoprune.report import Report
 from evoprune.session.ahead import ReadAhead
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.loading.find import FoundModel, describe_model, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, threads_of_each

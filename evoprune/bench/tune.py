@@ -30,7 +30,7 @@ from evoprune.bench.shared import SharedInput, SharedRows, after_tower_below, af
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.methods.chain import PruneConfig
 from evoprune.session.ahead import ReadAhead
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.loading.find import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model

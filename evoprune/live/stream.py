@@ -46,7 +46,7 @@ from evoprune.methods.types import Tokens, arange_on
 from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.cost import Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
-from evoprune.session.answering import Askable
+from evoprune.session.asking import Askable
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.encoding import OpenInput
 from evoprune.session.loading.model import LoadedModel

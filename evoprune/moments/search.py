@@ -28,7 +28,7 @@ from evoprune.moments.segments import (
     runs,
 )
 from evoprune.report import ABOUT_SOUND, VideoFacts, warned
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.cache import ContentHash, SegmentCache
 from evoprune.session.encoding import OpenInput
 from evoprune.session.options import FindOptions, GenerationOptions, SamplingOptions

@@ -20,7 +20,7 @@ from evoprune.errors import OutOfMemory, UsageError, memory_guard
 from evoprune.model.cost import Clock
 from evoprune.report import BESIDE, OF_INPUTS
 from evoprune.session.ahead import ReadAhead
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.cache import Cache, Entry, content_hash, own_code
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.options import SamplingOptions

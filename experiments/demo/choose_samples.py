@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from evoprune import VideoQA
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.asking import EncodedInputs
 from experiments.demo.clips import COLOURS, SHAPES, Clip
 from experiments.demo.drawing import write_video
 from experiments.demo.questions import MAKERS

@@ -86,12 +86,12 @@ FAULTS = {
     ),
     "every input reads the tokens of the last": Fault(
         "inputs",
-        "evoprune.session.answering:prune_prompt",
+        "evoprune.session.asking:prune_prompt",
         "*(tokens.features.to(words) for tokens in read)",
         "*(read[-1].features[: len(tokens.features)].to(words) for tokens in read)",
     ),
     "a word of the question before that stays": Fault(
-        "again", "evoprune.session.answering:EncodedInputs._take_prefix", "cache.crop(known)", "cache.crop(known + 1)"
+        "again", "evoprune.session.prefix:PrefixCache._take", "cache.crop(known)", "cache.crop(known + 1)"
     ),
     "the rows of a piece in another order": Fault(
         "chunks", f"{TOWER}:in_pieces", "len(values)] = values", "len(values)] = values.roll(1, 0)"

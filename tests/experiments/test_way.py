@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from evoprune.language.pruned import PrunedPrompt
-from evoprune.session.answering import Answer
+from evoprune.session.answers import Answer
 from evoprune.video.plan import Plan
 from evoprune.vision.encoder import Encoded
 from experiments.way import followed, grouped, has_data, returns

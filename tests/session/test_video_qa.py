@@ -24,7 +24,7 @@ from evoprune.language.prompt import prompt_positions, video_positions
 from evoprune.model.config import FAMILIES, MODEL_TYPES
 from evoprune.model.weights import shared
 from evoprune.report import Report, warning_lines
-from evoprune.session.answering import Answer
+from evoprune.session.answers import Answer
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.loading.model import load_model, make_ready
 from evoprune.video.frames import read_frames

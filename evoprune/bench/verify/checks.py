@@ -61,7 +61,7 @@ from evoprune.methods.types import arange_on
 from evoprune.model import cost
 from evoprune.model.config import PATCHES
 from evoprune.model.weights import shared
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.loading.stored import calibrate
 from evoprune.session.planning import TEXT, encoding_bytes, fitting_pieces
 from evoprune.util import counted, size

@@ -23,7 +23,8 @@ from evoprune.backend.limits import available_memory
 from evoprune.errors import OutOfMemory
 from evoprune.model.cost import kv_bytes
 from evoprune.report import Report
-from evoprune.session.answering import Answer, EncodedInputs
+from evoprune.session.answers import Answer
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.loading.model import use_threads
 from evoprune.session.planning import TEXT

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import evoprune
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.options import SamplingOptions
 from evoprune.video_qa import VideoQA
