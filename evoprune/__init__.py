@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from evoprune.moments.search import Moment
     from evoprune.report import Report
     from evoprune.session.ahead import read_ahead
-    from evoprune.session.answering import Answer, Chat, EncodedInputs
+    from evoprune.session.answers import Answer, Chat
+    from evoprune.session.asking import EncodedInputs
     from evoprune.session.cache import Cache
     from evoprune.video.arrays import read_frames
     from evoprune.video_qa import VideoQA
@@ -32,7 +33,8 @@ _SOURCES = {
     "hf.encoding": ("encode",),
     "hf.processor_inputs": ("processor_inputs",),
     "session.ahead": ("read_ahead",),
-    "session.answering": ("Answer", "Chat", "EncodedInputs"),
+    "session.answers": ("Answer", "Chat"),
+    "session.asking": ("EncodedInputs",),
     "session.cache": ("Cache",),
     "live.stream": ("VideoStream",),
     "moments.search": ("Moment",),

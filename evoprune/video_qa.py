@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from evoprune.backend.devices import holds_values
 from evoprune.errors import UsageError
-from evoprune.session.ahead import Ahead
-from evoprune.session.answering import Answer, EncodedInputs, Shape, Uncopied, together
+from evoprune.session.ahead import ReadAhead
+from evoprune.session.answers import Answer, Shape, Uncopied
+from evoprune.session.asking import EncodedInputs, together
 from evoprune.session.encoding import OpenInputs, Progress, inputs_of, open_inputs, paths_of
 from evoprune.session.loading.find import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, no_tokenizer
@@ -86,7 +87,7 @@ class VideoQA(Uncopied):
         if not isinstance(loaded, LoadedModel | Session):
             raise TypeError(f"VideoQA takes a loaded model; VideoQA.load({loaded!r}) loads one")
         self.session = Session(loaded, pruning.config(), load_seconds) if isinstance(loaded, LoadedModel) else loaded
-        self._ahead: Ahead | None = None  # what may have read inputs already
+        self._ahead: ReadAhead | None = None  # what may have read inputs already
         if self.loaded.tokenizer is None:
             raise no_tokenizer(self.loaded.id)
         if not holds_values(self.session.device):
@@ -99,7 +100,7 @@ class VideoQA(Uncopied):
         model: Path = "demo",
         *,
         progress: Callable[[int, int], None] | None = None,
-        ahead: Path | Sequence[Path] | Ahead | None = None,
+        ahead: Path | Sequence[Path] | ReadAhead | None = None,
         **options: "Unpack[LoadKeywords]",
     ) -> "VideoQA":
         """Loads a model. Options are checked before any weights are read. Errors: as of `load_model` and the constructor.
@@ -115,10 +116,8 @@ class VideoQA(Uncopied):
         loading, pruning = from_keywords({"model": model, **options}, ModelOptions, PruneOptions)
         if ahead is None:
             return load_qa(loading, pruning, progress=progress, kind=cls)
-        if not isinstance(ahead, Ahead):
-            paths = paths_of(ahead)
-            ahead = Ahead(loading)
-            ahead.begin([(paths, SamplingOptions())])
+        if not isinstance(ahead, ReadAhead):
+            ahead = ReadAhead(loading, [(paths_of(ahead), SamplingOptions())])
         try:
             qa = load_qa(loading, pruning, progress=progress, kind=cls)
         except BaseException:

@@ -40,8 +40,9 @@ from evoprune_cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from evoprune.session.ahead import Ahead
-    from evoprune.session.answering import Answer, Chat, EncodedInputs
+    from evoprune.session.ahead import ReadAhead
+    from evoprune.session.answers import Answer, Chat
+    from evoprune.session.asking import EncodedInputs
     from evoprune.session.session import Session
     from evoprune.video.plan import Plan, PromptSubtitles
 
@@ -117,7 +118,7 @@ def ask(
             questions = _questions(inputs, given, interactive)
             check_history(history, interactive, compare)
             pipeline = options()
-            from evoprune.session.ahead import Ahead
+            from evoprune.session.ahead import ReadAhead
             from evoprune.video.frames import choose_decoder
 
             choose_decoder(pipeline.sampling.decoder)
@@ -126,10 +127,9 @@ def ask(
             with progress(not quiet and any(map(is_url, inputs))) as show:
                 how = {"offline": pipeline.model.offline, "progress": downloading(show)}
                 paths = [cleanup.enter_context(local_file(path, **how)) for path in inputs]
-            # What the cache has need not be read.
-            ahead = cleanup.enter_context(Ahead(pipeline.model, reads=not cache))
-            _check_inputs(paths, pipeline.sampling, quiet, ahead)
-            ahead.begin([(paths, pipeline.sampling)])
+            _check_inputs(paths, pipeline.sampling, quiet)
+            asked = [] if cache else [(paths, pipeline.sampling)]  # what the cache has need not be read
+            ahead = cleanup.enter_context(ReadAhead(pipeline.model, asked))
             encode = partial(_encode, names, paths, questions, pipeline, cache, quiet)
             with progress(not quiet) as show:
                 qa = load(pipeline, show, quiet)
@@ -256,7 +256,7 @@ def _encode(
     session,
     show: Callable[..., None],
     full: bool = False,
-    ahead: "Ahead | None" = None,
+    ahead: "ReadAhead | None" = None,
 ) -> "EncodedInputs":
     """Encodes the inputs at `paths`. First says on stderr which limits apply."""
     from evoprune.session.cache import Cache
@@ -324,14 +324,15 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
     return question
 
 
-def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool, ahead: "Ahead") -> None:
+def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> None:
     """Checks the inputs in milliseconds, before torch is imported or weights are read."""
+    from evoprune.session.reading import probed
     from evoprune.video.frames import choose_decoder, read_subtitles
     from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES, VIDEO, check_one_file, check_picture
     from evoprune.video.plan import InputLimits, make_plan
 
     check_one_file(sampling.subtitles, len(paths))
-    infos = [ahead.probe(path, folder_fps=sampling.frame_rate) for path in paths]
+    infos = [probed(path, folder_fps=sampling.frame_rate) for path in paths]
     videos = [info for info in infos if info.kind == VIDEO]
     if not quiet and not videos and (sampling.sets_frames or sampling.max_frames):
         tell("note: --fps, --frames and --max-frames are about videos; a picture is read as it is")

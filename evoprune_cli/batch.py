@@ -171,12 +171,13 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tal
 
     `tally` is told how far encoding is, and how long it waits for reading.
     """
-    from evoprune.session.ahead import FIRST, Ahead
+    from evoprune.session.ahead import FIRST, ReadAhead
 
     show("loading model")
     prepare()
-    with Ahead(settings.model, reads=not cache) as ahead:
-        ahead.begin((span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in spans[:FIRST])
+    first = [] if cache else spans[:FIRST]  # what the cache has need not be read
+    asked = [(span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in first]
+    with ReadAhead(settings.model, asked) as ahead:
         from evoprune.batch.run import answers
         from evoprune.session.cache import Cache
 

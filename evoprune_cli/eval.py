@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,17 +152,19 @@ def evaluate(
             if evaluation.folder and not quiet:
                 note(f"to go on: evoprune eval --resume {shlex.quote(str(evaluation.folder.path))}")
 
-    from evoprune.session.ahead import Ahead
+    from evoprune.session.ahead import ReadAhead
 
     with (
         rescuing(lambda: evaluation is not None and evaluation.loaded, rescue),
         progress(not quiet) as tell,
-        Ahead(pipeline.model) as ahead,
+        ExitStack() as cleanup,
     ):
         tell("loading libraries")
         prepare()
+        asked = []
         if resume is None and processes == 1:
-            ahead.begin(settings.first_inputs(videos))
+            asked = settings.first_inputs(videos)
+        ahead = cleanup.enter_context(ReadAhead(pipeline.model, asked))
         from evoprune.bench import Evaluation
 
         evaluation = Evaluation(settings, videos)

@@ -1,6 +1,7 @@
 """`evoprune tune`: the fastest setting that changes a model's answers little enough, found without labels."""
 
 import os
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -121,17 +122,17 @@ def tune(
         deliver_results(results, "json" if json else "table", output, chart)
         return results.document()
 
-    from evoprune.session.ahead import Ahead
+    from evoprune.session.ahead import ReadAhead
 
     with (
         rescuing(lambda: tuning is not None and tuning.has_results, deliver),
         progress(not quiet) as tell,
-        Ahead(pipeline.model) as ahead,
+        ExitStack() as cleanup,
     ):
         tell("loading libraries")
         prepare()
         # The first video alone: reading others would take time from what is measured.
-        ahead.begin([(settings["videos"][:1], pipeline.sampling)])
+        ahead = cleanup.enter_context(ReadAhead(pipeline.model, [(settings["videos"][:1], pipeline.sampling)]))
         from evoprune.bench import TuneSettings, Tuning
         from evoprune.contrib.operation_search import OperationTuning
 

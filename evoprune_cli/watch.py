@@ -30,7 +30,7 @@ from evoprune_cli.running import SOME_FAILED, load
 from evoprune_cli.terminal import check_output, columns, note, print_error, print_titled, printable, progress, tell
 
 if TYPE_CHECKING:
-    from evoprune.session.answering import Chat
+    from evoprune.session.answers import Chat
 
 MAX_LINE = 2**22  # bytes of a question
 TICK_S = 0.05

@@ -11,11 +11,11 @@ from evoprune.batch.rows import Row, Span
 from evoprune.errors import OutOfMemory, error_record
 from evoprune.language.turns import messages_of
 from evoprune.report import Report, name_inputs
-from evoprune.session.ahead import Ahead
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.ahead import ReadAhead
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import OpenInputs, Progress, open_inputs
-from evoprune.session.upcoming import Upcoming
+from evoprune.session.upcoming import in_flight
 from evoprune.util import without_password
 from evoprune.video_qa import VideoQA
 
@@ -28,7 +28,7 @@ def answers(
     settings: Settings,
     cache: Cache | None = None,
     on_failure: Callable[[Exception], None] = lambda problem: None,
-    ahead: Ahead | None = None,
+    ahead: ReadAhead | None = None,
     progress: Progress | None = None,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Report]:
@@ -47,11 +47,8 @@ def answers(
         inputs.begin()
         return inputs
 
-    before = 0.0
-    with closing(Upcoming(spans, opened, qa.loaded)) as prepared:
+    with closing(in_flight(spans, opened, qa.loaded, on_wait)) as prepared:
         for span, inputs in prepared:
-            on_wait(prepared.waited_s - before)
-            before = prepared.waited_s
             yield from _asked(span, inputs, settings, on_failure, progress, on_wait)
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.session.answering import Answer, EncodedInputs
+from evoprune.session.answers import Answer
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.options import GenerationOptions
 
 KEPT = 1024  # tokens whose probabilities are kept for every token of an answer, instead of 150,000

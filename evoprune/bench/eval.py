@@ -37,14 +37,14 @@ from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, err
 from evoprune.methods.types import generator_seed
 from evoprune.model.cost import prefill_flop, shortage, stretched, tower_flop
 from evoprune.report import Report
-from evoprune.session.ahead import Ahead
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.ahead import ReadAhead
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.loading.find import FoundModel, describe_model, find_model
 from evoprune.session.loading.model import LoadedModel, load_model, threads_of_each
 from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.session import Session, check_fits
-from evoprune.session.upcoming import Upcoming
+from evoprune.session.upcoming import in_flight
 from evoprune.util import counted
 from evoprune.video.info import NO_SUBTITLES, input_state
 from evoprune.vision.tower import tower_geometry
@@ -134,7 +134,7 @@ class Evaluation:
         self.settings = settings
         self.variants = variants(settings)
         self.folder: RunFolder | None = None
-        self.ahead: Ahead | None = None  # what may have read the first videos already
+        self.ahead: ReadAhead | None = None  # what may have read the first videos already
         chosen = of_groups(videos, settings.groups)
         if videos and not chosen:
             raise UsageError(f"no question is in {' or '.join(settings.groups)}", "see the field groups of the file")
@@ -199,7 +199,7 @@ class Evaluation:
     def _reading_ahead(self, videos: Sequence[VideoQuestions], progress: Progress) -> Iterator[list[dict]]:
         """Yield the samples of video after video; meanwhile the next ones are read."""
         done = self.total - len(videos)
-        with closing(Upcoming(videos, self._opened, self.loaded)) as ahead:
+        with closing(in_flight(videos, self._opened, self.loaded)) as ahead:
             for number, (video, opened) in enumerate(ahead, done):
                 yield self.evaluate(video, lambda what, at=number: progress("video", at, self.total, what), opened)
 

@@ -97,7 +97,7 @@ class EvalSettings:
         return replace(self, digest=hashlib.sha256(path.read_bytes()).hexdigest()), videos
 
     def first_inputs(self, videos: Sequence[VideoQuestions]) -> list[Asked]:
-        """Return what is read first, for `Ahead.begin`."""
+        """Return what is read first, for `ReadAhead`."""
         chosen = of_groups(videos, self.groups)[: self.limit]
         spans = ((video, group_by_span(video.rows)[0]) for video in chosen[:FIRST])
         return [([video.path], self.sampling.but(**span.sampling)) for video, span in spans]

@@ -29,6 +29,7 @@ from evoprune.session.session import Session
 from evoprune.util import counted
 from evoprune.video.frames import FrameChunk
 from evoprune.video.plan import Plan
+from evoprune.video.sandbox.isolation import OnFrames
 from evoprune.vision.encoder import EncodedRows, token_selection
 from evoprune.vision.preprocess import resize
 
@@ -136,9 +137,9 @@ class _TracedInput(OpenInput):
 
     shares: ClassVar[bool] = False  # it needs each frame
 
-    def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
+    def frames(self, on_frames: OnFrames) -> Iterator[FrameChunk]:
         self.shown = []  # anew where memory was short and the encoder begins anew
-        with closing(super().frames(chunk_bytes)) as chunks:
+        with closing(super().frames(on_frames)) as chunks:
             for chunk in chunks:
                 self.shown.append(resize(torch.from_numpy(chunk.pixels), self.plan.height, self.plan.width))
                 yield chunk

@@ -16,7 +16,9 @@ from evoprune.methods.plans import EncoderPlan, SetAside
 from evoprune.model.cost import Clock
 from evoprune.session.encoding import OpenInput
 from evoprune.session.loading.model import LoadedModel
+from evoprune.session.reading import chunk_bytes
 from evoprune.video.frames import FrameChunk, frames_at_once
+from evoprune.video.sandbox.isolation import OnFrames
 from evoprune.vision.encoder import EncodedRows, encode_rows
 
 T = TypeVar("T")
@@ -155,10 +157,10 @@ class GreyInput(OpenInput):
 
     shares: ClassVar[bool] = False
 
-    def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
+    def frames(self, on_frames: OnFrames) -> Iterator[FrameChunk]:
         source = self.plan.source
         times_s = self.plan.sampling.times_s
-        at_once = frames_at_once(source, chunk_bytes)
+        at_once = frames_at_once(source, chunk_bytes(self.plan))
         for first in range(0, len(times_s), at_once):
             times = tuple(times_s[first : first + at_once])
             yield FrameChunk(first, np.full((len(times), source.height, source.width, 3), 128, np.uint8), times)

@@ -37,14 +37,14 @@ from evoprune.bench.shared import (
 )
 from evoprune.bench.tune_results import TuneResults
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
-from evoprune.session.ahead import Ahead
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.ahead import ReadAhead
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.loading.find import FoundModel, find_model
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.session.session import Session, check_fits
-from evoprune.session.upcoming import Upcoming, idle_cores
+from evoprune.session.upcoming import idle_cores, in_flight
 from evoprune.util import counted
 
 BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)
@@ -310,7 +310,7 @@ def encode(
     path: str,
     sampling: SamplingOptions,
     rows: SharedRows | None = None,
-    ahead: Ahead | None = None,
+    ahead: ReadAhead | None = None,
 ) -> tuple[EncodedInputs, float]:
     """Return a video, encoded, and the seconds of encoding: also those that shared rows have saved.
 
@@ -340,7 +340,7 @@ class Answering:
         questions: tuple[str, ...],
         limit: TimeLimit,
         think: str = "off",
-        ahead: Ahead | None = None,
+        ahead: ReadAhead | None = None,
     ):
         self._think = think
         self._ahead = ahead
@@ -360,7 +360,7 @@ class Answering:
         """Answers what the time allows, the first readable video in any case. Raises the first problem if there is none."""
         loaded = self.session.loaded
         # What takes cores from the model would falsify the times.
-        upcoming = Upcoming(videos, self._open, loaded) if idle_cores(loaded) else None
+        upcoming = in_flight(videos, self._open, loaded) if idle_cores(loaded) else None
         with ExitStack() as cleanup:
             if upcoming:
                 cleanup.enter_context(closing(upcoming))
@@ -486,7 +486,7 @@ class Run:
         self.limit = TimeLimit(settings.time_limit_s, now)
         self.loaded: LoadedModel | None = None  # before `load`
         self.answering: Answering | None = None  # the full answers; None before `run`
-        self.ahead: Ahead | None = None  # what may have read the first video already
+        self.ahead: ReadAhead | None = None  # what may have read the first video already
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Raises what `load_model` raises."""

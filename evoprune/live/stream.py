@@ -46,7 +46,7 @@ from evoprune.methods.types import Tokens, arange_on
 from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.cost import Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
-from evoprune.session.answering import Askable
+from evoprune.session.asking import Askable
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.encoding import OpenInput
 from evoprune.session.loading.model import LoadedModel
@@ -59,6 +59,7 @@ from evoprune.util import brief, check_type
 from evoprune.video.frames import FrameChunk
 from evoprune.video.info import VIDEO, Video, fitted
 from evoprune.video.plan import Plan, SamplingPlan
+from evoprune.video.sandbox.isolation import OnFrames
 from evoprune.vision.encoder import Encoded, EncodedRows
 from evoprune.vision.preprocess import resize
 from evoprune.vision.tower import tower_shape
@@ -163,7 +164,7 @@ class _WindowInput(OpenInput):
     earlier: Earlier | None
     pause: Callable[[], None]
 
-    def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
+    def frames(self, on_frames: OnFrames) -> Iterator[FrameChunk]:
         yield FrameChunk(0, self.pixels, tuple(self.plan.sampling.times_s))
 
     def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:

@@ -6,9 +6,9 @@ nothing, so one is forgotten before the next one is encoded, and memory does not
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any
 
 import torch
 
@@ -28,9 +28,9 @@ from evoprune.moments.segments import (
     runs,
 )
 from evoprune.report import ABOUT_SOUND, VideoFacts, warned
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.cache import ContentHash, SegmentCache
-from evoprune.session.encoding import CachedInput, OpenInput
+from evoprune.session.encoding import OpenInput
 from evoprune.session.options import FindOptions, GenerationOptions, SamplingOptions
 from evoprune.session.planning import plan_input
 from evoprune.session.prompting import check_not_empty, longest_prompt
@@ -96,9 +96,9 @@ class Search:
     ):
         self._session = session
         self._cache = cache
-        self._kind: Callable[[Session, Plan, Clock], OpenInput] = OpenInput
+        self._input: dict[str, Any] = {}  # arguments of every `OpenInput`
         if cache and not session.pruning.method.reads_question:
-            self._kind = partial(CachedInput, cache=cache, hashed=ContentHash())
+            self._input = {"cache": cache, "hashed": ContentHash()}
         self._options = options
         self._sampling = sampling
         self.queries = checked(queries)
@@ -449,7 +449,7 @@ class Search:
         return plan_input(self._session, self._info, self._sampling.but(**own), self.name)
 
     def _open(self, segment: Segment, seek: str) -> OpenInput:
-        return self._kind(self._session, self._plan(segment, seek), Clock(torch.device("cpu")))
+        return OpenInput(self._session, self._plan(segment, seek), Clock(torch.device("cpu")), **self._input)
 
     def _opened(self, segments: Sequence[Segment], seek: str) -> Iterator[OpenInput]:
         """Yield each segment, to be closed, while the next one is read."""
@@ -460,8 +460,7 @@ class Search:
                 following = None
                 if number + 1 < len(segments):
                     following = self._open(segments[number + 1], seek)
-                    with suppress(VideoError):  # which encoding it raises again
-                        following.begin()
+                    following.begin()
                 yield opened
         finally:
             if following:

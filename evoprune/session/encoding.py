@@ -4,12 +4,11 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
-from itertools import chain, islice
 from typing import Any, ClassVar
 
 import torch
@@ -20,19 +19,21 @@ from evoprune.backend.devices import empty_cache, kind
 from evoprune.errors import OutOfMemory, UsageError, memory_guard
 from evoprune.model.cost import Clock
 from evoprune.report import BESIDE, OF_INPUTS
-from evoprune.session.ahead import Ahead
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.ahead import ReadAhead
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.cache import Cache, Entry, content_hash, own_code
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.options import SamplingOptions
-from evoprune.session.patches import Count, KeptPatches, content_key, cut_frames, patch_bytes, prefetched
-from evoprune.session.planning import TEXT, chunk_bytes, fitting_pieces, plan_input
+from evoprune.session.patches import PatchChunk, content_key, cut_frames, patch_bytes
+from evoprune.session.planning import TEXT, fitting_pieces, plan_input
+from evoprune.session.reading import Reading, Readings, chunk_bytes, probed
 from evoprune.session.session import Session
 from evoprune.util import brief
-from evoprune.video.frames import FrameChunk, probe, read_frames
+from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video.given import Input, held_video, is_frames, is_given, is_temporary, local_input, name_of
 from evoprune.video.info import ARRAY, PICTURE, HeldVideo, check_one_file
 from evoprune.video.plan import Plan
+from evoprune.video.sandbox.isolation import OnFrames, Stopped
 from evoprune.video.temporary import named
 from evoprune.vision.encoder import Encoded, EncodedRows, encode_rows, select_tokens
 
@@ -41,6 +42,7 @@ Path = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]
 
 KINDS_HINT = "give a path or a URL, an array of frames, a picture of Pillow, the bytes of a file, or an open file"
+AHEAD_BYTES = 2**26  # of patches that are read before the encoder needs them, where they are not kept
 READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package that each decoder is
 
 
@@ -48,76 +50,98 @@ READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package 
 class OpenInput:
     """A video or picture that is being read. To be encoded once, and closed.
 
-    `threaded`: whether a thread prepares the next chunks while one is used. Subclasses take frames or rows from elsewhere.
-    `shares`: whether its patches are kept for other inputs, and are perhaps those that another one has read; not where a subclass
-    changes frames, or needs each of them.
+    Subclasses take frames or rows from elsewhere.
+
+    Attributes:
+        threaded: Whether a thread prepares the next chunks while the encoder uses one.
+        shares: Whether other inputs may use its patches, and it may use theirs; not if a subclass changes frames, or needs each.
+        ahead: What may have read the frames already.
+        cache: Where encodings are kept. What it has is not read, and what it lacks is stored.
+        hashed: Hashes the file for the cache; default: `content_hash`.
+        temporary: Whether its files are removed once it is closed, so that no other input reads them again.
+        cores: That reading may keep busy; None for all that this process may use.
     """
 
     threaded: ClassVar[bool] = True
     shares: ClassVar[bool] = True
-    stored: ClassVar[Entry | None] = None
 
     session: Session
     plan: Plan
     clock: Clock  # adds up the seconds of "plan", "read" and "preprocess"
+    _: KW_ONLY
+    ahead: ReadAhead | None = None
+    cache: Cache | None = None
+    hashed: Callable[[Path], str] | None = None
+    temporary: bool = False
 
     def __post_init__(self):
+        self.cores = self.session.loaded.cores
         self.damaged = 0
-        self._open = ExitStack()
-        self.early = False  # whether nobody waits for what is read before it is encoded
+        self.read_early = False  # whether nobody waits for what is read before it is encoded
         self.waited_s = 0.0  # for patches, while they were encoded
-        self.ahead: Ahead | None = None  # what may have read the frames already
         self.other_size = self.moved = False
         self.read_s: tuple[float, ...] = ()  # times of the frames themselves
-        self.lasting = True  # whether its files may be read again by another input, not where they are temporary
-        self.cores = self.session.loaded.cores  # for reading; None for all that this process may use
-        self.count = Count()
-        self._told = -1  # so many frames were told to have been read
+        self._reported_frames = -1  # as progress
         self._progress: Progress | None = None
-        self._begun: Iterator[FrameChunk] | None = None
-        self._key: Hashable | None = None
-        self._held: KeptPatches | None = None  # the patches, where they are kept
+        self._patch_key: Hashable | None = None  # of the patches, if they are kept
+        self._reading: Reading[PatchChunk] | None = None
         self._closed = False
         self._lock = threading.Lock()
 
-    def frames(self, chunk_bytes: int) -> Iterator[FrameChunk]:
-        """Return what is looked at, as `video.frames.read_frames` yields it."""
+    def frames(self, on_frames: OnFrames) -> Iterator[FrameChunk]:
+        """Yield what is looked at, as `video.frames.read_frames`; arguments as there."""
         plan = self.plan
-        read = read_frames
-        if self.ahead:
-            read = self.ahead.read_frames
-        given = {"chunk_bytes": chunk_bytes, "cores": self.cores, "on_frames": self.count.at_least}
-        return read(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)
+        early = self.ahead.take(plan) if self.ahead else None
+        if early is None:
+            given = {"chunk_bytes": chunk_bytes(plan), "cores": self.cores, "on_frames": on_frames}
+            with closing(read_frames(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)) as chunks:
+                yield from chunks
+            return
+        with closing(early):
+            hidden_s = 0.0
+            for chunk in early.chunks():
+                self.clock.seconds["read"] += early.hidden_s - hidden_s
+                hidden_s = early.hidden_s
+                yield chunk
+                del chunk  # so that only the caller holds the frames
+
+    @cached_property
+    def key(self) -> str | None:
+        """The key of its entry in the cache; None without one."""
+        with self.clock.stage("read"):
+            return self._key_now()
+
+    @cached_property
+    def stored(self) -> Entry | None:
+        """What the cache has."""
+        if self.key is None:
+            return None
+        with self.clock.stage("read"):
+            return self.cache.load(self.key, self.session.device)
+
+    def _key_now(self) -> str | None:
+        return entry_key(self.session, self.plan, self.hashed or content_hash) if self.cache else None
 
     def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
         """Return what the tower makes of it. `options`: of `vision.encoder.encode_rows`."""
         return encode_rows(self.session.loaded.model.model.visual, patches, self.plan.encoder, **options)
 
     def begin(self) -> None:
-        """Starts to read in a thread: all of it where it is kept; else three chunks, of which the first is then ready.
-
-        Raises VideoError or OutOfMemory where that first one fails.
-        """
-        self.early = True
-        if self.stored is None and self._kept() is None:
-            pieces = self._start()
-            self._begun = chain(list(islice(pieces, 1)), pieces)
+        """Start to read, in a thread: all of it if it is kept; else some chunks."""
+        self.read_early = True
+        if self.stored is None:
+            self._begun()
 
     def read(self) -> None:
-        """Reads all of it where it is kept, and else nothing. For another thread than the one that encodes, which may begin."""
-        self.early = True
-        if self.stored is None and (held := self._kept()):
-            held.wait()
+        """Begin, and wait until all of it is read, or what may wait. For another thread than the one that encodes."""
+        self.begin()
+        if reading := self._reading:
+            reading.wait()
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            held = self._held
-            self._held = None
-        self._begun = None
-        self._open.close()
-        if held:
-            self.session.loaded.patches.close(self._key, held)
+        self._drop()
 
     def encode(self, progress: Progress | None = None, pieces: Sequence[int] | None = None) -> EncodedInput:
         """Reads, preprocesses and encodes it.
@@ -135,7 +159,7 @@ class OpenInput:
         self._progress = progress
         start = clock.now()
         before = dict.fromkeys(OF_INPUTS, 0.0) | self.clock.seconds
-        read_before = 0.0 if self.early else before["read"]  # that somebody waited for
+        read_before = 0.0 if self.read_early else before["read"]  # that somebody waited for
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
         result, cache = self._result(clock, progress, pieces, warnings)
@@ -161,11 +185,29 @@ class OpenInput:
     def _result(
         self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> tuple[Encoded | EncodedRows, str]:
-        """Return the tokens, or the rows where the method reads the question; and whether they were in the cache, as
-        `EncodedInput.cache`.
-
-        Writes the seconds of "compile", "encode", "store" and "wait" into `clock`, and adds to the `warnings`.
+        """Return the tokens, or the rows if the method reads the question; and whether they were in the cache, as
+        `EncodedInput.cache`. Adds the seconds of "store" to `clock`, and to the `warnings`; otherwise as `_computed`.
         """
+        if self.stored:
+            self.read_s = self.stored.read_s
+            self.moved = self.stored.moved
+            return self.stored.encoded, "hit"
+        result = self._computed(clock, progress, pieces, warnings)
+        if self.key is None:
+            return result, "off"
+        # A damaged video, or one that changes its size, is not stored, or the next run would not warn. Another file may have
+        # taken its place meanwhile.
+        whole = not self.damaged and not self.other_size
+        with clock.stage("store"):
+            storable = whole and self._key_now() == self.key
+            if storable and not self.cache.store(self.key, Entry(result, self.read_s, self.moved)):
+                warnings.append("cache_not_written")
+        return result, "miss"
+
+    def _computed(
+        self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
+    ) -> Encoded | EncodedRows:
+        """Return the tokens, or the rows. Adds the seconds of "compile" and "encode" to `clock`, and to the `warnings`."""
         plan = self.plan
         loaded = self.session.loaded
         pruning = self.session.pruning
@@ -190,6 +232,8 @@ class OpenInput:
                     except OutOfMemory as problem:
                         if problem.stage != "encode" or piece_units == pieces[-1]:
                             raise
+                    if self._patch_key is None:
+                        self._drop()
                     loaded.patches.clear()
                     empty_cache()
         finally:
@@ -199,107 +243,72 @@ class OpenInput:
             warnings.append("damaged_video")
         if self.other_size:
             warnings.append("changing_size")
-        return result, "off"
+        return result
 
     def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
         """Yield all patches, once more in each pass."""
-        begun = self._begun
-        self._begun = None
         self.damaged = 0
         self.other_size = self.moved = False
         self.read_s = ()
-        for chunk in clock.each("wait", begun or self._read_now()):
+        chunks = self._begun().chunks(self._tell) if self.threaded else self._cut(lambda frames: None)
+        for chunk in clock.each("wait", chunks):
             self._tell()
             self.damaged += chunk.damaged
             self.other_size = self.other_size or chunk.other_size
             self.moved = self.moved or chunk.moved
             self.read_s += chunk.times_s
-            yield chunk.pixels
+            yield chunk.patches
             if progress:
                 progress("encode", chunk.end, self.plan.sampling.frames)
 
-    def _read_now(self) -> Iterator[FrameChunk]:
-        kept = self._kept()
-        return self._start() if kept is None else kept.pieces(self._tell)
-
-    def _kept(self) -> KeptPatches | None:
-        """Return the patches where they are kept; they are read from now on, unless they are there."""
+    def _begun(self) -> Reading[PatchChunk]:
+        """Return the reading of its patches, which goes on, or begins now. Raises Stopped: it was closed."""
         with self._lock:
-            if self._held is None and self.shares and self.lasting and self.threaded and not self._closed:
-                plan = self.plan
-                device = self.session.device
-                limits = self.session.loaded.limits[plan.kind]
-                store = self.session.loaded.patches
-                self._key = content_key(plan, limits, device)
-                if self._key is not None:
-                    size = patch_bytes(plan, limits)
-                    self._held = store.open(self._key, size, device, self._prepared, self.count)
-            return self._held
+            if self._closed:
+                raise Stopped
+            if self._reading is None:
+                self._reading = self._shared() or Reading(self._cut_in_thread, Readings(AHEAD_BYTES))
+            return self._reading
+
+    def _shared(self) -> Reading[PatchChunk] | None:
+        """Return the reading if its patches are kept."""
+        if self.temporary or not self.shares:
+            return None
+        device = self.session.device
+        limits = self.session.loaded.limits[self.plan.kind]
+        key = content_key(self.plan, limits, device)
+        if key is None:
+            return None
+        size = patch_bytes(self.plan, limits)
+        reading = self.session.loaded.patches.open(key, size, device, self._cut_in_thread)
+        if reading:
+            self._patch_key = key
+        return reading
+
+    def _drop(self) -> None:
+        """Give up the reading; another pass begins a new one."""
+        with self._lock:
+            reading = self._reading
+            key = self._patch_key
+            self._reading = self._patch_key = None
+        if key is not None:
+            self.session.loaded.patches.close(key)
+        elif reading:
+            reading.close()
 
     def _tell(self) -> None:
         """Tells how many frames were read, where that is more than was told."""
-        frames = (self._held or self).count.frames  # perhaps read for another input
-        if self._progress and frames > self._told:
-            self._told = frames
-            self._progress("read", frames, self.plan.sampling.frames)
+        if self._progress and self._reading and self._reading.frames > self._reported_frames:
+            self._reported_frames = self._reading.frames
+            self._progress("read", self._reported_frames, self.plan.sampling.frames)
 
-    def _start(self) -> Iterator[FrameChunk]:
-        self._open.close()  # of an earlier pass
-        pieces = self._prepared()
-        if self.threaded:
-            pieces = prefetched(pieces, waiting=self._tell)
-        return self._open.enter_context(closing(pieces))
+    def _cut_in_thread(self, reading: Reading[PatchChunk]) -> Iterator[PatchChunk]:
+        return self._cut(reading.at_least)
 
-    def _prepared(self) -> Generator[FrameChunk, None, None]:
-        """Return the patches of each chunk of frames."""
-        plan = self.plan
-        limits = self.session.loaded.limits[plan.kind]
-        frames = partial(self.frames, chunk_bytes(self.session, plan))
-        return cut_frames(frames, plan, limits, self.session.device, self.clock, self.count)
-
-
-@dataclass(eq=False)
-class CachedInput(OpenInput):
-    """The same with a cache: what that has is not read, and what it lacks is stored."""
-
-    cache: Cache
-    hashed: Callable[[Path], str] | None = None  # hashes the file; default: `content_hash`
-
-    @cached_property
-    def key(self) -> str | None:
-        """Of its entry in the cache; None without one."""
-        with self.clock.stage("read"):
-            return self._key_now()
-
-    def _key_now(self) -> str | None:
-        return entry_key(self.session, self.plan, self.hashed or content_hash)
-
-    @cached_property
-    def stored(self) -> Entry | None:
-        """What the cache has."""
-        if not self.key:
-            return None
-        with self.clock.stage("read"):
-            return self.cache.load(self.key, self.session.device)
-
-    def _result(
-        self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
-    ) -> tuple[Encoded | EncodedRows, str]:
-        if self.stored:
-            self.read_s = self.stored.read_s
-            self.moved = self.stored.moved
-            return self.stored.encoded, "hit"
-        result, _ = super()._result(clock, progress, pieces, warnings)
-        # What is damaged, or changes its size, is not stored, or the next run would not warn. Another file may have been put in its
-        # place meanwhile.
-        whole = not self.damaged and not self.other_size
-        with clock.stage("store"):
-            storable = self.key and whole and self._key_now() == self.key
-            if storable and not self.cache.store(self.key, Entry(result, self.read_s, self.moved)):
-                warnings.append("cache_not_written")
-        if self.key:
-            return result, "miss"
-        return result, "off"
+    def _cut(self, on_frames: OnFrames) -> Iterator[PatchChunk]:
+        """Yield the patches of each chunk of frames."""
+        limits = self.session.loaded.limits[self.plan.kind]
+        return cut_frames(self.frames(on_frames), self.plan, limits, self.session.device, self.clock, on_frames)
 
 
 def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> str | None:
@@ -343,20 +352,16 @@ class OpenInputs:
         self.inputs = inputs
         self.plans = [opened.plan for opened in inputs]
         self._files = files or ExitStack()
-        self._names = {opened.plan.info.path: opened.plan.name for opened in inputs if not opened.lasting}
+        self._names = {opened.plan.info.path: opened.plan.name for opened in inputs if opened.temporary}
 
     def begin(self) -> None:
-        """Starts to read the first one, while something else is computed. Errors: as of `OpenInput.begin`.
-
-        So far nobody has waited for any of them.
-        """
+        """Start to read the first one, while something else is computed. So far nobody has waited for any of them."""
         for opened in self.inputs:
-            opened.early = True
-        with named(self._names):
-            self.inputs[0].begin()
+            opened.read_early = True
+        self.inputs[0].begin()
 
     def read(self) -> None:
-        """Reads one after the other, all of it where it is kept. Another thread may encode meanwhile."""
+        """Reads one after the other, as `OpenInput.read`. Another thread may encode meanwhile."""
         for opened in self.inputs:
             opened.read()
 
@@ -413,14 +418,14 @@ def open_inputs(
     progress: Progress | None = None,
     names: Sequence[str] | None = None,
     cache: Cache | None = None,
-    kind: Callable[[Session, Plan, Clock], OpenInput] = OpenInput,
-    ahead: Ahead | None = None,
+    kind: Callable[..., OpenInput] = OpenInput,
+    ahead: ReadAhead | None = None,
 ) -> OpenInputs:
     """Probes videos and pictures, at least one, in the order in which the model reads them, and plans what is read; reads no frame.
 
     What is no path becomes one until they are closed (video/given.py). `sampling` applies to each, what it says of time to the
-    videos. `names`: for reports; default: the paths. `cache`: not used for a method that reads the question. `kind`: the class of
-    each without a cache. `ahead`: what may have read them already. `progress`: called with "download", bytes so far and in all.
+    videos. `names`: for reports; default: the paths. `cache`: not used for a method that reads the question. `kind`: makes
+    each. `ahead`: what may have read them already. `progress`: called with "download", bytes so far and in all.
 
     Raises VideoError: one is missing, unreadable or empty. UsageError: numbers that make no sense, a part of the time where
     there are pictures alone, a file of subtitles for several inputs, or an address on the web where the network may not be used.
@@ -431,13 +436,10 @@ def open_inputs(
     clocks = [Clock(torch.device("cpu")) for _ in paths]
     infos = []
     inputs = []
-    if cache and not session.pruning.method.reads_question:
-        kind = partial(CachedInput, cache=cache)
+    if session.pruning.method.reads_question:
+        cache = None
     if names is None:
         names = [name_of(path) for path in paths]
-    look = probe
-    if ahead:
-        look = ahead.probe
     how = {"offline": session.loaded.found.options.offline}
     if progress:
         how["progress"] = partial(progress, "download")
@@ -448,14 +450,11 @@ def open_inputs(
                 if isinstance(file, HeldVideo):
                     infos.append(file)
                 else:
-                    infos.append(look(file, folder_fps=sampling.frame_rate))
+                    infos.append(probed(file, folder_fps=sampling.frame_rate))
         for path, clock, info, wanted, name in zip(paths, clocks, infos, sampling.of_each(infos), names, strict=True):
             with clock.stage("read"):
                 plan = plan_input(session, info, wanted, name)
-            opened = kind(session, plan, clock)
-            opened.ahead = ahead
-            opened.lasting = not is_temporary(path)
-            inputs.append(opened)
+            inputs.append(kind(session, plan, clock, ahead=ahead, cache=cache, temporary=is_temporary(path)))
         return OpenInputs(session, inputs, stack.pop_all())
 
 

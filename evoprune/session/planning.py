@@ -29,7 +29,6 @@ from evoprune.video.info import (
 from evoprune.video.plan import Plan, SamplingPlan
 from evoprune.vision.tower import tower_shape
 
-CHUNK_BYTES = 64 * 2**20  # of frames as decoded, held at a time
 TEXT = 64  # tokens of a prompt around the video, roughly
 
 
@@ -119,14 +118,6 @@ def encoding_bytes(
     if any(isinstance(stage.reduce, SetAside) for stage in encoder.stages):
         more = 2 * encoder.units * row_bytes * (bytes_each + 4)  # their earlier states, and in float32 how they move
     return working_memory(config, encoder.units, piece_units, prompt, bytes_each, rows, left) + more
-
-
-def chunk_bytes(session: Session, plan: Plan) -> int:
-    """Bytes of decoded frames to hold at a time: no more frames than are embedded at a time, and no more than a few large ones."""
-    limits = session.loaded.video
-    _, height, width = plan.grid
-    pairs = -(-largest_piece(session.loaded.model.device) // (height * width))
-    return min(CHUNK_BYTES, pairs * limits.temporal_patch_size * plan.source.width * plan.source.height * 3)
 
 
 def piece_sizes(device: torch.device, encoder: EncoderPlan) -> list[int]:

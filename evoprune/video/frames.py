@@ -31,7 +31,6 @@ from evoprune.video.temporary import temporary
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
 DECODERS = get_args(Decoder)
 STDIN = "-"
@@ -98,17 +97,18 @@ def _run(
 
 @dataclass(frozen=True)
 class FrameChunk:
-    """Consecutive frames of a plan: as they are read, and later as patches."""
+    """Consecutive frames of a plan."""
 
     first: int  # index among the plan's times
-    # Frames, uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied), C-contiguous; or the patches of these, a tensor on the
-    # device, uint8 `[rows, values]` (session/patches.py)
-    pixels: "np.ndarray | torch.Tensor"
+    pixels: "np.ndarray"  # uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied), C-contiguous
     times_s: tuple[float, ...]  # of the frames themselves, from the first frame; perhaps earlier than those asked for
     damaged: int = 0  # damaged packets (of a folder: images) on the way to these frames that no earlier chunk counts
     other_size: bool = False  # whether one of the frames had another size than the video, and was scaled to it
     moved: bool = False  # whether one of them is a keyframe nearby instead of the frame on screen
-    hidden_s: float = 0.0  # seconds of reading that nobody waited for, because it was done ahead (session/ahead.py)
+
+    @property
+    def nbytes(self) -> int:
+        return self.pixels.nbytes
 
     @property
     def end(self) -> int:

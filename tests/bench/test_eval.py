@@ -186,10 +186,11 @@ def test_what_leaves_inside_the_language_model_costs_less(loaded):
     assert 0.5 * whole < sample["tflop_3b_prefill"] < whole
 
 
-def test_the_blind_row_sees_nothing_but_size_and_length(loaded):
+def test_the_blind_row_sees_nothing_but_size_and_length(loaded, monkeypatch):
     info = probe(SAMPLES / "square.mp4")
     opened = open_inputs(VideoQA(loaded).session, [info.path], SamplingOptions(frames=4), kind=GreyInput)
-    chunks = list(opened.inputs[0].frames(chunk_bytes=1))
+    monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)
+    chunks = list(opened.inputs[0].frames(lambda frames: None))
     assert [chunk.first for chunk in chunks] == [0, 2] and all((chunk.pixels == 128).all() for chunk in chunks)
     assert chunks[0].pixels.shape == (2, info.height, info.width, 3) and chunks[0].pixels.dtype == np.uint8
     run = begun(loaded, replace(SETTINGS, blind=True), videos(("square.mp4", "three.mp4")))

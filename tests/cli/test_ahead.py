@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from evoprune.session import ahead as module
-from evoprune.session.ahead import Ahead
+from evoprune.session import encoding
+from evoprune.session.ahead import ReadAhead
 
 SQUARE, THREE = "samples/square.mp4", "samples/three.mp4"
 ASK = ["ask", SQUARE, "What colour is the square?"]
@@ -22,26 +22,32 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def no_thread_stays():
     yield
-    assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-ahead"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-reading"]
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """Every `Ahead` that is begun, and the paths that are read by whoever encodes."""
-    begun, anew, begin, read = [], [], Ahead.begin, module.read_frames
+    """Every `ReadAhead`, and the paths that are read by whoever encodes."""
+    begun, anew, begin, read = [], [], ReadAhead.__init__, encoding.read_frames
 
-    def noted(self, asked):
-        begin(self, asked)
+    def noted(self, *how):
+        begin(self, *how)
         begun.append(self)
 
     def read_frames(info, *args, **how):
-        if threading.current_thread().name != "evoprune-ahead":
-            anew.append(info.path)
+        anew.append(info.path)
         return read(info, *args, **how)
 
-    monkeypatch.setattr(Ahead, "begin", noted)
-    monkeypatch.setattr(module, "read_frames", read_frames)
+    monkeypatch.setattr(ReadAhead, "__init__", noted)
+    monkeypatch.setattr(encoding, "read_frames", read_frames)
     return begun, anew
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Call it, and nothing is read ahead from then on."""
+    begin = ReadAhead.__init__
+    return lambda: monkeypatch.setattr(ReadAhead, "__init__", lambda self, model, asked: begin(self, model, []))
 
 
 @pytest.fixture
@@ -58,9 +64,9 @@ def slowly(made, monkeypatch):
 
         def load_model(*args, real=real, **how):
             until = time.monotonic() + 20
-            while not begun[-1]._held and time.monotonic() < until:
+            while not begun[-1].held_bytes and time.monotonic() < until:
                 time.sleep(0.005)
-            waited.append(begun[-1]._held)
+            waited.append(begun[-1].held_bytes)
             return real(*args, **how)
 
         monkeypatch.setattr(place, "load_model", load_model)
@@ -87,9 +93,9 @@ def test_frames_wait_before_the_model_is_loaded_and_are_used(cli, made, slowly, 
     assert made[1] == [] or (first and set(made[1]) == {first})  # tune reads it again where it repeats what warmed up
 
 
-def test_answers_are_those_without(cli, monkeypatch):
+def test_answers_are_those_without(cli, without):
     told = [json.loads(cli(*ASK, "--json").out)]
-    monkeypatch.setattr(Ahead, "begin", lambda self, asked: None)
+    without()
     told.append(json.loads(cli(*ASK, "--json").out))
     for record in told:
         for name in ("id", "created_utc", "time_ms", "rate", "memory"):
@@ -108,8 +114,8 @@ def test_with_a_cache_nothing_is_read_ahead(cli, made, monkeypatch, tmp_path):
     for _ in range(2):
         assert cli(*ASK, "--cache", "-q").code == 0
     (first, second), anew = made
-    assert anew == [SQUARE] and first._known and second._known  # probed ahead, and read by the first alone
-    assert all(reading.request is None for ahead in (first, second) for reading in ahead._readings)
+    assert anew == [SQUARE]  # by the first alone
+    assert not first._every and not second._every
 
 
 WRONG = {
@@ -129,46 +135,46 @@ WRONG = {
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("case", WRONG)
-def test_errors_are_those_without(cli, monkeypatch, case):
+def test_errors_are_those_without(cli, without, case):
     words, code = WRONG[case]
-    with_it = cli(*words)
-    monkeypatch.setattr(Ahead, "begin", lambda self, asked: None)
-    without = cli(*words)
-    assert (with_it.code, with_it.out, with_it.err) == (without.code, without.out, without.err)
-    assert with_it.code == code
+    told = [cli(*words)]
+    without()
+    told.append(cli(*words))
+    assert len({(each.code, each.out, each.err) for each in told}) == 1
+    assert told[0].code == code
 
 
 def test_ctrl_c_while_a_model_is_loaded(cli, made, monkeypatch):
     def interrupted(*args, **how):
         until = time.monotonic() + 20
-        while not made[0][-1]._held and time.monotonic() < until:
+        while not made[0][-1].held_bytes and time.monotonic() < until:
             time.sleep(0.005)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("evoprune_cli.ask.load", interrupted)
     done = cli(*ASK)
     assert done.code == 130 and done.out == ""
-    assert made[0][0]._held == 0
+    assert made[0][0].held_bytes == 0
 
 
 SLOW = """
 import sys, time
 import evoprune_cli.ask
-from evoprune.session.ahead import Ahead
-begin = Ahead.begin
+from evoprune.session.ahead import ReadAhead
+begin = ReadAhead.__init__
 
-def noted(self, asked):
-    begin(self, asked)
+def noted(self, *how):
+    begin(self, *how)
     evoprune_cli.ask.ahead = self
 
 def load(*_):
-    while not evoprune_cli.ask.ahead._held:
+    while not evoprune_cli.ask.ahead.held_bytes:
         time.sleep(0.01)
     assert "torch" not in sys.modules
     print("waiting", file=sys.stderr, flush=True)
     time.sleep(60)
 
-Ahead.begin, evoprune_cli.ask.load = noted, load
+ReadAhead.__init__, evoprune_cli.ask.load = noted, load
 from evoprune_cli.main import run
 sys.argv[1:] = ["ask", "samples/square.mp4", "What?"]
 run()

@@ -20,9 +20,9 @@ from evoprune.backend.expected import MAX_VISUAL_TOKENS_CPU
 from evoprune.bundled import DEMOS, SCENES_TAG
 from evoprune.errors import VideoError
 from evoprune.report import Report
-from evoprune.session import answering, encoding
-from evoprune.session.ahead import Ahead
-from evoprune.session.answering import EncodedInputs
+from evoprune.session import asking, encoding, prefix
+from evoprune.session.ahead import ReadAhead
+from evoprune.session.asking import EncodedInputs
 from evoprune.video import frames
 from evoprune_cli.ask import split_words
 from evoprune_cli.terminal import stdout
@@ -58,13 +58,13 @@ def test_a_wrong_value_from_the_environment_is_traced_to_it(cli, monkeypatch):
     ],
 )
 def test_a_model_is_told_that_no_question_follows(cli, monkeypatch, command, last):
-    read, told = answering.EncodedInputs._prefill, []
+    read, told = asking.EncodedInputs._prefill, []
 
     def reads(self, prompt, last, goes_on):
         told.append(last)
         return read(self, prompt, last, goes_on)
 
-    monkeypatch.setattr(answering.EncodedInputs, "_prefill", reads)
+    monkeypatch.setattr(asking.EncodedInputs, "_prefill", reads)
     assert cli(*command.split(), "-q").code == 0 and told == last
 
 
@@ -350,7 +350,7 @@ def test_the_pruned_answer_stays_when_the_full_one_breaks_off(cli, monkeypatch, 
             raise problem.with_traceback(None)
         return real(*args, **settings)
 
-    module, name = {"encode": (encoding, "encode_rows"), "prefill": (answering, "prefill")}[when]
+    module, name = {"encode": (encoding, "encode_rows"), "prefill": (prefix, "prefill")}[when]
     real, interrupted = getattr(module, name), isinstance(problem, KeyboardInterrupt)
     reason, code = ("interrupt", 130) if interrupted else ("error", 5)
     for flags in (("-q",), ("--json",)):
@@ -412,7 +412,7 @@ def notes(cli, tiny_folder, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(frames, "stream_frames", announced)
-            patch.setattr(Ahead, "begin", lambda *_: None)  # which reads before
+            patch.setattr(ReadAhead, "_begin", lambda *_: iter(()))  # which reads before
             result = cli("ask", clip, QUESTION, "-m", model, "-n", "1", *flags)
         assert result.code == 3, result.err
         before, after = result.err.split("READING\n")

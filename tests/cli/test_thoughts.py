@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from evoprune.session import answering
+from evoprune.session import asking
 from tests.cli.screen import visible
 from tests.thinking import THINKING, Saying, thinking_tokenizer
 from tests.tiny import save_tiny
@@ -28,7 +28,7 @@ def says(monkeypatch):
 
     def what(text: str) -> None:
         tokenizer = thinking_tokenizer(special=None)
-        monkeypatch.setattr(answering, "TokenStream", lambda *given: Saying(tokenizer, text)(*given))
+        monkeypatch.setattr(asking, "TokenStream", lambda *given: Saying(tokenizer, text)(*given))
 
     return what
 

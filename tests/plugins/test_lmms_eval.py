@@ -18,7 +18,7 @@ from PIL import Image
 
 from evoprune.errors import UsageError
 from evoprune.report import Report
-from evoprune.session.answering import Answer
+from evoprune.session.answers import Answer
 from evoprune.video_qa import VideoQA
 
 CLIPS = "samples/square.mp4", "samples/three.mp4"
@@ -108,7 +108,7 @@ def test_an_answer_ends_at_the_task_s_stop_words(model_class, monkeypatch):
 
         return Answer(report, pieces())
 
-    monkeypatch.setattr("evoprune.session.answering.EncodedInputs.ask", ask)
+    monkeypatch.setattr("evoprune.session.asking.EncodedInputs.ask", ask)
     given = [request(model, "?", [CLIPS[0]], until=stops) for stops in (["no", ","], ". P", ["never"], [])]
     assert [r.text for r in model.generate_until(given)] == ["yes", "yes, no", "yes, no. Perhaps", "yes, no. Perhaps"]
 

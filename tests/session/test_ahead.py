@@ -10,10 +10,8 @@ import threading
 import time
 from contextlib import closing
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -22,13 +20,15 @@ from evoprune.batch.rows import group_by_span, product_rows
 from evoprune.batch.run import answers
 from evoprune.errors import ModelError, UsageError, VideoError
 from evoprune.session import ahead as module
-from evoprune.session.ahead import Ahead, expected, read_ahead, regrouped
+from evoprune.session import encoding, reading
+from evoprune.session.ahead import ReadAhead, expected, read_ahead
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.find import BUNDLED_CONFIGS
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.session.planning import plan_input
-from evoprune.video.frames import FrameChunk, probe, read_frames
+from evoprune.session.reading import probed
+from evoprune.video.frames import probe, read_frames
 from evoprune.video.sandbox import isolation
 from evoprune.video_qa import VideoQA
 from tests.video.files import number_of, numbered_frames, write_video
@@ -67,15 +67,15 @@ def nothing_is_kept(demo, monkeypatch):
 
 @pytest.fixture
 def read_anew(monkeypatch):
-    """The paths that a session reads by itself, one a reading; and what was read ahead."""
-    noted, real = [], module.read_frames
+    """The paths that a session reads by itself, one a reading."""
+    noted, real = [], read_frames
 
     def read(info, *args, **how):
-        noted.append((info.path, threading.current_thread().name == "evoprune-ahead"))
+        noted.append(info.path)
         return real(info, *args, **how)
 
-    monkeypatch.setattr(module, "read_frames", read)
-    return lambda: [path for path, early in noted if not early]
+    monkeypatch.setattr(encoding, "read_frames", read)
+    return noted
 
 
 def wait_for(condition):
@@ -85,19 +85,12 @@ def wait_for(condition):
         time.sleep(0.002)
 
 
-def begun(*paths, model=DEMO, sampling=None, **how) -> Ahead:
-    ahead = Ahead(model, **how)
-    ahead.begin([(paths, sampling or SamplingOptions())])
-    return ahead
+def begun(*paths, model=DEMO, sampling=None, **how) -> ReadAhead:
+    return ReadAhead(model, [(paths, sampling or SamplingOptions())], **how)
 
 
-def waiting(ahead: Ahead) -> int:
-    """Frames that wait."""
-    return sum(len(piece.pixels) for reading in ahead._readings for piece in reading.pieces)
-
-
-def all_read(ahead: Ahead) -> bool:
-    return all(reading.ended for reading in ahead._readings)
+def all_read(ahead: ReadAhead) -> bool:
+    return not ahead.unfinished
 
 
 def facts(encoded, answer) -> dict:
@@ -120,7 +113,7 @@ def both(demo, paths, sampling, **pruning):
     qa, made = VideoQA(demo, **pruning), []
     for ahead in (None, begun(*paths, sampling=sampling)):
         if ahead:
-            wait_for(lambda ahead=ahead: all_read(ahead) or ahead._held)
+            wait_for(lambda ahead=ahead: all_read(ahead) or ahead.held_bytes)
         with closing(open_inputs(qa.session, paths, sampling, ahead=ahead)) as opened:
             encoded = opened.encode()
         if ahead:
@@ -171,9 +164,10 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_answers_are_the_same_and_nothing_is_read_twice(demo, tmp_path, read_anew, case):
     made, options, pruning = CASES[case]
-    without, with_it = both(demo, made(tmp_path), SamplingOptions(**options), **pruning)
+    paths = made(tmp_path)
+    without, with_it = both(demo, paths, SamplingOptions(**options), **pruning)
     assert without == with_it
-    assert read_anew() == []
+    assert read_anew == paths  # by the one without
 
 
 @pytest.mark.parametrize("method", ["subsample", "downscale"])
@@ -181,45 +175,23 @@ def test_a_method_that_makes_an_input_smaller_reads_what_it_wants(demo, tmp_path
     """A picture becomes another size, and of a video fewer frames are read."""
     path = SQUARE if method == "subsample" else picture(tmp_path)
     without, with_it = both(demo, [path], SamplingOptions(), method=method, budget=0.25)
-    assert without == with_it and read_anew() == [path]
+    assert without == with_it and read_anew == [path] * 2
 
 
-@pytest.mark.few(4)
-@pytest.mark.parametrize("chunk_bytes", [1, 5 * 64 * 48 * 3, 64 * 2**20])
-@pytest.mark.parametrize("piece_bytes", [1, 6 * 64 * 48 * 3, 64 * 2**20])
-def test_chunks_are_those_of_reading(long, monkeypatch, chunk_bytes, piece_bytes):
-    monkeypatch.setattr(module, "PIECE_BYTES", piece_bytes)
+@pytest.mark.parametrize("size", [1, 2**20, 2**26])
+def test_chunks_are_those_of_reading(long, monkeypatch, size):
+    monkeypatch.setattr(reading, "CHUNK_BYTES", size)
     with begun(long) as ahead:
         wait_for(lambda: all_read(ahead))
-        reading = ahead._readings[0]
-        info, times, how = reading.request
-        assert waiting(ahead) == len(times) and ahead._held == len(times) * 64 * 48 * 3
-        got = list(ahead.read_frames(info, times, chunk_bytes=chunk_bytes, **how))
-        assert ahead._held == 0
-    right = list(read_frames(info, times, chunk_bytes=chunk_bytes, **how))
+        plan = expected(DEMO).plan(probe(long), SamplingOptions())
+        times = plan.sampling.times_s
+        assert ahead.held_bytes == len(times) * 64 * 48 * 3
+        got = list(ahead.take(plan).chunks())
+        assert ahead.held_bytes == 0
+    right = list(read_frames(plan.source, times, chunk_bytes=reading.chunk_bytes(plan), **plan.read_arguments))
     for one, other in zip(right, got, strict=True):
         assert one.first == other.first and one.times_s == other.times_s
         assert (one.pixels == other.pixels).all() and other.pixels.flags.c_contiguous
-
-
-def test_pieces_of_any_size_become_chunks_of_any_size():
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        cuts = [0, *sorted(set(rng.integers(1, 29, rng.integers(0, 6)).tolist())), 29]
-        frames = np.arange(29, dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, 3)
-        pieces = [
-            FrameChunk(a, frames[a:b], tuple(range(a, b)), damaged=n, other_size=n == 1, hidden_s=0.5)
-            for n, (a, b) in enumerate(pairwise(cuts))
-        ]
-        size = int(rng.integers(1, 31))
-        chunks = list(regrouped(pieces, size))
-        assert [len(chunk.pixels) for chunk in chunks[:-1]] == [size] * (len(chunks) - 1)
-        assert [chunk.first for chunk in chunks] == list(range(0, 29, size))
-        assert np.concatenate([chunk.pixels for chunk in chunks])[:, 0, 0, 0].tolist() == list(range(29))
-        assert [time for chunk in chunks for time in chunk.times_s] == list(range(29))
-        assert sum(chunk.damaged for chunk in chunks) == sum(piece.damaged for piece in pieces)
-        assert any(chunk.other_size for chunk in chunks) == (len(pieces) > 1)
-        assert sum(chunk.hidden_s for chunk in chunks) == 0.5 * len(pieces)
 
 
 def test_what_is_expected_is_what_a_session_plans(demo, saved, tmp_path):
@@ -255,20 +227,26 @@ def test_a_model_that_is_not_here_is_not_expected_and_one_that_is_damaged_says_n
         expected(ModelOptions(name))
     with begun(SQUARE, model=ModelOptions(name)) as ahead:  # only probes
         wait_for(lambda: all_read(ahead))
-        assert waiting(ahead) == 0 and len(ahead._known) == 1
+        assert ahead.held_bytes == 0
 
 
 # What has changed is read anew.
 
 
-def frame_numbers(ahead, path) -> list[int]:
-    info = ahead.probe(path, folder_fps=2.0)
-    plan = expected(DEMO).plan(info, SamplingOptions())
-    chunks = ahead.read_frames(info, plan.sampling.times_s, chunk_bytes=2**20, **plan.read_arguments)
-    return [number_of(rgb) for chunk in chunks for rgb in chunk.pixels]
+def planned(path):
+    return expected(DEMO).plan(probed(path, folder_fps=2.0), SamplingOptions())
 
 
-def test_a_file_that_is_replaced_is_read_anew(tmp_path, read_anew):
+def frame_numbers(ahead, path) -> list[int] | None:
+    """The numbers of the frames that were read ahead of a session; None if it has to read anew."""
+    early = ahead.take(planned(path))
+    if early is None:
+        return None
+    with closing(early):
+        return [number_of(rgb) for chunk in early.chunks() for rgb in chunk.pixels]
+
+
+def test_a_file_that_is_replaced_is_read_anew(tmp_path):
     path = str(tmp_path / "a.mp4")
     write_video(path, numbered_frames(40), fps=10)
     other = write_video(tmp_path / "b.mp4", numbered_frames(80)[40:], fps=10)
@@ -279,13 +257,12 @@ def test_a_file_that_is_replaced_is_read_anew(tmp_path, read_anew):
             file.write(other.read_bytes())
             file.truncate()
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        assert min(frame_numbers(ahead, path)) >= 40 and read_anew() == [path]
+        assert frame_numbers(ahead, path) is None and ahead.held_bytes == 0
     with begun(path) as ahead:
         wait_for(lambda: all_read(ahead))
-        info = ahead.probe(path, folder_fps=2.0)
+        plan = planned(path)
         os.replace(shutil.copy(path, tmp_path / "c.mp4"), path)  # between probing and reading
-        _, times, how = ahead._readings[0].request
-        assert list(ahead.read_frames(info, times, chunk_bytes=1, **how)) and read_anew() == [path] * 2
+        assert ahead.take(plan) is None
     with begun(path) as ahead:
         wait_for(lambda: all_read(ahead))
         os.remove(path)
@@ -293,14 +270,15 @@ def test_a_file_that_is_replaced_is_read_anew(tmp_path, read_anew):
             frame_numbers(ahead, path)
 
 
-def test_an_image_that_is_added_to_a_folder_is_read(demo, tmp_path, read_anew):
+def test_an_image_that_is_added_to_a_folder_is_read(tmp_path):
     path = of_frames(tmp_path)
     with begun(path) as ahead:
         wait_for(lambda: all_read(ahead))
         (tmp_path / "notes.txt").write_text("no image")
-        assert ahead.probe(path, folder_fps=2.0).frames_total == 9
+        assert planned(path).info.frames_total == 9
         Image.new("RGB", (96, 64)).save(tmp_path / "9.png")
-        assert ahead.probe(path, folder_fps=2.0).frames_total == 10
+        assert planned(path).info.frames_total == 10
+        assert ahead.take(planned(path)) is None
 
 
 @pytest.mark.parametrize("change", [{"frames": 4}, {"start_s": 1.0}, {"fps": 1.0}, {"seek": "keyframes"}])
@@ -310,18 +288,18 @@ def test_other_options_read_anew(demo, read_anew, change):
         wait_for(lambda: all_read(ahead))
         with closing(open_inputs(qa.session, [SQUARE], SamplingOptions(**change), ahead=ahead)) as opened:
             opened.encode()
-        assert read_anew() == [SQUARE] and ahead._held == 0
+        assert read_anew == [SQUARE] and ahead.held_bytes == 0
 
 
-def test_frames_are_given_once_in_the_order_of_the_inputs(long, read_anew):
+def test_frames_are_given_once_in_the_order_of_the_inputs(long):
     with begun(SQUARE, long, THREE) as ahead:
         wait_for(lambda: all_read(ahead))
-        assert frame_numbers(ahead, long) and read_anew() == []
-        assert not ahead._readings[0].pieces and ahead._readings[2].pieces  # those before it are not going to come
-        assert frame_numbers(ahead, long) and read_anew() == [long]
-        assert frame_numbers(ahead, SQUARE) and read_anew() == [long, SQUARE]
-        assert frame_numbers(ahead, THREE) and read_anew() == [long, SQUARE]
-    assert frame_numbers(ahead, THREE) and read_anew()[2:] == [THREE]  # it is closed
+        assert frame_numbers(ahead, long)
+        assert frame_numbers(ahead, long) is None and frame_numbers(ahead, SQUARE) is None  # not going to come
+        assert frame_numbers(ahead, THREE)
+    with begun(THREE) as ahead:
+        wait_for(lambda: all_read(ahead))
+    assert frame_numbers(ahead, THREE) is None and ahead.held_bytes == 0
 
 
 # Bounds.
@@ -330,41 +308,37 @@ def test_frames_are_given_once_in_the_order_of_the_inputs(long, read_anew):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("order", [[0, 1], [1, 0], [1]])
 def test_frames_that_wait_are_bounded_and_whoever_asks_gets_them_in_any_order(long, monkeypatch, order):
-    monkeypatch.setattr(module, "PIECE_BYTES", 1)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 1)
     pair = 2 * 64 * 48 * 3
     paths = [long, SQUARE]
     with begun(*paths, held_bytes=5 * pair) as ahead:
-        wait_for(lambda: ahead._held == 4 * pair)  # and one that the reader makes
+        wait_for(lambda: ahead.held_bytes == 4 * pair)  # and one that the reader makes
         time.sleep(0.1)
-        assert ahead._held == 4 * pair and not ahead._readings[1].request
+        assert ahead.held_bytes == 4 * pair and not ahead._every[1].request
         for number in order:
-            assert len(frame_numbers(ahead, paths[number])) > 10
+            assert frame_numbers(ahead, paths[number]) or number == 0
 
 
 def test_where_there_is_no_room_at_all_frames_come_one_by_one(long):
     with begun(long, held_bytes=0) as ahead:
         time.sleep(0.2)
-        assert waiting(ahead) == 0
+        assert ahead.held_bytes == 0
         assert len(frame_numbers(ahead, long)) == 24
 
 
 def test_little_memory_leaves_little_to_frames(monkeypatch):
     monkeypatch.setattr(module, "available_memory", lambda: 2**30)
-    assert Ahead(DEMO)._limit == 2**26
+    assert ReadAhead(DEMO, []).limit_bytes == 2**26
     monkeypatch.setattr(module, "available_memory", lambda: None)
-    assert Ahead(DEMO)._limit == module.HELD_BYTES
+    assert ReadAhead(DEMO, []).limit_bytes == module.HELD_BYTES
 
 
-def test_while_one_is_read_for_somebody_the_next_is_not_waited_for(long, monkeypatch, read_anew):
-    """The thread reads one at a time, and may never come to the next if nobody goes on with the first."""
-    monkeypatch.setattr(module, "PIECE_BYTES", 1)
-    with begun(long, SQUARE, held_bytes=0) as ahead:
-        info = ahead.probe(long, folder_fps=2.0)
-        plan = expected(DEMO).plan(info, SamplingOptions())
-        chunks = ahead.read_frames(info, plan.sampling.times_s, chunk_bytes=1, **plan.read_arguments)
-        next(chunks)
-        assert frame_numbers(ahead, SQUARE) and read_anew() == [SQUARE]
-        chunks.close()
+def test_while_one_is_read_for_somebody_the_next_is_not_waited_for(long, monkeypatch):
+    """One is read at a time, and the next may never be read if nobody goes on with the first."""
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 1)
+    with begun(long, SQUARE, held_bytes=0) as ahead, closing(ahead.take(planned(long))) as first:
+        next(first.chunks())
+        assert ahead.take(planned(SQUARE)) is None
 
 
 # Ends.
@@ -390,95 +364,71 @@ def test_an_error_of_a_video_comes_where_it_came_and_is_the_same(demo, tmp_path)
 )
 def test_what_breaks_off_ahead_ends_the_session_if_it_is_about_the_video(demo, monkeypatch, problem, read_anew):
     """After the frames before it. Whatever else goes wrong is left to reading anew."""
-    real, early = module.read_frames, lambda: threading.current_thread().name == "evoprune-ahead"
 
     def breaks(*args, **how):
-        for number, chunk in enumerate(real(*args, **how)):
-            if number == 2 and early():
+        for number, chunk in enumerate(read_frames(*args, **how)):
+            if number == 2:
                 raise problem.with_traceback(None)
             yield chunk
 
     monkeypatch.setattr(module, "read_frames", breaks)
-    monkeypatch.setattr(module, "PIECE_BYTES", 1)
-    qa, done = VideoQA(demo), []
-    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 1)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 1)
+    qa = VideoQA(demo)
     with begun(SQUARE) as ahead:
         wait_for(lambda: all_read(ahead))
         opened = open_inputs(qa.session, [SQUARE], ahead=ahead)
         if isinstance(problem, VideoError):
             with pytest.raises(VideoError) as caught, closing(opened):
-                opened.encode(lambda *now: done.append(now))
+                opened.encode()
             assert caught.value is problem
         else:
             opened.encode()
-            assert read_anew()[0] == SQUARE
+            assert read_anew[0] == SQUARE
 
 
 def test_whoever_closes_it_waits_for_nothing(long, monkeypatch):
-    monkeypatch.setattr(module, "PIECE_BYTES", 1)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 1)
     for at_once in (True, False):
         ahead = begun(long, SQUARE, held_bytes=10**5)
-        wait_for(lambda ahead=ahead, at_once=at_once: at_once or ahead._held)
+        wait_for(lambda ahead=ahead, at_once=at_once: at_once or ahead.held_bytes)
         start = time.monotonic()
         ahead.close()
         ahead.close()
-        assert time.monotonic() - start < 2 and ahead._held == 0 and not ahead._thread.is_alive()
+        assert time.monotonic() - start < 2 and ahead.held_bytes == 0 and not ahead.unfinished
 
 
-def test_a_reader_that_hangs_is_left_to_itself(long, monkeypatch):
+def test_nobody_waits_long_for_one_that_hangs_and_is_not_wanted(long, monkeypatch):
     monkeypatch.setattr(module, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(reading, "PATIENCE_S", 0.05)
     released, hanging = threading.Event(), threading.Event()
 
-    def hangs(*args, **how):
-        hanging.set()
-        released.wait(30)
-        yield from ()
-
-    monkeypatch.setattr(module, "read_frames", hangs)
-    ahead = begun(long)
-    assert hanging.wait(20)
-    start = time.monotonic()
-    ahead.close()
-    assert time.monotonic() - start < 2 and ahead._thread.is_alive() and ahead._thread.daemon
-    released.set()
-    ahead._thread.join(20)
-
-
-def test_nobody_waits_long_for_one_that_hangs_and_is_not_wanted(long, monkeypatch, read_anew):
-    monkeypatch.setattr(module, "PATIENCE_S", 0.05)
-    released, hanging, real = threading.Event(), threading.Event(), module.read_frames
-
     def hangs(info, *args, **how):
-        if threading.current_thread().name == "evoprune-ahead":
-            hanging.set()
-            assert released.wait(30)
-        yield from real(info, *args, **how)
+        hanging.set()
+        assert released.wait(30)
+        yield from read_frames(info, *args, **how)
 
     monkeypatch.setattr(module, "read_frames", hangs)
     with begun(SQUARE, long) as ahead:
         assert hanging.wait(20)
-        assert frame_numbers(ahead, long) and read_anew() == [long]
+        assert ahead.take(planned(long)) is None
         released.set()
-        ahead._thread.join(20)
 
 
 def test_whoever_reads_when_it_is_closed_is_told(long):
     with begun(long, held_bytes=0) as ahead:
-        info = ahead.probe(long, folder_fps=2.0)
-        plan = expected(DEMO).plan(info, SamplingOptions())
-        chunks = ahead.read_frames(info, plan.sampling.times_s, chunk_bytes=1, **plan.read_arguments)
+        chunks = ahead.take(planned(long)).chunks()
         next(chunks)
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(isolation.Stopped):
         list(chunks)
 
 
-def test_where_no_thread_can_be_started_nothing_is_read_ahead(long, monkeypatch, read_anew):
+def test_where_no_thread_can_be_started_nothing_is_read_ahead(long, monkeypatch):
     def refuses(thread):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuses)
     with begun(long) as ahead:
-        assert frame_numbers(ahead, long) and read_anew() == [long]
+        assert ahead.take(planned(long)) is None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -489,22 +439,21 @@ def test_a_forked_copy_reads_by_itself(long):
         if pid == 0:
             code = 1
             try:
-                code = 0 if len(frame_numbers(ahead, long)) == 24 else 2
+                code = 0 if frame_numbers(ahead, long) is None else 2
                 ahead.close()
             finally:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert waiting(ahead) == 24
+        assert len(frame_numbers(ahead, long)) == 24
 
 
 # Where it is used.
 
 
 def test_times_of_reading_are_those_of_the_reader_and_the_clock_is_that_on_the_wall(demo, monkeypatch):
-    real = module.read_frames
 
     def slow(*args, **how):
-        for chunk in real(*args, **how):
+        for chunk in read_frames(*args, **how):
             time.sleep(1.0)
             yield chunk
 
@@ -528,15 +477,15 @@ def test_times_of_reading_are_those_of_the_reader_and_the_clock_is_that_on_the_w
 
 def test_python(read_anew, tmp_path):
     qa = VideoQA.load("demo", device="cpu", ahead=SQUARE)
-    assert qa.ask(SQUARE, "What colour is the square?").text and read_anew() == []
-    assert qa.ask(SQUARE, "What colour is the square?").text and read_anew() == []  # its patches are there
+    assert qa.ask(SQUARE, "What colour is the square?").text and read_anew == []
+    assert qa.ask(SQUARE, "What colour is the square?").text and read_anew == []  # its patches are there
     qa.loaded.patches.clear()
-    assert qa.ask(SQUARE, "What colour is the square?").text and read_anew() == [SQUARE]
+    assert qa.ask(SQUARE, "What colour is the square?").text and read_anew == [SQUARE]
     qa = VideoQA.load("demo", device="cpu", ahead=[Path(SQUARE), THREE])
-    assert qa.encode([SQUARE, Path(THREE)]).ask("What colour is the square?").text and read_anew() == [SQUARE]
+    assert qa.encode([SQUARE, Path(THREE)]).ask("What colour is the square?").text and read_anew == [SQUARE]
     with read_ahead(THREE, frames=6, device="cpu") as ahead:
         qa = VideoQA.load("demo", device="cpu", ahead=ahead)
-        assert qa.encode(THREE, frames=6).plan.sampling.frames == 6 and read_anew() == [SQUARE]
+        assert qa.encode(THREE, frames=6).plan.sampling.frames == 6 and read_anew == [SQUARE]
     with pytest.raises(UsageError, match="not a path"):
         VideoQA.load("demo", ahead=3)
     for wrong in (3, [3], [None]):
@@ -556,10 +505,10 @@ def test_python(read_anew, tmp_path):
 def test_what_nobody_asks_for_goes_with_the_model(long):
     qa = VideoQA.load("demo", device="cpu", ahead=long)
     ahead = qa._ahead
-    wait_for(lambda: ahead._held)
+    wait_for(lambda: ahead.held_bytes)
     del qa
     gc.collect()
-    assert ahead._held == 0 and not ahead._thread.is_alive()
+    assert ahead.held_bytes == 0 and not ahead.unfinished
 
 
 def test_a_batch_takes_its_first_videos(demo, read_anew):
@@ -567,13 +516,13 @@ def test_a_batch_takes_its_first_videos(demo, read_anew):
     settings = Settings.of(max_new_tokens=2)
     spans, without = group_by_span(rows), None
     for first in (0, 2, 3):
-        with Ahead(DEMO) as ahead:
-            ahead.begin((span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in spans[:first])
+        asked = [(span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in spans[:first]]
+        with ReadAhead(DEMO, asked) as ahead:
             wait_for(lambda ahead=ahead: all_read(ahead))
             said = [report.answer for report in answers(VideoQA(demo), spans, settings, ahead=ahead)]
         without = without or said
         assert said == without and None not in said
-    assert read_anew() == [*(row.video for row in rows), rows[2].video]
+    assert read_anew == [*(row.video for row in rows), rows[2].video]
 
 
 def test_patches_of_its_frames_serve_other_settings_and_count_once(read_anew, demo, monkeypatch):
@@ -585,7 +534,7 @@ def test_patches_of_its_frames_serve_other_settings_and_count_once(read_anew, de
             with closing(open_inputs(VideoQA(demo, budget=budget).session, [SQUARE], ahead=ahead)) as opened:
                 times.append(opened.encode().report.time_ms)
         assert times[0].preprocess > 0 == times[1].preprocess and times[0].read > times[1].read
-        assert read_anew() == []
+        assert read_anew == []
 
 
 BEFORE_TORCH = """
@@ -593,7 +542,7 @@ import sys, time
 import evoprune
 with evoprune.read_ahead("samples/square.mp4", "demo") as ahead:
     until = time.monotonic() + 30
-    while not ahead._held:
+    while not ahead.held_bytes:
         assert time.monotonic() < until
         time.sleep(0.01)
     assert "torch" not in sys.modules and "transformers" not in sys.modules

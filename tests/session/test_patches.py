@@ -13,8 +13,8 @@ from evoprune.errors import VideoError
 from evoprune.session import encoding, patches
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.options import SamplingOptions
-from evoprune.session.patches import Count, PatchStore
-from evoprune.video.frames import FrameChunk, read_frames
+from evoprune.session.patches import PatchChunk, PatchStore
+from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
 from tests.video.files import spoil
 
@@ -124,8 +124,8 @@ def test_what_shows_other_frames_is_not_kept(loaded, read):
     class Dark(OpenInput):
         shares = False
 
-        def frames(self, chunk_bytes):
-            for chunk in super().frames(chunk_bytes):
+        def frames(self, on_frames):
+            for chunk in super().frames(on_frames):
                 chunk.pixels[:] = 0
                 yield chunk
 
@@ -165,44 +165,49 @@ def test_smaller_chunks_read_nothing_again(loaded, read, monkeypatch):
     assert len(tried) == 3 and len(read) == 1 and video.report.sampling.frames > 4
 
 
-def pieces(count=3, rows=2, gate=None):
-    for number in range(count):
-        if gate and number:
-            assert gate.wait(10)
-        yield FrameChunk(number, torch.full((rows, 6), number, dtype=torch.uint8), ())
+def source(count=3, gate=None):
+    """A source of so many chunks; all but the first wait for the `gate`."""
+
+    def chunks(reading):
+        for number in range(count):
+            if gate and number:
+                assert gate.wait(10)
+            yield PatchChunk(torch.full((2, 6), number, dtype=torch.uint8), number, ())
+
+    return chunks
 
 
 def test_the_least_recently_used_goes_first():
     store, held = PatchStore(limit_bytes=100), {}
     for key in "abc":
-        held[key] = store.open(key, 40, CPU, pieces, Count())
+        held[key] = store.open(key, 40, CPU, source())
         for _ in range(2):
-            assert [piece.first for piece in held[key].pieces()] == [0, 1, 2]
+            assert [chunk.end for chunk in held[key].chunks()] == [0, 1, 2]
     for key in "bac":  # in use they are all there
-        store.close(key, held[key])
+        store.close(key)
     assert list(store._entries) == ["a", "c"]
-    assert store.open("a", 40, CPU, lambda: pytest.fail("made anew"), Count()) is held["a"]
+    assert store.open("a", 40, CPU, source()) is held["a"]
     assert store.clear() and list(store._entries) == ["a"] and not store.clear()
-    assert store.open("d", 101, CPU, pieces, Count()) is None
+    assert store.open("d", 101, CPU, source()) is None
 
 
 def test_two_users_share_what_is_being_read():
     store, gate = PatchStore(), threading.Event()
-    first = store.open("a", 40, CPU, lambda: pieces(gate=gate), Count())
-    second = store.open("a", 40, CPU, pieces, Count())
+    first = store.open("a", 40, CPU, source(gate=gate))
+    second = store.open("a", 40, CPU, source())
     assert first is second
-    store.close("a", first)  # the other one still needs it
+    store.close("a")  # the other one still needs it
     gate.set()
-    assert len(list(second.pieces())) == 3
-    store.close("a", second)
-    assert store._entries["a"] is second
+    assert len(list(second.chunks())) == 3
+    store.close("a")
+    assert store._entries["a"].reading is second
 
 
 def test_what_nobody_needs_any_more_ends():
     store, gate, before = PatchStore(), threading.Event(), threading.active_count()
-    reading = store.open("a", 40, CPU, lambda: pieces(10**9, gate=gate), Count())
+    reading = store.open("a", 40, CPU, source(10**9, gate))
     threading.Timer(0.05, gate.set).start()
-    store.close("a", reading)
+    store.close("a")
     assert not store._entries and not reading.complete
     until = time.monotonic() + 10
     while threading.active_count() > before:
@@ -211,7 +216,7 @@ def test_what_nobody_needs_any_more_ends():
 
 
 def test_damage_of_every_chunk_is_told(loaded, monkeypatch, tmp_path):
-    monkeypatch.setattr(encoding, "chunk_bytes", lambda *_: 1)
+    monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)
     clip = spoil(Path("samples/three.mp4"), tmp_path / "damaged.mp4", {10})
     report = VideoQA(loaded, budget=0.5).encode(clip).report
     assert report.video.damaged == 1 and "damaged_video" in report.warnings

@@ -9,7 +9,7 @@ from PIL import Image
 
 from evoprune.errors import DoesNotFit, OutOfMemory, UsageError
 from evoprune.language.prompt import Tokenizer
-from evoprune.session import answering, planning, prompting
+from evoprune.session import planning, prefix, prompting
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
@@ -128,9 +128,9 @@ def test_subtitles_of_several_inputs_are_under_the_numbers_of_the_videos(qa, tmp
 
 
 def test_a_later_question_reads_no_subtitles_again(qa, said, monkeypatch):
-    read, prefill = [], answering.prefill
+    read, prefill = [], prefix.prefill
     noting = lambda model, embeds, *rest: read.append(len(embeds)) or prefill(model, embeds, *rest)  # noqa: E731
-    monkeypatch.setattr(answering, "prefill", noting)
+    monkeypatch.setattr(prefix, "prefill", noting)
     video = qa.encode(CLIP, subtitles=said)
     for question in ("Why?", "Who?"):
         assert video.ask(question, max_new_tokens=1).text is not None

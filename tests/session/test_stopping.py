@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from evoprune.session import upcoming
-from evoprune.session.ahead import Ahead
+from evoprune.session.ahead import ReadAhead
 from evoprune.session.encoding import open_inputs
 from evoprune.session.options import ModelOptions, SamplingOptions
-from evoprune.session.upcoming import Upcoming
+from evoprune.session.upcoming import in_flight
 from evoprune.video.sandbox import isolation
 from evoprune.video_qa import VideoQA
 from tests.video.unruly import PROGRAM
@@ -69,9 +69,9 @@ def at_once():
     assert time.monotonic() - start < LONGEST_S
 
 
-def opener(qa, ahead=None):
+def opener(qa):
     def opened(path, cores=None):
-        inputs = open_inputs(qa.session, [path], SAMPLING, ahead=ahead)
+        inputs = open_inputs(qa.session, [path], SAMPLING)
         inputs.begin()
         return inputs
 
@@ -83,25 +83,25 @@ def test_patches_that_others_need_are_read_on(qa, named, monkeypatch):
     monkeypatch.setattr(upcoming, "readers", lambda loaded: 2)
     path, waits = named("first_hang"), []
     with ExitStack() as stack:
-        ahead = stack.enter_context(closing(Upcoming([path, path], opener(qa), qa.loaded)))
+        ahead = stack.enter_context(closing(in_flight([path, path], opener(qa), qa.loaded)))
         first, second = (next(ahead)[1] for _ in range(2))
         begun(path)
         (kept,) = qa.loaded.patches._entries.values()
         with at_once():
             first.close()
             ahead.close()
-        assert kept.users == 1 and kept._thread.is_alive()
+        assert kept.users == 1 and not kept.reading.ended
 
         def wait():
             with suppress(isolation.Stopped):
-                waits.extend(kept.pieces())
+                waits.extend(kept.reading.chunks())
 
         waiting = threading.Thread(target=wait)
         waiting.start()
         with at_once():
             second.close()
             waiting.join()
-        assert not kept._thread.is_alive() and not qa.loaded.patches._entries and not waits
+        assert kept.reading.ended and not qa.loaded.patches._entries and not waits
 
 
 @pytest.mark.few(3)
@@ -112,7 +112,7 @@ def test_inputs_that_are_read_ahead(qa, named, monkeypatch, name, count, keeps):
     monkeypatch.setattr(upcoming, "readers", lambda loaded: count)
     qa.loaded.patches.limit_bytes *= keeps
     path = named(name)
-    ahead = Upcoming([GOOD, path, GOOD], opener(qa), qa.loaded)
+    ahead = in_flight([GOOD, path, GOOD], opener(qa), qa.loaded)
     _, inputs = next(ahead)
     with closing(inputs):
         inputs.encode()
@@ -125,17 +125,23 @@ def test_inputs_that_are_read_ahead(qa, named, monkeypatch, name, count, keeps):
 @pytest.mark.parametrize("wanted", [True, False])
 @pytest.mark.parametrize("name", HANGS)
 def test_inputs_that_are_read_before_the_model_is_there(qa, saved, named, name, wanted):
-    """`wanted`: a session waits for them, in a thread that reads ahead."""
+    """`wanted`: a session waits for them, in a thread that is stopped."""
     path = named(name)
-    ahead = Ahead(ModelOptions(str(saved)))
-    ahead.begin([([path], SAMPLING)])
-    begun(path)
-    with ExitStack() as stack:
+    scope = isolation.Scope()
+
+    def encodes():
+        scope.enter()
+        with suppress(isolation.Stopped), closing(open_inputs(qa.session, [path], SAMPLING, ahead=ahead)) as opened:
+            opened.encode()
+
+    with ReadAhead(ModelOptions(str(saved)), [([path], SAMPLING)]) as ahead:
+        begun(path)
         if wanted:
-            opened = stack.enter_context(closing(Upcoming([path], opener(qa, ahead), qa.loaded)))
-            threading.Thread(target=lambda: next(opened, None), daemon=True).start()
+            encoding = threading.Thread(target=encodes)
+            encoding.start()
             time.sleep(0.3)
             with at_once():
-                opened.close()
+                scope.stop()
+                encoding.join()
         with at_once():
             ahead.close()

@@ -7,7 +7,7 @@ import pytest
 from evoprune.bench.agreement import agreement, reference
 from evoprune.errors import UsageError
 from evoprune.report import warning_text
-from evoprune.session import answering
+from evoprune.session import asking
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
 from tests.thinking import Saying, thinking_tokenizer
@@ -35,7 +35,7 @@ def video(qa):
 @pytest.fixture
 def says(monkeypatch, qa):
     def what(text: str) -> None:
-        monkeypatch.setattr(answering, "TokenStream", Saying(qa.session.loaded.tokenizer, text))
+        monkeypatch.setattr(asking, "TokenStream", Saying(qa.session.loaded.tokenizer, text))
 
     return what
 

@@ -19,7 +19,7 @@ from evoprune.session.ahead import read_ahead
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
-from evoprune.session.upcoming import Upcoming
+from evoprune.session.upcoming import in_flight
 from evoprune.video_qa import VideoQA
 from tests.cli.conftest import cli  # noqa: F401
 from tests.threads import one_thread  # noqa: F401
@@ -27,7 +27,7 @@ from tests.threads import one_thread  # noqa: F401
 CLIP, OTHER, QUESTION = "samples/square.mp4", "samples/arrivals.webm", "What happens?"
 # What is made slow: a second each, in its own binary digit, so that the sum tells what is missing.
 SLOW = (
-    "evoprune.session.encoding.probe",
+    "evoprune.session.encoding.probed",
     "evoprune.session.encoding.plan_input",
     "evoprune.session.encoding.fitting_pieces",
     "evoprune.session.encoding.content_hash",
@@ -39,7 +39,7 @@ SLOW = (
     "evoprune.session.encoded.select_tokens",
     "evoprune.session.prompting.check_texts",
     "evoprune.session.prompting.prompt_about",
-    "evoprune.session.answering.prefill",
+    "evoprune.session.prefix.prefill",
     "evoprune.session.planning.read_subtitles",
     "evoprune.language.prompt.Tokenizer.encode",
     "evoprune.language.prompt.Tokenizer.render",
@@ -225,7 +225,7 @@ def test_of_inputs_that_are_read_ahead(kernels, slow, monkeypatch, kept):
         inputs.begin()
         return inputs
 
-    with closing(Upcoming([[CLIP, OTHER], [OTHER], [CLIP]], opened, kernels)) as upcoming:
+    with closing(in_flight([[CLIP, OTHER], [OTHER], [CLIP]], opened, kernels)) as upcoming:
         for paths, inputs in upcoming:
             for opening in inputs.inputs:
                 opening.read()
@@ -239,10 +239,11 @@ def test_of_what_was_read_before_the_model_was_there(kernels, slow, saved, monke
     """Reading takes its time, and nobody waits for it."""
     kernels.patches.clear()
     with read_ahead([CLIP, OTHER], str(saved)) as ahead:
-        ahead._thread.join()
+        for early in ahead._every:
+            early.reading.wait()
         for path in (CLIP, OTHER):
             with closing(open_inputs(VideoQA(kernels, budget=0.25).session, [path], ahead=ahead)) as opened:
-                monkeypatch.setattr("evoprune.session.ahead.read_frames", lambda *what, **how: pytest.fail("anew"))
+                monkeypatch.setattr("evoprune.session.encoding.read_frames", lambda *what, **how: pytest.fail("anew"))
                 times = first(opened.encode().ask(QUESTION)).time_ms
             assert times.ttft_wall == pytest.approx(covered(times), abs=1e-6)
             assert times.overlap > 0

@@ -24,7 +24,7 @@ from evoprune.language.prompt import prompt_positions, video_positions
 from evoprune.model.config import FAMILIES, MODEL_TYPES
 from evoprune.model.weights import shared
 from evoprune.report import Report, warning_lines
-from evoprune.session.answering import Answer
+from evoprune.session.answers import Answer
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.loading.model import load_model, make_ready
 from evoprune.video.frames import read_frames
@@ -263,10 +263,10 @@ def test_an_interruption_does_not_spoil_the_next_answer(loaded, when):
 
 
 def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
-    """A chunk holds what the encoder takes at a time, however small the frames are before they are resized."""
+    """A chunk is not large once it is resized, either, however small the frames are."""
     write_video(tmp_path / "small.mp4", (np.full((32, 32, 3), i, np.uint8) for i in range(120)), fps=4)
     done = []
-    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 8)
+    monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 2**19)
     VideoQA(loaded).encode(tmp_path / "small.mp4", frames=32, progress=lambda *now: done.append(now))
     frames = [count for stage, count, _ in done if stage == "encode"]
     assert frames[0] <= 16 and frames[-1] == 32
@@ -291,6 +291,7 @@ def test_times_add_up(loaded, threaded, monkeypatch):
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 @pytest.mark.parametrize("method", ["evoprune", "evs"])
 def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method):
+    monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)
     monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 24)
     qa, done = VideoQA(loaded, budget=budget, method=method), []
     beside = qa.encode(LONG, progress=lambda *now: done.append(now))
@@ -308,11 +309,10 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize("threaded", [True, False])
-def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, threaded, kept):
-    """What is kept is ready before it is encoded, else three chunks, one without a thread; none is made twice, or left out."""
-    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 24)
-    monkeypatch.setattr(OpenInput, "threaded", threaded)
+def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, kept):
+    """What is kept is ready before it is encoded, else what there is room for; nothing is read twice, or left out."""
+    monkeypatch.setattr("evoprune.session.encoding.AHEAD_BYTES", 0)
+    monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)
     monkeypatch.setattr(OpenInput, "shares", kept)
     qa, made = VideoQA(loaded, budget=0.25), []
 
@@ -327,9 +327,7 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, thre
     with closing(open_inputs(qa.session, [LONG])) as video:
         assert made == []
         video.begin()
-        ready = 1
-        if threaded:
-            ready = chunks if kept else 3
+        ready = chunks if kept else 1
         until = time.monotonic() + 10
         while len(made) < ready and time.monotonic() < until:
             time.sleep(0.001)
@@ -383,6 +381,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
         return pixel_patches(*args)
 
     monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 24)
+    monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)
     if stage == "read":
         reading.each = fails
     if stage == "preprocess":

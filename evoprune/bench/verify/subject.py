@@ -23,7 +23,7 @@ from evoprune.bench.hugging_face import hugging_face_model, share_equal
 from evoprune.hf.processor_inputs import NAMES, TYPES, arguments, read_patches
 from evoprune.language.hosted import run_for, run_modules
 from evoprune.model.cost import shortage
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.hosted import read_whole
 from evoprune.session.loading.model import LoadedModel

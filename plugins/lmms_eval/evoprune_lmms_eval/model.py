@@ -23,7 +23,7 @@ from tqdm import tqdm
 from evoprune.bench.questions import without_tags
 from evoprune.errors import UsageError
 from evoprune.report import Report
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.options import PipelineOptions
 from evoprune.util import from_keywords
 from evoprune.video.temporary import temporary_folder

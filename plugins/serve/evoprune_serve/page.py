@@ -18,7 +18,6 @@ from starlette.routing import Route
 from evoprune.bench.overlay import FATES, Fates, check_drawable, fates
 from evoprune.errors import UsageError
 from evoprune.methods.budget import AUTOS, PRESETS, Budget
-from evoprune.model.cost import Clock
 from evoprune.moments.search import Search
 from evoprune.report import KNOWN, WARNINGS, Times, VideoFacts, warned, warning_text
 from evoprune.session.encoding import OpenInput
@@ -135,8 +134,8 @@ class Page:
         check_one_video(job)
         traced: list[TracedInput] = []
 
-        def kind(session: Session, plan: Plan, clock: Clock) -> OpenInput:
-            traced.append(TracedInput(session, plan, clock))
+        def kind(*of: Any, **how: Any) -> OpenInput:
+            traced.append(TracedInput(*of, **how))
             return traced[-1]
 
         job.kind = kind

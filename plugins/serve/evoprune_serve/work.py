@@ -21,15 +21,14 @@ from typing import Any
 from evoprune.backend.cpu.linear import packing_meanwhile, waiting_layers
 from evoprune.backend.limits import available_memory
 from evoprune.errors import OutOfMemory
-from evoprune.model.cost import Clock, kv_bytes
+from evoprune.model.cost import kv_bytes
 from evoprune.report import Report
-from evoprune.session.answering import Answer, EncodedInputs
+from evoprune.session.answers import Answer
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.loading.model import use_threads
 from evoprune.session.planning import TEXT
 from evoprune.session.prompting import longest_prompt
-from evoprune.session.session import Session
-from evoprune.video.plan import Plan
 from evoprune.video.sandbox.isolation import Scope
 from evoprune.video_qa import VideoQA
 from evoprune_serve.errors import ApiError, ending, full
@@ -103,7 +102,7 @@ class Job:
         self.fetched: Fetched | None = None
         self.opened: OpenInputs | None = None
         self.task: Task | None = None  # what is done in place of an answer
-        self.kind: Callable[[Session, Plan, Clock], OpenInput] = OpenInput  # as of `open_inputs`
+        self.kind: Callable[..., OpenInput] = OpenInput  # as of `open_inputs`
         self.ready = False  # whether the model may begin
         self.begun = False  # whether its inputs are read ahead
         self.scope = Scope()  # of what is read while it is opened

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from evoprune.language.generate import TokenLogprobs
-from evoprune.session import answering
+from evoprune.session import asking
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import PipelineOptions
 from evoprune.video_qa import VideoQA
@@ -148,7 +148,7 @@ def test_shapes_are_those_of_openai(saved, qa, tmp_path, monkeypatch, most):
 
     tokenizer = thinking_tokenizer("unless off", special=None)
     said = "It turns.</think>L\N{LATIN SMALL LETTER E WITH ACUTE}ft\N{SNOWMAN}"
-    monkeypatch.setattr(answering, "TokenStream", lambda *given: SayingLikely(tokenizer, said)(*given))
+    monkeypatch.setattr(asking, "TokenStream", lambda *given: SayingLikely(tokenizer, said)(*given))
     thinks = VideoQA(replace(load_model(str(saved), dtype="fp32", pack=False), tokenizer=tokenizer), budget=0.5)
     with serving(qa, tmp_path, {"thinks": thinks}) as server:
         given = {"model": "thinks", "think": True}

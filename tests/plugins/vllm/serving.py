@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import evoprune
-from evoprune.session.answering import EncodedInputs
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.options import SamplingOptions
 from evoprune.video_qa import VideoQA
@@ -71,8 +71,8 @@ def clip_of(qa: VideoQA, path: Path, fps: float):
     class Kept(OpenInput):
         shares = False
 
-        def frames(self, chunk_bytes):
-            for chunk in super().frames(chunk_bytes):
+        def frames(self, on_frames):
+            for chunk in super().frames(on_frames):
                 held.append(chunk.pixels.copy())
                 yield chunk
 

@@ -1,4 +1,4 @@
-"""Generation: encoded inputs are asked a question, and the answer is streamed.
+"""What is asked: encoded inputs get a question, its prompt is read, and the answer is generated.
 
 Answers about the same inputs share the keys and values of their prompt. So a lock is held while a piece is generated, and by
 `Answer.text` until the answer is complete. It is never held while the caller has control: an iteration cannot block another one.
@@ -6,46 +6,38 @@ Answers about the same inputs share the keys and values of their prompt. So a lo
 
 import threading
 from abc import ABC, abstractmethod
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import torch
-from typing_extensions import TypeVar  # which torch needs; that of Python has defaults from 3.13 on
 
-from evoprune.errors import DoesNotFit, UsageError, error_record
+from evoprune.errors import UsageError
 from evoprune.language.choices import ChosenTokens, tokens_of
-from evoprune.language.decoder import KVCache
 from evoprune.language.generate import (
     AnswerConstraint,
     PrefillState,
     StopStrings,
-    TokenLogprobs,
     TokenStream,
     begins_with_thoughts,
-    can_crop,
     dropping_for,
     embed_ids,
-    layers_of,
-    new_cache,
-    prefill,
     stream_answer,
     teacher_forced_logits,
 )
-from evoprune.language.hosted import HostedCache
-from evoprune.language.prompt import Prompt, Tokenizer
+from evoprune.language.prompt import Prompt
 from evoprune.language.pruned import prune_prompt
 from evoprune.language.schema import SchemaOfClass, checked_value, instance_of
 from evoprune.language.settings import OF_ROWS
-from evoprune.language.turns import Turn, messages_of, turns_of
+from evoprune.language.turns import Turn, turns_of
 from evoprune.model.cost import Clock
 from evoprune.report import ABOUT_SOUND, OF_INPUTS, Report, TokenCounts
+from evoprune.session.answers import Answer, Chat, Shape, Uncopied, logprobs_record
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.options import GenerationOptions
+from evoprune.session.prefix import PrefixCache
 from evoprune.session.prompting import check_not_empty, fitting_prompt, positions_of
 from evoprune.session.report import fill_dropped, fill_pruning, fill_times, inputs_report
 from evoprune.session.session import Session, check_conversation
@@ -57,153 +49,6 @@ from evoprune.vision.encoder import Encoded
 
 if TYPE_CHECKING:
     from evoprune.session.keywords import GenerationKeywords, UntypedKeywords
-
-Shape = TypeVar("Shape")  # the class that is given as schema
-Parsed = TypeVar("Parsed", default=Any)
-
-
-class Uncopied:
-    """Base of what belongs to its process and its model, with caches and locks: pickle and copy refuse it."""
-
-    INSTEAD: ClassVar[str]  # what to do
-
-    def __reduce_ex__(self, protocol: int):
-        """Raises TypeError."""
-        raise TypeError(f"no {type(self).__name__} can be pickled or copied: {self.INSTEAD}")
-
-
-class Answer(Uncopied, Iterator[str], Generic[Parsed]):
-    """An answer, in pieces as they are generated. Generation begins with the first piece.
-
-    An iteration goes on where the one before stopped; over a complete answer it begins again. `str(answer)`, `answer == text` and
-    `text in answer` are those of `answer.text`, and generate what is left of it. Sets and dicts take `answer.text` alone.
-
-    Threads may read answers of one video at the same time: each `text` is generated as a whole, one after the other. An iteration
-    ends with an error if another answer began between two of its pieces, in this thread or another.
-
-    A model may think first: its thoughts are no part of the answer, but `thoughts`, and come before the first piece.
-
-    `report` is up to date after each piece, `report.answer` what there is so far; `ids` are its tokens so far, those of thoughts
-    among them, without the one that ends it.
-
-    Raises, while it is read, and again whenever it is read after that; `report.error` says the same:
-        UsageError: the question and its answer do not fit into the model's context, or another question was asked meanwhile.
-        OutOfMemory. ModelError: numbers that are NaN or infinite.
-    """
-
-    INSTEAD = "take answer.text and answer.report"
-
-    def __init__(
-        self,
-        report: Report,
-        pieces: Iterator[str],
-        lock: AbstractContextManager | None = None,
-        ids: list[int] | None = None,
-        instances: list[Any] | None = None,
-    ):
-        self.report = report
-        self.ids = [] if ids is None else ids
-        self._instances = [] if instances is None else instances
-        self._pieces = pieces
-        self._lock = lock or nullcontext()
-        self._problem: Exception | None = None
-        self._made: list[str] = []
-        self._complete = False
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._made) if self._complete else self
-
-    def __next__(self) -> str:
-        with self._lock:
-            if self._problem is not None:  # the generator has ended, as if the answer were complete
-                raise _once_more(self._problem)
-            try:
-                self._made.append(next(self._pieces))
-                return self._made[-1]
-            except StopIteration:
-                self._complete = self.report.finish_reason != "interrupt"
-                raise
-            except Exception as problem:
-                self._problem = _once_more(problem)
-                self.report.finish_reason, self.report.error = "error", error_record(problem)
-                raise
-            except BaseException:
-                self.report.finish_reason = self.report.finish_reason or "interrupt"
-                raise
-
-    @property
-    def text(self) -> str:
-        """The whole answer: generates what is left of it."""
-        with self._lock:
-            for _ in self:
-                pass
-        return self.report.answer or ""
-
-    @property
-    def thoughts(self) -> str | None:
-        """What the model wrote before the answer, as far as it has; None if it did not think."""
-        return self.report.thoughts
-
-    @property
-    def parsed(self) -> Parsed:
-        """The value of a complete answer with the option `schema`, or None if it was cut. Generates what is left of it.
-
-        An instance of `schema` if that is a class, else what `json.loads` returns.
-        """
-        str(self)
-        return self._instances[0] if self._instances else self.report.parsed
-
-    @property
-    def logprobs(self) -> list[dict[str, Any]] | None:
-        """The log probability of each token of `ids`, and of others in its place, as docs/json.md says; None without the option."""
-        return self.report.logprobs
-
-    @property
-    def choices(self) -> list[dict[str, Any]] | None:
-        """What the option `choices` names, each with its log probability and its probability among them; None without it."""
-        str(self)
-        return self.report.choices
-
-    def __str__(self) -> str:
-        return self.text
-
-    def __contains__(self, text: object) -> bool:
-        return isinstance(text, str) and text in self.text
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        return isinstance(other, str | Answer) and self.text == str(other)
-
-    __hash__ = None  # in a set or as a key it would not be found by the text that it equals
-
-    def close(self) -> None:
-        """Stops: nothing more is generated, and `report.finish_reason` is "interrupt" if there was more to come."""
-        with self._lock:
-            self._pieces.close()
-            self.report.finish_reason = self.report.finish_reason or "interrupt"
-
-    def __repr__(self) -> str:
-        if self.report.answer is None and self.report.finish_reason is None:
-            return "<Answer, not read yet; .text reads it>"
-        return f"<Answer {self.report.answer or ''!r}, {self.report.finish_reason or 'not complete'}>"
-
-
-def _once_more(problem: Exception) -> Exception:
-    """Return the same exception without its traceback, whose frames hold the memory of what failed."""
-    again = type(problem).__new__(type(problem), *problem.args)
-    vars(again).update(vars(problem))
-    return again
-
-
-def logprobs_record(tokenizer: Tokenizer, token: int, logprobs: TokenLogprobs) -> dict[str, Any]:
-    """Return the log probabilities of a token, and of others in its place, as reports hold them."""
-
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.backend.decode([token], skip_special_tokens=False)
-        return {"id": token, "token": text, "logprob": logprob, "bytes": [*tokenizer.bytes_of(token)]}
-
-    return entry(token, logprobs.chosen) | {"top_logprobs": [entry(*each) for each in logprobs.top]}
 
 
 class Askable(ABC, Uncopied):
@@ -455,169 +300,21 @@ class Askable(ABC, Uncopied):
             self._ended(turn)
 
 
-class Chat(Uncopied):
-    """A conversation: each question is asked with what was said before. Made by `chat` of what can be asked.
-
-    The model reads all of it, in its own chat template; keys and values of what it has read already are used again. Thoughts are
-    not part of it. An answer is, once it is complete: one that failed or was closed leaves the conversation as it was, and so does
-    one that ended inside its thoughts. What does not fit into the model's context is left out, the oldest turns first; then
-    `report.warnings` of the next answer has "history_cut", before it is generated.
-    """
-
-    INSTEAD = "take chat.messages"
-
-    def __init__(self, inputs: Askable, system: str | None, turns: Sequence[Turn]):
-        self.system = system
-        self._inputs = inputs
-        self._turns = [*turns]
-        self._latest = object()  # stands for the question that may still become a turn
-
-    def __repr__(self) -> str:
-        return f"<Chat, {counted(len(self._turns), 'turn')}, about {self._inputs!r}>"
-
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        """What was said, as `chat` takes it, in a list of the caller's own."""
-        return messages_of(self._turns)
-
-    def clear(self) -> None:
-        """Forgets what was said."""
-        self._latest = object()
-        self._turns = []
-
-    def undo(self) -> str | None:
-        """Takes the latest question back, with its answer. Returns it; None if there is none."""
-        self._latest = object()
-        return self._turns.pop().question if self._turns else None
-
-    @overload
-    def ask(
-        self,
-        question: str,
-        *,
-        schema: type[Shape],
-        seed: int | None = None,
-        on_thoughts: Callable[[str], None] | None = None,
-        **options: "Unpack[UntypedKeywords]",
-    ) -> Answer[Shape | None]: ...
-
-    @overload
-    def ask(
-        self,
-        question: str,
-        *,
-        seed: int | None = None,
-        on_thoughts: Callable[[str], None] | None = None,
-        **options: "Unpack[GenerationKeywords]",
-    ) -> Answer: ...
-
-    @takes(GenerationOptions)
-    def ask(
-        self,
-        question: str,
-        *,
-        seed: int | None = None,
-        on_thoughts: Callable[[str], None] | None = None,
-        **options: "Unpack[GenerationKeywords]",
-    ) -> Answer:
-        """Asks the next question. The answer ends with an error if another question of the conversation was asked meanwhile.
-
-        Args: as of `EncodedInputs.ask`. `system` belongs to the conversation.
-
-        Raises: as `EncodedInputs.ask`, and what reading its answer raises of a prompt. UsageError: another system prompt.
-        """
-        (generation,) = from_keywords(options, GenerationOptions)
-        if generation.system not in (None, self.system):
-            raise UsageError(
-                "a conversation has one system prompt", "give it to chat(), which begins another conversation"
-            )
-        generation = replace(generation, system=self.system)
-        check_not_empty(question)
-        earlier = self._fitting(question, generation)
-        answer = self._inputs._answer(question, generation, seed, on_thoughts, earlier)
-        dropped = len(self._turns) - len(earlier)
-        answer.report.conversation = {"turns": len(earlier), "dropped": dropped}
-        if earlier and self._inputs._session.loaded.demo:
-            answer.report.warnings.append("demo_history")
-        if dropped:
-            answer.report.warnings.append("history_cut")
-        self._latest = latest = object()
-        pieces = self._remembered(answer, earlier, latest)
-        return Answer(answer.report, pieces, self._inputs._lock, answer.ids, answer._instances)
-
-    def _fitting(self, question: str, generation: GenerationOptions) -> list[Turn]:
-        """Return the latest turns that fit into the model's context together with the question.
-
-        Raises DoesNotFit: it does not fit alone.
-        """
-
-        def fits(dropped: int) -> bool:
-            try:
-                self._inputs._check_fits(question, generation, self._turns[dropped:])
-            except DoesNotFit:
-                return False
-            return True
-
-        if fits(0):
-            return [*self._turns]
-        # Few are tried: each is rendered in a process of its own.
-        dropped = bisect_left(range(len(self._turns)), True, 1, key=fits)
-        turns = self._turns[dropped:]
-        if not turns:
-            self._inputs._check_fits(question, generation, turns)
-        return turns
-
-    def _remembered(self, answer: Answer, earlier: list[Turn], latest: object) -> Iterator[str]:
-        """Yield an answer, which then becomes a turn."""
-        if latest is not self._latest:
-            raise UsageError(self._inputs.OVERTAKEN, "finish one answer before the next question")
-        yield from answer
-        said = answer.report.answer
-        if latest is self._latest and (said or answer.report.thoughts is None):
-            self._turns = [*earlier, Turn(answer.report.question, said)]
-
-
-@dataclass
-class Held:
-    """A cache, and what it holds."""
-
-    cache: KVCache | HostedCache
-    prompt: torch.Tensor  # int64 on the CPU, ids of its first columns
-    answer: Sequence[int] = ()  # of those behind them, which may become more
-
-    @property
-    def ids(self) -> torch.Tensor:
-        return torch.cat([self.prompt, torch.tensor(self.answer, dtype=torch.int64, device="cpu")])
-
-    def common(self, ids: torch.Tensor) -> int:
-        """Return how many columns a prompt begins with, of the same inputs, that the cache holds. `ids`: int64 on the CPU."""
-        own = self.ids
-        length = min(len(own), len(ids))
-        differ = (own[:length] != ids[:length]).nonzero()
-        return int(differ[0]) if len(differ) else length
-
-
 class EncodedInputs(Askable):
     """Inputs that were encoded once and can be asked about together, one question at a time.
 
     Threads wait for one another (`Answer`). A method that reads the question selects tokens for each one anew. `report` describes
     the encodings, and never changes: each answer has one of its own. `plans`: of each input, what was looked at, and how large.
 
-    Attention is causal: keys and values before the question do not depend on it. So a later question under the same system prompt
-    uses them again, and one of a conversation also those of what was said. Where tokens leave inside the language model, they
-    leave by the question, and each prompt is read as a whole.
-
-    A recurrent state (Qwen3.5) is known only where a pass ends. So where layers have one, what is before the question is a pass of
-    its own, and in a conversation so is what is before the answer, unless `last_question`, to be set before it is asked, says that
-    no question follows. One that follows after all waits longer.
+    A later question reads only what it does not have in common with earlier ones (`PrefixCache`). `last_question`, to be set before
+    a question is asked, says that no other one follows, so a model with recurrent layers reads its prompt in one pass.
     """
 
     def __init__(self, session: Session, encodings: Sequence[EncodedInput]):
         super().__init__(session)
         self._encodings = [encoding.own() for encoding in encodings]
         self.plans = [encoding.plan for encoding in encodings]
-        # What prompts were read up to: one cache, which can be cropped, or copies of recurrent ones, the shortest first.
-        self._held: list[Held] = []
+        self._prefix = PrefixCache(session.loaded.model)
         self.last_question = False
         self._blank = inputs_report(session, self._encodings)
         self.report = deepcopy(self._blank)
@@ -687,7 +384,7 @@ class EncodedInputs(Askable):
         before = 0.0
         if self._paid:
             before = self._prune_seconds
-        self._held = []
+        self._prefix.forget()
         ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")
         words = embed_ids(loaded.model, ids)  # without the prompt around them
         self._encodings = [encoding.selected(words) for encoding in self._encodings]
@@ -730,10 +427,7 @@ class EncodedInputs(Askable):
         return state
 
     def _prefill(self, prompt: Prompt, last: bool, goes_on: bool) -> PrefillState:
-        """Return the state that decoding of a prompt starts from.
-
-        `last`: nothing has to be kept for another question. `goes_on`: it may be one of the same conversation.
-        """
+        """Return the state that decoding of a prompt starts from. `last`, `goes_on`: as of `PrefixCache.read`."""
         loaded = self._session.loaded
         pruning = self._session.pruning
         model = loaded.model
@@ -741,61 +435,8 @@ class EncodedInputs(Askable):
         positions = positions_of(prompt, self.plans, loaded)
         pruned = prune_prompt(prompt.input_ids, prompt.places, read, positions, partial(embed_ids, model))
         share = pruning.budget.share_of_all([plan.grid for plan in self.plans])
-        if dropping := dropping_for(model, pruning.method, share, read, pruned):
-            return prefill(
-                model, pruned.embeds, pruned.positions, pruned.following, None, pruned.sizes, dropping, pruned.deepstack
-            )
-        crops = can_crop(model)
-        # Columns up to which another prompt may be the same.
-        ends = [prompt.prefix_length, prompt.turn_length] if goes_on else [prompt.prefix_length]
-        ends = [int((pruned.columns < end).sum()) for end in ends]
-        if goes_on and crops:
-            ends.append(len(pruned) - 1)  # the last column is read in any case: its logits are those of the answer
-        inputs = int(pruned.visual.nonzero()[-1]) + 1
-        cache, known = self._take_prefix(pruned.ids[: ends[-1]], inputs, last)
-        if not (crops or last):
-            for end in ends:
-                if end <= known:
-                    continue
-                if cache is None:
-                    cache = new_cache(model, end)
-                part = pruned[known:end]
-                given = {"sizes": part.sizes, "deepstack": part.deepstack}
-                layers_of(model).forward(model, part.embeds, part.positions, cache, **given)
-                self._held = [*self._held[:1], Held(cache, pruned.ids[:end])]
-                cache = cache.copy()
-                known = end
-        rest = pruned[known:]
-        state = prefill(model, rest.embeds, rest.positions, rest.following, cache, rest.sizes, None, rest.deepstack)
-        if crops and goes_on:
-            self._held = [Held(state.cache, pruned.ids, state.answer)]
-        elif crops:
-            self._held = [Held(state.cache, pruned.ids[: ends[-1]])]
-        return state
-
-    def _take_prefix(self, ids: torch.Tensor, inputs: int, last: bool) -> tuple[KVCache | HostedCache | None, int]:
-        """Return a cache of the beginning of a prompt, and how many of its columns it holds.
-
-        `ids`: int64 on the CPU, those columns of the prompt that another one may have had. `inputs`: columns up to the end of the
-        inputs; a cache that holds fewer is of no use.
-        """
-        held = self._held
-        self._held = []
-        if can_crop(self._session.loaded.model):
-            if not held or (known := held[0].common(ids)) < inputs:
-                return None, 0
-            cache = held[0].cache
-            cache.crop(known)
-            self._held = [Held(cache, ids[:known])]  # a prompt that breaks off leaves this much
-            return cache, known
-        held = [each for each in held if each.common(ids) == len(each.prompt)]
-        if not held:
-            return None, 0
-        longest = held[-1]
-        if last:
-            return longest.cache, len(longest.prompt)
-        self._held = held
-        return longest.cache.copy(), len(longest.prompt)
+        dropping = dropping_for(model, pruning.method, share, read, pruned)
+        return self._prefix.read(pruned, prompt, last, goes_on, dropping)
 
 
 def together(session: Session, inputs: Sequence[EncodedInputs]) -> EncodedInputs:
