@@ -15,10 +15,10 @@ import numpy as np
 
 from evoprune.bench.agreement import agreement
 from evoprune.bench.tune import BUDGETS, Progress, Run, TuneSettings, encode
-from evoprune.contrib.language import LanguagePlan, layers_before
 from evoprune.contrib.operations import ALL, KEY, PLACE, REST, SCHEMA, Operation, Operations, Recipe, Removed, closed
 from evoprune.errors import UsageError
-from evoprune.methods.chain import MethodChain
+from evoprune.methods import LanguagePlan, MethodChain
+from evoprune.methods.language import layers_before
 from evoprune.model.config import head_size
 from evoprune.session.options import PruneOptions
 from evoprune.session.session import Session

@@ -11,7 +11,9 @@ from evoprune.methods.plans import Grid
 from evoprune.util import did_you_mean
 
 PresetName = Literal["full", "high", "balanced", "fast"]
-AutoName = Literal["auto", "auto:inflection"]  # the second one: from the curve of a method's scores (methods/chain.py)
+AutoName = Literal[
+    "auto", "auto:inflection"
+]  # the second one: from the curve of a method's scores (methods/selecting.py)
 # What users give; at run time also a percentage as a text, "10%".
 GivenShare = float | PresetName
 GivenBudget = float | Literal[PresetName, AutoName]

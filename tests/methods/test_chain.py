@@ -9,8 +9,9 @@ from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.methods import registry
 from evoprune.methods.budget import FULL, PRESETS, Budget
-from evoprune.methods.chain import PruneConfig, inflection, tokens_before_inflection
+from evoprune.methods.chain import PruneConfig
 from evoprune.methods.plans import TowerShape
+from evoprune.methods.selecting import inflection, tokens_before_inflection
 from evoprune.video_qa import VideoQA
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape

@@ -12,9 +12,9 @@ import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.contrib.language import select_in_language
 from evoprune.errors import PluginError, UsageError
 from evoprune.methods import registry
+from evoprune.methods.language import select_in_language
 from evoprune.methods.types import Selection
 from evoprune.vision.encoder import encode_rows, select_tokens
 from evoprune.vision.tower import tower_shape

@@ -10,8 +10,8 @@ import pytest
 
 import evoprune
 from evoprune import methods
-from evoprune.contrib.attended import Mmr
-from evoprune.contrib.inner import FastV
+from evoprune.contrib.fastv import FastV
+from evoprune.contrib.mmr import Mmr
 from evoprune.errors import UsageError
 from evoprune.hf.encoding import patch_config
 from evoprune.methods import registry

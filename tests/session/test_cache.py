@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evoprune.contrib.video import Evs
+from evoprune.contrib.evs import Evs
 from evoprune.session import encoding
 from evoprune.session.cache import Cache, Entry, content_hash
 from evoprune.session.encoding import open_inputs
