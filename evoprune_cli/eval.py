@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from evoprune.bench.chart import COLOURS, INK, PALE, Panel, Point, Series, draw
 from evoprune.errors import UsageError
-from evoprune.session.options import PipelineOptions, SamplingOptions
+from evoprune.session.options import GenerationOptions, ModelOptions, SamplingOptions
 from evoprune.util import budget_text, counted, one_line
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_new_folder, prepare, rescuing, show, write
@@ -43,10 +43,12 @@ BESIDE_RESUME = (
 
 
 @opt.command(
-    *PipelineOptions.KINDS,
+    ModelOptions,
+    SamplingOptions,
+    GenerationOptions,
     short="data limit budget method blind model output resume chart form json quiet",
     without=(
-        "load_format", "budget", "method", "seed", "start_s", "end_s", "decoder", "subtitles", "max_subtitle_tokens",
+        "load_format", "start_s", "end_s", "decoder", "subtitles", "max_subtitle_tokens",
         "temperature", "top_p", "top_k", "system", "stop", "logprobs", "schema",
         "regex", "choices", "choice_score",
     ),
@@ -142,7 +144,7 @@ def evaluate(
         record = stored_settings(Path(resume))
         data = str(record.get("data"))
     else:
-        sweep = opt.sweep(budget, method, pipeline.pruning.method_args, named=True)
+        sweep = opt.sweep(budget, method, named=True)
         check_output()
         if output is not None and resume is not None:
             raise UsageError("-o and --resume exclude each other", "--resume goes on in its own folder")

@@ -147,7 +147,7 @@ def profile(
     bits = tuple(dict.fromkeys(opt.listed(quantize) or ["none"]))
     pipeline = options()
     settings = {
-        **opt.sweep(budget, method, pipeline.pruning.method_args), "seed": pipeline.pruning.seed,
+        **opt.sweep(budget, method), "seed": pipeline.pruning.seed,
         "quantize": bits, "new_tokens": new_tokens, "warmups": warmup, "repetitions": repeat,
     }  # fmt: skip
     counts = _frames(opt.listed(frames))
@@ -397,7 +397,6 @@ def _head(results: ProfileResults) -> list[str]:
     model = results.model
     env = results.env
     asked = results.settings
-    args = [f"{name}={value}" for name, value in (asked["method_args"] or {}).items()]
     name = one_line(model.id)
     if model.load_format == "dummy":
         name += " (true dimensions, random weights)"
@@ -407,7 +406,7 @@ def _head(results: ProfileResults) -> list[str]:
         f"{name}, {model.dtype}",
         f"{device_text(model.device, env.threads)}: {env.device_name}, "
         f"{median(results.matmul_rates) / 1e9:,.0f} GFLOP/s in matrix products",
-        "; ".join([*read, *map(one_line, args)]),
+        "; ".join(read),
         f"{counted(results.rounds, 'round')} after {results.warmups} of warm-up, {results.seconds:.0f} s in all",
     ]
 

@@ -123,7 +123,6 @@ class EvalSettings:
     data: str  # path of a file of questions, or what else the videos are
     budgets: tuple[float | str, ...]  # as of `Budget.recorded`
     methods: tuple[str, ...] = (methods.DEFAULT,)
-    method_args: dict[str, str] = field(default_factory=dict)
     blind: bool = False  # also ask without the video
     seed: int = 0  # of methods that select at random
     score: Score = (
@@ -148,6 +147,8 @@ class EvalSettings:
         """
         others = ("digest", "version", "plugins", "files", SIZE_RULE)
         options = {name: value for name, value in record.items() if name not in others}
+        if not options["method_args"]:
+            del options["method_args"]
         own = {f.name: options.pop(f.name) for f in fields(cls) if f.name in options and f.name != "model"}
         own["budgets"] = tuple(Budget.parse(each, auto=True).recorded for each in own["budgets"])
         own |= {name: tuple(own[name]) for name in ("methods", "groups")}
@@ -161,7 +162,7 @@ class EvalSettings:
         options = record((self.sampling, self.generation, self.model), RECORDED)
         if code:
             options["plugins"] = code
-        return own | options
+        return own | options | {"method_args": {}}  # settings are part of `methods`
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def variants(settings: EvalSettings) -> list[Variant]:
     if settings.score not in SCORES:
         raise UsageError(f"score is {settings.score!r}", f"use {' or '.join(SCORES)}")
     pairs = dict.fromkeys(product((name for name in settings.methods if name != "none"), settings.budgets))
-    asked = [PruneOptions(budget, name, settings.method_args) for name, budget in pairs]
+    asked = [PruneOptions(budget, name) for name, budget in pairs]
     pruned = [Variant(METHOD, options.method, options.budget) for options in asked if options.config().prunes]
     unpruned = [Variant(FULL)]
     if settings.blind:
@@ -310,8 +311,7 @@ class Evaluation:
     def _session(self, variant: Variant, video: VideoQuestions) -> Session:
         settings = self.settings
         seed = crc32(video.name.encode("utf-8", "surrogateescape"), generator_seed(settings.seed))
-        args = settings.method_args if variant.row == METHOD else {}
-        options = PruneOptions(budget=variant.budget, method=variant.method, method_args=args, seed=seed)
+        options = PruneOptions(budget=variant.budget, method=variant.method, seed=seed)
         return Session(self.loaded, options.config())
 
     def _open(self, variant: Variant, video: VideoQuestions, span: Span, rows: SharedRows | None = None) -> OpenInputs:
@@ -400,16 +400,12 @@ class Evaluation:
         """Return the number of units below which a method prunes inputs after the tower alone; None before a model is loaded."""
         if self.loaded is None:
             return None
-        given = self.settings.method_args
         pruned = [variant for variant in self.variants if variant.row == METHOD]
-        configs = [PruneOptions(variant.budget, variant.method, given).config() for variant in pruned]
+        configs = [PruneOptions(variant.budget, variant.method).config() for variant in pruned]
         return after_tower_below(configs, self.loaded.device)
 
     def _notes(self) -> list[str]:
         notes = [NOTE]
-        given = self.settings.method_args
-        if given:
-            notes.append("settings of the methods: " + ", ".join(f"{name}={value}" for name, value in given.items()))
         if said := after_tower_note(self._after_tower_below() or 0):
             notes.append(said)
         total = counted(len(self.samples), "answer")

@@ -343,8 +343,7 @@ class Bench:
             if row.kind == HUGGING_FACE:
                 return run_hugging_face(loaded, self._reference, clip, settings.new_tokens)
             model = self._models[row.quantize]
-            given = settings.method_args if row.kind == METHOD else None
-            config = PruneConfig.of(row.budget, row.method, given, settings.seed)
+            config = settings.config(row.method, row.budget)
             plan = config.plan(tower_shape(model.model.model.visual), case_grid(row.case, self._loaded.video))
             return run_evoprune(model, clip, plan, config, settings.new_tokens)
         except (ModelError, OutOfMemory) as problem:
@@ -418,6 +417,7 @@ def measure(
         settings={
             **(about or {}),
             **asdict(settings),
+            "method_args": {},  # settings are part of `methods`
             "text_tokens": TEXT_BEFORE + TEXT_AFTER,
         },
     )

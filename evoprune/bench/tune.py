@@ -28,7 +28,6 @@ from evoprune.bench.agreement import Reference, agreement, reference
 from evoprune.bench.scores import Z95, share_variance, wilson
 from evoprune.bench.shared import SharedInput, SharedRows, after_tower_below, after_tower_note
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
-from evoprune.methods.chain import PruneConfig
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
@@ -63,7 +62,7 @@ def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[
     """List `METHODS` and `more` at each of `budgets` or `BUDGETS`, without those that prune nothing. Raises as `methods.parse`."""
     named = [name for name in dict.fromkeys((*METHODS, *more)) if name != "none"]
     pairs = product(named, sorted(set(budgets or BUDGETS), reverse=True))
-    return [Candidate(name, budget) for name, budget in pairs if PruneConfig.of(budget, name).prunes]
+    return [Candidate(name, budget) for name, budget in pairs if PruneOptions(budget, name).config().prunes]
 
 
 class Trial(NamedTuple):

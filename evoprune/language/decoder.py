@@ -16,8 +16,8 @@ from evoprune.backend import layers
 from evoprune.backend.attention import causal_attention, room_for_bias, without_cudnn
 from evoprune.backend.cpu.linear import linear
 from evoprune.backend.devices import to_device
-from evoprune.methods.language import Dropping
-from evoprune.methods.types import LayerState, arange_on
+from evoprune.methods.language import Dropping, LayerState
+from evoprune.methods.types import arange_on
 from evoprune.model.config import head_size
 from evoprune.model.heads import heads_of, norm, rotate
 from evoprune.model.numerics import without_autocast

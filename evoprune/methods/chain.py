@@ -28,12 +28,12 @@ class MethodChain:
     language: LanguageMethod | None = None
 
     @classmethod
-    def parse(cls, text: str, args: dict[str, str] | None = None) -> Self:
+    def parse(cls, text: str) -> Self:
         """Return what `text` names: a method as of `registry.get`, or several joined by `+` in the order in which they act.
 
-        Raises UsageError: as `registry.get`; `args` for several; methods that cannot act in this order.
+        Raises UsageError: as `registry.get`; methods that cannot act in this order.
         """
-        members = registry.members(text, args)
+        members = registry.members(text)
         chain = cls.of(*members)
         if len(members) > 1 and not (chain.members == members and chain.possible):
             raise registry.impossible(text)
@@ -200,21 +200,19 @@ class PruneConfig:
     seed: int = 0
 
     @classmethod
-    def of(cls, budget: float | str | Budget, name: str, args: dict[str, str] | None = None, seed: int = 0) -> Self:
-        """Return what a budget, and a method with settings as texts, stand for.
+    def of(cls, budget: Budget, name: str, seed: int = 0) -> Self:
+        """Return a budget and the method `name`, as users write it, with its settings.
 
-        Raises UsageError: a wrong budget; no such method or setting; or a budget of "auto" where the method cannot let the content
-        decide.
+        Raises UsageError: no such method or setting, or a budget of "auto" if the method cannot let the content decide.
         """
-        wanted = Budget.parse(budget, auto=True)
-        method = MethodChain.parse(name, args)
-        if wanted.name == AUTO:
+        method = MethodChain.parse(name)
+        if budget.name == AUTO:
             method = method.automatic()
-        elif wanted.name == AUTO_INFLECTION:
+        elif budget.name == AUTO_INFLECTION:
             method.check_scores()
         if not method.members:
-            wanted = FULL
-        return cls(name, method, wanted, seed)
+            budget = FULL
+        return cls(name, method, budget, seed)
 
     @property
     def prunes(self) -> bool:

@@ -18,10 +18,24 @@ from evoprune.methods.base import Method, check_ranges
 from evoprune.methods.budget import keep_count
 from evoprune.methods.ranking import highest, relative
 from evoprune.methods.selecting import check_selection
-from evoprune.methods.types import LayerState, Selection, arange_on, nonzero_fixed
+from evoprune.methods.types import Selection, arange_on, nonzero_fixed
 from evoprune.model.heads import heads_of, norm, rotate
 
 MAX_WEIGHTS = 1 << 24  # attention weights that are held at a time
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What the latest layer of the language model read and computed, for C columns. A *column* is one token of the prompt."""
+
+    after: int  # layers that have run, this one included
+    entering: torch.Tensor  # `[C, hidden]`, its input
+    x: torch.Tensor  # `[C, hidden]`, its output
+    places: tuple[torch.Tensor, torch.Tensor]  # cosines and sines of the columns
+    bias: torch.Tensor | None  # `[C]`, what attention adds to the logits of each column
+    queries: torch.Tensor  # `[1, C, heads, head_dim]`, rotated
+    keys: torch.Tensor  # `[1, kv_heads, C, head_dim]`, rotated
+    values: torch.Tensor  # as `keys`
 
 
 class Drop(NamedTuple):

@@ -151,37 +151,3 @@ class Candidates:
     size: torch.Tensor  # int64 [B, n], cluster sizes
     valid: torch.Tensor  # bool [B, n], False at padding, which is at the end of a group
     width: int  # W, units across the frame
-
-
-@dataclass(frozen=True)
-class LayerState:
-    """What the latest layer of the language model read and computed, for C columns. A *column* is one token of the prompt."""
-
-    after: int  # layers that have run, this one included
-    entering: torch.Tensor  # `[C, hidden]`, its input
-    x: torch.Tensor  # `[C, hidden]`, its output
-    places: tuple[torch.Tensor, torch.Tensor]  # cosines and sines of the columns
-    bias: torch.Tensor | None  # `[C]`, what attention adds to the logits of each column
-    queries: torch.Tensor  # `[1, C, heads, head_dim]`, rotated
-    keys: torch.Tensor  # `[1, kv_heads, C, head_dim]`, rotated
-    values: torch.Tensor  # as `keys`
-
-
-def smaller_frame(height: int, width: int, most: int) -> tuple[int, int]:
-    """Return (height, width) of the largest frame of at most `most` units, at least 1 x 1, with nearly the ratio of height x width.
-
-    One dimension is any whole number of units; the ratio gives the other, rounded. Of equals the nearest to the ratio wins.
-    """
-    sizes = {(1, 1)}
-    for rows in range(1, height + 1):
-        sizes |= {(rows, max(1, rows * width // height)), (rows, -(-rows * width // height))}
-    for columns in range(1, width + 1):
-        sizes |= {(max(1, columns * height // width), columns), (-(-columns * height // width), columns)}
-    fitting = [(h, w) for h, w in sizes if h * w <= most or (h, w) == (1, 1)]
-
-    def rank(size: tuple[int, int]) -> tuple[float, ...]:
-        h, w = size
-        stretch = max(h * width, w * height) / min(h * width, w * height)
-        return -h * w, stretch, h
-
-    return min(fitting, key=rank)

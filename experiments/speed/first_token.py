@@ -26,8 +26,8 @@ def measure(side: str, args: argparse.Namespace) -> list[dict]:
     from evoprune.bench.hugging_face import hugging_face_model
     from evoprune.bench.profile import run_evoprune, run_hugging_face
     from evoprune.bench.profile_results import Case
-    from evoprune.methods.chain import PruneConfig
     from evoprune.session.loading.model import load_model
+    from evoprune.session.options import PruneOptions
     from evoprune.vision.tower import tower_shape
 
     loaded = load_model(MODEL, dtype=args.dtype, load_format="dummy", pack=side == EVOPRUNE)
@@ -42,7 +42,7 @@ def measure(side: str, args: argparse.Namespace) -> list[dict]:
         turns = []
         for name in args.method.split(","):
             for text in args.budget.split(","):
-                config = PruneConfig.of(text, name)
+                config = PruneOptions(text, name).config()
                 plan = config.plan(tower_shape(loaded.model.model.visual), clip.grid)
                 turns.append((f"{name} -b {text}", lambda *how: run_evoprune(loaded, clip, *how, 2), plan, config))
     for name, run, *how in turns:

@@ -709,7 +709,7 @@ def test_it_selects_what_its_specification_says(name, grid, kind, seed, data):
         x = tokens.features.clone().view(grid[0], -1, tokens.features.shape[1])
         time[0](x, torch.Generator().manual_seed(seed))
         tokens = replace(tokens, rows=x.flatten(0, 1))
-    method = methods.get(name, {setting: str(value) for setting, value in given.items()})
+    method = methods.get(":".join([name, *(f"{setting}={value}" for setting, value in given.items())]))
     made, expected = method.select(tokens, keep), specified(tokens, keep, method)
     if isinstance(expected, list):
         assert made.kept.tolist() == expected

@@ -54,7 +54,6 @@ from evoprune.hf.context import EvoPrune
 from evoprune.language import generate, static
 from evoprune.language.pruned import prune_prompt
 from evoprune.methods import parse
-from evoprune.methods.chain import PruneConfig
 from evoprune.methods.farthest import STEPS, grid_tables
 from evoprune.methods.registry import built_in
 from evoprune.methods.types import arange_on
@@ -63,6 +62,7 @@ from evoprune.model.config import PATCHES
 from evoprune.model.weights import shared
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.loading.stored import calibrate
+from evoprune.session.options import PruneOptions
 from evoprune.session.planning import TEXT, encoding_bytes, fitting_pieces
 from evoprune.util import counted, size
 from evoprune.video.frames import read_frames
@@ -484,7 +484,7 @@ WAITS = 4
 def first_token(subject: Subject) -> Outcome:
     """Medians of encode and prefill in turns, in seconds: evoprune at the usual budget, and transformers; and their ratio."""
     loaded = subject.loaded
-    config = PruneConfig.of(BUDGET, "evoprune")
+    config = PruneOptions(BUDGET, "evoprune").config()
     (whole,) = subject.about(subject.video).plans
     case = Case(SAMPLING.frames, whole.height, whole.width)
     clip = prepare(loaded, *synthetic_frames("motion", case, loaded.video.unit))

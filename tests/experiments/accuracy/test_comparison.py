@@ -9,9 +9,8 @@ from evoprune import methods
 from evoprune.bench import eval as evaluation
 from evoprune.bench.chart import COLOURS
 from evoprune.bench.scores import score_rows
-from evoprune.methods.chain import PruneConfig
 from evoprune.session.encoding import OpenInput
-from evoprune.session.options import GenerationOptions
+from evoprune.session.options import GenerationOptions, PruneOptions
 from experiments.accuracy import comparison
 from experiments.accuracy.comparison import chart, compared, main
 from experiments.accuracy.comparison_tables import (
@@ -65,7 +64,7 @@ def test_all_methods_are_rows_and_every_selector_also_after_reuse():
     assert len(after) > 10 and len(set(names)) == len(names)
     expected = {*methods.built_in(), "evoprune:depth=1", *(f"reuse+{name}" for name in after)}
     assert set(names) == expected - {"none", "operations"}
-    assert all(PruneConfig.of(0.5, name).prunes for name in names)
+    assert all(PruneOptions(0.5, name).config().prunes for name in names)
 
 
 def test_a_tie_is_called_a_tie():
