@@ -63,7 +63,7 @@ class VideoQA(Uncopied):
     """A loaded model with a pruning method and a budget, ready for videos.
 
     It computes in the dtype that the model was loaded with, also inside torch's autocast. `loaded` is from `load_model`
-    (session/loading/model.py); `load_seconds` is how long that took, for reports. `options`: `budget`, `method`, `method_args`,
+    (session/loading/model.py); `load_seconds` is how long that took, for reports. `options`: `budget`, `method`,
     `seed`, as of `load`. A `Session`, which has all of it, may be given instead.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evoprune.errors import UsageError
-from evoprune.session.options import PipelineOptions
+from evoprune.session.options import GenerationOptions, ModelOptions, SamplingOptions
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_new_folder, deliver_results, prepare, rescuing
 from evoprune_cli.terminal import check_output, note, progress
@@ -22,10 +22,12 @@ BESIDE_RESUME = (
 
 
 @opt.command(
-    *PipelineOptions.KINDS,
+    ModelOptions,
+    SamplingOptions,
+    GenerationOptions,
     short="data limit budget method blind model output resume chart form json quiet",
     without=(
-        "load_format", "budget", "method", "seed", "start_s", "end_s", "decoder", "subtitles", "max_subtitle_tokens",
+        "load_format", "start_s", "end_s", "decoder", "subtitles", "max_subtitle_tokens",
         "temperature", "top_p", "top_k", "system", "stop", "logprobs", "schema",
         "regex", "choices", "choice_score",
     ),
@@ -116,7 +118,7 @@ def evaluate(
             raise UsageError(f"{refused[0]} is given beside --resume, which has the settings of its run", hint)
         settings = EvalSettings.stored(Path(resume), pipeline.model)
     else:
-        sweep = opt.sweep(budget, method, pipeline.pruning.method_args, named=True)
+        sweep = opt.sweep(budget, method, named=True)
         check_output()
         if output is not None and resume is not None:
             raise UsageError("-o and --resume exclude each other", "--resume goes on in its own folder")

@@ -261,8 +261,8 @@ def listed(texts: Sequence[str] | None) -> list[str]:
     return parts
 
 
-def sweep(budgets: list[str] | None, names: list[str] | None, args: dict[str, str], *, named: bool = False) -> dict:
-    """Return what `profile` and `eval` go through: `budgets`, `methods` and `method_args`, each budget and method once.
+def sweep(budgets: list[str] | None, names: list[str] | None, *, named: bool = False) -> dict:
+    """Return what `profile` and `eval` go through: `budgets` and `methods`, each once.
 
     `named`: whether budgets of "auto" and "auto:inflection" are allowed. Raises UsageError: a bad budget, or no such method.
     """
@@ -270,7 +270,7 @@ def sweep(budgets: list[str] | None, names: list[str] | None, args: dict[str, st
     for name in wanted:
         methods.check(name)
     shares = (Budget.parse(text, auto=named).recorded for text in listed(budgets) or list(PRESETS)[1:])
-    return {"budgets": tuple(dict.fromkeys(shares)), "methods": wanted, "method_args": args}
+    return {"budgets": tuple(dict.fromkeys(shares)), "methods": wanted}
 
 
 # How options are shown: as plain text, which can be piped and keeps the names of options whole on a narrow terminal. `--help` has

@@ -120,7 +120,7 @@ def profile(
     bits = tuple(dict.fromkeys(opt.listed(quantize) or ["none"]))
     pipeline = options()
     settings = {
-        **opt.sweep(budget, method, pipeline.pruning.method_args), "seed": pipeline.pruning.seed,
+        **opt.sweep(budget, method), "seed": pipeline.pruning.seed,
         "quantize": bits, "new_tokens": new_tokens, "warmups": warmup, "repetitions": repeat,
         "time_limit_s": time_limit,
     }  # fmt: skip

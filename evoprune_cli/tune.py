@@ -25,7 +25,7 @@ ASKED = "What is asked"  # the title of a panel
     GenerationOptions,
     short="questions agree time_limit budget method model output chart json quiet",
     without=(
-        "load_format", "budget", "method", "method_args", "decoder", "subtitles", "max_subtitle_tokens",
+        "load_format", "budget", "method", "decoder", "subtitles", "max_subtitle_tokens",
         "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "system", "stop", "logprobs",
         "schema", "regex", "choices", "choice_score",
     ),

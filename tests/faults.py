@@ -67,7 +67,7 @@ FAULTS = [
     Fault("farthest", "evoprune/methods/farthest.py", "order.topk(keep)", "order.topk(keep, largest=False)",
           "tests/methods/test_farthest.py"),
     # VisionZip keeps the tokens with the lowest attention.
-    Fault("visionzip", "evoprune/contrib/attended.py", "highest(attention[here], round", "highest(-attention[here], round",
+    Fault("visionzip", "evoprune/contrib/visionzip.py", "highest(attention[here], round", "highest(-attention[here], round",
           "tests/contrib/test_selectors.py"),
     # The text after a video has the position of the video's last token.
     Fault("positions", "evoprune/language/prompt.py", "int(inside.max()) + 1", "int(inside.max())",

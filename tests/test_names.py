@@ -318,9 +318,9 @@ def test_a_stale_name_is_found(stale):
 @pytest.mark.parametrize(
     "right",
     [
-        "`plan_input`", "`Session`", "`VideoQA.stream`", "`methods.chain.select`", "`video.codec`", "`--budget`",
+        "`plan_input`", "`Session`", "`VideoQA.stream`", "`methods.selecting.select`", "`video.codec`", "`--budget`",
         "`torch.nn.Linear`", "`methods/chain.py`", "`rows[].difference_low`", "`evoprune:reuse=0+fastv`",
-        "`select` (methods/chain.py)", "`a few words`", "`EvoPrune(...)(model)`", "`[B, 1, L, L]`", "`0.25`",
+        "`select` (methods/selecting.py)", "`a few words`", "`EvoPrune(...)(model)`", "`[B, 1, L, L]`", "`0.25`",
     ],
 )  # fmt: skip
 def test_a_name_that_is_there_is_not(right):

@@ -38,7 +38,7 @@ UNFINISHED = (
 )
 # Options that records hold also at their defaults; the others where they differ from these.
 RECORDED = (
-    "model", "revision", "dtype", "quantize", "load_format", "budget", "method", "method_args", "seed", "fps", "frames",
+    "model", "revision", "dtype", "quantize", "load_format", "budget", "method", "seed", "fps", "frames",
     "max_frames", "max_visual_tokens", "decoder", "seek", "max_new_tokens", "temperature", "top_p", "system",
 )  # fmt: skip
 
@@ -63,7 +63,7 @@ class Settings(PipelineOptions):
     def record(self) -> dict[str, Any]:
         """Return all of it as flat data for JSON, as records hold it."""
         code = methods.plugin_code(self.pruning.method)
-        facts = record(self.groups, self.ALWAYS)
+        facts = record(self.groups, self.ALWAYS) | {"method_args": {}}  # settings are part of `method`
         if code:
             facts["plugins"] = code
         return facts

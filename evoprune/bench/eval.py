@@ -117,7 +117,7 @@ def variants(settings: EvalSettings) -> list[Variant]:
     """Return the rows in order: full, blind, then method after method, if it prunes anything. Raises UsageError: wrong settings."""
     if settings.score not in SCORES:
         raise UsageError(f"score is {settings.score!r}", f"use {' or '.join(SCORES)}")
-    pruned = [Variant(METHOD, *pair) for pair in swept(settings.methods, settings.budgets, settings.method_args)]
+    pruned = [Variant(METHOD, *pair) for pair in swept(settings.methods, settings.budgets)]
     unpruned = [Variant(FULL)]
     if settings.blind:
         unpruned.append(Variant(BLIND))
@@ -242,8 +242,7 @@ class Evaluation:
     def _session(self, variant: Variant, video: VideoQuestions) -> Session:
         settings = self.settings
         seed = crc32(video.name.encode("utf-8", "surrogateescape"), generator_seed(settings.seed))
-        args = settings.method_args if variant.row == METHOD else {}
-        options = PruneOptions(budget=variant.budget, method=variant.method, method_args=args, seed=seed)
+        options = PruneOptions(budget=variant.budget, method=variant.method, seed=seed)
         return Session(self.loaded, options.config())
 
     def _open(self, variant: Variant, video: VideoQuestions, span: Span, rows: SharedRows | None = None) -> OpenInputs:
@@ -334,16 +333,12 @@ class Evaluation:
         """Return the number of units below which a method prunes inputs after the tower alone; None before a model is loaded."""
         if self.loaded is None:
             return None
-        given = self.settings.method_args
         pruned = [variant for variant in self.variants if variant.row == METHOD]
-        configs = [PruneOptions(variant.budget, variant.method, given).config() for variant in pruned]
+        configs = [PruneOptions(variant.budget, variant.method).config() for variant in pruned]
         return after_tower_below(configs, self.loaded.device)
 
     def _notes(self) -> list[str]:
         notes = [NOTE]
-        given = self.settings.method_args
-        if given:
-            notes.append("settings of the methods: " + ", ".join(f"{name}={value}" for name, value in given.items()))
         if said := after_tower_note(self._after_tower_below() or 0):
             notes.append(said)
         total = counted(len(self.samples), "answer")

@@ -36,7 +36,6 @@ class EvalSettings:
     data: str  # path of a file of questions, or what else the videos are
     budgets: tuple[float | str, ...]  # as of `Budget.recorded`
     methods: tuple[str, ...] = (methods.DEFAULT,)
-    method_args: dict[str, str] = field(default_factory=dict)
     blind: bool = False  # also ask without the video
     seed: int = 0  # of methods that select at random
     score: Score = (
@@ -69,6 +68,8 @@ class EvalSettings:
     def of_record(cls, record: dict[str, Any], model: ModelOptions) -> "EvalSettings":
         others = ("digest", "version", "plugins", "files", SIZE_RULE)
         options = {name: value for name, value in record.items() if name not in others}
+        if not options["method_args"]:
+            del options["method_args"]
         own = {f.name: options.pop(f.name) for f in fields(cls) if f.name in options and f.name != "model"}
         own["budgets"] = tuple(Budget.parse(each, auto=True).recorded for each in own["budgets"])
         own |= {name: tuple(own[name]) for name in ("methods", "groups")}
@@ -82,7 +83,7 @@ class EvalSettings:
         options = record((self.sampling, self.generation, self.model), RECORDED)
         if code:
             options["plugins"] = code
-        return own | options
+        return own | options | {"method_args": {}}  # settings are part of `methods`
 
     def read_questions(self) -> tuple["EvalSettings", list[VideoQuestions]]:
         """Return the settings with the digest of the file of questions, and its questions by video.

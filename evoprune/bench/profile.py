@@ -411,8 +411,7 @@ class Bench:
             if row.kind == HUGGING_FACE:
                 return run_hugging_face(loaded, self._reference, clip, settings.new_tokens)
             model = self._models[row.quantize]
-            given = settings.method_args if row.kind == METHOD else None
-            config = PruneConfig.of(row.budget, row.method, given, settings.seed)
+            config = settings.config(row.method, row.budget)
             plan = config.plan(tower_shape(model.model.model.visual), case_grid(row.case, self._loaded.video))
             return run_evoprune(model, clip, plan, config, settings.new_tokens)
         except (ModelError, OutOfMemory) as problem:
@@ -424,7 +423,7 @@ def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRo
     pruned = [
         (budget, name, quantize)
         for each in settings.budgets
-        for name, budget in swept(settings.methods, [each], settings.method_args)
+        for name, budget in swept(settings.methods, [each])
         for quantize in settings.quantize
     ]
     full = 1.0 in settings.budgets or "none" in settings.methods
@@ -485,6 +484,7 @@ def measure(
         settings={
             **(about or {}),
             **asdict(settings),
+            "method_args": {},  # settings are part of `methods`
             "text_tokens": TEXT_BEFORE + TEXT_AFTER,
         },
     )

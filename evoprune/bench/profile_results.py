@@ -314,7 +314,6 @@ class ProfileResults(Results):
         """Return what was measured, and how."""
         model = self.model
         env = self.env
-        args = [f"{name}={value}" for name, value in (self.settings["method_args"] or {}).items()]
         name = one_line(model.id)
         if model.load_format == "dummy":
             name += " (true dimensions, random weights)"
@@ -325,7 +324,7 @@ class ProfileResults(Results):
             f"{name}, {model.dtype}",
             f"{device_text(model.device, env.threads)}: {env.device_name}, "
             f"{median(self.matmul_rates) / 1e9:,.0f} GFLOP/s in matrix products",
-            "; ".join([*read, *map(one_line, args)]),
+            "; ".join(read),
             f"{counted(self.rounds, 'round')} after {self.warmups} of warm-up, {self.seconds:.0f} s in all",
         ]
 

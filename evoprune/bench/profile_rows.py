@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from evoprune import methods
+from evoprune.session.options import PruneOptions
 from evoprune.util import budget_text
 
 SYNTHETIC = ("motion", "static90", "noise")  # kinds of synthetic clips, see `clips.py`
@@ -15,7 +16,6 @@ class ProfileSettings:
     budgets: tuple[float | str, ...]  # as of `Budget.recorded`
     methods: tuple[str, ...] = (methods.DEFAULT,)
     quantize: tuple[str, ...] = ("none",)
-    method_args: dict[str, str] | None = None  # settings of the methods, as texts
     seed: int = 0  # for methods that select at random
     new_tokens: int = 4  # generated in any case; ends of sequence are ignored
     warmups: int = 1  # rounds that are not counted
@@ -23,10 +23,8 @@ class ProfileSettings:
     time_limit_s: float = 150.0  # of the whole run, loading included
 
     def config(self, name: str, budget: float | str):
-        """Return the `PruneConfig` of a method at a budget, with the settings of all methods."""
-        from evoprune.methods.chain import PruneConfig  # which loads torch
-
-        return PruneConfig.of(budget, name, self.method_args, self.seed)
+        """Return the `PruneConfig` of a method at a budget."""
+        return PruneOptions(budget, name, seed=self.seed).config()
 
 
 # Kinds of rows: plain transformers, evoprune without pruning, the best that a post-encoder method could reach, a method.

@@ -16,6 +16,7 @@ from evoprune.methods.plans import EncoderPlan, SetAside
 from evoprune.model.cost import Clock
 from evoprune.session.encoding import OpenInput
 from evoprune.session.loading.model import LoadedModel
+from evoprune.session.options import PruneOptions
 from evoprune.session.reading import chunk_bytes
 from evoprune.video.frames import FrameChunk, frames_at_once
 from evoprune.video.sandbox.isolation import OnFrames
@@ -90,12 +91,10 @@ def paced(
         yield COUNTED, result
 
 
-def swept(
-    names: Iterable[str], budgets: Sequence[float | str], args: dict[str, str] | None = None
-) -> list[tuple[str, float | str]]:
-    """Return each method at each budget, once, if it prunes anything there. Raises as `PruneConfig.of`."""
+def swept(names: Iterable[str], budgets: Sequence[float | str]) -> list[tuple[str, float | str]]:
+    """Return each method at each budget, once, if it prunes anything there. Raises UsageError: as `PruneOptions.config`."""
     pairs = dict.fromkeys(product(names, budgets))
-    return [(name, budget) for name, budget in pairs if name != "none" and PruneConfig.of(budget, name, args).prunes]
+    return [(name, budget) for name, budget in pairs if name != "none" and PruneOptions(budget, name).config().prunes]
 
 
 def after_tower_below(configs: Iterable[PruneConfig], device: str) -> int:

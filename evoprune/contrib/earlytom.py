@@ -8,11 +8,20 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.base import EncoderMethod, Selector
-from evoprune.methods.plans import Grid, Stage, TowerShape, spread
-from evoprune.methods.ranking import highest, snap
-from evoprune.methods.settings import Share
-from evoprune.methods.types import Selection, Tokens, arange_on
+from evoprune.methods import (
+    EncoderMethod,
+    Grid,
+    Selection,
+    Selector,
+    Share,
+    Stage,
+    Tokens,
+    TowerShape,
+    arange_on,
+    highest,
+    snap,
+    spread,
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,16 @@ class FrameTokens(Runs, Selector):
 
 @dataclass(frozen=True)
 class EarlyTom(Runs, EncoderMethod):
-    """Whole frame pairs merge after three layers. O(window N D) for each merging."""
+    """EarlyTom (arXiv 2605.30010): whole frame pairs merge after three layers. O(window N D) for each merging.
+
+    After `first`, `second` and `third` of the layers, runs of similar frame pairs (`Runs`) become shorter: ends
+    stay, and inner neighbors merge if they are more similar to each other than the ends and than the next two. The
+    remaining frame pairs share the budget evenly; ends of runs keep their most attended tokens, the others one
+    token of each stretch of neighbors.
+
+    What differs: the settings are those of the authors' code for LLaVA-OneVision, fitted to SigLIP. Density peaks,
+    whose share is 0 by default, and merging inside the language model are left out.
+    """
 
     name = "earlytom"
     source = "arXiv 2605.30010"

@@ -6,19 +6,23 @@ from typing import Annotated
 
 import torch
 
-from evoprune.contrib.question import Dart
-from evoprune.methods.base import EncoderMethod
-from evoprune.methods.plans import Grid, SetAside, Stage, TowerShape
-from evoprune.methods.ranking import snap
-from evoprune.methods.settings import Count, Share
-from evoprune.methods.types import arange_on
+from evoprune.contrib.dart import Dart
+from evoprune.methods import Count, EncoderMethod, Grid, SetAside, Share, Stage, TowerShape, arange_on, snap
 from evoprune.vision.hooks import Hook
 from evoprune.vision.rows import Rows
 
 
 @dataclass(frozen=True)
 class Ipcv(EncoderMethod):
-    """O(N n D) to find the nearest of n rows. Users may name another selector of tokens: `ipcv+NAME`."""
+    """IPCV (arXiv 2512.18747): rows are set aside, follow similar rows, and come back after the last layer.
+
+    After `first` of the layers, each frame pair keeps the `keep` of its rows that the last layer changed most. A
+    dropped row moves as its `neighbours` nearest kept rows do on average, and is key and value for `follow` more of
+    the layers. All rows come back before the patch merger, so a selector keeps the budget: DART as in the paper, or
+    NAME in `ipcv+NAME`. O(N n D) to find the nearest of n rows.
+
+    What differs: DART acts after the encoder instead of inside the language model.
+    """
 
     name = "ipcv"
     source = "arXiv 2512.18747"

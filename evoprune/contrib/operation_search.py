@@ -18,10 +18,10 @@ from evoprune.bench.agreement import agreement
 from evoprune.bench.results import Column, Results, failures, fitting, folded, meanings
 from evoprune.bench.tune import BUDGETS, Progress, Run, TuneSettings, encode
 from evoprune.bench.tune_results import heading
-from evoprune.contrib.language import LanguagePlan, layers_before
 from evoprune.contrib.operations import ALL, KEY, PLACE, REST, SCHEMA, Operation, Operations, Recipe, Removed, closed
 from evoprune.errors import UsageError
-from evoprune.methods.chain import MethodChain
+from evoprune.methods import LanguagePlan, MethodChain
+from evoprune.methods.language import layers_before
 from evoprune.model.config import head_size
 from evoprune.report import rounded
 from evoprune.session.options import PruneOptions

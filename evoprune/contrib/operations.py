@@ -13,11 +13,11 @@ from typing import Any, Self
 
 import torch
 
-from evoprune.contrib.language import Drop, Dropping, DroppingMethod, LanguagePlan, select_in_language
 from evoprune.errors import UsageError
-from evoprune.methods.base import Reading
+from evoprune.methods import LanguageMethod, LanguagePlan, Selection
 from evoprune.methods.budget import keep_count
-from evoprune.methods.types import LayerState, Selection, nonzero_fixed
+from evoprune.methods.language import Drop, Dropping, LayerState, select_in_language
+from evoprune.methods.types import nonzero_fixed
 from evoprune.model.config import read_object
 from evoprune.util import missing_hint
 
@@ -171,7 +171,7 @@ def _last_keys(removed: Collection[Operation], group: str, depth: int) -> int:
 
 
 @dataclass(frozen=True)
-class Operations(DroppingMethod):
+class Operations(LanguageMethod):
     """Field: recipe: of the model that it works in; as a setting, the file that `evoprune tune --operations -o FILE` wrote."""
 
     name = "operations"
@@ -194,7 +194,7 @@ class Operations(DroppingMethod):
 
     def reading(
         self, model, budget: float, embeds: torch.Tensor, visual: torch.Tensor, *where: torch.Tensor
-    ) -> Reading:
+    ) -> Dropping:
         plan = self.drops(model.config.text_config.num_hidden_layers, len(visual), budget)
         return _Grouped(self, plan, model, embeds, visual, *where)
 

@@ -8,7 +8,16 @@ from evoprune.methods.evoprune_paper import EvoPrunePaper
 
 @dataclass(frozen=True)
 class ToMe(EvoPrunePaper):
-    """Without penalties, equally much in every layer, and the other row of each two absorbed; the rest is fixed."""
+    """ToMe (arXiv 2210.09461, section 3): rows merge in every layer, the most similar ones first.
+
+    In each window or frame pair, every second row is matched with its most similar other row, by the cosine of
+    keys. The most similar pairs merge into their size-weighted means, equally many in every layer, and attention
+    weighs a row by its size. It is `EvoPrunePaper` without penalties; the settings that are not fields here are
+    fixed.
+
+    What differs: units instead of patches, windows as groups where the tower has them, counts set by the budget.
+    Rows merge after a layer's MLP, in the authors' code before it.
+    """
 
     name = "tome"
     source = "arXiv 2210.09461, section 3"

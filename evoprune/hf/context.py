@@ -91,8 +91,7 @@ class EvoPrune:
         DEFAULT,
         "Share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset.",
     )
-    method: str = option(methods.DEFAULT, "Name of a pruning method.")
-    method_args: dict[str, Any] | None = option(None, "Settings of the method, by name.")
+    method: str = option(methods.DEFAULT, "Name of a pruning method, NAME:SETTING=VALUE for its settings.")
     positions: Literal["host", "qwen"] = option(
         "host",
         "host gives each token the position that the model itself gives it, so that budget 1.0 is the model's own output; "
@@ -110,7 +109,7 @@ class EvoPrune:
     )
 
     def __post_init__(self):
-        Budget.parse(self.budget)  # before the types: its message names the presets
+        budget = Budget.parse(self.budget)  # before the types: its message names the presets
         if self.positions not in ("host", "qwen"):
             raise UsageError(f"positions {self.positions!r} are not known", "host or qwen")
         if not isinstance(self.pack, bool) and self.pack != INT8:
@@ -118,7 +117,7 @@ class EvoPrune:
                 f"pack is {brief(self.pack)}, not True, False or {INT8!r}", "leave it out to change nothing"
             )
         check_types(self)
-        object.__setattr__(self, "pruning", patch_config(self.budget, self.method, self.method_args, self.seed))
+        object.__setattr__(self, "pruning", patch_config(budget, self.method, self.seed))
 
     def __call__(self, model: nn.Module) -> "PrunedModel":
         """Return the context for a with-block: pruning starts at its beginning.

@@ -35,7 +35,6 @@ def encode(
     *,
     budget: GivenShare = DEFAULT,
     method: str = methods.DEFAULT,
-    method_args: dict[str, Any] | None = None,
     question: torch.Tensor | None = None,
     seed: int = 0,
 ) -> Encoded:
@@ -51,7 +50,7 @@ def encode(
         video_grid_thw: int64 `[videos, 3]`, from the processor: frame pairs, and patches down and across; of pictures its
             `image_grid_thw`.
         budget: share of the visual tokens to keep, a number in (0, 1] or the name of a preset; 1.0 gives the tower's own output.
-        method, method_args: name of a pruning method, and its settings by name.
+        method: name of a pruning method, NAME:SETTING=VALUE for its settings.
         question: `[Q, hidden]`, `model.get_input_embeddings()` of the question's tokens, for methods that read the question.
         seed: for methods that draw at random.
 
@@ -62,7 +61,7 @@ def encode(
             inputs of another type, dtype or shape, or that do not fit one another.
         ModelError: the model has no such tower.
     """
-    config = patch_config(budget, method, method_args, seed, has_question=question is not None)
+    config = patch_config(Budget.parse(budget), method, seed, has_question=question is not None)
     visual = interface.tower_of(model)
     return joined(encode_each(visual, pixel_values_videos, video_grid_thw, config, question))
 
@@ -90,14 +89,12 @@ def encode_each(
     return videos
 
 
-def patch_config(
-    budget: float | str, name: str, args: dict[str, Any] | None, seed: int = 0, has_question: bool = False
-) -> PruneConfig:
+def patch_config(budget: Budget, name: str, seed: int = 0, has_question: bool = False) -> PruneConfig:
     """Return a budget and the method `name`, which must be able to work on a processor's patches.
 
-    Raises UsageError: a bad budget, no such method or setting, it resizes frames, or it reads the question and there is none.
+    Raises UsageError: no such method or setting, it resizes frames, or it reads the question and there is none.
     """
-    config = PruneConfig.of(Budget.parse(budget), name, args, seed)
+    config = PruneConfig.of(budget, name, seed)
     method = config.method
     if method.acts == "input":
         hint = "use VideoQA, or shrink the video first"

@@ -16,17 +16,13 @@ from evoprune.backend import layers
 from evoprune.backend.attention import causal_attention, room_for_bias, without_cudnn
 from evoprune.backend.cpu.linear import linear
 from evoprune.backend.devices import to_device
-from evoprune.methods.base import Reading
-from evoprune.methods.types import LayerState, arange_on
+from evoprune.methods.language import Dropping, LayerState
+from evoprune.methods.types import arange_on
 from evoprune.model.config import head_size
+from evoprune.model.heads import heads_of, norm, rotate
 from evoprune.model.numerics import without_autocast
 
 STRIP = 1024  # query columns that share one mask
-
-
-def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Apply an RMS norm in float32, rounded before it is scaled, as in Hugging Face. torch would scale before it rounds."""
-    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
 
 
 @lru_cache
@@ -59,23 +55,6 @@ def frequencies_of(config) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the `_frequencies` of a language model, on the CPU. `config`: its own."""
     rope = config.rope_parameters
     return _frequencies(rope["rope_theta"], tuple(rope["mrope_section"]), bool(rope.get("mrope_interleaved")))
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates each feature of `[..., heads, head_dim]` with the one half a head away (arXiv 2104.09864)."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
-
-
-def heads_of(attention, name: str, x: torch.Tensor, config) -> torch.Tensor:
-    """Return queries, keys or values ("q", "k", "v") of normed `x` (`[L, hidden]`), before rotary: `[L, heads, head_dim]`.
-
-    `attention`: of a layer of the language model. Its queries and keys are normed head by head where it has such norms.
-    """
-    projected = getattr(attention, f"{name}_proj")(x).view(len(x), -1, head_size(config))
-    of_heads = getattr(attention, f"{name}_norm", None)
-    if of_heads is not None:
-        projected = norm(projected, of_heads.weight, config.rms_norm_eps)
-    return projected
 
 
 def rows_at(x: torch.Tensor | None, rows: torch.Tensor | slice | None) -> torch.Tensor | None:
@@ -320,7 +299,7 @@ def forward(
     cache: KVCache,
     sizes: torch.Tensor | None = None,
     last: int = 1,
-    dropping: Reading | None = None,
+    dropping: Dropping | None = None,
     deepstack: torch.Tensor | None = None,
     pause: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
@@ -416,7 +395,7 @@ def run_layer(
     """Return the output for columns `x` (`[L, hidden]`; of the top layer, for the `last` ones), their queries, all keys and values.
 
     `cache`: a `KVCache`, or a `StaticCache` for a column alone. `bias`, `wide`: of `attend`.
-    `blind`, `rows`: of `Reading.before`. Columns without queries or MLP keep their state.
+    `blind`, `rows`: of `Dropping.before`. Columns without queries or MLP keep their state.
     """
     attention = layer.self_attn
     mlp = layer.mlp

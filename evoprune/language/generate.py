@@ -19,8 +19,8 @@ from evoprune.language.prompt import THOUGHTS, Tokenizer, opens_thoughts
 from evoprune.language.pruned import PrunedPrompt
 from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import StaticCache, best_of
-from evoprune.methods.base import Reading
 from evoprune.methods.chain import MethodChain
+from evoprune.methods.language import Dropping
 from evoprune.methods.types import arange_on, generator_seed
 from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.numerics import not_a_number_error
@@ -44,7 +44,7 @@ def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:
 
 def dropping_for(
     model, method: MethodChain, budget: float, read: Sequence[Encoded], prompt: PrunedPrompt
-) -> Reading | None:
+) -> Dropping | None:
     """Return what leaves while a pruned prompt is read; None where the method lets nothing leave inside the language model.
 
     `method`, `budget`: as the user named them; `read`: the tokens of each input of the prompt.
@@ -77,7 +77,7 @@ class PrefillState:
     cache: KVCache | HostedCache  # keys and values of the prompt and of the tokens of the answer that are read
     logits: torch.Tensor  # float32 `[vocabulary]`, of the token after what the cache holds
     next_position: int  # M-RoPE position of the first generated token, the same in time, height and width
-    dropping: Reading | None = None  # what left while the prompt was read
+    dropping: Dropping | None = None  # what left while the prompt was read
     prompt_ids: torch.Tensor | None = None  # int64 `[L]`, of the unpruned prompt; a repetition penalty needs them
     answer: list[int] = field(default_factory=list)  # tokens of the answer that are in the cache
     _steps: StaticCache | None = None  # where the others are
@@ -134,7 +134,7 @@ def prefill(
     next_position: int,
     cache: KVCache | HostedCache | None = None,
     sizes: torch.Tensor | None = None,
-    dropping: Reading | None = None,
+    dropping: Dropping | None = None,
     deepstack: torch.Tensor | None = None,
 ) -> PrefillState:
     """Reads a prompt, or continues one that is in a cache; other arguments and errors as of `decoder.forward`.

@@ -21,10 +21,11 @@ from evoprune.backend.devices import available_memory, to_device
 from evoprune.backend.layers import is_unhooked_linear
 from evoprune.errors import DeviceWarning, first_line
 from evoprune.language import hosted
-from evoprune.language.decoder import KVCache, frequencies_of, norm, run_layer, turns_by
+from evoprune.language.decoder import KVCache, frequencies_of, run_layer, turns_by
 from evoprune.language.hosted import HostedCache
 from evoprune.model.config import head_size
 from evoprune.model.cost import kv_bytes
+from evoprune.model.heads import norm
 from evoprune.model.numerics import without_autocast
 from evoprune.model.weights import HostedVL
 

@@ -40,8 +40,8 @@ from evoprune.language.prompt import (
 from evoprune.language.pruned import PrunedPrompt, prune_prompt
 from evoprune.language.turns import Turn
 from evoprune.live.segments import Earlier, NothingNew, encode_segment
-from evoprune.methods.chain import select
 from evoprune.methods.evoprune import FarthestPoints
+from evoprune.methods.selecting import select
 from evoprune.methods.types import Tokens, arange_on
 from evoprune.model.config import ANSWER_COLUMNS
 from evoprune.model.cost import Clock

@@ -1,19 +1,18 @@
 """The kinds of pruning methods: small frozen dataclasses whose fields are their settings.
 
 An `InputMethod` makes the video smaller, an `EncoderMethod` reduces rows between layers of the tower (a `Merger` is one), a
-`Selector` selects tokens after it, and a `LanguageMethod` drops tokens inside the language model (contrib/language.py).
+`Selector` selects tokens after it, and a `LanguageMethod` drops tokens inside the language model (methods/language.py).
 Methods know nothing of windows, rotary positions, patch mergers, placeholders or prompts. methods/chain.py combines them.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from math import isfinite, prod
-from typing import Any, ClassVar, Literal, Self
+from math import inf, isfinite, prod
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 
-from evoprune.backend.devices import Timer
 from evoprune.errors import UsageError
 from evoprune.methods.plans import (
     Grid,
@@ -24,8 +23,13 @@ from evoprune.methods.plans import (
     rows_after_layers,
     spread,
 )
-from evoprune.methods.settings import check_ranges, check_settings
-from evoprune.methods.types import Candidates, LayerState, Selection, Tokens
+from evoprune.methods.types import Candidates, Selection, Tokens
+
+# Types of settings: the number's, and its range.
+Share = Annotated[float, "[0, 1]"]
+Part = Annotated[float, "(0, 1)"]
+Cosine = Annotated[float, "[-1, 1]"]
+Count = Annotated[int, "[1, inf)"]
 
 
 @dataclass(frozen=True)
@@ -158,75 +162,37 @@ class Merger(EncoderMethod, ABC):
         return stages
 
 
-@dataclass(frozen=True)
-class LanguageMethod(Method, ABC):
-    """Drops visual tokens between layers of the language model, while it reads the prompt.
+def check_settings(method: object) -> None:
+    """Checks the fields of a method whose types have a range, such as `Share`; otherwise as `check_ranges`."""
+    check_ranges(method, **{f.name: f.type.__metadata__[0] for f in fields(method) if hasattr(f.type, "__metadata__")})
 
-    A token that left is gone for all later layers and for decoding. The others keep their positions. Alone (`fastv -b 0.25`) the
-    method gets the budget. Behind another (`evoprune+fastv`) that one gets it, and this method leaves `share` of what arrives. Both
-    are means of the share of visual tokens over the layers after the first drop.
+
+def check_ranges(method: object, **ranges: str) -> None:
+    """Checks attributes of a method, by an interval each such as "[0, 1]" or "(0, inf)"; a round bracket excludes the end.
+
+    Raises ValueError: it names each number that is outside, NaN included, and its range.
     """
-
-    acts: ClassVar[Literal["language"]] = "language"
-    default_share: ClassVar[float] = 0.5  # its paper's
-
-    share: float | None = None  # for combinations, the budget of this method, in (0, 1]; None for `default_share`
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.share is not None:
-            check_ranges(self, share="(0, 1]")
-
-    @property
-    def left(self) -> float:
-        """Return the share of what arrives that it leaves in a combination."""
-        return self.default_share if self.share is None else self.share
-
-    @abstractmethod
-    def work(self, depth: int, tokens: int, budget: float) -> tuple[tuple[int, int, int], ...] | None:
-        """Of how many visual tokens each layer computes keys and values, queries and output, and the MLP; None: of all.
-
-        The language model has `depth` layers, `tokens` reach it, and `budget`, in (0, 1], is the method's own. The cost and the
-        memory check read this before a frame is read. An upper bound where the method is not `exact`.
-        """
-
-    @abstractmethod
-    def reading(
-        self, model, budget: float, embeds: torch.Tensor, visual: torch.Tensor, pair: torch.Tensor, place: torch.Tensor
-    ) -> "Reading":
-        """Return what the decoder asks while it reads one prompt.
-
-        Args:
-            embeds: `[C, hidden]`, the prompt.
-            visual: int64 `[n]`, the columns of the visual tokens, ascending, not the last column of the prompt among them.
-            pair: int64 `[n]`, the number of the frame pair of each visual token.
-            place: float32 `[n, 2]`, where in the frame each is: row and column, as shares of height and width.
-        """
+    wrong = []
+    for name, interval in ranges.items():
+        low, high = map(float, interval[1:-1].split(","))
+        value = getattr(method, name)
+        outside = not low <= value <= high  # so is what is no number
+        at_open_end = (value == low and interval[0] == "(") or (value == high and interval[-1] == ")")
+        if outside or at_open_end:
+            wanted = _worded(low, high, interval)
+            if not isfinite(value) and high == inf:
+                wanted = "a finite number"
+            wrong.append(f"{name}={value:g} is not {wanted}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
 
 
-class Reading(ABC):
-    """Follow one prompt while the language model reads it with a language method."""
-
-    columns: tuple[int, ...]  # of the prompt, whose keys each layer has, at most
-    layers: tuple[int, ...]  # visual tokens whose keys each layer has, once the prompt was read
-    # As of `LanguageMethod.work`, where layers do not compute the same for all visual tokens that are there; else None
-    work: tuple[tuple[int, int, int], ...] | None
-    timer: Timer  # of what the method computes
-
-    def before(self, layer: int, columns: int) -> tuple[tuple[torch.Tensor, int] | None, list[torch.Tensor]]:
-        """Return what a layer leaves out for its columns; here nothing.
-
-        The only columns (int64) that text after the visual tokens attends to, and where that text begins; None for all. And for
-        which columns the layer computes keys, queries and the MLP, int64, ascending; empty where it computes everything.
-        """
-        return None, []
-
-    @abstractmethod
-    def after(
-        self, state: LayerState, deepstack: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return the columns for the next layer, of the C that there are; their `deepstack`; and int64 which these are, None for
-        all.
-
-        `deepstack`: `[n, C, hidden]`, what is added to the columns after the next n layers.
-        """
+def _worded(low: float, high: float, interval: str) -> str:
+    """Return an interval, with its ends as numbers, in words."""
+    above = "above" if interval[0] == "(" else "at least"
+    below = "below" if interval[-1] == ")" else "at most"
+    if high == inf:
+        return f"{above} {low:g}"
+    if interval[0] == "[" and interval[-1] == "]":
+        return f"from {low:g} to {high:g}"
+    return f"{above} {low:g} and {below} {high:g}"

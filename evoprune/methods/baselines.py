@@ -9,7 +9,7 @@ from evoprune.backend.operators import greedy_cosine
 from evoprune.methods.base import InputMethod, Method, Selector
 from evoprune.methods.plans import Grid, spread
 from evoprune.methods.ranking import of_pairs
-from evoprune.methods.types import Selection, Tokens, arange_on, smaller_frame
+from evoprune.methods.types import Selection, Tokens, arange_on
 
 
 @dataclass(frozen=True)
@@ -111,3 +111,23 @@ def most_diverse(features: torch.Tensor, keep: int, weight: torch.Tensor | None 
     `weight`: float `[N]`, at least 0; multiplies the distance of a row to the selected rows. None for 1.
     """
     return greedy_cosine(F.normalize(features.float(), dim=1), weight, None, 1.0, keep, True)
+
+
+def smaller_frame(height: int, width: int, most: int) -> tuple[int, int]:
+    """Return (height, width) of the largest frame of at most `most` units, at least 1 x 1, with nearly the ratio of height x width.
+
+    One dimension is any whole number of units; the ratio gives the other, rounded. Of equals the nearest to the ratio wins.
+    """
+    sizes = {(1, 1)}
+    for rows in range(1, height + 1):
+        sizes |= {(rows, max(1, rows * width // height)), (rows, -(-rows * width // height))}
+    for columns in range(1, width + 1):
+        sizes |= {(max(1, columns * height // width), columns), (-(-columns * height // width), columns)}
+    fitting = [(h, w) for h, w in sizes if h * w <= most or (h, w) == (1, 1)]
+
+    def rank(size: tuple[int, int]) -> tuple[float, ...]:
+        h, w = size
+        stretch = max(h * width, w * height) / min(h * width, w * height)
+        return -h * w, stretch, h
+
+    return min(fitting, key=rank)

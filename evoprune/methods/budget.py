@@ -11,7 +11,9 @@ from evoprune.methods.plans import Grid
 from evoprune.util import did_you_mean
 
 PresetName = Literal["full", "high", "balanced", "fast"]
-AutoName = Literal["auto", "auto:inflection"]  # the second one: from the curve of a method's scores (methods/chain.py)
+AutoName = Literal[
+    "auto", "auto:inflection"
+]  # the second one: from the curve of a method's scores (methods/selecting.py)
 # What users give; at run time also a percentage as a text, "10%".
 GivenShare = float | PresetName
 GivenBudget = float | Literal[PresetName, AutoName]
@@ -26,14 +28,11 @@ class Budget:
     name: str = ""  # of a preset with two shares, or of one of `AUTOS`; a number has none
 
     @classmethod
-    def parse(cls, value: "float | str | Budget", auto: bool = False) -> "Budget":
+    def parse(cls, given: float | str, auto: bool = False) -> "Budget":
         """Return what a number in (0, 1], a percentage or a name stands for.
 
         `auto`: whether the names of `AUTOS` are allowed, too. Raises UsageError: something else.
         """
-        if isinstance(value, Budget) and value.name not in AUTOS:
-            return value
-        given = value.name if isinstance(value, Budget) else value
         known = dict(PRESETS)
         if auto:
             known |= AUTOS

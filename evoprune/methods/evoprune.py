@@ -20,11 +20,10 @@ from typing import Annotated, ClassVar
 import torch
 
 from evoprune.backend.operators import unit_counts
-from evoprune.methods.base import EncoderMethod, Selector
+from evoprune.methods.base import EncoderMethod, Selector, Share
 from evoprune.methods.budget import AUTO_LEAST, keep_count
 from evoprune.methods.farthest import ALPHA, assign_clusters, farthest_points, points_of
 from evoprune.methods.plans import Grid, Stage, TowerShape
-from evoprune.methods.settings import Share
 from evoprune.methods.types import Selection, Tokens
 
 # A unit has changed if a block differs by at least this many levels of 255 (Euclidean over red, green and blue).

@@ -4,14 +4,18 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 
-from evoprune.methods import ranking
-from evoprune.methods.base import Merger
+from evoprune.methods.base import Count, Merger, Share
 from evoprune.methods.plans import TowerShape, layer_weights, rows_after_layers
-from evoprune.methods.settings import Count, Share
-from evoprune.methods.types import Candidates
+from evoprune.methods.ranking import alternate, match, snap
+from evoprune.methods.types import Candidates, arange_on
 
 FEATURES = ("keys", "keys_rotary", "hidden")
+
+
+MAX_SCORES = 1 << 22  # scores held at a time (16 MiB), or one row of each group if that is more
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,11 @@ class EvoPrunePaper(Merger):
         c = candidates
         attention = None
         if c.attention is not None:
-            attention = ranking.snap(ranking.relative_attention(c.attention, c.valid))
-        source = ranking.alternate(c.valid, self.absorbed)
+            attention = snap(relative_attention(c.attention, c.valid))
+        source = alternate(c.valid, self.absorbed)
         best, partner = self._best_partners(c, attention, source)
         at_most = torch.minimum(remove, c.valid.sum(1) // 2)  # one row must be left, also where all are sources
-        return ranking.match(best, partner, source, self._critical(attention, c.valid), at_most)
+        return match(best, partner, source, self._critical(attention, c.valid), at_most)
 
     def rounds(self, rows: int, left: int) -> int:
         count = 0
@@ -68,18 +72,18 @@ class EvoPrunePaper(Merger):
     def _best_partners(
         self, c: Candidates, attention: torch.Tensor | None, source: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Find `ranking.best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
-        pieces = ranking.strips(*c.valid.shape)
+        """Find `best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
+        pieces = strips(*c.valid.shape)
         density = None
         partners = []
         if self.diversity:
-            cosines = ((rows, ranking.similarity(c.features, rows)) for rows in pieces)
-            densities = [ranking.local_density(cosine, c.valid, self.neighbours, rows) for rows, cosine in cosines]
+            cosines = ((rows, similarity(c.features, rows)) for rows in pieces)
+            densities = [local_density(cosine, c.valid, self.neighbours, rows) for rows, cosine in cosines]
             density = torch.cat(densities, 1)
         for rows in pieces:
-            cosine = ranking.similarity(c.features, rows)
-            score = ranking.composite_score(cosine, density, attention, self.diversity, self.attention, rows)
-            partners.append(ranking.best_partners(ranking.snap(score), source[:, rows], c.valid & ~source))
+            cosine = similarity(c.features, rows)
+            score = composite_score(cosine, density, attention, self.diversity, self.attention, rows)
+            partners.append(best_partners(snap(score), source[:, rows], c.valid & ~source))
         return tuple(torch.cat(of_each, 1) for of_each in zip(*partners, strict=True))
 
     def _critical(self, attention: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
@@ -89,3 +93,80 @@ class EvoPrunePaper(Merger):
         rank = attention.masked_fill(~valid, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         # In float64 and slightly lower, because 0.15 of 100 rows must not become 16.
         return valid & (rank < (valid.sum(1, keepdim=True).double() * self.critical - 1e-9).ceil())
+
+
+def strips(groups: int, rows: int) -> list[slice]:
+    """Return the strips of `groups` padded groups of `rows` rows whose scores `[groups, strip, rows]` are at most `MAX_SCORES`."""
+    step = max(1, MAX_SCORES // max(1, groups * rows))
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def similarity(features: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
+    """Return the cosines `[B, m, n]` of the m `rows` of features `[B, n, D]` to all rows of their group; 0 for a zero vector."""
+    unit = F.normalize(features.float(), dim=-1)
+    return unit[:, rows] @ unit.transpose(1, 2)
+
+
+def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, rows: slice = ALL) -> torch.Tensor:
+    """Return `[B, m]`: the mean `cosine` (`[B, m, n]`) of the m `rows` to their nearest `valid` others (bool `[B, n]`).
+
+    It is 1 for a row without others.
+    """
+    n = cosine.shape[2]
+    index = arange_on(n, cosine.device)
+    others = valid[:, None, :] & valid[:, rows, None] & (index[rows, None] != index)
+    count = others.sum(-1).clamp(max=neighbours)
+    nearest = cosine.masked_fill(~others, -torch.inf).topk(min(neighbours, n), dim=-1).values
+    total = nearest.masked_fill(nearest.isinf(), 0).sum(-1)
+    return torch.where(count > 0, total / count.clamp(min=1), 1.0)
+
+
+def relative_attention(received: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Return the attention received (`[B, n]`) divided by the highest of the group: `[B, n]` in [0, 1], 0 at padding."""
+    top = received.masked_fill(~valid, 0).amax(1, keepdim=True)
+    return torch.where(valid, received / top.clamp(min=1e-12), 0)
+
+
+def composite_score(
+    cosine: torch.Tensor,
+    density: torch.Tensor | None,
+    attention: torch.Tensor | None,
+    diversity_weight: float,
+    attention_weight: float,
+    rows: slice = ALL,
+) -> torch.Tensor:
+    """Return `[B, m, n]`: EvoPrune's score of merging two rows (arXiv 2603.03681), with the row to be absorbed in dimension 1.
+
+        S_ij = s_ij - w_div * max(1 - d_i, 1 - d_j) - w_att * max(a_i, a_j)
+
+    s: `cosine` `[B, m, n]` of the m `rows`, from `similarity`; d: local density `[B, n]` (rows unlike all others should not merge);
+    a: relative attention `[B, n]`. d and a are None if their weights are zero.
+    """
+    score = cosine
+    if diversity_weight:
+        unlike = 1 - density
+        score = score - diversity_weight * torch.maximum(unlike[:, rows, None], unlike[:, None, :])
+    if attention_weight:
+        score = score - attention_weight * torch.maximum(attention[:, rows, None], attention[:, None, :])
+    return score
+
+
+def best_partners(
+    score: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `[B, m]`: the highest `score` (`[B, m, n]`) of each source (bool `[B, m]`) with a destination (bool `[B, n]`).
+
+    It is -inf for other rows. And int64 `[B, m]`, the index of that destination. Ties go to the lower index.
+    """
+    allowed = source[:, :, None] & destination[:, None, :]
+    return tuple(score.masked_fill(~allowed, -torch.inf).max(2))
+
+
+@dataclass(frozen=True)
+class EvoPruneMerge(EvoPrunePaper):
+    name = "evoprune-merge"
+    source = "arXiv 2603.03681, with other settings"
+
+    allocation: str = "decreasing"
+    attention: Annotated[float, "(-inf, inf)"] = 0.0
+    critical: Share = 0.0

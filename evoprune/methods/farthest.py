@@ -46,22 +46,17 @@ class Points:
 
 
 def points_of(rows: torch.Tensor, unit_to_row: torch.Tensor, grid: Grid, alpha: float) -> Points:
-    """Return the points of one video: `rows`, `unit_to_row`, `grid` as in `Tokens`; `alpha`, the weight of time."""
-    place, salience = places_and_salience(rows, unit_to_row)
-    place = place * math.sqrt(STEPS)
-    time, _, _ = grid_tables(grid, str(unit_to_row.device))
-    return Points(grid, unit_to_row, time, place, place.square().sum(1) / 2, salience, STEPS * alpha / 2 * salience**2)
-
-
-def places_and_salience(rows: torch.Tensor, unit_to_row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Place rows in the space of the distance, at most about 1 long, with `salience` of `Points`; equal for equal features.
+    """Return the points of one video: `rows`, `unit_to_row`, `grid` as in `Tokens`; `alpha`, the weight of time.
 
     A row counts as often as it represents a unit.
     """
     projection = None
     if rows.shape[1] > 4 * DIMENSIONS and len(rows) > UNPROJECTED:  # otherwise projection saves nothing
         projection = to_device(_projection(rows.shape[1]), rows.device)
-    return standard_places(rows, unit_to_row, projection, STEPS)
+    place, salience = standard_places(rows, unit_to_row, projection, STEPS)
+    place = place * math.sqrt(STEPS)
+    time, _, _ = grid_tables(grid, str(unit_to_row.device))
+    return Points(grid, unit_to_row, time, place, place.square().sum(1) / 2, salience, STEPS * alpha / 2 * salience**2)
 
 
 @lru_cache(maxsize=8)

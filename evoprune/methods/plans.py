@@ -104,7 +104,7 @@ class Stage:
     exact: bool = True  # whether `rows` does not depend on the content
     whole_pairs: bool = False  # whether the selector keeps all rows of a frame pair or none
     inflection: bool = (
-        False  # whether it keeps the tokens before the inflection of its sorted scores (methods/chain.py)
+        False  # whether it keeps the tokens before the inflection of its sorted scores (methods/selecting.py)
     )
 
     @property

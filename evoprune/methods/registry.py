@@ -1,7 +1,5 @@
 """The methods by name: those of the core, and classes in the entry point group `evoprune.methods`, of evoprune.contrib too.
 
-The group `evoprune.known_as` has other names of methods, for hints.
-
 `parse_names` alone reads what users write. Importing this imports no torch.
 """
 
@@ -35,6 +33,8 @@ CORE = {
     "pool": "evoprune.methods.baselines:Pool",
     "divprune": "evoprune.methods.baselines:DivPrune",
 }
+# Names of papers under which users look for a method, as letters and digits alone.
+FOLLOWED_BY = {"idpruner": "mmr", "mmgvid": "mmg", "streamingassistant": "adjacent", "pdrop": "pyramiddrop"}
 DEFAULT = "evoprune"
 REUSE = "reuse"  # put before a selector: reuse+divprune
 OWN = "evoprune"  # the distribution whose entry points are this project's
@@ -46,7 +46,7 @@ class Named(NamedTuple):
 
     text: str  # all of it
     name: str
-    settings: tuple[tuple[str, str | None], ...]  # names and values of `parse_setting`
+    settings: tuple[tuple[str, str | None], ...]  # each with its value, None without an equals sign
 
 
 def parse_names(text: str) -> list[Named]:
@@ -56,16 +56,9 @@ def parse_names(text: str) -> list[Named]:
     for part in hidden.split("+"):
         written = part.replace("\0", "+")
         name, *settings = written.split(":")
-        found.append(Named(written, name, tuple(map(parse_setting, settings))))
+        pairs = (setting.partition("=") for setting in settings)
+        found.append(Named(written, name, tuple((key, value if equals else None) for key, equals, value in pairs)))
     return found
-
-
-def parse_setting(text: str) -> tuple[str, str | None]:
-    """Return the name and the value of NAME=VALUE; None for the value where there is no equals sign."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        return name, None
-    return name, value
 
 
 def built_in() -> list[str]:
@@ -78,9 +71,13 @@ def available() -> list[str]:
     return [*CORE, *_plugins()]
 
 
-def check(text: str) -> None:
-    """Raises UsageError if `text` names a method that does not exist, or an impossible order. Imports no torch."""
-    names = [each.name for each in parse_names(text)]
+def check(text: str) -> list[Named]:
+    """Return the methods that `text` names. Imports no torch.
+
+    Raises UsageError: a method does not exist, or an impossible order.
+    """
+    named = parse_names(text)
+    names = [each.name for each in named]
     if _is_list(text):
         hint = f"to compare several: evoprune eval --method {text}; --compare shows one beside nothing pruned"
         raise UsageError(f"{text!r} is a list, and one method is taken here", hint)
@@ -89,15 +86,15 @@ def check(text: str) -> None:
     for name in names:
         if name != REUSE and name not in available():
             raise _unknown(name)
-    own = {
-        name: entry.group == GROUPS[1] for name, entry in _plugins().items() if _is_own(entry)
-    }  # whether it acts inside
+    # Of this project's entry points, whether they act inside the language model.
+    own = {name: entry.group == GROUPS[1] for name, entry in _plugins().items() if _is_own(entry)}
     *before, last = names
     if len(names) > 3 or REUSE in names[1:] or any(own.get(name) for name in before):
         raise impossible(text)
     after_core = before and before[0] in CORE and (len(before) > 1 or last in CORE or own.get(last) is False)
     if after_core or (before == [REUSE] and own.get(last)):
         raise impossible(text)  # `MethodChain.parse` checks those of other packages
+    return named
 
 
 def _is_list(text: str) -> bool:
@@ -111,10 +108,9 @@ def _unknown(name: str) -> UsageError:
     letters = _letters(name)
     known = (*available(), REUSE)
     same = [each for each in known if _letters(each) == letters]
-    follows = {entry.name: entry.value for entry in entry_points(group="evoprune.known_as")}
     near = did_you_mean(name, same or known, 3)
-    if letters in follows:
-        near = f"{follows[letters]} follows it; "
+    if letters in FOLLOWED_BY:
+        near = f"{FOLLOWED_BY[letters]} follows it; "
     if len(built_in()) == len(CORE):  # a checkout that was installed before these were entry points
         near = "the methods of evoprune.contrib are not installed: pip install evoprune again; "
     return UsageError(f"no pruning method {name!r}", f"{near}evoprune methods lists them all")
@@ -131,45 +127,31 @@ def impossible(text: str) -> UsageError:
     return UsageError(f"methods cannot be combined as {text!r}", f"use {REUSE}+NAME or ipcv+NAME, where {kinds}")
 
 
-def get(text: str, args: dict[str, str] | None = None) -> "Method":
-    """Return the method `NAME:SETTING=VALUE:...`, whose settings override `args`, as texts. Raises UsageError."""
-    check(text)
-    first, *others = parse_names(text)
+def get(text: str) -> "Method":
+    """Return the method `NAME:SETTING=VALUE:...`. Raises UsageError."""
+    first, *others = members(text)
     if others:
         raise impossible(text)
-    return _made(first, args)
+    return first
 
 
-def members(text: str, args: dict[str, str] | None = None) -> "list[Method]":
-    """Return the methods that `text` names, each as by `get`; several have no `args`. Raises UsageError."""
-    check(text)
-    named = parse_names(text)
-    if args and len(named) > 1:
-        example = f"{text}:{'='.join(next(iter(args.items())))}, or {REUSE}:threshold=5+{named[-1].text}"
-        raise UsageError(f"settings of {text} must be part of its name", f"for example {example}")
-    return [_made(each, args) for each in named]
+def members(text: str) -> "list[Method]":
+    """Return the methods that `text` names, with their settings. Raises UsageError."""
+    return [_made(each) for each in check(text)]
 
 
-def _made(named: Named, args: dict[str, str] | None) -> "Method":
+def _made(named: Named) -> "Method":
     """Return the method with its settings. Raises UsageError: no such setting, or a wrong value."""
     _warn_of_ignored(named.name)
     method = _class(named.name)
     if wrong := [name for name, value in named.settings if value is None]:
         raise UsageError(f"method {method.name}: {wrong[0]!r} is not NAME=VALUE", settings_hint(method, wrong[0]))
-    return from_args(method, (args or {}) | dict(named.settings))
-
-
-def from_args(method: type, args: dict[str, Any]) -> Any:
-    """Return a method with settings as texts; other values count as their texts.
-
-    Raises UsageError: no such setting, or a wrong value.
-    """
     known = {f.name: f for f in fields(method)}
     values = {}
-    for name, text in args.items():
+    for name, text in named.settings:
         if name not in known:
             raise UsageError(f"method {method.name} has no argument {name!r}", settings_hint(method))
-        values[name] = _parsed(method, known[name], str(text))
+        values[name] = _parsed(method, known[name], text)
     try:
         instance = method(**values)
         if wrong := [name for name, value in values.items() if value != value]:  # NaN is no number to any method

@@ -22,58 +22,10 @@ def arange_on(count: int, device: torch.device | str) -> torch.Tensor:
     return torch.arange(count, dtype=torch.int64, device=device)
 
 
-def bincount_fixed(index: torch.Tensor, bins: int) -> torch.Tensor:
-    """Return int64 `[bins]`: how often each number occurs in `index` (int64 `[n]`)."""
-    return index.new_zeros(bins).scatter_add_(0, index, torch.ones_like(index))
-
-
 def nonzero_fixed(mask: torch.Tensor, count: int) -> torch.Tensor:
     """Return int64 `[count]`: the first `count` indices where `mask` (bool `[n]`) is true, ascending; filled up with zeros."""
     slot = torch.where(mask, mask.cumsum(0) - 1, count).clamp(max=count)
     return slot.new_zeros(count + 1).scatter_(0, slot, arange_on(len(mask), mask.device))[:count]
-
-
-def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return runs of neighbouring rows as a padded batch: int64 `[B, longest]`, and bool, which are valid.
-
-    Padding repeats the last row.
-
-    `start`, `length`: int64 `[B]`, of each run, which may be empty; `longest`: an upper bound; `rows`: all indices are below it.
-    """
-    step = arange_on(longest, start.device)
-    last = (length - 1).clamp(min=0)[:, None]
-    return (start[:, None] + torch.minimum(step, last)).clamp(max=rows - 1), step < length[:, None]
-
-
-def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.Tensor:
-    """Return int64 `[B, G]`: how many rows each group keeps, by largest remainder, at least one per group with rows; ties by index.
-
-    `sizes`: int64 `[B, G]`, at most `longest`. `total`: int64 `[B]`, from the number of groups with rows to the sum of sizes.
-    """
-    size = sizes.sum(1, keepdim=True)
-    total = total[:, None]
-    counts = torch.where(sizes > 0, (total * sizes // size.clamp(min=1)).clamp(min=1), 0)
-    missing = total - counts.sum(1, keepdim=True)
-    excess = counts * size - total * sizes
-    # Too few: the groups that are furthest below their exact share get one row more. One each is enough, because rounding down took
-    # less than one row from each group, and the groups that lost something have more rows than they keep.
-    more = _first(counts < sizes, excess.argsort(dim=1, stable=True), missing)
-    # Too many, because every group keeps at least one row: the groups furthest above their exact share give one row in each turn,
-    # down to one row. After p turns a group has given min(p, spare) rows. There are `turns` whole turns; some groups give one more.
-    spare = (counts - 1).clamp(min=0)
-    give = -missing
-    given = torch.minimum(arange_on(longest, sizes.device)[:, None], spare[:, None]).sum(2)  # [B, longest]
-    turns = ((given <= give).sum(1, keepdim=True) - 1).clamp(min=0)
-    rest = give - given.gather(1, turns)
-    less = _first(spare > turns, excess.argsort(dim=1, descending=True, stable=True), rest)
-    return counts + more.long() - torch.minimum(turns, spare) - less.long()
-
-
-def _first(able: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Return bool `[B, G]`: the first `count` (`[B, 1]`) `able` groups in `order` (`[B, G]`); none if `count` is negative."""
-    queue = able.gather(1, order)
-    selected = queue & (queue.cumsum(1) <= count)
-    return torch.zeros_like(able).scatter_(1, order, selected)
 
 
 def generator_seed(seed: int) -> int:
@@ -199,37 +151,3 @@ class Candidates:
     size: torch.Tensor  # int64 [B, n], cluster sizes
     valid: torch.Tensor  # bool [B, n], False at padding, which is at the end of a group
     width: int  # W, units across the frame
-
-
-@dataclass(frozen=True)
-class LayerState:
-    """What the latest layer of the language model read and computed, for C columns. A *column* is one token of the prompt."""
-
-    after: int  # layers that have run, this one included
-    entering: torch.Tensor  # `[C, hidden]`, its input
-    x: torch.Tensor  # `[C, hidden]`, its output
-    places: tuple[torch.Tensor, torch.Tensor]  # cosines and sines of the columns
-    bias: torch.Tensor | None  # `[C]`, what attention adds to the logits of each column
-    queries: torch.Tensor  # `[1, C, heads, head_dim]`, rotated
-    keys: torch.Tensor  # `[1, kv_heads, C, head_dim]`, rotated
-    values: torch.Tensor  # as `keys`
-
-
-def smaller_frame(height: int, width: int, most: int) -> tuple[int, int]:
-    """Return (height, width) of the largest frame of at most `most` units, at least 1 x 1, with nearly the ratio of height x width.
-
-    One dimension is any whole number of units; the ratio gives the other, rounded. Of equals the nearest to the ratio wins.
-    """
-    sizes = {(1, 1)}
-    for rows in range(1, height + 1):
-        sizes |= {(rows, max(1, rows * width // height)), (rows, -(-rows * width // height))}
-    for columns in range(1, width + 1):
-        sizes |= {(max(1, columns * height // width), columns), (-(-columns * height // width), columns)}
-    fitting = [(h, w) for h, w in sizes if h * w <= most or (h, w) == (1, 1)]
-
-    def rank(size: tuple[int, int]) -> tuple[float, ...]:
-        h, w = size
-        stretch = max(h * width, w * height) / min(h * width, w * height)
-        return -h * w, stretch, h
-
-    return min(fitting, key=rank)

@@ -51,8 +51,6 @@ class PruneKeywords(TypedDict, total=False):
     """How tokens are pruned, by name (see evoprune methods). NAME:SETTING=VALUE for its settings; reuse+NAME to encode
     changed units alone; ipcv+NAME to compute a third of the rows in most layers; NAME+fastv to drop tokens inside the
     language model, too."""
-    method_args: dict[str, Any] | None
-    """Settings of the method, by name."""
     seed: int
     """Seed of everything random."""
 
@@ -167,9 +165,7 @@ class EvoPruneKeywords(TypedDict, total=False):
     budget: float | Literal["full", "high", "balanced", "fast"]
     """Share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset."""
     method: str
-    """Name of a pruning method."""
-    method_args: dict[str, Any] | None
-    """Settings of the method, by name."""
+    """Name of a pruning method, NAME:SETTING=VALUE for its settings."""
     positions: Literal["host", "qwen"]
     """host gives each token the position that the model itself gives it, so that budget 1.0 is the model's own output;
     qwen starts the text after a video at the end of the video's time, as Qwen trained its models."""

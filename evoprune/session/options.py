@@ -136,20 +136,9 @@ class ModelOptions:
         return file_state(file for pattern in MODEL_FILES for file in self.folder.glob(pattern))
 
 
-def parse_settings(texts: Iterable[str] | None) -> dict[str, str]:
-    """Return a method's settings, of NAME=VALUE texts. Raises UsageError: a text without an equals sign or a name."""
-    settings = {}
-    for text in texts or ():
-        name, value = methods.parse_setting(text)
-        if value is None or not name:
-            raise UsageError(f"--method-arg {text!r} is not NAME=VALUE", "for example --method-arg alpha=2")
-        settings[name] = value
-    return settings
-
-
 @dataclass(frozen=True)
 class PruneOptions:
-    """How visual tokens are pruned. A percentage becomes a number, and the values of `method_args` become texts.
+    """How visual tokens are pruned. A percentage becomes a number.
 
     Raises UsageError: a bad budget, or no such method.
     """
@@ -172,15 +161,6 @@ class PruneOptions:
         "reuse+NAME to encode changed units alone; ipcv+NAME to compute a third of the rows in most layers; NAME+fastv to drop "
         "tokens inside the language model, too.",
     )
-    method_args: dict[str, Any] | None = option(
-        None,
-        "A setting of the method; repeatable.",
-        "--method-arg",
-        in_python="Settings of the method, by name.",
-        metavar="NAME=VALUE",
-        typed=list[str],
-        parse=parse_settings,
-    )
     seed: int = option(
         0,
         "Seed of everything random.",
@@ -194,15 +174,13 @@ class PruneOptions:
             Budget.parse(None)  # whose message names the presets
         check_types(self)
         object.__setattr__(self, "budget", Budget.parse(self.budget, auto=True).recorded)
-        texts = {name: str(value) for name, value in (self.method_args or {}).items()}
-        object.__setattr__(self, "method_args", texts)
         methods.check(self.method)
 
     def config(self) -> "PruneConfig":
-        """Return what they stand for, parsed. Raises UsageError: as of `PruneConfig.of`."""
+        """Return the budget and the method as objects, which imports torch. Raises UsageError: as `PruneConfig.of`."""
         from evoprune.methods.chain import PruneConfig
 
-        return PruneConfig.of(self.budget, self.method, self.method_args, self.seed)
+        return PruneConfig.of(Budget.parse(self.budget, auto=True), self.method, self.seed)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import fields
 from math import prod
 
 from evoprune.backend.devices import environment, memory_in_use, peak_memory
-from evoprune.methods.base import Reading
 from evoprune.methods.chain import PruneConfig
+from evoprune.methods.language import Dropping
 from evoprune.report import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.session import Session
@@ -137,7 +137,7 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
     report.memory.own_bytes, report.memory.mapped_bytes = memory_in_use(device)
 
 
-def fill_dropped(report: Report, dropping: Reading | None) -> None:
+def fill_dropped(report: Report, dropping: Dropping | None) -> None:
     """Writes into a report what left inside the language model, if anything could; synchronises."""
     if dropping is not None:
         report.pruning.language_layers = [list(layer) for layer in enumerate(dropping.layers)]

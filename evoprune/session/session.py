@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from evoprune.errors import UsageError
+from evoprune.methods.budget import FULL
 from evoprune.methods.chain import MethodChain, PruneConfig
 from evoprune.session.loading.find import FoundModel
 from evoprune.session.loading.model import LoadedModel
@@ -30,7 +31,7 @@ class Session:
 
     def unpruned(self) -> "Session":
         """Return the same model and seed with every visual token kept: what pruning is compared with."""
-        return replace(self, pruning=PruneConfig.of(1.0, "none", seed=self.pruning.seed))
+        return replace(self, pruning=PruneConfig.of(FULL, "none", self.pruning.seed))
 
     def prompt_columns(self, tokens: int, text: int) -> int | tuple[int, ...]:
         """Positions in a prompt of `tokens` visual tokens and `text`, at most, in each layer of the language model or in all."""

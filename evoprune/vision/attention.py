@@ -16,10 +16,10 @@ import torch.nn.functional as F
 
 from evoprune.backend import devices
 from evoprune.backend.attention import NEVER, attends_by_products, bias_features, form_of_groups
-from evoprune.methods.types import arange_on, bincount_fixed, runs
+from evoprune.methods.types import arange_on
 from evoprune.model.config import PATCHES
 from evoprune.model.numerics import without_autocast
-from evoprune.vision.layout import Scope, group_table, group_units, order_tables
+from evoprune.vision.layout import Scope, bincount_fixed, group_table, group_units, order_tables, runs
 from evoprune.vision.rows import Rows
 
 

@@ -26,16 +26,16 @@ import torch.nn.functional as F
 from evoprune.backend import devices
 from evoprune.backend.attention import without_cudnn
 from evoprune.errors import UsageError
-from evoprune.methods.chain import select, tokens_before_inflection
 from evoprune.methods.plans import EncoderPlan, Merge, SetAside, Stage, TowerShape
 from evoprune.methods.ranking import closest
-from evoprune.methods.types import Selection, Tokens, arange_on, bincount_fixed
+from evoprune.methods.selecting import select, tokens_before_inflection
+from evoprune.methods.types import Selection, Tokens, arange_on
 from evoprune.model.config import PATCHES, vision_sizes
 from evoprune.model.numerics import all_finite, not_a_number_error, without_autocast
 from evoprune.model.weights import Tower
 from evoprune.vision.families import embed, merge_patches, tower_layers
 from evoprune.vision.hooks import Hook, looks
-from evoprune.vision.layout import window_order
+from evoprune.vision.layout import bincount_fixed, window_order
 from evoprune.vision.merging import Merging
 from evoprune.vision.patches import CLIP, Normal, ReferenceBlocks, in_pairs, normalised, patch_means, scan
 from evoprune.vision.rows import Rows, all_units, reused_units
@@ -493,7 +493,7 @@ def select_tokens(video: EncodedRows, question: torch.Tensor | None = None) -> E
 def token_selection(video: EncodedRows, question: torch.Tensor | None = None) -> Selection:
     """Return the units that the language model reads; arguments as in `select_tokens`.
 
-    Raises UsageError: the method reads the question, and there is none. PluginError: as `methods.chain.select`.
+    Raises UsageError: the method reads the question, and there is none. PluginError: as `methods.selecting.select`.
     """
     tokens = video.selector_input
     unit = video.rows.unit

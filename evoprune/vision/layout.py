@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.types import arange_on, bincount_fixed
+from evoprune.methods.types import arange_on
 from evoprune.model.config import PATCHES
 
 Scope = Literal["window", "pair"]
@@ -116,3 +116,20 @@ def group_units(geo: Geometry, pairs: int, scope: Scope) -> tuple[torch.Tensor, 
     slot = group * widest + arange_on(len(order), order.device) - ends[group]
     table = torch.full((total * widest,), len(order), dtype=torch.int64, device=order.device).scatter_(0, slot, order)
     return table.view(total, widest), slot, (ends * PATCHES).int()
+
+
+def bincount_fixed(index: torch.Tensor, bins: int) -> torch.Tensor:
+    """Return int64 `[bins]`: how often each number occurs in `index` (int64 `[n]`)."""
+    return index.new_zeros(bins).scatter_add_(0, index, torch.ones_like(index))
+
+
+def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return runs of neighbouring rows as a padded batch: int64 `[B, longest]`, and bool, which are valid.
+
+    Padding repeats the last row.
+
+    `start`, `length`: int64 `[B]`, of each run, which may be empty; `longest`: an upper bound; `rows`: all indices are below it.
+    """
+    step = arange_on(longest, start.device)
+    last = (length - 1).clamp(min=0)[:, None]
+    return (start[:, None] + torch.minimum(step, last)).clamp(max=rows - 1), step < length[:, None]

@@ -9,12 +9,11 @@ from evoprune.backend import devices
 from evoprune.errors import call
 from evoprune.methods.base import Merger
 from evoprune.methods.plans import TowerShape
-from evoprune.methods.ranking import merge_rows
-from evoprune.methods.types import Candidates, arange_on, nonzero_fixed, runs, share_rows
+from evoprune.methods.types import Candidates, arange_on, nonzero_fixed
 from evoprune.model.numerics import without_autocast
 from evoprune.vision.hooks import Hook
-from evoprune.vision.layout import Scope
-from evoprune.vision.rows import Rows
+from evoprune.vision.layout import Scope, runs
+from evoprune.vision.rows import Rows, merge_rows
 
 
 class Merging(Hook):
@@ -154,3 +153,34 @@ def most_rounds(rows: Rows, scope: Scope, target: Sequence[int], merger: Merger)
             cases = ((n, max(1, n - (count - left))) for n in range(1, longest + 1))
             worst = max([worst, *(merger.rounds(n, fewest) for n, fewest in cases)])
     return worst
+
+
+def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.Tensor:
+    """Return int64 `[B, G]`: how many rows each group keeps, by largest remainder, at least one per group with rows; ties by index.
+
+    `sizes`: int64 `[B, G]`, at most `longest`. `total`: int64 `[B]`, from the number of groups with rows to the sum of sizes.
+    """
+    size = sizes.sum(1, keepdim=True)
+    total = total[:, None]
+    counts = torch.where(sizes > 0, (total * sizes // size.clamp(min=1)).clamp(min=1), 0)
+    missing = total - counts.sum(1, keepdim=True)
+    excess = counts * size - total * sizes
+    # Too few: the groups that are furthest below their exact share get one row more. One each is enough, because rounding down took
+    # less than one row from each group, and the groups that lost something have more rows than they keep.
+    more = _first(counts < sizes, excess.argsort(dim=1, stable=True), missing)
+    # Too many, because every group keeps at least one row: the groups furthest above their exact share give one row in each turn,
+    # down to one row. After p turns a group has given min(p, spare) rows. There are `turns` whole turns; some groups give one more.
+    spare = (counts - 1).clamp(min=0)
+    give = -missing
+    given = torch.minimum(arange_on(longest, sizes.device)[:, None], spare[:, None]).sum(2)  # [B, longest]
+    turns = ((given <= give).sum(1, keepdim=True) - 1).clamp(min=0)
+    rest = give - given.gather(1, turns)
+    less = _first(spare > turns, excess.argsort(dim=1, descending=True, stable=True), rest)
+    return counts + more.long() - torch.minimum(turns, spare) - less.long()
+
+
+def _first(able: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Return bool `[B, G]`: the first `count` (`[B, 1]`) `able` groups in `order` (`[B, G]`); none if `count` is negative."""
+    queue = able.gather(1, order)
+    selected = queue & (queue.cumsum(1) <= count)
+    return torch.zeros_like(able).scatter_(1, order, selected)

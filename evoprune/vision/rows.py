@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import devices
-from evoprune.methods.ranking import merge_rows
-from evoprune.methods.types import Selection, arange_on, bincount_fixed, nonzero_fixed
-from evoprune.vision.layout import Geometry, Scope, group_table, order_tables
+from evoprune.methods.types import Selection, arange_on, nonzero_fixed
+from evoprune.vision.layout import Geometry, Scope, bincount_fixed, group_table, order_tables
 
 Reach = Literal["place", "window", "pair", "clip"]
 WIDTH = {reach: width for width, reach in enumerate(("place", "window", "pair", "clip"))}
@@ -277,3 +276,31 @@ def reused_units(
 def _or_none(index: torch.Tensor) -> torch.Tensor:
     """Return `index` (int64 `[n]`) with a last entry of -1, which -1 finds."""
     return F.pad(index, (0, 1), value=-1)
+
+
+def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: int, moves: int) -> torch.Tensor:
+    """Return `[rows, ...]`, as `x`: the size-weighted mean, taken in float32, of each row that stays and those that merge into it.
+
+    Args:
+        x, size, into: `[R, ...]`; int64 `[R]`, cluster sizes; int64 `[R]`, the row that each row merges into, itself if it stays.
+        rows: how many stay, or more: then the last rows are padding without meaning.
+        moves: upper bound of the rows that merge.
+    """
+    goes = into != arange_on(len(into), into.device)
+    stays = ~goes
+    kept = nonzero_fixed(stays, rows)
+    moved = nonzero_fixed(goes, moves)
+    out = x[kept]
+    before = size[kept]
+    to = (stays.cumsum(0) - 1).clamp(max=rows - 1)[into[moved]]
+    # Padding in `moved` weighs nothing.
+    added = torch.where(arange_on(moves, into.device) < goes.sum(), size[moved], 0)
+    after = before.index_add(0, to, added)
+    # If several rows merge into one, one of their slots in `total` holds the sum. Any of them will do: all start from the same row.
+    place = torch.empty_like(before).scatter_(0, to, arange_on(moves, into.device))[to]
+    grown = (after > before)[to]  # other rows must stay exactly as they are
+    column = (-1, *[1] * (x.ndim - 1))
+    total = out[to].float().mul_(torch.where(grown, before[to], 1).view(column))
+    total.index_add_(0, place, x[moved].float().mul_(added.view(column)))
+    out[to] = total.div_(torch.where(grown, after[to], 1).view(column)).to(x.dtype)[place]
+    return out

@@ -18,7 +18,6 @@ from evoprune.backend.cpu.linear import linear
 from evoprune.backend.devices import Timer
 from evoprune.backend.layers import give_up, joined, kernels
 from evoprune.methods.plans import TowerShape
-from evoprune.methods.ranking import unit_features
 from evoprune.methods.types import arange_on
 from evoprune.model.config import PATCHES, VisionConfig, vision_sizes
 from evoprune.vision.attention import Groups, PackedGroups, attention_groups, attention_received, grouped_attention
@@ -265,3 +264,8 @@ def run_by_kernels(visual, layers: range, rows: Rows, piece: int, after: Callabl
         rows.values = x.view(shape)
         after(number + 1, rows, len(rows))
     return range(0)
+
+
+def unit_features(x: torch.Tensor) -> torch.Tensor:
+    """Return float32 `[R, 4 * d]`: keys or queries (`[R, 4, heads, d]`) as the mean over heads, with the four patches joined."""
+    return x.float().mean(2).flatten(1)

@@ -12,8 +12,9 @@ from evoprune.backend import devices, layers
 from evoprune.backend.attention import causal_attention
 from evoprune.errors import DeviceWarning
 from evoprune.language import decoder, static
-from evoprune.language.decoder import KVCache, norm, rotate
+from evoprune.language.decoder import KVCache
 from evoprune.model.config import parse_config
+from evoprune.model.heads import norm, rotate
 from evoprune.model.weights import QwenVL
 from tests.tiny import NATIVE, tiny_config, tiny_model
 

@@ -27,11 +27,10 @@ from evoprune.bench.profile_rows import (
 )
 from evoprune.bench.shared import TimeLimit, paced
 from evoprune.errors import ModelError, OutOfMemory
-from evoprune.methods.chain import PruneConfig
 from evoprune.methods.plans import full_plan
 from evoprune.model import cost
 from evoprune.report import Environment, ModelFacts
-from evoprune.session.options import ModelOptions
+from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.video.frames import probe
 from evoprune.vision.tower import tower_shape
 from tests.quantized import KINDS
@@ -127,17 +126,19 @@ def test_presets_are_rows_with_their_names():
     assert [row.budget for row in rows] == [0.1, 0.1, "fast", "fast"]
 
 
-def test_settings_are_those_of_the_methods(loaded):
-    settings = ProfileSettings(budgets=(0.5,), method_args={"alpha": "3"}, warmups=0, repetitions=1)
+def test_a_method_may_have_settings(loaded):
+    settings = ProfileSettings(budgets=(0.5,), methods=("evoprune:alpha=3",), warmups=0, repetitions=1)
     rows = last(loaded, [CASE], MOTION, settings).rows
-    assert [row.name for row in rows if row.samples][-1] == "evoprune -b 0.5" and not any(row.error for row in rows)
+    assert [row.name for row in rows if row.samples][-1] == "evoprune:alpha=3 -b 0.5" and not any(
+        row.error for row in rows
+    )
 
 
 @pytest.mark.parametrize("case", [CASE, Case(2, 28, 28)])
 def test_transformers_generates_what_budget_one_does(loaded, case):
     clip = clips.prepare(loaded, *MOTION(case))
     theirs = run_hugging_face(loaded, hugging_face_model(loaded.model), clip, 12)
-    ours = run_evoprune(loaded, clip, unpruned(loaded, clip), PruneConfig.of(1.0, "none"), 12)
+    ours = run_evoprune(loaded, clip, unpruned(loaded, clip), PruneOptions(1.0, "none").config(), 12)
     assert len(set(theirs.tokens)) > 1
     assert ours.tokens == theirs.tokens and ours.counts == theirs.counts
 
@@ -145,7 +146,7 @@ def test_transformers_generates_what_budget_one_does(loaded, case):
 def test_generation_is_forced(loaded, monkeypatch):
     """An end of sequence does not end it."""
     clip = clips.prepare(loaded, *MOTION(CASE))
-    run = partial(run_evoprune, loaded, clip, unpruned(loaded, clip), PruneConfig.of(1.0, "none"), 6)
+    run = partial(run_evoprune, loaded, clip, unpruned(loaded, clip), PruneOptions(1.0, "none").config(), 6)
     first = run().tokens
     assert len(first) == 6
     monkeypatch.setattr(loaded, "eos_ids", tuple(first))
@@ -318,7 +319,7 @@ def test_frame_pairs_of_qwen3_stand_apart_and_generate_what_hugging_face_does(tm
     loaded = profile.load(ModelOptions(str(save_tiny(tmp_path, family="qwen3_vl")), dtype="fp32"), [case])
     clip = clips.prepare(loaded, *clips.synthetic_frames("motion", case, 32))
     theirs = run_hugging_face(loaded, hugging_face_model(loaded.model), clip, 4)
-    ours = run_evoprune(loaded, clip, unpruned(loaded, clip), PruneConfig.of(1.0, "none"), 4)
+    ours = run_evoprune(loaded, clip, unpruned(loaded, clip), PruneOptions(1.0, "none").config(), 4)
     assert ours.tokens == theirs.tokens and ours.counts.tower_flop == theirs.counts.tower_flop
     assert ours.counts.prompt == theirs.counts.prompt == 30 + 2 * (24 + 8) == 30 + 16 + len(clip.place)
 

@@ -122,7 +122,7 @@ WRONG = {
     "model": ([*ASK, "-m", "./none"], 4),
     "folder": ([*ASK, "-m", "samples"], 4),
     "method": ([*ASK, "--method", "nothing-like-it"], 2),
-    "setting": ([*ASK, "--method-arg", "alpha=-1"], 2),
+    "setting": ([*ASK, "--method", "evoprune:alpha=-1"], 2),
     "missing": (["ask", "gone.mp4", "What?"], 3),
     "no video": (["ask", "README.md", "What?"], 3),
     "span": ([*ASK, "--start", "1:00"], 3),

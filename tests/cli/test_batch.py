@@ -106,7 +106,7 @@ def no_weights(monkeypatch):
         ((*CLIPS, "-", *ASKED), "no video from stdin", 2),
         (("gone.mp4", *CLIPS, CLIPS[0], "-Q", ""), f"{CLIPS[0]!r} is there twice; '': question is empty; no such file: g", 2),
         ((*CLIPS, *ASKED, "-s", "caf\udce9"), "system prompt is not valid text", 2),
-        ((*CLIPS, *ASKED, "--method-arg", "speed=1"), "speed", 2),
+        ((*CLIPS, *ASKED, "--method", "evoprune:speed=1"), "speed", 2),
         ((*CLIPS, *ASKED, "--json"), "--json", 2),
         ((*CLIPS, *ASKED, "-o", "-", "--resume"), "no file that could be", 2),
         ((*CLIPS, *ASKED, "-o", "/proc/out.jsonl"), "cannot write /proc/out.jsonl", 2),

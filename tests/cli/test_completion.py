@@ -24,7 +24,7 @@ LINES = {
     "": COMMANDS,
     "--show": ["--show-completion"],
     "--version pro": ["profile"],
-    "ask --meth": ["--method", "--method-arg"],
+    "ask --meth": ["--method"],
     "ask --frames many -b fu": ["full"],
     "ask clip.mp4 ": [],
     "ask clip.mp4 -b ": BUDGETS,

@@ -301,6 +301,6 @@ def test_defaults(cli, monkeypatch):
     assert cli("eval", "--data", DATA).code == 130
     (set_by, _), (plain, videos) = made
     assert set_by.budgets == ("fast",) and (set_by.model.model, plain.model.model) == ("some/model", "demo")
-    assert (plain.budgets, plain.methods, plain.method_args) == (tuple(PRESETS)[1:], ("evoprune",), {})
+    assert (plain.budgets, plain.methods) == (tuple(PRESETS)[1:], ("evoprune",))
     assert (plain.seed, plain.limit, plain.blind, plain.generation.max_new_tokens) == (0, None, False, 64)
     assert len(videos) == 6 and len(plain.digest) == 64

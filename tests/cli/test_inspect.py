@@ -129,7 +129,7 @@ def test_the_folders_of_the_demo_models_are_shown(cli):
 
 
 def test_what_is_for_an_overlay_is_checked_without_one(cli):
-    for wrong in (("-b", "foo"), ("--method", "foo"), ("--method", "evoprune", "--method-arg", "x")):
+    for wrong in (("-b", "foo"), ("--method", "foo"), ("--method", "evoprune:x")):
         assert cli("inspect", CLIP, *wrong).code == 2
 
 
@@ -159,7 +159,7 @@ def test_overlay(cli, foreign, tmp_path, ending):
 
 @needs_decord
 def test_overlay_takes_the_options_of_pruning_and_sampling(cli, tmp_path):
-    options = ("--method", "evoprune", "--method-arg", "reuse=0", "-b", "0.5", "--frames", "4", "--end", "3")
+    options = ("--method", "evoprune:reuse=0", "-b", "0.5", "--frames", "4", "--end", "3")
     told = cli("inspect", CLIP, "--overlay", tmp_path / "a.png", *options, "--decoder", "decord", "--json").record
     assert told["plan"]["grid"] == [2, 4, 6] and told["plan"]["end_s"] == 3
     assert (

@@ -78,7 +78,7 @@ def written() -> dict[str, bytes]:
         0,
         Environment("0.1.0", "2.13.0+cpu", "5.23.0", "a CPU", 2),
         {},
-        {"method_args": {}, "text_tokens": 1, "new_tokens": 1, "repetitions": 1, "time_limit_s": 9},
+        {"text_tokens": 1, "new_tokens": 1, "repetitions": 1, "time_limit_s": 9},
         [ProfileRow(METHOD, Case(4, 56, 56), 0.5, "evoprune", error="failed")],
         [1e9],
     )

@@ -11,9 +11,9 @@ from itertools import product
 
 import torch
 
-from evoprune.contrib.language import DroppingMethod
 from evoprune.language.decoder import KVCache, logits
 from evoprune.language.prompt import prompt_positions, video_positions
+from evoprune.methods import LanguageMethod
 from evoprune.model.config import parse_config
 from evoprune.model.weights import QwenVL
 from tests.methods.kinds import INNER
@@ -177,7 +177,7 @@ class Eager:
 
 
 def run_method(
-    model, method: DroppingMethod, embeds, positions, budget: float, sizes=None, cache: KVCache | None = None
+    model, method: LanguageMethod, embeds, positions, budget: float, sizes=None, cache: KVCache | None = None
 ):
     """What the decoder makes of it: logits, the drops, the cache."""
     dropping = method.reading(model, budget, embeds, torch.tensor(VISUAL), pairs(), inside())

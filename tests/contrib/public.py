@@ -5,8 +5,7 @@ from math import prod
 import numpy as np
 import torch
 
-from evoprune.contrib.language import LayerTokens
-from evoprune.methods.types import Tokens
+from evoprune.methods import LayerTokens, Tokens
 
 WIDTH = 32
 

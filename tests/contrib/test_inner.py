@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.contrib import common, inner, language
-from evoprune.contrib.common import vicinity_clusters
+from evoprune.contrib.sparsevlm import _raters as raters
+from evoprune.contrib.vitcop import vicinity_clusters
+from evoprune.methods import language
 from evoprune.methods.budget import keep_count
 from tests.contrib.eager import (
     BEFORE,
@@ -112,7 +113,7 @@ def test_clusters_do_not_depend_on_the_blocks(monkeypatch):
     x, place = torch.randn(50, 6, generator=random), torch.rand(50, 2, generator=random)
     found = vicinity_clusters(x, place, 7, 0.5, 0.4)
     assert found.tolist() == clusters_line_by_line(x.tolist(), place.tolist(), 7, 0.5, 0.4)
-    monkeypatch.setattr(common, "BLOCK", 8)
+    monkeypatch.setattr("evoprune.contrib.vitcop.BLOCK", 8)
     assert torch.equal(vicinity_clusters(x, place, 7, 0.5, 0.4), found)
 
 
@@ -285,8 +286,8 @@ def test_the_prompt_reads_as_if_a_mask_barred_what_left(name, budget, sizes):
 
 
 def test_sparsevlms_raters_are_chosen_once(monkeypatch):
-    made, real = [], inner._raters
-    monkeypatch.setattr(inner, "_raters", lambda *embeds: made.append(real(*embeds)) or made[-1])
+    made, real = [], raters
+    monkeypatch.setattr("evoprune.contrib.sparsevlm._raters", lambda *embeds: made.append(real(*embeds)) or made[-1])
     _, dropping, _ = run_method(deep_model(), methods.get("sparsevlm"), *a_prompt(), 0.25)
     assert len(dropping.dropped) == 3 and len(made) == 1
 

@@ -11,9 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.contrib import common
-from evoprune.contrib.common import peak_scores, peaks
-from evoprune.contrib.scenes import folded, most_saving
+from evoprune.contrib import shared
+from evoprune.contrib.holitom import most_saving
+from evoprune.contrib.prunevid import folded
+from evoprune.contrib.shared import peak_scores, peaks
 from evoprune.methods.plans import apportion
 from evoprune.methods.ranking import snap
 from evoprune.methods.types import Tokens
@@ -352,7 +353,7 @@ def test_density_peaks(grid, kind, seed, data):
 def test_density_peaks_in_blocks(monkeypatch):
     x = features_of("duplicates", 90, width=4)
     whole = peak_scores(x, 5)
-    monkeypatch.setattr(common, "BLOCK", 16)
+    monkeypatch.setattr(shared, "BLOCK", 16)
     assert torch.equal(peak_scores(x, 5), whole)
 
 
@@ -708,7 +709,7 @@ def test_it_selects_what_its_specification_says(name, grid, kind, seed, data):
         x = tokens.features.clone().view(grid[0], -1, tokens.features.shape[1])
         time[0](x, torch.Generator().manual_seed(seed))
         tokens = replace(tokens, rows=x.flatten(0, 1))
-    method = methods.get(name, {setting: str(value) for setting, value in given.items()})
+    method = methods.get(":".join([name, *(f"{setting}={value}" for setting, value in given.items())]))
     made, expected = method.select(tokens, keep), specified(tokens, keep, method)
     if isinstance(expected, list):
         assert made.kept.tolist() == expected

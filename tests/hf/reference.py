@@ -15,7 +15,7 @@ from evoprune.model.config import FAMILIES
 from tests.prompts import TIME_TOKENS
 
 TAKES_ENCODED = "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
-ONCE = {"method_args": {"count": "0"}}  # every token counts once
+ONCE = {"method": "evoprune:count=0"}  # every token counts once
 
 
 def skip_where_not_taken(model):

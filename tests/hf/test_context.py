@@ -231,7 +231,7 @@ def test_a_tower_that_cannot_be_run_is_refused(family, problem):
         ({"method": "fastv"}, "inside the language model"),
         ({"method": "evoprune+fastv"}, "inside the language model"),
         ({"method": "cdpruner"}, "reads the question"),
-        ({"method_args": {"nope": "1"}}, "no argument"),
+        ({"method": "evoprune:nope=1"}, "no argument"),
         ({"positions": "mine"}, "positions"),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.contrib.inner import PyramidDrop
+from evoprune.contrib.pyramiddrop import PyramidDrop
 from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import TokenStream, dropping_for, embed_ids, prefill, teacher_forced_logits

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evoprune
 from evoprune import methods
 from evoprune.backend import devices
-from evoprune.methods.chain import PruneConfig
 from evoprune.report import stats_block
 from evoprune.session import inspection
 from evoprune.session.cache import Cache
@@ -45,7 +44,7 @@ def as_cuda(monkeypatch):
 
 
 def plan(name: str, grid: tuple[int, int, int], device: torch.device = CUDA, budget: float = 0.25):
-    return PruneConfig.of(budget, name).plan(tower_shape(tiny_tower(), device), grid)
+    return PruneOptions(budget, name).config().plan(tower_shape(tiny_tower(), device), grid)
 
 
 class Counting(TorchDispatchMode):
@@ -230,7 +229,7 @@ def test_a_held_model_follows(as_cuda):
     small, after = (evoprune.encode(held, patches, grids, budget=0.25, method=name) for name in ("evoprune", AFTER))
     assert torch.equal(small.kept, after.kept) and torch.equal(small.features, after.features)
     assert small.live_share == 1 and small.after_tower_below == LIMIT
-    inside = evoprune.encode(held, patches, grids, budget=0.25, method_args={"inner": "always"})
+    inside = evoprune.encode(held, patches, grids, budget=0.25, method="evoprune:inner=always")
     assert len(inside.kept) == len(small.kept) and inside.live_share < 1 and not inside.after_tower_below
 
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.backend.operators import nearest_cosine
-from evoprune.methods.baselines import Random
+from evoprune.methods.baselines import Random, smaller_frame
 from evoprune.methods.plans import spread
 from evoprune.methods.ranking import snap
-from evoprune.methods.types import Selection, Tokens, smaller_frame
+from evoprune.methods.types import Selection, Tokens
 from tests.methods.tokens import KINDS, cosine, features_of, first_of, selected, tokens_of
 
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.methods import registry
-from evoprune.methods.budget import FULL, PRESETS, Budget
-from evoprune.methods.chain import PruneConfig, inflection, tokens_before_inflection
+from evoprune.methods.budget import FULL, Budget
 from evoprune.methods.plans import TowerShape
+from evoprune.methods.selecting import inflection, tokens_before_inflection
+from evoprune.session.options import PruneOptions
 from evoprune.video_qa import VideoQA
 from evoprune.vision.encoder import encode
 from evoprune.vision.tower import tower_shape
@@ -25,7 +26,7 @@ CLIP, STILL = (5, 4, 5), (1, 4, 5)
     ("text", "clip", "still"), [("0.1", 10, 2), ("10%", 10, 2), ("fast", 10, 6), ("full", 100, 20), ("auto", 50, 10)]
 )
 def test_a_budget_keeps_a_share_of_a_clip_and_of_a_still(text, clip, still):
-    config = PruneConfig.of(text, "evoprune")
+    config = PruneOptions(text, "evoprune").config()
     assert (config.budget.keep(CLIP), config.budget.keep(STILL)) == (clip, still)
     tower = TowerShape(8, (7,))
     assert [config.plan(tower, grid).keep for grid in (CLIP, STILL)] == [clip, still]
@@ -36,27 +37,22 @@ def test_a_budget_keeps_a_share_of_a_clip_and_of_a_still(text, clip, still):
     ("budget", "name", "acts", "reported"),
     [(0.25, "evoprune", True, 0.25), (1.0, "evoprune", False, 1.0), (0.25, "none", False, 1.0),
      (1.0, "evoprune+fastv", True, 1.0), (1.0, "divprune+fastv:share=1", False, 1.0), (1.0, "fastv", False, 1.0),
-     (0.25, "fastv", True, 0.25), (PRESETS["fast"], "divprune", True, "fast"), ("auto", "evoprune", True, "auto"),
+     (0.25, "fastv", True, 0.25), ("fast", "divprune", True, "fast"), ("auto", "evoprune", True, "auto"),
      ("auto:inflection", "visionzip", True, "auto:inflection")],
 )  # fmt: skip
 def test_what_acts_and_what_reports_say(budget, name, acts, reported):
-    config = PruneConfig.of(budget, name)
+    config = PruneOptions(budget, name).config()
     assert (config.prunes, config.budget.recorded, config.name) == (acts, reported, name)
     assert config.budget == (FULL if name == "none" else Budget.parse(budget, auto=True))
 
 
 @pytest.mark.parametrize(
-    ("budget", "name", "args"),
-    [
-        (0.5, "magic", None),
-        (0.5, "evoprune", {"speed": "1"}),
-        ("auto", "random", None),
-        ("auto:inflection", "evoprune", None),
-    ],
+    ("budget", "name"),
+    [(0.5, "magic"), (0.5, "evoprune:speed=1"), ("auto", "random"), ("auto:inflection", "evoprune")],
 )
-def test_what_cannot_be_is_refused(budget, name, args):
+def test_what_cannot_be_is_refused(budget, name):
     with pytest.raises(UsageError):
-        PruneConfig.of(budget, name, args)
+        PruneOptions(budget, name).config()
 
 
 def test_a_method_is_looked_up_once_for_a_whole_answer(monkeypatch):
@@ -97,7 +93,7 @@ def test_the_methods_that_rank_tokens():
 @pytest.mark.parametrize("name", RANKING)
 def test_the_count_is_the_contents_inside_the_bounds(name):
     for kind in ("random", "duplicates", "constant", "drift"):
-        tokens, config = tokens_of(kind, (5, 4, 5)), PruneConfig.of("auto:inflection", name)
+        tokens, config = tokens_of(kind, (5, 4, 5)), PruneOptions("auto:inflection", name).config()
         method = config.method
         keep = min(50, max(5, inflection(method.selector.scores(tokens))))
         assert tokens_before_inflection(method.selector, tokens, 50) == keep
@@ -107,7 +103,7 @@ def test_the_count_is_the_contents_inside_the_bounds(name):
 
 
 def test_it_works_behind_reuse():
-    config = PruneConfig.of("auto:inflection", "reuse+visionzip")
+    config = PruneOptions("auto:inflection", "reuse+visionzip").config()
     visual = tiny_tower()
     plan = config.plan(tower_shape(visual), (5, 4, 5))
     made = encode(visual, [clip((5, 4, 5), changes((5, 4, 5), 0.4))], plan)
@@ -117,5 +113,5 @@ def test_it_works_behind_reuse():
 @pytest.mark.parametrize("name", ["evoprune", "divprune", "pool", "reuse+divprune", "tome", "none", "downscale"])
 def test_methods_without_scores_are_refused(name):
     with pytest.raises(UsageError, match="has no scores") as caught:
-        PruneConfig.of("auto:inflection", name)
+        PruneOptions("auto:inflection", name).config()
     assert "visionzip" in caught.value.hint

@@ -12,7 +12,7 @@ import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.contrib.attended import Mmr
+from evoprune.contrib.mmr import Mmr
 from evoprune.methods.base import Merger
 from evoprune.methods.types import Selection
 from evoprune.model.config import MODEL_TYPES

@@ -10,16 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.methods import ranking
-from evoprune.methods.evoprune_merge import EvoPruneMerge
-from evoprune.methods.evoprune_paper import EvoPrunePaper
+from evoprune.methods import evoprune_paper
+from evoprune.methods.evoprune_paper import EvoPruneMerge, EvoPrunePaper, best_partners
 from evoprune.methods.plans import TowerShape
-from evoprune.methods.ranking import (
-    best_partners,
-    match,
-    merge_rows,
-)
-from evoprune.methods.types import Candidates, share_rows
+from evoprune.methods.ranking import match
+from evoprune.methods.types import Candidates
+from evoprune.vision.merging import share_rows
+from evoprune.vision.rows import merge_rows
 from tests.methods.tokens import KINDS, Largest, cosine, features_of
 
 
@@ -139,7 +136,7 @@ def test_matches_do_not_depend_on_the_strips(lengths, seed, held, method, share)
     groups, remove = candidates(lengths, seed), torch.tensor([round(n * share / 2) for n in lengths])
     whole = method.match(groups, remove)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranking, "MAX_SCORES", held)
+        patch.setattr(evoprune_paper, "MAX_SCORES", held)
         assert torch.equal(method.match(groups, remove), whole)
 
 
@@ -150,7 +147,7 @@ def test_matches_do_not_depend_on_the_strips(lengths, seed, held, method, share)
     ids=["plain", "density and attention", "three times as many"],
 )
 def test_memory_for_scores_is_bounded(method, rows, monkeypatch):
-    monkeypatch.setattr(ranking, "MAX_SCORES", 1 << 14)
+    monkeypatch.setattr(evoprune_paper, "MAX_SCORES", 1 << 14)
     groups = candidates([rows])
     if "attention" not in method.needs:
         groups = replace(groups, attention=None)

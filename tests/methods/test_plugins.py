@@ -12,9 +12,9 @@ import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.contrib.language import select_in_language
 from evoprune.errors import PluginError, UsageError
 from evoprune.methods import registry
+from evoprune.methods.language import select_in_language
 from evoprune.methods.types import Selection
 from evoprune.vision.encoder import encode_rows, select_tokens
 from evoprune.vision.tower import tower_shape
@@ -138,10 +138,10 @@ def forget():
 def test_they_are_listed_after_the_built_in_ones_and_loaded_when_selected(package):
     assert methods.available()[-3:] == ["absent", "first", "wrong"] and methods.available().count("random") == 1
     assert methods.built_in() == methods.available()[:-3] and "extra_methods" not in sys.modules
-    made = methods.get("first", {"skip": "2"})
+    made = methods.get("first:skip=2")
     assert made.name == "first" and made.skip == 2
     with pytest.raises(UsageError, match="no argument 'skipp'"):
-        methods.get("first", {"skipp": "2"})
+        methods.get("first:skipp=2")
     lines = methods.plugins()
     assert lines["first"] == "of extra-methods 1.2"
     assert lines["wrong"] == "of extra-methods 1.2, broken: is not a Method: extra_methods:torch"
@@ -298,7 +298,7 @@ QUESTIONS = ("-Q", "What colour is the square?", "-Q", "Does anything move?")
 
 @pytest.mark.full
 def test_commands_know_them(package, cli):  # noqa: F811
-    record = cli(*ASK, *QUESTIONS[:2], "--method", "first", "--method-arg", "skip=3").record
+    record = cli(*ASK, *QUESTIONS[:2], "--method", "first:skip=3").record
     assert record["pruning"]["kept_per_pair"] == [21, 15, 0, 0, 0, 0]
     done = cli(*ASK, *QUESTIONS[:2], "--method", "absent")
     assert done.code == 2 and "'absent' of extra-methods 1.2 cannot be loaded" in done.err

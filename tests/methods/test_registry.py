@@ -10,17 +10,17 @@ import pytest
 
 import evoprune
 from evoprune import methods
-from evoprune.contrib.attended import Mmr
-from evoprune.contrib.inner import FastV
+from evoprune.contrib.fastv import FastV
+from evoprune.contrib.mmr import Mmr
 from evoprune.errors import UsageError
 from evoprune.hf.encoding import patch_config
 from evoprune.methods import registry
 from evoprune.methods.base import Method
 from evoprune.methods.baselines import DivPrune
+from evoprune.methods.budget import PRESETS
 from evoprune.methods.chain import MethodChain
 from evoprune.methods.evoprune import EvoPruneMethod, Reuse
 from evoprune.methods.evoprune_paper import EvoPrunePaper
-from evoprune.methods.registry import from_args
 from evoprune.methods.types import Selection, Tokens
 from evoprune.session.options import PruneOptions
 from evoprune_vllm.pruning import served_method
@@ -44,17 +44,15 @@ def test_the_registry_lists_what_it_can_get():
 @pytest.mark.parametrize("name", methods.built_in())
 def test_settings_survive_the_way_through_texts(name):
     method = methods.get(name)
-    texts = {field.name: str(getattr(method, field.name)) for field in fields(method)}
-    assert methods.get(name, texts) == method == methods.get(name, {})
+    settings = [f"{field.name}={getattr(method, field.name)}" for field in fields(method)]
+    assert methods.get(":".join([name, *settings])) == method
 
 
 def test_settings_are_parsed_by_their_type():
-    method = methods.get(
-        "evoprune-paper", {"first": "0.25", "neighbours": "7", "size_bias": "false", "diversity": "-1"}
-    )
+    method = methods.get("evoprune-paper:first=0.25:neighbours=7:size_bias=false:diversity=-1")
     assert method == EvoPrunePaper(first=0.25, neighbours=7, size_bias=False, diversity=-1.0)
     for text, value in (("TRUE", True), ("1", True), ("0", False), ("False", False)):
-        assert methods.get("evoprune-paper", {"size_bias": text}).size_bias is value
+        assert methods.get(f"evoprune-paper:size_bias={text}").size_bias is value
 
 
 @pytest.mark.parametrize("name", ["", "EvoPrune", "magic", "evoprune_paper"])
@@ -93,7 +91,7 @@ def test_settings_out_of_range_are_each_named_with_their_own_range(text, says):
 @pytest.mark.parametrize(("name", "argument"), [("evoprune-paper", "ratio"), ("random", "seed"), ("none", "name")])
 def test_an_unknown_argument_is_refused_with_those_there_are(name, argument):
     with pytest.raises(UsageError) as caught:
-        methods.parse(name, {argument: "1"})
+        methods.parse(f"{name}:{argument}=1")
     assert repr(argument) in caught.value.message and name in caught.value.message
     for field in fields(methods.get(name)):
         assert f"{field.name}={field.default}" in caught.value.hint
@@ -126,22 +124,27 @@ def test_a_bad_value_is_refused_with_what_would_be_good(name, setting):
     assert setting.partition("=")[0] in caught.value.message or "schedule" in caught.value.message
 
 
+def made_of(name: str, setting: str, value: object) -> Method:
+    behind = "+divprune" if name == "reuse" else ""
+    return registry.members(f"{name}:{setting}={value}{behind}")[0]
+
+
 def test_every_number_is_finite_or_has_a_text_in_json():
     """An infinite number is refused too, but where it means something."""
     infinite = []
     for kind in (Reuse, *(type(methods.get(name)) for name in methods.built_in())):
         for setting in (f.name for f in fields(kind) if "float" in str(f.type)):
             with pytest.raises(UsageError, match=f"method {kind.name}: .*nan") as caught:
-                from_args(kind, {setting: "nan"})
+                made_of(kind.name, setting, "nan")
             assert f"{setting}=" in caught.value.hint
             for text in ("inf", "-inf", "1e400"):
                 try:
-                    made = from_args(kind, {setting: text})
+                    made = made_of(kind.name, setting, text)
                 except UsageError as problem:
                     assert f"{setting}=" in problem.hint
                 else:
                     args = made.args
-                    assert from_args(kind, {setting: json.loads(json.dumps(args, allow_nan=False))[setting]}) == made
+                    assert made_of(kind.name, setting, json.loads(json.dumps(args, allow_nan=False))[setting]) == made
                     infinite.append(f"{kind.name}:{setting}={text}")
     assert sorted({text.rpartition("=")[0] for text in infinite}) == [
         "evoprune:reuse", "nuwa:reach", "reuse:threshold", "visipruner:token"
@@ -154,7 +157,6 @@ def test_every_number_is_finite_or_has_a_text_in_json():
 def test_a_name_may_bring_settings():
     plain, variant = methods.get("evoprune-paper"), methods.get("evoprune-paper:critical=0.2:allocation=mean")
     assert (variant.critical, variant.allocation) == (0.2, "mean") and plain != variant
-    assert methods.get("evoprune-paper:critical=0.2", {"critical": "0.3", "last": "0.6"}).critical == 0.2
     assert methods.get("evs-nofloor").args == methods.get("evs:floor=false").args != methods.get("evs").args
     assert methods.get("evs-nofloor").exact and not methods.get("evs").exact
 
@@ -204,24 +206,24 @@ def test_names_are_read_in_one_place(text, named):
 
 
 @pytest.mark.parametrize(
-    ("name", "args"),
+    "name",
     [
-        ("reuse", None), ("reuse:threshold=5", None), ("reuse+", None), ("+divprune", None), ("reuse+magic", None),
-        ("ipcv+evoprune", None), ("ipcv+tome", None), ("reuse+ipcv", None), ("ipcv+reuse+dart", None), ("ipcv+none", None),
-        ("reuse+none", None), ("reuse+tome", None), ("reuse+evoprune", None), ("reuse+downscale", None), ("reuse+reuse", None),
-        ("divprune+reuse", None), ("divprune+mmr", None), ("reuse+reuse+divprune", None), ("reuse+mmr+divprune", None),
-        ("reuse+mmr", {"lam": "0.7"}), ("reuse+mmr", {"threshold": "5"}), ("reuse:then=mmr+divprune", None),
-        ("fastv+evoprune", None), ("fastv+fastv", None), ("reuse+fastv", None), ("none+fastv", None), ("mmr+mmr+fastv", None),
-        ("evoprune+reuse+fastv", None), ("fastv:share=0.5", None), ("evoprune+fastv:share=0", None), ("fastv:depth=1", None),
-        ("visipruner:layer=2", None), ("evoprune+fastv", {"share": "0.5"}),
-        ("reuse:threshold=0+divprune", None), ("reuse:threshold=nan+divprune", None), ("reuse+mmr:lam=2", None),
-        ("evoprune:count=1e+", None), ("evoprune:count=1e+1e+1", None), ("evoprune:count=1e++1", None), ("1e+1", None),
-        ("visionzip:dominant", None), ("reuse:threshold+mmr", None), ("visionzip:divprune", None), ("evoprune-paper:", None),
+        "reuse", "reuse:threshold=5", "reuse+", "+divprune", "reuse+magic",
+        "ipcv+evoprune", "ipcv+tome", "reuse+ipcv", "ipcv+reuse+dart", "ipcv+none",
+        "reuse+none", "reuse+tome", "reuse+evoprune", "reuse+downscale", "reuse+reuse",
+        "divprune+reuse", "divprune+mmr", "reuse+reuse+divprune", "reuse+mmr+divprune",
+        "reuse:then=mmr+divprune",
+        "fastv+evoprune", "fastv+fastv", "reuse+fastv", "none+fastv", "mmr+mmr+fastv",
+        "evoprune+reuse+fastv", "fastv:share=0.5", "evoprune+fastv:share=0", "fastv:depth=1",
+        "visipruner:layer=2",
+        "reuse:threshold=0+divprune", "reuse:threshold=nan+divprune", "reuse+mmr:lam=2",
+        "evoprune:count=1e+", "evoprune:count=1e+1e+1", "evoprune:count=1e++1", "1e+1",
+        "visionzip:dominant", "reuse:threshold+mmr", "visionzip:divprune", "evoprune-paper:",
     ],
 )  # fmt: skip
-def test_other_combinations_are_refused(name, args):
+def test_other_combinations_are_refused(name):
     with pytest.raises(UsageError) as caught:
-        methods.parse(name, args)
+        methods.parse(name)
     assert caught.value.hint
 
 
@@ -290,7 +292,7 @@ def works(call, *args, **more) -> str:
 def facts(name: str) -> tuple[str, ...]:
     """Where a method works, in the order of `HEADER`. tests/cli/test_methods.py runs each in every command, with overlays."""
     method = methods.parse(name)
-    encode = works(patch_config, 0.5, name, None, has_question=True)
+    encode = works(patch_config, PRESETS["fast"], name, has_question=True)
     return (
         "yes",
         "whole" if name in ("none", *WHOLE) else "pruned",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evoprune.contrib.video import Evs
+from evoprune.contrib.evs import Evs
 from evoprune.session import encoding
 from evoprune.session.cache import Cache, Entry, content_hash
 from evoprune.session.encoding import open_inputs
@@ -115,8 +115,8 @@ def test_what_the_numbers_depend_on_makes_another_entry(loaded, cache, clip, tmp
         {"qa": pruned(budget=0.25, method="evs")},
         {"qa": pruned(budget=0.1, method="reuse+evs")},
         {"qa": pruned(budget=0.1, method="reuse+evs-nofloor")},
-        {"qa": pruned(budget=0.25, method_args={"alpha": "3"})},
-        {"qa": pruned(budget=0.25, method="evoprune-paper", method_args={"allocation": "mean"})},
+        {"qa": pruned(budget=0.25, method="evoprune:alpha=3")},
+        {"qa": pruned(budget=0.25, method="evoprune-paper:allocation=mean")},
         *[
             {"qa": VideoQA(replace(loaded, **changed), budget=0.25)}
             for changed in ({"fingerprint": "other"}, {"dtype": "bf16"}, {"quantize": "int8"}, {"limits": limits})

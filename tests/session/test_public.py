@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import evoprune
-from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.session.options import (
     FindOptions,
@@ -103,7 +102,7 @@ def test_help_names_every_option(function, kinds):
 
 NETWORK = torch.nn.Linear(2, 2)
 MISTAKES = {
-    "unknown option 'bugdet'; known: budget, method, method_args, .*seed": lambda: evoprune.EvoPrune(bugdet=0.5),
+    "unknown option 'bugdet'; known: budget, method, .*seed": lambda: evoprune.EvoPrune(bugdet=0.5),
     "unknown option 'bugdet'; known: budget, .*seed": lambda: evoprune.apply(None, bugdet=0.5),
     "unknown option 'fsp'; known: fps, frames, start_s": lambda: evoprune.VideoQA.load("demo").encode("a", fsp=2),
     r"VideoQA.load\('demo'\) loads one": lambda: evoprune.VideoQA("demo"),
@@ -208,7 +207,6 @@ WRONG = {
         *[("budget", value, f"budget {value!r} is not a share") for value in (0, "lots", None)],
         ("method", "magic", "no pruning method 'magic'"),
         ("method", 3, "method is 3, not a text"),
-        ("method_args", ["alpha"], "method_args is ['alpha'], not a dict or None"),
         ("seed", "x", "seed is 'x', not a whole number"),
     ],
     SamplingOptions: [
@@ -243,10 +241,8 @@ def test_a_bad_value_is_refused(kind, name, value, message):
     assert caught.value.message.startswith(message) and caught.value.hint
 
 
-def test_numbers_of_numpy_and_settings_that_are_no_texts_are_welcome():
+def test_numbers_of_numpy_are_welcome():
     assert SamplingOptions(fps=np.float32(2), frames=None) and GenerationOptions(np.int64(3))
-    assert PruneOptions(method_args={"alpha": 2, "average": True}).method_args == {"alpha": "2", "average": "True"}
-    assert methods.get("evoprune", {"alpha": 2, "average": False}).args["average"] is False
     assert ModelOptions(Path("a/model")).model == "a/model"
     with pytest.raises(UsageError, match="fps and frames exclude each other"):
         SamplingOptions(fps=1.0, frames=4)
@@ -257,7 +253,7 @@ def test_a_preset_keeps_its_name():
     assert fast == replace(fast, seed=0) == pickle.loads(pickle.dumps(fast)) and fast.config().budget.name == "fast"
     assert fast != PruneOptions(0.1) and record([fast], ("budget",))["budget"] == fast.budget == "fast"
     assert PruneOptions(0.1) == PruneOptions("0.1") == PruneOptions("10%") and PruneOptions("full").budget == 1.0
-    assert PruneOptions("auto").budget == "auto" and PruneOptions(method_args=None).method_args == {}
+    assert PruneOptions("auto").budget == "auto"
 
 
 def test_keywords_go_to_the_options_that_have_them():

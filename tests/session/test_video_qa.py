@@ -391,7 +391,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
     try:
         with pytest.raises(type(problem)) as caught:
             # More than three pieces, of which the first layer's MLP takes one after the other.
-            VideoQA(loaded, method_args={"reuse": "0", "first": "0"}).encode(CLIP, frames=20)
+            VideoQA(loaded, method="evoprune:reuse=0:first=0").encode(CLIP, frames=20)
     finally:
         hook.remove()
     assert caught.value is problem
@@ -414,7 +414,7 @@ def test_a_signal_while_a_frame_is_waited_for(loaded, reading):
 
 
 def test_settings_are_checked_before_weights_are_read():
-    for name, value in {"budget": 2, "method": "magic", "method_args": {"speed": "1"}, "dtype": "fp64"}.items():
+    for name, value in {"budget": 2, "method": "magic", "dtype": "fp64"}.items():
         with pytest.raises(UsageError):
             VideoQA.load("no/such", **{name: value})
 

@@ -45,8 +45,7 @@ def load() -> evoprune.VideoQA:
         offline=True,
         threads="auto",
         budget="fast",
-        method="evoprune",
-        method_args={"alpha": 2},
+        method="evoprune:alpha=2",
         seed=0,
     )
 
@@ -171,7 +170,6 @@ def hold(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> None:
     settings = evoprune.EvoPrune(
         budget=0.1,
         method="evoprune",
-        method_args=None,
         positions="host",
         seed=0,
         pack="int8",

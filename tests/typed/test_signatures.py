@@ -80,7 +80,7 @@ def test_types_are_written_as_code():
     assert [code(kind) for kind in declared[:3]] == [
         'float | Literal["full", "high", "balanced", "fast", "auto", "auto:inflection"]',
         "str",
-        "dict[str, Any] | None",
+        "int",
     ]
     assert code(SamplingOptions.__annotations__["subtitles"]) == "str | PathLike[str]"
 
@@ -127,7 +127,7 @@ def public() -> Iterator[tuple[str, Callable]]:
             yield name, value
     for name in evoprune.methods.__all__:
         value = getattr(evoprune.methods, name)
-        if callable(value):
+        if inspect.isroutine(value):
             yield f"methods.{name}", value
 
 

@@ -35,10 +35,10 @@ from evoprune.errors import first_line, is_out_of_memory
 from evoprune.hf import interface
 from evoprune.language import generate, static
 from evoprune.language.pruned import prune_prompt
-from evoprune.methods.chain import PruneConfig
 from evoprune.methods.farthest import STEPS, grid_tables
 from evoprune.methods.types import arange_on
 from evoprune.model.config import PATCHES
+from evoprune.session.options import PruneOptions
 from evoprune.util import counted
 from evoprune.vision.encoder import Encoded
 from evoprune.vision.tower import tower_shape
@@ -191,7 +191,7 @@ ROUNDS = 3
 def first_token(subject: Subject) -> Outcome:
     """Time the first token (encode and prefill) of evoprune and of transformers in turns."""
     loaded = subject.loaded
-    config = PruneConfig.of(BUDGET, "evoprune")
+    config = PruneOptions(BUDGET, "evoprune").config()
     (whole,) = subject.about(subject.video).plans
     case = Case(SAMPLING.frames, whole.height, whole.width)
     clip = prepare(loaded, *synthetic_frames("motion", case, loaded.video.unit))

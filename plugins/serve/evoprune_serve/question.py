@@ -244,5 +244,5 @@ def _pruning(fields: Fields) -> dict[str, Any]:
         for name, value in (setting for each in parts for setting in each.settings):
             if value is not None and not SETTING.fullmatch(value):  # it may name a file of this machine
                 fields.refuse("method", f"sets {name[:60]}: requests set numbers, true and false alone")
-        given |= {"method": method, "method_args": None}
+        given["method"] = method
     return given

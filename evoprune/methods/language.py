@@ -1,28 +1,41 @@
 """Methods inside the language model: a plan of the layers after which tokens leave, the tokens seen there, and the choice.
 
-A method is a `DroppingMethod` with two functions, `drops`, and `score` or `select`. contrib/inner.py has examples.
+A method is a `LanguageMethod` with two functions, `drops`, and `score` or `select`. contrib/fastv.py is the shortest.
 """
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
 from evoprune.backend.devices import Timer, to_device
-from evoprune.contrib.common import relative
 from evoprune.errors import call
-from evoprune.language.decoder import heads_of, norm, rotate
-from evoprune.methods.base import LanguageMethod, Reading
+from evoprune.methods.base import Method, check_ranges
 from evoprune.methods.budget import keep_count
-from evoprune.methods.chain import check_selection
-from evoprune.methods.ranking import highest
-from evoprune.methods.types import LayerState, Selection, arange_on, nonzero_fixed
+from evoprune.methods.ranking import highest, relative
+from evoprune.methods.selecting import check_selection
+from evoprune.methods.types import Selection, arange_on, nonzero_fixed
+from evoprune.model.heads import heads_of, norm, rotate
 
 MAX_WEIGHTS = 1 << 24  # attention weights that are held at a time
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What the latest layer of the language model read and computed, for C columns. A *column* is one token of the prompt."""
+
+    after: int  # layers that have run, this one included
+    entering: torch.Tensor  # `[C, hidden]`, its input
+    x: torch.Tensor  # `[C, hidden]`, its output
+    places: tuple[torch.Tensor, torch.Tensor]  # cosines and sines of the columns
+    bias: torch.Tensor | None  # `[C]`, what attention adds to the logits of each column
+    queries: torch.Tensor  # `[1, C, heads, head_dim]`, rotated
+    keys: torch.Tensor  # `[1, kv_heads, C, head_dim]`, rotated
+    values: torch.Tensor  # as `keys`
 
 
 class Drop(NamedTuple):
@@ -50,7 +63,10 @@ class LanguagePlan:
 
     @property
     def work(self) -> tuple[tuple[int, int, int], ...] | None:
-        """Return the work as `LanguageMethod.work`."""
+        """Return of how many visual tokens each layer computes keys and values, queries and output, and the MLP; None: of all.
+
+        The cost and the memory check read this before a frame is read. An upper bound if the plan is not `exact`.
+        """
         if not self.drops:
             return None
         return tuple((count,) * 3 for count in self.layers)
@@ -180,8 +196,29 @@ class LayerTokens:
         return logits.softmax(-1).flatten(0, 1)
 
 
-class DroppingMethod(LanguageMethod):
-    """Selects visual tokens behind some layers, here those of the highest score; the others leave."""
+@dataclass(frozen=True)
+class LanguageMethod(Method, ABC):
+    """Drops visual tokens after some layers of the language model, while it reads the prompt: those of the lowest score.
+
+    A dropped token is gone for all later layers and for decoding. The others keep their positions. Alone (`fastv -b 0.25`) the
+    method gets the budget. Behind another (`evoprune+fastv`) that one gets it, and this method leaves `share` of what arrives. Both
+    are means of the share of visual tokens over the layers after the first drop.
+    """
+
+    acts: ClassVar[Literal["language"]] = "language"
+    default_share: ClassVar[float] = 0.5  # its paper's
+
+    share: float | None = None  # for combinations, the budget of this method, in (0, 1]; None for `default_share`
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.share is not None:
+            check_ranges(self, share="(0, 1]")
+
+    @property
+    def left(self) -> float:
+        """Return the share of what arrives that it leaves in a combination."""
+        return self.default_share if self.share is None else self.share
 
     @abstractmethod
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
@@ -194,25 +231,23 @@ class DroppingMethod(LanguageMethod):
         return tokens.attention()
 
     def select(self, tokens: LayerTokens) -> Selection | None:
-        """Return what stays behind a layer after which the plan looks: `tokens.left` of the visual tokens, or fewer if not `exact`.
+        """Return what stays after a layer at which the plan looks: `tokens.left` of the visual tokens, or fewer if not `exact`.
 
         Indices of the selection are those of `tokens.visual`, `size` is not read: a token keeps its own cluster size. None: nothing
         leaves here, which only a method that is not `exact` may return.
         """
         return Selection(highest(relative(self.score(tokens)), tokens.left))
 
-    def work(self, depth: int, tokens: int, budget: float) -> tuple[tuple[int, int, int], ...] | None:
-        return self.drops(depth, tokens, budget).work
-
     def reading(
-        self, model, budget: float, embeds: torch.Tensor, visual: torch.Tensor, *where: torch.Tensor
-    ) -> Reading:
+        self, model, budget: float, embeds: torch.Tensor, visual: torch.Tensor, pair: torch.Tensor, place: torch.Tensor
+    ) -> "Dropping":
+        """Return what the decoder asks while it reads one prompt. Arguments: as of `Dropping`."""
         plan = self.drops(model.config.text_config.num_hidden_layers, len(visual), budget)
-        return Dropping(self, plan, model, embeds, visual, *where)
+        return Dropping(self, plan, model, embeds, visual, pair, place)
 
 
-def select_in_language(method: DroppingMethod, tokens: LayerTokens) -> Selection | None:
-    """Return what stays behind a layer of the language model. Raises as `select` (methods/chain.py)."""
+def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection | None:
+    """Return what stays behind a layer of the language model. Raises as `select` (methods/selecting.py)."""
     name = method.package
     count = len(tokens.visual)
     if name:  # keys and values are those of the cache, and a stranger's code may write into what it gets
@@ -225,14 +260,22 @@ def select_in_language(method: DroppingMethod, tokens: LayerTokens) -> Selection
     return selection
 
 
-class Dropping(Reading):
-    """Read the prompt of a `DroppingMethod`. Arguments: as of `LanguageMethod.reading`."""
+class Dropping:
+    """Follow one prompt while the language model reads it, and drop visual tokens after some layers.
 
-    work = None
+    Args:
+        embeds: `[C, hidden]`, the prompt.
+        visual: int64 `[n]`, the columns of the visual tokens, ascending, not the last column of the prompt among them.
+        pair: int64 `[n]`, the number of the frame pair of each visual token.
+        place: float32 `[n, 2]`, where in the frame each is: row and column, as shares of height and width.
+    """
+
+    # As of `LanguagePlan.work`, if layers do not compute the same for all visual tokens that are there; else None
+    work: tuple[tuple[int, int, int], ...] | None = None
 
     def __init__(
         self,
-        method: DroppingMethod,
+        method: LanguageMethod,
         plan: LanguagePlan,
         model,
         embeds: torch.Tensor,
@@ -253,13 +296,20 @@ class Dropping(Reading):
 
     @property
     def columns(self) -> tuple[int, ...]:
+        """Return the most columns of the prompt whose keys each layer has."""
         return tuple(keys + self._others for keys, _, _ in self._plan.work)
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """Return the visual tokens whose keys each layer has, once the prompt was read."""
         return tokens_of_layers(self._plan.depth, self._plan.tokens, self.dropped)
 
     def before(self, layer: int, columns: int) -> tuple[tuple[torch.Tensor, int] | None, list[torch.Tensor]]:
+        """Return what a layer leaves out for its columns.
+
+        The only columns (int64) that text after the visual tokens attends to, and where that text begins; None for all. And for
+        which columns the layer computes keys, queries and the MLP, int64, ascending; empty if it computes everything.
+        """
         if layer >= self._plan.blind:
             return None, []
         no_token = torch.zeros_like(self._visual, dtype=torch.bool)
@@ -273,6 +323,11 @@ class Dropping(Reading):
     def after(
         self, state: LayerState, deepstack: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return the columns for the next layer, of the C that there are; their `deepstack`; and int64 which these are, None for
+        all.
+
+        `deepstack`: `[n, C, hidden]`, what is added to the columns after the next n layers.
+        """
         if state.after not in self._plan.looks:
             return state.x, deepstack, None
         with self.timer:

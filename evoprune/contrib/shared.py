@@ -1,12 +1,32 @@
-"""What several methods share: ranks and means of tokens, segments of a video, and density peaks."""
+"""Helpers of several methods: segments of a video, density peaks, means of tokens, and relevance to the question."""
 
 from functools import lru_cache
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 
-from evoprune.methods.ranking import BLOCK, highest, snap
-from evoprune.methods.types import Selection, Tokens, arange_on
+from evoprune.backend.operators import BLOCK
+from evoprune.methods import Selection, Tokens, arange_on, highest, scaled, snap
+
+NEIGHBOURS = 7  # from which a density is computed, in the authors' code of PruneVid, FlashVID and HoliTom
+MAX_BLOCKS = 4  # blocks of distances that are held; more are computed twice
+STEPS = 16384  # distances are integers of this many steps of the tokens' root mean square length
+
+
+MIN_RELEVANCE = 1 / 128
+
+
+def dissimilarity(tokens: Tokens) -> torch.Tensor:
+    """Return float32 `[T, H * W]`: 1 - cosine of each token to the same place in the frame pair before.
+
+    The first frame pair is compared with the second; 0 if there is only one.
+    """
+    pairs = tokens.features.view(tokens.grid[0], -1, tokens.features.shape[1])
+    later = 1 - snap(torch.cosine_similarity(pairs[1:].float(), pairs[:-1].float(), dim=-1))
+    if len(later) == 0:
+        return torch.zeros(pairs.shape[:2], dtype=torch.float32, device=pairs.device)
+    return torch.cat([later[:1], later])
 
 
 def transitions(tokens: Tokens) -> torch.Tensor:
@@ -21,12 +41,6 @@ def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[ran
     below = (similarity < threshold).nonzero().flatten().tolist()
     edges = [0, *sorted(cut + 1 for cut in {*lowest, *below}), len(similarity) + 1]
     return [range(first, last) for first, last in pairwise(edges)]
-
-
-NEIGHBOURS = 7  # from which a density is computed, in the authors' code of PruneVid, FlashVID and HoliTom
-MAX_BLOCKS = 4  # blocks of distances that are held; more are computed twice
-FAR = 1 << 30  # steps that are more than any distance
-STEPS = 16384  # distances are integers of this many steps of the tokens' root mean square length
 
 
 def peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
@@ -44,8 +58,8 @@ def joined_peaks(x: torch.Tensor, count: int, neighbours: int | None = None) -> 
     if neighbours is None:
         neighbours = min(NEIGHBOURS, max(2, count))
     centres = peaks(x, count, neighbours)
-    points, _ = _points(x)
-    to = torch.cat([_distances(block, points[centres]).argmin(1) for block in points.split(BLOCK)])
+    points, _ = rounded_points(x)
+    to = torch.cat([rounded_distances(block, points[centres]).argmin(1) for block in points.split(BLOCK)])
     return centres[to].index_copy(0, centres, centres)
 
 
@@ -81,7 +95,7 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
     Density is exp(-m), m the mean squared distance / D to the `neighbours` nearest rows, itself the first; a constant is left out.
     Of equally dense rows the first counts as denser. O(n^2 D), memory O(n D).
     """
-    points, step = _points(x)
+    points, step = rounded_points(x)
     index = arange_on(len(points), x.device)
     blocks = index.split(BLOCK)
 
@@ -89,7 +103,7 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
 
     @lru_cache(held)
     def distances(number: int) -> torch.Tensor:
-        return _distances(points[blocks[number]], points)
+        return rounded_distances(points[blocks[number]], points)
 
     nearest = min(neighbours, len(points))
     near = [distances(number).topk(nearest, largest=False).values for number in range(len(blocks))]
@@ -104,51 +118,16 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
     return snap(torch.minimum(apart, farthest).log() - sparse * step.square() / x.shape[1])
 
 
-def vicinity_clusters(x: torch.Tensor, place: torch.Tensor, count: int, cutoff: float, near: float) -> torch.Tensor:
-    """Return int64 `[n]`: the one of `count` centres whose cluster each row of `x` (`[n, D]`) is in (ViTCoP, arXiv 2601.17818).
-
-    Each row follows the nearest of the denser rows whose `place` (`[n, 2]`) is at most `near` away, or else of all denser rows.
-    What ends at a centre is its cluster. Centres are the rows of the greatest density times distance to the one they would follow.
-    The density is the sum of exp(-d^2) over all rows, where d is a distance over `cutoff` times the root mean square distance of
-    two rows. Of equally dense rows the first counts as denser. O(n^2 D), memory O(n D).
-    """
-    points = _points(x)[0]
-    scale = cutoff * (2 * (points - points.mean(0)).square().sum(1).mean()).sqrt().clamp(min=1)
-    index = arange_on(len(points), x.device)
-    place = place.double()
-    blocks = index.split(BLOCK)
-    dense = snap(torch.cat([(-(_distances(points[block], points) / scale).square()).exp().sum(1) for block in blocks]))
-    apart = torch.empty_like(dense)
-    follows = torch.empty_like(index)
-    for block in blocks:
-        denser = (dense > dense[block, None]) | ((dense == dense[block, None]) & (index < block[:, None]))
-        far = snap(torch.cdist(place[block], place) - near) > 0
-        distance = (_distances(points[block], points) + far * FAR).masked_fill(~denser, torch.inf)
-        apart[block], follows[block] = distance.min(1)
-    centres = highest(snap(dense * apart / scale), count)
-    follows[centres] = centres
-    for _ in range(len(points).bit_length()):
-        follows = follows[follows]
-    return follows
-
-
-def _points(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rounded_points(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return float64 `[n, D]`, the rows of `x` in steps; and the length of a step."""
     x = x.double()
     step = x.square().sum(1).mean().sqrt().clamp(min=1e-30) / STEPS
     return x / step, step
 
 
-def _distances(block: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+def rounded_distances(block: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Return `[p, n]`: distances in whole steps."""
     return torch.cdist(block, points).round_()
-
-
-def relative(score: torch.Tensor) -> torch.Tensor:
-    """Return the logarithm of `score` (at least 0), rounded: scores that differ by less than a ten-thousandth of themselves are
-    ties.
-    """
-    return snap(score.log())
 
 
 def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selection:
@@ -178,3 +157,43 @@ def turns(order: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     size = torch.bincount(group)
     before = (size.cumsum(0) - size)[group[order]]
     return torch.empty_like(order).index_copy_(0, order, arange_on(len(order), order.device) - before)
+
+
+def averaged(
+    index: torch.Tensor, spans: list[range], still: list[torch.Tensor], limit: float, keep: int
+) -> torch.Tensor | None:
+    """Return int64 `[T, n]`: the unit that each joins when the stillest places are averaged over time until `keep` units are left.
+
+    Places are averaged over their segment (`spans`); the last one over as many of its first frame pairs as necessary.
+
+    Args:
+        index: int64 `[T, n]`, the numbers of the units.
+        still: for each segment, `[n]`, how still each place stands; ties go by index. Only those above `limit` are averaged.
+
+    Returns None if more than `keep` are left.
+    """
+    into = index.clone()
+    n = index.shape[1]
+    saved = index.numel() - keep
+    if sum(int((cosine > limit).sum()) * (len(span) - 1) for span, cosine in zip(spans, still, strict=True)) < saved:
+        return None
+    for best in torch.cat(still).argsort(descending=True, stable=True).tolist():
+        if not saved:
+            break
+        span = spans[best // n]
+        place = best % n
+        fewer = min(saved, len(span) - 1)
+        into[span.start : span.start + fewer + 1, place] = index[span.start, place]
+        saved -= fewer
+    return into
+
+
+def like_question(tokens: Tokens) -> torch.Tensor:
+    """Return float32 `[N]`: the mean cosine of each token to the tokens of the question, rounded so that equal tokens are ties."""
+    return snap((tokens.normalised @ F.normalize(tokens.question, dim=1).T).mean(1))
+
+
+def relevant(relevance: torch.Tensor) -> torch.Tensor:
+    """Relevance `[n]` scaled to (0, 1]."""
+    flat = relevance.max() == relevance.min()
+    return torch.where(flat, torch.ones_like(relevance), scaled(relevance).clamp(min=MIN_RELEVANCE))

@@ -1,67 +1,24 @@
-"""Selectors by change over time and space: EVS (`--video-pruning-rate` in vLLM), adjacent, VidCom2."""
+"""After StreamingAssistant: tokens that repeat their neighbors go."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.base import Selector
-from evoprune.methods.plans import apportion
-from evoprune.methods.ranking import highest, of_pairs, ranked, snap
-from evoprune.methods.settings import Cosine
-from evoprune.methods.types import Selection, Tokens, arange_on
-
-
-@dataclass(frozen=True)
-class Evs(Selector):
-    name = "evs"
-    source = "arXiv 2510.14624"
-
-    floor: bool = True  # whether the first frame pair stays whole, even if the budget is smaller
-
-    @property
-    def exact(self) -> bool:
-        return not self.floor
-
-    @property
-    def scores(self) -> Callable[[Tokens], torch.Tensor] | None:
-        if self.floor:
-            return None
-        return lambda tokens: dissimilarity(tokens).flatten()
-
-    def select(self, tokens: Tokens, keep: int) -> Selection:
-        change = dissimilarity(tokens)
-        if self.floor:
-            change[0] = torch.inf
-            keep = max(keep, change.shape[1])
-        return Selection(highest(change.flatten(), keep))
-
-
-@dataclass(frozen=True)
-class EvsNoFloor(Evs):
-    """Follow the paper: the first frame pair has no right to stay."""
-
-    name = "evs-nofloor"
-
-    floor: bool = False
-
-
-def dissimilarity(tokens: Tokens) -> torch.Tensor:
-    """Return float32 `[T, H * W]`: 1 - cosine of each token to the same place in the frame pair before.
-
-    The first frame pair is compared with the second; 0 if there is only one.
-    """
-    pairs = tokens.features.view(tokens.grid[0], -1, tokens.features.shape[1])
-    later = 1 - snap(torch.cosine_similarity(pairs[1:].float(), pairs[:-1].float(), dim=-1))
-    if len(later) == 0:
-        return torch.zeros(pairs.shape[:2], dtype=torch.float32, device=pairs.device)
-    return torch.cat([later[:1], later])
+from evoprune.contrib.shared import dissimilarity
+from evoprune.methods import Cosine, Selection, Selector, Tokens, arange_on, ranked, snap
 
 
 @dataclass(frozen=True)
 class Adjacent(Selector):
-    """After StreamingAssistant: drops what its neighbours repeat, and never two neighbours at once."""
+    """After StreamingAssistant (arXiv 2512.12560), which has no public code: drop what neighbors repeat.
+
+    The tokens with the greatest cosine to a neighbor in the frame (the nearest token above, below, left or right
+    that is left) are dropped, but never two neighbors in one round; rounds go on until K are left.
+
+    What differs: this project adds that tokens with a cosine above `still` to the same place one frame pair before
+    are dropped first.
+    """
 
     name = "adjacent"
     source = "after arXiv 2512.12560"
@@ -124,31 +81,3 @@ def highest_apart(score: torch.Tensor, near: torch.Tensor, count: int) -> torch.
         open_[:-1].masked_fill_(taken[:-1] | taken[near].any(1), outside)
     chosen = taken.nonzero().flatten()
     return chosen[order[chosen].argsort()[:count]]
-
-
-SCALES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
-TEMPERATURE = 0.01
-
-
-@dataclass(frozen=True)
-class VidCom2(Selector):
-    name = "vidcom2"
-    source = "arXiv 2505.14454"
-
-    def select(self, tokens: Tokens, keep: int) -> Selection:
-        variance = tokens.features.float().var(0, correction=0)
-        steady = highest(-variance, -(-len(variance) // 2))  # half of the channels
-        unit = tokens.by_pair(F.normalize(tokens.features[:, steady].float(), dim=1))
-        pairs, per_pair = unit.shape[:2]
-        like_video = likeness(unit, unit.mean((0, 1), keepdim=True))
-        like_pair = likeness(unit, unit.mean(1, keepdim=True))
-        unlike = (-snap(like_video.mean(1)).double() / TEMPERATURE).softmax(0)
-        weights = pairs * (1 + snap(unlike)) - 1  # T times the share, rounded: equal shares stay equal
-        shares = apportion(keep, weights.tolist(), [per_pair] * pairs)
-        return of_pairs(map(highest, -snap(like_video + like_pair), shares), per_pair)
-
-
-def likeness(unit: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Return `[T, n]` in (0, 5]: the affinity of tokens `unit` (`[T, n, D]`) to `mean` (`[T or 1, 1, D]`)."""
-    distance = (unit - mean).square().sum(2)
-    return sum((-distance / (2 * scale)).exp() for scale in SCALES)

@@ -1,0 +1,74 @@
+"""CDPruner: a determinantal point process conditioned on the question."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from evoprune.contrib.shared import like_question, relevant
+from evoprune.methods import Selection, Selector, Tokens, of_pairs, snap, spread
+
+STEP = 1 / 16384
+MAX_FEATURES = 1 << 23  # features in float64 that are held at a time
+
+
+@dataclass(frozen=True)
+class CdPruner(Selector):
+    """CDPruner (arXiv 2506.10967): a determinantal point process, conditioned on the question, in each frame pair.
+
+    Greedily maximize the determinant of the kernel cosine(i, j) * relevance(i) * relevance(j) over the kept tokens:
+    each next token is the one with the greatest part outside the span of the kept ones, when tokens are as long as
+    they are relevant. Relevance is the mean cosine to the question's tokens, scaled to (0, 1].
+
+    What differs: relevance is measured with the language model's embeddings, as in OpenVINO GenAI. The paper uses
+    CLIP, and its code the negative mean (`negative`).
+    """
+
+    name = "cdpruner"
+    source = "arXiv 2506.10967"
+
+    question: bool = True  # whether relevance counts; otherwise diversity alone decides
+    negative: bool = False  # whether tokens unlike the question are relevant, as in the authors' code
+
+    @property
+    def reads_question(self) -> bool:
+        return self.question
+
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        if not self.question:
+            return torch.ones(len(tokens.unit_to_row), dtype=torch.float32, device=tokens.rows.device)
+        return -like_question(tokens) if self.negative else like_question(tokens)
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        weight = torch.stack([*map(relevant, tokens.by_pair(self.scores(tokens)))])
+        unit = tokens.by_pair(tokens.normalised)
+        counts = spread(keep, len(unit))
+        at_once = max(1, MAX_FEATURES // unit[0].numel())
+        kept = []
+        for first in range(0, len(unit), at_once):
+            part = slice(first, first + at_once)
+            kept += widest(unit[part], weight[part], counts[part])
+        return of_pairs(kept, unit.shape[1])
+
+
+def widest(unit: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+    """Return for each of T groups int64 `[count]`, ascending: the rows of greatest weighted volume, found greedily.
+
+    `unit`: `[T, n, D]`; `weight`: `[T, n]`; `counts`: how many of each group. All groups select a row at a time.
+    """
+    vectors = unit.double() * weight.double()[:, :, None]
+    factor = vectors.new_zeros(max(counts), *weight.shape)  # rows of the Cholesky factors, in the order of selection
+    left = vectors.square().sum(2)  # squared length of each row outside the span of the selected ones
+    selected = torch.zeros_like(left, dtype=torch.bool)
+    order = []
+    for step in range(max(counts)):
+        best = snap(left).masked_fill(selected, -torch.inf).argmax(1, keepdim=True)
+        selected.scatter_(1, best, True)
+        order.append(best)
+        column = vectors.take_along_dim(best[:, :, None], 1).transpose(1, 2)
+        known = factor[:step].take_along_dim(best[None], 2)  # of each selected row, its part along those before
+        beside = (vectors @ column)[:, :, 0] - (factor[:step] * known).sum(0)
+        factor[step] = beside / left.take_along_dim(best, 1).clamp(min=STEP).sqrt()
+        left = left - factor[step].square()
+    order = torch.cat(order, 1)
+    return [rows[:count].sort().values for rows, count in zip(order, counts, strict=True)]

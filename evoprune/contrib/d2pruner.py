@@ -1,0 +1,59 @@
+"""After D2Pruner: attention without the bias of position, then unlike tokens."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.methods import (
+    LanguageMethod,
+    LanguagePlan,
+    LayerTokens,
+    Part,
+    Selection,
+    Share,
+    one_drop,
+    ranked,
+    relative,
+    snap,
+)
+
+
+@dataclass(frozen=True)
+class D2Pruner(LanguageMethod):
+    """After D2Pruner (arXiv 2512.19443), whose code could not be had: attention without its bias, then unlike tokens.
+
+    Once `depth` of the layers have run, a token's score is the attention of the last token divided by a prior.
+    `pivots` of the budget goes to the highest scores. The rest goes, by score, to tokens whose cosine to each other
+    is at most `alike`, and then to the others.
+
+    What differs: it follows the abstract and two ports. The prior is the attention that the query would pay if all
+    visual tokens had their mean key; the authors measure it over many images.
+    """
+
+    name = "d2pruner"
+    source = "after arXiv 2512.19443"
+
+    depth: Part = 2 / 32  # share of the layers that run before tokens leave
+    pivots: Share = 0.7  # share of the budget that goes by score alone
+    alike: Annotated[float, "(-inf, inf)"] = 0.8  # above this cosine, two of the other tokens do not both stay
+
+    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
+        return one_drop(depth, tokens, self.depth, budget)
+
+    def select(self, tokens: LayerTokens) -> Selection:
+        order = ranked(relative(tokens.attention() / (tokens.evened().attention() + 1e-7)))
+        pivots = int(tokens.left * self.pivots)
+        rest = order[pivots:]
+        chosen = []
+        unit = F.normalize(tokens.hidden[rest].float(), dim=1)
+        free = torch.ones_like(rest, dtype=torch.bool)
+        while len(chosen) < tokens.left - pivots and free.any():
+            best = int(free.nonzero()[0])
+            chosen.append(best)
+            free &= snap(unit @ unit[best]) <= self.alike
+            free[best] = False
+        late = torch.ones_like(rest).index_fill_(0, rest.new_tensor(chosen), 0)
+        filled = rest[late.argsort(stable=True)]  # the unlike ones, then the others, each by score
+        return Selection(torch.cat([order[:pivots], filled[: tokens.left - pivots]]).sort().values)

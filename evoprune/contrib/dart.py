@@ -1,0 +1,58 @@
+"""DART: tokens that duplicate the pivots least."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.methods import Selection, Selector, Tokens, ranked, snap
+
+
+@dataclass(frozen=True)
+class Dart(Selector):
+    """DART (arXiv 2502.11494): keep the tokens that duplicate pivots least.
+
+    The `visual` visual tokens and the `text` tokens of the question with the greatest L1 norm are pivots. Visual
+    pivots stay. Each pivot in turn keeps its even part of the budget: the tokens with the lowest cosine to it.
+
+    What differs: the paper works on states of the language model, this on its input embeddings, as
+    TensorRT-Edge-LLM does. The authors' code takes pivots in the order of a Python set; here the longest comes
+    first.
+    """
+
+    name = "dart"
+    source = "arXiv 2502.11494"
+
+    visual: Annotated[int, "[0, inf)"] = 4  # number of visual pivots
+    text: Annotated[int, "[0, inf)"] = 4  # number of pivots of the question; with 0 the method does not read it
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.visual + self.text:
+            raise ValueError("visual and text are both 0, and one of them must be more")
+
+    @property
+    def reads_question(self) -> bool:
+        return self.text > 0
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        unit = tokens.normalised
+        first = longest(tokens.features.float(), min(self.visual, keep))
+        pivots = unit[first]
+        if self.text:
+            pivots = torch.cat([pivots, F.normalize(tokens.question[longest(tokens.question, self.text)], dim=1)])
+        unlike = -snap(unit @ pivots.T)
+        unlike[first] = -torch.inf
+        per_pivot, odd = divmod(keep - len(first), len(pivots))
+        selected = [first]
+        for pivot in range(len(pivots)):
+            selected.append(ranked(unlike[:, pivot])[: per_pivot + (pivot < odd)])
+            unlike[selected[-1]] = -torch.inf
+        return Selection(torch.cat(selected).sort().values)
+
+
+def longest(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Return int64 `[min(count, n)]`: the rows of `x` (`[n, D]`) of greatest L1 norm, the greatest first; ties by index."""
+    norm = x.abs().sum(1)
+    return ranked(snap(norm / norm.max().clamp(min=1e-12)))[:count]

@@ -1,0 +1,94 @@
+"""FastVID: attention and density peaks in segments."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.contrib.shared import centre_weights, gathered, peaks, segments, transitions
+from evoprune.methods import (
+    Cosine,
+    Count,
+    Selection,
+    Selector,
+    Share,
+    Tokens,
+    apportion,
+    arange_on,
+    closest,
+    highest,
+    snap,
+    spread,
+)
+
+
+@dataclass(frozen=True)
+class FastVid(Selector):
+    """FastVID (arXiv 2503.11187): attention and density peaks, in segments of the video.
+
+    The video is cut into at least `segments` segments, and wherever the cosine of the mean tokens of neighboring
+    frame pairs is below `threshold`. Each segment gets the budget of its frame pairs. `salient` of it goes to the
+    most attended tokens. The rest goes to density peaks of every `every`-th frame pair, counted from the last one
+    back. Other tokens join the most similar peak, which weighs at least `centre` in its mean. Frame pairs with a
+    cosine of `ignore` or more to the next one keep nothing.
+
+    What differs: if too few tokens are left for peaks, attention selects more, where the authors' code keeps fewer
+    tokens. A token joins one peak, where the authors' code averages it into a peak of each frame pair.
+    """
+
+    name = "fastvid"
+    source = "arXiv 2503.11187"
+    needs = frozenset({"attention"})
+
+    segments: Count = 8  # the least number of segments
+    threshold: Cosine = 0.84  # of neighbouring frame pairs; below it the video is always cut
+    salient: Share = 0.6  # share of the tokens that attention selects
+    ignore: Cosine = 0.95  # of a frame pair and the next one; from here on none of its tokens stay
+    every: Count = 4  # peaks are searched in one of so many frame pairs
+    centre: Annotated[float, "(0, 1]"] = 0.6  # least weight of a peak in its mean
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        like = transitions(tokens)
+        shares = spread(keep, tokens.grid[0])
+        x = tokens.features
+        attention = snap(tokens.attention)
+        into = torch.full_like(tokens.unit_to_row, -1)
+        index = tokens.by_pair(arange_on(len(x), x.device))
+        for span in segments(like, self.segments, self.threshold):
+            new = (like[span.start : span.stop - 1] < self.ignore).nonzero().flatten().tolist()
+            part = slice(span.start, span.stop)
+            self.condense(x, attention, index[part], [*new, len(span) - 1], sum(shares[part]), into)
+        return gathered(into, centre_weights(into, self.centre))
+
+    def condense(
+        self,
+        x: torch.Tensor,
+        attention: torch.Tensor,
+        index: torch.Tensor,
+        new: list[int],
+        keep: int,
+        into: torch.Tensor,
+    ) -> None:
+        """Writes to `into` (int64 `[N]`) which unit each unit of a segment joins: `keep` themselves, others peaks or nothing.
+
+        `x`, `attention`: `[N, D]`, `[N]`. `index`: int64 `[g, n]`, the segment's units. `new`: its frame pairs unlike the next one.
+        """
+        half = index.shape[1] // 2
+        context = min(keep, max(1, int((1 - self.salient) * keep)))
+        anchors = new[:: -self.every]
+        wanted = dict(zip(anchors, apportion(context, [1] * len(anchors), [half] * len(anchors)), strict=True))
+        max_counts = [index.shape[1] - wanted.get(pair, 0) for pair in new]
+        salient = zip(new, apportion(keep - context, [1] * len(new), max_counts), strict=True)
+        best = torch.cat([index[pair, highest(attention[index[pair]], count)] for pair, count in salient])
+        into[best] = best
+        free = {pair: index[pair][into[index[pair]] < 0] for pair in anchors}
+        centres = torch.cat([units[peaks(x[units], wanted[pair], 4)] for pair, units in free.items()])
+        into[centres] = centres
+        rest = index[into[index] < 0]
+        more = rest[highest(attention[rest], keep - len(best) - len(centres))]
+        into[more] = more
+        rest = rest[into[rest] < 0]
+        if len(centres):
+            unit, peak = (F.normalize(x[units].float(), dim=1) for units in (rest, centres))
+            into[rest] = centres[closest(unit, peak)[1]]

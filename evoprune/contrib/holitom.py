@@ -1,0 +1,83 @@
+"""HoliTom, first stage: the segments in which merging over time saves most."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+
+from evoprune.contrib.shared import averaged, gathered, join_groups
+from evoprune.methods import Cosine, Selection, Selector, Tokens, apportion, arange_on, highest, snap
+
+
+@dataclass(frozen=True)
+class HoliTom(Selector):
+    """HoliTom (arXiv 2505.21334), the stage before the language model: segments in which merging over time saves most.
+
+    A place stands still between frame pairs with a cosine above `static`. Dynamic programming cuts the video into
+    the segments that save most: a segment of L frame pairs saves L - 1 tokens for each place that stands still
+    throughout. If averaging still places saves enough, the stillest are averaged until the budget is met. Otherwise
+    all of them are; moving tokens are kept by attention, and still ones merge around density peaks, which weigh at
+    least `centre` in their mean.
+
+    What differs: attention received replaces the attention of a class token. The authors' code rounds counts up in
+    each frame pair.
+    """
+
+    name = "holitom"
+    source = "arXiv 2505.21334, the stage before the language model"
+    needs = frozenset({"attention"})
+
+    static: Cosine = 0.8  # a place stands still if its neighbouring tokens are above this
+    centre: Annotated[float, "(0, 1]"] = 0.6  # least weight of a peak in its mean
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        x = tokens.by_pair(tokens.features.float())
+        index = tokens.by_pair(arange_on(len(tokens.unit_to_row), x.device))
+        cosine = snap(torch.cosine_similarity(x[1:], x[:-1], dim=2))
+        spans = most_saving(cosine > self.static)
+        alone = torch.full(x.shape[1:2], -torch.inf, dtype=torch.float32, device=x.device)
+        min_cosines = [cosine[span.start : span.stop - 1].amin(0) if len(span) > 1 else alone for span in spans]
+        into = averaged(index, spans, min_cosines, self.static, keep)
+        if into is not None:
+            return gathered(into.flatten())
+        attention = snap(tokens.attention)
+        into = torch.full_like(tokens.unit_to_row, -1)
+        still = [lowest > self.static for lowest in min_cosines]
+        # The units of the places that stand still, one row per place; and the others of each frame pair.
+        groups = [index[span.start : span.stop, places].T for span, places in zip(spans, still, strict=True)]
+        moving = [index[pair, ~places] for span, places in zip(spans, still, strict=True) for pair in span]
+        sizes = [len(group) for group in (*groups, *moving)]
+        counts = apportion(keep, sizes, sizes)
+        for units, count in zip(moving, counts[len(groups) :], strict=True):
+            best = units[highest(attention[units], count)]
+            into[best] = best
+        return join_groups(into, x.flatten(0, 1), groups, counts[: len(groups)], self.centre)
+
+
+def most_saving(same: torch.Tensor) -> list[range]:
+    """Return the segments that save most tokens, by dynamic programming: of L frame pairs L - 1 for each place that does not
+    change.
+
+    `same`: bool `[T - 1, n]`, whether each token is similar to the next one at its place.
+    """
+    back = torch.zeros(same.shape[1], dtype=torch.int64, device=same.device)
+    backs = []
+    for unchanged in same:  # counts for how many frame pairs each place has not changed
+        back = (back + 1) * unchanged
+        backs.append(torch.bincount(back, minlength=len(same) + 1))
+    # still[t][n]: the places that have not changed in the last n steps up to frame pair t + 1
+    still = torch.stack(backs).flip(1).cumsum(1).flip(1).tolist() if backs else []
+    # for the first t frame pairs: tokens saved, and the start of the last segment
+    best = [0, 0]
+    start = [0, 0]
+    for last in range(1, len(same) + 1):
+        # The last segment has length + 1 frame pairs; of those that save equally much, the shortest.
+        saves = [best[last - length] + length * (length and still[last - 1][length]) for length in range(last + 1)]
+        best.append(max(saves))
+        start.append(last - saves.index(best[-1]))
+    spans = []
+    stop = len(same) + 1
+    while stop:
+        spans.append(range(start[stop], stop))
+        stop = start[stop]
+    return spans[::-1]

@@ -1,0 +1,50 @@
+"""HoliTom, second stage: dropped tokens merge into kept ones."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.contrib.shared import turns
+from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Part, Selection, arange_on, closest, one_drop
+
+
+@dataclass(frozen=True)
+class HoliTomInner(LanguageMethod):
+    """HoliTom (arXiv 2505.21334), the stage inside the language model: FastV, whose dropped tokens merge.
+
+    Once `depth` of the layers have run, the tokens stay to which the last token attends most. Each dropped token
+    joins the most similar one (cosine of hidden states), in turn: a kept token becomes the mean of itself and the
+    next one that joins.
+    """
+
+    name = "holitom-inner"
+    source = "arXiv 2505.21334"
+    default_share = 0.5
+
+    depth: Part = 18 / 28
+
+    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
+        return one_drop(depth, tokens, self.depth, budget)
+
+    def select(self, tokens: LayerTokens) -> Selection:
+        return joined_in_turn(F.normalize(tokens.hidden.float(), dim=1), super().select(tokens).kept)
+
+
+def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
+    """Return the selection of `kept` (int64 `[K]`, ascending) rows of `unit` (`[n, D]`, of length 1), which the others join in
+    turn.
+
+    A token becomes the mean of itself and the next one that joins. So the last to join weighs a half, the one before a quarter.
+    """
+    count = len(unit)
+    device = unit.device
+    others = torch.ones(count, dtype=torch.bool, device=device).index_fill_(0, kept, False).nonzero()[:, 0]
+    unit_to_token = torch.zeros(count, dtype=torch.int64, device=device)
+    to = closest(unit[others], unit[kept])[1]
+    unit_to_token[kept], unit_to_token[others] = arange_on(len(kept), device), to
+    joining = torch.bincount(to, minlength=len(kept))
+    later = torch.empty(count, dtype=torch.float32, device=device)  # how many join after a token does, itself included
+    later[kept], later[others] = joining.float(), (joining[to] - turns(arange_on(len(to), device), to)).float()
+    # float32 has no smaller number of full precision
+    return Selection(kept, unit_to_token, torch.exp2(-later).clamp(min=2.0**-126))

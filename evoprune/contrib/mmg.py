@@ -1,0 +1,110 @@
+"""MMG-Vid: budgets of segments by marginal gain."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.contrib.shared import (
+    NEIGHBOURS,
+    peak_scores,
+    segments,
+    transitions,
+)
+from evoprune.methods import (
+    Cosine,
+    Selection,
+    Selector,
+    Share,
+    Tokens,
+    apportion,
+    closest,
+    highest,
+    snap,
+    spread,
+)
+
+
+@dataclass(frozen=True)
+class Mmg(Selector):
+    """After MMG-Vid (arXiv 2508.21044), whose formulas could not be read and whose code is not public.
+
+    The video is cut where the cosine of neighboring frame pairs is below `threshold`. A segment gets tokens in
+    proportion to its length times exp(gain), where gain is the cosine of its mean to the video's mean, less `beta`
+    times the greatest cosine to a segment taken before. Each frame pair keeps its highest density peaks, times the
+    distance to the tokens that the frame pair before has kept.
+
+    What differs: this project fills in the formulas, so results say little about MMG-Vid.
+    """
+
+    name = "mmg"
+    source = "after arXiv 2508.21044, whose formulas this project fills in"
+
+    threshold: Cosine = 0.95  # of neighbouring frame pairs; below it the video is cut
+    beta: Share = 0.5  # weight of repetition in the gain of a segment
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        x = tokens.by_pair(tokens.features.float())
+        like = transitions(tokens)
+        spans = joined(segments(like, 1, self.threshold), like.tolist())
+        means = torch.stack([x[span.start : span.stop].mean((0, 1)) for span in spans])
+        gains = marginal_gains(means, x.mean((0, 1)), self.beta)
+        weights = [len(span) * math.exp(gain) for span, gain in zip(spans, gains, strict=True)]
+        shares = apportion(keep, weights, [len(span) * x.shape[1] for span in spans])
+        kept = [self.distinct(x, span, share) for span, share in zip(spans, shares, strict=True)]
+        return Selection(torch.cat(kept))
+
+    def distinct(self, x: torch.Tensor, span: range, keep: int) -> torch.Tensor:
+        """Return int64 `[keep]`, ascending: tokens of a segment that are density peaks and differ from the frame pair before.
+
+        `x`: `[T, n, D]`, the features of the video.
+        """
+        kept = []
+        before = None
+        for pair, share in zip(span, spread(keep, len(span)), strict=True):
+            gain = peak_scores(x[pair], NEIGHBOURS)
+            unit = F.normalize(x[pair], dim=1)
+            if before is not None and len(before):
+                gain = snap(gain + (1 - closest(unit, before)[0]).log())  # logarithms, so factors are added
+            best = highest(gain, share)
+            before = unit[best]
+            kept.append(best + pair * x.shape[1])
+        return torch.cat(kept)
+
+
+def joined(spans: list[range], like: list[float]) -> list[range]:
+    """Return the segments after each of one frame pair has joined the more similar neighbour.
+
+    `like`: cosines as of `transitions`.
+    """
+    merged: list[range] = []
+    for number, span in enumerate(spans):
+        right = like[span.stop - 1] if number + 1 < len(spans) else -math.inf
+        if merged and (len(merged[-1]) == 1 or (len(span) == 1 and like[span.start - 1] >= right)):
+            span = range(merged.pop().start, span.stop)
+        merged.append(span)
+    return merged
+
+
+def marginal_gains(means: torch.Tensor, video: torch.Tensor, beta: float) -> list[float]:
+    """Return the gain of each segment when the segment of highest gain is always taken next.
+
+    The gain is the cosine of its mean (one of `means`, `[S, D]`) to that of the `video` (`[D]`), less `beta` times the greatest
+    cosine to a segment taken before.
+    """
+    unit = F.normalize(means, dim=1)
+    represents = snap(unit @ F.normalize(video, dim=0))
+    repeats = torch.zeros_like(represents)
+    gains = torch.full_like(represents, -torch.inf)
+    open_ = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
+    for step in range(len(unit)):
+        now = represents - beta * repeats
+        best = int(now.masked_fill(~open_, -torch.inf).argmax())
+        gains[best] = now[best]
+        open_[best] = False
+        to = snap(unit @ unit[best])
+        if step:
+            to = torch.maximum(repeats, to)
+        repeats = to
+    return gains.tolist()

@@ -1,0 +1,83 @@
+"""Nüwa, first stage: attended tokens of every cell, of which the weakest become means."""
+
+from dataclasses import dataclass
+from math import hypot
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.methods import Selection, Selector, Share, Tokens, arange_on, of_pairs, ranked, snap, spread
+
+
+@dataclass(frozen=True)
+class Nuwa(Selector):
+    """Nüwa (arXiv 2602.02951), the stage before the language model: keep attended tokens of every region.
+
+    In each frame pair the `cell` most attended tokens of each cell of 2x2 places are candidates. The most attended
+    candidates stay; other tokens follow only if candidates are too few. A kept token whose attention is below the
+    `weak` quantile becomes a weighted mean of the frame pair: a token weighs the cosine of states in the middle of
+    the tower, times 1 - distance / (`reach` * diagonal), both at least 0. Its own weight is 1.
+
+    What differs: attention received replaces the attention of a class token. The authors' code leaves the states in
+    the order of windows, so weights belong to other places; here they are in raster order.
+    """
+
+    name = "nuwa"
+    source = "arXiv 2602.02951, the stage before the language model"
+    needs = frozenset({"attention", "middle"})
+
+    cell: Annotated[int, "[1, 4]"] = 3  # tokens of each cell of 2x2 places that are candidates
+    weak: Share = 0.1  # quantile of the kept tokens' attention below which a token becomes a mean
+    reach: Annotated[float, "(0, inf]"] = 0.8  # distance at which a weight is 0, as a share of the diagonal
+
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        return snap(tokens.attention)
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        score = self.scores(tokens).view(tokens.grid)
+        middle = tokens.by_pair(tokens.middle)
+        late = (rank_in_cell(score).flatten(1) - self.cell + 1).clamp(min=0)
+        kept = []
+        means = []
+        start = 0
+        for pair, share in enumerate(spread(keep, len(score))):
+            order = ranked(score[pair].flatten())
+            here = order[late[pair][order].argsort(stable=True)][:share].sort().values
+            if share:
+                token, place, weight = self.means(score[pair], here, middle[pair])
+                means.append((token + start, place + pair * len(order), weight))
+            kept.append(here)
+            start += share
+        return Selection(of_pairs(kept, len(order)).kept, means=tuple(map(torch.cat, zip(*means, strict=True))))
+
+    def means(
+        self, score: torch.Tensor, kept: torch.Tensor, middle: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what each kept token of a frame pair is the mean of: int64 `[m]`, tokens; int64 `[m]`, places; float32 `[m]`,
+        weights.
+
+        `score`: `[H, W]`, attention. `kept`: int64 `[k]`, places. `middle`: `[H W, d]`, states in the middle of the tower.
+        """
+        height, width = score.shape
+        attention = score.flatten()[kept]
+        own = arange_on(len(kept), kept.device)
+        weak = own[attention < attention.quantile(self.weak)]
+        unit = F.normalize(middle.float(), dim=1)
+        places = arange_on(height * width, kept.device)
+        at = torch.stack([places // width, places % width], 1).float()
+        near = 1 - torch.cdist(at[kept[weak]], at) / (self.reach * (hypot(height - 1, width - 1) or 1))
+        weight = (unit[kept[weak]] @ unit.T).clamp(min=0) * near.clamp(min=0)
+        weight[arange_on(len(weak), kept.device), kept[weak]] = 0  # its own weight is exactly 1, below
+        token, place = weight.nonzero().unbind(1)
+        weight = torch.cat([torch.ones_like(attention), weight[token, place]])
+        return torch.cat([own, weak[token]]), torch.cat([kept, place]), weight
+
+
+def rank_in_cell(score: torch.Tensor) -> torch.Tensor:
+    """Return int64 `[T, H, W]`: how many places of its cell come before each place by `score` (`[T, H, W]`); ties by index."""
+    height, width = score.shape[1:]
+    even = F.pad(score, (0, width % 2, 0, height % 2), value=-torch.inf)
+    cells = even.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).transpose(2, 3).flatten(3)
+    rank = cells.argsort(dim=3, descending=True, stable=True).argsort(dim=3)
+    return rank.unflatten(3, (2, 2)).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]

@@ -1,0 +1,56 @@
+"""PAR: relevance to the question, discounted inside clusters."""
+
+from dataclasses import dataclass
+
+import torch
+
+from evoprune.contrib.shared import like_question, relevant, turns
+from evoprune.methods import Cosine, Selection, Selector, Tokens, arange_on, highest, ranked, snap
+
+
+@dataclass(frozen=True)
+class Par(Selector):
+    """After PAR (arXiv 2410.07278): relevance, which counts less for each more relevant token of the same cluster.
+
+    Neighboring tokens, in space or time, with a cosine above `link` are in one cluster. The score of the j-th most
+    relevant token of a cluster is its relevance / j, and the highest scores stay. Relevance is the mean cosine to
+    the question's tokens, scaled to (0, 1].
+
+    What differs: the paper's formulas could not be read and no code is public. These are this project's, so results
+    say little about PAR.
+    """
+
+    name = "par"
+    source = "after arXiv 2410.07278"
+    reads_question = True
+
+    link: Cosine = 0.8  # neighbouring tokens are of one cluster if their cosine is above this
+
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        relevance = snap(relevant(like_question(tokens)))
+        cluster = connected(tokens.normalised.view(*tokens.grid, -1), self.link)
+        return relevance / (1 + turns(ranked(relevance), cluster))
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        return Selection(highest(self.scores(tokens), keep))
+
+
+def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
+    """Return int64 `[N]`: the first token of each token's cluster. Neighbours in `unit` (`[T, H, W, D]`) with a cosine above `link`
+    are in one.
+    """
+    index = arange_on(unit[..., 0].numel(), unit.device).view(unit.shape[:3])
+    ends = []
+    for dim in range(3):
+        length = unit.shape[dim] - 1
+        linked = (snap((unit.narrow(dim, 0, length) * unit.narrow(dim, 1, length)).sum(-1)) > link).flatten()
+        ends.append(torch.stack([index.narrow(dim, first, length).flatten()[linked] for first in (0, 1)]))
+    a, b = torch.cat(ends, 1)
+    cluster = index.flatten().clone()
+    while (cluster[a] != cluster[b]).any():
+        lowest = torch.minimum(cluster[a], cluster[b])
+        for end in (cluster[a], cluster[b]):  # the roots, so that whole clusters join
+            cluster.scatter_reduce_(0, end, lowest, "amin")
+        while (cluster != cluster[cluster]).any():
+            cluster = cluster[cluster]
+    return cluster

@@ -1,0 +1,84 @@
+"""SparseVLM: text tokens rate the visual tokens; some of the dropped ones merge."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from evoprune.backend.operators import BLOCK
+from evoprune.contrib.shared import gathered, joined_peaks
+from evoprune.methods import (
+    LanguageMethod,
+    LanguagePlan,
+    LayerTokens,
+    Selection,
+    arange_on,
+    ranked,
+    relative,
+    several_drops,
+)
+
+# Tokens left after each drop, of 576, from none to all; between them, the authors' for 64, 96, 128 and 192 tokens on average.
+COUNTS = ((0, 0, 0), (66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110), (576, 576, 576))
+
+
+@dataclass(frozen=True)
+class SparseVlm(LanguageMethod):
+    """SparseVLM (arXiv 2410.04417, section 3): text tokens rate the visual tokens, and some of the dropped ones merge.
+
+    Raters are the text tokens whose mean attention by visual tokens, computed on embeddings, is above average.
+    After 3, 7 and 16 of 32 layers, the tokens stay to which raters attend most. The best 30% of the dropped tokens
+    merge into means around density peaks, a tenth as many.
+
+    What differs: counts at other budgets lie between the authors' tables (`COUNTS`). The means are part of the
+    budget, at the places of their peaks; in the authors' code they come on top, after the other tokens.
+    """
+
+    name = "sparsevlm"
+    source = "arXiv 2410.04417, section 3"
+    default_share = (4 * 300 + 9 * 200 + 16 * 110) / (29 * 576)  # the authors' 192 tokens
+
+    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
+        def shares(place: float) -> Sequence[float]:
+            row = min(int(place * (len(COUNTS) - 1)), len(COUNTS) - 2)
+            part = place * (len(COUNTS) - 1) - row
+            return [(low + part * (high - low)) / 576 for low, high in zip(*COUNTS[row : row + 2], strict=True)]
+
+        return several_drops(depth, tokens, (3 / 32, 7 / 32, 16 / 32), shares, budget)
+
+    def select(self, tokens: LayerTokens) -> Selection:
+        if "raters" not in tokens.memory:
+            tokens.memory["raters"] = _raters(tokens.visual_embeds, tokens.text_embeds)
+        score = relative(tokens.attention(tokens.memory["raters"]))
+        count = len(tokens.visual)
+        stay = selected(count, tokens.left)
+        order = ranked(score)
+        into = torch.full_like(order, -1)
+        into[order[:stay]] = order[:stay]
+        if means := tokens.left - stay:
+            merging = order[stay : stay + recycled(count - stay)].sort().values
+            into[merging] = merging[joined_peaks(tokens.hidden[merging], means, means)]
+        return gathered(into)
+
+
+def _raters(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """int64 `[q]`: the text tokens (`[Q, D]`) that rate the visual tokens (`[N, D]`)."""
+    words = text.float().T
+    weight = sum((block.float() @ words).softmax(1).sum(0) for block in visual.split(BLOCK))
+    raters = (weight > weight.mean()).nonzero()[:, 0]
+    return raters if len(raters) else arange_on(len(text), text.device)
+
+
+def recycled(dropped: int) -> int:
+    """Return how many of the dropped tokens merge."""
+    return int(dropped * 0.3) + 1
+
+
+def selected(count: int, left: int) -> int:
+    """Return how many of `count` tokens stay as they are, so that with the means of the others `left` remain; all, if there is
+    no room.
+    """
+    for stay in range(left - 1, 0, -1):
+        if stay + recycled(count - stay) // 10 + 1 <= left:
+            return stay
+    return left

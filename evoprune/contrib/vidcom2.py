@@ -1,0 +1,45 @@
+"""VidCom2: unusual frame pairs get more tokens."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.methods import Selection, Selector, Tokens, apportion, highest, of_pairs, snap
+
+SCALES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
+TEMPERATURE = 0.01
+
+
+@dataclass(frozen=True)
+class VidCom2(Selector):
+    """VidCom2 (arXiv 2505.14454): unusual frame pairs get more tokens, and keep their unusual tokens.
+
+    Over the half of the channels with the lowest variance, a token's affinity to a mean is the sum of
+    exp(-distance^2 / (2 scale)) over five scales. Each of T frame pairs gets tokens in proportion to 1 - 1 / T + s,
+    where s is the softmax, at temperature 0.01, of minus its mean affinity to the mean of the video. It keeps the
+    tokens with the least affinity to the mean of the video plus that to its own mean.
+
+    What differs: counts sum up to the budget; the authors' code rounds them for each frame pair.
+    """
+
+    name = "vidcom2"
+    source = "arXiv 2505.14454"
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        variance = tokens.features.float().var(0, correction=0)
+        steady = highest(-variance, -(-len(variance) // 2))  # half of the channels
+        unit = tokens.by_pair(F.normalize(tokens.features[:, steady].float(), dim=1))
+        pairs, per_pair = unit.shape[:2]
+        like_video = likeness(unit, unit.mean((0, 1), keepdim=True))
+        like_pair = likeness(unit, unit.mean(1, keepdim=True))
+        unlike = (-snap(like_video.mean(1)).double() / TEMPERATURE).softmax(0)
+        weights = pairs * (1 + snap(unlike)) - 1  # T times the share, rounded: equal shares stay equal
+        shares = apportion(keep, weights.tolist(), [per_pair] * pairs)
+        return of_pairs(map(highest, -snap(like_video + like_pair), shares), per_pair)
+
+
+def likeness(unit: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Return `[T, n]` in (0, 5]: the affinity of tokens `unit` (`[T, n, D]`) to `mean` (`[T or 1, 1, D]`)."""
+    distance = (unit - mean).square().sum(2)
+    return sum((-distance / (2 * scale)).exp() for scale in SCALES)

@@ -1,0 +1,47 @@
+"""VisionZip: the most attended tokens, and means of the others."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from evoprune.contrib.shared import centre_weights, gathered
+from evoprune.methods import Selection, Selector, Share, Tokens, arange_on, closest, highest, snap, spread
+
+
+@dataclass(frozen=True)
+class VisionZip(Selector):
+    """VisionZip (arXiv 2412.04467): keep the most attended tokens, and means of the others.
+
+    Each frame pair gets an equal share of the budget. `dominant` of that share goes to the most attended tokens.
+    Evenly spaced tokens among the rest become targets. Every other token joins the target with the most similar key
+    (cosine), and a target becomes half itself, half the mean of the tokens that joined it.
+
+    What differs: attention received replaces the attention of a class token, which Qwen's tower does not have. The
+    authors' code adds target and mean; here their sum is halved.
+    """
+
+    name = "visionzip"
+    source = "arXiv 2412.04467"
+    needs = frozenset({"attention", "keys"})
+
+    dominant: Share = 0.85  # share of the kept tokens that attention selects
+
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        return tokens.attention
+
+    def select(self, tokens: Tokens, keep: int) -> Selection:
+        attention = snap(tokens.attention)
+        keys = F.normalize(tokens.keys, dim=1)
+        into = torch.full_like(tokens.unit_to_row, -1)
+        index = tokens.by_pair(arange_on(len(into), into.device))
+        for here, share in zip(index, spread(keep, len(index)), strict=True):
+            best = here[highest(attention[here], round(self.dominant * share))]
+            into[best] = best
+            rest = here[into[here] < 0]
+            count = share - len(best)
+            if count:  # otherwise the other tokens are dropped
+                targets = rest[:: len(rest) // count][:count]
+                into[rest] = targets[closest(keys[rest], keys[targets])[1]]
+                into[targets] = targets
+        return gathered(into, centre_weights(into, 0.5))

@@ -1,0 +1,75 @@
+"""VisiPruner: tokens leave after the layer in which they matter."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+
+from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Part, Selection, arange_on, highest, relative
+from evoprune.methods.budget import keep_count
+from evoprune.methods.language import Drop, layers_before
+
+
+@dataclass(frozen=True)
+class VisiPruner(LanguageMethod):
+    """VisiPruner (arXiv 2510.17205, section 4): tokens leave after the layer in which they matter.
+
+    In the first layers (`shallow`) text does not attend to visual tokens. c_i is what token i adds to the last
+    token's attention output o. The first layer in which cos(o - c_i, o) is below `layer` for a token is decisive:
+    after it, the tokens with |c_i| above `token` stay, at most K. After `exits` later layers in which that cosine
+    is at least `exit` for all tokens, all of them leave.
+
+    What differs: a budget, and a drop to K tokens at `latest` if no layer was decisive. The thresholds are
+    LLaVA-1.5's and were not fitted to Qwen.
+    """
+
+    name = "visipruner"
+    source = "arXiv 2510.17205, section 4"
+    exact = False
+
+    shallow: Part = 6 / 32  # share of the layers in which text does not attend to visual tokens
+    latest: Part = 0.5  # share of the layers after which tokens leave if no layer was decisive
+    layer: Part = 0.995  # cosine below which a layer is decisive
+    token: Annotated[float, "[0, inf]"] = 0.2  # least |c_i| of tokens that stay
+    exit: Part = 0.999  # no token may be below this cosine
+    exits: Annotated[int, "[0, inf]"] = 2  # in so many layers, for all to leave; 0 for never
+
+    def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
+        keep = keep_count(budget, tokens)
+        blind = layers_before(self.shallow, depth)
+        if keep == tokens or depth < 2:
+            return LanguagePlan(depth, tokens, ())
+        first = min(blind + 2, depth - 1)
+        latest = max(first, layers_before(self.latest, depth))
+        looks = tuple(range(first, depth))
+        return LanguagePlan(depth, tokens, (Drop(latest, keep),), exact=False, looks=looks, blind=blind)
+
+    def select(self, tokens: LayerTokens) -> Selection | None:
+        if not len(tokens.visual):
+            return None
+        cosine, length = contributions(tokens)
+        if "exits" in tokens.memory:
+            tokens.memory["exits"] += bool((cosine >= self.exit).all())
+            leaving = 0 < self.exits == tokens.memory["exits"]
+            return Selection(arange_on(0, length.device)) if leaving else None
+        decisive = bool((cosine < self.layer).any())
+        if not (decisive or tokens.due):
+            return None
+        tokens.memory["exits"] = 0
+        keep = max(1, min(tokens.left, int((length > self.token).sum()))) if decisive else tokens.left
+        return Selection(highest(relative(length), keep))
+
+
+def contributions(tokens: LayerTokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 `[n]` each: cos(o - c_i, o) and |c_i| of every visual token, without the c_i themselves: O(n heads head_dim)."""
+    weights = tokens.last_weights().double()
+    kv_heads = tokens.values.shape[1]
+    weights = weights.view(kv_heads, -1, weights.shape[1])  # [kv_heads, group, C]
+    out = weights @ tokens.values.transpose(0, 1).double()  # [kv_heads, group, head_dim]
+    given = weights[:, :, tokens.visual]
+    values = tokens.values[tokens.visual].transpose(0, 1).double()
+    along = (given * (out @ values.transpose(1, 2))).sum((0, 1))  # c_i . o
+    square = (given.square() * values.square().sum(2)[:, None]).sum((0, 1))  # |c_i|^2
+    total = out.square().sum()
+    rest = (total - 2 * along + square).clamp(min=0).sqrt()  # |o - c_i|
+    return (total - along) / (total.sqrt() * rest).clamp(min=1e-30), square.sqrt()

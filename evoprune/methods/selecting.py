@@ -1,0 +1,120 @@
+"""Run a selector, and check the selection if the selector comes from another package.
+
+The checks synchronise with a GPU. Selections of this project's own methods are not checked.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from evoprune.backend.devices import HOST
+from evoprune.errors import PluginError, call
+from evoprune.methods.base import Selector
+from evoprune.methods.budget import AUTO_LEAST, keep_count
+from evoprune.methods.ranking import scaled, snap
+from evoprune.methods.types import Selection, Tokens, arange_on
+from evoprune.model.numerics import without_autocast
+
+
+def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
+    """Return what `selector` selects. Raises PluginError: one of another package returned what its base class does not allow."""
+    name = selector.package
+    units = len(tokens.unit_to_row)
+    with without_autocast():
+        # Rows are shared with other methods of an evaluation, and a stranger's code may write into what it gets.
+        if name:
+            tokens = tokens.copied()
+        selection = call(name, selector.select, tokens, keep)
+    if name:
+        count = getattr(getattr(selection, "kept", None), "shape", (0,))[0]
+        enough = bool(count) and (selector.suffices(count, keep, units) or not selector.exact)
+        check_selection(name, selection, enough, keep, units, tokens.rows.device)
+    return selection
+
+
+def check_selection(name: str, selection: Selection, enough: bool, keep: int, units: int, device: torch.device) -> None:
+    """Raises PluginError: what the method `name` selected is wrong.
+
+    `enough`: whether the number of units is one that the method may return where `keep` of `units` were asked for.
+    """
+    if wrong := next(_faults(selection, enough, keep, units, device), None):
+        raise PluginError(f"{name} returned {wrong}", "report it to that package's authors, or choose another method")
+
+
+def _faults(selection: Selection, enough: bool, keep: int, units: int, device: torch.device) -> Iterator[str]:
+    """Yield what is wrong with a selection, the first thing first: later ones are not meaningful."""
+    if not isinstance(selection, Selection):
+        yield f"an object of class {type(selection).__name__} where a Selection was asked for"
+    kept = selection.kept
+    yield from _unlike("kept", kept, torch.int64, None, device)
+    if not enough:
+        yield f"{len(kept):,} units where {keep:,} were asked for"
+    if not (kept[1:] > kept[:-1]).all():
+        yield "units that are not in ascending order"
+    if len(kept) and (kept[0] < 0 or kept[-1] >= units):
+        yield f"units from {int(kept[0]):,} to {int(kept[-1]):,} of a video with units 0 to {units - 1:,}"
+    count = len(kept)
+    if (token := selection.unit_to_token) is not None:
+        yield from _unlike("unit_to_token", token, torch.int64, units, device)
+        own = arange_on(count, kept.device)
+        if token.min() < -1 or token.max() >= count or not (token[kept].to(own) == own).all():
+            yield "a unit_to_token that is not the index of a kept unit, of each kept unit its own, or -1"
+    if selection.weight is not None:
+        yield from _unlike("weight", selection.weight, torch.float32, units, device)
+        if not (
+            selection.weight.isfinite().all() and (selection.weight >= 0).all() and (selection.weight[kept] > 0).all()
+        ):
+            yield "a weight that is not a number, below 0, or 0 for a kept unit"
+    if selection.means is not None:
+        yield from _wrong_means(selection.means, count, units, device)
+    if selection.size is not None:
+        yield from _unlike("size", selection.size, torch.float32, count, device)
+        if not (selection.size.isfinite().all() and (selection.size > 0).all()):
+            yield "a size that is not a number above 0"
+
+
+def _wrong_means(means: tuple[torch.Tensor, ...], count: int, units: int, device: torch.device) -> Iterator[str]:
+    if not isinstance(means, tuple) or len(means) != 3:
+        yield "means that are not three tensors"
+    token, unit, weight = means
+    for name, value, dtype in (
+        ("tokens", token, torch.int64),
+        ("units", unit, torch.int64),
+        ("weights", weight, torch.float32),
+    ):
+        yield from _unlike(f"means, {name}", value, dtype, len(token), device)
+    outside = (token < 0) | (token >= count) | (unit < 0) | (unit >= units)
+    total = torch.zeros(count, dtype=torch.float32, device=token.device)
+    if outside.any() or not (weight >= 0).all() or not (total.index_add_(0, token, weight) > 0).all():
+        yield "means of units that do not exist, or with weights that are not numbers above 0"
+
+
+def _unlike(
+    name: str, value: torch.Tensor, dtype: torch.dtype, length: int | None, device: torch.device
+) -> Iterator[str]:
+    """Yield how a tensor of a selection differs from what it must be: one dimension, `length` (None for any), dtype and device."""
+    if not isinstance(value, torch.Tensor):
+        yield f"an object of class {type(value).__name__} as {name} where a tensor was asked for"
+    shape = "[K]" if length is None else f"[{length}]"
+    wanted = str(dtype).removeprefix("torch.")
+    if value.dtype != dtype or value.ndim != 1 or length not in (None, len(value)):
+        given = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        yield f"{name} as {given} where {wanted} {shape} was asked for"
+    if value.device not in ((device, HOST) if name == "kept" else (device,)):
+        yield f"{name} on {value.device} where the tokens are on {device}"
+
+
+def tokens_before_inflection(selector: Selector, tokens: Tokens, keep: int) -> int:
+    """Return how many tokens `selector` keeps by the curve of its scores (arXiv 2409.01162): at most `keep`."""
+    min_keep = min(keep, keep_count(AUTO_LEAST, len(tokens.unit_to_row)))
+    return min(keep, max(min_keep, inflection(call(selector.package, selector.scores, tokens))))
+
+
+def inflection(scores: torch.Tensor) -> int:
+    """Return how many of `scores` (float `[N]`) lie before the inflection point of the sorted curve; N if it has none."""
+    curve = scaled(scores.float().sort(descending=True).values)
+    line = 1 - arange_on(len(curve), curve.device) / max(1, len(curve) - 1)
+    depth = snap(line - curve)
+    if depth.max() <= 0 or curve[0] <= 0:
+        return len(curve)
+    return int(depth.argmax())
