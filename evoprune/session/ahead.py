@@ -1,10 +1,10 @@
-"""Inputs are read while torch is imported and their model is loaded. Imports no torch.
+"""Reading starts while torch is imported and the model is loaded. This file imports no torch.
 
-The frames that a model reads follow from the small files in its folder, the options and the kind of device, so they are known
-before the model is loaded. A session still makes its own plan, and takes what was read only if it wants the very same frames of
-files that have not changed. Otherwise it reads them anew. So results and errors are the same with and without.
+The small files in a model's folder, the options and the kind of device say which frames the model reads, so they are known before
+the model is loaded. A session still makes its own plan. It takes the early frames only if the plan wants exactly these, and the
+files have not changed; otherwise it reads again. So results and errors do not depend on early reading.
 
-Frames wait as they were decoded, full-size, because torch resizes them.
+Frames wait in the size in which they were decoded, because torch resizes them.
 """
 
 import os
@@ -93,29 +93,32 @@ def expected(options: ModelOptions) -> Expected | None:
 
 @dataclass(eq=False)
 class _Early:
-    """An input that is read early; the thread that reads it fills in the rest."""
+    """An input that is read early. Its thread fills in `state` and `request`."""
 
     path: str
-    state: tuple | None = None  # of its files, before they were probed
-    request: tuple[Any, ...] | None = None  # the arguments of `read_frames`, once they are planned
+    state: tuple | None = None  # of its files, before the thread probed them
+    request: tuple[Any, ...] | None = None  # as `_request`, once the input is planned
     reading: Reading[FrameChunk] | None = None
 
     def gives(self, request: tuple[Any, ...]) -> bool:
-        """Return True if it reads these frames, of files that have not changed, or met an error of the video in them."""
+        """Return True if it answers the request: it reads the same frames, and the files have not changed since.
+
+        A reading that met an error in the video answers it, too; after any other error the session tries again.
+        """
         problem = self.reading.problem
         failed = problem is not None and not isinstance(problem, VideoError)
         return self.request == request and self.state == state_of(self.path) is not None and not failed
 
 
 class ReadAhead(Readings):
-    """Inputs whose frames are read before their model is loaded, one after the other. To be closed.
+    """Inputs that are read before their model is loaded, one after the other. To be closed.
 
-    What goes wrong is left to whoever opens the inputs.
+    It raises no errors: the session that opens an input meets them again.
 
     Args:
-        model: The model that will look at them. If its config is not on this machine, they are only probed.
+        model: The model that will read the inputs. If its config is not on this machine, the inputs are only probed.
         asked: The inputs, in the order in which they will be encoded.
-        held_bytes: Upper bound on the frames that wait.
+        held_bytes: Upper bound on the bytes of waiting frames.
     """
 
     def __init__(self, model: ModelOptions, asked: Iterable[Asked], held_bytes: int | None = None):
@@ -135,7 +138,7 @@ class ReadAhead(Readings):
                 early = _Early(path)
                 early.reading = Reading(partial(self._begin, early, names, place, sampling), self)
                 self._every.append(early)
-        self._left = [*self._every]  # those that nobody has taken
+        self._left = [*self._every]  # not taken yet
 
     def close(self) -> None:
         """Drop all frames, and stop the threads."""
@@ -143,9 +146,9 @@ class ReadAhead(Readings):
         stop_all([early.reading for early in self._every])
 
     def take(self, plan: Plan) -> Reading[FrameChunk] | None:
-        """Return the reading of just the frames of a plan, for the caller to close; None if there is none.
+        """Return the reading of exactly the frames of a plan, or None. The caller closes it.
 
-        Inputs are to be asked for in their order: those before the one that is asked for are no longer read.
+        Take inputs in the order of `asked`: this drops all inputs before the one that it returns.
         """
         request = _request(plan)
         while True:
@@ -162,7 +165,9 @@ class ReadAhead(Readings):
             early.reading.close()
 
     def _has_begun(self, reading: Reading) -> bool:
-        """Wait until a reading has begun. Return False if one that somebody takes comes first, and may never end."""
+        """Wait until a reading has begun. Return False at once if it waits for its turn behind a reading that a consumer takes,
+        because that consumer may never finish.
+        """
         if not reading.is_here:
             return False
         with self.changed:
@@ -192,7 +197,7 @@ class ReadAhead(Readings):
 
 
 def _request(plan: Plan) -> tuple[Any, ...]:
-    """Return what the frames of a plan depend on."""
+    """Return the part of a plan that its frames depend on."""
     return plan.source, plan.sampling.times_s, plan.read_arguments
 
 

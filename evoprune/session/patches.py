@@ -1,7 +1,7 @@
-"""Frames become patches, which are kept, so that other settings encode the same input without reading it again.
+"""Frames become patches. The patches are kept, so that other settings encode the same input without reading it again.
 
-Patches are uint8: 116 MB for the 24,576 units that an input has at most by default (151 MB in Qwen3-VL). They stay on the device
-that made them.
+Patches are uint8: 116 MB for 24,576 units, the most that an input has by default (151 MB in Qwen3-VL). They stay on the device that
+made them.
 """
 
 import threading
@@ -21,8 +21,8 @@ from evoprune.video.plan import InputLimits, Plan
 from evoprune.video.sandbox.isolation import OnFrames
 from evoprune.vision.preprocess import patches_of
 
-LIMIT_BYTES = 2**29  # of one input, and of all that nobody uses
-SHARE = 4  # those in use take at most one part in so many of the memory that is available
+LIMIT_BYTES = 2**29  # of one input, and of all unused inputs together
+SHARE = 4  # patches in use take at most 1 / SHARE of the available memory
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class _Kept:
 class PatchStore:
     """The patches of the latest inputs of a model, by `content_key`. Threads may share it.
 
-    What nobody uses takes at most `limit_bytes`; the least recently used is dropped first. An input that is larger is not kept, and
-    nothing is where memory is short. 0 keeps nothing.
+    Unused patches take at most `limit_bytes`, and the least recently used are evicted first. A larger input is not kept, and
+    nothing is kept if memory is short. With a limit of 0 nothing is kept.
     """
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES):
@@ -85,9 +85,9 @@ class PatchStore:
     def open(
         self, key: Hashable, size: int, device: torch.device, source: Callable[[Reading], Iterator[PatchChunk]]
     ) -> Reading[PatchChunk] | None:
-        """Return the reading of this key, which is complete or goes on, or begins by `source`; to be closed by `close`.
+        """Return the reading of a key. If there is none yet, start it with `source`. The caller releases it with `close`.
 
-        None if the patches cannot be kept: they are too large, or memory on `device` is short. `size`: their bytes.
+        Returns None if the patches, `size` bytes, cannot be kept: they are too large, or memory on `device` is short.
         """
         with self._lock:
             kept = self._entries.get(key)
@@ -99,13 +99,12 @@ class PatchStore:
                 if available is not None and SHARE * (used + size) > available:
                     self._drop_unused(0)
                     return None
-                # Only the last one who wants the patches stops the thread, not the first one.
                 kept = self._entries[key] = _Kept(Reading(source, shared=True), size)
             kept.users += 1
             return kept.reading
 
     def close(self, key: Hashable) -> None:
-        """Count one user less. What nobody uses is kept if it is complete; else its thread ends."""
+        """Release the reading of a key. After its last user, it is kept if it is complete, and stopped otherwise."""
         with self._lock:
             kept = self._entries[key]
             kept.users -= 1
@@ -120,7 +119,7 @@ class PatchStore:
             kept.reading.close()
 
     def clear(self) -> bool:
-        """Free what nobody uses. Returns True if there was anything."""
+        """Evict all unused patches. Return True if there were any."""
         with self._lock:
             freed = self._drop_unused(0)
         if freed:
@@ -128,7 +127,7 @@ class PatchStore:
         return freed
 
     def _drop_unused(self, limit_bytes: int) -> bool:
-        """Drop the least recently used beyond a limit. Returns True if there were any."""
+        """Evict unused patches beyond a limit, the least recently used first. Return True if there were any."""
         unused = [(key, kept) for key, kept in self._entries.items() if not kept.users]
         total = sum(kept.bytes for _, kept in unused)
         dropped = False

@@ -1,9 +1,9 @@
-"""Inputs are read ahead, by threads: before their model is loaded, beside the encoder, and while another one is answered.
+"""Threads read inputs ahead: before the model is loaded, beside the encoder, and while another input is answered.
 
-A `Reading` is one of them: a thread makes chunks of it, frames or patches, and they wait until somebody takes them. `Readings`
-share the memory for chunks that wait, and take turns. Imports no torch, so reading starts before torch is imported.
+A `Reading` is one input: its thread makes chunks of frames or patches, which wait until a consumer takes them. `Readings` share the
+memory for waiting chunks, and take turns. This file imports no torch, so reading starts before torch is imported.
 
-The chunks do not depend on timing: they are the same, in the same order, however far a reading is when somebody takes them.
+The chunks do not depend on timing: a consumer gets the same chunks in the same order, however far the thread is.
 """
 
 import math
@@ -24,18 +24,18 @@ from evoprune.video.sandbox.isolation import Scope, Stopped, check_wanted, wait_
 T = TypeVar("T")
 
 CHUNK_BYTES = 8 * 2**20  # of frames in a chunk, as decoded and once they are resized; two frames may be larger
-TICK_S = 0.25  # how often a consumer that waits for a chunk reports that it waits
-PATIENCE_S = 3.0  # how long closing waits for a thread that no worker process can be blamed for
+TICK_S = 0.25  # between two calls of a consumer's `waiting`
+PATIENCE_S = 3.0  # how long closing waits for a thread
 MOST_PROBED = 256  # inputs whose metadata is remembered
 
 
 class Readings:
-    """Readings that share memory and take turns, in the order in which they were made. Closing ends all of them.
+    """Readings that share memory and take turns, in the order in which they were made. Closing stops all of them.
 
     Args:
-        limit_bytes: Upper bound on the chunks that wait, of all readings together. Whoever takes chunks gets them even if there
-            is no room.
-        at_once: How many of them read at a time.
+        limit_bytes: Upper bound on the bytes of waiting chunks, of all readings together. A consumer gets its next chunk even if
+            there is no room.
+        at_once: Number of readings that read at a time.
     """
 
     def __init__(self, limit_bytes: float = math.inf, at_once: int = 1):
@@ -61,19 +61,20 @@ class Reading(Generic[T]):
 
     Args:
         source: Called by the thread once it is its turn; returns the iterator that makes the chunks.
-        group: The readings that this one shares memory and turns with.
-        shared: Keep chunks that were taken, so that several threads can take them, also again; and read on when the thread that
-            makes this is stopped. Otherwise the reading stops, too.
-        drop: Called with each chunk that nobody takes.
+        group: The readings that share memory and turns with this one. By default it has memory without a limit.
+        shared: Keep chunks after they were taken, so that several consumers get all of them. A shared reading also continues when
+            the thread that made it is stopped; any other reading stops with that thread.
+        drop: Called with each chunk that is left when the reading is closed.
 
     Attributes:
         frames: Lower bound on the number of frames read so far.
-        chunk_bytes: The size of the largest chunk; `source` may set it beforehand.
-        hidden_s: Seconds of making chunks that whoever takes them did not wait for.
+        chunk_bytes: Bytes of the largest chunk; `source` may set it in advance.
+        hidden_s: Seconds of making chunks while the consumer was not waiting for them.
         begun: True once `source` has returned.
-        ended: True once the thread has finished, for whatever reason.
-        complete: True if the thread has made all chunks.
-        taken: True once somebody takes chunks.
+        ended: True once the thread has finished, also if it failed or was stopped.
+        complete: True once the thread has made all chunks.
+        taken: True once a consumer takes chunks.
+        problem: The exception that ended the thread, or None.
     """
 
     def __init__(
@@ -88,15 +89,15 @@ class Reading(Generic[T]):
         self.chunk_bytes = 0
         self.hidden_s = 0.0
         self.begun = self.ended = self.complete = self.taken = False
-        self.problem: BaseException | None = None  # that ended the thread
+        self.problem: BaseException | None = None
         self._source = source
         self._group = group or Readings()
         self._changed = self._group.changed
         self._shared = shared
         self._drop = drop
-        self._chunks: list[T | None] = []  # None for those that were taken, unless it is shared
-        self._seconds: list[float] = []  # that each chunk took
-        self._next = 0  # the chunk that is taken next
+        self._chunks: list[T | None] = []  # chunks that were taken are None, unless the reading is shared
+        self._seconds: list[float] = []  # how long making each chunk took
+        self._next = 0  # the number of the chunk that a consumer takes next
         self._closed = False
         self._pid = os.getpid()
         self._scope = Scope()
@@ -116,14 +117,16 @@ class Reading(Generic[T]):
         return self._pid == os.getpid()
 
     def at_least(self, frames: int) -> None:
-        """Note that so many frames were read."""
+        """Raise `frames` to this number."""
         self.frames = max(self.frames, frames)
 
     def chunks(self, waiting: Callable[[], None] = lambda: None) -> Iterator[T]:
-        """Yield all chunks, as soon as they are there, then raise whatever ended the thread before it was done.
+        """Yield all chunks in order, as soon as they are made. After the last one, raise the exception that ended the thread.
 
-        `waiting`: called now and then while this waits for a chunk. Raises Stopped if the reading was closed, or nobody wants any
-        more what the calling thread reads.
+        Args:
+            waiting: Called every `TICK_S` seconds while the consumer waits for a chunk.
+
+        Raises Stopped: the reading was closed, or the consumer's own thread is stopped.
         """
         for number in count():
             start = time.perf_counter()
@@ -136,21 +139,21 @@ class Reading(Generic[T]):
             waited_s = time.perf_counter() - start
             self.hidden_s += max(0.0, self._seconds[number] - waited_s)
             yield chunk
-            del chunk  # so that only the caller holds it
+            del chunk  # only the consumer may hold it, so that its memory can be reused
 
     def wait(self) -> None:
-        """Wait until the thread has finished, or waits for somebody to take chunks. Raises Stopped."""
+        """Wait until the thread has finished, or has no room for another chunk. Raises Stopped."""
         with self._changed:
             wait_for(self._changed, lambda: self.ended or (self.begun and not self._has_room()))
 
     def close(self) -> None:
-        """Drop all chunks, and stop the thread: at once if it reads in a worker process.
+        """Drop all chunks and stop the thread. If it waits for a worker process, it stops at once.
 
-        A thread that hangs elsewhere for longer than `PATIENCE_S` is left to end by itself.
+        If it hangs elsewhere, this returns after `PATIENCE_S`, and the thread ends when it can.
         """
         stop_all([self])
 
-    # For `Readings`, and the thread.
+    # Used by `Readings`.
 
     def stop(self) -> None:
         """Close, without waiting for the thread."""
@@ -167,7 +170,9 @@ class Reading(Generic[T]):
     def join(self) -> None:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(PATIENCE_S)
-        self.problem = None  # whose traceback refers to this object
+        self.problem = None  # its traceback refers to this object
+
+    # Used by the thread.
 
     def _work(self) -> None:
         self._scope.enter()
@@ -190,7 +195,7 @@ class Reading(Generic[T]):
                         self.complete = True
                         break
                     self._hold(chunk, time.perf_counter() - start)
-                    del chunk  # so that only whoever takes it holds it
+                    del chunk
         except BaseException as error:
             problem = error
         self._end(problem)
@@ -206,7 +211,7 @@ class Reading(Generic[T]):
         return self._group.unfinished.index(self) < self._group.at_once
 
     def _has_room(self) -> bool:
-        """Return True if there is room for the next chunk, and the one that the reader makes meanwhile; or somebody needs it."""
+        """Return True if the next chunk fits, and the one that the decoder makes meanwhile; or if a consumer needs it."""
         fits = self._group.held_bytes + 2 * self.chunk_bytes <= self._group.limit_bytes
         return fits or (self.taken and self._next == len(self._chunks))
 
@@ -223,7 +228,7 @@ class Reading(Generic[T]):
             self._drop(chunk)
 
     def _is_made(self, number: int) -> bool:
-        """Wait for a chunk, for a short while; True if it is there, or will never be."""
+        """Wait up to `TICK_S` for a chunk. Return True if it is made, or the thread has ended without it."""
         with self._changed:
             self.taken = True
             self._next = max(self._next, number)
@@ -231,7 +236,7 @@ class Reading(Generic[T]):
             return self._changed.wait_for(lambda: len(self._chunks) > number or self.ended or self._closed, TICK_S)
 
     def _take(self, number: int) -> T | None:
-        """Return a chunk; None after the last one. Raises what ended the thread, and Stopped."""
+        """Return a chunk, or None after the last one. Raises the exception that ended the thread, and Stopped."""
         with self._changed:
             if self._closed:
                 raise Stopped
@@ -249,7 +254,7 @@ class Reading(Generic[T]):
 
 
 def stop_all(readings: list[Reading]) -> None:
-    """Close several readings. In a forked copy of the process, which lacks their threads, this does nothing."""
+    """Close several readings. A forked copy of the process leaves them alone, because it lacks their threads."""
     readings = [reading for reading in readings if reading.is_here]
     for reading in readings:
         reading.stop()
@@ -258,24 +263,24 @@ def stop_all(readings: list[Reading]) -> None:
 
 
 def chunk_bytes(plan: Plan) -> int:
-    """Return the bytes of frames, as decoded, that a chunk holds."""
+    """Return how many bytes of decoded frames a chunk holds."""
     pixels = plan.source.width * plan.source.height
     return CHUNK_BYTES * pixels // max(pixels, plan.width * plan.height)
 
 
 def size_of(chunk: Any) -> int:
-    """Return the bytes of a chunk; 0 for anything else that a thread prepares."""
+    """Return the bytes of a chunk of frames or patches; 0 for opened inputs."""
     return getattr(chunk, "nbytes", 0)
 
 
-# What is known of files.
+# Metadata and states of files.
 
-_probed: dict[tuple[str, float], tuple[tuple, Video]] = {}  # the state of the files, and their metadata
+_probed: dict[tuple[str, float], tuple[tuple | None, Video]] = {}  # the state of the files, and their metadata
 _probed_lock = threading.Lock()
 
 
 def probed(path: str | os.PathLike[str], *, folder_fps: float) -> Video:
-    """Return the metadata of an input, as `frames.probe`. The same files are probed again only if they have changed."""
+    """Return the metadata of an input, see `frames.probe`. A file is probed again only if it has changed since."""
     key = os.fspath(path), folder_fps
     state = state_of(key[0])
     before, info = _probed.get(key, (None, None))
@@ -290,9 +295,9 @@ def probed(path: str | os.PathLike[str], *, folder_fps: float) -> Video:
 
 
 def state_of(path: str) -> tuple | None:
-    """Return what changes when a file, or an image in a folder, is replaced or written to; None if it cannot be found.
+    """Return a value that changes when a file, or an image in a folder, is replaced or written to. None if there is no such file.
 
-    The time of the last change of a file's entry (ctime) also reveals a file whose size and time were set back.
+    It includes the ctime, which changes even if the size and the mtime of a file are set back.
     """
     try:
         if not os.path.isdir(path):

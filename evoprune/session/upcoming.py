@@ -1,7 +1,7 @@
-"""Several inputs in flight: those that come next are opened and read while one is answered.
+"""Several inputs in flight: the next inputs are opened and read while one is answered.
 
-They are begun in their order, several at a time if cores are idle, and no more wait than are read at a time. So on a CPU that
-computes with all its cores, one input is read while the one before it is answered, and none competes with the one that comes next.
+They start in order, several at a time if cores are idle, and at most as many wait as are read at a time. If a CPU computes with all
+its cores, one input is read while the one before it is answered, and no later input slows it down.
 """
 
 import time
@@ -27,7 +27,7 @@ READER_BYTES = 2**30  # of memory for each: a decoder, frames that wait, and pat
 
 
 def idle_cores(loaded: LoadedModel) -> int:
-    """Return how many cores the model leaves to reading; perhaps none.
+    """Return how many cores the model leaves to reading, which may be 0.
 
     The model keeps `busy_cores` busy. `--threads N` allows N cores in all.
     """
@@ -52,15 +52,15 @@ def in_flight(
     loaded: LoadedModel,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[tuple[T, OpenInputs | Exception]]:
-    """Yield items in their order, each with its inputs, or with the exception that opening them raised.
+    """Yield items in order, each with its inputs, or with the exception that opening them raised.
 
-    Threads open the inputs of the next items, and read them. The caller closes the inputs that it gets, and this iterator, which
-    closes the others.
+    Threads open and read the inputs of the next items. The caller closes the inputs that it gets, and this iterator, which closes
+    all other inputs.
 
     Args:
-        opened: Opens the inputs of an item, given the cores that reading them may keep busy, None for all. The item that comes next
-            gets all, those after it share the idle ones.
-        loaded: The model, by which `readers` says how many items are read at a time.
+        opened: Opens the inputs of an item. Its second argument is the number of cores that reading may keep busy, None for all.
+            The next item gets all cores, the items after it share the idle ones.
+        loaded: The model. `readers` says how many items are read at a time.
         on_wait: Called with the seconds that the caller has waited for each item.
     """
     count = readers(loaded)
@@ -71,10 +71,10 @@ def in_flight(
     def opening(item: T, cores: int | None, reading: Reading) -> Iterator[OpenInputs]:
         inputs = opened(item, cores)
         yield inputs
-        with suppress(Exception):  # whoever encodes the inputs meets it again, unless nobody wants them
+        with suppress(Exception):  # encoding the inputs raises it again
             inputs.read()
 
-    with keep_idle(count + 1), Readings(at_once=count) as group:  # one more is of the item that is answered
+    with keep_idle(count + 1), Readings(at_once=count) as group:  # one more process for the item that is answered
         try:
             while True:
                 start = time.perf_counter()
@@ -96,6 +96,6 @@ def in_flight(
                     inputs = problem
                 on_wait(time.perf_counter() - start)
                 yield item, inputs
-                del inputs, reading  # the caller may free them before there is another item
+                del inputs, reading  # the caller may free them before the next item is ready
         finally:
             stop_all([reading for _, reading in flying])
