@@ -1,1 +1,1 @@
-"""Run tests, and measure vLLM, in environments that the usual one cannot be."""
+"""Run tests in environments that the usual one cannot be."""

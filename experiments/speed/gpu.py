@@ -10,8 +10,8 @@
 | decoding | milliseconds a token, with what speeds it up and with EVOPRUNE_PLAIN=1, beside transformers' `generate` |
 | first | the first question of a process after loading, and the same question again |
 
-Each step is a process of its own with a time limit. DIR has the figures of each step (JSON) and its output, and after each step
-`gpu.md`, the tables.
+Each step is a process of its own with a time limit. DIR has the figures of each step (JSON) and its output, and after each part
+its tables.
 """
 
 import argparse
