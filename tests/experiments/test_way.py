@@ -16,7 +16,7 @@ def test_a_question_makes_no_more_classes_and_returns_than_it_did():
     counts = {name: len(kinds) for name, kinds in grouped(made).items()}
     most = {"the way itself": 37, "options and reports": 14, "the reader's process": 4}
     assert all(counts[name] <= most[name] for name in most), counts
-    order = [walk.files.index(file) for file in ("video/frames", "vision/encoder", "methods/chain", "language/pruned")]
+    order = [walk.files.index(file) for file in ("video/frames", "vision/encoder", "methods/selecting", "language/pruned")]
     assert order == sorted(order)
     assert returns(walk.files) <= 11 and returns(walk.packages) <= 7, walk.files
 
