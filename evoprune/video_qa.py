@@ -23,7 +23,7 @@ from evoprune.errors import UsageError
 from evoprune.session.ahead import Ahead
 from evoprune.session.answering import Answer, EncodedInputs, Shape, Uncopied, together
 from evoprune.session.encoding import OpenInputs, Progress, inputs_of, open_inputs, paths_of
-from evoprune.session.loading.find import FoundModel, find_model
+from evoprune.session.loading.description import ModelDescription, describe
 from evoprune.session.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.session.options import (
     OTHER_MODELS,
@@ -117,10 +117,13 @@ class VideoQA(Uncopied):
             return load_qa(loading, pruning, progress=progress, kind=cls)
         if not isinstance(ahead, Ahead):
             paths = paths_of(ahead)
-            ahead = Ahead(loading)
-            ahead.begin([(paths, SamplingOptions())])
+            pruning.config()  # refuses wrong settings before a model is looked for
+            described = describe(loading)
+            ahead = Ahead()
+            ahead.begin([(paths, SamplingOptions())], described, pruning)
+        same = ahead.model is not None and ahead.model.options == loading
         try:
-            qa = load_qa(loading, pruning, progress=progress, kind=cls)
+            qa = load_qa(ahead.model if same else loading, pruning, progress=progress, kind=cls)
         except BaseException:
             ahead.close()
             raise
@@ -333,7 +336,7 @@ def _check_cache(cache: Any) -> None:
 
 
 def load_qa(
-    model: ModelOptions,
+    model: ModelOptions | ModelDescription,
     pruning: PruneOptions,
     *,
     progress: Callable[[int, int], None] | None = None,
@@ -346,11 +349,10 @@ def load_qa(
     """
     start = time.perf_counter()
     config = pruning.config()  # refuses wrong settings before a model is looked for
-
-    def check(found: FoundModel) -> None:
-        check_fits(config.method, found)
-        if streams:
-            check_streams(config.method, found)
-
-    loaded = load_model(find_model(model, check), to_answer=True, progress=progress)
+    if isinstance(model, ModelOptions):
+        model = describe(model)
+    check_fits(config.method, model)
+    if streams:
+        check_streams(config.method, model)
+    loaded = load_model(model, to_answer=True, progress=progress)
     return kind(Session(loaded, config, time.perf_counter() - start))

@@ -42,7 +42,9 @@ from evoprune_cli.terminal import (
 if TYPE_CHECKING:
     from evoprune.session.ahead import Ahead
     from evoprune.session.answering import Answer, Chat, EncodedInputs
+    from evoprune.session.loading.description import ModelDescription
     from evoprune.session.session import Session
+    from evoprune.video.info import Video
     from evoprune.video.plan import Plan, PromptSubtitles
 
 STDIN = "-"
@@ -118,6 +120,7 @@ def ask(
             check_history(history, interactive, compare)
             pipeline = options()
             from evoprune.session.ahead import Ahead
+            from evoprune.session.loading.description import describe
             from evoprune.video.frames import choose_decoder
 
             choose_decoder(pipeline.sampling.decoder)
@@ -127,12 +130,15 @@ def ask(
                 how = {"offline": pipeline.model.offline, "progress": downloading(show)}
                 paths = [cleanup.enter_context(local_file(path, **how)) for path in inputs]
             # What the cache has need not be read.
-            ahead = cleanup.enter_context(Ahead(pipeline.model, reads=not cache))
-            _check_inputs(paths, pipeline.sampling, quiet, ahead)
-            ahead.begin([(paths, pipeline.sampling)])
+            ahead = cleanup.enter_context(Ahead(reads=not cache))
+            sampling = pipeline.sampling
+            infos = [ahead.probe(path, folder_fps=sampling.frame_rate) for path in paths]
+            model = describe(pipeline.model)
+            _check_inputs(infos, model, sampling, quiet)
+            ahead.begin([(paths, sampling)], model, pipeline.pruning)
             encode = partial(_encode, names, paths, questions, pipeline, cache, quiet)
             with progress(not quiet) as show:
-                qa = load(pipeline, show, quiet)
+                qa = load(pipeline, show, quiet, model=model)
                 if history == opt.ON:
                     from evoprune.session.session import check_conversation
 
@@ -324,21 +330,19 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
     return question
 
 
-def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool, ahead: "Ahead") -> None:
-    """Checks the inputs in milliseconds, before torch is imported or weights are read."""
-    from evoprune.video.frames import choose_decoder, read_subtitles
+def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: SamplingOptions, quiet: bool) -> None:
+    """Plan the inputs in milliseconds, before torch is imported or weights are read. Raises what `plan_input` raises."""
+    from evoprune.session.planning import plan_input
+    from evoprune.video.frames import read_subtitles
     from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES, VIDEO, check_one_file, check_picture
-    from evoprune.video.plan import InputLimits, make_plan
 
-    check_one_file(sampling.subtitles, len(paths))
-    infos = [ahead.probe(path, folder_fps=sampling.frame_rate) for path in paths]
+    check_one_file(sampling.subtitles, len(infos))
     videos = [info for info in infos if info.kind == VIDEO]
     if not quiet and not videos and (sampling.sets_frames or sampling.max_frames):
         tell("note: --fps, --frames and --max-frames are about videos; a picture is read as it is")
     for info, wanted in zip(infos, sampling.of_each(infos), strict=True):
         check_picture(info, wanted.subtitles)
-        choose_decoder(wanted.decoder, info)
-        make_plan(info, InputLimits(), wanted)
+        plan_input(model, info, wanted)
         if wanted.subtitles not in (NO_SUBTITLES, AUTO_SUBTITLES):
             read_subtitles(info, wanted.subtitles)
 

@@ -173,15 +173,18 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tal
     `tally` is told how far encoding is, and how long it waits for reading.
     """
     from evoprune.session.ahead import FIRST, Ahead
+    from evoprune.session.loading.description import describe
 
     show("loading model")
     prepare()
-    with Ahead(settings.model, reads=not cache) as ahead:
-        ahead.begin((span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in spans[:FIRST])
+    model = describe(settings.model)
+    with Ahead(reads=not cache) as ahead:
+        first = ((span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in spans[:FIRST])
+        ahead.begin(first, model, settings.pruning)
         from evoprune.batch.run import answers
         from evoprune.session.cache import Cache
 
-        qa = settings.load(partial(show, "quantizing"))
+        qa = settings.load(partial(show, "quantizing"), model)
         note_model(qa.session, settings.generation, quiet)
         ready()
         stored = Cache() if cache else None

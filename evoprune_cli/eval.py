@@ -182,16 +182,20 @@ def evaluate(
                 note(f"to go on: evoprune eval --resume {shlex.quote(str(evaluation.folder.path))}")
 
     from evoprune.session.ahead import Ahead
+    from evoprune.session.loading.description import describe
 
     with (
         rescuing(lambda: evaluation is not None and evaluation.loaded, rescue),
         progress(not quiet) as tell,
-        Ahead(pipeline.model) as ahead,
+        Ahead() as ahead,
     ):
         tell("loading libraries")
         prepare()
-        if record is None and processes == 1:
-            ahead.begin(_first(videos, groups, limit, pipeline.sampling))
+        model = None
+        if record is None:
+            model = describe(pipeline.model)
+            if processes == 1:
+                ahead.begin(_first(videos, groups, limit, pipeline.sampling), model)
         from evoprune.bench.eval import EvalSettings, Evaluation, digest
 
         try:
@@ -204,7 +208,7 @@ def evaluate(
         if resume is not None:
             evaluation.keep_in(Path(resume), resume=True)
         tell("loading model")
-        evaluation.load(partial(tell, "quantizing"))
+        evaluation.load(partial(tell, "quantizing"), model)
         if output is not None:
             evaluation.keep_in(Path(output))
             if not quiet and evaluation.folder.path != Path(output):

@@ -42,7 +42,7 @@ from evoprune_cli.terminal import (
 
 if TYPE_CHECKING:
     from evoprune.bench.profile_results import TimeLimit
-    from evoprune.session.loading.find import FoundModel
+    from evoprune.session.loading.description import ModelDescription
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 UNITS = (28, 32)  # sides of a unit in pixels, that models have
@@ -191,27 +191,27 @@ def profile(
         show("loading libraries")
         prepare()
         from evoprune.bench.clips import synthetic_frames, video_frames
-        from evoprune.bench.profile import default_load_format, load, measure, needs_of, outline
+        from evoprune.bench.profile import default_load_format, load, measure, needs_of
         from evoprune.bench.profile_results import ProfileSettings, TimeLimit
+        from evoprune.session.loading.description import describe
         from evoprune.session.session import check_fits
 
-        model = replace(pipeline.model, load_format=load_format or default_load_format(pipeline.model.model))
         limit = TimeLimit(time_limit, begun=begun)
         swept = ProfileSettings(**settings, time_limit_s=time_limit)
         methods = [
             swept.config(name, 1.0).method for name in swept.methods
         ]  # refuses wrong settings before a model is looked for
-        unit = UNITS[0]
-        if config := outline(model):
-            unit = config.limits[VIDEO].unit
-            if not size:  # as many units, of another side in pixels
-                cases = [case.of_units(unit / UNITS[0]) for case in cases]
-            for reducer in methods:
-                check_fits(reducer, config)
-            needs = needs_of(config, cases, new_tokens)
-            _check_time(needs.seconds, limit, config)
-            if needs.seconds >= NOTED_S and not quiet:
-                note(f"needs about {size_text(needs.memory)} of memory and at least {needs.seconds:.0f} s")
+        name = pipeline.model.model
+        model = describe(replace(pipeline.model, load_format=load_format or default_load_format(name)))
+        unit = model.limits[VIDEO].unit
+        if not size:  # as many units, of another side in pixels
+            cases = [case.of_units(unit / UNITS[0]) for case in cases]
+        for reducer in methods:
+            check_fits(reducer, model)
+        needs = needs_of(model, cases, new_tokens)
+        _check_time(needs.seconds, limit, model)
+        if needs.seconds >= NOTED_S and not quiet:
+            note(f"needs about {size_text(needs.memory)} of memory and at least {needs.seconds:.0f} s")
         show("loading model")
         loaded = load(model, cases)
         if info:
@@ -227,7 +227,7 @@ def profile(
     return SOME_FAILED if any(row.error for row in results.rows) else 0
 
 
-def _check_time(seconds: float, limit: "TimeLimit", model: "FoundModel") -> None:
+def _check_time(seconds: float, limit: "TimeLimit", model: "ModelDescription") -> None:
     """Raises UsageError: what a run takes in `seconds`, at least, goes beyond its limit."""
     if seconds <= limit.left:
         return

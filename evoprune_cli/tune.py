@@ -140,23 +140,25 @@ def tune(
         return document
 
     from evoprune.session.ahead import Ahead
+    from evoprune.session.loading.description import describe
 
     with (
         rescuing(lambda: tuning is not None and tuning.has_results, deliver),
         progress(not quiet) as tell,
-        Ahead(pipeline.model) as ahead,
+        Ahead() as ahead,
     ):
         tell("loading libraries")
         prepare()
         # The first video alone: reading others would take time from what is measured.
-        ahead.begin([(settings["videos"][:1], pipeline.sampling)])
+        model = describe(pipeline.model)
+        ahead.begin([(settings["videos"][:1], pipeline.sampling)], model)
         from evoprune.bench.tune import TuneSettings, Tuning
         from evoprune.contrib.operation_search import OperationTuning
 
         kind = OperationTuning if operations else Tuning
         tuning = kind(TuneSettings(**settings))
         tell("loading model")
-        tuning.load(partial(tell, "quantizing"))
+        tuning.load(partial(tell, "quantizing"), model)
         tuning.ahead = ahead
         tuning.run(tell, lambda text: quiet or note(text))
     document = deliver()

@@ -57,7 +57,6 @@ from evoprune.bench.profile_results import (
     bound_of,
 )
 from evoprune.bench.shared import after_tower_below, after_tower_note
-from evoprune.bundled import DEMOS
 from evoprune.errors import ModelError, OutOfMemory, memory_guard
 from evoprune.language import generate
 from evoprune.language.pruned import prune_prompt
@@ -66,12 +65,13 @@ from evoprune.methods.plans import EncoderPlan
 from evoprune.methods.types import arange_on
 from evoprune.model import cost
 from evoprune.model.config import PATCHES, Config, vision_sizes
-from evoprune.model.cost import Clock, matmul_rate, shortage, tower_flop
+from evoprune.model.cost import Clock, matmul_rate, parameter_count, shortage, tower_flop
 from evoprune.model.weights import QwenVL, shared
-from evoprune.session.loading.find import BUNDLED_CONFIGS, DTYPES, FoundModel, describe_model
+from evoprune.session.loading.description import ModelDescription
+from evoprune.session.loading.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.loading.stored import calibrate
-from evoprune.session.options import ModelOptions
+from evoprune.session.loading.weights import DTYPES, weights_of
 from evoprune.video.info import VIDEO
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoder import encode
@@ -85,27 +85,16 @@ def default_load_format(name: str) -> str:
     return "dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto"
 
 
-def outline(options: ModelOptions) -> FoundModel | None:
-    """Return the model without its weights; None if only loading tells. Raises what `load_model` raises."""
-    name = options.model
-    random = options.load_format == "dummy"
-    if random and not (name in BUNDLED_CONFIGS or name in DEMOS or Path(name).is_dir()):
-        return None
-    if random:
-        options = replace(options, revision=None)
-    return describe_model(options)
-
-
-def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
+def load(model: ModelDescription, cases: Sequence[Case]) -> LoadedModel:
     """Loads a model if there is memory for the smallest case. Raises OutOfMemory; what `case_grid` and `load_model` raise."""
-    if model := outline(options):
-        size = DTYPES[model.dtype].itemsize
-        weights = model.parameters * size
-        working = min(working_memory(model.config, case, model.limits[VIDEO], size) for case in cases)
-        if short := cost.shortage(weights + working, str(model.device)):
-            hint = f"take fewer or smaller frames (--frames, --size); {model.what_fits(working, quantized=False)}"
-            raise OutOfMemory(f"{options.model} at {min(cases)} {short}", hint, stage="load")
-    loaded = load_model(options, pack=False)
+    size = DTYPES[model.dtype].itemsize
+    weights = parameter_count(model.config) * size
+    working = min(working_memory(model.config, case, model.limits[VIDEO], size) for case in cases)
+    stored = weights_of(model)
+    if short := shortage(weights + working, model.device):
+        hint = f"take fewer or smaller frames (--frames, --size); {stored.what_fits(working, quantized=False)}"
+        raise OutOfMemory(f"{model.id} at {min(cases)} {short}", hint, stage="load")
+    loaded = load_model(model, pack=False)
     loaded.ready()
     return loaded
 
@@ -117,24 +106,27 @@ class Needs(NamedTuple):
     seconds: float
 
 
-def needs_of(model: FoundModel, cases: Sequence[Case], new_tokens: int) -> Needs:
+def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) -> Needs:
     """Estimate what a run takes: memory for its largest case, and time for Hugging Face and budget 1.0 on the first case.
 
     The time is that of their operations at the rate of a matrix product, which is measured for 0.1 s. Loading, packing and the
     rows of methods are not counted.
+
+    Raises UsageError: the device cannot be used.
     """
+    weights_of(model)
     config = model.config
     dtype = DTYPES[model.dtype]
     grid = case_grid(cases[0], model.limits[VIDEO])
     units = prod(grid)
-    windows = geometry(*grid[1:], tower_shape(model.tower).window, "cpu").windows
+    windows = geometry(*grid[1:], model.tower.window, "cpu").windows
     flop = tower_flop(config.vision_config, [units] * (config.vision_config.depth + 1), grid[0], windows)
     prompt = units + text_tokens(config.vision_config, cases[0], model.limits[VIDEO])
     flop += cost.prefill_flop(config.text_config, prompt)
     flop += (new_tokens - 1) * cost.prefill_flop(config.text_config, 1)
-    seconds = 2 * flop / matmul_rate(dtype, str(model.device))
+    seconds = 2 * flop / matmul_rate(dtype, model.device)
     working = max(working_memory(config, case, model.limits[VIDEO], dtype.itemsize) for case in cases)
-    return Needs(model.parameters * dtype.itemsize + working, seconds)
+    return Needs(parameter_count(config) * dtype.itemsize + working, seconds)
 
 
 def quantized_models(

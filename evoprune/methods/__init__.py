@@ -8,6 +8,7 @@ from evoprune.methods.registry import (
     built_in,
     check,
     get,
+    may_resize,
     parse_names,
     parse_setting,
     plugin_code,
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from evoprune.methods.chain import MethodChain
 
 __all__ = [
-    "DEFAULT", "available", "built_in", "check", "get", "parse", "parse_names", "parse_setting", "plugin_code", "plugins",
+    "DEFAULT", "available", "built_in", "check", "get", "may_resize", "parse", "parse_names", "parse_setting", "plugin_code",
+    "plugins",
 ]  # fmt: skip
 
 

@@ -35,6 +35,7 @@ CORE = {
     "pool": "evoprune.methods.baselines:Pool",
     "divprune": "evoprune.methods.baselines:DivPrune",
 }
+RESIZING = ("downscale", "subsample")  # those of this project that are an `InputMethod`
 DEFAULT = "evoprune"
 REUSE = "reuse"  # put before a selector: reuse+divprune
 OWN = "evoprune"  # the distribution whose entry points are this project's
@@ -98,6 +99,12 @@ def check(text: str) -> None:
     after_core = before and before[0] in CORE and (len(before) > 1 or last in CORE or own.get(last) is False)
     if after_core or (before == [REUSE] and own.get(last)):
         raise impossible(text)  # `MethodChain.parse` checks those of other packages
+
+
+def may_resize(text: str) -> bool:
+    """Return True if a method that `text` names makes inputs smaller, or may do so: one of another package, which is not loaded."""
+    names = {each.name for each in parse_names(text)}
+    return any(name in RESIZING or not (name == REUSE or name in built_in()) for name in names)
 
 
 def _is_list(text: str) -> bool:

@@ -1,8 +1,7 @@
 """Inputs are probed and read while torch is imported and a model is loaded. Imports no torch.
 
-What is read of a video follows from the small files in the model's folder, the options and the kind of device, so it is known
-before the model is there. It is a guess all the same: a session makes its own plan, and takes what was read only if it wants the
-very same frames of files that have not changed. Otherwise it reads them anew. So results and errors are the same with and without.
+What is read of an input follows from the description of the model (session/loading/description.py). What was read is handed over if
+the files have not changed since, and if the plan is the same: a session may prune otherwise. Else the input is read anew.
 
 Frames wait as they were decoded, full-size, because torch resizes them. They take `HELD_BYTES` at most.
 """
@@ -12,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,22 +20,14 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 import numpy as np
 
 from evoprune.backend.limits import available_memory
-from evoprune.errors import ModelError, UsageError, VideoError
-from evoprune.session.loading.files import (
-    BUNDLED_CONFIGS,
-    cached_folder,
-    default_max_visual_tokens,
-    input_limits,
-    is_bundled,
-    is_id,
-    read_config,
-)
-from evoprune.session.options import ModelOptions, SamplingOptions
+from evoprune.errors import UsageError, VideoError
+from evoprune.session.loading.description import ModelDescription, describe
+from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.session.planning import plan_input
 from evoprune.session.signatures import takes
 from evoprune.util import brief, from_keywords
-from evoprune.video.frames import FrameChunk, choose_decoder, frames_at_once, probe, read_frames
+from evoprune.video.frames import FrameChunk, frames_at_once, probe, read_frames
 from evoprune.video.info import IMAGES, Video
-from evoprune.video.plan import InputLimits, Plan, make_plan
 from evoprune.video.sandbox.isolation import LOOK_S, Scope, check_wanted, wait_for
 
 if TYPE_CHECKING:
@@ -50,52 +41,6 @@ SHARE = 16  # frames take at most this part of the memory that is available
 PIECE_BYTES = 8 * 2**20  # of frames that are read at a time
 FIRST = 4  # so many of many videos are read ahead
 PATIENCE_S = 3.0  # how long closing waits for the thread, and who wants frames until it is known which come
-
-
-def plan_frames(info: Video, sampling: SamplingOptions, limits: InputLimits, max_visual_tokens: int) -> Plan:
-    """Return the plan of what is read of an input, with nothing pruned.
-
-    `limits`: of a model, for what `info` is. `max_visual_tokens`: where options do not say it.
-
-    Raises what `choose_decoder` and `make_plan` raise.
-    """
-    decoder = choose_decoder(sampling.decoder, info)
-    if sampling.max_visual_tokens is None:
-        sampling = replace(sampling, max_visual_tokens=max_visual_tokens)
-    return replace(make_plan(info, limits, sampling), decoder=decoder, seek=sampling.seek)
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a model is going to look at, by its small files and the device."""
-
-    limits: dict[str, InputLimits]  # of videos and of pictures, by kind
-    max_visual_tokens: int  # where options do not say it
-
-    def plan(self, info: Video, sampling: SamplingOptions) -> Plan:
-        """Return the plan of an input, as a session makes it. Errors: as of `plan_frames`."""
-        return plan_frames(info, sampling, self.limits[info.kind], self.max_visual_tokens)
-
-
-def expected(options: ModelOptions) -> Expected | None:
-    """Return what a model is going to look at; None where its config is not on this machine. Raises ModelError: it is damaged."""
-    name = options.model
-    folder = options.folder
-    random = options.load_format == "dummy"
-    if random and is_bundled(name):
-        folder = None
-    elif not os.path.isdir(folder):
-        if not is_id(name):
-            return None
-        folder = cached_folder(name, options.revision)
-        if folder is None:
-            return None
-    path = BUNDLED_CONFIGS.get(name)
-    if folder is not None:
-        path = folder / "config.json"
-    config = read_config(path)
-    most = default_max_visual_tokens(None if random else folder, options.device)
-    return Expected(input_limits(folder, config.vision_config), most)
 
 
 @dataclass(eq=False)
@@ -138,8 +83,7 @@ class Ahead:
     `reads`: whether frames are read, or inputs only probed. `held_bytes`: of frames that wait, at most.
     """
 
-    def __init__(self, model: ModelOptions, *, reads: bool = True, held_bytes: int | None = None):
-        self._model = model
+    def __init__(self, *, reads: bool = True, held_bytes: int | None = None):
         self._reads = reads
         if held_bytes is None:
             held_bytes = HELD_BYTES
@@ -151,10 +95,11 @@ class Ahead:
         self._probing = threading.Lock()
         self._changed = threading.Condition()
         self._readings: list[_Reading] = []
-        self._expected: Expected | None = None
         self._thread: threading.Thread | None = None
         self._scope = Scope()
         self._pid = os.getpid()
+        self.model: ModelDescription | None = None  # for which inputs are read
+        self._pruning: PruneOptions | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -162,11 +107,13 @@ class Ahead:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def begin(self, asked: Iterable[Asked]) -> None:
-        """Starts to read inputs, in this order. To be called once. What goes wrong is left to whoever opens them."""
-        if self._reads:
-            with suppress(ModelError):  # which loading meets, too
-                self._expected = expected(self._model)
+    def begin(self, asked: Iterable[Asked], model: ModelDescription, pruning: PruneOptions | None = None) -> None:
+        """Starts to read inputs for a model, in this order. To be called once. What goes wrong is left to whoever opens them.
+
+        `pruning`: a method that makes inputs smaller decides what is read; None for nothing pruned.
+        """
+        self.model = model
+        self._pruning = pruning
         for paths, sampling in asked:
             names = [os.fspath(path) for path in paths]
             self._readings += [_Reading(path, place, (names, sampling)) for place, path in enumerate(names)]
@@ -257,11 +204,11 @@ class Ahead:
     def _read(self, reading: _Reading) -> None:
         names, sampling = reading.asked
         infos = [self.probe(path, folder_fps=sampling.frame_rate) for path in names]
-        if self._expected is None:
+        if not self._reads:
             return
         info = infos[reading.place]
         wanted = sampling.of_each(infos)[reading.place]
-        plan = self._expected.plan(info, wanted)
+        plan = plan_input(self.model, info, wanted, self._pruning)
         source = plan.source
         times = plan.sampling.times_s
         how = plan.read_arguments
@@ -270,7 +217,7 @@ class Ahead:
             reading.request = source, times, how
             self._changed.notify_all()
         piece_bytes = source.width * source.height * 3 * min(len(times), frames_at_once(source, PIECE_BYTES))
-        how = how | {"chunk_bytes": PIECE_BYTES, "cores": self._model.cores}
+        how = how | {"chunk_bytes": PIECE_BYTES, "cores": self.model.options.cores}
         with closing(read_frames(source, times, **how)) as pieces:
             while self._has_room(reading, piece_bytes):
                 start = time.perf_counter()
@@ -367,11 +314,14 @@ def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Un
 
     Args:
         path: a file or a folder of frames; or several, in the order in which they will be encoded.
-        model: as of `VideoQA.load`. One of the hub must have been downloaded before, or inputs are only probed.
+        model: see `VideoQA.load`. The small files of one of the hub are downloaded now.
         options: those of `VideoQA.load` that choose the model and the device, and those of `encode`.
 
-    Nothing goes wrong here: a missing file or model is reported by whoever needs it. Raises UsageError: an option that makes no
-    sense, or no path. TypeError: an unknown option.
+    A missing file is reported by whoever needs it.
+
+    Raises:
+        ModelError: the model is missing, of another kind, damaged, or out of reach. UsageError: an option that makes no sense,
+            or no path. TypeError: an unknown option.
     """
     loading, sampling = from_keywords({"model": model, **options}, ModelOptions, SamplingOptions)
     paths = path
@@ -379,8 +329,9 @@ def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Un
         paths = [path]
     if not isinstance(paths, list | tuple) or not all(isinstance(each, str | os.PathLike) for each in paths):
         raise UsageError(f"the input is {brief(path)}, not a path", "give the path of a file or a folder of frames")
-    ahead = Ahead(loading)
-    ahead.begin([(paths, sampling)])
+    model = describe(loading)
+    ahead = Ahead()
+    ahead.begin([(paths, sampling)], model)
     return ahead
 
 

@@ -24,9 +24,11 @@ from evoprune.session.ahead import Ahead
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.cache import Cache, Entry, content_hash, own_code
 from evoprune.session.encoded import EncodedInput
+from evoprune.session.memory import TEXT, chunk_bytes, fitting_pieces
 from evoprune.session.options import SamplingOptions
 from evoprune.session.patches import Count, KeptPatches, content_key, cut_frames, patch_bytes, prefetched
-from evoprune.session.planning import TEXT, chunk_bytes, fitting_pieces, plan_input
+from evoprune.session.planning import plan_input
+from evoprune.session.prompting import prompt_subtitles
 from evoprune.session.session import Session
 from evoprune.util import brief
 from evoprune.video.frames import FrameChunk, probe, read_frames
@@ -437,7 +439,8 @@ def open_inputs(
     look = probe
     if ahead:
         look = ahead.probe
-    how = {"offline": session.loaded.found.options.offline}
+    loaded = session.loaded
+    how = {"offline": loaded.description.options.offline}
     if progress:
         how["progress"] = partial(progress, "download")
     with ExitStack() as stack:
@@ -450,7 +453,8 @@ def open_inputs(
                     infos.append(look(file, folder_fps=sampling.frame_rate))
         for path, clock, info, wanted, name in zip(paths, clocks, infos, sampling.of_each(infos), names, strict=True):
             with clock.stage("read"):
-                plan = plan_input(session, info, wanted, name)
+                plan = plan_input(loaded.description, info, wanted, session.pruning, name)
+                plan = replace(plan, subtitles=prompt_subtitles(loaded.tokenizer, plan, wanted))
             opened = kind(session, plan, clock)
             opened.ahead = ahead
             opened.lasting = not is_temporary(path)

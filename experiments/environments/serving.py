@@ -22,7 +22,7 @@ from statistics import median
 
 from evoprune.bundled import DEMOS
 from evoprune.model.config import parse_config
-from evoprune.session.loading.find import BUNDLED_CONFIGS
+from evoprune.session.loading.hub import BUNDLED_CONFIGS
 from evoprune_vllm import PREFIX
 
 SIDES = ("stock", "evoprune:0", "evs:0.75", "evoprune:0.75", "evs:0.9", "evoprune:0.9")

@@ -30,7 +30,7 @@ from evoprune.methods.plans import full_plan
 from evoprune.model.config import PATCHES, Config, vision_sizes
 from evoprune.model.cost import matmul_rate
 from evoprune.model.weights import QwenVL, Tree, shared
-from evoprune.session.loading.find import describe_model
+from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import random_model
 from evoprune.session.options import ModelOptions
 from evoprune.vision.attention import PaddedGroups, grouped_attention
@@ -362,7 +362,7 @@ def main() -> None:
         check("int4", CPU)
     except UsageError as problem:
         parser.exit(2, f"{problem.message}\n")
-    sizes = Sizes(describe_model(ModelOptions(MODEL)).config)
+    sizes = Sizes(describe(ModelOptions(MODEL, load_format="dummy")).config)
     if args.bytes:
         env = environment("cpu")
         print(f"{env.device_name}, {env.threads} threads; torch {env.torch}; medians of {args.repeat} rounds in turn")

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evoprune.backend.devices import plain_pytorch
 from evoprune.language import hosted
 from evoprune.model.weights import HostedVL
-from evoprune.session.loading.find import describe_model
+from evoprune.session.loading.description import describe
 from evoprune.session.loading.hosted import meta_model
 from evoprune.session.options import ModelOptions
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--columns", default="1566,414,184", metavar="LIST")
     parser.add_argument("--next", default="27,1", metavar="LIST")
     args = parser.parse_args()
-    config = describe_model(ModelOptions(args.model)).config
+    config = describe(ModelOptions(args.model), local=True).config
     host = meta_model(config, torch.bfloat16).eval()
     model = HostedVL(config, host.model.visual, host.model.language_model, host.lm_head)
     # Both read rows that are not contiguous from a copy.

@@ -30,8 +30,8 @@ def made(monkeypatch):
     """Every `Ahead` that is begun, and the paths that are read by whoever encodes."""
     begun, anew, begin, read = [], [], Ahead.begin, module.read_frames
 
-    def noted(self, asked):
-        begin(self, asked)
+    def noted(self, *given):
+        begin(self, *given)
         begun.append(self)
 
     def read_frames(info, *args, **how):
@@ -89,7 +89,7 @@ def test_frames_wait_before_the_model_is_loaded_and_are_used(cli, made, slowly, 
 
 def test_answers_are_those_without(cli, monkeypatch):
     told = [json.loads(cli(*ASK, "--json").out)]
-    monkeypatch.setattr(Ahead, "begin", lambda self, asked: None)
+    monkeypatch.setattr(Ahead, "begin", lambda self, *given: None)
     told.append(json.loads(cli(*ASK, "--json").out))
     for record in told:
         for name in ("id", "created_utc", "time_ms", "rate", "memory"):
@@ -132,7 +132,7 @@ WRONG = {
 def test_errors_are_those_without(cli, monkeypatch, case):
     words, code = WRONG[case]
     with_it = cli(*words)
-    monkeypatch.setattr(Ahead, "begin", lambda self, asked: None)
+    monkeypatch.setattr(Ahead, "begin", lambda self, *given: None)
     without = cli(*words)
     assert (with_it.code, with_it.out, with_it.err) == (without.code, without.out, without.err)
     assert with_it.code == code
@@ -157,11 +157,11 @@ import evoprune_cli.ask
 from evoprune.session.ahead import Ahead
 begin = Ahead.begin
 
-def noted(self, asked):
-    begin(self, asked)
+def noted(self, *given):
+    begin(self, *given)
     evoprune_cli.ask.ahead = self
 
-def load(*_):
+def load(*_, **__):
     while not evoprune_cli.ask.ahead._held:
         time.sleep(0.01)
     assert "torch" not in sys.modules

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from contextlib import closing
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,20 +21,20 @@ from evoprune.batch.rows import group_by_span, product_rows
 from evoprune.batch.run import answers
 from evoprune.errors import ModelError, UsageError, VideoError
 from evoprune.session import ahead as module
-from evoprune.session.ahead import Ahead, expected, read_ahead, regrouped
+from evoprune.session.ahead import Ahead, read_ahead, regrouped
 from evoprune.session.encoding import open_inputs
-from evoprune.session.loading.find import BUNDLED_CONFIGS
+from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import load_model
-from evoprune.session.options import ModelOptions, SamplingOptions
+from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.session.planning import plan_input
-from evoprune.video.frames import FrameChunk, probe, read_frames
+from evoprune.video.frames import FrameChunk, read_frames
 from evoprune.video.sandbox import isolation
 from evoprune.video_qa import VideoQA
 from tests.video.files import number_of, numbered_frames, write_video
 
 ROOT = Path(__file__).parents[2]
 SQUARE, THREE = "samples/square.mp4", "samples/three.mp4"
-DEMO = ModelOptions("demo")
+DEMO = describe(ModelOptions("demo"))
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +84,9 @@ def wait_for(condition):
         time.sleep(0.002)
 
 
-def begun(*paths, model=DEMO, sampling=None, **how) -> Ahead:
-    ahead = Ahead(model, **how)
-    ahead.begin([(paths, sampling or SamplingOptions())])
+def begun(*paths, sampling=None, pruning=None, **how) -> Ahead:
+    ahead = Ahead(**how)
+    ahead.begin([(paths, sampling or SamplingOptions())], DEMO, pruning)
     return ahead
 
 
@@ -118,7 +117,7 @@ def facts(encoded, answer) -> dict:
 def both(demo, paths, sampling, **pruning):
     """Encoded inputs and what their answers say: without, and with all frames read ahead."""
     qa, made = VideoQA(demo, **pruning), []
-    for ahead in (None, begun(*paths, sampling=sampling)):
+    for ahead in (None, begun(*paths, sampling=sampling, pruning=PruneOptions(**pruning))):
         if ahead:
             wait_for(lambda ahead=ahead: all_read(ahead) or ahead._held)
         with closing(open_inputs(qa.session, paths, sampling, ahead=ahead)) as opened:
@@ -188,7 +187,7 @@ def test_a_method_that_makes_an_input_smaller_reads_what_it_wants(demo, tmp_path
     """A picture becomes another size, and of a video fewer frames are read."""
     path = SQUARE if method == "subsample" else picture(tmp_path)
     without, with_it = both(demo, [path], SamplingOptions(), method=method, budget=0.25)
-    assert without == with_it and read_anew() == [path]
+    assert without == with_it and read_anew() == []
 
 
 @pytest.mark.few(4)
@@ -229,48 +228,12 @@ def test_pieces_of_any_size_become_chunks_of_any_size():
         assert sum(chunk.hidden_s for chunk in chunks) == 0.5 * len(pieces)
 
 
-def test_what_is_expected_is_what_a_session_plans(demo, saved, tmp_path):
-    paths = [SQUARE, picture(tmp_path)]
-    for loaded, options in (
-        (demo, DEMO),
-        (load_model(str(saved), pack=False), ModelOptions(str(saved))),
-        (load_model("demo", load_format="dummy"), ModelOptions("demo", load_format="dummy")),
-    ):
-        session = VideoQA(loaded, budget=0.5).session
-        for path in paths:
-            info, sampling = probe(path), SamplingOptions()
-            planned = plan_input(session, info, sampling)
-            plan = replace(planned.full, encoder=None, name="")
-            guess = expected(options).plan(info, sampling)
-            assert guess == replace(plan, decoder=planned.decoder, seek=planned.seek)
-
-
-def test_a_model_that_is_not_here_is_not_expected_and_one_that_is_damaged_says_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    name = next(iter(BUNDLED_CONFIGS))
-    assert expected(ModelOptions(name)) is None and expected(ModelOptions("no such model")) is None
-    assert all(expected(ModelOptions(no_name)) is None for no_name in ("a/b-", "a/b.git", f"a/{'b' * 200}"))
-    assert expected(ModelOptions(name, load_format="dummy")).max_visual_tokens == 4096
-    commit = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-    (commit / "snapshots" / "abc").mkdir(parents=True)
-    (commit / "refs").mkdir()
-    (commit / "refs" / "main").write_text("abc")
-    shutil.copy(BUNDLED_CONFIGS[name], commit / "snapshots" / "abc" / "config.json")
-    assert expected(ModelOptions(name)) is not None and expected(ModelOptions(name, revision="other")) is None
-    (commit / "snapshots" / "abc" / "config.json").write_text("{")
-    with pytest.raises(ModelError):
-        expected(ModelOptions(name))
-    with begun(SQUARE, model=ModelOptions(name)) as ahead:  # only probes
-        wait_for(lambda: all_read(ahead))
-        assert waiting(ahead) == 0 and len(ahead._known) == 1
-
-
 # What has changed is read anew.
 
 
 def frame_numbers(ahead, path) -> list[int]:
     info = ahead.probe(path, folder_fps=2.0)
-    plan = expected(DEMO).plan(info, SamplingOptions())
+    plan = plan_input(DEMO, info, SamplingOptions())
     chunks = ahead.read_frames(info, plan.sampling.times_s, chunk_bytes=2**20, **plan.read_arguments)
     return [number_of(rgb) for chunk in chunks for rgb in chunk.pixels]
 
@@ -357,9 +320,9 @@ def test_where_there_is_no_room_at_all_frames_come_one_by_one(long):
 
 def test_little_memory_leaves_little_to_frames(monkeypatch):
     monkeypatch.setattr(module, "available_memory", lambda: 2**30)
-    assert Ahead(DEMO)._limit == 2**26
+    assert Ahead()._limit == 2**26
     monkeypatch.setattr(module, "available_memory", lambda: None)
-    assert Ahead(DEMO)._limit == module.HELD_BYTES
+    assert Ahead()._limit == module.HELD_BYTES
 
 
 def test_while_one_is_read_for_somebody_the_next_is_not_waited_for(long, monkeypatch, read_anew):
@@ -367,7 +330,7 @@ def test_while_one_is_read_for_somebody_the_next_is_not_waited_for(long, monkeyp
     monkeypatch.setattr(module, "PIECE_BYTES", 1)
     with begun(long, SQUARE, held_bytes=0) as ahead:
         info = ahead.probe(long, folder_fps=2.0)
-        plan = expected(DEMO).plan(info, SamplingOptions())
+        plan = plan_input(DEMO, info, SamplingOptions())
         chunks = ahead.read_frames(info, plan.sampling.times_s, chunk_bytes=1, **plan.read_arguments)
         next(chunks)
         assert frame_numbers(ahead, SQUARE) and read_anew() == [SQUARE]
@@ -408,7 +371,7 @@ def test_what_breaks_off_ahead_ends_the_session_if_it_is_about_the_video(demo, m
     monkeypatch.setattr(module, "read_frames", breaks)
     monkeypatch.setattr(module, "PIECE_BYTES", 1)
     qa, done = VideoQA(demo), []
-    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 1)
+    monkeypatch.setattr("evoprune.session.memory.largest_piece", lambda device: 1)
     with begun(SQUARE) as ahead:
         wait_for(lambda: all_read(ahead))
         opened = open_inputs(qa.session, [SQUARE], ahead=ahead)
@@ -472,7 +435,7 @@ def test_nobody_waits_long_for_one_that_hangs_and_is_not_wanted(long, monkeypatc
 def test_whoever_reads_when_it_is_closed_is_told(long):
     with begun(long, held_bytes=0) as ahead:
         info = ahead.probe(long, folder_fps=2.0)
-        plan = expected(DEMO).plan(info, SamplingOptions())
+        plan = plan_input(DEMO, info, SamplingOptions())
         chunks = ahead.read_frames(info, plan.sampling.times_s, chunk_bytes=1, **plan.read_arguments)
         next(chunks)
     with pytest.raises(RuntimeError, match="closed"):
@@ -552,6 +515,8 @@ def test_python(read_anew, tmp_path):
     with pytest.raises(TypeError):
         read_ahead(SQUARE, colour="blue")
     with pytest.raises(ModelError):
+        read_ahead(SQUARE, str(tmp_path / "none"))
+    with pytest.raises(ModelError):
         VideoQA.load(str(tmp_path / "none"), ahead=SQUARE)
     with pytest.raises(UsageError):
         VideoQA.load("demo", method="evoprune:alpha=-3", ahead=SQUARE)
@@ -574,8 +539,9 @@ def test_a_batch_takes_its_first_videos(demo, read_anew):
     settings = Settings.of(max_new_tokens=2)
     spans, without = group_by_span(rows), None
     for first in (0, 2, 3):
-        with Ahead(DEMO) as ahead:
-            ahead.begin((span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in spans[:first])
+        with Ahead() as ahead:
+            asked = ((span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in spans[:first])
+            ahead.begin(asked, DEMO)
             wait_for(lambda ahead=ahead: all_read(ahead))
             said = [report.answer for report in answers(VideoQA(demo), spans, settings, ahead=ahead)]
         without = without or said

@@ -10,6 +10,7 @@ import pytest
 from evoprune.session import upcoming
 from evoprune.session.ahead import Ahead
 from evoprune.session.encoding import open_inputs
+from evoprune.session.loading.description import describe
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.session.upcoming import Upcoming
 from evoprune.video.sandbox import isolation
@@ -127,8 +128,8 @@ def test_inputs_that_are_read_ahead(qa, named, monkeypatch, name, count, keeps):
 def test_inputs_that_are_read_before_the_model_is_there(qa, saved, named, name, wanted):
     """`wanted`: a session waits for them, in a thread that reads ahead."""
     path = named(name)
-    ahead = Ahead(ModelOptions(str(saved)))
-    ahead.begin([([path], SAMPLING)])
+    ahead = Ahead()
+    ahead.begin([([path], SAMPLING)], describe(ModelOptions(str(saved))))
     begun(path)
     with ExitStack() as stack:
         if wanted:

@@ -30,6 +30,7 @@ from evoprune.session.loading.model import load_model, make_ready
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
 from evoprune.vision.preprocess import pixel_patches
+from tests.loading import described
 from tests.tiny import save_tiny
 from tests.video.files import write_said, write_video
 
@@ -124,7 +125,7 @@ def test_full_budget_is_hugging_faces_generate(models, model, kinds, pack, tmp_p
 def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(loaded):
     other = {kind: replace(each, image_std=(5.0, 5.0, 5.0)) for kind, each in loaded.limits.items()}
     live, unchanged = set(), []
-    for model in (loaded, replace(loaded, limits=other)):
+    for model in (loaded, described(loaded, limits=other)):
         qa = VideoQA(model, budget=0.25, method="reuse+divprune")
         live.add(asked(qa.encode(LONG), n=1).report.pruning.encoder_live_share)
         unchanged.append(trace(qa.session, LONG).fates.source)
@@ -266,7 +267,7 @@ def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
     """A chunk holds what the encoder takes at a time, however small the frames are before they are resized."""
     write_video(tmp_path / "small.mp4", (np.full((32, 32, 3), i, np.uint8) for i in range(120)), fps=4)
     done = []
-    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 8)
+    monkeypatch.setattr("evoprune.session.memory.largest_piece", lambda device: 8)
     VideoQA(loaded).encode(tmp_path / "small.mp4", frames=32, progress=lambda *now: done.append(now))
     frames = [count for stage, count, _ in done if stage == "encode"]
     assert frames[0] <= 16 and frames[-1] == 32
@@ -291,7 +292,7 @@ def test_times_add_up(loaded, threaded, monkeypatch):
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 @pytest.mark.parametrize("method", ["evoprune", "evs"])
 def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method):
-    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 24)
+    monkeypatch.setattr("evoprune.session.memory.largest_piece", lambda device: 24)
     qa, done = VideoQA(loaded, budget=budget, method=method), []
     beside = qa.encode(LONG, progress=lambda *now: done.append(now))
     monkeypatch.setattr(OpenInput, "threaded", False)
@@ -311,7 +312,7 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
 @pytest.mark.parametrize("threaded", [True, False])
 def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, threaded, kept):
     """What is kept is ready before it is encoded, else three chunks, one without a thread; none is made twice, or left out."""
-    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 24)
+    monkeypatch.setattr("evoprune.session.memory.largest_piece", lambda device: 24)
     monkeypatch.setattr(OpenInput, "threaded", threaded)
     monkeypatch.setattr(OpenInput, "shares", kept)
     qa, made = VideoQA(loaded, budget=0.25), []
@@ -382,7 +383,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
         fails()
         return pixel_patches(*args)
 
-    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 24)
+    monkeypatch.setattr("evoprune.session.memory.largest_piece", lambda device: 24)
     if stage == "read":
         reading.each = fails
     if stage == "preprocess":
@@ -521,7 +522,7 @@ def test_less_input_is_what_a_plan_for_less_would_give(loaded, method):
     """The same as looking at the video so from the start: decoding, positions and all."""
     less = VideoQA(loaded, budget=0.25, method=method).encode(CLIP)
     limits = replace(loaded.video, min_pixels=1, max_pixels=less.plan.height * less.plan.width)
-    other = VideoQA(replace(loaded, limits={"video": limits}), budget=1.0).encode(
+    other = VideoQA(described(loaded, limits={"video": limits}), budget=1.0).encode(
         CLIP, frames=less.plan.sampling.frames
     )
     assert other.plan.grid == less.plan.grid and other.plan.sampling.times_s == less.plan.sampling.times_s

@@ -63,7 +63,7 @@ from evoprune.model.config import PATCHES
 from evoprune.model.weights import shared
 from evoprune.session.answering import EncodedInputs
 from evoprune.session.loading.stored import calibrate
-from evoprune.session.planning import TEXT, encoding_bytes, fitting_pieces
+from evoprune.session.memory import TEXT, encoding_bytes, fitting_pieces
 from evoprune.util import counted, size
 from evoprune.video.frames import read_frames
 from evoprune.video.plan import Plan
@@ -443,7 +443,7 @@ def _bits(kind: str, subject: Subject) -> Outcome:
     model = subject.loaded.model
     if kind not in kinds(subject.device):
         return skipped("not on this device")
-    if not subject.loaded.found.can_be_quantized:
+    if not subject.loaded.description.can_be_quantized:
         return skipped("only of dense models that are not quantised")
     size = sum(weight.nbytes for weight in model.parameters()) - saved_bytes(model, kind)
     if short := cost.shortage(size, str(subject.device)):

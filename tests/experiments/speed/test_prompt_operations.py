@@ -3,7 +3,7 @@
 import torch
 
 from evoprune.model.weights import HostedVL
-from evoprune.session.loading.find import describe_model
+from evoprune.session.loading.description import describe
 from evoprune.session.loading.hosted import meta_model
 from evoprune.session.options import ModelOptions
 from experiments.speed.prompt_operations import count
@@ -11,7 +11,7 @@ from tests.tiny import save_tiny
 
 
 def test_a_chunk_costs_one_operation_for_each_gated_delta_net(tmp_path):
-    config = describe_model(ModelOptions(str(save_tiny(tmp_path, family="qwen3_5")))).config
+    config = describe(ModelOptions(str(save_tiny(tmp_path, family="qwen3_5")))).config
     host = meta_model(config, torch.bfloat16).eval()
     model = HostedVL(config, host.model.visual, host.model.language_model, host.lm_head)
     theirs, ours = ([count(model, 64 * chunks, 0, own) for chunks in (2, 3, 4)] for own in (False, True))
