@@ -114,7 +114,7 @@ def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) ->
 
     Raises UsageError: the device cannot be used.
     """
-    weights_of(model)
+    device = weights_of(model).device
     config = model.config
     dtype = DTYPES[model.dtype]
     grid = case_grid(cases[0], model.limits[VIDEO])
@@ -124,7 +124,7 @@ def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) ->
     prompt = units + text_tokens(config.vision_config, cases[0], model.limits[VIDEO])
     flop += cost.prefill_flop(config.text_config, prompt)
     flop += (new_tokens - 1) * cost.prefill_flop(config.text_config, 1)
-    seconds = 2 * flop / matmul_rate(dtype, model.device)
+    seconds = 2 * flop / matmul_rate(dtype, str(device))
     working = max(working_memory(config, case, model.limits[VIDEO], dtype.itemsize) for case in cases)
     return Needs(parameter_count(config) * dtype.itemsize + working, seconds)
 

@@ -86,7 +86,7 @@ def _version(name: str) -> str | None:
 
 def model_facts(weights: ModelWeights) -> dict:
     """Return a model that has not been loaded: whether it is on disk, its layers, and the memory of its weights."""
-    model = weights.model
+    model = weights.description
     vision = model.config.vision_config
     text = model.config.text_config
     return {
@@ -106,7 +106,7 @@ def model_facts(weights: ModelWeights) -> dict:
 
 def memory_facts(weights: ModelWeights, plan: Plan) -> dict:
     """Return the memory that one question about an input takes, as it is checked before a run, and if more of it is free."""
-    model = weights.model
+    model = weights.description
     pruning = plan.pruning.config()
     encoder = plan.encoder
     depth = model.config.text_config.num_hidden_layers

@@ -69,7 +69,9 @@ def test_other_budgets_and_methods_read_nothing(loaded, read):
 def test_what_is_looked_at_otherwise_is_read(loaded, read, other, monkeypatch):
     qa = VideoQA(loaded, budget=0.5)
     qa.encode(CLIP, frames=8)
-    monkeypatch.setattr("evoprune.session.planning.choose_decoder", lambda name, info=None: name.replace("auto", "pyav"))
+    monkeypatch.setattr(
+        "evoprune.session.planning.choose_decoder", lambda name, info=None: name.replace("auto", "pyav")
+    )
     monkeypatch.setattr(patches, "patches_of", lambda *what: pytest.fail("read"))
     with pytest.raises(BaseException, match="read"):
         qa.encode(CLIP, **{"frames": 8} | other)

@@ -125,7 +125,7 @@ def _facts(loaded: LoadedModel) -> dict[str, Any]:
         "language_model": [text.num_hidden_layers, text.hidden_size],
         "dtype": loaded.dtype,
         "device": loaded.device,
-        "weights": "random" if loaded.random else "read",
+        "weights": "random" if loaded.description.random else "read",
         "weights_bytes": loaded.weights_bytes,
     }
 

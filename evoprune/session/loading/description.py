@@ -157,29 +157,9 @@ def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
         ModelError: the model is missing, of another kind, damaged, or out of reach, or the asked-for engine cannot run it.
         UsageError: a revision of something that has none, or a model whose weights cannot be quantised as asked.
     """
-    name = options.model
-    revision = options.revision
-    random = options.load_format == "dummy"
-    bundled = name in BUNDLED_CONFIGS and not os.path.isdir(name)
-    folder = commit = unreachable = None
-    if random and bundled:
-        if revision is not None:
-            raise UsageError(f"the bundled config of {name} has no revision {revision!r}", "leave the revision out")
-    elif (folder := local_folder(options)) is None and random:
-        hint = f"random weights need a local folder, {', '.join(DEMOS)}, or {' and '.join(BUNDLED_CONFIGS)}"
-        raise ModelError(f"no bundled config for {name}", hint)
-    elif folder is None and local:
-        folder = cached_folder(name, revision)
-        if folder is None and not (bundled and revision is None):
-            command = f"hf download {name} config.json preprocessor_config.json{revision_flag(revision)}"
-            hint = near_hint(name).strip() or f"{kind_hint(name)}its settings are small, and suffice: {command}"
-            raise ModelError(f"{name} is not on this machine, and inspect does not use the network", hint)
-    elif folder is None:
-        unreachable = reach(name, revision, options.offline)
-        folder = fetch(name, revision, SETTINGS, unreachable)
-        commit = folder.name
-    path = BUNDLED_CONFIGS[name] if folder is None else folder / "config.json"
-    if not path.is_file():
+    folder, commit, unreachable = _locate(options, local)
+    path = BUNDLED_CONFIGS[options.model] if folder is None else folder / "config.json"
+    if not os.path.isfile(path):
         raise _no_config(path.parent)
     content = read_json(path)
     config = _config(path, content)
@@ -203,7 +183,37 @@ def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
     return description
 
 
-def local_folder(options: "ModelOptions") -> Path | None:
+def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None, str | None]:
+    """Return the folder of a model, None for a bundled config; its commit if the hub has it; and why the hub is not asked for more.
+
+    Arguments and errors: see `describe`.
+    """
+    name = options.model
+    revision = options.revision
+    random = options.load_format == "dummy"
+    bundled = name in BUNDLED_CONFIGS and not os.path.isdir(name)
+    if random and bundled:
+        if revision is not None:
+            raise UsageError(f"the bundled config of {name} has no revision {revision!r}", "leave the revision out")
+        return None, None, None
+    if folder := local_folder(options):
+        return folder, None, None
+    if random:
+        hint = f"random weights need a local folder, {', '.join(DEMOS)}, or {' and '.join(BUNDLED_CONFIGS)}"
+        raise ModelError(f"no bundled config for {name}", hint)
+    if not local:
+        unreachable = reach(name, revision, options.offline)
+        folder = fetch(name, revision, SETTINGS, unreachable)
+        return folder, folder.name, unreachable
+    folder = cached_folder(name, revision)
+    if folder or (bundled and revision is None):
+        return folder, None, None
+    command = f"hf download {name} config.json preprocessor_config.json{revision_flag(revision)}"
+    hint = near_hint(name).strip() or f"{kind_hint(name)}its settings are small, and suffice: {command}"
+    raise ModelError(f"{name} is not on this machine, and inspect does not use the network", hint)
+
+
+def local_folder(options: ModelOptions) -> Path | None:
     """Return the folder of a local model, or None if the name is a hub id. Raises ModelError or UsageError: it is neither."""
     name = options.model
     revision = options.revision

@@ -118,11 +118,6 @@ class LoadedModel:
         return self.description.demo
 
     @property
-    def random(self) -> bool:
-        """Whether the weights were made, not read."""
-        return self.description.random
-
-    @property
     def cores(self) -> int | None:
         """How many cores reading videos may keep busy; None for all that this process may use."""
         return self.description.options.cores
@@ -223,7 +218,7 @@ def _loaded(
     stored: ModelWeights, pack: bool, progress: Callable[[int, int], None] | None, seconds: dict[str, float]
 ) -> tuple[Model, Packing]:
     """Return the weights, ready to be used. Writes the times of the parts into `seconds`. Raises OutOfMemory: they do not fit."""
-    model = stored.model
+    model = stored.description
     name = model.id
     device = stored.device
     quantize = model.options.quantize

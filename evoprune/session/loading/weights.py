@@ -55,13 +55,13 @@ ELSEWHERE = {
 class ModelWeights:
     """The weights of a model, before they are loaded. Made by `weights_of`."""
 
-    model: ModelDescription
+    description: ModelDescription
     device: torch.device
 
     def download(self) -> None:
         """Downloads the files of a hub model. Raises ModelError: see `hub.fetch`; a package that they need is missing."""
-        check_packages(self.model.quantization, self.model.id)
-        self.model.download(*SMALL_FILES, "*.safetensors")
+        check_packages(self.description.quantization, self.description.id)
+        self.description.download(*SMALL_FILES, "*.safetensors")
 
     @cached_property
     def files(self) -> list[Path]:
@@ -69,21 +69,25 @@ class ModelWeights:
 
         Raises ModelError: missing, damaged, or other layers than the config's.
         """
-        if self.model.random:
+        if self.description.random:
             return []
-        files = weight_files(self.model.folder)
+        files = weight_files(self.description.folder)
         names = {name_in_memory(stored) for _, _, stored in stored_tensors(files)}
         for layers, count in (
-            ("model.visual.blocks", self.model.config.vision_config.depth),
-            ("model.language_model.layers", self.model.config.text_config.num_hidden_layers),
+            ("model.visual.blocks", self.description.config.vision_config.depth),
+            ("model.language_model.layers", self.description.config.text_config.num_hidden_layers),
         ):
             last = f"{layers}.{count - 1}"
             if not any(name.startswith(f"{last}.") for name in names):
                 hints = (hint for start, hint in ELSEWHERE.items() if any(name.startswith(start) for name in names))
-                problem = f"the weights in {self.model.folder} lack {last}, the last layer that config.json counts"
+                problem = (
+                    f"the weights in {self.description.folder} lack {last}, the last layer that config.json counts"
+                )
                 raise ModelError(problem, next(hints, BELONG))
-        if (self.model.folder / ADAPTER).is_file():
-            said = f"{self.model.folder} holds an adapter ({ADAPTER}) beside the weights, which is not used; {MERGE}"
+        if (self.description.folder / ADAPTER).is_file():
+            said = (
+                f"{self.description.folder} holds an adapter ({ADAPTER}) beside the weights, which is not used; {MERGE}"
+            )
             warnings.warn(said, ModelWarning, stacklevel=2)
         return files
 
@@ -91,15 +95,15 @@ class ModelWeights:
     def files_here(self) -> list[Path]:
         """The files of the weights on this machine; none if they are missing or incomplete."""
         try:
-            return weight_files(self.model.folder) if self.model.folder else []
+            return weight_files(self.description.folder) if self.description.folder else []
         except ModelError:
             return []
 
     @cached_property
     def config(self) -> Config:
         """The config, with an output layer of its own if the files hold one that differs from the embeddings."""
-        config = self.model.config
-        if not config.tie_word_embeddings or self.model.random or not separate_head(self.files_here):
+        config = self.description.config
+        if not config.tie_word_embeddings or self.description.random or not separate_head(self.files_here):
             return config
         return replace(config, tie_word_embeddings=False)
 
@@ -111,7 +115,7 @@ class ModelWeights:
     @cached_property
     def bytes(self) -> int:
         """Bytes of memory that the loaded weights take."""
-        return self.bytes_as(self.model.dtype, self.model.options.quantize)
+        return self.bytes_as(self.description.dtype, self.description.options.quantize)
 
     def bytes_as(self, dtype: str, quantize: str) -> int:
         """Return the bytes of memory that the weights would take in this dtype ("bf16") or quantization ("int8", or "none").
@@ -119,7 +123,7 @@ class ModelWeights:
         A model of transformers has those of its files if it is quantised, unless they are widened. What `quantize` quantises
         afterwards is read in the dtype of the files.
         """
-        model = self.model
+        model = self.description
         if model.native:
             return needed_bytes(self.config, DTYPES[dtype], quantize, self._stays_mapped(dtype, quantize))
         if model.quantization and self.files_here and not are_widened(self.device, model.quantization):
@@ -128,8 +132,8 @@ class ModelWeights:
 
     def read_dtype(self, dtype: str, quantize: str) -> torch.dtype:
         """Return the dtype in which transformers reads the weights: that of the files if they are quantised afterwards."""
-        if quantize != "none" and self.model.stored_dtype:
-            return DTYPES[self.model.stored_dtype]
+        if quantize != "none" and self.description.stored_dtype:
+            return DTYPES[self.description.stored_dtype]
         return DTYPES[dtype]
 
     def what_fits(self, beside: int = 0, *, quantized: bool = True) -> str:
@@ -140,9 +144,9 @@ class ModelWeights:
             quantized: whether quantization is an option.
         """
         forms = []
-        if quantized and self.model.can_be_quantized:
-            forms += [(f"--quantize {kind}", self.model.dtype, kind) for kind in kinds(self.device)]
-        if self.model.dtype == "fp32":
+        if quantized and self.description.can_be_quantized:
+            forms += [(f"--quantize {kind}", self.description.dtype, kind) for kind in kinds(self.device)]
+        if self.description.dtype == "fp32":
             slow = "" if default_dtype(self.device) == "bf16" else ", which is slow on this device,"
             forms.append((f"--dtype bf16{slow}", "bf16", "none"))
         hints = []
@@ -155,9 +159,11 @@ class ModelWeights:
     @cached_property
     def packed_bytes(self) -> int:
         """Bytes that packed weights take on a CPU if memory is free, beside the files they come from, which stay mapped."""
-        dtype = DTYPES[self.model.dtype]
-        quantize = self.model.options.quantize
-        if not (self.model.native and quantize == "none" and self._stays_mapped(self.model.dtype, quantize)):
+        dtype = DTYPES[self.description.dtype]
+        quantize = self.description.options.quantize
+        if not (
+            self.description.native and quantize == "none" and self._stays_mapped(self.description.dtype, quantize)
+        ):
             return 0
         if not can_pack(torch.empty(1, dtype=dtype, device=self.device)):
             return 0
@@ -166,19 +172,19 @@ class ModelWeights:
 
     def _stays_mapped(self, dtype: str, quantize: str) -> bool:
         """Return whether weights `stay_mapped`; if the model is not here, whether they would after its download."""
-        if self.model.random:
+        if self.description.random:
             return False
         if self.files_here:
             return stay_mapped(self.files_here, DTYPES[dtype], self.device, quantize)
-        return quantize != "none" or self.model.stored_dtype == dtype
+        return quantize != "none" or self.description.stored_dtype == dtype
 
     @property
     def download_bytes(self) -> int | None:
         """Bytes of weights that have to be downloaded, roughly; 0 if they are here, None if that is unknown."""
         if self.files_here:
             return 0
-        if self.model.stored_dtype and is_id(self.model.id):
-            return self.parameters * DTYPES[self.model.stored_dtype].itemsize
+        if self.description.stored_dtype and is_id(self.description.id):
+            return self.parameters * DTYPES[self.description.stored_dtype].itemsize
         return None
 
     @cached_property
@@ -188,7 +194,7 @@ class ModelWeights:
         For a hub model its id and commit; for a folder a hash of the config and of the weight files' names, sizes and times,
         because hashing gigabytes takes too long.
         """
-        model = self.model
+        model = self.description
         if model.commit is not None and self.files:
             return f"{model.id}@{model.commit}"
         stats = file_stats(file.resolve() for file in self.files)

@@ -252,7 +252,7 @@ def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":
         names = " and ".join(each.id for each in described)
         hint = "serve fewer or smaller models"
         for kind in kinds(device) if all(each.can_be_quantized for each in described) else ():
-            needed = sum(each.bytes_as(each.model.dtype, kind) for each in weights)
+            needed = sum(each.bytes_as(each.description.dtype, kind) for each in weights)
             if not shortage(needed, str(device)):
                 hint += f"; --quantize {kind} needs about {size(needed)} for the weights"
         raise OutOfMemory(f"{names} {short}", hint, stage="load")

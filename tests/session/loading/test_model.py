@@ -44,7 +44,7 @@ def test_a_saved_folder_loads_as_it_was(saved, capfd):
     assert all(torch.equal(weight, expected[name]) for name, weight in loaded.model.state_dict().items())
     assert not any(weight.requires_grad for weight in loaded.model.parameters())
     assert (loaded.id, loaded.description.commit, loaded.dtype, loaded.device) == (str(saved), None, "fp32", "cpu")
-    assert (loaded.demo, loaded.random) == (None, False)
+    assert (loaded.demo, loaded.description.random) == (None, False)
     assert loaded.weights_bytes == sum(weight.nbytes for weight in expected.values())
     assert len(loaded.eos_ids) == 2
     assert capfd.readouterr() == ("", "")
@@ -306,7 +306,7 @@ def dimensions_only(saved, tmp_path_factory):
 def test_random_weights_need_dimensions_only(dimensions_only, capfd):
     loaded = load_model(dimensions_only, load_format="dummy", dtype="bf16")
     assert loaded.tokenizer is None
-    assert (loaded.random, loaded.demo, loaded.dtype) == (True, None, "bf16")
+    assert (loaded.description.random, loaded.demo, loaded.dtype) == (True, None, "bf16")
     assert loaded.eos_ids == (400,)
     weights = dict(loaded.model.named_parameters())
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
