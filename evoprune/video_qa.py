@@ -24,7 +24,7 @@ from evoprune.session.ahead import ReadAhead
 from evoprune.session.answers import Answer, Shape, Uncopied
 from evoprune.session.asking import EncodedInputs, together
 from evoprune.session.encoding import OpenInputs, Progress, inputs_of, open_inputs, paths_of
-from evoprune.session.loading.find import FoundModel, find_model
+from evoprune.session.loading.description import ModelDescription, describe
 from evoprune.session.loading.model import LoadedModel, load_model, no_tokenizer
 from evoprune.session.options import (
     OTHER_MODELS,
@@ -117,9 +117,12 @@ class VideoQA(Uncopied):
         if ahead is None:
             return load_qa(loading, pruning, progress=progress, kind=cls)
         if not isinstance(ahead, ReadAhead):
-            ahead = ReadAhead(loading, [(paths_of(ahead), SamplingOptions())])
+            paths = paths_of(ahead)
+            pruning.config()  # refuses wrong settings before a model is looked for
+            ahead = ReadAhead(describe(loading), [(paths, SamplingOptions())], pruning)
+        same = ahead.model.options == loading
         try:
-            qa = load_qa(loading, pruning, progress=progress, kind=cls)
+            qa = load_qa(ahead.model if same else loading, pruning, progress=progress, kind=cls)
         except BaseException:
             ahead.close()
             raise
@@ -332,7 +335,7 @@ def _check_cache(cache: Any) -> None:
 
 
 def load_qa(
-    model: ModelOptions,
+    model: ModelOptions | ModelDescription,
     pruning: PruneOptions,
     *,
     progress: Callable[[int, int], None] | None = None,
@@ -345,11 +348,10 @@ def load_qa(
     """
     start = time.perf_counter()
     config = pruning.config()  # refuses wrong settings before a model is looked for
-
-    def check(found: FoundModel) -> None:
-        check_fits(config.method, found)
-        if streams:
-            check_streams(config.method, found)
-
-    loaded = load_model(find_model(model, check), to_answer=True, progress=progress)
+    if isinstance(model, ModelOptions):
+        model = describe(model)
+    check_fits(config.method, model)
+    if streams:
+        check_streams(config.method, model)
+    loaded = load_model(model, to_answer=True, progress=progress)
     return kind(Session(loaded, config, time.perf_counter() - start))

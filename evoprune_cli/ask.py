@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from evoprune.session.ahead import ReadAhead
     from evoprune.session.answers import Answer, Chat
     from evoprune.session.asking import EncodedInputs
+    from evoprune.session.loading.description import ModelDescription
     from evoprune.session.session import Session
+    from evoprune.video.info import Video
     from evoprune.video.plan import Plan, PromptSubtitles
 
 STDIN = "-"
@@ -119,6 +121,8 @@ def ask(
             check_history(history, interactive, compare)
             pipeline = options()
             from evoprune.session.ahead import ReadAhead
+            from evoprune.session.loading.description import describe
+            from evoprune.session.reading import probed
             from evoprune.video.frames import choose_decoder
 
             choose_decoder(pipeline.sampling.decoder)
@@ -127,12 +131,15 @@ def ask(
             with progress(not quiet and any(map(is_url, inputs))) as show:
                 how = {"offline": pipeline.model.offline, "progress": downloading(show)}
                 paths = [cleanup.enter_context(local_file(path, **how)) for path in inputs]
-            _check_inputs(paths, pipeline.sampling, quiet)
-            asked = [] if cache else [(paths, pipeline.sampling)]  # what the cache has need not be read
-            ahead = cleanup.enter_context(ReadAhead(pipeline.model, asked))
+            sampling = pipeline.sampling
+            infos = [probed(path, folder_fps=sampling.frame_rate) for path in paths]
+            model = describe(pipeline.model)
+            _check_inputs(infos, model, sampling, quiet)
+            asked = [] if cache else [(paths, sampling)]  # what the cache has need not be read
+            ahead = cleanup.enter_context(ReadAhead(model, asked, pipeline.pruning))
             encode = partial(_encode, names, paths, questions, pipeline, cache, quiet)
             with progress(not quiet) as show:
-                qa = load(pipeline, show, quiet)
+                qa = load(pipeline, show, quiet, model=model)
                 if history == opt.ON:
                     from evoprune.session.session import check_conversation
 
@@ -324,22 +331,19 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
     return question
 
 
-def _check_inputs(paths: list[str], sampling: SamplingOptions, quiet: bool) -> None:
-    """Checks the inputs in milliseconds, before torch is imported or weights are read."""
-    from evoprune.session.reading import probed
-    from evoprune.video.frames import choose_decoder, read_subtitles
+def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: SamplingOptions, quiet: bool) -> None:
+    """Plan the inputs in milliseconds, before torch is imported or weights are read. Raises what `plan_input` raises."""
+    from evoprune.session.planning import plan_input
+    from evoprune.video.frames import read_subtitles
     from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES, VIDEO, check_one_file, check_picture
-    from evoprune.video.plan import InputLimits, make_plan
 
-    check_one_file(sampling.subtitles, len(paths))
-    infos = [probed(path, folder_fps=sampling.frame_rate) for path in paths]
+    check_one_file(sampling.subtitles, len(infos))
     videos = [info for info in infos if info.kind == VIDEO]
     if not quiet and not videos and (sampling.sets_frames or sampling.max_frames):
         tell("note: --fps, --frames and --max-frames are about videos; a picture is read as it is")
     for info, wanted in zip(infos, sampling.of_each(infos), strict=True):
         check_picture(info, wanted.subtitles)
-        choose_decoder(wanted.decoder, info)
-        make_plan(info, InputLimits(), wanted)
+        plan_input(model, info, wanted)
         if wanted.subtitles not in (NO_SUBTITLES, AUTO_SUBTITLES):
             read_subtitles(info, wanted.subtitles)
 

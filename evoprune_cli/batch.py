@@ -172,16 +172,18 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tal
     `tally` is told how far encoding is, and how long it waits for reading.
     """
     from evoprune.session.ahead import FIRST, ReadAhead
+    from evoprune.session.loading.description import describe
 
     show("loading model")
     prepare()
+    model = describe(settings.model)
     first = [] if cache else spans[:FIRST]  # what the cache has need not be read
     asked = [(span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in first]
-    with ReadAhead(settings.model, asked) as ahead:
+    with ReadAhead(model, asked, settings.pruning) as ahead:
         from evoprune.batch.run import answers
         from evoprune.session.cache import Cache
 
-        qa = settings.load(partial(show, "quantizing"))
+        qa = settings.load(partial(show, "quantizing"), model)
         note_model(qa.session, settings.generation, quiet)
         ready()
         stored = Cache() if cache else None

@@ -155,6 +155,7 @@ def evaluate(
                 note(f"to go on: evoprune eval --resume {shlex.quote(str(evaluation.folder.path))}")
 
     from evoprune.session.ahead import ReadAhead
+    from evoprune.session.loading.description import describe
 
     with (
         rescuing(lambda: evaluation is not None and evaluation.loaded, rescue),
@@ -163,17 +164,18 @@ def evaluate(
     ):
         tell("loading libraries")
         prepare()
+        model = describe(settings.model)
         asked = []
         if resume is None and processes == 1:
             asked = settings.first_inputs(videos)
-        ahead = cleanup.enter_context(ReadAhead(pipeline.model, asked))
+        ahead = cleanup.enter_context(ReadAhead(model, asked))
         from evoprune.bench import Evaluation
 
         evaluation = Evaluation(settings, videos)
         if resume is not None:
             evaluation.keep_in(Path(resume), resume=True)
         tell("loading model")
-        evaluation.load(partial(tell, "quantizing"))
+        evaluation.load(partial(tell, "quantizing"), model)
         if output is not None:
             evaluation.keep_in(Path(output))
             if not quiet and evaluation.folder.path != Path(output):

@@ -170,7 +170,7 @@ def find(
                 failed += 1
                 error = _report_failure(problem, name, json)
             if kept:
-                kept.add(row, moments, error, qa.loaded.found.commit)
+                kept.add(row, moments, error, qa.loaded.description.commit)
         return SOME_FAILED if failed else 0
 
 

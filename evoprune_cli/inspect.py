@@ -135,12 +135,14 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
         raise UsageError("--overlay needs a video", "evoprune inspect clip.mp4 --overlay clip.png")
     model = options().model
     from evoprune.session.inspection import environment_facts, model_facts
-    from evoprune.session.loading.find import look_up
+    from evoprune.session.loading.description import describe
+    from evoprune.session.loading.weights import weights_of
 
-    found = look_up(model) if model.model else None  # a wrong name is an error without 50 lines before it
+    # A wrong name is an error without 50 lines before it.
+    weights = weights_of(describe(model, local=True)) if model.model else None
     yield environment_facts(stdout())
-    if found is not None:
-        yield {"model": model_facts(found)}
+    if weights is not None:
+        yield {"model": model_facts(weights)}
 
 
 def _about_video(
@@ -177,15 +179,17 @@ def _about_video(
                 count = partial(_show_frames, show, frames)
                 count(0)
                 yield {"scan": asdict(scan_video(path, folder_fps=rate, on_frames=count))}
-        from evoprune.session.ahead import plan_frames
         from evoprune.session.inspection import memory_facts, model_facts, plan_facts
-        from evoprune.session.loading.find import look_up
+        from evoprune.session.loading.description import describe
+        from evoprune.session.loading.weights import weights_of
+        from evoprune.session.planning import plan_input
 
-        model = look_up(pipeline.model)
-        yield {"model": model_facts(model)}
-        plan = plan_frames(info, pipeline.sampling, model.limits[info.kind], model.max_visual_tokens)
+        model = describe(pipeline.model, local=True)
+        weights = weights_of(model)
+        yield {"model": model_facts(weights)}
+        plan = plan_input(model, info, pipeline.sampling, pipeline.pruning)
         yield {"plan": {"model": model.id, **plan_facts(plan, model.config)}}
-        yield {"memory": memory_facts(model, plan, pipeline.pruning)}
+        yield {"memory": memory_facts(weights, plan)}
         if overlay is not None:
             yield {"overlay": _draw_overlay(overlay, ending, path, video, pipeline)}
 

@@ -183,7 +183,7 @@ def _made(said: dict[str, Option], typed: dict[str, Any], *, check_model: bool) 
         problem.message = _as_typed(problem.message, said)
         raise
     if check_model and options.model.model:  # `inspect` needs none
-        from evoprune.session.loading.files import local_folder
+        from evoprune.session.loading.description import local_folder
 
         local_folder(options.model)  # before seconds of imports
     return options

@@ -177,7 +177,7 @@ def profile(
             begun=begun,
         )
         needs = run.needs()
-        if needs and needs.seconds >= NOTED_S and not quiet:
+        if needs.seconds >= NOTED_S and not quiet:
             note(f"needs about {size_text(needs.memory)} of memory and at least {needs.seconds:.0f} s")
         for results in run.run(show):  # noqa: B007
             pass

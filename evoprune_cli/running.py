@@ -22,6 +22,7 @@ from evoprune_cli.terminal import encodable, failure, page_width, stdout, tell, 
 
 if TYPE_CHECKING:
     from evoprune.bench import Results
+    from evoprune.session.loading.description import ModelDescription
     from evoprune.session.session import Session
     from evoprune.video_qa import VideoQA
 
@@ -51,13 +52,23 @@ def prepare() -> None:
     keep_freed_memory()
 
 
-def load(options: PipelineOptions, show: Callable[..., None], quiet: bool, streams: bool = False) -> "VideoQA":
-    """Return the model of `ask` and `watch`. `show`: of `terminal.progress`; `streams`: as of `load_qa`."""
+def load(
+    options: PipelineOptions,
+    show: Callable[..., None],
+    quiet: bool,
+    *,
+    streams: bool = False,
+    model: "ModelDescription | None" = None,
+) -> "VideoQA":
+    """Return the model of `ask` and `watch`.
+
+    `show`: of `terminal.progress`; `streams`: see `load_qa`; `model`: what is known of it, if that was asked.
+    """
     prepare()
     from evoprune.video_qa import load_qa
 
     show("loading model")
-    qa = load_qa(options.model, options.pruning, progress=partial(show, "quantizing"), streams=streams)
+    qa = load_qa(model or options.model, options.pruning, progress=partial(show, "quantizing"), streams=streams)
     note_model(qa.session, options.generation, quiet)
     return qa
 
@@ -75,7 +86,7 @@ def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> Non
     if files.do_sample and others and not greedy:
         flags = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in others.items())
         tell(f"note: the model's generation_config.json has tokens drawn otherwise than here; as it says: {flags}")
-    usual = (loaded.dtype, loaded.quantize) == ("fp32", "none") and loaded.found.can_be_quantized
+    usual = (loaded.dtype, loaded.quantize) == ("fp32", "none") and loaded.description.can_be_quantized
     if usual and loaded.weights_bytes >= LARGE_MODEL:
         from evoprune.backend.cpu.quantize import kinds
 

@@ -123,6 +123,7 @@ def tune(
         return results.document()
 
     from evoprune.session.ahead import ReadAhead
+    from evoprune.session.loading.description import describe
 
     with (
         rescuing(lambda: tuning is not None and tuning.has_results, deliver),
@@ -132,14 +133,15 @@ def tune(
         tell("loading libraries")
         prepare()
         # The first video alone: reading others would take time from what is measured.
-        ahead = cleanup.enter_context(ReadAhead(pipeline.model, [(settings["videos"][:1], pipeline.sampling)]))
+        model = describe(pipeline.model)
+        ahead = cleanup.enter_context(ReadAhead(model, [(settings["videos"][:1], pipeline.sampling)]))
         from evoprune.bench import TuneSettings, Tuning
         from evoprune.contrib.operation_search import OperationTuning
 
         kind = OperationTuning if operations else Tuning
         tuning = kind(TuneSettings(**settings))
         tell("loading model")
-        tuning.load(partial(tell, "quantizing"))
+        tuning.load(partial(tell, "quantizing"), model)
         tuning.ahead = ahead
         tuning.run(tell, lambda text: quiet or note(text))
     document = deliver()

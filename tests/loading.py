@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -37,6 +38,11 @@ def delete_when_mapped(monkeypatch):
         return from_file(name, *args, **kwargs)
 
     monkeypatch.setattr(torch.UntypedStorage, "from_file", deleted)
+
+
+def described(loaded, **changes):
+    """The same model under a description with other fields."""
+    return replace(loaded, description=replace(loaded.description, **changes))
 
 
 def no_network(*_):

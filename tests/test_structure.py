@@ -265,7 +265,7 @@ def test_no_other_file_asks_what_a_device_is():
 
 
 # What backend/ asks about a device, and who else does: `verify`, to say which checks a device has.
-QUESTIONS = ("expects_host", "is_host", "uses_kernels", "wants_plain_pytorch")
+QUESTIONS = ("is_host", "uses_kernels", "wants_plain_pytorch")
 ANSWERED_FOR = ("evoprune.backend.", "evoprune.bench.verify.")
 
 

@@ -36,34 +36,37 @@ GPU_PIECE_UNITS = 8192
 # Entries of a score matrix held at a time, for the same reasons.
 SCORES = 1 << 21
 GPU_SCORES = 1 << 26
-# On CUDA, launches bound the time of an input of fewer units in the tower, whatever the number of rows. The number lies between
-# sizes that were measured on one H200 (results/gpu.md, "Small inputs"): at 384 units pruning inside the tower lost against nothing
-# pruned (0.73 to 0.99 times as fast), at 1,536 it lost against a selection after the tower (by 9%, calculated), at 4,784 it won
-# against one (1.6 times as fast). It is nearer to the sizes that lost: what is between them has not been measured.
-LAUNCH_BOUND_UNITS = 2048
 # Sides of square products that keep a device busy.
 SIDES = (1024, 2048)
 GPU_SIDES = (4096, 8192)
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" is CUDA if there is any, else the CPU. Raises UsageError: it cannot be used."""
-    if name == "auto":
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        if said and name == "cpu":  # a GPU is there and cannot be used, for example because its driver is old
-            warnings.warn(f"no GPU is used: {first_line(said[-1].message)}", DeviceWarning, stacklevel=2)
+def pick_device(name: str, *, auto: bool = False) -> torch.device:
+    """Return the device of a name.
+
+    `auto`: whether the option was "auto", so that `name` is the answer of `limits.resolve_device`. Warns if torch finds a GPU that
+    the driver's files did not promise.
+
+    Raises UsageError: it cannot be used.
+    """
+    if auto and name == "cpu" and torch.cuda.is_available():
+        warnings.warn("torch finds a GPU, which is not used: --device cuda uses it", DeviceWarning, stacklevel=2)
     try:
-        device = torch.device(name)
-        torch.zeros(1, dtype=torch.float32, device=device)
+        with warnings.catch_warnings(record=True) as said:  # why torch finds no GPU is in a warning
+            warnings.simplefilter("always")
+            device = torch.device(name)
+            torch.zeros(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as problem:  # torch without CUDA asserts
-        reason = first_line(problem).partition(". ")[0]
+        reason = first_line(said[-1].message if said else problem).partition(". ")[0]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        found = f"device {name!r} cannot be used here"
         hint = "cpu always works, auto finds a GPU"
+        if auto:
+            found = "the driver of a GPU is here, but torch cannot use the GPU"
+            hint = "--device cpu does without it; or repair the driver, which nvidia-smi or rocminfo checks"
         if _on_cuda(name) and visible is not None:  # which may hide GPUs from this process
             hint += f"; CUDA_VISIBLE_DEVICES is {visible!r}"
-        raise UsageError(f"device {name!r} cannot be used here: {reason}", hint) from problem
+        raise UsageError(f"{found}: {reason}", hint) from problem
     return device
 
 
@@ -171,11 +174,6 @@ def busy_cores(device: torch.device) -> int:
 def largest_piece(device: torch.device) -> int:
     """Return how many units are embedded, and rows go through a product, at a time."""
     return PIECE_UNITS if is_host(device) else GPU_PIECE_UNITS
-
-
-def launch_bound_units(device: torch.device) -> int:
-    """Return the number of units below which launches bound the time of an input in the tower; 0 where arithmetic does."""
-    return LAUNCH_BOUND_UNITS if device.type == "cuda" else 0
 
 
 def scores_at_a_time(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""What the system lets this process use: cores and memory.
+"""What the system lets this process use: cores, memory, a GPU; and what follows from the name of a device. Imports no torch.
 
 Containers limit both by control groups, of version 1, of version 2, or of both side by side. A limit holds for a group and for all
 groups inside it. Functions read `proc` and the mounts below `root`. Where there is no such file, there is no limit.
@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from evoprune.errors import OutOfMemory
@@ -34,6 +35,62 @@ MEMORY = (
 # Of the bytes in use, what the system takes back when memory is short: cached files, those mapped into memory included.
 # Version 1 counts groups inside the group only in the fields that begin with `total_`.
 RECLAIMABLE = re.compile(r"^(total_)?(?:active_file|inactive_file|slab_reclaimable) (\d+)$", re.MULTILINE)
+
+# Files that the driver of a GPU has, by the toolkit that torch was built with. The last of each is for Linux below Windows.
+DRIVERS = {
+    "cuda": ("dev/nvidia[0-9]*", "dev/nvmap", "usr/lib/wsl/lib/libcuda.so*"),
+    "hip": ("dev/kfd", "dev/dxg"),
+}
+# In torch's module `version`: the toolkits that it was built with.
+BUILT_WITH = re.compile(r"^(cuda|hip)\b[^=]*=\s*['\"]", re.MULTILINE)
+HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+VISIBLE = re.compile(r"\s*(\d|GPU-|MIG-)")  # how the values of these begin if they do not hide every GPU
+# Visual tokens before pruning that a CPU encodes in about a minute.
+MAX_VISUAL_TOKENS_CPU = 4_096
+# On CUDA, launches bound the time of an input of fewer units in the tower, whatever the number of rows. The number lies between
+# sizes that were measured on one H200 (results/gpu.md, "Small inputs"): at 384 units pruning inside the tower lost against nothing
+# pruned (0.73 to 0.99 times as fast), at 1,536 it lost against a selection after the tower (by 9%, calculated), at 4,784 it won
+# against one (1.6 times as fast). It is nearer to the sizes that lost: what is between them has not been measured.
+LAUNCH_BOUND_UNITS = 2048
+
+
+def resolve_device(name: str, root: Path = ROOT) -> str:
+    """Return the name of a device. "auto" is "cuda" if torch is built for a GPU whose driver is here and visible, else "cpu".
+
+    The answer is final: if torch cannot use the GPU, loading a model says so (`pick_device`).
+    """
+    if name != "auto":
+        return name
+    hidden = any(variable in os.environ and not VISIBLE.match(os.environ[variable]) for variable in HIDING)
+    return "cpu" if hidden or not _has_gpu(root) else "cuda"
+
+
+def _has_gpu(root: Path) -> bool:
+    """Return True if the driver of a GPU that the installed torch can use is here, or the build alone tells, as on Windows."""
+    toolkits = _toolkits()
+    if not (root / "dev").is_dir():
+        return bool(toolkits)
+    files = (file for toolkit in toolkits for pattern in DRIVERS[toolkit] for file in root.glob(pattern))
+    return any(os.access(file, os.R_OK) for file in files)  # a control group may forbid a device
+
+
+def _toolkits() -> list[str]:
+    """Return the toolkits that the installed torch was built with; all if its files do not tell."""
+    try:
+        folders = find_spec("torch").submodule_search_locations
+        return BUILT_WITH.findall(Path(folders[0], "version").with_suffix(".py").read_text(encoding="utf-8"))
+    except (AttributeError, TypeError, IndexError, OSError, ValueError):  # frozen, or laid out in another way
+        return list(DRIVERS)
+
+
+def visual_token_limit(device: str) -> float:
+    """Return how many visual tokens a device takes before pruning; infinity if only the model limits them."""
+    return MAX_VISUAL_TOKENS_CPU if device.partition(":")[0] == "cpu" else math.inf
+
+
+def launch_bound_units(device: str) -> int:
+    """Return the number of units below which launches bound the time of an input in the tower; 0 where arithmetic does."""
+    return LAUNCH_BOUND_UNITS if device.partition(":")[0] == "cuda" else 0
 
 
 def available_cores(root: Path = ROOT) -> int:

@@ -27,6 +27,7 @@ from evoprune.util import shown
 from evoprune.video.info import EXACT, input_state
 
 if TYPE_CHECKING:
+    from evoprune.session.loading.description import ModelDescription
     from evoprune.video_qa import VideoQA
 
 STDOUT = "-"
@@ -49,11 +50,13 @@ class Settings(PipelineOptions):
 
     ALWAYS: ClassVar[tuple[str, ...]] = RECORDED  # options that records hold also at their defaults
 
-    def load(self, progress: Callable[[int, int], None] | None = None) -> "VideoQA":
-        """Loads the model; raises what `VideoQA.load` raises."""
+    def load(
+        self, progress: Callable[[int, int], None] | None = None, model: "ModelDescription | None" = None
+    ) -> "VideoQA":
+        """Loads the model; `model`: what is known of it, if that was asked. Raises what `VideoQA.load` raises."""
         from evoprune.video_qa import load_qa
 
-        return load_qa(self.model, self.pruning, progress=progress)
+        return load_qa(model or self.model, self.pruning, progress=progress)
 
     @property
     def groups(self) -> tuple[Any, ...]:

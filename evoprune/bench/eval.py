@@ -40,7 +40,7 @@ from evoprune.report import Report
 from evoprune.session.ahead import ReadAhead
 from evoprune.session.asking import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
-from evoprune.session.loading.find import FoundModel, describe_model, find_model
+from evoprune.session.loading.description import ModelDescription, describe
 from evoprune.session.loading.model import LoadedModel, load_model, threads_of_each
 from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.session import Session, check_fits
@@ -58,7 +58,7 @@ NOTE = (
 
 class Cost:
     def __init__(self, loaded: LoadedModel, encoded: EncodedInputs):
-        config = describe_model(ModelOptions(COST_MODEL)).config
+        config = describe(ModelOptions(COST_MODEL, load_format="dummy")).config
         vision = config.vision_config
         grids, height, width = encoded.plan.grid
         windows = tower_geometry(loaded.model.model.visual, height, width).windows
@@ -143,16 +143,17 @@ class Evaluation:
         self.samples: list[dict] = []
         self.loaded: LoadedModel | None = None
 
-    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Raises what `load_model` raises. UsageError: a method cannot act in the model, or a run to go on with had another one."""
+    def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
+        """Load the model; `model`: what is known of it, if that was asked.
 
-        def check(found: FoundModel) -> None:
-            for name in {variant.method for variant in self.variants}:
-                check_fits(methods.parse(name), found)
-
-        self.loaded = load_model(find_model(self.settings.model, check), progress=progress)
+        Raises what `load_model` raises. UsageError: a method cannot act in the model, or a run to go on with had another one.
+        """
+        model = model or describe(self.settings.model)
+        for name in {variant.method for variant in self.variants}:
+            check_fits(methods.parse(name), model)
+        self.loaded = load_model(model, progress=progress)
         if self.folder:
-            self.folder.check_model(self.loaded.found.state)
+            self.folder.check_model(model.state)
             self.folder.check_size_rule(self._after_tower_below())
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
@@ -181,7 +182,7 @@ class Evaluation:
         if processes > 1:
             loaded = self.loaded
             model = self.settings.model
-            if loaded and (short := shortage(processes * loaded.found.weights_bytes, loaded.device)):
+            if loaded and (short := shortage(processes * loaded.weights_bytes, loaded.device)):
                 hint = "fewer processes (--processes), or a smaller model"
                 raise OutOfMemory(f"{processes} copies of {loaded.id}: {short}", hint, stage="load")
             model = replace(model, threads=threads_of_each(model.threads, processes))
@@ -322,7 +323,7 @@ class Evaluation:
         one.
         """
         known = self.settings.record()
-        state = self.loaded.found.state if self.loaded else self.settings.model.state()
+        state = self.loaded.description.state if self.loaded else self.settings.model.state()
         if state:
             known["files"] = state
         if below := self._after_tower_below():

@@ -31,8 +31,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class RunFolder:
     """Keep the samples of one run in a folder. `samples`: of the videos that were finished when it was opened.
 
-    `model`: the state of the files of its model (`FoundModel.state`); None where that is unknown. `after_tower_below`: the number
-    of units below which its device prunes inputs after the tower alone; 0 where it prunes none so, None where that is unknown.
+    `model`: the state of the files of its model (`ModelDescription.state`); None where that is unknown. `after_tower_below`: the
+    number of units below which its device prunes inputs after the tower alone; 0 where it prunes none so, None where that is
+    unknown.
     """
 
     def __init__(self, path: Path, samples: list[dict], model: dict[str, Any] | None, after_tower_below: int | None):

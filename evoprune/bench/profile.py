@@ -59,7 +59,6 @@ from evoprune.bench.profile_rows import (
     bound_of,
 )
 from evoprune.bench.shared import COUNTED, WARM_UP, TimeLimit, after_tower_below, after_tower_note, paced, swept
-from evoprune.bundled import DEMOS
 from evoprune.errors import ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language import generate
 from evoprune.language.pruned import prune_prompt
@@ -68,11 +67,13 @@ from evoprune.methods.plans import EncoderPlan
 from evoprune.methods.types import arange_on
 from evoprune.model import cost
 from evoprune.model.config import PATCHES, Config, vision_sizes
-from evoprune.model.cost import Clock, matmul_rate, shortage, tower_flop
+from evoprune.model.cost import Clock, matmul_rate, parameter_count, shortage, tower_flop
 from evoprune.model.weights import QwenVL, shared
-from evoprune.session.loading.find import BUNDLED_CONFIGS, DTYPES, FoundModel, describe_model
+from evoprune.session.loading.description import ModelDescription, describe
+from evoprune.session.loading.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.loading.stored import calibrate
+from evoprune.session.loading.weights import DTYPES, weights_of
 from evoprune.session.options import ModelOptions
 from evoprune.session.session import check_fits
 from evoprune.video.info import VIDEO, Video
@@ -93,7 +94,7 @@ class Profile:
         source: name of the video in records, or the kind of synthetic clip.
         begun: when the run began, by `time.perf_counter`; now by default.
 
-    Raises UsageError: wrong settings of methods, or a method that cannot act in the model. And what `describe_model` raises.
+    Raises UsageError: wrong settings of methods, or a method that cannot act in the model. And what `describe` raises.
     """
 
     def __init__(
@@ -111,28 +112,23 @@ class Profile:
         methods = [settings.config(name, 1.0).method for name in settings.methods]
         self.settings = settings
         self.limit = TimeLimit(settings.time_limit_s, begun=begun)
-        self.model = model = replace(model, load_format=load_format or default_load_format(model.model))
+        self.model = describe(replace(model, load_format=load_format or default_load_format(model.model)))
+        for method in methods:
+            check_fits(method, self.model)
+        unit = self.model.limits[VIDEO].unit
         self.cases = list(cases)
-        self._found = outline(model)
-        unit = UNIT
-        if self._found:
-            unit = self._found.limits[VIDEO].unit
-            for method in methods:
-                check_fits(method, self._found)
         if not exact:
             self.cases = [case.of_units(unit / UNIT) for case in cases]
         self._about = {"video": source if video else None, "synthetic": None if video else source}
         self._frames = partial(video_frames, video) if video else partial(synthetic_frames, source, unit=unit)
 
-    def needs(self) -> "Needs | None":
-        """Estimate what the run takes; None if only loading the model tells. Raises UsageError: more time than its limit."""
-        if self._found is None:
-            return None
-        needs = needs_of(self._found, self.cases, self.settings.new_tokens)
+    def needs(self) -> "Needs":
+        """Estimate what the run takes. Raises UsageError: more time than its limit."""
+        needs = needs_of(self.model, self.cases, self.settings.new_tokens)
         if needs.seconds > self.limit.left:
             total = needs.seconds + self.limit.spent
             alone = (
-                f"Hugging Face and budget 1.0 alone take at least {total:.0f} s on this machine with {self._found.id}"
+                f"Hugging Face and budget 1.0 alone take at least {total:.0f} s on this machine with {self.model.id}"
             )
             raise UsageError(
                 f"{alone}, the import of libraries included, and --time-limit is {self.limit.seconds:g}",
@@ -153,27 +149,16 @@ def default_load_format(name: str) -> str:
     return "dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto"
 
 
-def outline(options: ModelOptions) -> FoundModel | None:
-    """Return the model without its weights; None if only loading tells. Raises what `load_model` raises."""
-    name = options.model
-    random = options.load_format == "dummy"
-    if random and not (name in BUNDLED_CONFIGS or name in DEMOS or Path(name).is_dir()):
-        return None
-    if random:
-        options = replace(options, revision=None)
-    return describe_model(options)
-
-
-def load(options: ModelOptions, cases: Sequence[Case]) -> LoadedModel:
+def load(model: ModelDescription, cases: Sequence[Case]) -> LoadedModel:
     """Loads a model if there is memory for the smallest case. Raises OutOfMemory; what `case_grid` and `load_model` raise."""
-    if model := outline(options):
-        size = DTYPES[model.dtype].itemsize
-        weights = model.parameters * size
-        working = min(working_memory(model.config, case, model.limits[VIDEO], size) for case in cases)
-        if short := cost.shortage(weights + working, str(model.device)):
-            hint = f"take fewer or smaller frames (--frames, --size); {model.what_fits(working, quantized=False)}"
-            raise OutOfMemory(f"{options.model} at {min(cases)} {short}", hint, stage="load")
-    loaded = load_model(options, pack=False)
+    size = DTYPES[model.dtype].itemsize
+    weights = parameter_count(model.config) * size
+    working = min(working_memory(model.config, case, model.limits[VIDEO], size) for case in cases)
+    stored = weights_of(model)
+    if short := shortage(weights + working, model.device):
+        hint = f"take fewer or smaller frames (--frames, --size); {stored.what_fits(working, quantized=False)}"
+        raise OutOfMemory(f"{model.id} at {min(cases)} {short}", hint, stage="load")
+    loaded = load_model(model, pack=False)
     loaded.ready()
     return loaded
 
@@ -185,24 +170,27 @@ class Needs(NamedTuple):
     seconds: float
 
 
-def needs_of(model: FoundModel, cases: Sequence[Case], new_tokens: int) -> Needs:
+def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) -> Needs:
     """Estimate what a run takes: memory for its largest case, and time for Hugging Face and budget 1.0 on the first case.
 
     The time is that of their operations at the rate of a matrix product, which is measured for 0.1 s. Loading, packing and the
     rows of methods are not counted.
+
+    Raises UsageError: the device cannot be used.
     """
+    device = weights_of(model).device
     config = model.config
     dtype = DTYPES[model.dtype]
     grid = case_grid(cases[0], model.limits[VIDEO])
     units = prod(grid)
-    windows = geometry(*grid[1:], tower_shape(model.tower).window, "cpu").windows
+    windows = geometry(*grid[1:], model.tower.window, "cpu").windows
     flop = tower_flop(config.vision_config, [units] * (config.vision_config.depth + 1), grid[0], windows)
     prompt = units + text_tokens(config.vision_config, cases[0], model.limits[VIDEO])
     flop += cost.prefill_flop(config.text_config, prompt)
     flop += (new_tokens - 1) * cost.prefill_flop(config.text_config, 1)
-    seconds = 2 * flop / matmul_rate(dtype, str(model.device))
+    seconds = 2 * flop / matmul_rate(dtype, str(device))
     working = max(working_memory(config, case, model.limits[VIDEO], dtype.itemsize) for case in cases)
-    return Needs(model.parameters * dtype.itemsize + working, seconds)
+    return Needs(parameter_count(config) * dtype.itemsize + working, seconds)
 
 
 def quantized_models(

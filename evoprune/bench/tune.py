@@ -40,7 +40,7 @@ from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, 
 from evoprune.session.ahead import ReadAhead
 from evoprune.session.asking import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
-from evoprune.session.loading.find import FoundModel, find_model
+from evoprune.session.loading.description import ModelDescription, describe
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.session.session import Session, check_fits
@@ -487,10 +487,12 @@ class Run:
         self.loaded: LoadedModel | None = None  # before `load`
         self.answering: Answering | None = None  # the full answers; None before `run`
         self.ahead: ReadAhead | None = None  # what may have read the first video already
+        self.model: ModelDescription | None = None  # before `load`
 
-    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Raises what `load_model` raises."""
-        self.loaded = load_model(self.settings.model, to_answer=True, progress=progress)
+    def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
+        """Load the model; `model`: what is known of it, if that was asked. Raises what `load_model` raises."""
+        self.model = model or describe(self.settings.model)
+        self.loaded = load_model(self.model, to_answer=True, progress=progress)
 
     def answer(self, progress: Progress) -> list[FullAnswers]:
         """Raises what `Answering.answer` raises."""
@@ -557,20 +559,17 @@ class Tuning(Run):
         if self._quantizes:
             self.known = {Candidate("none", 1.0): []} | self.known
 
-    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Raises what `load_model` raises. UsageError: a method cannot act in the model."""
-
-        def check(found: FoundModel) -> None:
-            for candidate in self.known:
-                check_fits(methods.parse(candidate.method), found)
-
-        find_model(self.settings.model, check)
+    def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
+        """Load the model. Raises what `load_model` raises. UsageError: a method cannot act in the model."""
+        self.model = model = model or describe(self.settings.model)
+        for candidate in self.known:
+            check_fits(methods.parse(candidate.method), model)
         if self._quantizes:
             with suppress(OutOfMemory):  # then the full answers are those of the quantised weights
-                exact = replace(self.settings.model, quantize="none", store_quantized=False)
-                self.loaded = load_model(exact, to_answer=True)
+                exact = replace(model.options, quantize="none", store_quantized=False)
+                self.loaded = load_model(replace(model, options=exact), to_answer=True)
         if self.loaded is None:
-            super().load(progress)
+            super().load(progress, model)
 
     @property
     def has_results(self) -> bool:
@@ -587,7 +586,7 @@ class Tuning(Run):
             self.answering.close()
             patches = self.loaded.patches
             self.loaded = self.answering.session = None  # frees the weights
-            super().load(lambda done, of: progress("quantizing, layer", done, of))
+            super().load(lambda done, of: progress("quantizing, layer", done, of), self.model)
             self.loaded.patches = patches
         elif self._quantizes:
             self._problem = "full answers are those of the quantised weights, because memory for the others is missing"

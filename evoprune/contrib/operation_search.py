@@ -24,6 +24,7 @@ from evoprune.methods import LanguagePlan, MethodChain
 from evoprune.methods.language import layers_before
 from evoprune.model.config import head_size
 from evoprune.report import rounded
+from evoprune.session.loading.description import ModelDescription
 from evoprune.session.options import PruneOptions
 from evoprune.session.session import Session
 from evoprune.util import counted
@@ -191,9 +192,9 @@ class OperationTuning(Run):
         self._measured = 0
         self._blank: Recipe | None = None
 
-    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
+    def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
         """Raises as `Run.load`. UsageError: the language model has a single layer."""
-        super().load(progress)
+        super().load(progress, model)
         text = self.loaded.model.config.text_config
         after = layers_before(PLACE, text.num_hidden_layers)
         if not after:

@@ -43,7 +43,7 @@ from evoprune.hf.encoding import INT8, PackedTower, encode_each, patch_config
 from evoprune.methods.budget import DEFAULT, Budget, GivenShare
 from evoprune.model.cost import Clock
 from evoprune.report import Memory, ModelFacts, Report, Sampling, TokenCounts
-from evoprune.session.loading.find import DTYPES
+from evoprune.session.loading.weights import DTYPES
 from evoprune.session.report import FLAT, pruning_facts
 from evoprune.session.signatures import explained, takes
 from evoprune.util import brief, budget_text, check_known, check_types, from_keywords, option

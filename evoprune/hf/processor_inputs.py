@@ -14,12 +14,12 @@ from transformers import BatchFeature
 
 from evoprune.language.prompt import Prompt, load_tokenizer
 from evoprune.model.config import VisionConfig
-from evoprune.session.ahead import plan_frames
 from evoprune.session.encoding import inputs_of
-from evoprune.session.loading.find import find_model
+from evoprune.session.loading.description import describe
+from evoprune.session.loading.hub import SMALL_FILES
 from evoprune.session.options import ModelOptions, SamplingOptions
-from evoprune.session.planning import prompt_subtitles
-from evoprune.session.prompting import check_not_empty, prompt_about
+from evoprune.session.planning import plan_input
+from evoprune.session.prompting import check_not_empty, prompt_about, prompt_subtitles
 from evoprune.session.signatures import takes
 from evoprune.util import from_keywords
 from evoprune.video.frames import probe, read_frames
@@ -67,10 +67,13 @@ def processor_inputs(
             template cannot be used. UsageError: an option that makes no sense. TypeError: an unknown option.
     """
     (options,) = from_keywords({"seek": EXACT} | sampling, SamplingOptions)
+    if options.max_visual_tokens is None:  # another program runs the model, on whatever device
+        options = replace(options, max_visual_tokens=MAX_VISUAL_TOKENS)
     check_not_empty(question)
     given = inputs_of(inputs, sampling.get("frame_rate"), times_s)
     check_one_file(options.subtitles, len(given))
-    checkpoint = find_model(ModelOptions(model, revision, device="cpu", offline=offline))
+    checkpoint = describe(ModelOptions(model, revision, device="cpu", offline=offline))
+    checkpoint.download(*SMALL_FILES)
     tokenizer = load_tokenizer(checkpoint.folder)
     limits = checkpoint.limits
     vision = checkpoint.config.vision_config
@@ -80,9 +83,8 @@ def processor_inputs(
         plans: list[Plan] = []
         for info, wanted in zip(infos, options.of_each(infos), strict=True):
             check_picture(info, options.subtitles)
-            plan = plan_frames(info, wanted, limits[info.kind], MAX_VISUAL_TOKENS)
-            lines = options.subtitles, options.max_subtitle_tokens
-            plans.append(replace(plan, subtitles=prompt_subtitles(tokenizer, info, plan.sampling, *lines)))
+            plan = plan_input(checkpoint, info, wanted)
+            plans.append(replace(plan, subtitles=prompt_subtitles(tokenizer, plan, wanted)))
         read = [read_patches(plan, limits[plan.kind]) for plan in plans]
     plans = [plan for plan, _ in read]
     prompt = prompt_about(tokenizer, vision, plans, question, system)

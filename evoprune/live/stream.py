@@ -50,8 +50,9 @@ from evoprune.session.asking import Askable
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.encoding import OpenInput
 from evoprune.session.loading.model import LoadedModel
+from evoprune.session.memory import check_carried
 from evoprune.session.options import GenerationOptions, SamplingOptions, StreamOptions
-from evoprune.session.planning import check_carried, plan_input
+from evoprune.session.planning import plan_input
 from evoprune.session.prompting import check_context, check_memory, check_texts
 from evoprune.session.report import inputs_report
 from evoprune.session.session import Session, check_streams
@@ -62,7 +63,6 @@ from evoprune.video.plan import Plan, SamplingPlan
 from evoprune.video.sandbox.isolation import OnFrames
 from evoprune.vision.encoder import Encoded, EncodedRows
 from evoprune.vision.preprocess import resize
-from evoprune.vision.tower import tower_shape
 
 CONTEXT = 32_768  # positions of a model that states no context
 ROOM = 0.75  # share of the context that the video may take; the rest is for questions and answers
@@ -194,7 +194,7 @@ class VideoStream(Askable):
     ):
         super().__init__(session)
         self._lock = PriorityLock()
-        check_streams(session.pruning.method, session.loaded.found)
+        check_streams(session.pruning.method, session.loaded.description)
         self._options = options
         self._sampling = sampling
         self._system = system
@@ -344,7 +344,9 @@ class VideoStream(Askable):
         window = Video(
             self._name, self._options.window_s, width, height, 0, "raw", None, "stream", None, None, None, 0.0
         )
-        self._plan = plan_input(self._session, replace(window, **self.facts), self._sampling, self._name)
+        info = replace(window, **self.facts)
+        session = self._session
+        self._plan = plan_input(session.loaded.description, info, self._sampling, session.pruning, self._name)
         self._origin_s = self._last_s = time_s
         try:
             loaded = self._session.loaded
@@ -443,7 +445,6 @@ class VideoStream(Askable):
         start_s, end_s, *times = (self._origin_s + slot * step_s for slot in (first, end, *slots))
         sampling = SamplingPlan(start_s, end_s, tuple(times), base.sampling.wanted)
         grid = len(slots) // 2, *base.grid[1:]
-        tower = tower_shape(session.loaded.model.model.visual)
         budget = session.pruning.budget
         # One pair alone repeats those of other windows.
         pruning = replace(session.pruning, budget=replace(budget, still=budget.video))
@@ -452,7 +453,7 @@ class VideoStream(Askable):
             info=replace(base.info, **self.facts),
             sampling=sampling,
             grid=grid,
-            encoder=pruning.plan(tower, grid),
+            pruning=pruning,
             unshrunk=None,
             limited=False,
         )

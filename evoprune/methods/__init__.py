@@ -7,7 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from evoprune.methods.plans import Grid, Merge, SetAside, Stage, TowerShape, apportion, spread
-from evoprune.methods.registry import DEFAULT, available, built_in, check, get, parse_names, plugin_code, plugins
+from evoprune.methods.registry import (
+    DEFAULT,
+    available,
+    built_in,
+    check,
+    get,
+    may_resize,
+    parse_names,
+    plugin_code,
+    plugins,
+)
 
 if TYPE_CHECKING:
     from evoprune.backend.operators import snap
@@ -30,7 +40,7 @@ __all__ = [
     "DEFAULT", "Candidates", "Cosine", "Count", "DivPrune", "EncoderMethod", "Grid", "InputMethod", "LanguageMethod",
     "LanguagePlan", "LayerTokens", "Merge", "Merger", "Method", "MethodChain", "Part", "Selection", "Selector", "SetAside",
     "Share", "Stage", "Tokens", "TowerShape", "alternate", "apportion", "arange_on", "available", "built_in", "check",
-    "closest", "get", "highest", "match", "most_diverse", "of_pairs", "one_drop", "parse", "parse_names",
+    "closest", "get", "highest", "match", "may_resize", "most_diverse", "of_pairs", "one_drop", "parse", "parse_names",
     "plugin_code", "plugins", "ranked", "relative", "scaled", "several_drops", "smaller_frame", "snap", "spread",
 ]  # fmt: skip
 

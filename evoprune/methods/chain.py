@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from evoprune.backend import devices
+from evoprune.backend import limits
 from evoprune.errors import UsageError, call
 from evoprune.methods import registry
 from evoprune.methods.base import EncoderMethod, InputMethod, Method, Selector, not_automatic
@@ -220,6 +220,11 @@ class PruneConfig:
         inner = self.method.language
         return self.budget != FULL or (inner is not None and inner is not self.method.first and inner.left < 1)
 
+    @property
+    def resizes(self) -> bool:
+        """Return True if the method makes inputs smaller, so that frames depend on its plan."""
+        return self.method.input is not None
+
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
         """Return the encoder's work on one input, of which K tokens are for the language model."""
         inflection = self.budget.name == AUTO_INFLECTION
@@ -229,4 +234,4 @@ class PruneConfig:
         """Return the number of units below which a device prunes an input after the tower alone; 0 if no size changes anything."""
         if self.budget == FULL:
             return 0
-        return self.method.after_tower_below(devices.launch_bound_units(device))
+        return self.method.after_tower_below(limits.launch_bound_units(str(device)))

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from evoprune.backend import limits
+from evoprune.model.config import VisionConfig
 
 # How tokens are spread over the frame pairs.
 
@@ -66,6 +69,12 @@ class TowerShape:
     full_layers: tuple[int, ...]  # whose attention spans a whole frame pair; the others attend inside windows
     window: int = 4  # its side in units
     launch_bound: int = 0  # inputs of fewer units take the time of their launches, whatever the number of rows
+
+    @classmethod
+    def of(cls, sizes: VisionConfig, device: str) -> Self:
+        """Return the shape of a tower of these sizes on a device, such as "cuda:1"."""
+        window = sizes.window_size // sizes.patch_size // sizes.spatial_merge_size
+        return cls(sizes.depth, sizes.fullatt_block_indexes, window, limits.launch_bound_units(device))
 
     def scope(self, layer: int) -> Literal["window", "pair"]:
         return "pair" if layer in self.full_layers else "window"

@@ -35,6 +35,7 @@ CORE = {
 }
 # Names of papers under which users look for a method, as letters and digits alone.
 FOLLOWED_BY = {"idpruner": "mmr", "mmgvid": "mmg", "streamingassistant": "adjacent", "pdrop": "pyramiddrop"}
+RESIZING = ("downscale", "subsample")  # those of this project that are an `InputMethod`
 DEFAULT = "evoprune"
 REUSE = "reuse"  # put before a selector: reuse+divprune
 OWN = "evoprune"  # the distribution whose entry points are this project's
@@ -95,6 +96,12 @@ def check(text: str) -> list[Named]:
     if after_core or (before == [REUSE] and own.get(last)):
         raise impossible(text)  # `MethodChain.parse` checks those of other packages
     return named
+
+
+def may_resize(text: str) -> bool:
+    """Return True if a method that `text` names makes inputs smaller, or may do so: one of another package, which is not loaded."""
+    names = {each.name for each in parse_names(text)}
+    return any(name in RESIZING or not (name == REUSE or name in built_in()) for name in names)
 
 
 def _is_list(text: str) -> bool:

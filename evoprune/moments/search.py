@@ -109,7 +109,7 @@ class Search:
         self.unread = 0
         self._files = ExitStack()
         try:
-            offline = session.loaded.found.options.offline
+            offline = session.loaded.description.options.offline
             file = self._files.enter_context(local_input(source, offline=offline))
             self._info = file
             if not isinstance(file, HeldVideo):
@@ -446,7 +446,9 @@ class Search:
 
     def _plan(self, segment: Segment, seek: str = AUTO_SEEK) -> Plan:
         own = {"frames": segment.frames, "start_s": segment.start_s, "end_s": segment.end_s, "seek": seek}
-        return plan_input(self._session, self._info, self._sampling.but(**own), self.name)
+        session = self._session
+        wanted = self._sampling.but(**own)
+        return plan_input(session.loaded.description, self._info, wanted, session.pruning, self.name)
 
     def _open(self, segment: Segment, seek: str) -> OpenInput:
         return OpenInput(self._session, self._plan(segment, seek), Clock(torch.device("cpu")), **self._input)

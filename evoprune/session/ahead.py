@@ -1,37 +1,27 @@
-"""Reading starts while torch is imported and the model is loaded. This file imports no torch.
+"""Inputs are probed and read while torch is imported and a model is loaded. Imports no torch.
 
-The small files in a model's folder, the options and the kind of device say which frames the model reads, so they are known before
-the model is loaded. A session still makes its own plan. It takes the early frames only if the plan wants exactly these, and the
-files have not changed; otherwise it reads again. So results and errors do not depend on early reading.
+The plan of an input follows from the description of the model (session/loading/description.py). A session takes the frames that
+were read if the files have not changed since, and if its plan reads the same frames. Otherwise it reads the input anew.
 
 Frames wait in the size in which they were decoded, because torch resizes them.
 """
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 from evoprune.backend.limits import available_memory
-from evoprune.errors import ModelError, UsageError, VideoError
-from evoprune.session.loading.files import (
-    BUNDLED_CONFIGS,
-    cached_folder,
-    default_max_visual_tokens,
-    input_limits,
-    is_bundled,
-    is_id,
-    read_config,
-)
-from evoprune.session.options import ModelOptions, SamplingOptions
+from evoprune.errors import UsageError, VideoError
+from evoprune.session.loading.description import ModelDescription, describe
+from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.session.planning import plan_input
 from evoprune.session.reading import PATIENCE_S, Reading, Readings, chunk_bytes, probed, state_of, stop_all
 from evoprune.session.signatures import takes
 from evoprune.util import brief, from_keywords
-from evoprune.video.frames import FrameChunk, choose_decoder, frames_at_once, read_frames
-from evoprune.video.info import Video
-from evoprune.video.plan import InputLimits, Plan, make_plan
+from evoprune.video.frames import FrameChunk, frames_at_once, read_frames
+from evoprune.video.plan import Plan
 from evoprune.video.sandbox.isolation import wait_for
 
 if TYPE_CHECKING:
@@ -43,52 +33,6 @@ Asked = tuple[Sequence[Path], SamplingOptions]  # inputs that are opened togethe
 HELD_BYTES = 512 * 2**20  # of frames that wait; less where memory is short
 SHARE = 16  # frames take at most this part of the memory that is available
 FIRST = 4  # so many of many videos are read ahead
-
-
-def plan_frames(info: Video, sampling: SamplingOptions, limits: InputLimits, max_visual_tokens: int) -> Plan:
-    """Return the plan of what is read of an input, with nothing pruned.
-
-    `limits`: of a model, for what `info` is. `max_visual_tokens`: where options do not say it.
-
-    Raises what `choose_decoder` and `make_plan` raise.
-    """
-    decoder = choose_decoder(sampling.decoder, info)
-    if sampling.max_visual_tokens is None:
-        sampling = replace(sampling, max_visual_tokens=max_visual_tokens)
-    return replace(make_plan(info, limits, sampling), decoder=decoder, seek=sampling.seek)
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a model is going to look at, by its small files and the device."""
-
-    limits: dict[str, InputLimits]  # of videos and of pictures, by kind
-    max_visual_tokens: int  # where options do not say it
-
-    def plan(self, info: Video, sampling: SamplingOptions) -> Plan:
-        """Return the plan of an input, as a session makes it. Errors: as of `plan_frames`."""
-        return plan_frames(info, sampling, self.limits[info.kind], self.max_visual_tokens)
-
-
-def expected(options: ModelOptions) -> Expected | None:
-    """Return what a model is going to look at; None where its config is not on this machine. Raises ModelError: it is damaged."""
-    name = options.model
-    folder = options.folder
-    random = options.load_format == "dummy"
-    if random and is_bundled(name):
-        folder = None
-    elif not os.path.isdir(folder):
-        if not is_id(name):
-            return None
-        folder = cached_folder(name, options.revision)
-        if folder is None:
-            return None
-    path = BUNDLED_CONFIGS.get(name)
-    if folder is not None:
-        path = folder / "config.json"
-    config = read_config(path)
-    most = default_max_visual_tokens(None if random else folder, options.device)
-    return Expected(input_limits(folder, config.vision_config), most)
 
 
 @dataclass(eq=False)
@@ -116,21 +60,26 @@ class ReadAhead(Readings):
     It raises no errors: the session that opens an input meets them again.
 
     Args:
-        model: The model that will read the inputs. If its config is not on this machine, the inputs are only probed.
+        model: The description of the model that the inputs are read for.
         asked: The inputs, in the order in which they will be encoded.
+        pruning: A method that makes inputs smaller decides what is read; None if nothing is pruned.
         held_bytes: Upper bound on the bytes of waiting frames.
     """
 
-    def __init__(self, model: ModelOptions, asked: Iterable[Asked], held_bytes: int | None = None):
+    def __init__(
+        self,
+        model: ModelDescription,
+        asked: Iterable[Asked],
+        pruning: PruneOptions | None = None,
+        held_bytes: int | None = None,
+    ):
         if held_bytes is None:
             held_bytes = HELD_BYTES
             if (available := available_memory()) is not None:
                 held_bytes = min(HELD_BYTES, available // SHARE)
         super().__init__(held_bytes)
-        self._cores = model.cores
-        self._expected = None
-        with suppress(ModelError):  # which loading meets, too
-            self._expected = expected(model)
+        self.model = model
+        self._pruning = pruning
         self._every: list[_Early] = []
         for paths, sampling in asked:
             names = [os.fspath(path) for path in paths]
@@ -185,15 +134,14 @@ class ReadAhead(Readings):
         """Probe and plan an input, and return the iterator that reads it."""
         early.state = state_of(early.path)
         infos = [probed(path, folder_fps=sampling.frame_rate) for path in names]
-        if self._expected is None:
-            return iter(())
-        plan = self._expected.plan(infos[place], sampling.of_each(infos)[place])
+        plan = plan_input(self.model, infos[place], sampling.of_each(infos)[place], self._pruning)
         source = plan.source
         times = plan.sampling.times_s
         early.request = _request(plan)
         size = chunk_bytes(plan)
         reading.chunk_bytes = source.width * source.height * 3 * min(len(times), frames_at_once(source, size))
-        return read_frames(source, times, chunk_bytes=size, cores=self._cores, **plan.read_arguments)
+        cores = self.model.options.cores
+        return read_frames(source, times, chunk_bytes=size, cores=cores, **plan.read_arguments)
 
 
 def _request(plan: Plan) -> tuple[Any, ...]:
@@ -211,11 +159,14 @@ def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Un
 
     Args:
         path: a file or a folder of frames; or several, in the order in which they will be encoded.
-        model: as of `VideoQA.load`. One of the hub must have been downloaded before, or inputs are only probed.
+        model: see `VideoQA.load`. The small files of one of the hub are downloaded now.
         options: those of `VideoQA.load` that choose the model and the device, and those of `encode`.
 
-    Nothing goes wrong here: a missing file or model is reported by whoever needs it. Raises UsageError: an option that makes no
-    sense, or no path. TypeError: an unknown option.
+    A missing file is reported by whoever needs it.
+
+    Raises:
+        ModelError: the model is missing, of another kind, damaged, or out of reach. UsageError: an option that makes no sense,
+            or no path. TypeError: an unknown option.
     """
     loading, sampling = from_keywords({"model": model, **options}, ModelOptions, SamplingOptions)
     paths = path
@@ -223,4 +174,4 @@ def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Un
         paths = [path]
     if not isinstance(paths, list | tuple) or not all(isinstance(each, str | os.PathLike) for each in paths):
         raise UsageError(f"the input is {brief(path)}, not a path", "give the path of a file or a folder of frames")
-    return ReadAhead(loading, [(paths, sampling)])
+    return ReadAhead(describe(loading), [(paths, sampling)])

@@ -23,9 +23,11 @@ from evoprune.session.ahead import ReadAhead
 from evoprune.session.asking import EncodedInputs
 from evoprune.session.cache import Cache, Entry, content_hash, own_code
 from evoprune.session.encoded import EncodedInput
+from evoprune.session.memory import TEXT, fitting_pieces
 from evoprune.session.options import SamplingOptions
 from evoprune.session.patches import PatchChunk, content_key, cut_frames, patch_bytes
-from evoprune.session.planning import TEXT, fitting_pieces, plan_input
+from evoprune.session.planning import plan_input
+from evoprune.session.prompting import prompt_subtitles
 from evoprune.session.reading import Reading, Readings, chunk_bytes, probed
 from evoprune.session.session import Session
 from evoprune.util import brief
@@ -440,7 +442,8 @@ def open_inputs(
         cache = None
     if names is None:
         names = [name_of(path) for path in paths]
-    how = {"offline": session.loaded.found.options.offline}
+    loaded = session.loaded
+    how = {"offline": loaded.description.options.offline}
     if progress:
         how["progress"] = partial(progress, "download")
     with ExitStack() as stack:
@@ -453,7 +456,8 @@ def open_inputs(
                     infos.append(probed(file, folder_fps=sampling.frame_rate))
         for path, clock, info, wanted, name in zip(paths, clocks, infos, sampling.of_each(infos), names, strict=True):
             with clock.stage("read"):
-                plan = plan_input(session, info, wanted, name)
+                plan = plan_input(loaded.description, info, wanted, session.pruning, name)
+                plan = replace(plan, subtitles=prompt_subtitles(loaded.tokenizer, plan, wanted))
             inputs.append(kind(session, plan, clock, ahead=ahead, cache=cache, temporary=is_temporary(path)))
         return OpenInputs(session, inputs, stack.pop_all())
 

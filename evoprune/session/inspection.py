@@ -11,12 +11,10 @@ from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError
 from evoprune.methods.budget import PRESETS
 from evoprune.model.cost import kv_bytes
-from evoprune.session.loading.find import DTYPES, FoundModel
-from evoprune.session.options import PruneOptions
+from evoprune.session.loading.weights import DTYPES, ModelWeights
+from evoprune.session.memory import TEXT, piece_needs
 from evoprune.session.patches import LIMIT_BYTES, patch_bytes
-from evoprune.session.planning import TEXT, encoding_bytes, piece_sizes
 from evoprune.video.plan import ONE_FRAME, Plan
-from evoprune.vision.tower import tower_shape
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord", "typer", "rich", "numpy")
 
@@ -29,7 +27,7 @@ def environment_facts(stdout: TextIO) -> dict:
     from evoprune.backend.devices import describe_devices
     from evoprune.backend.limits import available_cores, available_memory
     from evoprune.session.cache import Cache
-    from evoprune.session.loading.find import BUNDLED_CONFIGS
+    from evoprune.session.loading.hub import BUNDLED_CONFIGS
     from evoprune.session.loading.stored import weights_folder
     from evoprune.video.frames import choose_decoder
 
@@ -86,57 +84,54 @@ def _version(name: str) -> str | None:
         return None
 
 
-def model_facts(model: FoundModel) -> dict:
+def model_facts(weights: ModelWeights) -> dict:
     """Return a model that has not been loaded: whether it is on disk, its layers, and the memory of its weights."""
+    model = weights.description
     vision = model.config.vision_config
     text = model.config.text_config
     return {
         "id": model.id,
-        "on_disk": bool(model.files_here),
+        "on_disk": bool(weights.files_here),
         "folder": model.folder and str(model.folder),
-        "download_bytes": model.download_bytes,
+        "download_bytes": weights.download_bytes,
         "tower": {"layers": vision.depth, "hidden_size": vision.hidden_size},
         "language_model": {"layers": text.num_hidden_layers, "hidden_size": text.hidden_size},
         "context_tokens": text.max_position_embeddings,
-        "parameters": model.parameters,
+        "parameters": weights.parameters,
         "dtype": model.dtype,
-        "device": str(model.device),
-        "weights_bytes": model.weights_bytes,
+        "device": model.device,
+        "weights_bytes": weights.bytes,
     }
 
 
-def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
-    """Return the memory that one question about a video takes at a budget, as it is checked before a run, and where more of it is
-    free.
-
-    `plan`: of the whole video.
-
-    Raises UsageError: as of `PruneConfig.of`; a method that cannot act in this model.
-    """
-    config = pruning.config()
-    encoder = config.plan(tower_shape(model.tower, model.device), plan.grid)
+def memory_facts(weights: ModelWeights, plan: Plan) -> dict:
+    """Return the memory that one question about an input takes, as it is checked before a run, and if more of it is free."""
+    model = weights.description
+    pruning = plan.pruning.config()
+    encoder = plan.encoder
     depth = model.config.text_config.num_hidden_layers
-    share = config.budget.share_of_all([encoder.grid])
-    prompt = config.method.prompt_columns(depth, encoder.keep, TEXT, share)
-    pair = encoder.grid[1] * encoder.grid[2]
-    available = available_memory(str(model.device))
-    for size in piece_sizes(model.device, encoder):  # as a run does where memory is short
-        working = encoding_bytes(model.config, encoder, max(pair, size), DTYPES[model.dtype].itemsize, prompt)
-        needed = model.weights_bytes + working
+    share = pruning.budget.share_of_all([encoder.grid])
+    prompt = pruning.method.prompt_columns(depth, encoder.keep, TEXT, share)
+    available = available_memory(model.device)
+    bytes_each = DTYPES[model.dtype].itemsize
+    for _, working in piece_needs(
+        model.config, weights.device, encoder, bytes_each, prompt
+    ):  # as a run does if memory is short
+        needed = weights.bytes + working
         if available is None or needed <= available:
             break
     enough = None
     if available is not None:
         enough = needed <= available
-    most = needed + model.packed_bytes
+    most = needed + weights.packed_bytes
     patches = patch_bytes(plan, model.limits[plan.kind])
     if patches <= LIMIT_BYTES:
         most += patches
     return {
-        "method": config.name,
-        "budget": config.budget.recorded,
+        "method": pruning.name,
+        "budget": pruning.budget.recorded,
         "visual_tokens": encoder.keep,
-        "weights_bytes": model.weights_bytes,
+        "weights_bytes": weights.bytes,
         "working_bytes": working,
         "needed_bytes": needed,
         "used_if_free_bytes": most,
@@ -146,7 +141,8 @@ def memory_facts(model: FoundModel, plan: Plan, pruning: PruneOptions) -> dict:
 
 
 def plan_facts(plan: Plan, config) -> dict:
-    """Return what a model would look at: times, sizes, and at each preset the tokens and the bytes of the KV cache."""
+    """Return what a model would look at with nothing pruned: times, sizes, and at each preset the tokens and the KV cache."""
+    plan = plan.full
     n = plan.visual_tokens
     span = None if plan.sampling is ONE_FRAME else plan.sampling
     return {

@@ -24,6 +24,7 @@ from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
 from evoprune.language.settings import GenerationOptions
 from evoprune.methods.budget import DEFAULT, IN_WORDS, Budget, GivenBudget
+from evoprune.methods.plans import EncoderPlan, Grid, TowerShape
 from evoprune.util import OPTION, check_types, file_state, from_keywords, option
 from evoprune.video.plan import SamplingOptions, parse_time
 
@@ -181,6 +182,15 @@ class PruneOptions:
         from evoprune.methods.chain import PruneConfig
 
         return PruneConfig.of(Budget.parse(self.budget, auto=True), self.method, self.seed)
+
+    @property
+    def resizes(self) -> bool:
+        """Return True if the method may make inputs smaller, so that frames depend on its plan. Imports no torch."""
+        return methods.may_resize(self.method)
+
+    def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
+        """Return the same plan as `PruneConfig.plan`. Imports torch. Raises UsageError: see `PruneConfig.of`."""
+        return self.config().plan(tower, grid)
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,30 @@
-"""The prompt of a question about videos and pictures, and whether it fits."""
+"""The prompt of a question about videos and pictures, with subtitles, and whether it fits."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
-from evoprune.errors import USE_LESS, DoesNotFit, OutOfMemory, UsageError
+from evoprune.errors import DoesNotFit, UsageError
 from evoprune.language.prompt import Prompt, Tokenizer, build_prompt, prompt_positions, timestamps
 from evoprune.language.turns import Turn
 from evoprune.model.config import VisionConfig
-from evoprune.model.cost import language_bytes, shortage
 from evoprune.session.loading.model import LoadedModel
-from evoprune.session.options import GenerationOptions
-from evoprune.session.planning import TEXT, fitting_pieces
+from evoprune.session.memory import TEXT, check_memory, fitting_pieces
+from evoprune.session.options import GenerationOptions, SamplingOptions
 from evoprune.session.session import Session
-from evoprune.util import brief, counted
-from evoprune.video.info import VIDEO
+from evoprune.util import brief, clock, counted
+from evoprune.video.frames import read_subtitles
+from evoprune.video.info import (
+    NO_SUBTITLES,
+    NOTHING_SAID,
+    PICTURE,
+    VIDEO,
+    PromptSubtitles,
+    SubtitleLine,
+    Subtitles,
+    check_picture,
+)
 from evoprune.video.plan import Plan
 
 
@@ -39,6 +48,58 @@ def fitting_prompt(
     check_context(loaded, prompt.text_tokens, kept, options.max_new_tokens)
     check_memory(session, prompt.text_tokens, kept)
     return prompt
+
+
+def prompt_subtitles(tokenizer: Tokenizer, plan: Plan, sampling: SamplingOptions) -> PromptSubtitles:
+    """Return the subtitles of what is looked at of an input, in at most `max_subtitle_tokens` tokens.
+
+    Errors: see `frames.read_subtitles`.
+    """
+    info = plan.info
+    choice = sampling.subtitles
+    if choice == NO_SUBTITLES:
+        return NOTHING_SAID
+    if info.kind == PICTURE:
+        check_picture(info, choice)
+        return PromptSubtitles(note=f"{info.path} is a picture")
+    span = plan.full.sampling
+    return fit(tokenizer, read_subtitles(info, choice, span.start_s, span.end_s), sampling.max_subtitle_tokens)
+
+
+def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtitles:
+    """Return the most lines, evenly over all, that take at most `max_tokens`.
+
+    No line is cut; longer ones than that are left out.
+    """
+    longest = 16 * max_tokens  # characters: longer texts are not encoded to be counted, which might take minutes
+    lines = [line for line in found.lines if len(line[2]) <= longest]
+    # A line has more than one token, so this many are too many. Then the interval is halved.
+    fits = 0
+    too_many = min(len(lines), max_tokens) + 1
+    text = ""
+    tokens = 0
+    while too_many - fits > 1:
+        count = (fits + too_many) // 2
+        middles = [(2 * i + 1) * len(lines) // (2 * count) for i in range(count)]  # of equal shares
+        block = as_text([lines[i] for i in middles])
+        needed = max_tokens + 1
+        if len(block) <= longest:
+            needed = len(tokenizer.encode(block))
+        if needed <= max_tokens:
+            fits = count
+            text = block
+            tokens = needed
+        else:
+            too_many = count
+    return PromptSubtitles(text, found.source, len(found.lines), fits, tokens, tuple(found.warnings), found.note)
+
+
+def as_text(lines: Sequence[SubtitleLine]) -> str:
+    """Return the lines with their times, the second that has begun, under a title, with an empty line at the end."""
+    times = [clock(max(0, int(start))).removesuffix(".0") for start, _, _ in lines]
+    return "\n".join(
+        ["Subtitles:", *(f"[{time}] {text}" for time, (_, _, text) in zip(times, lines, strict=True)), "", ""]
+    )
 
 
 def positions_of(prompt: Prompt, plans: Sequence[Plan], loaded: LoadedModel) -> torch.Tensor:
@@ -146,13 +207,3 @@ def check_context(loaded: LoadedModel, text: int, visual: int, new: int) -> None
             "ask a shorter question, or for a shorter answer (-n, max_new_tokens), keep fewer visual tokens (-b, budget) or "
             "subtitles (--max-subtitle-tokens, max_subtitle_tokens), or look at fewer frames (--max-frames, max_frames)",
         )
-
-
-def check_memory(session: Session, text: int, visual: int) -> None:
-    """Raises OutOfMemory where there is too little to read a prompt whose text is longer than the encoder's check assumed."""
-    if text <= TEXT:
-        return
-    model = session.loaded.model
-    needed = language_bytes(model.config, session.prompt_columns(visual, text), model.dtype.itemsize)
-    if short := shortage(needed, session.loaded.device):
-        raise OutOfMemory(f"a prompt of {text + visual:,} tokens {short}", USE_LESS, stage="prefill")

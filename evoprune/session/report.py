@@ -67,7 +67,7 @@ def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report
     subtitles = any(facts.subtitles for facts in report.inputs)
     if doubt := loaded.doubt([encoding.plan.info for encoding in encodings], subtitles):
         report.warnings.append(doubt)
-    if loaded.load_format == "dummy":
+    if loaded.description.random:
         report.warnings.append("random_weights")
     if all(encoding.encoded.flat for encoding in encodings):
         report.warnings.append(FLAT)

@@ -7,7 +7,7 @@ import torch
 from evoprune.errors import UsageError
 from evoprune.methods.budget import FULL
 from evoprune.methods.chain import MethodChain, PruneConfig
-from evoprune.session.loading.find import FoundModel
+from evoprune.session.loading.description import ModelDescription
 from evoprune.session.loading.model import LoadedModel
 
 
@@ -23,7 +23,7 @@ class Session:
     load_seconds: float | None = None  # how long loading took, for reports; None where that is unknown
 
     def __post_init__(self):
-        check_fits(self.pruning.method, self.loaded.found)
+        check_fits(self.pruning.method, self.loaded.description)
 
     def __repr__(self) -> str:
         settings = f"method {self.pruning.name!r}, budget {self.pruning.budget.recorded}, seed {self.pruning.seed}"
@@ -44,7 +44,7 @@ class Session:
         return self.loaded.model.model.visual.patch_embed.proj.weight.device
 
 
-def check_fits(method: MethodChain, model: FoundModel) -> None:
+def check_fits(method: MethodChain, model: ModelDescription) -> None:
     """Raises UsageError: a method that cannot act in this language model, such as one without a recipe for so many layers."""
     method.language_work(model.config.text_config.num_hidden_layers, 64, 1.0)
     if method.language and not model.native:
@@ -60,7 +60,7 @@ def check_conversation(method: MethodChain) -> None:
         raise UsageError(f"{method.name} prunes for one question, so there is no conversation", hint)
 
 
-def check_streams(method: MethodChain, model: FoundModel) -> None:
+def check_streams(method: MethodChain, model: ModelDescription) -> None:
     """Raises UsageError: the method cannot prune a stream, or the model cannot forget its beginning."""
     if method.reads_question or method.language or method.input:
         hint = "take one that acts inside the encoder or selects tokens without the question, such as evoprune"

@@ -9,12 +9,12 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from os import PathLike
 from typing import Annotated, Any, ClassVar
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.methods.plans import EncoderPlan, Grid
+from evoprune.methods.plans import EncoderPlan, Grid, TowerShape, full_plan
 from evoprune.model.config import list_of, number, whole
 from evoprune.util import check_types, option
 from evoprune.video.info import (
@@ -256,9 +256,9 @@ class InputLimits:
 class Plan:
     """Plan what is read of a video or a picture, which is one frame, and computed.
 
-    `make_plan` sets what is looked at. `encoder` and what follows it are None, empty or False until a model has planned, too.
-    `limited` tells whether the options ask for more frames, or a higher rate, than a limit allows, or frames became smaller for
-    them. A limit on frames that the options set themselves does not count, nor does the model's own rate.
+    `make_plan` sets what is looked at. `plan_input` (session/planning.py) adds the tower and the pruning, from which `encoder`
+    follows. `limited` tells whether the options ask for more frames, or a higher rate, than a limit allows, or frames became
+    smaller for them. A limit on frames that the options set themselves does not count, nor does the model's own rate.
     """
 
     info: Video
@@ -270,14 +270,22 @@ class Plan:
     token_limit: int  # of visual tokens before pruning
     token_capped: bool  # whether it made frames smaller or fewer than the model's own limits require
     limited: bool = False
-    encoder: EncoderPlan | None = None
-    unshrunk: "Plan | None" = None  # the plan with nothing pruned, where a method makes the input smaller
+    tower: TowerShape | None = None  # of the model that reads the input
+    pruning: Any = None  # a `PruneConfig` or `PruneOptions`; None prunes nothing
+    unshrunk: "Plan | None" = None  # the plan with nothing pruned, if a method makes the input smaller
     name: str = ""
     decoder: str = ""  # "pyav" or "decord"; "pillow" for a picture, "none" for frames that are held
     seek: str = EXACT  # of `info.SEEKS`
     read_s: tuple[float, ...] = ()  # the times of the frames themselves, as soon as they are read
     moved: bool = False  # whether some of these are keyframes nearby
     subtitles: PromptSubtitles = NOTHING_SAID
+
+    @cached_property
+    def encoder(self) -> EncoderPlan:
+        """The work of the encoder. Made when it is first read, because methods import torch."""
+        if self.pruning is None:
+            return full_plan(self.tower, self.grid)
+        return self.pruning.plan(self.tower, self.full.grid)
 
     @property
     def kind(self) -> str:

@@ -12,7 +12,6 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import devices
 from evoprune.backend.attention import varlen_kernel
 from evoprune.backend.cpu.linear import linear
 from evoprune.backend.devices import Timer
@@ -54,15 +53,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return (wide * cos).addcmul_(rolled, sin).to(x.dtype)
 
 
-def tower_shape(visual, device: torch.device | None = None) -> TowerShape:
-    """Return the properties of the tower `visual` (`model.model.visual`) that plans depend on.
-
-    `device`: where it will run; None for the device of its weights.
-    """
-    sizes = vision_sizes(visual.config)
-    window = sizes.window_size // sizes.patch_size // sizes.spatial_merge_size
-    launch_bound = devices.launch_bound_units(device or visual.patch_embed.proj.weight.device)
-    return TowerShape(len(visual.blocks), sizes.fullatt_block_indexes, window, launch_bound)
+def tower_shape(visual) -> TowerShape:
+    """Return the properties of the tower `visual` (`model.model.visual`) that plans depend on."""
+    device = visual.patch_embed.proj.weight.device
+    return TowerShape.of(vision_sizes(visual.config), str(device))
 
 
 def tower_geometry(visual, height: int, width: int) -> Geometry:

@@ -15,8 +15,10 @@ import torch
 
 from evoprune.bundled import DEMOS
 from evoprune.model.config import Config
-from evoprune.session.loading.find import BUNDLED_CONFIGS, read_config
+from evoprune.session.loading.description import describe
+from evoprune.session.loading.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.model import random_model
+from evoprune.session.options import ModelOptions
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 WORDS = 151_643  # of the published vocabulary, before the special tokens
@@ -31,7 +33,7 @@ def write_checkpoint(folder: Path, model: str = MODEL, shards: int = 2) -> None:
     """Writes weights in bf16, config, tokenizer and processor settings into `folder`, which must not exist."""
     made = folder.with_name(folder.name + ".writing")
     made.mkdir()
-    _write_weights(made, read_config(BUNDLED_CONFIGS[model]), shards)
+    _write_weights(made, describe(ModelOptions(model, load_format="dummy")).config, shards)
     write_settings(made, model)
     made.rename(folder)
 

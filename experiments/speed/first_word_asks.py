@@ -76,14 +76,16 @@ class Transformers:
 
         from evoprune.language.prompt import load_tokenizer
         from evoprune.session import prompting  # noqa: F401 (no question waits for imports)
-        from evoprune.session.loading.find import DTYPES, find_model
+        from evoprune.session.loading.description import describe
+        from evoprune.session.loading.weights import DTYPES
         from evoprune.session.options import ModelOptions
 
-        found = find_model(ModelOptions(args.model, device=args.device, offline=True))
+        found = describe(ModelOptions(args.model, device=args.device, dtype=args.dtype, offline=True))
         self._found = found
+        self._device = torch.device(found.device)
         self._dtype = DTYPES[found.dtype]
         self._tokenizer = load_tokenizer(found.folder)
-        flash = find_spec("flash_attn") is not None and found.device.type == "cuda"
+        flash = find_spec("flash_attn") is not None and self._device.type == "cuda"
         how = {"dtype": self._dtype, "attn_implementation": "flash_attention_2" if flash else "sdpa"}
         self._model = AutoModelForImageTextToText.from_pretrained(found.folder, **how).to(found.device).eval()
         self._feed = first_feed()
@@ -91,7 +93,7 @@ class Transformers:
         tower = self._model.model.visual
         tower.register_forward_pre_hook(lambda *_: self._note("encode begins"))
         tower.register_forward_hook(lambda *_: self._note("encode ends"))
-        self._now = _clock(found.device)
+        self._now = _clock(self._device)
         self.facts = {
             "load": time.perf_counter() - begun,
             "reader": self._feed,
@@ -109,7 +111,7 @@ class Transformers:
         plan = self._plan(video, frames)
         self._passed = {}
         begun = self._now()
-        inputs = {name: value.to(self._found.device) for name, value in self._inputs(plan).items()}
+        inputs = {name: value.to(self._device) for name, value in self._inputs(plan).items()}
         words = _Words(lambda: self._now() - begun, self._tokenizer, word)
         greedy = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
         with torch.inference_mode():
@@ -156,7 +158,7 @@ class Transformers:
         types = torch.zeros_like(prompt.input_ids)
         types[prompt.places[0].columns] = 2
         pixels = [
-            normalised(patches_of(block, plan, limits, self._found.device), limits.normal)
+            normalised(patches_of(block, plan, limits, self._device), limits.normal)
             for block in self._frames(plan, limits.temporal_patch_size)
         ]
         pairs, rows, columns = plan.grid

@@ -28,7 +28,7 @@ from evoprune.errors import UsageError
 from evoprune.model.config import Config
 from evoprune.model.cost import matmul_rate
 from evoprune.model.weights import QwenVL, Tree, shared
-from evoprune.session.loading.find import describe_model
+from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import random_model
 from evoprune.session.options import ModelOptions
 from experiments.tables import table
@@ -178,7 +178,7 @@ def main() -> None:
         check("int4", CPU)
     except UsageError as problem:
         parser.exit(2, f"{problem.message}\n")
-    sizes = Sizes(describe_model(ModelOptions(MODEL)).config)
+    sizes = Sizes(describe(ModelOptions(MODEL, load_format="dummy")).config)
     if not can_pack(torch.empty(1, dtype=DTYPE)):
         parser.exit(2, "this CPU has no products in bf16\n")
     env = environment("cpu")

@@ -18,8 +18,9 @@ from evoprune.bench.clips import synthetic_frames
 from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.bench.profile_rows import Case
 from evoprune.hf.encoding import PackedTower, encode_each, patch_config
-from evoprune.session.loading.find import DTYPES, describe_model
+from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import random_model
+from evoprune.session.loading.weights import DTYPES
 from evoprune.session.options import ModelOptions
 from evoprune.vision.patches import patchify
 from experiments.tables import table
@@ -28,7 +29,7 @@ from experiments.timing import medians
 
 def random_tower(name: str, dtype: torch.dtype):
     """transformers' tower at the dimensions of the model `name`, under sdpa, with random weights."""
-    config = describe_model(ModelOptions(name)).config
+    config = describe(ModelOptions(name), local=True).config
     config = replace(config, text_config=replace(config.text_config, num_hidden_layers=1))
     return hugging_face_model(random_model(config, dtype, torch.device("cpu"))).model.visual
 

@@ -5,7 +5,7 @@ import torch
 
 from evoprune.backend.attention import attention_note, transformers_attention
 from evoprune.backend.devices import busy_cores, cluster_share, kind, product_sides
-from evoprune.backend.expected import MAX_VISUAL_TOKENS_CPU, visual_token_limit
+from evoprune.backend.limits import MAX_VISUAL_TOKENS_CPU, visual_token_limit
 from evoprune.backend.weights import are_mapped, are_widened
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)

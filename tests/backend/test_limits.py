@@ -19,7 +19,9 @@ from evoprune.backend.limits import LIBRARIES, ROOT, _groups, available_cores, a
 from evoprune.bundled import DEMOS
 from evoprune.errors import OutOfMemory
 from evoprune.model.weights import empty
-from evoprune.session.loading.find import BUNDLED_CONFIGS, read_config
+from evoprune.session.loading.description import describe
+from evoprune.session.loading.hub import BUNDLED_CONFIGS
+from evoprune.session.options import ModelOptions
 from tests.quantized import parameters
 from tests.video.files import write_video
 
@@ -190,11 +192,13 @@ def memory_limit(size: int) -> dict[str, object]:
 
 def empty_checkpoint(folder: Path) -> None:
     """A checkpoint of the 3B model's dimensions, all zeros: 7 GiB that take no room on the disk."""
-    config = BUNDLED_CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"]
+    name = "Qwen/Qwen2.5-VL-3B-Instruct"
+    config = BUNDLED_CONFIGS[name]
     for path in (config, *DEMOS["demo"].folder.glob("*token*.json"), DEMOS["demo"].folder / "chat_template.jinja"):
         shutil.copy(path, folder / ("config.json" if path == config else path.name))
     header, end = {}, 0
-    for name, weight in empty(read_config(config)).to(torch.bfloat16).state_dict().items():
+    model = empty(describe(ModelOptions(name, load_format="dummy")).config)
+    for name, weight in model.to(torch.bfloat16).state_dict().items():
         if name != "lm_head.weight":  # tied
             header[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [end, end + weight.nbytes]}
             end += weight.nbytes

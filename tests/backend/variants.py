@@ -62,7 +62,7 @@ def test_a_question_compiles_nothing_that_was_not_compiled_beside_loading(family
         layers.join(loaded.model)
     layers.join_tower(loaded.model.model.visual)
     noted.clear()
-    _warm_up(loaded.found.config, torch.float16, torch.device("cpu"), native)
+    _warm_up(loaded.model.config, torch.float16, torch.device("cpu"), native)
     known = set(noted)
     names = {"_scan", "_greedy", "_means", "_rotate_into_groups", "_rotate_put" if native else "_add_norm"}
     assert {name for name, *_ in known} >= names

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from evoprune import methods
-from evoprune.backend import devices
+from evoprune.backend import limits
 from evoprune.batch.rows import Row
 from evoprune.bench import eval as evaluation
 from evoprune.bench import shared
@@ -25,7 +25,7 @@ from evoprune.model import cost
 from evoprune.model.cost import prefill_flop, tower_flop
 from evoprune.session import encoding
 from evoprune.session.encoding import OpenInput, open_inputs
-from evoprune.session.loading.find import describe_model
+from evoprune.session.loading.description import describe
 from evoprune.session.options import GenerationOptions, ModelOptions, SamplingOptions
 from evoprune.video.frames import probe
 from evoprune.video_qa import VideoQA
@@ -158,7 +158,7 @@ def test_operations_at_3b(loaded):
     """Full: every layer of the 3B sees all units of two grids of 4x6, which make two windows each."""
     run = begun(loaded, clips=videos(CLIPS[:1]))
     run.run()
-    config = describe_model(ModelOptions(COST_MODEL)).config
+    config = describe(ModelOptions(COST_MODEL, load_format="dummy")).config
     full, half = run.samples[0], run.samples[2]
     assert full["tflop_3b_tower"] == pytest.approx(tower_flop(config.vision_config, [48] * 33, 2, 2) / 1e12)
     assert full["tflop_3b_prefill"] == pytest.approx(prefill_flop(config.text_config, full["prompt"]) / 1e12)
@@ -182,7 +182,10 @@ def test_what_leaves_inside_the_language_model_costs_less(loaded):
     assert answer.text is not None
     read = [count for _, count in answer.report.pruning.language_layers]
     assert sample["tokens"] == read[0] > sample["layer_tokens"] == sum(read) / len(read)
-    whole = prefill_flop(describe_model(ModelOptions(COST_MODEL)).config.text_config, sample["prompt"]) / 1e12
+    whole = (
+        prefill_flop(describe(ModelOptions(COST_MODEL, load_format="dummy")).config.text_config, sample["prompt"])
+        / 1e12
+    )
     assert 0.5 * whole < sample["tflop_3b_prefill"] < whole
 
 
@@ -246,7 +249,7 @@ def test_a_video_is_read_once_for_all_rows_that_look_at_the_same_pixels(loaded, 
         return real(info, times_s, **how)
 
     monkeypatch.setattr(encoding, "read_frames", counted)
-    monkeypatch.setattr("evoprune.session.planning.CHUNK_BYTES", 1)  # also one that comes in several chunks
+    monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)  # also one that comes in several chunks
     settings = replace(SETTINGS, methods=("random", "subsample"), blind=True)
     run = begun(loaded, settings, videos(CLIPS[:2]))
     run.run()
@@ -374,7 +377,7 @@ def test_going_on_where_other_sizes_are_pruned_after_the_tower_is_refused(saved,
     asked = replace(SETTINGS, model=ModelOptions(str(saved)), methods=("evoprune", "random"))
     for begun_with, goes_on_with in ((0, 2048), (2048, 0), (2048, 1024), (2048, 2048)):
         folder = tmp_path / f"{begun_with}-{goes_on_with}"
-        monkeypatch.setattr(devices, "launch_bound_units", lambda device, units=begun_with: units)
+        monkeypatch.setattr(limits, "launch_bound_units", lambda device, units=begun_with: units)
         first = Evaluation(asked, videos())
         first.load()
         first.keep_in(folder)
@@ -382,7 +385,7 @@ def test_going_on_where_other_sizes_are_pruned_after_the_tower_is_refused(saved,
         assert written.get("after_tower_below", 0) == begun_with
         assert any("after the tower alone" in note for note in first.document()["notes"]) == bool(begun_with)
         assert EvalSettings.of_record(written, ModelOptions()).methods == asked.methods
-        monkeypatch.setattr(devices, "launch_bound_units", lambda device, units=goes_on_with: units)
+        monkeypatch.setattr(limits, "launch_bound_units", lambda device, units=goes_on_with: units)
         again = Evaluation(asked, videos())
         again.keep_in(folder, resume=True)
         if begun_with == goes_on_with:

@@ -133,7 +133,7 @@ def test_a_separate_output_layer_under_tied_embeddings_that_is_left_out_is_found
     folder = shutil.copytree(folders["qwen2_5_vl"], tmp_path / "apart")
     edit(folder / "config.json", tie_word_embeddings=True)
     assert_held(verified(folder, checks=CHECKS[:4]))
-    monkeypatch.setattr("evoprune.session.loading.find.separate_head", lambda files: False)
+    monkeypatch.setattr("evoprune.session.loading.weights.separate_head", lambda files: False)
     found = verified(folder, checks=CHECKS[:4])
     assert states(found)["weights"] == states(found)["logits"] == DIFFERS
     (weights,) = (each.outcome for each in found.findings if each.check.name == "weights")

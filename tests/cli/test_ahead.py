@@ -47,7 +47,9 @@ def made(monkeypatch):
 def without(monkeypatch):
     """Call it, and nothing is read ahead from then on."""
     begin = ReadAhead.__init__
-    return lambda: monkeypatch.setattr(ReadAhead, "__init__", lambda self, model, asked: begin(self, model, []))
+    return lambda: monkeypatch.setattr(
+        ReadAhead, "__init__", lambda self, model, asked, *how: begin(self, model, [], *how)
+    )
 
 
 @pytest.fixture
@@ -167,7 +169,7 @@ def noted(self, *how):
     begin(self, *how)
     evoprune_cli.ask.ahead = self
 
-def load(*_):
+def load(*_, **__):
     while not evoprune_cli.ask.ahead.held_bytes:
         time.sleep(0.01)
     assert "torch" not in sys.modules

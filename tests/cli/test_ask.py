@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evoprune.backend.expected import MAX_VISUAL_TOKENS_CPU
+from evoprune.backend.limits import MAX_VISUAL_TOKENS_CPU
 from evoprune.bundled import DEMOS, SCENES_TAG
 from evoprune.errors import VideoError
 from evoprune.report import Report

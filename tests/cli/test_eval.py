@@ -293,6 +293,7 @@ def test_defaults(cli, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluation, "Evaluation", begin)
+    monkeypatch.setattr("evoprune.session.loading.description.describe", lambda options: None)
     monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
     monkeypatch.setenv("EVOPRUNE_MODEL", "some/model")
     assert cli("eval", "--data", DATA).code == 130

@@ -68,7 +68,7 @@ def test_a_model_of_which_nothing_is_known_here(cli, no_network_no_weights):
 @pytest.mark.parametrize("options", [("-b", "0.1"), ("-b", "0.5", "--method", "downscale"), ("--frames", "4")])
 def test_the_memory_is_that_of_the_check_before_a_run(cli, tiny_folder, monkeypatch, options):
     needed = []
-    monkeypatch.setattr("evoprune.session.planning.shortage", lambda size, device: needed.append(size))
+    monkeypatch.setattr("evoprune.session.memory.shortage", lambda size, device: needed.append(size))
     args = (CLIP, "-m", tiny_folder, *options, "--dtype", "fp32", "--json")
     record = cli("inspect", *args).record
     assert not needed and record["memory"]["enough"] in (True, None)

@@ -206,8 +206,8 @@ def test_defaults(cli, monkeypatch):
     """The true dimensions of the 3B model, whatever EVOPRUNE_MODEL says; EVOPRUNE_BUDGET is heard."""
     asked, recorded = [], []
 
-    def load(options, cases):
-        asked.append((options.model, cases, options.load_format))
+    def load(model, cases):
+        asked.append((model.id, cases, model.options.load_format))
         raise ModelError("enough")
 
     def record(**more):

@@ -10,6 +10,8 @@ import pytest
 from evoprune import VideoQA
 from evoprune.language.settings import GenerationOptions
 from evoprune.report import Report, VideoFacts, stats_block
+from evoprune.session.loading.description import describe
+from evoprune.session.options import ModelOptions
 from evoprune_cli.running import note_model
 from evoprune_cli.terminal import (
     Line,
@@ -86,7 +88,7 @@ def test_a_warning_says_which_video_it_is_about(capsys, name, path, more, says):
     [
         ({}, True),
         ({"quantize": "int8"}, False),
-        ({"dtype": "bf16"}, False),
+        ({"description": describe(ModelOptions(dtype="bf16"))}, False),
         ({"weights_bytes": 10}, False),
     ],
 )

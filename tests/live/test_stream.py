@@ -13,7 +13,7 @@ import torch
 from evoprune.backend.devices import memory_in_use, reset_peak_memory
 from evoprune.bundled import DEMOS
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.session import planning
+from evoprune.session import memory
 from evoprune.session.loading.model import load_model
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
@@ -432,7 +432,7 @@ def test_what_has_not_changed_since_the_window_before_is_not_encoded_again(demo)
 
 def test_what_a_window_leaves_to_the_next_one_counts_as_memory(demo, monkeypatch):
     asked = []
-    monkeypatch.setattr(planning, "shortage", lambda needed, device: asked.append(needed) or "needs more than there is")
+    monkeypatch.setattr(memory, "shortage", lambda needed, device: asked.append(needed) or "needs more than there is")
     frame = np.zeros((112, 168, 3), np.uint8)
     with VideoQA(demo, budget=0.25).stream(window_s=2.0, fps=2.0) as stream:
         for _ in range(2):  # it says so again

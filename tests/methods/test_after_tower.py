@@ -1,7 +1,6 @@
 """On CUDA small inputs are pruned after the tower alone. Here a CPU says that it is CUDA where plans ask."""
 
 from collections import Counter
-from contextlib import closing
 from dataclasses import replace
 from math import prod
 
@@ -13,25 +12,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import evoprune
 from evoprune import methods
-from evoprune.backend import devices
+from evoprune.backend import limits
+from evoprune.methods.plans import TowerShape
 from evoprune.report import stats_block
-from evoprune.session import inspection
 from evoprune.session.cache import Cache
-from evoprune.session.encoding import open_inputs
-from evoprune.session.inspection import memory_facts
 from evoprune.session.loading import model
-from evoprune.session.loading.find import find_model
+from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
+from evoprune.session.planning import plan_input
+from evoprune.video.frames import probe
 from evoprune.video_qa import VideoQA
 from evoprune.vision import encoder
 from evoprune.vision.encoder import encode
-from evoprune.vision.tower import tower_shape
 from tests.tiny import tiny_model
 from tests.vision.clips import changes, clip
 from tests.vision.tower import tiny_tower
 
-LIMIT = devices.LAUNCH_BOUND_UNITS
+LIMIT = limits.LAUNCH_BOUND_UNITS
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GRID = (5, 4, 6)
 ALWAYS, AFTER = "evoprune:inner=always", "evoprune:depth=1:reuse=0"
@@ -40,11 +38,11 @@ CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
 
 @pytest.fixture
 def as_cuda(monkeypatch):
-    monkeypatch.setattr(devices, "launch_bound_units", lambda device: LIMIT)
+    monkeypatch.setattr(limits, "launch_bound_units", lambda device: LIMIT)
 
 
 def plan(name: str, grid: tuple[int, int, int], device: torch.device = CUDA, budget: float = 0.25):
-    return PruneOptions(budget, name).config().plan(tower_shape(tiny_tower(), device), grid)
+    return PruneOptions(budget, name).config().plan(TowerShape.of(tiny_tower().config, str(device)), grid)
 
 
 class Counting(TorchDispatchMode):
@@ -69,8 +67,7 @@ def counted(how, patches: torch.Tensor):
 
 @pytest.mark.parametrize(("device", "units"), [("cpu", 0), ("cuda", LIMIT), ("cuda:1", LIMIT), ("xpu", 0), ("meta", 0)])
 def test_launches_bound_the_tower_on_cuda_alone(device, units):
-    assert devices.launch_bound_units(torch.device(device)) == units
-    assert tower_shape(tiny_tower(), torch.device(device)).launch_bound == units
+    assert TowerShape.of(tiny_tower().config, device).launch_bound == limits.launch_bound_units(device) == units
 
 
 def test_the_limit_lies_between_the_sizes_that_were_measured():
@@ -192,7 +189,7 @@ def test_on_a_cpu_records_say_nothing_of_it(loaded):
 def test_each_of_several_inputs_has_its_own_size(loaded, monkeypatch, tmp_path):
     picture = str(tmp_path / "picture.png")
     Image.fromarray(np.arange(112 * 112 * 3, dtype=np.uint32).astype(np.uint8).reshape(112, 112, 3)).save(picture)
-    monkeypatch.setattr(devices, "launch_bound_units", lambda device: 60)
+    monkeypatch.setattr(limits, "launch_bound_units", lambda device: 60)
     both = encoded(loaded, [CLIP, picture]).report
     small = [facts.pruning.visual_tokens_in < 60 for facts in both.inputs]
     assert sorted(small) == [False, True]
@@ -204,7 +201,7 @@ def test_the_cache_tells_devices_and_limits_apart(loaded, monkeypatch, tmp_path)
     cache = Cache(tmp_path)
     found = []
     for limit in (0, LIMIT, LIMIT, 10):
-        monkeypatch.setattr(devices, "launch_bound_units", lambda device, limit=limit: limit)
+        monkeypatch.setattr(limits, "launch_bound_units", lambda device, limit=limit: limit)
         made = VideoQA(loaded, budget=0.25).encode(CLIP, frames=8, cache=cache)
         found.append((made.report.cache, made.report.pruning.after_tower_below, made.report.pruning.after_tower_inputs))
     assert found == [("miss", None, None), ("miss", LIMIT, 1), ("hit", LIMIT, 1), ("miss", 10, 0)]
@@ -240,12 +237,11 @@ def test_warming_up_compiles_what_larger_inputs_need(loaded, as_cuda, monkeypatc
     assert len(plans[0].stages) == 3 and plans[0].reuse
 
 
-def test_an_estimate_before_loading_is_that_of_the_device_that_will_run_it(loaded, monkeypatch):
-    with closing(open_inputs(VideoQA(loaded, budget=0.25).session, [CLIP], SamplingOptions(frames=8))) as opened:
-        (base,) = opened.plans
-    plans = []
-    monkeypatch.setattr(inspection, "encoding_bytes", lambda config, made, *rest: plans.append(made) or 1)
-    for device in (CPU, CUDA):
-        monkeypatch.setattr(inspection, "available_memory", lambda device: None)
-        memory_facts(replace(find_model(ModelOptions("demo")), device=device), base.full, PruneOptions(budget=0.25))
-    assert [made.after_tower_below for made in plans] == [0, LIMIT]
+def test_a_plan_before_loading_is_that_of_the_device_that_will_run_it():
+    described = describe(ModelOptions("demo"))
+    info, pruning = probe(CLIP), PruneOptions(budget=0.25)
+    plans = [
+        plan_input(replace(described, device=name), info, SamplingOptions(frames=8), pruning)
+        for name in ("cpu", "cuda")
+    ]
+    assert [made.encoder.after_tower_below for made in plans] == [0, LIMIT]

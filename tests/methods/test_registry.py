@@ -15,7 +15,7 @@ from evoprune.contrib.mmr import Mmr
 from evoprune.errors import UsageError
 from evoprune.hf.encoding import patch_config
 from evoprune.methods import registry
-from evoprune.methods.base import Method
+from evoprune.methods.base import InputMethod, Method
 from evoprune.methods.baselines import DivPrune
 from evoprune.methods.budget import PRESETS
 from evoprune.methods.chain import MethodChain
@@ -348,3 +348,11 @@ def test_the_contract_of_a_selector_names_all_that_it_gets_and_returns():
     made = [name for name, value in vars(Tokens).items() if isinstance(value, cached_property | property)]
     assert {"features", "question", "given", "means"} <= {*known, *made}
     assert not [name for name in {*known, *made} if f"{name}`" not in contract]
+
+
+def test_methods_that_make_inputs_smaller_are_known_before_they_are_loaded():
+    own = [name for name in methods.built_in() if isinstance(methods.get(name), InputMethod)]
+    assert sorted(own) == sorted(registry.RESIZING)
+    assert [name for name in methods.built_in() if methods.may_resize(name)] == list(registry.RESIZING)
+    assert not methods.may_resize("reuse:threshold=5+divprune+fastv") and methods.may_resize("downscale+fastv")
+    assert methods.may_resize("mixed")  # of another package: it may

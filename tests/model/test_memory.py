@@ -16,10 +16,11 @@ from evoprune.methods.plans import TowerShape
 from evoprune.model import cost
 from evoprune.model.cost import ROW_COPIES, kv_bytes, language_bytes, prefill_flop, working_memory
 from evoprune.model.weights import empty
-from evoprune.session import encoding, planning
+from evoprune.session import encoding, memory
 from evoprune.session.encoding import open_inputs
-from evoprune.session.loading.find import describe_model, needed_bytes
+from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import load_model
+from evoprune.session.loading.weights import needed_bytes, weights_of
 from evoprune.session.options import ModelOptions
 from evoprune.util import size
 from evoprune.video_qa import VideoQA
@@ -86,7 +87,7 @@ def test_its_many_names(problem):
 
 def test_what_is_foretold_of_a_real_model():
     """At 3B: what a product makes of a piece is small, of a whole video it is not, and a long prompt costs on its own."""
-    config = describe_model(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct")).config
+    config = describe(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct", load_format="dummy")).config
     few = working_memory(config, 4096, 512, 1024, 2)
     assert 2**28 < few < GIB
     assert working_memory(config, 4096, 4096, 1024, 2) > few + GIB
@@ -102,13 +103,13 @@ def test_what_is_foretold_of_a_real_model():
 
 def test_what_is_foretold_of_rows_that_are_held_for_a_whole_video():
     """At 3B, 16,384 units, in bf16."""
-    config = describe_model(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct")).config
+    config = describe(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct", load_format="dummy")).config
     tower, grid = TowerShape(32, (7, 15, 23, 31)), (64, 16, 16)
     row = 4 * 1280 * 2
 
     def foretold(name: str, piece_units: int = 512) -> int:
-        return planning.encoding_bytes(
-            config, methods.parse(name).plan(tower, grid, 1638), piece_units, 2, 1638 + planning.TEXT
+        return memory.encoding_bytes(
+            config, methods.parse(name).plan(tower, grid, 1638), piece_units, 2, 1638 + memory.TEXT
         )
 
     after = foretold("divprune")
@@ -125,7 +126,7 @@ def test_what_is_foretold_of_rows_that_are_held_for_a_whole_video():
 
 
 def test_layers_that_read_fewer_tokens_hold_and_cost_less():
-    config = describe_model(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct")).config
+    config = describe(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct", load_format="dummy")).config
     text, lengths = config.text_config, [1000] * 2 + [250] * 34
     assert kv_bytes(config, [1000] * 36) == kv_bytes(config, 1000)
     saved = 2 * 34 * 750 * text.num_key_value_heads * 128 * 2  # keys and values in bf16
@@ -160,7 +161,7 @@ def test_weights_that_will_not_fit_are_not_read(saved, monkeypatch, dtype):
 
 @pytest.mark.skipif(not KINDS, reason="this CPU cannot quantise")
 def test_fewer_bits_are_suggested_where_they_fit(saved, monkeypatch):
-    config = describe_model(ModelOptions(str(saved))).config
+    config = describe(ModelOptions(str(saved))).config
     kind = KINDS[0]
     wide, small = (needed_bytes(config, torch.float32, each, mapped=True) for each in ("none", kind))
     assert small < wide
@@ -175,10 +176,10 @@ def test_fewer_bits_are_suggested_where_they_fit(saved, monkeypatch):
 
 def test_half_the_bytes_are_suggested_where_they_fit(saved, monkeypatch):
     monkeypatch.setattr(cost, "available_memory", lambda device: 10**8)
-    found = describe_model(ModelOptions(str(saved), dtype="fp32"))
+    found = weights_of(describe(ModelOptions(str(saved), dtype="fp32")))
     slow = "" if default_dtype(found.device) == "bf16" else ", which is slow on this device,"
     need = found.bytes_as("bf16", "none")
-    assert need < found.weights_bytes
+    assert need < found.bytes
     assert f"--dtype bf16{slow} needs about {size(need)} for the weights" in found.what_fits()
     beside = 10**8 - need + 1
     assert found.what_fits(beside, quantized=False) == "use a smaller model"
@@ -207,10 +208,10 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
         return real(*args, piece_units=piece_units, **how)
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr(planning, "largest_piece", lambda device: 4 * per_pair)
+    monkeypatch.setattr(memory, "largest_piece", lambda device: 4 * per_pair)
     video = qa.encode(CLIP)
     assert video.plan.grid[1:] == (4, 6) and used == [96]
-    free = needed(loaded.model.config, video.plan.visual_tokens, 48, video.plan.encoder.keep + planning.TEXT, 4)
+    free = needed(loaded.model.config, video.plan.visual_tokens, 48, video.plan.encoder.keep + memory.TEXT, 4)
     monkeypatch.setattr(cost, "available_memory", lambda device: free)
     again = qa.encode(CLIP)
     assert used == [96, 48]
@@ -236,7 +237,7 @@ def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, tmp_path, threade
         return made
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr(planning, "largest_piece", lambda device: 96)
+    monkeypatch.setattr(memory, "largest_piece", lambda device: 96)
     if room < 24:
         with pytest.raises(OutOfMemory, match=OUT):
             open_inputs(qa.session, [clip]).encode()

@@ -20,13 +20,6 @@ def no_gradients(mode: bool = True):
 torch.inference_mode = no_gradients
 far.register()
 
-from evoprune.session.loading import find  # noqa: E402
+from evoprune.session.loading import description  # noqa: E402
 
-_pick = find.pick_device
-
-
-def pick_device(name: str) -> torch.device:
-    return _pick(far.NAME if name == "auto" else name)
-
-
-find.pick_device = pick_device
+description.resolve_device = lambda name: far.NAME if name == "auto" else name

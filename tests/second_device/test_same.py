@@ -1,6 +1,5 @@
 """A second device computes what the CPU computes, and refuses what a GPU refuses."""
 
-from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -10,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evoprune
-from evoprune.backend import attention, devices
-from evoprune.backend.devices import LAUNCH_BOUND_UNITS
+from evoprune.backend import attention, limits
+from evoprune.backend.limits import LAUNCH_BOUND_UNITS
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import group_by_span, product_rows
 from evoprune.batch.run import answers
@@ -29,6 +28,7 @@ from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.video.plan import InputLimits
 from evoprune.vision.preprocess import MAX_SHRINK, patches_of
 from tests.backend.recorder import Graphs, Recorder
+from tests.loading import described
 from tests.recipes import write_recipe
 from tests.second_device import far
 from tests.second_device.far import NAME, Far, Memory
@@ -78,7 +78,7 @@ def test_a_small_input_where_launches_bound_the_tower(monkeypatch):
     from tests.second_device.counting import encodes  # which makes the device
 
     after = evoprune.VideoQA(loaded("cpu"), budget=0.25, method="evoprune:depth=1:reuse=0").encode(CLIP, **FRAMES)
-    monkeypatch.setattr(devices, "launch_bound_units", lambda device: LAUNCH_BOUND_UNITS if device.type == NAME else 0)
+    monkeypatch.setattr(limits, "launch_bound_units", lambda device: LAUNCH_BOUND_UNITS if device == NAME else 0)
     there = evoprune.VideoQA(loaded(NAME), budget=0.25).encode(CLIP, **FRAMES)
     assert_same(after, there)
     said = there.report.pruning
@@ -197,7 +197,7 @@ def test_a_stream(demo_range):
     """Windows are thinned, and where the range of positions is short the keys are rotated back."""
     made = []
     for device in ("cpu", NAME):
-        model = loaded(device) if demo_range else replace(loaded(device), demo=None)
+        model = loaded(device) if demo_range else described(loaded(device), folder=None)
         with evoprune.VideoQA(model, budget=0.25).stream(window_s=2.0, memory_s=8.0) as stream:
             for number in range(64):
                 frame = np.random.default_rng(number).integers(0, 256, (112, 112, 3), dtype=np.uint8)

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,11 +20,11 @@ from evoprune.batch.run import answers
 from evoprune.errors import ModelError, UsageError, VideoError
 from evoprune.session import ahead as module
 from evoprune.session import encoding, reading
-from evoprune.session.ahead import ReadAhead, expected, read_ahead
+from evoprune.session.ahead import ReadAhead, read_ahead
 from evoprune.session.encoding import open_inputs
-from evoprune.session.loading.find import BUNDLED_CONFIGS
+from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import load_model
-from evoprune.session.options import ModelOptions, SamplingOptions
+from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.session.planning import plan_input
 from evoprune.session.reading import probed
 from evoprune.video.frames import probe, read_frames
@@ -35,7 +34,7 @@ from tests.video.files import number_of, numbered_frames, write_video
 
 ROOT = Path(__file__).parents[2]
 SQUARE, THREE = "samples/square.mp4", "samples/three.mp4"
-DEMO = ModelOptions("demo")
+DEMO = describe(ModelOptions("demo"))
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +84,8 @@ def wait_for(condition):
         time.sleep(0.002)
 
 
-def begun(*paths, model=DEMO, sampling=None, **how) -> ReadAhead:
-    return ReadAhead(model, [(paths, sampling or SamplingOptions())], **how)
+def begun(*paths, sampling=None, pruning=None, **how) -> ReadAhead:
+    return ReadAhead(DEMO, [(paths, sampling or SamplingOptions())], pruning, **how)
 
 
 def all_read(ahead: ReadAhead) -> bool:
@@ -111,7 +110,7 @@ def facts(encoded, answer) -> dict:
 def both(demo, paths, sampling, **pruning):
     """Encoded inputs and what their answers say: without, and with all frames read ahead."""
     qa, made = VideoQA(demo, **pruning), []
-    for ahead in (None, begun(*paths, sampling=sampling)):
+    for ahead in (None, begun(*paths, sampling=sampling, pruning=PruneOptions(**pruning))):
         if ahead:
             wait_for(lambda ahead=ahead: all_read(ahead) or ahead.held_bytes)
         with closing(open_inputs(qa.session, paths, sampling, ahead=ahead)) as opened:
@@ -175,7 +174,7 @@ def test_a_method_that_makes_an_input_smaller_reads_what_it_wants(demo, tmp_path
     """A picture becomes another size, and of a video fewer frames are read."""
     path = SQUARE if method == "subsample" else picture(tmp_path)
     without, with_it = both(demo, [path], SamplingOptions(), method=method, budget=0.25)
-    assert without == with_it and read_anew == [path] * 2
+    assert without == with_it and read_anew == [path]  # by the one without
 
 
 @pytest.mark.parametrize("size", [1, 2**20, 2**26])
@@ -183,7 +182,7 @@ def test_chunks_are_those_of_reading(long, monkeypatch, size):
     monkeypatch.setattr(reading, "CHUNK_BYTES", size)
     with begun(long) as ahead:
         wait_for(lambda: all_read(ahead))
-        plan = expected(DEMO).plan(probe(long), SamplingOptions())
+        plan = plan_input(DEMO, probe(long), SamplingOptions())
         times = plan.sampling.times_s
         assert ahead.held_bytes == len(times) * 64 * 48 * 3
         got = list(ahead.take(plan).chunks())
@@ -194,47 +193,11 @@ def test_chunks_are_those_of_reading(long, monkeypatch, size):
         assert (one.pixels == other.pixels).all() and other.pixels.flags.c_contiguous
 
 
-def test_what_is_expected_is_what_a_session_plans(demo, saved, tmp_path):
-    paths = [SQUARE, picture(tmp_path)]
-    for loaded, options in (
-        (demo, DEMO),
-        (load_model(str(saved), pack=False), ModelOptions(str(saved))),
-        (load_model("demo", load_format="dummy"), ModelOptions("demo", load_format="dummy")),
-    ):
-        session = VideoQA(loaded, budget=0.5).session
-        for path in paths:
-            info, sampling = probe(path), SamplingOptions()
-            planned = plan_input(session, info, sampling)
-            plan = replace(planned.full, encoder=None, name="")
-            guess = expected(options).plan(info, sampling)
-            assert guess == replace(plan, decoder=planned.decoder, seek=planned.seek)
-
-
-def test_a_model_that_is_not_here_is_not_expected_and_one_that_is_damaged_says_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    name = next(iter(BUNDLED_CONFIGS))
-    assert expected(ModelOptions(name)) is None and expected(ModelOptions("no such model")) is None
-    assert all(expected(ModelOptions(no_name)) is None for no_name in ("a/b-", "a/b.git", f"a/{'b' * 200}"))
-    assert expected(ModelOptions(name, load_format="dummy")).max_visual_tokens == 4096
-    commit = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-    (commit / "snapshots" / "abc").mkdir(parents=True)
-    (commit / "refs").mkdir()
-    (commit / "refs" / "main").write_text("abc")
-    shutil.copy(BUNDLED_CONFIGS[name], commit / "snapshots" / "abc" / "config.json")
-    assert expected(ModelOptions(name)) is not None and expected(ModelOptions(name, revision="other")) is None
-    (commit / "snapshots" / "abc" / "config.json").write_text("{")
-    with pytest.raises(ModelError):
-        expected(ModelOptions(name))
-    with begun(SQUARE, model=ModelOptions(name)) as ahead:  # only probes
-        wait_for(lambda: all_read(ahead))
-        assert ahead.held_bytes == 0
-
-
 # What has changed is read anew.
 
 
 def planned(path):
-    return expected(DEMO).plan(probed(path, folder_fps=2.0), SamplingOptions())
+    return plan_input(DEMO, probed(path, folder_fps=2.0), SamplingOptions())
 
 
 def frame_numbers(ahead, path) -> list[int] | None:
@@ -493,6 +456,8 @@ def test_python(read_anew, tmp_path):
             read_ahead(wrong)
     with pytest.raises(TypeError):
         read_ahead(SQUARE, colour="blue")
+    with pytest.raises(ModelError):
+        read_ahead(SQUARE, str(tmp_path / "none"))
     with pytest.raises(ModelError):
         VideoQA.load(str(tmp_path / "none"), ahead=SQUARE)
     with pytest.raises(UsageError):

@@ -20,7 +20,7 @@ from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
 from evoprune.vision.encoder import Encoded
 from tests.decoders import DECODERS
-from tests.loading import delete_when_mapped
+from tests.loading import delete_when_mapped, described
 from tests.threads import one_thread  # noqa: F401
 from tests.video.files import spoil
 
@@ -118,8 +118,13 @@ def test_what_the_numbers_depend_on_makes_another_entry(loaded, cache, clip, tmp
         {"qa": pruned(budget=0.25, method="evoprune:alpha=3")},
         {"qa": pruned(budget=0.25, method="evoprune-paper:allocation=mean")},
         *[
-            {"qa": VideoQA(replace(loaded, **changed), budget=0.25)}
-            for changed in ({"fingerprint": "other"}, {"dtype": "bf16"}, {"quantize": "int8"}, {"limits": limits})
+            {"qa": VideoQA(changed, budget=0.25)}
+            for changed in (
+                replace(loaded, fingerprint="other"),
+                replace(loaded, quantize="int8"),
+                described(loaded, limits=limits),
+                described(loaded, options=replace(loaded.description.options, dtype="bf16")),
+            )
         ],
     ]
     for other in others:

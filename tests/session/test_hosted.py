@@ -21,10 +21,10 @@ from evoprune.bench.verify.run import CHECKS, subject_of, verify
 from evoprune.bench.verify.subject import gap, rounding_again
 from evoprune.errors import ModelError, ModelWarning, PluginError, UsageError
 from evoprune.language import hosted
-from evoprune.session.loading import find
-from evoprune.session.loading.find import DTYPES, PACKAGES, find_model, quantization_in
+from evoprune.session.loading.description import describe
 from evoprune.session.loading.hosted import in_one_dtype
 from evoprune.session.loading.model import load_model
+from evoprune.session.loading.weights import DTYPES, PACKAGES, _is_installed, weights_of
 from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
 from tests.bench.faults import Fault
@@ -309,7 +309,7 @@ def test_a_pass_that_fails_spoils_a_recurrent_state_alone(either):
 def test_what_needs_our_own_layers_is_refused(folder):
     options = {"dtype": "fp32", "model": str(folder)}
     with pytest.raises(ModelError, match="does not run itself") as caught:
-        find_model(ModelOptions(engine="native", **options))
+        describe(ModelOptions(engine="native", **options))
     assert "leave the engine out" in caught.value.hint
     with pytest.raises(UsageError, match="acts inside the language model"):
         VideoQA.load(method="pyramiddrop", **options)
@@ -325,7 +325,7 @@ def test_what_cannot_be_quantised(tmp_path, family, entries, why):
     folder = save_tiny(tmp_path / "model", family=family)
     (tmp_path / "changed").mkdir()
     with pytest.raises(UsageError, match=f"quantize int8 is for dense models .* {why}"):
-        find_model(ModelOptions(damaged(folder, tmp_path / "changed", **entries), quantize="int8"))
+        describe(ModelOptions(damaged(folder, tmp_path / "changed", **entries), quantize="int8"))
 
 
 @pytest.mark.parametrize("kind", parameters("int8", "int4"))
@@ -378,11 +378,11 @@ def test_a_hybrid_in_fewer_bits(tmp_path, monkeypatch, hybrid, kind, dtype):
 def test_the_dtype_of_files_is_read_beside_the_layers_too(hybrid, tmp_path):
     """Where published configs say it, which have none at the top."""
     (tmp_path / "changed").mkdir()
-    config = json.loads((hybrid.found.folder / "config.json").read_text())
+    config = json.loads((hybrid.description.folder / "config.json").read_text())
     entries = {"dtype": None, "text_config": config["text_config"] | {"dtype": "bfloat16"}}
-    name = damaged(hybrid.found.folder, tmp_path / "changed", **entries)
-    found = find_model(ModelOptions(name, dtype="fp32", quantize="int8"))
-    assert found.read_dtype("int8") == torch.bfloat16 and found.weights_bytes == 2 * found.parameters
+    name = damaged(hybrid.description.folder, tmp_path / "changed", **entries)
+    weights = weights_of(describe(ModelOptions(name, dtype="fp32", quantize="int8")))
+    assert weights.read_dtype("fp32", "int8") == torch.bfloat16 and weights.bytes == 2 * weights.parameters
 
 
 def damaged(folder: Path, tmp_path: Path, **entries) -> str:
@@ -403,7 +403,7 @@ def damaged(folder: Path, tmp_path: Path, **entries) -> str:
     *((method, ("accelerate",), " ".join(packages)) for method, packages in PACKAGES.items()),
 ])  # fmt: skip
 def test_packages_that_are_missing_are_named(saved, tmp_path, monkeypatch, method, here, hint):
-    monkeypatch.setattr(find, "_is_installed", here.__contains__)
+    monkeypatch.setattr("evoprune.session.loading.weights._is_installed", here.__contains__)
     name = damaged(saved, tmp_path, quantization_config={"quant_method": method})
     with pytest.raises(ModelError, match=f"quantised by {method}, and .* not installed") as caught:
         load_model(name)
@@ -423,7 +423,7 @@ def test_settings_of_quantisation_beside_the_layers_or_without_a_method(saved, t
     content["text_config"] |= settings
     for number, changed in enumerate((content, settings)):
         (folder := tmp_path / str(number)).mkdir()
-        assert quantization_in(Path(damaged(saved, folder, **changed)) / "config.json") == "bitsandbytes"
+        assert describe(ModelOptions(damaged(saved, folder, **changed))).quantization == "bitsandbytes"
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen3_vl_moe"])
@@ -444,7 +444,7 @@ def test_a_tensor_of_an_expert_that_does_not_fit_is_named(tmp_path, family, shap
 
 
 def test_an_unknown_quantisation_is_an_error_of_the_model(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(find, "_is_installed", lambda package: True)
+    monkeypatch.setattr("evoprune.session.loading.weights._is_installed", lambda package: True)
     name = damaged(saved, tmp_path, quantization_config={"quant_method": "fictitious"})
     with pytest.raises(ModelError, match="transformers cannot load"):
         load_model(name)
@@ -460,7 +460,7 @@ def test_an_unknown_quantisation_is_an_error_of_the_model(saved, tmp_path, monke
 def test_a_tensor_that_is_missing_or_of_another_shape(hybrid, tmp_path, shape, says):
     from safetensors.torch import load_file, save_file
 
-    folder = Path(hybrid.found.folder)
+    folder = Path(hybrid.description.folder)
     name = damaged(folder, tmp_path)
     weights = load_file(folder / "model.safetensors")
     del weights["model.language_model.layers.0.linear_attn.A_log"]
@@ -534,7 +534,7 @@ def test_an_adapter_beside_the_weights_is_not_applied(hybrid, tmp_path, monkeypa
 
     for module in (transformers.integrations.peft, transformers.models.auto.auto_factory):
         monkeypatch.setattr(module, "is_peft_available", lambda: True)
-    name = damaged(Path(hybrid.found.folder), tmp_path)
+    name = damaged(Path(hybrid.description.folder), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "another/model"}))
     with pytest.warns(ModelWarning, match="holds an adapter"):
         loaded = load_model(name, dtype="fp32", pack=False)
@@ -585,7 +585,7 @@ HYBRID_FAULTS = {
 def test_verify_of_layers_in_few_operations(hybrid, monkeypatch, fault, dtype):
     """They round otherwise than transformers, which is no fault."""
     monkeypatch.setattr("evoprune.backend.hosted.is_host", lambda device: False)
-    loaded = load_model(str(hybrid.found.folder), dtype=dtype, pack=False)
+    loaded = load_model(str(hybrid.description.folder), dtype=dtype, pack=False)
     if fault is None:
         assert {*outcomes(loaded, "logits", "answer").values()} == {"held"}
         return
@@ -596,7 +596,7 @@ def test_verify_of_layers_in_few_operations(hybrid, monkeypatch, fault, dtype):
 
 
 def test_rounding_once_more_is_about_as_much_as_a_wider_dtype_shows(hybrid):
-    loaded = load_model(str(hybrid.found.folder), dtype="bf16", pack=False)
+    loaded = load_model(str(hybrid.description.folder), dtype="bf16", pack=False)
     with subject_of(loaded, None) as subject:
         features, call = subject.features_noise, subject.about(subject.video).call
         with rounding_again(subject.transformers, torch.bfloat16):
@@ -607,7 +607,7 @@ def test_rounding_once_more_is_about_as_much_as_a_wider_dtype_shows(hybrid):
 
 def needs(package: str) -> None:
     """Skips without it. `pytest.importorskip` would import it, and gptqmodel changes the environment then."""
-    if not find._is_installed(package) or not find._is_installed("accelerate"):
+    if not _is_installed(package) or not _is_installed("accelerate"):
         pytest.skip(f"needs {package} and accelerate")
 
 
@@ -697,7 +697,7 @@ def test_a_quantised_checkpoint_is_as_in_transformers(saved, tmp_path, kind, pac
 def test_verify_finds_a_fault_of_quantised_checkpoints_in_16_bits(saved, hybrid, tmp_path, kind, package, monkeypatch):
     needs(package)
     crops = kind == "4 bits"  # whose kernels on CPUs take no layer as narrow as this hybrid's
-    quantised(kind, saved if crops else Path(hybrid.found.folder), tmp_path, torch.bfloat16)
+    quantised(kind, saved if crops else Path(hybrid.description.folder), tmp_path, torch.bfloat16)
     loaded = load_model(str(tmp_path), dtype="bf16")
     assert "differs" not in outcomes(loaded, *COMPARED).values()
     Fault("logits", "evoprune.language.hosted:_read", "(model, embeds,", "(model, 1.1 * embeds,").plant(monkeypatch)

@@ -69,7 +69,9 @@ def test_other_budgets_and_methods_read_nothing(loaded, read):
 def test_what_is_looked_at_otherwise_is_read(loaded, read, other, monkeypatch):
     qa = VideoQA(loaded, budget=0.5)
     qa.encode(CLIP, frames=8)
-    monkeypatch.setattr("evoprune.session.ahead.choose_decoder", lambda name, info=None: name.replace("auto", "pyav"))
+    monkeypatch.setattr(
+        "evoprune.session.planning.choose_decoder", lambda name, info=None: name.replace("auto", "pyav")
+    )
     monkeypatch.setattr(patches, "patches_of", lambda *what: pytest.fail("read"))
     with pytest.raises(BaseException, match="read"):
         qa.encode(CLIP, **{"frames": 8} | other)
@@ -160,7 +162,7 @@ def test_smaller_chunks_read_nothing_again(loaded, read, monkeypatch):
         return real(visual, pieces, plan, piece_units=piece_units, **how)
 
     monkeypatch.setattr(encoding, "encode_rows", encode)
-    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 96)
+    monkeypatch.setattr("evoprune.session.memory.largest_piece", lambda device: 96)
     video = VideoQA(loaded, budget=0.5).encode("samples/three.mp4")
     assert len(tried) == 3 and len(read) == 1 and video.report.sampling.frames > 4
 

@@ -11,8 +11,9 @@ from evoprune.errors import UsageError
 from evoprune.session.cache import Cache
 from evoprune.session.inspection import plan_facts
 from evoprune.session.loading.model import load_model
-from evoprune.session.planning import TEXT
+from evoprune.session.memory import TEXT
 from evoprune.video_qa import VideoQA
+from tests.loading import described
 from tests.threads import one_thread  # noqa: F401
 
 CLIP, OTHER = "samples/square.mp4", "samples/arrivals.webm"
@@ -44,7 +45,7 @@ def test_a_picture_that_a_method_cannot_prune_stays_whole_and_says_so(loaded, me
 def test_a_picture_has_the_limits_of_pictures(loaded, tmp_path):
     """Also where its values are normalised; a video's are others."""
     picture, limits = save(tmp_path / "a.png", 300, 200), loaded.limits
-    other = replace(loaded, limits=limits | {"video": replace(limits["video"], image_std=(5.0, 5.0, 5.0))})
+    other = described(loaded, limits=limits | {"video": replace(limits["video"], image_std=(5.0, 5.0, 5.0))})
     alike = [VideoQA(model, budget=1.0).encode(picture).encoded.features for model in (loaded, other)]
     assert torch.equal(*alike)
 

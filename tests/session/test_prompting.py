@@ -9,13 +9,12 @@ from PIL import Image
 
 from evoprune.errors import DoesNotFit, OutOfMemory, UsageError
 from evoprune.language.prompt import Tokenizer
-from evoprune.session import planning, prefix, prompting
+from evoprune.session import memory, prefix
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import GenerationOptions, SamplingOptions
-from evoprune.session.planning import PromptSubtitles, as_text, fit
-from evoprune.session.prompting import fitting_prompt, longest_prompt
+from evoprune.session.prompting import PromptSubtitles, as_text, fit, fitting_prompt, longest_prompt
 from evoprune.video.info import Subtitles
 from evoprune.video_qa import VideoQA
 from tests.threads import one_thread  # noqa: F401
@@ -221,8 +220,7 @@ def test_a_long_question_takes_memory(qa, plan, monkeypatch):
         asked.append(needed)
         return "needs about 9.9 GiB of memory, and 1.0 GiB are available" if len(asked) > 1 else None
 
-    for module in (planning, prompting):
-        monkeypatch.setattr(module, "shortage", shortage)
+    monkeypatch.setattr(memory, "shortage", shortage)
     longest_prompt(qa.session, [plan], ["What?"], GenerationOptions(1))
     assert not asked  # what the encoder's own check assumes
     longest_prompt(qa.session, [plan], [LONG], GenerationOptions(1))

@@ -16,8 +16,10 @@ from evoprune.language.prompt import prompt_positions
 from evoprune.language.pruned import prune_prompt
 from evoprune.methods.plans import full_plan
 from evoprune.session.cache import Cache
-from evoprune.session.loading.find import BUNDLED_CONFIGS, read_config
+from evoprune.session.loading.description import describe
+from evoprune.session.loading.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.model import load_model, random_model
+from evoprune.session.options import ModelOptions
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
 from evoprune.vision.encoder import encode
@@ -224,7 +226,7 @@ def test_the_bundled_dimensions_are_those_of_transformers(name):
 
     from evoprune.model.weights import empty
 
-    config = read_config(BUNDLED_CONFIGS[name])
+    config = describe(ModelOptions(name, load_format="dummy")).config
     with torch.device("meta"):
         theirs = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(BUNDLED_CONFIGS[name]))
     ours = {key: value.shape for key, value in empty(config).state_dict().items()}
@@ -249,7 +251,7 @@ def test_a_model_in_hand_is_pruned_alike(folder, loaded, host, name, budget, pat
 @pytest.mark.parametrize("name", [name for name in BUNDLED_CONFIGS if "Qwen3-VL" in name and "-A3B" not in name])
 def test_full_budget_at_true_dimensions(name):
     """The whole tower, and a layer more of the language model than DeepStack adds to, on frames of an odd shape."""
-    config = read_config(BUNDLED_CONFIGS[name])
+    config = describe(ModelOptions(name, load_format="dummy")).config
     few = replace(config.text_config, num_hidden_layers=4, vocab_size=1000)
     model = random_model(replace(config, text_config=few), torch.float32, torch.device("cpu"))
     theirs, grid = hugging_face_model(model), (2, 3, 7)

@@ -10,6 +10,7 @@ import pytest
 from evoprune.session import upcoming
 from evoprune.session.ahead import ReadAhead
 from evoprune.session.encoding import open_inputs
+from evoprune.session.loading.description import describe
 from evoprune.session.options import ModelOptions, SamplingOptions
 from evoprune.session.upcoming import in_flight
 from evoprune.video.sandbox import isolation
@@ -134,7 +135,7 @@ def test_inputs_that_are_read_before_the_model_is_there(qa, saved, named, name, 
         with suppress(isolation.Stopped), closing(open_inputs(qa.session, [path], SAMPLING, ahead=ahead)) as opened:
             opened.encode()
 
-    with ReadAhead(ModelOptions(str(saved)), [([path], SAMPLING)]) as ahead:
+    with ReadAhead(describe(ModelOptions(str(saved))), [([path], SAMPLING)]) as ahead:
         begun(path)
         if wanted:
             encoding = threading.Thread(target=encodes)

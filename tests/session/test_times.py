@@ -40,7 +40,7 @@ SLOW = (
     "evoprune.session.prompting.check_texts",
     "evoprune.session.prompting.prompt_about",
     "evoprune.session.prefix.prefill",
-    "evoprune.session.planning.read_subtitles",
+    "evoprune.session.prompting.read_subtitles",
     "evoprune.language.prompt.Tokenizer.encode",
     "evoprune.language.prompt.Tokenizer.render",
     "evoprune.live.stream.prefill",
@@ -128,7 +128,7 @@ def picture(folder):
 )
 def test_of_one_video(kernels, slow, method, threaded, monkeypatch):
     monkeypatch.setattr("evoprune.session.encoding.OpenInput.threaded", threaded)
-    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 24)
+    monkeypatch.setattr("evoprune.session.memory.largest_piece", lambda device: 24)
     qa = VideoQA(kernels, budget=0.25, method=method)
     with timed(slow) as reports:
         video = qa.encode(OTHER)

@@ -30,6 +30,7 @@ from evoprune.session.loading.model import load_model, make_ready
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
 from evoprune.vision.preprocess import pixel_patches
+from tests.loading import described
 from tests.tiny import save_tiny
 from tests.video.files import write_said, write_video
 
@@ -124,7 +125,7 @@ def test_full_budget_is_hugging_faces_generate(models, model, kinds, pack, tmp_p
 def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(loaded):
     other = {kind: replace(each, image_std=(5.0, 5.0, 5.0)) for kind, each in loaded.limits.items()}
     live, unchanged = set(), []
-    for model in (loaded, replace(loaded, limits=other)):
+    for model in (loaded, described(loaded, limits=other)):
         qa = VideoQA(model, budget=0.25, method="reuse+divprune")
         live.add(asked(qa.encode(LONG), n=1).report.pruning.encoder_live_share)
         unchanged.append(trace(qa.session, LONG).fates.source)
@@ -292,7 +293,7 @@ def test_times_add_up(loaded, threaded, monkeypatch):
 @pytest.mark.parametrize("method", ["evoprune", "evs"])
 def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method):
     monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)
-    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 24)
+    monkeypatch.setattr("evoprune.session.memory.largest_piece", lambda device: 24)
     qa, done = VideoQA(loaded, budget=budget, method=method), []
     beside = qa.encode(LONG, progress=lambda *now: done.append(now))
     monkeypatch.setattr(OpenInput, "threaded", False)
@@ -380,7 +381,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
         fails()
         return pixel_patches(*args)
 
-    monkeypatch.setattr("evoprune.session.planning.largest_piece", lambda device: 24)
+    monkeypatch.setattr("evoprune.session.memory.largest_piece", lambda device: 24)
     monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)
     if stage == "read":
         reading.each = fails
@@ -520,7 +521,7 @@ def test_less_input_is_what_a_plan_for_less_would_give(loaded, method):
     """The same as looking at the video so from the start: decoding, positions and all."""
     less = VideoQA(loaded, budget=0.25, method=method).encode(CLIP)
     limits = replace(loaded.video, min_pixels=1, max_pixels=less.plan.height * less.plan.width)
-    other = VideoQA(replace(loaded, limits={"video": limits}), budget=1.0).encode(
+    other = VideoQA(described(loaded, limits={"video": limits}), budget=1.0).encode(
         CLIP, frames=less.plan.sampling.frames
     )
     assert other.plan.grid == less.plan.grid and other.plan.sampling.times_s == less.plan.sampling.times_s

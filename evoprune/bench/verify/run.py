@@ -21,7 +21,7 @@ from evoprune.bench.verify.subject import DIFFERS, HELD, SKIPPED, Check, Outcome
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError, first_line, is_out_of_memory
 from evoprune.model.config import as_written
-from evoprune.session.loading.find import BUNDLED_CONFIGS
+from evoprune.session.loading.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.options import ModelOptions
 from evoprune.util import counted
@@ -137,7 +137,7 @@ def _facts(loaded: LoadedModel) -> dict[str, Any]:
         "language_model": [text.num_hidden_layers, text.hidden_size],
         "dtype": loaded.dtype,
         "device": loaded.device,
-        "weights": "random" if loaded.load_format == "dummy" else "read",
+        "weights": "random" if loaded.description.random else "read",
         "weights_bytes": loaded.weights_bytes,
     }
 

@@ -260,7 +260,7 @@ class Subject:
         self.differing: list[str] = []
         self.not_read: str | None = None
         limits = {kind: replace(limit, min_pixels=limit.unit**2) for kind, limit in loaded.limits.items()}
-        self.loaded = replace(loaded, limits=limits)
+        self.loaded = replace(loaded, description=replace(loaded.description, limits=limits))
         self.video = video
         self.picture = picture
 
@@ -272,7 +272,7 @@ class Subject:
         tensors. Equal ones are in memory once.
         """
         model = self.loaded.model
-        origin = self.loaded.found
+        origin = self.loaded.description
         short = shortage(self.loaded.weights_bytes, self.loaded.device)
         if origin.random or origin.quantization or short:
             self.not_read = "random weights are in no file"
@@ -386,7 +386,7 @@ class Subject:
     @cached_property
     def _otherwise(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute transformers' features and logits on the same weights, rounded otherwise: in a wider dtype, or once more."""
-        dtype = None if self.loaded.found.quantization else wider(self.dtype, self.device)
+        dtype = None if self.loaded.description.quantization else wider(self.dtype, self.device)
         other = rounding_again if dtype is None else computing_in
         asked = self.about(self.video)
         with other(self.transformers, dtype or self.dtype):

@@ -23,15 +23,8 @@ from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memo
 from evoprune.language.hosted import use_experts
 from evoprune.model.config import Config, as_written, read_object
 from evoprune.model.weights import HostedVL, fill_random, name_in_memory
-from evoprune.session.loading.find import (
-    ADAPTER,
-    BELONG,
-    PACKAGES,
-    PLAIN,
-    check_packages,
-    stored_tensors,
-    weight_files,
-)
+from evoprune.session.loading.description import ADAPTER
+from evoprune.session.loading.weights import BELONG, PACKAGES, PLAIN, stored_tensors, weight_files
 from evoprune.util import counted, listed
 from evoprune.video.temporary import temporary_folder
 
@@ -55,9 +48,8 @@ def load_hosted(
 ) -> HostedVL:
     """Return the model in a folder, `quantization` its method if it is quantised.
 
-    Raises ModelError: transformers cannot read it, tensors are missing, or a package is. Warns of tensors that are not used.
+    Raises ModelError: transformers cannot read it, or tensors are missing. Warns of tensors that are not used.
     """
-    check_packages(quantization, str(folder))
     if config.text_config.experts and not quantization:
         _check_experts(folder, config.text_config.experts.num_experts)
     kwargs = {}

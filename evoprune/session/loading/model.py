@@ -28,24 +28,23 @@ from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import MIN_COLUMNS, NativeStaticCache, step
 from evoprune.methods.chain import MethodChain
 from evoprune.methods.types import arange_on
-from evoprune.model.config import PATCHES, Config, GenerationSettings, head_size
-from evoprune.model.cost import shortage
+from evoprune.model.config import PATCHES, Config, GenerationSettings, head_size, pick
+from evoprune.model.cost import parameter_count, shortage
 from evoprune.model.weights import Model, QwenVL, empty, fill_random, name_in_memory
 from evoprune.report import ModelFacts
-from evoprune.session.loading.find import (
+from evoprune.session.loading.description import ModelDescription, describe, read_json, valid
+from evoprune.session.loading.weights import (
     BELONG,
     DTYPES,
     EMBEDDINGS,
     HEAD,
-    FoundModel,
-    eos_ids,
-    find_model,
-    read_generation,
+    ModelWeights,
     stored_tensors,
+    weights_of,
 )
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.session.patches import PatchStore
-from evoprune.util import counted, from_keywords
+from evoprune.util import counted, from_keywords, listed
 from evoprune.video.info import VIDEO, Video
 from evoprune.video.plan import InputLimits
 from evoprune.vision.encoder import encode
@@ -54,6 +53,13 @@ from evoprune.vision.tower import tower_shape
 if TYPE_CHECKING:
     from evoprune.language.guidance import Vocabulary
 
+# Settings of transformers' `generate` that change answers and are not done here, and what they are where they change nothing.
+NOT_DONE = dict.fromkeys(
+    ("bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "min_length",
+     "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "min_p", "penalty_alpha",
+     "no_repeat_ngram_size", "sequence_bias", "stop_strings", "suppress_tokens", "top_h", "constraints", "dola_layers",
+     "force_words_ids", "watermarking_config"), 0
+) | dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p"), 1)  # fmt: skip
 # Weights of a model for each of its threads. The demo model has 4 million, the smallest Qwen 2 billion.
 WEIGHTS_PER_THREAD = 32_000_000
 
@@ -62,21 +68,14 @@ WEIGHTS_PER_THREAD = 32_000_000
 class LoadedModel:
     """A model that is ready to answer."""
 
+    description: ModelDescription  # what was known before it was loaded
     model: Model  # the weights, on `device` in `dtype`, and their config
     tokenizer: Tokenizer | None  # with a chat template; None only for random weights without tokenizer files
-    limits: dict[str, InputLimits]  # of videos and of pictures, by kind
     eos_ids: tuple[int, ...]  # that end an answer
     generation: GenerationSettings  # of its files
-    id: str  # the name of a bundled demo, or the folder or hub id as given
-    revision: str | None  # commit on the hub, None for anything local
-    dtype: str  # "bf16", "fp16" or "fp32"
-    device: str
-    demo: Demo | None  # which bundled demo model this is, with its trained weights
-    load_format: str  # "auto" or "dummy" (random weights)
     quantize: str
     weights_bytes: int  # of all weights in memory, tied ones counted once
     fingerprint: str | None  # changes when the weights' files do, or their place; None where that is unknown
-    found: FoundModel  # the model before it was loaded
     load_seconds: dict[str, float]  # of the steps of loading: "tokenizer", "weights" and "prepare"
     packing: Packing  # when layers that wait are packed, and how long that has taken since
     ready: Callable[[], None] = lambda: None  # waits for what was begun beside loading (`_warm_up`)
@@ -95,9 +94,33 @@ class LoadedModel:
         return Vocabulary(self.tokenizer, self.eos_ids)
 
     @property
+    def id(self) -> str:
+        """The name of a bundled demo, or the folder or hub id as given."""
+        return self.description.id
+
+    @property
+    def dtype(self) -> str:
+        """ "bf16", "fp16" or "fp32"."""
+        return self.description.dtype
+
+    @property
+    def device(self) -> str:
+        return self.description.device
+
+    @property
+    def limits(self) -> dict[str, InputLimits]:
+        """The limits of videos and of pictures, by kind."""
+        return self.description.limits
+
+    @property
+    def demo(self) -> Demo | None:
+        """Which bundled demo model this is, with its trained weights."""
+        return self.description.demo
+
+    @property
     def cores(self) -> int | None:
         """How many cores reading videos may keep busy; None for all that this process may use."""
-        return self.found.options.cores
+        return self.description.options.cores
 
     @property
     def one_by_one(self) -> bool:
@@ -131,20 +154,22 @@ class LoadedModel:
         return self.limits[VIDEO]
 
     def facts(self) -> ModelFacts:
-        quantize = self.found.quantization or self.quantize
+        description = self.description
+        quantize = description.quantization or self.quantize
         engine = NATIVE if self.model.native else TRANSFORMERS
-        return ModelFacts(self.id, self.revision, self.dtype, quantize, self.device, self.load_format, engine)
+        form = self.dtype, quantize, self.device, description.options.load_format, engine
+        return ModelFacts(self.id, description.commit, *form)
 
 
 def load_model(
-    model: str | ModelOptions | FoundModel = "demo",
+    model: str | ModelOptions | ModelDescription = "demo",
     *,
     pack: bool = True,
     to_answer: bool = False,
     progress: Callable[[int, int], None] | None = None,
     **options,
 ) -> LoadedModel:
-    """Loads a Qwen3-VL, Qwen2.5-VL or Qwen2-VL model: its name, with other fields of `ModelOptions`; or those; or a found one.
+    """Loads a Qwen3-VL, Qwen2.5-VL or Qwen2-VL model: its name, with other fields of `ModelOptions`; or those; or a described one.
 
     `pack`: on a CPU, rearrange the weights for speed if there is memory for it; they can no longer be read. `to_answer`: refuse a
     model that has no tokenizer, before its weights are read. `progress`: called with layers quantised and layers in all.
@@ -154,11 +179,13 @@ def load_model(
     """
     if isinstance(model, str):
         (model,) = from_keywords({"model": model, **options}, ModelOptions)
-    if not isinstance(model, FoundModel):
-        model = find_model(model)
+    if not isinstance(model, ModelDescription):
+        model = describe(model)
+    stored = weights_of(model)
+    stored.download()
     settings = model.options
     folder = model.folder
-    use_threads(settings.threads, model)
+    use_threads(model)
     tokenizer = None
     start = time.perf_counter()
     if folder is not None and (has_tokenizer(folder) or not model.random):
@@ -167,74 +194,104 @@ def load_model(
         raise no_tokenizer(settings.model)
     generation = read_generation(folder)
     ends = eos_ids(folder, generation, model.config, tokenizer)
-    model.files  # noqa: B018 (checked here)
-    model.state  # noqa: B018 (before they are read)
+    stored.files  # noqa: B018 (checked here)
     seconds = {"tokenizer": time.perf_counter() - start}
-    work = partial(_warm_up, model.config, DTYPES[model.dtype], model.device, model.native)
-    ready = run_beside(work, model.device)
-    weights, packing = _weights(model, pack, progress, seconds)
+    work = partial(_warm_up, stored.config, DTYPES[model.dtype], stored.device, model.native)
+    ready = run_beside(work, stored.device)
+    weights, packing = _loaded(stored, pack, progress, seconds)
     return LoadedModel(
+        description=model,
         model=weights,
         tokenizer=tokenizer,
-        limits=model.limits,
         eos_ids=ends,
         generation=generation,
-        id=settings.model,
-        revision=model.commit,
-        dtype=model.dtype,
-        device=str(model.device),
-        demo=None if model.random else model.demo,
-        load_format=settings.load_format,
         quantize=settings.quantize,
         weights_bytes=weights_bytes(weights),
-        fingerprint=model.fingerprint,
-        found=model,
+        fingerprint=stored.fingerprint,
         load_seconds=seconds,
         packing=packing,
         ready=ready,
     )
 
 
-def _weights(
-    model: FoundModel, pack: bool, progress: Callable[[int, int], None] | None, seconds: dict[str, float]
+def _loaded(
+    stored: ModelWeights, pack: bool, progress: Callable[[int, int], None] | None, seconds: dict[str, float]
 ) -> tuple[Model, Packing]:
     """Return the weights, ready to be used. Writes the times of the parts into `seconds`. Raises OutOfMemory: they do not fit."""
+    model = stored.description
     name = model.id
-    device = model.device
-    files = model.files
+    device = stored.device
     quantize = model.options.quantize
     if not model.native:
         from evoprune.session.loading import hosted
     form = DTYPES[model.dtype], device
     start = time.perf_counter()
-    if short := shortage(model.weights_bytes, str(device)):
-        raise OutOfMemory(f"loading {name} {short} ({device})", model.what_fits(), stage="load")
+    if short := shortage(stored.bytes, str(device)):
+        raise OutOfMemory(f"loading {name} {short} ({device})", stored.what_fits(), stage="load")
     try:
         if not model.native:
-            read_in = model.read_dtype(quantize), device
-            if files:
-                weights = hosted.load_hosted(model.config, model.folder, *read_in, model.quantization)
+            read_in = stored.read_dtype(model.dtype, quantize), device
+            if stored.files:
+                weights = hosted.load_hosted(stored.config, model.folder, *read_in, model.quantization)
             else:
-                weights = hosted.random_hosted(model.config, *read_in)
+                weights = hosted.random_hosted(stored.config, *read_in)
             if quantize != "none":
                 hosted.widen(weights, DTYPES[model.dtype], skip=dict(places(weights, quantize)))
-        elif files:
-            weights = load_weights(model.config, files, *form, quantize)
+        elif stored.files:
+            weights = load_weights(stored.config, stored.files, *form, quantize)
         else:
-            weights = random_model(model.config, *form)
+            weights = random_model(stored.config, *form)
         read = time.perf_counter()
         store = None
-        if model.options.store_quantized and files:
-            store = f"{model.fingerprint} {model.dtype}"
+        if model.options.store_quantized and stored.files:
+            store = f"{stored.fingerprint} {model.dtype}"
         packing = make_ready(weights, quantize, pack=pack, progress=progress, store=store)
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
             raise
-        raise OutOfMemory(
-            f"the weights of {name} do not fit into memory ({device})", model.what_fits(), stage="load"
-        ) from problem
+        said = f"the weights of {name} do not fit into memory ({device})"
+        raise OutOfMemory(said, stored.what_fits(), stage="load") from problem
     seconds |= {"weights": read - start, "prepare": time.perf_counter() - read}
     return weights, packing
+
+
+def read_generation(folder: Path | None) -> GenerationSettings:
+    """Return what a model's generation_config.json says. Warns of what it asks for and nothing here does."""
+    path = None
+    content = {}
+    if folder is not None:
+        path = folder / "generation_config.json"
+        content = read_json(path)
+    if asked := sorted(name for name, off in NOT_DONE.items() if content.get(name) and content[name] != off):
+        warnings.warn(f"evoprune does not do what {path} asks for: {listed(asked)}", ModelWarning, stacklevel=2)
+    with valid(f"{path} is damaged"):
+        return pick(GenerationSettings, content, "")
+
+
+def eos_ids(
+    folder: Path | None, generation: GenerationSettings, config: Config, tokenizer: Tokenizer | None
+) -> tuple[int, ...]:
+    """Return the tokens that end an answer, of the first file that names some.
+
+    Raises ModelError: none of them is one of the model's.
+    """
+    ids = generation.eos_token_id
+    file = "generation_config.json"
+    if ids in (None, ()):
+        ids = config.text_config.eos_token_id
+        file = "config.json"
+    if ids in (None, ()) and tokenizer is not None:
+        ids = tokenizer.backend.token_to_id(tokenizer.named.get("eos_token", ""))
+    if ids is None:
+        ids = ()
+    if not isinstance(ids, tuple):
+        ids = (ids,)
+    if never := [token for token in ids if token >= config.text_config.vocab_size]:
+        said = f"eos_token_id {', '.join(map(str, never))} is no token of the model"
+        if len(never) == len(ids):
+            raise ModelError(f"{folder}/{file}: {said}, so no answer could end", "get the file again")
+        warnings.warn(f"{folder}/{file}: {said}", ModelWarning, stacklevel=2)
+    return tuple(token for token in ids if token not in never)
 
 
 def no_tokenizer(name: str) -> ModelError:
@@ -242,10 +299,11 @@ def no_tokenizer(name: str) -> ModelError:
     return ModelError(f"random weights of {name} have no tokenizer, so no question can be asked", hint)
 
 
-def use_threads(wanted: int | str | None, found: FoundModel) -> None:
+def use_threads(model: ModelDescription) -> None:
     """Sets the threads of this process: a number, or "auto", by the model's size and the cores unless OMP_NUM_THREADS is set."""
+    wanted = model.options.threads
     if wanted == AUTO_THREADS and not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(max(1, min(available_cores(), found.parameters // WEIGHTS_PER_THREAD)))
+        torch.set_num_threads(max(1, min(available_cores(), parameter_count(model.config) // WEIGHTS_PER_THREAD)))
     elif isinstance(wanted, int):
         torch.set_num_threads(wanted)
 

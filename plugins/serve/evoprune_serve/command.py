@@ -26,6 +26,7 @@ from evoprune_cli.running import load, prepare
 from evoprune_cli.terminal import progress, tell
 
 if TYPE_CHECKING:
+    from evoprune.session.loading.description import ModelDescription
     from evoprune.video_qa import VideoQA
 
 SERVER = "Server"
@@ -226,28 +227,36 @@ def _loaded(
         if count > 1:
             hint = "--name, repeated in the order of -m and --also, gives them other names"
             raise UsageError(f"{count} models are called {each}", hint)
-    if also:
-        _check_room([each.model for each in options])
-    return {each: load(one, show, quiet) for each, one in zip(called, options, strict=True)}
+    described = _described([each.model for each in options]) if also else [None]
+    return {
+        each: load(one, show, quiet, model=model) for each, one, model in zip(called, options, described, strict=True)
+    }
 
 
-def _check_room(models: Sequence[ModelOptions]) -> None:
-    """Raises OutOfMemory: the weights of all models do not fit into memory together. ModelError: one is not there."""
+def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":
+    """Describe all models.
+
+    Raises OutOfMemory: their weights do not fit into memory together. ModelError: one is not there.
+    """
     prepare()
     from evoprune.backend.cpu.quantize import kinds
     from evoprune.model.cost import shortage
-    from evoprune.session.loading.find import describe_model
+    from evoprune.session.loading.description import describe
+    from evoprune.session.loading.weights import weights_of
     from evoprune.util import size
 
-    found = [describe_model(each) for each in models]
-    if short := shortage(sum(each.weights_bytes for each in found), str(found[0].device)):
-        names = " and ".join(each.id for each in found)
+    described = [describe(each) for each in models]
+    weights = [weights_of(each) for each in described]
+    device = weights[0].device
+    if short := shortage(sum(each.bytes for each in weights), str(device)):
+        names = " and ".join(each.id for each in described)
         hint = "serve fewer or smaller models"
-        for kind in kinds(found[0].device) if all(each.can_be_quantized for each in found) else ():
-            needed = sum(each.bytes_as(each.dtype, kind) for each in found)
-            if not shortage(needed, str(found[0].device)):
+        for kind in kinds(device) if all(each.can_be_quantized for each in described) else ():
+            needed = sum(each.bytes_as(each.description.dtype, kind) for each in weights)
+            if not shortage(needed, str(device)):
                 hint += f"; --quantize {kind} needs about {size(needed)} for the weights"
         raise OutOfMemory(f"{names} {short}", hint, stage="load")
+    return described
 
 
 def _key(given: str | None, path: str | None) -> str | None:

@@ -27,7 +27,7 @@ from evoprune.session.answers import Answer
 from evoprune.session.asking import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.loading.model import use_threads
-from evoprune.session.planning import TEXT
+from evoprune.session.memory import TEXT
 from evoprune.session.prompting import longest_prompt
 from evoprune.video.sandbox.isolation import Scope
 from evoprune.video_qa import VideoQA
@@ -519,8 +519,7 @@ class Work:
     def _use_threads(self, qa: VideoQA) -> None:
         """Has this thread compute with as many threads as a model wants."""
         if qa is not self._threads_of:
-            found = qa.loaded.found
-            use_threads(found.options.threads, found)
+            use_threads(qa.loaded.description)
             self._threads_of = qa
 
     def _answer(self, job: Job, put: Put) -> None:

@@ -407,18 +407,19 @@ def test_open_webui_is_told_what_is_not_supported(port):
 def test_models_that_do_not_fit_together_are_refused_before_one_is_loaded(monkeypatch):
     from evoprune.errors import OutOfMemory
     from evoprune.model import cost
-    from evoprune.session.loading.find import describe_model
+    from evoprune.session.loading.description import describe
+    from evoprune.session.loading.weights import weights_of
     from evoprune.session.options import ModelOptions
-    from evoprune_serve.command import _check_room
+    from evoprune_serve.command import _described
 
     models = [ModelOptions(name) for name in ("demo", "demo-scenes")]
-    needed = sum(describe_model(each).weights_bytes for each in models)
+    needed = sum(weights_of(describe(each)).bytes for each in models)
     monkeypatch.setattr(cost, "available_memory", lambda device: needed)
-    _check_room(models)
+    _described(models)
     monkeypatch.setattr(cost, "available_memory", lambda device: needed - 1)
-    _check_room(models[:1])
+    _described(models[:1])
     with pytest.raises(OutOfMemory, match="demo and demo-scenes needs about"):
-        _check_room(models)
+        _described(models)
 
 
 @pytest.mark.parametrize(

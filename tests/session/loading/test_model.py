@@ -9,7 +9,6 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,8 +25,9 @@ from evoprune.language.generate import prefill
 from evoprune.model.config import FAMILIES, parse_config
 from evoprune.model.cost import shortage
 from evoprune.session.loading import model
-from evoprune.session.loading.find import DTYPES, FoundModel, look_up
+from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import InputLimits, threads_of_each, use_threads
+from evoprune.session.loading.weights import DTYPES
 from evoprune.session.options import ModelOptions
 from evoprune.video_qa import VideoQA
 from tests.loading import delete_when_mapped, edit, error_of, load_model
@@ -43,8 +43,8 @@ def test_a_saved_folder_loads_as_it_was(saved, capfd):
     assert expected.keys() == loaded.model.state_dict().keys()
     assert all(torch.equal(weight, expected[name]) for name, weight in loaded.model.state_dict().items())
     assert not any(weight.requires_grad for weight in loaded.model.parameters())
-    assert (loaded.id, loaded.revision, loaded.dtype, loaded.device) == (str(saved), None, "fp32", "cpu")
-    assert (loaded.demo, loaded.load_format) == (None, "auto")
+    assert (loaded.id, loaded.description.commit, loaded.dtype, loaded.device) == (str(saved), None, "fp32", "cpu")
+    assert (loaded.demo, loaded.description.random) == (None, False)
     assert loaded.weights_bytes == sum(weight.nbytes for weight in expected.values())
     assert len(loaded.eos_ids) == 2
     assert capfd.readouterr() == ("", "")
@@ -59,7 +59,7 @@ def test_auto_dtype_follows_the_hardware_and_the_demos_are_exact(saved, monkeypa
     demo = load_model(name, device="cpu")
     assert (demo.dtype, demo.demo.world, demo.id) == ("fp32", DEMOS[name].world, name)
     assert load_model(name, device="cpu", dtype="bf16").dtype == "bf16"
-    known = look_up(ModelOptions(name, device="cpu"))
+    known = describe(ModelOptions(name, device="cpu"))
     assert (known.dtype, known.demo.world) == ("fp32", DEMOS[name].world)
 
 
@@ -306,7 +306,7 @@ def dimensions_only(saved, tmp_path_factory):
 def test_random_weights_need_dimensions_only(dimensions_only, capfd):
     loaded = load_model(dimensions_only, load_format="dummy", dtype="bf16")
     assert loaded.tokenizer is None
-    assert (loaded.load_format, loaded.demo, loaded.dtype) == ("dummy", None, "bf16")
+    assert (loaded.description.random, loaded.demo, loaded.dtype) == (True, None, "bf16")
     assert loaded.eos_ids == (400,)
     weights = dict(loaded.model.named_parameters())
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
@@ -347,19 +347,28 @@ def test_random_weights_of_unknown_hub_ids_are_refused():
 OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040).\nPlease update"
 
 
-def test_auto_takes_a_gpu_that_can_be_used_and_else_the_cpu(monkeypatch):
-    """Tests that are not marked `cuda` see none. An old driver is named in one line; without a GPU nothing is said."""
+def test_where_torch_finds_another_device_than_drivers_promise_loading_says_so(saved, monkeypatch):
+    """Tests that are not marked `cuda` see no GPU. The answer of before loading stands: nothing is planned anew."""
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert pick_device("auto").type == "cpu"
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch, "zeros", lambda *_, device, **__: device)
-        assert pick_device("auto") == torch.device("cuda") and pick_device("cuda:1").index == 1
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: warnings.warn(OLD_DRIVER, UserWarning, stacklevel=1))
-    with pytest.warns(DeviceWarning, match=r"^no GPU is used: .*too old \(found version 11040\)\.$") as said:
-        assert pick_device("auto") == torch.device("cpu")
-    assert len(said) == 1
+        assert pick_device("cpu", auto=True).type == "cpu"
+
+    def refuses(*_, device, **__):
+        warnings.warn(OLD_DRIVER, UserWarning, stacklevel=1)
+        raise RuntimeError("No CUDA GPUs are available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evoprune.session.loading.description.resolve_device", lambda name: "cuda")
+        patch.setattr(torch, "zeros", refuses)
+        with pytest.raises(
+            UsageError, match=r"driver of a GPU is here, but .*too old \(found version 11040\)"
+        ) as refused:
+            load_model(str(saved))
+    assert refused.value.hint.startswith("--device cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(DeviceWarning, match="torch finds a GPU, which is not used"):
+        assert load_model(str(saved)).device == "cpu"
 
 
 @pytest.mark.parametrize(("visible", "hint"), [("", "CUDA_VISIBLE_DEVICES is ''"), (None, "auto finds a GPU")])
@@ -387,7 +396,8 @@ def test_the_dtype_of_a_device(device, demo, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[device.index])
     folder = DEMOS["demo"].folder if demo else None
     for asked, expected in (("auto", DTYPES_OF[device, demo]), ("bf16", "bf16")):
-        assert FoundModel(ModelOptions(dtype=asked), torch.device(device), folder, None, None).dtype == expected
+        described = describe(ModelOptions(dtype=asked, device=device))
+        assert replace(described, folder=folder).dtype == expected
 
 
 def test_two_models_on_one_gpu(monkeypatch):
@@ -439,7 +449,9 @@ def three_threads(monkeypatch):
 )
 def test_small_models_get_one_thread_and_large_ones_all_cores(weights, cores, count, monkeypatch, three_threads):
     monkeypatch.setattr(model, "available_cores", lambda: cores)
-    use_threads("auto", SimpleNamespace(parameters=weights))
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.setattr(model, "parameter_count", lambda config: weights)
+    use_threads(describe(ModelOptions(threads="auto")))
     assert torch.get_num_threads() == count
 
 

@@ -27,9 +27,11 @@ from evoprune.bench.verify.subject import QUESTION, SAMPLING, Subject
 from evoprune.errors import LFS_HINT, ModelError, ModelWarning, UsageError, VideoError
 from evoprune.language import template
 from evoprune.language.prompt import build_prompt
-from evoprune.session.loading import find
-from evoprune.session.loading.find import describe_model
+from evoprune.session.loading import hub as hub_module
+from evoprune.session.loading.description import describe
+from evoprune.session.loading.hub import MODEL_HINT, kind_hint
 from evoprune.session.loading.model import load_model as load
+from evoprune.session.loading.weights import weights_of
 from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.util import from_keywords
 from evoprune.video.frames import probe
@@ -123,13 +125,13 @@ def fill_cache(cache, saved):
 
 def test_a_hub_model_is_downloaded_once(hub, monkeypatch):
     loaded = load_model("org/tiny", dtype="fp32")
-    assert (loaded.id, loaded.revision) == ("org/tiny", COMMIT)
+    assert (loaded.id, loaded.description.commit) == ("org/tiny", COMMIT)
     assert torch.equal(loaded.model.lm_head.weight, tiny_model().lm_head.weight)
     hub.requests.clear()
-    assert load_model("org/tiny", revision=COMMIT).revision == COMMIT
+    assert load_model("org/tiny", revision=COMMIT).description.commit == COMMIT
     assert not any("safetensors" in path for path in hub.requests)
     monkeypatch.setattr(socket.socket, "connect", no_network)
-    assert load_model("org/tiny", offline=True).revision == COMMIT
+    assert load_model("org/tiny", offline=True).description.commit == COMMIT
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_without_the_hub_the_cache_serves(dead_hub, cache, saved, monkeypatch):
     assert "the hub cannot be reached" in error_of("org/tiny")
     assert time.monotonic() - began < 3
     fill_cache(cache, saved)
-    assert load_model("org/tiny").revision == COMMIT
+    assert load_model("org/tiny").description.commit == COMMIT
     shutil.rmtree(cache)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the hub's own switch
     monkeypatch.setattr(socket.socket, "connect", no_network)
@@ -160,7 +162,7 @@ def test_without_the_hub_the_cache_serves(dead_hub, cache, saved, monkeypatch):
 
 @pytest.mark.parametrize("stuck", ["server", "names"])
 def test_a_hub_that_does_not_answer_fails_soon(cache, monkeypatch, stuck):
-    monkeypatch.setattr(find, "HUB_SECONDS", 0.3)
+    monkeypatch.setattr(hub_module, "HUB_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         move_hub(monkeypatch, silent.getsockname()[1])
         if stuck == "names":
@@ -177,7 +179,7 @@ def test_offline_uses_the_cache_and_no_network(cache, saved, monkeypatch):
     assert "(offline)" in message and "revision" not in message + hint and "the cache holds" not in hint
     fill_cache(cache, saved)
     loaded = load_model("org/tiny", offline=True)
-    assert loaded.revision == COMMIT and loaded.tokenizer is not None
+    assert loaded.description.commit == COMMIT and loaded.tokenizer is not None
     message, hint = refused("org/tiny", offline=True, revision="v2")
     assert message == "org/tiny at revision v2 is not in the local cache, and the hub may not be asked (offline)"
     assert "hf download org/tiny --revision v2" in hint and "the cache holds main" in hint
@@ -292,9 +294,9 @@ KNOWN = (
 
 def test_what_a_name_says_of_its_model():
     unread = "its name is that of GGUF or MLX weights, which evoprune does not read; take {}; "
-    assert {name: find.kind_hint(name) for name in ORIGINAL} == {k: unread.format(v) for k, v in ORIGINAL.items()}
-    assert {find.kind_hint(name) for name in OTHERS} == {f"{find.MODEL_HINT}; "}
-    assert {find.kind_hint(name) for name in KNOWN} == {""}
+    assert {name: kind_hint(name) for name in ORIGINAL} == {k: unread.format(v) for k, v in ORIGINAL.items()}
+    assert {kind_hint(name) for name in OTHERS} == {f"{MODEL_HINT}; "}
+    assert {kind_hint(name) for name in KNOWN} == {""}
 
 
 @pytest.mark.parametrize(
@@ -390,7 +392,7 @@ def test_an_output_layer_in_the_file_under_tied_embeddings(folder, edited, apart
     model = loaded.model
     assert model.config.tie_word_embeddings is not apart
     assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) is not apart
-    assert describe_model(ModelOptions(str(folder))).parameters == sum(w.numel() for w in model.parameters())
+    assert weights_of(describe(ModelOptions(str(folder)))).parameters == sum(w.numel() for w in model.parameters())
     if apart:
         assert load_model(str(folder), load_format="dummy").model.config.tie_word_embeddings
 
@@ -439,7 +441,7 @@ def test_null_in_a_config_is_missing(folder, name, value):
     content[name] = content[name] | value if value else value
     path.write_text(json.dumps({"torch_dtype": "float32"} | content))
     assert load_model(str(folder)).model is not None
-    assert describe_model(ModelOptions(str(folder)))._stored == torch.float32
+    assert describe(ModelOptions(str(folder))).stored_dtype == "fp32"
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,374 @@
+"""What is known about a model before its weights are read: its folder, its small files, and the device that will run it.
+
+`describe` makes a `ModelDescription`, once. Plans follow from it, and loading takes it over. Imports no torch.
+"""
+
+import json
+import os
+import reprlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from evoprune.backend.limits import resolve_device, visual_token_limit
+from evoprune.bundled import DEMOS, Demo, demo_in
+from evoprune.errors import EvopruneWarning, ModelError, UsageError, first_line
+from evoprune.methods.plans import TowerShape
+from evoprune.model.config import (
+    FAMILIES,
+    TEXT,
+    Config,
+    Unsupported,
+    VisionConfig,
+    check_fetched,
+    checked,
+    parse_config,
+    read_object,
+    section,
+)
+from evoprune.session.loading.hub import (
+    BUNDLED_CONFIGS,
+    MODEL_HINT,
+    SETTINGS,
+    cached_folder,
+    cached_id,
+    fetch,
+    is_id,
+    kind_hint,
+    near_hint,
+    reach,
+    revision_flag,
+)
+from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
+from evoprune.util import did_you_mean, is_text, missing_hint, shorten
+from evoprune.video.info import PICTURE, VIDEO
+from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits
+
+ADAPTER = "adapter_config.json"
+MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
+BITS = "load_in_8bit", "load_in_4bit"  # which mean bitsandbytes, whatever method is named, as in transformers
+STORED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # dtypes, as config.json names them
+NORMALISATION = ("image_mean", "image_std")
+# What is done whatever the settings of a processor say. Other values are named, null counts as missing.
+ALWAYS = {
+    "do_sample_frames": True, "num_frames": None, "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_normalize": True, "do_convert_rgb": True, "do_center_crop": False, "do_pad": False, "resample": 3,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A model before its weights are read. Made by `describe`."""
+
+    options: ModelOptions  # which model, and how it is to be loaded
+    device: str  # such as "cpu" or "cuda:1"; never "auto"
+    folder: Path | None  # its files; None for a bundled config
+    commit: str | None  # on the hub; None for anything local
+    unreachable: str | None  # why the hub is not asked for more files, in words
+    config: Config
+    quantization: str | None  # the method by which the checkpoint is quantised, such as "awq"
+    stored_dtype: str | None  # of the published weights, "bf16", "fp16" or "fp32", if config.json says so
+    limits: dict[str, InputLimits]  # of videos and of pictures, by kind
+    state: dict[str, Any] | None  # what answers come from: the commit, or the files of a folder (`ModelOptions.state`)
+
+    @property
+    def id(self) -> str:
+        return self.options.model
+
+    @property
+    def random(self) -> bool:
+        """Whether its weights are made, not read."""
+        return self.options.load_format == "dummy"
+
+    @cached_property
+    def demo(self) -> Demo | None:
+        """Which bundled demo model this is, with its trained weights."""
+        return None if self.random else demo_in(self.folder)
+
+    @cached_property
+    def dtype(self) -> str:
+        """The dtype of the loaded weights. "auto" means bf16 on hardware with bf16 products, else fp32; demo models use fp32.
+
+        Imports torch, unless the options say the dtype.
+        """
+        if self.options.dtype != "auto":
+            return self.options.dtype
+        if demo_in(self.folder):
+            return "fp32"
+        import torch
+
+        from evoprune.backend.devices import default_dtype
+
+        return default_dtype(torch.device(self.device))
+
+    @property
+    def max_visual_tokens(self) -> int:
+        """The default limit before pruning. Models as small as the demos have no limit of the device."""
+        if self.demo:
+            return MAX_VISUAL_TOKENS
+        return min(MAX_VISUAL_TOKENS, visual_token_limit(self.device))
+
+    @property
+    def tower(self) -> TowerShape:
+        return TowerShape.of(self.config.vision_config, self.device)
+
+    @property
+    def native(self) -> bool:
+        """Whether this project runs the language model itself."""
+        return self.can_be_native and self.options.engine != TRANSFORMERS
+
+    @property
+    def to_be_native(self) -> str:
+        """What a user is to do so that this project runs the language model; a hint where it does not."""
+        if self.can_be_native:
+            return "leave the engine out"
+        return "take a checkpoint that evoprune runs itself, such as Qwen/Qwen3-VL-4B-Instruct"
+
+    @property
+    def can_be_native(self) -> bool:
+        """Whether this project could run the language model."""
+        return self.config.vision_config.traits.native and self.quantization is None
+
+    @property
+    def can_be_quantized(self) -> bool:
+        """Whether `quantize` applies: experts are no linear layers."""
+        return self.quantization is None and self.config.text_config.experts is None
+
+    def download(self, *patterns: str) -> None:
+        """Downloads more files of a hub model, of the same commit. Raises ModelError: see `hub.fetch`."""
+        if self.commit is not None:
+            revision = self.commit if self.unreachable is None else self.options.revision
+            fetch(self.id, revision, patterns, self.unreachable)
+
+
+def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
+    """Return what is known about a model before its weights are read. Imports no torch.
+
+    Small files are downloaded from the hub if they are not here yet. Warns of settings of the processors that are not followed.
+
+    Args:
+        local: ask no hub. The bundled config stands in for a published model that is not here, so that no weights can be loaded.
+
+    Raises:
+        ModelError: the model is missing, of another kind, damaged, or out of reach, or the asked-for engine cannot run it.
+        UsageError: a revision of something that has none, or a model whose weights cannot be quantised as asked.
+    """
+    folder, commit, unreachable = _locate(options, local)
+    path = BUNDLED_CONFIGS[options.model] if folder is None else folder / "config.json"
+    if not os.path.isfile(path):
+        raise _no_config(path.parent)
+    content = read_json(path)
+    config = _config(path, content)
+    texts = content, section(content, "text_config")  # some files say it of the language model alone
+    dtype = next((said for text in texts if (said := text.get("dtype") or text.get("torch_dtype"))), None)
+    description = ModelDescription(
+        options=options,
+        device=resolve_device(options.device),
+        folder=folder,
+        commit=commit,
+        unreachable=unreachable,
+        config=config,
+        quantization=_quantization(path, content),
+        stored_dtype=STORED.get(str(dtype)),
+        limits=_input_limits(folder, config.vision_config),
+        state=options.state() if commit is None else {"commit": commit},
+    )
+    _check_engine(description)
+    if folder is not None:
+        _warn_of_unused(folder)
+    return description
+
+
+def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None, str | None]:
+    """Return the folder of a model, None for a bundled config; its commit if the hub has it; and why the hub is not asked for more.
+
+    Arguments and errors: see `describe`.
+    """
+    name = options.model
+    revision = options.revision
+    random = options.load_format == "dummy"
+    bundled = name in BUNDLED_CONFIGS and not os.path.isdir(name)
+    if random and bundled:
+        if revision is not None:
+            raise UsageError(f"the bundled config of {name} has no revision {revision!r}", "leave the revision out")
+        return None, None, None
+    if folder := local_folder(options):
+        return folder, None, None
+    if random:
+        hint = f"random weights need a local folder, {', '.join(DEMOS)}, or {' and '.join(BUNDLED_CONFIGS)}"
+        raise ModelError(f"no bundled config for {name}", hint)
+    if not local:
+        unreachable = reach(name, revision, options.offline)
+        folder = fetch(name, revision, SETTINGS, unreachable)
+        return folder, folder.name, unreachable
+    folder = cached_folder(name, revision)
+    if folder or (bundled and revision is None):
+        return folder, None, None
+    command = f"hf download {name} config.json preprocessor_config.json{revision_flag(revision)}"
+    hint = near_hint(name).strip() or f"{kind_hint(name)}its settings are small, and suffice: {command}"
+    raise ModelError(f"{name} is not on this machine, and inspect does not use the network", hint)
+
+
+def local_folder(options: ModelOptions) -> Path | None:
+    """Return the folder of a local model, or None if the name is a hub id. Raises ModelError or UsageError: it is neither."""
+    name = options.model
+    revision = options.revision
+    if not name.strip():
+        raise ModelError("the name of the model is empty", MODEL_HINT)
+    folder = options.folder
+    if name in DEMOS and not (folder / "config.json").is_file():
+        hint = "install evoprune again, or name another model"
+        raise ModelError(f"the bundled {name} model is missing: {folder}", hint)
+    if os.path.isdir(folder):  # unlike a path's own method, it raises nothing
+        if revision is not None:
+            raise UsageError(f"{name} is a local model and has no revision {revision!r}", "leave the revision out")
+        if not is_text(os.path.abspath(folder)):  # as the readers of tokenizers and weights want it
+            hint = "rename it, or set LC_ALL to a locale with UTF-8, such as C.UTF-8"
+            raise ModelError(f"the path {folder} is not valid text", hint)
+        return folder
+    if os.path.exists(folder):
+        raise ModelError(f"{name} is a file, not a model", "name the folder that holds config.json and the weights")
+    if not is_id(name):
+        meant = near_hint(name) or did_you_mean(name, DEMOS)
+        hint = missing_hint(name, f"{meant}a hub id is org/name; {MODEL_HINT}")
+        raise ModelError(f"{name!r} is neither a folder here nor a hub id", hint)
+    return None
+
+
+def _no_config(folder: Path) -> ModelError:
+    """Return the error for a folder without a config.json, which may be an adapter's, or one of the hub's cache."""
+    if (folder / ADAPTER).is_file():
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        what = "an adapter"
+        if isinstance(base, str) and base:
+            what += f" of {base[:100]}"
+        return ModelError(f"{folder} holds {what}, not a model", MERGE)
+    cached = next((path for path in (folder, folder.parent) if path.name.startswith("models--")), None)
+    if cached is not None and (snapshots := sorted(cached.glob("snapshots/*/config.json"))):
+        hint = f"name the model {cached_id(cached)}, or {snapshots[-1].parent}"
+        return ModelError(f"{folder} is a folder of the hub's cache, and holds no config.json", hint)
+    return ModelError(f"{folder} holds no config.json", "name a folder in the hub's file layout, or a hub id org/name")
+
+
+def _config(path: Path, content: dict) -> Config:
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        known = " or ".join(FAMILIES)
+        raise ModelError(f"{path.parent} is a model of type {reprlib.repr(kind)}, not {known}", MODEL_HINT)
+    with valid(f"{path} is no valid {kind} config"):
+        try:
+            return parse_config(content)
+        except Unsupported as reason:
+            hint = MODEL_HINT
+            if "yarn" in str(reason):
+                hint = f"take its config.json without yarn; {hint}"
+            raise ModelError(f"evoprune cannot run {path.parent}: {reason}", hint) from reason
+
+
+def _quantization(path: Path, content: dict) -> str | None:
+    """Return the method by which the checkpoint of a config.json is quantised; None if it is not."""
+    with valid(f"{path} is damaged"):
+        parts = content, section(content, "text_config")
+        settings = next((given for part in parts if (given := section(part, "quantization_config"))), None)
+        if settings is None:
+            return None
+        if any(settings.get(name) is True for name in BITS):
+            return "bitsandbytes"
+        if (method := settings.get("quant_method")) is not None:
+            return TEXT.check(method, "quant_method")
+    problem = f"the quantization_config in {path} does not name its method (quant_method)"
+    raise ModelError(problem, "take a checkpoint whose method is known, or name it there, such as gptq")
+
+
+def _check_engine(model: ModelDescription) -> None:
+    """Raises ModelError: the asked-for engine cannot run the language model. UsageError: the weights cannot be quantised."""
+    quantised = model.quantization and f"is quantised ({model.quantization})"
+    options = model.options
+    if options.engine == NATIVE and not model.native:
+        why = quantised or "has layers that evoprune does not run itself"
+        raise ModelError(f"{model.id} {why}", "leave the engine out: auto takes that of transformers")
+    if options.quantize != "none" and not model.can_be_quantized:
+        why = quantised or "is a mixture of experts"
+        problem = f"quantize {options.quantize} is for dense models that are not quantised, and {model.id} {why}"
+        raise UsageError(problem, "leave quantize out, or take a checkpoint that is quantised already")
+
+
+@contextmanager
+def valid(problem: str) -> Iterator[None]:
+    """Turns a rule that does not hold, JSON that is none, or a file that cannot be read into a `ModelError`."""
+    try:
+        yield
+    except (OSError, ValueError) as reason:
+        raise ModelError(f"{problem}: {first_line(reason)}", "get the file again") from reason
+
+
+def read_json(path: Path) -> dict:
+    """Return the object in a JSON file of a model's folder; an empty one if there is no such file."""
+    if not os.path.lexists(path):  # a link that leads nowhere is no missing file
+        return {}
+    with valid(f"{path} cannot be read"):
+        check_fetched(path)
+        return read_object(path)
+
+
+def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, InputLimits]:
+    """Limits of videos and of pictures from a model folder's processor settings, and patch sizes from its config.
+
+    `preprocessor_config.json` belongs to the image processor. Of videos only its mean and std are used: its limit of 12.8 million
+    pixels is meant for one picture, and Qwen's own code limits the frames of a video far lower. Those limits are the defaults here.
+    """
+    traits = vision_config.traits
+    limits = InputLimits(
+        **traits.video,
+        patch_size=vision_config.patch_size,
+        temporal_patch_size=vision_config.temporal_patch_size,
+        merge_size=vision_config.spatial_merge_size,
+    )
+    if folder is None:
+        return {VIDEO: limits, PICTURE: replace(limits, **traits.picture)}
+    of_pictures = (*NORMALISATION, "min_pixels", "max_pixels")
+    joint = folder / "processor_config.json"  # where transformers 5 saves both
+    video = _limits(joint, "video_processor") or _limits(folder / "video_preprocessor_config.json")
+    image = _limits(joint, "image_processor", of_pictures)
+    image = image or _limits(folder / "preprocessor_config.json", only=of_pictures)
+    normal = {name: image[name] for name in NORMALISATION if name in image}
+    return {VIDEO: replace(limits, **(normal | video)), PICTURE: replace(limits, **(dict(traits.unstated) | image))}
+
+
+def _warn_of_unused(folder: Path) -> None:
+    """Names settings of processors that have been checked and are not followed, in one warning."""
+    joint = read_json(folder / "processor_config.json")
+    unused = {}
+    for inner, file in (
+        ("video_processor", "video_preprocessor_config.json"),
+        ("image_processor", "preprocessor_config.json"),
+    ):
+        content = section(joint, inner) or read_json(folder / file)
+        usual = ALWAYS
+        if content.get("video_processor_type") == "Qwen2VLVideoProcessor":
+            # Its settings have this false unless somebody changed it; whoever uses it samples frames outside.
+            usual = ALWAYS | {"do_sample_frames": False}
+        unused |= {
+            name: content[name] for name, value in usual.items() if content.get(name) not in (None, value, ALWAYS[name])
+        }
+    if unused:
+        named = ", ".join(f"{name}={shorten(json.dumps(value), 40)}" for name, value in unused.items())
+        warnings.warn(f"{folder}: settings of the processor that are not used: {named}", EvopruneWarning, stacklevel=2)
+
+
+def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None = None) -> dict:
+    """Return the fields of `InputLimits` in a processor's settings, perhaps in an object inside them, perhaps `only` some."""
+    content = read_json(path)
+    with valid(f"{path} is damaged"):
+        if inner:
+            content = section(content, inner)
+        size = section(content, "size")
+        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            content = content | {name: content.get(name) or size.get(edge)}
+        if only:
+            content = {name: content.get(name) for name in only}
+        return checked(InputLimits, content, inner or "")

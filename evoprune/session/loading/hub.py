@@ -1,0 +1,178 @@
+"""Models on the hub: what their names say, and downloads into the hub's own cache. Imports no torch."""
+
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+import evoprune
+from evoprune.errors import ModelError, first_line
+from evoprune.util import listed
+
+# The published dimensions (config.json of the repositories), so that benchmarks need no network.
+BUNDLED_CONFIGS = {
+    f"Qwen/{path.stem}": path for path in sorted((Path(evoprune.__file__).parent / "model" / "configs").glob("*.json"))
+}
+# Ids of Qwen's models that run, to name the one that was meant.
+PUBLISHED = (
+    *BUNDLED_CONFIGS,
+    *(f"Qwen/Qwen2-VL-{size}-Instruct" for size in ("2B", "7B", "72B")),
+    *(f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("32B", "72B")),
+    *(f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("32B", "235B-A22B")),
+    *(f"Qwen/Qwen3-VL-{size}-Thinking" for size in ("2B", "4B", "8B", "32B", "30B-A3B", "235B-A22B")),
+    *(f"Qwen/Qwen3.5-{size}" for size in ("122B-A10B", "397B-A17B")),
+)
+SETTINGS = ("config.json", "*processor_config.json")  # the files that a description is made of
+SMALL_FILES = ("*.json", "*.jinja", "merges.txt")  # with the tokenizer
+MODEL_HINT = (
+    "evoprune runs Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL, such as Qwen/Qwen2.5-VL-3B-Instruct, and its demos"
+)
+HUB_SECONDS = 5.0
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_CONVERTED = re.compile(r"(^|[-_./])(gguf|mlx)($|[-_.])", re.IGNORECASE)
+_ORIGINAL = re.compile(r"qwen((2|2\.5|3)-vl|3\.\d)-[\d.]+b(-a\d+b)?(-instruct|-thinking)?", re.IGNORECASE)
+
+
+def is_id(name: str) -> bool:
+    """Return whether a name has the form of a hub id, `org/name`."""
+    return bool(_ID.fullmatch(name)) and ".." not in name and "--" not in name
+
+
+def nearest_id(name: str) -> str | None:
+    """Return the published id that a misspelt id of Qwen's, or one without its organization, is most like; None if it is right."""
+    organization, _, word = name.lower().rpartition("/")
+    if organization not in ("", "qwen") or not word:
+        return None
+    known = {each.lower().removeprefix("qwen/"): each for each in PUBLISHED}
+    if any(name.startswith(each) for each in PUBLISHED):  # also of a variant, such as -AWQ
+        return None
+
+    def likeness(each: str) -> tuple[float, int]:
+        same = sum(part(word) == part(each) for part in (_generation, _size))
+        return SequenceMatcher(None, word, each).ratio() + 0.2 * same, -len(each)
+
+    near = max([each for each in known if word in each] or known, key=likeness)
+    return known[near] if word in near or likeness(near)[0] >= 0.9 else None
+
+
+def _generation(word: str) -> str:
+    return "".join(re.findall(r"^qwen-?([\d.]+)", word))
+
+
+def _size(word: str) -> str:
+    return "".join(re.findall(r"(?<![\d.])([\d.]+b)\b", word))
+
+
+def near_hint(name: str) -> str:
+    """Return the beginning of a hint, which names `nearest_id`; empty without one."""
+    near = nearest_id(name)
+    return f"did you mean {near}? " if near else ""
+
+
+def kind_hint(name: str) -> str:
+    """Return the beginning of a hint: which models run, if the name does not look like one of them; else nothing."""
+    if _CONVERTED.search(name):
+        original = _ORIGINAL.search(name)
+        instead = f"Qwen/{original[0]}" if original else "the original checkpoint"
+        return f"its name is that of GGUF or MLX weights, which evoprune does not read; take {instead}; "
+    if re.search(r"qwen-?((3|2[._]?5?)[-_]?vl|3[._]?[5-9])", name, re.IGNORECASE):
+        return ""
+    return f"{MODEL_HINT}; "
+
+
+def revision_flag(revision: str | None) -> str:
+    """Return what names a revision to `hf download`."""
+    return "" if revision is None else f" --revision {revision}"
+
+
+def cached_folder(name: str, revision: str | None) -> Path | None:
+    """Return the folder of a hub model in the hub's own cache, if its config is there; no network is used."""
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+
+    try:
+        path = hub.try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=revision)
+    except ValueError:  # no name of the hub, for example too long
+        return None
+    return Path(path).parent if isinstance(path, str) else None
+
+
+def cached_id(folder: Path) -> str:
+    """Return the id of the model of a folder in the hub's cache, `models--org--name`."""
+    return folder.name.removeprefix("models--").replace("--", "/", 1)
+
+
+def reach(name: str, revision: str | None, offline: bool) -> str | None:
+    """Return why the hub cannot be asked for a model, in words; None if it can.
+
+    Raises ModelError: it has no such model or revision, or gives no access.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    if offline:
+        return "the hub may not be asked (offline)"
+    # One request without retries shows whether hub and model exist; the library's own calls retry for minutes.
+    url = hub.hf_hub_url(name, "config.json", revision=revision)
+    try:
+        _within(HUB_SECONDS, lambda: hub.get_hf_file_metadata(url, timeout=HUB_SECONDS))
+    except errors.RevisionNotFoundError as problem:
+        raise ModelError(f"{name} has no revision {revision!r} on the hub", "leave the revision out") from problem
+    except errors.RepositoryNotFoundError as problem:  # also: private, or gated
+        hint = f"log in with `hf auth login` if it is private or gated; {MODEL_HINT}"
+        hint = f"{near_hint(name) or 'check the spelling, or '}{hint}"
+        raise ModelError(f"there is no folder {name} here, and no such model on the hub for you", hint) from problem
+    except errors.EntryNotFoundError as problem:
+        which = near_hint(name) or kind_hint(name) or f"{MODEL_HINT}; "
+        hint = f"{which}adapters must be merged first, GGUF files are not read"
+        raise ModelError(f"{name} has no config.json on the hub", hint) from problem
+    except Exception as problem:  # the HTTP library below differs from version to version
+        return f"the hub cannot be reached ({first_line(problem)})"
+    return None
+
+
+def _within(seconds: float, work: Callable[[], Any]) -> Any:
+    """Return `work()`. Raises TimeoutError: HTTP timeouts leave out name resolution, which alone can take half a minute."""
+    answer = Future()
+
+    def run():
+        try:
+            answer.set_result(work())
+        except BaseException as problem:
+            answer.set_exception(problem)
+
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([answer], seconds).done:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return answer.result()
+
+
+def fetch(name: str, revision: str | None, patterns: tuple[str, ...], unreachable: str | None) -> Path:
+    """Return the folder of a hub model in the hub's own cache, with files of these patterns downloaded if they are not there yet.
+
+    `unreachable`: why the hub is not asked (`reach`).
+
+    Raises ModelError: the download breaks off, or the hub is not asked and the cache does not hold the model.
+    """
+    import huggingface_hub as hub
+
+    local = unreachable is not None
+    try:
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local))
+    except Exception as problem:
+        if local:
+            wanted = name
+            hint = near_hint(name) or kind_hint(name)
+            if revision is not None:
+                wanted = f"{name} at revision {revision}"
+                refs = Path(hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs"
+                if held := sorted(file.name for file in refs.glob("*")):
+                    hint += f"the cache holds {listed(held)}; "
+            command = f"hf download {nearest_id(name) or name}{revision_flag(revision)} --local-dir DIR"
+            hint += f"where there is a network: {command}; then DIR is the model. The demo needs neither"
+            raise ModelError(f"{wanted} is not in the local cache, and {unreachable}", hint) from problem
+        broken = f"the download of {name} broke off: {first_line(problem)}"
+        raise ModelError(broken, "run it again to go on") from problem

@@ -1,0 +1,313 @@
+"""The weights of a described model: their files, and the memory that they take once they are loaded.
+
+Only safetensors are read, and no code that comes with a model is run.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import torch
+
+from evoprune.backend.cpu.linear import can_pack
+from evoprune.backend.cpu.quantize import check as check_quantize
+from evoprune.backend.cpu.quantize import kinds, saved_bytes
+from evoprune.backend.devices import default_dtype, pick_device
+from evoprune.backend.weights import are_mapped, are_widened
+from evoprune.errors import ModelError, ModelWarning
+from evoprune.model.config import Config, Rule, check_fetched, section
+from evoprune.model.cost import parameter_count, shortage
+from evoprune.model.weights import empty, name_in_memory
+from evoprune.session.loading.description import ADAPTER, MERGE, ModelDescription, read_json, valid
+from evoprune.session.loading.hub import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id
+from evoprune.util import file_stats, listed, open_safetensors, size
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PACKAGES = {  # that transformers needs for a method of quantisation, besides accelerate
+    "awq": ["gptqmodel"],
+    "gptq": ["gptqmodel", "optimum"],
+    "bitsandbytes": ["bitsandbytes"],
+    "compressed-tensors": ["compressed-tensors"],
+    "hqq": ["hqq"],
+    "quanto": ["optimum-quanto"],
+    "torchao": ["torchao"],
+}
+PLAIN = ("BF16", "F16", "F32", "F64")  # dtypes of safetensors whose numbers mean what they say: others have scales
+HEAD = "lm_head.weight"
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
+BELONG = "config.json and the weights must belong together; get the model again"
+# How names of tensors begin that other programs wrote, and what to do about it.
+ELSEWHERE = {
+    "base_model.model.": f"the weights are those of a model under an adapter; {MERGE}",
+    "module.": "the weights are those of a DistributedDataParallel or DataParallel around the model; save its `module`",
+    "_orig_mod.": "the weights are those of a model under torch.compile; save its `_orig_mod`",
+    "vision_tower.": "the weights are a conversion, as of MLX; take the original checkpoint",
+    "language_model.model.": "the weights are a conversion, as of MLX; take the original checkpoint",
+}
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """The weights of a model, before they are loaded. Made by `weights_of`."""
+
+    description: ModelDescription
+    device: torch.device
+
+    def download(self) -> None:
+        """Downloads the files of a hub model. Raises ModelError: see `hub.fetch`; a package that they need is missing."""
+        check_packages(self.description.quantization, self.description.id)
+        self.description.download(*SMALL_FILES, "*.safetensors")
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The files of its weights; none of random ones. Warns of an adapter beside them, which is not applied.
+
+        Raises ModelError: missing, damaged, or other layers than the config's.
+        """
+        if self.description.random:
+            return []
+        files = weight_files(self.description.folder)
+        names = {name_in_memory(stored) for _, _, stored in stored_tensors(files)}
+        for layers, count in (
+            ("model.visual.blocks", self.description.config.vision_config.depth),
+            ("model.language_model.layers", self.description.config.text_config.num_hidden_layers),
+        ):
+            last = f"{layers}.{count - 1}"
+            if not any(name.startswith(f"{last}.") for name in names):
+                hints = (hint for start, hint in ELSEWHERE.items() if any(name.startswith(start) for name in names))
+                problem = (
+                    f"the weights in {self.description.folder} lack {last}, the last layer that config.json counts"
+                )
+                raise ModelError(problem, next(hints, BELONG))
+        if (self.description.folder / ADAPTER).is_file():
+            said = (
+                f"{self.description.folder} holds an adapter ({ADAPTER}) beside the weights, which is not used; {MERGE}"
+            )
+            warnings.warn(said, ModelWarning, stacklevel=2)
+        return files
+
+    @cached_property
+    def files_here(self) -> list[Path]:
+        """The files of the weights on this machine; none if they are missing or incomplete."""
+        try:
+            return weight_files(self.description.folder) if self.description.folder else []
+        except ModelError:
+            return []
+
+    @cached_property
+    def config(self) -> Config:
+        """The config, with an output layer of its own if the files hold one that differs from the embeddings."""
+        config = self.description.config
+        if not config.tie_word_embeddings or self.description.random or not separate_head(self.files_here):
+            return config
+        return replace(config, tie_word_embeddings=False)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the weights; shared ones count once."""
+        return parameter_count(self.config)
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of memory that the loaded weights take."""
+        return self.bytes_as(self.description.dtype, self.description.options.quantize)
+
+    def bytes_as(self, dtype: str, quantize: str) -> int:
+        """Return the bytes of memory that the weights would take in this dtype ("bf16") or quantization ("int8", or "none").
+
+        A model of transformers has those of its files if it is quantised, unless they are widened. What `quantize` quantises
+        afterwards is read in the dtype of the files.
+        """
+        model = self.description
+        if model.native:
+            return needed_bytes(self.config, DTYPES[dtype], quantize, self._stays_mapped(dtype, quantize))
+        if model.quantization and self.files_here and not are_widened(self.device, model.quantization):
+            return sum(file.stat().st_size for file in self.files_here)
+        return self.parameters * self.read_dtype(dtype, quantize).itemsize
+
+    def read_dtype(self, dtype: str, quantize: str) -> torch.dtype:
+        """Return the dtype in which transformers reads the weights: that of the files if they are quantised afterwards."""
+        if quantize != "none" and self.description.stored_dtype:
+            return DTYPES[self.description.stored_dtype]
+        return DTYPES[dtype]
+
+    def what_fits(self, beside: int = 0, *, quantized: bool = True) -> str:
+        """Return a hint for a model that does not fit: the forms of it that do, on this device with its free memory.
+
+        Args:
+            beside: bytes of memory that are needed in addition to the weights.
+            quantized: whether quantization is an option.
+        """
+        forms = []
+        if quantized and self.description.can_be_quantized:
+            forms += [(f"--quantize {kind}", self.description.dtype, kind) for kind in kinds(self.device)]
+        if self.description.dtype == "fp32":
+            slow = "" if default_dtype(self.device) == "bf16" else ", which is slow on this device,"
+            forms.append((f"--dtype bf16{slow}", "bf16", "none"))
+        hints = []
+        for words, dtype, kind in forms:
+            needed = self.bytes_as(dtype, kind)
+            if not shortage(needed + beside, str(self.device)):
+                hints.append(f"{words} needs about {size(needed)} for the weights")
+        return "; ".join([*hints, "or use a smaller model" if hints else "use a smaller model"])
+
+    @cached_property
+    def packed_bytes(self) -> int:
+        """Bytes that packed weights take on a CPU if memory is free, beside the files they come from, which stay mapped."""
+        dtype = DTYPES[self.description.dtype]
+        quantize = self.description.options.quantize
+        if not (
+            self.description.native and quantize == "none" and self._stays_mapped(self.description.dtype, quantize)
+        ):
+            return 0
+        if not can_pack(torch.empty(1, dtype=dtype, device=self.device)):
+            return 0
+        layers = [module for module in empty(self.config).to(dtype).modules() if type(module) is torch.nn.Linear]
+        return sum(layer.weight.nbytes for layer in layers)
+
+    def _stays_mapped(self, dtype: str, quantize: str) -> bool:
+        """Return whether weights `stay_mapped`; if the model is not here, whether they would after its download."""
+        if self.description.random:
+            return False
+        if self.files_here:
+            return stay_mapped(self.files_here, DTYPES[dtype], self.device, quantize)
+        return quantize != "none" or self.description.stored_dtype == dtype
+
+    @property
+    def download_bytes(self) -> int | None:
+        """Bytes of weights that have to be downloaded, roughly; 0 if they are here, None if that is unknown."""
+        if self.files_here:
+            return 0
+        if self.description.stored_dtype and is_id(self.description.id):
+            return self.parameters * DTYPES[self.description.stored_dtype].itemsize
+        return None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A text that changes when the weights do.
+
+        For a hub model its id and commit; for a folder a hash of the config and of the weight files' names, sizes and times,
+        because hashing gigabytes takes too long.
+        """
+        model = self.description
+        if model.commit is not None and self.files:
+            return f"{model.id}@{model.commit}"
+        stats = file_stats(file.resolve() for file in self.files)
+        config = BUNDLED_CONFIGS[model.id] if model.folder is None else model.folder / "config.json"
+        return hashlib.sha256(config.read_bytes() + repr(stats).encode()).hexdigest()
+
+
+def weights_of(model: ModelDescription) -> ModelWeights:
+    """Return the weights of a model. Raises UsageError: its device cannot be used, or weights cannot be quantised on it."""
+    device = pick_device(model.device, auto=model.options.device == "auto")
+    check_quantize(model.options.quantize, device)
+    return ModelWeights(model, device)
+
+
+def check_packages(quantization: str | None, name: str) -> None:
+    """Raises ModelError: a package that a quantised checkpoint needs is not installed."""
+    if quantization is None:
+        return
+    packages = PACKAGES.get(quantization, [])
+    if missing := [package for package in [*packages, "accelerate"] if not _is_installed(package)]:
+        are = "is" if len(missing) == 1 else "are"
+        problem = f"{name} holds weights quantised by {quantization}, and {listed(missing)} {are} not installed"
+        raise ModelError(problem, f"pip install {' '.join(missing)}")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model. Their headers are read, so that missing or truncated files are found here."""
+    # With the rules of Windows, both kinds of slash separate. Links may lead elsewhere, as those of the hub's cache do.
+    inside = Rule(
+        "the name of a file in the same folder",
+        lambda v: isinstance(v, str) and v and not PureWindowsPath(v).anchor and ".." not in PureWindowsPath(v).parts,
+    )
+    files = [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not files[0].is_file() and index.is_file():
+        with valid(f"{index} is damaged"):
+            named = section(read_json(index), "weight_map")
+            files = [folder / name for name in sorted({inside.check(v, f"weight_map.{k}") for k, v in named.items()})]
+    elif not files[0].is_file():
+        files = []
+    # What was downloaded, the command that goes on with it, and whether that surely broke off.
+    name = str(folder)
+    again = "hf download ID --local-dir DIR"
+    broken = any((folder / ".cache" / "huggingface" / "download").rglob("*.incomplete"))
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        name = cached_id(folder.parents[1])
+        broken = False
+        again = f"hf download {name}"
+    if not files and not broken:
+        hint = (
+            "weights must be model.safetensors, or shards with model.safetensors.index.json; other formats are not read"
+        )
+        if name != str(folder):
+            hint += f". If the download was not finished: {again}"
+        raise ModelError(f"{folder} holds no safetensors weights", hint)
+    for file in files or [folder / "model.safetensors"]:
+        if not file.is_file():
+            if broken or name != str(folder):
+                raise ModelError(
+                    f"the download of {name} is not finished: {file.name} is missing", f"to go on: {again}"
+                )
+            raise ModelError(f"weights file {file} is missing", "get the file again")
+        check_fetched(file)
+        with _opened(file):
+            pass
+    return files
+
+
+def _opened(file: Path) -> Any:
+    with valid(f"weights file {file} is damaged or incomplete"):
+        return open_safetensors(file)
+
+
+def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
+    """Yield of each tensor in safetensors files its file, that file opened by safetensors, and its name there."""
+    for file in files:
+        with _opened(file) as content:
+            for stored in content.keys():  # noqa: SIM118 (not a dict)
+                yield file, content, stored
+
+
+def separate_head(files: Iterable[Path]) -> bool:
+    """Return whether files hold an output layer that differs from the embeddings: transformers then ties the two under no
+    config.
+    """
+    stored = ((name_in_memory(name), content, name) for _, content, name in stored_tensors(files))
+    tensors = {known: content.get_tensor(name) for known, content, name in stored if known in (HEAD, EMBEDDINGS)}
+    if len(tensors) < 2:
+        return False
+    head, embeddings = tensors.values()
+    return head.dtype != embeddings.dtype or not torch.equal(head, embeddings)
+
+
+def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool) -> int:
+    """Bytes that the weights take, from when they are read. `mapped`: whether they `stay_mapped`.
+
+    Memory-mapped weights count: dropped ones are read again for every token. Those that are quantised are read no more than once.
+    """
+    model = empty(config).to(dtype)
+    wide = sum(weight.nbytes for weight in model.parameters())
+    if quantize != "none" and mapped:
+        return wide - saved_bytes(model, quantize)
+    return wide
+
+
+def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none") -> bool:
+    """Return whether weights are used, or quantised, as they are in their files."""
+    stored = {content.get_slice(name).get_dtype() for _, content, name in stored_tensors(files[:1])}
+    return bool(files) and are_mapped(device, stored, dtype, quantize)
