@@ -10,7 +10,7 @@ from evoprune.language.generate import PrefillState, can_crop, layers_of, new_ca
 from evoprune.language.hosted import HostedCache
 from evoprune.language.prompt import Prompt
 from evoprune.language.pruned import PrunedPrompt
-from evoprune.methods.base import Reading
+from evoprune.methods.language import Dropping
 
 
 @dataclass
@@ -54,7 +54,7 @@ class PrefixCache:
         self._held = []
 
     def read(
-        self, pruned: PrunedPrompt, prompt: Prompt, last: bool, goes_on: bool, dropping: Reading | None
+        self, pruned: PrunedPrompt, prompt: Prompt, last: bool, goes_on: bool, dropping: Dropping | None
     ) -> PrefillState:
         """Read a prompt, but for what is known of it. Returns the state from which its answer is decoded.
 
