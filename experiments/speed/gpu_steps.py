@@ -65,22 +65,24 @@ def environment(device: str) -> dict[str, Any]:
 
 def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] = ("evoprune",)):
     """Return a benchmark of `evoprune profile` with its rows: `bench.run(row)` is one turn of a row."""
-    from evoprune.backend.devices import LAUNCH_BOUND_UNITS
+    from evoprune.backend.limits import LAUNCH_BOUND_UNITS
     from evoprune.bench.clips import case_grid, synthetic_frames
-    from evoprune.bench.profile import Bench, all_rows, default_load_format, load, outline
+    from evoprune.bench.profile import Bench, all_rows, default_load_format, load
     from evoprune.bench.profile_rows import Case, ProfileSettings
+    from evoprune.session.loading.description import describe
     from evoprune.session.options import ModelOptions
     from evoprune.video.info import VIDEO
 
     options = ModelOptions(
         model=args.model, device=args.device, load_format=default_load_format(args.model), dtype=args.dtype
     )
-    limits = outline(options).limits[VIDEO]
+    model = describe(options)
+    limits = model.limits[VIDEO]
     unit = limits.unit
     cases = [
         Case(*map(int, case.split("x"))).of_units(unit / 28) for case in args.cases
     ]  # as many units, whatever their size
-    loaded = load(options, cases)
+    loaded = load(model, cases)
     settings = ProfileSettings(budgets=tuple(args.budgets), methods=tuple(methods), new_tokens=new_tokens)
     # DivPrune, which selects after the tower, at the first budget alone. `INSIDE` where it is another method than `evoprune`.
     small = {case for case in cases if prod(case_grid(case, limits)) < LAUNCH_BOUND_UNITS}
