@@ -5,7 +5,8 @@ process of its own.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from evoprune.errors import UsageError, first_line
 from evoprune.language.apart import apart
 from evoprune.language.schema import parts_of_schema
-from evoprune.language.validation import wrong_schema
+from evoprune.language.validation import wrong_schema, wrong_value
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 SCHEMA, REGEX = "schema", "regex"
 SECONDS = 5  # of the check; what programs ask for takes milliseconds
 STACK_BYTES = 2**20  # llguidance goes down into a schema by recursion, and a thread may have less than a program
+EXACT_BITS = 53  # of an integer: llguidance keeps numbers as floats
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+NUMERIC = ("type", "multipleOf", *BOUNDS)  # keywords of numbers
 # Of JSON. A model could write white space for ever. What a schema itself says about these ("x-guidance") does not count.
 FORM = {
     "whitespace_pattern": " ?",
@@ -109,7 +113,9 @@ def fault(request: str) -> tuple[str, str | None]:
     schema = json.loads(text)
     if wrong:
         return wrong, _place(schema, wrong)
-    return wrong_schema(schema) or "", None
+    if wrong := wrong_schema(schema):
+        return wrong, None
+    return next(_wrong_numbers(schema), ("", None))
 
 
 def _tried(kind: str, text: str) -> str:
@@ -126,6 +132,40 @@ def _tried(kind: str, text: str) -> str:
             break
         matcher.consume_token((bits & -bits).bit_length() - 1)  # the first that is allowed
     return _line(matcher.get_error())
+
+
+def _wrong_numbers(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the numbers of a schema that llguidance does not follow exactly: what is wrong, and the path of the part."""
+    for path, part in parts_of_schema(schema):
+        values = [*part.get("enum", []), *([part["const"]] if "const" in part else [])]
+        for value in filter(_has_large_integer, values):
+            if not _allows({"const": value}, json.dumps(value, separators=(",", ":"))):
+                yield f"integers of more than {EXACT_BITS} bits are rounded; strings are exact", path
+        rules = {name: part[name] for name in NUMERIC if name in part}
+        numbers = {number for name in BOUNDS if name in rules for number in _beside(rules[name])}
+        for number in sorted(numbers):
+            text = f"{Decimal(repr(number)):f}"
+            if _allows(rules, text) and (broken := wrong_value(number, rules)):
+                rule, _, _ = broken.partition(" ")
+                yield f"{text} would pass {rule}; minimum and maximum below 2**{EXACT_BITS} are exact", path
+
+
+def _beside(bound: float) -> Sequence[float]:
+    """Return a bound, and the integers beside it if it is one."""
+    return (bound - 1, bound, bound + 1) if isinstance(bound, int) else (bound,)
+
+
+def _has_large_integer(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_has_large_integer, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and abs(value) > 2**EXACT_BITS
+
+
+def _allows(schema: dict[str, Any], text: str) -> bool:
+    """Return whether llguidance would let an answer be this text."""
+    matcher = _library().LLMatcher(_bytes(), _grammar(SCHEMA, json.dumps(schema)), log_level=0)
+    read = matcher.try_consume_tokens(list(text.encode()))
+    return read == len(text.encode()) and matcher.is_accepting()
 
 
 @cache

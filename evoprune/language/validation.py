@@ -4,7 +4,6 @@ Only this file imports jsonschema, and only when a schema is used. llguidance co
 answer can be outside an exclusive bound, or have an integer of more than 53 bits rounded.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from decimal import Decimal, localcontext
 from typing import Any
@@ -105,11 +104,11 @@ def _exact(value: Any, without: str | None = None) -> Any:
 
     A "$schema" inside a schema would replace the validator by one of jsonschema's own.
     """
-
-    def number(text: str) -> int | Decimal:
-        return int(float(text)) if float(text).is_integer() else Decimal(text)
-
-    def kept(inner: dict[str, Any]) -> dict[str, Any]:
-        return {name: each for name, each in inner.items() if name != without or not isinstance(each, str)}
-
-    return json.loads(json.dumps(value), parse_float=number, object_hook=kept)
+    if isinstance(value, dict):
+        kept = {name: inner for name, inner in value.items() if name != without or not isinstance(inner, str)}
+        return {name: _exact(inner, without) for name, inner in kept.items()}
+    if isinstance(value, list):
+        return [_exact(inner, without) for inner in value]
+    if not isinstance(value, float):
+        return value
+    return int(value) if value.is_integer() else Decimal(repr(value))

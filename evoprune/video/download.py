@@ -5,6 +5,7 @@ requests go, and a `progress` that raises when the file is too large or takes to
 """
 
 import re
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 
@@ -12,10 +13,12 @@ import httpx2
 
 import evoprune
 from evoprune.errors import UsageError, VideoError
-from evoprune.util import DOWNLOAD_HINT, without_password
+from evoprune.util import DOWNLOAD_HINT, size, without_password
 from evoprune.video.temporary import temporary
 
 TIMEOUT_S = 20.0  # for a connection, and for each read
+MAX_BYTES = 8 * 2**30
+MAX_S = 3_600.0  # for the whole download
 HEADERS = {"User-Agent": f"evoprune/{evoprune.__version__}", "Accept": "*/*", "Accept-Encoding": "identity"}
 LATER_HINT = "check the address, or try again later"
 HINTS = {  # by HTTP status
@@ -44,7 +47,7 @@ def downloaded(
     Raises:
         UsageError: `offline` is set.
         VideoError: the server cannot be reached, refuses, stalls for `TIMEOUT_S` or disconnects; the file is empty or a web page;
-            or the copy cannot be stored.
+            or the copy cannot be stored. It has more than `MAX_BYTES`, or takes longer than `MAX_S`.
     """
     name = without_password(url)
     if offline:
@@ -59,6 +62,7 @@ def _chunks(
 ) -> Generator[bytes, None, None]:
     """Yield the content. Network errors become VideoError, so that an OSError always concerns the temporary file."""
     done = 0
+    start = time.monotonic()
     try:
         address = httpx2.URL(url)
         if not address.host:
@@ -80,6 +84,10 @@ def _chunks(
                 if not done:
                     _check_beginning(chunk, response.headers.get("Content-Type", ""), name)
                 done += len(chunk)
+                if max(done, total) > MAX_BYTES:
+                    raise VideoError(f"{name} is larger than {size(MAX_BYTES)}", DOWNLOAD_HINT)
+                if time.monotonic() - start > MAX_S:
+                    raise VideoError(f"the download of {name} took longer than an hour", DOWNLOAD_HINT)
                 if progress:
                     progress(done, max(done, total) if total else 0)  # more than the total if the server compresses
                 yield chunk

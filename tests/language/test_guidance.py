@@ -91,7 +91,6 @@ NOT = {"type": "array", "items": {"not": {"type": "null"}}}
         ({"x-guidance": {"lenient": True}, "not": {"type": "null"}}, "Unimplemented keys"),
         ({"type": "object", "properties": {f"field{number}": {} for number in range(600)}}, "max is 2000"),
         ({"const": [0] * 70_000}, "panic"),
-        ({"properties": {"a": {"title": 3}}}, "3 is not of type 'string', at $.properties.a.title"),
     ],
 )  # fmt: skip
 def test_a_schema_that_cannot_be_followed_is_refused_with_its_place(schema, said):
@@ -114,6 +113,48 @@ def test_a_schema_that_cannot_be_followed_is_refused_with_its_place(schema, said
 )  # fmt: skip
 def test_a_regular_expression_that_cannot_be_followed_is_refused(regex, said):
     assert said in refusal(GenerationOptions, regex=regex)
+
+
+LARGE = 2**53 + 1
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"const": LARGE}, "followed: integers of more than 53 bits are rounded; strings are exact"),
+        (
+            {"properties": {"id": {"enum": [1, 10**30 + 1]}}},
+            "at /properties/id: integers of more than 53 bits are rounded",
+        ),
+        ({"items": {"const": {"id": [LARGE]}}}, "at /items: integers of more than 53 bits are rounded"),
+        ({"type": "integer", "minimum": LARGE}, f"followed: {LARGE - 1} would pass minimum"),
+        ({"type": "integer", "exclusiveMaximum": LARGE + 2}, "would pass exclusiveMaximum"),
+        ({"items": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5}}, "at /items: 0 would pass"),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.1}, "0 would pass exclusiveMinimum; "),
+        ({"type": "number", "exclusiveMinimum": 1, "exclusiveMaximum": 1.5}, "1 would pass"),
+        ({"properties": {"a": {"title": 3}}}, "3 is not of type 'string', at $.properties.a.title"),
+    ],
+)
+def test_numbers_that_would_not_be_followed_exactly_are_refused(schema, said):
+    assert said in refusal(GenerationOptions, schema=schema)
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": 2**60},  # a float holds it
+        {"const": {"maximum": LARGE}, "default": LARGE} | {"const": 1},
+        {"properties": {"const": {"type": "integer"}, "enum": {"type": "number", "minimum": 0.5}}},
+        {"type": "number", "exclusiveMinimum": 0},
+        {"type": "integer", "exclusiveMinimum": 5, "maximum": 2**52},
+        {"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 0.1},
+        {"type": "number", "minimum": 1e-7},
+    ],
+)
+def test_numbers_that_are_followed_exactly_are_accepted(schema):
+    assert GenerationOptions(schema=schema).grammar
 
 
 def references(count: int) -> dict:
