@@ -18,6 +18,7 @@ from evoprune.video.temporary import temporary
 
 TIMEOUT_S = 20.0  # for a connection, and for each read
 MAX_BYTES = 8 * 2**30
+MAX_REDIRECTS = 10
 MAX_S = 3_600.0  # for the whole download
 HEADERS = {"User-Agent": f"evoprune/{evoprune.__version__}", "Accept": "*/*", "Accept-Encoding": "identity"}
 LATER_HINT = "check the address, or try again later"
@@ -70,8 +71,8 @@ def _chunks(
         auth = (address.username, address.password) if address.userinfo else None  # kept out of the log of httpx2
         address = address.copy_with(userinfo=b"")
         with (
-            httpx2.Client(transport=transport, headers=HEADERS, timeout=TIMEOUT_S, follow_redirects=True) as client,
-            client.stream("GET", address, auth=auth) as response,
+            httpx2.Client(transport=transport, headers=HEADERS, timeout=TIMEOUT_S) as client,
+            closing(_response(client, address, auth, name)) as response,
         ):
             if not response.is_success:
                 code = response.status_code
@@ -109,6 +110,19 @@ def _chunks(
         raise VideoError(f"cannot download {name}: {reason}", hint) from error
     if not done:
         raise VideoError(f"{name} is empty", "check the address")
+
+
+def _response(client: httpx2.Client, address: httpx2.URL, auth: tuple[str, str] | None, name: str) -> httpx2.Response:
+    """Follow redirects without reading their bodies, which httpx2 would hold in memory even if they never end."""
+    request = client.build_request("GET", address)
+    for _ in range(1 + MAX_REDIRECTS):
+        response = client.send(request, auth=auth, stream=True)
+        if response.next_request is None:
+            return response
+        response.close()
+        request = response.next_request
+        auth = None  # httpx2 keeps the header if the redirect stays on the same host
+    raise VideoError(f"{name} redirects more than {MAX_REDIRECTS} times", HINTS[404])
 
 
 def _check_beginning(beginning: bytes, content_type: str, name: str) -> None:

@@ -83,6 +83,22 @@ class Web(http.server.BaseHTTPRequestHandler):
     def _circle(self) -> None:
         self._begin(302, Location=self.path + "?x", Content_Length="0")
 
+    def _talkative(self) -> None:
+        """A redirect with a body that lasts as long as somebody reads it."""
+        self._begin(302, Location="/clip.mp4")
+        for _ in range(64):
+            self.wfile.write(bytes(2**20))
+        self.visits.append(("all was read", None))
+
+    def _endless(self) -> None:
+        self._begin(Content_Type="video/mp4")
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            self.wfile.write(bytes(2**16))
+
+    def _huge(self) -> None:
+        self._begin(Content_Type="video/mp4", Content_Length=str(2**50))
+
     def _slow(self) -> None:
         """A little, and then a little now and then."""
         self._begin(Content_Type="video/mp4")
@@ -237,6 +253,12 @@ def test_what_progress_raises_ends_a_download(web):
     assert time.monotonic() - start < 5
 
 
+def test_the_body_of_a_redirect_is_not_read(web):
+    with downloaded(f"{web}/talkative") as path:
+        assert open(path, "rb").read() == Web.clip  # noqa: SIM115
+    assert [path for path, _ in Web.visits] == ["/talkative", "/clip.mp4"]
+
+
 BROKEN = [
     ("gone.mp4", "404", "check the address"),
     ("secret.mp4", "401", "login"),
@@ -244,7 +266,10 @@ BROKEN = [
     ("elsewhere?file:///etc/passwd", "unsupported protocol 'file://'", "address"),
     ("elsewhere?ftp://127.0.0.1/a.mp4", "unsupported protocol 'ftp://'", "address"),
     ("elsewhere?data:video/mp4,x", "Invalid URL in location header", "address"),
-    ("circle", "maximum allowed redirects", "address"),
+    ("circle", "redirects more than 10 times", "address"),
+    ("huge.mp4", "larger than 1 MiB", "download it"),
+    ("endless.mp4", "larger than 1 MiB", "download it"),
+    ("slow.mp4", "took longer than", "download it"),
     ("stalling.mp4", "stalled after 10 bytes", "again"),
     ("silent.mp4", "no answer for", "later"),
     ("short.mp4", "broke off", "again"),
@@ -263,6 +288,8 @@ BROKEN = [
 @pytest.mark.parametrize(("name", "says", "hint"), BROKEN, ids=[name for name, *_ in BROKEN])
 def test_what_a_server_does_wrong_is_said(web, monkeypatch, name, says, hint):
     monkeypatch.setattr(download, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(download, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(download, "MAX_S", 0.8)
     start = time.monotonic()
     with pytest.raises(VideoError) as caught, downloaded(f"{web}/{name}"):
         pass

@@ -46,11 +46,7 @@ class PublicTransport(httpx2.HTTPTransport):
             except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
                 problem = error
                 continue
-            if not response.has_redirect_location:
-                return response
-            response.close()  # the client would read its body, which may be endless
-            kept = [each for each in response.headers.multi_items() if each[0] in ("location", "set-cookie")]
-            return httpx2.Response(response.status_code, headers=kept)
+            return response
         raise problem
 
     def _trace(self, event: str, info: dict[str, Any]) -> None:
