@@ -209,6 +209,7 @@ class VideoStream(Askable):
         self._plan: Plan | None = None
         self._slots = []
         self._frames = []
+        self._changes_shape = False  # whether a frame of another shape than the first was met
         self._origin_s = self._last_s = 0.0
         self._memory: StreamMemory | None = None
         self._waiting: list[EncodedWindow] = []
@@ -304,7 +305,7 @@ class VideoStream(Askable):
         )
         if inner == outer:
             return pixels
-        self._plan = replace(plan, info=replace(plan.info, changes_size=True))
+        self._changes_shape = True
         bordered = np.zeros((plan.height, plan.width, 3), np.uint8)
         top = (plan.height - inner_height) // 2
         left = (plan.width - inner_width) // 2
@@ -465,6 +466,8 @@ class VideoStream(Askable):
         except NothingNew:  # then all of it is encoded anew
             window = _WindowInput(session, plan, Clock(torch.device("cpu")), pixels, None, pause)
             encoding = window.encode()
+        if self._changes_shape:
+            encoding = replace(encoding, warnings=(*encoding.warnings, "changing_size"))
         order = staying_order(window.encoded, encoding.encoded)
         columns = window_columns(session.loaded, encoding, order, slots, step_s, self._following)
         return EncodedWindow(count, end, encoding, window.left, *columns)

@@ -69,7 +69,6 @@ class Video:
     clock_restarts: int = 0  # how often the file's clock starts anew, as in files that were joined; times here go on
     joined: bool = False  # whether another file follows inside it, which may not be read (`cat a.mp4 b.mp4`)
     clock_gap_s: float = 0.0  # the largest step ahead that counts as another clock
-    changes_size: bool = False  # whether a frame of another size than the first was met, in live video
     hdr: bool = False  # mapped to SDR where frames are read
     hdr_format: str | None = None  # `PQ`, `HLG` or `IPTPQc2`, if it is HDR
     interlaced: bool = False
@@ -88,7 +87,6 @@ class Video:
             "guessed_rate": self.rate_guessed,
             "clock_gap": self.clock_gap_s,
             "joined_files": self.joined,
-            "changing_size": self.changes_size,
         }
         return [name for name, true in flags.items() if true]
 
