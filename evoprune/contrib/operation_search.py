@@ -20,8 +20,7 @@ from evoprune.bench.tune import BUDGETS, Progress, Run, TuneSettings, encode
 from evoprune.bench.tune_results import heading
 from evoprune.contrib.operations import ALL, KEY, PLACE, REST, SCHEMA, Operation, Operations, Recipe, Removed, closed
 from evoprune.errors import UsageError
-from evoprune.methods import LanguagePlan, MethodChain
-from evoprune.methods.language import layers_before
+from evoprune.methods import LanguagePlan, MethodChain, layers_before
 from evoprune.model.config import head_size
 from evoprune.report import rounded
 from evoprune.session.loading.description import ModelDescription

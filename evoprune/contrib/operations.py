@@ -14,9 +14,8 @@ from typing import Any, Self
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.methods import LanguageMethod, LanguagePlan, Selection
-from evoprune.methods.budget import keep_count
-from evoprune.methods.language import Drop, Dropping, LayerState, select_in_language
+from evoprune.methods import Drop, LanguageMethod, LanguagePlan, Selection, keep_count
+from evoprune.methods.language import Dropping, LayerState, select_in_language
 from evoprune.methods.types import nonzero_fixed
 from evoprune.model.config import read_object
 from evoprune.util import missing_hint

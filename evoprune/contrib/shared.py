@@ -12,9 +12,7 @@ from evoprune.methods import Selection, Tokens, arange_on, highest, scaled, snap
 NEIGHBOURS = 7  # from which a density is computed, in the authors' code of PruneVid, FlashVID and HoliTom
 MAX_BLOCKS = 4  # blocks of distances that are held; more are computed twice
 STEPS = 16384  # distances are integers of this many steps of the tokens' root mean square length
-
-
-MIN_RELEVANCE = 1 / 128
+MIN_RELEVANCE = 1 / 128  # of the least relevant token, once relevance is scaled
 
 
 def dissimilarity(tokens: Tokens) -> torch.Tensor:

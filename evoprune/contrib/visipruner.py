@@ -5,9 +5,19 @@ from typing import Annotated
 
 import torch
 
-from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Part, Selection, arange_on, highest, relative
-from evoprune.methods.budget import keep_count
-from evoprune.methods.language import Drop, layers_before
+from evoprune.methods import (
+    Drop,
+    LanguageMethod,
+    LanguagePlan,
+    LayerTokens,
+    Part,
+    Selection,
+    arange_on,
+    highest,
+    keep_count,
+    layers_before,
+    relative,
+)
 
 
 @dataclass(frozen=True)

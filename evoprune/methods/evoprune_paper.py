@@ -1,4 +1,6 @@
-"""EvoPrune as its paper has it (arXiv 2603.03681): rows merge inside windows and frame pairs, layer by layer."""
+"""EvoPrune as its paper has it (arXiv 2603.03681), and with other settings: rows merge inside windows and frame pairs, layer by
+layer.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,8 +14,6 @@ from evoprune.methods.ranking import alternate, match, snap
 from evoprune.methods.types import Candidates, arange_on
 
 FEATURES = ("keys", "keys_rotary", "hidden")
-
-
 MAX_SCORES = 1 << 22  # scores held at a time (16 MiB), or one row of each group if that is more
 ALL = slice(None)
 
@@ -29,7 +29,7 @@ class EvoPrunePaper(Merger):
     allocation: str = "skip"  # which layers merge and how much, from `first` to `last` in relative depth
     first: float = 0.2
     last: float = 0.5
-    diversity: Annotated[float, "(-inf, inf)"] = 0.1  # weights of the score's two penalties (methods/ranking.py)
+    diversity: Annotated[float, "(-inf, inf)"] = 0.1  # weights of the score's two penalties (`composite_score`)
     attention: Annotated[float, "(-inf, inf)"] = 0.1
     critical: Share = 0.1  # share of each group, its most attended rows, that merges only when no other row is left
     neighbours: Count = 4  # how many nearest rows the density is computed from
@@ -164,6 +164,8 @@ def best_partners(
 
 @dataclass(frozen=True)
 class EvoPruneMerge(EvoPrunePaper):
+    """The settings that were best on the demo model (results/ablations.md)."""
+
     name = "evoprune-merge"
     source = "arXiv 2603.03681, with other settings"
 

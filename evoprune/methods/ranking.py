@@ -1,4 +1,4 @@
-"""Functions that rank tokens, and that score, match and merge pairs of rows, in strips of rows. Ties go by index everywhere."""
+"""Functions that rank tokens, and match rows that merge. Ties go by index everywhere."""
 
 from collections.abc import Iterable
 

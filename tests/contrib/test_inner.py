@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.contrib.sparsevlm import _raters as raters
 from evoprune.contrib.vitcop import vicinity_clusters
 from evoprune.methods import language
 from evoprune.methods.budget import keep_count
@@ -283,13 +282,6 @@ def test_the_prompt_reads_as_if_a_mask_barred_what_left(name, budget, sizes):
         lengths.append(columns)
     assert cache.lengths == lengths
     assert method.exact == (dropped == [(drop.after, drop.left) for drop in plan.drops]) or not method.exact
-
-
-def test_sparsevlms_raters_are_chosen_once(monkeypatch):
-    made, real = [], raters
-    monkeypatch.setattr("evoprune.contrib.sparsevlm._raters", lambda *embeds: made.append(real(*embeds)) or made[-1])
-    _, dropping, _ = run_method(deep_model(), methods.get("sparsevlm"), *a_prompt(), 0.25)
-    assert len(dropping.dropped) == 3 and len(made) == 1
 
 
 def test_every_method_is_tested():
