@@ -42,6 +42,7 @@ from evoprune.session.asking import EncodedInputs
 from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
 from evoprune.session.loading.description import ModelDescription, describe
 from evoprune.session.loading.model import LoadedModel, load_model, threads_of_each
+from evoprune.session.loading.weights import weights_of
 from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.session import Session, check_fits
 from evoprune.session.upcoming import in_flight
@@ -182,7 +183,7 @@ class Evaluation:
         if processes > 1:
             loaded = self.loaded
             model = self.settings.model
-            if loaded and (short := shortage(processes * loaded.weights_bytes, loaded.device)):
+            if loaded and (short := shortage(processes * weights_of(loaded.description).bytes, loaded.device)):
                 hint = "fewer processes (--processes), or a smaller model"
                 raise OutOfMemory(f"{processes} copies of {loaded.id}: {short}", hint, stage="load")
             model = replace(model, threads=threads_of_each(model.threads, processes))

@@ -3,7 +3,6 @@
 import threading
 import time
 from contextlib import closing
-from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -18,6 +17,7 @@ from evoprune.session.loading.model import load_model
 from evoprune.video.frames import read_frames
 from evoprune.video_qa import VideoQA
 from experiments.demo import batches, scenes_batches
+from tests.loading import described
 from tests.tiny import save_tiny
 
 CLIP = "samples/square.mp4"
@@ -27,7 +27,7 @@ QUESTION = "What colour is the square?"
 @pytest.fixture(scope="module")
 def demo():
     """The demo model, as one whose range of positions is that of its context."""
-    return replace(load_model("demo", pack=False), demo=None)
+    return described(load_model("demo", pack=False), folder=None)
 
 
 @pytest.fixture(scope="module")
@@ -449,7 +449,7 @@ def test_what_a_window_leaves_to_the_next_one_counts_as_memory(demo, monkeypatch
 @pytest.mark.slow
 def test_two_hours():
     """Simulated faster: memory and the time to answer stay what they are."""
-    qa, held, waits = VideoQA(replace(load_model("demo"), demo=None), budget=0.25), {}, {}
+    qa, held, waits = VideoQA(described(load_model("demo"), folder=None), budget=0.25), {}, {}
     pictures = np.random.default_rng(0).integers(0, 256, (64, 112, 168, 3), dtype=np.uint8)
     with qa.stream(memory_s=240.0) as stream:
         for number in range(2 * 7200):
