@@ -91,7 +91,7 @@ FAULTS = {
         "*(read[-1].features[: len(tokens.features)].to(words) for tokens in read)",
     ),
     "a word of the question before that stays": Fault(
-        "again", "evoprune.session.prefix:PrefixCache._take", "cache.crop(known)", "cache.crop(known + 1)"
+        "again", "evoprune.language.prefix:PrefixCache._take", "cache.crop(known)", "cache.crop(known + 1)"
     ),
     "the rows of a piece in another order": Fault(
         "chunks", f"{TOWER}:in_pieces", "len(values)] = values", "len(values)] = values.roll(1, 0)"
