@@ -246,7 +246,7 @@ def test_a_video_is_read_once_for_all_rows_that_look_at_the_same_pixels(loaded, 
         return real(info, times_s, **how)
 
     monkeypatch.setattr(encoding, "read_frames", counted)
-    monkeypatch.setattr("evoprune.session.planning.CHUNK_BYTES", 1)  # also one that comes in several chunks
+    monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)  # also one that comes in several chunks
     settings = replace(SETTINGS, methods=("random", "subsample"), blind=True)
     run = begun(loaded, settings, videos(CLIPS[:2]))
     run.run()
