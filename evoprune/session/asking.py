@@ -27,6 +27,7 @@ from evoprune.language.generate import (
     stream_answer,
     teacher_forced_logits,
 )
+from evoprune.language.prefix import PrefixCache
 from evoprune.language.prompt import Prompt
 from evoprune.language.pruned import prune_prompt
 from evoprune.language.schema import SchemaOfClass, checked_value, instance_of
@@ -37,7 +38,6 @@ from evoprune.report import ABOUT_SOUND, OF_INPUTS, Report, TokenCounts
 from evoprune.session.answers import Answer, Chat, Shape, Uncopied, logprobs_record
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.options import GenerationOptions
-from evoprune.session.prefix import PrefixCache
 from evoprune.session.prompting import check_not_empty, fitting_prompt, positions_of
 from evoprune.session.report import fill_dropped, fill_pruning, fill_times, inputs_report
 from evoprune.session.session import Session, check_conversation

@@ -91,14 +91,15 @@ class OpenInput:
         self._lock = threading.Lock()
 
     def frames(self, on_frames: OnFrames) -> Iterator[FrameChunk]:
-        """Yield what is looked at, as `video.frames.read_frames`; arguments as there."""
+        """Return what is looked at, as `video.frames.read_frames` yields it; arguments as there."""
         plan = self.plan
-        early = self.ahead.take(plan) if self.ahead else None
-        if early is None:
-            given = {"chunk_bytes": chunk_bytes(plan), "cores": self.cores, "on_frames": on_frames}
-            with closing(read_frames(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)) as chunks:
-                yield from chunks
-            return
+        if self.ahead and (early := self.ahead.take(plan)):
+            return self._early_frames(early)
+        given = {"chunk_bytes": chunk_bytes(plan), "cores": self.cores, "on_frames": on_frames}
+        return read_frames(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)
+
+    def _early_frames(self, early: Reading[FrameChunk]) -> Iterator[FrameChunk]:
+        """Yield frames that were read early. Their hidden time counts as time of reading."""
         with closing(early):
             hidden_s = 0.0
             for chunk in early.chunks():

@@ -61,15 +61,6 @@ def cut_frames(
             yield PatchChunk(patches, chunk.end, chunk.times_s, chunk.damaged, chunk.other_size, chunk.moved)
 
 
-@dataclass
-class _Kept:
-    """The patches of an input that are kept, or are being read, and how many use them."""
-
-    reading: Reading[PatchChunk]
-    bytes: int
-    users: int = 0
-
-
 class PatchStore:
     """The patches of the latest inputs of a model, by `content_key`. Threads may share it.
 
@@ -79,7 +70,7 @@ class PatchStore:
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES):
         self.limit_bytes = limit_bytes
-        self._entries: OrderedDict[Hashable, _Kept] = OrderedDict()
+        self._entries: OrderedDict[Hashable, Reading[PatchChunk]] = OrderedDict()
         self._lock = threading.Lock()
 
     def open(
@@ -90,33 +81,32 @@ class PatchStore:
         Returns None if the patches, `size` bytes, cannot be kept: they are too large, or memory on `device` is short.
         """
         with self._lock:
-            kept = self._entries.get(key)
-            if kept is None or not (kept.reading.complete or kept.reading.is_here):
+            reading = self._entries.get(key)
+            if reading is None or not (reading.complete or reading.is_here):
                 if size > self.limit_bytes:
                     return None
                 available = available_memory(str(device))
-                used = sum(each.bytes for each in self._entries.values() if each.users)
+                used = sum(each.size for each in self._entries.values() if each.users)
                 if available is not None and SHARE * (used + size) > available:
                     self._drop_unused(0)
                     return None
-                kept = self._entries[key] = _Kept(Reading(source, shared=True), size)
-            kept.users += 1
-            return kept.reading
+                reading = self._entries[key] = Reading(source, shared=True, size=size)
+            reading.users += 1
+            return reading
 
     def close(self, key: Hashable) -> None:
         """Release the reading of a key. After its last user, it is kept if it is complete, and stopped otherwise."""
         with self._lock:
-            kept = self._entries[key]
-            kept.users -= 1
-            if kept.users:
+            reading = self._entries[key]
+            reading.users -= 1
+            if reading.users:
                 return
-            if kept.reading.complete:
+            if reading.complete:
                 self._entries.move_to_end(key)
                 self._drop_unused(self.limit_bytes)
-            else:
-                del self._entries[key]
-        if not kept.reading.complete:
-            kept.reading.close()
+                return
+            del self._entries[key]
+        reading.close()
 
     def clear(self) -> bool:
         """Evict all unused patches. Return True if there were any."""
@@ -128,13 +118,13 @@ class PatchStore:
 
     def _drop_unused(self, limit_bytes: int) -> bool:
         """Evict unused patches beyond a limit, the least recently used first. Return True if there were any."""
-        unused = [(key, kept) for key, kept in self._entries.items() if not kept.users]
-        total = sum(kept.bytes for _, kept in unused)
+        unused = [(key, reading) for key, reading in self._entries.items() if not reading.users]
+        total = sum(reading.size for _, reading in unused)
         dropped = False
-        for key, kept in unused:
+        for key, reading in unused:
             if total > limit_bytes or not limit_bytes:
                 del self._entries[key]
-                total -= kept.bytes
+                total -= reading.size
                 dropped = True
         return dropped
 

@@ -64,6 +64,7 @@ class Reading(Generic[T]):
         group: The readings that share memory and turns with this one. By default it has memory without a limit.
         shared: Keep chunks after they were taken, so that several consumers get all of them. A shared reading also continues when
             the thread that made it is stopped; any other reading stops with that thread.
+        size: Bytes of all chunks together, if they are known in advance.
         drop: Called with each chunk that is left when the reading is closed.
 
     Attributes:
@@ -74,6 +75,7 @@ class Reading(Generic[T]):
         ended: True once the thread has finished, also if it failed or was stopped.
         complete: True once the thread has made all chunks.
         taken: True once a consumer takes chunks.
+        users: Number of inputs that use a shared reading, counted by its store.
         problem: The exception that ended the thread, or None.
     """
 
@@ -83,8 +85,11 @@ class Reading(Generic[T]):
         group: Readings | None = None,
         *,
         shared: bool = False,
+        size: int = 0,
         drop: Callable[[T], None] = lambda chunk: None,
     ):
+        self.size = size
+        self.users = 0
         self.frames = 0
         self.chunk_bytes = 0
         self.hidden_s = 0.0

@@ -76,7 +76,7 @@ def test_a_run(saved):
 def test_the_time_to_the_first_token_holds_the_whole_prompt(loaded, monkeypatch):
     """Unpruned too, whose answers have read it before. Columns stand in place of seconds."""
     read, along = [], EncodedInputs.read_along
-    monkeypatch.setattr("evoprune.session.prefix.prefill", lambda *args: read.append(len(args[1])) or prefill(*args))
+    monkeypatch.setattr("evoprune.language.prefix.prefill", lambda *args: read.append(len(args[1])) or prefill(*args))
     monkeypatch.setattr(EncodedInputs, "read_along", lambda *args: (along(*args)[0], read[-1]))
     session = Session(loaded, PruneOptions().config())
     answering = Answering(session, SamplingOptions(frames=4), QUESTIONS, TimeLimit(60, lambda: 0.0))

@@ -19,8 +19,9 @@ from PIL import Image
 from evoprune.backend.limits import MAX_VISUAL_TOKENS_CPU
 from evoprune.bundled import DEMOS, SCENES_TAG
 from evoprune.errors import VideoError
+from evoprune.language import prefix
 from evoprune.report import Report
-from evoprune.session import asking, encoding, prefix
+from evoprune.session import asking, encoding
 from evoprune.session.ahead import ReadAhead
 from evoprune.session.asking import EncodedInputs
 from evoprune.video import frames

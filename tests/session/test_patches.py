@@ -202,7 +202,7 @@ def test_two_users_share_what_is_being_read():
     gate.set()
     assert len(list(second.chunks())) == 3
     store.close("a")
-    assert store._entries["a"].reading is second
+    assert store._entries["a"] is second
 
 
 def test_what_nobody_needs_any_more_ends():

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from evoprune.errors import DoesNotFit, OutOfMemory, UsageError
+from evoprune.language import prefix
 from evoprune.language.prompt import Tokenizer
-from evoprune.session import memory, prefix
+from evoprune.session import memory
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model

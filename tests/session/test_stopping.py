@@ -91,18 +91,18 @@ def test_patches_that_others_need_are_read_on(qa, named, monkeypatch):
         with at_once():
             first.close()
             ahead.close()
-        assert kept.users == 1 and not kept.reading.ended
+        assert kept.users == 1 and not kept.ended
 
         def wait():
             with suppress(isolation.Stopped):
-                waits.extend(kept.reading.chunks())
+                waits.extend(kept.chunks())
 
         waiting = threading.Thread(target=wait)
         waiting.start()
         with at_once():
             second.close()
             waiting.join()
-        assert kept.reading.ended and not qa.loaded.patches._entries and not waits
+        assert kept.ended and not qa.loaded.patches._entries and not waits
 
 
 @pytest.mark.few(3)

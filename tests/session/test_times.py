@@ -39,7 +39,7 @@ SLOW = (
     "evoprune.session.encoded.select_tokens",
     "evoprune.session.prompting.check_texts",
     "evoprune.session.prompting.prompt_about",
-    "evoprune.session.prefix.prefill",
+    "evoprune.language.prefix.prefill",
     "evoprune.session.prompting.read_subtitles",
     "evoprune.language.prompt.Tokenizer.encode",
     "evoprune.language.prompt.Tokenizer.render",
