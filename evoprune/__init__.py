@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from evoprune.hf.columns import Columns
     from evoprune.hf.context import EvoPrune, PrunedModel, apply, remove
     from evoprune.hf.encoding import encode
-    from evoprune.hf.processor_inputs import processor_inputs
+    from evoprune.hf.inputs import processor_inputs
     from evoprune.live.stream import VideoStream
     from evoprune.moments.search import Moment
     from evoprune.report import Report
@@ -31,7 +31,7 @@ _SOURCES = {
     "hf.columns": ("Columns",),
     "hf.context": ("EvoPrune", "PrunedModel", "apply", "remove"),
     "hf.encoding": ("encode",),
-    "hf.processor_inputs": ("processor_inputs",),
+    "hf.inputs": ("processor_inputs",),
     "session.ahead": ("read_ahead",),
     "session.answers": ("Answer", "Chat"),
     "session.asking": ("EncodedInputs",),

@@ -12,7 +12,7 @@ import evoprune
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import group_by_span, product_rows
 from evoprune.batch.run import answers
-from evoprune.video.frames import probe, read_frames
+from evoprune.video.frames import probe, read_chunks
 from evoprune.video.sandbox import isolation
 from tests.process_state import differences, process_state
 from tests.prompts import VIDEO, processed
@@ -58,7 +58,7 @@ def test_files_are_read(name, apart, tmp_path_factory, monkeypatch):
         monkeypatch.setattr(isolation, "POSSIBLE", False)
     with unchanged():
         info = probe(path)
-        assert list(read_frames(info, [0.0, info.duration_s]))
+        assert list(read_chunks(info, [0.0, info.duration_s]))
 
 
 def test_a_question_is_answered(tmp_path):

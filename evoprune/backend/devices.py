@@ -308,14 +308,14 @@ def reset_peak_memory(device: str) -> bool:
 def available_memory(device: str) -> int | None:
     """Return the bytes that this process can get now without swapping; None where unknown, and on the meta device.
 
-    On CUDA: what is free on the device and in torch's own allocator. Else see `limits.available_memory`.
+    On CUDA: what is free on the device and in torch's own allocator. Else see `limits.host_memory`.
     """
     if _on_cuda(device):
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     if not holds_values(torch.device(device)):
         return None
-    return limits.available_memory()
+    return limits.host_memory()
 
 
 def empty_cache() -> None:

@@ -82,7 +82,7 @@ def unjoined() -> Iterator[None]:
         _apart.pop()
 
 
-def kernels(device: torch.device) -> ModuleType | None:
+def kernels_for(device: torch.device) -> ModuleType | None:
     """Return the fused kernels for a device, `backend.kernels`; None where there are none, or one has failed."""
     if not uses_kernels(device) or devices.failed("layers") or not has_triton():
         return None

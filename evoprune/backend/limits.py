@@ -105,7 +105,7 @@ def available_cores(root: Path = ROOT) -> int:
     return max(1, math.ceil(min(cores, quota)))
 
 
-def available_memory(root: Path = ROOT) -> int | None:
+def host_memory(root: Path = ROOT) -> int | None:
     """Return the bytes that this process can get now without swapping; None where unknown.
 
     The least of what Linux has, what the control groups leave, and what is left of the address space (`ulimit -v`). Cached files
@@ -125,7 +125,7 @@ def check_libraries(root: Path = ROOT) -> None:
 
     Raises OutOfMemory: there is not even memory for the libraries.
     """
-    available = available_memory(root)
+    available = host_memory(root)
     if available is not None and available < LIBRARIES:
         figures = f"{max(0, available) >> 20} MiB are available, and the libraries alone take {LIBRARIES >> 20}"
         hint = "close other programs, or give the container more"

@@ -60,7 +60,7 @@ def reference(
     return Reference(question, system, think, ids, tokens, torch.cat([best, _rest(best)], 1), seconds)
 
 
-def agreement(given: Reference, video: EncodedInputs) -> Agreement:
+def agreement_of(given: Reference, video: EncodedInputs) -> Agreement:
     """Return how a pruned video's choices compare. Errors: as of `EncodedInputs.read_along`."""
     logits, seconds = video.read_along(given.question, given.ids, given.system, given.think)
     logs = logits.log_softmax(-1).gather(1, given.tokens)
@@ -77,7 +77,7 @@ def compare(
     if answer.report.stop_reason is not None or options.grammar is not None:
         ended = False  # perhaps the answer has no token of its end
     given = reference(full, question, answer.ids, ended, options.system, options.think)
-    return agreement(given, pruned).record()
+    return agreement_of(given, pruned).record()
 
 
 def _rest(logs: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from evoprune.methods.chain import PruneConfig
 from evoprune.model.config import VisionConfig
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.options import SamplingOptions
-from evoprune.video.frames import read_frames
+from evoprune.video.frames import read_chunks
 from evoprune.video.info import PICTURE, Video
 from evoprune.video.plan import InputLimits, even_times, make_plan
 from evoprune.vision.patches import normalised
@@ -164,7 +164,7 @@ def video_frames(info: Video, case: Case) -> Frames:
         source = replace(info, width=case.width, height=case.height)  # which the reader makes of it
     wanted = SamplingOptions(frames=case.frames, max_frames=max_frames, max_visual_tokens=sys.maxsize)
     plan = make_plan(info, InputLimits(), wanted)
-    with closing(read_frames(source, plan.sampling.times_s)) as chunks:
+    with closing(read_chunks(source, plan.sampling.times_s)) as chunks:
         small = [resize(torch.from_numpy(chunk.pixels), case.height, case.width) for chunk in chunks]
     return torch.cat(small), plan.sampling.seconds_per_pair()
 

@@ -8,7 +8,7 @@ from PIL import Image
 from evoprune.bench.overlay import FAINT, GAP, MIN_WIDTH, columns, framed, joined, png, text_picture, text_size, wrap
 from evoprune.moments.search import Moment
 from evoprune.util import clock
-from evoprune.video.frames import read_frames
+from evoprune.video.frames import read_chunks
 from evoprune.video.info import Video
 
 MADE_BY = "evoprune contact sheet"  # in the metadata of each file
@@ -18,11 +18,11 @@ PANEL = (320, 320)  # pixels, at most, of the width and height of a frame
 def contact_sheet(info: Video, moments: Sequence[Moment], title: str) -> bytes:
     """Return a PNG file with the best frames of moments, at least one, in order of time.
 
-    One frame is read after the other, so memory does not grow with their number. Raises VideoError: as `read_frames`.
+    One frame is read after the other, so memory does not grow with their number. Raises VideoError: as `read_chunks`.
     """
     ordered = sorted(moments, key=attrgetter("best_s"))
     pictures = []
-    for chunk in read_frames(info, [moment.best_s for moment in ordered]):
+    for chunk in read_chunks(info, [moment.best_s for moment in ordered]):
         for rgb in chunk.pixels:
             picture = Image.fromarray(rgb)
             picture.thumbnail(PANEL)

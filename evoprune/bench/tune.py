@@ -23,7 +23,7 @@ import numpy as np
 
 from evoprune import methods
 from evoprune.backend.cpu.linear import pack_waiting
-from evoprune.bench.agreement import Reference, agreement, reference
+from evoprune.bench.agreement import Reference, agreement_of, reference
 from evoprune.bench.results import Results
 from evoprune.bench.scores import Z95, share_variance, wilson
 from evoprune.bench.shared import (
@@ -604,7 +604,7 @@ class Tuning(Run):
                 self.loaded, PruneOptions(candidate.budget, candidate.method, seed=self.settings.seed).config()
             )
             encoded, seconds = encode(session, full.path, self.settings.sampling, held[video])
-            along = [agreement(given, encoded) for given in full.references]
+            along = [agreement_of(given, encoded) for given in full.references]
             pruning = encoded.report.pruning
             return Trial(
                 agree=sum(int(result.agrees.sum()) for result in along),

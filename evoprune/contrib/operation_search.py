@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evoprune.bench.agreement import agreement
+from evoprune.bench.agreement import agreement_of
 from evoprune.bench.results import Column, Results, failures, fitting, folded, meanings
 from evoprune.bench.tune import BUDGETS, Progress, Run, TuneSettings, encode
 from evoprune.bench.tune_results import heading
@@ -222,7 +222,7 @@ class OperationTuning(Run):
             method = MethodChain(language=_Trial(recipe=self._blank, removed=removed))
             session = replace(full, pruning=replace(full.pruning, method=method))
             pruned = [(video.with_session(session), references) for video, references in asked]
-            results = [agreement(given, video) for video, references in pruned for given in references]
+            results = [agreement_of(given, video) for video, references in pruned for given in references]
             kl = np.concatenate([result.kl.numpy() for result in results])
             return Loss(float(kl.mean()), sum(int(result.agrees.sum()) for result in results) / len(kl))
 

@@ -448,7 +448,7 @@ def _fused(
     mlp = layer.mlp
     eps = config.rms_norm_eps
     heads = config.num_attention_heads
-    fast = layers.kernels(x.device)
+    fast = layers.kernels_for(x.device)
     into = layers.joined(attention)
     gates = layers.joined(mlp)
     if None in (fast, into, gates):

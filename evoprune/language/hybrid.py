@@ -72,7 +72,7 @@ def add_norm(
     x: torch.Tensor, plus: torch.Tensor | None, gain: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `x + plus`, or `x` itself, and its RMS norm, which is scaled by `gain` (float32) before it is rounded."""
-    if fast := backend.kernels(x.device):
+    if fast := backend.kernels_for(x.device):
         try:
             # What quantised layers return need not be contiguous.
             if plus is not None:

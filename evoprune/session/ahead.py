@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
-from evoprune.backend.limits import available_memory
+from evoprune.backend.limits import host_memory
 from evoprune.errors import UsageError, VideoError
 from evoprune.session.loading.description import ModelDescription, describe
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
@@ -20,7 +20,7 @@ from evoprune.session.planning import plan_input
 from evoprune.session.reading import PATIENCE_S, Reading, Readings, chunk_bytes, probed, state_of, stop_all
 from evoprune.session.signatures import takes
 from evoprune.util import brief, from_keywords
-from evoprune.video.frames import FrameChunk, frames_at_once, read_frames
+from evoprune.video.frames import FrameChunk, frames_at_once, read_chunks
 from evoprune.video.plan import Plan
 from evoprune.video.sandbox.isolation import wait_for
 
@@ -75,7 +75,7 @@ class ReadAhead(Readings):
     ):
         if held_bytes is None:
             held_bytes = HELD_BYTES
-            if (available := available_memory()) is not None:
+            if (available := host_memory()) is not None:
                 held_bytes = min(HELD_BYTES, available // SHARE)
         super().__init__(held_bytes)
         self.model = model
@@ -141,7 +141,7 @@ class ReadAhead(Readings):
         size = chunk_bytes(plan)
         reading.chunk_bytes = source.width * source.height * 3 * min(len(times), frames_at_once(source, size))
         cores = self.model.options.cores
-        return read_frames(source, times, chunk_bytes=size, cores=cores, **plan.read_arguments)
+        return read_chunks(source, times, chunk_bytes=size, cores=cores, **plan.read_arguments)
 
 
 def _request(plan: Plan) -> tuple[Any, ...]:

@@ -31,7 +31,7 @@ from evoprune.session.prompting import prompt_subtitles
 from evoprune.session.reading import Reading, Readings, chunk_bytes, probed
 from evoprune.session.session import Session
 from evoprune.util import brief
-from evoprune.video.frames import FrameChunk, read_frames
+from evoprune.video.frames import FrameChunk, read_chunks
 from evoprune.video.given import Input, held_video, is_frames, is_given, is_temporary, local_input, name_of
 from evoprune.video.info import ARRAY, PICTURE, HeldVideo, check_one_file
 from evoprune.video.plan import Plan
@@ -91,12 +91,12 @@ class OpenInput:
         self._lock = threading.Lock()
 
     def frames(self, on_frames: OnFrames) -> Iterator[FrameChunk]:
-        """Return what is looked at, as `video.frames.read_frames` yields it; arguments as there."""
+        """Return what is looked at, as `video.frames.read_chunks` yields it; arguments as there."""
         plan = self.plan
         if self.ahead and (early := self.ahead.take(plan)):
             return self._early_frames(early)
         given = {"chunk_bytes": chunk_bytes(plan), "cores": self.cores, "on_frames": on_frames}
-        return read_frames(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)
+        return read_chunks(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)
 
     def _early_frames(self, early: Reading[FrameChunk]) -> Iterator[FrameChunk]:
         """Yield frames that were read early. Their hidden time counts as time of reading."""

@@ -25,7 +25,7 @@ def environment_facts(stdout: TextIO) -> dict:
 
     from evoprune import methods
     from evoprune.backend.devices import describe_devices
-    from evoprune.backend.limits import available_cores, available_memory
+    from evoprune.backend.limits import available_cores, host_memory
     from evoprune.session.cache import Cache
     from evoprune.session.loading.hub import BUNDLED_CONFIGS
     from evoprune.session.loading.stored import weights_folder
@@ -53,7 +53,7 @@ def environment_facts(stdout: TextIO) -> dict:
         "platform": platform.platform(),
         "versions": {"evoprune": evoprune.__version__} | {name: _version(name) for name in PACKAGES},
         "devices": describe_devices(),
-        "available": {"cores": available_cores(), "memory_bytes": available_memory()},
+        "available": {"cores": available_cores(), "memory_bytes": host_memory()},
         "decoders": decoders,
         "methods": methods.available(),
         "method_plugins": methods.plugins(),

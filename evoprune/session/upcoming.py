@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from evoprune.backend.devices import busy_cores
-from evoprune.backend.limits import available_cores, available_memory
+from evoprune.backend.limits import available_cores, host_memory
 from evoprune.session.encoding import OpenInputs
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.reading import Reading, Readings, stop_all
@@ -39,7 +39,7 @@ def idle_cores(loaded: LoadedModel) -> int:
 
 def readers(loaded: LoadedModel) -> int:
     """Return how many inputs are read at a time: one for each two idle cores, as memory allows, at least one and at most `MOST`."""
-    available = available_memory()
+    available = host_memory()
     most = MOST
     if available is not None:
         most = min(most, available // READER_BYTES)

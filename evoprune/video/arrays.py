@@ -9,11 +9,10 @@ from contextlib import closing
 import numpy as np
 from numpy.typing import NDArray
 
-from evoprune.backend.limits import available_memory
+from evoprune.backend.limits import host_memory
 from evoprune.errors import OutOfMemory, UsageError, memory_guard
 from evoprune.util import brief, counted, size
-from evoprune.video.frames import probe
-from evoprune.video.frames import read_frames as read_chunks
+from evoprune.video.frames import probe, read_chunks
 from evoprune.video.info import EXACT, FOLDER_FPS, PICTURE, Decoder, Seek, Video
 from evoprune.video.plan import SamplingOptions, check_no_span, duration_of, even_times, span_of
 
@@ -69,7 +68,7 @@ def read_frames(
 
 
 def in_one(info: Video, times_s: Sequence[float], **how) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Return what `read_frames` returns, for the times of `video.frames.read_frames`, whose options `how` has.
+    """Return what `read_frames` returns, for the times of `video.frames.read_chunks`, whose options `how` has.
 
     Raises as `read_frames`.
     """
@@ -88,7 +87,7 @@ def in_one(info: Video, times_s: Sequence[float], **how) -> tuple[NDArray[np.uin
 def check_room(info: Video, count: int) -> None:
     """Raises OutOfMemory: so many frames do not fit into memory."""
     needed = 3 * count * info.height * info.width
-    available = available_memory()
+    available = host_memory()
     if available is not None and needed > available:
         figures = f"{counted(count, 'frame')} of {info.width}x{info.height} take {size(needed)}"
         hint = "read fewer at a time, for example by start_s and end_s"

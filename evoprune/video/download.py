@@ -14,7 +14,7 @@ import httpx2
 import evoprune
 from evoprune.errors import UsageError, VideoError
 from evoprune.util import DOWNLOAD_HINT, size, without_password
-from evoprune.video.temporary import temporary
+from evoprune.video.temporary import temporary_file
 
 TIMEOUT_S = 20.0  # for a connection, and for each read
 MAX_BYTES = 8 * 2**30
@@ -54,7 +54,7 @@ def downloaded(
     if offline:
         hint = "leave out --offline (offline=True), or download it first and give the path of the file"
         raise UsageError(f"the network may not be used (offline), and {name} is on the web", hint)
-    with closing(_chunks(url, name, progress, transport)) as chunks, temporary(chunks, name) as path:
+    with closing(_chunks(url, name, progress, transport)) as chunks, temporary_file(chunks, name) as path:
         yield path
 
 

@@ -1,4 +1,4 @@
-"""Reading videos: what is in one (`probe`, `scan`, `read_subtitles`), and its frames (`read_frames`), full-size RGB in chunks of
+"""Reading videos: what is in one (`probe`, `scan`, `read_subtitles`), and its frames (`read_chunks`), full-size RGB in chunks of
 bounded size. Work grows with what is asked for, not with the file. `local_file` stores standard input and what is on the web."""
 
 import math
@@ -27,7 +27,7 @@ from evoprune.video.info import (
     check_seek,
 )
 from evoprune.video.sandbox.isolation import run_task, stream_frames
-from evoprune.video.temporary import temporary
+from evoprune.video.temporary import temporary_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,7 +116,7 @@ class FrameChunk:
         return self.first + len(self.times_s)
 
 
-def read_frames(
+def read_chunks(
     info: Video,
     times_s: Sequence[float],
     *,
@@ -243,7 +243,7 @@ def local_file(
         status = os.fstat(stdin.fileno())
         if stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, os.stat(os.devnull)):  # /dev/null does end
             raise VideoError("standard input is a device, not a video", hint)
-    with temporary(iter(partial(stdin.read, CHUNK_BYTES), b""), "standard input", "stdin") as path:
+    with temporary_file(iter(partial(stdin.read, CHUNK_BYTES), b""), "standard input", "stdin") as path:
         if not os.path.getsize(path):
             raise VideoError("standard input is empty", "did the command before the pipe fail?")
         yield path

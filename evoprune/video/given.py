@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from evoprune.errors import UsageError, VideoError
 from evoprune.util import brief, is_url, without_password
 from evoprune.video.info import ARRAY, TOLERANCE_S, HeldVideo
-from evoprune.video.temporary import temporary
+from evoprune.video.temporary import temporary_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -170,7 +170,7 @@ def local_input(
         with downloaded(source, offline=offline, progress=progress) as path:
             yield path
         return
-    with temporary(_pieces(source), name_of(source)) as path:
+    with temporary_file(_pieces(source), name_of(source)) as path:
         yield path
 
 

@@ -300,7 +300,7 @@ class Plan:
 
     @property
     def read_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `frames.read_frames` that frames depend on."""
+        """Return the arguments of `frames.read_chunks` that frames depend on."""
         return {"decoder": self.decoder, "seek": self.seek, "part_s": self.sampling.seconds_per_frame}
 
     @property

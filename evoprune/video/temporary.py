@@ -14,7 +14,7 @@ LOCK = ".evoprune-lock"  # file in each temporary folder, locked by the process 
 
 
 @contextmanager
-def temporary(chunks: Iterable[bytes], name: str, file_name: str = "input") -> Iterator[str]:
+def temporary_file(chunks: Iterable[bytes], name: str, file_name: str = "input") -> Iterator[str]:
     """Write bytes to a temporary file, and yield its path. Errors say `name` instead of the path.
 
     Raises VideoError: the file cannot be stored.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from evoprune.backend.attention import varlen_kernel
 from evoprune.backend.cpu.linear import linear
 from evoprune.backend.devices import Timer
-from evoprune.backend.layers import give_up, joined, kernels
+from evoprune.backend.layers import give_up, joined, kernels_for
 from evoprune.methods.plans import TowerShape
 from evoprune.methods.types import arange_on
 from evoprune.model.config import PATCHES, VisionConfig, vision_sizes
@@ -143,7 +143,7 @@ class Layer:
             x, normed = self._add_norm(x, None, weights.norm1)
         qkv = weights.attn.qkv(normed).view(len(rows), PATCHES, -1)
         dim = x.shape[1] // self.heads
-        q, k, v = kernels(x.device).rotate_into_groups(qkv, *table, rows.place, self.heads, *groups.keys)
+        q, k, v = kernels_for(x.device).rotate_into_groups(qkv, *table, rows.place, self.heads, *groups.keys)
         mixed = groups.attend(q, k, v, scale=dim**-0.5)
         x, normed = self._add_norm(x, weights.attn.proj(mixed[..., :dim].flatten(1)), weights.norm2)
         return self._add_norm(x, in_pieces(self._mlp_by_kernels, piece * PATCHES, normed), after)
@@ -155,7 +155,7 @@ class Layer:
         if norm is None:
             return x + plus, None
         if self.kind.rms:
-            return kernels(x.device).add_norm(x, plus, norm.weight, EPS)
+            return kernels_for(x.device).add_norm(x, plus, norm.weight, EPS)
         if plus is not None:
             x = x + plus
         return x, self.kind.norm(norm, x)
@@ -164,7 +164,7 @@ class Layer:
         """Return an MLP without norm and residual, `[rows, hidden]`."""
         mlp = self.weights.mlp
         if parameters := joined(mlp):
-            hidden = kernels(x.device).silu_times(F.linear(x, *parameters))
+            hidden = kernels_for(x.device).silu_times(F.linear(x, *parameters))
             return F.linear(hidden, mlp.wide_down, mlp.down_proj.bias)
         return self.kind.mlp(mlp, x, None)
 
@@ -226,7 +226,7 @@ def run_layer(
 
 def can_fuse(x: torch.Tensor) -> bool:
     """Return whether there are kernels for rows on this device, in this dtype."""
-    return varlen_kernel(x.device, x.dtype) is not None and kernels(x.device) is not None
+    return varlen_kernel(x.device, x.dtype) is not None and kernels_for(x.device) is not None
 
 
 def run_by_kernels(visual, layers: range, rows: Rows, piece: int, after: Callable[[int, Rows, int], None]) -> range:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.bench.agreement import agreement, reference
+from evoprune.bench.agreement import agreement_of, reference
 from evoprune.bench.processes import map_in_processes
 from evoprune.bench.questions import grade
 from evoprune.session.loading.model import load_model
@@ -56,7 +56,7 @@ def answers_about(loaded: list, folder: Path, clip: ClipName) -> list[dict]:
             for row in video.rows:
                 said = exact.ask(row.prompt, max_new_tokens=TOKENS)
                 given = reference(exact, row.prompt, said.ids, said.report.finish_reason == "stop")
-                found = agreement(given, bits)
+                found = agreement_of(given, bits)
                 # If all first choices are the same, so is the answer.
                 other = said if found.agrees.all() else bits.ask(row.prompt, max_new_tokens=TOKENS)
                 made.append(

@@ -32,7 +32,7 @@ def fast():
 
 @pytest.fixture
 def used(fast, monkeypatch):
-    monkeypatch.setattr(layers, "kernels", lambda device: None if devices.failed("layers") else fast)
+    monkeypatch.setattr(layers, "kernels_for", lambda device: None if devices.failed("layers") else fast)
     monkeypatch.setattr(devices, "_failed", set())
 
 
@@ -171,9 +171,9 @@ def test_a_kernel_that_fails_is_said_once(used, fast, monkeypatch):
 
 
 def test_a_cpu_has_no_kernels(monkeypatch):
-    assert layers.kernels(torch.device("cpu")) is None
+    assert layers.kernels_for(torch.device("cpu")) is None
     monkeypatch.setenv("EVOPRUNE_PLAIN", "1")
-    assert layers.kernels(torch.device("cuda")) is None
+    assert layers.kernels_for(torch.device("cuda")) is None
 
 
 # Which kernel computes causal attention, and what it computes.

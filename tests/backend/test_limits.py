@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from evoprune.backend.limits import LIBRARIES, ROOT, _groups, available_cores, available_memory, check_libraries
+from evoprune.backend.limits import LIBRARIES, ROOT, _groups, available_cores, check_libraries, host_memory
 from evoprune.bundled import DEMOS
 from evoprune.errors import OutOfMemory
 from evoprune.model.weights import empty
@@ -100,7 +100,7 @@ def made_up(root: Path, groups, mounts, files: dict[str, dict], prefix: str) -> 
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_of_control_groups(name, tmp_path):
     *tree, gib = MEMORY[name]
-    assert available_memory(made_up(tmp_path, *tree, "memory")) == gib * GIB
+    assert host_memory(made_up(tmp_path, *tree, "memory")) == gib * GIB
 
 
 CORES = {
@@ -130,7 +130,7 @@ def test_cores_of_control_groups(name, tmp_path, monkeypatch):
 def test_a_system_without_proc(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert available_cores(tmp_path) == 6 and available_memory(tmp_path) is None
+    assert available_cores(tmp_path) == 6 and host_memory(tmp_path) is None
 
 
 def test_without_memory_for_the_libraries(tmp_path):
@@ -218,7 +218,7 @@ def empty_checkpoint(folder: Path) -> None:
 def test_a_container_that_is_too_small(limited, tmp_path, limit, found, hint):
     """Exit code 5 and a hint, where the system would have ended the process without a word."""
     empty_checkpoint(tmp_path)
-    if available_memory() < 9 * GIB:
+    if host_memory() < 9 * GIB:
         pytest.skip("this machine itself has too little memory free")
     ask = f"-m evoprune_cli ask samples/square.mp4 What -q -m {tmp_path} --dtype bf16"
     done = limited("memory", memory_limit(limit), *ask.split())
@@ -239,11 +239,11 @@ def test_a_3b_model_answers_inside_5_and_a_half_gb(limited, tmp_path, kind):
 
 
 READ = """
-from evoprune.video.frames import read_frames
+from evoprune.video.frames import read_chunks
 from evoprune.video.frames import probe
 from evoprune.errors import OutOfMemory
 try:
-    print(sum(len(chunk.pixels) for chunk in read_frames(probe("{path}"), [0.0, 0.3, 0.6, 0.9])))
+    print(sum(len(chunk.pixels) for chunk in read_chunks(probe("{path}"), [0.0, 0.3, 0.6, 0.9])))
 except OutOfMemory as problem:
     print(problem.stage, problem.message)
 """

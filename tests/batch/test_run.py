@@ -17,7 +17,7 @@ from evoprune.batch.run import answers
 from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.language.turns import Turn, messages_of
 from evoprune.report import SCHEMA, Report
-from evoprune.video.frames import read_frames
+from evoprune.video.frames import read_chunks
 
 CLIPS = ["samples/square.mp4", "samples/three.mp4", "samples/vanish.webm"]
 QUESTIONS = ["What happens?", "How many red squares are there in the video?"]
@@ -156,9 +156,9 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
         events.append(info.path)
         if info.path == CLIPS[1]:
             second.set()
-        return read_frames(info, times, **how)
+        return read_chunks(info, times, **how)
 
-    monkeypatch.setattr("evoprune.session.encoding.read_frames", read)
+    monkeypatch.setattr("evoprune.session.encoding.read_chunks", read)
     with closing(answers(qa, group_by_span(ROWS), changed(max_new_tokens=1))) as made:
         next(made)
         assert second.wait(20)
@@ -175,9 +175,9 @@ def test_a_video_of_several_rows_is_read_once_and_waiting_is_told(qa, monkeypatc
 
     def counted(info, times, **how):
         read.append(info.path)
-        return read_frames(info, times, **how)
+        return read_chunks(info, times, **how)
 
-    monkeypatch.setattr("evoprune.session.encoding.read_frames", counted)
+    monkeypatch.setattr("evoprune.session.encoding.read_chunks", counted)
     asked = [CLIPS[:1], CLIPS[:2], [CLIPS[1], CLIPS[1], CLIPS[0]], CLIPS[2:]]
     rows = [Row(str(number), tuple(paths), tuple(paths), "What?") for number, paths in enumerate(asked)]
     made = list(answers(qa, group_by_span(rows), changed(max_new_tokens=1, frames=4), on_wait=waited.append))

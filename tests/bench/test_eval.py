@@ -242,13 +242,13 @@ def test_a_video_that_fails_is_counted_and_in_no_row(loaded, monkeypatch):
 
 
 def test_a_video_is_read_once_for_all_rows_that_look_at_the_same_pixels(loaded, monkeypatch):
-    read, real = [], encoding.read_frames
+    read, real = [], encoding.read_chunks
 
     def counted(info, times_s, **how):
         read.append((Path(info.path).name, len(times_s)))
         return real(info, times_s, **how)
 
-    monkeypatch.setattr(encoding, "read_frames", counted)
+    monkeypatch.setattr(encoding, "read_chunks", counted)
     monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)  # also one that comes in several chunks
     settings = replace(SETTINGS, methods=("random", "subsample"), blind=True)
     run = begun(loaded, settings, videos(CLIPS[:2]))

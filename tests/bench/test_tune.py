@@ -308,13 +308,13 @@ def test_agreement_does_not_rise_with_kl():
 @pytest.mark.parametrize("idle", [0, 2])
 def test_each_video_is_read_once_for_all_candidates(saved, monkeypatch, idle):
     """Ahead where that takes no core from what is measured."""
-    read, real = [], encoding.read_frames
+    read, real = [], encoding.read_chunks
 
     def counted(info, times_s, **how):
         read.append(info.path)
         return real(info, times_s, **how)
 
-    monkeypatch.setattr(encoding, "read_frames", counted)
+    monkeypatch.setattr(encoding, "read_chunks", counted)
     monkeypatch.setattr(tune, "idle_cores", lambda loaded: idle)
     videos = ("samples/square.mp4", "samples/gone.mp4", "samples/three.mp4")
     asked = {"videos": videos, "questions": QUESTIONS, "budgets": (0.5, 0.25), "methods": ("random",)}

@@ -28,18 +28,18 @@ def no_thread_stays():
 @pytest.fixture
 def made(monkeypatch):
     """Every `ReadAhead`, and the paths that are read by whoever encodes."""
-    begun, anew, begin, read = [], [], ReadAhead.__init__, encoding.read_frames
+    begun, anew, begin, read = [], [], ReadAhead.__init__, encoding.read_chunks
 
     def noted(self, *how):
         begin(self, *how)
         begun.append(self)
 
-    def read_frames(info, *args, **how):
+    def read_chunks(info, *args, **how):
         anew.append(info.path)
         return read(info, *args, **how)
 
     monkeypatch.setattr(ReadAhead, "__init__", noted)
-    monkeypatch.setattr(encoding, "read_frames", read_frames)
+    monkeypatch.setattr(encoding, "read_chunks", read_chunks)
     return begun, anew
 
 

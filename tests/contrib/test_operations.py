@@ -12,7 +12,7 @@ import torch
 
 from evoprune import methods
 from evoprune.bench import tune as run_module
-from evoprune.bench.agreement import agreement, reference
+from evoprune.bench.agreement import agreement_of, reference
 from evoprune.bench.tune import TuneSettings
 from evoprune.contrib.operation_search import ORDER, Loss, OperationTuning, Step, search
 from evoprune.contrib.operations import ALL, KINDS, REST, Operation, Operations, Recipe, closed
@@ -308,7 +308,7 @@ def test_what_a_run_finds_is_used(run, tmp_path):
         assert answer.text is not None
         given = reference(video, QUESTION, answer.ids, answer.report.finish_reason == "stop")
         pruned = VideoQA(run.loaded, budget=0.15, method=f"operations:recipe={path}").encode(clip, frames=4)
-        losses += agreement(given, pruned).kl.tolist()
+        losses += agreement_of(given, pruned).kl.tolist()
     row = next(row for row in document["rows"] if row["budget"] == 0.15)
     assert sum(losses) / len(losses) == pytest.approx(row["kl"], abs=1e-5)
 

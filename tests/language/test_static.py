@@ -330,7 +330,7 @@ def decoding(how: str):
     """ "graph"; "step", the same without a graph; "plain", the decoder of prompts; or "old", that without fused kernels."""
     with pytest.MonkeyPatch.context() as patch:
         if how == "old":
-            patch.setattr(layers, "kernels", lambda device: None)
+            patch.setattr(layers, "kernels_for", lambda device: None)
         if how == "step":
             patch.setattr(static.devices, "run_and_capture", lambda function, device: function() or function)
         if how in ("plain", "old"):

@@ -14,7 +14,7 @@ from evoprune.bundled import DEMOS
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.session import memory
 from evoprune.session.loading.model import load_model
-from evoprune.video.frames import read_frames
+from evoprune.video.frames import read_chunks
 from evoprune.video_qa import VideoQA
 from experiments.demo import batches, scenes_batches
 from tests.loading import described
@@ -38,7 +38,7 @@ def qwen3(tmp_path_factory):
 
 def frames_of(video):
     """The frames that a file is looked at with, and their times."""
-    with closing(read_frames(video.plan.info, video.plan.sampling.times_s)) as chunks:
+    with closing(read_chunks(video.plan.info, video.plan.sampling.times_s)) as chunks:
         return [
             (frame.copy(), time)
             for chunk in chunks

@@ -188,7 +188,7 @@ def test_half_the_bytes_are_suggested_where_they_fit(saved, monkeypatch):
 def test_a_video_that_will_not_fit_is_not_read(loaded, monkeypatch):
     monkeypatch.setattr(cost, "available_memory", lambda device: 2**26)
     read = []
-    monkeypatch.setattr(encoding, "read_frames", lambda *_, **__: read.append(1))
+    monkeypatch.setattr(encoding, "read_chunks", lambda *_, **__: read.append(1))
     video = open_inputs(VideoQA(loaded, budget=0.5).session, [CLIP])
     with pytest.raises(
         OutOfMemory, match=r"square.mp4 needs about \d+ MiB of memory, and 64 MiB .*12 frames"

@@ -38,7 +38,7 @@ def test_another_query_reads_and_encodes_nothing(demo, tmp_path, monkeypatch):
     def refused(*args, **how):
         raise AssertionError("it is read")
 
-    monkeypatch.setattr(encoding, "read_frames", refused)
+    monkeypatch.setattr(encoding, "read_chunks", refused)
     assert scores(demo, "a red ring", cache) == plain[1] and len(hashed) == 2
     assert cache.size()[0] == 3
 

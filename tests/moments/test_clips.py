@@ -11,7 +11,7 @@ import pytest
 from evoprune.errors import EvopruneWarning, UsageError, VideoError
 from evoprune.moments import clips
 from evoprune.moments.clips import clip_name, cut_clip
-from evoprune.video.frames import probe, read_frames
+from evoprune.video.frames import probe, read_chunks
 from evoprune.video.readers import cutting
 from evoprune.video.sandbox import isolation
 from tests.video.files import apart, numbered_frames, numbers, quarters, spoil, write_image, write_said, write_video
@@ -206,7 +206,7 @@ def test_colours_stay(encoder, in_process, monkeypatch, tmp_path):
     wide = np.kron(quarters(), np.ones((15, 15, 1), np.uint8))
     info = probe(write_video(tmp_path / "quarters.mp4", [wide] * 4, options={"crf": "1"}))
     made = probe(cut_clip(info, 0.0, 0.3, str(tmp_path / "clips"), exact=True).path)
-    before, after = (next(read_frames(each, [0.1])).pixels.astype(int) for each in (info, made))
+    before, after = (next(read_chunks(each, [0.1])).pixels.astype(int) for each in (info, made))
     assert (made.width, made.height, made.duration_s) == (960, 720, pytest.approx(0.3, abs=1e-3))
     assert np.abs(before - after).mean() < 4
 
@@ -341,7 +341,7 @@ def test_a_clip_of_many_pieces(monkeypatch, folder, tmp_path):
     monkeypatch.setattr(clips, "stream_clip", counted)
     clip = cut_clip(info, 0.0, 2.0, str(tmp_path))
     assert len(sizes) > 3 and max(sizes) <= isolation.CLIP_PIECE and sum(sizes) >= os.path.getsize(clip.path) > 2**21
-    last = next(read_frames(probe(clip.path), [1.95])).pixels[0]
+    last = next(read_chunks(probe(clip.path), [1.95])).pixels[0]
     assert np.array_equal(last, noise[-1])
 
 

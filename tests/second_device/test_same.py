@@ -19,7 +19,7 @@ from evoprune.bench.tune import TuneSettings, Tuning
 from evoprune.bench.verify.run import subject_of, verify
 from evoprune.bench.verify.subject import DIFFERS, Subject
 from evoprune.errors import OutOfMemory
-from evoprune.hf.processor_inputs import processor_inputs
+from evoprune.hf.inputs import processor_inputs
 from evoprune.language import static
 from evoprune.methods.registry import built_in
 from evoprune.model.config import MODEL_TYPES, QWEN2, QWEN2_5

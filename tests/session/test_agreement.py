@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evoprune.bench import agreement as made
-from evoprune.bench.agreement import Agreement, agreement, reference
+from evoprune.bench.agreement import Agreement, agreement_of, reference
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
 
@@ -43,7 +43,7 @@ def test_logits_along_an_answer_choose_it(full, ids):
 def test_a_pruned_model(loaded, full, ids, method, kept, monkeypatch):
     monkeypatch.setattr(made, "KEPT", kept)
     pruned = VideoQA(loaded, budget=0.2, method=method).encode(CLIP, frames=4)
-    found = agreement(reference(full, QUESTION, ids, ended=False), pruned)
+    found = agreement_of(reference(full, QUESTION, ids, ended=False), pruned)
     p, q = (video.read_along(QUESTION, ids)[0].double().log_softmax(1) for video in (full, pruned))
     whole = (p.exp() * (p - q)).sum(1)
     assert found.agrees.tolist() == (p.argmax(1) == q.argmax(1)).tolist()
@@ -61,11 +61,11 @@ def test_what_is_recorded_of_it():
 def test_the_unpruned_model_agrees_with_itself_and_the_end_of_an_answer_counts(full, ids):
     """Cut before a token that the model goes on with: it does not agree that the answer ends, had another model ended it there."""
     for given, count in ((ids, len(ids)), ([], 1)):  # without tokens an answer is compared where it ends
-        found = agreement(reference(full, QUESTION, given, ended=False), full)
+        found = agreement_of(reference(full, QUESTION, given, ended=False), full)
         assert len(found.agrees) == count and found.agrees.all() and float(found.kl.max()) < 1e-5
     told = reference(full, QUESTION, ids, ended=False, system="Be brief.")
-    assert float(agreement(told, full).kl.max()) < 1e-5  # under the same system prompt
+    assert float(agreement_of(told, full).kl.max()) < 1e-5  # under the same system prompt
     ended = reference(full, QUESTION, ids[:3], ended=True)
-    assert len(ended.ids) == 4 and ended.tokens[:, 0].tolist() == ids[:4] and agreement(ended, full).agrees.all()
-    other = agreement(replace(ended, tokens=torch.cat([ended.tokens[:3], ended.tokens[3:].flip(1)])), full)
+    assert len(ended.ids) == 4 and ended.tokens[:, 0].tolist() == ids[:4] and agreement_of(ended, full).agrees.all()
+    other = agreement_of(replace(ended, tokens=torch.cat([ended.tokens[:3], ended.tokens[3:].flip(1)])), full)
     assert other.agrees.tolist() == [True, True, True, False]

@@ -27,7 +27,7 @@ from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.session.planning import plan_input
 from evoprune.session.reading import probed
-from evoprune.video.frames import probe, read_frames
+from evoprune.video.frames import probe, read_chunks
 from evoprune.video.sandbox import isolation
 from evoprune.video_qa import VideoQA
 from tests.video.files import number_of, numbered_frames, write_video
@@ -67,13 +67,13 @@ def nothing_is_kept(demo, monkeypatch):
 @pytest.fixture
 def read_anew(monkeypatch):
     """The paths that a session reads by itself, one a reading."""
-    noted, real = [], read_frames
+    noted, real = [], read_chunks
 
     def read(info, *args, **how):
         noted.append(info.path)
         return real(info, *args, **how)
 
-    monkeypatch.setattr(encoding, "read_frames", read)
+    monkeypatch.setattr(encoding, "read_chunks", read)
     return noted
 
 
@@ -187,7 +187,7 @@ def test_chunks_are_those_of_reading(long, monkeypatch, size):
         assert ahead.held_bytes == len(times) * 64 * 48 * 3
         got = list(ahead.take(plan).chunks())
         assert ahead.held_bytes == 0
-    right = list(read_frames(plan.source, times, chunk_bytes=reading.chunk_bytes(plan), **plan.read_arguments))
+    right = list(read_chunks(plan.source, times, chunk_bytes=reading.chunk_bytes(plan), **plan.read_arguments))
     for one, other in zip(right, got, strict=True):
         assert one.first == other.first and one.times_s == other.times_s
         assert (one.pixels == other.pixels).all() and other.pixels.flags.c_contiguous
@@ -290,9 +290,9 @@ def test_where_there_is_no_room_at_all_frames_come_one_by_one(long):
 
 
 def test_little_memory_leaves_little_to_frames(monkeypatch):
-    monkeypatch.setattr(module, "available_memory", lambda: 2**30)
+    monkeypatch.setattr(module, "host_memory", lambda: 2**30)
     assert ReadAhead(DEMO, []).limit_bytes == 2**26
-    monkeypatch.setattr(module, "available_memory", lambda: None)
+    monkeypatch.setattr(module, "host_memory", lambda: None)
     assert ReadAhead(DEMO, []).limit_bytes == module.HELD_BYTES
 
 
@@ -329,12 +329,12 @@ def test_what_breaks_off_ahead_ends_the_session_if_it_is_about_the_video(demo, m
     """After the frames before it. Whatever else goes wrong is left to reading anew."""
 
     def breaks(*args, **how):
-        for number, chunk in enumerate(read_frames(*args, **how)):
+        for number, chunk in enumerate(read_chunks(*args, **how)):
             if number == 2:
                 raise problem.with_traceback(None)
             yield chunk
 
-    monkeypatch.setattr(module, "read_frames", breaks)
+    monkeypatch.setattr(module, "read_chunks", breaks)
     monkeypatch.setattr(reading, "CHUNK_BYTES", 1)
     qa = VideoQA(demo)
     with begun(SQUARE) as ahead:
@@ -368,9 +368,9 @@ def test_nobody_waits_long_for_one_that_hangs_and_is_not_wanted(long, monkeypatc
     def hangs(info, *args, **how):
         hanging.set()
         assert released.wait(30)
-        yield from read_frames(info, *args, **how)
+        yield from read_chunks(info, *args, **how)
 
-    monkeypatch.setattr(module, "read_frames", hangs)
+    monkeypatch.setattr(module, "read_chunks", hangs)
     with begun(SQUARE, long) as ahead:
         assert hanging.wait(20)
         assert ahead.take(planned(long)) is None
@@ -416,11 +416,11 @@ def test_a_forked_copy_reads_by_itself(long):
 def test_times_of_reading_are_those_of_the_reader_and_the_clock_is_that_on_the_wall(demo, monkeypatch):
 
     def slow(*args, **how):
-        for chunk in read_frames(*args, **how):
+        for chunk in read_chunks(*args, **how):
             time.sleep(1.0)
             yield chunk
 
-    monkeypatch.setattr(module, "read_frames", slow)
+    monkeypatch.setattr(module, "read_chunks", slow)
 
     def answered(encoded):
         answer = encoded.ask("What colour is the square?", max_new_tokens=1)

@@ -14,7 +14,7 @@ from PIL import Image
 import evoprune
 from evoprune.errors import UsageError, VideoError
 from evoprune.session.encoding import inputs_of, open_inputs
-from evoprune.video.frames import probe, read_frames
+from evoprune.video.frames import probe, read_chunks
 from evoprune.video.given import held_video
 from tests.video.files import numbered_frame, numbered_frames, write_video
 
@@ -95,10 +95,10 @@ def test_times_of_frames_need_not_be_regular(frames):
     video = held_video(frames[:4], None, [3.0, 3.5, 4.0, 6.0])
     assert (video.start_s, video.duration_s, video.fps, video.variable_rate) == (3.0, 4.0, 1.0, True)
     asked = [0.0, 0.49, 0.5, 2.9, 3.0, 99.0]
-    (chunk,) = read_frames(video, asked)
+    (chunk,) = read_chunks(video, asked)
     assert chunk.times_s == (0.0, 0.0, 0.5, 1.0, 3.0, 3.0)
     assert np.array_equal(chunk.pixels, frames[[0, 0, 1, 2, 3, 3]])
-    small = list(read_frames(video, asked, chunk_bytes=1))
+    small = list(read_chunks(video, asked, chunk_bytes=1))
     assert [piece.first for piece in small] == [0, 2, 4] and all(len(piece.pixels) == 2 for piece in small)
 
 

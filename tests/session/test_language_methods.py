@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from evoprune import Cache, VideoQA, methods
-from evoprune.bench.agreement import agreement, reference
+from evoprune.bench.agreement import agreement_of, reference
 from evoprune.contrib.operations import ALL, REST, Recipe
 from evoprune.errors import UsageError
 from evoprune.methods.budget import PRESETS
@@ -65,7 +65,7 @@ def test_reading_along_its_own_answer_it_agrees_with_itself(load, name):
     answer = video.ask(QUESTIONS[0], max_new_tokens=8)
     text = answer.text
     own = reference(video, QUESTIONS[0], answer.ids, ended=True)
-    assert text and bool(agreement(own, video).agrees.all()) and float(agreement(own, video).kl.max()) < 1e-5
+    assert text and bool(agreement_of(own, video).agrees.all()) and float(agreement_of(own, video).kl.max()) < 1e-5
 
 
 def test_the_report_says_what_left_and_what_was_computed(load):

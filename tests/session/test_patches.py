@@ -14,7 +14,7 @@ from evoprune.session import encoding, patches
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.options import SamplingOptions
 from evoprune.session.patches import PatchChunk, PatchStore
-from evoprune.video.frames import read_frames
+from evoprune.video.frames import read_chunks
 from evoprune.video_qa import VideoQA
 from tests.video.files import spoil
 
@@ -34,9 +34,9 @@ def read(monkeypatch):
 
     def counted(info, times_s, **how):
         paths.append(info.path)
-        return read_frames(info, times_s, **how)
+        return read_chunks(info, times_s, **how)
 
-    monkeypatch.setattr(encoding, "read_frames", counted)
+    monkeypatch.setattr(encoding, "read_chunks", counted)
     yield paths
     assert set(threading.enumerate()) <= threads
 

@@ -20,7 +20,7 @@ from evoprune.session.loading.description import describe
 from evoprune.session.loading.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.model import load_model, random_model
 from evoprune.session.options import ModelOptions
-from evoprune.video.frames import read_frames
+from evoprune.video.frames import read_chunks
 from evoprune.video_qa import VideoQA
 from evoprune.vision.encoder import encode
 from evoprune.vision.patches import patch_means, patchify, scan
@@ -85,7 +85,7 @@ def picture(folder):
 
 
 def patches_of(plan) -> torch.Tensor:
-    chunks = read_frames(plan.info, plan.sampling.times_s)
+    chunks = read_chunks(plan.info, plan.sampling.times_s)
     frames = torch.from_numpy(np.concatenate([chunk.pixels for chunk in chunks]))
     return patchify(resize(frames, plan.height, plan.width), HALF, 16)
 

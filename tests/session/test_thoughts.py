@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from evoprune.bench.agreement import agreement, reference
+from evoprune.bench.agreement import agreement_of, reference
 from evoprune.errors import UsageError
 from evoprune.report import warning_text
 from evoprune.session import asking
@@ -118,6 +118,6 @@ def test_a_prompt_that_thinks_is_another_prompt(video):
     assert not off.equal(on) and again.equal(off)
     ids = [7, 8, 9]
     given = reference(video, QUESTION, ids, ended=False, think="on")
-    assert agreement(given, video).agrees.all()
-    assert not agreement(given, video).kl.abs().max() > 1e-4
-    assert agreement(replace(given, think="off"), video).kl.max() > 1e-4
+    assert agreement_of(given, video).agrees.all()
+    assert not agreement_of(given, video).kl.abs().max() > 1e-4
+    assert agreement_of(replace(given, think="off"), video).kl.max() > 1e-4

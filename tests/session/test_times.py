@@ -243,7 +243,7 @@ def test_of_what_was_read_before_the_model_was_there(kernels, slow, saved, monke
             early.reading.wait()
         for path in (CLIP, OTHER):
             with closing(open_inputs(VideoQA(kernels, budget=0.25).session, [path], ahead=ahead)) as opened:
-                monkeypatch.setattr("evoprune.session.encoding.read_frames", lambda *what, **how: pytest.fail("anew"))
+                monkeypatch.setattr("evoprune.session.encoding.read_chunks", lambda *what, **how: pytest.fail("anew"))
                 times = first(opened.encode().ask(QUESTION)).time_ms
             assert times.ttft_wall == pytest.approx(covered(times), abs=1e-6)
             assert times.overlap > 0

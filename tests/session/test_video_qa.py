@@ -27,7 +27,7 @@ from evoprune.report import Report, warning_lines
 from evoprune.session.answers import Answer
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.loading.model import load_model, make_ready
-from evoprune.video.frames import read_frames
+from evoprune.video.frames import read_chunks
 from evoprune.video_qa import VideoQA
 from evoprune.vision.preprocess import pixel_patches
 from tests.loading import described
@@ -348,13 +348,13 @@ def reading(monkeypatch):
 
     def read(*args, **settings):
         try:
-            for chunk in read_frames(*args, **settings):
+            for chunk in read_chunks(*args, **settings):
                 yield chunk
                 noted.each()
         finally:
             noted.closed += 1
 
-    monkeypatch.setattr("evoprune.session.encoding.read_frames", read)
+    monkeypatch.setattr("evoprune.session.encoding.read_chunks", read)
     yield noted
     assert noted.closed == 1 and set(threading.enumerate()) <= threads
 

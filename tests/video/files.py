@@ -17,7 +17,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from evoprune.video.frames import read_frames
+from evoprune.video.frames import read_chunks
 from evoprune.video.sandbox import isolation
 
 BITS = 8
@@ -233,7 +233,7 @@ def pixels(chunks):
 
 def numbers(info, times, **how):
     """The numbers in the frames that are read."""
-    return [number_of(rgb) for chunk in read_frames(info, times, **how) for rgb in chunk.pixels]
+    return [number_of(rgb) for chunk in read_chunks(info, times, **how) for rgb in chunk.pixels]
 
 
 SAID = {  # how a file is written, what is known of it, and the warning

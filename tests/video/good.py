@@ -13,7 +13,7 @@ from statistics import median
 
 import numpy as np
 
-from evoprune.video.frames import probe, read_frames
+from evoprune.video.frames import probe, read_chunks
 from evoprune.video.plan import InputLimits, make_plan
 from evoprune.video_qa import VideoQA
 from experiments.timing import medians
@@ -56,7 +56,7 @@ def good_files(folder: Path) -> list[Path]:
 
 def read(path: Path) -> None:
     info = probe(path)
-    for _ in read_frames(info, make_plan(info, InputLimits()).sampling.times_s):
+    for _ in read_chunks(info, make_plan(info, InputLimits()).sampling.times_s):
         pass
 
 

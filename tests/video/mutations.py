@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from evoprune.errors import EvopruneError, VideoError
-from evoprune.video.frames import choose_decoder, probe, read_frames
+from evoprune.video.frames import choose_decoder, probe, read_chunks
 from evoprune.video.plan import InputLimits, make_plan
 from evoprune.video.sandbox import isolation
 from tests.decoders import DECODERS
@@ -172,7 +172,7 @@ def read(path: Path, decoder: str) -> tuple[int, str]:
         plan = make_plan(info, InputLimits())
         chunk_bytes = min(CHUNK_BYTES, 16 * info.width * info.height * 3)
         frames = damaged = 0
-        for chunk in read_frames(info, plan.sampling.times_s, decoder=decoder, chunk_bytes=chunk_bytes):
+        for chunk in read_chunks(info, plan.sampling.times_s, decoder=decoder, chunk_bytes=chunk_bytes):
             frames, damaged = frames + len(chunk.pixels), damaged + chunk.damaged
     except EvopruneError as problem:
         return problem.exit_code, re.sub(r"[0-9][0-9.,e+-]*", "N", problem.message.replace(str(path), "FILE"))

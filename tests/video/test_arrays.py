@@ -13,7 +13,7 @@ from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.video import arrays
 from evoprune.video.frames import frame_times, probe
 from evoprune.video.plan import SamplingOptions, plan_sampling
-from evoprune.video.temporary import temporary
+from evoprune.video.temporary import temporary_file
 from tests.video.files import number_of, numbered_frames, write_image, write_video
 from tests.video.kinds import KINDS, write_kind
 
@@ -146,7 +146,7 @@ def test_files_that_cannot_be_read(tmp_path, clip):
 
 @pytest.mark.parametrize("how", [{"frames": 10**15}, {"fps": 1e300}, {"times_s": [0.0] * 200}])
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_read(monkeypatch, clip, how):
-    monkeypatch.setattr(arrays, "available_memory", lambda: 2**20)
+    monkeypatch.setattr(arrays, "host_memory", lambda: 2**20)
     with pytest.raises(OutOfMemory, match=r"frames of 64x48 take .*iB, and 1 MiB are available") as caught:
         evoprune.read_frames(clip, **how)
     assert "start_s" in caught.value.hint and caught.value.stage == "read"
@@ -188,7 +188,7 @@ def test_the_header_counts_the_frames(folder, name):
 def test_bytes_are_read_as_the_file_is(clip, tmp_path, monkeypatch):
     right = evoprune.read_frames(clip, frames=5)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with temporary([clip.read_bytes()], "the video") as path:
+    with temporary_file([clip.read_bytes()], "the video") as path:
         found = evoprune.read_frames(path, frames=5)
     assert all(np.array_equal(a, b) for a, b in zip(found, right, strict=True))
     assert not Path(path).exists() and not [*tmp_path.iterdir()]
@@ -196,6 +196,6 @@ def test_bytes_are_read_as_the_file_is(clip, tmp_path, monkeypatch):
 
 def test_an_error_about_bytes_names_no_file():
     for content, says in ((b"", "the video is empty"), (b"no video", "the video is not a video: it is a text file")):
-        with pytest.raises(VideoError, match=says), temporary([content], "the video") as path:
+        with pytest.raises(VideoError, match=says), temporary_file([content], "the video") as path:
             probe(path)
         assert not Path(path).exists()

@@ -17,7 +17,7 @@ from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import VideoError
 from evoprune.live.source import LiveSource
-from evoprune.video.frames import probe, read_frames, scan
+from evoprune.video.frames import probe, read_chunks, scan
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.live import LiveReader
 from tests.video.files import numbered_frame, pixels, quarters, write_video
@@ -181,11 +181,11 @@ def check_seen(path, hdr_format):
             with pytest.raises(VideoError, match="Dolby Vision"):
                 reader.fill(live)
             with pytest.raises(VideoError, match="Dolby Vision") as caught:
-                list(read_frames(info, [0.0]))
+                list(read_chunks(info, [0.0]))
             assert "HDR10 or SDR" in caught.value.hint
             return
         reader.fill(live)
-    (chunk,) = read_frames(info, [0.0])
+    (chunk,) = read_chunks(info, [0.0])
     assert (live == chunk.pixels).all()
     with av.open(str(path)) as container:
         as_sdr = next(container.decode(video=0)).to_ndarray(format="rgb24")
@@ -263,8 +263,8 @@ def test_frames_after_hdr_in_a_joined_file_are_what_they_say(tmp_path):
     joined.write_bytes(hdr.read_bytes() + sdr.read_bytes())
     info = probe(joined)
     assert info.hdr and info.clock_restarts == 1
-    right = [pixels(read_frames(probe(path), [0.5]))[0] for path in (hdr, sdr)]
-    assert (pixels(read_frames(info, [0.5, 1.5])) == right).all()
+    right = [pixels(read_chunks(probe(path), [0.5]))[0] for path in (hdr, sdr)]
+    assert (pixels(read_chunks(info, [0.5, 1.5])) == right).all()
     with closing(LiveReader(str(joined), "it", 1.0)) as reader:
         for after_s, expected in zip((0.5, 1.5), right, strict=True):
             assert reader.next(after_s)
@@ -284,10 +284,10 @@ def test_hdr_is_mapped_as_ffmpeg_maps_it(hdr_format, rotation, tmp_path):
         tmp_path / ("turned.mp4" if rotation else "hdr.mkv"), frame=frame, rotation=rotation, **container, **facts
     )
     info = probe(path)
-    (chunk,) = read_frames(info, [0.0, 0.1])
+    (chunk,) = read_chunks(info, [0.0, 0.1])
     for rgb in chunk.pixels:
         assert np.abs(middles(np.rot90(rgb, rotation // 90)) - MAPPED[hdr_format]).max() <= 1
-    smaller = pixels(read_frames(replace(info, width=info.width // 2, height=info.height // 2), [0.0]))[0]
+    smaller = pixels(read_chunks(replace(info, width=info.width // 2, height=info.height // 2), [0.0]))[0]
     inside = np.rot90(smaller, rotation // 90)[SIDE // 4, SIDE // 4 :: SIDE // 2].astype(int)
     assert np.abs(inside - MAPPED[hdr_format]).max() <= 1
 
@@ -392,7 +392,7 @@ def test_a_matrix_that_cannot_be_converted_is_named(matrix, tmp_path):
     info, words = probe(path), ("yuv444p", f"matrix {REFUSED[matrix]},", "range", "primaries", "curve")
     assert scan(path).frames == 3  # nothing is damaged
     with pytest.raises(VideoError) as caught:
-        list(read_frames(info, [0.0]))
+        list(read_chunks(info, [0.0]))
     check_refused(caught.value, path, *words)
     with closing(LiveReader(str(path), "it", 1.0)) as reader:
         header = reader.next(0.0)
@@ -413,10 +413,10 @@ def test_folders_name_what_cannot_be_converted_and_map_hdr(tmp_path, in_process,
     info = probe(tmp_path)
     assert (info.hdr_format, info.warnings) == ("PQ", ["hdr_video"])
     right = colour.Converter("it").rgb(frame, 64, 48)
-    assert (pixels(read_frames(info, [0.0])) == right).all()
+    assert (pixels(read_chunks(info, [0.0])) == right).all()
     monkeypatch.setattr(colour, "UNREAD", ("rgb48be",))
     with pytest.raises(VideoError) as caught:
-        list(read_frames(info, [0.0]))
+        list(read_chunks(info, [0.0]))
     check_refused(caught.value, tmp_path, "rgb48be")
 
 

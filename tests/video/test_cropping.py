@@ -8,7 +8,7 @@ import pytest
 
 from evoprune.errors import VideoError
 from evoprune.moments.clips import cut_clip
-from evoprune.video.frames import probe, read_frames
+from evoprune.video.frames import probe, read_chunks
 from evoprune.video.info import KEYFRAMES
 from evoprune.video.readers import decord
 from evoprune.video.readers.live import LiveReader
@@ -53,7 +53,7 @@ def test_frames_are_cropped_before_they_are_turned(cropped, name, seek):
     turned = name == "turned.mp4"
     assert (info.width, info.height) == ((48, 64) if turned else (64, 48))
     assert list(info.crop) == list(EDGES)
-    frames = [rgb for chunk in read_frames(info, [0.0, 1.0, 2.0], seek=seek, part_s=1.0) for rgb in chunk.pixels]
+    frames = [rgb for chunk in read_chunks(info, [0.0, 1.0, 2.0], seek=seek, part_s=1.0) for rgb in chunk.pixels]
     for rgb, number in zip(frames, (0, 10, 20), strict=True):
         check(rgb, number, turned)
 
@@ -70,7 +70,7 @@ def test_live_video_is_cropped(cropped):
 @pytest.mark.parametrize("exact", [False, True])
 def test_clips_are_cropped(cropped, name, exact, tmp_path):
     clip = cut_clip(probe(cropped[name]), 1.0, 1.5, str(tmp_path), exact=exact)
-    (chunk,) = read_frames(probe(clip.path), [0.0])
+    (chunk,) = read_chunks(probe(clip.path), [0.0])
     assert chunk.pixels[0].shape == (48, 64, 3) and number_of(chunk.pixels[0]) == 10
 
 

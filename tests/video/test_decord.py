@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.frames import choose_decoder, probe, read_frames
+from evoprune.video.frames import choose_decoder, probe, read_chunks
 from evoprune.video.readers import decord as backend
 from evoprune.video.readers.ffmpeg import Shown
 from tests.video.files import number_of, numbered_frames, numbers, pixels, spoil, write_image, write_video
@@ -52,7 +52,7 @@ SMOOTH = {
 def test_colours_agree(name, folder):
     info = probe(write_video(folder / name, smooth_frames(96, 128), **SMOOTH[name]))
     times = [0.05 + 0.1 * i for i in range(6)]
-    right, got = (pixels(read_frames(info, times, decoder=d)).astype(int) for d in ("pyav", "decord"))
+    right, got = (pixels(read_chunks(info, times, decoder=d)).astype(int) for d in ("pyav", "decord"))
     difference = np.abs(got - right)
     assert difference.mean() < 2 if "10" in info.pix_fmt else difference.max() <= 2
 
@@ -62,7 +62,7 @@ def test_colours_agree(name, folder):
 @pytest.mark.parametrize("size", [(48, 64), (64, 48), (20, 16), (182, 322)])
 def test_padding_of_turned_frames_is_cut_off(size, rotation, folder):
     info = probe(write_video(folder / "padded.mp4", smooth_frames(*size), rotation=rotation))
-    right, got = (pixels(read_frames(info, [0.0, 0.3], decoder=d)).astype(int) for d in ("pyav", "decord"))
+    right, got = (pixels(read_chunks(info, [0.0, 0.3], decoder=d)).astype(int) for d in ("pyav", "decord"))
     assert np.abs(got - right).max() <= 2
 
 
@@ -99,7 +99,7 @@ def test_what_decord_cannot_read_is_refused_before_it_is_opened(folder, tmp_path
     hdr = {"pix_fmt": "yuv420p10le", "options": {"colorspace": "bt2020nc", "color_trc": "smpte2084"}}
     files = {"refused.mkv": {"codec": "libsvtav1"}, "refused_hdr.mp4": hdr}
     for path in (*(write_video(folder / name, numbered_frames(2), **how) for name, how in files.items()), tmp_path):
-        for refusing in (choose_decoder, lambda name, info: read_frames(info, [0.0], decoder=name)):
+        for refusing in (choose_decoder, lambda name, info: read_chunks(info, [0.0], decoder=name)):
             with pytest.raises(VideoError) as caught:
                 refusing("decord", probe(path))
             assert (caught.value.exit_code, caught.value.hint) == (3, "use decoder pyav")

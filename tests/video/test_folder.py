@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.frames import probe, read_frames
+from evoprune.video.frames import probe, read_chunks
 from evoprune.video.info import FOLDER_FPS
 from evoprune.video.readers import folder as backend
 from evoprune.video.readers.folder import decode_image, list_images
@@ -38,7 +38,7 @@ NATURAL = "1 9 010 a a1 a1b a02 a2 a10 b shot1_frame9 Shot1_frame10 shot02_frame
 def test_a_rate_of_ones_own(tmp_path):
     info = probe(write_images(tmp_path, 10), folder_fps=5)
     assert (info.fps, info.duration_s) == (5, 2.0)
-    chunks = list(read_frames(info, [-1.0, 0.0, 0.19, 0.2, 1.0, 1.99, 50.0]))
+    chunks = list(read_chunks(info, [-1.0, 0.0, 0.19, 0.2, 1.0, 1.99, 50.0]))
     assert [number_of(rgb) for rgb in pixels(chunks)] == [0, 0, 0, 1, 5, 9, 9]
     assert [t for chunk in chunks for t in chunk.times_s] == [0.0, 0.0, 0.0, 0.2, 1.0, 1.8, 1.8]
     for fps in (0, -1, float("nan"), float("inf")):
@@ -83,7 +83,7 @@ def test_all_kinds_of_pixels_become_rgb(mode, tmp_path):
     image.save(tmp_path / "a.png")
     info = probe(tmp_path)
     assert numbers(info, [0.0]) == [77]
-    got = next(read_frames(info, [0.0])).pixels[0].astype(int)
+    got = next(read_chunks(info, [0.0])).pixels[0].astype(int)
     assert np.abs(got - np.asarray(image.convert("RGB"))).max() <= 2
 
 
@@ -99,7 +99,7 @@ def test_each_image_is_turned_by_its_own_exif_data(tag, ending, tmp_path):
         right = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
     for info in (probe(tmp_path), probe(path)):  # a picture of its own is a video of one frame
         assert (info.height, info.width) == right.shape[:2] == ((48, 64) if tag < 5 or ending == "bmp" else (64, 48))
-        got = next(read_frames(info, [0.0])).pixels[0]
+        got = next(read_chunks(info, [0.0])).pixels[0]
         assert np.abs(got - right).mean() < 4  # hard edges of colour; the wrong way up it is above 80
 
 
@@ -173,11 +173,11 @@ def test_the_image_before_a_damaged_one_stays_on_screen(ending, tmp_path):
     info = probe(tmp_path)
     assert info.duration_s == 5.0
     times = [i / 2 for i in range(10)]
-    chunks = list(read_frames(info, times))
+    chunks = list(read_chunks(info, times))
     assert [number_of(rgb) for rgb in pixels(chunks)] == [1, 1, 2, 3, 3, 3, 6, 6, 8, 8]
     assert chunks[0].times_s == (0.5, 0.5, 1.0, 1.5, 1.5, 1.5, 3.0, 3.0, 4.0, 4.0)
     assert numbers(info, [2.5, 4.5]) == [3, 8] and [chunk.damaged for chunk in chunks] == [5]
-    assert [chunk.damaged for chunk in read_frames(info, [0.5, 1.0])] == [0]
+    assert [chunk.damaged for chunk in read_chunks(info, [0.5, 1.0])] == [0]
 
 
 def test_all_images_damaged_is_an_error(tmp_path):
@@ -204,7 +204,7 @@ def test_only_images_that_are_shown_are_opened_one_by_one(tmp_path, opened):
     info = probe(tmp_path)
     assert opened == ["frame0.png"]
     opened.clear()
-    chunks = read_frames(info, [1.0, 1.1, 5.0, 5.0, 10.0, 10.1, 10.5, 10.6], chunk_bytes=1)
+    chunks = read_chunks(info, [1.0, 1.1, 5.0, 5.0, 10.0, 10.1, 10.5, 10.6], chunk_bytes=1)
     assert [number_of(rgb) for rgb in next(chunks).pixels] == [2, 2]
     assert opened == ["frame2.png"]
     assert [number_of(rgb) for rgb in pixels(chunks)] == [10, 10, 19, 19, 21, 21]

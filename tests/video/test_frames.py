@@ -15,7 +15,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.frames import probe, read_frames, scan
+from evoprune.video.frames import probe, read_chunks, scan
 from evoprune.video.readers import ffmpeg, pyav
 from evoprune.video.readers.ffmpeg import TOLERANCE_S
 from tests.decoders import DECODERS, EVERY
@@ -80,7 +80,7 @@ def expected(frames, wanted):
 def test_the_frame_on_screen_is_read(info):
     frames = everything(info)
     times = sorted([-1.0, 0.0, *np.linspace(0, info.duration_s, 23), *(t for t, _ in frames[::3]), 99.0])
-    chunks = list(read_frames(info, times))
+    chunks = list(read_chunks(info, times))
     displayed = [expected(frames, wanted) for wanted in times]
     assert [t for chunk in chunks for t in chunk.times_s] == pytest.approx([t for t, _ in displayed])
     np.testing.assert_array_equal(pixels(chunks), np.stack([rgb for _, rgb in displayed]))
@@ -118,8 +118,8 @@ def test_jumps_change_nothing_but_how_much_is_decoded(name, folder, decoded, mon
         times = np.arange(0.05, info.duration_s + step, step)
         with monkeypatch.context() as patch:
             patch.setattr(pyav, "planned", lambda info, times, *how: [pyav.Run(tuple(times), (None,))])
-            straight = list(read_frames(info, times, cores=1))
-        jumping = list(read_frames(info, times))
+            straight = list(read_chunks(info, times, cores=1))
+        jumping = list(read_chunks(info, times))
         np.testing.assert_array_equal(pixels(straight), pixels(jumping))
         assert [c.times_s for c in straight] == [c.times_s for c in jumping]
         assert [number_of(rgb) for rgb in pixels(straight)] == [min(int(t * 10 + 0.01), 255) for t in times]
@@ -134,7 +134,7 @@ def test_jumps_change_nothing_but_how_much_is_decoded(name, folder, decoded, mon
 def test_chunks_are_bounded_and_whole_pairs(frames_fitting, total, long_file):
     info = probe(long_file)
     times = [0.05 + 0.1 * i for i in range(total)]
-    chunks = list(read_frames(info, times, chunk_bytes=frames_fitting * 64 * 48 * 3 + 100))
+    chunks = list(read_chunks(info, times, chunk_bytes=frames_fitting * 64 * 48 * 3 + 100))
     sizes = [len(chunk.pixels) for chunk in chunks]
     assert [chunk.first for chunk in chunks] == [sum(sizes[:i]) for i in range(len(sizes))]
     assert max(sizes) <= max(2, frames_fitting)
@@ -147,7 +147,7 @@ def test_chunks_are_bounded_and_whole_pairs(frames_fitting, total, long_file):
 
 
 def test_chunks_are_read_one_by_one(long_file, decoded):
-    chunks = read_frames(probe(long_file), [0.05 + 0.1 * i for i in range(200)], chunk_bytes=1, cores=1)
+    chunks = read_chunks(probe(long_file), [0.05 + 0.1 * i for i in range(200)], chunk_bytes=1, cores=1)
     next(chunks)
     assert decoded[0] <= 3
 
@@ -162,7 +162,7 @@ def test_the_file_is_closed_on_early_exit(long_file, in_process, monkeypatch):
             yield container
 
     monkeypatch.setattr(ffmpeg, "open_video", noticing)
-    chunks = read_frames(info, [0.05, 0.15, 0.25, 9.95], chunk_bytes=1, cores=1)
+    chunks = read_chunks(info, [0.05, 0.15, 0.25, 9.95], chunk_bytes=1, cores=1)
     next(chunks)
     assert any(container.input_was_opened for container in opened)
     chunks.close()
@@ -171,15 +171,15 @@ def test_the_file_is_closed_on_early_exit(long_file, in_process, monkeypatch):
 
 def test_requests(long_file, folder):
     info = pickle.loads(pickle.dumps(probe(long_file)))  # it and chunks can be sent to another process
-    chunk = pickle.loads(pickle.dumps(next(read_frames(info, (1.05, 2.05)))))
-    assert [number_of(rgb) for rgb in chunk.pixels] == [10, 20] and list(read_frames(info, [])) == []
+    chunk = pickle.loads(pickle.dumps(next(read_chunks(info, (1.05, 2.05)))))
+    assert [number_of(rgb) for rgb in chunk.pixels] == [10, 20] and list(read_chunks(info, [])) == []
     with pytest.raises(VideoError, match=r"no such file: .*gone.mp4"):
-        list(read_frames(replace(info, path=str(folder / "gone.mp4")), [0.0]))
+        list(read_chunks(replace(info, path=str(folder / "gone.mp4")), [0.0]))
     with pytest.raises(UsageError, match="unknown decoder 'vhs'"):
-        read_frames(info, [0.0], decoder="vhs")
+        read_chunks(info, [0.0], decoder="vhs")
     for times in ([1.0, 0.5], [float("nan")], [0.0, float("inf")]):
         with pytest.raises(UsageError, match="ascend"):
-            read_frames(info, times)
+            read_chunks(info, times)
 
 
 @pytest.mark.few(14)
@@ -193,12 +193,12 @@ def test_every_kind_is_answered_or_refused(name, decoder, folder, capfd):
     reason = kind.decord_refuses if decoder == "decord" else None
     if reason:
         with pytest.raises(VideoError) as caught:
-            list(read_frames(info, times, decoder=decoder))
+            list(read_chunks(info, times, decoder=decoder))
         assert caught.value.exit_code == 3
         assert reason in caught.value.message and info.path in caught.value.message
         assert caught.value.hint == "use decoder pyav"
     else:
-        right, got = (list(read_frames(info, times, decoder=d)) for d in ("pyav", decoder))
+        right, got = (list(read_chunks(info, times, decoder=d)) for d in ("pyav", decoder))
         shown, expected = ([number_of(rgb) for rgb in pixels(chunks)] for chunks in (got, right))
         assert shown == expected == sorted(shown) and (shown[0], shown[-1]) == (kind.hidden, kind.frames - 1)
         assert got[0].times_s == pytest.approx(right[0].times_s, abs=1e-6)
@@ -220,7 +220,7 @@ def read_everything(path, decoder, chunk_frames):
     times = sorted([0.0, *np.linspace(0, end, 12), *np.random.default_rng(0).uniform(0, end, 5), end + 1])
     chunk_bytes = chunk_frames * info.width * info.height * 3
     try:
-        chunks = list(read_frames(info, times, decoder=decoder, chunk_bytes=chunk_bytes))
+        chunks = list(read_chunks(info, times, decoder=decoder, chunk_bytes=chunk_bytes))
     except VideoError as problem:
         return info, None, (problem.message, problem.hint), None
     displayed = [(chunk.first, chunk.times_s, chunk.damaged) for chunk in chunks]
@@ -245,7 +245,7 @@ def test_files_apart_and_here(name, folder, tmp_path):
 
 
 def first_picture(path):
-    return next(read_frames(probe(path), [0.0])).pixels[0]
+    return next(read_chunks(probe(path), [0.0])).pixels[0]
 
 
 def corners(picture):
@@ -307,7 +307,7 @@ def test_transparent_parts_of_videos_are_put_over_white(name, tmp_path):
         first, *others = [Image.fromarray(np.roll(CLEAR, i, 1)) for i in range(3)]
         how = {"format": "PNG"} if name == "a.apng" else {"disposal": 2}
         first.save(tmp_path / name, save_all=True, append_images=others, duration=100, **how)
-    (chunk,) = read_frames(probe(tmp_path / name), [0.05, 0.25])
+    (chunk,) = read_chunks(probe(tmp_path / name), [0.05, 0.25])
     for got in chunk.pixels if name in TRANSPARENT else chunk.pixels[:1]:
         difference = np.abs(np.subtract([got[24, x].astype(int) for x in (10, 32, 56)], OVER_WHITE)).max(1)
         assert max(difference[[0, 2]] if name == "a.gif" else difference) <= 4  # GIF knows no half
@@ -320,7 +320,7 @@ def test_transparent_frames_of_a_folder_are_put_over_white(ending, mode, tmp_pat
     how = {"transparency": 0} if mode == "P" else {"lossless": True, "exact": True} if ending == "webp" else {}
     image.save(tmp_path / f"a.{ending}", **how)
     image.resize((128, 96), Image.Resampling.NEAREST).save(tmp_path / f"b.{ending}", **how)
-    (chunk,) = read_frames(probe(tmp_path), [0.0, 0.5])
+    (chunk,) = read_chunks(probe(tmp_path), [0.0, 0.5])
     right = first_picture(tmp_path / f"a.{ending}").astype(int)
     assert np.abs(chunk.pixels - right)[:, 24, [10, 32, 56]].max() <= 4 and right[24, 56].tolist() == [255] * 3
 
@@ -355,7 +355,7 @@ def test_moving_pictures_are_turned_and_mirrored_by_their_exif_data(name, orient
                 out.mux(packet)
     stored[0].getexif()[0x0112] = orientation
     expected = np.asarray(ImageOps.exif_transpose(stored[0])).astype(int)
-    (chunk,) = read_frames(probe(path), [0.0])
+    (chunk,) = read_chunks(probe(path), [0.0])
     assert chunk.pixels[0].shape == expected.shape
     middles = np.s_[6:-6:12, 6:-6:12]
     assert np.abs(chunk.pixels[0][middles] - expected[middles]).max() < 12

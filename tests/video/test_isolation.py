@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.video.frames import probe, read_frames, scan
+from evoprune.video.frames import probe, read_chunks, scan
 from evoprune.video.sandbox import channel, isolation
 from tests.video.files import number_of, numbered_frames, numbers, pixels, write_video
 from tests.video.unruly import PROGRAM
@@ -80,7 +80,7 @@ def gone(pid, seconds=5.0):
 def test_frames_are_counted_while_they_are_read(named, good, started):
     """About each second, here more often: within an array, and up to the third one, which is slow."""
     seen, info = [], probe(named("later_slow"))
-    frames = sum(len(chunk.pixels) for chunk in read_frames(info, TIMES, chunk_bytes=SMALL, on_frames=seen.append))
+    frames = sum(len(chunk.pixels) for chunk in read_chunks(info, TIMES, chunk_bytes=SMALL, on_frames=seen.append))
     assert frames == 20 and seen == sorted(seen) and seen.count(8) > 10 and max(seen) <= 20
     seen.clear()
     assert scan(good, on_frames=seen.append).frames == 20 and seen == sorted(seen) and max(seen, default=0) <= 20
@@ -95,7 +95,7 @@ def test_what_reads_is_stopped_from_another_thread(stopped, named, good, started
         scope.enter()
         for again in (False, True):
             try:
-                for _ in read_frames(info, TIMES, chunk_bytes=SMALL):
+                for _ in read_chunks(info, TIMES, chunk_bytes=SMALL):
                     waits.set()
             except isolation.Stopped as problem:
                 problems.append((again, problem))
@@ -136,7 +136,7 @@ def test_a_crash_is_an_error_about_the_video(name, named, good, started):
 @pytest.mark.parametrize("name", ["crash", "nonsense"])
 def test_a_crash_while_frames_are_read(name, named, good, started):
     info = probe(named(f"later_{name}"))
-    chunks = read_frames(info, TIMES, chunk_bytes=SMALL)
+    chunks = read_chunks(info, TIMES, chunk_bytes=SMALL)
     got = []
     with pytest.raises(VideoError, match=CRASHES[name]):
         for chunk in chunks:
@@ -243,7 +243,7 @@ def test_what_the_system_refuses(named, good, started, monkeypatch, number):
     with pytest.raises(
         MemoryError if number in (errno.ENOMEM, errno.EAGAIN) else UsageError, match=os.strerror(number)
     ):
-        list(read_frames(video, TIMES))
+        list(read_chunks(video, TIMES))
     isolation.end_all()
     monkeypatch.setattr(subprocess, "Popen", refuses)
     with pytest.raises(kind, match=f"cannot start the process that reads videos: {os.strerror(number)}") as caught:
@@ -270,7 +270,7 @@ def test_threads(good, started):
 
 def test_who_stops_early_leaves_nothing_behind(named, started):
     info = probe(named("later_hang"))
-    chunks = read_frames(info, TIMES, chunk_bytes=SMALL)
+    chunks = read_chunks(info, TIMES, chunk_bytes=SMALL)
     next(chunks)
     next(chunks)  # and at the third it hangs
     chunks.close()
@@ -287,7 +287,7 @@ def pieces(monkeypatch):
 
 def test_memory_is_used_again_once_nobody_holds_what_is_in_it(good, started, pieces):
     found = []
-    for chunk in read_frames(probe(good), TIMES, chunk_bytes=SMALL // 2):
+    for chunk in read_chunks(probe(good), TIMES, chunk_bytes=SMALL // 2):
         found += map(number_of, chunk.pixels)
     assert found == list(range(20))
     (of_video,) = pieces
@@ -307,9 +307,9 @@ VIEWS = (
 def test_what_somebody_holds_is_not_written_over(good, started, pieces, hold):
     """Nor what a view of it shows, or what torch makes of it; it stays, and may be written to, when the process is gone."""
     info = probe(good)
-    kept = [hold(chunk.pixels) for chunk in read_frames(info, TIMES, chunk_bytes=SMALL // 2)]
+    kept = [hold(chunk.pixels) for chunk in read_chunks(info, TIMES, chunk_bytes=SMALL // 2)]
     isolation.end_all()
-    whole = pixels(list(read_frames(info, TIMES)))
+    whole = pixels(list(read_chunks(info, TIMES)))
     for first, held in zip(range(0, 20, 2), kept, strict=True):
         assert np.array_equal(held, hold(whole[first : first + 2]))
         held[:1] = 0
@@ -320,7 +320,7 @@ def test_what_somebody_holds_is_not_written_over(good, started, pieces, hold):
 def test_what_a_copy_of_this_process_holds_is_not_written_over(good, started):
     """Memory that is shared stays shared after a fork, but who holds what is then known to each alone."""
     children = []
-    for chunk in read_frames(probe(good), TIMES, chunk_bytes=SMALL // 2):
+    for chunk in read_chunks(probe(good), TIMES, chunk_bytes=SMALL // 2):
         before, (reads, writes) = chunk.pixels.tobytes(), os.pipe()
         child = os.fork()
         if not child:
@@ -347,9 +347,9 @@ def test_memory_for_frames_cannot_be_taken_away(good, started, tmp_path):
         os.ftruncate(descriptor, 10)
     os.close(descriptor)
     assert shared[99] == 0
-    list(read_frames(probe(good), TIMES, chunk_bytes=SMALL))
+    list(read_chunks(probe(good), TIMES, chunk_bytes=SMALL))
     with pytest.raises(VideoError):  # an end of another kind
-        list(read_frames(replace(probe(good), path=str(tmp_path / "gone.mp4")), TIMES, chunk_bytes=SMALL))
+        list(read_chunks(replace(probe(good), path=str(tmp_path / "gone.mp4")), TIMES, chunk_bytes=SMALL))
     (pid,) = started
     assert "evoprune-frames" not in Path(f"/proc/{pid}/maps").read_text()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evoprune.errors import UsageError
-from evoprune.video.frames import probe, read_frames
+from evoprune.video.frames import probe, read_chunks
 from evoprune.video.plan import even_times
 from evoprune.video.readers import pyav
 from evoprune.video.readers.ffmpeg import TOLERANCE_S
@@ -46,7 +46,7 @@ def times_and_keyframes(info):
 
 
 def read(info, times, **how):
-    chunks = list(read_frames(info, times, **how))
+    chunks = list(read_chunks(info, times, **how))
     return [time for chunk in chunks for time in chunk.times_s], pixels(chunks), any(chunk.moved for chunk in chunks)
 
 
@@ -134,4 +134,4 @@ def test_frames_on_which_no_other_depends_are_left_out(name, folder, decoded, mo
 def test_no_such_way_to_seek(folder):
     info = probe(write_video(folder / "way.mp4", numbered_frames(4)))
     with pytest.raises(UsageError, match="unknown seek 'fast'"):
-        read_frames(info, [0.0], seek="fast")
+        read_chunks(info, [0.0], seek="fast")

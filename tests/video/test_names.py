@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.frames import CHUNK_BYTES, local_file, probe, read_frames, scan
+from evoprune.video.frames import CHUNK_BYTES, local_file, probe, read_chunks, scan
 from tests.decoders import DECODERS, EVERY
 from tests.video.files import numbered_frame, numbered_frames, numbers, write_image, write_video
 
@@ -158,7 +158,7 @@ def test_playlists_are_not_followed(kind, target, ending, here, server):
     path = here / f"list.{kind if ending == 'own' else ending}"
     info = probe(write_video(here / "a.mp4", numbered_frames(3)).rename(path)) if ending == "mp4" else None
     path.write_text(PLAYLISTS[kind].format(target=target.format(here=here, port=port), port=port))
-    again = [lambda _, decoder=decoder: list(read_frames(info, [0.0], decoder=decoder)) for decoder in DECODERS]
+    again = [lambda _, decoder=decoder: list(read_chunks(info, [0.0], decoder=decoder)) for decoder in DECODERS]
     for use in (probe, scan, *(again if info else ())):
         with pytest.raises(VideoError) as caught:
             use(path)

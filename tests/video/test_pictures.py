@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb
 
 from evoprune.errors import VideoError
-from evoprune.video.frames import probe, read_frames, scan
+from evoprune.video.frames import probe, read_chunks, scan
 from evoprune.video.info import PICTURE, VIDEO
 from tests.decoders import needs_avif
 from tests.video.files import numbered_frames, write_video
@@ -77,7 +77,7 @@ def written(path, made, how):
 
 
 def read(info):
-    (chunk,) = read_frames(info, [0.0])
+    (chunk,) = read_chunks(info, [0.0])
     return chunk.pixels[0]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.frames import probe, read_frames, scan
+from evoprune.video.frames import probe, read_chunks, scan
 from evoprune.video.readers import ffmpeg, probing, pyav
 from evoprune.video.sandbox import isolation
 from tests.video import mutations
@@ -246,7 +246,7 @@ def test_times_go_on(name, cut, tmp_path):
     assert (found.frames, found.damaged) == (240, 0) and found.largest_gap_s < 3 * step
     times = [(i + 0.5) * 240 * step / 24 for i in range(24)]
     assert numbers(info, times) == pytest.approx([5 + 10 * i for i in range(24)], abs=2)
-    assert sum(chunk.damaged for chunk in read_frames(info, times)) == 0
+    assert sum(chunk.damaged for chunk in read_chunks(info, times)) == 0
 
 
 def test_several_parts(tmp_path):
@@ -321,22 +321,22 @@ def test_decord_refuses_them(tmp_path):
     pytest.importorskip("decord")
     path = joined_three(tmp_path, "live.mkv", **HOW["live.mkv"])[1]
     with pytest.raises(VideoError, match="restart"):
-        list(read_frames(probe(path), [0.0, 1.0], decoder="decord"))
+        list(read_chunks(probe(path), [0.0, 1.0], decoder="decord"))
 
 
 def test_a_damaged_packet_leaves_the_frame_before_it_on_screen(folder):
     """At the beginning it is skipped. Damage is counted where it is met, and once; a scan counts it all."""
     whole = write_video(folder / "intra.mp4", numbered_frames(100), gop=1)
     info = probe(spoil(whole, folder / "spoilt.mp4", {0, 1, 4, 13, 14, 70}))
-    chunks = list(read_frames(info, [0.05 + 0.1 * i for i in range(20)], chunk_bytes=10 * 64 * 48 * 3))
+    chunks = list(read_chunks(info, [0.05 + 0.1 * i for i in range(20)], chunk_bytes=10 * 64 * 48 * 3))
     assert [number_of(rgb) for rgb in pixels(chunks)] == [2, 3, 3, *range(5, 13), 12, 12, *range(15, 22)]
     assert [chunk.damaged for chunk in chunks] == [3, 2]
-    assert [chunk.damaged for chunk in read_frames(info, [0.25, 9.05])] == [3]  # the jump passes over the others
+    assert [chunk.damaged for chunk in read_chunks(info, [0.25, 9.05])] == [3]  # the jump passes over the others
     found = scan(info.path)
     assert (found.frames, found.damaged, found.variable_rate, found.duration_s) == (94, 6, False, pytest.approx(9.8))
     assert found.largest_gap_s == pytest.approx(0.3)
     with pytest.raises(VideoError, match=r"ruined.mp4 can be decoded"):
-        list(read_frames(replace(info, path=str(spoil(whole, folder / "ruined.mp4", range(100)))), [0.5]))
+        list(read_chunks(replace(info, path=str(spoil(whole, folder / "ruined.mp4", range(100)))), [0.5]))
 
 
 SPREAD = ("mpeg2.mpg", "mpeg1.mpg", "wmv2.wmv")  # a packet does not lie in one piece, or not alone
@@ -476,7 +476,7 @@ def read_whole(path):
     """The facts, the number of every frame on screen, and how much damage was met."""
     info = probe(path)
     rate = info.fps or 25
-    chunks = list(read_frames(info, [(i + 0.5) / rate for i in range(40)]))
+    chunks = list(read_chunks(info, [(i + 0.5) / rate for i in range(40)]))
     return info, [number_of(rgb) for rgb in pixels(chunks)], sum(chunk.damaged for chunk in chunks)
 
 
@@ -507,7 +507,7 @@ def test_a_cut_file_of_every_kind(name, folder):
         return
     assert got[0] == 0 and all(number <= i for i, number in enumerate(got)) and got == sorted(got)
     # The whole file's facts, from before it was cut, lead to the same frames.
-    assert number_of(next(read_frames(replace(probe(whole), path=str(cut)), [0.01])).pixels[0]) == 0
+    assert number_of(next(read_chunks(replace(probe(whole), path=str(cut)), [0.01])).pixels[0]) == 0
     if name.endswith((".mkv", ".webm", ".flv", ".avi")) and name not in SMALL:
         found = scan(cut)
         assert info.cut_short and min(each.stated_s - each.duration_s for each in (info, found)) > 0.5
@@ -527,9 +527,9 @@ def test_a_hole_is_noticed(way, sound, ending, folder):
     begin, end = len(content) // 2, len(content) * 3 // 4
     holed = folder / f"holed_{sound}.{ending}"
     times = [0.05 + 0.1 * i for i in range(80)]
-    assert sum(chunk.damaged for chunk in read_frames(probe(whole), times)) == 0
+    assert sum(chunk.damaged for chunk in read_chunks(probe(whole), times)) == 0
     holed.write_bytes(content[:begin] + (bytes(end - begin) if way == "zeroed" else b"") + content[end:])
-    chunks = list(read_frames(probe(holed), times))
+    chunks = list(read_chunks(probe(holed), times))
     got = [number_of(rgb) for rgb in pixels(chunks)]
     assert got[:20] == list(range(20)) and got[-5:] == list(range(75, 80)) and got[45] < 45
     if way == "zeroed":  # what is left out may leave no trace
@@ -573,7 +573,7 @@ def peak():
 
 def refused_to_read(path, *words):
     with pytest.raises(VideoError) as caught:
-        list(read_frames(probe(path), TIMES))
+        list(read_chunks(probe(path), TIMES))
     assert caught.value.exit_code == 3 and str(path) in caught.value.message
     for word in words:
         assert word in caught.value.message + caught.value.hint

@@ -4,7 +4,7 @@ import av
 import pytest
 
 from evoprune import VideoQA
-from evoprune.video.frames import probe, read_frames
+from evoprune.video.frames import probe, read_chunks
 from evoprune.video.info import fitted
 from tests.video.files import number_of, numbered_frames, write_video
 
@@ -51,7 +51,7 @@ def test_frames_that_change_their_size(codec, how, tmp_path):
     path = changing(tmp_path, SIZES[how], codec)
     info = probe(path)
     assert (info.height, info.width, info.warnings) == (*SIZES[how][0], [])
-    (chunk,) = read_frames(info, [0.05 + 0.1 * i for i in range(10 * len(SIZES[how]))])
+    (chunk,) = read_chunks(info, [0.05 + 0.1 * i for i in range(10 * len(SIZES[how]))])
     assert chunk.other_size
     if how != "turns":
         assert [number_of(rgb) for rgb in chunk.pixels] == [*range(10)] * len(SIZES[how])

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from evoprune.video.temporary import LOCK, temporary, temporary_folder
+from evoprune.video.temporary import LOCK, temporary_file, temporary_folder
 from tests.cli.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no file locks of Unix")
 
 HOLD = """
 import time
-from evoprune.video.temporary import temporary
-with temporary([b"content"], "the video") as path:
+from evoprune.video.temporary import temporary_file
+with temporary_file([b"content"], "the video") as path:
     print(path, flush=True)
     time.sleep(60)
 """
@@ -33,7 +33,7 @@ def test_a_folder_of_a_killed_process_is_deleted(spool):
     environment = os.environ | {"TMPDIR": str(spool), "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", HOLD], env=environment, stdout=subprocess.PIPE, text=True) as holder:
         left = Path(holder.stdout.readline().strip())
-        with temporary([b"other"], "the video"):
+        with temporary_file([b"other"], "the video"):
             assert left.read_bytes() == b"content"  # its process runs
         holder.kill()
     assert left.exists()

@@ -47,7 +47,7 @@ def on_kernels(monkeypatch):
     monkeypatch.setattr(attention, "is_host", lambda device: False)
     monkeypatch.setattr(attention, "varlen_kernel", lambda device, dtype: varlen_by_hand)
     monkeypatch.setattr(tower, "varlen_kernel", lambda device, dtype: varlen_by_hand)
-    monkeypatch.setattr(tower, "kernels", lambda device: kernels)
+    monkeypatch.setattr(tower, "kernels_for", lambda device: kernels)
     monkeypatch.setattr(tower.Layer, "by_kernels", counted)
     return ran
 

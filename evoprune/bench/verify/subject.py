@@ -20,7 +20,7 @@ from torch import nn
 
 from evoprune.backend.hosted import cache_name
 from evoprune.bench.hugging_face import hugging_face_model, share_equal
-from evoprune.hf.processor_inputs import NAMES, TYPES, arguments, read_patches
+from evoprune.hf.inputs import NAMES, TYPES, arguments, read_patches
 from evoprune.language.hosted import run_for, run_modules
 from evoprune.model.cost import shortage
 from evoprune.session.asking import EncodedInputs

@@ -14,7 +14,7 @@ from operator import itemgetter
 
 from av.video.frame import VideoFrame
 
-from evoprune.backend.limits import available_cores, available_memory
+from evoprune.backend.limits import available_cores, host_memory
 from evoprune.video.info import AUTO_SEEK, EXACT, KEYFRAMES, FrameTimes, Video
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
@@ -50,7 +50,7 @@ def read(
 ) -> ffmpeg.Frames:
     """Read frames as `readers` says; `damaged` may be called more than once for the same damage.
 
-    `seek`, `part_s`: as of `frames.read_frames`. `cores`: that may be kept busy; default: all that this process may use.
+    `seek`, `part_s`: as of `frames.read_chunks`. `cores`: that may be kept busy; default: all that this process may use.
     """
     cores = cores or available_cores()
     with ffmpeg.reading(info.path):
@@ -123,7 +123,7 @@ def _by_threads(
 
 def _most_decoders(pixels: int) -> int:
     """Return how many there is memory for."""
-    available = available_memory()
+    available = host_memory()
     if available is None:
         return 1
     return max(1, int(available / 2 - ROOM_BYTES) // (DECODER_BYTES * pixels))

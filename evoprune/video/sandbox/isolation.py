@@ -407,7 +407,7 @@ def stream_frames(
     how: dict[str, Any],
     on_frames: OnFrames = lambda frames: None,
 ) -> Iterator[FilledArray]:
-    """Yield the frames on screen at given times, as `frames.read_frames`, in arrays; raises what `run_task` raises.
+    """Yield the frames on screen at given times, as `frames.read_chunks`, in arrays; raises what `run_task` raises.
 
     `how`: further arguments of `worker.FrameReader`.
 

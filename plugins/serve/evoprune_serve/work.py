@@ -19,7 +19,7 @@ from math import ceil
 from typing import Any
 
 from evoprune.backend.cpu.linear import packing_meanwhile, waiting_layers
-from evoprune.backend.limits import available_memory
+from evoprune.backend.limits import host_memory
 from evoprune.errors import OutOfMemory
 from evoprune.model.cost import kv_bytes
 from evoprune.report import Report
@@ -202,7 +202,7 @@ class KeptEncodings:
         with self._lock:
             self._kept[key] = encoded, size
             self._kept.move_to_end(key)
-            room = available_memory()
+            room = host_memory()
             while len(self._kept) > self._most or (
                 room is not None and SHARE * self._bytes > room and len(self._kept) > 1
             ):

@@ -10,7 +10,7 @@ from evoprune.errors import VideoError
 from evoprune.video.arrays import in_one
 from evoprune.video.frames import frame_times, probe
 from evoprune.video.info import PICTURE, FrameTimes, Video
-from evoprune.video.temporary import temporary
+from evoprune.video.temporary import temporary_file
 
 OPTIONS = {"num_ffmpeg_threads": 0}  # with their defaults; named as TorchCodec's in vLLM
 
@@ -33,7 +33,7 @@ def decode_evoprune(
     if not isinstance(num_ffmpeg_threads, int) or num_ffmpeg_threads < 0:
         raise ValueError(f"num_ffmpeg_threads is {num_ffmpeg_threads!r}, not a number of threads; 0: one for each core")
     try:
-        with temporary([data], "the video") as path:
+        with temporary_file([data], "the video") as path:
             info = probe(path)
             if info.kind == PICTURE:
                 raise VideoError("a picture was sent as a video", "send it as image_url")

@@ -5,7 +5,7 @@ import torch
 
 from evoprune import VideoQA
 from evoprune.backend.cpu.quantize import MAX_LARGE, quantize
-from evoprune.bench.agreement import agreement, reference
+from evoprune.bench.agreement import agreement_of, reference
 from evoprune.session.loading.model import load_model
 from evoprune.session.loading.stored import calibrate
 from experiments.demo.write import clips_asked, demo_video
@@ -55,7 +55,7 @@ def test_answers_stay_where_large_channels_are_apart_and_only_there(kind, tmp_pa
                 given = reference(first, row.prompt, "".join(answer) and answer.ids, ended=True)
                 tokens += len(given.ids)
                 for name, each in encoded.items():
-                    agree[name] += int(agreement(given, each).agrees.sum())
+                    agree[name] += int(agreement_of(given, each).agrees.sum())
     assert agree["float32"] == tokens
     # With AVX512-bf16 together is 93 of 102; where the limit was 0.9, it was less.
     assert agree["apart"] >= 0.99 * tokens and agree["together"] < 0.92 * tokens

@@ -11,7 +11,7 @@ from evoprune.bench.eval import EvalSettings, Evaluation
 from evoprune.bench.questions import load_questions
 from evoprune.bundled import world_of
 from evoprune.errors import UsageError
-from evoprune.video.frames import probe, read_frames
+from evoprune.video.frames import probe, read_chunks
 from evoprune.video.info import PICTURE
 from experiments.demo import drawing
 from experiments.demo.scenes import drawing as scenes_drawing
@@ -34,7 +34,7 @@ def test_the_files_hold_every_pixel_and_evaluate_reads_the_questions(tmp_path, c
             times = [clip.seconds / 2] if still else [i / fps for i in range(round(clip.seconds * fps))]
             assert still or (info.frames_total, info.duration_s) == (len(times), clip.seconds)
             drawn = render(clip, times)
-            found = np.concatenate([chunk.pixels.copy() for chunk in read_frames(info, times)])
+            found = np.concatenate([chunk.pixels.copy() for chunk in read_chunks(info, times)])
             assert found.shape == drawn.shape and (found == drawn).all()
             questions = world.ask(clip, seed)
             made = [(row.question, row.options, row.answer, row.type, row.groups) for row in video.rows]

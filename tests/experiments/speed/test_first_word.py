@@ -14,9 +14,9 @@ import torch
 
 from evoprune.bench.hugging_face import share_equal
 from evoprune.bundled import DEMOS
-from evoprune.hf.processor_inputs import processor_inputs
+from evoprune.hf.inputs import processor_inputs
 from evoprune.session.loading.model import load_model
-from evoprune.video.frames import probe, read_frames
+from evoprune.video.frames import probe, read_chunks
 from evoprune.video_qa import VideoQA
 from experiments.speed import checkpoint, first_word, first_word_readers, first_word_tables
 from experiments.speed.first_word import Clip, Frames, Run, parsed, read_in_turn, run_once
@@ -75,7 +75,7 @@ def test_every_frame_carries_its_number_also_where_pieces_are_joined(name, clips
     assert info.duration_s == pytest.approx(clip.seconds, abs=0.1)
     around = [kind.piece_s - 0.51, kind.piece_s - 0.01, kind.piece_s + 0.01, kind.piece_s + 1.71, clip.seconds - 1.01]
     times_s = [0.26, 1.01, 2.57, *around]
-    found = [number_of(frame) for chunk in read_frames(info, times_s) for frame in chunk.pixels]
+    found = [number_of(frame) for chunk in read_chunks(info, times_s) for frame in chunk.pixels]
     assert found == [kind.number_at(time_s) for time_s in times_s]
 
 

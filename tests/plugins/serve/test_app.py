@@ -207,7 +207,7 @@ def test_a_conversation_is_that_of_video_qa(server, qa):
 def counted(monkeypatch):
     """How often an input was read and encoded."""
     counts = {"read": 0, "encoded": 0}
-    read, encode = encoding.read_frames, OpenInput.encode
+    read, encode = encoding.read_chunks, OpenInput.encode
 
     def reading(*given, **options):
         counts["read"] += 1
@@ -217,7 +217,7 @@ def counted(monkeypatch):
         counts["encoded"] += 1
         return encode(*given, **options)
 
-    monkeypatch.setattr(encoding, "read_frames", reading)
+    monkeypatch.setattr(encoding, "read_chunks", reading)
     monkeypatch.setattr(OpenInput, "encode", encoding_it)
     return counts
 

@@ -22,7 +22,7 @@ from evoprune.session.planning import plan_input
 from evoprune.session.prompting import check_not_empty, prompt_about, prompt_subtitles
 from evoprune.session.signatures import takes
 from evoprune.util import from_keywords
-from evoprune.video.frames import probe, read_frames
+from evoprune.video.frames import probe, read_chunks
 from evoprune.video.given import Input, local_input
 from evoprune.video.info import EXACT, PICTURE, VIDEO, HeldVideo, check_one_file, check_picture
 from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits, Plan
@@ -101,7 +101,7 @@ def read_patches(plan: Plan, limits: InputLimits, device: torch.device | str = "
     times_s: tuple[float, ...] = ()
     moved = False
     how = {"decoder": plan.decoder, "seek": plan.seek, "part_s": plan.sampling.seconds_per_frame}
-    with closing(read_frames(plan.source, plan.sampling.times_s, **how)) as chunks:
+    with closing(read_chunks(plan.source, plan.sampling.times_s, **how)) as chunks:
         for chunk in chunks:
             made.append(normalised(patches_of(chunk.pixels, plan, limits, torch.device(device)), limits.normal))
             times_s += chunk.times_s

@@ -1,0 +1,25 @@
+"""The front door of a package: its public names, each imported from its file when it is first used.
+
+So `from evoprune.video import probe` loads what `probe` needs, and neither the rest of the package nor torch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+
+def door(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return `__getattr__` and `__dir__` for the `__init__.py` of a package.
+
+    Args:
+        package: The dotted name of the package.
+        homes: The public names that each module of the package defines.
+    """
+    home_of = {name: home for home, names in homes.items() for name in names}
+
+    def get(name: str) -> Any:
+        if name not in home_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{home_of[name]}"), name)
+
+    return get, lambda: sorted(home_of)
