@@ -11,20 +11,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from evoprune import methods
     from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError
-    from evoprune.hf.columns import Columns
-    from evoprune.hf.context import EvoPrune, PrunedModel, apply, remove
-    from evoprune.hf.encoding import encode
-    from evoprune.hf.inputs import processor_inputs
-    from evoprune.live.stream import VideoStream
-    from evoprune.moments.search import Moment
+    from evoprune.hf import Columns, EvoPrune, PrunedModel, apply, encode, processor_inputs, remove
+    from evoprune.live import VideoStream
+    from evoprune.moments import Moment
     from evoprune.report import Report
-    from evoprune.session.ahead import read_ahead
-    from evoprune.session.answers import Answer, Chat
-    from evoprune.session.asking import EncodedInputs
-    from evoprune.session.cache import Cache
-    from evoprune.video.arrays import read_frames
+    from evoprune.session import Answer, Cache, Chat, EncodedInputs, read_ahead
+    from evoprune.video import read_frames
     from evoprune.video_qa import VideoQA
-    from evoprune.vision.encoder import Encoded
+    from evoprune.vision import Encoded
 
 _SOURCES = {
     "errors": ("EvopruneError", "ModelError", "OutOfMemory", "UsageError", "VideoError"),

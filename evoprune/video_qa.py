@@ -18,34 +18,46 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from evoprune.backend.devices import holds_values
+from evoprune.backend import holds_values
 from evoprune.errors import UsageError
-from evoprune.session.ahead import ReadAhead
-from evoprune.session.answers import Answer, Shape, Uncopied
-from evoprune.session.asking import EncodedInputs, together
-from evoprune.session.encoding import OpenInputs, Progress, inputs_of, open_inputs, paths_of
-from evoprune.session.loading.description import ModelDescription, describe
-from evoprune.session.loading.model import LoadedModel, load_model, no_tokenizer
-from evoprune.session.options import (
+from evoprune.session import (
     OTHER_MODELS,
+    Answer,
+    EncodedInputs,
     FindOptions,
     GenerationOptions,
+    LoadedModel,
+    ModelDescription,
     ModelOptions,
+    OpenInputs,
+    Progress,
     PruneOptions,
+    ReadAhead,
     SamplingOptions,
+    Session,
+    Shape,
     StreamOptions,
+    Uncopied,
+    check_fits,
+    check_streams,
+    describe,
+    inputs_of,
+    load_model,
+    longest_prompt,
+    no_tokenizer,
+    open_inputs,
+    paths_of,
+    takes,
+    together,
 )
-from evoprune.session.prompting import longest_prompt
-from evoprune.session.session import Session, check_fits, check_streams
-from evoprune.session.signatures import takes
 from evoprune.util import brief, check_type, from_keywords
-from evoprune.video.given import Input
+from evoprune.video import Input
 
 if TYPE_CHECKING:
-    from evoprune.live.stream import VideoStream
-    from evoprune.moments.search import Moment
-    from evoprune.session.cache import Cache
-    from evoprune.session.keywords import (
+    from evoprune.live import VideoStream
+    from evoprune.moments import Moment
+    from evoprune.session import (
+        Cache,
         FindKeywords,
         GenerationKeywords,
         LoadKeywords,
@@ -269,7 +281,7 @@ class VideoQA(Uncopied):
 
         Raises UsageError: numbers that make no sense, or a method that cannot prune a stream. TypeError: an unknown option.
         """
-        from evoprune.live.stream import VideoStream
+        from evoprune.live import VideoStream
 
         (remembered,) = from_keywords(options, StreamOptions)
         check_type("system", system, str | None)
@@ -309,7 +321,7 @@ class VideoQA(Uncopied):
         Raises UsageError: an option or query that makes no sense, or a picture. VideoError: missing, unreadable or empty.
         OutOfMemory. TypeError: an unknown option.
         """
-        from evoprune.moments.search import Search
+        from evoprune.moments import Search
 
         (finding,) = from_keywords(options, FindOptions)
         check_type("progress", progress, Callable | None)
@@ -327,7 +339,7 @@ class VideoQA(Uncopied):
 
 def _check_cache(cache: Any) -> None:
     if cache is not None:
-        from evoprune.session.cache import Cache
+        from evoprune.session import Cache
 
         if not isinstance(cache, Cache):
             hint = "give evoprune.Cache(), evoprune.Cache(folder) or None"

@@ -12,12 +12,11 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.language.settings import OF_ROWS
+from evoprune.language import OF_ROWS
 from evoprune.report import Report, name_inputs, stats_block, summary, warned
-from evoprune.session.options import GenerationOptions, PipelineOptions, SamplingOptions
+from evoprune.session import GenerationOptions, PipelineOptions, SamplingOptions
 from evoprune.util import check_text, clock, counted, is_url, listed, missing_hint, shown, without_password
-from evoprune.video.frames import local_file
-from evoprune.video.sandbox.isolation import warm_up
+from evoprune.video import local_file, warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.running import load
 from evoprune_cli.terminal import (
@@ -40,13 +39,8 @@ from evoprune_cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from evoprune.session.ahead import ReadAhead
-    from evoprune.session.answers import Answer, Chat
-    from evoprune.session.asking import EncodedInputs
-    from evoprune.session.loading.description import ModelDescription
-    from evoprune.session.session import Session
-    from evoprune.video.info import Video
-    from evoprune.video.plan import Plan, PromptSubtitles
+    from evoprune.session import Answer, Chat, EncodedInputs, ModelDescription, ReadAhead, Session
+    from evoprune.video import Plan, PromptSubtitles, Video
 
 STDIN = "-"
 USAGE = 'evoprune ask video.mp4 "What happens?"'
@@ -120,10 +114,8 @@ def ask(
             questions = _questions(inputs, given, interactive)
             check_history(history, interactive, compare)
             pipeline = options()
-            from evoprune.session.ahead import ReadAhead
-            from evoprune.session.loading.description import describe
-            from evoprune.session.reading import probed
-            from evoprune.video.frames import choose_decoder
+            from evoprune.session import ReadAhead, describe, probed
+            from evoprune.video import choose_decoder
 
             choose_decoder(pipeline.sampling.decoder)
             check_text(*questions, pipeline.generation.system)
@@ -141,7 +133,7 @@ def ask(
             with progress(not quiet) as show:
                 qa = load(pipeline, show, quiet, model=model)
                 if history == opt.ON:
-                    from evoprune.session.session import check_conversation
+                    from evoprune.session import check_conversation
 
                     check_conversation(qa.session.pruning.method)
                 encoded = encode(qa.session, show, ahead=ahead)
@@ -165,7 +157,7 @@ def ask(
                 tell(f"Ask about {names}. /help for help, q or Ctrl-D to end.")
                 if alone and history is None:
                     tell(f"Each question is on its own: {alone}.")
-            from evoprune.backend.cpu.linear import packing_meanwhile
+            from evoprune.backend import packing_meanwhile
 
             for question in typed_questions(meanwhile=partial(packing_meanwhile, qa.session.loaded.model), chat=chat):
                 questions.append(question)
@@ -266,9 +258,7 @@ def _encode(
     ahead: "ReadAhead | None" = None,
 ) -> "EncodedInputs":
     """Encodes the inputs at `paths`. First says on stderr which limits apply."""
-    from evoprune.session.cache import Cache
-    from evoprune.session.encoding import open_inputs
-    from evoprune.session.prompting import longest_prompt
+    from evoprune.session import Cache, longest_prompt, open_inputs
 
     show("reading")
     sampling = options.sampling
@@ -333,9 +323,8 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
 
 def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: SamplingOptions, quiet: bool) -> None:
     """Plan the inputs in milliseconds, before torch is imported or weights are read. Raises what `plan_input` raises."""
-    from evoprune.session.planning import plan_input
-    from evoprune.video.frames import read_subtitles
-    from evoprune.video.info import AUTO_SUBTITLES, NO_SUBTITLES, VIDEO, check_one_file, check_picture
+    from evoprune.session import plan_input
+    from evoprune.video import AUTO_SUBTITLES, NO_SUBTITLES, VIDEO, check_one_file, check_picture, read_subtitles
 
     check_one_file(sampling.subtitles, len(infos))
     videos = [info for info in infos if info.kind == VIDEO]
@@ -357,8 +346,7 @@ def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
         wanted = f"{rate} {plan.sampling.wanted:,} (--max-frames {plan.sampling.wanted})"
         tell(f"reading {plan.sampling.frames:,} frames, one every {every}; {wanted}")
     if plan.token_capped:
-        from evoprune.video.info import VIDEO
-        from evoprune.video.plan import MAX_VISUAL_TOKENS
+        from evoprune.video import MAX_VISUAL_TOKENS, VIDEO
 
         most = f"{plan.token_limit:,} tokens"
         if sampling.max_visual_tokens is None and plan.token_limit < MAX_VISUAL_TOKENS:

@@ -10,17 +10,16 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.language.settings import OF_ROWS
+from evoprune.language import OF_ROWS
 from evoprune.report import Report, VideoFacts, warned
-from evoprune.session.options import PipelineOptions
+from evoprune.session import PipelineOptions
 from evoprune.util import SOME, clock, counted, is_text, is_url, listed, missing_hint, roughly, shown, some
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, is_one_of, note_model, prepare
 from evoprune_cli.terminal import encoding, print_traceback, print_warning, progress, stdout, tell
 
 if TYPE_CHECKING:
-    from evoprune.batch.output import RecordFile
-    from evoprune.batch.rows import Row
+    from evoprune.batch import RecordFile, Row
 
 DASH = "-"  # stdin, or stdout
 USAGE = 'evoprune batch *.mp4 -Q "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct -o answers.jsonl'
@@ -104,10 +103,17 @@ def batch(
     if address and on != "ray":
         raise UsageError("--address is of a Ray cluster", "add --on ray")
     pipeline = options()
-    from evoprune.batch.output import RecordFile, Settings, Sources, remaining
-    from evoprune.batch.rows import group_by_span, with_scored_options
-    from evoprune.batch.table import TableFile, is_table
-    from evoprune.video.frames import choose_decoder
+    from evoprune.batch import (
+        RecordFile,
+        Settings,
+        Sources,
+        TableFile,
+        group_by_span,
+        is_table,
+        remaining,
+        with_scored_options,
+    )
+    from evoprune.video import choose_decoder
 
     if not pipeline.model.model:
         raise UsageError("no model", "name one with -m or EVOPRUNE_MODEL; -m demo is a bundled tiny one")
@@ -120,7 +126,7 @@ def batch(
     span = pipeline.sampling.start_s, pipeline.sampling.end_s
     rows = _rows(videos or [], questions or [], source, quiet, span, recursive, is_table(output))
     if any(row.earlier for row in rows):
-        from evoprune.session.session import check_conversation
+        from evoprune.session import check_conversation
 
         check_conversation(pipeline.pruning.config().method)
     if pipeline.generation.choices == OF_ROWS:
@@ -147,7 +153,7 @@ def batch(
         spans = group_by_span(left)
         files = {row.id: sources.of(row) for row in left}
         if on == "ray":
-            from evoprune.batch.ray import answers_on_ray
+            from evoprune.batch import answers_on_ray
 
             show("connecting to Ray")
             answers = answers_on_ray(spans, settings, address=address, cache=cache, on_ready=ready)
@@ -171,8 +177,7 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tal
 
     `tally` is told how far encoding is, and how long it waits for reading.
     """
-    from evoprune.session.ahead import FIRST, ReadAhead
-    from evoprune.session.loading.description import describe
+    from evoprune.session import FIRST, ReadAhead, describe
 
     show("loading model")
     prepare()
@@ -180,8 +185,8 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tal
     first = [] if cache else spans[:FIRST]  # what the cache has need not be read
     asked = [(span.rows[0].paths, settings.sampling.but(**span.sampling)) for span in first]
     with ReadAhead(model, asked, settings.pruning) as ahead:
-        from evoprune.batch.run import answers
-        from evoprune.session.cache import Cache
+        from evoprune.batch import answers
+        from evoprune.session import Cache
 
         qa = settings.load(partial(show, "quantizing"), model)
         note_model(qa.session, settings.generation, quiet)
@@ -204,7 +209,7 @@ def _rows(
 
     `span`: start and end in seconds of those that say none. `passes_on`: the output repeats all their fields.
     """
-    from evoprune.batch.rows import BATCH, left_out, load_rows, product_rows, read_all, read_rows
+    from evoprune.batch import BATCH, left_out, load_rows, product_rows, read_all, read_rows
 
     if source is None:
         if not videos:

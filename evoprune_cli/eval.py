@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evoprune.errors import UsageError
-from evoprune.session.options import GenerationOptions, ModelOptions, SamplingOptions
+from evoprune.session import GenerationOptions, ModelOptions, SamplingOptions
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_new_folder, deliver_results, prepare, rescuing
 from evoprune_cli.terminal import check_output, note, progress
@@ -154,8 +154,7 @@ def evaluate(
             if evaluation.folder and not quiet:
                 note(f"to go on: evoprune eval --resume {shlex.quote(str(evaluation.folder.path))}")
 
-    from evoprune.session.ahead import ReadAhead
-    from evoprune.session.loading.description import describe
+    from evoprune.session import ReadAhead, describe
 
     with (
         rescuing(lambda: evaluation is not None and evaluation.loaded, rescue),

@@ -7,9 +7,9 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import EvopruneError, UsageError, VideoError
-from evoprune.session.options import FindOptions, ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
+from evoprune.session import FindOptions, ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
 from evoprune.util import check_text, clock, counted, is_url, missing_hint, shown, without_password
-from evoprune.video.sandbox.isolation import warm_up
+from evoprune.video import warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.ask import split_words
 from evoprune_cli.moment_files import MomentFiles
@@ -28,8 +28,8 @@ from evoprune_cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from evoprune.batch.rows import Row
-    from evoprune.moments.search import Moment, Search
+    from evoprune.batch import Row
+    from evoprune.moments import Moment, Search
 
 SCHEMA = "evoprune/find@1"
 USAGE = 'evoprune find video.mp4 "a red star"'
@@ -142,8 +142,8 @@ def find(
         warm_up()  # while this process imports what it needs
         with progress(not quiet) as show:
             qa = load(pipeline, show, quiet)
-        from evoprune.moments.search import Search
-        from evoprune.session.cache import Cache
+        from evoprune.moments import Search
+        from evoprune.session import Cache
 
         stored = Cache().of_segments if cache else None
         failed = 0
@@ -178,8 +178,7 @@ class Kept:
     """Holds the output file of a search. To be closed. `left`: the rows that it does not have yet."""
 
     def __init__(self, rows: Sequence["Row"], options: PipelineOptions, path: str, resume: bool, overwrite: bool):
-        from evoprune.batch.moments import MomentsFile, SearchSettings
-        from evoprune.batch.output import Sources, remaining
+        from evoprune.batch import MomentsFile, SearchSettings, Sources, remaining
 
         if path == "-":
             raise UsageError("-o names a file", "--json prints on stdout")
@@ -202,7 +201,7 @@ class Kept:
         self, row: "Row", moments: list[dict[str, Any]] | None, error: dict[str, Any] | None, commit: str | None
     ) -> None:
         """Appends the line of a video, which is on the disk when this returns."""
-        from evoprune.batch.moments import FoundVideo
+        from evoprune.batch import FoundVideo
 
         self._sources.check_revision(commit)
         if not self._file.written:  # earlier records stay until there is one to write
@@ -245,8 +244,7 @@ def _rows(words: Sequence[str], queries: Sequence[str], sampling: SamplingOption
 
     Raises VideoError if one is missing.
     """
-    from evoprune.batch.moments import search_rows
-    from evoprune.batch.rows import left_out
+    from evoprune.batch import left_out, search_rows
 
     missing = [word for word in words if not is_url(word) and not os.path.exists(word)]
     if missing:

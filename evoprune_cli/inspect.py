@@ -10,9 +10,9 @@ from typing import Any
 
 from evoprune.errors import UsageError
 from evoprune.report import VideoFacts
-from evoprune.session.options import ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
+from evoprune.session import ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
 from evoprune.util import budget_text, clock, counted, is_url, size, without_password
-from evoprune.video.info import PICTURE
+from evoprune.video import PICTURE
 from evoprune_cli import options as opt
 from evoprune_cli.running import check_writable, prepare, rescuing, write_bytes
 from evoprune_cli.terminal import (
@@ -120,8 +120,7 @@ def inspect(
 def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool) -> Iterator[dict]:
     """Versions, devices, decoders, caches, and the model that is named."""
     if clear_cache:
-        from evoprune.session.cache import Cache
-        from evoprune.session.loading.stored import weights_folder
+        from evoprune.session import Cache, weights_folder
 
         for cache in (Cache(), Cache().of_segments, weights_folder()):
             try:
@@ -134,9 +133,7 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
     if overlay is not None:
         raise UsageError("--overlay needs a video", "evoprune inspect clip.mp4 --overlay clip.png")
     model = options().model
-    from evoprune.session.inspection import environment_facts, model_facts
-    from evoprune.session.loading.description import describe
-    from evoprune.session.loading.weights import weights_of
+    from evoprune.session import describe, environment_facts, model_facts, weights_of
 
     # A wrong name is an error without 50 lines before it.
     weights = weights_of(describe(model, local=True)) if model.model else None
@@ -151,8 +148,8 @@ def _about_video(
     """Yield the facts about a video, of a scan, of a model's plan, and an overlay: each as soon as it is known."""
     if clear_cache:
         raise UsageError("--clear-cache is not about a video", "evoprune inspect --clear-cache")
-    from evoprune.video.frames import local_file, probe
-    from evoprune.video.frames import scan as scan_video
+    from evoprune.video import local_file, probe
+    from evoprune.video import scan as scan_video
 
     pipeline = options()
     pipeline = replace(pipeline, model=replace(pipeline.model, model=pipeline.model.model or "demo"))
@@ -179,10 +176,7 @@ def _about_video(
                 count = partial(_show_frames, show, frames)
                 count(0)
                 yield {"scan": asdict(scan_video(path, folder_fps=rate, on_frames=count))}
-        from evoprune.session.inspection import memory_facts, model_facts, plan_facts
-        from evoprune.session.loading.description import describe
-        from evoprune.session.loading.weights import weights_of
-        from evoprune.session.planning import plan_input
+        from evoprune.session import describe, memory_facts, model_facts, plan_facts, plan_input, weights_of
 
         model = describe(pipeline.model, local=True)
         weights = weights_of(model)

@@ -3,10 +3,9 @@
 import textwrap
 from dataclasses import fields
 
-from evoprune.hf.context import EvoPrune
-from evoprune.language.settings import GenerationOptions
-from evoprune.session.options import FindOptions, ModelOptions, PruneOptions, SamplingOptions, StreamOptions
-from evoprune.session.signatures import meaning, type_code
+from evoprune.hf import EvoPrune
+from evoprune.language import GenerationOptions
+from evoprune.session import FindOptions, ModelOptions, PruneOptions, SamplingOptions, StreamOptions, meaning, type_code
 
 KINDS = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions, StreamOptions, FindOptions, EvoPrune)
 # Of functions that take those of several classes.

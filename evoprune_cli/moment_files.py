@@ -10,7 +10,7 @@ from evoprune_cli.running import check_new_folder, check_writable, write_bytes
 from evoprune_cli.terminal import progress, tell
 
 if TYPE_CHECKING:
-    from evoprune.moments.search import Search
+    from evoprune.moments import Search
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class MomentFiles:
         left_out = sum(map(search.more, search.queries))
         note = f"about {left_out:,} more left out by --top" if left_out else ""
         if self.srt is not None:
-            from evoprune.moments.subtitles import srt
+            from evoprune.moments import srt
 
             write_bytes(self.srt, srt(moments).encode())
         if self.chapters is not None:
-            from evoprune.moments.subtitles import chapters
+            from evoprune.moments import chapters
 
             text = chapters(moments, search.duration_s)
             if note:
@@ -90,7 +90,7 @@ class MomentFiles:
         return [] if self.clips is None else self._cut(search, name, quiet)
 
     def _cut(self, search: "Search", name: str, quiet: bool) -> list[str]:
-        from evoprune.moments.clips import cut_clip
+        from evoprune.moments import cut_clip
 
         moments = search.moments()
         cut = []

@@ -19,9 +19,8 @@ from typer.core import TyperCommand
 from evoprune import methods
 from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
-from evoprune.methods.budget import AUTOS, PRESETS, Budget
-from evoprune.methods.registry import REUSE
-from evoprune.session.options import PipelineOptions
+from evoprune.methods import AUTOS, PRESETS, REUSE, Budget
+from evoprune.session import PipelineOptions
 from evoprune.util import OPTION, Option, kinds_of, words_of
 from evoprune_cli.terminal import only_answers_on_stdout
 
@@ -183,7 +182,7 @@ def _made(said: dict[str, Option], typed: dict[str, Any], *, check_model: bool) 
         problem.message = _as_typed(problem.message, said)
         raise
     if check_model and options.model.model:  # `inspect` needs none
-        from evoprune.session.loading.description import local_folder
+        from evoprune.session import local_folder
 
         local_folder(options.model)  # before seconds of imports
     return options

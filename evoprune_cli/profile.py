@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from evoprune.backend.cpu.precision import LOAD_FORMATS, QUANTIZE
+from evoprune.backend import LOAD_FORMATS, QUANTIZE
 from evoprune.bench import SYNTHETIC, Case, ProfileSettings
 from evoprune.errors import UsageError
-from evoprune.session.options import ModelOptions, PruneOptions
+from evoprune.session import ModelOptions, PruneOptions
 from evoprune.util import size as size_text
 from evoprune.util import without_password
-from evoprune.video.info import PICTURE, Video
+from evoprune.video import PICTURE, Video
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, prepare, print_text, rescuing, write_bytes
 from evoprune_cli.terminal import WIDTH, check_output, note, page_width, progress
@@ -202,8 +202,7 @@ def _inputs(
     if video is None:
         yield [Case(count, *size) for count in counts for size in sizes or [SIZE]], None
         return
-    from evoprune.video.frames import local_file, probe
-    from evoprune.video.plan import InputLimits, SamplingOptions, make_plan, smart_resize
+    from evoprune.video import InputLimits, SamplingOptions, local_file, make_plan, probe, smart_resize
 
     with local_file(video, offline=offline) as path:
         info = probe(path)

@@ -13,17 +13,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evoprune.backend.limits import check_libraries, keep_freed_memory
-from evoprune.batch.output import OPEN_FILES, write_file
+from evoprune.backend import check_libraries, keep_freed_memory
+from evoprune.batch import OPEN_FILES, write_file
 from evoprune.errors import UsageError
 from evoprune.report import WIDTH
-from evoprune.session.options import GenerationOptions, PipelineOptions
+from evoprune.session import GenerationOptions, PipelineOptions
 from evoprune_cli.terminal import encodable, failure, page_width, stdout, tell, write_whole
 
 if TYPE_CHECKING:
     from evoprune.bench import Results
-    from evoprune.session.loading.description import ModelDescription
-    from evoprune.session.session import Session
+    from evoprune.session import ModelDescription, Session
     from evoprune.video_qa import VideoQA
 
 SOME_FAILED = 6  # an exit code
@@ -88,7 +87,7 @@ def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> Non
         tell(f"note: the model's generation_config.json has tokens drawn otherwise than here; as it says: {flags}")
     usual = (loaded.dtype, loaded.quantize) == ("fp32", "none") and loaded.description.can_be_quantized
     if usual and loaded.weights_bytes >= LARGE_MODEL:
-        from evoprune.backend.cpu.quantize import kinds
+        from evoprune.backend import kinds
 
         if "int8" in kinds(loaded.model.device):  # a CPU that has no bf16 products, but those of 8 bits
             gain = "about twice as fast, less exact, and takes a third of the memory"

@@ -7,8 +7,8 @@ from typing import Any
 
 from evoprune import methods
 from evoprune.errors import UsageError, VideoError
-from evoprune.methods.budget import Budget
-from evoprune.session.options import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
+from evoprune.methods import Budget
+from evoprune.session import GenerationOptions, ModelOptions, PruneOptions, SamplingOptions
 from evoprune.util import missing_hint, shown
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, deliver_results, prepare, rescuing
@@ -122,8 +122,7 @@ def tune(
         deliver_results(results, "json" if json else "table", output, chart)
         return results.document()
 
-    from evoprune.session.ahead import ReadAhead
-    from evoprune.session.loading.description import describe
+    from evoprune.session import ReadAhead, describe
 
     with (
         rescuing(lambda: tuning is not None and tuning.has_results, deliver),
@@ -136,7 +135,7 @@ def tune(
         model = describe(pipeline.model)
         ahead = cleanup.enter_context(ReadAhead(model, [(settings["videos"][:1], pipeline.sampling)]))
         from evoprune.bench import TuneSettings, Tuning
-        from evoprune.contrib.operation_search import OperationTuning
+        from evoprune.contrib import OperationTuning
 
         kind = OperationTuning if operations else Tuning
         tuning = kind(TuneSettings(**settings))
@@ -151,7 +150,7 @@ def tune(
 def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:
     """Return the questions, each once; none for the general ones."""
     if file is not None:
-        from evoprune.batch.rows import read_all
+        from evoprune.batch import read_all
 
         hint = "a text file with a question on each line"
         try:

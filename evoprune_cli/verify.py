@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from evoprune.session.options import ModelOptions
+from evoprune.session import ModelOptions
 from evoprune_cli import options as opt
 from evoprune_cli.running import check_writable, deliver_results, prepare, rescuing
 from evoprune_cli.terminal import check_output, print_traceback, progress

@@ -13,11 +13,10 @@ from math import floor, inf
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError
-from evoprune.live.source import FROM_SOURCE, PACES, STDIN, LiveSource
-from evoprune.session.options import PipelineOptions, StreamOptions
+from evoprune.live import FROM_SOURCE, PACES, STDIN, LiveSource
+from evoprune.session import PipelineOptions, StreamOptions
 from evoprune.util import check_text, clock, counted, missing_hint, size
-from evoprune.video.plan import parse_time
-from evoprune.video.sandbox.isolation import warm_up
+from evoprune.video import parse_time, warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.ask import (
     Conversation,
@@ -30,7 +29,7 @@ from evoprune_cli.running import SOME_FAILED, load
 from evoprune_cli.terminal import check_output, columns, note, print_error, print_titled, printable, progress, tell
 
 if TYPE_CHECKING:
-    from evoprune.session.answers import Chat
+    from evoprune.session import Chat
 
 MAX_LINE = 2**22  # bytes of a question
 TICK_S = 0.05
@@ -133,8 +132,7 @@ def watch(
     try:
         with progress(not quiet) as show:
             qa = load(pipeline, show, quiet, streams=True)
-        from evoprune.live.feed import LiveFeed
-        from evoprune.live.stream import VideoStream
+        from evoprune.live import LiveFeed, VideoStream
 
         system = pipeline.generation.system
         stream = VideoStream(qa.session, pipeline.stream, pipeline.sampling, system, opened.name)
@@ -317,7 +315,7 @@ class _Watching:
             _write("\r\x1b[K")
 
     def _state(self) -> str:
-        from evoprune.backend.devices import memory_in_use
+        from evoprune.backend import memory_in_use
 
         seen = self._stream.seen
         until_s = self._stream.until_s

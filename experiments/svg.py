@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from xml.sax.saxutils import escape, quoteattr
 
-from evoprune.bench.chart import INK
+from evoprune.bench import INK
 
 EDGE = 24  # pixels between the edge of the document and what is drawn
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from evoprune.model.config import FAMILIES
+from evoprune.model import FAMILIES
 
 VIDEO, IMAGE = "video", "image"
 TIME, TIME_TOKENS = 201, 4  # before each frame pair of a video for Qwen3-VL: the first token, and how many

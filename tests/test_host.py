@@ -9,10 +9,8 @@ import pytest
 import torch
 
 import evoprune
-from evoprune.batch.output import Settings
-from evoprune.batch.rows import group_by_span, product_rows
-from evoprune.batch.run import answers
-from evoprune.video.frames import probe, read_chunks
+from evoprune.batch import Settings, answers, group_by_span, product_rows
+from evoprune.video import probe, read_chunks
 from evoprune.video.sandbox import isolation
 from tests.process_state import differences, process_state
 from tests.prompts import VIDEO, processed

@@ -4,7 +4,7 @@ from itertools import islice
 
 import tokenizers
 
-from evoprune.language.prompt import Tokenizer
+from evoprune.language import Tokenizer
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 _BEGIN = "{{ '<|im_start|>assistant\\n' }}"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from evoprune.model.config import FAMILIES
-from evoprune.vision.encoder import Encoded
+from evoprune.model import FAMILIES
+from evoprune.vision import Encoded
 
 _NAMES = (
     "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TextIO
 from evoprune import methods
 from evoprune.batch.rows import Row
 from evoprune.errors import UsageError
-from evoprune.model.config import loads
+from evoprune.model import loads
 from evoprune.report import SCHEMA, rounded
-from evoprune.session.options import PipelineOptions, record
+from evoprune.session import PipelineOptions, record
 from evoprune.util import shown
-from evoprune.video.info import EXACT, input_state
+from evoprune.video import EXACT, input_state
 
 if TYPE_CHECKING:
-    from evoprune.session.loading.description import ModelDescription
+    from evoprune.session import ModelDescription
     from evoprune.video_qa import VideoQA
 
 STDOUT = "-"

@@ -14,12 +14,12 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import Any
 
-from evoprune.backend.devices import cluster_share
+from evoprune.backend import cluster_share
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
 from evoprune.batch.run import answers, failure_report
 from evoprune.errors import EvopruneError, UsageError, error_record, first_line
-from evoprune.language.turns import Turn
+from evoprune.language import Turn
 from evoprune.report import Report
 
 INSTALL = "pip install 'evoprune[ray]'"
@@ -118,7 +118,7 @@ class Worker:
         except EvopruneError as problem:  # if it were raised here, Ray would try again
             self._broken = error_record(problem)
         if cache:
-            from evoprune.session.cache import Cache
+            from evoprune.session import Cache
 
             self._cache = Cache()
 

@@ -16,9 +16,8 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from evoprune.errors import LFS, LFS_HINT, EvopruneError, EvopruneWarning, UsageError
-from evoprune.language.settings import GenerationOptions
-from evoprune.language.turns import USER, Turn, messages_of, turns_of
-from evoprune.model.config import loads
+from evoprune.language import USER, GenerationOptions, Turn, messages_of, turns_of
+from evoprune.model import loads
 from evoprune.util import (
     FILE_URL,
     check_type,
@@ -31,8 +30,7 @@ from evoprune.util import (
     shown,
     some,
 )
-from evoprune.video.info import AUTO_SUBTITLES, IMAGES, NO_SUBTITLES, VIDEOS, files, in_order
-from evoprune.video.plan import SamplingOptions, parse_time
+from evoprune.video import AUTO_SUBTITLES, IMAGES, NO_SUBTITLES, VIDEOS, SamplingOptions, files, in_order, parse_time
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
 LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])\s*[.):])\s*(.*\S)\s*", re.IGNORECASE | re.DOTALL)

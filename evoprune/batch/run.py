@@ -5,17 +5,13 @@ from contextlib import closing
 from functools import partial
 from typing import Any, TypeVar
 
-from evoprune.backend.devices import empty_cache
+from evoprune.backend import empty_cache
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
 from evoprune.errors import OutOfMemory, error_record
-from evoprune.language.turns import messages_of
+from evoprune.language import messages_of
 from evoprune.report import Report, name_inputs
-from evoprune.session.ahead import ReadAhead
-from evoprune.session.asking import EncodedInputs
-from evoprune.session.cache import Cache
-from evoprune.session.encoding import OpenInputs, Progress, open_inputs
-from evoprune.session.upcoming import in_flight
+from evoprune.session import Cache, EncodedInputs, OpenInputs, Progress, ReadAhead, in_flight, open_inputs
 from evoprune.util import without_password
 from evoprune.video_qa import VideoQA
 

@@ -3,42 +3,109 @@
 The command line takes only the names in `__all__`. Each is imported when it is first used, because most of them need torch.
 """
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-_HOMES = {
-    "agreement": ("compare",),
-    "eval": ("Evaluation",),
-    "eval_settings": ("EvalSettings",),
-    "overlay": ("trace",),
-    "profile": ("Profile",),
-    "profile_rows": ("Case", "ProfileSettings", "SYNTHETIC"),
-    "results": ("Results", "folded", "grid"),
-    "sheet": ("contact_sheet",),
-    "tune": ("TuneSettings", "Tuning"),
-    "verify.run": ("run_checks",),
-}
+from evoprune.doors import door
+
+if TYPE_CHECKING:
+    from evoprune.bench import clips
+    from evoprune.bench.agreement import agreement_of, compare, reference
+    from evoprune.bench.chart import COLOURS, INK, SOFT, Panel, Point, Series, draw
+    from evoprune.bench.clips import case_grid, synthetic_frames
+    from evoprune.bench.eval import Evaluation, told
+    from evoprune.bench.eval_settings import EvalSettings
+    from evoprune.bench.hugging_face import hugging_face_model
+    from evoprune.bench.overlay import FATES, Fates, TracedVideo, check_drawable, fates, trace
+    from evoprune.bench.processes import map_in_processes
+    from evoprune.bench.profile import Bench, Profile, all_rows, default_load_format, load
+    from evoprune.bench.profile_rows import HUGGING_FACE, SYNTHETIC, Case, ProfileSettings
+    from evoprune.bench.questions import VideoQuestions, grade, without_tags
+    from evoprune.bench.results import Column, Results, failures, fitting, folded, grid, meanings
+    from evoprune.bench.scores import FULL, LEAST_VIDEOS, METHOD, percentile_interval, resampled
+    from evoprune.bench.sheet import contact_sheet
+    from evoprune.bench.tune import BUDGETS, Progress, Run, TuneSettings, Tuning, encode
+    from evoprune.bench.tune_results import heading
+    from evoprune.bench.verify.run import run_checks
+
 __all__ = [
+    "BUDGETS",
+    "COLOURS",
+    "FATES",
+    "FULL",
+    "HUGGING_FACE",
+    "INK",
+    "LEAST_VIDEOS",
+    "METHOD",
+    "SOFT",
     "SYNTHETIC",
+    "Bench",
     "Case",
+    "Column",
     "EvalSettings",
     "Evaluation",
+    "Fates",
+    "Panel",
+    "Point",
     "Profile",
     "ProfileSettings",
+    "Progress",
     "Results",
+    "Run",
+    "Series",
+    "TracedVideo",
     "TuneSettings",
     "Tuning",
+    "VideoQuestions",
+    "agreement_of",
+    "all_rows",
+    "case_grid",
+    "check_drawable",
+    "clips",
     "compare",
     "contact_sheet",
+    "default_load_format",
+    "draw",
+    "encode",
+    "failures",
+    "fates",
+    "fitting",
     "folded",
+    "grade",
     "grid",
+    "heading",
+    "hugging_face_model",
+    "load",
+    "map_in_processes",
+    "meanings",
+    "percentile_interval",
+    "reference",
+    "resampled",
     "run_checks",
+    "synthetic_frames",
+    "told",
     "trace",
+    "without_tags",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = door(
+    __name__,
+    {
+        "agreement": ["agreement_of", "compare", "reference"],
+        "chart": ["COLOURS", "INK", "Panel", "Point", "SOFT", "Series", "draw"],
+        "clips": ["case_grid", "synthetic_frames"],
+        "eval": ["Evaluation", "told"],
+        "eval_settings": ["EvalSettings"],
+        "hugging_face": ["hugging_face_model"],
+        "overlay": ["FATES", "Fates", "TracedVideo", "check_drawable", "fates", "trace"],
+        "processes": ["map_in_processes"],
+        "profile": ["Bench", "Profile", "all_rows", "default_load_format", "load"],
+        "profile_rows": ["Case", "HUGGING_FACE", "ProfileSettings", "SYNTHETIC"],
+        "questions": ["VideoQuestions", "grade", "without_tags"],
+        "results": ["Column", "Results", "failures", "fitting", "folded", "grid", "meanings"],
+        "scores": ["FULL", "LEAST_VIDEOS", "METHOD", "percentile_interval", "resampled"],
+        "sheet": ["contact_sheet"],
+        "tune": ["BUDGETS", "Progress", "Run", "TuneSettings", "Tuning", "encode"],
+        "tune_results": ["heading"],
+        "verify.run": ["run_checks"],
+    },
+)

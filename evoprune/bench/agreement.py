@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.session.answers import Answer
-from evoprune.session.asking import EncodedInputs
-from evoprune.session.options import GenerationOptions
+from evoprune.session import Answer, EncodedInputs, GenerationOptions
 
 KEPT = 1024  # tokens whose probabilities are kept for every token of an answer, instead of 150,000
 

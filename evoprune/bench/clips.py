@@ -25,17 +25,12 @@ import torch
 
 from evoprune.bench.profile_rows import SYNTHETIC, Case
 from evoprune.errors import UsageError
-from evoprune.language.prompt import Place, place_of_pairs, prompt_positions
-from evoprune.methods.chain import PruneConfig
-from evoprune.model.config import VisionConfig
-from evoprune.session.loading.model import LoadedModel
-from evoprune.session.options import SamplingOptions
-from evoprune.video.frames import read_chunks
-from evoprune.video.info import PICTURE, Video
-from evoprune.video.plan import InputLimits, even_times, make_plan
-from evoprune.vision.patches import normalised
-from evoprune.vision.preprocess import pixel_patches, resize
-from evoprune.vision.tower import tower_shape
+from evoprune.language import Place, place_of_pairs, prompt_positions
+from evoprune.methods import PruneConfig
+from evoprune.model import VisionConfig
+from evoprune.session import LoadedModel, SamplingOptions
+from evoprune.video import PICTURE, InputLimits, Video, even_times, make_plan, read_chunks
+from evoprune.vision import normalised, pixel_patches, resize, tower_shape
 
 # side of a merge unit in pixels, if not given; frames in a grid
 UNIT = 28

@@ -16,8 +16,7 @@ from typing import Any
 from zlib import crc32
 
 from evoprune import methods
-from evoprune.batch.output import file_changes
-from evoprune.batch.rows import Row, Span, group_by_span
+from evoprune.batch import Row, Span, file_changes, group_by_span
 from evoprune.bench.eval_folder import SIZE_RULE, RunFolder
 from evoprune.bench.eval_results import EvalResults
 from evoprune.bench.eval_settings import SCORES, EvalSettings
@@ -34,21 +33,30 @@ from evoprune.bench.shared import (
     swept,
 )
 from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
-from evoprune.methods.types import generator_seed
-from evoprune.model.cost import prefill_flop, shortage, stretched, tower_flop
+from evoprune.methods import generator_seed
+from evoprune.model import prefill_flop, shortage, stretched, tower_flop
 from evoprune.report import Report
-from evoprune.session.ahead import ReadAhead
-from evoprune.session.asking import EncodedInputs
-from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
-from evoprune.session.loading.description import ModelDescription, describe
-from evoprune.session.loading.model import LoadedModel, load_model, threads_of_each
-from evoprune.session.loading.weights import weights_of
-from evoprune.session.options import ModelOptions, PruneOptions
-from evoprune.session.session import Session, check_fits
-from evoprune.session.upcoming import in_flight
+from evoprune.session import (
+    EncodedInputs,
+    LoadedModel,
+    ModelDescription,
+    ModelOptions,
+    OpenInput,
+    OpenInputs,
+    PruneOptions,
+    ReadAhead,
+    Session,
+    check_fits,
+    describe,
+    in_flight,
+    load_model,
+    open_inputs,
+    threads_of_each,
+    weights_of,
+)
 from evoprune.util import counted
-from evoprune.video.info import NO_SUBTITLES, input_state
-from evoprune.vision.tower import tower_geometry
+from evoprune.video import NO_SUBTITLES, input_state
+from evoprune.vision import tower_geometry
 
 COST_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 NOTE = (

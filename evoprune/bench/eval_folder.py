@@ -8,7 +8,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from evoprune.batch.output import (
+from evoprune.batch import (
     SIZE_HINT,
     append,
     differences,
@@ -18,8 +18,8 @@ from evoprune.batch.output import (
     write_file,
 )
 from evoprune.errors import UsageError
-from evoprune.model.config import read_object
-from evoprune.video.info import EXACT
+from evoprune.model import read_object
+from evoprune.video import EXACT
 
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"

@@ -8,13 +8,12 @@ from typing import Any, Literal, get_args
 
 import evoprune
 from evoprune import methods
-from evoprune.batch.rows import group_by_span
+from evoprune.batch import group_by_span
 from evoprune.bench.eval_folder import SIZE_RULE, no_folder, stored_settings
 from evoprune.bench.questions import VideoQuestions, load_questions, of_groups
 from evoprune.errors import UsageError
-from evoprune.methods.budget import Budget
-from evoprune.session.ahead import FIRST, Asked
-from evoprune.session.options import GenerationOptions, ModelOptions, PipelineOptions, SamplingOptions, record
+from evoprune.methods import Budget
+from evoprune.session import FIRST, Asked, GenerationOptions, ModelOptions, PipelineOptions, SamplingOptions, record
 from evoprune.util import OPTION
 
 Score = Literal["text", "likelihood"]

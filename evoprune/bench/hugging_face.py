@@ -2,8 +2,8 @@
 
 import torch
 
-from evoprune.model.weights import Model
-from evoprune.session.loading.hosted import meta_model, with_frequencies
+from evoprune.model import Model
+from evoprune.session import meta_model, with_frequencies
 
 
 def hugging_face_model(model: Model, attention: str = "sdpa"):

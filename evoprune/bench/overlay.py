@@ -22,16 +22,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from evoprune.errors import UsageError
-from evoprune.methods.types import arange_on
-from evoprune.session.encoding import OpenInput, Progress, open_inputs
-from evoprune.session.options import SamplingOptions
-from evoprune.session.session import Session
+from evoprune.methods import arange_on
+from evoprune.session import OpenInput, Progress, SamplingOptions, Session, open_inputs
 from evoprune.util import counted
-from evoprune.video.frames import FrameChunk
-from evoprune.video.plan import Plan
-from evoprune.video.sandbox.isolation import OnFrames
-from evoprune.vision.encoder import EncodedRows, token_selection
-from evoprune.vision.preprocess import resize
+from evoprune.video import FrameChunk, OnFrames, Plan
+from evoprune.vision import EncodedRows, resize, token_selection
 
 FATES = ("read", "reused", "merged", "dropped")  # each unit has one, the first that applies
 BACKGROUND = (18, 18, 22)

@@ -12,7 +12,7 @@ from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any
 
-from evoprune.backend.limits import keep_freed_memory, oom_kills
+from evoprune.backend import keep_freed_memory, oom_kills
 from evoprune.errors import EvopruneError, EvopruneWarning, OutOfMemory, process_error
 
 Work = Callable[[Any], list[dict]]

@@ -15,21 +15,26 @@ from typing import NamedTuple
 
 import torch
 
-from evoprune.backend.attention import attention_note, transformers_attention
-from evoprune.backend.cpu.linear import PackedLinear, can_pack, pack, weights_bytes
-from evoprune.backend.cpu.quantize import check as check_quantize
-from evoprune.backend.cpu.quantize import quantize, saved_bytes
-from evoprune.backend.devices import (
+from evoprune.backend import (
+    PackedLinear,
+    attention_note,
+    available_cores,
+    cache_name,
+    can_pack,
     environment,
     largest_piece,
     now,
+    pack,
     peak_memory,
     peak_memory_note,
     product_sides,
+    quantize,
     reset_peak_memory,
+    saved_bytes,
+    transformers_attention,
+    weights_bytes,
 )
-from evoprune.backend.hosted import cache_name
-from evoprune.backend.limits import available_cores
+from evoprune.backend import check as check_quantize
 from evoprune.bench.clips import (
     AFTER_PAIR,
     BEFORE_PAIR,
@@ -60,26 +65,35 @@ from evoprune.bench.profile_rows import (
 )
 from evoprune.bench.shared import COUNTED, WARM_UP, TimeLimit, after_tower_below, after_tower_note, paced, swept
 from evoprune.errors import ModelError, OutOfMemory, UsageError, memory_guard
-from evoprune.language import generate
-from evoprune.language.pruned import prune_prompt
-from evoprune.methods.chain import PruneConfig
-from evoprune.methods.plans import EncoderPlan
-from evoprune.methods.types import arange_on
-from evoprune.model import cost
-from evoprune.model.config import PATCHES, Config, vision_sizes
-from evoprune.model.cost import Clock, matmul_rate, parameter_count, shortage, tower_flop
-from evoprune.model.weights import QwenVL, shared
-from evoprune.session.loading.description import ModelDescription, describe
-from evoprune.session.loading.hub import BUNDLED_CONFIGS
-from evoprune.session.loading.model import LoadedModel, load_model
-from evoprune.session.loading.stored import calibrate
-from evoprune.session.loading.weights import DTYPES, weights_of
-from evoprune.session.options import ModelOptions
-from evoprune.session.session import check_fits
-from evoprune.video.info import VIDEO, Video
-from evoprune.video.plan import InputLimits
-from evoprune.vision.encoder import encode
-from evoprune.vision.tower import geometry, tower_geometry, tower_shape
+from evoprune.language import generate, prune_prompt
+from evoprune.methods import EncoderPlan, PruneConfig, arange_on
+from evoprune.model import (
+    PATCHES,
+    Clock,
+    Config,
+    QwenVL,
+    cost,
+    matmul_rate,
+    parameter_count,
+    shared,
+    shortage,
+    tower_flop,
+    vision_sizes,
+)
+from evoprune.session import (
+    BUNDLED_CONFIGS,
+    DTYPES,
+    LoadedModel,
+    ModelDescription,
+    ModelOptions,
+    calibrate,
+    check_fits,
+    describe,
+    load_model,
+    weights_of,
+)
+from evoprune.video import VIDEO, InputLimits, Video
+from evoprune.vision import encode, geometry, tower_geometry, tower_shape
 
 Progress = Callable[[str], None]
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from evoprune import methods
-from evoprune.session.options import PruneOptions
+from evoprune.session import PruneOptions
 from evoprune.util import budget_text
 
 SYNTHETIC = ("motion", "static90", "noise")  # kinds of synthetic clips, see `clips.py`

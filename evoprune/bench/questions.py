@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from evoprune.batch.rows import LETTERS, MAY_HAVE, Row, Rules, load_rows
+from evoprune.batch import LETTERS, MAY_HAVE, Row, Rules, load_rows
 from evoprune.util import is_url
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")

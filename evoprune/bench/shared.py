@@ -10,17 +10,12 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 
-from evoprune.backend.devices import environment
-from evoprune.methods.chain import PruneConfig
-from evoprune.methods.plans import EncoderPlan, SetAside
-from evoprune.model.cost import Clock
-from evoprune.session.encoding import OpenInput
-from evoprune.session.loading.model import LoadedModel
-from evoprune.session.options import PruneOptions
-from evoprune.session.reading import chunk_bytes
-from evoprune.video.frames import FrameChunk, frames_at_once
-from evoprune.video.sandbox.isolation import OnFrames
-from evoprune.vision.encoder import EncodedRows, encode_rows
+from evoprune.backend import environment
+from evoprune.methods import EncoderPlan, PruneConfig, SetAside
+from evoprune.model import Clock
+from evoprune.session import LoadedModel, OpenInput, PruneOptions, chunk_bytes
+from evoprune.video import FrameChunk, OnFrames, frames_at_once
+from evoprune.vision import EncodedRows, encode_rows
 
 T = TypeVar("T")
 # Encodings held: enough for the selectors behind `reuse`, which need attention, keys, both or nothing, at three budgets, whatever

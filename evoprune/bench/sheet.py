@@ -6,10 +6,9 @@ from operator import attrgetter
 from PIL import Image
 
 from evoprune.bench.overlay import FAINT, GAP, MIN_WIDTH, columns, framed, joined, png, text_picture, text_size, wrap
-from evoprune.moments.search import Moment
+from evoprune.moments import Moment
 from evoprune.util import clock
-from evoprune.video.frames import read_chunks
-from evoprune.video.info import Video
+from evoprune.video import Video, read_chunks
 
 MADE_BY = "evoprune contact sheet"  # in the metadata of each file
 PANEL = (320, 320)  # pixels, at most, of the width and height of a frame

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from evoprune import methods
-from evoprune.backend.cpu.linear import pack_waiting
+from evoprune.backend import pack_waiting
 from evoprune.bench.agreement import Reference, agreement_of, reference
 from evoprune.bench.results import Results
 from evoprune.bench.scores import Z95, share_variance, wilson
@@ -37,14 +37,24 @@ from evoprune.bench.shared import (
 )
 from evoprune.bench.tune_results import TuneResults
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
-from evoprune.session.ahead import ReadAhead
-from evoprune.session.asking import EncodedInputs
-from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
-from evoprune.session.loading.description import ModelDescription, describe
-from evoprune.session.loading.model import LoadedModel, load_model
-from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
-from evoprune.session.session import Session, check_fits
-from evoprune.session.upcoming import idle_cores, in_flight
+from evoprune.session import (
+    EncodedInputs,
+    LoadedModel,
+    ModelDescription,
+    ModelOptions,
+    OpenInput,
+    OpenInputs,
+    PruneOptions,
+    ReadAhead,
+    SamplingOptions,
+    Session,
+    check_fits,
+    describe,
+    idle_cores,
+    in_flight,
+    load_model,
+    open_inputs,
+)
 from evoprune.util import counted
 
 BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)

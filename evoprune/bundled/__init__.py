@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+__all__ = ["DEMOS", "DEMO_TAG", "SCENES_TAG", "Demo", "demo_in", "may_be_of_any_world", "unknown_words", "world_of"]
 _WEIGHTS = Path(__file__).parent
 
 

@@ -1,1 +1,19 @@
 """Pruning methods to compare with, found as plug-ins are, and what only they use."""
+
+from typing import TYPE_CHECKING
+
+from evoprune.doors import door
+
+if TYPE_CHECKING:
+    from evoprune.contrib.operation_search import OperationTuning
+
+__all__ = [
+    "OperationTuning",
+]
+
+__getattr__, __dir__ = door(
+    __name__,
+    {
+        "operation_search": ["OperationTuning"],
+    },
+)

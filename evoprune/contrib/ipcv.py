@@ -8,8 +8,7 @@ import torch
 
 from evoprune.contrib.dart import Dart
 from evoprune.methods import Count, EncoderMethod, Grid, SetAside, Share, Stage, TowerShape, arange_on, snap
-from evoprune.vision.hooks import Hook
-from evoprune.vision.rows import Rows
+from evoprune.vision import Hook, Rows
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.operators import greedy_cosine
+from evoprune.backend import greedy_cosine
 from evoprune.methods import Selection, Selector, Share, Tokens, scaled, snap
 
 

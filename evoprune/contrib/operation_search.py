@@ -14,18 +14,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evoprune.bench.agreement import agreement_of
-from evoprune.bench.results import Column, Results, failures, fitting, folded, meanings
-from evoprune.bench.tune import BUDGETS, Progress, Run, TuneSettings, encode
-from evoprune.bench.tune_results import heading
+from evoprune.bench import (
+    BUDGETS,
+    Column,
+    Progress,
+    Results,
+    Run,
+    TuneSettings,
+    agreement_of,
+    encode,
+    failures,
+    fitting,
+    folded,
+    heading,
+    meanings,
+)
 from evoprune.contrib.operations import ALL, KEY, PLACE, REST, SCHEMA, Operation, Operations, Recipe, Removed, closed
 from evoprune.errors import UsageError
 from evoprune.methods import LanguagePlan, MethodChain, layers_before
-from evoprune.model.config import head_size
+from evoprune.model import head_size
 from evoprune.report import rounded
-from evoprune.session.loading.description import ModelDescription
-from evoprune.session.options import PruneOptions
-from evoprune.session.session import Session
+from evoprune.session import ModelDescription, PruneOptions, Session
 from evoprune.util import counted
 
 STEP = 0.3 / 15  # of the loss with everything removed

@@ -14,10 +14,18 @@ from typing import Any, Self
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.methods import Drop, LanguageMethod, LanguagePlan, Selection, keep_count
-from evoprune.methods.language import Dropping, LayerState, select_in_language
-from evoprune.methods.types import nonzero_fixed
-from evoprune.model.config import read_object
+from evoprune.methods import (
+    Drop,
+    Dropping,
+    LanguageMethod,
+    LanguagePlan,
+    LayerState,
+    Selection,
+    keep_count,
+    nonzero_fixed,
+    select_in_language,
+)
+from evoprune.model import read_object
 from evoprune.util import missing_hint
 
 KINDS = ("keys", "queries", "mlp")  # of a layer's operations on a token: keys and values; queries and output; the MLP

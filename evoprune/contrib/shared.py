@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.operators import BLOCK
+from evoprune.backend import BLOCK
 from evoprune.methods import Selection, Tokens, arange_on, highest, scaled, snap
 
 NEIGHBOURS = 7  # from which a density is computed, in the authors' code of PruneVid, FlashVID and HoliTom

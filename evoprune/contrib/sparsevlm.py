@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.backend.operators import BLOCK
+from evoprune.backend import BLOCK
 from evoprune.contrib.shared import gathered, joined_peaks
 from evoprune.methods import (
     LanguageMethod,

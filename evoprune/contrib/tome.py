@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from evoprune.methods.evoprune_paper import EvoPrunePaper
+from evoprune.methods import EvoPrunePaper
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.backend.operators import BLOCK
+from evoprune.backend import BLOCK
 from evoprune.methods import Count, Selection, Selector, Share, Tokens, arange_on, of_pairs, ranked, snap, spread
 
 

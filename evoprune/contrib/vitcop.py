@@ -5,7 +5,7 @@ from typing import Annotated
 
 import torch
 
-from evoprune.backend.operators import BLOCK
+from evoprune.backend import BLOCK
 from evoprune.contrib.shared import gathered, rounded_distances, rounded_points, turns
 from evoprune.methods import (
     LanguageMethod,

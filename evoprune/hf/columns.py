@@ -19,10 +19,9 @@ from torch.nn.functional import pad
 
 from evoprune.errors import UsageError
 from evoprune.hf import interface
-from evoprune.language.prompt import Place
-from evoprune.language.pruned import PrunedPrompt, prune_prompt
-from evoprune.methods.types import arange_on
-from evoprune.vision.encoder import Encoded
+from evoprune.language import Place, PrunedPrompt, prune_prompt
+from evoprune.methods import arange_on
+from evoprune.vision import Encoded
 
 NAMES = {True: ("pixel_values_videos", "video_grid_thw"), False: ("pixel_values", "image_grid_thw")}
 PAST = "evoprune"  # attribute that is set on caches; copies of a cache have it too

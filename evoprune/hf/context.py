@@ -21,9 +21,7 @@ import torch
 from torch import nn
 
 from evoprune import methods
-from evoprune.backend.cpu.linear import weights_bytes
-from evoprune.backend.devices import environment, memory_in_use, peak_memory
-from evoprune.backend.hosted import cache_of
+from evoprune.backend import cache_of, environment, memory_in_use, peak_memory, weights_bytes
 from evoprune.errors import UsageError
 from evoprune.hf import interface
 from evoprune.hf.columns import (
@@ -40,17 +38,15 @@ from evoprune.hf.columns import (
     without_pruned,
 )
 from evoprune.hf.encoding import INT8, PackedTower, encode_each, patch_config
-from evoprune.methods.budget import DEFAULT, Budget, GivenShare
-from evoprune.model.cost import Clock
+from evoprune.methods import DEFAULT, Budget, GivenShare
+from evoprune.model import Clock
 from evoprune.report import Memory, ModelFacts, Report, Sampling, TokenCounts
-from evoprune.session.loading.weights import DTYPES
-from evoprune.session.report import FLAT, pruning_facts
-from evoprune.session.signatures import explained, takes
+from evoprune.session import DTYPES, FLAT, explained, pruning_facts, takes
 from evoprune.util import brief, budget_text, check_known, check_types, from_keywords, option
-from evoprune.vision.encoder import Encoded
+from evoprune.vision import Encoded
 
 if TYPE_CHECKING:
-    from evoprune.session.keywords import EvoPruneKeywords
+    from evoprune.session import EvoPruneKeywords
 
 METHODS = ("generate", "forward")  # of the model, that are replaced
 INNER = "evoprune_inside"  # the argument of inner calls; nothing is pruned in those again

@@ -6,20 +6,24 @@ import torch
 from torch import nn
 
 from evoprune import methods
-from evoprune.backend.cpu.linear import PackedLinear, can_pack, packed_copy, shared_copy
-from evoprune.backend.cpu.quantize import Int8Linear, check, quantize
-from evoprune.backend.layers import is_unhooked_linear
+from evoprune.backend import (
+    Int8Linear,
+    PackedLinear,
+    can_pack,
+    check,
+    is_unhooked_linear,
+    packed_copy,
+    quantize,
+    shared_copy,
+)
 from evoprune.errors import UsageError
 from evoprune.hf import interface
-from evoprune.methods.budget import DEFAULT, Budget, GivenShare
-from evoprune.methods.chain import PruneConfig
-from evoprune.model.config import vision_sizes
-from evoprune.model.numerics import all_finite
-from evoprune.session.loading.stored import calibrate_tower
-from evoprune.video.plan import InputLimits
-from evoprune.vision.encoder import Encoded, joined
-from evoprune.vision.encoder import encode as encode_video
-from evoprune.vision.tower import tower_shape
+from evoprune.methods import DEFAULT, Budget, GivenShare, PruneConfig
+from evoprune.model import all_finite, vision_sizes
+from evoprune.session import calibrate_tower
+from evoprune.video import InputLimits
+from evoprune.vision import Encoded, joined, tower_shape
+from evoprune.vision import encode as encode_video
 
 INT8 = "int8"
 SAMPLES = 16  # of each weight, which are compared to notice that it was changed

@@ -12,25 +12,40 @@ from typing import TYPE_CHECKING, Unpack
 import torch
 from transformers import BatchFeature
 
-from evoprune.language.prompt import Prompt, load_tokenizer
-from evoprune.model.config import VisionConfig
-from evoprune.session.encoding import inputs_of
-from evoprune.session.loading.description import describe
-from evoprune.session.loading.hub import SMALL_FILES
-from evoprune.session.options import ModelOptions, SamplingOptions
-from evoprune.session.planning import plan_input
-from evoprune.session.prompting import check_not_empty, prompt_about, prompt_subtitles
-from evoprune.session.signatures import takes
+from evoprune.language import Prompt, load_tokenizer
+from evoprune.model import VisionConfig
+from evoprune.session import (
+    SMALL_FILES,
+    ModelOptions,
+    SamplingOptions,
+    check_not_empty,
+    describe,
+    inputs_of,
+    plan_input,
+    prompt_about,
+    prompt_subtitles,
+    takes,
+)
 from evoprune.util import from_keywords
-from evoprune.video.frames import probe, read_chunks
-from evoprune.video.given import Input, local_input
-from evoprune.video.info import EXACT, PICTURE, VIDEO, HeldVideo, check_one_file, check_picture
-from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits, Plan
-from evoprune.vision.patches import normalised
-from evoprune.vision.preprocess import patches_of
+from evoprune.video import (
+    EXACT,
+    MAX_VISUAL_TOKENS,
+    PICTURE,
+    VIDEO,
+    HeldVideo,
+    Input,
+    InputLimits,
+    Plan,
+    check_one_file,
+    check_picture,
+    local_input,
+    probe,
+    read_chunks,
+)
+from evoprune.vision import normalised, patches_of
 
 if TYPE_CHECKING:
-    from evoprune.session.keywords import SamplingKeywords
+    from evoprune.session import SamplingKeywords
 
 NAMES = {VIDEO: ("pixel_values_videos", "video_grid_thw"), PICTURE: ("pixel_values", "image_grid_thw")}
 TYPES = {PICTURE: 1, VIDEO: 2}  # of the tokens, in `mm_token_type_ids`

@@ -13,12 +13,11 @@ from math import prod
 
 import torch
 
-from evoprune.backend.devices import holds_values
-from evoprune.backend.hosted import cache_name, cache_of
+from evoprune.backend import cache_name, cache_of, holds_values
 from evoprune.errors import ModelError, UsageError
-from evoprune.language.prompt import Place, prompt_positions
-from evoprune.methods.types import arange_on
-from evoprune.model.config import FAMILIES, check_vision, vision_sizes
+from evoprune.language import Place, prompt_positions
+from evoprune.methods import arange_on
+from evoprune.model import FAMILIES, check_vision, vision_sizes
 
 MODELS = [f"{family.model}ForConditionalGeneration" for family in FAMILIES.values()]
 SUPPORTED = (
@@ -57,7 +56,7 @@ def tower_of(model):
     Raises ModelError: the model has no tower of a supported family, the tower has another structure, its weights are
     offloaded, or an adapter changes a module that is not called.
     """
-    from evoprune.model.weights import Tower
+    from evoprune.model import Tower
 
     visual = getattr(getattr(model, "model", None), "visual", None)
     if not (isinstance(visual, Tower) or _is_one_of(visual, [family.tower for family in FAMILIES.values()])):

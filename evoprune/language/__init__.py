@@ -2,3 +2,149 @@
 
 The order of use: `prompt`, `generate`, which runs `decoder` and, on CUDA, `static`.
 """
+
+from typing import TYPE_CHECKING
+
+from evoprune.doors import door
+
+if TYPE_CHECKING:
+    from evoprune.language import generate, hybrid, static
+    from evoprune.language.choices import ChosenTokens, tokens_of
+    from evoprune.language.decoder import KVCache, forward
+    from evoprune.language.generate import (
+        AnswerConstraint,
+        PrefillState,
+        StopStrings,
+        TokenLogprobs,
+        TokenStream,
+        begins_with_thoughts,
+        dropping_for,
+        embed_ids,
+        layers_of,
+        new_cache,
+        prefill,
+        stream_answer,
+        teacher_forced_logits,
+    )
+    from evoprune.language.guidance import Vocabulary
+    from evoprune.language.hosted import run_for, run_modules, use_experts
+    from evoprune.language.prefix import PrefixCache
+    from evoprune.language.prompt import (
+        CONTENTS,
+        MARKERS,
+        Place,
+        Prompt,
+        Tokenizer,
+        build_prompt,
+        has_tokenizer,
+        load_tokenizer,
+        place_of_pairs,
+        prompt_positions,
+        timestamps,
+        video_positions,
+    )
+    from evoprune.language.pruned import PrunedPrompt, prune_prompt
+    from evoprune.language.schema import SchemaOfClass, checked_value, instance_of
+    from evoprune.language.settings import OF_ROWS, GenerationOptions
+    from evoprune.language.static import MIN_COLUMNS, NativeStaticCache, step
+    from evoprune.language.turns import USER, Placed, Turn, messages_of, turns_of
+
+__all__ = [
+    "CONTENTS",
+    "MARKERS",
+    "MIN_COLUMNS",
+    "OF_ROWS",
+    "USER",
+    "AnswerConstraint",
+    "ChosenTokens",
+    "GenerationOptions",
+    "KVCache",
+    "NativeStaticCache",
+    "Place",
+    "Placed",
+    "PrefillState",
+    "PrefixCache",
+    "Prompt",
+    "PrunedPrompt",
+    "SchemaOfClass",
+    "StopStrings",
+    "TokenLogprobs",
+    "TokenStream",
+    "Tokenizer",
+    "Turn",
+    "Vocabulary",
+    "begins_with_thoughts",
+    "build_prompt",
+    "checked_value",
+    "dropping_for",
+    "embed_ids",
+    "forward",
+    "generate",
+    "has_tokenizer",
+    "hybrid",
+    "instance_of",
+    "layers_of",
+    "load_tokenizer",
+    "messages_of",
+    "new_cache",
+    "place_of_pairs",
+    "prefill",
+    "prompt_positions",
+    "prune_prompt",
+    "run_for",
+    "run_modules",
+    "static",
+    "step",
+    "stream_answer",
+    "teacher_forced_logits",
+    "timestamps",
+    "tokens_of",
+    "turns_of",
+    "use_experts",
+    "video_positions",
+]
+
+__getattr__, __dir__ = door(
+    __name__,
+    {
+        "choices": ["ChosenTokens", "tokens_of"],
+        "decoder": ["KVCache", "forward"],
+        "generate": [
+            "AnswerConstraint",
+            "PrefillState",
+            "StopStrings",
+            "TokenLogprobs",
+            "TokenStream",
+            "begins_with_thoughts",
+            "dropping_for",
+            "embed_ids",
+            "layers_of",
+            "new_cache",
+            "prefill",
+            "stream_answer",
+            "teacher_forced_logits",
+        ],
+        "guidance": ["Vocabulary"],
+        "hosted": ["run_for", "run_modules", "use_experts"],
+        "prefix": ["PrefixCache"],
+        "prompt": [
+            "CONTENTS",
+            "MARKERS",
+            "Place",
+            "Prompt",
+            "Tokenizer",
+            "build_prompt",
+            "has_tokenizer",
+            "load_tokenizer",
+            "place_of_pairs",
+            "prompt_positions",
+            "timestamps",
+            "video_positions",
+        ],
+        "pruned": ["PrunedPrompt", "prune_prompt"],
+        "schema": ["SchemaOfClass", "checked_value", "instance_of"],
+        "settings": ["GenerationOptions", "OF_ROWS"],
+        "static": ["MIN_COLUMNS", "NativeStaticCache", "step"],
+        "turns": ["Placed", "Turn", "USER", "messages_of", "turns_of"],
+    },
+)

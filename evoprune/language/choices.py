@@ -9,12 +9,12 @@ from math import isfinite
 
 import torch
 
-from evoprune.backend.devices import to_device
+from evoprune.backend import to_device
 from evoprune.errors import UsageError
 from evoprune.language.generate import PrefillState, TokenLogprobs, can_crop
 from evoprune.language.prompt import Tokenizer
 from evoprune.language.settings import GenerationOptions
-from evoprune.model.numerics import not_a_number_error
+from evoprune.model import not_a_number_error
 from evoprune.util import shown
 
 

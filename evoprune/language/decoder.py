@@ -12,15 +12,9 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import layers
-from evoprune.backend.attention import causal_attention, room_for_bias, without_cudnn
-from evoprune.backend.cpu.linear import linear
-from evoprune.backend.devices import to_device
-from evoprune.methods.language import Dropping, LayerState
-from evoprune.methods.types import arange_on
-from evoprune.model.config import head_size
-from evoprune.model.heads import heads_of, norm, rotate
-from evoprune.model.numerics import without_autocast
+from evoprune.backend import causal_attention, layers, linear, room_for_bias, to_device, without_cudnn
+from evoprune.methods import Dropping, LayerState, arange_on
+from evoprune.model import head_size, heads_of, norm, rotate, without_autocast
 
 STRIP = 1024  # query columns that share one mask
 

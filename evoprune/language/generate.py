@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from tokenizers.decoders import DecodeStream
 
-from evoprune.backend.cpu.linear import begin_pass
-from evoprune.backend.devices import to_device
+from evoprune.backend import begin_pass, to_device
 from evoprune.errors import EvopruneError, ModelError, call
 from evoprune.language import decoder, hosted, static
 from evoprune.language.decoder import KVCache
@@ -19,13 +18,9 @@ from evoprune.language.prompt import THOUGHTS, Tokenizer, opens_thoughts
 from evoprune.language.pruned import PrunedPrompt
 from evoprune.language.settings import GenerationOptions
 from evoprune.language.static import StaticCache, best_of
-from evoprune.methods.chain import MethodChain
-from evoprune.methods.language import Dropping
-from evoprune.methods.types import arange_on, generator_seed
-from evoprune.model.config import ANSWER_COLUMNS
-from evoprune.model.numerics import not_a_number_error
-from evoprune.model.weights import HostedVL
-from evoprune.vision.encoder import Encoded
+from evoprune.methods import Dropping, MethodChain, arange_on, generator_seed
+from evoprune.model import ANSWER_COLUMNS, HostedVL, not_a_number_error
+from evoprune.vision import Encoded
 
 
 def embed_ids(model, ids: torch.Tensor) -> torch.Tensor:

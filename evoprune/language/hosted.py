@@ -9,15 +9,20 @@ from copy import deepcopy
 
 import torch
 
-from evoprune.backend.attention import without_cudnn
-from evoprune.backend.devices import to_device
-from evoprune.backend.hosted import EXPERTS, cache_name, form_of_layers, through_experts, without_packages
+from evoprune.backend import (
+    EXPERTS,
+    cache_name,
+    form_of_layers,
+    through_experts,
+    to_device,
+    without_cudnn,
+    without_packages,
+)
 from evoprune.errors import call
 from evoprune.language import hybrid
 from evoprune.language.decoder import all_sizes
-from evoprune.methods.types import arange_on
-from evoprune.model.numerics import without_autocast
-from evoprune.model.weights import HostedVL
+from evoprune.methods import arange_on
+from evoprune.model import HostedVL, without_autocast
 
 STRIP = 2048  # columns that share one mask of numbers; a multiple of the chunks (64) that linear attention computes in
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import layers as backend
-from evoprune.model.heads import rotate
+from evoprune.model import rotate
 
 CHUNK = 64  # columns, as in transformers
 STRIP = 32 * CHUNK  # columns that a DeltaNet reads at once: 0.5 GiB in Qwen3.5-4B

@@ -10,7 +10,7 @@ from evoprune.language.generate import PrefillState, can_crop, layers_of, new_ca
 from evoprune.language.hosted import HostedCache
 from evoprune.language.prompt import Prompt
 from evoprune.language.pruned import PrunedPrompt
-from evoprune.methods.language import Dropping
+from evoprune.methods import Dropping
 
 
 @dataclass

@@ -21,10 +21,10 @@ import torch
 from evoprune.errors import ModelError, UsageError, first_line, is_out_of_memory, process_error
 from evoprune.language.template import render
 from evoprune.language.turns import ASSISTANT, USER, Placed, Turn
-from evoprune.methods.types import arange_on
-from evoprune.model.config import TEXT, check_fetched, read_object
+from evoprune.methods import arange_on
+from evoprune.model import TEXT, check_fetched, read_object
 from evoprune.util import check_text
-from evoprune.video.info import PICTURE, VIDEO
+from evoprune.video import PICTURE, VIDEO
 
 # What chat templates call an input of each kind, and the placeholder that they write for it.
 CONTENTS = {VIDEO: ("video", "<|video_pad|>"), PICTURE: ("image", "<|image_pad|>")}

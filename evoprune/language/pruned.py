@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from evoprune.backend.devices import to_device
+from evoprune.backend import to_device
 from evoprune.language.prompt import Place
-from evoprune.vision.encoder import Encoded
+from evoprune.vision import Encoded
 
 
 @dataclass(frozen=True, eq=False)

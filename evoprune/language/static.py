@@ -15,19 +15,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from evoprune.backend import devices
-from evoprune.backend.attention import bias_features, without_cudnn
-from evoprune.backend.devices import available_memory, to_device
-from evoprune.backend.layers import is_unhooked_linear
+from evoprune.backend import available_memory, bias_features, devices, is_unhooked_linear, to_device, without_cudnn
 from evoprune.errors import DeviceWarning, first_line
 from evoprune.language import hosted
 from evoprune.language.decoder import KVCache, frequencies_of, run_layer, turns_by
 from evoprune.language.hosted import HostedCache
-from evoprune.model.config import head_size
-from evoprune.model.cost import kv_bytes
-from evoprune.model.heads import norm
-from evoprune.model.numerics import without_autocast
-from evoprune.model.weights import HostedVL
+from evoprune.model import HostedVL, head_size, kv_bytes, norm, without_autocast
 
 # Tokens that an answer has before a graph is captured for it, and the fewest that may still come then. A capture takes as long as
 # a few plain steps, and an answer of a word or two should not wait for it.

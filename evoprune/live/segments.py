@@ -10,11 +10,8 @@ from typing import Any
 
 import torch
 
-from evoprune.methods.plans import EncoderPlan, Stage
-from evoprune.methods.types import arange_on
-from evoprune.vision.encoder import EncodedRows, EncoderRun, encode_rows
-from evoprune.vision.patches import ReferenceBlocks
-from evoprune.vision.rows import Rows
+from evoprune.methods import EncoderPlan, Stage, arange_on
+from evoprune.vision import EncodedRows, EncoderRun, ReferenceBlocks, Rows, encode_rows
 
 
 class NothingNew(Exception):

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.util import FILE_URL, missing_hint, shown, without_password
-from evoprune.video.sandbox.channel import FrameMemory
-from evoprune.video.sandbox.isolation import borrow
+from evoprune.video import FrameMemory, borrow
 
 if TYPE_CHECKING:
     import numpy as np

@@ -24,45 +24,49 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from evoprune.backend.cpu.machine import release_omp_threads
+from evoprune.backend import release_omp_threads
 from evoprune.errors import UsageError
-from evoprune.language.decoder import KVCache, forward
-from evoprune.language.generate import PrefillState, embed_ids, prefill
-from evoprune.language.prompt import (
+from evoprune.language import (
     CONTENTS,
     MARKERS,
+    KVCache,
     Place,
+    PrefillState,
+    PrunedPrompt,
+    Turn,
     build_prompt,
+    embed_ids,
+    forward,
     place_of_pairs,
+    prefill,
     prompt_positions,
+    prune_prompt,
     timestamps,
 )
-from evoprune.language.pruned import PrunedPrompt, prune_prompt
-from evoprune.language.turns import Turn
 from evoprune.live.segments import Earlier, NothingNew, encode_segment
-from evoprune.methods.evoprune import FarthestPoints
-from evoprune.methods.selecting import select
-from evoprune.methods.types import Tokens, arange_on
-from evoprune.model.config import ANSWER_COLUMNS
-from evoprune.model.cost import Clock
+from evoprune.methods import FarthestPoints, Tokens, arange_on, select
+from evoprune.model import ANSWER_COLUMNS, Clock
 from evoprune.report import OF_INPUTS, Report, TokenCounts
-from evoprune.session.asking import Askable
-from evoprune.session.encoded import EncodedInput
-from evoprune.session.encoding import OpenInput
-from evoprune.session.loading.model import LoadedModel
-from evoprune.session.memory import check_carried
-from evoprune.session.options import GenerationOptions, SamplingOptions, StreamOptions
-from evoprune.session.planning import plan_input
-from evoprune.session.prompting import check_context, check_memory, check_texts
-from evoprune.session.report import inputs_report
-from evoprune.session.session import Session, check_streams
+from evoprune.session import (
+    Askable,
+    EncodedInput,
+    GenerationOptions,
+    LoadedModel,
+    OpenInput,
+    SamplingOptions,
+    Session,
+    StreamOptions,
+    check_carried,
+    check_context,
+    check_memory,
+    check_streams,
+    check_texts,
+    inputs_report,
+    plan_input,
+)
 from evoprune.util import brief, check_type
-from evoprune.video.frames import FrameChunk
-from evoprune.video.info import VIDEO, Video, fitted
-from evoprune.video.plan import Plan, SamplingPlan
-from evoprune.video.sandbox.isolation import OnFrames
-from evoprune.vision.encoder import Encoded, EncodedRows
-from evoprune.vision.preprocess import resize
+from evoprune.video import VIDEO, FrameChunk, OnFrames, Plan, SamplingPlan, Video, fitted
+from evoprune.vision import Encoded, EncodedRows, resize
 
 CONTEXT = 32_768  # positions of a model that states no context
 ROOM = 0.75  # share of the context that the video may take; the rest is for questions and answers

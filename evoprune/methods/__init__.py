@@ -3,73 +3,198 @@
 Importing this imports neither torch nor the methods. Names that need torch are imported when they are first used.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from evoprune.methods.budget import keep_count
-from evoprune.methods.plans import Grid, Merge, SetAside, Stage, TowerShape, apportion, spread
-from evoprune.methods.registry import (
-    DEFAULT,
-    available,
-    built_in,
-    check,
-    get,
-    may_resize,
-    parse_names,
-    plugin_code,
-    plugins,
-)
+from evoprune.doors import door
 
 if TYPE_CHECKING:
-    from evoprune.backend.operators import snap
     from evoprune.methods.base import Cosine, Count, EncoderMethod, InputMethod, Merger, Method, Part, Selector, Share
     from evoprune.methods.baselines import DivPrune, most_diverse, smaller_frame
-    from evoprune.methods.chain import MethodChain
+    from evoprune.methods.budget import (
+        AUTOS,
+        DEFAULT,
+        FULL,
+        IN_WORDS,
+        PRESETS,
+        Budget,
+        GivenBudget,
+        GivenShare,
+        keep_count,
+    )
+    from evoprune.methods.chain import MethodChain, PruneConfig, parse
+    from evoprune.methods.evoprune import FarthestPoints
+    from evoprune.methods.evoprune_paper import EvoPrunePaper
+    from evoprune.methods.farthest import STEPS, grid_tables
     from evoprune.methods.language import (
         Drop,
+        Dropping,
         LanguageMethod,
         LanguagePlan,
+        LayerState,
         LayerTokens,
         layers_before,
         one_drop,
+        select_in_language,
         several_drops,
     )
-    from evoprune.methods.ranking import alternate, closest, highest, match, of_pairs, ranked, relative, scaled
-    from evoprune.methods.types import Candidates, Selection, Tokens, arange_on
+    from evoprune.methods.plans import (
+        EncoderPlan,
+        Grid,
+        Merge,
+        SetAside,
+        Stage,
+        TowerShape,
+        apportion,
+        full_plan,
+        spread,
+    )
+    from evoprune.methods.ranking import alternate, closest, highest, match, of_pairs, ranked, relative, scaled, snap
+    from evoprune.methods.registry import (
+        REUSE,
+        available,
+        built_in,
+        check,
+        get,
+        may_resize,
+        parse_names,
+        plugin_code,
+        plugins,
+    )
+    from evoprune.methods.selecting import select, tokens_before_inflection
+    from evoprune.methods.types import Candidates, Selection, Tokens, arange_on, generator_seed, nonzero_fixed
 
-_SOURCES = {
-    "base": ("Cosine", "Count", "EncoderMethod", "InputMethod", "Merger", "Method", "Part", "Selector", "Share"),
-    "baselines": ("DivPrune", "most_diverse", "smaller_frame"),
-    "chain": ("MethodChain",),
-    "language": ("Drop", "LanguageMethod", "LanguagePlan", "LayerTokens", "layers_before", "one_drop", "several_drops"),
-    "ranking": ("alternate", "closest", "highest", "match", "of_pairs", "ranked", "relative", "scaled", "snap"),
-    "types": ("Candidates", "Selection", "Tokens", "arange_on"),
-}
 __all__ = [
-    "DEFAULT", "Candidates", "Cosine", "Count", "DivPrune", "Drop", "EncoderMethod", "Grid", "InputMethod",
-    "LanguageMethod", "LanguagePlan", "LayerTokens", "Merge", "Merger", "Method", "MethodChain", "Part", "Selection",
-    "Selector", "SetAside", "Share", "Stage", "Tokens", "TowerShape", "alternate", "apportion", "arange_on",
-    "available", "built_in", "check", "closest", "get", "highest", "keep_count", "layers_before", "match",
-    "may_resize", "most_diverse", "of_pairs", "one_drop", "parse", "parse_names", "plugin_code", "plugins", "ranked", "relative",
-    "scaled", "several_drops", "smaller_frame", "snap", "spread",
-]  # fmt: skip
+    "AUTOS",
+    "DEFAULT",
+    "FULL",
+    "IN_WORDS",
+    "PRESETS",
+    "REUSE",
+    "STEPS",
+    "Budget",
+    "Candidates",
+    "Cosine",
+    "Count",
+    "DivPrune",
+    "Drop",
+    "Dropping",
+    "EncoderMethod",
+    "EncoderPlan",
+    "EvoPrunePaper",
+    "FarthestPoints",
+    "GivenBudget",
+    "GivenShare",
+    "Grid",
+    "InputMethod",
+    "LanguageMethod",
+    "LanguagePlan",
+    "LayerState",
+    "LayerTokens",
+    "Merge",
+    "Merger",
+    "Method",
+    "MethodChain",
+    "Part",
+    "PruneConfig",
+    "Selection",
+    "Selector",
+    "SetAside",
+    "Share",
+    "Stage",
+    "Tokens",
+    "TowerShape",
+    "alternate",
+    "apportion",
+    "arange_on",
+    "available",
+    "built_in",
+    "check",
+    "closest",
+    "full_plan",
+    "generator_seed",
+    "get",
+    "grid_tables",
+    "highest",
+    "keep_count",
+    "layers_before",
+    "match",
+    "may_resize",
+    "most_diverse",
+    "nonzero_fixed",
+    "of_pairs",
+    "one_drop",
+    "parse",
+    "parse_names",
+    "plugin_code",
+    "plugins",
+    "ranked",
+    "relative",
+    "scaled",
+    "select",
+    "select_in_language",
+    "several_drops",
+    "smaller_frame",
+    "snap",
+    "spread",
+    "tokens_before_inflection",
+]
 
-
-def parse(text: str) -> "MethodChain":
-    """Return what `text` names, as `MethodChain.parse` does."""
-    from evoprune.methods.chain import MethodChain  # which loads torch
-
-    return MethodChain.parse(text)
-
-
-if not TYPE_CHECKING:  # a type checker would believe that every name is there
-
-    def __getattr__(name: str):
-        for module, names in _SOURCES.items():
-            if name in names:
-                return getattr(import_module(f"evoprune.methods.{module}"), name)
-        raise AttributeError(f"module 'evoprune.methods' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = door(
+    __name__,
+    {
+        "base": ["Cosine", "Count", "EncoderMethod", "InputMethod", "Merger", "Method", "Part", "Selector", "Share"],
+        "baselines": ["DivPrune", "most_diverse", "smaller_frame"],
+        "budget": [
+            "AUTOS",
+            "Budget",
+            "DEFAULT",
+            "FULL",
+            "GivenBudget",
+            "GivenShare",
+            "IN_WORDS",
+            "PRESETS",
+            "keep_count",
+        ],
+        "chain": ["MethodChain", "PruneConfig", "parse"],
+        "evoprune": ["FarthestPoints"],
+        "evoprune_paper": ["EvoPrunePaper"],
+        "farthest": ["STEPS", "grid_tables"],
+        "language": [
+            "Drop",
+            "Dropping",
+            "LanguageMethod",
+            "LanguagePlan",
+            "LayerState",
+            "LayerTokens",
+            "layers_before",
+            "one_drop",
+            "select_in_language",
+            "several_drops",
+        ],
+        "plans": [
+            "EncoderPlan",
+            "Grid",
+            "Merge",
+            "SetAside",
+            "Stage",
+            "TowerShape",
+            "apportion",
+            "full_plan",
+            "spread",
+        ],
+        "ranking": ["alternate", "closest", "highest", "match", "of_pairs", "ranked", "relative", "scaled", "snap"],
+        "registry": [
+            "REUSE",
+            "available",
+            "built_in",
+            "check",
+            "get",
+            "may_resize",
+            "parse_names",
+            "plugin_code",
+            "plugins",
+        ],
+        "selecting": ["select", "tokens_before_inflection"],
+        "types": ["Candidates", "Selection", "Tokens", "arange_on", "generator_seed", "nonzero_fixed"],
+    },
+)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.operators import greedy_cosine
+from evoprune.backend import greedy_cosine
 from evoprune.methods.base import InputMethod, Method, Selector
 from evoprune.methods.plans import Grid, spread
 from evoprune.methods.ranking import of_pairs

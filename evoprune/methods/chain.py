@@ -235,3 +235,8 @@ class PruneConfig:
         if self.budget == FULL:
             return 0
         return self.method.after_tower_below(limits.launch_bound_units(str(device)))
+
+
+def parse(text: str) -> MethodChain:
+    """Return what `text` names, as `MethodChain.parse` does."""
+    return MethodChain.parse(text)

@@ -19,7 +19,7 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from evoprune.backend.operators import unit_counts
+from evoprune.backend import unit_counts
 from evoprune.methods.base import EncoderMethod, Selector, Share
 from evoprune.methods.budget import AUTO_LEAST, keep_count
 from evoprune.methods.farthest import ALPHA, assign_clusters, farthest_points, points_of

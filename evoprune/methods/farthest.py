@@ -18,8 +18,7 @@ from functools import lru_cache
 
 import torch
 
-from evoprune.backend.devices import to_device
-from evoprune.backend.operators import nearest_selected, standard_places, tube_radii
+from evoprune.backend import nearest_selected, standard_places, to_device, tube_radii
 from evoprune.methods.plans import Grid, spread
 from evoprune.methods.types import arange_on
 

@@ -12,14 +12,14 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
-from evoprune.backend.devices import Timer, to_device
+from evoprune.backend import Timer, to_device
 from evoprune.errors import call
 from evoprune.methods.base import Method, check_ranges
 from evoprune.methods.budget import keep_count
 from evoprune.methods.ranking import highest, relative
 from evoprune.methods.selecting import check_selection
 from evoprune.methods.types import Selection, arange_on, nonzero_fixed
-from evoprune.model.heads import heads_of, norm, rotate
+from evoprune.model import heads_of, norm, rotate
 
 MAX_WEIGHTS = 1 << 24  # attention weights that are held at a time
 

@@ -14,7 +14,7 @@ from math import prod
 from typing import Any, Literal, Self
 
 from evoprune.backend import limits
-from evoprune.model.config import VisionConfig
+from evoprune.model import VisionConfig
 
 # How tokens are spread over the frame pairs.
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from evoprune.backend.operators import BLOCK, snap
+from evoprune.backend import BLOCK, snap
 from evoprune.methods.types import Selection, arange_on
 
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import torch
 
-from evoprune.backend.devices import HOST
+from evoprune.backend import HOST
 from evoprune.errors import PluginError, call
 from evoprune.methods.base import Selector
 from evoprune.methods.budget import AUTO_LEAST, keep_count
 from evoprune.methods.ranking import scaled, snap
 from evoprune.methods.types import Selection, Tokens, arange_on
-from evoprune.model.numerics import without_autocast
+from evoprune.model import without_autocast
 
 
 def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:

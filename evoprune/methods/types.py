@@ -12,7 +12,7 @@ from hashlib import blake2b
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.operators import mean_rows
+from evoprune.backend import mean_rows
 
 # Counting and indexing.
 

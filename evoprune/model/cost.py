@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from evoprune.backend.devices import available_memory, now
+from evoprune.backend import available_memory, now
 from evoprune.errors import memory_guard
 from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, TextConfig, head_size
 from evoprune.model.numerics import without_autocast

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from evoprune.backend.devices import accelerator
+from evoprune.backend import accelerator
 from evoprune.errors import ModelError
 
 

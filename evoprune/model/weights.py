@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from evoprune.backend.cpu.linear import shared_copy
+from evoprune.backend import shared_copy
 from evoprune.model.config import Config, TextConfig, VisionConfig, head_size
 
 

@@ -1,1 +1,27 @@
 """Moments of a long video that show what a query says: asked of one segment after the other, and their borders found."""
+
+from typing import TYPE_CHECKING
+
+from evoprune.doors import door
+
+if TYPE_CHECKING:
+    from evoprune.moments.clips import cut_clip
+    from evoprune.moments.search import Moment, Search
+    from evoprune.moments.subtitles import chapters, srt
+
+__all__ = [
+    "Moment",
+    "Search",
+    "chapters",
+    "cut_clip",
+    "srt",
+]
+
+__getattr__, __dir__ = door(
+    __name__,
+    {
+        "clips": ["cut_clip"],
+        "search": ["Moment", "Search"],
+        "subtitles": ["chapters", "srt"],
+    },
+)

@@ -12,9 +12,7 @@ from urllib.parse import urlsplit
 
 from evoprune.errors import EvopruneWarning, UsageError
 from evoprune.util import is_url, long_clock
-from evoprune.video.info import CLIP_ENDINGS, PICTURE, Video
-from evoprune.video.plan import duration_of, span_of
-from evoprune.video.sandbox.isolation import HINT, Crash, stream_clip
+from evoprune.video import CLIP_ENDINGS, HINT, PICTURE, Crash, Video, duration_of, span_of, stream_clip
 
 UNFINISHED = ".part"  # how the name of a clip ends while it is written, behind eight hexadecimal digits
 WITHOUT_SOUND = "the file was joined of several, or FFmpeg has no decoder for the sound"

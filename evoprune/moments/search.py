@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.language.prompt import Tokenizer
-from evoprune.model.cost import Clock
+from evoprune.language import Tokenizer
+from evoprune.model import Clock
 from evoprune.moments.segments import (
     MARGIN,
     SEGMENT_S,
@@ -28,18 +28,34 @@ from evoprune.moments.segments import (
     runs,
 )
 from evoprune.report import ABOUT_SOUND, VideoFacts, warned
-from evoprune.session.asking import EncodedInputs
-from evoprune.session.cache import ContentHash, SegmentCache
-from evoprune.session.encoding import OpenInput
-from evoprune.session.options import FindOptions, GenerationOptions, SamplingOptions
-from evoprune.session.planning import plan_input
-from evoprune.session.prompting import check_not_empty, longest_prompt
-from evoprune.session.session import Session
+from evoprune.session import (
+    ContentHash,
+    EncodedInputs,
+    FindOptions,
+    GenerationOptions,
+    OpenInput,
+    SamplingOptions,
+    SegmentCache,
+    Session,
+    check_not_empty,
+    longest_prompt,
+    plan_input,
+)
 from evoprune.util import brief
-from evoprune.video.frames import probe
-from evoprune.video.given import Input, local_input, name_of
-from evoprune.video.info import AUTO_SEEK, KEYFRAMES, PICTURE, HeldVideo, Video
-from evoprune.video.plan import Plan, duration_of, span_of
+from evoprune.video import (
+    AUTO_SEEK,
+    KEYFRAMES,
+    PICTURE,
+    HeldVideo,
+    Input,
+    Plan,
+    Video,
+    duration_of,
+    local_input,
+    name_of,
+    probe,
+    span_of,
+)
 
 # Questions that tell together whether a segment shows what a query says; of each whether yes says so.
 Questions = tuple[tuple[str, bool], ...]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
-from evoprune.backend.limits import host_memory
+from evoprune.backend import host_memory
 from evoprune.errors import UsageError, VideoError
 from evoprune.session.loading.description import ModelDescription, describe
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
@@ -20,9 +20,7 @@ from evoprune.session.planning import plan_input
 from evoprune.session.reading import PATIENCE_S, Reading, Readings, chunk_bytes, probed, state_of, stop_all
 from evoprune.session.signatures import takes
 from evoprune.util import brief, from_keywords
-from evoprune.video.frames import FrameChunk, frames_at_once, read_chunks
-from evoprune.video.plan import Plan
-from evoprune.video.sandbox.isolation import wait_for
+from evoprune.video import FrameChunk, Plan, frames_at_once, read_chunks, wait_for
 
 if TYPE_CHECKING:
     from evoprune.session.keywords import ReadAheadKeywords

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Unpack, over
 from typing_extensions import TypeVar  # which torch needs; that of Python has defaults from 3.13 on
 
 from evoprune.errors import DoesNotFit, UsageError, error_record
-from evoprune.language.generate import TokenLogprobs
-from evoprune.language.prompt import Tokenizer
-from evoprune.language.turns import Turn, messages_of
+from evoprune.language import Tokenizer, TokenLogprobs, Turn, messages_of
 from evoprune.report import Report
 from evoprune.session.options import GenerationOptions
 from evoprune.session.prompting import check_not_empty

@@ -15,25 +15,29 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.language.choices import ChosenTokens, tokens_of
-from evoprune.language.generate import (
+from evoprune.language import (
+    OF_ROWS,
     AnswerConstraint,
+    ChosenTokens,
     PrefillState,
+    PrefixCache,
+    Prompt,
+    SchemaOfClass,
     StopStrings,
     TokenStream,
+    Turn,
     begins_with_thoughts,
+    checked_value,
     dropping_for,
     embed_ids,
+    instance_of,
+    prune_prompt,
     stream_answer,
     teacher_forced_logits,
+    tokens_of,
+    turns_of,
 )
-from evoprune.language.prefix import PrefixCache
-from evoprune.language.prompt import Prompt
-from evoprune.language.pruned import prune_prompt
-from evoprune.language.schema import SchemaOfClass, checked_value, instance_of
-from evoprune.language.settings import OF_ROWS
-from evoprune.language.turns import Turn, turns_of
-from evoprune.model.cost import Clock
+from evoprune.model import Clock
 from evoprune.report import ABOUT_SOUND, OF_INPUTS, Report, TokenCounts
 from evoprune.session.answers import Answer, Chat, Shape, Uncopied, logprobs_record
 from evoprune.session.encoded import EncodedInput
@@ -43,9 +47,8 @@ from evoprune.session.report import fill_dropped, fill_pruning, fill_times, inpu
 from evoprune.session.session import Session, check_conversation
 from evoprune.session.signatures import takes
 from evoprune.util import check_type, counted, from_keywords
-from evoprune.video.info import VIDEO
-from evoprune.video.plan import Plan
-from evoprune.vision.encoder import Encoded
+from evoprune.video import VIDEO, Plan
+from evoprune.vision import Encoded
 
 if TYPE_CHECKING:
     from evoprune.session.keywords import GenerationKeywords, UntypedKeywords

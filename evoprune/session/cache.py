@@ -21,9 +21,9 @@ import torch
 
 import evoprune
 from evoprune.errors import UsageError
-from evoprune.model.config import loads
+from evoprune.model import loads
 from evoprune.util import brief, check_type, file_stats, open_safetensors
-from evoprune.vision.encoder import Encoded
+from evoprune.vision import Encoded
 
 # what the names of entries end with, and those of files while they are written
 SUFFIX = ".safetensors"

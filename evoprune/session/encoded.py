@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from evoprune.video.plan import Plan
-from evoprune.vision.encoder import Encoded, EncodedRows, select_tokens
+from evoprune.video import Plan
+from evoprune.vision import Encoded, EncodedRows, select_tokens
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 
 import evoprune
 from evoprune import methods
-from evoprune.backend.devices import empty_cache, kind
+from evoprune.backend import empty_cache, kind
 from evoprune.errors import OutOfMemory, UsageError, memory_guard
-from evoprune.model.cost import Clock
+from evoprune.model import Clock
 from evoprune.report import BESIDE, OF_INPUTS
 from evoprune.session.ahead import ReadAhead
 from evoprune.session.asking import EncodedInputs
@@ -31,13 +31,26 @@ from evoprune.session.prompting import prompt_subtitles
 from evoprune.session.reading import Reading, Readings, chunk_bytes, probed
 from evoprune.session.session import Session
 from evoprune.util import brief
-from evoprune.video.frames import FrameChunk, read_chunks
-from evoprune.video.given import Input, held_video, is_frames, is_given, is_temporary, local_input, name_of
-from evoprune.video.info import ARRAY, PICTURE, HeldVideo, check_one_file
-from evoprune.video.plan import Plan
-from evoprune.video.sandbox.isolation import OnFrames, Stopped
-from evoprune.video.temporary import named
-from evoprune.vision.encoder import Encoded, EncodedRows, encode_rows, select_tokens
+from evoprune.video import (
+    ARRAY,
+    PICTURE,
+    FrameChunk,
+    HeldVideo,
+    Input,
+    OnFrames,
+    Plan,
+    Stopped,
+    check_one_file,
+    held_video,
+    is_frames,
+    is_given,
+    is_temporary,
+    local_input,
+    name_of,
+    named,
+    read_chunks,
+)
+from evoprune.vision import Encoded, EncodedRows, encode_rows, select_tokens
 
 Path = str | os.PathLike[str]
 # A stage, what is done of it, in all: "read" and "encode" frames; then perhaps "layers" of the tower.

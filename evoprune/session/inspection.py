@@ -6,15 +6,15 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TextIO
 
 import evoprune
-from evoprune.backend.devices import available_memory
+from evoprune.backend import available_memory
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError
-from evoprune.methods.budget import PRESETS
-from evoprune.model.cost import kv_bytes
+from evoprune.methods import PRESETS
+from evoprune.model import kv_bytes
 from evoprune.session.loading.weights import DTYPES, ModelWeights
 from evoprune.session.memory import TEXT, piece_needs
 from evoprune.session.patches import LIMIT_BYTES, patch_bytes
-from evoprune.video.plan import ONE_FRAME, Plan
+from evoprune.video import ONE_FRAME, Plan
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord", "typer", "rich", "numpy")
 
@@ -24,12 +24,11 @@ def environment_facts(stdout: TextIO) -> dict:
     from huggingface_hub import constants
 
     from evoprune import methods
-    from evoprune.backend.devices import describe_devices
-    from evoprune.backend.limits import available_cores, host_memory
+    from evoprune.backend import available_cores, describe_devices, host_memory
     from evoprune.session.cache import Cache
     from evoprune.session.loading.hub import BUNDLED_CONFIGS
     from evoprune.session.loading.stored import weights_folder
-    from evoprune.video.frames import choose_decoder
+    from evoprune.video import choose_decoder
 
     decoders = {"pyav": "works"}
     try:

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 import torch
 
-from evoprune.backend.devices import largest_piece
+from evoprune.backend import largest_piece
 from evoprune.errors import USE_LESS, OutOfMemory
-from evoprune.methods.plans import EncoderPlan, SetAside
-from evoprune.model.config import PATCHES, Config
-from evoprune.model.cost import carried_bytes, language_bytes, shortage, working_memory
+from evoprune.methods import EncoderPlan, SetAside
+from evoprune.model import PATCHES, Config, carried_bytes, language_bytes, shortage, working_memory
 from evoprune.session.session import Session
 from evoprune.util import counted
-from evoprune.video.plan import Plan
+from evoprune.video import Plan
 
 TEXT = 64  # tokens of a prompt around the video, roughly
 

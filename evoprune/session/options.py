@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from evoprune import methods
-from evoprune.backend.cpu.precision import (
+from evoprune.backend import (
     AUTO_THREADS,
     LOAD_FORMATS,
     DtypeName,
@@ -22,14 +22,13 @@ from evoprune.backend.cpu.precision import (
 )
 from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
-from evoprune.language.settings import GenerationOptions
-from evoprune.methods.budget import DEFAULT, IN_WORDS, Budget, GivenBudget
-from evoprune.methods.plans import EncoderPlan, Grid, TowerShape
+from evoprune.language import GenerationOptions
+from evoprune.methods import DEFAULT, IN_WORDS, Budget, EncoderPlan, GivenBudget, Grid, TowerShape
 from evoprune.util import OPTION, check_types, file_state, from_keywords, option
-from evoprune.video.plan import SamplingOptions, parse_time
+from evoprune.video import SamplingOptions, parse_time
 
 if TYPE_CHECKING:
-    from evoprune.methods.chain import PruneConfig
+    from evoprune.methods import PruneConfig
 
 Engine = Literal["auto", "native", "transformers"]
 AUTO, NATIVE, TRANSFORMERS = ENGINES = get_args(Engine)
@@ -179,7 +178,7 @@ class PruneOptions:
 
     def config(self) -> "PruneConfig":
         """Return the budget and the method as objects, which imports torch. Raises UsageError: as `PruneConfig.of`."""
-        from evoprune.methods.chain import PruneConfig
+        from evoprune.methods import PruneConfig
 
         return PruneConfig.of(Budget.parse(self.budget, auto=True), self.method, self.seed)
 

@@ -12,14 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from evoprune.backend.devices import available_memory, empty_cache
-from evoprune.model.cost import Clock
+from evoprune.backend import available_memory, empty_cache
+from evoprune.model import Clock
 from evoprune.session.reading import Reading, state_of
-from evoprune.video.frames import FrameChunk
-from evoprune.video.info import ARRAY, NOTHING_SAID
-from evoprune.video.plan import InputLimits, Plan
-from evoprune.video.sandbox.isolation import OnFrames
-from evoprune.vision.preprocess import patches_of
+from evoprune.video import ARRAY, NOTHING_SAID, FrameChunk, InputLimits, OnFrames, Plan
+from evoprune.vision import patches_of
 
 LIMIT_BYTES = 2**29  # of one input, and of all unused inputs together
 SHARE = 4  # patches in use take at most 1 / SHARE of the available memory

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 
 from evoprune.session.loading.description import ModelDescription
 from evoprune.session.options import PruneOptions, SamplingOptions
-from evoprune.video.frames import choose_decoder
-from evoprune.video.info import Video
-from evoprune.video.plan import Plan, make_plan
+from evoprune.video import Plan, Video, choose_decoder, make_plan
 
 if TYPE_CHECKING:
-    from evoprune.methods.chain import PruneConfig
+    from evoprune.methods import PruneConfig
 
 
 def plan_input(

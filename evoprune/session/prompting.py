@@ -6,26 +6,25 @@ from typing import Any
 import torch
 
 from evoprune.errors import DoesNotFit, UsageError
-from evoprune.language.prompt import Prompt, Tokenizer, build_prompt, prompt_positions, timestamps
-from evoprune.language.turns import Turn
-from evoprune.model.config import VisionConfig
+from evoprune.language import Prompt, Tokenizer, Turn, build_prompt, prompt_positions, timestamps
+from evoprune.model import VisionConfig
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.memory import TEXT, check_memory, fitting_pieces
 from evoprune.session.options import GenerationOptions, SamplingOptions
 from evoprune.session.session import Session
 from evoprune.util import brief, clock, counted
-from evoprune.video.frames import read_subtitles
-from evoprune.video.info import (
+from evoprune.video import (
     NO_SUBTITLES,
     NOTHING_SAID,
     PICTURE,
     VIDEO,
+    Plan,
     PromptSubtitles,
     SubtitleLine,
     Subtitles,
     check_picture,
+    read_subtitles,
 )
-from evoprune.video.plan import Plan
 
 
 def fitting_prompt(

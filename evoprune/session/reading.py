@@ -16,10 +16,7 @@ from contextvars import Context, copy_context
 from itertools import count
 from typing import Any, Generic, Self, TypeVar
 
-from evoprune.video.frames import probe
-from evoprune.video.info import IMAGES, Video
-from evoprune.video.plan import Plan
-from evoprune.video.sandbox.isolation import Scope, Stopped, check_wanted, wait_for
+from evoprune.video import IMAGES, Plan, Scope, Stopped, Video, check_wanted, probe, wait_for
 
 T = TypeVar("T")
 

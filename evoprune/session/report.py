@@ -4,15 +4,13 @@ from collections.abc import Sequence
 from dataclasses import fields
 from math import prod
 
-from evoprune.backend.devices import environment, memory_in_use, peak_memory
-from evoprune.methods.chain import PruneConfig
-from evoprune.methods.language import Dropping
+from evoprune.backend import environment, memory_in_use, peak_memory
+from evoprune.methods import Dropping, PruneConfig
 from evoprune.report import InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.session import Session
-from evoprune.video.info import EXACT, KEYFRAMES
-from evoprune.video.plan import ONE_FRAME
-from evoprune.vision.encoder import Encoded
+from evoprune.video import EXACT, KEYFRAMES, ONE_FRAME
+from evoprune.vision import Encoded
 
 FLAT = "equal_scores"
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.methods.budget import FULL
-from evoprune.methods.chain import MethodChain, PruneConfig
+from evoprune.methods import FULL, MethodChain, PruneConfig
 from evoprune.session.loading.description import ModelDescription
 from evoprune.session.loading.model import LoadedModel
 

@@ -13,12 +13,11 @@ from typing import TypeVar
 
 import torch
 
-from evoprune.backend.devices import busy_cores
-from evoprune.backend.limits import available_cores, host_memory
+from evoprune.backend import available_cores, busy_cores, host_memory
 from evoprune.session.encoding import OpenInputs
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.reading import Reading, Readings, stop_all
-from evoprune.video.sandbox.isolation import keep_idle
+from evoprune.video import keep_idle
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from contextlib import closing
 import numpy as np
 from numpy.typing import NDArray
 
-from evoprune.backend.limits import host_memory
+from evoprune.backend import host_memory
 from evoprune.errors import OutOfMemory, UsageError, memory_guard
 from evoprune.util import brief, counted, size
 from evoprune.video.frames import probe, read_chunks

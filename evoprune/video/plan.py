@@ -14,8 +14,8 @@ from os import PathLike
 from typing import Annotated, Any, ClassVar
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.methods.plans import EncoderPlan, Grid, TowerShape, full_plan
-from evoprune.model.config import list_of, number, whole
+from evoprune.methods import EncoderPlan, Grid, TowerShape, full_plan
+from evoprune.model import list_of, number, whole
 from evoprune.util import check_types, option
 from evoprune.video.info import (
     AUTO_SEEK,

@@ -14,11 +14,9 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import devices
-from evoprune.backend.attention import NEVER, attends_by_products, bias_features, form_of_groups
-from evoprune.methods.types import arange_on
-from evoprune.model.config import PATCHES
-from evoprune.model.numerics import without_autocast
+from evoprune.backend import NEVER, attends_by_products, bias_features, devices, form_of_groups
+from evoprune.methods import arange_on
+from evoprune.model import PATCHES, without_autocast
 from evoprune.vision.layout import Scope, bincount_fixed, group_table, group_units, order_tables, runs
 from evoprune.vision.rows import Rows
 

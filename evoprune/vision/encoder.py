@@ -23,16 +23,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import devices
-from evoprune.backend.attention import without_cudnn
+from evoprune.backend import devices, without_cudnn
 from evoprune.errors import UsageError
-from evoprune.methods.plans import EncoderPlan, Merge, SetAside, Stage, TowerShape
-from evoprune.methods.ranking import closest
-from evoprune.methods.selecting import select, tokens_before_inflection
-from evoprune.methods.types import Selection, Tokens, arange_on
-from evoprune.model.config import PATCHES, vision_sizes
-from evoprune.model.numerics import all_finite, not_a_number_error, without_autocast
-from evoprune.model.weights import Tower
+from evoprune.methods import (
+    EncoderPlan,
+    Merge,
+    Selection,
+    SetAside,
+    Stage,
+    Tokens,
+    TowerShape,
+    arange_on,
+    closest,
+    select,
+    tokens_before_inflection,
+)
+from evoprune.model import PATCHES, Tower, all_finite, not_a_number_error, vision_sizes, without_autocast
 from evoprune.vision.families import embed, merge_patches, tower_layers
 from evoprune.vision.hooks import Hook, looks
 from evoprune.vision.layout import bincount_fixed, window_order

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.cpu.linear import linear
-from evoprune.model.config import vision_sizes
+from evoprune.backend import linear
+from evoprune.model import vision_sizes
 from evoprune.vision.layout import Geometry
 
 EPS = 1e-6  # of all norms

@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from evoprune.methods.base import Selector
-from evoprune.methods.plans import TowerShape
+from evoprune.methods import Selector, TowerShape
 from evoprune.vision.rows import Rows
 
 KNOWN = ("attention", "keys", "middle")

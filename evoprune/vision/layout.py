@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from evoprune.methods.types import arange_on
-from evoprune.model.config import PATCHES
+from evoprune.methods import arange_on
+from evoprune.model import PATCHES
 
 Scope = Literal["window", "pair"]
 

@@ -7,10 +7,8 @@ import torch
 
 from evoprune.backend import devices
 from evoprune.errors import call
-from evoprune.methods.base import Merger
-from evoprune.methods.plans import TowerShape
-from evoprune.methods.types import Candidates, arange_on, nonzero_fixed
-from evoprune.model.numerics import without_autocast
+from evoprune.methods import Candidates, Merger, TowerShape, arange_on, nonzero_fixed
+from evoprune.model import without_autocast
 from evoprune.vision.hooks import Hook
 from evoprune.vision.layout import Scope, runs
 from evoprune.vision.rows import Rows, merge_rows

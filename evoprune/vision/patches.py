@@ -13,10 +13,9 @@ from functools import lru_cache
 
 import torch
 
-from evoprune.backend import devices
-from evoprune.backend.operators import reuse_scan
-from evoprune.model.config import PATCHES
-from evoprune.video.plan import InputLimits
+from evoprune.backend import devices, reuse_scan
+from evoprune.model import PATCHES
+from evoprune.video import InputLimits
 from evoprune.vision.layout import Geometry
 from evoprune.vision.preprocess import pixel_patches
 

@@ -7,9 +7,8 @@ and x. Normalised (patches.py), the result is that of `Qwen2VLImageProcessor`, w
 import numpy as np
 import torch
 
-from evoprune.backend import devices
-from evoprune.backend.pixels import resized
-from evoprune.video.plan import InputLimits, Plan
+from evoprune.backend import devices, resized
+from evoprune.video import InputLimits, Plan
 
 # The most by which a device shrinks a side of a frame: torch's kernel for CUDA refuses to shrink one far more.
 MAX_SHRINK = 32

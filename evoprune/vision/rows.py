@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import devices
-from evoprune.methods.types import Selection, arange_on, nonzero_fixed
+from evoprune.methods import Selection, arange_on, nonzero_fixed
 from evoprune.vision.layout import Geometry, Scope, bincount_fixed, group_table, order_tables
 
 Reach = Literal["place", "window", "pair", "clip"]

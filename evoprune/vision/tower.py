@@ -12,13 +12,9 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.attention import varlen_kernel
-from evoprune.backend.cpu.linear import linear
-from evoprune.backend.devices import Timer
-from evoprune.backend.layers import give_up, joined, kernels_for
-from evoprune.methods.plans import TowerShape
-from evoprune.methods.types import arange_on
-from evoprune.model.config import PATCHES, VisionConfig, vision_sizes
+from evoprune.backend import Timer, give_up, joined, kernels_for, linear, varlen_kernel
+from evoprune.methods import TowerShape, arange_on
+from evoprune.model import PATCHES, VisionConfig, vision_sizes
 from evoprune.vision.attention import Groups, PackedGroups, attention_groups, attention_received, grouped_attention
 from evoprune.vision.families import EPS, Layers, tower_layers
 from evoprune.vision.hooks import PRECISE

@@ -15,11 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.bench.agreement import agreement_of, reference
-from evoprune.bench.processes import map_in_processes
-from evoprune.bench.questions import grade
-from evoprune.session.loading.model import load_model
-from evoprune.session.options import ModelOptions
+from evoprune.bench import agreement_of, grade, map_in_processes, reference
+from evoprune.session import ModelOptions, load_model
 from evoprune.video_qa import VideoQA
 from experiments.accuracy.frontier import SETS
 from experiments.accuracy.paired import in_points, paired_difference

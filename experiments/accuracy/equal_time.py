@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from evoprune import methods
-from evoprune.bench.chart import COLOURS, INK, SOFT, Panel, Point, Series, draw
-from evoprune.bench.scores import FULL, METHOD
-from evoprune.methods.budget import PRESETS, Budget
+from evoprune.bench import COLOURS, FULL, INK, METHOD, SOFT, Panel, Point, Series, draw
+from evoprune.methods import PRESETS, Budget
 from evoprune.util import budget_text
 from experiments import tables
 from experiments.accuracy.frontier import SETS, kept, samples_of

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from evoprune.bench.eval import EvalSettings, Evaluation, told
-from evoprune.bench.scores import FULL, METHOD
-from evoprune.methods.budget import PRESETS, Budget
-from evoprune.session.options import ModelOptions
+from evoprune.bench import FULL, METHOD, EvalSettings, Evaluation, told
+from evoprune.methods import PRESETS, Budget
+from evoprune.session import ModelOptions
 from evoprune.util import budget_text
 from experiments import tables
 from experiments.accuracy.paired import in_points, paired_difference

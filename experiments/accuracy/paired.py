@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evoprune.bench.scores import LEAST_VIDEOS, percentile_interval, resampled
+from evoprune.bench import LEAST_VIDEOS, percentile_interval, resampled
 
 
 def paired_difference(samples: Sequence[dict], others: Sequence[dict]) -> tuple[float, float, float]:

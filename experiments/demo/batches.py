@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from evoprune.language.prompt import prompt_positions, video_positions
-from evoprune.video.plan import even_times
+from evoprune.language import prompt_positions, video_positions
+from evoprune.video import even_times
 from experiments.demo.build import AFTER_QUESTION, BEFORE_VIDEO
 from experiments.demo.clips import COLOURS, MOTIONS, SHAPES, SIZES, Clip, make_clip
 from experiments.demo.drawing import render

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from evoprune.language.prompt import prompt_positions, video_positions
-from evoprune.video.plan import even_times
+from evoprune.language import prompt_positions, video_positions
+from evoprune.video import even_times
 from experiments.demo.batches import packed
 from experiments.demo.build import BEFORE_VIDEO
 from experiments.demo.questions import Question

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from evoprune.batch.rows import Row
+from evoprune.batch import Row
 from experiments.demo.build import VOCABULARY, build_tokenizer
 from experiments.demo.painting import CHARACTERS
 from experiments.demo.questions import Question

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.vision.patches import patchify
+from evoprune.vision import patchify
 from experiments.demo.batches import ATTRIBUTES, COLUMNS, ROWS, Recipe, question_batches, vision_batches
 from experiments.demo.build import build_config, build_tokenizer, init_weights
 from experiments.demo.forward import tower

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from evoprune.vision.patches import patchify
+from evoprune.vision import patchify
 from experiments.demo.build import init_weights
 from experiments.demo.forward import tower
 from experiments.demo.scenes_batches import GROUPS, ScenesRecipe, question_batches, vision_batches

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.vision.patches import CLIP
+from evoprune.vision import CLIP
 from experiments.demo.muon import Muon
 from experiments.demo.shared_prompts import hidden_of_rows
 from experiments.demo.team import Team

@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from evoprune.batch.rows import Row
-from evoprune.bench.questions import VideoQuestions
+from evoprune.batch import Row
+from evoprune.bench import VideoQuestions
 from evoprune.errors import UsageError
 from experiments.demo.painting import LOSSLESS
 from experiments.demo.worlds import SHAPES, WORLDS

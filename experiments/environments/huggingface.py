@@ -28,8 +28,8 @@ import transformers
 
 import evoprune
 from evoprune.errors import EvopruneError
-from evoprune.hf.interface import MODELS
-from evoprune.model.config import FAMILIES, MODEL_TYPES
+from evoprune.hf import MODELS
+from evoprune.model import FAMILIES, MODEL_TYPES
 
 ROOT = Path(__file__).parents[2]
 TESTS = "tests/models/{0}/test_modeling_{0}.py"

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from evoprune_cli.cli_docs import reference
+from evoprune_cli import reference
 from experiments.pictures import figure_method, recording
 
 MADE_BY = "make it anew: python -m experiments.pictures.examples"

@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 from evoprune import VideoQA
-from evoprune.bench.chart import COLOURS, INK, SOFT
-from evoprune.bench.overlay import TracedVideo, trace
+from evoprune.bench import COLOURS, INK, SOFT, TracedVideo, trace
 from experiments.svg import EDGE, document, text
 
 CLIP = "samples/flash.mp4"

@@ -14,11 +14,8 @@ from pathlib import Path
 import torch
 
 from evoprune.bundled import DEMOS
-from evoprune.model.config import Config
-from evoprune.session.loading.description import describe
-from evoprune.session.loading.hub import BUNDLED_CONFIGS
-from evoprune.session.loading.model import random_model
-from evoprune.session.options import ModelOptions
+from evoprune.model import Config
+from evoprune.session import BUNDLED_CONFIGS, ModelOptions, describe, random_model
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 WORDS = 151_643  # of the published vocabulary, before the special tokens

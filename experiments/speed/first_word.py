@@ -195,8 +195,7 @@ def make(run: Run, path: Path, module: Sequence[str], until: float) -> None:
 def about(run: Run) -> dict[str, Any]:
     """Return the machine, versions and settings."""
     from evoprune import __version__
-    from evoprune.backend.devices import device_name
-    from evoprune.backend.limits import available_cores
+    from evoprune.backend import available_cores, device_name
 
     packages = ("torch", "transformers", "av", "torchcodec", "decord", "opencv-python-headless")
     asked = (

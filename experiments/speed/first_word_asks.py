@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from evoprune.video.info import EXACT
+from evoprune.video import EXACT
 from experiments.speed.processes import serve
 
 QUESTION = "What happens in the video?"
@@ -74,11 +74,13 @@ class Transformers:
         import torch
         from transformers import AutoModelForImageTextToText
 
-        from evoprune.language.prompt import load_tokenizer
-        from evoprune.session import prompting  # noqa: F401 (no question waits for imports)
-        from evoprune.session.loading.description import describe
-        from evoprune.session.loading.weights import DTYPES
-        from evoprune.session.options import ModelOptions
+        from evoprune.language import load_tokenizer
+        from evoprune.session import (
+            DTYPES,
+            ModelOptions,
+            describe,
+            prompting,  # noqa: F401 (no question waits for imports)
+        )
 
         found = describe(ModelOptions(args.model, device=args.device, dtype=args.dtype, offline=True))
         self._found = found
@@ -136,9 +138,8 @@ class Transformers:
 
     def _plan(self, video: str, frames: int | None):
         """Return the same times and size as ours."""
-        from evoprune.session.options import SamplingOptions
-        from evoprune.video.frames import probe
-        from evoprune.video.plan import make_plan
+        from evoprune.session import SamplingOptions
+        from evoprune.video import make_plan, probe
 
         info = probe(video)
         sampling = replace(SamplingOptions(frames=frames), max_visual_tokens=self._found.max_visual_tokens)
@@ -148,9 +149,8 @@ class Transformers:
         """Return what the processor makes of a video and the question."""
         import torch
 
-        from evoprune.session.prompting import prompt_about
-        from evoprune.vision.patches import normalised
-        from evoprune.vision.preprocess import patches_of
+        from evoprune.session import prompt_about
+        from evoprune.vision import normalised, patches_of
 
         vision = self._found.config.vision_config
         limits = self._found.limits[plan.kind]
@@ -226,7 +226,7 @@ class _Words:
 
 def _clock(device) -> Callable[[], float]:
     """Return the time in seconds once the device has done what it was given."""
-    from evoprune.backend.devices import now
+    from evoprune.backend import now
 
     return lambda: now(device)
 

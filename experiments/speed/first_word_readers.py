@@ -30,7 +30,7 @@ Frames = Iterator[np.ndarray]  # uint8 [height, width, 3], RGB, in the order of 
 
 def evoprune(path: str, times_s: Sequence[float], part_s: float, seek: str = "exact") -> Frames:
     """`part_s`: the distance between the times; with `seek="keyframes"` a frame may be half as far from its time."""
-    from evoprune.video.frames import probe, read_chunks
+    from evoprune.video import probe, read_chunks
 
     for chunk in read_chunks(probe(path), times_s, seek=seek, part_s=part_s):
         yield from chunk.pixels

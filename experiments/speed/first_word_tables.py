@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from evoprune.bench.chart import SOFT
+from evoprune.bench import SOFT
 from experiments import svg
 from experiments.speed.first_word_asks import TRANSFORMERS
 from experiments.speed.first_word_readers import READERS

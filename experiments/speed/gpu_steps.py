@@ -65,13 +65,19 @@ def environment(device: str) -> dict[str, Any]:
 
 def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] = ("evoprune",)):
     """Return a benchmark of `evoprune profile` with its rows: `bench.run(row)` is one turn of a row."""
-    from evoprune.backend.limits import LAUNCH_BOUND_UNITS
-    from evoprune.bench.clips import case_grid, synthetic_frames
-    from evoprune.bench.profile import Bench, all_rows, default_load_format, load
-    from evoprune.bench.profile_rows import Case, ProfileSettings
-    from evoprune.session.loading.description import describe
-    from evoprune.session.options import ModelOptions
-    from evoprune.video.info import VIDEO
+    from evoprune.backend import LAUNCH_BOUND_UNITS
+    from evoprune.bench import (
+        Bench,
+        Case,
+        ProfileSettings,
+        all_rows,
+        case_grid,
+        default_load_format,
+        load,
+        synthetic_frames,
+    )
+    from evoprune.session import ModelOptions, describe
+    from evoprune.video import VIDEO
 
     options = ModelOptions(
         model=args.model, device=args.device, load_format=default_load_format(args.model), dtype=args.dtype
@@ -96,7 +102,7 @@ def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] =
 
 
 def label(row) -> str:
-    from evoprune.bench.profile_rows import HUGGING_FACE
+    from evoprune.bench import HUGGING_FACE
 
     if row.kind == HUGGING_FACE:
         return HF
@@ -238,7 +244,7 @@ def generated(bench, count: int) -> tuple[float, list[int]]:
     """Return the same of transformers' `generate` about a text as long as the smallest prompt: `count` tokens less one token."""
     import torch
 
-    from evoprune.backend.devices import now
+    from evoprune.backend import now
 
     (clip, *_), reference = bench._clips.values(), bench._reference
     ids = clip.ids.clamp(min=5, max=500)[None].to(clip.patches.device)  # no token that stands for a picture

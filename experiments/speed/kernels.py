@@ -13,24 +13,22 @@ from functools import partial
 import torch
 from torch import nn
 
-from evoprune.backend.cpu.linear import PackedLinear, can_pack, pack
-from evoprune.backend.cpu.quantize import (
+from evoprune.backend import (
     Int4Linear,
     Int8Linear,
+    PackedLinear,
     Unquantised,
+    can_pack,
     check,
+    environment,
     int4_weights,
     int8_weights,
+    pack,
     quantize,
 )
-from evoprune.backend.devices import environment
 from evoprune.errors import UsageError
-from evoprune.model.config import Config
-from evoprune.model.cost import matmul_rate
-from evoprune.model.weights import QwenVL, Tree, shared
-from evoprune.session.loading.description import describe
-from evoprune.session.loading.model import random_model
-from evoprune.session.options import ModelOptions
+from evoprune.model import Config, QwenVL, Tree, matmul_rate, shared
+from evoprune.session import ModelOptions, describe, random_model
 from experiments.tables import table
 from experiments.timing import medians
 

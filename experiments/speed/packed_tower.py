@@ -13,16 +13,11 @@ from dataclasses import replace
 
 import torch
 
-from evoprune.backend.devices import environment
-from evoprune.bench.clips import synthetic_frames
-from evoprune.bench.hugging_face import hugging_face_model
-from evoprune.bench.profile_rows import Case
-from evoprune.hf.encoding import PackedTower, encode_each, patch_config
-from evoprune.session.loading.description import describe
-from evoprune.session.loading.model import random_model
-from evoprune.session.loading.weights import DTYPES
-from evoprune.session.options import ModelOptions
-from evoprune.vision.patches import patchify
+from evoprune.backend import environment
+from evoprune.bench import Case, hugging_face_model, synthetic_frames
+from evoprune.hf import PackedTower, encode_each, patch_config
+from evoprune.session import DTYPES, ModelOptions, describe, random_model
+from evoprune.vision import patchify
 from experiments.tables import table
 from experiments.timing import medians
 

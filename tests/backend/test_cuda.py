@@ -7,8 +7,8 @@ from evoprune.bench.shared import TimeLimit
 from evoprune.bench.verify.checks import accelerated
 from evoprune.bench.verify.run import subject_of, verify
 from evoprune.bench.verify.subject import DIFFERS, INSIDE
-from evoprune.model.config import MODEL_TYPES
-from evoprune.session.loading.model import load_model
+from evoprune.model import MODEL_TYPES
+from evoprune.session import load_model
 from evoprune.video_qa import VideoQA
 from tests.tiny import NATIVE, save_tiny
 

@@ -11,11 +11,8 @@ import torch.nn.functional as F
 from evoprune.backend import devices, layers
 from evoprune.backend.attention import causal_attention
 from evoprune.errors import DeviceWarning
-from evoprune.language import decoder, static
-from evoprune.language.decoder import KVCache
-from evoprune.model.config import parse_config
-from evoprune.model.heads import norm, rotate
-from evoprune.model.weights import QwenVL
+from evoprune.language import KVCache, decoder, static
+from evoprune.model import QwenVL, norm, parse_config, rotate
 from tests.tiny import NATIVE, tiny_config, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,10 +18,8 @@ import torch
 from evoprune.backend.limits import LIBRARIES, ROOT, _groups, available_cores, check_libraries, host_memory
 from evoprune.bundled import DEMOS
 from evoprune.errors import OutOfMemory
-from evoprune.model.weights import empty
-from evoprune.session.loading.description import describe
-from evoprune.session.loading.hub import BUNDLED_CONFIGS
-from evoprune.session.options import ModelOptions
+from evoprune.model import empty
+from evoprune.session import BUNDLED_CONFIGS, ModelOptions, describe
 from tests.quantized import parameters
 from tests.video.files import write_video
 

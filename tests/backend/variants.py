@@ -10,7 +10,8 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from evoprune.backend import layers
-from evoprune.session.loading.model import _warm_up, load_model
+from evoprune.session import load_model
+from evoprune.session.loading.model import _warm_up
 from evoprune.video_qa import VideoQA
 from tests.backend.gpu_ways import gpu_ways
 from tests.tiny import NATIVE, save_tiny

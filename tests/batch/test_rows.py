@@ -20,8 +20,8 @@ from evoprune.batch.rows import (
     read_rows,
 )
 from evoprune.errors import EvopruneWarning, UsageError
-from evoprune.language.turns import Turn
-from evoprune.video.plan import SamplingOptions
+from evoprune.language import Turn
+from evoprune.video import SamplingOptions
 
 ROW = {"video": "a.mp4", "question": "What?"}
 SAID = [

@@ -15,9 +15,9 @@ from evoprune.batch.output import Found, RecordFile, Settings, Sources, remainin
 from evoprune.batch.rows import Row, group_by_span, product_rows
 from evoprune.batch.run import answers
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.language.turns import Turn, messages_of
+from evoprune.language import Turn, messages_of
 from evoprune.report import SCHEMA, Report
-from evoprune.video.frames import read_chunks
+from evoprune.video import read_chunks
 
 CLIPS = ["samples/square.mp4", "samples/three.mp4", "samples/vanish.webm"]
 QUESTIONS = ["What happens?", "How many red squares are there in the video?"]

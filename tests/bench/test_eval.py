@@ -13,21 +13,25 @@ from PIL import Image
 
 from evoprune import methods
 from evoprune.backend import limits
-from evoprune.batch.rows import Row
+from evoprune.batch import Row
 from evoprune.bench import eval as evaluation
 from evoprune.bench import shared
 from evoprune.bench.eval import COST_MODEL, EvalSettings, Evaluation, variants
 from evoprune.bench.questions import VideoQuestions, load_questions
 from evoprune.bench.shared import GreyInput
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.methods.budget import DEFAULT
-from evoprune.model import cost
-from evoprune.model.cost import prefill_flop, tower_flop
-from evoprune.session import encoding
-from evoprune.session.encoding import OpenInput, open_inputs
-from evoprune.session.loading.description import describe
-from evoprune.session.options import GenerationOptions, ModelOptions, SamplingOptions
-from evoprune.video.frames import probe
+from evoprune.methods import DEFAULT
+from evoprune.model import cost, prefill_flop, tower_flop
+from evoprune.session import (
+    GenerationOptions,
+    ModelOptions,
+    OpenInput,
+    SamplingOptions,
+    describe,
+    encoding,
+    open_inputs,
+)
+from evoprune.video import probe
 from evoprune.video_qa import VideoQA
 from tests.quantized import parameters
 from tests.threads import one_thread  # noqa: F401

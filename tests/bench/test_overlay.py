@@ -22,8 +22,7 @@ from evoprune.bench.overlay import (
     wrap,
 )
 from evoprune.errors import UsageError
-from evoprune.video.frames import probe
-from evoprune.video.plan import Plan, SamplingPlan, even_times
+from evoprune.video import Plan, SamplingPlan, even_times, probe
 from evoprune.video_qa import VideoQA
 
 CLIP = "samples/square.mp4"

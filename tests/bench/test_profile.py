@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from evoprune.backend.devices import peak_memory, reset_peak_memory
+from evoprune.backend import peak_memory, reset_peak_memory
 from evoprune.bench import clips, profile
 from evoprune.bench.hugging_face import hugging_face_model
 from evoprune.bench.profile import measure, run_evoprune, run_hugging_face
@@ -27,13 +27,12 @@ from evoprune.bench.profile_rows import (
 )
 from evoprune.bench.shared import TimeLimit, paced
 from evoprune.errors import OutOfMemory
-from evoprune.methods.plans import full_plan
+from evoprune.methods import full_plan
 from evoprune.model import cost
 from evoprune.report import Environment, ModelFacts
-from evoprune.session.loading.description import describe
-from evoprune.session.options import ModelOptions, PruneOptions
-from evoprune.video.frames import probe
-from evoprune.vision.tower import tower_shape
+from evoprune.session import ModelOptions, PruneOptions, describe
+from evoprune.video import probe
+from evoprune.vision import tower_shape
 from tests.quantized import KINDS
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import save_tiny

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from evoprune.batch.rows import Row
+from evoprune.batch import Row
 from evoprune.bench.questions import chosen_option, grade, load_questions
 from evoprune.errors import UsageError
 

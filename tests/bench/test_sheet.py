@@ -8,7 +8,7 @@ from PIL import Image
 from evoprune import Moment
 from evoprune.bench.overlay import BACKGROUND
 from evoprune.bench.sheet import PANEL, contact_sheet
-from evoprune.video.frames import probe
+from evoprune.video import probe
 from tests.video.files import write_video
 
 COLOURS = ((200, 0, 0), (0, 200, 0), (0, 0, 200))

@@ -24,12 +24,8 @@ from evoprune.bench.tune import (
     smoothed,
 )
 from evoprune.errors import OutOfMemory, UsageError, VideoError
-from evoprune.language.generate import prefill
-from evoprune.session import encoding
-from evoprune.session.asking import EncodedInputs
-from evoprune.session.loading.model import load_model
-from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
-from evoprune.session.session import Session
+from evoprune.language import prefill
+from evoprune.session import EncodedInputs, ModelOptions, PruneOptions, SamplingOptions, Session, encoding, load_model
 from tests.quantized import parameters
 
 CLIPS = ("samples/square.mp4", "samples/arrivals.webm")

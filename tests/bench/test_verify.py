@@ -15,8 +15,8 @@ from evoprune.bench.verify.run import CHECKS, subject_of, verify
 from evoprune.bench.verify.subject import DIFFERS, HELD, QUESTION, SKIPPED, Check, Outcome, computing_in, gap, judged
 from evoprune.hf import interface
 from evoprune.language import static
-from evoprune.model.config import MODEL_TYPES
-from evoprune.session.loading.model import load_model
+from evoprune.model import MODEL_TYPES
+from evoprune.session import load_model
 from tests.backend.recorder import Graphs
 from tests.bench.faults import FAULTS, QWEN3_FAULTS
 from tests.loading import edit

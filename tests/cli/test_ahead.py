@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from evoprune.session import encoding
-from evoprune.session.ahead import ReadAhead
+from evoprune.session import ReadAhead, encoding
 
 SQUARE, THREE = "samples/square.mp4", "samples/three.mp4"
 ASK = ["ask", SQUARE, "What colour is the square?"]

@@ -21,9 +21,7 @@ from evoprune.bundled import DEMOS, SCENES_TAG
 from evoprune.errors import VideoError
 from evoprune.language import prefix
 from evoprune.report import Report
-from evoprune.session import asking, encoding
-from evoprune.session.ahead import ReadAhead
-from evoprune.session.asking import EncodedInputs
+from evoprune.session import EncodedInputs, ReadAhead, asking, encoding
 from evoprune.video import frames
 from evoprune_cli.ask import split_words
 from evoprune_cli.terminal import stdout

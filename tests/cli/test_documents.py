@@ -22,8 +22,7 @@ from typer.main import get_command
 import evoprune
 from evoprune import methods
 from evoprune.errors import UsageError
-from evoprune.methods.budget import Budget
-from evoprune.methods.registry import built_in
+from evoprune.methods import Budget, built_in
 from evoprune_cli.main import COMMANDS, ParserError, app, plugged_command
 from experiments.demo.scenes_batches import ScenesRecipe
 from experiments.pictures.examples import MADE_BY, counts

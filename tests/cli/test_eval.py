@@ -12,8 +12,8 @@ from evoprune.bench import eval as evaluation
 from evoprune.bench.eval_results import EvalResults
 from evoprune.bench.scores import COSTS, score_rows
 from evoprune.errors import OutOfMemory
-from evoprune.methods.budget import PRESETS
-from evoprune.session.encoding import OpenInput
+from evoprune.methods import PRESETS
+from evoprune.session import OpenInput
 from evoprune_cli.terminal import Terminated
 
 ROOT = Path(__file__).parents[2]

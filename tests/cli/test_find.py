@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evoprune.moments.search import Search
+from evoprune.moments import Search
 from tests.cli.conftest import ROOT
 
 SQUARE = str(ROOT / "samples" / "square.mp4")

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from evoprune.moments import clips
-from evoprune.moments.search import Search
-from evoprune.video.frames import probe
+from evoprune.moments import Search, clips
+from evoprune.video import probe
 from tests.cli.conftest import ROOT
 
 SQUARE = str(ROOT / "samples" / "square.mp4")

@@ -7,11 +7,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from evoprune.bench import Case, ProfileSettings
 from evoprune.bench import profile as measuring
 from evoprune.bench.profile_results import ProfileResults
-from evoprune.bench.profile_rows import Case, ProfileSettings
 from evoprune.errors import ModelError
-from evoprune.methods.budget import PRESETS
+from evoprune.methods import PRESETS
 from tests.cli.screen import visible
 
 CLIP = "samples/square.mp4"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from evoprune.bench.chart import Panel, draw
+from evoprune.bench import Case, Panel, draw
 from evoprune.bench.overlay import gif, mp4, png, shared_palette
 from evoprune.bench.profile_results import ProfileResults
-from evoprune.bench.profile_rows import METHOD, Case, ProfileRow
+from evoprune.bench.profile_rows import METHOD, ProfileRow
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.report import Environment, ModelFacts
 from evoprune_cli import __main__

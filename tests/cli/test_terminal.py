@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 
 from evoprune import VideoQA
-from evoprune.language.settings import GenerationOptions
+from evoprune.language import GenerationOptions
 from evoprune.report import Report, VideoFacts, stats_block
-from evoprune.session.loading.description import describe
-from evoprune.session.options import ModelOptions
+from evoprune.session import ModelOptions, describe
 from evoprune_cli.running import note_model
 from evoprune_cli.terminal import (
     Line,

@@ -19,9 +19,7 @@ from PIL import Image
 
 import evoprune
 from evoprune.errors import UsageError, VideoError
-from evoprune.video import download
-from evoprune.video.download import downloaded
-from evoprune.video.frames import probe
+from evoprune.video import download, downloaded, probe
 from tests.cli.conftest import ROOT
 from tests.video.files import numbered_frames, write_video
 

@@ -12,7 +12,7 @@ from math import prod
 import torch
 
 import evoprune
-from evoprune.methods.budget import Budget
+from evoprune.methods import Budget
 from tests.contract.running import ROOT
 from tests.contract.small import Held, encoded, runs, sums
 from tests.tiny import tiny_model
@@ -69,7 +69,7 @@ def request(family: str, method: str, rate: float) -> Held:
 
 
 def evoprune_positions(grid: tuple[int, int, int], seconds: float, clock: float | None) -> torch.Tensor:
-    from evoprune.language.prompt import video_positions
+    from evoprune.language import video_positions
 
     return video_positions(grid, seconds, clock)
 

@@ -11,11 +11,10 @@ from itertools import product
 
 import torch
 
-from evoprune.language.decoder import KVCache, logits
-from evoprune.language.prompt import prompt_positions, video_positions
+from evoprune.language import KVCache, prompt_positions, video_positions
+from evoprune.language.decoder import logits
 from evoprune.methods import LanguageMethod
-from evoprune.model.config import parse_config
-from evoprune.model.weights import QwenVL
+from evoprune.model import QwenVL, parse_config
 from tests.methods.kinds import INNER
 from tests.tiny import tiny_config
 

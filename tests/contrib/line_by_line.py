@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.methods.types import Selection, Tokens
+from evoprune.methods import Selection, Tokens
 from tests.methods.tokens import KINDS
 
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))

@@ -13,14 +13,10 @@ from hypothesis import strategies as st
 from evoprune import methods
 from evoprune.contrib.earlytom import EarlyTom, FrameTokens, MergedFrames, Runs, highest_of_stretches, similarities
 from evoprune.contrib.ipcv import Follow, Ipcv
+from evoprune.methods import EncoderPlan, MethodChain, Stage, Tokens, TowerShape, full_plan
 from evoprune.methods.baselines import Random
-from evoprune.methods.chain import MethodChain
-from evoprune.methods.plans import EncoderPlan, Stage, TowerShape, full_plan
-from evoprune.methods.types import Tokens
-from evoprune.vision.encoder import encode_rows, select_tokens, token_selection
-from evoprune.vision.layout import geometry
-from evoprune.vision.rows import Rows, all_units
-from evoprune.vision.tower import tower_shape
+from evoprune.vision import Rows, encode_rows, geometry, select_tokens, token_selection, tower_shape
+from evoprune.vision.rows import all_units
 from tests.contrib.line_by_line import shares
 from tests.contrib.public import public_tokens
 from tests.methods.tokens import KINDS, Largest, encoded, features_of, plan_of, ranked, snapped

@@ -9,8 +9,7 @@ import torch
 
 from evoprune import methods
 from evoprune.contrib.vitcop import vicinity_clusters
-from evoprune.methods import language
-from evoprune.methods.budget import keep_count
+from evoprune.methods import keep_count, language
 from tests.contrib.eager import (
     BEFORE,
     DROPPING,

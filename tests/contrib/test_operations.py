@@ -11,17 +11,15 @@ import pytest
 import torch
 
 from evoprune import methods
+from evoprune.bench import TuneSettings, agreement_of, reference
 from evoprune.bench import tune as run_module
-from evoprune.bench.agreement import agreement_of, reference
-from evoprune.bench.tune import TuneSettings
 from evoprune.contrib.operation_search import ORDER, Loss, OperationTuning, Step, search
 from evoprune.contrib.operations import ALL, KINDS, REST, Operation, Operations, Recipe, closed
 from evoprune.errors import UsageError
-from evoprune.language import decoder
-from evoprune.language.decoder import KVCache
-from evoprune.methods.chain import MethodChain
+from evoprune.language import KVCache, decoder
+from evoprune.methods import MethodChain
 from evoprune.report import rounded
-from evoprune.session.options import ModelOptions, SamplingOptions
+from evoprune.session import ModelOptions, SamplingOptions
 from evoprune.video_qa import VideoQA
 from evoprune_cli.terminal import json_line
 from tests.contrib.eager import COLUMNS, VISUAL, Eager, a_prompt, deep_model, run_method

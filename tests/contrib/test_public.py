@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.methods.types import Candidates
+from evoprune.methods import Candidates
 from tests.contrib.public import public_layer, public_tokens
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("*.json"))

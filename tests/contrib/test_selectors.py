@@ -15,9 +15,7 @@ from evoprune.contrib import shared
 from evoprune.contrib.holitom import most_saving
 from evoprune.contrib.prunevid import folded
 from evoprune.contrib.shared import peak_scores, peaks
-from evoprune.methods.plans import apportion
-from evoprune.methods.ranking import snap
-from evoprune.methods.types import Tokens
+from evoprune.methods import Tokens, apportion, snap
 from tests.contrib.line_by_line import assert_means, examples, mean_of, shares
 from tests.methods.tokens import cosine, features_of, first_of, ranked, scaled, selected, snapped, tokens_of
 

@@ -11,7 +11,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 import evoprune
 from evoprune.hf import interface
-from evoprune.model.config import FAMILIES
+from evoprune.model import FAMILIES
 from tests.prompts import TIME_TOKENS
 
 TAKES_ENCODED = "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters

@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
 import evoprune
-from evoprune.backend.hosted import cache_name
+from evoprune.backend import cache_name
 from evoprune.hf import interface
 from tests.hf.reference import TAKES_ENCODED
 from tests.prompts import processed

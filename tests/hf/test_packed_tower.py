@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import evoprune
-from evoprune.backend.cpu.linear import PackedLinear, can_pack
-from evoprune.backend.cpu.quantize import Int8Linear
+from evoprune.backend import Int8Linear, PackedLinear, can_pack
 from evoprune.hf.encoding import PackedTower
-from evoprune.model.config import MODEL_TYPES, QWEN3_MOE
+from evoprune.model import MODEL_TYPES
+from evoprune.model.config import QWEN3_MOE
 from tests.hf.reference import skip_where_not_taken
 from tests.prompts import processed
 from tests.quantized import parameters

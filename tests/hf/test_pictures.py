@@ -6,8 +6,8 @@ import torch
 import evoprune
 from evoprune.errors import UsageError
 from evoprune.hf import interface
-from evoprune.methods.budget import keep_count
-from evoprune.model.config import MODEL_TYPES
+from evoprune.methods import keep_count
+from evoprune.model import MODEL_TYPES
 from tests.hf.reference import ONCE, TAKES_ENCODED, encoded, masked
 from tests.prompts import processed
 from tests.tiny import tiny_model

@@ -18,8 +18,7 @@ from evoprune.language.generate import TokenStream, dropping_for, embed_ids, pre
 from evoprune.language.prompt import Place, prompt_positions, video_positions
 from evoprune.language.pruned import prune_prompt
 from evoprune.language.settings import GenerationOptions
-from evoprune.model.config import parse_config
-from evoprune.model.weights import QwenVL
+from evoprune.model import QwenVL, parse_config
 from tests.contrib.eager import BEFORE, COLUMNS, DROPPING, GRID, VISUAL, Eager, a_prompt, deep_model, run_method
 from tests.contrib.test_inner import rule_of
 from tests.tiny import encoded_tokens, tiny_config, tiny_model

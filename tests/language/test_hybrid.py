@@ -8,7 +8,7 @@ from evoprune.backend import devices, layers
 from evoprune.errors import DeviceWarning
 from evoprune.language import hosted, hybrid
 from evoprune.language.generate import GenerationOptions, TokenStream, prefill
-from evoprune.model.weights import HostedVL
+from evoprune.model import HostedVL
 from tests import tiny
 from tests.tiny import tiny_model
 

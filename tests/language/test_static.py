@@ -8,13 +8,12 @@ from functools import cache
 import pytest
 import torch
 
-from evoprune.backend import devices, layers
-from evoprune.backend.attention import bias_features
+from evoprune.backend import bias_features, devices, layers
 from evoprune.errors import DeviceWarning, ModelError
 from evoprune.language import decoder, static
 from evoprune.language.generate import GenerationOptions, PrefillState, TokenStream, prefill
 from evoprune.language.prompt import prompt_positions, video_positions
-from evoprune.session.loading.model import load_model
+from evoprune.session import load_model
 from tests.backend.recorder import Graphs
 from tests.language.test_generate import Steps
 from tests.tiny import NATIVE, save_tiny, tiny_model

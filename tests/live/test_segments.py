@@ -9,9 +9,8 @@ import torch
 from evoprune import methods
 from evoprune.live.segments import NothingNew, SegmentRun, encode_segment
 from evoprune.methods.evoprune import EvoPruneMethod
-from evoprune.model.cost import carried_bytes
-from evoprune.vision.encoder import encode_rows, select_tokens
-from evoprune.vision.tower import tower_shape
+from evoprune.model import carried_bytes
+from evoprune.vision import encode_rows, select_tokens, tower_shape
 from tests.methods.tokens import plan_of
 from tests.vision.clips import changes, clip
 from tests.vision.tower import QWEN3_WIDTH, tiny_qwen3, tiny_tower

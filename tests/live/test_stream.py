@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from evoprune.backend.devices import memory_in_use, reset_peak_memory
+from evoprune.backend import memory_in_use, reset_peak_memory
 from evoprune.bundled import DEMOS
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.session import memory
-from evoprune.session.loading.model import load_model
-from evoprune.video.frames import read_chunks
+from evoprune.session import load_model, memory
+from evoprune.video import read_chunks
 from evoprune.video_qa import VideoQA
 from experiments.demo import batches, scenes_batches
 from tests.loading import described

@@ -15,16 +15,11 @@ from evoprune import methods
 from evoprune.backend import limits
 from evoprune.methods.plans import TowerShape
 from evoprune.report import stats_block
-from evoprune.session.cache import Cache
+from evoprune.session import Cache, ModelOptions, PruneOptions, SamplingOptions, describe, load_model, plan_input
 from evoprune.session.loading import model
-from evoprune.session.loading.description import describe
-from evoprune.session.loading.model import load_model
-from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
-from evoprune.session.planning import plan_input
-from evoprune.video.frames import probe
+from evoprune.video import probe
 from evoprune.video_qa import VideoQA
-from evoprune.vision import encoder
-from evoprune.vision.encoder import encode
+from evoprune.vision import encode, encoder
 from tests.tiny import tiny_model
 from tests.vision.clips import changes, clip
 from tests.vision.tower import tiny_tower

@@ -11,10 +11,9 @@ from evoprune.methods import registry
 from evoprune.methods.budget import FULL, Budget
 from evoprune.methods.plans import TowerShape
 from evoprune.methods.selecting import inflection, tokens_before_inflection
-from evoprune.session.options import PruneOptions
+from evoprune.session import PruneOptions
 from evoprune.video_qa import VideoQA
-from evoprune.vision.encoder import encode
-from evoprune.vision.tower import tower_shape
+from evoprune.vision import encode, tower_shape
 from tests.methods.tokens import ranked, snapped, tokens_of
 from tests.vision.clips import changes, clip
 from tests.vision.tower import tiny_tower

@@ -15,8 +15,8 @@ from evoprune import methods
 from evoprune.contrib.mmr import Mmr
 from evoprune.methods.base import Merger
 from evoprune.methods.types import Selection
-from evoprune.model.config import MODEL_TYPES
-from evoprune.session.loading.model import load_model
+from evoprune.model import MODEL_TYPES
+from evoprune.session import load_model
 from evoprune.video_qa import VideoQA
 from tests.methods.kinds import one_of_each
 from tests.methods.tokens import AFTER, KINDS, Largest, encoded, selected, tokens_of

@@ -23,8 +23,7 @@ from evoprune.methods.plans import (
     rows_after_layers,
     spread,
 )
-from evoprune.vision.encoder import encode
-from evoprune.vision.tower import tower_shape
+from evoprune.vision import encode, tower_shape
 from tests.methods.kinds import one_of_each
 from tests.methods.tokens import AFTER
 from tests.vision.clips import changes, clip

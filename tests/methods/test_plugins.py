@@ -16,8 +16,7 @@ from evoprune.errors import PluginError, UsageError
 from evoprune.methods import registry
 from evoprune.methods.language import select_in_language
 from evoprune.methods.types import Selection
-from evoprune.vision.encoder import encode_rows, select_tokens
-from evoprune.vision.tower import tower_shape
+from evoprune.vision import encode_rows, select_tokens, tower_shape
 from tests.cli.conftest import cli  # noqa: F401
 from tests.contrib.eager import COLUMNS, a_prompt, deep_model, run_method
 from tests.contrib.public import public_layer

@@ -13,7 +13,7 @@ from evoprune import methods
 from evoprune.contrib.fastv import FastV
 from evoprune.contrib.mmr import Mmr
 from evoprune.errors import UsageError
-from evoprune.hf.encoding import patch_config
+from evoprune.hf import patch_config
 from evoprune.methods import registry
 from evoprune.methods.base import InputMethod, Method
 from evoprune.methods.baselines import DivPrune
@@ -22,7 +22,7 @@ from evoprune.methods.chain import MethodChain
 from evoprune.methods.evoprune import EvoPruneMethod, Reuse
 from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.types import Selection, Tokens
-from evoprune.session.options import PruneOptions
+from evoprune.session import PruneOptions
 from evoprune_vllm.pruning import served_method
 from tests.methods.kinds import INNER
 

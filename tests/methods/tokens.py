@@ -11,8 +11,7 @@ from evoprune.methods.chain import MethodChain
 from evoprune.methods.plans import EncoderPlan, TowerShape
 from evoprune.methods.ranking import snap
 from evoprune.methods.types import Selection, Tokens
-from evoprune.vision.encoder import encode
-from evoprune.vision.tower import tower_shape
+from evoprune.vision import encode, tower_shape
 from tests.vision.tower import tiny_tower
 
 AFTER = [name for name in methods.built_in() if methods.get(name).acts == "after"]

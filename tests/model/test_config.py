@@ -23,8 +23,8 @@ from evoprune.model.config import (
     read_object,
     vision_sizes,
 )
+from evoprune.session import BUNDLED_CONFIGS
 from evoprune.session.loading.hosted import hugging_face_config
-from evoprune.session.loading.hub import BUNDLED_CONFIGS
 from tests.tiny import tiny_config
 
 NEW = json.loads(BUNDLED_CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"].read_text())

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from evoprune.model.config import FAMILIES, MODEL_TYPES, QWEN3_5, QWEN3_5_MOE, head_size, parse_config
 from evoprune.model.cost import DELTA_CHUNK, kv_bytes, language_bytes, mlp_size, parameter_count, prefill_flop
 from evoprune.model.weights import empty
+from evoprune.session import BUNDLED_CONFIGS
 from evoprune.session.loading.hosted import hugging_face_config
-from evoprune.session.loading.hub import BUNDLED_CONFIGS
 from tests.tiny import tiny_config, tiny_model
 
 TINY = {family: parse_config(tiny_config(family).to_dict()) for family in MODEL_TYPES}

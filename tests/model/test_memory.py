@@ -9,19 +9,14 @@ import pytest
 import torch
 
 from evoprune import methods
-from evoprune.backend.cpu.quantize import saved_bytes
-from evoprune.backend.devices import available_memory, default_dtype
+from evoprune.backend import available_memory, default_dtype, saved_bytes
 from evoprune.errors import NO_MEMORY, USE_LESS, OutOfMemory, error_record, is_out_of_memory, memory_guard
-from evoprune.methods.plans import TowerShape
+from evoprune.methods import TowerShape
 from evoprune.model import cost
 from evoprune.model.cost import ROW_COPIES, kv_bytes, language_bytes, prefill_flop, working_memory
 from evoprune.model.weights import empty
-from evoprune.session import encoding, memory
-from evoprune.session.encoding import open_inputs
-from evoprune.session.loading.description import describe
-from evoprune.session.loading.model import load_model
-from evoprune.session.loading.weights import needed_bytes, weights_of
-from evoprune.session.options import ModelOptions
+from evoprune.session import ModelOptions, describe, encoding, load_model, memory, open_inputs, weights_of
+from evoprune.session.loading.weights import needed_bytes
 from evoprune.util import size
 from evoprune.video_qa import VideoQA
 from tests.quantized import KINDS

@@ -8,7 +8,7 @@ import torch
 from evoprune import methods
 from evoprune.errors import ModelError
 from evoprune.model.numerics import all_finite
-from evoprune.session.loading.model import load_model
+from evoprune.session import load_model
 from evoprune.video_qa import VideoQA
 from tests.methods.kinds import one_of_each
 from tests.threads import one_thread  # noqa: F401

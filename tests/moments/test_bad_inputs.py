@@ -6,7 +6,7 @@ import pytest
 import evoprune
 from evoprune.errors import VideoError
 from evoprune.moments.search import Search
-from evoprune.session.options import FindOptions, SamplingOptions
+from evoprune.session import FindOptions, SamplingOptions
 from tests.threads import one_thread  # noqa: F401
 from tests.video.files import numbered_frames, spoil, write_video
 

@@ -5,10 +5,8 @@ import pytest
 import evoprune
 from evoprune.errors import UsageError
 from evoprune.moments.search import Search
+from evoprune.session import ContentHash, FindOptions, SamplingOptions, SegmentCache, encoding
 from evoprune.session import cache as cache_module
-from evoprune.session import encoding
-from evoprune.session.cache import ContentHash, SegmentCache
-from evoprune.session.options import FindOptions, SamplingOptions
 from tests.cli.conftest import ROOT
 from tests.threads import one_thread  # noqa: F401
 

@@ -7,7 +7,7 @@ import pytest
 
 from evoprune import Moment
 from evoprune.moments.subtitles import chapters, srt
-from evoprune.video.frames import probe, read_subtitles
+from evoprune.video import probe, read_subtitles
 from tests.video.files import numbered_frames, write_video
 
 MOMENTS = [

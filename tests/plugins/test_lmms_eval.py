@@ -18,7 +18,7 @@ from PIL import Image
 
 from evoprune.errors import UsageError
 from evoprune.report import Report
-from evoprune.session.answers import Answer
+from evoprune.session import Answer
 from evoprune.video_qa import VideoQA
 
 CLIPS = "samples/square.mp4", "samples/three.mp4"

@@ -57,7 +57,7 @@ def encodes(qa, clip: str, lines: bool = False, prefill: bool = False, **frames)
 
 def main() -> None:
     import evoprune
-    from evoprune.session.loading.model import load_model
+    from evoprune.session import load_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", nargs="*", default=["samples/square.mp4", "samples/pan.mp4"])

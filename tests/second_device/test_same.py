@@ -9,24 +9,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evoprune
-from evoprune.backend import attention, limits
-from evoprune.backend.limits import LAUNCH_BOUND_UNITS
-from evoprune.batch.output import Settings
-from evoprune.batch.rows import group_by_span, product_rows
-from evoprune.batch.run import answers
+from evoprune.backend import LAUNCH_BOUND_UNITS, attention, limits
+from evoprune.batch import Settings, answers, group_by_span, product_rows
+from evoprune.bench import TuneSettings, Tuning
 from evoprune.bench.shared import TimeLimit
-from evoprune.bench.tune import TuneSettings, Tuning
 from evoprune.bench.verify.run import subject_of, verify
 from evoprune.bench.verify.subject import DIFFERS, Subject
 from evoprune.errors import OutOfMemory
-from evoprune.hf.inputs import processor_inputs
+from evoprune.hf import processor_inputs
 from evoprune.language import static
-from evoprune.methods.registry import built_in
-from evoprune.model.config import MODEL_TYPES, QWEN2, QWEN2_5
-from evoprune.session.loading.model import load_model
-from evoprune.session.options import ModelOptions, SamplingOptions
-from evoprune.video.plan import InputLimits
-from evoprune.vision.preprocess import MAX_SHRINK, patches_of
+from evoprune.methods import built_in
+from evoprune.model import MODEL_TYPES
+from evoprune.model.config import QWEN2, QWEN2_5
+from evoprune.session import ModelOptions, SamplingOptions, load_model
+from evoprune.video import InputLimits
+from evoprune.vision import patches_of
+from evoprune.vision.preprocess import MAX_SHRINK
 from tests.backend.recorder import Graphs, Recorder
 from tests.loading import described
 from tests.recipes import write_recipe

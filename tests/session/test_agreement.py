@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from evoprune.bench import agreement as made
-from evoprune.bench.agreement import Agreement, agreement_of, reference
+from evoprune.bench import agreement_of, reference
+from evoprune.bench.agreement import Agreement
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
 

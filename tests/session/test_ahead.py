@@ -14,9 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evoprune.batch.output import Settings
-from evoprune.batch.rows import group_by_span, product_rows
-from evoprune.batch.run import answers
+from evoprune.batch import Settings, answers, group_by_span, product_rows
 from evoprune.errors import ModelError, UsageError, VideoError
 from evoprune.session import ahead as module
 from evoprune.session import encoding, reading
@@ -27,7 +25,7 @@ from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.session.planning import plan_input
 from evoprune.session.reading import probed
-from evoprune.video.frames import probe, read_chunks
+from evoprune.video import probe, read_chunks
 from evoprune.video.sandbox import isolation
 from evoprune.video_qa import VideoQA
 from tests.video.files import number_of, numbered_frames, write_video

@@ -18,7 +18,7 @@ from evoprune.session.cache import Cache, Entry, content_hash
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
-from evoprune.vision.encoder import Encoded
+from evoprune.vision import Encoded
 from tests.decoders import DECODERS
 from tests.loading import delete_when_mapped, described
 from tests.threads import one_thread  # noqa: F401

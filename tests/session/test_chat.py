@@ -11,7 +11,7 @@ import torch
 import evoprune
 from evoprune.errors import UsageError
 from evoprune.language import decoder, hosted
-from evoprune.model.config import MODEL_TYPES
+from evoprune.model import MODEL_TYPES
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
 from tests.session.test_video_qa import hugging_faces

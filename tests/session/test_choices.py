@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from evoprune.errors import ModelError, UsageError
-from evoprune.language.settings import GenerationOptions, listed_choices
+from evoprune.language import GenerationOptions
+from evoprune.language.settings import listed_choices
 from evoprune.report import Report, stats_block
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
@@ -57,7 +58,7 @@ def test_probabilities_are_those_of_the_tokens(loaded, model, score):
 
 
 def test_choices_with_the_same_beginning_are_read_together(loaded, monkeypatch):
-    from evoprune.language.generate import PrefillState
+    from evoprune.language import PrefillState
 
     read = []
     reading = PrefillState.read

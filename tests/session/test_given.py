@@ -14,8 +14,7 @@ from PIL import Image
 import evoprune
 from evoprune.errors import UsageError, VideoError
 from evoprune.session.encoding import inputs_of, open_inputs
-from evoprune.video.frames import probe, read_chunks
-from evoprune.video.given import held_video
+from evoprune.video import held_video, probe, read_chunks
 from tests.video.files import numbered_frame, numbered_frames, write_video
 
 QUESTION = "What is there?"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evoprune.backend.cpu.quantize import levels
+from evoprune.backend import levels
 from evoprune.backend.hosted import FUSED
 from evoprune.bench.shared import TimeLimit
 from evoprune.bench.verify.run import CHECKS, subject_of, verify

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from evoprune import Cache, VideoQA, methods
-from evoprune.bench.agreement import agreement_of, reference
+from evoprune.bench import agreement_of, reference
 from evoprune.contrib.operations import ALL, REST, Recipe
 from evoprune.errors import UsageError
-from evoprune.methods.budget import PRESETS
+from evoprune.methods import PRESETS
 from evoprune.report import stats_block
 from tests.recipes import TINY, document, write_recipe
 

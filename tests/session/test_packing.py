@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from evoprune import VideoQA
+from evoprune.backend import PackedLinear, can_pack, pack_waiting
 from evoprune.backend.cpu import linear
-from evoprune.backend.cpu.linear import PackedLinear, can_pack, pack_waiting
 from evoprune.session.loading.model import load_model
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import save_tiny

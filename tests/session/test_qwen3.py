@@ -9,23 +9,19 @@ import torch
 
 import evoprune
 from evoprune import methods
+from evoprune.bench import hugging_face_model
 from evoprune.bench.clips import place_of
-from evoprune.bench.hugging_face import hugging_face_model
-from evoprune.language.generate import embed_ids, prefill
-from evoprune.language.prompt import prompt_positions
-from evoprune.language.pruned import prune_prompt
-from evoprune.methods.plans import full_plan
+from evoprune.language import embed_ids, prefill, prompt_positions, prune_prompt
+from evoprune.methods import full_plan
 from evoprune.session.cache import Cache
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.model import load_model, random_model
 from evoprune.session.options import ModelOptions
-from evoprune.video.frames import read_chunks
+from evoprune.video import read_chunks
 from evoprune.video_qa import VideoQA
-from evoprune.vision.encoder import encode
-from evoprune.vision.patches import patch_means, patchify, scan
-from evoprune.vision.preprocess import resize
-from evoprune.vision.tower import tower_shape
+from evoprune.vision import encode, patchify, resize, tower_shape
+from evoprune.vision.patches import patch_means, scan
 from tests.hf.reference import skip_where_not_taken
 from tests.methods.tokens import plan_of
 from tests.tiny import save_tiny
@@ -224,7 +220,7 @@ def test_it_answers_in_fewer_bits(folder, loaded, quantize):
 def test_the_bundled_dimensions_are_those_of_transformers(name):
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from evoprune.model.weights import empty
+    from evoprune.model import empty
 
     config = describe(ModelOptions(name, load_format="dummy")).config
     with torch.device("meta"):

@@ -10,7 +10,7 @@ import pytest
 
 from evoprune.session import reading as module
 from evoprune.session.reading import Reading, Readings, probed
-from evoprune.video.sandbox.isolation import Scope, Stopped
+from evoprune.video import Scope, Stopped
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from evoprune.bench.agreement import agreement_of, reference
+from evoprune.bench import agreement_of, reference
 from evoprune.errors import UsageError
 from evoprune.report import warning_text
 from evoprune.session import asking

@@ -17,19 +17,17 @@ import torch
 from PIL import Image
 
 import evoprune
-from evoprune.bench.hugging_face import hugging_face_model
-from evoprune.bench.overlay import trace
+from evoprune.bench import hugging_face_model, trace
 from evoprune.errors import ModelError, UsageError, VideoError, error_record
-from evoprune.language.prompt import prompt_positions, video_positions
-from evoprune.model.config import FAMILIES, MODEL_TYPES
-from evoprune.model.weights import shared
+from evoprune.language import prompt_positions, video_positions
+from evoprune.model import FAMILIES, MODEL_TYPES, shared
 from evoprune.report import Report, warning_lines
 from evoprune.session.answers import Answer
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.loading.model import load_model, make_ready
-from evoprune.video.frames import read_chunks
+from evoprune.video import read_chunks
 from evoprune.video_qa import VideoQA
-from evoprune.vision.preprocess import pixel_patches
+from evoprune.vision import pixel_patches
 from tests.loading import described
 from tests.tiny import save_tiny
 from tests.video.files import write_said, write_video

@@ -18,11 +18,22 @@ from typing import Any, get_args
 import pytest
 
 import evoprune
-from evoprune.language.settings import GenerationOptions
-from evoprune.methods.budget import DEFAULT, PRESETS, PresetName
-from evoprune.session import keywords
-from evoprune.session.options import FindOptions, ModelOptions, PruneOptions, SamplingOptions, StreamOptions
-from evoprune.session.signatures import code, explained, meaning, takes, type_code
+from evoprune.language import GenerationOptions
+from evoprune.methods import DEFAULT, PRESETS
+from evoprune.methods.budget import PresetName
+from evoprune.session import (
+    FindOptions,
+    ModelOptions,
+    PruneOptions,
+    SamplingOptions,
+    StreamOptions,
+    explained,
+    keywords,
+    meaning,
+    takes,
+    type_code,
+)
+from evoprune.session.signatures import code
 from evoprune.util import option
 from evoprune_cli.keywords import POSITIONAL, module
 from tests.typed.public import main

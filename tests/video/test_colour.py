@@ -16,7 +16,7 @@ from av.video.format import names
 from av.video.reformatter import VideoReformatter
 
 from evoprune.errors import VideoError
-from evoprune.live.source import LiveSource
+from evoprune.live import LiveSource
 from evoprune.video.frames import probe, read_chunks, scan
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.live import LiveReader

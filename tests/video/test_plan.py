@@ -9,7 +9,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.model.config import FAMILIES, QWEN3
+from evoprune.model import FAMILIES
+from evoprune.model.config import QWEN3
 from evoprune.video.info import Video
 from evoprune.video.plan import (
     MAX_VISUAL_TOKENS,

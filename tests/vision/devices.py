@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune.backend import attention, devices
-from evoprune.methods.base import Merger
+from evoprune.methods import Merger
 from evoprune.vision import encoder
 from tests.vision.results import assert_same, check_result, encode_patches
 from tests.vision.tower import tiny_tower

@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from evoprune.methods.types import Tokens
+from evoprune.methods import Tokens
 from evoprune.vision.layout import Geometry, geometry
 from evoprune.vision.tower import tower_shape
 from tests.methods.tokens import plan_of

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.backend.devices import Timer
+from evoprune.backend import Timer
 from evoprune.vision.attention import grouped_attention, groups_by_length
 from evoprune.vision.layout import geometry
 from tests.vision.tower import groups_by_hand, numbered, random_rows, referring

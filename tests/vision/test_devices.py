@@ -11,11 +11,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from evoprune.backend import attention
-from evoprune.backend.attention import attend_varlen, varlen_kernel
-from evoprune.backend.devices import Timer
+from evoprune.backend import Timer, attention, varlen_kernel
+from evoprune.backend.attention import attend_varlen
+from evoprune.methods import EvoPrunePaper
 from evoprune.methods.evoprune import EvoPruneMethod
-from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.vision import encoder
 from evoprune.vision.attention import (
     PackedGroups,

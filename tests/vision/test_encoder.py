@@ -11,20 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.backend import attention
-from evoprune.backend.cpu.linear import pack
+from evoprune.backend import attention, pack
 from evoprune.contrib.tome import ToMe
 from evoprune.errors import UsageError
-from evoprune.methods import parse
-from evoprune.methods.base import Selector
+from evoprune.methods import EvoPrunePaper, MethodChain, Selection, Selector, Tokens, built_in, keep_count, parse
 from evoprune.methods.baselines import Nothing, Random
-from evoprune.methods.budget import keep_count
-from evoprune.methods.chain import MethodChain
 from evoprune.methods.evoprune import EvoPruneMethod, Reuse
-from evoprune.methods.evoprune_paper import EvoPrunePaper
 from evoprune.methods.plans import ALLOCATIONS
-from evoprune.methods.registry import built_in
-from evoprune.methods.types import Selection, Tokens
 from evoprune.vision import encoder
 from evoprune.vision.encoder import encode, encode_rows, select_tokens
 from evoprune.vision.layout import geometry

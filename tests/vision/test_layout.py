@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.vision_utils import get_vision_window_index
 
-from evoprune.methods.types import Selection
+from evoprune.methods import Selection
 from evoprune.vision.attention import groups_by_length
 from evoprune.vision.layout import geometry, window_order
 from evoprune.vision.rows import Rows, all_units

@@ -12,9 +12,8 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
 
 from evoprune import methods
 from evoprune.backend.operators import BLOCKS
-from evoprune.methods.plans import EncoderPlan
-from evoprune.methods.types import Tokens
-from evoprune.video.plan import smart_resize
+from evoprune.methods import EncoderPlan, Tokens
+from evoprune.video import smart_resize
 from evoprune.vision import encoder
 from evoprune.vision.encoder import EncoderRun, encode_rows
 from evoprune.vision.layout import geometry

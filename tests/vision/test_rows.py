@@ -11,15 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.backend import devices
-from evoprune.backend.cpu.linear import pack
+from evoprune.backend import devices, pack
 from evoprune.errors import ModelError
-from evoprune.methods.base import EncoderMethod, Selector
-from evoprune.methods.baselines import DivPrune
-from evoprune.methods.evoprune import THRESHOLD, EvoPruneMethod, FarthestPoints
+from evoprune.methods import DivPrune, EncoderMethod, FarthestPoints, Selection, Selector, Stage
+from evoprune.methods.evoprune import THRESHOLD, EvoPruneMethod
 from evoprune.methods.farthest import assign_clusters, farthest_points, points_of
-from evoprune.methods.plans import Stage
-from evoprune.methods.types import Selection
 from evoprune.vision.patches import patch_means, scan
 from tests.vision.clips import changes, clip
 from tests.vision.reference import encode_slowly

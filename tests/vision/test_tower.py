@@ -9,12 +9,9 @@ import torch
 from evoprune import methods
 from evoprune.backend import attention, devices
 from evoprune.backend.layers import join_tower
-from evoprune.methods.base import Merger
-from evoprune.methods.budget import keep_count
-from evoprune.methods.chain import MethodChain
+from evoprune.methods import Merger, MethodChain, keep_count
 from evoprune.methods.evoprune import EvoPruneMethod
-from evoprune.model.config import MODEL_TYPES, vision_sizes
-from evoprune.model.weights import Tower
+from evoprune.model import MODEL_TYPES, Tower, vision_sizes
 from evoprune.vision import tower
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.tower import tower_shape

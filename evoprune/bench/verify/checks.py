@@ -8,8 +8,7 @@ from statistics import median
 
 import torch
 
-from evoprune.backend import operators
-from evoprune.backend.devices import capture_on, plain_pytorch, uses_kernels
+from evoprune.backend import capture_on, operators, plain_pytorch, uses_kernels
 from evoprune.bench.clips import prepare, synthetic_frames
 from evoprune.bench.profile import run_evoprune, run_hugging_face
 from evoprune.bench.profile_results import median_ratio
@@ -33,15 +32,12 @@ from evoprune.bench.verify.subject import (
 )
 from evoprune.errors import first_line, is_out_of_memory
 from evoprune.hf import interface
-from evoprune.language import generate, static
-from evoprune.language.pruned import prune_prompt
-from evoprune.methods.farthest import STEPS, grid_tables
-from evoprune.methods.types import arange_on
-from evoprune.model.config import PATCHES
-from evoprune.session.options import PruneOptions
+from evoprune.language import generate, prune_prompt, static
+from evoprune.methods import STEPS, arange_on, grid_tables
+from evoprune.model import PATCHES
+from evoprune.session import PruneOptions
 from evoprune.util import counted
-from evoprune.vision.encoder import Encoded
-from evoprune.vision.tower import tower_shape
+from evoprune.vision import Encoded, tower_shape
 
 
 def weights(subject: Subject) -> Outcome:

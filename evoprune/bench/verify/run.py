@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from evoprune.backend.devices import environment, exact_convolutions, peak_memory
-from evoprune.backend.hosted import without_packages
+from evoprune.backend import environment, exact_convolutions, peak_memory, without_packages
 from evoprune.bench import clips
 from evoprune.bench.results import Results, folded
 from evoprune.bench.shared import TimeLimit
@@ -20,13 +19,10 @@ from evoprune.bench.verify import checks
 from evoprune.bench.verify.subject import DIFFERS, HELD, SKIPPED, Check, Outcome, Subject, skipped
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError, first_line, is_out_of_memory
-from evoprune.model.config import as_written
-from evoprune.session.loading.hub import BUNDLED_CONFIGS
-from evoprune.session.loading.model import LoadedModel, load_model
-from evoprune.session.options import ModelOptions
+from evoprune.model import as_written
+from evoprune.session import BUNDLED_CONFIGS, LoadedModel, ModelOptions, load_model
 from evoprune.util import counted
-from evoprune.video.frames import probe
-from evoprune.video.temporary import temporary_folder
+from evoprune.video import probe, temporary_folder
 
 SCHEMA = "evoprune/verify@1"
 VERDICTS = {

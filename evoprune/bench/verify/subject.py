@@ -18,17 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.backend.hosted import cache_name
+from evoprune.backend import cache_name
 from evoprune.bench.hugging_face import hugging_face_model, share_equal
-from evoprune.hf.inputs import NAMES, TYPES, arguments, read_patches
-from evoprune.language.hosted import run_for, run_modules
-from evoprune.model.cost import shortage
-from evoprune.session.asking import EncodedInputs
-from evoprune.session.encoding import open_inputs
-from evoprune.session.loading.hosted import read_whole
-from evoprune.session.loading.model import LoadedModel
-from evoprune.session.options import GenerationOptions, SamplingOptions
-from evoprune.session.prompting import fitting_prompt, positions_of
+from evoprune.hf import NAMES, TYPES, arguments, read_patches
+from evoprune.language import run_for, run_modules
+from evoprune.model import shortage
+from evoprune.session import (
+    EncodedInputs,
+    GenerationOptions,
+    LoadedModel,
+    SamplingOptions,
+    fitting_prompt,
+    open_inputs,
+    positions_of,
+    read_whole,
+)
 from evoprune.video_qa import VideoQA
 
 HELD = "held"

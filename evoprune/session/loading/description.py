@@ -14,11 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evoprune.backend.limits import resolve_device, visual_token_limit
+from evoprune.backend import resolve_device, visual_token_limit
 from evoprune.bundled import DEMOS, Demo, demo_in
 from evoprune.errors import EvopruneWarning, ModelError, UsageError, first_line
-from evoprune.methods.plans import TowerShape
-from evoprune.model.config import (
+from evoprune.methods import TowerShape
+from evoprune.model import (
     FAMILIES,
     TEXT,
     Config,
@@ -45,8 +45,7 @@ from evoprune.session.loading.hub import (
 )
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.util import did_you_mean, is_text, missing_hint, shorten
-from evoprune.video.info import PICTURE, VIDEO
-from evoprune.video.plan import MAX_VISUAL_TOKENS, InputLimits
+from evoprune.video import MAX_VISUAL_TOKENS, PICTURE, VIDEO, InputLimits
 
 ADAPTER = "adapter_config.json"
 MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
@@ -101,7 +100,7 @@ class ModelDescription:
             return "fp32"
         import torch
 
-        from evoprune.backend.devices import default_dtype
+        from evoprune.backend import default_dtype
 
         return default_dtype(torch.device(self.device))
 

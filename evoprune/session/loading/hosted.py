@@ -17,16 +17,14 @@ from pathlib import Path
 
 import torch
 
-from evoprune.backend.hosted import choose_functions
-from evoprune.backend.weights import are_widened
+from evoprune.backend import are_widened, choose_functions
 from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memory
-from evoprune.language.hosted import use_experts
-from evoprune.model.config import Config, as_written, read_object
-from evoprune.model.weights import HostedVL, fill_random, name_in_memory
+from evoprune.language import use_experts
+from evoprune.model import Config, HostedVL, as_written, fill_random, name_in_memory, read_object
 from evoprune.session.loading.description import ADAPTER
 from evoprune.session.loading.weights import BELONG, PACKAGES, PLAIN, stored_tensors, weight_files
 from evoprune.util import counted, listed
-from evoprune.video.temporary import temporary_folder
+from evoprune.video import temporary_folder
 
 # Entries of a config that name the modules which are not quantised.
 UNQUANTIZED = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")

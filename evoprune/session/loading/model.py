@@ -12,25 +12,49 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from evoprune.backend.cpu.linear import Packing, weights_bytes
-from evoprune.backend.cpu.precision import AUTO_THREADS
-from evoprune.backend.cpu.quantize import Progress, places
-from evoprune.backend.devices import empty_cache, run_beside
-from evoprune.backend.limits import available_cores
-from evoprune.backend.weights import prepare
+from evoprune.backend import (
+    AUTO_THREADS,
+    Packing,
+    Progress,
+    available_cores,
+    empty_cache,
+    places,
+    prepare,
+    run_beside,
+    weights_bytes,
+)
 from evoprune.bundled import Demo, may_be_of_any_world, unknown_words, world_of
 from evoprune.errors import ModelError, ModelWarning, OutOfMemory, is_out_of_memory
-from evoprune.language import hybrid
-from evoprune.language.generate import TokenStream, embed_ids, prefill
-from evoprune.language.prompt import Place, Tokenizer, has_tokenizer, load_tokenizer
-from evoprune.language.pruned import prune_prompt
-from evoprune.language.settings import GenerationOptions
-from evoprune.language.static import MIN_COLUMNS, NativeStaticCache, step
-from evoprune.methods.chain import MethodChain
-from evoprune.methods.types import arange_on
-from evoprune.model.config import PATCHES, Config, GenerationSettings, head_size, pick
-from evoprune.model.cost import parameter_count, shortage
-from evoprune.model.weights import Model, QwenVL, empty, fill_random, name_in_memory
+from evoprune.language import (
+    MIN_COLUMNS,
+    GenerationOptions,
+    NativeStaticCache,
+    Place,
+    Tokenizer,
+    TokenStream,
+    embed_ids,
+    has_tokenizer,
+    hybrid,
+    load_tokenizer,
+    prefill,
+    prune_prompt,
+    step,
+)
+from evoprune.methods import MethodChain, arange_on
+from evoprune.model import (
+    PATCHES,
+    Config,
+    GenerationSettings,
+    Model,
+    QwenVL,
+    empty,
+    fill_random,
+    head_size,
+    name_in_memory,
+    parameter_count,
+    pick,
+    shortage,
+)
 from evoprune.report import ModelFacts
 from evoprune.session.loading.description import ModelDescription, describe, read_json, valid
 from evoprune.session.loading.weights import (
@@ -45,13 +69,11 @@ from evoprune.session.loading.weights import (
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.session.patches import PatchStore
 from evoprune.util import counted, from_keywords, listed
-from evoprune.video.info import VIDEO, Video
-from evoprune.video.plan import InputLimits
-from evoprune.vision.encoder import encode
-from evoprune.vision.tower import tower_shape
+from evoprune.video import VIDEO, InputLimits, Video
+from evoprune.vision import encode, tower_shape
 
 if TYPE_CHECKING:
-    from evoprune.language.guidance import Vocabulary
+    from evoprune.language import Vocabulary
 
 # Settings of transformers' `generate` that change answers and are not done here, and what they are where they change nothing.
 NOT_DONE = dict.fromkeys(
@@ -89,7 +111,7 @@ class LoadedModel:
     @cached_property
     def vocabulary(self) -> "Vocabulary":
         """The tokens for answers that follow a grammar. Raises UsageError: llguidance is not installed."""
-        from evoprune.language.guidance import Vocabulary
+        from evoprune.language import Vocabulary
 
         return Vocabulary(self.tokenizer, self.eos_ids)
 

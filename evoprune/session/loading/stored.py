@@ -16,16 +16,13 @@ from typing import BinaryIO
 import torch
 
 import evoprune
-from evoprune.backend.cpu.quantize import Progress, Weights, levels, places, quantize, restore
-from evoprune.language.generate import layers_of, new_cache
-from evoprune.methods.plans import full_plan
-from evoprune.methods.types import arange_on
-from evoprune.model.config import PATCHES
-from evoprune.model.weights import Model
+from evoprune.backend import Progress, Weights, levels, places, quantize, restore
+from evoprune.language import layers_of, new_cache
+from evoprune.methods import arange_on, full_plan
+from evoprune.model import PATCHES, Model
 from evoprune.session.cache import Entries, cache_folder, own_code
 from evoprune.util import open_safetensors
-from evoprune.vision.encoder import encode
-from evoprune.vision.tower import tower_shape
+from evoprune.vision import encode, tower_shape
 
 CALIBRATION_GRID = (1, 8, 8)  # frame pairs, and rows and columns of units
 CALIBRATION_TOKENS = 64  # of text before the visual tokens, and behind them

@@ -14,15 +14,10 @@ from typing import Any
 
 import torch
 
-from evoprune.backend.cpu.linear import can_pack
-from evoprune.backend.cpu.quantize import check as check_quantize
-from evoprune.backend.cpu.quantize import kinds, saved_bytes
-from evoprune.backend.devices import default_dtype, pick_device
-from evoprune.backend.weights import are_mapped, are_widened
+from evoprune.backend import are_mapped, are_widened, can_pack, default_dtype, kinds, pick_device, saved_bytes
+from evoprune.backend import check as check_quantize
 from evoprune.errors import ModelError, ModelWarning
-from evoprune.model.config import Config, Rule, check_fetched, section
-from evoprune.model.cost import parameter_count, shortage
-from evoprune.model.weights import empty, name_in_memory
+from evoprune.model import Config, Rule, check_fetched, empty, name_in_memory, parameter_count, section, shortage
 from evoprune.session.loading.description import ADAPTER, MERGE, ModelDescription, read_json, valid
 from evoprune.session.loading.hub import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id
 from evoprune.util import file_stats, listed, open_safetensors, size

@@ -31,7 +31,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
-from evoprune.backend.limits import available_cores
+from evoprune.backend import available_cores
 from evoprune.errors import VideoError
 from evoprune.video.info import CLIP_ENDINGS, EXACT, PICTURE, Video
 from evoprune.video.readers import ffmpeg, folder

@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 from av.video.format import VideoFormat
 
-from evoprune.backend.limits import available_cores
+from evoprune.backend import available_cores
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg, pyav

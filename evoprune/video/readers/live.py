@@ -18,7 +18,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import VideoFrame
 
-from evoprune.backend.limits import available_cores
+from evoprune.backend import available_cores
 from evoprune.errors import VideoError
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.probing import another_follows

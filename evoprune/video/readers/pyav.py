@@ -14,7 +14,7 @@ from operator import itemgetter
 
 from av.video.frame import VideoFrame
 
-from evoprune.backend.limits import available_cores, host_memory
+from evoprune.backend import available_cores, host_memory
 from evoprune.video.info import AUTO_SEEK, EXACT, KEYFRAMES, FrameTimes, Video
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import evoprune
-from evoprune.backend.limits import oom_kills
+from evoprune.backend import oom_kills
 from evoprune.errors import OutOfMemory, UsageError, VideoError, process_error
 from evoprune.video.info import Video
 from evoprune.video.sandbox.channel import Channel, FrameMemory

@@ -20,13 +20,12 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from evoprune.bench.questions import without_tags
+from evoprune.bench import without_tags
 from evoprune.errors import UsageError
 from evoprune.report import Report
-from evoprune.session.asking import EncodedInputs
-from evoprune.session.options import PipelineOptions
+from evoprune.session import EncodedInputs, PipelineOptions
 from evoprune.util import from_keywords
-from evoprune.video.temporary import temporary_folder
+from evoprune.video import temporary_folder
 from evoprune.video_qa import load_qa
 
 HINT = "evoprune_qwen2_5_vl answers generate_until about one video a question"

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from evoprune.session.options import PipelineOptions
+from evoprune.session import PipelineOptions
 from evoprune_serve.errors import ApiError
 from evoprune_serve.fields import Fields
 from evoprune_serve.question import (

@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.session.options import GenerationOptions, ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
+from evoprune.session import GenerationOptions, ModelOptions, PipelineOptions, PruneOptions, SamplingOptions
 from evoprune.util import counted
-from evoprune.video.plan import parse_time
-from evoprune.video.sandbox.isolation import warm_up
+from evoprune.video import parse_time, warm_up
+from evoprune_cli import load, prepare, progress, tell
 from evoprune_cli import options as opt
-from evoprune_cli.running import load, prepare
-from evoprune_cli.terminal import progress, tell
 
 if TYPE_CHECKING:
-    from evoprune.session.loading.description import ModelDescription
+    from evoprune.session import ModelDescription
     from evoprune.video_qa import VideoQA
 
 SERVER = "Server"
@@ -239,10 +237,9 @@ def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":
     Raises OutOfMemory: their weights do not fit into memory together. ModelError: one is not there.
     """
     prepare()
-    from evoprune.backend.cpu.quantize import kinds
-    from evoprune.model.cost import shortage
-    from evoprune.session.loading.description import describe
-    from evoprune.session.loading.weights import weights_of
+    from evoprune.backend import kinds
+    from evoprune.model import shortage
+    from evoprune.session import describe, weights_of
     from evoprune.util import size
 
     described = [describe(each) for each in models]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from evoprune.language.turns import Placed
+from evoprune.language import Placed
 from evoprune_serve.errors import refused
 from evoprune_serve.fields import NUMBER, Fields, json_text
 from evoprune_serve.sources import Address, FrameList, Source, Uploaded

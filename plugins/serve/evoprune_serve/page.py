@@ -15,18 +15,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from evoprune.bench.overlay import FATES, Fates, check_drawable, fates
+from evoprune.bench import FATES, Fates, check_drawable, fates
 from evoprune.errors import UsageError
-from evoprune.methods.budget import AUTOS, PRESETS, Budget
-from evoprune.moments.search import Search
+from evoprune.methods import AUTOS, PRESETS, Budget
+from evoprune.moments import Search
 from evoprune.report import KNOWN, WARNINGS, Times, VideoFacts, warned, warning_text
-from evoprune.session.encoding import OpenInput
-from evoprune.session.options import PipelineOptions
-from evoprune.session.session import Session
-from evoprune.video.info import PICTURE
-from evoprune.video.plan import Plan
+from evoprune.session import OpenInput, PipelineOptions, Session
+from evoprune.video import PICTURE, Plan
 from evoprune.video_qa import VideoQA
-from evoprune.vision.encoder import EncodedRows
+from evoprune.vision import EncodedRows
 from evoprune_serve.errors import refused
 from evoprune_serve.work import Job, Put, Task, Told, Work
 

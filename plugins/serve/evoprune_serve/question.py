@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from evoprune.errors import UsageError
-from evoprune.methods.registry import parse_names
-from evoprune.session.options import GenerationOptions, PipelineOptions, PruneOptions, SamplingOptions
-from evoprune.video.plan import parse_time
+from evoprune.methods import parse_names
+from evoprune.session import GenerationOptions, PipelineOptions, PruneOptions, SamplingOptions
+from evoprune.video import parse_time
 from evoprune_serve.errors import ApiError, refused
 from evoprune_serve.fields import NUMBER, Fields, json_text
 from evoprune_serve.messages import read_messages

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from evoprune.session.options import PipelineOptions
+from evoprune.session import PipelineOptions
 from evoprune_serve.errors import ApiError
 from evoprune_serve.question import Question
 from evoprune_serve.sources import Source

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from evoprune.session.options import PipelineOptions
+from evoprune.session import PipelineOptions
 from evoprune_serve.errors import ApiError
 from evoprune_serve.fields import Fields, json_text
 from evoprune_serve.question import (

@@ -19,11 +19,7 @@ import numpy as np
 
 from evoprune.errors import VideoError
 from evoprune.util import size, without_password
-from evoprune.video.arrays import in_one
-from evoprune.video.download import downloaded
-from evoprune.video.frames import probe
-from evoprune.video.given import Input, held_video
-from evoprune.video.info import PICTURE, HeldVideo
+from evoprune.video import PICTURE, HeldVideo, Input, downloaded, held_video, in_one, probe
 from evoprune_serve.errors import ApiError, full, refused
 from evoprune_serve.public import PublicTransport
 from evoprune_serve.store import UNUSED_S, Content, Store

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from evoprune.video.temporary import temporary_folder
+from evoprune.video import temporary_folder
 from evoprune_serve.errors import ApiError
 
 PREFIX = "evoprune-serve-"

@@ -18,18 +18,21 @@ from functools import partial
 from math import ceil
 from typing import Any
 
-from evoprune.backend.cpu.linear import packing_meanwhile, waiting_layers
-from evoprune.backend.limits import host_memory
+from evoprune.backend import host_memory, packing_meanwhile, waiting_layers
 from evoprune.errors import OutOfMemory
-from evoprune.model.cost import kv_bytes
+from evoprune.model import kv_bytes
 from evoprune.report import Report
-from evoprune.session.answers import Answer
-from evoprune.session.asking import EncodedInputs
-from evoprune.session.encoding import OpenInput, OpenInputs, open_inputs
-from evoprune.session.loading.model import use_threads
-from evoprune.session.memory import TEXT
-from evoprune.session.prompting import longest_prompt
-from evoprune.video.sandbox.isolation import Scope
+from evoprune.session import (
+    TEXT,
+    Answer,
+    EncodedInputs,
+    OpenInput,
+    OpenInputs,
+    longest_prompt,
+    open_inputs,
+    use_threads,
+)
+from evoprune.video import Scope
 from evoprune.video_qa import VideoQA
 from evoprune_serve.errors import ApiError, ending, full
 from evoprune_serve.question import Question

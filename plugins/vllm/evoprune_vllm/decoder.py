@@ -7,10 +7,7 @@ import numpy as np
 from vllm.multimodal.video_decoders.base import VideoSourceMetadata, VideoTargetMetadata, check_frame_pixel_limit
 
 from evoprune.errors import VideoError
-from evoprune.video.arrays import in_one
-from evoprune.video.frames import frame_times, probe
-from evoprune.video.info import PICTURE, FrameTimes, Video
-from evoprune.video.temporary import temporary_file
+from evoprune.video import PICTURE, FrameTimes, Video, frame_times, in_one, probe, temporary_file
 
 OPTIONS = {"num_ffmpeg_threads": 0}  # with their defaults; named as TorchCodec's in vLLM
 

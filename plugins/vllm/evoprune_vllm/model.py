@@ -42,11 +42,10 @@ from vllm.tokenizers.registry import cached_tokenizer_from_config
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.worker.encoder_cudagraph_defs import EncoderCudaGraphConfig
 
-from evoprune.backend.cpu.linear import pack
+from evoprune.backend import pack
 from evoprune.errors import ModelError, UsageError
-from evoprune.language.prompt import video_positions
-from evoprune.model.config import VisionConfig, check_vision, vision_sizes
-from evoprune.model.weights import Tower
+from evoprune.language import video_positions
+from evoprune.model import Tower, VisionConfig, check_vision, vision_sizes
 from evoprune_vllm.attention import add_bias
 from evoprune_vllm.positions import (
     COLUMNS,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from evoprune.methods.types import arange_on
+from evoprune.methods import arange_on
 
 DIGITS = (3, 3, 3, 4)  # below 256: of time, height, width, and the bits of the bias
 COLUMNS = sum(DIGITS)  # that the encoder appends to the features of each token

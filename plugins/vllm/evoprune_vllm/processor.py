@@ -18,8 +18,8 @@ from vllm.model_executor.models.qwen3_vl import Qwen3VLDummyInputsBuilder, Qwen3
 from vllm.multimodal.inputs import MultiModalFieldConfig
 
 from evoprune.errors import EvopruneError
-from evoprune.methods.plans import Grid
-from evoprune.model.config import VisionConfig, vision_sizes
+from evoprune.methods import Grid
+from evoprune.model import VisionConfig, vision_sizes
 from evoprune_vllm.positions import LIMIT, extent
 from evoprune_vllm.pruning import BUDGET, request_budget
 

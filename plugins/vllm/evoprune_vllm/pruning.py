@@ -13,16 +13,11 @@ import torch
 
 from evoprune import methods
 from evoprune.errors import PluginError, UsageError
-from evoprune.language.prompt import Place, place_of_pairs, prompt_positions
-from evoprune.language.pruned import prune_prompt
-from evoprune.methods.budget import FULL, Budget
-from evoprune.methods.chain import MethodChain
-from evoprune.methods.plans import Grid
-from evoprune.model.config import vision_sizes
+from evoprune.language import Place, place_of_pairs, prompt_positions, prune_prompt
+from evoprune.methods import FULL, Budget, Grid, MethodChain
+from evoprune.model import vision_sizes
 from evoprune.util import did_you_mean
-from evoprune.vision.encoder import Encoded, encode
-from evoprune.vision.patches import CLIP, Normal
-from evoprune.vision.tower import tower_shape
+from evoprune.vision import CLIP, Encoded, Normal, encode, tower_shape
 from evoprune_vllm.positions import as_columns
 
 BUDGET = "evoprune_budget"

@@ -5,9 +5,8 @@ import torch
 
 from evoprune import VideoQA
 from evoprune.backend.cpu.quantize import MAX_LARGE, quantize
-from evoprune.bench.agreement import agreement_of, reference
-from evoprune.session.loading.model import load_model
-from evoprune.session.loading.stored import calibrate
+from evoprune.bench import agreement_of, reference
+from evoprune.session import calibrate, load_model
 from experiments.demo.write import clips_asked, demo_video
 from tests.quantized import parameters
 

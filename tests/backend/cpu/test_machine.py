@@ -9,7 +9,7 @@ import pytest
 
 from evoprune.backend.devices import memory_in_use
 from evoprune.errors import UsageError
-from evoprune.session.options import ModelOptions
+from evoprune.session import ModelOptions
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

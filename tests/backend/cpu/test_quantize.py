@@ -7,10 +7,9 @@ from torch import nn
 
 from evoprune.backend.cpu.quantize import GROUP, Bytes, Int4Linear, Int8Linear, check, large_channels, levels, quantize
 from evoprune.errors import UsageError
-from evoprune.methods.plans import full_plan
-from evoprune.session.loading.stored import calibrate
-from evoprune.vision.encoder import encode
-from evoprune.vision.tower import tower_shape
+from evoprune.methods import full_plan
+from evoprune.session import calibrate
+from evoprune.vision import encode, tower_shape
 from tests.quantized import int4, int8, parameters
 from tests.tiny import tiny_model
 

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from evoprune.bench.scores import FULL, METHOD
+from evoprune.bench import FULL, METHOD
 from experiments.accuracy.equal_time import NONE, OURS, main, speed_of, speeds, worst_in_tables
 from experiments.accuracy.frontier import SETS, folder_of
 

@@ -1,6 +1,6 @@
 """experiments.accuracy.frontier: what is kept of the full model's right answers, by set and group, and the worst of the sets."""
 
-from evoprune.bench.scores import FULL, METHOD
+from evoprune.bench import FULL, METHOD
 from experiments.accuracy.frontier import table
 
 

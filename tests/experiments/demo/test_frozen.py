@@ -10,7 +10,7 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 
-from evoprune.video.plan import even_times
+from evoprune.video import even_times
 from experiments.demo import clips, drawing, lessons, questions
 from experiments.demo.scenes import compose
 from experiments.demo.scenes import drawing as scenes_drawing

@@ -3,7 +3,7 @@
 import pytest
 
 from evoprune.bundled import world_of
-from evoprune.video.frames import probe
+from evoprune.video import probe
 from experiments.demo.scenes.clip import COLOURS, Camera, Clip, Thing
 from experiments.demo.scenes.compose import make_clip
 from experiments.demo.scenes.drawing import NOTHING, render, render_with_map, write_file

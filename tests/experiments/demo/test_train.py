@@ -3,7 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from evoprune.video.plan import even_times
+from evoprune.video import even_times
 from experiments.demo.batches import ATTRIBUTES, Recipe, unit_labels
 from experiments.demo.clips import COLOURS, MOTIONS, SHAPES, SIZES, make_clip
 from experiments.demo.training import rate

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evoprune.video.plan import even_times
+from evoprune.video import even_times
 from experiments.demo.clips import make_clip
 from experiments.demo.drawing import render
 from experiments.demo.training_clips import through_codec

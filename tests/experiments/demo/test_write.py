@@ -7,12 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from evoprune.bench.eval import EvalSettings, Evaluation
+from evoprune.bench import EvalSettings, Evaluation
 from evoprune.bench.questions import load_questions
 from evoprune.bundled import world_of
 from evoprune.errors import UsageError
-from evoprune.video.frames import probe, read_chunks
-from evoprune.video.info import PICTURE
+from evoprune.video import PICTURE, probe, read_chunks
 from experiments.demo import drawing
 from experiments.demo.scenes import drawing as scenes_drawing
 from experiments.demo.worlds import SCENES, SHAPES

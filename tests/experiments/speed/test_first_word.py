@@ -14,9 +14,9 @@ import torch
 
 from evoprune.bench.hugging_face import share_equal
 from evoprune.bundled import DEMOS
-from evoprune.hf.inputs import processor_inputs
-from evoprune.session.loading.model import load_model
-from evoprune.video.frames import probe, read_chunks
+from evoprune.hf import processor_inputs
+from evoprune.session import load_model
+from evoprune.video import probe, read_chunks
 from evoprune.video_qa import VideoQA
 from experiments.speed import checkpoint, first_word, first_word_readers, first_word_tables
 from experiments.speed.first_word import Clip, Frames, Run, parsed, read_in_turn, run_once

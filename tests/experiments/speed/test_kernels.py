@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from evoprune.backend.cpu.quantize import check
-from evoprune.model.config import parse_config
+from evoprune.backend import check
+from evoprune.model import parse_config
 from experiments.speed import kernels
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import tiny_config

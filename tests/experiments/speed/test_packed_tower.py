@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evoprune.backend.cpu.linear import can_pack
+from evoprune.backend import can_pack
 from experiments.speed.packed_tower import measure
 from tests.tiny import tiny_model
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from evoprune.errors import OutOfMemory
-from evoprune.session.encoding import OpenInput
+from evoprune.session import OpenInput
 from evoprune.video_qa import VideoQA
 
 SAMPLES = Path(__file__).parents[3] / "samples"

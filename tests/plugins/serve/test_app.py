@@ -13,8 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evoprune.session import encoding
-from evoprune.session.encoding import OpenInput
+from evoprune.session import OpenInput, encoding
 from evoprune.video_qa import VideoQA
 from tests.plugins.serve.serving import (
     CHAT,
@@ -352,7 +351,7 @@ def test_several_inputs_are_asked_about_together(server, qa):
 
 
 def test_inputs_between_texts_are_read_in_their_places(server, qa):
-    from evoprune.language.turns import Placed
+    from evoprune.language import Placed
 
     names = ["square.mp4", "three.mp4"]
     question = Placed(["Video 1:", None, "Video 2:", None, COLOUR])

@@ -16,7 +16,7 @@ from pathlib import Path
 import av
 import pytest
 
-from evoprune.bench.overlay import FATES, trace
+from evoprune.bench import FATES, trace
 from evoprune.video_qa import VideoQA
 from tests.plugins.serve.serving import COLOUR, REASON, SAMPLES, body, memory_fails, message, serving, url_of, video
 
@@ -73,7 +73,7 @@ def test_the_overlay_is_off_at_first_and_its_switch_is_beside_the_player(server)
 
 @pytest.mark.parametrize(("usual", "share"), [(0.33, 0.33), ("auto", None), ("fast", 0.1)])
 def test_the_usual_budget_is_one_to_choose(usual, share):
-    from evoprune.session.options import PipelineOptions
+    from evoprune.session import PipelineOptions
     from evoprune_serve.page import budgets
 
     found = budgets(PipelineOptions.of(budget=usual))
@@ -136,7 +136,7 @@ def test_without_memory_what_is_kept_goes_first(server, monkeypatch):
 def test_a_search_is_given_up_when_its_client_goes(server, monkeypatch):
     import httpx
 
-    from evoprune.moments.search import Search
+    from evoprune.moments import Search
     from evoprune_serve.work import Gone
 
     begun = threading.Event()

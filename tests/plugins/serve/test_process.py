@@ -407,9 +407,7 @@ def test_open_webui_is_told_what_is_not_supported(port):
 def test_models_that_do_not_fit_together_are_refused_before_one_is_loaded(monkeypatch):
     from evoprune.errors import OutOfMemory
     from evoprune.model import cost
-    from evoprune.session.loading.description import describe
-    from evoprune.session.loading.weights import weights_of
-    from evoprune.session.options import ModelOptions
+    from evoprune.session import ModelOptions, describe, weights_of
     from evoprune_serve.command import _described
 
     models = [ModelOptions(name) for name in ("demo", "demo-scenes")]

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from evoprune.session.options import PipelineOptions
+from evoprune.session import PipelineOptions
 from evoprune_serve.chat import OWN_NEUTRAL, read_chat
 from evoprune_serve.errors import ApiError
 from evoprune_serve.question import NEUTRAL

@@ -5,10 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from evoprune.language.generate import TokenLogprobs
-from evoprune.session import asking
-from evoprune.session.loading.model import load_model
-from evoprune.session.options import PipelineOptions
+from evoprune.language import TokenLogprobs
+from evoprune.session import PipelineOptions, asking, load_model
 from evoprune.video_qa import VideoQA
 from evoprune_serve.errors import ApiError
 from tests.plugins.serve.serving import CHAT, COLOUR, REASON, SAMPLES, body, serving, url_of

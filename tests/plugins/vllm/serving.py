@@ -7,9 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import evoprune
-from evoprune.session.asking import EncodedInputs
-from evoprune.session.encoding import OpenInput, open_inputs
-from evoprune.session.options import SamplingOptions
+from evoprune.session import EncodedInputs, OpenInput, SamplingOptions, open_inputs
 from evoprune.video_qa import VideoQA
 from evoprune_vllm import PREFIX
 

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from evoprune.language.prompt import place_of_pairs, prompt_positions, video_positions
-from evoprune.language.pruned import prune_prompt
+from evoprune.language import place_of_pairs, prompt_positions, prune_prompt, video_positions
 from evoprune_vllm.positions import (
     LIMIT,
     as_columns,

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from evoprune.backend.cpu.linear import PackedLinear
-from evoprune.model.weights import Tower
+from evoprune.backend import PackedLinear
+from evoprune.model import Tower
 from tests.plugins.vllm.serving import (
     NEW,
     PROMPT,

@@ -10,12 +10,9 @@ import torch
 
 from evoprune import methods
 from evoprune.errors import PluginError, UsageError
-from evoprune.language.prompt import video_positions
-from evoprune.methods.base import Selector
-from evoprune.methods.chain import MethodChain
-from evoprune.methods.types import Selection
-from evoprune.vision.patches import CLIP, normalised
-from evoprune.vision.preprocess import pixel_patches
+from evoprune.language import video_positions
+from evoprune.methods import MethodChain, Selection, Selector
+from evoprune.vision import CLIP, normalised, pixel_patches
 from evoprune_vllm.positions import COLUMNS, from_columns, split_bias
 from evoprune_vllm.pruning import encoded, normalisation, request_budget, served_method, try_out, with_columns
 from tests.tiny import tiny_model

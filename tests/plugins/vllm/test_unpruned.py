@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from evoprune.errors import UsageError
-from evoprune.model.config import vision_sizes
+from evoprune.model import vision_sizes
 from tests.plugins.vllm.serving import Asked, answers, outputs, pruning, same, samples
 from tests.tiny import tiny_config
 

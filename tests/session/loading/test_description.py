@@ -16,9 +16,9 @@ from evoprune.session.loading.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, PruneOptions, SamplingOptions
 from evoprune.session.planning import plan_input
-from evoprune.video.frames import probe
+from evoprune.video import probe
 from evoprune.video_qa import VideoQA
-from evoprune.vision.tower import tower_shape
+from evoprune.vision import tower_shape
 
 ROOT = Path(__file__).parents[3]
 CLIP = "samples/square.mp4"

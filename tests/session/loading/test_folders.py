@@ -20,13 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from evoprune.batch.rows import load_rows
-from evoprune.bench.eval import EvalSettings, Evaluation
-from evoprune.bench.tune import TuneSettings, Tuning
+from evoprune.batch import load_rows
+from evoprune.bench import EvalSettings, Evaluation, TuneSettings, Tuning
 from evoprune.bench.verify.subject import QUESTION, SAMPLING, Subject
 from evoprune.errors import LFS_HINT, ModelError, ModelWarning, UsageError, VideoError
-from evoprune.language import template
-from evoprune.language.prompt import build_prompt
+from evoprune.language import build_prompt, template
 from evoprune.session.loading import hub as hub_module
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.hub import MODEL_HINT, kind_hint
@@ -34,7 +32,7 @@ from evoprune.session.loading.model import load_model as load
 from evoprune.session.loading.weights import weights_of
 from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.util import from_keywords
-from evoprune.video.frames import probe
+from evoprune.video import probe
 from evoprune.video.readers import subtitles
 from evoprune.video_qa import VideoQA, load_qa
 from tests.loading import edit, error_of, load_model, no_network

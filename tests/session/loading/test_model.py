@@ -14,16 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evoprune.backend import weights
+from evoprune.backend import Int8Linear, PackedLinear, accelerator, available_memory, pick_device, weights
 from evoprune.backend.cpu import linear
-from evoprune.backend.cpu.linear import PackedLinear
-from evoprune.backend.cpu.quantize import Int8Linear
-from evoprune.backend.devices import accelerator, available_memory, is_host, pick_device
+from evoprune.backend.devices import is_host
 from evoprune.bundled import DEMOS
 from evoprune.errors import DeviceWarning, EvopruneWarning, ModelError, OutOfMemory, UsageError, memory_guard
-from evoprune.language.generate import prefill
-from evoprune.model.config import FAMILIES, parse_config
-from evoprune.model.cost import shortage
+from evoprune.language import prefill
+from evoprune.model import FAMILIES, parse_config, shortage
 from evoprune.session.loading import model
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import InputLimits, threads_of_each, use_threads

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evoprune import VideoQA
-from evoprune.backend.cpu.quantize import quantize
+from evoprune.backend import quantize
 from evoprune.errors import UsageError
 from evoprune.session.cache import Entries
 from evoprune.session.loading import stored
