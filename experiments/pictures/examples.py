@@ -1,6 +1,6 @@
 """Make the pictures and examples of README and docs anew: `python -m experiments.pictures.examples`.
 
-They are the recording, the figure of the method with the counts beside it, the overlay, the transcript, the JSON of docs/json.md
+They are the figure of the method with the counts beside it, the overlay, the transcript, the JSON of docs/json.md
 and docs/cli.md. It takes a minute or two. Charts and tables of results/ have commands of their own.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from evoprune_cli import reference
-from experiments.pictures import figure_method, recording
+from experiments.pictures import figure_method
 
 MADE_BY = "make it anew: python -m experiments.pictures.examples"
 ROOT = Path(__file__).parents[2]
@@ -121,18 +121,12 @@ def _write(name: str, change: Callable[[str], str]) -> None:
     path.write_text(change(text), encoding="utf-8")
 
 
-def make_recording() -> None:
-    (ROOT / "docs/recording.svg").write_text(
-        recording.drawing(shlex.join(["evoprune", *ASKED]).replace("'", '"'), recording.record([*ASKED])),
-        encoding="utf-8",
-    )
-
-
 def make_method() -> None:
     made = figure_method.measure(str(ROOT / figure_method.CLIP), figure_method.BUDGET)
     (ROOT / "docs/method.svg").write_text(figure_method.figure(made), encoding="utf-8")
-    for page, file in (("README.md", "docs/method.svg"), ("docs/method.md", "method.svg")):
-        _write(page, lambda text, file=file: re.sub(rf"!\[[^]]*\]\({file}\)", f"![{described(made)}]({file})", text))
+    _write(
+        "docs/method.md", lambda text: re.sub(r"!\[[^]]*\]\(method.svg\)", f"![{described(made)}](method.svg)", text)
+    )
 
 
 def make_overlay() -> None:
@@ -178,7 +172,6 @@ MAKERS = {
     "cli": make_cli,
     "method": make_method,
     "overlay": make_overlay,
-    "recording": make_recording,
     "transcript": make_transcript,
     "json": make_json,
 }
@@ -189,7 +182,7 @@ def main(args: Sequence[str] | None = None) -> None:
         prog="python -m experiments.pictures.examples", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--only", nargs="+", choices=MAKERS, default=MAKERS, help="make these alone")
-    os.chdir(ROOT)  # the recording names its clip as README does
+    os.chdir(ROOT)  # the transcript names its clip as README does
     for name in parser.parse_args(args).only:
         print(name, flush=True)
         MAKERS[name]()

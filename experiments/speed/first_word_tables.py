@@ -274,60 +274,6 @@ def document(records: Sequence[Row]) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 
 
-def summary(records: Sequence[Row]) -> list[str]:
-    """README's table: a column for each question of each machine."""
-    columns = [(record, clip, sides) for record in records for (clip, _), sides in waits(record).items()]
-    names = dict.fromkeys(side for _, _, sides in columns for side in sides)
-    heads = [
-        "first word after, s",
-        *(f"{machine(record)}: {case_title(clip, sides)}" for record, clip, sides in columns),
-    ]
-    rows = []
-    for name in names:
-        cells = []
-        for _, _, sides in columns:
-            turns = sides.get(name, [])
-            faster = ratio(sides.get(TRANSFORMERS, []), turns, "first_word")
-            cell = seconds(middle(turns, "first_word"))
-            if faster and name != TRANSFORMERS:
-                cell += f", {times_as_fast(faster)} times as fast"
-            cells.append(cell)
-        rows.append([title_of(name, [row for _, _, sides in columns for row in sides.get(name, [])]), *cells])
-    return table(heads, rows, numbers=True)
-
-
-def shown_stats(records: Sequence[Row]) -> list[str]:
-    """Return a command and the stats that it printed, as a block."""
-    for record in records:
-        for row in record.get("start", []):
-            if row["side"] == "balanced" and "stats" in row:
-                begins = row["stats"].find("model ")
-                video = "ten-minutes.mp4" if "10 min" in row["clip"] else "clip.mp4"
-                command = (
-                    f'evoprune ask {video} "{record["about"]["question"]}" -m CKPT -n {record["about"]["new_tokens"]}'
-                )
-                return ["```text", f"$ {command}", "", row["stats"][max(0, begins) :].rstrip(), "```"]
-    return []
-
-
-def readme(records: Sequence[Row]) -> str:
-    """Return the part of README about the wait: chart, table and stats."""
-    lines = [
-        "## From the path to the first word",
-        "",
-        f"![{chart_title(records)}](results/{CHART})",
-        "",
-        *summary(records),
-        "",
-        "The model is loaded; the wait begins with the path of the file. 3B dimensions, random weights. transformers has "
-        "the same weights, frames, size and dtype, and gets the frames of the fastest other reader "
-        f"([the whole measurement](results/{PAGE})).",
-        "",
-        *shown_stats(records),
-    ]
-    return "\n".join(lines).strip() + "\n"
-
-
 def chart_title(records: Sequence[Row]) -> str:
     """Return what the chart says, in words."""
     said = []
@@ -405,7 +351,7 @@ def write_tables(records: Sequence[Row], folder: Path) -> None:
 
 def write_documents(records: Sequence[Row], root: Path) -> None:
     """Fills the places of README.md and results/first_word.md, and draws the chart. Raises ValueError: a place is not there."""
-    fill(root / "README.md", readme(records))
+    fill(root / "README.md", f"![{chart_title(records)}](results/{CHART})")
     fill(root / "results" / PAGE, f"![{chart_title(records)}]({CHART})\n\n{document(records)}")
     (root / "results" / CHART).write_text(chart(records), encoding="utf-8")
 

@@ -1,9 +1,7 @@
 """The pictures and examples of README and docs are those that `experiments.pictures.examples` makes today, but for times."""
 
 import json
-import re
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
@@ -14,7 +12,6 @@ from experiments.pictures.examples import (
     MADE_BY,
     OVERLAY,
     ROOT,
-    counts,
     described,
     examples,
     filled,
@@ -54,13 +51,4 @@ def test_the_overlay_shows_the_default_of_today(cli, tmp_path):  # noqa: F811
 
 def test_the_figure_of_the_method_is_described_as_it_is():
     text = described(figure_method.measure(figure_method.CLIP, figure_method.BUDGET))
-    assert f"![{text}](docs/method.svg)" in README, MADE_BY
     assert f"![{text}](method.svg)" in (ROOT / "docs/method.md").read_text(encoding="utf-8"), MADE_BY
-
-
-def test_the_transcript_and_the_recording_say_the_same():
-    """What README says is compared with a run in tests/cli/test_documents.py."""
-    (shown,) = re.findall(r"^```text\n\$ evoprune ask .*\ngreen\n\n(.*?)^```", README, re.S | re.M)
-    drawn = ElementTree.parse(ROOT / "docs/recording.svg").iter("{http://www.w3.org/2000/svg}text")
-    lines = ["".join(each.itertext()) for each in drawn if each.get("class") == "last"]
-    assert counts("\n".join(lines[lines.index("green") + 1 :])) == counts(shown), MADE_BY

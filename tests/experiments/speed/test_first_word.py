@@ -213,7 +213,7 @@ def test_every_part_runs_and_fills_the_documents(tmp_path, monkeypatch, capsys):
         shutil.copyfile(ROOT / page, tmp_path / page)
     first_word_tables.write_documents([record], tmp_path)
     readme = (tmp_path / "README.md").read_text()
-    assert "| transformers, fed by " in readme and "```text\n$ evoprune ask clip.mp4" in readme
+    assert "![From the path to the first word. " in readme
     first_word_tables.write_documents([record], tmp_path)  # again: nothing is there twice
     assert (tmp_path / "README.md").read_text() == readme
     page = (tmp_path / "results/first_word.md").read_text()
