@@ -39,7 +39,7 @@ OF_THE_PAGE = {
     "damaged_video": "the video is damaged: each frame that cannot be decoded was replaced by the one before it",
     "cut_short": "the video breaks off before the end that its file states",
     "clock_gap": "the clock of the video jumps ahead: times after that may be too early",
-    "joined_files": "the video holds another file after its first one, which may be missing: ffmpeg -f concat joins videos",
+    "joined_files": "the video holds another file after its first one: what follows the first may be missing or misplaced",
     "pictures_whole": "the pictures stay whole; counts of pruning are those of the videos alone",
     "cache_not_written": "the server could not store the encoded video",
     "interlaced_video": "the video is interlaced: edges of what moves may look like combs",
