@@ -38,7 +38,7 @@ from evoprune.hf.columns import (
     without_pruned,
 )
 from evoprune.hf.encoding import INT8, PackedTower, encode_each, patch_config
-from evoprune.methods import DEFAULT, Budget, GivenShare
+from evoprune.methods import DEFAULT_BUDGET, Budget, GivenShare
 from evoprune.model import Clock
 from evoprune.report import Memory, ModelFacts, Report, Sampling, TokenCounts
 from evoprune.session import DTYPES, FLAT, explained, pruning_facts, takes
@@ -84,7 +84,7 @@ class EvoPrune:
     """
 
     budget: GivenShare = option(
-        DEFAULT,
+        DEFAULT_BUDGET,
         "Share of the visual tokens of each video to keep, a number in (0, 1] or the name of a preset.",
     )
     method: str = option(methods.DEFAULT, "Name of a pruning method, NAME:SETTING=VALUE for its settings.")

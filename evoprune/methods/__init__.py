@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from evoprune.methods.baselines import DivPrune, most_diverse, smaller_frame
     from evoprune.methods.budget import (
         AUTOS,
-        DEFAULT,
+        DEFAULT_BUDGET,
         FULL,
         IN_WORDS,
         PRESETS,
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     )
     from evoprune.methods.ranking import alternate, closest, highest, match, of_pairs, ranked, relative, scaled, snap
     from evoprune.methods.registry import (
+        DEFAULT,
         REUSE,
         available,
         built_in,
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AUTOS",
     "DEFAULT",
+    "DEFAULT_BUDGET",
     "FULL",
     "IN_WORDS",
     "PRESETS",
@@ -147,7 +149,7 @@ __getattr__, __dir__ = door(
         "budget": [
             "AUTOS",
             "Budget",
-            "DEFAULT",
+            "DEFAULT_BUDGET",
             "FULL",
             "GivenBudget",
             "GivenShare",
@@ -184,6 +186,7 @@ __getattr__, __dir__ = door(
         ],
         "ranking": ["alternate", "closest", "highest", "match", "of_pairs", "ranked", "relative", "scaled", "snap"],
         "registry": [
+            "DEFAULT",
             "REUSE",
             "available",
             "built_in",

@@ -84,7 +84,7 @@ PRESETS: dict[PresetName, Budget] = {
 # With the accuracy that they keep in the worst of the demo's worlds and weights, and the speed of the first token against Hugging
 # Face at 3B dimensions, fp32 (results/frontier.md).
 IN_WORDS = "high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.7x), fast (0.1; 95.8%, 4.4x)"
-DEFAULT: Literal["balanced"] = "balanced"
+DEFAULT_BUDGET: Literal["balanced"] = "balanced"
 # Under AUTO the content decides how many tokens are kept (`Method.automatic`), between these shares.
 AUTO, AUTO_INFLECTION = get_args(AutoName)
 AUTO_LEAST = 0.05

@@ -23,7 +23,7 @@ from evoprune.backend import (
 from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
 from evoprune.language import GenerationOptions
-from evoprune.methods import DEFAULT, IN_WORDS, Budget, EncoderPlan, GivenBudget, Grid, TowerShape
+from evoprune.methods import DEFAULT_BUDGET, IN_WORDS, Budget, EncoderPlan, GivenBudget, Grid, TowerShape
 from evoprune.util import OPTION, check_types, file_state, from_keywords, option
 from evoprune.video import SamplingOptions, parse_time
 
@@ -146,7 +146,7 @@ class PruneOptions:
     PANEL: ClassVar[str] = "Pruning"
 
     budget: GivenBudget = option(
-        DEFAULT,
+        DEFAULT_BUDGET,
         f"Share of visual tokens kept: 0.1, 10%, or {IN_WORDS}. "
         "Accuracy: what the worst of the demo models keeps. Speed: of the first token, against Hugging Face at 3B dimensions. "
         "Presets keep more of a still: 0.7, 0.5 and 0.3. full prunes nothing; auto lets the content decide, auto:inflection a "

@@ -20,7 +20,7 @@ from evoprune.bench.eval import COST_MODEL, EvalSettings, Evaluation, variants
 from evoprune.bench.questions import VideoQuestions, load_questions
 from evoprune.bench.shared import GreyInput
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.methods import DEFAULT
+from evoprune.methods import DEFAULT_BUDGET
 from evoprune.model import cost, prefill_flop, tower_flop
 from evoprune.session import (
     GenerationOptions,
@@ -439,7 +439,7 @@ def test_a_folder_that_is_there_gets_a_sibling(loaded, tmp_path):
 def test_the_demo_model_on_the_sample_questions():
     """They were chosen so: right with nothing pruned and by default, while a twentieth of the tokens loses some of them."""
     run = Evaluation(
-        EvalSettings("samples/questions.jsonl", (DEFAULT, 0.05)), load_questions(SAMPLES / "questions.jsonl")
+        EvalSettings("samples/questions.jsonl", (DEFAULT_BUDGET, 0.05)), load_questions(SAMPLES / "questions.jsonl")
     )
     run.load()
     run.run()

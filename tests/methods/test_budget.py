@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from evoprune.errors import UsageError
-from evoprune.methods.budget import AUTO_MOST, AUTOS, DEFAULT, FULL, IN_WORDS, PRESETS, Budget, keep_count
+from evoprune.methods.budget import AUTO_MOST, AUTOS, DEFAULT_BUDGET, FULL, IN_WORDS, PRESETS, Budget, keep_count
 
 STILL, VIDEO = (1, 10, 10), (3, 10, 10)
 
@@ -39,7 +39,7 @@ def test_a_preset_keeps_its_name_and_a_larger_share_of_a_still(name):
 
 
 def test_nothing_is_pruned_by_one_budget_alone():
-    assert PRESETS["full"] is FULL and DEFAULT in PRESETS and FULL.recorded == 1.0
+    assert PRESETS["full"] is FULL and DEFAULT_BUDGET in PRESETS and FULL.recorded == 1.0
     assert [budget for budget in PRESETS.values() if budget == FULL] == [FULL]
 
 
