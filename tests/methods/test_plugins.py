@@ -89,7 +89,7 @@ REFUSED = {
     "another name in its class: Mine needs": "@dataclass(frozen=True)\nclass Mine(Selector):\n    select = First.select",
     "is no dataclass: Mine needs": "class Mine(First):\n    name = 'mine'\n    more: int = 1",
 }
-PAGES = ["CONTRIBUTING.md", "docs/house.md", "docs/methods.md"]
+PAGES = ["CONTRIBUTING.md", "docs/adding-a-method.md", "docs/methods.md"]
 DOCUMENTED = ["longest", "sieve", "neighbours", "mixed", "asked", "loudest"]
 GRID = (4, 4, 6)
 
