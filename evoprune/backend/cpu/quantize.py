@@ -1,4 +1,4 @@
-"""Linear layers with 8-bit and 4-bit weights for the CPU. They save memory, and replace slow products on CPUs without bf16.
+"""Linear layers with 8-bit and 4-bit weights for the CPU. They save memory, and speed up products on CPUs without bf16.
 
 int8: one scale per output feature of the weights, and one per row of the input. Rows are rounded independently, so the result for a
 row does not depend on the other rows in a batch. Products use integers and are exact. The few input channels that are much larger
@@ -47,8 +47,9 @@ class Bytes:
             x: `[..., K]`.
             large: int64, the large channels; they are rounded as if they were 0.
 
-        Returns: The rows as uint8 `[R, K]`, with `levels() + 1` for zero; the step per row, float32 `[R, 1]`; and the large
-            channels, float32 `[R, m]`.
+        Returns:
+            The rows as uint8 `[R, K]`, with `levels() + 1` for zero; the step per row, float32 `[R, 1]`; and the large channels,
+            float32 `[R, m]`.
         """
         known, known_large, rounded = self._last  # read once: another thread may run the same model
         if x is known and large is known_large:
@@ -75,7 +76,8 @@ def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: to
         large: int64, the input channels to compute in float32.
         memory: int8, a buffer for `whole` if it is large enough. The next call with this buffer overwrites it.
 
-    Returns: `whole`, int8 `[out, in]`; `scale` and `sum` of its rows, float32 `[out]`; `large`; and `wide`, float32 `[m, out]`, the
+    Returns:
+        `whole`, int8 `[out, in]`; `scale` and `sum` of its rows, float32 `[out]`; `large`; and `wide`, float32 `[m, out]`, the
         weights of the large channels.
     """
     if large is None:
