@@ -392,12 +392,12 @@ def failed(what: str) -> bool:
 
 
 def give_up(what: str, said: str, problem: Exception) -> None:
-    """Stop using the kernels for `what`, and warn about it.
+    """Stop using kernels for `what`, and warn about it. Raises `problem` again if it means out of memory.
 
     Args:
-        what: the work that now runs without kernels; see `failed`.
+        what: the work that now runs without kernels, as a name for `failed`.
         said: the beginning of the warning.
-        problem: the error that the kernel raised. It is raised again if it means out of memory.
+        problem: the exception that a kernel raised.
     """
     if is_out_of_memory(problem):
         raise problem

@@ -225,9 +225,9 @@ class Family:
     mlp: tuple[str, ...]  # names of the matrices in a tower MLP; if there are three, the first two make it gated
     merger: tuple[str, str, str]  # names of the patch merger's norm and its two matrices
     text: Mapping[str, Any]  # defaults for the language model and its rotary embedding
-    video: Mapping[str, Any]  # limits of the published video processor (`video.plan.InputLimits`)
+    video: Mapping[str, Any]  # settings of the published video processor (`video.plan.InputLimits`)
     picture: Mapping[str, Any]  # the same for pictures
-    unstated: Mapping[str, Any]  # limits for pictures if a model folder has no processor settings
+    unstated: Mapping[str, Any]  # the same for pictures if a model folder has no processor settings
     vision: Mapping[str, Any]  # defaults for the tower
     windows: bool = False  # whether tower layers attend within windows, and M-RoPE times follow seconds
     embed_dim: bool = False  # whether files use the names in `Qwen2Sizes`
