@@ -1,6 +1,6 @@
 """evoprune: ask Qwen3.5, Qwen3-VL or Qwen2.5-VL about videos, with visual tokens pruned inside the vision encoder.
 
-Names are imported when they are first used, so that `import evoprune` costs nothing.
+Names are imported on first use, so that `import evoprune` costs nothing.
 """
 
 from importlib import import_module
@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # a type checker would believe that every name is there
+if not TYPE_CHECKING:  # because of __getattr__, a type checker would accept any name
 
     def __getattr__(name: str):
         if name == "methods":

@@ -1,6 +1,6 @@
-"""The front door of a package: its public names, each imported from its file when it is first used.
+"""Lazy imports for the `__init__.py` of a package: each public name is imported from its file on first use.
 
-So `from evoprune.video import probe` loads what `probe` needs, and neither the rest of the package nor torch.
+So `from evoprune.video import probe` loads only what `probe` needs, and neither the rest of the package nor torch.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The errors a user can meet, each with its exit code, what went wrong and a hint that fixes it."""
+"""Errors that users can meet. They have an exit code, a message, and a hint on how to fix the problem."""
 
 import errno
 import re
@@ -7,13 +7,13 @@ from collections.abc import Callable
 from traceback import walk_tb
 from typing import TypeVar
 
-# What takes less memory, at a shell and in Python.
+# Hint on how to use less memory, at a shell and in Python.
 USE_LESS = (
     "take fewer frames, fewer visual tokens or a lower budget: --frames, --max-visual-tokens, -b; "
     "in Python frames, max_visual_tokens, budget"
 )
-# How torch, oneDNN, CUDA, C++, Python's threads and the loader of libraries say that there is no memory, where they raise
-# something that may mean anything; as regular expressions.
+# Messages (regular expressions) of torch, oneDNN, CUDA, C++, Python threads and the dynamic linker for out of memory, when the
+# exception type could mean anything.
 NO_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -25,18 +25,23 @@ NO_MEMORY = (
     "failed to map segment",
 )
 
-# Of more than 200 characters, such as a video inside its own URL: its beginning and its end.
+# A word of more than 200 characters, such as a data: URL with a video. The groups are its beginning and its end.
 LONG_WORD = re.compile(r"(?=\S{201})(\S{97})\S*(\S{100})(?!\S)")
-LFS = b"version https://git-lfs.github.com/spec/"  # how what git-lfs leaves in the place of a file begins
+LFS = b"version https://git-lfs.github.com/spec/"  # beginning of the pointer that git-lfs leaves in place of a file
 LFS_HINT = "the file itself is missing: run `git lfs pull` in its folder, or download it"
 
 T = TypeVar("T")
 
 
 class EvopruneError(Exception):
-    """Report an expected failure, as the base of all: `message` says what and where, `hint` what to do. As a text it has both.
+    """Base class of expected failures. As text, an error has its message and its hint.
 
-    `exit_code` is what the command line ends with, `type` the short name in JSON records.
+    Attributes:
+        message: what failed, and for what input.
+        hint: what to do about it, or None.
+        stage: the stage that failed, or None.
+        exit_code: exit code of the command line.
+        type: short name in JSON records.
     """
 
     exit_code = 1
@@ -56,18 +61,18 @@ class EvopruneError(Exception):
 
 
 class UsageError(EvopruneError):
-    """Report flags or arguments that make no sense, alone or together, an output that cannot be written, or a system's limit."""
+    """Options or arguments that make no sense, alone or together, an output that cannot be written, or a limit of the system."""
 
     exit_code = 2
     type = "usage"
 
 
 class DoesNotFit(UsageError):
-    """Report a prompt that does not fit into the model's context together with its answer."""
+    """The prompt and its answer do not fit into the model's context together."""
 
 
 class VideoError(EvopruneError):
-    """Report a video that is missing, unreadable, not a video, or empty in the range asked for."""
+    """The video is missing, unreadable, not a video, or empty in the requested range."""
 
     exit_code = 3
     type = "video"
@@ -75,7 +80,7 @@ class VideoError(EvopruneError):
 
 
 class ModelError(EvopruneError):
-    """Report a model that is missing, of an unsupported kind, damaged, or cannot be reached."""
+    """The model is missing, unsupported, damaged, or cannot be reached."""
 
     exit_code = 4
     type = "model"
@@ -83,40 +88,43 @@ class ModelError(EvopruneError):
 
 
 class PluginError(EvopruneError):
-    """Report a failure in code that another package brings: a method, or layers of quantised weights."""
+    """A failure in code from another package: a method, or layers with quantized weights."""
 
     type = "plugin"
 
 
 class EvopruneWarning(UserWarning):
-    """Base of the warnings that the command line prints in its own way."""
+    """Base class of warnings that the command line prints in its own format."""
 
 
 class PluginWarning(EvopruneWarning):
-    """Warn of a method of another package that is installed and not used."""
+    """A method from another package is installed but not used."""
 
 
 class DeviceWarning(EvopruneWarning):
-    """Warn of a GPU that is there and cannot be used."""
+    """A GPU exists but cannot be used, or is not used as well as it could be."""
 
 
 class ModelWarning(EvopruneWarning):
-    """Something that a model's folder holds is not used."""
+    """Something in a model's folder is not used."""
 
 
 class OutOfMemory(EvopruneError):
-    """Report a stage that needed more memory than there is."""
+    """A stage needed more memory than there is."""
 
     exit_code = 5
     type = "out_of_memory"
 
 
 def call(package: str, function: Callable[..., T], *args, **kwargs) -> T:
-    """Return what a function returns that another package may bring, of a method or of quantised layers.
+    """Call a function that may come from another package, for a method or quantized layers, and return its result.
 
-    `package`: how an error names it; empty for this project's own code.
+    Args:
+        package: name of the package in errors, or empty for this project's own code.
+        function: called with the other arguments.
 
-    Raises PluginError: the package's code failed, or would have ended the program (SystemExit), perhaps as if nothing were wrong.
+    Raises:
+        PluginError: the package's code failed, or tried to end the program (SystemExit), even with a successful exit code.
     """
     try:
         return function(*args, **kwargs)
@@ -130,8 +138,8 @@ def call(package: str, function: Callable[..., T], *args, **kwargs) -> T:
 
 
 def error_record(problem: BaseException) -> dict:
-    """Return a failure as JSON records hold it: code, type, stage, message, hint. Whatever is not expected is a bug."""
-    if is_out_of_memory(problem):  # outside of any stage
+    """Return a failure as in JSON records: code, type, stage, message, hint. An unexpected exception is reported as a bug."""
+    if is_out_of_memory(problem):  # raised outside of a stage
         problem = OutOfMemory("out of memory", f"close other programs, or {USE_LESS}")
     elif isinstance(problem, FileNotFoundError) and problem.filename is None:  # from os.getcwd
         problem = UsageError("the current folder is gone", "go to another")
@@ -146,13 +154,16 @@ def error_record(problem: BaseException) -> dict:
 
 
 def _damaged_module(problem: BaseException) -> str | None:
-    """Return the compiled file of a module that Python could not load: it was written in part, which Python does not notice."""
+    """Return the path of a compiled Python module that could not be loaded because it was written only in part, or None.
+
+    Python does not detect such files itself.
+    """
     frames = (frame for frame, _ in walk_tb(problem.__traceback__) if frame.f_code.co_name == "_compile_bytecode")
     return next((frame.f_locals.get("bytecode_path") for frame in frames), None)
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
-    """Return whether a host or a device ran out of memory, by the exception's type, or by its text."""
+    """Return whether an exception means that the host or a device ran out of memory, from its type or its text."""
     if isinstance(problem, MemoryError) or (isinstance(problem, OSError) and problem.errno == errno.ENOMEM):
         return True
     if not isinstance(problem, RuntimeError | OSError | ImportError):
@@ -163,8 +174,8 @@ def is_out_of_memory(problem: BaseException) -> bool:
 class memory_guard:  # noqa: N801 (called as a function)
     """Turn running out of memory in a block, on the CPU or on a device, into an `OutOfMemory` that names the stage.
 
-    No generator: from Python 3.12 on, the frame of one that raises is part of a cycle, which keeps all memory that the failed
-    work had until the garbage collector comes.
+    This is not a generator-based context manager. From Python 3.12 on, the frame of a generator that raises is part of a reference
+    cycle, which would keep all memory of the failed work alive until the garbage collector runs.
     """
 
     def __init__(self, stage: str):
@@ -176,7 +187,7 @@ class memory_guard:  # noqa: N801 (called as a function)
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, _traceback: object) -> None:
         if not (isinstance(problem, (MemoryError, RuntimeError, OSError)) and is_out_of_memory(problem)):
             return
-        # The allocator of a GPU says how much was asked for and how much was free.
+        # GPU allocators report how much was requested and how much was free.
         said = re.search(
             r"Tried to allocate ([\d.]+ \wiB).*?(?:of which ([\d.]+ \wiB) is free|$)", str(problem), re.DOTALL
         )
@@ -189,7 +200,7 @@ class memory_guard:  # noqa: N801 (called as a function)
 
 
 def process_error(what: str, problem: OSError, stage: str | None = None) -> EvopruneError:
-    """Return the error where the system refuses to start or serve a process: `what` cannot be done."""
+    """Return the error to raise if the system refuses to start or serve a process. `what` is the action that failed."""
     message = f"cannot {what}: {problem.strerror}"
     if problem.errno == errno.ENOMEM:
         return OutOfMemory(message, "close other programs", stage=stage)
@@ -203,9 +214,9 @@ def process_error(what: str, problem: OSError, stage: str | None = None) -> Evop
 
 
 def first_line(problem: BaseException) -> str:
-    """Return what an exception says, in one line; its type where it says nothing, or cannot say it."""
+    """Return the first line of an exception's message, or its type if the message is empty or cannot be produced."""
     try:
         said = str(problem).strip()
-    except Exception:  # of another package
+    except Exception:  # exceptions of other packages may fail here
         said = ""
     return (said or type(problem).__name__).splitlines()[0]

@@ -1,8 +1,8 @@
-"""What one question measured: plain dataclasses, to JSON and back (schema `evoprune/answer@1`), and to lines of text.
+"""The record of one question, as plain dataclasses. Converts to and from JSON (schema `evoprune/answer@1`), and to lines of text.
 
-docs/json.md says what each field is. Unknown values are None. Fields are only ever added. Times are milliseconds, sizes bytes.
-The text has a row for each stage, with its time, a bar, what goes in and what comes out. What is not known is left out, so that
-records of errors and of a Hugging Face model have lines, too.
+docs/json.md describes the fields. Unknown values are None. Fields are only ever added, never removed. Times are in milliseconds,
+sizes in bytes. The text has a row per stage, with its time, a bar, its input and its output. Unknown values are left out, so
+records of errors and of a Hugging Face model can be printed too.
 """
 
 import json
@@ -20,23 +20,23 @@ from evoprune.bundled import DEMOS
 from evoprune.util import budget_text, clock, counted, listed, one_line, shorten, shown, size
 
 SCHEMA = "evoprune/answer@1"
-# Why the report of a call of a Hugging Face model is empty, by the name in `warnings`.
+# Reasons why the report of a Hugging Face model call is empty, by their name in `warnings`.
 EMPTY = {
     "not_active": "pruning is not active: call the model inside `with`, or after evoprune.apply",
     "no_video": "no video in this call",
     "pictures_only": "pictures are not pruned without pictures=True",
     "own_code": "the model's own code encoded the video",
 }
-# Control characters that JSON allows in texts, and marks of direction and of lines: with these, a file's name or an answer could
-# make a terminal show another text than there is.
+# Control characters that JSON allows in strings, and marks for direction and line breaks. With these, a file name or an answer
+# could make a terminal show a different text.
 INVISIBLE = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
-AS_IT_IS = ("parsed", "schema")  # fields whose numbers are not measured
+AS_IT_IS = ("parsed", "schema")  # fields whose numbers are not rounded, because they are not measured
 STAGES = ("plan", "read", "preprocess", "compile", "encode", "store", "prefill", "generate")
-BESIDE = "overlap"  # no stage: what of reading and preprocessing nobody waited for
-# Of inputs; a later question about them does not wait for these again.
+BESIDE = "overlap"  # not a stage: time for reading and preprocessing that overlapped with other work
+# Stages per input. A later question about the same input does not wait for them again.
 OF_INPUTS = ("plan", "read", "preprocess", "compile", "encode", "store", BESIDE)
-SELDOM = ("compile", "store")  # stages that have a line where they take a millisecond
+SELDOM = ("compile", "store")  # stages that have a line only if they take at least a millisecond
 WIDTH = 80
 BAR = 12
 INDENT = " " * 11
@@ -86,8 +86,8 @@ WARNINGS = {
     "demo_overlay": f"{KNOWN}; what the model merges and selects in {{video}} "
     "says little. For a real model: --model=Qwen/Qwen2.5-VL-3B-Instruct",
 }
-NOTES = ("hdr_video", "sound_ignored")  # warnings that leave nothing to do, or only perhaps
-# Words that a question about sound has, in English.
+NOTES = ("hdr_video", "sound_ignored")  # warnings that may need no action
+# English words in questions about sound.
 ABOUT_SOUND = re.compile(
     r"\b(say(s|ing)?|said|speak(s|ing|er|ers)?|spoken?|speech|talk(s|ed|ing)?|voices?|hear(s|d|ing)?|listen(s|ed|ing)?|sounds?"
     r"|sing(s|ing|er)?|sang|songs?|music|audio|nois(e|es|y)|loud(ly|er)?)\b",
@@ -120,17 +120,17 @@ class Sampling:
     frames: int | None = None
     timestamps_s: list[float] | None = None
     resized_hw: list[int] | None = None
-    grid_thw: list[int] | None = None  # in patches, as Hugging Face counts
+    grid_thw: list[int] | None = None  # in patches, as in Hugging Face
     seconds_per_pair: float | None = None
-    seek: str | None = None  # exact, or keyframes if a time was moved to one
-    read_s: list[float] | None = None  # times of the frames themselves
+    seek: str | None = None  # "exact", or "keyframes" if a time was moved to a keyframe
+    read_s: list[float] | None = None  # actual times of the frames
 
 
 @dataclass
 class Pruning:
     method: str | None = None
     args: dict[str, Any] | None = None
-    budget: float | str | None = None  # "auto" or "auto:inflection" if the content decides
+    budget: float | str | None = None  # "auto" or "auto:inflection" if the content determines it
     kept_ratio: float | None = None
     visual_tokens_in: int | None = None
     visual_tokens_kept: int | None = None
@@ -147,7 +147,7 @@ class Pruning:
 
 @dataclass
 class InputTimes:
-    """Hold the times of one input, as in `Times`."""
+    """Times of one input; see `Times`."""
 
     read: float | None = None
     preprocess: float | None = None
@@ -161,9 +161,10 @@ class InputTimes:
 
 @dataclass
 class InputFacts:
-    """Hold the facts about one input of a question.
+    """Facts about one input of a question.
 
-    `time_ms`: times of its encoding, whichever question paid for it. `warnings`: about this input.
+    `time_ms` has the times of encoding the input, even if an earlier question waited for it. `warnings` has the warnings about this
+    input.
     """
 
     path: str | None = None
@@ -187,7 +188,7 @@ class TokenCounts:
 
 @dataclass
 class Times:
-    """Up to the first token the stages add up: `ttft_wall` is the sum of those before `generate`, less `overlap`."""
+    """Times of the stages. Stages before `generate` add up to `ttft_wall`, after subtracting `overlap`."""
 
     load: float | None = None
     load_tokenizer: float | None = None
@@ -217,9 +218,9 @@ class Rate:
 
 @dataclass
 class Memory:
-    """Hold amounts of memory.
+    """Memory in bytes.
 
-    `peak_bytes` counts mapped pages of files, which the system can drop; `own_bytes` says what is in use without them.
+    `peak_bytes` includes mapped file pages, which the system can drop. `own_bytes` is the memory in use without them.
     """
 
     weights_bytes: int | None = None
@@ -240,12 +241,12 @@ class ModelFacts:
 
     @property
     def precision(self) -> str:
-        """Name dtype and bits, as tables do."""
+        """The dtype and the quantization, as tables show them."""
         return precision(self.dtype, self.quantize)
 
 
 def precision(dtype: str | None, quantize: str | None) -> str:
-    """Name the dtype, and the bits where weights are quantised: "fp32", "fp32 int8"."""
+    """Return the dtype, followed by the quantization if there is one: "fp32", "fp32 int8"."""
     if quantize in (None, "none"):
         return str(dtype)
     return f"{dtype} {quantize}"
@@ -262,10 +263,10 @@ class Environment:
 
 @dataclass
 class Report:
-    """Hold one record: a question, its answer (or error), and everything that was measured on the way.
+    """The record of a question: its answer or error, and everything that was measured on the way.
 
-    `inputs`: each input by itself. Of one input `video`, `sampling`, `pruning` and `subtitles` are the same. Of several `pruning`
-    is that of all together, and the others are empty.
+    `inputs` has the facts about each input. If there is only one, `video`, `sampling`, `pruning` and `subtitles` are the same as in
+    its entry. If there are several, `pruning` applies to all of them together, and the other three are empty.
     """
 
     schema: str = SCHEMA
@@ -296,12 +297,12 @@ class Report:
     stream: dict[str, Any] | None = None
     conversation: dict[str, int] | None = None
     stop_reason: str | None = None  # the stop string that ended the answer
-    logprobs: list[dict[str, Any]] | None = None  # of each token of the answer and its thoughts
-    parsed: Any = None  # what an answer that follows a schema holds
-    choices: list[dict[str, Any]] | None = None  # what the answer could be, and how probable each was
+    logprobs: list[dict[str, Any]] | None = None  # for all tokens in the answer and its thoughts
+    parsed: Any = None  # data in an answer that follows a schema
+    choices: list[dict[str, Any]] | None = None  # possible answers and their probabilities
 
     def __str__(self) -> str:
-        """Return the stats as lines of text, as the command line prints them, and what the warnings say."""
+        """Return the statistics and the warnings as lines of text, as the command line prints them."""
         stats = stats_block(self)
         if not stats:
             return repr(self)
@@ -323,18 +324,19 @@ class Report:
         return f"<Report: {', '.join(facts) or ': '.join(empty)}>"
 
     def to_json(self, ascii_only: bool = False) -> str:
-        """Write the record as one compact line.
+        """Return the record as one compact line.
 
-        Invisible characters become JSON escapes; with `ascii_only` all characters outside ASCII do.
+        Invisible characters become JSON escapes. With `ascii_only`, all characters outside ASCII do.
         """
         text = json.dumps(rounded(asdict(self)), ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
         return INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """Return the report that `to_json` wrote; fields of later versions are ignored.
+        """Parse a report that `to_json` wrote. Fields of later versions are ignored.
 
-        Raises ValueError: not JSON, or not a record of this schema.
+        Raises:
+            ValueError: not JSON, or not a record of this schema.
         """
         return cls._from_record(json.loads(text))
 
@@ -352,10 +354,7 @@ class Report:
 
 
 def _filled(target, record: Any, name: str = "a record"):
-    """Return a dataclass with the values of a record; those of dataclasses inside it, too.
-
-    Fields that it does not have are ignored.
-    """
+    """Fill a dataclass, including nested dataclasses, with the values of a record. Unknown fields are ignored."""
     if not isinstance(record, dict):
         raise ValueError(f"{name} is not an object")
     for field_, value in record.items():
@@ -368,7 +367,7 @@ def _filled(target, record: Any, name: str = "a record"):
 
 
 def name_inputs(report: Report, names: Sequence[str]) -> None:
-    """Writes into a report what its inputs are called, where nothing else is known of them; not whole if that is no name."""
+    """Set the names of a report's inputs, if nothing else is known about them. Long names are shortened."""
     names = [shown(name) for name in names]
     report.inputs = [InputFacts(path=name, video=VideoFacts(path=name)) for name in names]
     if len(names) == 1:
@@ -376,7 +375,7 @@ def name_inputs(report: Report, names: Sequence[str]) -> None:
 
 
 def rounded(value):
-    """Plain data with floats to six decimals: a microsecond in seconds, a nanosecond in milliseconds."""
+    """Return plain data with floats rounded to six decimals: a microsecond in seconds, a nanosecond in milliseconds."""
     if isinstance(value, float):
         return round(value, 6)
     if isinstance(value, dict):
@@ -387,9 +386,9 @@ def rounded(value):
 
 
 def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> list[str]:
-    """Return the lines of a `Report`, at most `width` columns wide.
+    """Return the statistics of a report as lines of at most `width` columns.
 
-    `verbose`: also the rows of every layer, settings and versions.
+    With `verbose`, they include the rows per layer, settings and versions.
     """
     lines = [*_heading(report, width), *_stages(report, width), *_totals(report), *_memory(report.memory)]
     if report.compare:
@@ -402,15 +401,15 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
 
 
 def warning_lines(report: Report) -> list[str]:
-    """Return what the warnings of a `Report` say, each line at most `WIDTH` columns wide."""
+    """Return the text of a report's warnings, as lines of at most `WIDTH` columns."""
     texts = (f"{warning_title(name):<11}{warning_text(name, video)}" for name, video in warned(report))
     return [piece for text in texts for piece in _folded(text, WIDTH)]
 
 
 def warned(report: Report) -> list[tuple[str, VideoFacts]]:
-    """Return the warnings of a `Report`: names, and the `VideoFacts` that each is about.
+    """Return the names of a report's warnings, each with the `VideoFacts` that it is about.
 
-    Those of inputs, then those about the model.
+    Warnings about inputs come first, then warnings about the model.
     """
     own = [(name, facts.video) for facts in report.inputs for name in facts.warnings]
     about = report.video
@@ -425,9 +424,13 @@ def warning_title(name: str) -> str:
 
 
 def warning_text(name: str, video: VideoFacts, path: str | None = None, answers: str | None = None) -> str:
-    """Return what a warning says about a video (`VideoFacts`).
+    """Return the text of a warning.
 
-    `answers`: which ones mean nothing; None for the one about this video.
+    Args:
+        name: of the warning.
+        video: the video that the warning is about.
+        path: name of the video in the text; by default the base name of its path.
+        answers: in the text, the answers that mean nothing; by default the answer about this video.
     """
     path = path or os.path.basename(os.path.abspath(video.path or "the video"))
     if video.path == "-":
@@ -442,7 +445,7 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
 
 
 def summary(report: Report) -> str:
-    """Write one line: tokens, first token and total, and of choices how probable they are."""
+    """Return one line with tokens, time to first token and total time, and the probabilities of choices."""
     tokens = report.tokens
     times = report.time_ms
     read = f"{counted(tokens.prompt or 0, 'token')} read ({tokens.visual or 0:,} visual), {tokens.new or 0:,} written"
@@ -462,7 +465,7 @@ def _ranked(choices: Sequence[dict[str, Any]]) -> str:
 
 
 def device_text(name: str | None, threads: int | None) -> str:
-    """Return a device as a record names it, with the threads if it is the CPU."""
+    """Return a device as a record names it, and the number of threads if it is the CPU."""
     if threads and (name or "").startswith("cpu"):
         return f"{name} ({counted(threads, 'thread')})"
     return str(name)
@@ -488,7 +491,12 @@ def _heading(report, width: int) -> list[str]:
 
 
 def _input_line(facts, width: int) -> str:
-    """Return a video or a picture: its name, and what is known of the file. `facts`: an input of a report, or a report of one."""
+    """Return the line for a video or a picture: its name and known properties.
+
+    Args:
+        facts: an input of a report, or the report of a single input.
+        width: of the line, in columns.
+    """
     video = facts.video
     medium = getattr(facts, "kind", None) or "video"
     size = f"{video.width}x{video.height}"
@@ -504,7 +512,7 @@ def _input_line(facts, width: int) -> str:
 
 
 def _kept(pruning) -> str:
-    """Return the share of the visual tokens that is kept; where some leave inside the language model, what is kept where."""
+    """Return the share of visual tokens kept. If layers of the language model drop some, return the share left after each drop."""
     kept = 100 * (pruning.kept_ratio or 0)
     read = pruning.language_layers or []
     left: dict[int, int] = {}  # by the number of tokens, how many layers have run before
@@ -519,7 +527,7 @@ def _kept(pruning) -> str:
 
 
 def _span(report) -> str:
-    """Return the video's length, and the part of it that was read if that is not all."""
+    """Return the length of the video, and the part that was read unless it is the whole video."""
     length = report.video.duration_s
     start = report.sampling.start_s
     end = report.sampling.end_s
@@ -560,7 +568,7 @@ def _stages(report, width: int) -> list[str]:
 
 
 def _only_after(report) -> str:
-    """Say that inputs were pruned after the tower alone because they are small, if any were."""
+    """Return a note if inputs were pruned only after the tower because they are small, otherwise an empty string."""
     pruning = report.pruning
     if not pruning.after_tower_inputs:
         return ""
@@ -568,7 +576,7 @@ def _only_after(report) -> str:
 
 
 def _has_line(times: Times, stage: str) -> bool:
-    """Return whether a stage was reached, and timed with this question rather than an earlier one about the video."""
+    """Return whether a stage was reached, and was timed for this question rather than an earlier one about the same video."""
     spent = getattr(times, stage)
     if stage in ("prefill", "generate"):
         return spent is not None
@@ -576,7 +584,7 @@ def _has_line(times: Times, stage: str) -> bool:
 
 
 def _each_input(report) -> list[str]:
-    """Say of each of several inputs how long it took and how much of it is kept."""
+    """Return a line per input with its times and tokens, if there are several."""
     lines = []
     for number, facts in enumerate(report.inputs, 1):
         kept = facts.pruning
@@ -589,16 +597,14 @@ def _each_input(report) -> list[str]:
 
 
 def _frames_read(report) -> str:
-    """Return how many frames the video holds, how many of them are in the part that was read if that is known, and how many were
-    taken.
-    """
+    """Return the number of frames in the video, in the part that was read (if known), and taken."""
     video = report.video
     sampling = report.sampling
     if not video.frames_total:
         return counted(sampling.frames, "frame")
     part = ""
     if "-" in _span(report) and video.fps and video.variable_rate is False:
-        # Those that are on screen between start and end; times are exact to a hundredth of a frame.
+        # Count frames on screen between start and end. Times are exact to a hundredth of a frame.
         inside = ceil(sampling.end_s * video.fps - 0.01) - floor(sampling.start_s * video.fps + 0.01)
         part = f"{inside:,} of "
     return f"{part}{counted(video.frames_total, 'frame')} -> {sampling.frames}"
@@ -665,7 +671,7 @@ def _totals(report) -> list[str]:
 
 
 def _memory(memory) -> list[str]:
-    """Return the peak; and on a CPU how much memory in use is the process's own, and how much are pages of files."""
+    """Return the line for peak memory, and on a CPU a line for the process's own memory and mapped files in use."""
     if memory.peak_bytes is None:
         return []
     lines = [f"{'memory':<11}peak {size(memory.peak_bytes)}; weights {size(memory.weights_bytes)}"]
@@ -676,10 +682,9 @@ def _memory(memory) -> list[str]:
 
 
 def _side_by_side(pruned, full) -> list[str]:
-    """Return lines of time and tokens of a question, with and without pruning.
+    """Return lines that compare time and tokens of a question with and without pruning.
 
-    The time is that of encode and prefill. What else comes before the first token is not compared: the patches that the first one
-    has read serve the second.
+    Only the time for encode and prefill is compared, because the second run reuses the patches that the first one has read.
     """
     rows = (
         ("encode + prefill", pruned.time_ms.ttft_model, full.time_ms.ttft_model),
@@ -705,14 +710,14 @@ def _figure(value: float | None) -> str:
 
 
 def _folded(line: str, width: int) -> list[str]:
-    """Return the line in pieces that fit, broken between words, the later ones indented."""
+    """Return the line, wrapped at `width` columns between words, with the later pieces indented."""
     if len(line) <= width:
         return [line]
     return textwrap.wrap(line, max(width, 30), subsequent_indent=INDENT)
 
 
 def _verbose(report) -> list[str]:
-    """List the parts of loading in ms, the grid, rows or tokens of every layer, tokens of every frame pair, settings, versions."""
+    """Return lines with loading times in ms, grid, rows or tokens per layer, tokens per frame pair, settings and versions."""
     env = report.env
     times = report.time_ms
     pruning = report.pruning

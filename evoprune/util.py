@@ -1,4 +1,4 @@
-"""Short and harmless texts, what files are like, and options: fields that describe them, and keywords made of them."""
+"""Helpers: short and safe texts, file states, and options (fields that describe them, objects made from keywords)."""
 
 import hashlib
 import os
@@ -14,22 +14,22 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from evoprune.errors import UsageError, is_out_of_memory
 
-# Control characters but for tab and newline, which a terminal obeys; and those that make it show text in another order.
+# Control characters that a terminal obeys, except tab and newline, and characters that change the direction of text.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 FILE_URL = "file://"
-WEB = re.compile("https?://", re.IGNORECASE)  # how an address on the web begins
-ADDRESS = re.compile(r"([a-z][a-z\d+.-]*)://.*", re.IGNORECASE | re.DOTALL)  # also behind a folder; with its scheme
-WWW = re.compile(r"www\.[^/\s]+\.[^/\s]+(/\S*)?", re.IGNORECASE)  # an address on the web without how it begins
-STREAMS = ("rtsp", "rtsps", "udp", "tcp")  # how addresses of live video begin that no file can be read from
+WEB = re.compile("https?://", re.IGNORECASE)  # scheme of a web address
+ADDRESS = re.compile(r"([a-z][a-z\d+.-]*)://.*", re.IGNORECASE | re.DOTALL)  # a URL, possibly after a folder
+WWW = re.compile(r"www\.[^/\s]+\.[^/\s]+(/\S*)?", re.IGNORECASE)  # a web address without its scheme
+STREAMS = ("rtsp", "rtsps", "udp", "tcp")  # schemes of live video, which cannot be read as a file
 DOWNLOAD_HINT = "download what is on the web first, e.g. with yt-dlp"
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-LONGEST = 200  # characters of a path in a message
-SOME = 10  # texts that a sentence names before it only counts them
+LONGEST = 200  # maximum length of a path in a message
+SOME = 10  # maximum number of texts that a message lists
 
 
 def clock(seconds: float | None) -> str:
-    """Write a time: 1:02:03.5, 2:31.4 or 0:06.0."""
+    """Format a time: 1:02:03.5, 2:31.4 or 0:06.0."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds * 10), 600)
@@ -41,7 +41,7 @@ def clock(seconds: float | None) -> str:
 
 
 def long_clock(seconds: float) -> str:
-    """Write a time with all digits: 01:02:03.500."""
+    """Format a time with all digits: 01:02:03.500."""
     rest, milliseconds = divmod(round(1000 * seconds), 1000)
     rest, whole_seconds = divmod(rest, 60)
     hours, minutes = divmod(rest, 60)
@@ -49,7 +49,7 @@ def long_clock(seconds: float) -> str:
 
 
 def roughly(seconds: float) -> str:
-    """Write an estimate with one digit or two: ~0.3 s, ~40 s, ~12 min or ~9 h."""
+    """Format an estimated time with one or two digits: ~0.3 s, ~40 s, ~12 min or ~9 h."""
     if seconds >= 5700:
         return f"~{seconds / 3600:,.0f} h"
     if seconds >= 95:
@@ -61,7 +61,7 @@ def roughly(seconds: float) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """Return the text with its middle left out where it is too long."""
+    """Return the text, with its middle left out if it is longer than `width`."""
     if len(text) <= width:
         return text
     head = max(0, (width - 3) // 2)
@@ -69,7 +69,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def shown(path: str) -> str:
-    """Return a path in a message: no more than its beginning and end where it is long, or a video inside a data: URL."""
+    """Return a path for a message. Long paths and data: URLs are shortened to their beginning and end."""
     if path.startswith("data:"):
         return shorten(path, 40)
     return shorten(path, LONGEST)
@@ -84,23 +84,21 @@ def size(count: int | None) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """Write a number of things: 1 token, 2 tokens."""
+    """Format a number of things: 1 token, 2 tokens."""
     if count == 1:
         return f"1 {noun}"
     return f"{count:,} {noun}s"
 
 
 def budget_text(budget: float | str) -> str:
-    """Write a budget: 0.25, or a name such as auto."""
+    """Format a budget: 0.25, or a name such as auto."""
     if isinstance(budget, str):
         return budget
     return f"{budget:g}"
 
 
 def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
-    """Return the beginning of a hint, which names the known words, at most so many, that a misspelt one is like; empty where
-    none is.
-    """
+    """Return the beginning of a hint that suggests up to `most` known words similar to a misspelled one, or an empty string."""
     near = get_close_matches(word.lower(), list(known), most)
     if not near:
         return ""
@@ -108,7 +106,7 @@ def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
 
 
 def missing_hint(path: str, usual: str) -> str:
-    """Return the hint where there is no file of that name: what else it is, which name is near, or else `usual`."""
+    """Return a hint for a path that does not exist: how to use such an address, a similar file name, or `usual`."""
     if path.startswith("data:"):
         return "write it to a file, and give the path of that"
     if path.startswith(FILE_URL):
@@ -127,9 +125,9 @@ def missing_hint(path: str, usual: str) -> str:
 
 
 def near_file(path: str) -> str | None:
-    """Return a path that exists, in the same folder, and that a misspelt path is like; None if there is none.
+    """Return an existing path in the same folder with a name similar to a misspelled path, or None.
 
-    Names are compared without their endings, or all names of a folder of videos would be alike.
+    Names are compared without their extensions, because otherwise all names in a folder of videos would be similar.
     """
     folder, name = os.path.split(path)
     try:
@@ -143,17 +141,17 @@ def near_file(path: str) -> str | None:
 
 
 def is_url(path: Any) -> bool:
-    """Return whether it is a text that is an address on the web; a file of that name comes first."""
+    """Return whether a value is a web address as text. An existing file with that name takes precedence."""
     return isinstance(path, str) and WEB.match(path) is not None and not os.path.lexists(path)
 
 
 def without_password(source: str) -> str:
-    """Return an address without the name and the password in it."""
+    """Return an address without its user name and password."""
     return re.sub(r"(?<=://)[^/]*@", "", source)
 
 
 def some(texts: Sequence[str], separator: str = ", ") -> str:
-    """Return the first `SOME` texts, and how many more there are: a, b, and 3 more."""
+    """Join the first `SOME` texts, and say how many more there are: a, b, and 3 more."""
     first = list(texts[:SOME])
     if len(texts) > SOME:
         first.append(f"and {len(texts) - SOME:,} more")
@@ -169,28 +167,28 @@ def listed(names: Sequence[str], word: str = "and") -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a path, for example, as one line of printable text."""
+    """Return a text, such as a path, as one line of printable characters."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def harmless(text: str) -> str:
-    r"""Return the text with escapes, such as \x1b, for what a terminal would obey."""
+    r"""Return the text with escapes such as \x1b in place of characters that a terminal would obey."""
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def is_text(value: str) -> bool:
-    """Return whether it is text: no half of a surrogate pair, as stray bytes in arguments become, and no NUL, as in UTF-16."""
+    """Return whether a string is valid text, without NUL (as in UTF-16) or lone surrogates (from stray bytes in arguments)."""
     return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value)
 
 
 def check_text(*texts: str | None) -> None:
-    """Raises UsageError if one of a question and a system prompt is no text."""
+    """Check that all given questions and system prompts are valid text. Raises UsageError otherwise."""
     if not all(is_text(text) for text in texts if text):
         raise UsageError("the question or the system prompt is not valid text", "write it in UTF-8")
 
 
 def file_stats(paths: Iterable[str | PathLike]) -> list[tuple[str, int, int]]:
-    """Look up the path, the bytes and the time of change in nanoseconds of each file. Raises OSError: one cannot be found."""
+    """Return the path, size in bytes and modification time in nanoseconds for each file. Raises OSError if one cannot be found."""
     stats = [(os.fspath(path), os.stat(path)) for path in paths]
     return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
@@ -198,13 +196,14 @@ def file_stats(paths: Iterable[str | PathLike]) -> list[tuple[str, int, int]]:
 def open_safetensors(path: str | PathLike[str]) -> Any:
     """Open a safetensors file, memory-mapped for torch.
 
-    Raises OSError: it is missing, damaged, or was deleted just now by another process.
+    Raises:
+        OSError: it is missing, damaged, or was just deleted by another process.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         return safe_open(path, framework="pt")
-    # Torch maps the file by its name, once safetensors has read its header.
+    # torch opens the file again by name after safetensors has read its header, so both may fail.
     except (RuntimeError, SafetensorError) as problem:
         if is_out_of_memory(problem):
             raise
@@ -212,9 +211,10 @@ def open_safetensors(path: str | PathLike[str]) -> Any:
 
 
 def file_state(paths: Iterable[str | PathLike]) -> dict[str, Any] | None:
-    """Describe files without reading them, as flat data for JSON; None where one cannot be found, or there are none.
+    """Describe files without reading them, as flat data for JSON. Returns None if there are no files, or one cannot be found.
 
-    `files` and `bytes` count, `modified_utc` is the latest change, and `digest` stands for the name, size and time of every file.
+    `files` is their number, `bytes` their total size, `modified_utc` the latest change, and `digest` a hash of all names, sizes and
+    times.
     """
     try:
         stats = sorted((os.path.basename(path), size, time) for path, size, time in file_stats(paths))
@@ -223,7 +223,7 @@ def file_state(paths: Iterable[str | PathLike]) -> dict[str, Any] | None:
         OSError,
         ValueError,
         OverflowError,
-    ):  # also: a name that no file can have, none at all, a time after the year 9999
+    ):  # also for an impossible file name, no files, or a time after the year 9999
         return None
     return {
         "files": len(stats),
@@ -233,8 +233,8 @@ def file_state(paths: Iterable[str | PathLike]) -> dict[str, Any] | None:
     }
 
 
-OPTION = "option"  # of a field's metadata
-# What a declared type accepts, and what it is called.
+OPTION = "option"  # key in the metadata of a field
+# For a declared type, the accepted type and its name in messages.
 ACCEPTED: dict[type, tuple[type, str]] = {
     float: (Real, "a number"),
     int: (Integral, "a whole number"),
@@ -245,13 +245,13 @@ ACCEPTED: dict[type, tuple[type, str]] = {
     Callable: (Callable, "a function"),
     NoneType: (NoneType, "None"),
 }
-# of a whole number that torch takes, as a seed for example
+# range of whole numbers that torch accepts, for example as a seed
 MIN_INTEGER = -(2**63)
 MAX_INTEGER = 2**64 - 1
 
 
 def brief(value: Any) -> str:
-    """Return a value for a message: its repr where that is short, else its class."""
+    """Return a value for a message: its repr if that is short, otherwise its class."""
     try:
         text = repr(value)
     except Exception:  # another package's class may raise anything
@@ -263,70 +263,73 @@ def brief(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """Describe an option on the command line and in Python."""
+    """An option on the command line and in Python."""
 
     help: str
-    flags: tuple[str, ...] = ()  # how it is typed; if there are none, by its name
-    # Its values, for help and completion; those in capitals stand for any others: FILE, N. If there are none, those of its type.
+    flags: tuple[str, ...] = ()  # flags on the command line; if empty, derived from the name
+    # Possible values, for help and completion. Words in capitals stand for any value: FILE, N. If empty, taken from the type.
     words: tuple[str, ...] = ()
-    metavar: str | None = None  # what help shows for its value
-    least: int | None = None  # the range of its value
+    metavar: str | None = None  # placeholder for the value in help
+    least: int | None = None  # range of the value
     most: int | None = None
-    env: str | None = None  # the variable that sets it
-    typed: Any = None  # the type of what is typed, of which `parse` makes the value; None for the field's
-    unless_typed: Any = None  # the default of the command line; None for the field's
+    env: str | None = None  # environment variable that sets it
+    typed: Any = None  # type of the command line argument, which `parse` converts; None for the field's type
+    unless_typed: Any = None  # default on the command line; None for the field's default
     parse: Callable[[Any], Any] | None = None
     changes_answers: bool = True  # whether answers depend on it, so that outputs record it
-    in_python: str | None = None  # its help in Python; None for `help`, with names in the place of flags
-    also: str | None = None  # what Python takes beside the field's type, as code: a class that is not imported here
+    in_python: str | None = None  # help in Python; None for `help`, with names instead of flags
+    also: str | None = None  # type that Python accepts in addition, as code: a class that is not imported here
 
 
 def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
-    """Return a field of a dataclass of options. `more`: of `Option`."""
+    """Return a dataclass field that describes an option. `more` are further fields of `Option`."""
     return field(default=default, metadata={OPTION: Option(help, flags, **more)})
 
 
 def from_keywords(given: Mapping[str, Any], *declared: type) -> list:
-    """Make an object of each of `declared`, dataclasses, of the keywords that are its fields.
+    """Make an object of each dataclass in `declared` from keywords that are its fields.
 
-    Raises TypeError: a keyword that is a field of none of them. UsageError: a bad value.
+    Raises:
+        TypeError: a keyword is not a field in any of them.
+        UsageError: a bad value.
     """
     check_known(given, *declared)
     return [group(**{f.name: given[f.name] for f in fields(group) if f.name in given}) for group in declared]
 
 
 def check_known(given: Iterable[str], *declared: type) -> None:
-    """Raises TypeError, with the options that there are, for a keyword that is a field of none of `declared`."""
+    """Check that all keywords are fields of `declared`. Raises TypeError, which lists the known options, otherwise."""
     known = [f.name for group in declared for f in fields(group)]
     if unknown := [name for name in given if name not in known]:
         raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(known)}")
 
 
 def check_types(options: Any) -> None:
-    """Check the type of each field of a dataclass, which then holds Python's own numbers, as JSON and torch's seeds need them."""
+    """Check the types of all fields in a dataclass, and convert numbers to Python's own, which JSON and torch's seeds need."""
     for field_ in fields(options):
         object.__setattr__(options, field_.name, check_type(field_.name, getattr(options, field_.name), field_.type))
 
 
 def parts_of(declared: Any) -> Sequence[Any]:
-    """Return the types that a declared type is a union of; itself if it is none."""
+    """Return the members of a union type, or a list with just the type itself."""
     return get_args(declared) if get_origin(declared) in (Union, UnionType) else [declared]
 
 
 def kinds_of(declared: Any) -> list[type]:
-    """Return the classes of the values of a declared type: `str` for words."""
+    """Return the classes of values that a declared type accepts: `str` for literals."""
     return [str if get_origin(part) is Literal else get_origin(part) or part for part in parts_of(declared)]
 
 
 def words_of(declared: Any) -> tuple[str, ...]:
-    """Return the words of a declared type."""
+    """Return the literal values in a declared type."""
     return tuple(word for part in parts_of(declared) if get_origin(part) is Literal for word in get_args(part))
 
 
 def check_type(name: str, value: Any, declared: Any) -> Any:
-    """Return the value, as one of Python's own numbers if it is one of numpy's.
+    """Return the value, converted to a Python number if it is a numpy number.
 
-    Raises UsageError, with what is right, where it is not of the declared type, if that is in `ACCEPTED`.
+    Raises:
+        UsageError: the value is not of the declared type, if all its parts are in `ACCEPTED`. It names the accepted types.
     """
     wanted = [ACCEPTED.get(kind) for kind in kinds_of(declared)]
     if None in wanted:

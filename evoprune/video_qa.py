@@ -7,8 +7,9 @@
         print(piece, end="")
     answer.report
 
-Reading and preprocessing run beside encoding. Each stage is timed by its own work; what of it nobody waited for is the `overlap`
-of a report, without which the stages add up to the time to the first token.
+Reading and preprocessing run in parallel with encoding. The time of a stage is the time that it worked. The part of reading and
+preprocessing that was hidden by other work is reported as `overlap`. The stages minus `overlap` add up to the time to the first
+token.
 """
 
 import os
@@ -74,13 +75,18 @@ Path = str | os.PathLike[str]
 class VideoQA(Uncopied):
     """A loaded model with a pruning method and a budget, ready for videos.
 
-    It computes in the dtype that the model was loaded with, also inside torch's autocast. `loaded` is from `load_model`
-    (session/loading/model.py); `load_seconds` is how long that took, for reports. `options`: `budget`, `method`,
-    `seed`, as of `load`. A `Session`, which has all of it, may be given instead.
+    It computes in the dtype that the model was loaded with, even inside torch's autocast.
+
+    Args:
+        loaded: the model, from `load_model` (session/loading/model.py). Or a `Session`, which includes the load time and the
+            options.
+        load_seconds: how long loading took, for reports.
+        options: `budget`, `method` and `seed`, as for `load`.
 
     Raises:
-        UsageError: a bad budget or method. ModelError: a model without a tokenizer. TypeError: an unknown option, or a name in
-        the place of a loaded model.
+        UsageError: a bad budget or method.
+        ModelError: a model without a tokenizer.
+        TypeError: an unknown option, or the name of a model instead of a loaded model.
     """
 
     INSTEAD = "threads may share it; another process loads its own, with VideoQA.load"
@@ -99,7 +105,7 @@ class VideoQA(Uncopied):
         if not isinstance(loaded, LoadedModel | Session):
             raise TypeError(f"VideoQA takes a loaded model; VideoQA.load({loaded!r}) loads one")
         self.session = Session(loaded, pruning.config(), load_seconds) if isinstance(loaded, LoadedModel) else loaded
-        self._ahead: ReadAhead | None = None  # what may have read inputs already
+        self._ahead: ReadAhead | None = None  # may already have read inputs
         if self.loaded.tokenizer is None:
             raise no_tokenizer(self.loaded.id)
         if not holds_values(self.session.device):
@@ -115,13 +121,15 @@ class VideoQA(Uncopied):
         ahead: Path | Sequence[Path] | ReadAhead | None = None,
         **options: "Unpack[LoadKeywords]",
     ) -> "VideoQA":
-        """Loads a model. Options are checked before any weights are read. Errors: as of `load_model` and the constructor.
+        """Load a model. Options are checked before any weights are read.
+
+        Raises the same errors as `load_model` and the constructor.
 
         Args:
             model: hub id, local folder, demo or demo-scenes.
-            progress: called with layers quantised and layers in all.
-            ahead: what `encode` or `ask` will be called with first, without options: it is read while the model is loaded. Or what
-                `evoprune.read_ahead` has begun to read, perhaps with options.
+            progress: called with the number of quantized layers and the total.
+            ahead: the input that `encode` or `ask` will be called with first, without options. It is read while the model loads. Or
+                the result of `evoprune.read_ahead`, which may have options.
             options: how the model is loaded, and how it prunes: the fields of `keywords.LoadKeywords`.
         """
         check_type("progress", progress, Callable | None)
@@ -130,7 +138,7 @@ class VideoQA(Uncopied):
             return load_qa(loading, pruning, progress=progress, kind=cls)
         if not isinstance(ahead, ReadAhead):
             paths = paths_of(ahead)
-            pruning.config()  # refuses wrong settings before a model is looked for
+            pruning.config()  # rejects bad settings before looking for a model
             ahead = ReadAhead(describe(loading), [(paths, SamplingOptions())], pruning)
         same = ahead.model.options == loading
         try:
@@ -150,7 +158,7 @@ class VideoQA(Uncopied):
         return repr(self.session).replace("Session", "VideoQA", 1)
 
     def unpruned(self) -> "VideoQA":
-        """Return the same model and seed with every visual token kept: what pruning is compared with."""
+        """Return the same model and seed without pruning, as the baseline for comparisons."""
         return VideoQA(self.session.unpruned())
 
     @takes(SamplingOptions)
@@ -164,24 +172,26 @@ class VideoQA(Uncopied):
         progress: Progress | None = None,
         **options: "Unpack[SamplingKeywords]",
     ) -> EncodedInputs:
-        """Reads, preprocesses and encodes a video or a picture, or several of them that are asked about together.
+        """Read, preprocess and encode a video or a picture, or several of them to ask about together.
 
         Args:
-            path: a file or a folder of frames; an address of http or https; the bytes of a file, or a file open for bytes, which is
-                read from where it stands; a picture of Pillow; or frames, uint8 `[T, H, W, 3]`, RGB, with `frame_rate` or
-                `times_s`. Or a list of several inputs, in the order in which the model reads them.
-            times_s: when each frame of an array begins, in seconds, ascending.
-            name: what reports call a single input; default: its path, its address without a password, or `<array>`, `<bytes>`,
+            path: a file or a folder of frames; an http or https URL; the bytes of a file, or a file opened in binary mode, which is
+                read from its current position; a Pillow picture; or frames as an array, uint8 `[T, H, W, 3]`, RGB, with
+                `frame_rate` or `times_s`. Or a list of several inputs, in the order that the model reads them.
+            times_s: for an array, the time when each frame begins, in seconds, ascending.
+            name: name of a single input in reports. The default is its path, its URL without the password, or `<array>`, `<bytes>`,
                 `<file>` or `<picture>`.
-            cache: where encoded inputs are kept, but no arrays. Not used for a method that reads the question.
-            progress: called with a stage, steps done and steps in all; see `encoding.OpenInput.encode`. While an input is
-                downloaded, with "download", bytes so far, and in all, or 0.
+            cache: stores encoded inputs, except arrays. It is not used with a method that reads the question.
+            progress: called with a stage, the number of finished steps and the total; see `encoding.OpenInput.encode`. During a
+                download it is called with "download", the bytes so far, and the total, or 0 if unknown.
             options: what is looked at: the fields of `keywords.SamplingKeywords`.
 
         Raises:
-            VideoError: missing, unreadable or empty, or so are the subtitles; or it cannot be downloaded. UsageError: numbers that
-            make no sense, frames of another shape or dtype or without a rate, a part of the time of a picture, one file of
-            subtitles for several videos, or an address after `load(offline=True)`. OutOfMemory. TypeError: an unknown option.
+            VideoError: the input or its subtitles are missing, unreadable or empty, or cannot be downloaded.
+            UsageError: numbers that make no sense, frames without a rate or with another shape or dtype, a time range for a
+                picture, one subtitle file for several videos, or a URL after `load(offline=True)`.
+            OutOfMemory: a stage needs more memory than there is.
+            TypeError: an unknown option.
         """
         (sampling,) = from_keywords(options, SamplingOptions)
         inputs = inputs_of(path, options.get("frame_rate"), times_s)
@@ -226,15 +236,15 @@ class VideoQA(Uncopied):
         on_thoughts: Callable[[str], None] | None = None,
         **options: "Unpack[GenerationKeywords]",
     ) -> Answer:
-        """Asks one question about one input or several together: `encode`, then `EncodedInputs.ask`.
+        """Ask one question about one input, or about several together: `encode`, then `EncodedInputs.ask`.
+
+        Raises the errors of both, and UsageError if an input was encoded for another model or pruning.
 
         Args:
-            inputs: in the order in which the model reads them: what `encode` takes, encoded as it does without options; or what
-                `encode` of this `VideoQA` made, which is used again.
+            inputs: any input that `encode` takes, encoded with default options, or a result of `encode` from this `VideoQA`, which
+                is reused. Or a list of these, in the order that the model reads them.
             question: taken literally.
-            seed, on_thoughts, options: as of `EncodedInputs.ask`.
-
-        Errors: as of `encode` and `EncodedInputs.ask`. UsageError: an input was encoded for another model or pruning.
+            seed, on_thoughts, options: see `EncodedInputs.ask`.
         """
         (generation,) = from_keywords(options, GenerationOptions)
         given = inputs if isinstance(inputs, list | tuple) else [inputs]
@@ -256,7 +266,7 @@ class VideoQA(Uncopied):
                     longest_prompt(self.session, plans, [question], generation, held)
             encoded = [item if isinstance(item, EncodedInputs) else item.encode() for item in opened]
         asked = together(self.session, encoded)
-        if asked not in opened:  # nobody else holds it
+        if asked not in opened:  # the caller has no reference to it, so it cannot be asked again
             asked.last_question = True
         return asked.ask(question, seed=seed, on_thoughts=on_thoughts, **options)
 
@@ -270,16 +280,18 @@ class VideoQA(Uncopied):
         name: str = "stream",
         **options: "Unpack[StreamKeywords]",
     ) -> "VideoStream":
-        """Begins a live video: `add` feeds frames, `ask` asks about what was seen so far. To be closed, by `with`.
+        """Start a live video: `add` feeds frames, `ask` asks about everything seen so far. Close it with `with`.
 
         Args:
-            fps: frames a second to look at; default: the model's rate.
-            max_visual_tokens: of a window, before pruning; as of `encode`.
+            fps: frames per second to look at. The default is the model's rate.
+            max_visual_tokens: limit for a window, before pruning; see `encode`.
             system: a system prompt; None for the model's own.
-            name: what reports call it.
-            options: how it is remembered: the fields of `keywords.StreamKeywords`.
+            name: name of the stream in reports.
+            options: how the stream is remembered: the fields of `keywords.StreamKeywords`.
 
-        Raises UsageError: numbers that make no sense, or a method that cannot prune a stream. TypeError: an unknown option.
+        Raises:
+            UsageError: numbers that make no sense, or a method that cannot prune a stream.
+            TypeError: an unknown option.
         """
         from evoprune.live import VideoStream
 
@@ -302,24 +314,28 @@ class VideoQA(Uncopied):
         cache: "Cache | None" = None,
         **options: "Unpack[FindKeywords]",
     ) -> "list[Moment]":
-        """Finds the moments of a video that show what a query says, the best first; of several queries, one after the other.
+        """Find the moments of a video that match a query, the best first. With several queries, their moments follow one another.
 
-        The video is cut into segments. Each is read by keyframes, encoded once, and asked about every query; where yes is much
-        more probable than in most segments, dense frames tell when the moment begins and ends. Memory does not grow with the
-        length.
+        The video is cut into segments. For every segment, the keyframes are read, encoded once, and asked about every query. If yes
+        is much more probable than in most segments, densely sampled frames tell when the moment begins and ends. Memory does not
+        grow with the length of the video.
 
         Args:
-            path: one video, as of `encode`, but no array.
-            query: what to look for, such as "a red star", or several.
-            fps: frames a second to look at in all segments; default: the model's rate, less in a long video (`total_tokens`).
-            start_s, end_s: the part of the video that is searched; below 0 from its end.
-            progress: called with "segment", those read and in all; then with "piece", parts of the best ones; then, for each query,
-                with "moment", those whose borders are found.
-            cache: as of `encode`; in a folder inside it encoded segments are kept, so that they serve other queries too.
+            path: one video, as for `encode`, but not an array.
+            query: what to look for, such as "a red star", or several queries.
+            fps: frames per second to look at in all segments. The default is the model's rate, or less in a long video
+                (`total_tokens`).
+            start_s, end_s: the part of the video to search. Negative times count from its end.
+            progress: called with "segment", the number of segments read and the total; then with "piece", for parts of the best
+                segments; then, for each query, with "moment", the number of moments with known borders and the total.
+            cache: see `encode`. Encoded segments are stored in a subfolder, so that other queries can reuse them.
             options: how moments are found: the fields of `keywords.FindKeywords`.
 
-        Raises UsageError: an option or query that makes no sense, or a picture. VideoError: missing, unreadable or empty.
-        OutOfMemory. TypeError: an unknown option.
+        Raises:
+            UsageError: an option or query that makes no sense, or a picture.
+            VideoError: the video is missing, unreadable or empty.
+            OutOfMemory: a stage needs more memory than there is.
+            TypeError: an unknown option.
         """
         from evoprune.moments import Search
 
@@ -354,12 +370,17 @@ def load_qa(
     kind: type[VideoQA] = VideoQA,
     streams: bool = False,
 ) -> VideoQA:
-    """Loads a model, as `VideoQA.load`. Before weights are downloaded, a method that cannot act in it is refused.
+    """Load a model like `VideoQA.load`. A method that does not work with the model is rejected before weights are downloaded.
 
-    `streams`: so is a method or a model that cannot watch a stream.
+    Args:
+        model: options, or the description of a model.
+        pruning: method, budget and seed.
+        progress: see `VideoQA.load`.
+        kind: the class to make.
+        streams: whether to also reject methods and models that cannot watch a stream.
     """
     start = time.perf_counter()
-    config = pruning.config()  # refuses wrong settings before a model is looked for
+    config = pruning.config()  # rejects bad settings before looking for a model
     if isinstance(model, ModelOptions):
         model = describe(model)
     check_fits(config.method, model)

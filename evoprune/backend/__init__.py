@@ -1,6 +1,6 @@
-"""What depends on the device: functions that others call with a device or with tensors on it, and that ask what it is.
+"""Everything that depends on the device. Callers pass a device or tensors, and the functions here ask which device it is.
 
-Kernels and graphs have a form in plain PyTorch beside them, which runs where they cannot, and with `EVOPRUNE_PLAIN=1`.
+Every kernel and CUDA graph has a plain PyTorch fallback, which runs if the kernel cannot, or if `EVOPRUNE_PLAIN=1` is set.
 """
 
 from typing import TYPE_CHECKING

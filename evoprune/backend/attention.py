@@ -1,4 +1,7 @@
-"""Attention by device: on CUDA never cuDNN's, which plans each new shape for up to seconds; kernels for prompts and for groups."""
+"""Attention for each device, with kernels for prompts and for groups of patches.
+
+cuDNN attention is never used on CUDA, because it spends up to seconds planning each new shape.
+"""
 
 import math
 import threading
@@ -14,10 +17,10 @@ from evoprune.backend.devices import as_current, is_host, uses_kernels
 
 T = TypeVar("T")
 
-# Keys from which on the fused kernel is faster, because scores no longer stay in the cache. With the 36,864 patches of a picture of
-# 2688x2688 pixels it takes a third of the time.
+# With this many keys the fused kernel becomes faster, because the scores no longer fit into the CPU cache. It takes a third of the
+# time for a picture of 2688x2688 pixels (36,864 patches).
 LONG = 4096
-NEVER = 1000.0  # the log of one over the weight of a key that does not count, where a kernel takes no infinity
+NEVER = 1000.0  # an ignored key gets the weight e^-NEVER, for kernels that cannot take an infinite bias
 
 _lock = threading.Lock()
 _inside = 0
@@ -26,9 +29,9 @@ _before = False
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    """Provide a context, and a decorator, in which `scaled_dot_product_attention` does not choose cuDNN.
+    """Keep `scaled_dot_product_attention` from choosing cuDNN. Works as a context manager and as a decorator.
 
-    The flag is the process's: the first thread that enters notes it, and the last one that leaves puts it back.
+    The flag is process-wide: the first thread that enters saves it, and the last one that leaves restores it.
     """
     global _inside, _before
     with _lock:
@@ -46,21 +49,22 @@ def without_cudnn() -> Iterator[None]:
 
 
 def attends_by_products(queries: torch.Tensor, keys: int) -> bool:
-    """Return whether two products with the scores between them are faster than a fused kernel: in bf16 on a CPU, of so many
-    keys.
+    """Return True if two matrix products, with the scores held in between, are faster than a fused kernel for `keys` keys.
+
+    This is the case for bf16 on a CPU with fewer than `LONG` keys.
     """
     return is_host(queries.device) and queries.dtype == torch.bfloat16 and keys < LONG
 
 
 def transformers_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the fastest attention that transformers has on a device: flash-attn's where it is installed, else torch's."""
+    """Return the fastest attention that transformers offers on a device: flash-attn if it is installed, otherwise torch's SDPA."""
     if is_host(device) or dtype.itemsize != 2 or find_spec("flash_attn") is None:
         return "sdpa"
     return "flash_attention_2"
 
 
 def attention_note(device: torch.device, attention: str) -> str | None:
-    """Return what is to be known of transformers' tower where it runs this attention; None on a CPU."""
+    """Return a note for reports on how transformers' tower runs with this attention, or None on a CPU."""
     if is_host(device):
         return None
     note = f"transformers runs {attention}"
@@ -70,10 +74,11 @@ def attention_note(device: torch.device, attention: str) -> str | None:
 
 
 def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
-    """Return attention of groups of any lengths in one call; None where torch does not have it in this dtype on this device.
+    """Return a function that attends in one call within groups of different lengths, or None if torch does not have it here.
 
-    It is called with queries, keys and values `[patches, heads, d]`, the ends of groups among queries and among keys (int32), the
-    greatest number of each, and `scale`.
+    The function takes queries, keys and values `[patches, heads, d]`, the cumulative ends of the groups among queries and among
+    keys (int32), the largest number of queries and of keys in a group, and `scale`. It needs 16-bit floats and CUDA GPUs since
+    Ampere.
     """
     if not uses_kernels(device) or torch.version.cuda is None or dtype not in (torch.bfloat16, torch.float16):
         return None
@@ -85,9 +90,13 @@ def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable | None:
 def form_of_groups(
     like: torch.Tensor, by_length: Callable[[], T], packed: Callable[[Callable], T], padded: Callable[[], T]
 ) -> T:
-    """Return groups that attend, in the form for the device and the dtype of `like`.
+    """Return attention groups in the form that suits the device and dtype of `like`.
 
-    `by_length` reads their lengths, `packed` takes the kernel of `varlen_kernel`, and `padded` serves where there is none.
+    Args:
+        like: a tensor on the device, in the dtype of the attention.
+        by_length: makes the form for a CPU, which reads the lengths of the groups.
+        packed: makes the form for a kernel, which it is given (see `varlen_kernel`).
+        padded: makes the form for devices without such a kernel.
     """
     if is_host(like.device):
         return by_length()
@@ -105,7 +114,10 @@ def attend_varlen(
     most: int,
     scale: float,
 ) -> torch.Tensor:
-    """Attend as `varlen_kernel` says. `torch.nn.attention.varlen` calls the same, but its import takes longer."""
+    """Run the attention described in `varlen_kernel`.
+
+    `torch.nn.attention.varlen` calls the same operator, but takes longer to import.
+    """
     lengths = query_ends, key_ends, longest, most
     return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, False, False, scale=scale)[0]
 
@@ -113,29 +125,41 @@ def attend_varlen(
 def causal_attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None
 ) -> torch.Tensor | None:
-    """Return attention of the last L of n columns, by heads, `[..., L, d]`; None where no kernel does it without a mask.
+    """Return causal attention of the last L of n columns, `[..., L, d]`, or None if no kernel can compute it without a mask.
 
-    On CUDA a kernel without a mask is several times faster than one with a mask.
+    On CUDA, kernels without a mask are several times faster than kernels with one.
+
+    Args:
+        queries: `[..., heads, L, d]`.
+        keys, values: `[..., heads, n, d]`.
+        scale: of the scores; None for torch's default.
     """
     if queries.shape[2] == keys.shape[2]:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
     if not uses_kernels(queries.device):
         return None
-    # Not `torch.nn.attention.bias`, which calls the same and imports the whole of torch.compile. Flash attention's "causal" ends at
-    # the lower right; the check is of shapes and types, and refuses "causal" because that of torch begins at the upper left.
+    # `torch.nn.attention.bias` calls the same operator, but imports all of torch.compile. Flash attention aligns its causal mask to
+    # the lower right corner, torch to the upper left. So the check would refuse is_causal=True: it is asked only about shapes and
+    # dtypes.
     params = torch.backends.cuda.SDPAParams(queries, keys, values, None, 0.0, False, False)
-    with as_current(queries.device):  # whose capability is asked for
+    with as_current(queries.device):  # the check queries the capability of the current device
         if not torch.backends.cuda.can_use_flash_attention(params) or queries.shape[3] % 8:
             return None
     return torch.ops.aten._scaled_dot_product_flash_attention(queries, keys, values, 0.0, True, False, scale=scale)[0]
 
 
 def bias_features(bias: torch.Tensor, dim: int, dtype: torch.dtype, least: float = -math.inf) -> torch.Tensor:
-    """Return features `[n, e]` behind those of keys, `dim`. Their product with ones is a bias on the scores of keys, float32 `[n]`.
+    """Return extra key features `[n, e]` whose product with ones adds `bias` (float32 `[n]`) to the attention scores of the keys.
 
-    A kernel that takes no mask takes them: heads may have up to 256 features, in multiples of eight. Scores are divided by the root
-    of `dim`, so the bias is multiplied by it here. It is the sum of two numbers, because one in bf16 would be off by up to 2^-9 of
-    it. Products below `least` become `least`.
+    This brings a bias into kernels that take no mask. Heads may have up to 256 features, in multiples of eight, so `dim + e` is a
+    multiple of eight. The kernel divides scores by the square root of `dim`, so the bias is multiplied by it here. It is split into
+    the sum of two numbers, because a single bf16 number would be off by up to 2^-9 of its value.
+
+    Args:
+        bias: float32 `[n]`, added to the scores of the keys.
+        dim: features of a head, without the extra ones.
+        dtype: of the keys.
+        least: smaller products are raised to this value.
     """
     least = max(least, torch.finfo(dtype).min / 4)  # -inf times 0 would be NaN
     value = (bias * dim**0.5).clamp(min=least)
@@ -144,12 +168,16 @@ def bias_features(bias: torch.Tensor, dim: int, dtype: torch.dtype, least: float
 
 
 def room_for_bias(bias: torch.Tensor, like: torch.Tensor, kv_heads: int, dim: int) -> torch.Tensor | None:
-    """Return room `[2, kv_heads, n, dim + e]` for keys and values of a layer; behind keys features of a bias, behind values 0.
+    """Allocate room `[2, kv_heads, n, dim + e]` for the keys and values of a layer, followed by features that carry a bias.
 
-    Kernels that take masks are slow on a GPU. None where there are no others, or for a single column: then the bias is a mask.
+    After the keys come the features of `bias_features`, after the values zeros. Masks are slow on a GPU, so kernels without one are
+    used. Returns None if the device has no such kernels, or for a single column: callers then apply the bias as a mask.
 
     Args:
-        bias: float32 `[n]`, on the scores of keys. like: columns `[L, hidden]`, whose dtype is that of the keys. dim: of a head.
+        bias: float32 `[n]`, added to the scores of the keys.
+        like: columns `[L, hidden]`, in the dtype of the keys.
+        kv_heads: number of key/value heads.
+        dim: features of a head.
     """
     if len(like) == 1 or not uses_kernels(like.device):
         return None

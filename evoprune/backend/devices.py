@@ -1,10 +1,10 @@
-"""What a device does in its own way: its dtype, how much is computed at a time, copies, waits, time, memory.
+"""Device-specific behavior: dtype, chunk sizes, copies, synchronization, timing, memory.
 
-Also whether kernels and graphs are used, what happens where a kernel fails (plain PyTorch, and one warning), and functions on
-streams of CUDA: as a graph, whose one launch runs all kernels again on the same memory, or beside the program.
+Also decides whether kernels and CUDA graphs are used, falls back to plain PyTorch with one warning if a kernel fails, and runs
+functions on CUDA streams: captured as a graph, which replays all kernels with one launch, or concurrently with the program.
 
-A device is torch's, chosen when a model is loaded (`pick_device`); tensors carry it from then on. Functions outside of this package
-hand it on, and do not ask what it is.
+Devices are torch devices, chosen when a model is loaded (`pick_device`) and carried by tensors from then on. Functions outside of
+this package pass them on without asking which device it is.
 """
 
 import atexit
@@ -28,31 +28,35 @@ from evoprune.backend import limits
 from evoprune.errors import DeviceWarning, UsageError, first_line, is_out_of_memory
 from evoprune.report import Environment
 
-HOST = torch.device("cpu")  # whose values the program reads without waiting
-# Units whose rows go through a product at a time. 256 units (1,024 patches) keep matrix products at full speed and their
-# results in a CPU's caches (results/benchmarks.md, "Kernels"). A GPU needs more to be busy.
+HOST = torch.device("cpu")  # reading values from it needs no synchronization
+# Number of units whose rows are multiplied at a time. With 256 units (1,024 patches), matrix products run at full speed and their
+# results stay in the CPU caches (results/benchmarks.md, "Kernels"). A GPU needs more to be busy.
 PIECE_UNITS = 256
 GPU_PIECE_UNITS = 8192
-# Entries of a score matrix held at a time, for the same reasons.
+# Number of score matrix entries held at a time, for the same reasons.
 SCORES = 1 << 21
 GPU_SCORES = 1 << 26
-# Sides of square products that keep a device busy.
+# Sides of square matrix products that keep a device busy.
 SIDES = (1024, 2048)
 GPU_SIDES = (4096, 8192)
 
 
 def pick_device(name: str, *, auto: bool = False) -> torch.device:
-    """Return the device of a name.
+    """Return the device with this name.
 
-    `auto`: whether the option was "auto", so that `name` is the answer of `limits.resolve_device`. Warns if torch finds a GPU that
-    the driver's files did not promise.
+    Warns if `auto` chose the CPU because no GPU driver files were found, but torch finds a GPU.
 
-    Raises UsageError: it cannot be used.
+    Args:
+        name: as in options, but resolved: not "auto".
+        auto: whether the option was "auto", so that `name` comes from `limits.resolve_device`.
+
+    Raises:
+        UsageError: the device cannot be used.
     """
     if auto and name == "cpu" and torch.cuda.is_available():
         warnings.warn("torch finds a GPU, which is not used: --device cuda uses it", DeviceWarning, stacklevel=2)
     try:
-        with warnings.catch_warnings(record=True) as said:  # why torch finds no GPU is in a warning
+        with warnings.catch_warnings(record=True) as said:  # torch warns about the reason why it finds no GPU
             warnings.simplefilter("always")
             device = torch.device(name)
             torch.zeros(1, dtype=torch.float32, device=device)
@@ -64,26 +68,26 @@ def pick_device(name: str, *, auto: bool = False) -> torch.device:
         if auto:
             found = "the driver of a GPU is here, but torch cannot use the GPU"
             hint = "--device cpu does without it; or repair the driver, which nvidia-smi or rocminfo checks"
-        if _on_cuda(name) and visible is not None:  # which may hide GPUs from this process
+        if _on_cuda(name) and visible is not None:  # the variable may hide GPUs from this process
             hint += f"; CUDA_VISIBLE_DEVICES is {visible!r}"
         raise UsageError(f"{found}: {reason}", hint) from problem
     return device
 
 
 def default_dtype(device: torch.device) -> str:
-    """Return the name of the dtype in which it computes fastest: bf16 if it multiplies that in hardware, else fp32."""
+    """Return the name of the fastest dtype on a device: "bf16" if it has hardware bf16 matmul, otherwise "fp32"."""
     return "bf16" if _has_bf16(device) else "fp32"
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Return whether it multiplies bf16 in hardware; where it does not, as on older GPUs of CUDA, bf16 is slower than fp32."""
+    """Return whether a device has hardware bf16 matmul. Without it, as on older CUDA GPUs, bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return device.type == "xpu"
     flags = set()
     cpuinfo = Path("/proc/cpuinfo")
-    if hasattr(torch.cpu, "get_capabilities"):  # not in the oldest torch that is supported
+    if hasattr(torch.cpu, "get_capabilities"):  # missing in the oldest supported torch
         flags = {name for name, value in torch.cpu.get_capabilities().items() if value}
     elif cpuinfo.is_file():
         flags = set(cpuinfo.read_text().split())
@@ -92,12 +96,12 @@ def _has_bf16(device: torch.device) -> bool:
 
 @cache
 def _installed(package: str) -> str:
-    """Return the version of an installed package, for which files are read."""
+    """Return the version of an installed package. Cached, because looking it up reads files."""
     return version(package)
 
 
 def environment(device: str) -> Environment:
-    """Return versions, device and threads."""
+    """Return the versions of packages, the product name of a device, and the number of threads."""
     return Environment(
         evoprune=evoprune.__version__,
         torch=str(torch.__version__),
@@ -108,7 +112,7 @@ def environment(device: str) -> Environment:
 
 
 def describe_devices() -> dict[str, str]:
-    """Return the devices here by name: the product of each, and what it has."""
+    """Return a description of each available device (product name and capabilities), keyed by device name."""
     bf16 = "yes" if _has_bf16(HOST) else "no"
     devices = {"cpu": f"{device_name('cpu')}, bf16 {bf16}"}
     for number in range(torch.cuda.device_count()):
@@ -118,7 +122,7 @@ def describe_devices() -> dict[str, str]:
 
 
 def device_name(device: str) -> str:
-    """Return the name of the product."""
+    """Return the product name of a device."""
     if _on_cuda(device):
         return torch.cuda.get_device_name(device)
     try:
@@ -129,22 +133,24 @@ def device_name(device: str) -> str:
 
 
 def kind(device: str) -> str:
-    """Return the kind of a device of this name: "cuda" of "cuda:1". Devices of a kind compute the same numbers."""
+    """Return the kind of a device, such as "cuda" for "cuda:1". Devices of the same kind compute the same numbers."""
     return torch.device(device).type
 
 
 def _on_cuda(name: str) -> bool:
-    """Return whether a device of this name, as options have it, is one of CUDA, whose memory torch counts."""
+    """Return whether a device, named as in options, is a CUDA device, whose memory torch counts."""
     return name.startswith("cuda")
 
 
 def cluster_share(device: str, gpus: int, cores: Sequence[int]) -> tuple[int, dict[str, float]]:
-    """Return how many processes with a model a cluster has room for, and the share of each, as Ray names it.
+    """Return how many model processes fit on a Ray cluster, and the resources of each process under Ray's names.
 
-    On GPUs each has one. On CPUs each has as many cores as the smallest node.
+    On GPUs, each process gets one GPU. On CPUs, each gets as many cores as the smallest node has.
 
     Args:
-        device: as options have it. gpus: of the whole cluster. cores: of each node.
+        device: as in options.
+        gpus: number of GPUs in the whole cluster.
+        cores: number of cores per node.
     """
     if _on_cuda(device) or (device == "auto" and gpus):
         return max(1, gpus), {"num_gpus": 1}
@@ -153,66 +159,72 @@ def cluster_share(device: str, gpus: int, cores: Sequence[int]) -> tuple[int, di
 
 
 def holds_values(device: torch.device) -> bool:
-    """Return whether tensors there have values: those of the meta device have shapes alone."""
+    """Return whether tensors on a device have values. Tensors on the meta device have only shapes."""
     return device.type != "meta"
 
 
 def is_host(device: torch.device) -> bool:
-    """Return whether it is the CPU.
+    """Return whether a device is the CPU.
 
-    Reading a value costs nothing there, so shapes may depend on values. Weights may stay in the pages of files, and products are
-    those of oneDNN.
+    On the CPU, reading a value costs nothing, so shapes may depend on values. Weights may stay memory-mapped, and matrix products
+    run in oneDNN.
     """
     return device.type == "cpu"
 
 
 def busy_cores(device: torch.device) -> int:
-    """Return how many cores a model keeps busy: on the CPU those of torch's threads; another device is driven by one."""
+    """Return how many cores a running model keeps busy: all torch threads on the CPU, one core to drive any other device."""
     return torch.get_num_threads() if is_host(device) else 1
 
 
 def largest_piece(device: torch.device) -> int:
-    """Return how many units are embedded, and rows go through a product, at a time."""
+    """Return how many units are embedded, or sent through a matrix product, at a time."""
     return PIECE_UNITS if is_host(device) else GPU_PIECE_UNITS
 
 
 def scores_at_a_time(device: torch.device) -> int:
-    """Return how many entries of a score matrix are held at a time."""
+    """Return how many score matrix entries are held at a time."""
     return SCORES if is_host(device) else GPU_SCORES
 
 
 def product_sides(device: torch.device) -> tuple[int, ...]:
-    """Return the sides of square products that keep it busy, by which its rate is measured."""
+    """Return the sides of the square matrix products that measure the matmul rate of a device."""
     return SIDES if is_host(device) else GPU_SIDES
 
 
 def accelerator() -> str | None:
-    """Return the kind of device that torch drives here by streams and events, to which pinned memory is copied meanwhile."""
+    """Return the kind of accelerator that torch drives with streams and events, or None.
+
+    Pinned memory is copied to it asynchronously.
+    """
     device = torch.accelerator.current_accelerator()
     return device and device.type
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return `x` on `device`. A copy from the CPU to an accelerator does not wait for it."""
+    """Return `x` on `device`. Copies from the CPU to an accelerator are asynchronous."""
     if x.device.type == "cpu" and device.type == accelerator():
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
 def cat(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the pieces one behind the other; a single one is not copied."""
+    """Concatenate tensors; a single one is returned without a copy."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def now(device: torch.device) -> float:
-    """Return the time in seconds. On an accelerator it waits until all kernels are done, which run on after Python has gone on."""
+    """Return the time in seconds. On an accelerator, wait until all launched kernels have finished."""
     if device.type == accelerator():
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
 class Timer:
-    """Add up the time of the blocks of this context; on an accelerator it records events, which only `seconds` reads."""
+    """Context manager that adds up the time spent in its blocks.
+
+    On an accelerator it records events, and synchronizes only in `seconds`.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device if device.type == accelerator() else None
@@ -225,7 +237,7 @@ class Timer:
         self._marks.append(self._mark())
 
     def copy(self) -> "Timer":
-        """Return a new timer that starts from the same sum."""
+        """Return a new timer that starts with the time measured so far."""
         timer = Timer(self._device or torch.device("cpu"))
         timer._marks = list(self._marks)
         return timer
@@ -238,7 +250,7 @@ class Timer:
         return event
 
     def seconds(self) -> float:
-        """Return the sum so far, in seconds. On an accelerator this synchronises with the last block."""
+        """Return the total time so far, in seconds. On an accelerator this waits for the end of the last block."""
         pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
         if self._device is None:
             return sum(end - start for start, end in pairs)
@@ -248,11 +260,11 @@ class Timer:
 
 
 def peak_memory(device: str) -> int | None:
-    """Return bytes: on CUDA the allocator's peak, else the largest resident size of this process so far. None where unknown."""
+    """Return the peak memory in bytes, or None if unknown: on CUDA of torch's allocator, otherwise the peak RSS of this process."""
     if _on_cuda(device):
         return torch.cuda.max_memory_allocated(device)
     try:
-        # Not getrusage: on Linux its peak includes the process that started this one.
+        # getrusage is the fallback, because on Linux its peak includes the parent process.
         return limits.kib(Path("/proc/self/status"), "VmHWM")[0]
     except (OSError, KeyError):
         pass
@@ -267,21 +279,25 @@ def peak_memory(device: str) -> int | None:
 
 
 def peak_memory_note(device: str) -> str | None:
-    """Return what `peak_memory` counts beside the model in question, where that is more."""
+    """Return a note if `peak_memory` counts more than the model in question, otherwise None."""
     if _on_cuda(device):
         return None
     return "peak memory is the process's, with the weights of all rows in it"
 
 
 def counted_memory(device: str) -> int:
-    """Return the bytes in use now, as `peak_memory` counts them. Raises TypeError where the system does not tell."""
+    """Return the bytes in use now, counted like `peak_memory`.
+
+    Raises:
+        TypeError: the system does not report them.
+    """
     if _on_cuda(device):
         return torch.cuda.memory_allocated(device)
     return sum(memory_in_use(device))
 
 
 def memory_in_use(device: str) -> tuple[int | None, int | None]:
-    """Return the bytes of this process now: its own, and pages of files mapped into memory. None where unknown, and on CUDA."""
+    """Return the bytes that this process uses now: its own memory, and mapped file pages. Both are None if unknown, and on CUDA."""
     if _on_cuda(device):
         return None, None
     try:
@@ -292,13 +308,13 @@ def memory_in_use(device: str) -> tuple[int | None, int | None]:
 
 
 def reset_peak_memory(device: str) -> bool:
-    """Restarts the count of `peak_memory`; False where the system cannot."""
+    """Reset the peak of `peak_memory`. Returns False if the system does not support this."""
     if _on_cuda(device):
         torch.cuda.reset_peak_memory_stats(device)
         return True
     try:
         with open("/proc/self/clear_refs", "w") as f:
-            empty_cache()  # it would be used uncounted
+            empty_cache()  # otherwise cached memory would be reused without raising the peak
             f.write("5")
     except OSError:
         return False
@@ -306,9 +322,9 @@ def reset_peak_memory(device: str) -> bool:
 
 
 def available_memory(device: str) -> int | None:
-    """Return the bytes that this process can get now without swapping; None where unknown, and on the meta device.
+    """Return the bytes that this process can allocate without swapping, or None if unknown, and on the meta device.
 
-    On CUDA: what is free on the device and in torch's own allocator. Else see `limits.host_memory`.
+    On CUDA, this is the free memory of the device plus the unused part of torch's allocator. See `limits.host_memory` otherwise.
     """
     if _on_cuda(device):
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -319,7 +335,7 @@ def available_memory(device: str) -> int | None:
 
 
 def empty_cache() -> None:
-    """Returns memory that was freed and is kept: CUDA's, and that of glibc."""
+    """Return cached free memory to the system, for both the CUDA allocator and glibc."""
     torch.cuda.empty_cache()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
@@ -327,7 +343,7 @@ def empty_cache() -> None:
 
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """Provide a context in which convolutions of CUDA in float32 do not round their factors to 10 bits, as they do by default."""
+    """Turn off TF32 for float32 convolutions on CUDA within this context. By default CUDA rounds their inputs to 10 bits."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -336,25 +352,25 @@ def exact_convolutions() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-# Kernels, and what replaces them.
+# Kernels and their fallbacks.
 
 _failed: set[str] = set()
 _plain_pytorch: list[bool] = []
 
 
 def wants_plain_pytorch() -> bool:
-    """Return whether EVOPRUNE_PLAIN is set, and not to 0, or this is inside of `plain_pytorch`."""
+    """Return whether EVOPRUNE_PLAIN is set and not 0, or a `plain_pytorch` context is active."""
     return bool(_plain_pytorch) or os.environ.get("EVOPRUNE_PLAIN", "0") not in ("", "0")
 
 
 def uses_kernels(device: torch.device) -> bool:
-    """Return whether kernels are used there: on CUDA, unless plain PyTorch is wanted."""
+    """Return whether a device uses kernels: only on CUDA, unless plain PyTorch is requested."""
     return device.type == "cuda" and not wants_plain_pytorch()
 
 
 @contextmanager
 def plain_pytorch() -> Iterator[None]:
-    """Provide a context in which no kernel and no graph is used, and transformers' own layers run."""
+    """Use no kernels and no CUDA graphs within this context, and run transformers' own layers."""
     _plain_pytorch.append(True)
     try:
         yield
@@ -376,7 +392,13 @@ def failed(what: str) -> bool:
 
 
 def give_up(what: str, said: str, problem: Exception) -> None:
-    """Run `what` without kernels from now on, and say so. Raises `problem` again if it is about memory."""
+    """Stop using kernels for `what`, and warn about it. Raises `problem` again if it means out of memory.
+
+    Args:
+        what: the work that now runs without kernels, as a name for `failed`.
+        said: the beginning of the warning.
+        problem: the exception that a kernel raised.
+    """
     if is_out_of_memory(problem):
         raise problem
     _failed.add(what)
@@ -384,9 +406,9 @@ def give_up(what: str, said: str, problem: Exception) -> None:
 
 
 def with_fallback(what: str, plain_form: Callable) -> Callable[[Callable], Callable]:
-    """Decorates a function that runs kernels: `plain_form`, of the same arguments, replaces it where they are off or have failed.
+    """Decorate a function that runs kernels, so that `plain_form` replaces it if kernels are off or have failed.
 
-    A failure is said once. Running out of memory is none.
+    `plain_form` takes the same arguments. The first failure causes a warning. Running out of memory is raised, not handled.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -405,15 +427,16 @@ def with_fallback(what: str, plain_form: Callable) -> Callable[[Callable], Calla
     return decorate
 
 
-# The current device, graphs and streams of CUDA.
+# Current CUDA device, CUDA graphs and streams.
 
 _NOTHING = nullcontext()
 
 
 def as_current(device: torch.device) -> AbstractContextManager:
-    """Return a context in which a device of CUDA is this thread's current one: Triton launches there, and torch asks what it can.
+    """Return a context that makes a CUDA device the current one of this thread. It does nothing for other devices.
 
-    Torch's own operators find the device by their tensors.
+    Triton launches on the current device, and torch reports the capabilities of the current device. Torch's own operators take the
+    device from their tensors.
     """
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return _NOTHING
@@ -421,7 +444,7 @@ def as_current(device: torch.device) -> AbstractContextManager:
 
 
 def on_its_device(function: Callable) -> Callable:
-    """Decorates a function that launches kernels of Triton: its first argument is a tensor on the device that is meant."""
+    """Decorate a function that launches Triton kernels, to launch them on the device of its first argument, a tensor."""
 
     @wraps(function)
     def run(first: torch.Tensor, *args, **kwargs):
@@ -432,23 +455,28 @@ def on_its_device(function: Callable) -> Callable:
 
 
 def capture_on(device: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
-    """Return `run_and_capture` of a device; None where there are no graphs, or plain PyTorch is wanted."""
+    """Return `run_and_capture` for a device, or None if it has no CUDA graphs or plain PyTorch is requested."""
     if not uses_kernels(device) or torch.version.cuda is None:
         return None
     return lambda function: run_and_capture(function, device)
 
 
 def run_and_capture(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Runs a function, then captures it. Returns what runs its kernels again; whatever values it read on the host stay.
+    """Run a function, then capture it as a CUDA graph.
 
-    The function reads and writes tensors that outlive the graph, and copies nothing to the host. What it raises passes through.
+    Args:
+        function: reads and writes tensors that outlive the graph, and copies nothing to the host. Its exceptions propagate.
+        device: the CUDA device.
+
+    Returns:
+        A function that replays the kernels. Values that `function` read on the host stay as they were at the capture.
     """
     stream = torch.cuda.Stream(device)
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
     with as_current(device), torch.cuda.stream(stream):
-        function()  # libraries are set up and kernels are loaded, which a capture refuses
-        # Not `torch.cuda.graph`, which empties the allocator. Other threads may use the device meanwhile.
+        function()  # sets up libraries and loads kernels, which is not allowed during a capture
+        # `torch.cuda.graph` would empty the allocator. Other threads may use the device during the capture.
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             function()
@@ -464,14 +492,18 @@ def run_and_capture(function: Callable[[], None], device: torch.device) -> Calla
 
 
 def run_beside(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Begins a function on CUDA, in a thread and on a stream of its own. Returns what waits for its end; what it raises is lost."""
+    """Run a function in its own thread and CUDA stream. Does nothing on other devices.
+
+    Returns:
+        A function that waits for the end of the thread. Exceptions in the thread are discarded.
+    """
     if device.type != "cuda":
         return lambda: None
-    if device.index is None:  # the current device of this thread: each has its own
+    if device.index is None:  # resolve it here, because each thread has its own current device
         device = torch.device("cuda", torch.cuda.current_device())
 
     def run() -> None:
-        # What is wrong the program itself will say, when it does the same.
+        # The program will do the same work later, and report the error then.
         with suppress(Exception), as_current(device), torch.cuda.stream(torch.cuda.Stream(device)):
             function()
 
@@ -481,16 +513,21 @@ def run_beside(function: Callable[[], None], device: torch.device) -> Callable[[
     return thread.join
 
 
-# Values that are read where this costs nothing, as on the CPU; elsewhere something serves that needs no reading.
+# These functions read values on the CPU, which costs nothing. On other devices they return an answer that needs no synchronization.
 
 
 def count_or_bound(count: Callable[[], int], like: torch.Tensor, bound: int) -> int:
-    """Return what `count` reads on the device of `like`, or else an upper bound of it."""
+    """Return `count()` if `like` is on the CPU, otherwise `bound`, an upper bound of it."""
     return count() if is_host(like.device) else bound
 
 
 def positive_or_all(number: torch.Tensor, *along: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return `number` (`[n]`) where it is above 0, and there what goes `along` with it (`[n, ...]`), or else all of each."""
+    """Return `number` and the tensors `along` it, on the CPU only the entries with a positive number, otherwise all entries.
+
+    Args:
+        number: `[n]`.
+        along: tensors `[n, ...]`.
+    """
     if not is_host(number.device):
         return number, *along
     at = (number > 0).nonzero().flatten()
@@ -498,12 +535,12 @@ def positive_or_all(number: torch.Tensor, *along: torch.Tensor) -> tuple[torch.T
 
 
 def known_false(flag: torch.Tensor) -> bool:
-    """Return whether `flag` (bool, without dimension) was read and is false, or else False."""
+    """Return True if `flag` (bool, 0-dimensional) is on the CPU and false. Other devices are not read, so the result is False."""
     return is_host(flag.device) and not flag
 
 
 def read_together(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two tensors `[n]` on the CPU: as they are, or else by one copy, as int64."""
+    """Return two tensors `[n]` on the CPU. From another device they are copied together, as int64."""
     if is_host(second.device):
         return first, second
     return torch.cat([first.long(), second]).cpu().split([len(first), len(second)])

@@ -1,4 +1,4 @@
-"""How modules of transformers compute by device: as they are or in few operations, by which functions, and how experts multiply."""
+"""How modules of transformers run on each device: which layer implementation, which kernels, and how experts are multiplied."""
 
 import sys
 import threading
@@ -14,19 +14,19 @@ from evoprune.backend.devices import is_host, wants_plain_pytorch
 
 T = TypeVar("T")
 
-# Names of the argument of transformers' models, and of the field of their outputs, for the KV cache: since 5.24, and before.
+# Name of the KV cache in the arguments and outputs of transformers models: since 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
 
 EXPERTS = "evoprune"  # the name of `through_experts` among transformers' implementations of experts
-# Functions in modules of transformers: where fla or causal-conv1d is installed, kernels for GPUs.
+# Functions in modules of transformers that are GPU kernels if fla or causal-conv1d is installed.
 FUSED = {"causal_conv1d_fn", "causal_conv1d_update", "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"}
-# Of each thread: how many contexts of `without_packages` it is in.
+# Per thread, the number of active `without_packages` contexts.
 _thread = threading.local()
 
 
 @cache
 def cache_name() -> str:
-    """Return the name that the installed transformers gives to the KV cache."""
+    """Return the argument name of the KV cache in the installed transformers."""
     from transformers.generation import GenerationMixin
 
     known = signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -34,30 +34,39 @@ def cache_name() -> str:
 
 
 def cache_of(values: Mapping) -> Any:
-    """Return the KV cache among the arguments or outputs of a transformers model by name, or None if there is none.
+    """Return the KV cache from the arguments or outputs of a transformers model, or None if they have no cache.
 
-    transformers 5.24 and later take the old name too.
+    transformers 5.24 and later also accept the old name.
     """
     return next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
 
 
 def form_of_layers(device: torch.device, few: T, modules: T) -> T:
-    """Return which of two functions runs layers: `few`, of few operations, or `modules`, of transformers.
+    """Return the function that runs the layers on a device.
 
-    A CPU waits for arithmetic, and takes the modules; so does whoever wants plain PyTorch. A GPU waits for its operations.
+    A CPU is limited by arithmetic, so it runs the modules, as does any device if plain PyTorch is requested. A GPU is limited by
+    the number of operations.
+
+    Args:
+        device: of the model.
+        few: runs layers with few operations.
+        modules: runs the modules of transformers.
     """
     return modules if is_host(device) or wants_plain_pytorch() else few
 
 
 def through_experts(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return what the experts of a layer make of columns, both `[L, hidden]`. `layer`: a module of transformers.
+    """Return the output of the experts in a layer, `[L, hidden]`.
 
-    Off the CPU a single column goes through a product with copies of its experts' weights, as where transformers generates.
-    The product of groups, which serves several, copies the ends of the groups to the host: in every dtype but bf16, and in bf16
-    on GPUs other than Hopper's and Blackwell's. A CUDA graph cannot do that.
+    Off the CPU, a single column is multiplied with copies of its experts' weights, as transformers does when it generates. The
+    grouped matmul, which serves several columns, copies the ends of the groups to the host, except in bf16 on Hopper and Blackwell
+    GPUs. A CUDA graph cannot contain such a copy.
 
     Args:
-        chosen: int64 `[L, n]`, the experts of each column. weights: `[L, n]`, of what they return.
+        layer: the experts, a module of transformers.
+        x: columns `[L, hidden]`.
+        chosen: int64 `[L, n]`, the experts per column.
+        weights: `[L, n]`, the weights of the experts' outputs.
     """
     from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
@@ -68,11 +77,10 @@ def through_experts(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch
 
 @contextmanager
 def without_packages() -> Iterator[None]:
-    """Provide a context, and a decorator, in which this thread's layers of linear attention call no function of fla or
-    causal-conv1d.
+    """Keep linear attention layers of this thread from calling fla and causal-conv1d (a context manager and a decorator).
 
-    Where these packages are installed, transformers calls them in place of its own functions. fla compiles and times up to 59 forms
-    of its kernels before the first prompt is read, which takes more than a minute.
+    If these packages are installed, transformers calls them instead of its own functions. Before the first prompt, fla would spend
+    more than a minute compiling and timing up to 59 variants of its kernels.
     """
     _thread.depth = getattr(_thread, "depth", 0) + 1
     try:
@@ -82,9 +90,9 @@ def without_packages() -> Iterator[None]:
 
 
 def choose_functions(module: torch.nn.Module) -> None:
-    """Has transformers run its own functions in `without_packages`, and on tensors of a CPU, where it has imported `FUSED` kernels.
+    """Make transformers run its own functions instead of imported `FUSED` kernels, on the CPU and within `without_packages`.
 
-    It calls those whatever the device, and on a CPU they fail.
+    transformers would call the kernels on any device, but they fail on a CPU.
     """
     for source in {type(part).__module__ for part in module.modules()}:
         functions = vars(sys.modules[source])

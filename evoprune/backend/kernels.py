@@ -1,7 +1,7 @@
-"""The kernels of Triton, which comes with PyTorch for CUDA: of operators.py, of a decoder layer, and of the tower's attention.
+"""Triton kernels for operators.py, for decoder layers, and for the tower's attention.
 
-Triton takes a while to import, so only a device that runs kernels imports this. Each computes what the plain form beside its caller
-does, under Triton's interpreter too.
+Triton comes with PyTorch for CUDA. It takes a while to import, so only devices that run kernels import this module. Each kernel
+computes the same as the plain PyTorch fallback next to its caller, under Triton's interpreter too.
 """
 
 import struct
@@ -13,24 +13,24 @@ import triton.language as tl
 from evoprune.backend.attention import NEVER
 from evoprune.backend.devices import on_its_device
 
-# Selection: around products of cuBLAS.
+# Selection. The matrix products in between run in cuBLAS.
 
-SIDE = 64  # points, and selected ones, of a block of distances
-# of a block of features
+SIDE = 64  # side of a block of distances, in points
+# size of a block of features
 ROWS = 32
 CHANNELS = 64
-# Sizes change from video to video: kernels are not compiled again for those that 16 divides.
+# Sizes change from video to video. Without this, Triton would compile a kernel again if a size is divisible by 16.
 SIZES = ["points", "length", "count", "begin"]
 
 
 def _given(x: torch.Tensor | None, instead: torch.Tensor) -> torch.Tensor:
-    """Return `x`, or where it is None another tensor: a kernel takes one in any case."""
+    """Return `x`, or `instead` if it is None, because a kernel argument must be a tensor."""
     return instead if x is None else x
 
 
 @triton.jit(do_not_specialize=["length"])
 def _moments(rows, count, mean, variance, length, width, block_rows: tl.constexpr, block: tl.constexpr):
-    """Write mean and variance of some channels over the rows, each as often as it counts."""
+    """Write the mean and variance of some channels over the rows, weighted by `count`."""
     c = tl.program_id(0) * block + tl.arange(0, block)
     inside = c < width
     first = tl.load(rows + c, mask=inside, other=0.0).to(tl.float32)
@@ -60,7 +60,7 @@ def _standardise(
     rows, mean, variance, average, place, squares, length, still, rounding,
     width: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Write rows less their mean, over the deviation of each channel; and their squared lengths."""
+    """Write the rows minus their mean, divided by the standard deviation per channel, and their squared lengths."""
     r = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     floor = still * tl.load(average)
     total = tl.zeros((block_rows,), tl.float32)
@@ -80,7 +80,7 @@ def _standardise(
 
 @triton.jit
 def _distances(product, half, weight, row_i, row_j, time_i, time_j, valid_i, valid_j):
-    """Write rounded distances `[i, j]` of selected points i and candidates j, from the product of their places."""
+    """Return rounded distances `[i, j]` between selected points i and candidates j, given the products of their places."""
     half_i = tl.load(half + row_i, mask=valid_i, other=0.0)
     half_j = tl.load(half + row_j, mask=valid_j, other=0.0)
     weight_j = tl.load(weight + row_j, mask=valid_j, other=0.0)
@@ -91,7 +91,7 @@ def _distances(product, half, weight, row_i, row_j, time_i, time_j, valid_i, val
 
 @triton.jit(do_not_specialize=SIZES)
 def _tube_distances(product, half, weight, row, time, tubes, points, length, side: tl.constexpr):
-    """Puts the distances of one tube in the place of its products."""
+    """Replace the products of one tube with distances."""
     tube = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * side + tl.arange(0, side)
     j = tl.program_id(2) * side + tl.arange(0, side)
@@ -109,7 +109,7 @@ def _tube_distances(product, half, weight, row, time, tubes, points, length, sid
 
 @triton.jit(do_not_specialize=SIZES)
 def _greedy(apart, first, row, tubes, out, points, length, block: tl.constexpr):
-    """Write the radii of one tube."""
+    """Write the radii of the points in one tube."""
     tube = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, block)
     point = tl.load(tubes + tube * length + i, mask=i < length, other=points)
@@ -132,7 +132,7 @@ def _greedy(apart, first, row, tubes, out, points, length, block: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _nearest(product, half, weight, row, time, selected, out, begin, points, count, side: tl.constexpr):
-    """Write which selected point is nearest to each of some points, from `begin` to `points`; `product`: `[point, selected]`."""
+    """Write the index of the nearest selected point for points `begin` to `points`; `product` is `[point, selected]`."""
     number = tl.program_id(0) * side + tl.arange(0, side)
     point = begin + number
     own_row = tl.load(row + point, mask=point < points, other=-1)
@@ -156,7 +156,7 @@ def _nearest(product, half, weight, row, time, selected, out, begin, points, cou
 
 @triton.jit
 def _means(rows, order, row, weight, ends, out, width: tl.constexpr, block: tl.constexpr):
-    """Write columns of one mean. Its rows are added in the order of their index, so that the sum is always the same."""
+    """Write some columns of one mean. Rows are added in the order of their index, so that the sum is reproducible."""
     mean = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
     total = tl.zeros((block,), tl.float32)
@@ -196,7 +196,7 @@ def tube_radii(place, half, weight, first, row, time, tubes, keep):
     apart = torch.bmm(there, there.transpose(1, 2))
     blocks = triton.cdiv(length, SIDE)
     _tube_distances[count, blocks, blocks](apart, half, weight, row, time, tubes, points, length, side=SIDE)
-    # One size of a block for nearly all grids: a kernel is compiled for each.
+    # A single block size for nearly all grids, because every block size compiles another kernel.
     radii = torch.empty_like(row, dtype=torch.float32)
     block = max(256, triton.next_power_of_2(length))
     _greedy[count,](apart, first, row, tubes, radii, points, length, block=block, num_warps=4)
@@ -211,7 +211,7 @@ def nearest_selected(place, half, weight, row, time, selected, held=1 << 26):
     count = len(selected)
     there = place[row[selected]].T
     rows = row.clamp(min=0)
-    step = max(1, held // count)  # products are held for so many points at a time
+    step = max(1, held // count)  # number of points whose products are held at a time
     for begin in range(0, points, step):
         end = min(begin + step, points)
         product = place[rows[begin:end]] @ there
@@ -233,9 +233,9 @@ def mean_rows(rows, into, row, weight, count):
     return means
 
 
-# Greedy selections by cosine: one program selects all rows, with the cosines of all pairs at hand.
+# Greedy selections by cosine: one program selects all rows, from a precomputed matrix of pairwise cosines.
 
-COSINES_HELD = 1 << 26  # cosines that are held in float32 at a time
+COSINES_HELD = 1 << 26  # number of float32 cosines held at a time
 
 
 @triton.jit
@@ -291,17 +291,17 @@ def greedy_cosine(unit, weight, bonus, factor, keep, from_nearest):
     return order.sort().values
 
 
-# Reuse: one program goes through all frame pairs.
+# Reuse: one program loops over all frame pairs.
 
 
 def _bits(x: float) -> int:
-    """Return the bits of a positive float32 as a whole number: of larger numbers it is larger."""
+    """Return the bits of a positive float32 as an integer. Integers of larger floats are larger."""
     return struct.unpack("<i", struct.pack("<f", x))[0]
 
 
 @triton.jit
 def _gain(now, then, inside, low: tl.constexpr, high: tl.constexpr, halvings: tl.constexpr):
-    """Return the median of now / then, weighted by then, between two numbers given by their bits; it is found by halving."""
+    """Return the median of now / then, weighted by then, by bisection between two floats given by their bits."""
     ratio = tl.where(inside, now / tl.maximum(then, 1e-3), float("inf"))
     bits = ratio.to(tl.int32, bitcast=True)
     min_bits = tl.min(bits, 0)
@@ -389,7 +389,11 @@ def _scan(
 
 @on_its_device
 def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most):
-    """Return what the operator returns. `most`: the greatest drift of brightness. Other arguments as in backend/operators.py."""
+    """Run the operator `reuse_scan` (backend/operators.py).
+
+    Args:
+        most: the largest drift of brightness. See the operator for the other arguments.
+    """
     count, units, _ = means.shape
     low = _bits(1 / most)
     high = _bits(most)
@@ -408,7 +412,7 @@ def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most
     return source, held.T.contiguous(), pair
 
 
-# A decoder layer, rounded where Hugging Face rounds.
+# A decoder layer, which rounds at the same points as Hugging Face.
 
 
 @triton.jit
@@ -484,7 +488,14 @@ def _rotate_put(
 def add_norm(
     x: torch.Tensor, plus: torch.Tensor | None, weight: torch.Tensor, eps: float, rounds: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `x + plus`, or `x`, and its RMS norm, `[rows, wide]`, contiguous. It `rounds` before it scales, or afterwards."""
+    """Return `x + plus`, or `x` if `plus` is None, and its RMS norm.
+
+    Args:
+        x, plus: `[rows, wide]`, contiguous, as are the results.
+        weight: scales the norm, `[wide]`.
+        eps: of the norm.
+        rounds: whether to round before scaling, instead of afterwards.
+    """
     wide = x.shape[1]
     out = torch.empty_like(x)
     total = x if plus is None else torch.empty_like(x)
@@ -499,7 +510,7 @@ def add_norm(
 
 @on_its_device
 def silu_times(x: torch.Tensor) -> torch.Tensor:
-    """Return `[rows, wide]`: SiLU of the first half of each row of `x`, `[rows, 2 * wide]`, times the second."""
+    """Return `[rows, wide]`: SiLU of the first half of each row of `x` (`[rows, 2 * wide]`) times the second half."""
     rows = len(x)
     wide = x.shape[1] // 2
     out = x.new_empty(rows, wide)
@@ -519,16 +530,20 @@ def rotate_put(
     column: torch.Tensor | None,
     more: int,
 ) -> torch.Tensor:
-    """Norms queries and keys, where their heads have norms, and rotates them; keys and values are written where they belong.
+    """Apply head norms, if there are any, and rotary embedding to queries and keys, and write keys and values to their columns.
 
     Args:
-        x: `[L, (heads + 2 * kv_heads) * head_dim]`, queries, keys and values before that.
-        places: cosines and sines, as of `numerics.rotation`.
-        keys, values: `[kv_heads, n, at least head_dim]`, of the same strides; the first column is written to `column` of them,
-            int64 `[1]`, or to the first.
-        more: features behind those of a head, which are ones.
+        x: queries, keys and values before norms and rotary embedding, `[L, (heads + 2 * kv_heads) * head_dim]`.
+        places: cosines and sines, from `rotation` (language/decoder.py).
+        norms: weights of the query norm and the key norm, or None.
+        eps: of the norms.
+        heads: number of query heads.
+        keys, values: `[kv_heads, n, head_dim or more]`, with the same strides. They are written from `column` on.
+        column: int64 `[1]`, or None for the first column.
+        more: number of features to append to each query head; they are ones.
 
-    Returns the queries, `[1, L, heads, head_dim + more]`.
+    Returns:
+        The queries, `[1, L, heads, head_dim + more]`.
     """
     rows = len(x)
     kv_heads = len(keys)
@@ -542,7 +557,7 @@ def rotate_put(
     return out
 
 
-# Between the two products of the tower's attention: rotation, and the order in which groups read their keys.
+# Between the qkv product and the attention of the tower: rotary embedding, and sorting keys into the order of the groups.
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -551,7 +566,7 @@ def _rotate_into_groups(
     heads: tl.constexpr, dim: tl.constexpr, more: tl.constexpr, root: tl.constexpr, least: tl.constexpr, half: tl.constexpr,
     gathers: tl.constexpr,
 ):  # fmt: skip
-    """Write one unit's queries, for the first `rows` programs, or one key unit's keys and values: four patches of all heads."""
+    """Write the four patches of one unit, all heads: queries in the first `rows` programs, keys and values in the others."""
     at = tl.program_id(0).to(tl.int64)
     asks = at < rows
     to = tl.where(asks, at, at - rows)
@@ -610,12 +625,15 @@ def rotate_into_groups(
     keys: torch.Tensor | None,
     weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return queries `[R * 4, heads, d']`, and by groups keys and values `[K * 4, heads, d']`, from `[R, 4, 3 * heads * d]`.
+    """Return queries `[R * 4, heads, d']`, and keys and values by group, `[K * 4, heads, d']`.
 
     Args:
-        cos, sin: float32 `[places, 4, d]`, of the rotary embedding, the first half of the sines negated. place: int64 `[R]`.
-        keys: int64 `[K]`, the row of each key; None where keys are the rows in their order, and values stay where they are.
-        weight: int64 `[K]`, whose log is added to the scores by further dimensions (`vision.attention.with_bias`), or None.
+        qkv: `[R, 4, 3 * heads * d]`.
+        cos, sin: of the rotary embedding, float32 `[places, 4, d]`, with the first half of the sines negated.
+        place: int64 `[R]`, the place per row.
+        heads: number of heads.
+        keys: int64 `[K]`, the row per key. None if keys are the rows in their order; then values are not moved.
+        weight: int64 `[K]`, whose log is added to the scores by extra dimensions (`vision.attention.with_bias`), or None.
     """
     rows = len(qkv)
     dim = qkv.shape[2] // (3 * heads)

@@ -1,4 +1,4 @@
-"""Layers in few operations: joined weights and fused kernels on CUDA."""
+"""Layers with few operations: joined weight matrices, and fused kernels on CUDA."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +9,12 @@ import torch
 from evoprune.backend import devices
 from evoprune.backend.devices import has_triton, uses_kernels
 
-TOGETHER = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}  # products of the same input
+TOGETHER = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}  # these share their input
 _apart: list[bool] = []
 
 
 def join(model) -> None:
-    """Puts weights that are multiplied with the same input behind each other in memory; each stays a layer of its own."""
+    """Store weight matrices that multiply the same input contiguously. Each layer keeps a view of its own weights."""
     for layer in model.model.language_model.layers:
         for part, names in TOGETHER.items():
             module = layer.get_submodule(part)
@@ -30,10 +30,10 @@ def join(model) -> None:
 
 
 def join_tower(visual) -> None:
-    """Puts the two first matrices of each gated MLP of a tower behind each other, and pads the inner size for fast products.
+    """Join the first two matrices of gated MLPs in the tower, and pad the inner size for fast products.
 
-    3,420, the inner size of Qwen2.5-VL, is no multiple of 8: products with it take twice as long. Padding is zeros, which change
-    nothing; each layer keeps its own weights as a view.
+    The inner size of Qwen2.5-VL, 3,420, is not a multiple of 8, which makes products take twice as long. The padding consists of
+    zeros, so results stay the same. Each layer keeps a view of its own weights.
     """
     for block in visual.blocks:
         mlp = block.mlp
@@ -56,7 +56,10 @@ def join_tower(visual) -> None:
 
 
 def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Return the weights of `join` of a layer's attention or MLP; None if there are none, or a layer has others by now."""
+    """Return the joined weight and bias that `join` or `join_tower` made for an attention or MLP module.
+
+    Returns None if the module has no joined weights, if its weights have been replaced since, or within `unjoined`.
+    """
     parameters = getattr(module, "joined", None)
     if parameters is None or _apart:
         return None
@@ -67,14 +70,14 @@ def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
 
 
 def is_unhooked_linear(module: torch.nn.Module) -> bool:
-    """Return whether a module is a linear layer that has no hooks: whoever sets a hook wants to see its calls."""
+    """Return whether a module is a plain linear layer without hooks. Layers with hooks must be called, so that the hooks run."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return type(module) is torch.nn.Linear and not hooked
 
 
 @contextmanager
 def unjoined() -> Iterator[None]:
-    """Provide a context in which products take each matrix by itself, as in a model of transformers."""
+    """Multiply by each matrix separately within this context, as a transformers model does."""
     _apart.append(True)
     try:
         yield
@@ -83,7 +86,7 @@ def unjoined() -> Iterator[None]:
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """Return the fused kernels for a device, `backend.kernels`; None where there are none, or one has failed."""
+    """Return the module of fused kernels (`backend.kernels`), or None if the device does not use it or a kernel has failed."""
     if not uses_kernels(device) or devices.failed("layers") or not has_triton():
         return None
     from evoprune.backend import kernels
@@ -92,5 +95,5 @@ def kernels_for(device: torch.device) -> ModuleType | None:
 
 
 def give_up(problem: Exception) -> None:
-    """Have layers compute without fused kernels from now on. Raises `problem` again if it is about memory."""
+    """Run layers without fused kernels from now on. Raises `problem` again if it means out of memory."""
     devices.give_up("layers", "layers compute without fused kernels", problem)

@@ -1,7 +1,7 @@
-"""What the system lets this process use: cores, memory, a GPU; and what follows from the name of a device. Imports no torch.
+"""The resources that the system grants this process (cores, memory, a GPU), and limits that follow from a device name. No torch.
 
-Containers limit both by control groups, of version 1, of version 2, or of both side by side. A limit holds for a group and for all
-groups inside it. Functions read `proc` and the mounts below `root`. Where there is no such file, there is no limit.
+Containers limit cores and memory with control groups of version 1, version 2, or both. A limit applies to a group and all groups
+inside it. Functions read `proc` and the mounts below `root`. If a file does not exist, there is no limit.
 """
 
 import math
@@ -16,48 +16,49 @@ from pathlib import Path
 from evoprune.errors import OutOfMemory
 
 ROOT = Path("/")
-# Options of glibc's mallopt. Freed memory above the trim threshold is given back, what is larger than the map threshold gets new
-# pages each time, and arenas of other threads than the first are kept small.
+# Options of glibc's mallopt. Free memory above the trim threshold is returned to the system, blocks larger than the mmap threshold
+# get new pages each time, and threads share one arena.
 TRIM_THRESHOLD = -1
 TOP_PAD = -2
 MMAP_THRESHOLD = -3
 ARENA_MAX = -8
 MALLOC = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26, MMAP_THRESHOLD: 2**30, ARENA_MAX: 1}
-# Bytes that torch and this package take by themselves. No model answers in less.
+# Bytes that importing torch and this package takes. No model answers in less.
 LIBRARIES = 2**28
 
-# Files of a group: the limit in bytes, and the bytes in use. Above `high` the group is not killed but slowed to a crawl.
+# Files of a group: the limit in bytes, and the bytes in use. A group above `high` is not killed, but slowed to a crawl.
 MEMORY = (
     ("memory.max", "memory.current"),
     ("memory.high", "memory.current"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
-# Of the bytes in use, what the system takes back when memory is short: cached files, those mapped into memory included.
-# Version 1 counts groups inside the group only in the fields that begin with `total_`.
+# Bytes in use that the system can reclaim when memory is short: cached files, including mapped ones.
+# In version 1, only fields that begin with `total_` include the groups inside the group.
 RECLAIMABLE = re.compile(r"^(total_)?(?:active_file|inactive_file|slab_reclaimable) (\d+)$", re.MULTILINE)
 
-# Files that the driver of a GPU has, by the toolkit that torch was built with. The last of each is for Linux below Windows.
+# Files of GPU drivers, by the toolkit that torch was built with. The last pattern in each row is for WSL.
 DRIVERS = {
     "cuda": ("dev/nvidia[0-9]*", "dev/nvmap", "usr/lib/wsl/lib/libcuda.so*"),
     "hip": ("dev/kfd", "dev/dxg"),
 }
-# In torch's module `version`: the toolkits that it was built with.
+# Matches the toolkits that torch was built with in its module `version`.
 BUILT_WITH = re.compile(r"^(cuda|hip)\b[^=]*=\s*['\"]", re.MULTILINE)
 HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-VISIBLE = re.compile(r"\s*(\d|GPU-|MIG-)")  # how the values of these begin if they do not hide every GPU
+VISIBLE = re.compile(r"\s*(\d|GPU-|MIG-)")  # start of their values if at least one GPU stays visible
 # Visual tokens before pruning that a CPU encodes in about a minute.
 MAX_VISUAL_TOKENS_CPU = 4_096
-# On CUDA, launches bound the time of an input of fewer units in the tower, whatever the number of rows. The number lies between
-# sizes that were measured on one H200 (results/gpu.md, "Small inputs"): at 384 units pruning inside the tower lost against nothing
-# pruned (0.73 to 0.99 times as fast), at 1,536 it lost against a selection after the tower (by 9%, calculated), at 4,784 it won
-# against one (1.6 times as fast). It is nearer to the sizes that lost: what is between them has not been measured.
+# On CUDA, the tower is launch-bound for inputs with fewer units, whatever the number of rows. The threshold lies between sizes that
+# were measured on one H200 (results/gpu.md, "Small inputs"). At 384 units, pruning inside the tower was slower than no pruning
+# (0.73 to 0.99 times as fast). At 1,536 units, it was slower than a selection after the tower (by 9%, calculated). At 4,784 units,
+# it was 1.6 times as fast as a selection after the tower. The threshold is closer to the sizes at which pruning inside the tower
+# lost, because sizes in between have not been measured.
 LAUNCH_BOUND_UNITS = 2048
 
 
 def resolve_device(name: str, root: Path = ROOT) -> str:
-    """Return the name of a device. "auto" is "cuda" if torch is built for a GPU whose driver is here and visible, else "cpu".
+    """Return the name of a device. "auto" means "cuda" if torch is built for a GPU whose driver is here and visible, else "cpu".
 
-    The answer is final: if torch cannot use the GPU, loading a model says so (`pick_device`).
+    The answer is final: if torch cannot use the GPU, loading a model raises an error (`pick_device`).
     """
     if name != "auto":
         return name
@@ -66,7 +67,7 @@ def resolve_device(name: str, root: Path = ROOT) -> str:
 
 
 def _has_gpu(root: Path) -> bool:
-    """Return True if the driver of a GPU that the installed torch can use is here, or the build alone tells, as on Windows."""
+    """Return whether the driver of a GPU that torch supports is here. Without /dev, as on Windows, only torch's build counts."""
     toolkits = _toolkits()
     if not (root / "dev").is_dir():
         return bool(toolkits)
@@ -75,7 +76,7 @@ def _has_gpu(root: Path) -> bool:
 
 
 def _toolkits() -> list[str]:
-    """Return the toolkits that the installed torch was built with; all if its files do not tell."""
+    """Return the toolkits that the installed torch was built with, or all toolkits if its files do not tell."""
     try:
         folders = find_spec("torch").submodule_search_locations
         return BUILT_WITH.findall(Path(folders[0], "version").with_suffix(".py").read_text(encoding="utf-8"))
@@ -84,19 +85,20 @@ def _toolkits() -> list[str]:
 
 
 def visual_token_limit(device: str) -> float:
-    """Return how many visual tokens a device takes before pruning; infinity if only the model limits them."""
+    """Return the maximum number of visual tokens before pruning on a device, or infinity if only the model limits them."""
     return MAX_VISUAL_TOKENS_CPU if device.partition(":")[0] == "cpu" else math.inf
 
 
 def launch_bound_units(device: str) -> int:
-    """Return the number of units below which launches bound the time of an input in the tower; 0 where arithmetic does."""
+    """Return the number of units below which the tower is launch-bound on a device, or 0 if it never is."""
     return LAUNCH_BOUND_UNITS if device.partition(":")[0] == "cuda" else 0
 
 
 def available_cores(root: Path = ROOT) -> int:
     """Return how many cores this process may keep busy, at least 1.
 
-    The cores of its affinity, or fewer where a control group has a quota of CPU time, which counts in whole cores, rounded up.
+    These are the cores in its CPU affinity, or fewer if a control group has a quota of CPU time. A quota is rounded up to whole
+    cores.
     """
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
@@ -106,10 +108,10 @@ def available_cores(root: Path = ROOT) -> int:
 
 
 def host_memory(root: Path = ROOT) -> int | None:
-    """Return the bytes that this process can get now without swapping; None where unknown.
+    """Return the bytes that this process can allocate without swapping, or None if unknown.
 
-    The least of what Linux has, what the control groups leave, and what is left of the address space (`ulimit -v`). Cached files
-    count as available, because the system drops them when memory is short.
+    This is the minimum of the memory available in Linux, the memory left by control groups, and the rest of the address space
+    (`ulimit -v`). Cached files count as available, because the system drops them when memory is short.
     """
     try:
         (free,) = kib(root / "proc/meminfo", "MemAvailable")
@@ -121,9 +123,10 @@ def host_memory(root: Path = ROOT) -> int | None:
 
 
 def check_libraries(root: Path = ROOT) -> None:
-    """Refuse to load torch where the system would end this process for it, without a message.
+    """Refuse to load torch if there is so little memory that the system would kill this process without a message.
 
-    Raises OutOfMemory: there is not even memory for the libraries.
+    Raises:
+        OutOfMemory: there is too little memory even for the libraries.
     """
     available = host_memory(root)
     if available is not None and available < LIBRARIES:
@@ -133,12 +136,12 @@ def check_libraries(root: Path = ROOT) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep the memory that this process frees, up to its peak; for processes of our own. Only glibc can.
+    """Make the C library keep freed memory, up to the peak of this process. Only for glibc, and for processes of our own.
 
-    It would give back what the layers' results took, and get new pages from the system for those of the next layer, which is up to
-    an eighth of the time of encoding at 3B in bf16 (results/machines.md).
+    By default, glibc returns the memory of layer results to the system and requests new pages for the next layer, which takes up to
+    an eighth of the time of encoding with a 3B model in bf16 (results/machines.md).
     """
-    import ctypes  # which --help does not need
+    import ctypes  # not imported for --help
 
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option, value in MALLOC.items():
@@ -146,16 +149,14 @@ def keep_freed_memory() -> None:
 
 
 def oom_kills(root: Path = ROOT) -> int:
-    """Return how many processes the system has ended so far because memory ran out, in whichever group; 0 where it does not
-    tell.
-    """
+    """Return how many processes the system has killed so far because memory ran out, in any group; 0 if unknown."""
     with suppress(OSError, ValueError, StopIteration), (root / "proc/vmstat").open() as file:
         return next(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
     return 0
 
 
 def _quotas(folder: Path) -> Iterator[float]:
-    """Yield the cores' worth of time that a group gets."""
+    """Yield the CPU quotas of a group, in cores."""
     with suppress(OSError, ValueError):  # "max" is no limit
         quota, period = map(int, (folder / "cpu.max").read_text().split())
         yield quota / period
@@ -166,7 +167,7 @@ def _quotas(folder: Path) -> Iterator[float]:
 
 
 def _left(folder: Path) -> Iterator[int]:
-    """Yield what a group's limits leave of memory, in bytes."""
+    """Yield the bytes of memory left below each limit of a group."""
     for limit, used in MEMORY:
         with suppress(OSError, ValueError):  # "max" is no limit
             left = int((folder / limit).read_text()) - int((folder / used).read_text())
@@ -180,9 +181,9 @@ def _reclaimable(stat: str) -> int:
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """Yield the folders of the control groups that this process is in, from its own to the outermost that is visible.
+    """Yield the folders of the control groups of this process, from its own to the outermost that is visible.
 
-    Groups of version 1 are those for this controller. Groups of version 2 may or may not have it.
+    Groups of version 1 belong to this controller. Groups of version 2 may or may not have it.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -199,7 +200,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
             name = controller
         else:
             continue
-        if name not in own or ".." in own[name].split("/"):  # the latter: it was moved out of the visible groups
+        if name not in own or ".." in own[name].split("/"):  # ".." if the process was moved out of the visible groups
             continue
         top, point = (re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), field) for field in where.split(" ")[3:5])
         # A container sees its own group at the top of the mount, under the same name as in its list of groups.
@@ -210,7 +211,12 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def kib(path: Path, *names: str) -> list[int]:
-    """Return figures in kibibytes of a file in /proc, in bytes. Raises OSError: no such file. KeyError: no such figure."""
+    """Return figures from a file in /proc, converted from kibibytes to bytes.
+
+    Raises:
+        OSError: the file does not exist.
+        KeyError: a figure does not exist.
+    """
     values = dict(line.partition(":")[::2] for line in path.read_text("utf-8", "replace").splitlines())
     return [int(values[name].split()[0]) * 1024 for name in names]
 

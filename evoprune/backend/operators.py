@@ -1,11 +1,11 @@
-"""Operators with a form for each kind of device: of the selection, of greedy selections by cosine, and of reuse.
+"""Operators with an implementation per kind of device, for selection, greedy selection by cosine, and reuse.
 
-Each is one operator with one contract: numpy or PyTorch on a CPU, kernels of Triton on CUDA (kernels.py), a few operations of
-PyTorch elsewhere. Off the CPU no value is read. Distances are whole numbers of steps, so that devices that sum in another order
-agree, and equal rows are at distance 0.
+Each operator has one contract and several implementations: numpy or PyTorch on a CPU, Triton kernels on CUDA (kernels.py), and a
+few PyTorch operations elsewhere. Implementations for devices other than the CPU read no values. Distances are whole numbers of
+steps, so that devices with different summation orders agree, and equal rows are at distance 0.
 
-Of the selection: places of rows, farthest points inside tubes, the nearest selected point of each, means of clusters. A point j has
-a row and a time. Its distance to a selected point i is, in steps,
+The operators for selection compute places of rows, farthest points inside tubes, the nearest selected point for every point, and
+means of clusters. A point j has a row and a time. Its distance to a selected point i is, in steps,
 
     d(i, j) = half[row_i] + half[row_j] - place[row_i] . place[row_j] + weight[row_j] * |time_i - time_j|
 """
@@ -17,17 +17,17 @@ import torch
 
 from evoprune.backend.devices import with_fallback
 
-MAX_DISTANCES = 1 << 23  # distances that a CPU holds at a time
+MAX_DISTANCES = 1 << 23  # number of distances that a CPU holds at a time
 MAX_DISTANCES_ON_DEVICE = 1 << 26
-FEW_TUBES = 4  # up to so many a CPU goes through one after another
-FEW_ROWS = 512  # up to so many rows a CPU computes products of rows once, for all points
-# rows that have float32 copies at a time
+FEW_TUBES = 4  # up to this number, a CPU processes tubes one by one
+FEW_ROWS = 512  # up to this number, a CPU computes the products between rows once, for all points
+# number of rows that have float32 copies at a time
 AT_ONCE = 1024
 AT_ONCE_ON_DEVICE = 16384
-VARIANCE_FLOOR = 1e-3  # of the mean variance, added to each channel's, so that one that hardly varies counts less
-ROUNDING = 1 / 256  # of a channel's mean: a deviation as small as that of rounding does not count as one
+VARIANCE_FLOOR = 1e-3  # share of the mean variance, added to every channel, so that nearly constant channels count less
+ROUNDING = 1 / 256  # share of a channel's mean; deviations this small may be rounding errors, so they count little
 
-# Plain registration: `torch.library.custom_op` imports torch's compiler, which takes seconds.
+# Operators are registered with the low-level API, because `torch.library.custom_op` imports torch's compiler, which takes seconds.
 _LIBRARY = torch.library.Library("evoprune", "DEF")
 _LIBRARY.define("standard_places(Tensor rows, Tensor unit_to_row, Tensor? projection, int steps) -> (Tensor, Tensor)")
 _LIBRARY.define(
@@ -46,14 +46,17 @@ mean_rows = torch.ops.evoprune.mean_rows
 def _standard_places(
     rows: torch.Tensor, unit_to_row: torch.Tensor, projection: torch.Tensor | None, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return float32 `[E, d]`: rows less their mean, over the deviation of each channel, and all over the length of the longest.
-
-    Also float32 `[E]`, the squared lengths, in whole steps; 0 of a row without a unit. Of equal rows both are 0.
+    """Return the standardized places of rows, and their squared lengths.
 
     Args:
-        rows: `[E, D]`. unit_to_row: int64 `[N]`, the row of each unit, -1 for none; a row counts as often as it has units.
-        projection: float32 `[D, d]`, of the places; None for none.
-        steps: in a length of 1.
+        rows: `[E, D]`.
+        unit_to_row: int64 `[N]`, the row per unit, or -1. A row counts once per unit in the mean and the deviation.
+        projection: float32 `[D, d]`, applied to the places, or None.
+        steps: number of steps in a length of 1.
+
+    Returns:
+        Float32 `[E, d]`: rows minus their mean, divided by the standard deviation per channel and by the length of the longest row.
+        And float32 `[E]`: squared lengths, rounded to steps; 0 for a row without a unit. If all rows are equal, both are 0.
     """
     count = unit_counts(unit_to_row, len(rows))
     at_once = AT_ONCE_ON_DEVICE if rows.device.type != "cpu" else AT_ONCE
@@ -62,7 +65,7 @@ def _standard_places(
     def pieces() -> Iterator[torch.Tensor]:  # float32, a few rows at a time to save memory
         return (part.float() for part in rows.split(at_once))
 
-    first = rows[0].float()  # sums of differences are exact where all rows are equal
+    first = rows[0].float()  # subtracted first, so that sums are exact if all rows are equal
     mean = first + sum(share @ (piece - first) for share, piece in zip(shares, pieces(), strict=True))
     variance = sum(share @ (piece - mean).square_() for share, piece in zip(shares, pieces(), strict=True))
     scale = (variance + VARIANCE_FLOOR * variance.mean() + (ROUNDING * mean).square_()).clamp_(min=1e-30).rsqrt_()
@@ -81,13 +84,13 @@ def _standard_places(
 
 
 def unit_counts(unit_to_row: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return float32 `[rows]`: how many units each row has; `unit_to_row`: int64 `[N]`, -1 for none."""
+    """Return the number of units per row, float32 `[rows]`. `unit_to_row` is int64 `[N]`, with -1 for no row."""
     count = torch.zeros(rows + 1, dtype=torch.float32, device=unit_to_row.device)
     return count.scatter_(0, unit_to_row + 1, 1, reduce="add")[1:]
 
 
 def rounded(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """Rounds numbers to whole steps."""
+    """Round numbers to whole steps."""
     return (x * steps).round_().div_(steps).clamp_(min=0)
 
 
@@ -101,17 +104,20 @@ def _tube_radii(
     tubes: torch.Tensor,
     keep: int,
 ) -> torch.Tensor:
-    """Return float32 `[N]`: the radius of each point, in whole steps; -1 for a point without a row.
+    """Return the radius of each point in whole steps, float32 `[N]`; -1 for a point without a row.
 
-    In each tube the points are selected one after another, each the farthest from those before it, and that distance is its radius.
-    The first is that of the largest `first`, which is its radius, or one step more than the second's. So radii fall from point to
-    point, and the K points of the largest radii are in each tube the first of its order. Ties go to the lower index.
+    In each tube, points are selected one after another, always the point farthest from the selected ones. That distance is its
+    radius. The point with the largest `first` is selected first. Its radius is `first`, or one step more than the second radius if
+    that is larger. So radii decrease in the order of selection, and the K points with the largest radii overall are, in each tube,
+    the first ones selected. Ties go to the lower index.
 
     Args:
-        place, half, weight, first: float32 `[E, d]`, `[E]`, `[E]`, `[E]`, of rows, all in steps.
-        row: int64 `[N]`, of each point, -1 for none. time: float32 `[N]`.
-        tubes: int64 `[B, L]`, the points of each tube, ascending; N is padding.
-        keep: the radii of points that are not among the first so many may be 0: a CPU ends sooner.
+        place: float32 `[E, d]`, by row.
+        half, weight, first: float32 `[E]`, by row, in steps.
+        row: int64 `[N]`, the row per point, or -1.
+        time: float32 `[N]`, the time per point.
+        tubes: int64 `[B, L]`, the points per tube, ascending; N is padding.
+        keep: only the `keep` largest radii are needed. The CPU stops early, and the other radii may be 0.
     """
     index, rows, valid = _members(row, tubes)
     apart = _apart(place, half, weight, rows, time[index])
@@ -134,9 +140,7 @@ def _tube_radii(
 
 
 def _members(row: torch.Tensor, tubes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the points and the rows of the members of tubes, int64 `[B, L]`, 0 where there is none; and bool, where there is
-    one.
-    """
+    """Return the points and rows of tube members, int64 `[B, L]`, with 0 for padding, and a bool mask that is true for members."""
     inside = tubes < len(row)
     index = torch.where(inside, tubes, 0)
     rows = row[index]
@@ -146,7 +150,7 @@ def _members(row: torch.Tensor, tubes: torch.Tensor) -> tuple[torch.Tensor, torc
 def _apart(
     place: torch.Tensor, half: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, time: torch.Tensor
 ) -> torch.Tensor:
-    """Return float32 `[B, selected, candidate]`: rounded distances of points with these `rows` (int64 `[B, L]`) and times."""
+    """Return rounded distances between points, float32 `[B, selected, candidate]`, from their `rows` (int64 `[B, L]`) and times."""
     if rows.device.type == "cpu" and len(place) <= FEW_ROWS:
         product = (place @ place.T)[rows[:, :, None], rows[:, None, :]]
     else:
@@ -168,14 +172,14 @@ def _tube_radii_cpu(place, half, weight, first, row, time, tubes, keep):
 
 
 def _greedy(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
-    """Return float32 `[B, L]`: radii, from distances `[B, L, L]`, and `first` (`[B, L]`, -1 where there is no point)."""
+    """Return the radii, float32 `[B, L]`, from distances `[B, L, L]` and `first` (`[B, L]`, -1 for padding)."""
     if len(first) > FEW_TUBES:
         return _greedy_together(apart, first, keep)
     return np.stack([_greedy_in(*tube, keep) for tube in zip(apart, first, strict=True)])
 
 
 def _greedy_in(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
-    """Return the radii of one tube, `[L]`."""
+    """Return the radii in one tube, `[L]`."""
     radii = np.zeros_like(first)
     best = int(first.argmax())
     radii[best] = start = max(first[best], 0)
@@ -187,8 +191,8 @@ def _greedy_in(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
     for selected in range(1, len(near)):
         best = int(near.argmax())
         radius = near[best]
-        if not radius > 0 or (selected >= keep and radius < latest):  # equal ones may come before others by their turn
-            break  # a NaN ends it too: argmax finds it first
+        if not radius > 0 or (selected >= keep and radius < latest):  # equal radii may still win ties by their index
+            break  # NaN also stops the loop, because argmax finds it first
         radii[best] = latest = radius
         np.minimum(near, apart[best], out=near)
         near[best] = -1
@@ -196,7 +200,7 @@ def _greedy_in(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
 
 
 def _greedy_together(apart: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
-    """Return the same, one step of all tubes at a time."""
+    """Return the same as `_greedy`, advancing all tubes one step at a time."""
     at = np.arange(len(first))
     near = first
     best = near.argmax(1)
@@ -226,9 +230,12 @@ def _nearest_selected(
     time: torch.Tensor,
     selected: torch.Tensor,
 ) -> torch.Tensor:
-    """Return int64 `[N]`: which of `selected` (int64 `[K]`, points) is nearest to each point, a selected one its own; -1: no row.
+    """Return int64 `[N]`: for each point, the index in `selected` of the nearest selected point, or -1 for a point without a row.
 
-    Ties go to the lower index. Other arguments as of `tube_radii`.
+    A selected point is its own nearest. Ties go to the lower index. See `_tube_radii` for the other arguments.
+
+    Args:
+        selected: int64 `[K]`, points.
     """
     of = row[selected]
     rows = row.clamp(min=0)
@@ -252,7 +259,7 @@ def _own(nearest: torch.Tensor, row: torch.Tensor, selected: torch.Tensor) -> to
 
 
 def _nearest_selected_cpu(place, half, weight, row, time, selected):
-    # With reuse one row is that of many points: products are computed for rows, a piece at a time that stays in the cache.
+    # With reuse, many points share a row, so products are computed once per row, in pieces that stay in the cache.
     rows, back = row[selected].unique(return_inverse=True)
     there = place[rows]
     half_of = half[rows]
@@ -270,9 +277,13 @@ def _nearest_selected_cpu(place, half, weight, row, time, selected):
 def _mean_rows(
     rows: torch.Tensor, into: torch.Tensor, row: torch.Tensor, weight: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """Return `[count, D]`, in the dtype of `rows` (`[E, D]`): weighted means of rows, summed in float32.
+    """Return weighted means of rows, `[count, D]`, summed in float32 and returned in the dtype of `rows`.
 
-    `into`, `row`: int64 `[m]`, which mean each row joins. `weight`: float32 `[m]`; those of a mean sum to more than 0.
+    Args:
+        rows: `[E, D]`.
+        into, row: int64 `[m]`, a mean and a row that joins it.
+        weight: float32 `[m]`, the weight of the row; for every mean the sum is above 0.
+        count: number of means.
     """
     total = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
     size = total.new_zeros(count).index_add_(0, into, weight)
@@ -284,7 +295,7 @@ def _mean_rows(
 
 
 def _mean_rows_cpu(rows, into, row, weight, count):
-    # With reuse a row joins the same mean many times: it joins once, with the sum of the weights.
+    # With reuse, a row joins the same mean many times. Add it once, with the sum of its weights.
     both, back = (into * len(rows) + row).unique(return_inverse=True)
     weight = weight.new_zeros(len(both)).index_add_(0, back, weight)
     return _mean_rows(rows, both // len(rows), both % len(rows), weight, count)
@@ -330,10 +341,10 @@ for _name, _plain, _cpu, _cuda in (
     _LIBRARY.impl(_name, _cuda, "CUDA")
 
 
-# Greedy selections by cosine: rows one after another, each as unlike those before it as possible.
+# Greedy selections by cosine: rows are selected one after another, each as different from the selected ones as possible.
 
-BLOCK = 512  # rows of a matrix of all pairs that are held at a time
-MOST_ROWS = 1 << 15  # of which the kernel has all cosines, as 16-bit numbers: 2 GiB
+BLOCK = 512  # number of rows of the pairwise matrix held at a time
+MOST_ROWS = 1 << 15  # the kernel handles at most this many rows; it holds all cosines as 16-bit numbers, up to 2 GiB
 
 _LIBRARY.define(
     "greedy_cosine(Tensor unit, Tensor? weight, Tensor? bonus, float factor, int keep, bool from_nearest) -> Tensor"
@@ -342,7 +353,7 @@ greedy_cosine = torch.ops.evoprune.greedy_cosine
 
 
 def snap(score: torch.Tensor) -> torch.Tensor:
-    """Rounds scores to multiples of 1/16384: cosines of equal rows, which differ in the last bits, become ties."""
+    """Round scores to multiples of 1/16384, so that cosines of equal rows, which differ in the last bits, become ties."""
     return (score * 16384).round() / 16384
 
 
@@ -354,14 +365,17 @@ def _greedy_cosine(
     keep: int,
     from_nearest: bool,
 ) -> torch.Tensor:
-    """Return int64 `[keep]`, ascending: rows of `unit` (float32 `[N, D]`, of length one), each time that of the highest score.
+    """Return the selected rows of `unit`, int64 `[keep]`, ascending. In each step, the row with the highest score is selected.
 
-    The score of a row is of `near`, its greatest cosine to the selected ones. Cosines are rounded; ties go to the lower index.
+    The score of a row depends on `near`, its largest cosine to the selected rows. Cosines are rounded. Ties go to the lower index.
 
     Args:
-        weight: float `[N]`, at least 0: the score is (1 - near) * weight, rounded; None for 1.
-        bonus: float32 `[N]`: the score is bonus - factor * near, rounded; `weight` is then None.
-        from_nearest: whether `near` begins as the cosine to the nearest other row; else it begins at 0.
+        unit: float32 `[N, D]`, rows of length one.
+        weight: float `[N]`, at least 0. The score is (1 - near) * weight, rounded. None means 1.
+        bonus: float32 `[N]`, or None. The score is bonus - factor * near, rounded; `weight` must be None.
+        factor: used with `bonus`.
+        keep: number of rows to select.
+        from_nearest: whether `near` starts as the cosine to the nearest other row, instead of 0.
     """
     near = unit.new_zeros(len(unit))
     if from_nearest and keep:
@@ -375,14 +389,17 @@ def _greedy_cosine(
             if weight is not None:
                 score = snap(score * weight)
         latest = score.masked_fill(selected, -torch.inf).argmax()[None]
-        selected.index_fill_(0, latest, True)  # an index in brackets would synchronise a GPU
+        selected.index_fill_(0, latest, True)  # selected[latest] would synchronize a GPU
         cosine = snap(unit @ unit.index_select(0, latest)[0])
         near = torch.maximum(near, cosine) if step else cosine
     return selected.logical_not().argsort(stable=True)[:keep].clone()
 
 
 def nearest_cosine(unit: torch.Tensor) -> torch.Tensor:
-    """Return float32 `[N]`: the cosine of each row of `unit` (`[N, D]`, of length one) to the most similar other; -inf if none."""
+    """Return the cosine between each row of `unit` (`[N, D]`, of length one) and its most similar other row, float32 `[N]`.
+
+    The cosine is -inf if there is only one row.
+    """
     best = []
     for start in range(0, len(unit), BLOCK):
         cosine = snap(unit[start : start + BLOCK] @ unit.T)
@@ -404,12 +421,12 @@ _LIBRARY.impl("greedy_cosine", _greedy_cosine, "CompositeExplicitAutograd")
 _LIBRARY.impl("greedy_cosine", _greedy_cosine_cuda, "CUDA")
 
 
-# Reuse: which frame pair was last encoded at the place of each unit (vision/preprocess.py says what for).
+# Reuse: find the frame pair that was last encoded at the place of a unit (see vision/preprocess.py).
 
-# blocks of a unit in both frames, of 7x7 or 8x8 pixels, and colours
+# number of blocks (7x7 or 8x8 pixels) of a unit in both frames, and number of colors
 BLOCKS = 2 * 4**2
 CHANNELS = 3
-# The greatest drift of brightness since the references were encoded, as a factor up or down.
+# Largest drift of brightness since the references were encoded, as a factor up or down.
 BRIGHTNESS = 1.2
 
 _LIBRARY.define(
@@ -421,12 +438,15 @@ reuse_scan = torch.ops.evoprune.reuse_scan
 def _reuse_scan(
     means: torch.Tensor, held: torch.Tensor, pair: torch.Tensor, known: bool, seen: int, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return int64 `[T, units]`: the frame pair whose row represents each unit; and `held` and `pair` after these frame pairs.
+    """Return the frame pair whose row represents each unit, int64 `[T, units]`, and `held` and `pair` after these frame pairs.
 
     Args:
-        means: float32 `[T, units, 96]`, of the next frame pairs. held: float32 `[units, 96]`, of each place when it was last
-            encoded, without meaning if not `known`. pair: int64 `[units]`, when that was. seen: frame pairs before.
-        threshold: in levels of 255.
+        means: float32 `[T, units, 96]`, block means of the next frame pairs.
+        held: float32 `[units, 96]`, block means at each place when it was last encoded; ignored if not `known`.
+        pair: int64 `[units]`, when each place was last encoded, as the index of a frame pair.
+        known: whether `held` and `pair` have values.
+        seen: number of earlier frame pairs.
+        threshold: smallest difference of a changed unit, in levels of 255.
     """
     source = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device)
     for t, now in enumerate(means):
@@ -437,7 +457,7 @@ def _reuse_scan(
         else:
             gain = brightness(now, held)
             changed = differences(now, held * gain) >= threshold
-            # Most of the picture has changed (a cut, or a moving camera), so the measured brightness means nothing.
+            # If most of the picture has changed (a cut, or a moving camera), the measured brightness means nothing.
             cut = 2 * changed.sum() > len(changed)
             if cut.device.type != "cpu" or cut:
                 gain = torch.where(cut, 1.0, gain)
@@ -449,13 +469,13 @@ def _reuse_scan(
 
 
 def differences(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return float32 `[units]`: the greatest difference of a block (float32 `[units, 96]` both), Euclidean over the channels."""
+    """Return the largest block difference per unit, float32 `[units]`, from float32 `[units, 96]`. It is Euclidean over colors."""
     difference = (means - reference).view(len(means), BLOCKS, CHANNELS)
     return difference.square_().sum(2).amax(1).sqrt_()
 
 
 def brightness(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return float32 `[96]`: how much brighter the picture is than its references: a factor per channel, repeated for each block.
+    """Return how much brighter the picture is than its references, float32 `[96]`: a factor per color, repeated for all blocks.
 
     The median over units, weighted by brightness, ignores changes in less than half of the picture, and noise in dark regions.
     """

@@ -1,17 +1,17 @@
-"""Pictures in the form for a device: bytes on the CPU, float32 elsewhere."""
+"""Resizing of frames: in bytes on the CPU, in float32 on other devices."""
 
 import torch
 import torch.nn.functional as F
 
 from evoprune.backend import devices
 
-FLOATS = 1 << 24  # values of frames that a device resizes at a time, in float32: 64 MiB
+FLOATS = 1 << 24  # number of float32 values that a device resizes at a time: 64 MiB
 
 
 def resized(planes: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resizes planes (uint8 `[F, C, H, W]`) by antialiased bicubic interpolation.
+    """Resize planes (uint8 `[F, C, H, W]`) with antialiased bicubic interpolation.
 
-    On a CPU torch reduces bytes: rows, which it rounds to bytes, and then columns. On another device float32 goes the same way.
+    On the CPU, torch resizes bytes: first the rows, rounded to bytes, then the columns. Other devices do the same steps in float32.
     """
     kwargs = {"mode": "bicubic", "antialias": True}
     if devices.is_host(planes.device):

@@ -1,4 +1,4 @@
-"""The models that come with the package, by name: where each is, what it was trained on, and in which words. No numpy."""
+"""The bundled demo models: their files, their training, and the words they know. Imports no numpy."""
 
 import re
 from collections.abc import Mapping
@@ -11,18 +11,18 @@ _WEIGHTS = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Demo:
-    """Describe a demo model: its folder, and the world, a generator of clips, that it knows (docs/demo-model.md)."""
+    """A demo model: its folder, and the world that it knows, a generator of clips (docs/demo-model.md)."""
 
     folder: Path
     world: str
-    inputs: int  # the most that a prompt of its training had
-    span: int  # positions in time of the longest clip of its training: two a second
-    presence: str  # how its training asks whether a thing is there, with {} for its name
+    inputs: int  # the most inputs in a training prompt
+    span: int  # temporal positions of the longest training clip, two per second
+    presence: str  # the training question whether a thing is there, with {} for its name
 
     def questions_of(self, query: str) -> tuple[tuple[str, bool], ...]:
-        """Return the questions that tell whether "a red star" is there, or "a red star appears"; of each whether yes says so.
+        """Return the questions that tell whether a query such as "a red star" or "a red star appears" is true.
 
-        A thing is named with or without an article.
+        The query may have an article. Returns pairs of a question and whether the answer yes means that the query is true.
         """
         thing = ARTICLE.sub("", query.strip(), count=1)
         event: tuple[tuple[str, bool], ...] = ()
@@ -36,7 +36,8 @@ class Demo:
 ARTICLE = re.compile(r"^(a|an|any|the)\s+", re.IGNORECASE)
 AT_START = "Is the {} there at the start?"
 AT_END = "Is the {} there at the end?"
-# What the training of all demo models asks, by the verb of an event, and the answers that together mean that it happens.
+# Training questions by the verb of an event, with the answers (True for yes) that together mean that it happens. All demo models
+# were trained with them.
 EVENTS = {
     " appears": ((AT_START, False), (AT_END, True)),
     " vanishes": ((AT_START, True), (AT_END, False)),
@@ -52,11 +53,11 @@ def demo_in(folder: Path | None) -> Demo | None:
     return next((demo for demo in DEMOS.values() if folder and demo.folder.resolve() == folder.resolve()), None)
 
 
-# What the comment of a clip says: which generator made it.
+# Comments in the metadata of clips, which name the generator.
 DEMO_TAG = "evoprune demo clip"
 SCENES_TAG = "evoprune scenes clip"
 _WORLDS = {DEMO_TAG: "shapes", SCENES_TAG: "scenes"}
-# Formats that keep no comment, as FFmpeg calls them: of transport, raw ones, and frames that came without a file.
+# Formats, under FFmpeg's names, that store no comment: transport and raw formats, and frames without a file.
 _NO_COMMENTS = {
     "mpegts", "hls", "dash", "rtsp", "rtp", "sdp", "mpeg", "mpegvideo", "mjpeg", "mpjpeg", "h264", "hevc", "av1", "obu", "ivf",
     "yuv4mpegpipe", "apng", "stream",
@@ -64,17 +65,17 @@ _NO_COMMENTS = {
 
 
 def world_of(tags: Mapping[str, str]) -> str | None:
-    """Return the name of the world that a file is of, by its generator's tag; None for a file that no generator made."""
+    """Return the world of a file from the tag that its generator wrote, or None if no generator made the file."""
     comments = (text for key, text in tags.items() if key.lower() == "comment")
     return next((_WORLDS[text] for text in comments if text in _WORLDS), None)
 
 
 def may_be_of_any_world(container: str) -> bool:
-    """Return whether a file is of a format that keeps no tag, so that a generator may have made it all the same."""
+    """Return whether a file format stores no tag, so that a generator may have made the file even without one."""
     return not _NO_COMMENTS.isdisjoint(container.split(","))
 
 
-WORDS = {  # by the world that a model knows; of scenes with the words of options, and of the request for a letter
+WORDS = {  # by world; the words for scenes include those in options and in the request for a letter
     world: frozenset(text.split())
     for world, text in {
         "shapes": """
@@ -94,12 +95,12 @@ WORDS = {  # by the world that a model knows; of scenes with the words of option
         """,
     }.items()
 }
-# What signs say: it is read letter by letter, so every word in capitals and every number may be asked about.
+# The text of signs. Models read it letter by letter, so questions may contain any word in capitals and any number.
 SIGN = re.compile(r"[A-Z]{3,6}|\d+")
 
 
 def unknown_words(question: str, world: str) -> list[str]:
-    """Return the words of a question that no question of the training on a world has, in order and in lower case."""
+    """Return the words of a question that no training question on a world has, in order and in lower case."""
     signs = world == "scenes"
     words = (word for word in re.findall(r"\w+", question) if not (signs and SIGN.fullmatch(word)))
     return [word for word in map(str.lower, words) if word not in WORDS[world]]

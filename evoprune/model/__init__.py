@@ -1,6 +1,6 @@
-"""The model apart from what it computes: its configuration, its weights, linear layers, quantisation and costs.
+"""The static side of a model: its configuration, its weights, helpers for its layers, and its costs.
 
-`vision` and `language` run on these weights.
+`vision` and `language` compute with these weights.
 """
 
 from typing import TYPE_CHECKING

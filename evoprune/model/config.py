@@ -1,12 +1,13 @@
-"""The settings files of a model: strict JSON, rules for its values, and the content of a `config.json`. No torch, no transformers.
+"""Settings files of a model: strict JSON, rules for values, and the content of `config.json`. Imports no torch and no transformers.
 
-A model's folder is no more trusted than a video: every value that is used has a rule, so that a bad one is named here, and does not
-become a crash or an endless loop later. A field of a dataclass has its rule in its annotation; `pick` makes such a dataclass of the
-entries of a file.
+A model folder is trusted no more than a video. Every value that is used has a rule, so a bad value is reported here, instead of
+causing a crash or an endless loop later. The fields of a dataclass carry their rules as annotations, and `pick` makes such a
+dataclass from the entries of a file.
 
-`parse_config` reads the config of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5, under Hugging Face's names. Older checkpoints keep
-the language model's numbers at the top level, newer ones in `text_config`; both are read. A model that this program could not run
-faithfully is refused here, before any weights are read. What differs between the families is written down here as values.
+`parse_config` reads the config of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 model, under Hugging Face's names. Older checkpoints
+keep the settings of the language model at the top level, newer ones in `text_config`; both are supported. A model that evoprune
+could not run faithfully is rejected here, before any weights are read. The differences between the families are recorded here as
+values.
 """
 
 import json
@@ -29,40 +30,40 @@ QWEN3 = "qwen3_vl"
 QWEN3_MOE = "qwen3_vl_moe"
 QWEN3_5 = "qwen3_5"
 QWEN3_5_MOE = "qwen3_5_moe"
-PATCHES = 4  # of a unit: 2x2
-ANSWER_COLUMNS = 256  # that a prompt's KV cache has to spare: an answer of the usual length needs no second cache
-MAX_LEVELS = 100  # of lists and objects inside one another; Python itself fails at about a thousand
-MAX_BYTES = 2**26  # of a settings file
+PATCHES = 4  # patches per unit: 2x2
+ANSWER_COLUMNS = 256  # spare columns in a prompt's KV cache, so that an answer of the usual length fits into it
+MAX_LEVELS = 100  # nesting depth of lists and objects; Python itself fails at about a thousand
+MAX_BYTES = 2**26  # size of a settings file
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Say what a value must be."""
+    """A requirement for a value."""
 
-    what: str  # in words, as after "is not"
+    what: str  # the requirement in words, to follow "is not"
     holds: Callable[[Any], bool]
 
     def check(self, value: Any, name: str) -> Any:
-        """Return the value, lists as tuples. Raises ValueError, with `name`, if the rule does not hold."""
+        """Return the value, with lists as tuples. Raises ValueError, which names `name`, if the value breaks the rule."""
         if not self.holds(value):
             raise ValueError(f"{name} is {reprlib.repr(value)}, not {self.what}")
         return tuple(value) if isinstance(value, list) else value
 
 
 def whole(low: int, high: int) -> Rule:
-    """Return a whole number from `low` to `high`."""
+    """Return the rule for a whole number from `low` to `high`."""
     return Rule(f"a whole number from {low:,} to {high:,}", lambda v: type(v) is int and low <= v <= high)
 
 
 def number(low: float, high: float) -> Rule:
-    """Return a number from `low` to `high`, whole or not."""
+    """Return the rule for a number from `low` to `high`, whole or not."""
     return Rule(f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high)
 
 
 def list_of(rule: Rule, length: int | None = None) -> Rule:
-    """Return a list of values under another rule."""
+    """Return the rule for a list whose values all follow `rule`."""
     what = f"a list of {length}" if length else "a list"
     return Rule(
         f"{what}, each {rule.what}",
@@ -71,7 +72,7 @@ def list_of(rule: Rule, length: int | None = None) -> Rule:
 
 
 def either(one: Rule, other: Rule) -> Rule:
-    """Return a value under one of two rules."""
+    """Return the rule for a value that follows one of two rules."""
     return Rule(f"{one.what}, or {other.what}", lambda v: one.holds(v) or other.holds(v))
 
 
@@ -81,7 +82,7 @@ OBJECT = Rule("an object", lambda v: isinstance(v, dict))
 
 
 def section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return an object inside another one; an empty one where it is missing or null. Raises ValueError: it is no object."""
+    """Return the object `name` inside another object; empty if it is missing or null. Raises ValueError if it is not an object."""
     value = content.get(name)
     if value is None:
         return {}
@@ -89,9 +90,15 @@ def section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the entries of `content` that are fields of a dataclass with rules. Null counts as missing. Errors name `where`.NAME.
+    """Return the entries of `content` that are fields of a dataclass with rules. A null value counts as missing.
 
-    Raises ValueError: a value is not what its rule says.
+    Args:
+        cls: the dataclass.
+        content: an object of a settings file.
+        where: prefix of the names in errors.
+
+    Raises:
+        ValueError: a value breaks its rule.
     """
     prefix = f"{where}." if where else ""
     return {
@@ -102,9 +109,10 @@ def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]
 
 
 def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
-    """Return a dataclass of the entries of `content` with the names of its fields.
+    """Make a dataclass from the entries of `content` that are named like its fields.
 
-    Raises ValueError: an entry is missing that has no default, or is not what its rule says.
+    Raises:
+        ValueError: an entry breaks its rule, or an entry without a default is missing.
     """
     entries = checked(cls, content, where)
     for field in fields(cls):
@@ -115,17 +123,21 @@ def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
 
 @cache
 def _rules(cls: type) -> dict[str, Rule]:
-    """Return the rules of a dataclass, by the names of its fields."""
+    """Return the rules of a dataclass by field name."""
     hints = get_type_hints(cls, include_extras=True)
     annotated = {name: getattr(hint, "__metadata__", (None,))[0] for name, hint in hints.items()}
     return {name: rule for name, rule in annotated.items() if isinstance(rule, Rule)}
 
 
 def loads(text: str, once: bool = False) -> Any:
-    """Return the value of a JSON text.
+    """Parse a JSON text strictly.
 
-    Raises ValueError: no JSON; NaN, an infinite number or one that is too large; or more than `MAX_LEVELS` levels. With `once` also
-    an object that has a name twice, of which Python takes the last.
+    Args:
+        text: the JSON text.
+        once: whether to reject objects with duplicate names. Otherwise the last value wins, as in Python.
+
+    Raises:
+        ValueError: the text is not JSON, or contains NaN, an infinite or too large number, or more than `MAX_LEVELS` levels.
     """
 
     def refuse(word: str) -> None:
@@ -159,14 +171,14 @@ def loads(text: str, once: bool = False) -> Any:
 
 
 def _values(outer: dict | list) -> Iterable[Any]:
-    """Return what is directly inside an object or a list."""
+    """Return the values directly inside an object or a list."""
     if isinstance(outer, dict):
         return outer.values()
     return outer
 
 
 def check_fetched(path: Path) -> None:
-    """Raises ModelError: git-lfs has left a pointer in the place of a file."""
+    """Check that a file is not a pointer left by git-lfs. Raises ModelError if it is."""
     if path.is_file():
         with path.open("rb") as file:
             if file.read(len(LFS)) == LFS:
@@ -176,9 +188,11 @@ def check_fetched(path: Path) -> None:
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a settings file.
 
-    Raises ValueError: what `loads` raises; or no object, no regular file, or more than `MAX_BYTES`. OSError: it cannot be read.
+    Raises:
+        ValueError: not a regular file, more than `MAX_BYTES`, not an object, or rejected by `loads`.
+        OSError: the file cannot be read.
     """
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe, perhaps, which nobody ever writes to
+    if not stat.S_ISREG(path.stat().st_mode):  # for example a pipe without a writer, which would block forever
         raise ValueError("it is no regular file")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES // 2**20} MiB")
@@ -188,38 +202,38 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-Layers = Annotated[int, whole(1, 1000)]  # far more than any model has, and still built in a second
+Layers = Annotated[int, whole(1, 1000)]  # far more layers than any model has, but still built within a second
 SIZE = whole(1, 2**22)
 Size = Annotated[int, SIZE]
 LayerNumbers = Annotated[tuple[int, ...], list_of(whole(0, 1000))]
 # kinds of layers
 FULL = "full_attention"
 LINEAR = "linear_attention"
-EndIds = Annotated[  # of the tokens that end an answer
+EndIds = Annotated[  # ids of the tokens that end an answer
     int | tuple[int, ...] | None, either(whole(0, 2**31), list_of(whole(0, 2**31)))
 ]
 
 
 @dataclass(frozen=True)
 class Family:
-    """Say how a family of models differs from the others."""
+    """The differences of a family of models from the other families."""
 
-    model: str  # its class in transformers, before ForConditionalGeneration
+    model: str  # its class in transformers, without ForConditionalGeneration
     tower: str  # the class of its vision tower in transformers
-    hidden_act: str  # of the tower
-    layer_norms: bool  # whether the tower has these, with a bias; else RMS norms
-    mlp: tuple[str, ...]  # names of the matrices of a tower layer's MLP; of three, the first two make a gated one
-    merger: tuple[str, str, str]  # names of the patch merger's norm and of its two matrices
-    text: Mapping[str, Any]  # settings of the language model, and of its rotary embedding, where a file does not say
-    video: Mapping[str, Any]  # what the published processor does with inputs (`video.plan.InputLimits`)
-    picture: Mapping[str, Any]
-    unstated: Mapping[str, Any]  # the same for pictures, where a model's folder has no settings of a processor
-    vision: Mapping[str, Any]  # settings of the tower, where a file does not say
-    windows: bool = False  # whether layers of the tower attend inside windows, and M-RoPE's times follow seconds
-    embed_dim: bool = False  # whether files have the names of `Qwen2Sizes`
+    hidden_act: str  # activation in the tower
+    layer_norms: bool  # whether the tower has layer norms with a bias, instead of RMS norms
+    mlp: tuple[str, ...]  # names of the matrices in a tower MLP; if there are three, the first two make it gated
+    merger: tuple[str, str, str]  # names of the patch merger's norm and its two matrices
+    text: Mapping[str, Any]  # defaults for the language model and its rotary embedding
+    video: Mapping[str, Any]  # settings of the published video processor (`video.plan.InputLimits`)
+    picture: Mapping[str, Any]  # the same for pictures
+    unstated: Mapping[str, Any]  # the same for pictures if a model folder has no processor settings
+    vision: Mapping[str, Any]  # defaults for the tower
+    windows: bool = False  # whether tower layers attend within windows, and M-RoPE times follow seconds
+    embed_dim: bool = False  # whether files use the names in `Qwen2Sizes`
     head_norms: bool = False  # whether queries and keys of the language model are normed
-    timestamps: bool = False  # whether a prompt has the time of each frame pair, and markers around its tokens
-    native: bool = True  # whether `language/decoder.py` runs its language model; else transformers does
+    timestamps: bool = False  # whether prompts state the time of each frame pair, with markers around its tokens
+    native: bool = True  # whether `language/decoder.py` runs the language model, instead of transformers
 
 
 _QWEN2_5 = Family(
@@ -311,23 +325,23 @@ MODEL_TYPES = tuple(FAMILIES)
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Describe the vision tower of any family."""
+    """Configuration of the vision tower, for any family."""
 
     depth: Layers
     hidden_size: Size  # features of a patch in the tower
-    intermediate_size: Size  # and inside its MLPs
+    intermediate_size: Size  # features of a patch inside the MLPs
     num_heads: Size
     out_hidden_size: Size  # features of a unit after the merger: the language model's hidden size
-    fullatt_block_indexes: LayerNumbers  # that attend over whole frame pairs; but for Qwen2.5-VL all of them
-    window_size: Size = 112  # of attention, in pixels; where no layer attends over windows, it only orders the rows
+    fullatt_block_indexes: LayerNumbers  # layers that attend over whole frame pairs: all, except in Qwen2.5-VL
+    window_size: Size = 112  # side of an attention window in pixels; without windows, it only orders the rows
     patch_size: Size = 14  # side in pixels
     temporal_patch_size: Size = 2  # frames in a frame pair
     spatial_merge_size: Size = 2  # side of a unit in patches
     in_channels: Size = 3
     tokens_per_second: Annotated[int | float | None, number(1e-3, 1e6)] = 4  # None if M-RoPE counts frame pairs
     hidden_act: Annotated[str, TEXT] = "silu"
-    num_position_embeddings: Annotated[int | None, SIZE] = None  # entries of the square table of learned positions
-    # Ascending: layers after which a merger of their own makes features for the language model's first layers (DeepStack).
+    num_position_embeddings: Annotated[int | None, SIZE] = None  # entries in the square table of learned positions
+    # Layers with their own merger, which makes features for the first layers of the language model (DeepStack). Ascending.
     deepstack_visual_indexes: LayerNumbers = ()
     family: str = QWEN2_5  # one of `MODEL_TYPES`
 
@@ -337,13 +351,13 @@ class VisionConfig:
 
     @property
     def layers_read(self) -> int:
-        """Count the layers whose features make a visual token: the last one, and those of DeepStack."""
+        """Number of layers whose features make a visual token: the last one and those used by DeepStack."""
         return 1 + len(self.deepstack_visual_indexes)
 
 
 @dataclass(frozen=True)
 class Qwen2Sizes:
-    """Hold the sizes that Qwen2-VL's files call otherwise: `hidden_size` is the language model's, `embed_dim` the tower's."""
+    """Sizes that Qwen2-VL's files name differently: `hidden_size` is the language model's, `embed_dim` the tower's."""
 
     embed_dim: Size
     hidden_size: Size
@@ -352,12 +366,12 @@ class Qwen2Sizes:
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """Describe layers that are no attention, but a Gated DeltaNet (arXiv 2412.06464). Its state does not grow with the prompt."""
+    """Layers that are a Gated DeltaNet (arXiv 2412.06464) instead of attention. Their state does not grow with the prompt."""
 
-    layer_types: Annotated[tuple[str, ...], list_of(TEXT)]  # of each layer of the language model, `FULL` or `LINEAR`
-    linear_conv_kernel_dim: Annotated[int, whole(1, 1000)]  # columns that their convolution sees
+    layer_types: Annotated[tuple[str, ...], list_of(TEXT)]  # `FULL` or `LINEAR` for every layer of the language model
+    linear_conv_kernel_dim: Annotated[int, whole(1, 1000)]  # number of columns that the convolution covers
     linear_num_key_heads: Size
-    linear_num_value_heads: Size  # a multiple of those
+    linear_num_value_heads: Size  # a multiple of `linear_num_key_heads`
     linear_key_head_dim: Size
     linear_value_head_dim: Size
 
@@ -372,43 +386,43 @@ class DeltaNet:
 
 @dataclass(frozen=True)
 class Experts:
-    """Describe a mixture of experts in the place of a layer's MLP, and which layers have one."""
+    """A mixture of experts that replaces the MLP of a layer, and the layers that have one."""
 
     num_experts: Annotated[int, whole(1, 2**16)]
-    num_experts_per_tok: Annotated[int, whole(1, 2**16)]  # that a token goes through
-    moe_intermediate_size: Size  # of an expert
-    shared_expert_intermediate_size: Annotated[int | None, SIZE] = None  # of one for every token, if there is one
-    decoder_sparse_step: Annotated[int, whole(1, 1000)] = 1  # of so many layers the last has experts
-    mlp_only_layers: LayerNumbers = ()  # that have none anyway
+    num_experts_per_tok: Annotated[int, whole(1, 2**16)]  # number of experts that a token goes through
+    moe_intermediate_size: Size  # inner size of an expert
+    shared_expert_intermediate_size: Annotated[int | None, SIZE] = None  # inner size of an expert for all tokens
+    decoder_sparse_step: Annotated[int, whole(1, 1000)] = 1  # every n-th layer has experts
+    mlp_only_layers: LayerNumbers = ()  # layers without experts in any case
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Describe the language model."""
+    """Configuration of the language model."""
 
     vocab_size: Annotated[int, whole(1, 2**24)]
     hidden_size: Size
     num_hidden_layers: Layers
     num_attention_heads: Size
     num_key_value_heads: Size
-    # `rope_theta`, `mrope_section`, where the three positions take turns `mrope_interleaved`, and where they turn only a part of a
-    # head `partial_rotary_factor`
+    # `rope_theta` and `mrope_section`; `mrope_interleaved` if the three positions alternate; `partial_rotary_factor` if only a part
+    # of a head is rotated
     rope_parameters: Annotated[dict[str, Any], OBJECT]
-    intermediate_size: Annotated[int | None, SIZE] = None  # of MLPs; may be None where every layer has experts
+    intermediate_size: Annotated[int | None, SIZE] = None  # inner size of MLPs; may be None if all layers have experts
     rms_norm_eps: Annotated[float, number(1e-30, 1)] = 1e-5
     hidden_act: Annotated[str, TEXT] = "silu"
     use_sliding_window: Annotated[bool, YES_OR_NO] = False
     eos_token_id: EndIds = None
-    # The length of its context: how many tokens it reads and writes together; None if the file does not say
+    # Context length: the maximum number of tokens read and written together. None if the file does not state it.
     max_position_embeddings: Annotated[int | None, whole(1, 2**31)] = None
     head_dim: Annotated[int | None, whole(1, 2**16)] = None  # see `head_size`
-    head_norms: bool = False  # whether queries and keys are normed head by head, and have no bias
+    head_norms: bool = False  # whether queries and keys are normed per head, and have no bias
     delta_net: DeltaNet | None = None
     experts: Experts | None = None
 
     @property
     def output_gate(self) -> bool:
-        """Return whether a gate, projected with the queries and of their size, multiplies what they have attended to."""
+        """Whether the output of attention is multiplied by a gate, which is projected with the queries and has their size."""
         return self.delta_net is not None
 
     def is_linear(self, layer: int) -> bool:
@@ -426,7 +440,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Describe vision tower and language model, and whether input and output embeddings share one matrix."""
+    """Configuration of the vision tower and the language model, and whether input and output embeddings share one matrix."""
 
     vision_config: VisionConfig
     text_config: TextConfig
@@ -435,7 +449,7 @@ class Config:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Hold what a `generation_config.json` says of choosing tokens; None where it says nothing."""
+    """Sampling settings from a `generation_config.json`; None for settings that it does not contain."""
 
     eos_token_id: EndIds = None
     do_sample: Annotated[bool | None, YES_OR_NO] = None
@@ -446,36 +460,40 @@ class GenerationSettings:
 
 
 class Unsupported(ValueError):
-    """Say that this program cannot run a model, whose config is valid."""
+    """A valid config of a model that evoprune cannot run."""
 
 
 def parse_config(content: dict) -> Config:
-    """Reads the content of a `config.json`.
+    """Parse the content of a `config.json`.
 
-    Raises ValueError: a number is missing or out of range. Unsupported: this program cannot run the model.
+    Raises:
+        ValueError: a number is missing or out of range.
+        Unsupported: evoprune cannot run the model.
     """
     family = content.get("model_type") or QWEN2_5
     text = section(content, "text_config") or content
     vision = section(content, "vision_config")
     _check_places(content, family)
-    if content.get("eos_token_id") is not None:  # which counts more beside `text_config`, as in transformers
+    if content.get("eos_token_id") is not None:  # the top level overrides `text_config`, as in transformers
         text = text | {"eos_token_id": content["eos_token_id"]}
-    # As in transformers: where heads have no norms, either place ties them, for earlier versions wrote the one in `text_config`.
+    # As in transformers: families without head norms tie embeddings if either place says so, because earlier versions wrote the
+    # setting into `text_config`.
     tied = [part.get("tie_word_embeddings") for part in (content, text)]
     tied = [value is not None and YES_OR_NO.check(value, "tie_word_embeddings") for value in tied]
     tied = tied[0] if FAMILIES[family].head_norms else any(tied)
     config = Config(parse_vision(vision, family), _parse_text(text, family), tied)
     check_vision(config.vision_config)
-    _check_rope(section(content, "rope_scaling"))  # nothing reads it where there is a `text_config`
+    _check_rope(section(content, "rope_scaling"))  # not read otherwise if there is a `text_config`
     same = config.vision_config.out_hidden_size == config.text_config.hidden_size
     _check(same, "tower and language model differ in size")
     return config
 
 
 def _check_places(content: dict, family: str) -> None:
-    """Raises ValueError: a size of the language model stands at the top level alone, beside a `text_config` without it.
+    """Check that no language model size is given only at the top level if `text_config` exists. Raises ValueError otherwise.
 
-    transformers would take its default, and the weights would not fit. The context's length is no size of weights.
+    transformers would use its default for such a size, and the weights would not fit. The context length is exempt, because no
+    weights depend on it.
     """
     inner = section(content, "text_config")
     if not inner:
@@ -490,13 +508,13 @@ def _check_places(content: dict, family: str) -> None:
 
 
 def _parse_text(content: dict, family: str) -> TextConfig:
-    """Reads the settings of the language model, wherever they stand. Raises as `parse_config`."""
+    """Parse the settings of the language model from the object that contains them. Raises the same errors as `parse_config`."""
     traits = FAMILIES[family]
     given = {name: value for name, value in content.items() if value is not None}
-    if "num_local_experts" in given:  # as transformers writes it
+    if "num_local_experts" in given:  # the name that transformers writes
         given = {"num_experts": given["num_local_experts"]} | given
     given = traits.text | given
-    # The earlier name counts more, as in transformers: guides to YaRN add it to a file that has the other.
+    # The older name takes precedence, as in transformers: YaRN guides add it to files that also have the newer one.
     rope = section(content, "rope_scaling") or section(content, "rope_parameters")
     names = {"rope_theta", "mrope_section", "partial_rotary_factor"} & traits.text.keys()
     rope = {name: given[name] for name in sorted(names)} | {
@@ -516,7 +534,7 @@ def _parse_text(content: dict, family: str) -> TextConfig:
     every = all(map(text.has_experts, range(text.num_hidden_layers)))
     _check(every or text.intermediate_size is not None, "text_config has no intermediate_size")
     slides = text.use_sliding_window
-    if slides and "layer_types" in given:  # as transformers decides whether some layer attends over a window
+    if slides and "layer_types" in given:  # decides like transformers whether any layer attends over a window
         slides = "sliding_attention" in list_of(TEXT).check(given["layer_types"], "text_config.layer_types")
     elif slides:
         full = whole(0, 2**31).check(given.get("max_window_layers", 80), "text_config.max_window_layers")
@@ -539,7 +557,7 @@ def _parse_text(content: dict, family: str) -> TextConfig:
 
 
 def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
-    """Return the layers of a language model of `depth` layers that are Gated DeltaNets. Raises as `parse_config`."""
+    """Return the Gated DeltaNet settings of a language model with `depth` layers. Raises the same errors as `parse_config`."""
     interval = whole(1, 1000).check(given["full_attention_interval"], "text_config.full_attention_interval")
     kinds = [LINEAR] * depth
     for layer in range(interval - 1, depth, interval):
@@ -560,13 +578,19 @@ def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
 
 
 def _parse_experts(given: dict, known: Collection[str], family: str) -> Experts:
-    """Return the mixture of experts of a config; `known`: names of settings that this family has. Raises as `parse_config`."""
+    """Return the mixture-of-experts settings. Raises the same errors as `parse_config`.
+
+    Args:
+        given: settings of the language model.
+        known: names of settings that the family has.
+        family: one of `MODEL_TYPES`.
+    """
     experts = pick(Experts, given, "text_config")
     active = experts.num_experts_per_tok
     count = experts.num_experts
     _check(active <= count, f"a token goes through {active} experts (num_experts_per_tok) of {count}")
     _check(given.get("norm_topk_prob", True) is True, "norm_topk_prob false is not supported", Unsupported)
-    # Of layers without experts, and of an expert that all tokens share, transformers knows one in a family.
+    # In transformers, a family supports either layers without experts or a shared expert, not both.
     shared = "shared_expert_intermediate_size"
     unread = {"decoder_sparse_step", "mlp_only_layers"} if shared in known else {shared}
     for field in fields(Experts):
@@ -583,12 +607,12 @@ def _check_rope(rope: dict) -> None:
 
 
 def head_size(text) -> int:
-    """Return the features of a head of the language model. `text`: a `TextConfig`, or that of transformers."""
+    """Return the features per head of the language model. `text` is a `TextConfig`, or a config of transformers."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def parse_vision(content: dict, family: str) -> VisionConfig:
-    """Reads the `vision_config` of a model of one of `MODEL_TYPES`. Raises ValueError: a number is missing, or is not one."""
+    """Parse the `vision_config` of a model of one of `MODEL_TYPES`. Raises ValueError if a number is missing or not a number."""
     traits = FAMILIES[family]
     given = {"in_channels": content.get("in_chans", 3), "hidden_act": traits.hidden_act} | traits.vision
     given |= {name: value for name, value in content.items() if value is not None}
@@ -604,20 +628,20 @@ def parse_vision(content: dict, family: str) -> VisionConfig:
     speed = section(given, "rope_parameters").get("rope_theta") or 10_000
     _check(speed == 10_000, f"rope_theta {speed} of the tower is not supported, only 10000", Unsupported)
     picked = pick(VisionConfig, given | {"fullatt_block_indexes": [], "window_size": None}, "vision_config")
-    window = 4 * picked.patch_size * picked.spatial_merge_size  # of no effect: no layer attends over windows
+    window = 4 * picked.patch_size * picked.spatial_merge_size  # has no effect, because no layer attends over windows
     every = tuple(range(picked.depth))
     return replace(picked, fullatt_block_indexes=every, window_size=window, tokens_per_second=None, family=family)
 
 
 def vision_sizes(config) -> VisionConfig:
-    """Return the config of a tower, from ours or that of transformers. Raises ValueError as `parse_vision`."""
+    """Return the tower config from ours or from a config of transformers. Raises ValueError like `parse_vision`."""
     if isinstance(config, VisionConfig):
         return config
     return parse_vision(vars(config), config.model_type.removesuffix("_vision"))
 
 
 def check_vision(v: VisionConfig) -> None:
-    """Raises ValueError if this program cannot run the tower faithfully."""
+    """Check that evoprune can run the tower faithfully. Raises ValueError otherwise."""
     act = v.traits.hidden_act
     problem = f"activation {v.hidden_act} of the tower is not supported, only {act}"
     _check(v.hidden_act == act, problem, Unsupported)
@@ -641,7 +665,7 @@ def _check(holds: bool, problem: str, error: type[ValueError] = ValueError) -> N
 
 
 def as_written(config: Config) -> dict[str, Any]:
-    """Return the content of a `config.json` that `parse_config` reads as this config; it has no ids of special tokens."""
+    """Return the content of a `config.json` that `parse_config` parses to this config. It has no ids of special tokens."""
 
     def as_json(entries: list[tuple[str, Any]]) -> dict[str, Any]:
         content = {name: value for name, value in entries if value is not None}

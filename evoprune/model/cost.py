@@ -1,6 +1,6 @@
-"""What a run costs: operations of tower and prefill, bytes of memory, and the seconds of each stage.
+"""The costs of a run: operations of the tower and the prefill, bytes of memory, and seconds per stage.
 
-A multiply-add counts as two operations. Counts use the actual rows of every layer and the actual length of the prompt.
+A multiply-add counts as two operations. Counts use the actual number of rows in each layer and the actual prompt length.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,10 +15,10 @@ from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, TextConfig, h
 from evoprune.model.numerics import without_autocast
 from evoprune.model.weights import Tower
 
-SMALL_CHANGE = 128 * 2**20  # bytes that any run takes, however small
-# Of all rows of a layer: they themselves, queries, keys, values, and what attention makes of them, and of some of these a copy.
+SMALL_CHANGE = 128 * 2**20  # bytes that even the smallest run takes
+# Copies of a layer's rows in memory: the rows, queries, keys, values, the attention output, and copies of some of these.
 ROW_COPIES = 6
-DELTA_CHUNK = 64  # columns that a Gated DeltaNet computes together when it reads a prompt, as in transformers
+DELTA_CHUNK = 64  # number of columns that a Gated DeltaNet computes together in the prefill, as in transformers
 
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a block; running out of memory in it becomes an error that names the stage."""
+        """Time a block. If it runs out of memory, the error names the stage."""
         start = self.now()
         try:
             with memory_guard(name):
@@ -45,7 +45,7 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
 
     def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """Yields items, and times only how they are made."""
+        """Yield items, timing only how long it takes to make them."""
         source = iter(items)
         while True:
             with self.stage(name):
@@ -56,7 +56,7 @@ class Clock:
 
 
 def shortage(needed: int, device: str) -> str | None:
-    """Return how much is missing, in words, where `needed` bytes cannot be had; else None."""
+    """Return in words how much memory is missing, or None if `needed` bytes are available."""
     available = available_memory(device)
     if available is None or needed <= available:
         return None
@@ -78,17 +78,21 @@ def working_memory(
     rows: int | None = None,
     left: int | None = None,
 ) -> int:
-    """Return the bytes that are in use at once beside the weights, roughly.
+    """Estimate the peak number of bytes in use in addition to the weights.
 
     Args:
-        units: N, of the video. `piece_units`: rows that go through a product at a time.
-        prompt: tokens that the language model reads, in each layer or in all. `bytes_each`: of a weight.
-        rows: the most that a layer of the tower computes; `left`: those that leave the tower. None for all units.
+        config: of the model.
+        units: number of units in the video.
+        piece_units: number of units whose rows go through a matrix product at a time.
+        prompt: number of prompt tokens, per layer or for all layers.
+        bytes_each: bytes per weight.
+        rows: the most rows that a tower layer computes; None for all units.
+        left: number of rows that leave the tower; None for all units.
     """
     piece_units = min(units, piece_units)
     vision = config.vision_config
     row_bytes = PATCHES * vision.hidden_size * bytes_each
-    # All units are embedded in pieces, which are then joined; a selection among them compares a copy.
+    # Units are embedded in pieces, which are then concatenated. The selection makes another copy.
     embedding = 2 * units * row_bytes + pixel_bytes(config, piece_units, bytes_each)
     if rows is None:
         rows = units
@@ -100,38 +104,43 @@ def working_memory(
 
 
 def pixel_bytes(config: Config, units: int, bytes_each: int) -> int:
-    """Return the bytes of the patches of `units` units, in float32 and in the dtype of the weights."""
+    """Return the bytes of the patches in `units` units, in float32 and in the dtype of the weights."""
     vision = config.vision_config
     values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return units * PATCHES * values * (4 + bytes_each)
 
 
 def tower_bytes(config: Config, units: int, bytes_each: int) -> int:
-    """Return the bytes of a pass of `units` units through the tower; widest are rotary embedding, in float32, and the MLP."""
+    """Return the bytes that a tower pass with `units` units takes. The float32 rotary embedding and the MLP take the most."""
     vision = config.vision_config
     return units * PATCHES * (12 * vision.hidden_size * 4 + 3 * vision.intermediate_size * bytes_each)
 
 
 def carried_bytes(config: Config, places: int, bytes_each: int) -> int:
-    """Return the bytes of the tower's keys and values of all layers for places of a frame pair; later pairs attend to them."""
+    """Return the bytes of the tower's keys and values in all layers, for `places` units that later frame pairs attend to."""
     vision = config.vision_config
     return places * vision.depth * 2 * PATCHES * vision.hidden_size * bytes_each
 
 
 def _of_each_layer(tokens: int | Sequence[T], depth: int) -> Sequence[int | T]:
-    """Return the tokens in each of `depth` layers, where one number may stand for all."""
+    """Return the tokens per layer for `depth` layers. A single number applies to all layers."""
     return [tokens] * depth if isinstance(tokens, int) else tokens
 
 
 def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -> int:
-    """Return the bytes of the language model's keys and values for a prompt of `tokens`, in each layer or in all.
+    """Return the bytes of the language model's keys and values for a prompt.
 
-    A Gated DeltaNet has a state in their place, in float32, whatever the length of the prompt.
+    A Gated DeltaNet has a float32 state instead, whose size does not depend on the prompt.
+
+    Args:
+        config: of the model.
+        tokens: number of prompt tokens, per layer or for all layers.
+        bytes_each: bytes per number.
     """
     text = config.text_config
     depth = text.num_hidden_layers
     lengths = _of_each_layer(tokens, depth)
-    net = getattr(text, "delta_net", None)  # none in the config of a transformers model in hand
+    net = getattr(text, "delta_net", None)  # configs of transformers do not have it
     linear = [net is not None and text.is_linear(layer) for layer in range(depth)]
     of_token = 2 * text.num_key_value_heads * head_size(text) * bytes_each
     total = of_token * sum(length for length, is_linear in zip(lengths, linear, strict=True) if not is_linear)
@@ -143,28 +152,32 @@ def kv_bytes(config: Config, tokens: int | Sequence[int], bytes_each: int = 2) -
 
 
 def language_bytes(config: Config, prompt: int | Sequence[int], bytes_each: int) -> int:
-    """Return the bytes of reading a prompt of `prompt` tokens, in each layer or in all, keys and values included."""
+    """Return the bytes that the prefill of `prompt` tokens (per layer, or for all layers) takes, including keys and values."""
     text = config.text_config
     lengths = _of_each_layer(prompt, text.num_hidden_layers)
-    added = config.vision_config.layers_read - 1  # by DeepStack, to as many layers
+    added = config.vision_config.layers_read - 1  # number of layers that DeepStack adds features to
     inner = max(mlp_size(text, layer) for layer in range(text.num_hidden_layers))
     wide = 8 * 4 * text.hidden_size
-    if net := text.delta_net:  # its chunks are computed in float32, with a copy of its keys for each head of values
+    if net := text.delta_net:  # chunks are computed in float32, with a copy of the keys per value head
         heads = net.linear_num_value_heads
         key = net.linear_key_head_dim
         value = net.linear_value_head_dim
         wide = max(wide, heads * (6 * key + 6 * value + 3 * DELTA_CHUNK) * 4)
     widest = max(lengths) * (wide + added * bytes_each * text.hidden_size + 3 * inner * bytes_each)
     held = [tokens + ANSWER_COLUMNS for tokens in lengths]
-    # A recurrent state cannot be cropped: it is kept for the next question, and copied.
+    # A recurrent state cannot be cropped, so a copy is kept for the next question.
     copies = 2 if text.delta_net else 1
     return widest + copies * kv_bytes(config, held, bytes_each)
 
 
 def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
-    """Return the operations of the vision tower (`config`: a `VisionConfig`) on `grids` frame pairs of so many attention windows.
+    """Return the operations of the vision tower.
 
-    `rows`: that each layer computes, over the whole video, and as a last entry the rows that reach the merger.
+    Args:
+        config: a `VisionConfig`.
+        rows: number of rows that each layer computes over the whole video, followed by the number that reach the merger.
+        grids: number of frame pairs.
+        windows: number of attention windows per frame pair.
     """
     h = config.hidden_size
     mlp = len(config.traits.mlp) * config.intermediate_size
@@ -182,12 +195,12 @@ def tower_flop(config, rows: Sequence[int], grids: int, windows: int) -> float:
 
 
 def stretched(rows: Sequence[T], depth: int) -> list[T]:
-    """Return the rows of each of `depth` layers, taken by relative depth from the rows of a model with another number of layers."""
+    """Return the rows for each of `depth` layers, taken at the same relative depth from a model with another number of layers."""
     return [rows[layer * len(rows) // depth] for layer in range(depth)]
 
 
 def mlp_size(config: TextConfig, layer: int) -> int:
-    """Return the inner features that a layer computes of a token: of its MLP, or of the experts that the token goes through."""
+    """Return the inner features that a layer computes per token: of its MLP, or of the experts that the token goes through."""
     if not config.has_experts(layer):
         return config.intermediate_size
     experts = config.experts
@@ -196,7 +209,7 @@ def mlp_size(config: TextConfig, layer: int) -> int:
 
 
 def parameter_count(config: Config) -> int:
-    """Count the numbers in the weights of a model of any family, of all experts; shared ones count once."""
+    """Return the number of parameters of a model of any family, including all experts. Shared parameters count once."""
     text = config.text_config
     net = config.text_config.delta_net
     experts = config.text_config.experts
@@ -234,10 +247,12 @@ def parameter_count(config: Config) -> int:
 
 
 def prefill_flop(config: TextConfig, length: int | Sequence[int | Sequence[int]]) -> float:
-    """Return the operations of reading a prompt, with logits of the last token only.
+    """Return the operations of the prefill, with logits for the last token only.
 
-    `length`: tokens of the prompt after pruning, in each layer or in all. Of a layer also three numbers: the tokens of which it
-    computes keys and values, queries and output, and the MLP.
+    Args:
+        config: of the language model.
+        length: number of prompt tokens after pruning, for all layers or per layer. A layer may also have three numbers: the tokens
+            for keys and values, for queries and output, and for the MLP.
     """
     h = config.hidden_size
     lengths = _of_each_layer(length, config.num_hidden_layers)
@@ -258,15 +273,15 @@ def prefill_flop(config: TextConfig, length: int | Sequence[int | Sequence[int]]
 
 
 def _delta_flop(config: TextConfig) -> float:
-    """Return the operations of a Gated DeltaNet for a token of a prompt: projections, convolution, delta rule by chunks."""
+    """Return the operations per prompt token of a Gated DeltaNet: projections, convolution, chunked delta rule."""
     net = config.delta_net
     key = config.delta_net.linear_key_head_dim
     value = config.delta_net.linear_value_head_dim
     heads = net.linear_num_value_heads
     mixed = 2 * net.key_size + net.value_size
     projections = 2 * config.hidden_size * (mixed + 2 * net.value_size + 2 * heads)
-    # Inside a chunk keys meet keys and queries, a triangular system is solved for keys and values, and queries read the values;
-    # the state is read by keys and by queries, and written.
+    # Within a chunk, keys are multiplied with keys and queries, a triangular system is solved for keys and values, and queries read
+    # the values. The state is read by keys and by queries, and written once.
     inside = DELTA_CHUNK * (4 * key + (key + value) + 2 * value)
     return projections + 2 * net.linear_conv_kernel_dim * mixed + heads * (inside + 6 * key * value)
 
@@ -278,7 +293,14 @@ def matmul_rate(
     seconds: float = 0.1,
     shapes: Sequence[tuple[int, int, int]] = ((1024, 1024, 1024),),
 ) -> float:
-    """Return operations per second of a plain matrix product here: the best of `shapes` (rows, inner, columns), `seconds` each."""
+    """Return the operations per second of plain matrix products on a device.
+
+    Args:
+        dtype: of the factors.
+        device: by name.
+        seconds: time to measure each shape.
+        shapes: (rows, inner, columns) of the products; the fastest shape counts.
+    """
     best = 0.0
     place = torch.device(device)
     for rows, inner, columns in shapes:

@@ -1,4 +1,4 @@
-"""Queries, keys and values of a layer of the language model: RMS norm, projections per head, rotary embedding."""
+"""Building blocks of language model layers: RMS norm, projections to heads, rotary embedding."""
 
 import torch
 import torch.nn.functional as F
@@ -7,19 +7,25 @@ from evoprune.model.config import head_size
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Apply an RMS norm in float32, rounded before it is scaled, as in Hugging Face. torch would scale before it rounds."""
+    """Apply an RMS norm in float32, rounded before scaling, as in Hugging Face. torch would scale before rounding."""
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates each feature of `[..., heads, head_dim]` with the one half a head away (arXiv 2104.09864)."""
+    """Apply a rotary embedding to `[..., heads, head_dim]`, pairing features half a head apart (arXiv 2104.09864)."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def heads_of(attention, name: str, x: torch.Tensor, config) -> torch.Tensor:
-    """Return queries, keys or values ("q", "k", "v") of normed `x` (`[L, hidden]`), before rotary: `[L, heads, head_dim]`.
+    """Return queries, keys or values before the rotary embedding, `[L, heads, head_dim]`.
 
-    `attention`: of a layer of the language model. Its queries and keys are normed head by head where it has such norms.
+    Queries and keys are normed per head if the layer has such norms.
+
+    Args:
+        attention: the attention module of a language model layer.
+        name: "q", "k" or "v".
+        x: normed columns, `[L, hidden]`.
+        config: of the language model.
     """
     projected = getattr(attention, f"{name}_proj")(x).view(len(x), -1, head_size(config))
     of_heads = getattr(attention, f"{name}_norm", None)

@@ -1,7 +1,7 @@
-"""In which dtype products are computed; and checks for NaN and infinity: a stage that finds one raises an error.
+"""The dtype of matrix products, and checks for NaN and infinity, which make a stage raise an error.
 
-Torch's autocast would compute float32 products in 16 bits. The layers of a transformers model that a user holds obey it, as
-without pruning. Methods, scores and this package's own models do not: methods compare in float32, and users choose the dtype.
+torch.autocast would compute float32 products in 16 bits. The layers of a user's own transformers model obey it, as they do without
+pruning. Methods, scores and evoprune's own models ignore it: methods compare in float32, and users choose the dtype.
 """
 
 from collections.abc import Iterator
@@ -14,16 +14,16 @@ from evoprune.errors import ModelError
 
 
 def all_finite(x: torch.Tensor) -> torch.Tensor:
-    """Return bool without dimension, on the device of `x`: whether that, which is not empty, holds neither NaN nor infinity.
+    """Return whether `x`, which must not be empty, has neither NaN nor infinity, as a 0-dimensional bool tensor on its device.
 
-    One pass over `x`, no copy, no synchronisation.
+    It takes one pass over `x`, without a copy or synchronization.
     """
     low, high = x.aminmax()  # both NaN if any number is
     return low * 0 == high * 0
 
 
 def not_a_number_error(stage: str) -> ModelError:
-    """Return the error to raise where the output of `stage` holds NaN or infinity."""
+    """Return the error to raise if the output of `stage` has NaN or infinity."""
     return ModelError(
         f"NaN or infinity among the numbers of {stage}",
         "fp16 can overflow: take dtype bf16 or fp32; if it stays, the weights are damaged: get them again",
@@ -33,7 +33,7 @@ def not_a_number_error(stage: str) -> ModelError:
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Provide a context, and a decorator, in which products are computed in the dtype of their factors."""
+    """Turn off autocast, so that products are computed in the dtype of their factors. A context manager and a decorator."""
     with ExitStack() as stack:
         for kind in {"cpu", accelerator() or "cpu"}:
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):

@@ -1,8 +1,7 @@
-"""The bare tree of weights of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, under Hugging Face's names. It has no forward pass.
+"""The tree of weights of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model, under Hugging Face's names. It has no forward pass.
 
-`vision/tower.py` and `language/decoder.py` compute on such a tree. They also run on a model that was loaded with transformers,
-because the names are the same. Models loaded by this package do without transformers, whose import takes longer than a short
-answer.
+`vision/tower.py` and `language/decoder.py` compute on such a tree. Because the names are the same, they also run on a model that
+was loaded with transformers. Models loaded by evoprune do not need transformers, whose import takes longer than a short answer.
 """
 
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from evoprune.model.config import Config, TextConfig, VisionConfig, head_size
 
 
 class Tree(nn.Module):
-    """Be a node of the tree: a module whose children have these names; `mlp.0` is a child of the child `mlp`."""
+    """Node of the tree: a module with named children. The name `mlp.0` stands for a child of the child `mlp`."""
 
     def __init__(self, **children: nn.Module):
         super().__init__()
@@ -30,13 +29,13 @@ class Tree(nn.Module):
 
 
 def _mlp(names: Sequence[str], wide: int, inner: int, bias: bool) -> Tree:
-    """Return the MLP of a layer: matrices into its inner size, and the last one back."""
+    """Return an MLP: matrices to its inner size, and a last one back."""
     *into, back = names
     return Tree(**{name: nn.Linear(wide, inner, bias) for name in into}, **{back: nn.Linear(inner, wide, bias)})
 
 
 class Tower(Tree):
-    """Hold the vision tower's weights."""
+    """Weights of the vision tower."""
 
     def __init__(self, config: VisionConfig):
         wide = config.hidden_size
@@ -73,13 +72,16 @@ def _merger(config: VisionConfig, norm: nn.Module) -> Tree:
 
 
 def _embedding(count: int, wide: int) -> nn.Embedding:
-    """Make an embedding of a tensor: drawing one imports the whole of torch.compile, even without memory."""
+    """Make an embedding from an uninitialized tensor.
+
+    Random initialization would import all of torch.compile, even on the meta device.
+    """
     weight = torch.empty(count, wide, dtype=torch.float32, device=torch.get_default_device())
     return nn.Embedding.from_pretrained(weight)
 
 
 class LanguageModel(Tree):
-    """Hold the language model's weights, without its output layer."""
+    """Weights of the language model, without its output layer."""
 
     def __init__(self, config: TextConfig):
         wide = config.hidden_size
@@ -110,10 +112,10 @@ class LanguageModel(Tree):
 
 
 class Model(Tree):
-    """Hold all weights: `model.visual`, `model.language_model` and `lm_head`, the output layer; `config`, a `Config`."""
+    """All weights of a model: `model.visual`, `model.language_model` and the output layer `lm_head`. `config` is a `Config`."""
 
     config: Config
-    native: bool  # whether language/decoder.py runs the language model; else it is a module of transformers, which does
+    native: bool  # whether language/decoder.py runs the language model; otherwise it is a module of transformers
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,7 +127,7 @@ class Model(Tree):
 
 
 class QwenVL(Model):
-    """Hold a model in this project's own tree."""
+    """A model in evoprune's own tree of weights."""
 
     native = True
 
@@ -138,16 +140,16 @@ class QwenVL(Model):
         self.tie()
 
     def tie(self) -> None:
-        """Makes input and output embeddings share one tensor, if the config says so."""
+        """Make input and output embeddings share one tensor if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.language_model.embed_tokens.weight
 
 
 class HostedVL(Model):
-    """Hold a model of modules of transformers: `visual`, `language_model`, and `lm_head`."""
+    """A model made of transformers modules: `visual`, `language_model` and `lm_head`."""
 
     native = False
-    package = ""  # how errors name layers that another package has quantised
+    package = ""  # name, in errors, of the package that quantized the layers
 
     def __init__(self, config: Config, visual: nn.Module, language_model: nn.Module, lm_head: nn.Module):
         super().__init__(model=Tree(visual=visual, language_model=language_model), lm_head=lm_head)
@@ -155,15 +157,15 @@ class HostedVL(Model):
 
 
 def empty(config: Config) -> QwenVL:
-    """Return a model on the meta device: names and shapes without memory."""
+    """Return a model on the meta device, which has names and shapes but no memory."""
     with torch.device("meta"):
         return QwenVL(config).eval().requires_grad_(False)
 
 
 def fill_random(model: nn.Module) -> None:
-    """Fills all weights: vectors with 1, biases with 0, others with seeded noise."""
+    """Fill all weights: vectors with 1, biases with 0, everything else with seeded noise."""
     like = next(model.parameters())
-    # One block of noise, repeated. Its length is a prime, so that no two rows of a matrix are equal.
+    # A single block of noise is repeated. Its length is prime, so no two rows of a matrix are equal.
     random = torch.Generator().manual_seed(0)
     block = torch.randn(1_048_573, generator=random, dtype=torch.float32, device="cpu").mul_(0.02).to(like)
     with torch.no_grad():
@@ -178,7 +180,7 @@ def fill_random(model: nn.Module) -> None:
 
 
 def shared(model: Model) -> Model:
-    """Return another tree on the same tensors. Its layers can be replaced without changing the first one."""
+    """Return another tree on the same tensors. Its layers can be replaced without changing the original."""
     if isinstance(model, HostedVL):
         parts = model.model.visual, model.model.language_model, model.lm_head
         hosted = HostedVL(model.config, *(shared_copy(part, lambda module: None) for part in parts))
@@ -191,9 +193,9 @@ def shared(model: Model) -> Model:
 
 
 def name_in_memory(name: str) -> str:
-    """Return the name in the tree of a tensor in a checkpoint.
+    """Return the name in the tree for the name of a tensor in a checkpoint.
 
-    Published checkpoints use older names for tower and language model.
+    Published checkpoints use older names for the tower and the language model.
     """
     if name.startswith("visual."):
         return "model." + name

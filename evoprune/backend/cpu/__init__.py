@@ -1,1 +1,1 @@
-"""What a CPU does in its own way: packed and 8-bit layers, threads, and how precise sums are."""
+"""CPU-specific code: packed and 8-bit layers, threads, and the precision of sums."""

@@ -1,10 +1,12 @@
-"""Linear layers fused with the operation that follows; on the CPU, their weights are packed once.
+"""Linear layers fused with the operation that follows. On the CPU, their weights are packed once.
 
-PyTorch's plain CPU product rearranges the whole weight matrix in every call. Packed layers rearrange it once. That saves most
-for products with a single row, which decoding consists of (`python -m experiments.speed.kernels`). With many rows the plain product
-is as fast. Packing a weight takes as long as dozens of products with it save, so layers can wait for it: short answers go without,
-and longer ones pack some layers with each token (`Packing`). The operators are those that torch.compile uses; where this torch has
-none, layers are not packed.
+PyTorch's plain CPU matmul rearranges the whole weight matrix in every call. A packed layer rearranges it once, which mainly speeds
+up products with a single row, and therefore decoding (`python -m experiments.speed.kernels`). With many rows the plain product is
+as fast.
+
+Packing a weight takes as long as it saves in dozens of products, so layers can delay it (`Packing`). Short answers then skip
+packing, and longer ones pack some layers with each token. The operators are the ones that torch.compile uses. If the installed
+torch lacks them, layers are not packed.
 """
 
 import threading
@@ -21,57 +23,57 @@ from torch import nn
 from evoprune.backend.devices import available_memory, is_host
 from evoprune.backend.layers import is_unhooked_linear
 
-# The number of rows that packing assumes. From a few dozen rows up, the arrangement does not depend on it.
+# Number of rows that packing assumes. The packed layout is the same for any number above a few dozen.
 ROWS = 512
-# From so many rows on, plain and packed weights give the same numbers equally fast: above it products are not split along the
-# inner dimension. Products with small weights are split nevertheless, but packing these takes no time.
+# With at least this many rows, plain and packed weights give the same numbers equally fast, because products are not split along
+# the inner dimension. Products with small weights are still split, but these weights take no time to pack.
 MANY_ROWS = 256
 SMALL_WEIGHT = 2**21
-LARGE_WEIGHT = 2**28  # weights from here on wait in parts: an output layer
+LARGE_WEIGHT = 2**28  # larger weights, such as an output layer, are split into parts that are packed one by one
 PARTS = 16
 SPARE = 2**28  # bytes that packing leaves free
-START_PASSES = 32  # passes, each for one token, before layers that can wait are packed
-PASS_BYTES = 2**28  # of weights that are packed in each pass from then on, about: no word waits a second
+START_PASSES = 32  # passes, one per token, before the waiting layers are packed
+PASS_BYTES = 2**28  # approximate bytes of weights packed in each later pass, so that no token takes a second longer
 
 
 class Packing:
-    """Say when layers that wait are packed: by the number of passes, and while nothing is asked. Also what it took.
+    """Schedule for packing waiting layers: some in each pass, and more while no question is being answered.
 
-    A layer waits only as long as plain weights give the same numbers as packed ones: else an answer would depend on what was asked
-    before. Whether they do is tried, because it depends on the dtype, the CPU and torch: the first layer of each shape does not
-    wait, and both its forms are kept as a sample until all layers of its shape are packed.
+    A layer may wait only while its plain weights give the same numbers as packed ones. Otherwise an answer would depend on the
+    questions before it. Whether the numbers are the same depends on the dtype, the CPU and torch, so it is tested: the first layer
+    of a shape is packed at once, and both forms of its weights are kept as a sample until all layers with this shape are packed.
 
     Attributes:
-        seconds: that layers which share this have packed their weights.
-        passes: through the language model for a next token, so far (`begin_pass`).
-        room: bytes of weights that are still to be packed in this pass.
+        seconds: time that the layers sharing this object have spent on packing.
+        passes: passes through the language model for a next token, so far (`begin_pass`).
+        room: bytes of weights still to be packed in this pass.
     """
 
     def __init__(self):
         self.seconds = 0.0
         self.passes = 0
         self.room = 0
-        self._waiting: Counter[torch.Size] = Counter()  # layers, by the shape of their weights
+        self._waiting: Counter[torch.Size] = Counter()  # number of waiting layers, by the shape of their weights
         self._samples: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}  # plain and packed weights
-        self._same: dict[tuple, bool] = {}  # whether products of both are equal, by shape, rows and threads
+        self._same: dict[tuple, bool] = {}  # whether plain and packed products are equal, by shape, rows and threads
 
     def begin_pass(self) -> None:
-        """Says that a pass through the language model begins, for a next token."""
+        """Record that a pass through the language model for a next token begins."""
         self.passes += 1
         self.room = 0
         if self.passes > START_PASSES:
             self.room = PASS_BYTES
 
     def add(self, weight: torch.Tensor) -> None:
-        """Says that a layer with these weights waits."""
+        """Record that a layer with these weights waits."""
         self._waiting[weight.shape] += 1
 
     def can_wait(self, weight: torch.Tensor, rows: int) -> bool:
-        """Return whether a layer with these plain weights may still compute so many rows, and any single row, with them."""
+        """Return whether a layer may still multiply `rows` rows, and any single row, with these plain weights."""
         return self.room <= 0 and self._equal(weight.shape, 1) and self._equal(weight.shape, rows)
 
     def remove(self, plain: torch.Tensor, packed: torch.Tensor) -> None:
-        """Says that a layer does not wait any more, and what its weights were and are."""
+        """Record that a layer no longer waits. `plain` and `packed` are its weights before and after packing."""
         shape = plain.shape
         self.room -= plain.nbytes
         self._waiting[shape] -= 1
@@ -92,9 +94,8 @@ class Packing:
 def _equal_products(plain: torch.Tensor, packed: torch.Tensor, rows: int) -> bool:
     """Return True if the plain and the packed form of the same weights give the same numbers on a random input.
 
-    Sums in bf16 that were added up in another order differ in one number of some ten thousand, which a single input may miss (torch
-    2.15). So the results are also compared after they were subtracted from the sums, which happens in float32: what is left shows
-    the last bits.
+    bf16 sums added up in another order differ in about one number in ten thousand, which a single input may miss (torch 2.15). So
+    the remainders, computed in float32 by subtracting the results from the sums, are compared too: they reveal the last bits.
     """
     random = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, plain.shape[1], generator=random, dtype=torch.float32, device="cpu").to(plain.dtype)
@@ -105,10 +106,12 @@ def _equal_products(plain: torch.Tensor, packed: torch.Tensor, rows: int) -> boo
 
 
 class PackedLinear(nn.Module):
-    """Multiply on the CPU with the weights of a linear layer in the order that the product reads. The plain weights are not kept.
+    """Linear layer on the CPU whose weights are stored in the layout that matmul reads. The plain weights are freed.
 
-    `packing`: None packs at once. Else a layer that is not small packs when it is called with few rows and can wait no longer,
-    unless memory is short then. Until then it computes with the plain weights.
+    Args:
+        layer: the layer to replace.
+        packing: None to pack at once. Otherwise a layer that is not small computes with its plain weights first. It packs them,
+            unless memory is short, when it is called with few rows and `packing` lets it wait no longer.
     """
 
     def __init__(self, layer: nn.Linear, packing: Packing | None = None):
@@ -116,7 +119,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = layer.weight.shape
         self.bias = layer.bias
         self._packing = packing
-        # The weights, and whether they stay as they are. One attribute, because several threads may run a model.
+        # The weights, and whether they are final. A single attribute, because several threads may run the model.
         if packing is not None and layer.weight.numel() > SMALL_WEIGHT:
             self._held = layer.weight.detach(), False
             packing.add(layer.weight)
@@ -125,16 +128,16 @@ class PackedLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds beside its parameters."""
+        """Bytes held in addition to its parameters."""
         return self._held[0].numel() * self._held[0].element_size()
 
     @property
     def waits(self) -> bool:
-        """Whether the weights are still plain, to be packed later."""
+        """Whether the weights are still plain and will be packed later."""
         return not self._held[1]
 
     def weights_for(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the weights, plain or packed, for a product with `x`, `[..., in]`."""
+        """Return the weights, plain or packed, for a product with `x` (`[..., in]`)."""
         weights, final = self._held
         rows = x.numel() // self.in_features
         if final or rows >= MANY_ROWS or self._packing.can_wait(weights, rows):
@@ -142,7 +145,7 @@ class PackedLinear(nn.Module):
         return self.pack()
 
     def pack(self) -> torch.Tensor:
-        """Packs the weights now if they wait, unless memory is short, and returns them."""
+        """Return the weights, after packing them if they wait. They stay plain if memory is short."""
         plain, final = self._held
         if final:
             return plain
@@ -161,7 +164,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedParts(nn.Module):
-    """Hold a large linear layer, whose weights wait in parts, so that packing all of them makes no word wait.
+    """Large linear layer whose weights wait in parts, so that packing them does not hold up a token.
 
     The parts have the same shape, so one of them is the sample for the others.
     """
@@ -188,7 +191,7 @@ def _frozen(data: torch.Tensor) -> nn.Parameter:
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode(False):  # or it could not be used outside of it later
+    with torch.inference_mode(False):  # an inference tensor could not be used outside of inference mode later
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
 
@@ -200,9 +203,14 @@ def linear(
     times: torch.Tensor | None = None,
     plus: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return `layer(x)`, followed by at most one of: SiLU, a product with `times`, a sum with `plus` (`[..., out]`).
+    """Return `layer(x)`, followed by at most one fused operation.
 
-    `layer`: any module that maps `[..., in]` to `[..., out]`.
+    Args:
+        layer: any module that maps `[..., in]` to `[..., out]`.
+        x: `[..., in]`.
+        silu: apply SiLU to the result.
+        times: multiply the result by this tensor, `[..., out]`.
+        plus: add this tensor to the result, `[..., out]`.
     """
     if isinstance(layer, PackedLinear):
         if silu:
@@ -224,16 +232,16 @@ def linear(
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Return the bytes of all weights as the model holds them (packed, quantised). Shared weights count once."""
+    """Return the total bytes of the weights as the model holds them (packed, quantized). Shared weights count once."""
     inside = sum(getattr(module, "nbytes", 0) for module in model.modules())
     return inside + sum(weight.nbytes for weight in model.parameters())
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Return whether packing works and saves time: on the CPU, in a dtype that it multiplies in hardware, with this torch."""
+    """Return whether packing works and saves time: on the CPU, in fp32 or hardware bf16, if torch has the operators."""
     if not is_host(weight.device) or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
-    if type(weight.data) is not torch.Tensor:  # of a library that holds it in fewer bits, as torchao does
+    if type(weight.data) is not torch.Tensor:  # a tensor of a quantization library, such as torchao
         return False
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
@@ -242,9 +250,11 @@ def can_pack(weight: torch.Tensor) -> bool:
 
 
 def pack(model: nn.Module, packing: Packing | None = None) -> None:
-    """Replaces the linear layers inside `model` by packed ones, one at a time. The plain weights are freed.
+    """Replace the linear layers inside `model` by packed ones, one at a time, and free the plain weights.
 
-    `packing`: None packs now; else all but small layers wait, and this says how long.
+    Args:
+        model: changed in place.
+        packing: None to pack now. Otherwise all layers but small ones wait, and `packing` decides how long.
     """
     for parent in model.modules():
         for name, child in parent.named_children():
@@ -262,16 +272,16 @@ def waiting_layers(model: nn.Module) -> list[PackedLinear]:
 
 
 def pack_waiting(model: nn.Module) -> None:
-    """Packs the layers that wait, all of them now: for measurements that are to compare nothing else."""
+    """Pack all waiting layers now, for measurements that should not include packing."""
     for layer in waiting_layers(model):
         layer.pack()
 
 
 @contextmanager
 def packing_meanwhile(model: nn.Module) -> Iterator[None]:
-    """Provide a context in which another thread packs the layers that wait, while this thread waits for someone.
+    """Pack waiting layers in another thread within this context, while this thread is idle.
 
-    It ends after the layer that is being packed then; the others go on waiting.
+    On exit, the thread finishes the layer that it is packing. The remaining layers keep waiting.
     """
     layers = waiting_layers(model)
     ended = threading.Event()
@@ -294,19 +304,24 @@ def packing_meanwhile(model: nn.Module) -> Iterator[None]:
 
 
 def begin_pass(model: nn.Module) -> None:
-    """Says that a pass through a language model begins, for a next token: layers that wait are packed by the number of these."""
+    """Record that a pass through a language model for a next token begins. Waiting layers are packed by the number of passes."""
     packing = getattr(model, "packing", None)
     if packing is not None:
         packing.begin_pass()
 
 
 def packed_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of `module` in which linear layers are packed; it shares everything else, and nothing changes in `module`."""
+    """Return a copy of `module` with packed linear layers. It shares everything else, and `module` does not change."""
     return shared_copy(module, lambda layer: PackedLinear(layer) if packs(layer) else None)
 
 
 def shared_copy(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """Return a copy of a tree of modules on the same weights. `replace`: what stands for a module in it; None for a copy."""
+    """Return a copy of a module tree that shares its weights.
+
+    Args:
+        module: the root of the tree.
+        replace: returns the replacement of a module, or None to copy the module.
+    """
     if (replacement := replace(module)) is not None:
         return replacement
     clone = copy(module)

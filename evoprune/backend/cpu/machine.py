@@ -1,4 +1,4 @@
-"""Threads of this process."""
+"""The OpenMP threads of this process."""
 
 import ctypes
 import functools
@@ -6,30 +6,30 @@ from pathlib import Path
 
 import torch
 
-SOFT = 1  # how OpenMP pauses: it keeps what was set
+SOFT = 1  # omp_pause_soft: OpenMP keeps its settings while paused
 
 
 def release_omp_threads() -> None:
-    """Ends the OpenMP threads that wait for this thread, which computes no more for now. They are started again when it does.
+    """End the idle OpenMP threads of this thread, which will not compute for a while. They restart when it computes again.
 
-    With more of them than cores, those that compute for another thread sleep in place of spinning between two parallel steps,
-    which makes encoding 24 frames at 3B a sixth slower (results/machines.md). Does nothing where torch has another OpenMP than
-    GNU's.
+    If there are more OpenMP threads than cores, threads that compute for another thread sleep instead of spinning between parallel
+    steps, which makes encoding 24 frames with a 3B model a sixth slower (results/machines.md). Does nothing unless torch uses GNU's
+    OpenMP.
     """
     if library := _openmp():
         library.omp_pause_resource_all(SOFT)
 
 
 def use_one_omp_thread() -> None:
-    """Has this thread scale pictures, or compute other elements one by one, without others from now on; products take others."""
-    torch.get_num_threads()  # torch gives each thread the number once, before it first computes
+    """Make this thread run elementwise operations, such as scaling pictures, alone. Matrix products still use several threads."""
+    torch.get_num_threads()  # makes torch set the number of this thread now; later it would overwrite the 1
     if library := _openmp():
         library.omp_set_num_threads(1)
 
 
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
-    """Return GNU's OpenMP library, as torch has loaded it."""
+    """Return the GNU OpenMP library that torch has loaded, or None if it is missing or cannot pause threads."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:

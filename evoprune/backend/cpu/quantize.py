@@ -1,11 +1,12 @@
-"""Linear layers in 8 and in 4 bits, for the CPU, and models of them. Memory and cheap products are what CPUs without bf16 lack.
+"""Linear layers with 8-bit and 4-bit weights for the CPU. They save memory, and speed up products on CPUs without bf16.
 
-int8: one scale for each output feature of the weights, one for each row of the input. A row is rounded by itself, so that results
-do not depend on which rows are computed together. Products run in integers and are exact. The few input channels that are much
-larger than the others would take their precision: these are computed in float32 (LLM.int8(), arXiv 2208.07339, section 3). Which
-these are is found once, by `Unquantised`.
-int4: a scale and a zero for every 32 weights, by PyTorch's own kernel. It covers the language model where it decodes; int8 does the
-rest, and covers the tower.
+int8: one scale per output feature of the weights, and one per row of the input. Rows are rounded independently, so the result for a
+row does not depend on the other rows in a batch. Products use integers and are exact. The few input channels that are much larger
+than the others would cost these their precision, so they are computed in float32 (LLM.int8(), arXiv 2208.07339, section 3). They
+are detected once, by `Unquantised`.
+
+int4: a scale and a zero for every 32 weights, with PyTorch's own kernel. It is used for decoding with the language model. int8 is
+used for everything else, including the tower.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,40 +22,46 @@ from evoprune.backend.layers import is_unhooked_linear
 from evoprune.errors import UsageError
 
 GROUP = 32  # int4 weights that share a scale
-PIECE_WEIGHTS = 2**20  # weights quantised at a time, about: they fit into a cache
-STEP_ROWS = 64  # rows, by which pieces are cut: kernels arrange rows in steps that divide it
-LARGE = 4.0  # channels are large above so many times the median of all
-MAX_LARGE = 1 / 32  # share of the channels that may be
-# Layers that stay as they are, as in published checkpoints: what is kept and what is written in a Gated DeltaNet, a number a head.
+PIECE_WEIGHTS = 2**20  # approximate number of weights quantized at a time; they fit into a cache
+STEP_ROWS = 64  # pieces are multiples of this number of rows, because kernels arrange rows in steps that divide it
+LARGE = 4.0  # a channel is large if it exceeds the median channel by this factor
+MAX_LARGE = 1 / 32  # largest share of channels that may be large
+# Layers that are not quantized, as in published checkpoints: the decay and write gates of a Gated DeltaNet, one number per head.
 GATES = "in_proj_a", "in_proj_b"
 
-SCRATCH_BYTES = 2**25  # larger blocks are given back to the system when they are freed
-Weights = dict[str, torch.Tensor]  # of a quantised layer, by name, on the CPU
+SCRATCH_BYTES = 2**25  # larger blocks are returned to the system when they are freed
+Weights = dict[str, torch.Tensor]  # the tensors of a quantized layer on the CPU, by name
 Progress = Callable[[int, int], None]
 
 
 class Bytes:
-    """Rounds rows to bytes. Layers with the same input share one, and its last result."""
+    """Rounds rows to bytes. Layers with the same input share one instance, which caches its last result."""
 
     def __init__(self):
         self._last: tuple = (None, None, None)
 
     def __call__(self, x: torch.Tensor, large: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the rows of `x`, `[..., K]`, as uint8 `[R, K]` with `levels() + 1` for zero; channels `large` (int64) count as 0.
+        """Round the rows of `x` to bytes.
 
-        Also the step of each row, float32 `[R, 1]`; and the large channels, float32 `[R, m]`.
+        Args:
+            x: `[..., K]`.
+            large: int64, the large channels; they are rounded as if they were 0.
+
+        Returns:
+            The rows as uint8 `[R, K]`, with `levels() + 1` for zero; the step per row, float32 `[R, 1]`; and the large channels,
+            float32 `[R, m]`.
         """
         known, known_large, rounded = self._last  # read once: another thread may run the same model
         if x is known and large is known_large:
             return rounded
         rows = x.reshape(-1, x.shape[-1]).float()
         rest = rows
-        room = None  # for a result: a copy is free for it
+        room = None  # the copy, if there is one, is reused for the result
         if len(large):
             rest = rows.index_fill(1, large, 0.0)
             room = rest
         step = _largest(rest)[:, None].clamp_(min=1e-30) / levels()
-        middle = torch.full((), levels() + 1.5, dtype=torch.float32, device="cpu")  # truncation after adding 0.5 rounds
+        middle = torch.full((), levels() + 1.5, dtype=torch.float32, device="cpu")  # adding 0.5 makes truncation round
         whole = torch.addcmul(middle, rest, 1 / step, out=room).to(torch.uint8)
         rounded = whole, step, rows[:, large]
         self._last = x, large, rounded
@@ -62,11 +69,16 @@ class Bytes:
 
 
 def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: torch.Tensor | None = None) -> Weights:
-    """Return what an `Int8Linear` is made of, of a layer on the CPU.
+    """Return the tensors of an `Int8Linear` for a layer on the CPU.
 
-    That is `whole`, int8 `[out, in]`; `scale` and `sum` of its rows, float32 `[out]`; `large`, int64, the input channels that are
-    computed in float32; and `wide`, float32 `[m, out]`, their weights. `memory`: int8, where `whole` is written if it fits; the
-    next call with it writes there again.
+    Args:
+        layer: the layer to quantize.
+        large: int64, the input channels to compute in float32.
+        memory: int8, a buffer for `whole` if it is large enough. The next call with this buffer overwrites it.
+
+    Returns:
+        `whole`, int8 `[out, in]`; `scale` and `sum` of its rows, float32 `[out]`; `large`; and `wide`, float32 `[m, out]`, the
+        weights of the large channels.
     """
     if large is None:
         large = torch.zeros(0, dtype=torch.int64, device="cpu")
@@ -83,13 +95,13 @@ def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: to
         rows.div_(scales[-1][:, None]).round_()
         sums.append(rows.sum(1))  # exact: whole numbers below 2^24
         place.copy_(rows)
-    # A copy, not `contiguous()`: with one channel that keeps the strides of the transpose, and the product takes another kernel.
+    # With a single channel, `contiguous()` would keep the strides of the transpose, and the product would run another kernel.
     wide = layer.weight[:, large].float().T.clone(memory_format=torch.contiguous_format)
     return {"whole": whole, "scale": torch.cat(scales), "sum": torch.cat(sums), "large": large, "wide": wide}
 
 
 class Int8Linear(nn.Module):
-    """Compute `x @ W.T + bias` in bytes, with `int8_weights`. Layers that read the same input share `to_bytes`."""
+    """Compute `x @ W.T + bias` in 8-bit integers, with `int8_weights`. Layers that read the same input share `to_bytes`."""
 
     def __init__(self, weights: Weights, bias: torch.Tensor | None = None, to_bytes: Bytes | None = None):
         super().__init__()
@@ -101,12 +113,12 @@ class Int8Linear(nn.Module):
         self.scale = weights["scale"]
         self.packed = torch.ops.onednn.qlinear_prepack(weights["whole"], None)
         self.zero = torch.zeros(self.out_features, dtype=torch.int32, device="cpu")
-        # Bytes are offset by `levels() + 1`. This takes its contribution to the product off again.
+        # Bytes are offset by `levels() + 1`. This subtracts the offset's contribution to the product.
         self.offset = (weights["sum"].double() * self.scale.double() * -(levels() + 1)).float()
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds beside parameters and other modules."""
+        """Bytes held in addition to parameters and other modules."""
         return self.packed.numel() + 12 * self.out_features + self.wide.nbytes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -127,7 +139,7 @@ def _product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: t
 
 
 def _largest(rows: torch.Tensor) -> torch.Tensor:
-    """Return the largest absolute value of each row, without a copy of them."""
+    """Return the largest absolute value per row, without copying the rows."""
     return torch.maximum(rows.amax(1), -rows.amin(1))
 
 
@@ -136,7 +148,10 @@ def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def large_channels(x: torch.Tensor) -> torch.Tensor:
-    """Return the channels of `x` (`[..., K]`) above `LARGE` times the median, int64, ascending; at most the largest `MAX_LARGE`."""
+    """Return the channels of `x` (`[..., K]`) that exceed `LARGE` times the median channel, int64, ascending.
+
+    If there are more than the share `MAX_LARGE` of all channels, only the largest are returned.
+    """
     size = x.reshape(-1, x.shape[-1]).float().abs().amax(0)
     max_count = int(len(size) * MAX_LARGE)
     largest = size.topk(max_count).indices if max_count else size[:0].long()
@@ -145,16 +160,16 @@ def large_channels(x: torch.Tensor) -> torch.Tensor:
 
 @lru_cache
 def levels() -> int:
-    """Return the steps on either side of zero to which rows are rounded: 127, or 63 where the CPU adds two products in 16 bits.
+    """Return the number of levels on either side of zero for rounding rows: 127, or 63 if the CPU adds two products in 16 bits.
 
-    That is so without dot-product instructions (VNNI): two products of 127 and 127 still fit, two of 255 and 127 do not.
+    CPUs without dot-product instructions (VNNI) add in 16 bits: two products of 127 and 127 still fit, two of 255 and 127 do not.
     """
     return 127 if exact(255) else 63
 
 
 @lru_cache
 def exact(largest: int) -> bool:
-    """Return whether products of bytes up to `largest` with 127 exist and are exact on this CPU."""
+    """Return whether this CPU has exact products of bytes up to `largest` with 127."""
     scale = torch.ones(64, dtype=torch.float32, device="cpu")
     if not can_pack(scale) or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return False
@@ -165,18 +180,18 @@ def exact(largest: int) -> bool:
 
 
 def int4_weights(layer: nn.Linear) -> Weights:
-    """Return what an `Int4Linear` is made of: `packed`, and `scales` `[groups, rows, 2]` in the weights' dtype."""
+    """Return the tensors of an `Int4Linear`: `packed`, and `scales` `[groups, rows, 2]` in the dtype of the weights."""
     packed, scales = zip(*(_int4_piece(rows) for rows in _pieces(layer.weight)), strict=True)
     return {"packed": torch.cat(packed), "scales": torch.cat(scales, 1)}
 
 
 def _int4_piece(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return some rows of a weight in the kernel's arrangement, and their scales and zeros `[groups, rows, 2]`."""
-    # The kernel works in steps of 16 rows. Rows that are added here are cut off from the output.
+    """Return some rows of a weight in the kernel's layout, and their scales and zeros `[groups, rows, 2]`."""
+    # The kernel works in steps of 16 rows. Rows added here as padding are cut from the output.
     rows = nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
     groups = rows.view(len(rows), -1, GROUP)
     low, high = groups.aminmax(dim=-1, keepdim=True)
-    # Rounded to the dtype in which the kernel reads them, before weights are expressed in them.
+    # Round scales to the kernel's dtype before the weights are divided by them.
     scale = ((high - low) / 15).clamp_(min=1e-8).to(weight.dtype).float()
     middle = (low + 8 * scale).to(weight.dtype).float()  # the weight that the kernel's zero, 8, represents
     whole = ((groups - middle) / scale).add_(8).round_().clamp_(0, 15).to(torch.int32).flatten(1)
@@ -185,7 +200,14 @@ def _int4_piece(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Int4Linear(nn.Module):
-    """Compute `x @ W.T + bias` with `int4_weights` of `shape`, features out and in. `full`, if given, computes several rows."""
+    """Compute `x @ W.T + bias` with `int4_weights`.
+
+    Args:
+        weights: from `int4_weights`.
+        shape: output and input features.
+        bias: `[out]`, or None.
+        full: if given, computes inputs of more than one row instead.
+    """
 
     def __init__(self, weights: Weights, shape: Sequence[int], bias: torch.Tensor | None = None, full=None):
         super().__init__()
@@ -197,7 +219,7 @@ class Int4Linear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds beside parameters and other modules."""
+        """Bytes held in addition to parameters and other modules."""
         return self.packed.nbytes + self.scales.nbytes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -212,16 +234,16 @@ class Int4Linear(nn.Module):
 
 
 class Unquantised(nn.Module):
-    """Stand for a linear layer until its first input says which of its channels are large.
+    """Placeholder for a linear layer until its first input shows which channels are large.
 
-    `become` is called with the layer and these channels. It puts a quantised layer in the place of this one, and returns the one
+    `become` is called with the layer and the large channels. It replaces this module with a quantized layer, and returns the layer
     that computes this call.
     """
 
     def __init__(self, layer: nn.Linear, become: Callable[[nn.Linear, torch.Tensor], nn.Module]):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
-        # in a list, so that it is no part of the tree
+        # in a list, so that it does not become a submodule
         self._layer = [layer]
         self._become = become
 
@@ -231,7 +253,7 @@ class Unquantised(nn.Module):
 
 
 def check(kind: str, device: torch.device) -> None:
-    """Raises UsageError: there is no such kind of quantisation, or not on this device, with this PyTorch or this CPU."""
+    """Check that a kind of quantization exists and works on this device, PyTorch and CPU. Raises UsageError otherwise."""
     check_quantize(kind)
     if kind == "none":
         return
@@ -242,7 +264,7 @@ def check(kind: str, device: torch.device) -> None:
 
 
 def kinds(device: torch.device) -> list[str]:
-    """Return the kinds of quantisation that work on a device, with this PyTorch and this CPU; without "none"."""
+    """Return the kinds of quantization, except "none", that work on a device with this PyTorch and this CPU."""
     if not is_host(device) or not exact(127):
         return []
     if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
@@ -251,7 +273,7 @@ def kinds(device: torch.device) -> list[str]:
 
 
 def places(model: nn.Module, kind: str) -> Iterator[tuple[str, str]]:
-    """Yield the linear layers that are quantised, by name, and what each becomes: "int8" or "int4"."""
+    """Yield the names of the linear layers to quantize, with the kind of each: "int8" or "int4"."""
     for path, layer in model.named_modules():
         if is_unhooked_linear(layer) and not path.endswith(GATES):
             decodes = path.startswith(("model.language_model.", "lm_head")) and layer.in_features % GROUP == 0
@@ -260,14 +282,14 @@ def places(model: nn.Module, kind: str) -> Iterator[tuple[str, str]]:
 
 
 def reads_rows(path: str, becomes: str) -> bool:
-    """Return whether a quantised layer needs int8 weights: all, but an output layer in int4, which reads one row."""
+    """Return whether a quantized layer needs int8 weights: all do except an int4 output layer, which reads only one row."""
     return becomes == "int8" or path != "lm_head"
 
 
 def saved_bytes(model: nn.Module, kind: str) -> int:
-    """Return the bytes by which quantisation ("int8" or "int4") makes a model smaller, which may be on the meta device.
+    """Return the bytes that quantization ("int8" or "int4") saves. The model may be on the meta device.
 
-    An output layer that is the input embedding too stays as well.
+    If the output layer shares its weights with the input embedding, the original weights stay too.
     """
     saved = 0
     embedding = model.model.language_model.embed_tokens.weight
@@ -292,15 +314,20 @@ def quantize(
     progress: Progress | None = None,
     store: Callable[[str, Weights], None] | None = None,
 ) -> None:
-    """Quantises the linear layers of a model in place, each when its input is known.
+    """Quantize the linear layers of a model in place, each as soon as its input is known.
 
-    `run`: runs the model on some input, the same in every run; every linear layer is called. `progress`: called with the number of
-    layers done and of all layers. `store`: called with each layer's name and what `restore` makes it of.
+    Args:
+        model: changed in place.
+        kind: "int8" or "int4".
+        run: runs the model on some input, which is the same in every run. It must call every linear layer.
+        progress: called with the number of finished layers and the total.
+        store: called with the name of a layer and the tensors that `restore` needs for it.
 
-    Raises RuntimeError: a layer was not called.
+    Raises:
+        RuntimeError: a layer was not called.
     """
     quantised = _Quantised(model, kind, progress)
-    # Memory that layer after layer allocates and frees between what stays would be left in holes: a third of the model.
+    # Without a shared buffer, temporary blocks per layer would leave holes between the blocks that stay: a third of the model.
     memory = torch.empty(SCRATCH_BYTES, dtype=torch.int8, device="cpu")
 
     def become(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
@@ -323,14 +350,14 @@ def quantize(
 
 
 def restore(model: nn.Module, kind: str, read: Callable[[str], Weights], progress: Progress | None = None) -> None:
-    """Puts quantised layers in their places, of the weights that `quantize` stored; `read` gives those of a layer."""
+    """Replace linear layers by quantized ones, with weights that `quantize` stored. `read` returns the weights for a layer name."""
     quantised = _Quantised(model, kind, progress)
     for path in quantised.every:
         quantised.put(path, model.get_submodule(path), read(path))
 
 
 class _Quantised:
-    """Hold a model whose linear layers are quantised one after another."""
+    """A model whose linear layers are quantized one after another."""
 
     def __init__(self, model: nn.Module, kind: str, progress: Progress | None):
         self.every = dict(places(model, kind))
@@ -345,17 +372,17 @@ class _Quantised:
         setattr(self._model.get_submodule(parent), name, layer)
 
     def put(self, path: str, layer: nn.Linear, weights: Weights) -> nn.Module:
-        """Makes the quantised layer of `weights`, and puts it in the place of `layer`."""
+        """Make the quantized layer from `weights`, and put it in the place of `layer`."""
         becomes = self.every[path]
         full = None
         if reads_rows(path, becomes):
-            # Layers of one module with the same channels have the same input: `to_bytes` knows it by the same object.
+            # Layers of one module with the same large channels have the same input. `to_bytes` recognizes them by identity.
             key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
             large = self._known.setdefault(key, weights["large"])
             full = Int8Linear(weights | {"large": large}, layer.bias, self._to_bytes)
         quantised = full
         if becomes == "int4":
-            # The kernel wants the dtype in which the model computes. That of the file may be narrower.
+            # The kernel needs the dtype that the model computes in. The dtype of the file may be narrower.
             weights = weights | {"scales": weights["scales"].to(self._model.dtype)}
             quantised = Int4Linear(weights, (layer.out_features, layer.in_features), layer.bias, full)
         self.replace(path, quantised)
