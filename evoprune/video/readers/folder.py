@@ -103,7 +103,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
             if decoded := decode_image(images[i]):
                 _, frame, turn = decoded
                 width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])
-                # An image with another aspect ratio than the first would get black borders or be distorted.
+                # An image with another aspect ratio than the first would get black borders.
                 if fitted((width, height), (info.width, info.height)) != (info.width, info.height):
                     shapes = f"{images[i]} has {width}x{height}, the first {info.width}x{info.height}"
                     hint = "a folder is a video, whose frames have one shape; pictures are asked about one by one: a.jpg b.jpg"
