@@ -206,7 +206,7 @@ class SamplingPlan:
         return (self.end_s - self.start_s) / self.frames
 
     def seconds_per_pair(self, temporal_patch: int = 2) -> float:
-        """Time from one frame pair (`temporal_patch` frames) to the next."""
+        """Time from one frame pair (`temporal_patch` frames) to the next, in seconds."""
         return temporal_patch * self.seconds_per_frame
 
 

@@ -129,7 +129,8 @@ def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
     """Return `Video.hdr_format` of a frame.
 
     Args:
-        header: the format by the stream's header, for frames that do not state their own. Dolby's own format applies to all frames.
+        header: the format by the stream's header. It applies to frames that do not state their own, or to all frames if it is
+            Dolby's own format.
     """
     data = side_data(frame)
     if header == IPT or _is_dolby_own(data.get("DOVI_METADATA")):
@@ -206,7 +207,7 @@ class Converter:
         return self._computed(frame, width, height, hdr)
 
     def _computed(self, frame: VideoFrame, width: int, height: int, hdr: str | None) -> np.ndarray:
-        """Convert a frame in the same way if it is HDR, or gray of limited range. libswscale cannot."""
+        """Convert a frame like `_rgb`, for HDR and gray of limited range, whose levels are not left to libswscale."""
         stored = self._reformat(frame, "gbrp16", width, height)
         planes = [np.frombuffer(plane, np.uint16).reshape(height, -1)[:, :width] for plane in stored.planes]
         planes = [planes[2], *planes[:2]]  # red, green and blue

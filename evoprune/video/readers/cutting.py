@@ -45,7 +45,7 @@ IN_MP4 = ("h264", "hevc", "av1", "mpeg4", "aac", "mp3", "ac3", "eac3", "alac")
 # Video encoders, preferred first, with settings that look nearly lossless. B-frames are off (bf) because only without reordered
 # frames does an MP4 store the exact duration of the last frame.
 ENCODERS = {"libx264": {"crf": "18", "preset": "veryfast", "bf": "0"}, "mpeg4": {"qmin": "2", "qmax": "4"}}
-SOUND_ENCODER = "aac"  # part of every FFmpeg
+SOUND_ENCODER = "aac"  # included in any FFmpeg build
 SOUND_BITS = 96_000  # bits per second and channel
 CLOCK = Fraction(1, 60_000)  # time base of re-encoded frames; MPEG-4 allows no finer one
 BT709 = 1  # FFmpeg's number for the primaries, transfer curve and matrix of BT.709
@@ -60,7 +60,7 @@ Pictures = Iterator[tuple[float, np.ndarray]]
 
 
 class ClipReader:
-    """Make a clip and hand out its bytes. See `evoprune.moments.clips.cut_clip` for the arguments.
+    """Makes a clip and hands out its bytes. See `evoprune.moments.clips.cut_clip` for the arguments.
 
     Attributes:
         facts: "ending", the file name extension; "start_s", the start of the clip in seconds from the video's first frame; and
@@ -308,7 +308,7 @@ def _ordered(packets: list[Packet]) -> TimedPackets:
 def _copied(
     target: Stream, path: str, packets: Iterator[Packet | None], origin_s: float, length_s: float
 ) -> TimedPackets:
-    """Yield copies of the packets that must be decoded by the end of a clip, with times from the beginning of the clip.
+    """Yield the packets to copy, which are decoded before the end of a clip. Shifts their times to the beginning of the clip.
 
     A frame may depend on frames that are displayed after it, so some packets are displayed after the end.
 
@@ -396,7 +396,7 @@ def _timed(packets: list[Packet], lengths: dict[int, int]) -> TimedPackets:
 def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
     """Yield the picture on screen at `start_s`, then every picture that appears before `end_s`.
 
-    Times are in seconds from the video's first frame, except the yielded ones, which count from `start_s`.
+    `start_s` and `end_s` are in seconds from the video's first frame. The yielded times are in seconds from `start_s`.
 
     Raises:
         VideoError: no frame can be decoded.

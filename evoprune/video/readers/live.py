@@ -37,7 +37,7 @@ POLL_S = 0.05  # interval between checks whether a file has grown
 
 
 class LiveReader:
-    """Read frames over one connection to a source.
+    """Reads frames over a single connection to a source.
 
     Args:
         source: a URL with a scheme of `ALLOWED`, a path, or a camera device; None to read the pipe `descriptor`, which `close`

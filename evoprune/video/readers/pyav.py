@@ -20,7 +20,7 @@ from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
 from evoprune.video.readers.workers import in_order
 
-EARLIER = 3  # keyframes to try as the start of decoding, because a keyframe in an index may not be one
+EARLIER = 3  # keyframes to try as the start of decoding, because an index may list frames that are no keyframes
 BEGINNING_S = 1.0  # a run whose keyframe comes earlier is decoded from the beginning of the file
 NEAR = 3  # keyframes to try when a time is moved, nearest first
 # With seek "auto", times are moved to keyframes only if that saves decoding this many pixels (two to three seconds on one core) and
@@ -89,7 +89,7 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
 
 
 def frame_times(info: Video) -> FrameTimes:
-    """See `evoprune.video.frames.frame_times`."""
+    """Return the display times of all frames, see `evoprune.video.frames.frame_times`."""
     with ffmpeg.reading(info.path):
         with ffmpeg.open_video(info.path) as container:
             stated = ffmpeg.stated_frames(container, ffmpeg.video_stream(container, info.path))

@@ -206,7 +206,10 @@ def _codec(stream: SubtitleStream) -> str | None:
 def _cues(
     container: InputContainer, stream: SubtitleStream, origin_s: float, warnings: list[str]
 ) -> Iterator[tuple[float, float, list[str]]]:
-    """Yield the start and end of every cue in seconds, and its text lines. Adds a warning if a packet cannot be decoded."""
+    """Yield cues as (start, end, text lines), with times in seconds from the first frame.
+
+    Adds a warning to `warnings` if a packet cannot be decoded.
+    """
     hidden = _codec(stream) in ("ass", "ssa")
     size = 0
     tick, per = stream.time_base.numerator, stream.time_base.denominator  # Fraction would take half of the run time
