@@ -1,6 +1,6 @@
-"""Videos: what is in a file, and its frames (`frames`), what is known about it (`info`), and which frames to take (`plan`).
+"""Reads videos: `frames` probes files and reads frames, `info` describes videos, and `plan` chooses the frames to read.
 
-`readers` calls FFmpeg. Files are not trusted: `sandbox` runs the readers in another process, which a broken file may crash.
+`readers` calls FFmpeg. Files are not trusted, so `sandbox` runs the readers in another process, which a broken file may crash.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Frames in one array, for a model or a program of any kind: `evoprune.read_frames`. No torch here."""
+"""Reads frames into a single array for use outside of evoprune (`evoprune.read_frames`). Does not import torch."""
 
 import math
 import os
@@ -29,29 +29,32 @@ def read_frames(
     decoder: Decoder = "auto",
     frame_rate: float = FOLDER_FPS,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Read frames of a video file, of a folder of images or of a picture; on Linux in a process apart.
+    """Read frames of a video file, a folder of images or a picture. On Linux this happens in a separate process.
 
         frames, times_s = evoprune.read_frames("clip.mp4", [0.5, 3.0, 9.25])
         frames, times_s = evoprune.read_frames("clip.mp4", frames=64)
 
-    A time gets the frame that is on screen then: the first one before the video begins, the last one after it ends.
+    Every time gets the frame that is on screen then. Times before the video begins get the first frame, times after it ends the
+    last one.
 
     Args:
         times_s: seconds from the first frame, ascending; a time may repeat.
-        frames, fps: instead of times, the number of frames, or frames a second (at least one frame). The video is divided into so
-            many equal parts, and the frames are those on screen in their middles. Of a picture one frame is read.
-        start_s, end_s: the span that is divided, in seconds; below 0 from the end.
-        seek: of parts: "exact", "keyframes" or "auto", as `--seek` in docs/video.md.
+        frames, fps: number of frames, or frames per second (at least one frame), instead of `times_s`. The span is divided into
+            this many equal parts, and the frame in the middle of every part is read. A picture gives one frame.
+        start_s, end_s: the span to divide, in seconds; negative values count from the end.
+        seek: how the frame of a part is chosen: "exact", "keyframes" or "auto", see `--seek` in docs/video.md.
         decoder: "auto", "pyav" or "decord".
         frame_rate: images of a folder per second of video.
 
-    Returns the frames, uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied), and the times of the frames themselves, float64
-    `[n]`, in seconds: those asked for or a little earlier; with `seek`, at most half a part before or after.
+    Returns:
+        The frames, uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied); and the frames' own times in seconds, float64 `[n]`.
+        These equal the requested times or are slightly earlier; with `seek`, they differ by at most half a part.
 
     Raises:
-        UsageError: arguments that make no sense, alone or together; or decord is not installed.
-        VideoError: the file is missing, unreadable, not a video, or empty in the span; or its process crashed or hung.
-        OutOfMemory: there is no memory for so many frames of that size.
+        UsageError: invalid or conflicting arguments, or decord is not installed.
+        VideoError: the file is missing, unreadable, not a video, or has no frames in the span; or the reading process crashed or
+            hung.
+        OutOfMemory: the frames do not fit into memory.
     """
     _check_path(path)
     sampling = SamplingOptions(fps=fps, frames=frames, start_s=start_s, end_s=end_s, frame_rate=frame_rate, seek=seek)
@@ -68,9 +71,10 @@ def read_frames(
 
 
 def in_one(info: Video, times_s: Sequence[float], **how) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Return what `read_frames` returns, for the times of `video.frames.read_chunks`, whose options `how` has.
+    """Read the chunks of `video.frames.read_chunks` into a single array. Returns and raises what `read_frames` does.
 
-    Raises as `read_frames`.
+    Args:
+        how: further arguments of `read_chunks`.
     """
     check_room(info, len(times_s))
     with memory_guard("read"):
@@ -85,7 +89,7 @@ def in_one(info: Video, times_s: Sequence[float], **how) -> tuple[NDArray[np.uin
 
 
 def check_room(info: Video, count: int) -> None:
-    """Raises OutOfMemory: so many frames do not fit into memory."""
+    """Raise OutOfMemory if `count` frames do not fit into memory."""
     needed = 3 * count * info.height * info.width
     available = host_memory()
     if available is not None and needed > available:
@@ -95,13 +99,13 @@ def check_room(info: Video, count: int) -> None:
 
 
 def _check_path(path: object) -> None:
-    """Raises UsageError."""
+    """Raise UsageError if the input is not a path of type str or `os.PathLike`."""
     if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
         raise UsageError(f"the input is {brief(path)}, not a path", "give the path of a file or a folder of frames")
 
 
 def _as_numbers(times_s: Iterable[float]) -> tuple[float, ...]:
-    """Raises UsageError."""
+    """Return the times as floats. Raises UsageError if they are not numbers."""
     try:
         return tuple(float(time) for time in times_s)
     except (TypeError, ValueError, OverflowError):
@@ -110,11 +114,11 @@ def _as_numbers(times_s: Iterable[float]) -> tuple[float, ...]:
 
 
 def _parts(info: Video, sampling: SamplingOptions) -> tuple[tuple[float, ...], float]:
-    """Return the middles of equal parts, and the length of a part, in seconds. Raises as `read_frames`."""
+    """Return the middles of the equal parts and the length of a part, in seconds. Raises what `read_frames` raises."""
     if info.kind == PICTURE:
         check_no_span(info, sampling.start_s, sampling.end_s)
         return (0.0,), 0.0
     start, end = span_of(duration_of(info), sampling.start_s, sampling.end_s)
     count = sampling.frames or max(1, math.floor(min((end - start) * sampling.fps, sys.maxsize) + 0.5))
-    check_room(info, count)  # before their times are listed, which may be too many as well
+    check_room(info, count)  # first, because the list of times may be too large as well
     return even_times(start, end, count), (end - start) / count

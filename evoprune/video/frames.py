@@ -1,5 +1,5 @@
-"""Reading videos: what is in one (`probe`, `scan`, `read_subtitles`), and its frames (`read_chunks`), full-size RGB in chunks of
-bounded size. Work grows with what is asked for, not with the file. `local_file` stores standard input and what is on the web."""
+"""Reads videos: metadata (`probe`, `scan`), subtitles (`read_subtitles`), and frames (`read_chunks`), as full-size RGB in chunks of
+bounded size. The work grows with the request, not with the file. `local_file` copies standard input and URLs to temporary files."""
 
 import math
 import os
@@ -34,24 +34,24 @@ if TYPE_CHECKING:
 
 DECODERS = get_args(Decoder)
 STDIN = "-"
-OPEN_FILES = ("/dev/stdin", "/dev/fd/", "/proc/self/")  # names of files that this process has open
-CHUNK_BYTES = 2**20  # in which standard input is stored
+OPEN_FILES = ("/dev/stdin", "/dev/fd/", "/proc/self/")  # paths that refer to open files of this process
+CHUNK_BYTES = 2**20  # chunk size for copying standard input
 
 
 def probe(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> Video:
-    """Read the metadata of a video file, or of a folder of images, which then become its frames.
+    """Read the metadata of a video file, a picture, or a folder of images that is read as a video.
 
-    Decodes the first frame and reads the packets of the last seconds. If the file cannot be entered near its end, all its
+    Decodes the first frame and reads the packets of the last seconds. If FFmpeg cannot seek near the end of the file, all its
     packets are read once, without decoding.
 
     Args:
-        path: is never taken for a URL or a pattern, and playlists are not followed.
+        path: never interpreted as a URL or a pattern; playlists are not followed.
         folder_fps: images of a folder per second of video.
 
     Raises:
         UsageError: `folder_fps` is not above 0.
-        VideoError: no such file, not a video, no video stream, no frame that can be decoded, or a folder without images;
-            see also `isolation.run_task`.
+        VideoError: no such file, not a video, no video stream, no decodable frame, or a folder without images; see also
+            `isolation.run_task`.
     """
     return Video(**_run("probe", path, folder_fps=folder_fps))
 
@@ -59,31 +59,40 @@ def probe(path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS) -> Vi
 def scan(
     path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS, on_frames: Callable[[int], None] | None = None
 ) -> ScanResult:
-    """Decode a whole video once, to find damage, its true length, and how regular its frames and keyframes are.
+    """Decode a whole video to find damage, its true length, and the regularity of its frames and keyframes.
 
-    Memory does not grow with the video: a few frames at a time, and a count of each frame interval. `on_frames`: called about each
-    second with how many frames were decoded. Otherwise as `probe`.
+    Memory use does not grow with the video: only a few frames and a histogram of frame intervals are kept.
+
+    Args:
+        path, folder_fps: see `probe`.
+        on_frames: called about once a second with the number of frames decoded so far.
+
+    Raises:
+        UsageError, VideoError: see `probe`. Pictures cannot be scanned.
     """
     return ScanResult(**_run("scan", path, on_frames, folder_fps=folder_fps))
 
 
 def frame_times(info: Video) -> FrameTimes:
-    """When each frame of a video file is shown, for those who count frames.
+    """Return the display time of every frame of a video file, for callers that address frames by number.
 
-    Reads all packets. Without decoding where these tell (MP4, MOV, Matroska, WebM, MPEG-TS). Raises as `probe`.
+    Reads all packets. Decodes them only if they do not state the times; MP4, MOV, Matroska, WebM and MPEG-TS usually do. Raises
+    what `probe` raises.
     """
     return FrameTimes(**run_task("frame_times", info.path, {"info": asdict(info)}))
 
 
 def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float = 1e9) -> Subtitles:
-    """Return the subtitles whose time overlaps a part of a video, in seconds from the first frame.
+    """Return the subtitles that overlap a span of a video.
 
     Args:
-        choice: a file of subtitles (SRT, WebVTT, ASS, SSA), or a video with a text track; or "auto": a file beside the video, else
-            the video's default text track or its only one, else none.
+        choice: a subtitle file (SRT, WebVTT, ASS, SSA), or a video with a text track. "auto" takes a file next to the video,
+            otherwise the video's default text track or its only one, otherwise none.
+        start_s, end_s: the span, in seconds from the first frame.
 
-    Raises VideoError: no such file; or no subtitles in it, pictures of text only, or text of an unknown encoding; see also
-    `isolation.run_task`.
+    Raises:
+        VideoError: the file does not exist, has no subtitles or only image subtitles, or its encoding is unknown; see also
+            `isolation.run_task`.
     """
     values = _run("subtitles", info.path, origin_s=info.start_s, choice=choice, start_s=start_s, end_s=end_s)
     return Subtitles(**values | {"lines": [tuple(line) for line in values["lines"]]})
@@ -97,14 +106,14 @@ def _run(
 
 @dataclass(frozen=True)
 class FrameChunk:
-    """Consecutive frames of a plan."""
+    """Consecutive frames of the requested times."""
 
-    first: int  # index among the plan's times
+    first: int  # index of the first frame among the requested times
     pixels: "np.ndarray"  # uint8 `[n, H, W, 3]`, RGB as displayed (rotation applied), C-contiguous
-    times_s: tuple[float, ...]  # of the frames themselves, from the first frame; perhaps earlier than those asked for
-    damaged: int = 0  # damaged packets (of a folder: images) on the way to these frames that no earlier chunk counts
-    other_size: bool = False  # whether one of the frames had another size than the video, and was scaled to it
-    moved: bool = False  # whether one of them is a keyframe nearby instead of the frame on screen
+    times_s: tuple[float, ...]  # the frames' own times from the first frame; may precede the requested times
+    damaged: int = 0  # damaged packets (in a folder: images) found since the chunk before
+    other_size: bool = False  # whether a frame differed in size from the video and was scaled
+    moved: bool = False  # whether a frame is a nearby keyframe instead of the frame on screen
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +121,7 @@ class FrameChunk:
 
     @property
     def end(self) -> int:
-        """Return the index behind the last of these frames."""
+        """Index of the last frame, plus 1."""
         return self.first + len(self.times_s)
 
 
@@ -127,27 +136,28 @@ def read_chunks(
     cores: int | None = None,
     on_frames: Callable[[int], None] = lambda frames: None,
 ) -> Iterator[FrameChunk]:
-    """Return the frame on screen at each time: the first frame before the video begins, the last one after it ends.
+    """Yield the frame on screen at every time, in chunks.
 
-    All frames have the size in `info`; where a video changes its size, they are scaled to it, with black borders where they have
-    another shape. Damaged packets are skipped: the frame before them stays on screen. (decord does not report damage: it stops,
-    or patches up silently.)
-    Close the iterator to stop early.
+    Times before the video begins get the first frame, times after it ends the last one. All frames have the size in `info`; a frame
+    of another size is scaled, with black borders if its aspect ratio differs. Damaged packets are skipped, so the frame before them
+    stays on screen. (decord does not report damage: it stops, or patches frames up silently.) Close the iterator to stop early.
 
     Args:
         times_s: seconds from the video's first frame, ascending; a time may repeat.
-        chunk_bytes: upper limit of a chunk's size, but a chunk holds two frames even if they are larger. Every chunk but the last
-            holds an even number of frames, so that no frame pair is split.
-        seek: `keyframes` takes the nearest keyframe instead, if there is one at most half of `part_s` away (one between two parts
-            belongs to the later), which is decoded without others. `auto` does so where it saves much (readers/pyav.py), by the
-            file and the times alone. Only PyAV does.
-        part_s: seconds from one time to the next, where the times are the middles of equal parts.
-        cores: that may be kept busy; default: all that this process may use. The frames are the same for any number.
-        on_frames: called by the thread that iterates, about each second, with how many frames were read so far, at least.
+        decoder: see `choose_decoder`.
+        chunk_bytes: size limit of a chunk. A chunk holds at least two frames, even if they exceed it. All chunks except the last
+            hold an even number of frames, so no frame pair is split.
+        seek: `keyframes` takes the nearest keyframe instead of the frame on screen, if one lies within half of `part_s`; it is
+            decoded without other frames. A keyframe between two parts belongs to the later one. `auto` does so only if it saves
+            much (readers/pyav.py), which depends only on the file and the times. Only PyAV supports this.
+        part_s: interval between times in seconds, if the times are the middles of equal parts.
+        cores: number of cores to keep busy; None uses all that this process may use. The frames do not depend on it.
+        on_frames: called about once a second, by the iterating thread, with a lower bound on the number of frames read so far.
 
     Raises:
-        UsageError: times that do not ascend, or no such `seek`. And what `choose_decoder` raises.
-        VideoError: while iterating: the file cannot be read (any more), or no frame can be decoded; see also `isolation.run_task`.
+        UsageError: times that do not ascend, an unknown `seek`, or an error of `choose_decoder`.
+        VideoError: an error of `choose_decoder`; or while iterating, if the file can no longer be read or no frame can be decoded;
+            see also `isolation.run_task`.
     """
     times = tuple(float(t) for t in times_s)
     if not all(map(math.isfinite, times)) or any(b < a for a, b in pairwise(times)):
@@ -174,17 +184,18 @@ def _held_chunks(info: HeldVideo, times: Sequence[float], per_chunk: int) -> Ite
 
 
 def frames_at_once(info: Video, chunk_bytes: int) -> int:
-    """Return how many frames a chunk of that size holds: whole frame pairs, at least one."""
+    """Return the number of frames per chunk of `chunk_bytes`: an even number, at least 2."""
     return max(2, chunk_bytes // (info.width * info.height * 3) // 2 * 2)
 
 
 def choose_decoder(decoder: str, info: Video | None = None) -> str:
-    """Return the decoder to use, `pyav` or `decord`, for a picture `pillow`, and for an array `none`, after a check that it can be
-    used.
+    """Return the decoder to use, after checking that it works: `pyav` or `decord`, `pillow` for a picture, `none` for an array.
 
-    `auto` is PyAV: decord decodes every frame (readers/decord.py says why), has no AV1, and gives up on damage.
+    `auto` means PyAV. decord decodes every frame (see readers/decord.py), does not support AV1, and gives up on damage.
 
-    Raises UsageError: no such decoder, or it is not installed. VideoError: decord is known to fail on videos like this one.
+    Raises:
+        UsageError: unknown decoder, or decord is not installed.
+        VideoError: decord is known to fail on videos like this one.
     """
     if info is not None and info.kind == PICTURE:
         return "pillow"
@@ -209,14 +220,20 @@ def local_file(
     offline: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[str]:
-    """Provide a path to read the video from: `source` itself; for `-` (a file of that name is `./-`) a copy of standard input; or a
-    copy of what is at an address of http or https.
+    """Yield a path to read the video from.
 
-    Readers seek, so standard input itself will not do. Names of files that this process has open, such as `/dev/stdin`, are
-    resolved, because another process reads the video. `offline`, `progress`: as of `download.downloaded`.
+    For `-` this is a temporary copy of standard input, because readers seek. For an http or https URL it is a downloaded copy.
+    Paths such as `/dev/stdin`, which refer to open files of this process, are resolved, because another process reads the video.
+    Other paths are yielded unchanged.
 
-    Raises UsageError: standard input is a terminal. VideoError: it is closed, empty or a device, or cannot be stored. And what
-    `downloaded` raises.
+    Args:
+        source: a path, a URL, or `-` (a file of that name is `./-`).
+        stdin: replaces `sys.stdin.buffer`.
+        offline, progress: see `download.downloaded`.
+
+    Raises:
+        UsageError: standard input is a terminal, or an error of `downloaded`.
+        VideoError: standard input is closed, empty, a device, or cannot be stored; `source` is a pipe; or an error of `downloaded`.
     """
     if is_url(source):
         from evoprune.video.download import downloaded
@@ -227,7 +244,7 @@ def local_file(
     hint = "pipe a video into it, e.g. evoprune ask - QUESTION < video.mp4"
     if source.startswith(OPEN_FILES):
         resolved = os.path.realpath(source)
-        if os.path.exists(source) and not os.path.exists(resolved):  # a pipe, as of <(command)
+        if os.path.exists(source) and not os.path.exists(resolved):  # a pipe, such as <(command)
             raise VideoError(f"{source} is not a regular file", f"- reads a video from standard input: {hint}")
         yield resolved
         return
@@ -239,7 +256,7 @@ def local_file(
         raise VideoError("standard input is closed", hint)
     if stdin.isatty():
         raise UsageError("- means standard input, which is a terminal", hint)
-    with suppress(OSError):  # not a file of the operating system
+    with suppress(OSError):  # `stdin` has no file descriptor
         status = os.fstat(stdin.fileno())
         if stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, os.stat(os.devnull)):  # /dev/null does end
             raise VideoError("standard input is a device, not a video", hint)

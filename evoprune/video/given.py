@@ -1,4 +1,4 @@
-"""Inputs of Python that are no paths: frames, a picture, the bytes of a file, an open file, an address on the web."""
+"""Python inputs other than paths: arrays of frames, Pillow images, bytes, open files, and URLs."""
 
 import io
 import math
@@ -22,30 +22,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Bytes = bytes | bytearray | memoryview
-Input = Union[
-    str, os.PathLike[str], NDArray[np.uint8], "Tensor", "Image", Bytes, BinaryIO, HeldVideo
-]  # what a program may give
-CHUNK_BYTES = 2**20  # in which an open file is copied
-MOST_LEVELS = 65535  # of grey in 16 bits
-STORED_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")  # of pictures that a PNG file holds as they are
+# Types that Python callers may pass as an input.
+Input = Union[str, os.PathLike[str], NDArray[np.uint8], "Tensor", "Image", Bytes, BinaryIO, HeldVideo]
+CHUNK_BYTES = 2**20  # chunk size for copying an open file
+MOST_LEVELS = 65535  # highest gray level in 16 bits
+STORED_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")  # Pillow modes that PNG stores without conversion
 RATE_HINT = "frame_rate=30, in frames a second, or times_s=[...], in seconds"
 
 
 def held_video(
     frames: Any, frame_rate: float | None, times_s: Sequence[float] | None, several: bool = False
 ) -> HeldVideo:
-    """Describes frames as a video: an array, or what numpy makes one of, uint8 `[T, H, W, 3]`, RGB.
+    """Wrap an array of frames as a video.
 
     Args:
-        frame_rate: frames a second; None where there are times.
-        times_s: when each frame begins, in seconds, ascending. The first one is the beginning of the video.
-        several: whether it is one of several inputs, for hints.
+        frames: uint8 `[T, H, W, 3]`, RGB; an array, or anything that `numpy.asarray` accepts.
+        frame_rate: frames per second, or None if `times_s` is given.
+        times_s: start time of each frame in seconds, ascending. The first one is the beginning of the video.
+        several: True if this is one of several inputs; changes only the hints of errors.
 
-    Raises UsageError: an array of another shape or dtype, or no rate and no times, both, or wrong ones.
+    Raises:
+        UsageError: wrong shape or dtype, an invalid rate or invalid times, or not exactly one of the two.
     """
     try:
         array = np.asarray(frames)
-    except Exception as problem:  # another package's class may raise anything, such as a tensor on a GPU
+    except Exception as problem:  # classes of other packages may raise anything, e.g. tensors on a GPU
         hint = "give an array of numpy; of a tensor: tensor.cpu().numpy()"
         raise UsageError(f"the frames of class {type(frames).__name__} are no array: {problem}", hint) from problem
     shape = list(array.shape)
@@ -77,7 +78,7 @@ def held_video(
 
 
 def _described(array: np.ndarray, frames_s: tuple[float, ...], rate: float, start_s: float) -> HeldVideo:
-    """Return the video of an array. Raises UsageError: its times are so far apart, or so close, that no duration follows."""
+    """Return the video of an array. Raises UsageError if the frame rate or the duration is not a finite number above 0."""
     if not (0 < rate < math.inf and math.isfinite(frames_s[-1] + 1 / rate)):
         raise UsageError(f"{rate:g} frames a second are no rate of a video", RATE_HINT)
     gaps = [later - earlier for earlier, later in pairwise(frames_s)]
@@ -100,7 +101,7 @@ def _described(array: np.ndarray, frames_s: tuple[float, ...], rate: float, star
 
 
 def _checked(times_s: Any, count: int) -> list[float]:
-    """Return the times as Python's own numbers. Raises UsageError: they are not `count` numbers that ascend."""
+    """Return the times as Python floats. Raises UsageError unless they are `count` finite, strictly ascending numbers."""
     try:
         times = [float(time) for time in times_s]
     except (TypeError, ValueError, OverflowError):
@@ -113,28 +114,28 @@ def _checked(times_s: Any, count: int) -> list[float]:
 
 
 def is_frames(value: Any) -> bool:
-    """Return whether it is an array, or a tensor, and no picture of Pillow."""
+    """Return True if the value is an array or a tensor, but not a Pillow image."""
     return hasattr(value, "__array__") and not is_picture(value)
 
 
 def is_picture(value: Any) -> bool:
-    """Return whether it is a picture of Pillow, which is not imported for the question."""
+    """Return True if the value is a Pillow image. Does not import Pillow."""
     pillow = sys.modules.get("PIL.Image")
     return pillow is not None and isinstance(value, pillow.Image)
 
 
 def is_given(value: Any) -> bool:
-    """Return whether `local_input` takes it, beside a path."""
+    """Return True if `local_input` accepts the value and it is not a path or a URL."""
     return isinstance(value, Bytes | HeldVideo) or is_picture(value) or hasattr(value, "read")
 
 
 def is_temporary(source: Any) -> bool:
-    """Return whether `local_input` makes a temporary file of it."""
+    """Return True if `local_input` copies the input to a temporary file."""
     return not isinstance(source, HeldVideo) and (is_given(source) or is_url(source))
 
 
 def name_of(source: Any) -> str:
-    """Return what reports and errors call an input; an address without its password."""
+    """Return the name of an input for reports and errors. Passwords are removed from URLs."""
     if isinstance(source, HeldVideo):
         return source.path
     if is_picture(source):
@@ -142,7 +143,7 @@ def name_of(source: Any) -> str:
     if isinstance(source, Bytes):
         return "<bytes>"
     if hasattr(source, "read"):
-        name = getattr(source, "name", None)  # of a file that was opened by its number this is the number
+        name = getattr(source, "name", None)  # an integer if the file was opened by its descriptor
         if isinstance(name, str) and name:
             return name
         return "<file>"
@@ -153,13 +154,16 @@ def name_of(source: Any) -> str:
 def local_input(
     source: Any, *, offline: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> Iterator[Any]:
-    """Provide what `probe` opens: a path as it is, and of anything else but a `HeldVideo`, which needs no probing, a temporary
-    file.
+    """Yield a path that `probe` can open.
 
-    `offline`, `progress`: as of `download.downloaded`.
+    Paths and `HeldVideo` are yielded unchanged. Any other input is copied to a temporary file, which is deleted afterwards.
 
-    Raises UsageError: an open file of text, a picture that PNG cannot hold, or `offline`. VideoError: the file cannot be read or
-    stored; and what `downloaded` raises.
+    Args:
+        offline, progress: see `download.downloaded`.
+
+    Raises:
+        UsageError: a file opened in text mode, a picture that PNG cannot hold, or a URL with `offline`.
+        VideoError: the input cannot be read or stored, or the download fails.
     """
     if not is_temporary(source):
         yield source
@@ -184,12 +188,12 @@ def _pieces(source: Any) -> Iterator[bytes]:
 
 
 def _read(file: Any) -> Iterator[bytes]:
-    """Yield what an open file holds from where it stands. Raises VideoError: that is its end, and no pipe's."""
+    """Yield the content of an open file from its current position. Raises VideoError if a seekable file is already at its end."""
     begun = False
     while True:
         try:
             piece = file.read(CHUNK_BYTES)
-        except (OSError, ValueError) as problem:  # such as a closed one
+        except (OSError, ValueError) as problem:  # such as a closed file
             raise VideoError(f"cannot read {name_of(file)}: {problem}", "open it as open(path, 'rb')") from problem
         if not isinstance(piece, bytes):
             hint = "open it as open(path, 'rb')"
@@ -204,7 +208,7 @@ def _read(file: Any) -> Iterator[bytes]:
 
 
 def _stands(file: Any) -> int:
-    """Return the place of an open file, in bytes; 0 where that is unknown, as of a pipe."""
+    """Return the position of an open file in bytes, or 0 if it is unknown, as for a pipe."""
     try:
         return file.tell()
     except (AttributeError, OSError, ValueError):
@@ -212,7 +216,7 @@ def _stands(file: Any) -> int:
 
 
 def _png(picture: Any) -> bytes:
-    """Return the picture without loss, with its orientation."""
+    """Encode a Pillow image as PNG, without loss and with its EXIF data. Raises UsageError for more than 16 bits, VideoError."""
     if picture.mode == "F" or (picture.mode.startswith("I") and not _is_grey(picture)):
         raise UsageError(f"a picture of mode {picture.mode} has more than 16 bits", "give picture.convert('RGB')")
     try:
@@ -221,12 +225,12 @@ def _png(picture: Any) -> bytes:
             picture = picture.convert(mode)
         content = io.BytesIO()
         picture.save(content, "PNG", compress_level=1, exif=picture.getexif())
-    except (OSError, ValueError) as problem:  # its file is damaged, or closed
+    except (OSError, ValueError) as problem:  # the image's file is damaged or closed
         raise VideoError(f"cannot read {name_of(picture)}: {problem}", "is its file complete?") from problem
     return content.getvalue()
 
 
 def _is_grey(picture: Any) -> bool:
-    """Return whether all its levels fit into 16 bits."""
+    """Return True if all gray levels of the image fit into 16 bits."""
     least, most = picture.getextrema()
     return least >= 0 and most <= MOST_LEVELS

@@ -1,6 +1,6 @@
-"""Which frames a model sees, and how large: options, sampling times and frame size within all limits. Numbers only, no files.
+"""Plans which frames a model sees and at what size, within all limits. Computes with numbers only and opens no files.
 
-All times are seconds from the video's first frame.
+All times are in seconds from the video's first frame.
 """
 
 import math
@@ -34,7 +34,8 @@ from evoprune.video.info import (
 
 # Visual tokens before pruning: Qwen2.5-VL's own limit for a video.
 MAX_VISUAL_TOKENS = 24_576
-# Units of a frame where a model limits all frames together: Qwen's own limit, without which four frames would share all of it.
+# Limit on the units of one frame if the model limits the total of all frames (Qwen's own limit). Without it, a four-frame video
+# would spend the whole total on four frames.
 MAX_FRAME_TOKENS = 768
 
 Area = Annotated[int, whole(1, 2**31)]
@@ -43,9 +44,13 @@ Deviations = Annotated[tuple[float, float, float], list_of(number(1e-6, 1000), 3
 
 
 def parse_time(text: str) -> float:
-    """Read seconds from `90`, `90.5`, `1:30`, `01:30:00`, `1:02:03.5`, `90s`, `1m30s` or `2h`; below 0 with a minus sign in front.
+    """Parse a time such as `90`, `90.5`, `1:30`, `01:30:00`, `1:02:03.5`, `90s`, `1m30s` or `2h`, with an optional minus sign.
 
-    Raises UsageError: the text is none of these.
+    Returns:
+        The time in seconds.
+
+    Raises:
+        UsageError: the text has none of these forms.
     """
     negative = text.strip().startswith("-")
     digits = text.strip().removeprefix("-")
@@ -54,7 +59,7 @@ def parse_time(text: str) -> float:
     if digits and (match := re.fullmatch(clock, digits) or re.fullmatch(units, digits)):
         hours, minutes, seconds = (float(group or 0) for group in match.groups())
         total = hours * 3600 + minutes * 60 + seconds
-        # The first field may be any number (90:00 is an hour and a half); those after it are below 60.
+        # The first field may be any number (90:00 is an hour and a half); the fields after it must be below 60.
         proper = (minutes < 60 or not match[1]) and (seconds < 60 or not (match[1] or match[2]))
         if proper and math.isfinite(total):
             return -total if negative and total else total
@@ -71,7 +76,7 @@ def _check_at_least(min_value: int, name: str, value: float | None) -> None:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What of a video is looked at. Raises UsageError: a number that makes no sense, or fps and frames together."""
+    """What of a video is looked at. Raises UsageError for invalid numbers, and for fps and frames together."""
 
     PANEL: ClassVar[str] = "Sampling"
 
@@ -89,7 +94,7 @@ class SamplingOptions:
         typed=str,
         unless_typed="0",
         parse=parse_time,
-        changes_answers=False,  # each row of a batch says it itself
+        changes_answers=False,  # every row of a batch states its own span
     )
     end_s: float | None = option(
         None,
@@ -149,26 +154,26 @@ class SamplingOptions:
 
     @property
     def sets_frames(self) -> bool:
-        """Whether a rate or a number of frames is set."""
+        """True if a rate or a number of frames is set."""
         return self.fps is not None or self.frames is not None
 
     def rate(self, usual: float) -> float:
-        """Return the frames a second to look at where no number is set; `usual`: where no rate is set either."""
+        """Return the rate in frames per second, or `usual` if no rate is set. Applies only if no number of frames is set."""
         return usual if self.fps is None else self.fps
 
     def but(self, **own) -> "SamplingOptions":
-        """Return the same but for its `own` fields. A rate takes the place of a number of frames, and the other way round."""
+        """Return a copy with some fields replaced. Setting a rate clears the number of frames, and vice versa."""
         if own.keys() & {"fps", "frames"}:
             own = {"fps": None, "frames": None} | own
         return replace(self, **own)
 
     @property
     def timeless(self) -> "SamplingOptions":
-        """The same without a part of the time."""
+        """A copy without a time span."""
         return replace(self, start_s=0.0, end_s=None)
 
     def of_each(self, inputs: Sequence[Video]) -> list["SamplingOptions"]:
-        """Return what they say of each of several inputs: a part of the time is about videos, if there are any."""
+        """Return the options for every input. If there are videos among them, a time span does not apply to the pictures."""
         if all(info.kind == PICTURE for info in inputs):
             return [self] * len(inputs)
         of_kind = {VIDEO: self, PICTURE: self.timeless}
@@ -180,9 +185,10 @@ USUAL = SamplingOptions()
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """Hold the times at which frames are taken: `times_s`, ascending, the middles of equal shares of the span that they cover.
+    """The times at which frames are taken.
 
-    `wanted` is the number of frames before `max_frames` limited it.
+    `times_s` ascends and holds the middles of equal parts of the span. `wanted` is the number of frames before `max_frames` limited
+    it.
     """
 
     start_s: float
@@ -192,7 +198,7 @@ class SamplingPlan:
 
     @property
     def frames(self) -> int:
-        """Number of frames: of a video even, of a picture one."""
+        """Number of frames: even for a video, one for a picture."""
         return len(self.times_s)
 
     @property
@@ -200,27 +206,26 @@ class SamplingPlan:
         return (self.end_s - self.start_s) / self.frames
 
     def seconds_per_pair(self, temporal_patch: int = 2) -> float:
-        """Time from one frame pair (`temporal_patch` frames) to the next."""
+        """Time from one frame pair (`temporal_patch` frames) to the next, in seconds."""
         return temporal_patch * self.seconds_per_frame
 
 
 def even_times(start_s: float, end_s: float, count: int) -> tuple[float, ...]:
-    """Return the middles of `count` equal shares of the span from `start_s` to `end_s`, in seconds."""
+    """Return the middles of `count` equal parts of the span from `start_s` to `end_s`, in seconds."""
     return tuple(start_s + (i + 0.5) * (end_s - start_s) / count for i in range(count))
 
 
-# How a picture is looked at: once. Its length stands for the second to the next frame pair, which does not exist.
+# The plan for a picture: one frame. At 0.5 s per frame, a frame pair lasts a second, although no second pair exists.
 ONE_FRAME = SamplingPlan(0.0, 0.5, (0.0,), 1)
 
 
 @dataclass(frozen=True)
 class InputLimits:
-    """Say what a model expects of a video, or of a picture: size, normalisation, frame rate. The defaults are Qwen2.5-VL's for
-    video.
+    """A model's requirements for videos or for pictures: size, normalization, frame rate. Defaults are Qwen2.5-VL's for video.
 
-    Fields with a rule can be given by a file of the model. Pixels are the area of one frame after resizing, or with `of_all_frames`
-    of all frames of a video together; `merge_size` is the side of a unit in patches; mean and deviation are of the red, green and
-    blue channel, values in 0..1.
+    The model's files can set the fields that are annotated with a rule. `min_pixels` and `max_pixels` limit the area of one frame
+    after resizing, or with `of_all_frames` the total area of all frames of a video. `merge_size` is the side of a unit in patches.
+    `image_mean` and `image_std` are for the red, green and blue channel, with values in 0..1.
     """
 
     min_pixels: Area = 128 * 28 * 28
@@ -245,7 +250,7 @@ class InputLimits:
         return self.patch_size * self.merge_size
 
     def of_each(self, frames: int) -> "InputLimits":
-        """Return the limits of one frame of a video with so many."""
+        """Return the limits for a single frame of a video with `frames` frames."""
         if not self.of_all_frames:
             return self
         max_pixels = min(MAX_FRAME_TOKENS * self.unit**2, self.max_pixels / frames)
@@ -254,35 +259,36 @@ class InputLimits:
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan what is read of a video or a picture, which is one frame, and computed.
+    """What is read and computed for a video, or for a picture, which counts as one frame.
 
-    `make_plan` sets what is looked at. `plan_input` (session/planning.py) adds the tower and the pruning, from which `encoder`
-    follows. `limited` tells whether the options ask for more frames, or a higher rate, than a limit allows, or frames became
-    smaller for them. A limit on frames that the options set themselves does not count, nor does the model's own rate.
+    `make_plan` sets the frames. `plan_input` (session/planning.py) adds the tower and the pruning, which determine `encoder`.
+
+    `limited` is True if the options ask for more frames or a higher rate than a limit allows, or if frames were made smaller to
+    satisfy them. It ignores a frame limit that the options set themselves, and the model's own rate.
     """
 
     info: Video
     sampling: SamplingPlan
-    height: int  # of the frames after resizing, in pixels
+    height: int  # pixels of a frame after resizing
     width: int
     grid: Grid  # (T, H, W): frame pairs, and rows and columns of units
-    frame_limit: int  # by the model or the caller; `sampling.wanted` may be larger
-    token_limit: int  # of visual tokens before pruning
-    token_capped: bool  # whether it made frames smaller or fewer than the model's own limits require
+    frame_limit: int  # limit of the model or the caller; `sampling.wanted` may be larger
+    token_limit: int  # limit on visual tokens before pruning
+    token_capped: bool  # whether `token_limit` made frames smaller or fewer than the model's own limits require
     limited: bool = False
-    tower: TowerShape | None = None  # of the model that reads the input
+    tower: TowerShape | None = None  # tower of the model that reads the input
     pruning: Any = None  # a `PruneConfig` or `PruneOptions`; None prunes nothing
-    unshrunk: "Plan | None" = None  # the plan with nothing pruned, if a method makes the input smaller
+    unshrunk: "Plan | None" = None  # the plan without pruning, if a method makes the input smaller
     name: str = ""
-    decoder: str = ""  # "pyav" or "decord"; "pillow" for a picture, "none" for frames that are held
-    seek: str = EXACT  # of `info.SEEKS`
-    read_s: tuple[float, ...] = ()  # the times of the frames themselves, as soon as they are read
-    moved: bool = False  # whether some of these are keyframes nearby
+    decoder: str = ""  # "pyav" or "decord"; "pillow" for a picture, "none" for a `HeldVideo`
+    seek: str = EXACT  # one of `info.SEEKS`
+    read_s: tuple[float, ...] = ()  # the frames' own times, set once they are read
+    moved: bool = False  # whether some frames are nearby keyframes
     subtitles: PromptSubtitles = NOTHING_SAID
 
     @cached_property
     def encoder(self) -> EncoderPlan:
-        """The work of the encoder. Made when it is first read, because methods import torch."""
+        """The encoder's plan. Computed on first access, because methods import torch."""
         if self.pruning is None:
             return full_plan(self.tower, self.grid)
         return self.pruning.plan(self.tower, self.full.grid)
@@ -293,14 +299,14 @@ class Plan:
 
     @property
     def source(self) -> Video:
-        """Describe the source of the frames: videos at their own size, pictures at the one that the encoder reads."""
+        """The source to read frames from: a video at its own size, a picture at the size that the encoder reads."""
         if self.kind == VIDEO:
             return self.info
         return replace(self.info, width=self.width, height=self.height)
 
     @property
     def read_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `frames.read_chunks` that frames depend on."""
+        """The arguments of `frames.read_chunks` that determine which frames are read."""
         return {"decoder": self.decoder, "seek": self.seek, "part_s": self.sampling.seconds_per_frame}
 
     @property
@@ -309,22 +315,22 @@ class Plan:
 
     @property
     def shown_s(self) -> tuple[float, ...]:
-        """Return the times that a model is told: those that were asked for, unless some were moved."""
+        """The times that the model is told: the requested ones, or the frames' own times if some were moved."""
         return self.read_s if self.moved else self.sampling.times_s
 
     @property
     def units(self) -> int:
-        """Count the visual tokens with nothing pruned."""
+        """Number of visual tokens without pruning."""
         return self.full.visual_tokens
 
     @property
     def cut_short(self) -> bool:
-        """Return whether what is looked at ends where the file breaks off."""
+        """True if the file is cut off and the sampled span extends to its end."""
         return self.info.cut_short and self.sampling.end_s == self.info.duration_s
 
     @property
     def capped(self) -> bool:
-        """Return whether a limit, on tokens or on frames, made frames smaller or fewer than the rate or number asked for."""
+        """True if the limit on tokens or frames made frames smaller, or fewer than requested."""
         return self.token_capped or self.sampling.wanted > self.frame_limit
 
     @property
@@ -332,7 +338,7 @@ class Plan:
         return math.prod(self.grid)
 
     def shrunk(self, grid: Grid, limits: InputLimits) -> "Plan":
-        """Return the same span of the video on another (T, H, W): T frame pairs spread over it, resized to H x W units."""
+        """Return a plan for the same span with another (T, H, W) grid: T evenly spaced frame pairs, resized to H x W units."""
         pairs, height, width = grid
         sampling = self.sampling
         if pairs != self.grid[0]:
@@ -352,13 +358,13 @@ def plan_sampling(
     """Spread an even number of frames over a video, or over a span of it: t_i = start + (i + 0.5) * span / n.
 
     Args:
-        options: the span, and the rate or the number of frames; an odd number is rounded up, and only `max_frames` limits it.
-        fps: the rate where the options say neither. Of a rate the count is rounded to the nearest even number, at least 2, within
-            the limits.
-        min_frames, max_frames: an odd `min_frames` is rounded up, an odd `max_frames` down; of two that contradict each other
-            `max_frames` wins.
+        options: the span, and the rate or the number of frames. An odd number is rounded up, and only `max_frames` limits it.
+        fps: the rate if the options set neither rate nor number. A rate gives the nearest even number of frames, at least 2,
+            within the limits.
+        min_frames, max_frames: an odd `min_frames` is rounded up, an odd `max_frames` down. If they conflict, `max_frames` wins.
 
-    Raises VideoError: the span is empty.
+    Raises:
+        VideoError: the span is empty.
     """
     start, end = span_of(duration_s, options.start_s, options.end_s)
     if options.frames is None:
@@ -371,9 +377,14 @@ def plan_sampling(
 
 
 def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
-    """Return the start and the end of a span of a video of that length, all in seconds; arguments as of `SamplingOptions`.
+    """Return the start and end of a span of a video, in seconds.
 
-    Raises VideoError: the span is empty.
+    Args:
+        duration_s: length of the video in seconds.
+        start_s, end_s: see `SamplingOptions`.
+
+    Raises:
+        VideoError: the span is empty, or the video has no finite length above 0.
     """
     if not 0 < duration_s < math.inf:
         raise VideoError(f"the video has no length that frames could be spread over ({duration_s} s)")
@@ -392,24 +403,25 @@ def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None)
 
 
 def duration_of(info: Video) -> float:
-    """Return the length of a video in seconds. Raises VideoError: it cannot be told."""
+    """Return the length of a video in seconds. Raises VideoError if it is unknown."""
     if info.duration_s is None:
         raise VideoError(f"cannot tell how long {info.path} is", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
     return info.duration_s
 
 
 def check_no_span(picture: Video, start_s: float, end_s: float | None) -> None:
-    """Raises UsageError: a span of a picture is asked for."""
+    """Raise UsageError if a time span is given for a picture."""
     if start_s != 0 or end_s is not None:
         raise UsageError(f"{picture.path} is a picture, which has no start and no end", "leave out start and end")
 
 
 def smart_resize(height: int, width: int, min_pixels: float, max_pixels: float, factor: int = 28) -> tuple[int, int]:
-    """Return the frame size that the model sees: multiples of `factor`, area within limits, aspect ratio nearly kept.
+    """Return the (height, width) that the model sees: multiples of `factor`, area within limits, nearly the same aspect ratio.
 
-    Where both cannot be had, the area is kept and the ratio is not (Qwen2-VL, arXiv 2409.12191, naive dynamic resolution).
+    If the limits on the area and the aspect ratio conflict, the area wins (Qwen2-VL, arXiv 2409.12191, naive dynamic resolution).
 
-    Raises ValueError: a side is not positive, or one is more than 200 times the other.
+    Raises:
+        ValueError: a side is not positive, or one is more than 200 times the other.
     """
     if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
         raise ValueError(f"cannot resize {width}x{height}: width and height must be positive and within a ratio of 200")
@@ -426,15 +438,18 @@ def smart_resize(height: int, width: int, min_pixels: float, max_pixels: float, 
 
 
 def make_plan(info: Video, limits: InputLimits, options: SamplingOptions = USUAL) -> Plan:
-    """Sampling times and frame size for a video, or a picture's size, within the model's limits and the token limit.
+    """Plan sampling times and frame size for a video, or the size of a picture, within the model's limits and the token limit.
 
-    If there would be more than `max_visual_tokens`, frames become smaller, down to the model's smallest; then fewer; and if
-    one frame pair is still too much, smaller than the model's smallest.
+    If `max_visual_tokens` would be exceeded, frames are made smaller, down to the model's minimum size; then fewer; and if one
+    frame pair is still too large, smaller than the model's minimum.
 
-    `limits`: the model's, for a video or for a picture, which `info` is. Of the options, those that are None have the model's
-    value, and `max_visual_tokens` 24,576. A picture has one frame.
+    Args:
+        limits: the model's limits for the kind of `info`, video or picture.
+        options: a limit that is None takes the model's value, and `max_visual_tokens` takes 24,576.
 
-    Raises VideoError: unknown duration, an empty span, or a shape that cannot be resized. UsageError: a span of a picture.
+    Raises:
+        VideoError: unknown duration, an empty span, or a shape that cannot be resized.
+        UsageError: a time span for a picture.
     """
     max_tokens = MAX_VISUAL_TOKENS if options.max_visual_tokens is None else options.max_visual_tokens
     pair = limits.temporal_patch_size
@@ -447,7 +462,7 @@ def make_plan(info: Video, limits: InputLimits, options: SamplingOptions = USUAL
     else:
         sample = partial(plan_sampling, duration_of(info), options, fps=limits.fps, min_frames=limits.min_frames)
         frame_limit = limits.max_frames if options.max_frames is None else options.max_frames
-        # No more pairs than tokens are allowed, so that `times_s` stays short where `frame_limit` is huge.
+        # At most one frame pair per allowed token, so that `times_s` stays short if `frame_limit` is huge.
         sampling = sample(max_frames=min(frame_limit, pair * max_tokens))
         wanted = min(sampling.wanted, frame_limit - frame_limit % pair)
         pairs = sampling.frames // pair
@@ -465,11 +480,16 @@ def make_plan(info: Video, limits: InputLimits, options: SamplingOptions = USUAL
 
 
 def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[tuple[int, int], Grid]:
-    """Return the model's (H, W) for a frame, in units; and the largest (T, H, W) of at most `pairs` frame pairs and `max_units`.
+    """Return the model's preferred (H, W) of a frame in units, and the largest (T, H, W) that fits the limits.
 
-    First the frames are made smaller, down to the model's smallest; then the pairs fewer, down to one; then the frames smaller.
+    To fit, frames are made smaller, down to the model's minimum size; then pairs fewer, down to one; then frames smaller still.
 
-    Raises ValueError: a shape that cannot be resized.
+    Args:
+        pairs: maximum number of frame pairs, T.
+        max_units: maximum of T x H x W.
+
+    Raises:
+        ValueError: a shape that cannot be resized.
     """
 
     def units(smallest: float, largest: float) -> tuple[int, int]:
@@ -482,7 +502,7 @@ def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[
     if pairs * rows * cols > max_units:
         rows, cols = units(min_pixels, max(min_pixels, max_units * area // pairs))
         pairs = min(pairs, max(1, max_units // (rows * cols)))
-    if rows * cols > max_units:  # the longer side of a very long picture is cut
+    if rows * cols > max_units:  # very elongated frames also lose units on their longer side
         rows, cols = units(1, max_units * area)
         if rows <= cols:
             cols = min(cols, max_units // rows)

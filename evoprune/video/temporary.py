@@ -1,4 +1,4 @@
-"""Temporary files, for inputs that have no file of their own: readers run in another process, and seek."""
+"""Temporary files for inputs without a file of their own. Readers need files because they seek and run in another process."""
 
 import os
 import shutil
@@ -10,14 +10,15 @@ from pathlib import Path
 from evoprune.errors import VideoError
 
 PREFIX = "evoprune-"
-LOCK = ".evoprune-lock"  # file in each temporary folder, locked by the process that uses the folder
+LOCK = ".evoprune-lock"  # file in every temporary folder, locked by the process that uses the folder
 
 
 @contextmanager
 def temporary_file(chunks: Iterable[bytes], name: str, file_name: str = "input") -> Iterator[str]:
-    """Write bytes to a temporary file, and yield its path. Errors say `name` instead of the path.
+    """Write bytes to a temporary file and yield its path. Error messages show `name` instead of the path.
 
-    Raises VideoError: the file cannot be stored.
+    Raises:
+        VideoError: the file cannot be stored.
     """
     with ExitStack() as stack:
         try:
@@ -34,10 +35,13 @@ def temporary_file(chunks: Iterable[bytes], name: str, file_name: str = "input")
 
 @contextmanager
 def temporary_folder(prefix: str = PREFIX) -> Iterator[str]:
-    """Make a temporary folder that only this user can read, and delete it at the end.
+    """Create a temporary folder that only this user can read, yield its path, and delete it at the end.
 
-    If this process is killed, the next process that calls this function deletes the folder: it finds the lock free, which the
-    operating system releases however a process ends. `prefix` begins with `PREFIX`. Windows has no such locks.
+    If this process is killed, the next process that calls this function deletes the folder, because it finds the lock free: the
+    operating system releases it however a process ends. Windows has no such locks.
+
+    Args:
+        prefix: prefix of the folder's name; must begin with `PREFIX`.
     """
     _delete_abandoned(Path(tempfile.gettempdir()))
     while True:
@@ -47,17 +51,16 @@ def temporary_folder(prefix: str = PREFIX) -> Iterator[str]:
                 import fcntl
 
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.fstat(lock.fileno()).st_nlink:  # else another process has deleted the folder before it was locked
+            if os.fstat(lock.fileno()).st_nlink:  # otherwise another process deleted the folder before it was locked
                 yield folder.name
                 return
 
 
 def _delete_abandoned(parent: Path) -> None:
-    """Delete the temporary folders of this user's processes that have ended without deleting them."""
+    """Delete temporary folders that ended processes of this user left behind."""
     for folder in parent.glob(f"{PREFIX}*"):
-        with suppress(
-            ImportError, OSError
-        ):  # no lock file, a lock that is held, or a folder that has just been deleted
+        # No lock file, a lock that is held, or a folder that has just been deleted.
+        with suppress(ImportError, OSError):
             import fcntl
 
             if folder.lstat().st_uid == os.getuid() and not folder.is_symlink():
@@ -68,7 +71,7 @@ def _delete_abandoned(parent: Path) -> None:
 
 @contextmanager
 def named(files: Mapping[str, str]) -> Iterator[None]:
-    """Replace the paths of temporary files in errors by the names that users know them by."""
+    """Replace paths of temporary files (keys) by the names that users know (values) in the messages of errors."""
     try:
         yield
     except VideoError as problem:

@@ -1,9 +1,9 @@
-"""The pixels of decoded frames as 8-bit RGB of BT.709, whatever their format, range, matrix, primaries and curve of brightness.
+"""Converts decoded frames of any pixel format, range, matrix, primaries and transfer curve to 8-bit BT.709 RGB.
 
-libswscale converts them, and what it refuses is refused here. HDR alone is mapped to SDR here, as FFmpeg's filters do it:
-`zscale=t=linear:npl=100,zscale=p=bt709,tonemap=mobius:desat=0,zscale=t=bt709`, for displays of 1000 cd/m2. PyAV comes without
-zscale, and libswscale's own mapping computes a table for many seconds before the first frame. Numbers of matrices, primaries and
-curves are those of ITU-T H.273, as in FFmpeg and PyAV.
+libswscale does the conversion, and formats that it refuses are refused here. Only the mapping of HDR to SDR is done in this module.
+It follows FFmpeg's filters `zscale=t=linear:npl=100,zscale=p=bt709,tonemap=mobius:desat=0,zscale=t=bt709`, for displays of
+1000 cd/m2. PyAV comes without zscale, and libswscale's own mapping spends many seconds on a table before the first frame. Matrices,
+primaries and curves are numbered as in ITU-T H.273, FFmpeg and PyAV.
 """
 
 import re
@@ -27,38 +27,33 @@ from evoprune.errors import VideoError
 from evoprune.video.info import HLG, IPT, PQ
 
 CURVES = {ColorTrc.SMPTE2084: PQ, ColorTrc.ARIB_STD_B67: HLG}
-UNSTATED = (0, 2, 3)  # curves that say nothing
+UNSTATED = (0, 2, 3)  # numbers that state no curve
 HDR_METADATA = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL", "DYNAMIC_HDR_PLUS")
-# FFmpeg's numbers of the types of side data that PyAV 18 has no name for: LCEVC, the view and the displays of 3D video, and EXIF.
+# FFmpeg's numbers of side data types that PyAV 18 has no name for: LCEVC, the view and the displays of 3D video, and EXIF.
 NAMELESS_SIDE_DATA = (28, 29, 30, 31)
-# Dolby Vision is a base layer, which FFmpeg decodes, and metadata, which is not applied. The "compatibility id" of its record says
-# what the base layer is: 2 is SDR, and 0 Dolby's own format in some profiles, in others nothing.
+# Dolby Vision consists of a base layer, which FFmpeg decodes, and metadata, which is not applied. The "compatibility id" of its
+# record describes the base layer: 2 is SDR; 0 is Dolby's own format in some profiles, and states nothing in others.
 DOLBY_RECORD = re.compile(r"DOVI configuration record:.* profile: (\d+),.* compatibility id: (\d+)")
 DOLBY_BASES = {1: PQ, 4: HLG, 6: PQ}
-DOLBY_OWN = (5, 10, 20)  # profiles
-DOLBY_TAGS = (
-    "dvhe",
-    "dvh1",
-    "dvav",
-    "dva1",
-    "dav1",
-)  # of MP4; where neither record nor curve says more, it is Dolby's own format
+DOLBY_OWN = (5, 10, 20)  # profiles whose compatibility id 0 means Dolby's own format
+# Codec tags of MP4 that mean Dolby's own format if neither the record nor the curve states more.
+DOLBY_TAGS = ("dvhe", "dvh1", "dvav", "dva1", "dav1")
 
-# Matrices that make light of BT.709 of RGB of BT.2020 (BT.2087) or Display P3.
+# Matrices from linear BT.2020 (BT.2087) or Display P3 to linear BT.709.
 FROM_BT2020 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])
 FROM_P3 = np.array([[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0], [-0.0197, -0.0786, 1.0979]])
 
-# Of the tone mapping, in units of 100 cd/m2: up to the knee light stays as it is, and the peak becomes white.
+# Tone mapping, in units of 100 cd/m2: light below the knee is unchanged, and the peak becomes white.
 KNEE = 0.3
 PEAK = 10.0
-WHITE = 2**16 - 1  # of 16-bit channels
-STRIP = 2**16  # pixels that are computed at a time, so that they stay in a core's cache
-# Formats that libswscale reads with swapped bytes, and those at which it ends the process.
+WHITE = 2**16 - 1  # white in 16-bit channels
+STRIP = 2**16  # pixels computed at a time, few enough for a core's cache
+# Pixel formats that libswscale reads with swapped bytes, or that make it abort the process.
 UNREAD = ("rgb565be", "bgr565be", "rgb555be", "bgr555be", "yaf32le", "yaf32be")
 
 
 class Matrix(IntEnum):
-    """Numbers of H.273, and in lower case FFmpeg's names."""
+    """Matrix coefficients by their H.273 numbers. In lower case, the names are FFmpeg's."""
 
     GBR = 0
     BT709 = 1
@@ -80,11 +75,13 @@ class Matrix(IntEnum):
     YCGCO_RO = 17
 
 
-USUAL = tuple(Matrix(number) for number in (0, 1, 2, 4, 5, 6, 7, 9))  # which libswscale does not refuse
+USUAL = tuple(Matrix(number) for number in (0, 1, 2, 4, 5, 6, 7, 9))  # matrices that libswscale supports
 
 
 def stated(stream: VideoStream, log: str) -> str | None:
-    """Return `Video.hdr_format` by the header of a stream, of which no frame was decoded yet: decoders replace the curve.
+    """Return `Video.hdr_format` according to the header of a stream.
+
+    Call it before decoding the first frame, because decoders overwrite the curve.
 
     Args:
         log: FFmpeg's description of the stream (`ffmpeg.stream_log`).
@@ -98,7 +95,8 @@ def stated(stream: VideoStream, log: str) -> str | None:
         return curve or DOLBY_BASES.get(base)
     if curve or context.color_trc not in UNSTATED:
         return curve
-    if any(f"({tag} / 0x" in log.partition("\n")[0] for tag in DOLBY_TAGS):  # PyAV fails on tags that are not ASCII
+    # From the log, because PyAV fails on codec tags that are not ASCII.
+    if any(f"({tag} / 0x" in log.partition("\n")[0] for tag in DOLBY_TAGS):
         return IPT
     if "Mastering Display Metadata" in log or "Content Light Level Metadata" in log:
         return PQ
@@ -106,8 +104,8 @@ def stated(stream: VideoStream, log: str) -> str | None:
 
 
 def side_data(frame: VideoFrame) -> Mapping[str, SideData]:
-    """Return the side data of a frame by the names of its types. PyAV 18 fails on types that it has no name for: without these."""
-    # `frame.side_data` would refer to the frame, and the frame to it: its pixels would stay until Python collects cycles.
+    """Return the side data of a frame by type name. Drops types that PyAV 18 has no name for, because it fails on them."""
+    # `frame.side_data` would create a reference cycle that keeps the pixels until Python collects cycles.
     try:
         return SideDataContainer(frame)
     except ValueError:
@@ -116,7 +114,7 @@ def side_data(frame: VideoFrame) -> Mapping[str, SideData]:
 
 
 def filtered(frame: VideoFrame, *filters: tuple[str, str]) -> VideoFrame:
-    """Return a frame after some of FFmpeg's filters, each given by its name and its options."""
+    """Apply FFmpeg filters, given as (name, options), to a frame."""
     graph = Graph()
     graph.threads = 1
     source = graph.add_buffer(
@@ -128,7 +126,12 @@ def filtered(frame: VideoFrame, *filters: tuple[str, str]) -> VideoFrame:
 
 
 def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
-    """Return `Video.hdr_format` of a frame. `header`: what it is where it does not say so itself."""
+    """Return `Video.hdr_format` of a frame.
+
+    Args:
+        header: the format by the stream's header. It applies to frames that do not state their own, or to all frames if it is
+            Dolby's own format.
+    """
     data = side_data(frame)
     if header == IPT or _is_dolby_own(data.get("DOVI_METADATA")):
         return IPT
@@ -144,14 +147,14 @@ def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
 
 
 def _is_dolby_own(metadata: Buffer | None) -> bool:
-    """Return whether FFmpeg's `AVDOVIMetadata` is of a base layer in Dolby's own format."""
+    """Return True if FFmpeg's `AVDOVIMetadata` describes a base layer in Dolby's own format."""
     if metadata is None:
         return False
     metadata = bytes(metadata)
-    start = int.from_bytes(metadata[:8], sys.byteorder)  # of `AVDOVIRpuDataHeader`
+    start = int.from_bytes(metadata[:8], sys.byteorder)  # offset of `AVDOVIRpuDataHeader`
     profile = metadata[start + 4]
     full_range = metadata[start + 10]
-    return profile == 0 and full_range == 1  # as FFmpeg guesses a profile
+    return profile == 0 and full_range == 1  # FFmpeg guesses the profile in the same way
 
 
 def may_be_transparent(form: VideoFormat) -> bool:
@@ -159,7 +162,12 @@ def may_be_transparent(form: VideoFormat) -> bool:
 
 
 class Converter:
-    """Converts the frames of one source. `name`: of it, for messages; `header`: as in `hdr_format`."""
+    """Converts the frames of one source to RGB.
+
+    Args:
+        name: name of the source in error messages.
+        header: see `hdr_format`.
+    """
 
     def __init__(self, name: str, header: str | None = None):
         self._name = name
@@ -167,10 +175,10 @@ class Converter:
         self._reformatter = VideoReformatter()
 
     def rgb(self, frame: VideoFrame, width: int, height: int) -> np.ndarray:
-        """Return uint8 `[height, width, 3]`: the frame, scaled to this size. Its transparent parts are put over white, as in
-        pictures.
+        """Convert a frame to uint8 `[height, width, 3]`, scaled to this size. Transparent parts become white, as in pictures.
 
-        Raises VideoError: its format or its matrix cannot be converted.
+        Raises:
+            VideoError: the frame's pixel format, matrix or HDR format is not supported.
         """
         hdr = hdr_format(frame, self._header)
         if hdr == IPT:
@@ -178,7 +186,7 @@ class Converter:
             raise VideoError(problem, "export it as HDR10 or SDR first")
         try:
             return self._rgb(frame, width, height, hdr)
-        except MemoryError as error:  # FFmpeg's own kind of it counts as damage of the file
+        except MemoryError as error:  # FFmpeg's subclass would count as damage of the file
             raise MemoryError(str(error)) from error
         except (av.error.FFmpegError, ValueError) as error:
             hint = "export it as 8-bit 4:2:0 video in BT.709, as most programs do"
@@ -199,7 +207,7 @@ class Converter:
         return self._computed(frame, width, height, hdr)
 
     def _computed(self, frame: VideoFrame, width: int, height: int, hdr: str | None) -> np.ndarray:
-        """Return the same for HDR, and for grey of limited range."""
+        """Convert a frame like `_rgb`, for HDR and gray of limited range, whose levels are not left to libswscale."""
         stored = self._reformat(frame, "gbrp16", width, height)
         planes = [np.frombuffer(plane, np.uint16).reshape(height, -1)[:, :width] for plane in stored.planes]
         planes = [planes[2], *planes[:2]]  # red, green and blue
@@ -223,7 +231,7 @@ class Converter:
 
 
 def _over_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Return uint8 `[h, w, 3]`: RGB of that shape over white, by its opacity, uint8 `[h, w, 1]`."""
+    """Blend RGB, uint8 `[h, w, 3]`, over white by its opacity `alpha`, uint8 `[h, w, 1]`."""
     mixed = np.empty(rgb.shape, np.uint8)
     rows = max(1, STRIP // rgb.shape[1])
     for top in range(0, len(rgb), rows):
@@ -238,12 +246,12 @@ def _is_yuv(form: VideoFormat) -> bool:
 
 
 def _is_limited_grey(frame: VideoFrame) -> bool:
-    """Return True if a frame is grey of limited range, all of which libswscale takes for full range."""
+    """Return True if a frame is gray of limited range. libswscale takes all gray for full range."""
     return frame.format.name.startswith(("gray", "ya")) and frame.color_range == ColorRange.MPEG
 
 
 def _levels(frame: VideoFrame) -> tuple[int, int]:
-    """Return black and white of the 16-bit channels that libswscale makes of a frame. It adds zeros to values of fewer bits."""
+    """Return the black and white levels of the 16-bit channels that libswscale produces. It appends zero bits to shorter values."""
     if _is_limited_grey(frame):
         return 16 << 8, 235 << 8
     if _is_yuv(frame.format) and frame.color_range != ColorRange.JPEG:
@@ -253,15 +261,15 @@ def _levels(frame: VideoFrame) -> tuple[int, int]:
 
 
 def _to_bt709(frame: VideoFrame) -> np.ndarray:
-    """Return float32 `[3, 3]`: the matrix that makes light of BT.709 of the light of an HDR frame's channels."""
+    """Return the matrix from an HDR frame's linear RGB to linear BT.709, float32 `[3, 3]`."""
     known = {ColorPrimaries.BT709: np.eye(3), ColorPrimaries.SMPTE432: FROM_P3}
     return known.get(frame.color_primaries, FROM_BT2020).astype(np.float32)  # nearly all HDR is BT.2020
 
 
 def _mapped(channels: np.ndarray, hdr: str, to_bt709: np.ndarray) -> np.ndarray:
-    """Return uint8 `[3, n]`: RGB of SDR, of the channels of HDR, uint16 `[3, n]`."""
+    """Map HDR channels, uint16 `[3, n]`, to SDR RGB, uint8 `[3, n]`."""
     light = to_bt709 @ _light(hdr)[channels]
-    # FFmpeg's `tonemap=mobius` of the brightest channel; the others keep their ratio to it.
+    # FFmpeg's `tonemap=mobius` on the brightest channel. The other channels keep their ratio to it.
     square = KNEE * KNEE
     a = square * (1 - PEAK) / (square - 2 * KNEE + PEAK)
     b = (square - 2 * KNEE * PEAK + PEAK) / (PEAK - 1)
@@ -273,10 +281,9 @@ def _mapped(channels: np.ndarray, hdr: str, to_bt709: np.ndarray) -> np.ndarray:
 
 @cache
 def _light(hdr: str) -> np.ndarray:
-    """Return float32 `[65536]`: the light that a display of 1000 cd/m2 shows for each 16-bit signal, in units of 100 cd/m2
-    (BT.2100).
+    """Return the light of a 1000 cd/m2 display for each 16-bit signal (BT.2100), float32 `[65536]`, in units of 100 cd/m2.
 
-    The system gamma of HLG, 1.2, applies to each channel, as in zimg.
+    HLG's system gamma of 1.2 is applied per channel, as in zimg.
     """
     signal = np.linspace(0, 1, 2**16)
     if hdr == HLG:
@@ -290,7 +297,7 @@ def _light(hdr: str) -> np.ndarray:
 
 @cache
 def _gamma() -> np.ndarray:
-    """Return uint8 `[4096]`: the levels of SDR (BT.1886) by the root of their light, of which dark light takes more steps."""
+    """Return the SDR levels (BT.1886) by the square root of light, uint8 `[4096]`. The root gives dark light more steps."""
     return np.round(255 * np.linspace(0, 1, 2**12) ** (2 / 2.4)).astype(np.uint8)
 
 

@@ -1,9 +1,9 @@
-"""A part of a video as a file of its own: its packets copied from a keyframe on, or its frames re-encoded; with its sound.
+"""Cuts a clip out of a video: copies packets from a keyframe on, or re-encodes frames, and keeps the sound.
 
-Sound is copied too, and re-encoded if the clip's file format cannot hold it.
+Sound packets are copied as well, and re-encoded only if the clip's file format cannot hold them.
 
-FFmpeg writes to memory, and `ClipReader.fill` hands the bytes out, each with its place in the file, because the end of an MP4 is
-known before its beginning can be written. So the process that opens the video writes no file.
+FFmpeg writes to memory, and `ClipReader.fill` hands out the bytes together with their offset in the file. Offsets are needed
+because FFmpeg goes back to the beginning of an MP4 once its end is known. The process that opens the video thus writes no file.
 """
 
 import math
@@ -40,31 +40,35 @@ from evoprune.video.readers.track import TimedFrame, Track, Unreachable
 
 MP4, MATROSKA = CLIP_ENDINGS
 FORMATS = {MP4: "mp4", MATROSKA: "matroska"}
-# What players expect in an MP4. A clip with anything else is a Matroska file.
+# Codecs that players expect in an MP4. A clip with any other codec becomes a Matroska file.
 IN_MP4 = ("h264", "hevc", "av1", "mpeg4", "aac", "mp3", "ac3", "eac3", "alac")
-# The encoders, the preferred one first, with settings at which one hardly sees a difference. Without frames out of order (bf), an
-# MP4 says exactly how long the last frame is shown.
+# Video encoders, preferred first, with settings that look nearly lossless. B-frames are off (bf) because only without reordered
+# frames does an MP4 store the exact duration of the last frame.
 ENCODERS = {"libx264": {"crf": "18", "preset": "veryfast", "bf": "0"}, "mpeg4": {"qmin": "2", "qmax": "4"}}
-SOUND_ENCODER = "aac"  # part of every FFmpeg
-SOUND_BITS = 96_000  # a second, for each channel
-CLOCK = Fraction(1, 60_000)  # of re-encoded frames; MPEG-4 has no finer one
-BT709 = 1  # FFmpeg's number of its primaries, curve and matrix
-LIMITED_RANGE = 1  # FFmpeg's number of the usual range of brightness
-REORDERED_S = 2.0  # a keyframe is not stored later than that behind frames that are shown after it
+SOUND_ENCODER = "aac"  # included in any FFmpeg build
+SOUND_BITS = 96_000  # bits per second and channel
+CLOCK = Fraction(1, 60_000)  # time base of re-encoded frames; MPEG-4 allows no finer one
+BT709 = 1  # FFmpeg's number for the primaries, transfer curve and matrix of BT.709
+LIMITED_RANGE = 1  # FFmpeg's number for limited color range, the usual one
+REORDERED_S = 2.0  # a frame stored before a keyframe is displayed at most this much after it
 EXACTLY = "cut it exactly, which re-encodes it: --exact, in Python exact=True"
 
-# When each is decoded, or shown, in seconds from the clip's beginning, ascending. Pictures are uint8 `[H, W, 3]`.
+# Packets with their decoding times, and pictures (uint8 `[H, W, 3]`) with their display times: seconds from the beginning of the
+# clip, ascending.
 TimedPackets = Iterator[tuple[float, Packet]]
 Pictures = Iterator[tuple[float, np.ndarray]]
 
 
 class ClipReader:
-    """Make a clip and hand out its bytes; arguments as of `evoprune.moments.clips.cut_clip`.
+    """Makes a clip and hands out its bytes. See `evoprune.moments.clips.cut_clip` for the arguments.
 
-    `facts`: the "ending" of its name, "start_s", where it begins in the video, in seconds from the first frame, and
-    "loses_sound", True if the video has sound and the clip has none.
+    Attributes:
+        facts: "ending", the file name extension; "start_s", the start of the clip in seconds from the video's first frame; and
+            "loses_sound", True if the video has sound and the clip has none.
 
-    Raises VideoError: no video file, or one whose packets cannot be copied. So does `fill`, where the file is found to be damaged.
+    Raises:
+        VideoError: the input is not a video file, or its packets cannot be copied. `fill` raises it too if the file turns out to
+            be damaged.
     """
 
     def __init__(self, info: Video, start_s: float, end_s: float, exact: bool, title: str):
@@ -78,7 +82,14 @@ class ClipReader:
             self.facts = next(self._steps)
 
     def fill(self, content: np.ndarray) -> dict[str, int | bool]:
-        """Write the next bytes into uint8 `[n]`; return how many, their place in the file, and whether they are the last ones."""
+        """Write the next bytes of the clip into `content`.
+
+        Args:
+            content: uint8 `[n]`.
+
+        Returns:
+            "at", the offset of the bytes in the clip's file; "bytes", their number, at most n; and "done", True for the last ones.
+        """
         with ffmpeg.reading(self._path):
             while not self._ended and self._made.waiting < len(content):
                 self._ended = next(self._steps, None) is None
@@ -91,7 +102,7 @@ class ClipReader:
 
 
 class _Written:
-    """Stand in for the file that FFmpeg writes: hold what was written and not taken yet, each piece with its place."""
+    """File object for FFmpeg to write to. Keeps the pieces that were not taken yet, with their offsets."""
 
     def __init__(self):
         self._pieces: deque[tuple[int, bytes]] = deque()
@@ -115,7 +126,7 @@ class _Written:
         return self._at
 
     def take(self, most: int) -> tuple[int, bytes]:
-        """Return the place of the next bytes, and as many as follow one another there, at most so many."""
+        """Remove and return the offset of the next bytes, and the contiguous bytes from there on, at most `most`."""
         at = self._pieces[0][0] if self._pieces else 0
         taken = bytearray()
         while self._pieces and len(taken) < most and self._pieces[0][0] == at + len(taken):
@@ -131,7 +142,7 @@ class _Written:
 def _cut(
     info: Video, start_s: float, end_s: float, exact: bool, title: str, file: _Written
 ) -> Iterator[dict[str, Any]]:
-    """Write a clip into a file: yield the facts, and then something after each packet."""
+    """Write a clip to `file`. Yields the facts of `ClipReader`, then an empty dict after every packet."""
     joined = info.clock_restarts > 0
     if joined and not exact:
         raise VideoError(f"{info.path} was joined of several files, so its packets cannot be copied", EXACTLY)
@@ -168,7 +179,7 @@ def _cut(
 
 @contextmanager
 def _writing(info: Video, exact: bool) -> Iterator[None]:
-    """Turn what FFmpeg raises where it writes into VideoError: there what is read raises nothing."""
+    """Turn FFmpeg's errors into VideoError. Inside the block they concern writing, because reading raises none there."""
     try:
         yield
     except (av.error.FFmpegError, ValueError) as error:
@@ -177,20 +188,24 @@ def _writing(info: Video, exact: bool) -> Iterator[None]:
 
 
 def _codec(stream: Stream) -> str:
-    """Return FFmpeg's name of a codec; empty where there is no decoder for it."""
+    """Return FFmpeg's name of a stream's codec, or an empty string if there is no decoder for it."""
     context = stream.codec_context
     return context.codec.canonical_name if context else ""
 
 
 def _like(out: OutputContainer, stream: Stream) -> Stream:
-    """Add a stream for packets of another."""
-    return out.add_stream_from_template(stream, opaque=True)  # which needs no encoder
+    """Add an output stream for copied packets of another stream."""
+    return out.add_stream_from_template(stream, opaque=True)  # opaque: needs no encoder
 
 
 def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet | None]]:
-    """Return when the last keyframe is shown that is not shown after a time, and the packets from there on.
+    """Find the last keyframe at or before a time.
 
-    Raises VideoError: packets have no times, or there is no such keyframe.
+    Returns:
+        The keyframe's display time in seconds from the video's first frame, and the packets from the keyframe on.
+
+    Raises:
+        VideoError: packets have no timestamps, or there is no such keyframe.
     """
     path = track.info.path
     timeless = VideoError(f"{path} does not say when its packets are shown, so they cannot be copied", EXACTLY)
@@ -198,7 +213,7 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
         raise timeless
 
     def shown_s(packet: Packet) -> float:
-        """Return when a packet is shown, in seconds from the video's first frame."""
+        """Return the display time of a packet in seconds from the video's first frame. Raises VideoError if it has none."""
         if packet.pts is None:
             raise timeless
         return packet.pts * float(packet.time_base) - track.info.start_s
@@ -212,9 +227,9 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
         with suppress(Unreachable):
             packets = track.packets(keyframe)
             first = next(packets)
-            if shown_s(first) <= latest_s:  # the index may have decoding times
+            if shown_s(first) <= latest_s:  # checked again, because the index may hold decoding times
                 return shown_s(first), chain([first], packets)
-    place = None  # of its packet, where there is no index
+    place = None  # position of the keyframe among the packets, for files without an index
     begin_s = 0.0
     for number, packet in enumerate(track.packets(None)):
         if packet is None or not packet.size:
@@ -230,8 +245,8 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
 
 
 def _heard(sound: Stream, origin_s: float) -> Iterator[Packet | None]:
-    """Return the packets of a sound from about a time of the file's clock on, or from its beginning."""
-    with suppress(av.error.FFmpegError):  # a container that does not seek
+    """Return the packets of a sound track from about `origin_s` on (seconds of the file's clock), or from its beginning."""
+    with suppress(av.error.FFmpegError):  # the container cannot seek
         sound.container.seek(math.floor(origin_s / sound.time_base), stream=sound)
     return ffmpeg.packets(sound.container, sound)
 
@@ -239,10 +254,10 @@ def _heard(sound: Stream, origin_s: float) -> Iterator[Packet | None]:
 def _sound(
     out: OutputContainer, path: str, sound: AudioStream, copied: bool, origin_s: float, length_s: float
 ) -> TimedPackets:
-    """Add a stream for the sound of a clip and return its packets: copied if asked for and the format holds them, else AAC."""
+    """Add a sound stream to a clip and return its packets: copied if `copied` and the format can hold them, otherwise AAC."""
     packets = _heard(sound, origin_s)
     if copied:
-        with suppress(ValueError):  # the format does not hold the codec, such as WMA
+        with suppress(ValueError):  # the format cannot hold the codec, such as WMA
             return _copied(_like(out, sound), path, packets, origin_s, length_s)
     rates = Codec(SOUND_ENCODER, "w").audio_rates or ()
     target = out.add_stream(SOUND_ENCODER, rate=sound.rate if sound.rate in rates else 48_000)
@@ -254,15 +269,15 @@ def _sound(
 def _encoded_sound(
     target: AudioStream, sound: AudioStream, packets: Iterator[Packet | None], origin_s: float, length_s: float
 ) -> TimedPackets:
-    """Yield the packets of the sound between the beginning and the end of a clip, re-encoded; damaged packets are skipped."""
+    """Yield the re-encoded sound packets between the beginning and the end of a clip. Skips damaged packets."""
     part = Graph()
     ends = part.add_abuffer(template=sound), part.add("atrim", f"0:{length_s}"), part.add("abuffersink")
     part.link_nodes(*ends).configure()
 
     def encoded(frame: AudioFrame | None) -> TimedPackets:
-        """Yield the packets that are complete after a frame; None for the end."""
+        """Encode a frame (None: flush) and yield the packets that are complete."""
         part.push(frame)
-        with suppress(BlockingIOError, EOFError):  # there is nothing more yet
+        with suppress(BlockingIOError, EOFError):  # no more output yet
             while True:
                 yield from _ordered(target.encode(part.pull()))
 
@@ -293,13 +308,20 @@ def _ordered(packets: list[Packet]) -> TimedPackets:
 def _copied(
     target: Stream, path: str, packets: Iterator[Packet | None], origin_s: float, length_s: float
 ) -> TimedPackets:
-    """Yield the packets that are decoded before the end of a clip, as frames need others that are shown after them.
+    """Yield the packets to copy, which are decoded before the end of a clip. Shifts their times to the beginning of the clip.
 
-    `origin_s`: where the clip begins by the file's clock.
+    A frame may depend on frames that are displayed after it, so some packets are displayed after the end.
+
+    Args:
+        origin_s: beginning of the clip in seconds of the file's clock.
+        length_s: length of the clip in seconds.
+
+    Raises:
+        VideoError: the packets take more bytes than the file has.
     """
     left = os.path.getsize(path)
-    latest = None  # when the packet before is decoded
-    until_s = length_s  # the end, or later, where a frame has to be decoded earlier than it is shown
+    latest = None  # decoding time of the packet before
+    until_s = length_s  # end of the clip, or later if a frame decoded before the end is displayed after it
     for packet in packets:
         if packet is None or not packet.size or packet.pts is None:
             continue
@@ -309,7 +331,7 @@ def _copied(
             packet.dts -= shift
         elif latest is None:
             packet.dts = packet.pts
-        else:  # of the next packets in a Matroska file
+        else:  # later packets of a Matroska file, which stores no decoding times
             packet.dts = latest + 1
         if latest is not None:
             packet.dts = max(packet.dts, latest + 1)
@@ -319,7 +341,8 @@ def _copied(
             until_s = max(until_s, shown_s)
         elif decoded_s >= until_s - ffmpeg.TOLERANCE_S:
             return
-        if not -ffmpeg.TOLERANCE_S <= shown_s <= until_s:  # before the beginning, it needs what is not there
+        # Frames displayed before the beginning depend on packets outside the clip.
+        if not -ffmpeg.TOLERANCE_S <= shown_s <= until_s:
             continue
         latest = packet.dts
         left -= packet.size
@@ -330,7 +353,7 @@ def _copied(
 
 
 def _encoder(out: OutputContainer, info: Video) -> VideoStream:
-    """Add a stream that encodes pictures of a video, without the last row or column where their number is odd."""
+    """Add a stream that encodes pictures of a video. Odd heights or widths lose their last row or column."""
     name = next(name for name in ENCODERS if name in av.codecs_available)
     rate = Fraction(info.fps or ffmpeg.FALLBACK_FPS).limit_denominator(1001)
     stream = out.add_stream(name, rate=rate, options=ENCODERS[name])
@@ -345,14 +368,14 @@ def _encoder(out: OutputContainer, info: Video) -> VideoStream:
     if info.pixel_aspect:
         aspect = Fraction(info.pixel_aspect).limit_denominator(1000)
         context.sample_aspect_ratio = aspect if info.rotation_deg % 180 == 0 else 1 / aspect
-    ffmpeg.picture_size(info.width * info.height, 2)  # it holds as much as a decoder
+    ffmpeg.picture_size(info.width * info.height, 2)  # the encoder needs as much memory as a decoder
     return stream
 
 
 def _encoded(stream: VideoStream, pictures: Pictures, length_s: float) -> TimedPackets:
-    """Yield the packets of pictures, each of which is shown until the next one, the last one until the end."""
+    """Encode pictures and yield their packets. A picture is shown until the next one, the last one until `length_s`."""
     colours = VideoReformatter()
-    lengths: dict[int, int] = {}  # of pictures whose packets are still to come, by their times
+    lengths: dict[int, int] = {}  # durations in ticks of pictures that are still in the encoder, by their times
     for (time_s, rgb), (end_s, _) in pairwise(chain(pictures, [(length_s, None)])):
         whole = np.ascontiguousarray(rgb[: stream.height, : stream.width])
         frame = VideoFrame.from_ndarray(whole, format="rgb24")
@@ -371,9 +394,12 @@ def _timed(packets: list[Packet], lengths: dict[int, int]) -> TimedPackets:
 
 
 def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
-    """Yield the picture that is shown at a time, and then each that appears before another time.
+    """Yield the picture on screen at `start_s`, then every picture that appears before `end_s`.
 
-    Raises VideoError: nothing can be decoded.
+    `start_s` and `end_s` are in seconds from the video's first frame. The yielded times are in seconds from `start_s`.
+
+    Raises:
+        VideoError: no frame can be decoded.
     """
 
     def held() -> tuple[float, np.ndarray]:
@@ -383,7 +409,7 @@ def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
     shown_s = -math.inf
     picture = Picture(info)
     for time_s, frame in _decoded(info, start_s):
-        if time_s < shown_s + ffmpeg.TOLERANCE_S:  # its time lies
+        if time_s < shown_s + ffmpeg.TOLERANCE_S:  # not after the frame before, so the timestamp is wrong
             continue
         if shown is not None and time_s >= end_s - ffmpeg.TOLERANCE_S:
             break
@@ -397,7 +423,7 @@ def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
 
 
 def _decoded(info: Video, start_s: float) -> Iterator[TimedFrame]:
-    """Yield the frames from a keyframe before a time on."""
+    """Yield the frames from a keyframe at or before `start_s` on, or from the beginning of the file."""
     (run,) = planned(info, [max(0.0, start_s)], EXACT, 0.0)
     with closing(Track(info, ffmpeg.thread_count(available_cores()))) as track:
         frames = None

@@ -1,8 +1,8 @@
-"""Frames of a file by decord: front to back only, and refused where decord is known to be wrong.
+"""Reads frames with decord, front to back only. Refuses files that decord is known to decode wrongly.
 
-decord addresses frames by number, and after a jump its numbers are wrong (`get_batch`, `seek_accurate` and `skip_frames` alike)
-wherever groups of pictures are open (x265's default), refreshed gradually, or stored out of order in AVI. What it returns in
-sequence is right, so every frame up to the last one needed is decoded and converted.
+decord addresses frames by number. After a seek (`get_batch`, `seek_accurate` and `skip_frames` alike) its numbers are wrong for
+files with open groups of pictures (x265's default), gradual refresh, or frames stored out of order in AVI. Sequential reading is
+right, so every frame up to the last needed one is decoded and converted.
 """
 
 import os
@@ -18,26 +18,26 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg, pyav
 
-# In other containers it does not return to the beginning (MPEG-TS), or it does not open them at all.
+# Supported containers. decord cannot return to the beginning of MPEG-TS, and does not open others at all.
 CONTAINERS = (ffmpeg.MOV, "matroska,webm", "avi", "flv")
-# Mean difference from PyAV's first frame, in levels of 255, above which it is another frame. 10-bit video and odd sizes
-# differ by less than 2.
+# Mean difference from PyAV's first frame, in levels of 0 to 255, above which decord's first frame is another one. With 10-bit
+# video and odd sizes, equal frames differ by less than 2.
 OTHER_FRAME = 8
 
 
 def load() -> ModuleType:
-    """Return the decord package, with its log output off. Raises UsageError if it is not installed, or does not load."""
+    """Import decord and turn off its log output. Raises UsageError if it is not installed or does not load."""
     try:
-        # PyAV is imported above, before decord: in the other order it would use decord's older libvpx.
+        # PyAV must be imported before decord (see above). In the other order, PyAV would use decord's older libvpx.
         import decord
-    except (ImportError, OSError, RuntimeError) as error:  # the latter two: its libraries are missing or do not load
+    except (ImportError, OSError, RuntimeError) as error:  # the last two: its libraries are missing or do not load
         raise UsageError(f"decord cannot be loaded: {error}", "use decoder pyav, or pip install decord") from error
     decord.logging.set_level(decord.logging.QUIET)
     return decord
 
 
 def check(info: Video) -> None:
-    """Raises VideoError for videos that decord cannot read, or would decode wrongly, as far as the metadata shows."""
+    """Raise VideoError if the metadata shows that decord cannot read the video or would decode it wrongly."""
     if info.codec == "av1":
         raise _refusal(info, "its FFmpeg has no decoder for AV1")
     if info.container not in CONTAINERS:
@@ -55,7 +55,10 @@ def check(info: Video) -> None:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Read as `readers` says, without `damaged`. Raises VideoError also where decord stops at damage or returns other frames."""
+    """Yield the frame on screen at every time, as the package docstring of `readers` describes.
+
+    `damaged` is never called. Damage at which decord stops, and a wrong first frame, raise VideoError.
+    """
     check(info)
     decord = load()
     with ffmpeg.reading(info.path), open(info.path, "rb") as file, _refusing(info):
@@ -63,14 +66,14 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
             matrix = ffmpeg.video_stream(container, info.path).codec_context.colorspace
         if matrix not in colour.USUAL:
             raise _refusal(info, "it takes its matrix of colours for another")
-        # By number where the system can, because decord's FFmpeg takes some names for patterns; else by absolute path,
-        # because it takes what precedes a colon for a protocol.
+        # Open by file descriptor if the system supports it, because decord's FFmpeg takes some names for patterns. Otherwise use
+        # the absolute path, because in a relative one it takes the text before a colon for a protocol.
         name = f"/dev/fd/{file.fileno()}"
         if not os.path.exists(name):
             name = os.path.abspath(info.path)
         reader = decord.VideoReader(name, num_threads=ffmpeg.thread_count(available_cores()))
         stamps = _stamps(info, reader)
-        # One float32 step more, because decord rounds its times to 32 bits.
+        # One float32 step of additional tolerance, because decord rounds its times to float32.
         begins = stamps - np.spacing(stamps) - ffmpeg.TOLERANCE_S
         at = -1
         rgb = None
@@ -100,17 +103,17 @@ def _refusing(info: Video) -> Iterator[None]:
         yield
     except (VideoError, MemoryError):
         raise
-    except Exception as error:  # decord raises its own errors, AssertionError, StopIteration and others
+    except Exception as error:  # decord raises its own errors, AssertionError, StopIteration, ...
         raise _refusal(info, "it does not open it, or stops at damage") from error
 
 
 def _stamps(info: Video, reader) -> np.ndarray:
-    """Return float32 `[frames]`: the time of each frame in seconds from the first, in display order."""
+    """Return the times of all frames in seconds from the first, in display order, as float32 `[frames]`."""
     stamps = reader.get_frame_timestamp(range(len(reader)))[:, 0]
     if len(stamps) == 1:
         return np.zeros_like(stamps)
-    # decord counts from the first displayed frame, unless it includes frames that are never displayed. Missing times, as
-    # in AVI and in very short Matroska files, are huge numbers.
+    # decord's times start at 0 with the first displayed frame, unless it includes frames that are never displayed. Missing times,
+    # as in AVI and very short Matroska files, are huge numbers.
     if abs(stamps[0]) > ffmpeg.TOLERANCE_S or np.any(np.diff(stamps) < 0):
         raise _refusal(info, "it does not know the times of the frames")
     return stamps
@@ -119,11 +122,11 @@ def _stamps(info: Video, reader) -> np.ndarray:
 def _pixels(info: Video, frame) -> np.ndarray:
     # The calling program may have set a tensor bridge.
     rows = frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)
-    # Frames of MP4 and related containers are rotated already.
+    # decord has already rotated frames of MP4 and related containers.
     turn = 0 if info.container == ffmpeg.MOV else info.rotation_deg
     width, height = ffmpeg.turned_size((info.width, info.height), turn)
     if rows.shape[:2] != (height, width):
         raise _refusal(info, "the frames change their size")
-    # Rows of slim rotated frames are padded, as if each pixel had more than three bytes.
+    # Rows of narrow rotated frames are padded, as if a pixel had more than three bytes.
     rgb = rows.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
     return ffmpeg.rotated(rgb, turn, info.mirrored)

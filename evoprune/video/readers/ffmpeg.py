@@ -1,6 +1,6 @@
-"""What all readers share: what a file is by its first bytes, opening it, its packets, its frames, and their pixels as displayed.
+"""Functions that all readers share: identify a file by its first bytes, open it, read packets, decode frames, convert them to RGB.
 
-FFmpeg sees the bytes of the one file, and no other file.
+FFmpeg gets only the bytes of the one file and cannot open others.
 """
 
 import math
@@ -29,45 +29,44 @@ from evoprune.util import LONGEST, missing_hint, shorten, shown
 from evoprune.video.info import Video, fitted
 from evoprune.video.readers import colour
 
-# Called with a mark for each damaged packet or image: the same mark for the same damage.
+# Called with a mark for each damaged packet or image. The same damage has the same mark.
 Damage = Callable[[object], None]
 Crop = Sequence[int]  # pixels that are cut off a stored frame on the left, right, top and bottom
 Decode = Callable[[Packet | None], list[VideoFrame]]
 
-FALLBACK_FPS = 25.0  # of a stream that states no frame rate; FFmpeg assumes the same
+FALLBACK_FPS = 25.0  # frame rate of a stream that states none; FFmpeg assumes the same
 MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 MATROSKA = "matroska,webm"
-# Containers that files are often joined in, byte by byte (`cat a.ts b.ts`, the parts of a DVD), so that the clock restarts.
+# Containers whose files are often concatenated byte by byte (`cat a.ts b.ts`, the parts of a DVD), so the clock restarts.
 PROGRAM_STREAM = "mpeg"
 AVI = "avi"
 JOINED = ("mpegts", PROGRAM_STREAM)
-# a step back by more is another clock; so is, in such a container, a longer gap
+# A larger step back means that the clock restarted. In the containers of `JOINED`, so does a longer gap.
 BACK_S = 0.1
 LONGEST_GAP_S = 600.0
 NO_TIMESTAMPS = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS, a flag of formats
-LEAST_CLOCK_HZ = (
-    1000  # a rate that is a clock's frequency, and as high, is no rate of frames: Matroska counts milliseconds
-)
-TAG_CHARACTERS = 4000  # tags with more are left out, because tags travel with every `Video`
-# For `av.open`: tags that are not UTF-8 do not make a file unreadable. PyAV 19 always reads them so, and has no such argument.
+# A stated rate that is at least this high and equals the clock's frequency is no frame rate: Matroska counts milliseconds.
+LEAST_CLOCK_HZ = 1000
+TAG_CHARACTERS = 4000  # longer tags are dropped, because tags travel with every `Video`
+# Arguments for `av.open` that keep a file readable if its tags are not UTF-8. PyAV 19 does so by itself and has no such argument.
 ANY_TAGS = {"metadata_errors": "surrogateescape"} if int(av.__version__.split(".")[0]) < 19 else {}
-MAX_PIXELS = 2**27  # of a still picture: photographs of 100 megapixels have fewer
-MAX_VIDEO_PIXELS = 2**26  # of a frame of a video: 8K video, and 11K video of 360 degrees, have fewer
-# Decompression bombs: a video may have so many pixels, in all its frames together, or so many for each byte of its file if that is
-# more. Videos of a screen on which nothing moves have up to 2**17 for each byte.
+MAX_PIXELS = 2**27  # limit for still pictures; enough for photographs of 100 megapixels
+MAX_VIDEO_PIXELS = 2**26  # limit for video frames; enough for 8K video and 11K video of 360 degrees
+# Limits against decompression bombs: total pixels in all frames of a video, or pixels per byte of the file if that allows more.
+# Recordings of a static screen have up to 2**17 pixels per byte.
 MAX_DECODED_PIXELS = 2**33
 MAX_PIXELS_PER_BYTE = 2**18
 INCOMPLETE = (
     "is it a complete video file? An MP4 or MOV cut off before its index, usually at its end, cannot be read at all"
 )
-# Containers in which packet follows packet. At damage, FFmpeg searches for the next packet without an error.
+# Containers without gaps between packets, so a gap reveals damage: FFmpeg searches for the next packet without reporting an error.
 DENSE = (MATROSKA, "flv")
-# Codecs whose decoder (FFmpeg 8), with several threads, returned other pixels in one reading of four of a clip of ten seconds.
+# Codecs whose multi-threaded decoder (FFmpeg 8) returned different pixels in one of four readings of a ten-second clip.
 UNTHREADED = ("theora", "vp3", "vp4")
-WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders of streams that say they have transparency
+WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders for streams that declare transparency
 CROPPING = re.compile(r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)")  # left, right, top, bottom
-SAMPLE_AES = "/ 0x00DB)"  # in `stream_log`: the type of an H.264 stream in MPEG-TS that HLS encrypts
-TOLERANCE_S = 0.0006  # a frame counts as on screen so much before its time: Matroska rounds times to milliseconds
+SAMPLE_AES = "/ 0x00DB)"  # in `stream_log`: type of an H.264 stream in MPEG-TS that HLS has encrypted
+TOLERANCE_S = 0.0006  # a frame counts as on screen this long before its time, because Matroska rounds to milliseconds
 FORMATS = "MP4, MOV, MKV, WebM, AVI and GIF are read, most others that FFmpeg knows, pictures, and folders of images"
 OTHERS = {
     b"#EXTM3U": "a playlist", b"ffconcat version": "a playlist", b"%PDF-": "a PDF document",
@@ -77,17 +76,17 @@ OTHERS = {
     b"\xff\xfe": "a text file", b"\xfe\xff": "a text file",  # in UTF-16
 }  # fmt: skip
 MEDIA = (b"\x1aE\xdf\xa3", b"RIFF", b"FLV", b"OggS", b"\0\0\1", b"\x30\x26\xb2\x75", b"GIF8", b"YUV4MPEG2")
-BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof")  # of MP4 and MOV, after four bytes
-# Pictures, by Pillow's names of their formats. HEIC is recognised, and refused.
+BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof")  # MP4 and MOV have one at byte 4
+# Names of picture formats, as in Pillow. HEIC is recognized only to be refused.
 PICTURES = ("JPEG", "PNG", "WebP", "TIFF", "BMP", "GIF", "AVIF")
 PICTURE_HEADS = {
     b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG",
     b"II*\0": "TIFF", b"MM\0*": "TIFF", b"GIF87a": "GIF", b"GIF89a": "GIF",
 }  # fmt: skip
 PICTURE_BRANDS = {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"mif1": "HEIC"}
-of_thread = threading.local()  # its `alive` is what `alive` does in another thread
-CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))  # characters that no text has
-# For every value of EXIF's orientation, as `orientation`: clockwise degrees, and whether a left-right flip comes first.
+of_thread = threading.local()  # its attribute `alive` overrides `report_alive` in threads other than the first
+CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))  # control characters that do not occur in text
+# For every EXIF orientation: clockwise degrees, and whether a left-right flip comes first (see `orientation`).
 ORIENTATION_TAG = 0x0112
 ORIENTATIONS = {
     1: (0, False), 2: (0, True), 3: (180, False), 4: (180, True),
@@ -96,32 +95,35 @@ ORIENTATIONS = {
 
 
 class Shown(NamedTuple):
-    """Hold what a reader yields for a time."""
+    """The frame that a reader yields for a requested time."""
 
-    time_s: float  # the frame's own, from the first frame
+    time_s: float  # the frame's own time, in seconds from the first frame
     rgb: np.ndarray  # uint8 `[H, W, 3]`, as displayed
-    other_size: bool = False  # whether it has another size than the video, to which it was scaled
-    moved: bool = False  # whether it is a keyframe nearby instead of the frame on screen
+    other_size: bool = False  # whether the stored frame differed in size from the video and was scaled
+    moved: bool = False  # whether this is a nearby keyframe instead of the frame on screen
 
 
 Frames = Iterator[Shown]
 
 
 def alive() -> None:
-    """Called after each frame or packet. A worker process reports it, because one that is silent for long counts as hung."""
+    """Report progress; called after each frame or packet. A worker process that is silent for too long counts as hung."""
     getattr(of_thread, "alive", report_alive)()
 
 
 def report_alive() -> None:
-    """Do what `alive` does in the first thread."""
+    """Report progress from the first thread. Does nothing unless a worker process replaces it."""
 
 
 def picture_size(pixels: int, decoders: int = 1) -> None:
-    """Called before pictures of so many pixels are decoded, side by side by several decoders, which raises the memory limit."""
+    """Announce how many pixels a picture has before decoding, and how many decoders run in parallel.
+
+    Does nothing unless a worker process replaces it with a function that raises its memory limit.
+    """
 
 
 class Encrypted(ValueError):
-    """Raised when a packet is encrypted. `reading` turns it into the error that names the file."""
+    """Raised when a packet is encrypted. `reading` turns it into a VideoError that names the file."""
 
 
 def encrypted(path: str) -> VideoError:
@@ -136,7 +138,7 @@ def reason(error: Exception) -> str:
 
 
 def picture_format(path: str) -> str | None:
-    """Pillow's name of a picture's format; None if the file does not begin as pictures do."""
+    """Return Pillow's name for the format of a picture, or None if the first bytes of the file are not those of a picture."""
     head = _head(path)
     if head[4:8] == b"ftyp":
         brand = PICTURE_BRANDS.get(head[8:12])
@@ -146,14 +148,15 @@ def picture_format(path: str) -> str | None:
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "WEBP"
     if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in (12, 40, 52, 56, 64, 108, 124):
-        return "BMP"  # by the size of its header
+        return "BMP"  # the header size confirms the short signature
     return next((name for start, name in PICTURE_HEADS.items() if head.startswith(start)), None)
 
 
 def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
-    """Return the error for a file that FFmpeg could not read, if it surely holds something else than a video.
+    """Return the error for an unreadable file that is certainly not a video, or None if it may be one.
 
-    Where FFmpeg recognised nothing in it, whatever does not begin as videos do is none.
+    Args:
+        unrecognised: FFmpeg recognized no format. Any file that does not begin like a video then counts as something else.
     """
     head = _head(path)
     if not head or head.startswith(MEDIA) or head[4:8] in BOXES:
@@ -172,7 +175,7 @@ def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
 
 def _head(path: str) -> bytes:
     try:
-        # An empty one may be a device that waits (/proc/kmsg).
+        # Reading a file of size 0 may block (/proc/kmsg).
         if not os.path.isfile(path) or not os.path.getsize(path):
             return b""
         with open(path, "rb") as file:
@@ -183,9 +186,10 @@ def _head(path: str) -> bytes:
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Turn what PyAV and the file system raise about the file into `VideoError`, which says so where it surely is no video.
+    """Turn errors of PyAV and the file system into `VideoError`, with a message of its own if the file is certainly not a video.
 
-    So is FFmpeg's lack of memory, as a damaged file may ask for any amount; `MemoryError`, such as numpy's, is left alone.
+    This includes FFmpeg's out-of-memory error, because a damaged file may ask for any amount. Other `MemoryError`s, such as
+    numpy's, pass through.
     """
     try:
         yield
@@ -200,7 +204,7 @@ def reading(path: str) -> Iterator[None]:
 
 
 def check_file(path: str) -> None:
-    """Raises VideoError: a URL, no such file, not a file, or an empty one."""
+    """Raise VideoError if the path is a URL, does not exist, is not a regular file, or is an empty file."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -224,20 +228,22 @@ def check_file(path: str) -> None:
 
 @contextmanager
 def open_video(path: str) -> Iterator[InputContainer]:
-    """Provide an opened file. Raises what `check_file` raises, and as `reading`."""
+    """Open a video file and yield its container. Raises what `check_file` raises, and PyAV's own errors (see `reading`)."""
     check_file(path)
     with open(path, "rb", buffering=0) as file, open_bytes(file) as container:
-        if container.format.name == "tty":  # FFmpeg draws text files as a terminal would
+        if container.format.name == "tty":  # FFmpeg renders text files like a terminal
             raise VideoError(f"{path} is not a video: it is a text file", FORMATS)
         yield container
 
 
 def open_bytes(file: BinaryIO, format_name: str | None = None, max_pixels: int = MAX_VIDEO_PIXELS) -> InputContainer:
-    """Open what a seekable binary file holds, in FFmpeg's format of that name if it is known; PyAV raises its own errors.
+    """Open a container from a seekable binary file. Raises PyAV's own errors.
 
-    Frames of more than `max_pixels` are not decoded.
+    Args:
+        format_name: FFmpeg's name of the format; None detects it.
+        max_pixels: frames with more pixels are not decoded.
     """
-    # FFmpeg gets bytes and no name, because it takes what precedes a colon in a name for a protocol, and %d for a pattern.
+    # FFmpeg gets bytes and no name, because in a name it takes the text before a colon for a protocol, and %d for a pattern.
     # The whitelist allows no protocol, so a playlist in the file reaches neither other files nor the network.
     options = {"protocol_whitelist": "none", "max_pixels": str(max_pixels)}
     nameless = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
@@ -245,7 +251,7 @@ def open_bytes(file: BinaryIO, format_name: str | None = None, max_pixels: int =
 
 
 def moving(container: InputContainer) -> list[VideoStream]:
-    """Return the video tracks without cover pictures, and without stills if there is anything else (as in animated AVIF)."""
+    """Return the video tracks except cover pictures, and except stills if other tracks remain (as in animated AVIF)."""
     tracks = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     return [track for track in tracks if track.frames != 1] or tracks
 
@@ -253,9 +259,10 @@ def moving(container: InputContainer) -> list[VideoStream]:
 def video_stream(
     container: InputContainer, path: str, *, threads: int = 1, max_pixels: int = MAX_VIDEO_PIXELS
 ) -> VideoStream:
-    """Return the stream to show, decoded with so many `threads`.
+    """Return the video stream to show, set up to decode with `threads` threads.
 
-    Raises VideoError: no video, only a cover picture, no decoder in this build of FFmpeg, or frames of more than `max_pixels`.
+    Raises:
+        VideoError: no video, only a cover picture, no decoder in this build of FFmpeg, or frames of more than `max_pixels`.
     """
     tracks = moving(container)
     if not tracks:
@@ -271,7 +278,7 @@ def video_stream(
     if width * height > max_pixels:
         hint = f"at most {max_pixels // 10**6} megapixels can be read; is it damaged?"
         raise VideoError(f"{path} says that its pictures have {width:,} x {height:,} pixels", hint)
-    stream.codec_context.options = {"max_pixels": str(max_pixels)}  # a frame may state another size
+    stream.codec_context.options = {"max_pixels": str(max_pixels)}  # a frame may state a larger size than the header
     picture_size(width * height)
     if stream.codec_context.codec.canonical_name in UNTHREADED:
         threads = 1
@@ -281,7 +288,7 @@ def video_stream(
 
 
 def tags(container: InputContainer) -> dict[str, str]:
-    """Return the tags of a container, at most 200, except those that are too long. Bytes that are not UTF-8 become U+FFFD."""
+    """Return up to 200 tags of a container, without overlong ones. Bytes that are not UTF-8 become U+FFFD."""
     short = ((key, text) for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS)
     return {_valid_text(key): _valid_text(text) for key, text in islice(short, 200)}
 
@@ -291,7 +298,10 @@ def _valid_text(tag: str) -> str:
 
 
 def thread_count(cores: int) -> int:
-    """Return the threads of a decoder for so many cores: one more, at most 16, as each holds a picture; or one."""
+    """Return the number of decoder threads for a number of cores: 1 for one core, otherwise one more than cores.
+
+    At most 16, because every thread holds a picture in memory.
+    """
     if cores <= 1:
         return 1
     return min(cores + 1, 16)
@@ -307,10 +317,12 @@ def nothing_decoded(path: str) -> VideoError:
 def packets(
     container: InputContainer, stream: Stream, damaged: Damage = ignore_damage, *, every_stream: bool = False
 ) -> Iterator[Packet | None]:
-    """Packets up to the end. If the file breaks off, the last one is None, which makes the decoder return what it still holds.
+    """Yield the packets of a stream. If the file breaks off, the last one is None, which flushes the decoder.
 
-    `damaged` is called where bytes were skipped, in containers that make it visible. With `every_stream` the others are read too,
-    which reports progress between packets that are far apart.
+    Args:
+        damaged: called if bytes were skipped, in the containers of `DENSE`.
+        every_stream: read the packets of all streams, though only those of `stream` are yielded. This reports progress while the
+            packets of `stream` are far apart.
     """
     dense = container.format.name in DENSE
     end = None
@@ -324,12 +336,12 @@ def packets(
             if dense and packet.pos is not None:
                 if end is not None and packet.pos - end > slack:
                     damaged(-packet.pos)
-                # Headers between two packets are no damage, nor is the transparency of the first one.
+                # Slack for headers between packets and for the first packet's transparency data, which are no damage.
                 end = max(end or 0, packet.pos) + packet.size
                 slack = 2**12 + 2 * packet.size
-            if packet.stream.index == stream.index:  # in the packet itself, the one at the end has none
+            if packet.stream.index == stream.index:  # `packet.stream`, because the final packet has no index of its own
                 yield packet
-    # PyAV (18) raises IndexError where damage looks like a new stream.
+    # PyAV (18) raises IndexError if damage looks like a new stream.
     except (av.error.FFmpegError, IndexError):
         yield None
 
@@ -337,9 +349,11 @@ def packets(
 def shown_otherwise(
     stream: VideoStream, hdr: str | None, first: VideoFrame | None = None
 ) -> dict[str, bool | float | str | None]:
-    """Fields of `Video` about what players show in another way, by the `first` frame, or by the header alone.
+    """Return the fields of `Video` for content that players display differently: HDR, interlacing and pixel aspect.
 
-    `hdr`: `Video.hdr_format`.
+    Args:
+        hdr: `Video.hdr_format`.
+        first: first decoded frame; None relies on the header only.
     """
     context = stream.codec_context
     interlaced = bool(first.interlaced_frame) if first else context.field_order > 1  # 1 is progressive
@@ -353,7 +367,7 @@ def shown_otherwise(
 
 
 def stream_log(stream: Stream) -> str:
-    """Return FFmpeg's description of a stream, which has facts that PyAV has no attribute for."""
+    """Return FFmpeg's text description of a stream, for facts that PyAV has no attribute for."""
     level = av.logging.get_level()
     av.logging.set_level(av.logging.INFO)
     try:
@@ -365,7 +379,7 @@ def stream_log(stream: Stream) -> str:
 
 
 def check_encryption(stream: VideoStream, log: str, path: str) -> None:
-    """Raises VideoError if the container says that the stream is encrypted. In MP4 the packets say so (`decoder`).
+    """Raise VideoError if the container marks the stream as encrypted. In MP4 the packets are marked instead (see `decoder`).
 
     Args:
         log: see `stream_log`.
@@ -376,16 +390,19 @@ def check_encryption(stream: VideoStream, log: str, path: str) -> None:
 
 
 def cropping(log: str) -> Crop | None:
-    """Return the pixels that a container crops, from `stream_log`; None if it crops none.
+    """Return the pixels that the container crops, or None if it crops none.
 
-    MP4 says so in a clap box, Matroska in PixelCrop. Cropping by the codec is done in the decoder.
+    MP4 states them in a clap box, Matroska in PixelCrop. The decoder itself applies the codec's own cropping.
+
+    Args:
+        log: see `stream_log`.
     """
     found = CROPPING.search(log)
     return (int(found[1]), int(found[2]), int(found[3]), int(found[4])) if found else None
 
 
 def cropped(frame: VideoFrame, crop: Crop | None) -> VideoFrame:
-    """Return a stored frame without the cropped pixels. A frame that is too small for the crop stays whole."""
+    """Crop a stored frame. A frame that is too small for the crop is returned unchanged."""
     left, right, top, bottom = crop or (0, 0, 0, 0)
     width = frame.width - left - right
     height = frame.height - top - bottom
@@ -395,9 +412,9 @@ def cropped(frame: VideoFrame, crop: Crop | None) -> VideoFrame:
 
 
 def decoder(stream: VideoStream, crop: Crop | None) -> Decode:
-    """Return the function that decodes a packet of a stream into cropped frames.
+    """Return a function that decodes a packet into cropped frames, or raises Encrypted.
 
-    FFmpeg's own decoders of VP8 and VP9 leave out transparency; those of libvpx do not. The function raises Encrypted.
+    Streams with transparency use libvpx, because FFmpeg's own VP8 and VP9 decoders drop it.
     """
     context = stream.codec_context
     name = WITH_ALPHA.get(context.codec.canonical_name)
@@ -408,7 +425,7 @@ def decoder(stream: VideoStream, crop: Crop | None) -> Decode:
 
     def decode(packet: Packet | None) -> list[VideoFrame]:
         if packet is not None and packet.has_sidedata("encryption_info"):
-            raise Encrypted  # a decoder would make noise of it, or damage
+            raise Encrypted  # decoding it would give noise or look like damage
         return [cropped(frame, crop) for frame in context.decode(packet)]
 
     return decode
@@ -417,14 +434,18 @@ def decoder(stream: VideoStream, crop: Crop | None) -> Decode:
 def decoded_frames(
     stream: VideoStream, packets: Iterator[Packet | None], damaged: Damage = ignore_damage, crop: Crop | None = None
 ) -> Iterator[VideoFrame]:
-    """Yield the frames of some packets of `packets`, cropped, in display order, without damaged ones; patched up frames count.
+    """Decode packets and yield cropped frames in display order.
 
-    `damaged` is called for both, and where the file breaks off.
+    Packets that cannot be decoded are skipped. Frames that the decoder patched up are yielded.
+
+    Args:
+        packets: packets as the function `packets` yields them.
+        damaged: called for skipped packets, for patched-up frames, and if the file breaks off.
     """
     decode = decoder(stream, crop)
     for packet in packets:
         if packet is not None and not packet.size and packet.dts is not None:
-            continue  # the frame before is repeated; FFmpeg's decoders take a packet without data for the end
+            continue  # an empty packet repeats the frame before, but FFmpeg's decoders take it for the end
         broken = packet is None or packet.is_corrupt
         frames = []
         try:
@@ -441,29 +462,29 @@ def decoded_frames(
 
 
 def _stamp(data: Packet | VideoFrame | None) -> int | None:
-    """Return the time at which a packet or a frame is displayed, or else decoded, in ticks; None where it has none."""
+    """Return the display time of a packet or frame in ticks, otherwise its decoding time; None if it has neither."""
     if data is None:
         return None
     return data.dts if data.pts is None else data.pts
 
 
 def incomplete_joints(info: Video) -> int:
-    """Return how many packets may be incomplete without any damage: one where each part of a stream without headers ends."""
+    """Return how many packets may be incomplete without damage: the last packet of every part of a joined stream."""
     if info.container not in JOINED:
         return 0
     return info.clock_restarts
 
 
 def restarts(passed_s: float, container: str) -> bool:
-    """Return whether two times in a row, so many seconds apart, are of different clocks."""
+    """Return True if a step of `passed_s` seconds from one frame to the next means that the file's clock restarted."""
     return passed_s < -BACK_S or (passed_s > LONGEST_GAP_S and container in JOINED)
 
 
 def frame_rate(stream: VideoStream) -> tuple[float | None, bool]:
-    """Frames a second on average, None where nothing tells; and whether they are a guess.
+    """Return the average frame rate in frames per second, or None if it is unknown, and whether it is a guess.
 
-    Of a raw stream, which has no times, FFmpeg knows what the stream states of itself, and assumes `FALLBACK_FPS` otherwise. Where
-    the container states no rate, its average may be the frequency of the clock.
+    Raw streams have no timestamps. FFmpeg uses the rate that the stream states, and assumes `FALLBACK_FPS` otherwise; only the
+    latter counts as a guess. If a container states no rate, FFmpeg's average may be the frequency of the clock, which is ignored.
     """
     if stream.container.format.flags & NO_TIMESTAMPS:
         stated = stream.codec_context.framerate
@@ -474,7 +495,7 @@ def frame_rate(stream: VideoStream) -> tuple[float | None, bool]:
 
 
 def stated_frames(container: InputContainer, stream: VideoStream) -> int:
-    """Return how many frames the header counts, or has time for at its rate; 0 where it tells neither."""
+    """Return the number of frames by the header: its count, otherwise duration times frame rate, or 0 if it states neither."""
     length_s = float((stream.duration or 0) * stream.time_base)
     if container.duration:
         length_s = container.duration / av.time_base
@@ -482,9 +503,9 @@ def stated_frames(container: InputContainer, stream: VideoStream) -> int:
 
 
 def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
-    """Return the time of a frame by the file's own clock, in seconds; None where the file states none (raw streams)."""
-    # AVI stores decoding times only. The presentation times that FFmpeg derives are wrong if frames are stored out of
-    # order; the decoding times are right up to a constant.
+    """Return the time of a frame in seconds of the file's own clock, or None if the file has no timestamps (raw streams)."""
+    # AVI stores only decoding times. FFmpeg derives presentation times from them, which are wrong if frames are stored out of
+    # order. The decoding times are right up to a constant.
     stamp = frame.dts if stream.container.format.name == AVI else frame.pts
     if stamp is None:
         return None
@@ -492,7 +513,7 @@ def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
 
 
 def orientation(frame: VideoFrame) -> tuple[int, bool]:
-    """Return the clockwise rotation in degrees (0, 90, 180 or 270), and whether a left-right flip comes before it."""
+    """Return the clockwise rotation of a frame in degrees (0, 90, 180 or 270), and whether a left-right flip precedes it."""
     matrix = colour.side_data(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return 0, False
@@ -506,16 +527,16 @@ def orientation(frame: VideoFrame) -> tuple[int, bool]:
 
 
 def turned_size(size: tuple[int, int], rotation_deg: int) -> tuple[int, int]:
-    """Return the two sides of a frame after a rotation, or before it."""
+    """Return the (width, height) of a frame after a rotation by a multiple of 90 degrees, or before it."""
     return size if rotation_deg % 180 == 0 else size[::-1]
 
 
 def to_rgb(
     frame: VideoFrame, width: int, height: int, rotation_deg: int, mirrored: bool, converter: colour.Converter
 ) -> np.ndarray:
-    """Return uint8 `[height, width, 3]`: the frame as `Converter.rgb` says, rotated and scaled to this size.
+    """Convert a frame to uint8 `[height, width, 3]`, rotated and scaled. See `Converter.rgb` for the colors.
 
-    A frame of another shape keeps it, between black borders.
+    A frame with another aspect ratio keeps it and gets black borders.
     """
     inner = fitted(turned_size((frame.width, frame.height), rotation_deg), (width, height))
     rgb = rotated(converter.rgb(frame, *turned_size(inner, rotation_deg)), rotation_deg, mirrored)
@@ -529,7 +550,10 @@ def to_rgb(
 
 
 def rotated(rgb: np.ndarray, rotation_deg: int, mirrored: bool) -> np.ndarray:
-    """Return a view of stored pixels `[h, w, 3]` as displayed: flipped left to right if `mirrored`, then rotated clockwise."""
+    """Return a view of stored pixels `[h, w, 3]` as displayed: flipped left to right if `mirrored`, then rotated clockwise.
+
+    `rotation_deg` is a multiple of 90.
+    """
     if mirrored:
         rgb = rgb[:, ::-1]
     return np.rot90(rgb, -rotation_deg // 90)  # rot90 rotates anticlockwise

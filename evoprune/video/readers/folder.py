@@ -1,4 +1,4 @@
-"""A folder of images as a video: each image is a frame, in natural order of names (frame2 before frame10)."""
+"""Reads a folder of images as a video. Every image is a frame, in natural order of names (frame2 before frame10)."""
 
 import io
 import math
@@ -21,8 +21,9 @@ MAX_BYTES = 2**29  # larger files count as damaged
 def list_images(folder: str) -> list[str]:
     """Return the paths of the images in a folder, in display order.
 
-    Raises VideoError: the folder cannot be read, has no images, or has names whose order is not clear: fractions of different
-    lengths may be decimals (0.25 before 0.5) or separate numbers (1.9 before 1.10).
+    Raises:
+        VideoError: the folder cannot be read, has no images, or has names whose order is ambiguous: fractions of different lengths
+            may be decimals (0.25 before 0.5) or separate numbers (1.9 before 1.10).
     """
     try:
         images = files(folder, IMAGES)
@@ -39,7 +40,15 @@ def list_images(folder: str) -> list[str]:
 
 
 def probe(folder: str, fps: float) -> Video:
-    """Opens images up to the first that can be decoded; it sets the size."""
+    """Read the metadata of a folder. The first image that can be decoded sets the size.
+
+    Args:
+        fps: images per second of video.
+
+    Raises:
+        UsageError: `fps` is not a finite number above 0.
+        VideoError: see `list_images`; or no image can be decoded.
+    """
     if not 0 < fps < math.inf:
         raise UsageError(f"{fps} images per second make no video", "give a number above 0")
     images = list_images(folder)
@@ -50,7 +59,7 @@ def probe(folder: str, fps: float) -> Video:
         with open(images[0], "rb") as image:
             if image.read(len(LFS)) == LFS:
                 raise VideoError(f"{images[0]} is a git-lfs pointer", LFS_HINT)
-        check_size(images[0])  # FFmpeg does not distinguish a picture that is too large from a damaged one
+        check_size(images[0])  # FFmpeg does not tell an oversized picture from a damaged one
         raise VideoError(f"no image in the folder {folder} can be decoded", "the files are damaged, or no images")
     codec, frame, (rotation, _) = decoded
     width, height = ffmpeg.turned_size((frame.width, frame.height), rotation)
@@ -73,14 +82,15 @@ def probe(folder: str, fps: float) -> Video:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Read images as `readers` says. Opens only the images that are needed, one at a time; `damaged` gets their indices.
+    """Yield the image on screen at every time, as the package docstring of `readers` describes.
 
-    A damaged image is replaced by the one before it, at the beginning by the first that can be decoded.
+    Opens only the images that are needed, one at a time. A damaged image is replaced by the one before it, or at the beginning by
+    the first one that can be decoded. `damaged` is called with the indices of damaged images.
     """
     images = list_images(info.path)
     converter = colour.Converter(info.path)
     last = len(images) - 1
-    # `done`: the last image that was opened; `current`: the one on screen
+    # Indices: `done` is the last image that was opened, `current` the image on screen.
     done = -1
     current = -1
     rgb = None
@@ -93,7 +103,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
             if decoded := decode_image(images[i]):
                 _, frame, turn = decoded
                 width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])
-                # An image of another shape than the first would be stretched.
+                # An image with another aspect ratio than the first would get black borders.
                 if fitted((width, height), (info.width, info.height)) != (info.width, info.height):
                     shapes = f"{images[i]} has {width}x{height}, the first {info.width}x{info.height}"
                     hint = "a folder is a video, whose frames have one shape; pictures are asked about one by one: a.jpg b.jpg"
@@ -109,7 +119,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Yield intervals as `pyav` does: every image is a keyframe."""
+    """Yield the time and duration of every image in seconds, and True, because every image counts as a keyframe."""
     for i, image in enumerate(list_images(info.path)):
         if decode_image(image) is None:
             damaged(i)
@@ -118,7 +128,7 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
 
 
 def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
-    """Return an image's codec, stored pixels and orientation (see `ffmpeg.orientation`); None if it is damaged or too large."""
+    """Return the codec, stored pixels and orientation (`ffmpeg.orientation`) of an image; None if it is damaged or too large."""
     try:
         content = b""
         with open(path, "rb") as file:
@@ -126,7 +136,7 @@ def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
                 content = file.read()
         with ffmpeg.open_bytes(io.BytesIO(content), max_pixels=ffmpeg.MAX_PIXELS) as container:
             stream = ffmpeg.video_stream(container, path, max_pixels=ffmpeg.MAX_PIXELS)
-            # Without it, half a JPEG decodes to a picture with a grey bottom.
+            # Without "explode", a truncated JPEG decodes to a picture with a gray bottom.
             stream.codec_context.options = stream.codec_context.options | {"err_detect": "explode"}
             frame = next(ffmpeg.decoded_frames(stream, ffmpeg.packets(container, stream)), None)
             if frame is None:

@@ -1,7 +1,7 @@
-"""Frames of a source that does not wait, as they come: a stream's URL, a camera, a pipe, a file that grows, or a file.
+"""Reads frames from live sources as they arrive: stream URLs, cameras, pipes, growing files, and ordinary files.
 
-FFmpeg may open what the user typed, by the protocols that its kind of URL needs. `file` is none of them, so a playlist reaches no
-file of this machine; what comes over a bare connection or from a file may not even be a playlist.
+FFmpeg opens the URL that the user typed, with only the protocols that this kind of URL needs. The protocol `file` is never allowed,
+so a playlist cannot reach files of this machine. Pipes, files, and udp and tcp URLs may not be playlists at all.
 """
 
 import errno
@@ -23,7 +23,7 @@ from evoprune.errors import VideoError
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.probing import another_follows
 
-# By the kind of a URL: the protocols that it needs, and formats beside those of files.
+# For every URL scheme: the protocols that it needs, and the formats it allows in addition to `FORMATS`.
 WEB = "http,https,httpproxy,tcp,tls,crypto", ",hls,dash,aac,mp3,webvtt"
 RTSP = "rtsp,rtsps,rtp,udp,tcp,tls", ",rtsp,rtp,sdp"
 ALLOWED = {"http": WEB, "https": WEB, "rtsp": RTSP, "rtsps": RTSP, "udp": ("udp", ""), "tcp": ("tcp", "")}
@@ -31,22 +31,26 @@ FORMATS = (
     "mpegts,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,flv,avi,nut,ogg,asf,mpeg,mpegvideo,mjpeg,mpjpeg,h264,hevc,av1,ivf,gif"
     ",apng,yuv4mpegpipe,mxf"
 )
-JUMP_S = (
-    10.0  # longer steps between two frames of a stream are no gaps, but another clock; of a file: `ffmpeg.restarts`
-)
-POLL_S = 0.05  # how often a file is asked whether it has grown
+# A longer step between two frames of a stream means a new clock, not a gap. For files see `ffmpeg.restarts`.
+JUMP_S = 10.0
+POLL_S = 0.05  # interval between checks whether a file has grown
 
 
 class LiveReader:
-    """Read from one connection to a source. `facts`: "finite", whether it has an end of its own; others of `Video`.
+    """Reads frames over a single connection to a source.
 
     Args:
-        source: a URL of `ALLOWED`, a path, or a camera's device; None for the pipe `descriptor`, which is closed at the end.
-        name: of the source, for messages.
-        timeout_s: how long it may be silent.
-        follow: whether a file may grow: at its end it has so long to do so.
+        source: a URL with a scheme of `ALLOWED`, a path, or a camera device; None to read the pipe `descriptor`, which `close`
+            closes.
+        name: name of the source in error messages.
+        timeout_s: seconds without data after which the source counts as failed.
+        follow: whether a file may grow. At its end, the reader waits `timeout_s` for more data.
 
-    Raises VideoError: no such source, none that can be read, or one that wants a password.
+    Attributes:
+        facts: "finite", True if the source has a known end, and fields of `Video`.
+
+    Raises:
+        VideoError: the source does not exist, cannot be read, or wants a password.
     """
 
     def __init__(
@@ -59,10 +63,10 @@ class LiveReader:
         self._scheme = None
         if source and "://" in source:
             self._scheme = source.partition("://")[0].lower()
-        self._live = source is None or not os.path.isfile(source)  # whether what comes has just been made
+        self._live = source is None or not os.path.isfile(source)  # whether frames arrive as they are recorded
         self._open = ExitStack()
         self._held = None
-        self._gap_s = 0.0  # the largest step ahead that was taken for another clock
+        self._gap_s = 0.0  # largest forward jump that counted as a new clock
         if descriptor is not None:
             self._open.callback(os.close, descriptor)
         try:
@@ -88,15 +92,17 @@ class LiveReader:
         self._crop = ffmpeg.cropping(log)
         self.facts |= {"fps": rate, "rate_guessed": guessed, **ffmpeg.shown_otherwise(stream, hdr)}
         if container in ffmpeg.JOINED:
-            hdr = None  # a header of MPEG-TS says nothing, so it was the first frames, and later ones may be of another video
+            # MPEG-TS headers do not state HDR, so the format came from the first frames. Later frames may be another video's.
+            hdr = None
         self._converter = colour.Converter(name, hdr)
         self._frames = self._timed()
 
     def next(self, after_s: float) -> dict | None:
-        """Return the next frame that is not earlier than so many seconds after the first one; None where the source has ended.
+        """Find the next frame at or after a time, in seconds from the first frame. `fill` then writes its pixels.
 
-        Returns its "time_s", its "height" and "width" in pixels, its "hdr_format" as in `Video`, and as "clock_gap_s" the largest
-        step ahead so far that was taken for another clock; `fill` has the pixels.
+        Returns:
+            None at the end of the source, otherwise "time_s"; "height" and "width" in pixels; "hdr_format" as in `Video`; and
+            "clock_gap_s", the largest forward jump so far that counted as a new clock.
         """
         for time_s, frame in self._frames:
             if time_s >= after_s - ffmpeg.TOLERANCE_S:
@@ -114,14 +120,14 @@ class LiveReader:
         return None
 
     def fill(self, frames: np.ndarray) -> None:
-        """Writes the frame that `next` found into uint8 `[1, H, W, 3]`."""
+        """Write the frame that `next` found into `frames`, uint8 `[1, H, W, 3]`."""
         frames[0] = ffmpeg.to_rgb(*self._held, self._converter)
 
     def close(self) -> None:
         self._open.close()
 
     def _opened(self, descriptor: int | None) -> InputContainer:
-        # a second
+        # analyzeduration: one second, in microseconds
         limits = {"max_pixels": str(ffmpeg.MAX_VIDEO_PIXELS), "analyzeduration": str(10**6)}
         path = self._source
         camera = None
@@ -150,9 +156,9 @@ class LiveReader:
             self._open.callback(file.close)
             try:
                 container = av.open(file, options=limits, **ffmpeg.ANY_TAGS)
-                file.waits = self._follow and path is not None  # not before: FFmpeg also looks at the end of a file
+                file.waits = self._follow and path is not None  # only now, because opening also reads the end of a file
                 return container
-            except av.error.FFmpegError as problem:  # perhaps its beginning is not there yet
+            except av.error.FFmpegError as problem:  # perhaps the beginning of the file is not written yet
                 file.close()
                 if not path:
                     raise
@@ -164,7 +170,7 @@ class LiveReader:
             time.sleep(POLL_S)
 
     def _timed(self) -> Iterator[tuple[float, VideoFrame]]:
-        """Yield each frame with its seconds from the first one, which never go back, whatever the source's own clock does."""
+        """Yield every frame with its time in seconds from the first. Times never go back, even if the source's clock does."""
         time_s = 0.0
         before = None
         arrived = time.monotonic()
@@ -178,8 +184,8 @@ class LiveReader:
             ahead = passed > JUMP_S if self._scheme else ffmpeg.restarts(passed, self.facts["container"])
             if ahead and passed > 0:
                 self._gap_s = max(self._gap_s, passed)
-            if number and (ahead or passed < 0):  # another clock
-                waited = now - arrived if self._live else 0.0  # a file is read as fast as it goes
+            if number and (ahead or passed < 0):  # the clock restarted
+                waited = now - arrived if self._live else 0.0  # files are read faster than real time
                 time_s += max(step, waited)
             elif number:
                 time_s += passed
@@ -188,13 +194,13 @@ class LiveReader:
             yield time_s, frame
 
     def _decoded(self) -> Iterator[VideoFrame]:
-        """Yield all frames; what cannot be decoded is left out, unless it is all that comes for `timeout_s`."""
-        since = None  # when the first packet after the latest frame came; waiting for one is no failure
+        """Yield all frames, skipping packets that cannot be decoded. Raises VideoError if none can be decoded for `timeout_s`."""
+        since = None  # arrival of the first packet after the latest frame; waiting for packets is no failure
         decode = ffmpeg.decoder(self._stream, self._crop)
         for packet in self._packets():
             ffmpeg.alive()
             if packet is not None and not packet.size and packet.dts is not None:
-                continue  # the frame before is repeated
+                continue  # an empty packet repeats the frame before
             try:
                 frames = decode(packet)
             except ffmpeg.Encrypted as problem:
@@ -215,9 +221,7 @@ class LiveReader:
                 raise VideoError(f"no frame of {self._name} could be decoded for {self._timeout_s:g} s", GARBAGE)
 
     def _packets(self) -> Iterator[Packet | None]:
-        """Yield all packets; where the source breaks off, None, which makes the decoder return what it still holds, then the
-        error.
-        """
+        """Yield all packets. If the source breaks off, yield None to flush the decoder, then raise VideoError."""
         end = 0
         try:
             for packet in self._container.demux(self._stream):
@@ -230,7 +234,7 @@ class LiveReader:
                 hint = "download it first, or have it written by ffmpeg -movflags +faststart"
                 raise VideoError(message, hint) from problem
             yield None
-            # So FFmpeg calls the end of a transfer whose length was not said.
+            # FFmpeg reports EIO at the end of a transfer of unknown length.
             if getattr(problem, "errno", None) != errno.EIO or self.facts["finite"]:
                 raise self._error(problem) from problem
         if (
@@ -242,7 +246,7 @@ class LiveReader:
             raise VideoError(message, "join the videos with ffmpeg -f concat")
 
     def _error(self, problem: Exception) -> VideoError:
-        """Return what a failure means to the user. It never names the URL as it was typed, which may hold a password."""
+        """Return the error to show for a failure. It never contains the URL as typed, which may include a password."""
         name = self._name
         if isinstance(problem, av.error.HTTPUnauthorizedError):
             return VideoError(f"{name} wants a user and a password, or other ones", "SCHEME://USER:PASSWORD@HOST/...")
@@ -261,7 +265,11 @@ GARBAGE = "does it play elsewhere? Formats are those of files, and of playlists 
 
 
 class _Following:
-    """Read the bytes of a pipe, or of a file, as they come. `waits`: whether the file may grow."""
+    """File object for FFmpeg that reads a pipe or a file as data arrives.
+
+    Attributes:
+        waits: whether the file may grow, so that its end is not final.
+    """
 
     def __init__(self, descriptor: int, timeout_s: float):
         self._file = os.fdopen(descriptor, "rb", buffering=0)
@@ -270,14 +278,18 @@ class _Following:
         self._silent = False
         self._pipe = not stat.S_ISREG(os.fstat(descriptor).st_mode)
         self.close = self._file.close
-        if not self._pipe:  # FFmpeg takes what can seek for a file
+        if not self._pipe:  # FFmpeg treats an object with `seek` as a file
             self.seek = self._file.seek
             self.tell = self._file.tell
 
     def read(self, count: int) -> bytes:
-        """Return the next bytes, up to so many; none at the end. Raises TimeoutError: a pipe was silent for too long.
+        """Return at most `count` bytes, empty at the end.
 
-        Both come once, and nothing after it: FFmpeg reads on, in some formats ten times.
+        The end or a timeout is final: a file no longer waits, and a pipe raises only once and is empty after that. FFmpeg reads
+        on after either, in some formats ten times.
+
+        Raises:
+            TimeoutError: the pipe was silent for `timeout_s`.
         """
         end = time.monotonic() + self._timeout_s
         while not self._silent:

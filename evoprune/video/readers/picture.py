@@ -1,8 +1,7 @@
-"""A file that holds one picture, read with Pillow: the pixels that Hugging Face's image processor sees, at the size that it wants.
+"""Reads picture files with Pillow and returns the pixels that Hugging Face's image processor would see, at its size.
 
-It is turned by its EXIF data, as `transformers.image_utils.load_image` does, and transparent parts are put over white, as
-`transformers.image_transforms.convert_to_rgb` does from 5.21 on. Unlike there, 16 bits of grey become 8 by their upper half, not by
-clipping.
+A picture is rotated by its EXIF data, as in `transformers.image_utils.load_image`, and transparent parts become white, as in
+`transformers.image_transforms.convert_to_rgb` since 5.21. Unlike transformers, which clips, 16-bit gray keeps its upper 8 bits.
 """
 
 import os
@@ -23,8 +22,9 @@ ANIMATIONS = ("GIF", "PNG")  # formats whose animations are videos
 
 
 def is_picture(path: str) -> bool:
-    """Return whether a file that begins as pictures do is one: no animation, and no JPEGs in a row, which FFmpeg reads as
-    videos.
+    """Return True if a file with the signature of a picture is a still picture.
+
+    Animations and sequences of JPEGs are not, because FFmpeg reads them as videos.
     """
     name = ffmpeg.picture_format(path)
     if name not in (*ANIMATIONS, "JPEG"):
@@ -33,11 +33,11 @@ def is_picture(path: str) -> bool:
         with _header(path, name) as image:
             if name in ANIMATIONS:
                 return not getattr(image, "is_animated", False)
-            if image.format != "JPEG":  # "MPO", where the others are smaller, or a map of brightness
+            if image.format != "JPEG":  # "MPO": a JPEG followed by smaller pictures or a brightness map
                 return True
         with ffmpeg.open_video(path) as container:
             return container.format.name != "mjpeg"
-    except Exception:  # damaged, and said so by the reader of videos or of pictures
+    except Exception:  # damaged; the reader of videos or of pictures will report it
         return name != "GIF"
 
 
@@ -53,12 +53,12 @@ def _header(path: str, name: str | None) -> Iterator[Image.Image]:
 
 
 def check_size(path: str) -> None:
-    """Raises VideoError if the file is a picture of more than `MAX_PIXELS`."""
+    """Raise VideoError if the file is a picture of more than `MAX_PIXELS`."""
     try:
         with _header(path, ffmpeg.picture_format(path)):
             pass
     except Exception as problem:
-        if isinstance(problem, VideoError):  # else no picture
+        if isinstance(problem, VideoError):  # other errors mean that it is no picture
             raise
 
 
@@ -68,11 +68,11 @@ def too_large(path: str) -> VideoError:
 
 
 def probe(path: str) -> Video:
-    """Probe a picture as `readers` says, from its header."""
+    """Read the metadata of a picture from its header. Raises VideoError if it cannot be read as a single picture."""
     with _opened(path) as image:
         rotation, mirrored = ffmpeg.ORIENTATIONS.get(image.getexif().get(ffmpeg.ORIENTATION_TAG), (0, False))
         size = image.size
-        if isinstance(image, TiffImagePlugin.TiffImageFile):  # new versions of Pillow have turned this size already
+        if isinstance(image, TiffImagePlugin.TiffImageFile):  # new versions of Pillow have already rotated `size`
             size = image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH]
         width, height = ffmpeg.turned_size(size, rotation)
         comment = image.info.get("comment", "")
@@ -98,7 +98,7 @@ def probe(path: str) -> Video:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Read a picture as `readers` says, resized to the size in `info` as Hugging Face does it. Raises what `probe` raises."""
+    """Yield the picture at every time, resized to the size in `info` as Hugging Face does. Raises what `probe` raises."""
     with _opened(info.path) as image:
         rgb = _rgb(ImageOps.exif_transpose(image), info.path)
     if rgb.size != (info.width, info.height):
@@ -110,7 +110,11 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 @contextmanager
 def _opened(path: str) -> Iterator[Image.Image]:
-    """Provide the picture, of which only the header is read. Refuses one that is too large, or not all that the file shows."""
+    """Open a picture and read only its header.
+
+    Raises:
+        VideoError: the file cannot be read, is too large, or has content that a single picture would not show, such as pages.
+    """
     name = ffmpeg.picture_format(path)
     if name == "HEIC":
         raise VideoError(f"{path} is in HEIC, which is not read", CONVERT)
@@ -125,12 +129,12 @@ def _opened(path: str) -> Iterator[Image.Image]:
             ffmpeg.alive()
             ffmpeg.picture_size(image.width * image.height)
             tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-            if 50706 in tags or tags.get(254, 0) & 1:  # the tags DNG, and "reduced" of a picture before the one itself
+            if 50706 in tags or tags.get(254, 0) & 1:  # a DNG, or a reduced preview before the picture itself
                 raise VideoError(f"{path} is a camera's raw file, of which only a preview could be read", CONVERT)
-            several = getattr(image, "is_animated", False)  # to count the pages of a TIFF reads it to its end
+            several = getattr(image, "is_animated", False)  # counting the pages of a TIFF would read all of it
             if several and image.format == "TIFF":
                 raise VideoError(f"{path} has several pages", "save one page as a JPEG or PNG")
-            if several and image.format != "MPO":  # of which the first is the photograph
+            if several and image.format != "MPO":  # the first picture of an MPO is the photograph
                 raise VideoError(f"{path} is an animation", "save it as a GIF or MP4, or one picture of it as a PNG")
             yield image
     except (VideoError, MemoryError):
@@ -141,7 +145,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
 
 
 def _rgb(image: Image.Image, path: str) -> Image.Image:
-    """Return the picture in 8 bits of red, green and blue, transparent parts over white."""
+    """Convert a picture to 8-bit RGB, with transparent parts over white. Raises VideoError for unsupported pixels."""
     transparent = image.info.get("transparency")
     if image.mode.startswith("I"):
         levels = np.asarray(image)

@@ -1,4 +1,4 @@
-"""What a video file is, and how long: `probe` decodes no more than the first frame."""
+"""Reads the metadata of a video file and measures its length. `probe` decodes only the first frame."""
 
 import math
 import os
@@ -18,21 +18,23 @@ from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg
 
 RATE_JITTER_S = 0.0025  # frame intervals that differ by less are constant: Matroska rounds times to milliseconds
-# A file whose packets are all read to find its length may have so many, or one for each so many bytes of the file if that is more.
+# If finding a file's length requires reading all packets, files with more than `MAX_PACKETS` packets are refused, unless they have
+# at least `BYTES_PER_PACKET` bytes per packet.
 MAX_PACKETS = 2**18
 BYTES_PER_PACKET = 128
-MAX_BOXES = 2**20  # of an MP4 that are looked at, which takes a second; a fragment has two
-ENCRYPTED_TRACK = b"encv" + bytes(6)  # the beginning of its entry in an MP4's table of formats (stsd)
-AVI_ENTRY_BYTES = 16  # of the index at the end of an AVI
-BEHIND_BYTES = 2**20  # in which another file is looked for behind the last packet
-# The first bytes of Matroska, FLV and ASF, and those of MP4 and AVI behind the first length.
+MAX_BOXES = 2**20  # boxes of an MP4 to examine, which takes a second; a fragment has two
+ENCRYPTED_TRACK = b"encv" + bytes(6)  # start of an encrypted track's entry in an MP4's sample description table (stsd)
+AVI_ENTRY_BYTES = 16  # size of an entry of the index at the end of an AVI
+BEHIND_BYTES = 2**20  # bytes after the last packet that are searched for another file
+# Signatures of Matroska, FLV and ASF, and of MP4 and AVI after the leading length field.
 STARTS = (b"\x1aE\xdf\xa3", b"FLV\x01", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", b"ftyp", b"AVI LIST")
-START_BYTES = 14  # in which files of other containers begin alike; a shorter beginning is that of each piece of an MXF
-RATE_PACKETS = 100  # by which the rate of frames is measured where none is stated
+# Leading bytes that files of any other container have in common. Fewer bytes would also match every partition of an MXF.
+START_BYTES = 14
+RATE_PACKETS = 100  # packets that the frame rate is measured by if the file states none
 
 
 def probe(path: str) -> Video:
-    """See `evoprune.video.frames.probe`."""
+    """Read the metadata of a video file, see `evoprune.video.frames.probe`."""
     with ffmpeg.open_video(path) as container:
         return _probe(path, container)
 
@@ -55,13 +57,13 @@ def _probe(path: str, container: InputContainer) -> Video:
     rate, guessed = ffmpeg.frame_rate(stream)
     rate = rate or _measured_rate(path)
     step = 1 / (rate or ffmpeg.FALLBACK_FPS)
-    # The header's count is wrong if it has more frames than the file has bytes.
+    # A header that counts more frames than the file has bytes is wrong.
     total = stream.frames if stream.frames <= container.size else 0
     start = ffmpeg.frame_time(first, stream)
     lengths = _lengths(path, stream, start, step)
     variable_rate = None
-    # Only MP4 and related containers list every frame in advance, less those that an edit list cuts away; fragments were found when
-    # packets were read.
+    # Only MP4 and related containers list every frame in advance. Frames that an edit list cuts away do not count. Fragments were
+    # listed while the packets were read.
     shown = [entry.timestamp for entry in stream.index_entries if not entry.is_discard]
     if 3 <= stream.frames == len(stream.index_entries) or len(shown) < len(stream.index_entries):
         total = len(shown)
@@ -97,17 +99,18 @@ def _probe(path: str, container: InputContainer) -> Video:
 
 
 def _is_joined(path: str, container: str, lengths: "_Lengths") -> bool:
-    """Return whether a file holds another one in a way in which FFmpeg reads it by the header of the first, or not at all."""
+    """Return True if the file contains a second file that FFmpeg ignores, or reads by the header of the first."""
     if container in ffmpeg.JOINED:
         return False
     return lengths.restarts > 0 or another_follows(path, container, lengths.end)
 
 
 def another_follows(path: str, container: str, end: int) -> bool:
-    """Return whether another file was joined to this one, byte by byte (`cat a.mkv b.mkv`). Looks at a few places only.
+    """Return True if another file was appended to this one (`cat a.mkv b.mkv`). Examines only a few places of the file.
 
-    `end`: the byte behind the last packet that FFmpeg reads, 0 if packets have no times. An index may follow it, and then the other
-    file.
+    Args:
+        end: offset of the first byte after the last packet that FFmpeg reads, or 0 if packets have no timestamps. An index may
+            follow there, and then the other file.
     """
     with open(path, "rb", buffering=0) as file:
         if container == ffmpeg.MOV:
@@ -119,14 +122,14 @@ def another_follows(path: str, container: str, end: int) -> bool:
 
 
 def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the kind, the beginning and the end of each box at the top level of an MP4 or MOV."""
+    """Yield the type, start and end (byte offsets) of every top-level box of an MP4 or MOV."""
     at = 0
     for _ in range(MAX_BOXES):
         head = os.pread(file.fileno(), 16, at)
         size = int.from_bytes(head[:4], "big")
         if size == 1:
             size = int.from_bytes(head[8:], "big")
-        if size < 8:  # no box, or one that ends with the file
+        if size < 8:  # not a box, or a box that extends to the end of the file
             size = os.fstat(file.fileno()).st_size - at
         if size <= 0:
             return
@@ -135,7 +138,7 @@ def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _has_encrypted_track(path: str) -> bool:
-    """Return True if the index of an MP4 has an encrypted video track, also in ways that FFmpeg does not report (PIFF)."""
+    """Return True if the index of an MP4 lists an encrypted video track. FFmpeg does not report all of them (PIFF)."""
     with open(path, "rb", buffering=0) as file:
         for kind, at, end in _boxes(file):
             if kind == b"moov":
@@ -144,9 +147,9 @@ def _has_encrypted_track(path: str) -> bool:
 
 
 def _check_decodable(path: str, pixels: int, frames: int) -> None:
-    """Raises VideoError for a decompression bomb: a file with more pixels in all its frames than its size allows."""
+    """Raise VideoError for a decompression bomb: a file whose frames have more pixels in total than its size allows."""
     size = os.stat(path).st_size
-    decoded = pixels * min(frames, size)  # a frame has a byte at least
+    decoded = pixels * min(frames, size)  # a frame takes at least one byte
     if decoded > max(ffmpeg.MAX_DECODED_PIXELS, ffmpeg.MAX_PIXELS_PER_BYTE * size):
         message = f"{path} has {decoded / 10**9:,.0f} billion pixels in {frames:,} frames, too many for {size:,} bytes"
         raise VideoError(message, "it is damaged, or made to do harm; else convert it to smaller frames, or to fewer")
@@ -154,40 +157,44 @@ def _check_decodable(path: str, pixels: int, frames: int) -> None:
 
 @dataclass
 class _Times:
-    """Sum up the times of some packets, in seconds; where a clock restarts in parts, one part after the other."""
+    """Running summary of packet times, in seconds. Every restart of the clock begins a new part."""
 
-    first_s: float  # of the part that is read: the earliest frame, the latest, how long it lasts
-    last_s: float
-    length_s: float
-    decoded_s: float  # the time at which the packet that is stored last is decoded
-    claimed_s: float  # the latest end by the word of any packet
-    parts_s: float = 0.0  # of the parts before
+    first_s: float  # display time of the earliest frame in the current part
+    last_s: float  # display time of the latest frame in the current part
+    length_s: float  # duration of the packet stored last
+    decoded_s: float  # decoding time of the packet stored last
+    claimed_s: float  # latest end time that any packet states
+    parts_s: float = 0.0  # total length of the earlier parts
     restarts: int = 0
-    gap_s: float = 0.0  # the largest step ahead that was taken for a restart
-    end: int = 0  # the byte behind the last packet
+    gap_s: float = 0.0  # largest forward jump that counted as a restart
+    end: int = 0  # offset of the first byte after the last packet
 
     def part_s(self, step: float) -> float:
-        """Return how long the part lasts that is read; `step` replaces the length of its last frame."""
+        """Return the length of the current part, with `step` as the duration of its last frame."""
         return self.last_s - self.first_s + step
 
 
 def _measured(packets: Iterable[Packet | None], container: str, step: float) -> _Times | None:
-    """Measure the times of packets; None without a packet that has a time. `step` replaces durations that are not stored.
+    """Measure the times of packets. Returns None if no packet has a timestamp.
 
-    Frames that are stored out of order have no duration of their own in MP4: it is the difference of two decoding times. That of
-    the packet that is stored last is none, and replaces that of the frame displayed last.
+    In MP4, frames stored out of order have no duration of their own; FFmpeg reports the difference of two decoding times. Only the
+    packet stored last has a real duration, so it is used for the frame displayed last.
+
+    Args:
+        step: duration in seconds of packets that state none.
     """
     times = None
     for packet in packets:
         if packet is None or packet.pts is None or packet.is_discard:
             continue
         time_base = packet.time_base
-        tick, per = time_base.numerator, time_base.denominator  # fractions would take several times as long
+        tick, per = time_base.numerator, time_base.denominator  # Fraction would take several times as long
         shown = packet.pts * tick / per
         stamp = packet.pts if packet.dts is None else packet.dts
         decoded = stamp * tick / per
         length = (packet.duration or 0) * tick / per or step
-        # Elsewhere decoding times are FFmpeg's guess; but no keyframe is displayed before what is stored before it.
+        # In other containers FFmpeg guesses decoding times. There only keyframes count, because a keyframe is displayed after all
+        # frames that are stored before it.
         stored = container in ffmpeg.JOINED
         key = packet.is_keyframe
         if times is None:
@@ -209,20 +216,25 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
 
 @dataclass
 class _Lengths:
-    """Hold `Video.duration_s`, `Video.stated_s`, and how often the file's clock starts anew, with its largest step ahead."""
+    """Measured and stated length of a video, and restarts of its clock (see `Video` and `_Times`)."""
 
     duration_s: float | None
     stated_s: float | None = None
     restarts: int = 0
     gap_s: float = 0.0
-    end: int = 0  # the byte behind the last packet; 0 where packets have no times
+    end: int = 0  # offset of the first byte after the last packet; 0 if packets have no timestamps
 
 
 def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -> _Lengths:
-    """Measure the length of a video, and read the stated one.
+    """Measure the length of a video, and read the length that its header states.
 
-    The header is not trusted where packets have times: it includes audio, may count from zero instead of from the first frame,
-    and does not know that the file was cut off. Containers whose duration FFmpeg estimates from their content state none.
+    If packets have timestamps, the measured length comes from them and not from the header: the header includes audio, may count
+    from zero instead of from the first frame, and does not know that the file was cut off. Containers whose duration FFmpeg
+    estimates from the content count as stating no length.
+
+    Args:
+        start: timestamp of the first frame in seconds, or None if the file has no timestamps.
+        step: frame interval in seconds.
     """
     container = stream.container
     name = container.format.name
@@ -245,7 +257,7 @@ def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -
             stated += max(0.0, float(listed.timestamp * stream.time_base) - times.decoded_s)
     elif name in ffmpeg.DENSE and container.duration is not None and len(container.streams) == 1:
         stated = max(container.duration / av.time_base - start, duration)
-        # It includes the wrong duration of a frame that was copied from an MP4, see `_measured`.
+        # The stated length may include the wrong duration of a frame that was copied from an MP4, see `_measured`.
         if stated - duration > 0.5:
             every = _measured(_all_packets(path), name, step)
             if every and every.claimed_s - start >= stated - 1e-2:
@@ -254,11 +266,11 @@ def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -
 
 
 def _lengths_in_avi(path: str, stream: VideoStream, start: float | None, step: float) -> _Lengths:
-    frames = stream.frames if stream.frames <= stream.container.size else 0  # written to a pipe it claims 2**30
+    frames = stream.frames if stream.frames <= stream.container.size else 0  # an AVI written to a pipe claims 2**30
     stated = step * frames or None
     if start is None:
         return _Lengths(step * sum(1 for _ in _all_packets(path)), stated)
-    # If the index does not list as many frames as the header, the file was cut off. FFmpeg's lacks frames without data.
+    # If the index lists fewer frames than the header states, the file was cut off. FFmpeg's index omits frames without data.
     if frames and frames in (len(stream.index_entries), _listed_in_avi(path, stream.index)):
         return _Lengths(stated, stated, end=_riff_end(path))
     decoded = [float(p.dts * p.time_base) for p in _all_packets(path) if p.dts is not None]
@@ -273,7 +285,7 @@ def _riff_end(path: str) -> int:
 
 
 def _listed_in_avi(path: str, stream: int) -> int:
-    """Return how many frames of a stream the index at the end of an AVI lists; those without data repeat the frame before."""
+    """Return the number of frames that the index at the end of an AVI lists, including empty ones that repeat the frame before."""
     names = {f"{stream:02}{kind}".encode() for kind in ("dc", "db")}
     with open(path, "rb", buffering=0) as file:
         file.seek(12)
@@ -287,7 +299,7 @@ def _listed_in_avi(path: str, stream: int) -> int:
 
 
 def _measured_rate(path: str) -> float | None:
-    """Measure the frames a second by the times of the first packets; None if they have none."""
+    """Measure the frame rate in frames per second from the first packets. Returns None if they have no timestamps."""
     stamps = [float(p.pts * p.time_base) for p in islice(_all_packets(path), RATE_PACKETS) if p.pts is not None]
     lasts_s = max(stamps, default=0.0) - min(stamps, default=0.0)
     if not lasts_s:
@@ -296,7 +308,7 @@ def _measured_rate(path: str) -> float | None:
 
 
 def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Times) -> bool:
-    """Return whether the times in a file without an index do not grow as one goes through it, as far as 64 places show."""
+    """Return True if the clock of a file without an index restarts, judging by 64 places spread over the file."""
     begun = []
     places = []
     for place in range(64):
@@ -307,7 +319,7 @@ def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Time
         packets = (p for p in ffmpeg.packets(container, stream) if p is not None and p.dts is not None)
         count = 1 if place else 250
         times = [float(p.dts * p.time_base) for p in islice(packets, count)]
-        if not times:  # nor is there one later
+        if not times:  # no packets here, so none later either
             break
         begun = begun or times
         places = places + times[:1]
@@ -318,7 +330,7 @@ def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Time
 
 
 def _tail_packets(path: str, container: InputContainer, stream: VideoStream) -> Iterator[Packet | None]:
-    """Yield the packets of the last 3 s, as the frame displayed last may not be stored last; none if FFmpeg cannot seek there."""
+    """Yield the packets of the last 3 s, because the frame displayed last may not be stored last. Empty if FFmpeg cannot seek."""
     if container.duration is None:
         return
     end = ((container.start_time or 0) + container.duration) / av.time_base
@@ -330,14 +342,14 @@ def _tail_packets(path: str, container: InputContainer, stream: VideoStream) -> 
 
 
 def _all_packets(path: str) -> Iterator[Packet]:
-    """Yield all packets of the stream; an empty one that has a time repeats the frame before it. Raises as `_bounded`."""
+    """Yield all packets of the video stream, including empty ones that repeat the frame before. Raises what `_bounded` raises."""
     with ffmpeg.open_video(path) as container:
         packets = _bounded(ffmpeg.packets(container, ffmpeg.video_stream(container, path)), path, container.size)
         yield from (packet for packet in packets if packet is not None and (packet.size or packet.dts is not None))
 
 
 def _bounded(packets: Iterator[Packet | None], path: str, size: int) -> Iterator[Packet | None]:
-    """Yield packets of a file of that size in bytes. Raises VideoError: too many, so that going through them would take minutes."""
+    """Pass packets on. Raises VideoError if there are so many for a file of `size` bytes that reading them would take minutes."""
     most = max(MAX_PACKETS, size // BYTES_PER_PACKET)
     for count, packet in enumerate(packets):
         if count > most:

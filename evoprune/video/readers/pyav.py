@@ -1,8 +1,8 @@
-"""Video files by PyAV, which continues after damage, and opens everything that FFmpeg opens.
+"""Reads video files with PyAV, which continues after damage and opens everything that FFmpeg opens.
 
-The wanted times are planned as runs: those of one group of pictures, which is decoded once. Threads decode runs side by side, each
-with a decoder of its own. What is planned depends on the file and the times alone, so the frames do not depend on the threads.
-`intervals` decodes all frames.
+`planned` groups the wanted times into runs. A run covers one group of pictures, which is decoded once. Threads decode runs in
+parallel, each with its own decoder. The plan depends only on the file and the times, so the frames do not depend on the number of
+threads. `intervals` decodes all frames.
 """
 
 from bisect import bisect_left, bisect_right
@@ -20,24 +20,24 @@ from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
 from evoprune.video.readers.workers import in_order
 
-EARLIER = 3  # keyframes at which decoding a time is tried to begin: what an index lists may be none
-BEGINNING_S = 1.0  # from a keyframe before that, the file is decoded from its beginning
-NEAR = 3  # keyframes that are tried, the nearest first
-# Times are moved to keyframes where that saves the decoding of so many pixels, which takes one core two to three seconds; and where
-# the parts of the video are not shorter than this.
+EARLIER = 3  # keyframes to try as the start of decoding, because an index may list frames that are no keyframes
+BEGINNING_S = 1.0  # a run whose keyframe comes earlier is decoded from the beginning of the file
+NEAR = 3  # keyframes to try when a time is moved, nearest first
+# With seek "auto", times are moved to keyframes only if that saves decoding this many pixels (two to three seconds on one core) and
+# the parts of the video last at least `LEAST_PART_S`.
 SAVED_PIXELS = 10**9
 LEAST_PART_S = 1.0
-DECODER_BYTES = 64  # for each pixel: 16 reference pictures and a few others, of up to 3 bytes a pixel
-ROOM_BYTES = 2**29  # of decoded frames that wait for their turn
+DECODER_BYTES = 64  # memory of a decoder per pixel: 16 reference pictures and a few others, up to 3 bytes a pixel
+ROOM_BYTES = 2**29  # memory for decoded frames that wait for their turn
 
 
 @dataclass(frozen=True)
 class Run:
-    """Times whose frames are decoded one after the other."""
+    """Times whose frames are decoded in one pass."""
 
     times_s: tuple[float, ...]
-    entries: tuple[Keyframe | None, ...]  # where decoding begins, the best first; None: at the file's beginning
-    near: tuple[Keyframe, ...] = ()  # to which the only time may be moved, the nearest first
+    entries: tuple[Keyframe | None, ...]  # places to start decoding, best first; None is the beginning of the file
+    near: tuple[Keyframe, ...] = ()  # keyframes that the run's only time may be moved to, nearest first
 
 
 def read(
@@ -48,9 +48,12 @@ def read(
     part_s: float = 0.0,
     cores: int | None = None,
 ) -> ffmpeg.Frames:
-    """Read frames as `readers` says; `damaged` may be called more than once for the same damage.
+    """Yield the frame on screen at every time, as the package docstring of `readers` describes.
 
-    `seek`, `part_s`: as of `frames.read_chunks`. `cores`: that may be kept busy; default: all that this process may use.
+    Args:
+        damaged: may be called more than once for the same damage.
+        seek, part_s: see `frames.read_chunks`.
+        cores: number of cores to keep busy; None uses all that this process may use.
     """
     cores = cores or available_cores()
     with ffmpeg.reading(info.path):
@@ -68,7 +71,7 @@ def read(
             return
         except Unreachable:
             rest = Run(tuple(times_s[done:]), (None,))
-        # A decoder with several threads tells of damage some packets later, so that the same damage would count twice.
+        # A multi-threaded decoder reports damage some packets late, so the same damage would count twice.
         threads = 1 if met else ffmpeg.thread_count(cores)
         with closing(Track(info, threads)) as track:
             picture = Picture(info)
@@ -77,7 +80,7 @@ def read(
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Yield the time and duration of every frame in seconds, and whether it is a keyframe."""
+    """Decode all frames and yield the time and duration of every frame in seconds, and whether it is a keyframe."""
     step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
     with closing(Track(info, ffmpeg.thread_count(available_cores()))) as track:
         for time_s, frame in track.from_beginning((), damaged):
@@ -86,7 +89,7 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
 
 
 def frame_times(info: Video) -> FrameTimes:
-    """See `evoprune.video.frames.frame_times`."""
+    """Return the display times of all frames, see `evoprune.video.frames.frame_times`."""
     with ffmpeg.reading(info.path):
         with ffmpeg.open_video(info.path) as container:
             stated = ffmpeg.stated_frames(container, ffmpeg.video_stream(container, info.path))
@@ -100,7 +103,7 @@ def frame_times(info: Video) -> FrameTimes:
 def _by_threads(
     info: Video, runs: Sequence[Run], part_s: float, cores: int
 ) -> Iterator[tuple[ffmpeg.Shown, list[object]]]:
-    """Yield the frames of some runs, each with the damage that was met on the way to it. Raises Unreachable."""
+    """Yield the frames of all runs, each with the damage found since the frame before it. Raises Unreachable."""
     pixels = info.width * info.height
     threads = min(cores, len(runs), _most_decoders(pixels))
     ffmpeg.picture_size(pixels, threads)
@@ -122,7 +125,7 @@ def _by_threads(
 
 
 def _most_decoders(pixels: int) -> int:
-    """Return how many there is memory for."""
+    """Return how many decoders for frames of `pixels` pixels fit into memory, at least 1."""
     available = host_memory()
     if available is None:
         return 1
@@ -130,12 +133,12 @@ def _most_decoders(pixels: int) -> int:
 
 
 class Picture:
-    """Makes what readers yield of the frames of a video, one after the other."""
+    """Converts the decoded frames of a video to `ffmpeg.Shown`. A repeated frame is converted only once."""
 
     def __init__(self, info: Video):
         self._size = (info.width, info.height)
         self._turn = (info.rotation_deg, info.mirrored)
-        # Where a clock restarts, frames that do not say what they are may be of another file than the first one.
+        # After a clock restart, frames that do not state their HDR format may come from another file than the header.
         header = None if info.clock_restarts else info.hdr_format
         self._converter = colour.Converter(info.path, header)
         self._frame = None
@@ -151,7 +154,12 @@ class Picture:
 
 
 def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> list[Run]:
-    """Return the runs of some times, at least one, which ascend."""
+    """Group times into runs and choose the keyframes to decode them from.
+
+    Args:
+        times_s: at least one time, in seconds from the first frame, ascending.
+        seek, part_s: see `frames.read_chunks`.
+    """
     with closing(Track(info)) as track:
         try:
             keyframes = track.keyframes(times_s[0], times_s[-1] + part_s)
@@ -160,7 +168,7 @@ def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> 
     if len(keyframes) < 2:
         return [Run(tuple(times_s), (None,))]
     ends = [bisect_right(keyframes, time + ffmpeg.TOLERANCE_S, key=_time_of) for time in times_s]
-    places = [max(0, end - 1) for end in ends]  # of the last keyframe that is shown before each time
+    places = [max(0, end - 1) for end in ends]  # index of the last keyframe shown by each time
     moves = seek == KEYFRAMES or (seek == AUTO_SEEK and part_s >= LEAST_PART_S)
     near = [()] * len(times_s)
     if moves:
@@ -178,7 +186,7 @@ def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> 
         entries = reversed(keyframes[max(0, place - EARLIER + 1) : place + 1])
         entries = tuple(key if key.time_s > BEGINNING_S else None for key in entries)
         group = tuple(time for _, _, time in same)
-        if found:  # times that may be moved are decoded one by one
+        if found:  # each time that may be moved is a run of its own
             runs += [Run((time,), entries, found) for time in group]
         else:
             runs.append(Run(group, entries))
@@ -190,8 +198,9 @@ def _time_of(keyframe: Keyframe) -> float:
 
 
 def _near(keyframes: Sequence[Keyframe], time_s: float, reach_s: float) -> tuple[Keyframe, ...]:
-    """Return the keyframes of the part around a time, the nearest first: one at its beginning is of it, one at its end of the
-    next.
+    """Return up to `NEAR` keyframes of the part around a time, nearest first.
+
+    A keyframe at the beginning of the part belongs to it; a keyframe at its end belongs to the next part.
     """
     first = bisect_left(keyframes, time_s - reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
     last = bisect_left(keyframes, time_s + reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
@@ -199,10 +208,10 @@ def _near(keyframes: Sequence[Keyframe], time_s: float, reach_s: float) -> tuple
 
 
 def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> Iterator[tuple[float, VideoFrame, bool]]:
-    """Yield the frames of a run: the time of each, and whether it is a keyframe to which a time was moved. Raises Unreachable."""
+    """Yield the frames of a run as (time in seconds, frame, whether the time was moved to a keyframe). Raises Unreachable."""
     for keyframe in run.near:
         frame = track.alone(keyframe)
-        # The index may have decoding times, a few frames earlier.
+        # The index may hold decoding times, which are a few frames early, so check the frame's own time.
         if frame and -ffmpeg.TOLERANCE_S <= frame[0] - run.times_s[0] + part_s / 2 < part_s - ffmpeg.TOLERANCE_S:
             yield *frame, True
             return
@@ -219,7 +228,11 @@ def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> It
 def begun(
     track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool
 ) -> tuple[Keyframe | None, Iterator[TimedFrame] | None]:
-    """Return the frames from the first entry of a run that serves, and that entry; None in place of the frames if none does."""
+    """Start decoding a run at its first entry that works.
+
+    Returns:
+        The entry and the frames from it on. The frames are None if no entry works.
+    """
     for entry in run.entries:
         if entry is None:
             frames = track.from_beginning(run.times_s, damaged, sparing=sparing)
@@ -231,10 +244,10 @@ def begun(
 
 
 def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool) -> Iterator[TimedFrame]:
-    """Yield the frame on screen at each time. Holds no more than that frame and the one after it.
+    """Yield the frame on screen at every time of a run. Keeps only that frame and the next one in memory.
 
-    With `sparing` it ends where nothing may be left out: at damage, as the frame before it stays on screen; where frames are
-    interlaced; and where they are not in the order of their times, by which what is needed is found.
+    With `sparing` it stops early, without an error, if skipping frames is unsafe: at damage, because the frame before it stays on
+    screen; at interlaced frames; and at frames out of order, because the needed frames are found by their times.
     """
     met: list[object] = []
     note = met.append if sparing else damaged
@@ -254,5 +267,5 @@ def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool)
             if sparing and (met or (coming and (coming[0] <= current[0] or coming[1].interlaced_frame))):
                 return
             if coming and coming[0] < current[0] and entry:
-                raise Unreachable  # the times lie: what precedes a keyframe is not known
+                raise Unreachable  # the timestamps are wrong, so it is unknown which frames precede a keyframe
         yield current or coming

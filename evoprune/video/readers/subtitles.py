@@ -1,7 +1,7 @@
-"""Subtitles: files beside a video, and text tracks inside one. FFmpeg parses both; pictures of text are refused.
+"""Subtitles from files next to a video and from text tracks inside it. FFmpeg parses both; image subtitles are refused.
 
-pysubs2 does not serve: of the captions that YouTube writes, it takes a line with the times of two words for another cue, so that
-its words are lost, and of WebVTT comments and names of cues for what is said.
+pysubs2 is not an option. In YouTube's captions it takes a line with word-level timestamps for a new cue and loses the words, and in
+WebVTT it takes comments and cue names for spoken text.
 """
 
 import io
@@ -23,15 +23,16 @@ from evoprune.video.info import AUTO_SUBTITLES, SubtitleLine, Subtitles, subtitl
 from evoprune.video.readers import ffmpeg
 
 TEXT_CODECS = ("subrip", "ass", "ssa", "webvtt", "mov_text", "text")
-# Bytes of a file of subtitles, and of all text in a track. A film has 0.1 MB; as JSON, text grows up to six times.
+# Size limit in bytes of a subtitle file, and of all text in a track. A film has 0.1 MB; text grows up to six times as JSON.
 MAX_BYTES = 10 * 2**20
-LONGEST_LINE = 4000  # bytes of a line of an SRT file: FFmpeg breaks longer ones, also inside a character
+LONGEST_LINE = 4000  # bytes; FFmpeg breaks longer lines of an SRT file, even inside a character
 DAMAGED = "damaged_subtitles"
 HEAD_BYTES = 4096
-# Words of other scripts that are read as cp1252 consist of accented letters. In Western European words, not so many follow.
+# Text in another script, decoded as cp1252, turns into runs of accented letters that are longer than in Western European words.
 NO_WESTERN_WORD = re.compile(r"[^\W\d_\x00-\x7f]{4}")
-# Lines of times, however written; and as FFmpeg reads them right. It takes the digits behind the seconds for thousandths, in ASS
-# for hundredths, however many there are, and a line that it does not know for text, in WebVTT for the end of the file.
+# `TIMES` matches timing lines in any notation, `READ` only those that FFmpeg parses correctly. FFmpeg reads the digits after the
+# seconds as thousandths (in ASS as hundredths), however many there are. A timing line that it does not recognize becomes text, or
+# in WebVTT ends the file.
 TIMES = {
     "ass": re.compile(r"^Dialogue:[^,\n]++,[^,\n]*+,[^,\n]*+", re.MULTILINE),
     "srt": re.compile(
@@ -52,7 +53,11 @@ HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a tex
 
 
 def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) -> Subtitles:
-    """See `evoprune.video.frames.read_subtitles`. `origin_s`: the file's own timestamp of the first frame."""
+    """Read subtitles, see `evoprune.video.frames.read_subtitles`.
+
+    Args:
+        origin_s: the file's own timestamp of the first video frame, in seconds.
+    """
     file = choice
     why = None
     if choice == AUTO_SUBTITLES:
@@ -79,7 +84,11 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
 
 
 def _beside(path: str) -> tuple[str | None, str | None]:
-    """Return the file beside a video that has its name, perhaps with a language if only one has; or why there is none."""
+    """Find the subtitle file next to a video: the one with the video's name, else the only one that adds a language to the name.
+
+    Returns:
+        The path, or None and, if there are several languages, the reason.
+    """
     exact, others = subtitles_beside(path, os.listdir)
     if exact:
         return exact[0], None
@@ -91,8 +100,9 @@ def _beside(path: str) -> tuple[str | None, str | None]:
 
 
 def _clock_start(path: str) -> float:
-    """Return the time of a video's own clock at which players begin, in seconds: that of its first stream, which may be its
-    sound.
+    """Return the time at which players start a video, in seconds of its own clock.
+
+    It is the start of the earliest stream, which may be the sound.
     """
     if os.path.isdir(path):
         return 0.0
@@ -154,7 +164,7 @@ def _decoded(content: bytes, file: str) -> tuple[str, list[str]]:
 
 
 def _check_times(text: str, name: str, file: str) -> None:
-    """Raises VideoError: FFmpeg would read a time in the text of a file wrong. `name`: of the format, in FFmpeg."""
+    """Raise VideoError if FFmpeg would misread a timing line. `name` is FFmpeg's name of the subtitle format."""
     for line in TIMES[name].findall(text):
         if not READ[name].fullmatch(line):
             raise VideoError(
@@ -164,7 +174,7 @@ def _check_times(text: str, name: str, file: str) -> None:
 
 
 def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
-    """Return the default text track of a container, or its only one."""
+    """Return the subtitles of a container's default text track, or of its only text track; otherwise a note that says why not."""
     with ffmpeg.open_video(path) as container:
         tracks = list(enumerate(container.streams.subtitles, 1))
         texts = [(number, track) for number, track in tracks if _codec(track) in TEXT_CODECS]
@@ -177,7 +187,7 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
                 note = f"{len(texts)} text tracks, none of them marked as default; extract one, e.g. with ffmpeg"
             return Subtitles(note=note)
         number, stream = (default or texts)[0]
-        if container.format.name == ffmpeg.MOV:  # whose index says where the packets of one track are
+        if container.format.name == ffmpeg.MOV:  # its index lets FFmpeg jump over the packets of other tracks
             for other in container.streams:
                 if other.index != stream.index:
                     other.discard = Discard.all
@@ -196,21 +206,24 @@ def _codec(stream: SubtitleStream) -> str | None:
 def _cues(
     container: InputContainer, stream: SubtitleStream, origin_s: float, warnings: list[str]
 ) -> Iterator[tuple[float, float, list[str]]]:
-    """Yield the start and the end of each cue, in seconds, and its text lines. Adds a warning where something cannot be read."""
+    """Yield cues as (start, end, text lines), with times in seconds from the first frame.
+
+    Adds a warning to `warnings` if a packet cannot be decoded.
+    """
     hidden = _codec(stream) in ("ass", "ssa")
     size = 0
-    tick, per = stream.time_base.numerator, stream.time_base.denominator  # fractions would take half of the time
+    tick, per = stream.time_base.numerator, stream.time_base.denominator  # Fraction would take half of the run time
     for packet in ffmpeg.packets(container, stream, every_stream=True):
         if packet is not None and (packet.pts is None or not packet.size):
             continue
         texts = None
-        with suppress(av.error.FFmpegError):  # which has all formats as ASS
+        with suppress(av.error.FFmpegError):  # FFmpeg returns every format as ASS
             texts = packet and [cue.ass.split(b",", 8)[-1].decode("utf-8", "replace") for cue in packet.decode()]
         if texts is None:
             if DAMAGED not in warnings:
                 warnings.append(DAMAGED)
             continue
-        size += packet.size + 24  # what a line counts beside its text
+        size += packet.size + 24  # overhead of a line in addition to its text
         if size > MAX_BYTES:
             hint = "give a file of those that are needed"
             raise VideoError(f"the subtitles have more than {MAX_BYTES // 2**20} MiB", hint)
@@ -220,13 +233,13 @@ def _cues(
 
 
 def _plain(text: str, hidden: bool) -> list[str]:
-    """Return the lines of a text without markup. `hidden`: what is in braces is not displayed, whatever it is."""
+    """Return the lines of a text without markup. With `hidden`, everything in braces is dropped, not only override tags."""
     drawing = False
     pieces = []
-    # FFmpeg writes \{{} for a brace that is text. In its place stands a null character meanwhile, which no text has.
+    # FFmpeg writes \{{} for a literal brace. A null character, which no text has, replaces it until the markup is gone.
     for piece in re.split(r"(\{[^{}]*\})", text.replace("\\{{}", "\0")):
         if piece.startswith("{") and piece.endswith("}") and (hidden or piece.startswith("{\\")):
-            if mode := re.search(r"\\p(\d)", piece):  # what follows are the lines of a drawing
+            if mode := re.search(r"\\p(\d)", piece):  # switches to drawing commands, \p0 back to text
                 drawing = mode[1] != "0"
         elif not drawing:
             pieces.append(piece)
@@ -236,7 +249,7 @@ def _plain(text: str, hidden: bool) -> list[str]:
 
 
 def _lines(cues: Iterable[tuple[float, float, list[str]]]) -> list[SubtitleLine]:
-    """Make a line of each cue, by start. Rolling captions repeat what is still on screen: it counts once, and lasts longer."""
+    """Turn cues into lines, sorted by start. Text that rolling captions repeat counts once, and lasts longer."""
     lines: list[list] = []
     on_screen: dict[str, list] = {}  # the line that last held each text
     for start, end, texts in sorted(cues, key=lambda cue: cue[:2]):
@@ -244,7 +257,7 @@ def _lines(cues: Iterable[tuple[float, float, list[str]]]) -> list[SubtitleLine]
         new = []
         for text in texts:
             before = on_screen.get(text)
-            # What comes again within 50 ms is the same line. Between two lines editors leave at least two frames.
+            # The same text within 50 ms is the same line, because editors leave at least two frames between two lines.
             if before is None or before[1] + 0.05 < start:
                 new.append(text)
             else:

@@ -1,4 +1,4 @@
-"""A video file, open, with a decoder of its own: its keyframes, and its frames from a place on."""
+"""An open video file with its own decoder: lists keyframes, and decodes from the beginning or from a keyframe."""
 
 import math
 from bisect import bisect_left, bisect_right, insort
@@ -18,34 +18,35 @@ from evoprune.video.readers import ffmpeg
 
 TimedFrame = tuple[float, VideoFrame]  # seconds from the first frame; the decoder's own pixels, not yet rotated
 
-# Containers that store the time of each frame, so that times are the same after a jump; others are read front to back.
+# Containers that store a timestamp for every frame, so times stay right after a seek. Others are read front to back.
 SEEKABLE = (ffmpeg.MOV, ffmpeg.MATROSKA, "mpegts")
-# Codecs in which a frame says whether others depend on it. AV1's decoder can leave such frames out as well, but not exactly.
+# Codecs whose frames say whether other frames depend on them. AV1's decoder can also skip such frames, but not exactly.
 SPARING = ("h264", "hevc")
-LOOK_AHEAD = 64  # packets, among which the frame is that is shown next: no codec here reorders more than 16
+LOOK_AHEAD = 64  # packets to search for the next displayed frame; no codec here reorders more than 16
 LOOK_AHEAD_BYTES = 2**25
-FIRST = 8  # frames of which none is left out, which show whether they are in the order of their times
-BACK_S = (
-    0.0,
-    4.0,
-    16.0,
-)  # a seek may end behind a keyframe (MPEG-TS has no index): then it is repeated, so much earlier
+FIRST = 8  # leading frames that are never skipped; they show whether frames come in the order of their times
+# A seek may land after the keyframe, because MPEG-TS has no index. It is then repeated, this many seconds earlier.
+BACK_S = (0.0, 4.0, 16.0)
 
 
 class Unreachable(Exception):
-    """Say that a time cannot be decoded from a keyframe on: the file has to be, from its beginning."""
+    """Raised when decoding cannot start at a keyframe, so the file has to be decoded from its beginning."""
 
 
 @dataclass(frozen=True, order=True)
 class Keyframe:
-    """Describe a packet that says that it is a keyframe. `time_s` is wrong by a few frames where an index has decoding times."""
+    """A packet that is marked as a keyframe. `time_s` is off by a few frames if the index has decoding times."""
 
     time_s: float  # from the first frame
-    stamp: int  # by which the packet is recognised, in units of the stream's clock
+    stamp: int  # timestamp that identifies the packet (`Track._stamp`), in ticks of the stream's clock
 
 
 class Track:
-    """Decode a file, for one thread. To be closed. `threads`: of the decoder."""
+    """An open file and its decoder, for use by one thread. Callers must close it.
+
+    Args:
+        threads: number of decoder threads.
+    """
 
     def __init__(self, info: Video, threads: int = 1):
         self.info = info
@@ -66,24 +67,31 @@ class Track:
         self._files.close()
 
     def keyframes(self, start_s: float, end_s: float) -> list[Keyframe]:
-        """List the keyframes between two times, and one or more before them, by the index if it is complete, else by all packets.
+        """List the keyframes between two times, and at least one before them.
 
-        None where the container does not seek, its clock restarts, or packets have no times or not in their order.
+        Uses the index if it is complete, otherwise the packets themselves.
+
+        Returns:
+            The keyframes, ascending. Empty if the container does not seek, its clock restarts, packets have no timestamps, or
+            the timestamps in the index do not ascend.
+
+        Raises:
+            Unreachable: seeking fails.
         """
         if not self._has_times:
             return []
         tick = float(self._stream.time_base)
         if self.info.container == ffmpeg.MATROSKA:
-            self._seek(end_s)  # which reads the index
+            self._seek(end_s)  # makes FFmpeg read the index
         entries = self._stream.index_entries
         listed = self.info.container == ffmpeg.MATROSKA and len(entries)
         if listed or (self.info.container == ffmpeg.MOV and len(entries) == self._stream.frames > 0):
             first = next((entry.timestamp for entry in entries if not entry.is_discard), entries[0].timestamp)
-            # In MP4 the first frame's decoding time; what it is shown later by, nearly all are.
+            # In MP4 this is the decoding time of the first frame. Nearly all frames are shown later than that by the same delay.
             begin_s = first * tick if self.info.container == ffmpeg.MOV else self.info.start_s
             stamps = [entry.timestamp for entry in entries]
             if any(later <= earlier for earlier, later in pairwise(stamps)):
-                return []  # it lies: what comes first is not known
+                return []  # the index is wrong, so the order of frames is unknown
             return [Keyframe(e.timestamp * tick - begin_s, e.timestamp) for e in entries if e.is_keyframe]
         if start_s > BACK_S[-1]:
             self._seek(start_s - BACK_S[-1])
@@ -98,7 +106,7 @@ class Track:
         return sorted(found)
 
     def times(self) -> list[float] | None:
-        """Return the time of every frame, ascending, without decoding; None where packets do not tell."""
+        """Return the time of every frame, ascending, without decoding; None if packets lack timestamps or repeat them."""
         if not self._has_times:
             return None
         packets = self._packets()
@@ -107,27 +115,32 @@ class Track:
             return None
         tick = float(self._stream.time_base)
         times = sorted(stamp * tick - self.info.start_s for stamp in stamps)
-        # Frames before the first one that can be decoded lack those that they were predicted from.
+        # Frames before the first decodable one lack the frames that they were predicted from.
         return times[bisect_left(times, -ffmpeg.TOLERANCE_S) :]
 
     def from_beginning(
         self, times_s: Sequence[float], damaged: ffmpeg.Damage, *, sparing: bool = False
     ) -> Iterator[TimedFrame]:
-        """Return all frames; with `sparing` as of `from_keyframe`."""
+        """Return all frames. See `from_keyframe` for `times_s` and `sparing`."""
         self._rewind()
         packets = self._packets(damaged)
         if sparing:
-            packets = self._spared(
-                packets, [max(0.0, time) for time in times_s]
-            )  # the first one is shown before it begins
+            # Times before the video begins get the first frame.
+            packets = self._spared(packets, [max(0.0, time) for time in times_s])
         return self._decoded(packets, damaged)
 
     def from_keyframe(
         self, keyframe: Keyframe, times_s: Sequence[float], damaged: ffmpeg.Damage, *, sparing: bool
     ) -> Iterator[TimedFrame] | None:
-        """Return the frames from a keyframe on, which is shown at the first of some times or before; None if none there is.
+        """Return the frames from a keyframe on, or None if no intact keyframe is shown by the first wanted time.
 
-        `sparing`: frames that are shown at none of the times, and on which no other depends, may be missing.
+        Args:
+            times_s: wanted times in seconds from the first frame, ascending.
+            damaged: called only for damage found after decoding has started at an intact keyframe.
+            sparing: let the decoder skip frames that are not on screen at any wanted time and that no other frame depends on.
+
+        Raises:
+            Unreachable: FFmpeg cannot seek to the keyframe.
         """
 
         def note(mark: object) -> None:
@@ -143,7 +156,7 @@ class Track:
         for time, frame in frames:
             if time > times_s[0] + ffmpeg.TOLERANCE_S:
                 break
-            # Before the first true keyframe, frames may lack the frames that they were predicted from.
+            # Frames before the first true keyframe may lack the frames that they were predicted from.
             if _is_whole(frame):
                 landed = time > latest
                 if not landed:
@@ -153,20 +166,20 @@ class Track:
         return None
 
     def packets(self, keyframe: Keyframe | None) -> Iterator[Packet | None]:
-        """Return the packets from a keyframe on, or all of them, as `ffmpeg.packets`. Raises Unreachable."""
+        """Return the packets from a keyframe on (None: all packets), as `ffmpeg.packets` does. Raises Unreachable."""
         if keyframe is not None:
             return self._from(keyframe, ffmpeg.ignore_damage)
         self._rewind()
         return self._packets()
 
     def alone(self, keyframe: Keyframe) -> TimedFrame | None:
-        """Return the frame of a keyframe, decoded by itself; None if it cannot be."""
+        """Decode a single keyframe without other packets. Returns None if that fails."""
         decode = ffmpeg.decoder(self._stream, self.info.crop)
         frames: list[VideoFrame] = []
         try:
             for packet in self._from(keyframe, ffmpeg.ignore_damage):
                 frames = decode(packet)
-                if frames or not self.info.interlaced:  # where a packet may be half a frame
+                if frames or not self.info.interlaced:  # an interlaced packet may hold half a frame
                     break
             frames = frames or decode(None)
         except (av.error.FFmpegError, Unreachable):
@@ -179,10 +192,10 @@ class Track:
         return stamp - self.info.start_s, frames[0]
 
     def can_spare(self) -> bool:
-        """Return whether frames can be left out, by their times, with the others staying the same.
+        """Return True if frames can be skipped by their times without changing the remaining frames.
 
-        In HEVC a frame on which no other of its layer depends may be needed by those of higher layers; the header counts them.
-        Interlaced frames may be stored in two packets.
+        In HEVC, a frame that no other frame of its layer depends on may still be needed by higher layers, so the header must
+        state a single layer. Interlaced video is excluded because a frame may be stored in two packets.
         """
         context = self._stream.codec_context
         name = context.codec.canonical_name
@@ -211,11 +224,11 @@ class Track:
         return ffmpeg.packets(self._container, self._stream, damaged)
 
     def _stamp(self, packet: Packet) -> int | None:
-        """Return the time by which a packet is known: in Matroska, which has no decoding times, of display."""
+        """Return the timestamp that identifies a packet: its decoding time, or its display time in Matroska, which has no other."""
         return packet.pts if self.info.container == ffmpeg.MATROSKA else packet.dts
 
     def _seek(self, time_s: float) -> None:
-        """Raises Unreachable."""
+        """Seek to a time in seconds from the first frame. Raises Unreachable."""
         self._at_beginning = False
         try:
             self._container.seek(math.floor((time_s + self.info.start_s) / self._stream.time_base), stream=self._stream)
@@ -223,7 +236,7 @@ class Track:
             raise Unreachable from error
 
     def _from(self, keyframe: Keyframe, damaged: ffmpeg.Damage) -> Iterator[Packet | None]:
-        """Return the packets from a keyframe on. Raises Unreachable."""
+        """Seek to a keyframe and return the packets from it on. Raises Unreachable."""
         for back_s in BACK_S:
             self._seek(keyframe.time_s + ffmpeg.TOLERANCE_S - back_s)
             packets = self._packets(damaged)
@@ -238,11 +251,11 @@ class Track:
         raise Unreachable
 
     def _spared(self, packets: Iterator[Packet | None], times_s: Sequence[float]) -> Iterator[Packet | None]:
-        """Yield the same packets, each with the decoder told before whether its frame may be left out."""
+        """Yield the packets unchanged, and tell the decoder before each one whether it may skip the frame."""
         context = self._stream.codec_context
         tick = float(self._stream.time_base)
         ahead: deque[Packet | None] = deque()
-        shown: list[float] = []  # times at which frames near by are shown, ascending
+        shown: list[float] = []  # display times of nearby frames, ascending
         ends = False
         held = 0
         count = 0
@@ -281,9 +294,10 @@ class Track:
             context.skip_frame = "DEFAULT"
 
     def _decoded(self, packets: Iterator[Packet | None], damaged: ffmpeg.Damage) -> Iterator[TimedFrame]:
-        """Frames with their times: where the file states none, one step after the frame before.
+        """Yield the decoded frames with their times in seconds from the first frame.
 
-        So is the first frame after a restart of the file's clock, from where on times are counted.
+        A frame without a timestamp comes one frame interval after the frame before it. So does the first frame after a restart of
+        the file's clock, and later times count from there.
         """
         info = self.info
         step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
@@ -301,14 +315,20 @@ class Track:
 
 
 def _is_whole(frame: VideoFrame) -> bool:
-    """Return whether a frame depends on no other, and is undamaged: what is marked as a keyframe may only begin a gradual
-    refresh.
+    """Return True if a frame is undamaged and depends on no other frame.
+
+    The keyframe mark does not suffice, because a marked frame may only begin a gradual refresh.
     """
     return bool(frame.key_frame) and frame.pict_type == PictureType.I and not frame.is_corrupt
 
 
 def _is_wanted(time_s: float, shown_s: Sequence[float], times_s: Sequence[float]) -> bool:
-    """Return whether the frame of that time is on screen at one of `times_s`; `shown_s`: the times of frames near by, ascending."""
+    """Return True if the frame shown at `time_s` is on screen at one of `times_s`.
+
+    Args:
+        shown_s: display times of nearby frames, ascending.
+        times_s: wanted times, ascending.
+    """
     following = bisect_right(shown_s, time_s)
     ends_s = shown_s[following] if following < len(shown_s) else math.inf
     first = bisect_left(times_s, time_s - ffmpeg.TOLERANCE_S)

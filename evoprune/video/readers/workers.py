@@ -1,4 +1,4 @@
-"""Work that threads do side by side, with results in the order of the work, whatever the number of threads."""
+"""Runs jobs in parallel threads and yields their results in job order, regardless of the number of threads."""
 
 import threading
 from collections import deque
@@ -12,18 +12,18 @@ Job = TypeVar("Job")
 Item = TypeVar("Item")
 Tools = Callable[[], AbstractContextManager[Callable[[Job], Iterator[Item]]]]
 
-LOOK_S = 0.5  # how often it is looked whether all threads make progress
+LOOK_S = 0.5  # interval at which the progress of all threads is checked
 
 
 def in_order(jobs: Sequence[Job], tools: Tools, threads: int, room: int) -> Iterator[Item]:
-    """Yield the results of jobs, job after job.
+    """Run jobs and yield their items in job order.
+
+    An exception in a job is raised after all items that precede it, and ends the other jobs. Closing the iterator ends the threads.
 
     Args:
-        tools: enters what a thread needs, and gives what makes items of a job.
-        threads: at most so many; with one the work is done in the calling thread, as items are asked for.
-        room: how many items may wait for their turn, in all.
-
-    Whatever a job raises comes after all items before it, and ends the rest. Closing the iterator ends the threads.
+        tools: context manager that sets up a thread and yields a function from a job to its items.
+        threads: maximum number of threads. With 1, the calling thread does the work as items are requested.
+        room: maximum number of finished items, over all jobs, that wait for their turn.
     """
     if threads > 1 and len(jobs) > 1:
         yield from _Crew(jobs, tools, room).run(min(threads, len(jobs)))
@@ -34,25 +34,25 @@ def in_order(jobs: Sequence[Job], tools: Tools, threads: int, room: int) -> Iter
 
 
 class _Stopped(BaseException):
-    """Nobody wants the results any more."""
+    """Raised inside workers after the consumer closes the iterator."""
 
 
 class _Crew(Generic[Job, Item]):
-    """Threads that share a list of jobs. What they change is guarded by one condition."""
+    """Threads that share a list of jobs. One condition guards their shared state."""
 
     def __init__(self, jobs: Sequence[Job], tools: Tools, room: int):
         self._jobs = jobs
         self._tools = tools
         self._room = room
         self._changed = threading.Condition()
-        self._taken = 0  # jobs that a thread has begun
-        self._head = 0  # the job whose items are next
-        self._made: list[deque[Item]] = [deque() for _ in jobs]  # items that wait for their turn
-        self._ended: list[BaseException | bool] = [False] * len(jobs)  # whether a job is complete, or why it failed
-        self._waiting = 0  # items, of all jobs
+        self._taken = 0  # number of jobs that threads have taken
+        self._head = 0  # index of the job whose items are yielded next
+        self._made: list[deque[Item]] = [deque() for _ in jobs]  # finished items per job that wait for their turn
+        self._ended: list[BaseException | bool] = [False] * len(jobs)  # per job: complete, or why it failed
+        self._waiting = 0  # total number of waiting items
         self._stopped = False
         self._busy: set[threading.Thread] = set()
-        self._silent: set[threading.Thread] = set()  # busy ones that have made no progress since the last sign of life
+        self._silent: set[threading.Thread] = set()  # busy threads without progress since the last heartbeat
 
     def run(self, threads: int) -> Iterator[Item]:
         members = [threading.Thread(target=self._serve, name="evoprune-read", daemon=True) for _ in range(threads)]
@@ -67,18 +67,18 @@ class _Crew(Generic[Job, Item]):
                 self._stopped = True
                 self._changed.notify_all()
             for member in members:
-                if member.ident is not None:  # it was started
+                if member.ident is not None:  # the thread was started
                     member.join()
 
     def _next(self, job: int) -> tuple[Item] | None:
-        """Return the next item of a job; None after its last one."""
+        """Wait for the next item of a job and return it in a tuple, or None after the last one."""
         with self._changed:
             if job != self._head:
                 self._head = job
                 self._changed.notify_all()
             while not self._made[job] and not self._ended[job]:
                 self._changed.wait(LOOK_S)
-                if not self._silent:  # a thread that lives does not hide one that hangs
+                if not self._silent:  # report progress only if every busy thread made some, so none can hang unnoticed
                     ffmpeg.alive()
                     self._silent = set(self._busy)
             if self._made[job]:
@@ -123,7 +123,7 @@ class _Crew(Generic[Job, Item]):
             return self._taken - 1
 
     def _put(self, job: int, item: Item) -> None:
-        """Waits for room, unless the item is the next."""
+        """Store a finished item. Waits for room, unless the consumer needs this item next."""
         me = threading.current_thread()
         with self._changed:
             self._busy.discard(me)

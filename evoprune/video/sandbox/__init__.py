@@ -1,4 +1,4 @@
 """Runs the readers in another process, so that a broken or malicious file cannot crash or stall this one.
 
-`isolation` is the entry: it borrows a worker process, which runs `worker`; messages and frames go over a `channel`.
+Callers use `isolation`, which borrows a worker process that runs `worker`. Messages and frames travel over a `channel`.
 """

@@ -1,6 +1,6 @@
-"""Between two processes: messages, plain data as JSON with at most one file descriptor, signs of life, and memory for frames.
+"""Communication with a worker process: JSON messages with at most one file descriptor, heartbeats, and shared memory for frames.
 
-No pickle: a malicious video may have taken over the process that reads it, and must not run code in the other one.
+Messages are never pickled, because a malicious video may control the worker and must not run code in this process.
 """
 
 import json
@@ -18,25 +18,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-# Arrays of one video that share reused memory: the caller's, the one before it, and the one that is being filled.
+# Reusable arrays per video: the caller's current one, the one before it, and the one that is being filled.
 PIECES = 3
-LARGEST = 2**26  # bytes of a message
-ALIVE_EVERY_S = 1.0  # signs of life come at most this often
+LARGEST = 2**26  # size limit of a message in bytes
+ALIVE_EVERY_S = 1.0  # minimum interval between heartbeats
 _LENGTH = struct.Struct("<I")
-_ALIVE = _LENGTH.pack(0)  # in the place of a message's length; then what is done
+_ALIVE = _LENGTH.pack(0)  # replaces the length of a message in a heartbeat; the number of finished frames follows
 
 
 class Channel:
-    """Hold one end of a connected Unix socket. Sending and receiving may raise OSError; the caller closes a `descriptor` that came.
+    """One end of a connected Unix socket. Sending and receiving may raise OSError.
 
-    `done`: how many frames of the answer are there, which signs of life tell; 0 after each message.
+    Args:
+        descriptors: maximum number of file descriptors that a message may bring.
+
+    Attributes:
+        done: number of frames of the next answer that are finished; heartbeats report it, and `send` resets it to 0.
     """
 
     def __init__(self, end: socket.socket, descriptors: int = 0):
         self._socket = end
         self._reported = 0.0
         self.done = 0
-        self._descriptors = descriptors  # that a message may bring
+        self._descriptors = descriptors
 
     def send(self, message: dict, descriptor: int | None = None) -> None:
         content = json.dumps(message).encode()
@@ -50,7 +54,7 @@ class Channel:
         self.done = 0
 
     def report_alive(self) -> None:
-        """Report progress before there is a message, unless that was done just now."""
+        """Send a heartbeat with the progress, at most once per `ALIVE_EVERY_S`."""
         now = time.monotonic()
         if now - self._reported > ALIVE_EVERY_S:
             self._reported = now
@@ -59,9 +63,18 @@ class Channel:
     def receive(
         self, patience_s: float | None = None, on_alive: Callable[[int], None] | None = None
     ) -> tuple[dict, int | None]:
-        """Return the next message, and the descriptor that came with it. `on_alive`: called with what a sign of life tells.
+        """Wait for the next message.
 
-        Raises EOFError: the other end is closed. TimeoutError: neither a message nor a sign of life for `patience_s`.
+        Args:
+            patience_s: timeout in seconds, which every heartbeat restarts; None waits forever.
+            on_alive: called with the number of finished frames at every heartbeat.
+
+        Returns:
+            The message, and the file descriptor that came with it or None. The caller closes the descriptor.
+
+        Raises:
+            EOFError: the other end is closed.
+            TimeoutError: neither a message nor a heartbeat came for `patience_s`.
         """
         self._socket.settimeout(patience_s)
         while True:
@@ -88,7 +101,7 @@ class Channel:
         return bytes(content)
 
     def shut(self) -> None:
-        """Shut the channel, for another thread: whoever receives gets an EOFError."""
+        """Shut the connection down from another thread. A thread that waits in `receive` gets an EOFError."""
         with suppress(OSError):  # the other end is closed
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -97,11 +110,14 @@ class Channel:
 
 
 class FrameMemory:
-    """Shared memory for the frames of one video, array after array; `size` is the bytes of the largest.
+    """Shared memory for the arrays of one video.
 
-    A piece is used again once nobody holds its array or a view of it. New memory would come from the system page by page, in
-    both processes, which takes as long as decoding a picture. Callers that hold more than `PIECES` arrays get further ones
-    in memory of their own.
+    A piece of memory is reused once its array and all views of it are gone. Fresh memory would be mapped page by page in both
+    processes, which takes as long as decoding a picture. A caller that keeps more than `PIECES` arrays gets separate memory for the
+    additional ones.
+
+    Args:
+        size: bytes of the largest array.
     """
 
     def __init__(self, size: int):
@@ -111,31 +127,37 @@ class FrameMemory:
         self._free: list[int] = []
 
     def take(self, shape: tuple[int, ...]) -> tuple["np.ndarray", int | None, int | None]:
-        """Return a uint8 array to be filled; the number of its piece, None if it has memory of its own; and a file descriptor of
-        the memory, which the caller closes, None if the other process has it already. Raises OSError where there is no memory.
+        """Return memory for an array that the worker is to fill.
+
+        Returns:
+            A uint8 array of that shape; the number of its piece, or None if its memory is not reused; and a file descriptor of the
+            memory, which the caller closes, or None if the worker has the memory already.
+
+        Raises:
+            OSError: no memory can be allocated.
         """
         import numpy as np
 
         size = prod(shape)
         descriptor = None
-        if self._forks != _forks:  # a forked copy may hold arrays that this process has released: do not reuse them
+        if self._forks != _forks:  # a forked child may still use arrays that this process has released
             self._forks, self._pieces, self._free = _forks, [], []
         if self._free:
             number = self._free.pop()
-        elif len(self._pieces) == PIECES or 2 * size <= self._size:  # the last array may be small, and held for long
+        elif len(self._pieces) == PIECES or 2 * size <= self._size:  # the last array may be small and kept for long
             piece, descriptor = shared_memory(size)
             return np.frombuffer(piece, np.uint8).reshape(shape), None, descriptor
         else:
             piece, descriptor = shared_memory(self._size)
             number = len(self._pieces)
             self._pieces.append(piece)
-        array = np.frombuffer(self._pieces[number], np.uint8, size)  # all views of it keep this array alive
+        array = np.frombuffer(self._pieces[number], np.uint8, size)  # views keep this array alive
         weakref.finalize(array, self._free.append, number).atexit = False
         return array.reshape(shape), number, descriptor
 
 
 def shared_memory(size: int) -> tuple[mmap.mmap, int]:
-    """Make `size` bytes of memory, and a file descriptor of them for another process, which cannot shrink them."""
+    """Allocate `size` bytes of shared memory and a file descriptor for another process, which cannot resize them."""
     import fcntl
 
     descriptor = os.memfd_create("evoprune-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

@@ -1,7 +1,7 @@
-"""The entry to the sandbox: runs a task, or streams frames, in a worker process, which reads one video at a time.
+"""Runs tasks and streams frames in worker processes, each of which reads one video at a time.
 
-If it crashes or takes too much memory, the request is repeated once in a new process, because an earlier video may have caused it;
-the second time it is the video's fault. A process that hangs is ended, and the request is not repeated.
+If a worker crashes or exceeds its memory limit, the request is retried once in a new process, because an earlier video may be the
+cause. A second failure is blamed on the video. A worker that hangs is killed, and its request is not retried.
 """
 
 import atexit
@@ -33,32 +33,35 @@ from evoprune.video.sandbox.channel import Channel, FrameMemory
 if TYPE_CHECKING:
     import numpy as np
 
-MAX_IDLE = 2  # processes that are kept for later videos
-SILENCE_S = 25.0  # a worker that reports no progress for so long counts as hung
-CLIP_PIECE = 2**20  # bytes of a clip that come at once
-LOOK_S = 0.1  # how often a thread that waits for another one looks whether it is still wanted
-# Elsewhere everything runs in this process, and FFmpeg is trusted. The executable of a frozen program is no Python.
+MAX_IDLE = 2  # worker processes kept for later videos
+SILENCE_S = 25.0  # a worker that reports no progress for this long counts as hung
+CLIP_PIECE = 2**20  # bytes of a clip per answer
+LOOK_S = 0.1  # interval at which a waiting thread checks whether its result is still wanted
+# Other systems run everything in this process and trust FFmpeg. Frozen programs do too: their executable is not Python.
 POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
 FilledArray = tuple["np.ndarray", dict[str, Any]]  # uint8 [n, H, W, 3], and what `worker.FrameReader.fill` returns
 OnFrames = Callable[[int], None]
-# What the process runs. It imports from the same paths as this one.
+# The code that a worker process runs. It imports from the same paths as this process.
 PROGRAM = "import sys; sys.path[:] = {paths}; from evoprune.video.sandbox.worker import main; main({socket})"
 ERRORS = {error.type: error for error in (UsageError, VideoError, OutOfMemory)}
 HINT = "it is damaged, or made to do harm; if it plays elsewhere, convert it, e.g. with ffmpeg"
 
 
 class Crash(VideoError):
-    """Report a worker process that has ended, or cannot be used any more."""
+    """Raised when a worker process has ended or can no longer be used."""
 
 
 class Stopped(Exception):
-    """Nobody wants what was to be read: `Scope.stop` has ended it."""
+    """Raised in reading threads after `Scope.stop`, because their results are no longer wanted."""
 
 
 class WorkerProcess:
-    """Run a process that reads videos, one request at a time. `path` names the video in messages.
+    """A process that reads videos, one request at a time.
 
-    `busy`: one is unanswered. `stopped`: see `stop`.
+    Attributes:
+        path: name of the video in error messages.
+        busy: True while a request is unanswered, or the process is in the middle of a video.
+        stopped: True after `stop`.
     """
 
     def __init__(self):
@@ -78,17 +81,17 @@ class WorkerProcess:
             self._process = subprocess.Popen(  # noqa: S603 (this Python, and a program of our own)
                 # -S: `site` would only set paths, which PROGRAM sets.
                 [sys.executable, "-I", "-S", f"-Xutf8={sys.flags.utf8_mode}", "-c", program],
-                stdin=subprocess.PIPE,  # closes when this process ends, and that ends the worker
+                stdin=subprocess.PIPE,  # closes when this process ends, which ends the worker
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # numpy would start threads that nobody needs
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # otherwise numpy starts threads without need
                 pass_fds=[there.fileno()],
-                start_new_session=True,  # Ctrl-C is for this process
+                start_new_session=True,  # Ctrl-C must reach only this process
             )
         self.pid = self._process.pid
 
     def request(self, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return the message that requests a task. Raises VideoError if its path is relative to a folder that no longer exists."""
+        """Build the message that requests a task. Raises VideoError if `path` is relative and the current folder is gone."""
         try:
             folder = None if os.path.isabs(self.path) else os.getcwd()
         except FileNotFoundError as error:
@@ -96,14 +99,24 @@ class WorkerProcess:
         return {"task": task, "folder": folder, "arguments": arguments}
 
     def ask_to_fill(self, memory: FrameMemory, shape: tuple[int, ...], more: dict[str, Any]) -> "np.ndarray":
-        """Request the next frames, with `more` entries of the message: uint8 `[n, H, W, 3]`, filled when `answer` returns.
+        """Request the next frames, or bytes of a clip.
 
-        Raises VideoError: a limit on the size of files forbids such memory. UsageError: too many open files. MemoryError.
+        Args:
+            shape: `(n, H, W, 3)` for frames, `(n,)` for bytes.
+            more: further entries of the message.
+
+        Returns:
+            A uint8 array of that shape in shared memory. Its contents are valid once `answer` returns.
+
+        Raises:
+            VideoError: the system's limit on file sizes is too low for the shared memory.
+            UsageError: too many open files.
+            MemoryError: there is not enough memory.
         """
         try:
             frames, number, descriptor = memory.take(shape)
         except OSError as error:
-            self.busy = True  # in the middle of a video, so the process cannot serve another one
+            self.busy = True  # the process is in the middle of a video, so it cannot serve another one
             if error.errno == errno.EFBIG:
                 message = "the limit on the size of files is below that of a few frames"
                 raise VideoError(message, "ulimit -f unlimited") from error
@@ -118,7 +131,7 @@ class WorkerProcess:
         return frames
 
     def send(self, message: dict[str, Any], descriptor: int | None = None) -> None:
-        """Send a request, which `answer` answers. Raises Crash."""
+        """Send a request; `answer` returns its result. Raises Crash, OutOfMemory or Stopped if the process has ended."""
         self.busy = True
         try:
             self._channel.send(message, descriptor)
@@ -126,9 +139,15 @@ class WorkerProcess:
             raise self._crash() from error
 
     def answer(self, on_frames: OnFrames | None = None) -> Any:
-        """Return the result of the request. Raises what `run_task` raises, and Crash where that tries again.
+        """Wait for the result of the request and return it.
 
-        `on_frames`: called about each second with how many frames there are so far.
+        Args:
+            on_frames: called about once a second with the number of frames read so far.
+
+        Raises:
+            Crash: the process crashed or exceeded its memory limit. `run_task` retries then.
+            Stopped: another thread called `stop`.
+            VideoError, OutOfMemory, UsageError: see `run_task`.
         """
         try:
             message, _ = self._channel.receive(SILENCE_S, on_frames)
@@ -138,7 +157,7 @@ class WorkerProcess:
         except (OSError, EOFError, ValueError, RecursionError) as error:
             raise self._crash() from error
         self._answered = True
-        # An earlier video in the same process may have taken the memory, so this is a crash: it is tried again.
+        # An earlier video may have taken the memory of this process. Counting this as a crash makes `run_task` retry.
         if limit := message.get("memory"):
             raise Crash(f"reading {self.path} takes more than {limit / 2**30:.1f} GiB of memory", HINT)
         self.busy = False
@@ -173,27 +192,27 @@ class WorkerProcess:
         return problem
 
     def kill(self) -> None:
-        """Kill the process, whatever it does; for another thread: whoever waits for an answer gets a `Crash`."""
+        """Kill the process. Other threads may call this; a thread that waits in `answer` gets a `Crash`."""
         self._process.kill()
 
     def stop(self) -> None:
-        """Kill the process, for another thread: whoever waits for an answer gets `Stopped`, also where a disk holds the process."""
+        """Kill the process from another thread. `answer` raises `Stopped` at once, even if the process is blocked by a disk."""
         self.stopped = True
         self._channel.shut()
         self.kill()
 
     def end(self) -> None:
-        """Kill the process, and forget it."""
+        """Kill the process and release its resources."""
         self.kill()
         self._process.stdin.close()
         self._channel.close()
         self._stderr.close()
-        with suppress(subprocess.TimeoutExpired):  # a process that waits for a disk ends once the disk answers
+        with suppress(subprocess.TimeoutExpired):  # a process blocked by a disk ends once the disk answers
             self._process.wait(1)
 
 
 class InProcess:
-    """Answer requests in this process, as a `WorkerProcess` does: each runs when `answer` asks for its result."""
+    """Stand-in for `WorkerProcess` that runs requests in this process, when `answer` is called."""
 
     def __init__(self):
         from evoprune.video.sandbox.worker import Server
@@ -222,20 +241,20 @@ class InProcess:
         return self._pending()
 
     def kill(self) -> None:
-        """Do nothing: a request that runs here cannot be ended."""
+        """Do nothing, because a request in this process cannot be killed."""
 
     def close(self) -> None:
         self._server.close()
 
 
 _idle: list[WorkerProcess] = []
-_lock = threading.RLock()  # memory may be cleaned up, which gives a process back, in whoever holds it
+_lock = threading.RLock()  # reentrant: garbage collection may return a process while its thread holds the lock
 _most_idle = MAX_IDLE
 
 
 @contextmanager
 def keep_idle(count: int) -> Iterator[None]:
-    """Keeps up to so many processes while the block runs, which reads as many videos at a time; afterwards `MAX_IDLE` again."""
+    """Keep up to `count` idle processes during a block that reads this many videos at a time. Restores the limit afterwards."""
     global _most_idle
     before = _most_idle
     _most_idle = max(before, count)
@@ -251,28 +270,28 @@ def keep_idle(count: int) -> Iterator[None]:
 
 
 class Scope:
-    """Bound the reading of a thread, and of the threads that it starts: entered there, stopped from another thread.
+    """Cancellation scope for the reading that a thread and its child threads do. Another thread stops it.
 
-    A thread inherits the scope of the one that starts it where `contextvars.copy_context().run` runs it.
+    A child thread inherits the scope if it runs in `contextvars.copy_context().run`.
     """
 
     def __init__(self):
-        self._outer: Scope | None = None  # that of the thread that started those that have entered
+        self._outer: Scope | None = None  # scope inherited from the thread that started the one that entered
         self._stopped = False
         self._workers: set[WorkerProcess] = set()
 
     def enter(self) -> None:
-        """Have this thread read in this scope from now on, within the one that it inherits."""
+        """Make this the scope of the current thread, nested in the scope that the thread inherited."""
         self._outer = _scope.get()
         _scope.set(self)
 
     @property
     def stopped(self) -> bool:
-        """Return whether it was stopped, or the one around it."""
+        """True if this scope or an outer one was stopped."""
         return self._stopped or (self._outer is not None and self._outer.stopped)
 
     def stop(self) -> None:
-        """End all reading at once: whoever waits for a worker process in this scope, or wants one, gets `Stopped`."""
+        """Stop all reading in this scope at once. Threads that wait for a worker process, or ask for one, get `Stopped`."""
         with _lock:
             self._stopped = True
             for worker in list(self._workers):
@@ -280,7 +299,7 @@ class Scope:
 
     @contextmanager
     def using(self, worker: WorkerProcess) -> Iterator[None]:
-        """Has `stop` end a worker process during a block. Raises Stopped."""
+        """Let `stop` kill a worker process during a block. Raises Stopped if the scope was stopped before."""
         with _lock:
             if self._stopped:
                 raise Stopped
@@ -298,14 +317,25 @@ _scope: ContextVar[Scope | None] = ContextVar("evoprune-scope", default=None)
 
 
 def check_wanted() -> None:
-    """Raises Stopped where nobody wants any more what this thread reads."""
+    """Raise Stopped if the scope of this thread was stopped."""
     scope = _scope.get()
     if scope and scope.stopped:
         raise Stopped
 
 
 def wait_for(changed: threading.Condition, true: Callable[[], Any], patience_s: float = math.inf) -> bool:
-    """Waits for what another thread reads, with the lock of `changed`; whether it is true at the end. Raises Stopped."""
+    """Wait until a condition becomes true in another thread. The caller holds the lock of `changed`.
+
+    Args:
+        true: the condition; called with the lock held.
+        patience_s: timeout in seconds.
+
+    Returns:
+        True if the condition holds, False after a timeout.
+
+    Raises:
+        Stopped: the scope of this thread was stopped.
+    """
     end_s = time.monotonic() + patience_s
     while not changed.wait_for(true, min(LOOK_S, end_s - time.monotonic())):
         check_wanted()
@@ -315,7 +345,7 @@ def wait_for(changed: threading.Condition, true: Callable[[], Any], patience_s: 
 
 
 def warm_up() -> None:
-    """Start a process for the first video unless one is idle, without waiting for it. Where that fails, `borrow` raises later."""
+    """Start a process for the first video without waiting for it, unless one is idle. Errors are left for `borrow` to raise."""
     if POSSIBLE and not _idle:
         with suppress(OSError), _lock:
             _idle.append(WorkerProcess())
@@ -323,9 +353,10 @@ def warm_up() -> None:
 
 @contextmanager
 def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
-    """Provide a process for one video, idle or new. It is kept afterwards unless a request is unanswered; then it is ended.
+    """Yield an idle or new process for one video.
 
-    Where no process is `POSSIBLE`, requests are answered in this one.
+    Afterwards the process becomes idle, or is killed if a request is unanswered, it was stopped, or enough others are idle. If
+    worker processes are not `POSSIBLE`, the requests run in this process.
     """
     if not POSSIBLE:
         with closing(InProcess()) as here:
@@ -341,7 +372,7 @@ def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
                 worker = WorkerProcess()
             except OSError as error:
                 raise process_error("start the process that reads videos", error, "read") from error
-        elif worker._process.poll() is not None:  # what ended one that idled is not the next video's fault
+        elif worker._process.poll() is not None:  # ended while idle, so not because of this video
             worker.end()
             worker = None
     worker.path = path
@@ -361,7 +392,7 @@ def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
 
 @atexit.register
 def end_all() -> None:
-    """End the idle processes. Borrowed ones end with this process."""
+    """Kill the idle processes. Borrowed ones end with this process."""
     with _lock:
         ended = list(_idle)
         _idle.clear()
@@ -370,7 +401,7 @@ def end_all() -> None:
 
 
 def _forget() -> None:
-    """Forget the workers in a forked copy of this process: they belong to the original."""
+    """Forget the workers in a forked child, because they belong to its parent."""
     global _lock, _idle
     _lock = threading.RLock()
     _idle = []
@@ -383,12 +414,17 @@ if hasattr(os, "register_at_fork"):
 def run_task(
     task: str, path: str, arguments: dict[str, Any], on_frames: OnFrames | None = None
 ) -> dict[str, Any] | None:
-    """Return the result of one of `worker.TASKS` as plain data. `path` is the video's, for messages; `on_frames`: as of `answer`.
+    """Run one of `worker.TASKS` in a worker process and return its result as plain data.
+
+    Args:
+        path: path of the video, for error messages.
+        on_frames: see `WorkerProcess.answer`.
 
     Raises:
-        VideoError: the process crashed or took too much memory, twice, or made no progress for `SILENCE_S`.
-        OutOfMemory: there is none to start a process, or the system ended it. UsageError: no process can be started.
-        What the task raises.
+        VideoError: the process crashed or exceeded its memory limit twice, or made no progress for `SILENCE_S`; or the task
+            raised it.
+        OutOfMemory: no memory to start a process, or the system killed it for lack of memory.
+        UsageError: no process can be started; or the task raised it.
     """
     for again in (True, False):
         try:
@@ -407,13 +443,14 @@ def stream_frames(
     how: dict[str, Any],
     on_frames: OnFrames = lambda frames: None,
 ) -> Iterator[FilledArray]:
-    """Yield the frames on screen at given times, as `frames.read_chunks`, in arrays; raises what `run_task` raises.
+    """Yield the frames on screen at given times in arrays, see `frames.read_chunks`. Raises what `run_task` raises.
 
-    `how`: further arguments of `worker.FrameReader`.
+    The worker fills one array in shared memory while the caller uses the one before it.
 
-    The worker fills one array while the caller uses the one before it, in memory that both processes share. `sizes` are the frames
-    of each array, of which there is at least one; their sum is the number of times. `on_frames`: called about each second, by the
-    thread that iterates, with how many frames there are so far, at least.
+    Args:
+        sizes: number of frames per array, at least one array. Their sum is the number of times.
+        how: further arguments of `worker.FrameReader`.
+        on_frames: called about once a second, by the iterating thread, with a lower bound on the number of frames read so far.
     """
     stream = partial(_stream_once, on_frames=on_frames)
     done = 0
@@ -423,7 +460,7 @@ def stream_frames(
                 done += 1
                 yield filled
     except Crash:
-        # All times again, because on all of them depends whether times are moved.
+        # Request all times again, because whether times are moved to keyframes depends on all of them.
         with closing(stream(info, times_s, sizes, how)) as arrays:
             yield from islice(arrays, done, None)
 
@@ -433,19 +470,19 @@ def _stream_once(
 ) -> Iterator[FilledArray]:
     shapes = [(size, info.height, info.width, 3) for size in sizes]
     memory = FrameMemory(max(map(prod, shapes)))
-    there = 0  # frames in the arrays before the one that is being filled
+    there = 0  # frames in the arrays that are already filled
 
     def count(frames: int) -> None:
         on_frames(there + frames)
 
     with borrow(info.path) as worker:
         begin = worker.request("frames", {"info": asdict(info), "times_s": list(times_s), **how})
-        # One message opens the video and asks for its first array: a round trip costs as much as a small picture.
+        # One message opens the video and requests its first array, because a round trip costs as much as a small picture.
         coming = worker.ask_to_fill(memory, shapes[0], begin | {"last": len(shapes) == 1})
         for number, shape in enumerate(shapes[1:], 2):
             filled = coming, worker.answer(count)
             there += len(coming)
-            del coming  # so that only the caller holds the array, and its memory can be reused once the caller drops it
+            del coming  # leaves the caller as the only owner, so the memory is reused once the caller drops the array
             coming = worker.ask_to_fill(memory, shape, {"last": number == len(shapes)})
             yield filled
             del filled
@@ -455,10 +492,15 @@ def _stream_once(
 
 
 def stream_clip(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
-    """Yield the facts of a `cutting.ClipReader`, then pieces of the clip: the place of each in its file, which lies no further than
-    those before reach, and the bytes.
+    """Yield the facts of a `cutting.ClipReader`, then the pieces of the clip as (offset in the clip's file, bytes).
 
-    `how`: further arguments of `ClipReader`. Raises what `run_task` raises. A crash is not tried again: the caller can write anew.
+    An offset never lies beyond the end of the earlier pieces, so the file has no holes.
+
+    Args:
+        how: further arguments of `ClipReader`.
+
+    Raises:
+        VideoError, OutOfMemory, UsageError: see `run_task`. Crashes are not retried; the caller can start over.
     """
     with closing(_clip_pieces(info, how)) as pieces:
         yield next(pieces)
@@ -471,9 +513,8 @@ def stream_clip(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | t
 
 
 def _clip_pieces(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
-    memory = FrameMemory(
-        2 * CLIP_PIECE
-    )  # so much that each piece has memory of its own, which the process then forgets
+    # With twice the size of a piece, every piece gets memory of its own, which the worker releases after use.
+    memory = FrameMemory(2 * CLIP_PIECE)
     with borrow(info.path) as worker:
         worker.send(worker.request("clip", {"info": asdict(info), **how}))
         yield worker.answer()
@@ -482,5 +523,5 @@ def _clip_pieces(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | 
             content = worker.ask_to_fill(memory, (CLIP_PIECE,), {})
             said = worker.answer()
             done = said["done"]
-            worker.busy = not done  # so that the process ends where the clip is not wanted any more
+            worker.busy = not done  # so `borrow` kills the process if the caller stops early
             yield said["at"], content.data[: said["bytes"]]

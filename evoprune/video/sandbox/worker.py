@@ -1,15 +1,15 @@
-"""Everything that is done with FFmpeg and Pillow, by name (`TASKS`), and the program of a worker process that does it: it serves
-requests over a socket, under limits, until the other end closes. Where that is not possible, `isolation` runs the tasks itself.
+"""The worker process: runs all tasks that use FFmpeg and Pillow (`TASKS`), and serves requests over a socket until the other end
+closes. Its memory and files are limited. If worker processes are not possible, `isolation` runs the tasks in its own process.
 
 Every message is a request and gets one answer.
-- `{"task", "folder", "arguments"}` runs one of `TASKS` in that working directory. The task `frames` opens a video.
-- `{"shape", "piece", "last"}` fills an array of that shape with the next frames of the open video. `piece` numbers the memory
-  that holds the array; new memory comes with the message as a file descriptor; None means that it is used only once. `last`
-  says that no further array follows. The first request of this kind comes in one message with the task `frames`.
-- The task `live` opens a source that does not wait, of which a pipe comes as a file descriptor. Then the task `next` looks for
-  its next frame, and `shape` takes it.
-- The task `clip` begins a clip. Then each `shape`, a number of bytes, takes as many or fewer; the answer to the last one says so.
-- The answer is `{"result"}`, or `{"error"}` for the user, or `{"memory"}` with the limit that was exceeded, or `{"bug"}`.
+- `{"task", "folder", "arguments"}` runs one of `TASKS` in the working directory `folder`. The task `frames` opens a video.
+- `{"shape", "piece", "last"}` fills an array of this shape with the next frames of the open video. `piece` is the number of the
+  shared memory to use; new memory comes with the message as a file descriptor. A `piece` of None is used only once. `last` means
+  that no further array follows. The first request of this kind is part of the message with the task `frames`.
+- The task `live` opens a live source. A pipe comes as a file descriptor. The task `next` then finds the next frame, and `shape`
+  takes it.
+- The task `clip` begins a clip. Every `shape` then takes up to this number of bytes; the answer says whether they are the last.
+- The answer is `{"result"}`, `{"error"}` for the user, `{"memory"}` with the exceeded limit, or `{"bug"}` with a traceback.
 """
 
 import mmap
@@ -38,23 +38,23 @@ from evoprune.video.readers.cutting import ClipReader
 from evoprune.video.readers.live import LiveReader
 from evoprune.video.sandbox.channel import Channel
 
-if sys.platform != "win32":  # where no process is apart
+if sys.platform != "win32":  # Windows has no worker processes
     import fcntl
     import resource
 
-# Memory that any video may take, in bytes: libraries, stacks of threads, the tables of a long file, one large picture.
+# Memory limit in bytes for any video: libraries, thread stacks, the tables of a long file, one large picture.
 BASE_BYTES = 2**30
-# And for each pixel of a picture: 16 reference pictures, one picture in each of 16 threads, and some in queues, of up to
-# 3 bytes a pixel (10 bits, 4:2:0). Of further decoders, which have one thread, half as much.
+# Additional memory per pixel of a picture: 16 reference pictures, one picture in each of 16 threads, and some in queues, at up to
+# 3 bytes a pixel (10 bits, 4:2:0). Additional decoders have one thread and take half of it (`pyav.DECODER_BYTES`).
 BYTES_PER_PIXEL = 128
 
 
 def counted(done: int) -> None:
-    """Called after each frame that is read or scanned, with how many there are so far. A worker process tells it now and then."""
+    """Report the number of frames read or scanned so far, after every frame. A worker process sends it with its heartbeats."""
 
 
 def probe(path: str, folder_fps: float) -> Video:
-    """See `evoprune.video.frames.probe`."""
+    """Read the metadata of an input, see `evoprune.video.frames.probe`."""
     with ffmpeg.reading(path):
         if os.path.isdir(path):
             return folder.probe(path, folder_fps)
@@ -67,7 +67,7 @@ def probe(path: str, folder_fps: float) -> Video:
 
 
 def scan(path: str, folder_fps: float) -> ScanResult:
-    """See `evoprune.video.frames.scan`."""
+    """Decode a whole video, see `evoprune.video.frames.scan`."""
     began = time.perf_counter()
     info = probe(path, folder_fps)
     if info.kind == PICTURE:
@@ -76,7 +76,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
     damage = set()
     frames = 0
     end_s = 0.0
-    # intervals by their length, rounded so that equal ones count together
+    # Number of intervals by length, rounded so that equal ones count together.
     gaps = Counter()
     keyframes = Counter()
     with ffmpeg.reading(path):
@@ -96,7 +96,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
         raise ffmpeg.nothing_decoded(path)
     if info.duration_s is not None and first_s + info.duration_s > last_s:  # see `probing._measured`
         end_s = min(end_s, first_s + info.duration_s)
-        if info.container == ffmpeg.AVI:  # which may repeat its last frame without data
+        if info.container == ffmpeg.AVI:  # an AVI may repeat its last frame by empty packets
             end_s = first_s + info.duration_s
     keyframes[round(end_s - key_s, 4)] += 1
     median_gap = _median(gaps)
@@ -122,14 +122,14 @@ def _median(counts: Counter[float]) -> float:
 
 
 def check_decord(info: dict[str, Any] | None) -> None:
-    """Raises UsageError if decord cannot be loaded, VideoError if it cannot read this video."""
+    """Raise UsageError if decord cannot be loaded, and VideoError if it cannot read this video."""
     decord.load()
     if info is not None:
         decord.check(Video(**info))
 
 
 def frame_times(info: dict[str, Any]) -> FrameTimes:
-    """See `evoprune.video.frames.frame_times`."""
+    """Return the display times of all frames, see `evoprune.video.frames.frame_times`."""
     return pyav.frame_times(Video(**info))
 
 
@@ -143,13 +143,13 @@ TASKS = {
 
 
 def run(task: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the result of a task as plain data."""
+    """Run a task and return its result as plain data."""
     result = TASKS[task](**arguments)
     return result and asdict(result)
 
 
 class FrameReader:
-    """Read the frames on screen at given times, in order; arguments as of `isolation.stream_frames`."""
+    """Reads the frames on screen at given times, in order. See `isolation.stream_frames` for the arguments."""
 
     def __init__(self, info: Video, times_s: Sequence[float], decoder: str, **how):
         ffmpeg.picture_size(info.width * info.height)
@@ -167,10 +167,10 @@ class FrameReader:
             self._frames = pyav.read(info, times_s, self._damaged.add, **how)
 
     def fill(self, frames: np.ndarray) -> dict[str, Any]:
-        """Write the next frames into uint8 `[n, H, W, 3]`.
+        """Write the next n frames into `frames`, uint8 `[n, H, W, 3]`.
 
-        Returns fields of `FrameChunk`: the time of each frame in seconds, how many damaged packets were found that earlier calls
-        did not find, whether a frame has another shape than the video, and whether one was moved.
+        Returns:
+            The fields `times_s`, `damaged`, `other_size` and `moved` of a `FrameChunk`.
         """
         before = self._count()
         filled = []
@@ -195,11 +195,11 @@ class FrameReader:
 
 
 def main(descriptor: int) -> None:
-    """Serve the socket with that file descriptor. Standard input is a pipe without data; this process ends when it closes."""
+    """Serve the socket with this file descriptor. Standard input is a pipe without data; the process ends when it closes."""
     _end_with(0)
-    for what in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):  # files cannot grow, and there are no core dumps
+    for what in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):  # forbid writing to files, and core dumps
         resource.setrlimit(what, (0, 0))
-    # If memory runs out, the system kills this process first.
+    # Make the system kill this process first if memory runs out.
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # not every system has it
         file.write("1000")
     channel = Channel(socket.socket(fileno=descriptor), descriptors=1)
@@ -212,8 +212,8 @@ def main(descriptor: int) -> None:
 
 
 def _end_with(pipe: int) -> None:
-    """Make the system kill this process, whatever it does, when the last writer of a pipe is gone."""
-    # PR_SET_PDEATHSIG would do so when the thread that started the process ends.
+    """Make the system kill this process when the last writer of a pipe is gone, even if it is busy."""
+    # PR_SET_PDEATHSIG would kill it as soon as the thread that started it ends.
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGIO])
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
@@ -225,7 +225,7 @@ def _end_with(pipe: int) -> None:
 
 
 def _allow(pixels: int, decoders: int = 1) -> None:
-    """Raise the memory limit to what so many decoders of pictures of that size need."""
+    """Raise the memory limit to the needs of this number of decoders for pictures of `pixels` pixels."""
     needed = BASE_BYTES + BYTES_PER_PIXEL * pixels
     if decoders > 1:
         needed += pyav.ROOM_BYTES + (decoders - 1) * pyav.DECODER_BYTES * pixels
@@ -233,7 +233,7 @@ def _allow(pixels: int, decoders: int = 1) -> None:
 
 
 def _limit(memory: int) -> None:
-    """Set the memory limit in bytes, within the hard limit."""
+    """Set the memory limit in bytes, at most the hard limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard != resource.RLIM_INFINITY:
         memory = min(memory, hard)
@@ -241,13 +241,13 @@ def _limit(memory: int) -> None:
 
 
 class Server:
-    """Answer messages. `close` closes the reader that one of them has opened."""
+    """Answers messages, and keeps the reader that a message has opened until `close`."""
 
     def __init__(self):
         self._reader: FrameReader | LiveReader | ClipReader | None = None
 
     def result(self, message: dict[str, Any], array: np.ndarray | None = None) -> Any:
-        """Run the task of a message, if it has one, and fill the array, if there is one."""
+        """Run the task of a message, if any, then fill the array, if any. Returns the result of the last of the two."""
         result = None
         task = message.get("task")
         if task == "next":
@@ -280,7 +280,7 @@ def _serve(channel: Channel) -> None:
             if task == "live":
                 message["arguments"]["descriptor"] = memory
                 memory = None
-            if memory is not None:  # first, because it closes the descriptor whatever fails later
+            if memory is not None:  # first, so the descriptor is closed even if a later step fails
                 pieces[piece] = _mapped(memory)
             array = pieces[piece][: prod(shape)].reshape(shape) if shape else None
             answer = {"result": server.result(message, array)}
@@ -290,15 +290,15 @@ def _serve(channel: Channel) -> None:
             answer = {"memory": resource.getrlimit(resource.RLIMIT_DATA)[0]}
         except Exception:
             answer = {"bug": traceback.format_exc()}
-        array = None  # an idle process holds no memory for frames
-        pieces.pop(None, None)  # used only once
+        array = None  # an idle process must not keep memory for frames
+        pieces.pop(None, None)  # this piece is used only once
         if last or "result" not in answer:
             pieces.clear()
         channel.send(answer)
 
 
 def _enter(folder: str | None) -> None:
-    """Make a folder the working directory, if one is given. Raises VideoError."""
+    """Change the working directory, unless `folder` is None. Raises VideoError if that fails."""
     if folder is not None:
         try:
             os.chdir(folder)
@@ -307,7 +307,7 @@ def _enter(folder: str | None) -> None:
 
 
 def _begin(task: str, arguments: dict[str, Any]) -> tuple[FrameReader | LiveReader | ClipReader | None, dict | None]:
-    """Run a task. Returns the reader that it opens, if any, and its result."""
+    """Run a task and return the reader that it opens, or None, and its result."""
     if task == "frames":
         return FrameReader(Video(**arguments.pop("info")), **arguments), None
     if task == "live":
@@ -320,7 +320,7 @@ def _begin(task: str, arguments: dict[str, Any]) -> tuple[FrameReader | LiveRead
 
 
 def _mapped(descriptor: int) -> np.ndarray:
-    """Return uint8 `[bytes]`: memory that is shared with the other process. Closes the descriptor."""
+    """Map memory that is shared with the other process, as uint8 `[bytes]`. Closes the descriptor. Raises MemoryError."""
     with os.fdopen(descriptor, "rb+", buffering=0) as file:
         try:
             return np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
