@@ -170,8 +170,9 @@ def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
 
 
 def highest_of_stretches(score: torch.Tensor, count: int) -> torch.Tensor:
-    """Return int64 `[count]`: the index of the highest score (`[n]`) in each of `count` stretches; the first ones may be longer by
-    one.
+    """Return int64 `[count]`: the index of the highest `score` (`[n]`) in each of `count` stretches.
+
+    The first stretches may be longer by one.
     """
     if not count:
         return arange_on(0, score.device)

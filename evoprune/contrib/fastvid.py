@@ -69,14 +69,15 @@ class FastVid(Selector):
         keep: int,
         into: torch.Tensor,
     ) -> None:
-        """Write to `into` (int64 `[N]`) the unit that each unit of a segment joins: itself for `keep` units, otherwise a peak or
-        -1.
+        """Choose the units of a segment that stay, and write the unit that each of its units joins to `into`.
 
         Args:
             x: `[N, D]`, the features.
             attention: `[N]`.
             index: int64 `[g, n]`, the segment's units.
             new: The segment's frame pairs that differ from the next one.
+            keep: Number of units that stay.
+            into: int64 `[N]`, changed in place: a unit that stays joins itself, others join a peak or keep their -1.
         """
         half = index.shape[1] // 2
         context = min(keep, max(1, int((1 - self.salient) * keep)))

@@ -129,9 +129,7 @@ class Followers(Hook):
         )
 
     def _moved(self, kept: torch.Tensor) -> torch.Tensor:
-        """Return all rows `[R, 4, hidden]` from the kept ones: a dropped row has moved by the mean move of the rows that it
-        follows.
-        """
+        """Return all rows `[R, 4, hidden]`: a dropped row moves by the mean change of the kept rows that it follows."""
         saved = self._all.values
         moved = saved.index_copy(0, self._kept, kept)
         move = self._mean_of_near(kept.float() - saved[self._kept].float())
@@ -151,20 +149,20 @@ class Followers(Hook):
         return full
 
     def _mean_of_near(self, values: torch.Tensor) -> torch.Tensor:
-        """Return float32 `[dropped, ...]`: for each dropped row, the mean of `values` (`[kept, ...]`) over the rows that it
-        follows.
-        """
+        """Return float32 `[dropped, ...]`: the mean of `values` (`[kept, ...]`) over the rows that each dropped row follows."""
         return sum(values[near].float() for near in self._near.unbind(1)) / self._near.shape[1]
 
 
 def nearest_rows(rows: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor, count: int) -> torch.Tensor:
-    """Return int64 `[B, d, min(count, k)]`: indices in `kept` of the rows nearest to each dropped row, nearest first; ties by
-    index.
+    """Return the kept rows nearest to each dropped row, nearest first; ties by index.
 
     Args:
         rows: float32 `[B, n, D]`.
         kept: int64 `[B, k]`, indices of rows.
         dropped: int64 `[B, d]`, indices of rows.
+
+    Returns:
+        int64 `[B, d, min(count, k)]`, indices in `kept`.
     """
     wide = (-1, -1, rows.shape[2])
     dropped_rows, kept_rows = (rows.gather(1, index[:, :, None].expand(wide)) for index in (dropped, kept))

@@ -34,8 +34,9 @@ def transitions(tokens: Tokens) -> torch.Tensor:
 
 
 def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[range]:
-    """Return the segments' frame pairs, cut at the `least - 1` lowest of `similarity` (`[T - 1]`) and wherever it is below
-    `threshold`.
+    """Return the frame pairs in each segment of a video.
+
+    The video is cut at the `least - 1` lowest entries of `similarity` (`[T - 1]`), and wherever it is below `threshold`.
     """
     lowest = similarity.argsort(stable=True)[: max(0, least - 1)].tolist()
     below = (similarity < threshold).nonzero().flatten().tolist()
@@ -92,11 +93,11 @@ def join_groups(
 
 
 def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """Return float64 `[n]`: the log of density times distance to the nearest denser row (for the densest row, the greatest
-    distance).
+    """Return float64 `[n]`: the log of a row's density times its distance to the nearest denser row.
 
     Density is exp(-m), where m is the mean squared distance / D to the `neighbours` nearest rows, including the row itself; a
-    constant is left out. Among equally dense rows, the first counts as denser. O(n^2 D), memory O(n D).
+    constant is left out. The densest row gets the greatest distance. Among equally dense rows, the first counts as denser. O(n^2
+    D), memory O(n D).
     """
     points, step = rounded_points(x)
     index = arange_on(len(points), x.device)

@@ -186,9 +186,10 @@ def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.S
     The call's mask may be `[B, columns]`, None, or ready-made: `[B, 1, L, keys]`, or a dict of such masks.
 
     Returns:
-        A mask for each kind of layer (`ONLY_KIND` if the config names none), `[B, 1, L, keys]`: bool for sdpa, True if a key is
-        seen; floats for eager, the lowest number if a key is not seen. For linear attention `[B, L]`, 0 at padding, or None. The
-        shape (B, L) of the columns. Their dtype.
+        The masks by kind of layer (`ONLY_KIND` if the config names none), `[B, 1, L, keys]`: bool for sdpa, True if a key is seen;
+            floats for eager, the lowest number if a key is not seen. For linear attention `[B, L]`, 0 at padding, or None.
+        The shape (B, L) of the columns.
+        The dtype of their embeddings.
     """
     from transformers import masking_utils
 

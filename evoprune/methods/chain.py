@@ -54,8 +54,9 @@ class MethodChain:
 
     @property
     def possible(self) -> bool:
-        """Whether the parts before the language model can act together: a single part, or a combining encoder method with a
-        selector.
+        """Whether the parts before the language model can act together.
+
+        They can if there is a single part, or a combining encoder method followed by a selector.
         """
         before = self.before.members
         combines = self.encoder is not None and self.encoder.combines

@@ -20,8 +20,9 @@ from evoprune.model import VisionConfig
 
 
 def spread(keep: int, pairs: int) -> list[int]:
-    """Divide `keep` tokens evenly among frame pairs: each gets the mean rounded down, or rounded up at even distances over the
-    clip.
+    """Divide `keep` tokens evenly among frame pairs.
+
+    Each gets the mean rounded down, or rounded up at even distances over the clip.
     """
     return [(i + 1) * keep // pairs - i * keep // pairs for i in range(pairs)]
 
@@ -214,10 +215,12 @@ def full_plan(tower: TowerShape, grid: Grid) -> EncoderPlan:
 
 
 def layer_weights(depth: int, allocation: str, first: float, last: float) -> dict[int, float]:
-    """Return the layers that reduce rows, with their share of the whole reduction, for an allocation of EvoPrune (arXiv
-    2603.03681).
+    """Return the layers that reduce rows, with their shares of the whole reduction.
+
+    The allocations are EvoPrune's (arXiv 2603.03681).
 
     Args:
+        allocation: One of `ALLOCATIONS`.
         first, last: Range in relative depth, of at least one layer; layer l ends at (l + 1) / depth.
 
     Raises:

@@ -54,8 +54,9 @@ def alternate(valid: torch.Tensor, first: int = 1) -> torch.Tensor:
 def match(
     best: torch.Tensor, partner: torch.Tensor, source: torch.Tensor, last: torch.Tensor, remove: torch.Tensor
 ) -> torch.Tensor:
-    """Return int64 `[B, n]`: the row that each row merges into, or its own index if it stays. The highest-scoring sources merge
-    first.
+    """Return int64 `[B, n]`: the row that each row merges into, or its own index if it stays.
+
+    The highest-scoring sources merge first.
 
     Args:
         best, partner: `[B, n]`, from `best_partners`, for all rows.
