@@ -163,9 +163,8 @@ def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
         held.append(F.normalize(frame.float(), dim=1))
         cosines.append(torch.stack([(held[-1] * other).sum(1).mean() for other in reversed(held)]))
     sizes = [len(row) for row in cosines]
-    back = [
-        row.tolist() for row in snap(torch.cat(cosines)).cpu().split(sizes)
-    ]  # similarities to itself and to the frames before
+    # For each frame, its similarities to itself and to the frames before.
+    back = [row.tolist() for row in snap(torch.cat(cosines)).cpu().split(sizes)]
     return [[back[i + d][d] for d in range(min(window, len(x) - i))] for i in range(len(x))]
 
 

@@ -96,8 +96,8 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
     """Return float64 `[n]`: the log of a row's density times its distance to the nearest denser row.
 
     Density is exp(-m), where m is the mean squared distance / D to the `neighbours` nearest rows, including the row itself; a
-    constant is left out. The densest row gets the greatest distance. Among equally dense rows, the first counts as denser. O(n^2
-    D), memory O(n D).
+    constant is left out. The densest row gets the greatest distance. Among equally dense rows, the first counts as denser.
+    Time O(n^2 D), memory O(n D).
     """
     points, step = rounded_points(x)
     index = arange_on(len(points), x.device)

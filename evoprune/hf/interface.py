@@ -163,7 +163,7 @@ def accept_features(model) -> None:
 
 
 def takes_encoded(model) -> bool:
-    """Return True if the model accepts encoded videos, as all models do from transformers 5.18 on.
+    """Return True if the model accepts encoded videos. No model does before transformers 5.18.
 
     Checks the inner model, which reads them. An outer `forward` of other code (Liger, a subclass) may pass them on without naming
     them.

@@ -53,9 +53,7 @@ class LanguagePlan:
     tokens: int  # visual tokens that reach it
     drops: tuple[Drop, ...]  # drops in order, each leaving fewer tokens; empty if nothing is dropped
     exact: bool = True  # whether the counts are exact; otherwise they are upper bounds and the content decides
-    looks: tuple[
-        int, ...
-    ] = ()  # numbers of layers after which the method is called; for an `exact` plan, the layers of `drops`
+    looks: tuple[int, ...] = ()  # layer counts after which the method is called; those in `drops` if `exact`
     blind: int = 0  # number of first layers whose text after the visual tokens does not attend to them
 
     @property
@@ -65,7 +63,7 @@ class LanguagePlan:
 
     @property
     def work(self) -> tuple[tuple[int, int, int], ...] | None:
-        """For each layer, the visual tokens for which it computes keys and values, queries and output, and the MLP. None means all.
+        """For each layer, the visual tokens for which it computes keys and values, queries and output, and the MLP; None for all.
 
         The cost and the memory check read this before a frame is read. An upper bound if the plan is not `exact`.
         """
