@@ -1,4 +1,4 @@
-"""After StreamingAssistant: tokens that repeat their neighbors go."""
+"""After StreamingAssistant: drop tokens that repeat their neighbors."""
 
 from dataclasses import dataclass
 
@@ -11,19 +11,19 @@ from evoprune.methods import Cosine, Selection, Selector, Tokens, arange_on, ran
 
 @dataclass(frozen=True)
 class Adjacent(Selector):
-    """After StreamingAssistant (arXiv 2512.12560), which has no public code: drop what neighbors repeat.
+    """After StreamingAssistant (arXiv 2512.12560), which has no public code: drop tokens that repeat their neighbors.
 
-    The tokens with the greatest cosine to a neighbor in the frame (the nearest token above, below, left or right
-    that is left) are dropped, but never two neighbors in one round; rounds go on until K are left.
+    A token's redundancy is its greatest cosine to a neighbor in the frame, the nearest remaining token above, below, left or right.
+    The most redundant tokens are dropped in rounds until K are left, but never two neighbors in one round.
 
-    What differs: this project adds that tokens with a cosine above `still` to the same place one frame pair before
-    are dropped first.
+    What differs: this project adds that tokens with a cosine above `still` to the same place one frame pair before are dropped
+    first.
     """
 
     name = "adjacent"
     source = "after arXiv 2512.12560"
 
-    still: Cosine = 0.9  # above it, a token repeats its place in the frame pair before; 1 for no redundancy in time
+    still: Cosine = 0.9  # cosine above which a token repeats its place in the previous frame pair; 1 for never
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         left = torch.ones(tokens.grid, dtype=torch.bool, device=tokens.rows.device)
@@ -33,7 +33,7 @@ class Adjacent(Selector):
         unit = tokens.normalised
         left = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
         like = 1 - dissimilarity(tokens)
-        like[0] = -1  # nothing is before the first frame pair
+        like[0] = -1  # no frame pair comes before the first
         repeated = ranked(like.flatten())[: min(len(unit) - keep, int((like > self.still).sum()))]
         left[repeated] = False
         while (more := int(left.sum()) - keep) > 0:
@@ -43,8 +43,10 @@ class Adjacent(Selector):
 
 
 def neighbours(left: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[N, 4]`: the nearest of the tokens `left` (bool `[T, H, W]`) above, below, left and right of each; -1 for
-    none.
+    """Return int64 `[N, 4]`: a token's nearest remaining tokens above, below, left and right, or -1.
+
+    Args:
+        left: bool `[T, H, W]`, the remaining tokens.
     """
     index = torch.where(left, arange_on(left.numel(), left.device).view_as(left), -1)
     last = left.numel()
@@ -60,23 +62,26 @@ def neighbours(left: torch.Tensor) -> torch.Tensor:
 
 
 def redundancy(unit: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
-    """Return float32 `[N]`: the greatest cosine of each token (`[N, D]`) to its neighbours (int64 `[N, 4]`), -2 without any."""
+    """Return float32 `[N]`: the greatest cosine of each token (`[N, D]`) to its neighbors (int64 `[N, 4]`), or -2 without any."""
     cosines = [snap((unit * unit[to.clamp(min=0)]).sum(1)).masked_fill(to < 0, -2) for to in near.unbind(1)]
     return torch.stack(cosines).amax(0)
 
 
 def highest_apart(score: torch.Tensor, near: torch.Tensor, count: int) -> torch.Tensor:
-    """Return int64, `count` or fewer: the tokens of highest `score` (`[N]`, -inf for none), without neighbours of those taken
-    before.
+    """Return int64, at most `count` entries: the tokens with the highest scores, skipping neighbors of tokens taken before.
 
-    `near`: from `neighbours`. Ties go to the lower index.
+    Ties go to the lower index.
+
+    Args:
+        score: `[N]`, -inf for tokens that cannot be taken.
+        near: From `neighbours`.
     """
-    outside = len(score)  # later than all; index -1 finds it, where a token has no neighbour
+    outside = len(score)  # after all others; index -1 finds it if a token has no neighbor
     order = torch.empty_like(near[:, 0]).index_copy_(0, ranked(score), arange_on(outside, score.device))
     order = F.pad(order.masked_fill(score == -torch.inf, outside), (0, 1), value=outside)
     open_ = order.clone()
     taken = torch.zeros_like(order, dtype=torch.bool)
-    while (open_ < outside).any():  # a token that comes before all of its open neighbours is certain to be taken
+    while (open_ < outside).any():  # a token that comes before all its open neighbors is certain to be taken
         taken[:-1] |= (open_[:-1] < outside) & (open_[:-1] < open_[near].amin(1))
         open_[:-1].masked_fill_(taken[:-1] | taken[near].any(1), outside)
     chosen = taken.nonzero().flatten()

@@ -9,19 +9,19 @@ from evoprune.contrib.shared import like_question, relevant
 from evoprune.methods import Selection, Selector, Tokens, of_pairs, snap, spread
 
 STEP = 1 / 16384
-MAX_FEATURES = 1 << 23  # features in float64 that are held at a time
+MAX_FEATURES = 1 << 23  # float64 values in memory at a time
 
 
 @dataclass(frozen=True)
 class CdPruner(Selector):
-    """CDPruner (arXiv 2506.10967): a determinantal point process, conditioned on the question, in each frame pair.
+    """CDPruner (arXiv 2506.10967): a determinantal point process, conditioned on the question, inside frame pairs.
 
-    Greedily maximize the determinant of the kernel cosine(i, j) * relevance(i) * relevance(j) over the kept tokens:
-    each next token is the one with the greatest part outside the span of the kept ones, when tokens are as long as
-    they are relevant. Relevance is the mean cosine to the question's tokens, scaled to (0, 1].
+    Greedily maximize the determinant of the kernel cosine(i, j) * relevance(i) * relevance(j) over the kept tokens. If tokens are
+    scaled to the length of their relevance, the next token is always the one with the largest part outside the span of the kept
+    ones. Relevance is the mean cosine to the question's tokens, scaled to (0, 1].
 
-    What differs: relevance is measured with the language model's embeddings, as in OpenVINO GenAI. The paper uses
-    CLIP, and its code the negative mean (`negative`).
+    What differs: relevance is measured with the language model's embeddings, as in OpenVINO GenAI. The paper uses CLIP, and its
+    code the negative mean (`negative`).
     """
 
     name = "cdpruner"
@@ -52,13 +52,16 @@ class CdPruner(Selector):
 
 
 def widest(unit: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
-    """Return for each of T groups int64 `[count]`, ascending: the rows of greatest weighted volume, found greedily.
+    """Return for each of T groups int64 `[count]`, ascending: the rows with the greatest weighted volume, found greedily.
 
-    `unit`: `[T, n, D]`; `weight`: `[T, n]`; `counts`: how many of each group. All groups select a row at a time.
+    Args:
+        unit: `[T, n, D]`.
+        weight: `[T, n]`.
+        counts: Number of rows to select per group. All groups select one row at a time.
     """
     vectors = unit.double() * weight.double()[:, :, None]
     factor = vectors.new_zeros(max(counts), *weight.shape)  # rows of the Cholesky factors, in the order of selection
-    left = vectors.square().sum(2)  # squared length of each row outside the span of the selected ones
+    left = vectors.square().sum(2)  # squared length of a row's part outside the span of the selected rows
     selected = torch.zeros_like(left, dtype=torch.bool)
     order = []
     for step in range(max(counts)):
@@ -66,7 +69,7 @@ def widest(unit: torch.Tensor, weight: torch.Tensor, counts: Sequence[int]) -> l
         selected.scatter_(1, best, True)
         order.append(best)
         column = vectors.take_along_dim(best[:, :, None], 1).transpose(1, 2)
-        known = factor[:step].take_along_dim(best[None], 2)  # of each selected row, its part along those before
+        known = factor[:step].take_along_dim(best[None], 2)  # the selected row's parts along the rows selected before
         beside = (vectors @ column)[:, :, 0] - (factor[:step] * known).sum(0)
         factor[step] = beside / left.take_along_dim(best, 1).clamp(min=STEP).sqrt()
         left = left - factor[step].square()

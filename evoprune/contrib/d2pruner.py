@@ -22,14 +22,14 @@ from evoprune.methods import (
 
 @dataclass(frozen=True)
 class D2Pruner(LanguageMethod):
-    """After D2Pruner (arXiv 2512.19443), whose code could not be had: attention without its bias, then unlike tokens.
+    """After D2Pruner (arXiv 2512.19443), whose code was not available: attention without its bias, then dissimilar tokens.
 
-    Once `depth` of the layers have run, a token's score is the attention of the last token divided by a prior.
-    `pivots` of the budget goes to the highest scores. The rest goes, by score, to tokens whose cosine to each other
-    is at most `alike`, and then to the others.
+    After a share `depth` of the layers, a token's score is the attention of the last token divided by a prior. `pivots` of the
+    budget goes to the highest scores. The rest goes, by score, to tokens whose cosine to each other is at most `alike`, and then to
+    others.
 
-    What differs: it follows the abstract and two ports. The prior is the attention that the query would pay if all
-    visual tokens had their mean key; the authors measure it over many images.
+    What differs: it follows the abstract and two ports. The prior is the attention that the query would pay if all visual tokens
+    had their mean key; the authors measure it over many images.
     """
 
     name = "d2pruner"
@@ -55,5 +55,5 @@ class D2Pruner(LanguageMethod):
             free &= snap(unit @ unit[best]) <= self.alike
             free[best] = False
         late = torch.ones_like(rest).index_fill_(0, rest.new_tensor(chosen), 0)
-        filled = rest[late.argsort(stable=True)]  # the unlike ones, then the others, each by score
+        filled = rest[late.argsort(stable=True)]  # dissimilar tokens, then the others, both by score
         return Selection(torch.cat([order[:pivots], filled[: tokens.left - pivots]]).sort().values)

@@ -13,19 +13,18 @@ from evoprune.methods import Selection, Selector, Tokens, ranked, snap
 class Dart(Selector):
     """DART (arXiv 2502.11494): keep the tokens that duplicate pivots least.
 
-    The `visual` visual tokens and the `text` tokens of the question with the greatest L1 norm are pivots. Visual
-    pivots stay. Each pivot in turn keeps its even part of the budget: the tokens with the lowest cosine to it.
+    The pivots are the `visual` visual tokens and the `text` question tokens with the greatest L1 norm. Visual pivots stay. The
+    pivots take turns, each keeping an equal part of the budget: the tokens with the lowest cosine to it.
 
-    What differs: the paper works on states of the language model, this on its input embeddings, as
-    TensorRT-Edge-LLM does. The authors' code takes pivots in the order of a Python set; here the longest comes
-    first.
+    What differs: the paper works on states of the language model, this on its input embeddings, as TensorRT-Edge-LLM does. The
+    authors' code takes pivots in the order of a Python set; here the longest comes first.
     """
 
     name = "dart"
     source = "arXiv 2502.11494"
 
     visual: Annotated[int, "[0, inf)"] = 4  # number of visual pivots
-    text: Annotated[int, "[0, inf)"] = 4  # number of pivots of the question; with 0 the method does not read it
+    text: Annotated[int, "[0, inf)"] = 4  # number of question pivots; with 0 the method does not read the question
 
     def __post_init__(self):
         super().__post_init__()

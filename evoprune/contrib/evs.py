@@ -13,8 +13,8 @@ from evoprune.methods import Selection, Selector, Tokens, highest
 class Evs(Selector):
     """EVS (arXiv 2510.14624): keep the tokens that change most over time.
 
-    The score of a token is 1 - its cosine to the token at the same place one frame pair before. The highest scores
-    of the video stay.
+    The score of a token is 1 minus its cosine to the token at the same place one frame pair before. The highest scores in the video
+    stay.
 
     With `floor`, as in vLLM, the first frame pair stays whole, even if the budget is smaller.
     """
@@ -44,7 +44,7 @@ class Evs(Selector):
 
 @dataclass(frozen=True)
 class EvsNoFloor(Evs):
-    """EVS without `floor`: the first frame pair is compared with the second one, and has no right to stay."""
+    """EVS without `floor`: the first frame pair is compared with the second one, and has no guarantee to stay."""
 
     name = "evs-nofloor"
 

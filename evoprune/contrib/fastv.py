@@ -7,10 +7,10 @@ from evoprune.methods import LanguageMethod, LanguagePlan, Part, one_drop
 
 @dataclass(frozen=True)
 class FastV(LanguageMethod):
-    """FastV (arXiv 2403.06764, section 4): after a few layers the most attended tokens stay.
+    """FastV (arXiv 2403.06764, section 4): after a few layers, keep the most attended tokens.
 
-    Once `depth` of the layers have run, the tokens stay to which the prompt's last token attends most, as the mean
-    over heads.
+    After a share `depth` of the layers, the tokens stay that receive the most attention from the prompt's last token, averaged over
+    heads.
 
     What differs: positions stay as they are; the authors' code renumbers them.
     """
@@ -18,7 +18,7 @@ class FastV(LanguageMethod):
     name = "fastv"
     source = "arXiv 2403.06764, section 4"
 
-    depth: Part = 2 / 32  # share of the layers that run before tokens leave
+    depth: Part = 2 / 32  # share of the layers that run before tokens are dropped
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         return one_drop(depth, tokens, self.depth, budget)
@@ -28,8 +28,8 @@ class FastV(LanguageMethod):
 class FlashVidInner(FastV):
     """FlashVID (arXiv 2602.08024), the stage inside the language model: FastV, later.
 
-    What differs: `-b` is the share that reaches the language model. In the authors' code more reaches it, and the
-    mean over both stages is the budget.
+    What differs: `-b` is the share that reaches the language model. In the authors' code more tokens reach it, and the budget is
+    the mean over both stages.
     """
 
     name = "flashvid-inner"

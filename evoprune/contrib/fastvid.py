@@ -27,26 +27,25 @@ from evoprune.methods import (
 class FastVid(Selector):
     """FastVID (arXiv 2503.11187): attention and density peaks, in segments of the video.
 
-    The video is cut into at least `segments` segments, and wherever the cosine of the mean tokens of neighboring
-    frame pairs is below `threshold`. Each segment gets the budget of its frame pairs. `salient` of it goes to the
-    most attended tokens. The rest goes to density peaks of every `every`-th frame pair, counted from the last one
-    back. Other tokens join the most similar peak, which weighs at least `centre` in its mean. Frame pairs with a
-    cosine of `ignore` or more to the next one keep nothing.
+    The video is cut into at least `segments` segments, and wherever the mean tokens of neighboring frame pairs have a cosine below
+    `threshold`. A segment gets the budget of its frame pairs. `salient` of it goes to the most attended tokens. The rest goes to
+    density peaks in every `every`-th frame pair, counted back from the last one. Other tokens join the most similar peak, which has
+    at least weight `centre` in its mean. Frame pairs with a cosine of `ignore` or more to the next one keep nothing.
 
-    What differs: if too few tokens are left for peaks, attention selects more, where the authors' code keeps fewer
-    tokens. A token joins one peak, where the authors' code averages it into a peak of each frame pair.
+    What differs: if too few tokens are left for peaks, attention selects more, and the authors' code keeps fewer tokens. A token
+    joins one peak; the authors' code averages it into a peak per frame pair.
     """
 
     name = "fastvid"
     source = "arXiv 2503.11187"
     needs = frozenset({"attention"})
 
-    segments: Count = 8  # the least number of segments
-    threshold: Cosine = 0.84  # of neighbouring frame pairs; below it the video is always cut
+    segments: Count = 8  # minimum number of segments
+    threshold: Cosine = 0.84  # cosine of neighboring frame pairs below which the video is always cut
     salient: Share = 0.6  # share of the tokens that attention selects
-    ignore: Cosine = 0.95  # of a frame pair and the next one; from here on none of its tokens stay
-    every: Count = 4  # peaks are searched in one of so many frame pairs
-    centre: Annotated[float, "(0, 1]"] = 0.6  # least weight of a peak in its mean
+    ignore: Cosine = 0.95  # a frame pair keeps nothing if its cosine to the next one is at least this
+    every: Count = 4  # peaks are taken from one in this many frame pairs
+    centre: Annotated[float, "(0, 1]"] = 0.6  # minimum weight of a peak in its mean
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         like = transitions(tokens)
@@ -70,9 +69,15 @@ class FastVid(Selector):
         keep: int,
         into: torch.Tensor,
     ) -> None:
-        """Writes to `into` (int64 `[N]`) which unit each unit of a segment joins: `keep` themselves, others peaks or nothing.
+        """Choose the units of a segment that stay, and write the unit that each of its units joins to `into`.
 
-        `x`, `attention`: `[N, D]`, `[N]`. `index`: int64 `[g, n]`, the segment's units. `new`: its frame pairs unlike the next one.
+        Args:
+            x: `[N, D]`, the features.
+            attention: `[N]`.
+            index: int64 `[g, n]`, the segment's units.
+            new: The segment's frame pairs that differ from the next one.
+            keep: Number of units that stay.
+            into: int64 `[N]`, changed in place: a unit that stays joins itself, others join a peak or keep their -1.
         """
         half = index.shape[1] // 2
         context = min(keep, max(1, int((1 - self.salient) * keep)))

@@ -33,24 +33,23 @@ from evoprune.methods import (
 class FlashVid(Selector):
     """FlashVID (arXiv 2602.08024), the stage before the language model: diverse tokens, and trees of similar ones.
 
-    The video is cut into at least `segments` segments, and wherever the cosine of neighboring frame pairs is below
-    `threshold`. In a segment `diverse` of the budget goes to tokens by max-min cosine distance times attention.
-    Each other token may link to the most similar one in the frame pair before, if the cosine is above `link`, the
-    strongest links first. A tree of links becomes its mean. If more trees are left than tokens, they merge around
-    density peaks.
+    The video is cut into at least `segments` segments, and wherever neighboring frame pairs have a cosine below `threshold`. In a
+    segment, `diverse` of the budget goes to tokens selected by max-min cosine distance times attention. Any other token may link to
+    the most similar one in the previous frame pair if the cosine is above `link`, the strongest links first. A tree of links
+    becomes its mean. If there are more trees than tokens left, trees merge around density peaks.
 
-    What differs: the authors' code divides a tree's sum by one more than the root's direct links, where the paper
-    speaks of means, as here. It also makes one link fewer than the budget needs and rounds up in each frame pair.
+    What differs: the authors' code divides a tree's sum by one more than the root's direct links; the paper speaks of means, which
+    are used here. The code also makes one link fewer than the budget needs, and rounds up per frame pair.
     """
 
     name = "flashvid"
     source = "arXiv 2602.08024, the stage before the language model"
     needs = frozenset({"attention"})
 
-    segments: Count = 4  # the least number of segments
-    threshold: Cosine = 0.9  # of neighbouring frame pairs; below it the video is always cut
+    segments: Count = 4  # minimum number of segments
+    threshold: Cosine = 0.9  # cosine of neighboring frame pairs below which the video is always cut
     diverse: Share = 0.7  # share of the tokens that attention and diversity select
-    link: Cosine = 0.8  # above this, a token may be linked to one of the frame pair before
+    link: Cosine = 0.8  # cosine above which a token may link to one in the previous frame pair
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         shares = spread(keep, tokens.grid[0])
@@ -65,10 +64,15 @@ class FlashVid(Selector):
         return gathered(into.flatten(), weight.flatten())
 
     def condensed(self, attention: torch.Tensor, x: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which token of the segment each joins, int64 `[g, n]`, itself if it stays, -1 if it is dropped; and its weight,
-        float32.
+        """Return the token of the segment that each token joins, and its weight in the mean.
 
-        `attention`: `[g, n]`. `x`: `[g, n, D]`, features. `keep`: how many tokens stay.
+        Args:
+            attention: `[g, n]`.
+            x: `[g, n, D]`, the features.
+            keep: Number of tokens that stay.
+
+        Returns:
+            int64 `[g, n]`, the token itself if it stays, or -1 if it is dropped; float32 `[g, n]` weights.
         """
         pairs, per_pair = attention.shape
         index = arange_on(attention.numel(), x.device).view(pairs, per_pair)
@@ -91,9 +95,12 @@ class FlashVid(Selector):
         return into.view_as(index), weight.view_as(index)
 
     def linked(self, unit: torch.Tensor, rest: torch.Tensor, pair: torch.Tensor, most: int) -> torch.Tensor:
-        """Return int64 `[r]`: the root of each one's tree of at most `most` links, the strongest first.
+        """Return int64 `[r]`: the root of a token's tree after making at most `most` links, the strongest first.
 
-        `unit`: `[n, D]`, all of the segment. `rest`, `pair`: int64 `[r]`, those to link, ascending, and their frame pairs.
+        Args:
+            unit: `[n, D]`, all tokens of the segment.
+            rest: int64 `[r]`, the tokens to link, ascending.
+            pair: int64 `[r]`, their frame pairs.
         """
         parent = rest.clone()
         like = torch.full((len(rest),), -torch.inf, dtype=torch.float32, device=unit.device)
@@ -108,7 +115,7 @@ class FlashVid(Selector):
         links = torch.zeros(len(rest), dtype=torch.bool, device=unit.device)
         links[strongest] = like[strongest] > self.link
         root = arange_on(len(unit), unit.device)
-        for g in range(1, last + 1):  # a link leads to the frame pair before, whose roots are known by now
+        for g in range(1, last + 1):  # a link leads to the previous frame pair, whose roots are known by now
             now = links & (pair == g)
             root[rest[now]] = root[parent[now]]
         return root[rest]
@@ -116,9 +123,13 @@ class FlashVid(Selector):
     def merged(
         self, mean: torch.Tensor, roots: torch.Tensor, pair: torch.Tensor, keep: int, into: torch.Tensor
     ) -> torch.Tensor:
-        """Return `into` (int64 `[n]`, the root of each token) after trees are merged around density peaks until `keep` are left.
+        """Return `into` after merging trees around density peaks until `keep` are left.
 
-        `mean`: `[r, D]`, of each tree. `roots`, `pair`: int64 `[r]`, its root and the root's frame pair.
+        Args:
+            mean: `[r, D]`, the trees' means.
+            roots: int64 `[r]`, the trees' roots.
+            pair: int64 `[r]`, the roots' frame pairs.
+            into: int64 `[n]`, for each token the root of its tree.
         """
         sizes = torch.bincount(pair).tolist()
         to = torch.full_like(into, -1)

@@ -1,4 +1,4 @@
-"""HoliTom, first stage: the segments in which merging over time saves most."""
+"""HoliTom, first stage: cut the video into the segments that save most by merging over time."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,24 +11,22 @@ from evoprune.methods import Cosine, Selection, Selector, Tokens, apportion, ara
 
 @dataclass(frozen=True)
 class HoliTom(Selector):
-    """HoliTom (arXiv 2505.21334), the stage before the language model: segments in which merging over time saves most.
+    """HoliTom (arXiv 2505.21334), the stage before the language model: segments that save most by merging over time.
 
-    A place stands still between frame pairs with a cosine above `static`. Dynamic programming cuts the video into
-    the segments that save most: a segment of L frame pairs saves L - 1 tokens for each place that stands still
-    throughout. If averaging still places saves enough, the stillest are averaged until the budget is met. Otherwise
-    all of them are; moving tokens are kept by attention, and still ones merge around density peaks, which weigh at
-    least `centre` in their mean.
+    A place is still between frame pairs if its cosine is above `static`. Dynamic programming cuts the video into the segments that
+    save most: a segment of L frame pairs saves L - 1 tokens for each place that is still throughout. If averaging still places
+    saves enough, the stillest are averaged until the budget is met. Otherwise all of them are; moving tokens are kept by attention,
+    and still ones merge around density peaks, which have at least weight `centre` in their mean.
 
-    What differs: attention received replaces the attention of a class token. The authors' code rounds counts up in
-    each frame pair.
+    What differs: attention received replaces the attention of a class token. The authors' code rounds counts up per frame pair.
     """
 
     name = "holitom"
     source = "arXiv 2505.21334, the stage before the language model"
     needs = frozenset({"attention"})
 
-    static: Cosine = 0.8  # a place stands still if its neighbouring tokens are above this
-    centre: Annotated[float, "(0, 1]"] = 0.6  # least weight of a peak in its mean
+    static: Cosine = 0.8  # cosine of neighboring frame pairs above which a place is still
+    centre: Annotated[float, "(0, 1]"] = 0.6  # minimum weight of a peak in its mean
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.by_pair(tokens.features.float())
@@ -43,7 +41,7 @@ class HoliTom(Selector):
         attention = snap(tokens.attention)
         into = torch.full_like(tokens.unit_to_row, -1)
         still = [lowest > self.static for lowest in min_cosines]
-        # The units of the places that stand still, one row per place; and the others of each frame pair.
+        # The units of still places, one row per place; and the other units per frame pair.
         groups = [index[span.start : span.stop, places].T for span, places in zip(spans, still, strict=True)]
         moving = [index[pair, ~places] for span, places in zip(spans, still, strict=True) for pair in span]
         sizes = [len(group) for group in (*groups, *moving)]
@@ -55,23 +53,25 @@ class HoliTom(Selector):
 
 
 def most_saving(same: torch.Tensor) -> list[range]:
-    """Return the segments that save most tokens, by dynamic programming: of L frame pairs L - 1 for each place that does not
-    change.
+    """Return the segments that save the most tokens, found by dynamic programming.
 
-    `same`: bool `[T - 1, n]`, whether each token is similar to the next one at its place.
+    A segment of L frame pairs saves L - 1 tokens for each place that does not change in it.
+
+    Args:
+        same: bool `[T - 1, n]`, whether each token is similar to the next one at its place.
     """
     back = torch.zeros(same.shape[1], dtype=torch.int64, device=same.device)
     backs = []
-    for unchanged in same:  # counts for how many frame pairs each place has not changed
+    for unchanged in same:  # number of frame pairs for which each place has not changed
         back = (back + 1) * unchanged
         backs.append(torch.bincount(back, minlength=len(same) + 1))
-    # still[t][n]: the places that have not changed in the last n steps up to frame pair t + 1
+    # still[t][n]: number of places that have not changed in the last n steps up to frame pair t + 1
     still = torch.stack(backs).flip(1).cumsum(1).flip(1).tolist() if backs else []
     # for the first t frame pairs: tokens saved, and the start of the last segment
     best = [0, 0]
     start = [0, 0]
     for last in range(1, len(same) + 1):
-        # The last segment has length + 1 frame pairs; of those that save equally much, the shortest.
+        # The last segment has length + 1 frame pairs; among equal savings, the shortest one wins.
         saves = [best[last - length] + length * (length and still[last - 1][length]) for length in range(last + 1)]
         best.append(max(saves))
         start.append(last - saves.index(best[-1]))

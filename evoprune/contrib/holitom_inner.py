@@ -11,11 +11,11 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Part, Se
 
 @dataclass(frozen=True)
 class HoliTomInner(LanguageMethod):
-    """HoliTom (arXiv 2505.21334), the stage inside the language model: FastV, whose dropped tokens merge.
+    """HoliTom (arXiv 2505.21334), the stage inside the language model: FastV, with merging of the dropped tokens.
 
-    Once `depth` of the layers have run, the tokens stay to which the last token attends most. Each dropped token
-    joins the most similar one (cosine of hidden states), in turn: a kept token becomes the mean of itself and the
-    next one that joins.
+    After a share `depth` of the layers, the tokens stay that receive the most attention from the last token. The dropped tokens
+    join the most similar kept token (cosine of hidden states), in turn: the kept token becomes the mean of itself and the next one
+    to join.
     """
 
     name = "holitom-inner"
@@ -32,10 +32,13 @@ class HoliTomInner(LanguageMethod):
 
 
 def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
-    """Return the selection of `kept` (int64 `[K]`, ascending) rows of `unit` (`[n, D]`, of length 1), which the others join in
-    turn.
+    """Return the selection of `kept` rows that the other rows join in turn.
 
-    A token becomes the mean of itself and the next one that joins. So the last to join weighs a half, the one before a quarter.
+    A kept token becomes the mean of itself and the next token to join. So the last to join weighs a half, the one before a quarter.
+
+    Args:
+        unit: `[n, D]`, all rows, of length 1.
+        kept: int64 `[K]`, ascending.
     """
     count = len(unit)
     device = unit.device
@@ -44,7 +47,8 @@ def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
     to = closest(unit[others], unit[kept])[1]
     unit_to_token[kept], unit_to_token[others] = arange_on(len(kept), device), to
     joining = torch.bincount(to, minlength=len(kept))
-    later = torch.empty(count, dtype=torch.float32, device=device)  # how many join after a token does, itself included
+    # how many tokens join from this one on, itself included
+    later = torch.empty(count, dtype=torch.float32, device=device)
     later[kept], later[others] = joining.float(), (joining[to] - turns(arange_on(len(to), device), to)).float()
-    # float32 has no smaller number of full precision
+    # the smallest float32 with full precision
     return Selection(kept, unit_to_token, torch.exp2(-later).clamp(min=2.0**-126))

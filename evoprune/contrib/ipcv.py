@@ -15,10 +15,10 @@ from evoprune.vision import Hook, Rows
 class Ipcv(EncoderMethod):
     """IPCV (arXiv 2512.18747): rows are set aside, follow similar rows, and come back after the last layer.
 
-    After `first` of the layers, each frame pair keeps the `keep` of its rows that the last layer changed most. A
-    dropped row moves as its `neighbours` nearest kept rows do on average, and is key and value for `follow` more of
-    the layers. All rows come back before the patch merger, so a selector keeps the budget: DART as in the paper, or
-    NAME in `ipcv+NAME`. O(N n D) to find the nearest of n rows.
+    After `first` of the layers, a frame pair keeps the share `keep` of its rows that the last layer changed most. A dropped row
+    moves like its `neighbours` nearest kept rows do on average, and remains a key and value for a further `follow` of the layers.
+    All rows come back before the patch merger, so a selector enforces the budget: DART as in the paper, or NAME in `ipcv+NAME`.
+    Finding the nearest of n rows takes O(N n D).
 
     What differs: DART acts after the encoder instead of inside the language model.
     """
@@ -30,8 +30,8 @@ class Ipcv(EncoderMethod):
 
     keep: Annotated[float, "(0, 1]"] = 0.35  # share of the rows that stay
     first: Share = 3 / 32  # share of the tower's layers before rows are set aside
-    follow: Share = 7 / 32  # share of the layers in which these rows follow and are keys and values
-    neighbours: Count = 10  # how many rows each of them follows
+    follow: Share = 7 / 32  # share of the layers that use these rows as keys and values while they follow
+    neighbours: Count = 10  # number of rows that each of them follows
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
         units = prod(grid[1:])
@@ -45,29 +45,29 @@ class Ipcv(EncoderMethod):
 
 @dataclass(frozen=True)
 class Follow(SetAside):
-    """Rows that are set aside follow the nearest of those that stay."""
+    """Rows that are set aside follow the nearest kept rows."""
 
-    until: int  # number of layers up to which rows that were set aside are keys and values of attention
-    neighbours: int  # how many of the rows that stay each other row follows
+    until: int  # number of layers after which rows that were set aside stop being keys and values
+    neighbours: int  # number of kept rows that each dropped row follows
 
     def hook(self, first_layer: int) -> "Followers":
         return Followers(self, first_layer)
 
 
 class Followers(Hook):
-    """Rows, of which every unit is one, that are set aside in one video.
+    """The rows of one video that are set aside. Every unit has a row.
 
-    After some layers (`Stage.first_layer`) each frame pair keeps the rows that the last layer changed most. A dropped row remembers
-    its state and the kept rows nearest to it. Until `Follow.until` it moves as these move on average, and it stays a key and a
-    value of attention, but no MLP computes it. Then the kept rows go on alone. After the last layer all dropped rows come back,
-    moved in the same way. Every shape follows from the plan, so nothing synchronises.
+    After some layers (`Stage.first_layer`), a frame pair keeps the rows that the last layer changed most. A dropped row remembers
+    its state and its nearest kept rows. Until `Follow.until` it moves as these move on average, and it stays a key and value of
+    attention, but no MLP computes it. After that, only the kept rows continue. After the last layer all dropped rows come back,
+    moved in the same way. Every shape follows from the plan, so nothing synchronizes.
     """
 
     def __init__(self, plan: Follow, first: int):
         self.active: torch.Tensor | None = None
         self._plan = plan
         self._first = first
-        self._earlier: torch.Tensor | None = None  # the rows before the layer whose changes decide
+        self._earlier: torch.Tensor | None = None  # the rows before the layer that decides which rows stay
 
     def __call__(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
         if done == self._first - 1:
@@ -94,14 +94,14 @@ class Followers(Hook):
         )
 
     def _divide(self, rows: Rows) -> None:
-        """Decides which rows stay, and whom the others follow."""
+        """Decide which rows stay, and which of them the others follow."""
         geo = rows.geometry
         pairs = rows.pairs
         keep = self._plan.left
         x = rows.values.flatten(1).float().view(pairs, geo.units, -1)
         change = (x - self._earlier.flatten(1).float().view_as(x)).norm(dim=2)
         change = snap(change / change.amax(1, keepdim=True).clamp(min=1e-30))
-        rank = geo.order.argsort()  # of each place in window order
+        rank = geo.order.argsort()  # rank of each place in window order
         order = rank[change[:, rank].argsort(dim=1, descending=True, stable=True)]  # ties by place
         kept = order[:, :keep].sort().values
         dropped = order[:, keep:].sort().values
@@ -110,11 +110,11 @@ class Followers(Hook):
         self._near = (near + first[:, :, None] * keep).flatten(0, 1)
         self._kept = (kept + first * geo.units).flatten()
         self._dropped = (dropped + first * geo.units).flatten()
-        self._all = replace(rows)  # with the values of now
+        self._all = replace(rows)  # with the current values
         self._earlier = None
 
     def _kept_alone(self, rows: Rows) -> Rows:
-        """Return the rows that stay; the units of the others belong to none."""
+        """Return only the kept rows; the units of the other rows have no row."""
         unit = rows.unit[self._kept]
         unit_to_row = torch.full_like(rows.unit_to_row, -1)
         unit_to_row[unit] = arange_on(len(unit), unit.device)
@@ -129,14 +129,17 @@ class Followers(Hook):
         )
 
     def _moved(self, kept: torch.Tensor) -> torch.Tensor:
-        """Return all rows `[R, 4, hidden]`, from the kept ones: a dropped row has moved as the rows that it follows, on average."""
+        """Return all rows `[R, 4, hidden]`: a dropped row moves by the mean change of the kept rows that it follows."""
         saved = self._all.values
         moved = saved.index_copy(0, self._kept, kept)
         move = self._mean_of_near(kept.float() - saved[self._kept].float())
         return moved.index_copy_(0, self._dropped, (saved[self._dropped].float() + move).to(moved.dtype))
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
-        """Values `[R, ...]` of all rows: a dropped row has the mean of those that it follows; as they are if they are of all."""
+        """Return values `[R, ...]` for all rows. A dropped row gets the mean of the rows that it follows.
+
+        `values` that already cover all rows are returned unchanged.
+        """
         rows = len(self._all)
         if len(values) == rows:
             return values
@@ -146,14 +149,20 @@ class Followers(Hook):
         return full
 
     def _mean_of_near(self, values: torch.Tensor) -> torch.Tensor:
-        """float32 `[dropped, ...]`: for each dropped row the mean of `values` (`[kept, ...]`) over the rows that it follows."""
+        """Return float32 `[dropped, ...]`: the mean of `values` (`[kept, ...]`) over the rows that each dropped row follows."""
         return sum(values[near].float() for near in self._near.unbind(1)) / self._near.shape[1]
 
 
 def nearest_rows(rows: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor, count: int) -> torch.Tensor:
-    """int64 `[B, d, min(count, k)]`: indices in `kept` of the rows nearest to each dropped row, the nearest first; ties by index.
+    """Return the kept rows nearest to each dropped row, nearest first; ties by index.
 
-    `rows`: float32 `[B, n, D]`; `kept`, `dropped`: int64 `[B, k]` and `[B, d]`, indices of rows.
+    Args:
+        rows: float32 `[B, n, D]`.
+        kept: int64 `[B, k]`, indices of rows.
+        dropped: int64 `[B, d]`, indices of rows.
+
+    Returns:
+        int64 `[B, d, min(count, k)]`, indices in `kept`.
     """
     wide = (-1, -1, rows.shape[2])
     dropped_rows, kept_rows = (rows.gather(1, index[:, :, None].expand(wide)) for index in (dropped, kept))

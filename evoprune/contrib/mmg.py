@@ -30,10 +30,10 @@ from evoprune.methods import (
 class Mmg(Selector):
     """After MMG-Vid (arXiv 2508.21044), whose formulas could not be read and whose code is not public.
 
-    The video is cut where the cosine of neighboring frame pairs is below `threshold`. A segment gets tokens in
-    proportion to its length times exp(gain), where gain is the cosine of its mean to the video's mean, less `beta`
-    times the greatest cosine to a segment taken before. Each frame pair keeps its highest density peaks, times the
-    distance to the tokens that the frame pair before has kept.
+    The video is cut if neighboring frame pairs have a cosine below `threshold`. A segment gets tokens in proportion to its length
+    times exp(gain). The gain is the cosine between the means of the segment and of the video, minus `beta` times the greatest
+    cosine to a segment taken before. A frame pair keeps its highest density peaks, times the distance to the tokens kept in the
+    previous one.
 
     What differs: this project fills in the formulas, so results say little about MMG-Vid.
     """
@@ -41,7 +41,7 @@ class Mmg(Selector):
     name = "mmg"
     source = "after arXiv 2508.21044, whose formulas this project fills in"
 
-    threshold: Cosine = 0.95  # of neighbouring frame pairs; below it the video is cut
+    threshold: Cosine = 0.95  # cosine of neighboring frame pairs below which the video is cut
     beta: Share = 0.5  # weight of repetition in the gain of a segment
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
@@ -56,7 +56,7 @@ class Mmg(Selector):
         return Selection(torch.cat(kept))
 
     def distinct(self, x: torch.Tensor, span: range, keep: int) -> torch.Tensor:
-        """Return int64 `[keep]`, ascending: tokens of a segment that are density peaks and differ from the frame pair before.
+        """Return int64 `[keep]`, ascending: tokens of a segment that are density peaks and differ from the previous frame pair.
 
         `x`: `[T, n, D]`, the features of the video.
         """
@@ -74,9 +74,9 @@ class Mmg(Selector):
 
 
 def joined(spans: list[range], like: list[float]) -> list[range]:
-    """Return the segments after each of one frame pair has joined the more similar neighbour.
+    """Return the segments after every segment of one frame pair has joined its more similar neighbor.
 
-    `like`: cosines as of `transitions`.
+    `like`: cosines from `transitions`.
     """
     merged: list[range] = []
     for number, span in enumerate(spans):
@@ -88,10 +88,14 @@ def joined(spans: list[range], like: list[float]) -> list[range]:
 
 
 def marginal_gains(means: torch.Tensor, video: torch.Tensor, beta: float) -> list[float]:
-    """Return the gain of each segment when the segment of highest gain is always taken next.
+    """Return the segments' gains when the segment with the highest gain is always taken next.
 
-    The gain is the cosine of its mean (one of `means`, `[S, D]`) to that of the `video` (`[D]`), less `beta` times the greatest
-    cosine to a segment taken before.
+    The gain is the cosine between the segment's mean and the video's mean, minus `beta` times the greatest cosine to a segment
+    taken before.
+
+    Args:
+        means: `[S, D]`, the segments' means.
+        video: `[D]`, the video's mean.
     """
     unit = F.normalize(means, dim=1)
     represents = snap(unit @ F.normalize(video, dim=0))

@@ -13,11 +13,10 @@ from evoprune.methods import Selection, Selector, Share, Tokens, scaled, snap
 class Mmr(Selector):
     """The selection of IDPruner (after arXiv 2602.13315): maximal marginal relevance.
 
-    Keep the token with the highest `lam` * importance - (1 - `lam`) * (greatest cosine to a kept token), one after
-    another, over the whole video. Importance is scaled to reach from 0 to 1.
+    Over the whole video, repeatedly keep the token with the highest `lam` * importance - (1 - `lam`) * (greatest cosine to a kept
+    token). Importance is scaled to the range 0 to 1.
 
-    What differs: the paper trains a scorer, which is not available. Here importance is attention received or the
-    norm of keys.
+    What differs: the paper trains a scorer, which is not available. Here importance is attention received or the norm of keys.
     """
 
     name = "mmr"
@@ -47,8 +46,11 @@ class Mmr(Selector):
 
 
 def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, lam: float = 0.5) -> torch.Tensor:
-    """Return int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by maximal marginal relevance; `lam` weighs `importance`
-    (`[N]`).
+    """Return int64 `[keep]`, ascending: rows of `features` by maximal marginal relevance.
+
+    Args:
+        features: `[N, D]`.
+        importance: `[N]`, weighted by `lam`.
     """
     important = lam * snap(scaled(importance.float()))
     return greedy_cosine(F.normalize(features.float(), dim=1), None, important, 1 - lam, keep, False)

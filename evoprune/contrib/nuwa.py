@@ -1,4 +1,4 @@
-"""Nüwa, first stage: attended tokens of every cell, of which the weakest become means."""
+"""Nüwa, first stage: attended tokens from every cell, with the weakest turned into means."""
 
 from dataclasses import dataclass
 from math import hypot
@@ -12,24 +12,24 @@ from evoprune.methods import Selection, Selector, Share, Tokens, arange_on, of_p
 
 @dataclass(frozen=True)
 class Nuwa(Selector):
-    """Nüwa (arXiv 2602.02951), the stage before the language model: keep attended tokens of every region.
+    """Nüwa (arXiv 2602.02951), the stage before the language model: keep attended tokens in every region.
 
-    In each frame pair the `cell` most attended tokens of each cell of 2x2 places are candidates. The most attended
-    candidates stay; other tokens follow only if candidates are too few. A kept token whose attention is below the
-    `weak` quantile becomes a weighted mean of the frame pair: a token weighs the cosine of states in the middle of
-    the tower, times 1 - distance / (`reach` * diagonal), both at least 0. Its own weight is 1.
+    In a frame pair, the `cell` most attended tokens in each cell of 2x2 places are candidates. The most attended candidates stay;
+    other tokens follow only if there are too few candidates. A kept token whose attention is below the `weak` quantile becomes a
+    weighted mean of the frame pair: a token's weight is the cosine of states in the middle of the tower, times
+    1 - distance / (`reach` * diagonal), both at least 0. The kept token's own weight is 1.
 
-    What differs: attention received replaces the attention of a class token. The authors' code leaves the states in
-    the order of windows, so weights belong to other places; here they are in raster order.
+    What differs: attention received replaces the attention of a class token. The authors' code leaves the states in the order of
+    windows, so weights belong to other places; here they are in raster order.
     """
 
     name = "nuwa"
     source = "arXiv 2602.02951, the stage before the language model"
     needs = frozenset({"attention", "middle"})
 
-    cell: Annotated[int, "[1, 4]"] = 3  # tokens of each cell of 2x2 places that are candidates
-    weak: Share = 0.1  # quantile of the kept tokens' attention below which a token becomes a mean
-    reach: Annotated[float, "(0, inf]"] = 0.8  # distance at which a weight is 0, as a share of the diagonal
+    cell: Annotated[int, "[1, 4]"] = 3  # candidate tokens per cell of 2x2 places
+    weak: Share = 0.1  # quantile of the kept tokens' attention; tokens below it become means
+    reach: Annotated[float, "(0, inf]"] = 0.8  # distance at which weights reach 0, as a share of the diagonal
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         return snap(tokens.attention)
@@ -54,10 +54,15 @@ class Nuwa(Selector):
     def means(
         self, score: torch.Tensor, kept: torch.Tensor, middle: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return what each kept token of a frame pair is the mean of: int64 `[m]`, tokens; int64 `[m]`, places; float32 `[m]`,
-        weights.
+        """Return the weighted means that replace a frame pair's weak tokens.
 
-        `score`: `[H, W]`, attention. `kept`: int64 `[k]`, places. `middle`: `[H W, d]`, states in the middle of the tower.
+        Args:
+            score: `[H, W]`, attention.
+            kept: int64 `[k]`, places.
+            middle: `[H W, d]`, states in the middle of the tower.
+
+        Returns:
+            int64 `[m]` tokens (indices into `kept`), int64 `[m]` places that they average, and float32 `[m]` weights.
         """
         height, width = score.shape
         attention = score.flatten()[kept]
@@ -75,7 +80,7 @@ class Nuwa(Selector):
 
 
 def rank_in_cell(score: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[T, H, W]`: how many places of its cell come before each place by `score` (`[T, H, W]`); ties by index."""
+    """Return int64 `[T, H, W]`: how many places in the same cell have a higher `score` (`[T, H, W]`); ties by index."""
     height, width = score.shape[1:]
     even = F.pad(score, (0, width % 2, 0, height % 2), value=-torch.inf)
     cells = even.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).transpose(2, 3).flatten(3)

@@ -1,4 +1,4 @@
-"""Nüwa, second stage: the tokens that some head attends to most."""
+"""Nüwa, second stage: tokens that receive the most attention in their best head."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,10 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Part, on
 class NuwaInner(LanguageMethod):
     """Nüwa (arXiv 2602.02951), the stage inside the language model: tokens that one head attends to.
 
-    Once `depth` of the layers have run, a token's score is the attention that it gets from the last three columns,
-    as their mean, in the head that attends to it most. The highest scores stay.
+    After a share `depth` of the layers, a token's score is the mean attention from the last three columns, in the head that attends
+    to the token most. The highest scores stay.
 
-    What differs: `-b` is the share that reaches the language model. The authors' code sees only one frame pair of a
-    video.
+    What differs: `-b` is the share that reaches the language model. The authors' code sees only one frame pair of a video.
     """
 
     name = "nuwa-inner"

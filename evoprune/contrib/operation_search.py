@@ -1,7 +1,7 @@
-"""One run of `evoprune tune --operations`: the order in which operations can be left out (docs/methods.md, operations).
+"""One run of `evoprune tune --operations`: the order for leaving out operations (docs/methods.md, operations).
 
-It is found by what each operation does to the output distribution. First the deepest layers lose what costs nothing, then one
-operation after the other goes. The top layer computes queries and MLP of no visual token.
+The order is found by the effect of each operation on the output distribution. First the deepest layers lose everything that costs
+nothing, then one operation is removed after another. The top layer computes queries and MLP for no visual token.
 """
 
 import time
@@ -37,20 +37,20 @@ from evoprune.report import rounded
 from evoprune.session import ModelDescription, PruneOptions, Session
 from evoprune.util import counted
 
-STEP = 0.3 / 15  # of the loss with everything removed
-# Kinds in the order in which the authors' code tries them; of equal losses the last one goes first.
+STEP = 0.3 / 15  # step of the allowed loss, as a share of the loss with everything removed
+# Kinds in the order that the authors' code tries them. Among equal losses, the last one is removed first.
 ORDER = ("queries", "mlp", "keys")
 
 
 class Loss(NamedTuple):
-    """Hold the cost of a removal. `kl`: mean KL in nats a token. `agree`: share of tokens with the same first choice."""
+    """The cost of a removal. `kl`: mean KL in nats per token. `agree`: share of tokens with the same first choice."""
 
     kl: float
     agree: float
 
 
 class Step(NamedTuple):
-    """Operations that go together, and the loss after them; None where that was not measured."""
+    """Operations that are removed together, and the loss afterwards, or None if it was not measured."""
 
     operations: tuple[Operation, ...]
     kl: float | None = None
@@ -58,7 +58,7 @@ class Step(NamedTuple):
 
 
 def for_nothing(after: int, depth: int, lossless: Callable[[Removed], bool]) -> Removed:
-    """Return what the deepest layers can lose without a loss."""
+    """Return the operations of the deepest layers that can be removed without a loss."""
     removed: Removed = frozenset()
     for group in (ALL, REST):
         last = depth - 1
@@ -74,7 +74,7 @@ def for_nothing(after: int, depth: int, lossless: Callable[[Removed], bool]) -> 
 
 
 def deepest(low: int, high: int, passes: Callable[[int], bool]) -> int | None:
-    """Return the lowest of the layers from `low` to `high` that passes, by binary search; None if `high` does not."""
+    """Return the lowest layer from `low` to `high` that passes, by binary search, or None if `high` does not pass."""
     if low > high or not passes(high):
         return None
     return low + bisect_left(range(low, high), True, key=passes)
@@ -87,13 +87,14 @@ def search(
     found: list[Step],
     go_on: Callable[[], bool] = lambda: True,
 ) -> bool:
-    """Finds the order for a `Recipe`; `found` grows step after step.
+    """Find the order for a `Recipe`, appending to `found` step by step.
 
     Args:
-        measure: the loss with some operations removed.
-        go_on: whether there is time to measure more. Once there is not, the others follow by the latest measurement.
+        measure: Returns the loss with some operations removed.
+        go_on: Whether there is time for more measurements. If not, the remaining operations follow by their latest measurement.
 
-    Returns whether the order is complete: not where the time was over before everything had been measured once.
+    Returns:
+        True if the order is complete; False if time ran out before every operation had been measured once.
     """
     known: dict[Removed, Loss] = {}
 
@@ -130,7 +131,7 @@ def search(
 
 
 def _if_measured(form: str, row: dict[str, Any]) -> str:
-    """Fill in the loss of a row; a dash if it was not measured."""
+    """Format the loss of a row, or return a dash if it was not measured."""
     return "-" if row["kl"] is None else form.format(**row)
 
 
@@ -153,7 +154,7 @@ COLUMNS: list[Column[dict[str, Any]]] = [
 
 @dataclass
 class OperationResults(Results):
-    """Hold a document of the schema of recipes, which `Recipe.read` reads if the recipe is complete."""
+    """A document in the schema of recipes. `Recipe.read` can read it if the recipe is complete."""
 
     found: dict[str, Any]
 
@@ -161,7 +162,7 @@ class OperationResults(Results):
         return rounded(self.found)
 
     def table(self, width: int) -> str:
-        """Return what the recipe leaves out at each budget."""
+        """Return a table of the operations that the recipe removes at each budget."""
         found = self.document()
         lines = heading(found, width)
         if found["rows"]:
@@ -179,7 +180,7 @@ class OperationResults(Results):
 
 @dataclass(frozen=True)
 class _Trial(Operations):
-    """Without some operations, whatever the budget."""
+    """The method with a fixed set of operations removed, whatever the budget."""
 
     removed: Removed = frozenset()
 
@@ -188,7 +189,7 @@ class _Trial(Operations):
 
 
 class OperationTuning(Run):
-    """Finds a recipe; of the settings `agree` and `methods` are not read. `found` is the order so far, if `complete` all of it."""
+    """Finds a recipe. The settings `agree` and `methods` are ignored. `found` is the order so far, and all of it if `complete`."""
 
     schema = SCHEMA
     results_of = OperationResults
@@ -201,7 +202,7 @@ class OperationTuning(Run):
         self._blank: Recipe | None = None
 
     def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
-        """Raises as `Run.load`. UsageError: the language model has a single layer."""
+        """Load the model. Raises the errors of `Run.load`, and UsageError if the language model has a single layer."""
         super().load(progress, model)
         text = self.loaded.model.config.text_config
         after = layers_before(PLACE, text.num_hidden_layers)
@@ -214,7 +215,7 @@ class OperationTuning(Run):
         return bool(self.found)
 
     def run(self, progress: Progress = lambda *what: None, note: Callable[[str], None] = lambda what: None) -> None:
-        """Answers in full, then searches until the order is complete or the time is over; otherwise as `Tuning.run`."""
+        """Answer in full, then search until the order is complete or the time is over. Otherwise like `Tuning.run`."""
         videos = self.answer(progress)
         settings = self.settings
         asked = []
@@ -245,7 +246,11 @@ class OperationTuning(Run):
         return replace(self._blank, steps=tuple(step.operations for step in self.found))
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """Return the results so far, for JSON, which `Recipe.read` reads if `complete`; `error` is what cut the run short."""
+        """Return the results so far, for JSON. `Recipe.read` reads them if `complete`.
+
+        Args:
+            error: The error that cut the run short, or None.
+        """
         facts = None
         if self._blank:
             facts = {name: value for name, value in asdict(self._blank).items() if name != "steps"}
@@ -260,7 +265,7 @@ class OperationTuning(Run):
         }
 
     def _rows(self) -> list[dict[str, Any]]:
-        """Return for each budget the operations that it removes, and their cost."""
+        """Return the removed operations and their cost for each budget."""
         recipe = self.recipe
         rows = []
         for budget in sorted({*(self.settings.budgets or BUDGETS)}, reverse=True):
@@ -272,12 +277,13 @@ class OperationTuning(Run):
 
 
 def weights(config) -> tuple[float, float, float]:
-    """Return what share of a layer's work on a token keys and values, queries and output, and the MLP are; `config`: a
-    `TextConfig`.
+    """Return the shares of a layer's work per token for keys and values, for queries and output, and for the MLP.
+
+    `config` is a `TextConfig`.
     """
     hidden = config.hidden_size
     keys = config.num_key_value_heads
     queries = config.num_attention_heads
     work = 2 * hidden * head_size(config) * keys, 2 * hidden * head_size(config) * queries
     work += (3 * hidden * config.intermediate_size,)
-    return tuple(round(part / sum(work), 6) for part in work)  # as files have them
+    return tuple(round(part / sum(work), 6) for part in work)  # rounded as in files

@@ -1,7 +1,7 @@
-"""Operation pruning (zxcvfd13502/GSOP): visual tokens stay, and layers compute less for them, by the model's recipe.
+"""Operation pruning (zxcvfd13502/GSOP): visual tokens stay, but layers compute less for them, following the model's recipe.
 
-An operation is (layer, group, kind). The groups are all visual tokens, and the rest: those that are not among the most important.
-Leaving out one of all leaves out that of the rest. A token without an operation keeps its state of before.
+An operation is (layer, group, kind). The groups are all visual tokens, and the rest, which excludes the most important ("key")
+tokens. Removing an operation for all tokens also removes it for the rest. A token without an operation keeps its previous state.
 """
 
 from collections.abc import Collection, Iterable
@@ -28,30 +28,28 @@ from evoprune.methods import (
 from evoprune.model import read_object
 from evoprune.util import missing_hint
 
-KINDS = ("keys", "queries", "mlp")  # of a layer's operations on a token: keys and values; queries and output; the MLP
-# visual tokens: all, and those that are not key
+KINDS = ("keys", "queries", "mlp")  # a layer's operations on a token: keys and values; queries and output; the MLP
+# groups of visual tokens: all, and all except key tokens
 ALL = "all"
 REST = "rest"
-KEY = 0.25  # share of the visual tokens that are key
-PLACE = 2 / 32  # share of the layers after which they are known
+KEY = 0.25  # share of the visual tokens that are key tokens
+PLACE = 2 / 32  # share of the layers after which the key tokens are known
 Operation = tuple[int, str, str]  # layer, ALL or REST, kind
 Removed = frozenset[Operation]
-SCHEMA = "evoprune/tune-operations@1"  # of the file that `evoprune tune VIDEO... --operations -o FILE` writes
+SCHEMA = "evoprune/tune-operations@1"  # schema of the file that `evoprune tune VIDEO... --operations -o FILE` writes
 AGAIN = "evoprune tune VIDEO... --operations -o FILE.json finds one"
 
 
 @dataclass(frozen=True)
 class OperationPlan(LanguagePlan):
-    """Two groups of visual tokens for which layers do not compute the same."""
+    """Two groups of visual tokens with different computation in the layers."""
 
-    # Tokens of the key group. The method names them at its first look; all layers up to then compute everything.
+    # Number of key tokens. The method selects them at its first look; all layers before that compute everything.
     key: int = 0
-    gone: Removed = (
-        frozenset()
-    )  # operations that are left out; where those of all are, those of the rest are among them
+    gone: Removed = frozenset()  # removed operations; includes the rest's operation if all tokens lose it
 
     def computed(self, layer: int, kind: str) -> tuple[bool, bool]:
-        """Return whether a layer computes an operation for the key group, and for the rest."""
+        """Return whether a layer computes an operation for the key group, and whether it does for the rest."""
         return (layer, ALL, kind) not in self.gone, (layer, REST, kind) not in self.gone
 
     @property
@@ -69,13 +67,17 @@ class OperationPlan(LanguagePlan):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Operations in the order in which they are left out. Raises ValueError: a value that cannot be."""
+    """Operations in the order of their removal.
+
+    Raises:
+        ValueError: A value is impossible.
+    """
 
     depth: int  # layers of the language model
-    after: int  # layers that compute everything. Behind them the tokens are put into groups.
-    key: float  # share of the visual tokens that are not among the rest
-    weights: tuple[float, ...]  # share of a layer's work on a token that each of `KINDS` is
-    steps: tuple[tuple[Operation, ...], ...]  # what is left out at each step; together all that can be
+    after: int  # layers that compute everything. After them the tokens are divided into groups.
+    key: float  # share of the visual tokens that are key tokens
+    weights: tuple[float, ...]  # shares of `KINDS` in a layer's work on a token
+    steps: tuple[tuple[Operation, ...], ...]  # operations removed at each step; together all that can be removed
 
     def __post_init__(self):
         if not (1 <= self.after <= self.depth and 0 < self.key < 1):
@@ -87,7 +89,11 @@ class Recipe:
 
     @classmethod
     def read(cls, file: str) -> Self:
-        """Return the recipe that a run of `tune --operations` has written. Raises UsageError: there is none in this file."""
+        """Return the recipe that a run of `tune --operations` wrote.
+
+        Raises:
+            UsageError: The file has no recipe.
+        """
         try:
             content = read_object(Path(file))
             if content.get("schema") != SCHEMA or not content.get("complete"):
@@ -108,20 +114,20 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """Twelve digits that name this recipe in reports."""
+        """Twelve hex digits that identify this recipe in reports."""
         return sha256(repr(self).encode()).hexdigest()[:12]
 
     def count(self, budget: float) -> int:
-        """Return the fewest steps that leave at most `budget` (in (0, 1]) of the work; all if none do."""
+        """Return the smallest number of steps that leaves at most `budget` (in (0, 1]) of the work, or all steps if none does."""
         fits = (count for count in range(len(self.steps)) if self.share(chain(*self.steps[:count])) <= budget)
         return next(fits, len(self.steps))
 
     def removed(self, budget: float) -> Removed:
-        """Return the operations of those steps."""
+        """Return the operations that these steps remove."""
         return frozenset(chain(*self.steps[: self.count(budget)]))
 
     def share(self, removed: Iterable[Operation]) -> float:
-        """Return the share of the work on visual tokens that is left in the layers behind `after`; attention is not counted."""
+        """Return the share of the work on visual tokens that is left in the layers after `after`, not counting attention."""
         weight = dict(zip(KINDS, self.weights, strict=True))
         sizes = {ALL: self.key, REST: 1 - self.key}
         work = {op: weight[op[2]] * sizes[op[1]] for op in self._every}
@@ -129,11 +135,11 @@ class Recipe:
             return 1.0
         gone = self._gone(removed)
         left = sum(own for op, own in work.items() if op not in gone)
-        # Rounded, so that what leaves a quarter by the sum of many shares fits into a budget of a quarter.
+        # Rounded, so that many shares that add up to a quarter fit into a budget of a quarter.
         return round(left / sum(work.values()), 9)
 
     def plan(self, tokens: int, removed: Iterable[Operation]) -> OperationPlan:
-        """Return the plan for so many visual tokens. A group that no later layer reads leaves for good."""
+        """Return the plan for this number of visual tokens. A group that no later layer reads is dropped for good."""
         gone = self._gone(removed)
         key = keep_count(self.key, tokens)
         if not gone:
@@ -148,9 +154,10 @@ class Recipe:
         return OperationPlan(self.depth, tokens, tuple(drops), looks=tuple(looks), key=key, gone=gone)
 
     def _gone(self, removed: Iterable[Operation]) -> Removed:
-        """Return what is not computed: `closed`, and all but keys in a group's last layer of keys, unless that is the top layer.
+        """Return the operations that are not computed: `closed`, plus useless operations in a group's last layer of keys.
 
-        That one computes queries and MLP of the last position alone. They count as computed, as they do with other methods.
+        There, only keys are of use, unless it is the top layer. The top layer computes queries and MLP only for the last position,
+        but they count as computed, as with other methods.
         """
         gone = set(closed(removed, self.depth))
         for group in (ALL, REST):
@@ -164,7 +171,11 @@ class Recipe:
 
 
 def closed(removed: Iterable[Operation], depth: int) -> Removed:
-    """`removed`, with those of the rest where those of all are, and with what nothing reads behind a group's last keys."""
+    """Return `removed` plus everything that it makes useless.
+
+    This adds the rest's operation if all tokens lose it, and the operations after a group's last keys, because nothing reads their
+    results.
+    """
     gone = set(removed)
     gone |= {(layer, REST, kind) for layer, group, kind in gone if group == ALL}
     for group in (ALL, REST):
@@ -173,13 +184,16 @@ def closed(removed: Iterable[Operation], depth: int) -> Removed:
 
 
 def _last_keys(removed: Collection[Operation], group: str, depth: int) -> int:
-    """Return the last layer that computes a group's keys; `depth` if none does."""
+    """Return the last layer that computes a group's keys, or `depth` if no layer does."""
     return max((layer for layer in range(depth) if (layer, group, "keys") not in removed), default=depth)
 
 
 @dataclass(frozen=True)
 class Operations(LanguageMethod):
-    """Field: recipe: of the model that it works in; as a setting, the file that `evoprune tune --operations -o FILE` wrote."""
+    """Operation pruning with a recipe.
+
+    The setting `recipe` belongs to one model. Users give the file that `evoprune tune --operations -o FILE` wrote.
+    """
 
     name = "operations"
     source = "zxcvfd13502/GSOP"
@@ -188,7 +202,7 @@ class Operations(LanguageMethod):
 
     @property
     def args(self) -> dict[str, Any]:
-        """Return the settings, with the digest of the recipe in its place."""
+        """The settings, with the recipe's digest in place of the recipe."""
         return super().args | {"recipe": self.recipe and self.recipe.digest}
 
     def drops(self, depth: int, tokens: int, budget: float) -> OperationPlan:
@@ -207,9 +221,9 @@ class Operations(LanguageMethod):
 
 
 class _Grouped(Dropping):
-    """Read a prompt as `Dropping` does, but drop a group only where no later layer has its keys."""
+    """Reads a prompt like `Dropping`, but drops a group only if no later layer has its keys."""
 
-    _key: torch.Tensor | None = None  # bool, the visual tokens in the key group that are there; None before it is known
+    _key: torch.Tensor | None = None  # bool, the key tokens among the remaining visual tokens; None before known
 
     @property
     def work(self) -> tuple[tuple[int, int, int], ...]:

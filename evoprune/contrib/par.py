@@ -10,21 +10,21 @@ from evoprune.methods import Cosine, Selection, Selector, Tokens, arange_on, hig
 
 @dataclass(frozen=True)
 class Par(Selector):
-    """After PAR (arXiv 2410.07278): relevance, which counts less for each more relevant token of the same cluster.
+    """After PAR (arXiv 2410.07278): relevance, discounted for each more relevant token in the same cluster.
 
-    Neighboring tokens, in space or time, with a cosine above `link` are in one cluster. The score of the j-th most
-    relevant token of a cluster is its relevance / j, and the highest scores stay. Relevance is the mean cosine to
-    the question's tokens, scaled to (0, 1].
+    Neighboring tokens, in space or time, with a cosine above `link` are in one cluster. The score of the j-th most relevant token
+    in a cluster is its relevance / j, and the highest scores stay. Relevance is the mean cosine to the question's tokens, scaled to
+    (0, 1].
 
-    What differs: the paper's formulas could not be read and no code is public. These are this project's, so results
-    say little about PAR.
+    What differs: the paper's formulas could not be read and no code is public. This project wrote its own, so results say little
+    about PAR.
     """
 
     name = "par"
     source = "after arXiv 2410.07278"
     reads_question = True
 
-    link: Cosine = 0.8  # neighbouring tokens are of one cluster if their cosine is above this
+    link: Cosine = 0.8  # cosine above which neighboring tokens are in one cluster
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         relevance = snap(relevant(like_question(tokens)))
@@ -36,8 +36,9 @@ class Par(Selector):
 
 
 def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
-    """Return int64 `[N]`: the first token of each token's cluster. Neighbours in `unit` (`[T, H, W, D]`) with a cosine above `link`
-    are in one.
+    """Return int64 `[N]`: for each token, the first token in its cluster.
+
+    Neighbors in `unit` (`[T, H, W, D]`) with a cosine above `link` are in one cluster.
     """
     index = arange_on(unit[..., 0].numel(), unit.device).view(unit.shape[:3])
     ends = []
@@ -49,7 +50,7 @@ def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
     cluster = index.flatten().clone()
     while (cluster[a] != cluster[b]).any():
         lowest = torch.minimum(cluster[a], cluster[b])
-        for end in (cluster[a], cluster[b]):  # the roots, so that whole clusters join
+        for end in (cluster[a], cluster[b]):  # update the roots, so that whole clusters join
             cluster.scatter_reduce_(0, end, lowest, "amin")
         while (cluster != cluster[cluster]).any():
             cluster = cluster[cluster]

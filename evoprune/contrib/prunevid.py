@@ -1,4 +1,4 @@
-"""PruneVid, first stage: still places become one token in scenes."""
+"""PruneVid, first stage: still places become one token per scene."""
 
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
@@ -12,13 +12,12 @@ from evoprune.methods import Cosine, Selection, Selector, Share, Tokens, apporti
 
 @dataclass(frozen=True)
 class PruneVid(Selector):
-    """PruneVid (arXiv 2412.16117), the stage before the language model: still places become one token in each scene.
+    """PruneVid (arXiv 2412.16117), the stage before the language model: still places become one token per scene.
 
-    Density peaks group frame pairs into clusters, `scenes` times as many as frame pairs; runs of a cluster are
-    scenes, and the shorter ones join a neighbor. A place whose tokens have a mean cosine above `static` in a scene
-    is still. If averaging still places saves enough, the stillest are averaged until the budget is met. Otherwise
-    all of them are, and tokens merge around density peaks: the still ones of a scene, and the others of a frame
-    pair, in proportion to their numbers.
+    Density peaks group frame pairs into `scenes` times as many clusters as frame pairs. Runs of a cluster are scenes, and the
+    shorter ones join a neighbor. A place is still in a scene if its tokens have a mean cosine above `static`. If averaging still
+    places saves enough, the stillest are averaged until the budget is met. Otherwise all of them are, and tokens merge around
+    density peaks: still ones within a scene, others within a frame pair, in proportion to their numbers.
 
     What differs: the budget sets the counts; the paper keeps half.
     """
@@ -27,7 +26,7 @@ class PruneVid(Selector):
     source = "arXiv 2412.16117, the stage before the language model"
 
     scenes: Share = 0.25  # number of clusters, as a share of the frame pairs
-    static: Cosine = 0.8  # a place is static if the mean of its tokens over time is above this
+    static: Cosine = 0.8  # mean cosine of a place's tokens above which it is still
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.by_pair(tokens.features.float())
@@ -37,7 +36,7 @@ class PruneVid(Selector):
         into = averaged(index, spans, steady, self.static, keep)
         if into is not None:
             return gathered(into.flatten())
-        groups = []  # for each group of tokens, the units of each, one row per token
+        groups = []  # for each group, the units of its tokens, one row per token
         for span, places in zip(spans, (mean > self.static for mean in steady), strict=True):
             groups += [index[span.start : span.stop, places].T, *(index[pair, ~places][:, None] for pair in span)]
         sizes = [len(group) for group in groups]
@@ -46,16 +45,17 @@ class PruneVid(Selector):
         return join_groups(into, x.flatten(0, 1), groups, counts)
 
     def segments(self, x: torch.Tensor) -> list[range]:
-        """Runs of frame pairs of `x` (`[T, n, D]`) in one cluster."""
+        """Return the runs of frame pairs of `x` (`[T, n, D]`) that are in one cluster."""
         cluster = joined_peaks(x.mean(1), max(1, int(self.scenes * len(x))), NEIGHBOURS)
         stops = list(accumulate(folded(cluster.tolist())))
         return [range(first, stop) for first, stop in pairwise([0, *stops])]
 
 
 def folded(cluster: list[int]) -> list[int]:
-    """Return the lengths of the segments of a video, from the cluster of each frame pair.
+    """Return the lengths of a video's segments, given the cluster of each frame pair.
 
-    The longest runs of a cluster stay, if they have two frame pairs or more. Others join the longer neighbour, or the earlier one.
+    The longest runs of a cluster stay if they have two frame pairs or more. Other runs join the longer neighbor, or the earlier
+    one.
     """
     runs = _runs(cluster)
     longest = {label: max(length for other, length in runs if other == label) for label in cluster}
@@ -72,13 +72,14 @@ def folded(cluster: list[int]) -> list[int]:
 
 
 def _runs(labels: list[int]) -> list[tuple[int, int]]:
-    """Return each run of equal labels, with its length."""
+    """Return the runs of equal labels, with their lengths."""
     return [(label, len(list(run))) for label, run in groupby(labels)]
 
 
 def steadiness(unit: torch.Tensor) -> torch.Tensor:
-    """Return float32 `[n]`: the mean cosine of each two of a place's tokens (`[g, n, D]`, of length one or zero); -inf where g
-    is 1.
+    """Return float32 `[n]`: the mean cosine over pairs of a place's tokens, or -inf if there is only one.
+
+    `unit`: `[g, n, D]`, tokens of length one or zero.
     """
     count = len(unit) * (len(unit) - 1)
     if not count:

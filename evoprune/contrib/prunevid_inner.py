@@ -1,4 +1,4 @@
-"""PruneVid, second stage: the tokens that some word of the text attends to most."""
+"""PruneVid, second stage: tokens that receive the most attention from some word of the text."""
 
 from dataclasses import dataclass
 
@@ -22,12 +22,10 @@ from evoprune.methods import (
 class PruneVidInner(LanguageMethod):
     """PruneVid (arXiv 2412.16117, section 3.3), the stage inside the language model: tokens that the text attends to.
 
-    Once `depth` of the layers have run, a token's score is the most attention that any token of the text after the
-    video pays to it in any head, without rotary embedding and causal mask. Each frame pair keeps its highest, in
-    proportion to its tokens.
+    After a share `depth` of the layers, a token's score is the most attention that any text token after the video pays to it in any
+    head, without rotary embedding and causal mask. A frame pair keeps its highest scores, in proportion to its tokens.
 
-    What differs: the authors' groups are the moving tokens of a frame and the still ones of a segment, here frame
-    pairs.
+    What differs: the authors' groups are the moving tokens of a frame and the still ones of a segment, here frame pairs.
     """
 
     name = "prunevid-inner"

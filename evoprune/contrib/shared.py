@@ -1,4 +1,4 @@
-"""Helpers of several methods: segments of a video, density peaks, means of tokens, and relevance to the question."""
+"""Helpers shared by several methods: segments of a video, density peaks, means of tokens, and relevance to the question."""
 
 from functools import lru_cache
 from itertools import pairwise
@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from evoprune.backend import BLOCK
 from evoprune.methods import Selection, Tokens, arange_on, highest, scaled, snap
 
-NEIGHBOURS = 7  # from which a density is computed, in the authors' code of PruneVid, FlashVID and HoliTom
-MAX_BLOCKS = 4  # blocks of distances that are held; more are computed twice
+NEIGHBOURS = 7  # neighbors for computing a density, as in the authors' code of PruneVid, FlashVID and HoliTom
+MAX_BLOCKS = 4  # blocks of distances that are cached; if there are more, all are computed twice
 STEPS = 16384  # distances are integers of this many steps of the tokens' root mean square length
-MIN_RELEVANCE = 1 / 128  # of the least relevant token, once relevance is scaled
+MIN_RELEVANCE = 1 / 128  # scaled relevance of the least relevant token
 
 
 def dissimilarity(tokens: Tokens) -> torch.Tensor:
-    """Return float32 `[T, H * W]`: 1 - cosine of each token to the same place in the frame pair before.
+    """Return float32 `[T, H * W]`: 1 - cosine between each token and the same place in the previous frame pair.
 
     The first frame pair is compared with the second; 0 if there is only one.
     """
@@ -28,13 +28,16 @@ def dissimilarity(tokens: Tokens) -> torch.Tensor:
 
 
 def transitions(tokens: Tokens) -> torch.Tensor:
-    """Return float32 `[T - 1]`: the cosine of the mean tokens of neighbouring frame pairs, rounded."""
+    """Return float32 `[T - 1]`: the cosine between the mean tokens of neighboring frame pairs, rounded."""
     mean = tokens.by_pair(tokens.features.float()).mean(1)
     return snap(torch.cosine_similarity(mean[1:], mean[:-1], dim=1))
 
 
 def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[range]:
-    """Return the frame pairs of each segment: cut at the `least - 1` lowest of `similarity` (`[T - 1]`), and below `threshold`."""
+    """Return the frame pairs in each segment of a video.
+
+    The video is cut at the `least - 1` lowest entries of `similarity` (`[T - 1]`), and wherever it is below `threshold`.
+    """
     lowest = similarity.argsort(stable=True)[: max(0, least - 1)].tolist()
     below = (similarity < threshold).nonzero().flatten().tolist()
     edges = [0, *sorted(cut + 1 for cut in {*lowest, *below}), len(similarity) + 1]
@@ -49,9 +52,11 @@ def peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
 
 
 def joined_peaks(x: torch.Tensor, count: int, neighbours: int | None = None) -> torch.Tensor:
-    """Return int64 `[n]`: the nearest of the `count` peaks to each row of `x` (`[n, D]`); a peak joins itself.
+    """Return int64 `[n]`: the peak, of `count`, nearest to each row of `x` (`[n, D]`); a peak joins itself.
 
-    `neighbours`: None for as many as there are peaks, up to `NEIGHBOURS`; at least 2, as with one, itself, all would be as dense.
+    Args:
+        neighbours: None for the number of peaks, up to `NEIGHBOURS`, but at least 2. With one neighbor, the row itself, all rows
+            would be equally dense.
     """
     if neighbours is None:
         neighbours = min(NEIGHBOURS, max(2, count))
@@ -68,13 +73,14 @@ def join_groups(
     counts: list[int],
     centre: float | None = None,
 ) -> Selection:
-    """Merges the tokens of each group around density peaks.
+    """Merge the tokens of each group around density peaks.
 
     Args:
-        into: int64 `[N]`, the unit that each unit joins, -1 for the units of groups, which is changed.
+        into: int64 `[N]`, the unit that each unit joins, -1 for the units of groups. Changed in place.
         features: float32 `[N, D]`.
-        groups: int64 `[m, g]` each: m tokens, each the mean of g units. `counts`: tokens to keep of each, 0 drops it.
-        centre: the least weight of a peak, as in `centre_weights`; None for equal weights.
+        groups: int64 `[m, g]` each: m tokens that are means of g units.
+        counts: Number of tokens to keep per group; 0 drops the group.
+        centre: Minimum weight of a peak, as in `centre_weights`; None for equal weights.
     """
     weight = torch.ones_like(into, dtype=torch.float32)
     for group, count in zip(groups, counts, strict=True):
@@ -87,11 +93,11 @@ def join_groups(
 
 
 def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """Return float64 `[n]`: the logarithm of density times distance to the nearest denser row; for the densest row, the greatest
-    distance.
+    """Return float64 `[n]`: the log of a row's density times its distance to the nearest denser row.
 
-    Density is exp(-m), m the mean squared distance / D to the `neighbours` nearest rows, itself the first; a constant is left out.
-    Of equally dense rows the first counts as denser. O(n^2 D), memory O(n D).
+    Density is exp(-m), where m is the mean squared distance / D to the `neighbours` nearest rows, including the row itself; a
+    constant is left out. The densest row gets the greatest distance. Among equally dense rows, the first counts as denser.
+    Time O(n^2 D), memory O(n D).
     """
     points, step = rounded_points(x)
     index = arange_on(len(points), x.device)
@@ -117,21 +123,24 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
 
 
 def rounded_points(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return float64 `[n, D]`, the rows of `x` in steps; and the length of a step."""
+    """Return the rows of `x` in steps, float64 `[n, D]`, and the length of a step."""
     x = x.double()
     step = x.square().sum(1).mean().sqrt().clamp(min=1e-30) / STEPS
     return x / step, step
 
 
 def rounded_distances(block: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Return `[p, n]`: distances in whole steps."""
+    """Return distances `[p, n]`, rounded to whole steps."""
     return torch.cdist(block, points).round_()
 
 
 def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selection:
-    """Return the selection in which each unit joins the unit `into` (int64 `[N]`); a unit stays if it joins itself, -1 drops it.
+    """Return the selection that results if each unit joins the unit `into` (int64 `[N]`).
 
-    `weight`, float32 `[N]`, is the weight of each unit in its mean; None for equal weights.
+    A unit stays if it joins itself, and -1 drops it.
+
+    Args:
+        weight: float32 `[N]`, a unit's weight in its mean; None for equal weights.
     """
     stays = into == arange_on(len(into), into.device)
     number = stays.cumsum(0) - 1
@@ -139,9 +148,10 @@ def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selectio
 
 
 def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
-    """Return float32 `[N]`: the weight of each unit in the mean that it joins; `into` as in `gathered`.
+    """Return float32 `[N]`: each unit's weight in the mean that it joins; `into` is as in `gathered`.
 
-    A unit that n others join has weight max(1 / (n + 1), `least`), and the n share the rest evenly; alone it has weight 1.
+    A unit that n others join has weight max(1 / (n + 1), `least`), and the n others share the rest evenly. Without others, it has
+    weight 1.
     """
     stays = into == arange_on(len(into), into.device)
     others = torch.bincount(into[(into >= 0) & ~stays], minlength=len(into))[into.clamp(min=0)]
@@ -150,7 +160,12 @@ def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
 
 
 def turns(order: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[n]`: how many of the same `group` (int64 `[n]`, from 0) come before each token in `order` (int64 `[n]`)."""
+    """Return int64 `[n]`: for each token, the number of tokens in its group that come before it in `order`.
+
+    Args:
+        order: int64 `[n]`.
+        group: int64 `[n]`, from 0.
+    """
     order = order[group[order].argsort(stable=True)]
     size = torch.bincount(group)
     before = (size.cumsum(0) - size)[group[order]]
@@ -160,15 +175,17 @@ def turns(order: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
 def averaged(
     index: torch.Tensor, spans: list[range], still: list[torch.Tensor], limit: float, keep: int
 ) -> torch.Tensor | None:
-    """Return int64 `[T, n]`: the unit that each joins when the stillest places are averaged over time until `keep` units are left.
+    """Return the unit that each unit joins if the stillest places are averaged over time until `keep` units are left.
 
-    Places are averaged over their segment (`spans`); the last one over as many of its first frame pairs as necessary.
+    Places are averaged over their segment, the last place only over as many of the segment's first frame pairs as necessary.
 
     Args:
         index: int64 `[T, n]`, the numbers of the units.
-        still: for each segment, `[n]`, how still each place stands; ties go by index. Only those above `limit` are averaged.
+        spans: The segments.
+        still: For each segment, `[n]`, the stillness of each place; ties go by index. Only places above `limit` are averaged.
 
-    Returns None if more than `keep` are left.
+    Returns:
+        int64 `[T, n]`, or None if more than `keep` units are left.
     """
     into = index.clone()
     n = index.shape[1]
@@ -187,11 +204,11 @@ def averaged(
 
 
 def like_question(tokens: Tokens) -> torch.Tensor:
-    """Return float32 `[N]`: the mean cosine of each token to the tokens of the question, rounded so that equal tokens are ties."""
+    """Return float32 `[N]`: each token's mean cosine to the question's tokens, rounded so that equal tokens are ties."""
     return snap((tokens.normalised @ F.normalize(tokens.question, dim=1).T).mean(1))
 
 
 def relevant(relevance: torch.Tensor) -> torch.Tensor:
-    """Relevance `[n]` scaled to (0, 1]."""
+    """Return `relevance` (`[n]`) scaled to (0, 1]."""
     flat = relevance.max() == relevance.min()
     return torch.where(flat, torch.ones_like(relevance), scaled(relevance).clamp(min=MIN_RELEVANCE))

@@ -18,7 +18,7 @@ from evoprune.methods import (
     several_drops,
 )
 
-# Tokens left after each drop, of 576, from none to all; between them, the authors' for 64, 96, 128 and 192 tokens on average.
+# Tokens left of 576 after each drop, from none to all; in between, the authors' counts for means of 64, 96, 128 and 192 tokens.
 COUNTS = ((0, 0, 0), (66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110), (576, 576, 576))
 
 
@@ -26,12 +26,12 @@ COUNTS = ((0, 0, 0), (66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110
 class SparseVlm(LanguageMethod):
     """SparseVLM (arXiv 2410.04417, section 3): text tokens rate the visual tokens, and some of the dropped ones merge.
 
-    Raters are the text tokens whose mean attention by visual tokens, computed on embeddings, is above average.
-    After 3, 7 and 16 of 32 layers, the tokens stay to which raters attend most. The best 30% of the dropped tokens
-    merge into means around density peaks, a tenth as many.
+    Raters are the text tokens that receive above-average mean attention from visual tokens, computed on embeddings. After 3, 7 and
+    16 of 32 layers, the tokens stay that receive the most attention from raters. The best 30% of the dropped tokens merge around
+    density peaks into a tenth as many means.
 
-    What differs: counts at other budgets lie between the authors' tables (`COUNTS`). The means are part of the
-    budget, at the places of their peaks; in the authors' code they come on top, after the other tokens.
+    What differs: counts at other budgets are interpolated between the authors' tables (`COUNTS`). The means are part of the budget,
+    at the places of their peaks; in the authors' code they are added to it, after the other tokens.
     """
 
     name = "sparsevlm"
@@ -62,7 +62,7 @@ class SparseVlm(LanguageMethod):
 
 
 def _raters(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """int64 `[q]`: the text tokens (`[Q, D]`) that rate the visual tokens (`[N, D]`)."""
+    """Return int64 `[q]`: the text tokens (`[Q, D]`) that rate the visual tokens (`[N, D]`)."""
     words = text.float().T
     weight = sum((block.float() @ words).softmax(1).sum(0) for block in visual.split(BLOCK))
     raters = (weight > weight.mean()).nonzero()[:, 0]
@@ -75,9 +75,7 @@ def recycled(dropped: int) -> int:
 
 
 def selected(count: int, left: int) -> int:
-    """Return how many of `count` tokens stay as they are, so that with the means of the others `left` remain; all, if there is
-    no room.
-    """
+    """Return how many of `count` tokens stay unmerged, so that `left` remain together with the means, or `left` if none fit."""
     for stay in range(left - 1, 0, -1):
         if stay + recycled(count - stay) // 10 + 1 <= left:
             return stay

@@ -10,13 +10,12 @@ from evoprune.methods import EvoPrunePaper
 class ToMe(EvoPrunePaper):
     """ToMe (arXiv 2210.09461, section 3): rows merge in every layer, the most similar ones first.
 
-    In each window or frame pair, every second row is matched with its most similar other row, by the cosine of
-    keys. The most similar pairs merge into their size-weighted means, equally many in every layer, and attention
-    weighs a row by its size. It is `EvoPrunePaper` without penalties; the settings that are not fields here are
-    fixed.
+    In a window or frame pair, every second row is matched with its most similar other row, by the cosine of keys. The most similar
+    pairs merge into their size-weighted means, the same number in every layer, and attention weights a row by its size. It is
+    `EvoPrunePaper` without penalties; the settings that are not fields here are fixed.
 
-    What differs: units instead of patches, windows as groups where the tower has them, counts set by the budget.
-    Rows merge after a layer's MLP, in the authors' code before it.
+    What differs: units instead of patches, windows as groups in layers with window attention, counts set by the budget. Rows merge
+    after a layer's MLP, in the authors' code before it.
     """
 
     name = "tome"

@@ -15,12 +15,12 @@ TEMPERATURE = 0.01
 class VidCom2(Selector):
     """VidCom2 (arXiv 2505.14454): unusual frame pairs get more tokens, and keep their unusual tokens.
 
-    Over the half of the channels with the lowest variance, a token's affinity to a mean is the sum of
-    exp(-distance^2 / (2 scale)) over five scales. Each of T frame pairs gets tokens in proportion to 1 - 1 / T + s,
-    where s is the softmax, at temperature 0.01, of minus its mean affinity to the mean of the video. It keeps the
-    tokens with the least affinity to the mean of the video plus that to its own mean.
+    Over the half of the channels with the lowest variance, a token's affinity to a mean is the sum of exp(-distance^2 / (2 scale))
+    over five scales. Each of T frame pairs gets tokens in proportion to 1 - 1 / T + s, where s is the softmax, at temperature 0.01,
+    of minus its mean affinity to the video's mean. It keeps the tokens with the lowest sum of affinities to the video's mean and to
+    its own mean.
 
-    What differs: counts sum up to the budget; the authors' code rounds them for each frame pair.
+    What differs: counts add up to the budget; the authors' code rounds them per frame pair.
     """
 
     name = "vidcom2"

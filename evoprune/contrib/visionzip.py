@@ -13,12 +13,12 @@ from evoprune.methods import Selection, Selector, Share, Tokens, arange_on, clos
 class VisionZip(Selector):
     """VisionZip (arXiv 2412.04467): keep the most attended tokens, and means of the others.
 
-    Each frame pair gets an equal share of the budget. `dominant` of that share goes to the most attended tokens.
-    Evenly spaced tokens among the rest become targets. Every other token joins the target with the most similar key
-    (cosine), and a target becomes half itself, half the mean of the tokens that joined it.
+    A frame pair gets an equal share of the budget. `dominant` of this share goes to the most attended tokens. Evenly spaced tokens
+    among the rest become targets. Every other token joins the target with the most similar key (cosine), and a target becomes half
+    itself, half the mean of the tokens that joined it.
 
-    What differs: attention received replaces the attention of a class token, which Qwen's tower does not have. The
-    authors' code adds target and mean; here their sum is halved.
+    What differs: attention received replaces the attention of a class token, which Qwen's tower does not have. The authors' code
+    adds target and mean; here their sum is halved.
     """
 
     name = "visionzip"

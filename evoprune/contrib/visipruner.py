@@ -1,4 +1,4 @@
-"""VisiPruner: tokens leave after the layer in which they matter."""
+"""VisiPruner: tokens are dropped after the layer that decides which of them matter."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -22,27 +22,27 @@ from evoprune.methods import (
 
 @dataclass(frozen=True)
 class VisiPruner(LanguageMethod):
-    """VisiPruner (arXiv 2510.17205, section 4): tokens leave after the layer in which they matter.
+    """VisiPruner (arXiv 2510.17205, section 4): tokens are dropped after the layer that decides which of them matter.
 
-    In the first layers (`shallow`) text does not attend to visual tokens. c_i is what token i adds to the last
-    token's attention output o. The first layer in which cos(o - c_i, o) is below `layer` for a token is decisive:
-    after it, the tokens with |c_i| above `token` stay, at most K. After `exits` later layers in which that cosine
-    is at least `exit` for all tokens, all of them leave.
+    In the first layers (`shallow`) text does not attend to visual tokens. c_i is token i's contribution to the last token's
+    attention output o. The first layer with cos(o - c_i, o) below `layer` for some token is decisive: after it, the tokens with
+    |c_i| above `token` stay, at most K. After `exits` later layers with this cosine at least `exit` for all tokens, all of them are
+    dropped.
 
-    What differs: a budget, and a drop to K tokens at `latest` if no layer was decisive. The thresholds are
-    LLaVA-1.5's and were not fitted to Qwen.
+    What differs: a budget, and a drop to K tokens at `latest` if no layer was decisive. The thresholds come from LLaVA-1.5 and were
+    not fitted to Qwen.
     """
 
     name = "visipruner"
     source = "arXiv 2510.17205, section 4"
     exact = False
 
-    shallow: Part = 6 / 32  # share of the layers in which text does not attend to visual tokens
-    latest: Part = 0.5  # share of the layers after which tokens leave if no layer was decisive
-    layer: Part = 0.995  # cosine below which a layer is decisive
-    token: Annotated[float, "[0, inf]"] = 0.2  # least |c_i| of tokens that stay
-    exit: Part = 0.999  # no token may be below this cosine
-    exits: Annotated[int, "[0, inf]"] = 2  # in so many layers, for all to leave; 0 for never
+    shallow: Part = 6 / 32  # share of the layers whose text does not attend to visual tokens
+    latest: Part = 0.5  # share of the layers after which tokens are dropped if no layer was decisive
+    layer: Part = 0.995  # a layer with a cosine below this is decisive
+    token: Annotated[float, "[0, inf]"] = 0.2  # tokens with |c_i| above this stay
+    exit: Part = 0.999  # in an exit layer, no token's cosine is below this
+    exits: Annotated[int, "[0, inf]"] = 2  # number of exit layers after which all tokens are dropped; 0 for never
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         keep = keep_count(budget, tokens)
@@ -71,7 +71,10 @@ class VisiPruner(LanguageMethod):
 
 
 def contributions(tokens: LayerTokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """float64 `[n]` each: cos(o - c_i, o) and |c_i| of every visual token, without the c_i themselves: O(n heads head_dim)."""
+    """Return cos(o - c_i, o) and |c_i| for every visual token, float64 `[n]` each.
+
+    The c_i themselves are not computed, so the cost is O(n heads head_dim).
+    """
     weights = tokens.last_weights().double()
     kv_heads = tokens.values.shape[1]
     weights = weights.view(kv_heads, -1, weights.shape[1])  # [kv_heads, group, C]

@@ -12,12 +12,11 @@ from evoprune.methods import Count, Selection, Selector, Share, Tokens, arange_o
 class VisPruner(Selector):
     """VisPruner (arXiv 2412.01818): keep attended tokens, then tokens that differ from each other.
 
-    Each frame pair gets an equal share of the budget. `important` of it goes to the most attended tokens. The rest,
-    most attended first, is thinned in rounds: every second token is compared with the tokens between, and up to
-    `step` of those with the greatest cosine to any of these are removed.
+    A frame pair gets an equal share of the budget. `important` of it goes to the most attended tokens. The rest, most attended
+    first, is thinned in rounds: every second token is compared with the tokens in between, and up to `step` of those with the
+    greatest cosine to any of these are removed.
 
-    What differs: attention received replaces the attention of a class token. The authors' code fails on odd numbers
-    of tokens.
+    What differs: attention received replaces the attention of a class token. The authors' code fails on odd numbers of tokens.
     """
 
     name = "vispruner"
@@ -25,7 +24,7 @@ class VisPruner(Selector):
     needs = frozenset({"attention"})
 
     important: Share = 0.5  # share of the kept tokens that attention selects
-    step: Count = 8  # the most tokens that one round removes
+    step: Count = 8  # maximum number of tokens that a round removes
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         return tokens.attention
@@ -36,7 +35,7 @@ class VisPruner(Selector):
         return of_pairs(map(self.kept, attention, unit, spread(keep, len(unit))), unit.shape[1])
 
     def kept(self, attention: torch.Tensor, unit: torch.Tensor, keep: int) -> torch.Tensor:
-        """Return int64 `[keep]`, ascending: what a frame pair keeps, by `attention` (`[n]`) and `unit` (`[n, D]`)."""
+        """Return int64 `[keep]`, ascending: the places that a frame pair keeps, given `attention` (`[n]`) and `unit` (`[n, D]`)."""
         order = ranked(attention)
         first = int(self.important * keep)
         rest = order[first:]
@@ -45,8 +44,9 @@ class VisPruner(Selector):
 
 
 def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
-    """Return int64 `[keep]`: the rows of `unit` (`[n, D]`, the most attended first) left when rounds remove up to `step` similar
-    ones.
+    """Return int64 `[keep]`: the rows left after rounds that remove up to `step` similar rows each.
+
+    `unit`: `[n, D]`, the most attended row first.
     """
     if keep == 0:
         return arange_on(0, unit.device)
@@ -55,7 +55,7 @@ def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
         even = left[::2]
         odd = left[1::2]
         like = torch.cat([snap(unit[block] @ unit[odd].T).amax(1) for block in even.split(BLOCK)])
-        # Of equals the last goes: a stable sort of the reversed rows puts it first.
+        # Among equals the last is removed: a stable sort of the reversed rows puts it first.
         order = len(even) - 1 - like.flip(0).argsort(descending=True, stable=True)
         left = torch.cat([even[order[min(step, len(left) - keep) :]], odd])
     return left

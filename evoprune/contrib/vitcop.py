@@ -1,4 +1,4 @@
-"""ViTCoP, inside the language model: clusters by vicinity, then the shortest keys."""
+"""ViTCoP, inside the language model: clusters of nearby tokens, then the shortest keys."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -21,30 +21,28 @@ from evoprune.methods import (
     snap,
 )
 
-FAR = 1 << 30  # steps that are more than any distance
+FAR = 1 << 30  # larger than any distance, in steps
 
 
 @dataclass(frozen=True)
 class ViTCoP(LanguageMethod):
-    """ViTCoP (arXiv 2601.17818), the stage inside the language model: clusters by vicinity, then the shortest keys.
+    """ViTCoP (arXiv 2601.17818), the stage inside the language model: clusters of nearby tokens, then the shortest keys.
 
-    At the first drop the tokens of each frame pair form clusters around density peaks: a token follows the nearest
-    denser token at most `near` away. Of each cluster the tokens with the shortest keys stay, and its others become
-    one token, their mean. At the second drop the tokens with the shortest keys stay. O(n^2 D) for the n tokens of a
-    frame pair, at the first drop.
+    At the first drop, the tokens of a frame pair form clusters around density peaks: a token follows the nearest denser token at
+    most `near` away. In every cluster the tokens with the shortest keys stay, and the others become one token, their mean. At the
+    second drop the tokens with the shortest keys stay. The first drop takes O(n^2 D) for the n tokens of a frame pair.
 
-    What differs: the authors' means are twice as long. Positions stay as they are; the authors' code renumbers
-    them. `cutoff`, the scale of the density as a share of the root mean square distance, was chosen by this project
-    on validation clips.
+    What differs: the authors' means are twice as long. Positions stay as they are; the authors' code renumbers them. `cutoff`, the
+    scale of the density as a share of the root mean square distance, was chosen by this project on validation clips.
     """
 
     name = "vitcop"
     source = "arXiv 2601.17818"
-    default_share = (32 * 2 / 9 / 0.4 - 2) / 30  # 2/9 over all layers, behind a stage that keeps 0.4
+    default_share = (32 * 2 / 9 / 0.4 - 2) / 30  # 2/9 over all layers, after a stage that keeps 0.4
 
     centres: Share = 0.15  # number of clusters, as a share of a frame pair's tokens
-    cutoff: Annotated[float, "(0, inf)"] = 0.25  # of distances, as a share of their root mean square
-    near: Annotated[float, "[0, inf)"] = 0.6  # how far apart joining tokens may be, in heights and widths of the frame
+    cutoff: Annotated[float, "(0, inf)"] = 0.25  # scale of the density, as a share of the root mean square distance
+    near: Annotated[float, "[0, inf)"] = 0.6  # maximum distance of joining tokens, in heights and widths of the frame
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         places = 2 / 32, 22 / 32
@@ -64,9 +62,14 @@ class ViTCoP(LanguageMethod):
 
 
 def merged(cluster: torch.Tensor, length: torch.Tensor, left: int) -> Selection:
-    """Of each cluster the tokens with the shortest keys stay; its others become one token, at the place of the middle one.
+    """Return a selection that keeps the shortest keys in every cluster and merges the others into one token.
 
-    `cluster`: int64 `[n]`; if there are more than `left`, those of long keys become one. `length`: float64 `[n]`, of each key.
+    The merged token has the place of the middle one of its tokens. If there are more than `left` clusters, those with long keys are
+    joined into one.
+
+    Args:
+        cluster: int64 `[n]`.
+        length: float64 `[n]`, the lengths of the keys.
     """
     index = arange_on(len(cluster), cluster.device)
     size = torch.bincount(cluster)
@@ -91,12 +94,12 @@ def merged(cluster: torch.Tensor, length: torch.Tensor, left: int) -> Selection:
 
 
 def vicinity_clusters(x: torch.Tensor, place: torch.Tensor, count: int, cutoff: float, near: float) -> torch.Tensor:
-    """Return int64 `[n]`: the one of `count` centres whose cluster each row of `x` (`[n, D]`) is in (ViTCoP, arXiv 2601.17818).
+    """Return int64 `[n]`: for each row of `x` (`[n, D]`) its cluster center, one of `count` (ViTCoP, arXiv 2601.17818).
 
-    Each row follows the nearest of the denser rows whose `place` (`[n, 2]`) is at most `near` away, or else of all denser rows.
-    What ends at a centre is its cluster. Centres are the rows of the greatest density times distance to the one they would follow.
-    The density is the sum of exp(-d^2) over all rows, where d is a distance over `cutoff` times the root mean square distance of
-    two rows. Of equally dense rows the first counts as denser. O(n^2 D), memory O(n D).
+    A row follows its nearest denser row whose `place` (`[n, 2]`) is at most `near` away or, without such a row, its nearest denser
+    row anywhere. The rows that lead to a center are its cluster. Centers are the rows with the greatest density times distance to
+    the row that they would follow. The density is the sum of exp(-d^2) over all rows, where d is a distance divided by `cutoff`
+    times the root mean square distance between rows. Among equally dense rows, the first counts as denser. O(n^2 D), memory O(n D).
     """
     points = rounded_points(x)[0]
     scale = cutoff * (2 * (points - points.mean(0)).square().sum(1).mean()).sqrt().clamp(min=1)

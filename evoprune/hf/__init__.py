@@ -1,6 +1,6 @@
-"""Pruning inside a Hugging Face model that the user holds: `evoprune.EvoPrune`, `evoprune.apply` and `evoprune.encode`.
+"""Pruning inside a user's Hugging Face model: `evoprune.EvoPrune`, `evoprune.apply` and `evoprune.encode`.
 
-The model's `generate` and `forward` take the usual inputs of its processor, and run on fewer video tokens.
+The model's `generate` and `forward` take the usual inputs from its processor, and run on fewer video tokens.
 """
 
 from typing import TYPE_CHECKING

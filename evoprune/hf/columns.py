@@ -1,11 +1,11 @@
-"""The arguments of a call of a Hugging Face model, without the columns of pruned tokens.
+"""The arguments of a call to a Hugging Face model, without the columns of pruned tokens.
 
-A call is a dict of the arguments of `forward` or `generate` by name. M-RoPE positions are those of the whole prompt, so they
-have gaps. Only the running number of each token, from which attention masks are made, has none.
+A call is a dict with the arguments of `forward` or `generate` by name. M-RoPE positions refer to the whole prompt, so they have
+gaps. Only the running number of a token, which attention masks are made from, has no gaps.
 
-The columns that are left of a row move together to the right, so that all rows still end where the answer begins. A row with fewer
-columns than another gets padding at its start. Padding on the left that no row needs is removed.
-Callbacks of `generate` get ids of the whole prompt.
+The columns left in a row move to the right together, so that all rows still end where the answer begins. A row with fewer columns
+than another gets padding at its start. Left padding that no row needs is removed. Callbacks of `generate` get ids of the whole
+prompt.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,26 +24,26 @@ from evoprune.methods import arange_on
 from evoprune.vision import Encoded
 
 NAMES = {True: ("pixel_values_videos", "video_grid_thw"), False: ("pixel_values", "image_grid_thw")}
-PAST = "evoprune"  # attribute that is set on caches; copies of a cache have it too
+PAST = "evoprune"  # attribute set on caches; copies of a cache have it too
 
 
 @dataclass(frozen=True, repr=False)
 class Columns:
-    """Hold the columns that are left of a batch."""
+    """The columns left in a batch after pruning."""
 
-    # int64 `[B, C]`, for each place the column of the whole batch that it holds, ascending; -1 for padding, at the start.
+    # int64 `[B, C]`, the column of the whole batch that each place holds, ascending; -1 for padding, at the start.
     index: torch.Tensor
-    width: int  # number of columns of the whole batch
+    width: int  # number of columns in the whole batch
 
     @classmethod
     def of(cls, left: Sequence[torch.Tensor], ids: torch.Tensor, mask: torch.Tensor | None = None) -> "Columns":
-        """Return the columns that are left of each row, in as few places as the longest row needs.
+        """Return the columns left in each row, in as few places as the longest row needs.
 
         Args:
-            left: int64 `[n]`, ascending, of each row.
-            ids: int64 `[B, L]`, of the whole batch.
-            mask: `[B, L]`, 0 at padding; None without padding. Padding before a row's first token is removed where it needs more
-                places than the longest row.
+            left: For each row, int64 `[n]`, ascending.
+            ids: int64 `[B, L]`, ids of the whole batch.
+            mask: `[B, L]`, 0 at padding; None without padding. Padding before a row's first token is removed if the row would
+                otherwise need more places than the longest row.
         """
         needed = left
         if mask is not None:
@@ -62,24 +62,25 @@ class Columns:
 
     @property
     def padded(self) -> bool:
-        """Whether a row has padding, because it has fewer columns left than another."""
+        """Whether any row is padded because it has fewer columns left than another."""
         return bool((self.index < 0).any())
 
     def take(self, x: torch.Tensor, fill: int = 0) -> torch.Tensor:
-        """Return the columns of `x` (`[..., B or 1, width]`) that are left: `[..., B, C]`, with `fill` at padding."""
+        """Return the remaining columns of `x` (`[..., B or 1, width]`): `[..., B, C]`, with `fill` at padding."""
         index = self.index.to(x.device)
         x = x.expand(*x.shape[:-2], len(index), -1)
         return x.gather(-1, index.clamp(min=0).expand(*x.shape[:-1], -1)).masked_fill(index < 0, fill)
 
     def following(self, width: int) -> "Columns":
-        """Return the columns of the batch continued up to `width` columns, without further drops."""
+        """Return the columns of the batch extended to `width` columns, without further drops."""
         more = arange_on(width, self.index.device)[self.width :]
         return Columns(torch.cat([self.index, more.expand(len(self.index), -1)], 1), width)
 
     def first(self, places: int) -> "Columns":
-        """Return the columns before place `places`, and dropped ones just before it.
+        """Return the columns before place `places`, and the dropped columns just before that place.
 
-        Raises UsageError: rows differ in where that is.
+        Raises:
+            UsageError: Rows would be cut at different columns.
         """
         ends = self.index[:, places].unique()
         if len(ends) > 1:
@@ -88,25 +89,23 @@ class Columns:
         return Columns(self.index[:, :places], int(ends))
 
     def repeated(self, times: int) -> "Columns":
-        """Return each row repeated `times` times, for beams or several answers to a prompt."""
+        """Return the columns with each row repeated `times` times, for beams or several answers per prompt."""
         return Columns(self.index.repeat_interleave(times, 0), self.width)
 
 
 def _ending_together(rows: Sequence[torch.Tensor], places: int, fill: float) -> torch.Tensor:
-    """Return the last entries of rows `[n]`, as `[B, places]`; shorter ones with `fill` before them."""
-    return torch.stack([pad(row, (places - len(row), 0), value=fill) for row in rows])  # negative padding cuts
+    """Return the last `places` entries of rows `[n]`, as `[B, places]`; shorter rows are padded with `fill` at the start."""
+    return torch.stack([pad(row, (places - len(row), 0), value=fill) for row in rows])  # negative padding crops
 
 
 def with_whole_prompt(prompt: torch.Tensor, places: int, ids: torch.Tensor) -> torch.Tensor:
-    """Return `ids`, int64 `[B * n, places + new]`, with the whole `prompt`, `[B, L]`, for the pruned one."""
+    """Return `ids`, int64 `[B * n, places + new]`, with the pruned prompt replaced by the whole `prompt`, `[B, L]`."""
     prompt = prompt.to(ids.device).repeat_interleave(len(ids) // len(prompt), 0)
     return torch.cat([prompt, ids[:, places:]], 1)
 
 
 def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
-    """Return the call of `generate` on a pruned prompt, in which lengths and callbacks refer to the whole prompt, that of
-    `call`.
-    """
+    """Return the `generate` call on the pruned prompt, with lengths and callbacks that refer to the whole prompt in `call`."""
     prompt = call["input_ids"]
     places = pruned_call["input_ids"].shape[1]
     pruned_call = dict(pruned_call)
@@ -134,7 +133,7 @@ def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
 
 
 class _OnWholePrompts:
-    """Call a logits processor or stopping criterion with ids of the whole prompt."""
+    """Calls a logits processor or stopping criterion with ids of the whole prompt."""
 
     def __init__(self, wrapped: Callable, prompt: torch.Tensor, places: int):
         self._wrapped = wrapped
@@ -149,7 +148,7 @@ class _OnWholePrompts:
 
 
 class _WholePromptStreamer:
-    """Hand a streamer the whole prompt in the first call of `put`, which is the prompt's."""
+    """Passes the whole prompt to a streamer in the first call of `put`, which is for the prompt."""
 
     def __init__(self, wrapped, prompt: torch.Tensor):
         self._wrapped = wrapped
@@ -167,29 +166,29 @@ class _WholePromptStreamer:
 
 @dataclass(frozen=True)
 class Visuals:
-    """Hold the videos and pictures that are pruned in a call."""
+    """The videos and pictures that are pruned in a call."""
 
-    places: list[list[Place]]  # in each row of the batch, padding included
-    pixels: torch.Tensor  # `[patches, values]`, of all inputs, in the order of their places
+    places: list[list[Place]]  # places per row of the batch, counted with padding
+    pixels: torch.Tensor  # `[patches, values]` for all inputs, in the order of their places
     grids: torch.Tensor  # int64 `[n, 3]`, in patches
-    videos: tuple[bool, ...]  # of each, whether it is a video
-    seconds: tuple[float, ...]  # of each, from one frame pair to the next
+    videos: tuple[bool, ...]  # for each input, whether it is a video
+    seconds: tuple[float, ...]  # for each input, seconds from one frame pair to the next
 
 
 @dataclass(frozen=True)
 class Past:
-    """Hold what later calls must know of a cache whose prompt was pruned."""
+    """Facts about a cache with a pruned prompt that later calls need."""
 
-    columns: Columns  # of the prompt that are left
-    # int64 `[B, L]`, for each column as the last one of the prompt: the position of a later token is this plus the number of tokens
+    columns: Columns  # remaining columns of the prompt
+    # int64 `[B, L]`. If the prompt is cut after a column, the position of a later token is this value plus the number of tokens
     # before it.
     delta: torch.Tensor
-    sizes: torch.Tensor | None = None  # float32 `[B, C]`, the cluster size of each column that is left; None for 1
+    sizes: torch.Tensor | None = None  # float32 `[B, C]`, cluster sizes of the remaining columns; None for 1
 
     def held(self, length: int) -> "Past":
-        """Return the `Past` of the same cache cut to `length` columns.
+        """Return the `Past` of the same cache cropped to `length` columns.
 
-        A greater length, with text behind the prompt, changes nothing.
+        A greater length, which includes text after the prompt, changes nothing.
         """
         if length >= self.columns.places:
             return self
@@ -199,14 +198,18 @@ class Past:
 
 
 def remember(past: Past | None, results: Iterable[Any]) -> None:
-    """Attaches `past` to the cache among the results of a call, for later calls that use that cache."""
+    """Attach `past` to the cache among the results of a call, for later calls that use the cache."""
     for cache in results:
         if past is not None and hasattr(cache, "get_seq_length"):
             setattr(cache, PAST, past)
 
 
 def find_visuals(model, call: dict, pictures: bool) -> Visuals:
-    """Return the videos of a new prompt, and its pictures if those are pruned. Raises UsageError: they do not fit the prompt."""
+    """Return the videos of a new prompt, and its pictures if they are pruned too.
+
+    Raises:
+        UsageError: They do not fit the prompt.
+    """
     kinds = [video for video in (True, False) if call.get(NAMES[video][0]) is not None and (video or pictures)]
     for video in kinds:
         _check_placeholders(model, call, video)
@@ -232,10 +235,10 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
 
 
 def _with_times(place: Place, ids: list[int], end_marker: int) -> Place:
-    """Return a place in the `ids` of a row with the columns of times and markers around its runs.
+    """Return a place in a row's `ids` together with the columns of times and markers around its runs.
 
-    Where a video has a run for each frame pair, the time stands between the end marker of one and the start marker of the next.
-    Before the first it begins with the token with which it begins before the second.
+    If a video has one run per frame pair, its time stands between the previous end marker and the next start marker. The time
+    before the first run begins at the token that also begins the time before the second run.
     """
     runs = place.runs
     if len(runs) == 1:
@@ -254,7 +257,7 @@ def _with_times(place: Place, ids: list[int], end_marker: int) -> Place:
 
 
 def _check_placeholders(model, call: dict, video: bool) -> None:
-    """Raises UsageError: the prompt has not as many placeholders of videos, or of pictures, as their grids say."""
+    """Raise UsageError if the number of placeholders for videos, or for pictures, does not match their grids."""
     name = interface.WORDS[video]
     grids = call.get(f"{name}_grid_thw")
     found = int((call["input_ids"] == getattr(model.config, f"{name}_token_id")).sum())
@@ -267,12 +270,16 @@ def _check_placeholders(model, call: dict, video: bool) -> None:
 
 
 def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError | None:
-    """Return why this package cannot run a new prompt with videos, or None. `optional`: the model's own code does the same."""
+    """Return the reason why this package cannot run a new prompt with videos, or None.
+
+    Args:
+        optional: Whether the model's own code could run the call with the same result.
+    """
     visual = model.model.visual
     given = [call.get(name) for name in ("pixel_values_videos", "pixel_values")]
     if call.get(interface.ENCODED) or given == [None, None]:
         return UsageError(f"what is in {interface.ENCODED} is encoded already", "pass the processor's pixels instead")
-    # In eval mode gradients are seldom wanted, though weights ask for them by default; `backward` raises if they are.
+    # In eval mode gradients are rarely wanted, although weights require them by default. If they are, `backward` raises.
     training = visual.training or optional
     traced = any(pixels is not None and pixels.requires_grad for pixels in given)
     if torch.is_grad_enabled() and (traced or (training and trained_weights(visual))):
@@ -289,7 +296,8 @@ def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError |
     if ids.ndim != 2:
         return UsageError(f"input_ids are {list(ids.shape)}, not [prompts, columns]", "pass input_ids[None]")
     for name in (*per_column, "position_ids"):
-        compared = slice(-1, None) if name == "position_ids" else slice(None)  # which may be any of several shapes
+        # Only the last dimension of `position_ids` is compared, because several shapes are allowed.
+        compared = slice(-1, None) if name == "position_ids" else slice(None)
         if call.get(name) is not None and call[name].shape[compared] != ids.shape[compared]:
             shapes = f"{name} are {list(call[name].shape)}, input_ids are {list(ids.shape)}"
             return UsageError(shapes, "pass a value for each column of the whole prompt")
@@ -309,7 +317,7 @@ def why_not(model, call: dict, generating: bool, optional: bool) -> UsageError |
 
 
 def _packed(call: dict) -> bool:
-    """Return whether positions in four rows number several sequences in a row of the batch."""
+    """Return True if positions in four rows number several sequences within a row of the batch."""
     at = call.get("position_ids")
     mask = call.get("attention_mask")
     if at is None or len(at) != 4 or at.ndim != 3 or not (mask is None or mask.all()):
@@ -320,10 +328,14 @@ def _packed(call: dict) -> bool:
 def without_pruned(
     model, call: dict, visuals: Visuals, encoded: Sequence[Encoded], positions: str, generating: bool
 ) -> tuple[dict, Past]:
-    """Return the call of a new prompt without the columns of pruned tokens, and the `Past` of its cache.
+    """Return the call for a new prompt without the columns of pruned tokens, and the `Past` of its cache.
 
-    `encoded`: of each of `visuals`. The call's own `position_ids` override `positions`. Raises UsageError: as of
-    `interface.encoded_inputs`.
+    Args:
+        encoded: One for each of `visuals`.
+        positions: The rule for positions, unless the call has its own `position_ids`.
+
+    Raises:
+        UsageError: See `interface.encoded_inputs`.
     """
     ids = call["input_ids"]
     mask = call.get("attention_mask")
@@ -335,7 +347,7 @@ def without_pruned(
         prune_prompt(row, places, list(islice(left, len(places))))
         for row, places in zip(ids.cpu(), visuals.places, strict=True)
     ]
-    # Where all tokens are kept, padding stays too: the model returns what it returns without pruning.
+    # If all tokens are kept, padding stays too, so that the model returns the same as without pruning.
     prunes = any(len(prompt) < ids.shape[1] for prompt in prompts)
     padding = mask if prunes else None
     columns = Columns.of([prompt.columns for prompt in prompts], ids, padding)
@@ -351,10 +363,10 @@ def without_pruned(
     if len(at) == 4:
         pruned_call["position_ids"][0] = interface.text_positions(columns.take(used))
     trained = trained_weights(model.model.visual)
-    features_of = {True: [], False: []}  # of videos, and of pictures
+    features_of = {True: [], False: []}  # features of videos, and of pictures
     for each, is_video in zip(encoded, visuals.videos, strict=True):
         features = each.features
-        if trained and torch.is_grad_enabled():  # in eval mode this is usually no training, so `backward` alone raises
+        if trained and torch.is_grad_enabled():  # eval mode is usually not training, so raise only in `backward`
             features = _NoGradients.apply(features, trained[0])
         features_of[is_video].append((features, each.deepstack))
     pruned_call |= interface.encoded_inputs(model, call, features_of[True], features_of[False] or None)
@@ -363,10 +375,12 @@ def without_pruned(
 
 
 def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
-    """Return the labels of the columns that are left, under the names under which the call has them.
+    """Return the labels of the remaining columns, under their names in the call.
 
-    A column predicts the next one that is left. `labels` say what a column is, `shift_labels` what follows it. `used`: `[B, L]`, 0
-    at padding, which predicts nothing: how much padding a row has depends on what the others lose.
+    A column predicts the next remaining column. `labels` belong to a column itself, `shift_labels` to the column after it.
+
+    Args:
+        used: `[B, L]`, 0 at padding. Padding predicts nothing, because its length depends on the columns that other rows lose.
     """
     first = columns.take(used).cumsum(1)[:, :-1] == 0
     targets = {}
@@ -380,7 +394,7 @@ def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
 
 
 def _sizes(prompts: Sequence[PrunedPrompt], columns: Columns) -> torch.Tensor | None:
-    """Return the cluster sizes of the columns that are left, float32 `[B, C]`; None for 1. `prompts`: of each row."""
+    """Return the cluster sizes of the remaining columns, float32 `[B, C]`, or None for 1. `prompts` has one entry per row."""
     if all(prompt.sizes is None for prompt in prompts):
         return None
     rows = []
@@ -393,7 +407,7 @@ def _sizes(prompts: Sequence[PrunedPrompt], columns: Columns) -> torch.Tensor | 
 
 
 def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:
-    """Return the positions of every column of the whole prompt, int64 `[3 or 4, B, L]`; the first of four is the running number."""
+    """Return positions for every column of the whole prompt, int64 `[3 or 4, B, L]`; the first of four is the running number."""
     ids = call["input_ids"]
     used = interface.mask_or_ones(ids, mask)
     given = call.get("position_ids")
@@ -411,9 +425,12 @@ def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generati
 def continued(model, call: dict, past: Past, length: int, generating: bool) -> dict:
     """Return a call that continues from a cache with a pruned prompt, without the pruned columns.
 
-    `past`: of the cache, cut to its `length` (`Past.held`). Ids and mask of `generate` include the columns in the cache.
+    Args:
+        past: From the cache, cropped to its `length` (`Past.held`).
+        generating: Whether this is a call of `generate`, whose ids and mask include the columns in the cache.
 
-    Raises UsageError: the call has pictures, or its rows or columns do not fit the whole prompt of the cache.
+    Raises:
+        UsageError: The call has pictures, or its rows or columns do not fit the whole prompt of the cache.
     """
     ids = call.get("input_ids")
     mask = call.get("attention_mask")

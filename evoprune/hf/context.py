@@ -1,12 +1,12 @@
-"""Prunes videos, and pictures if asked to, inside a Hugging Face model, on the inputs of its own processor.
+"""Prune videos, and optionally pictures, inside a Hugging Face model, using the inputs of its own processor.
 
     with evoprune.EvoPrune(budget=0.1)(model) as run:
         out = model.generate(**inputs)
     run.report
 
-The package encodes them. It then calls the model's own `generate` or `forward` without the columns of pruned tokens. What
-`generate` returns starts with the whole prompt again, and callbacks that receive ids see the whole prompt. Text is never
-pruned. Flash and flex attention take no mask of numbers, so under them every token weighs as one unit.
+evoprune encodes the videos and then calls the model's own `generate` or `forward` without the columns of pruned tokens. The
+result of `generate` starts with the whole prompt again, and callbacks that receive ids see the whole prompt. Text is never
+pruned. Flash and flex attention do not accept a float mask, so with them every token weighs as one unit.
 """
 
 import functools
@@ -48,16 +48,15 @@ from evoprune.vision import Encoded
 if TYPE_CHECKING:
     from evoprune.session import EvoPruneKeywords
 
-METHODS = ("generate", "forward")  # of the model, that are replaced
-INNER = "evoprune_inside"  # the argument of inner calls; nothing is pruned in those again
-LOCK = threading.Lock()  # one for all patches: two threads may begin to prune one model at the same time
-Run = Callable[[Callable, dict], Any]  # takes the model's own method, and the arguments of the call by name
+METHODS = ("generate", "forward")  # methods of the model that are replaced
+INNER = "evoprune_inside"  # argument that marks inner calls, which must not prune again
+LOCK = threading.Lock()  # shared by all patches, because two threads may start to prune one model at the same time
+Run = Callable[[Callable, dict], Any]  # takes the model's own method and the call's arguments by name
 SWITCH = "this object only says how long the model prunes"
 
 
 def _settings_alone(init: Callable) -> Callable:
-    """Decorates `EvoPrune.__init__`: a model among the settings is an error that says where it belongs, and an unknown
-    setting one that names those that exist."""
+    """Decorate `EvoPrune.__init__` with better errors for a model passed as a setting, and for an unknown setting."""
 
     @functools.wraps(init)
     def checked(self, *args, **given) -> None:
@@ -73,14 +72,14 @@ def _settings_alone(init: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class EvoPrune:
-    """Settings of pruning. Called with a model, it returns the context in which that model prunes.
+    """Settings of pruning. Called with a model, it returns the context in which the model prunes.
 
-    Packed copies of the tower (`hf.encoding.PackedTower`) last as long as the context and take as many bytes again as its linear
-    layers themselves: 1.2 GiB at 3B in bfloat16, in 8 bits 0.6 GiB. The model itself does not change.
+    The context holds packed copies of the tower (`hf.encoding.PackedTower`), which take as much memory as its linear layers: 1.2
+    GiB at 3B in bfloat16, or 0.6 GiB in 8 bits. The model itself does not change.
 
     Raises:
-        UsageError: a bad budget, method or `positions`, or a method that resizes frames or reads the question.
-        TypeError: an unknown option.
+        UsageError: A bad budget, method or `positions`, or a method that resizes frames or reads the question.
+        TypeError: An unknown option.
     """
 
     budget: GivenShare = option(
@@ -105,7 +104,7 @@ class EvoPrune:
     )
 
     def __post_init__(self):
-        budget = Budget.parse(self.budget)  # before the types: its message names the presets
+        budget = Budget.parse(self.budget)  # before the type check, because its message names the presets
         if self.positions not in ("host", "qwen"):
             raise UsageError(f"positions {self.positions!r} are not known", "host or qwen")
         if not isinstance(self.pack, bool) and self.pack != INT8:
@@ -116,9 +115,10 @@ class EvoPrune:
         object.__setattr__(self, "pruning", patch_config(budget, self.method, self.seed))
 
     def __call__(self, model: nn.Module) -> "PrunedModel":
-        """Return the context for a with-block: pruning starts at its beginning.
+        """Return a context manager; the model prunes inside its with-block.
 
-        Raises ModelError: not a model of `interface.MODELS`.
+        Raises:
+            ModelError: Not a model in `interface.MODELS`.
         """
         return PrunedModel(model, self)
 
@@ -126,34 +126,38 @@ class EvoPrune:
         raise UsageError(f"{self} has no model yet", "with evoprune.EvoPrune(budget=0.1)(model) as run: ...")
 
     def __exit__(self, *_: object) -> None:
-        """Do nothing: a with-block needs this to call `__enter__`."""
+        """Do nothing. A with-block needs this method before it calls `__enter__`, which raises."""
 
 
 EvoPrune.__init__ = _settings_alone(EvoPrune.__init__)  # written by `dataclass`
 EvoPrune.__doc__ = explained(EvoPrune.__doc__, EvoPrune)
-# What users call it, in a help page, its repr and a traceback. A method has the name EvoPrune as well.
+# The public name for help, repr and tracebacks. A method is called EvoPrune, too.
 EvoPrune.__module__ = "evoprune"
 
 
 @takes(EvoPrune)
 def apply(model: nn.Module, **settings: "Unpack[EvoPruneKeywords]") -> "PrunedModel":
-    """Prunes inside `model` from now on, until `remove()` of the result or `evoprune.remove(model)` is called.
+    """Prune inside `model` from now on, until `remove()` of the result or `evoprune.remove(model)` is called.
 
-    `settings`: as of `EvoPrune`.
+    `settings` are the fields of `EvoPrune`.
 
     Raises:
-        ModelError: not a model of a supported class (`interface.MODELS`).
-        UsageError: bad settings, the model is pruned already, or its tower cannot be packed.
-        TypeError: an unknown option.
+        ModelError: The model's class is not supported (`interface.MODELS`).
+        UsageError: Bad settings, the model is already pruned, or its tower cannot be packed.
+        TypeError: An unknown option.
     """
     (pruning,) = from_keywords(settings, EvoPrune)
     return pruning(model).__enter__()
 
 
 def remove(model: "nn.Module | PrunedModel") -> None:
-    """Ends the pruning of `model`, whatever began it; does nothing if it is not pruned. See `PrunedModel.remove`.
+    """Stop pruning `model`, however it was started. Do nothing if it is not pruned. See `PrunedModel.remove`.
 
-    `model` may be what `apply` returned. Raises ModelError: not a model of a supported class (`interface.MODELS`).
+    Args:
+        model: The model, or the result of `apply`.
+
+    Raises:
+        ModelError: The model's class is not supported (`interface.MODELS`).
     """
     if isinstance(model, PrunedModel):
         model = model.model
@@ -163,21 +167,20 @@ def remove(model: "nn.Module | PrunedModel") -> None:
 
 
 class PrunedModel:
-    """Prune videos inside a model, from entering the context (or `apply`) to leaving it (or `remove`).
+    """Prunes videos inside a model, from entering the context (or `apply`) to leaving it (or `remove`).
 
-    `generate` and direct calls of the model work as before, on shorter prompts. A direct call returns logits of the columns that
-    are left (`columns`). Later calls may use the caches; their ids and masks count the whole prompt. Several threads may call the
+    `generate` and direct calls of the model work as before, on shorter prompts. A direct call returns logits for the remaining
+    columns (`columns`). Later calls may use the caches; their ids and masks count the whole prompt. Several threads may call the
     model at the same time.
 
-    Calls below the model itself, as of `model.model`, `model.model.visual` or `model.get_video_features`, are the model's own:
-    nothing is pruned in them.
+    Calls below the model, such as `model.model`, `model.model.visual` or `model.get_video_features`, are not pruned.
 
     `labels` and `shift_labels` lose the same columns as the prompt, so models can be trained on pruned prompts.
 
-    Refused with UsageError: videos or pictures that follow `past_key_values`. Where a budget below 1.0 prunes, these are refused,
-    too: `inputs_embeds` beside a video, videos that are encoded already, packed sequences, gradients of the tower, and arguments
-    with a value per column that neither the processor makes nor are labels. With nothing to prune and `positions="host"`, the
-    model's own code runs such calls. Hooks on modules of the tower see nothing, or the rows of this package; a warning names them.
+    Videos or pictures after `past_key_values` raise UsageError. With a budget below 1.0, so do: `inputs_embeds` together with a
+    video, videos that are already encoded, packed sequences, gradients of the tower, and per-column arguments that are neither
+    labels nor made by the processor. With nothing to prune and `positions="host"`, the model's own code runs such calls. Hooks on
+    modules of the tower see nothing, or evoprune's rows; a warning names them.
     """
 
     def __init__(self, model: nn.Module, settings: EvoPrune):
@@ -187,7 +190,7 @@ class PrunedModel:
         self.model = model
         self.settings = settings
         self._packed = None
-        # The latest report, and the columns left of its prompt, of each thread and of all.
+        # The latest report and the remaining columns of its prompt: per thread, and over all threads.
         self._of_thread = threading.local()
         self._of_all = (Report(), None)
         runs = dict(zip(METHODS, (self._generate, self._forward), strict=True))
@@ -199,7 +202,7 @@ class PrunedModel:
         budget = budget_text(pruning.budget.recorded)
         return f"<PrunedModel: {pruning.name} at budget {budget}, {state}>"
 
-    if not TYPE_CHECKING:  # a type checker would believe that every name is there
+    if not TYPE_CHECKING:  # type checkers would otherwise accept any attribute
 
         def __getattr__(self, name: str):
             problem = f"{type(self).__name__!r} object has no attribute {name!r}"
@@ -212,12 +215,12 @@ class PrunedModel:
 
     @property
     def report(self) -> Report:
-        """Of the latest call: tokens before and after pruning, rows of every layer, live share, milliseconds.
+        """Report of the latest call: tokens before and after pruning, rows per layer, live share, milliseconds.
 
-        Each thread reads the report of its own latest call; a thread that has made none, that of all threads' latest. The report is
-        empty before the first call. It is empty, and says why, if pruning is not active, and after a call without a video or one
-        that the model's own code ran.
-        A call that continues from the cache of a pruned prompt leaves the report as it is.
+        Each thread sees the report of its own latest call, or the latest report of any thread if it has made no call. The report is
+        empty before the first call. It is empty with a warning that says why if pruning is not active, and after a call without a
+        video or one that the model's own code ran. A call that continues from the cache of a pruned prompt does not change the
+        report.
         """
         latest, _ = self._latest
         if latest.pruning.method is None and not latest.warnings and not self._patches.active:
@@ -226,7 +229,7 @@ class PrunedModel:
 
     @property
     def columns(self) -> Columns | None:
-        """Which columns of the prompt are left, of the call whose `report` this is; None where that is empty."""
+        """Remaining columns of the prompt in the call that `report` describes; None if the report is empty."""
         return self._latest[1]
 
     @property
@@ -250,10 +253,10 @@ class PrunedModel:
         self.remove()
 
     def remove(self) -> None:
-        """Restores the model; does nothing the second time.
+        """Restore the model. Does nothing the second time.
 
-        What other code has put on top of `generate` or `forward` since (a compiled forward, a hook of accelerate) stays, and runs
-        the model's own methods. A `generate` that runs in another thread ends as it began.
+        Anything that other code has since put on top of `generate` or `forward` (a compiled forward, an accelerate hook) stays, and
+        runs the model's own methods. A `generate` call in another thread still finishes with pruning.
         """
         self._patches.remove()
         self._packed = None
@@ -286,7 +289,7 @@ class PrunedModel:
             if past is None:
                 return stock(**pruned | {INNER: _Inside()})
             report = self.report
-            remember(past, (cache_of(call),))  # before the run, which a callback may end
+            remember(past, (cache_of(call),))  # before the run, because a callback may end it
             out = stock(**with_whole_prompts(self.model, call, pruned) | {INNER: _Inside(past.sizes)})
         remember(past, (cache_of(out) if isinstance(out, Mapping) else None,))
         if self._prunes(call):
@@ -298,9 +301,9 @@ class PrunedModel:
         out.sequences = with_whole_prompt(prompt, places, out.sequences)
         return out
 
-    @torch.compiler.disable  # in a compiled `forward`, only the model's own code is worth compiling
+    @torch.compiler.disable  # only the model's own code is worth compiling
     def _without_pruned(self, call: dict, generating: bool) -> tuple[dict, Past | None]:
-        """Return the call without pruned columns, and the `Past` of its cache; the call itself and None if nothing is pruned."""
+        """Return the call without pruned columns and the `Past` of its cache, or the call itself and None if nothing is pruned."""
         cache = cache_of(call)
         length = 0 if cache is None else int(cache.get_seq_length())
         if self._prunes(call):
@@ -316,7 +319,7 @@ class PrunedModel:
             self._latest = Report(warnings=["own_code"]), None
             return call, None
         past = getattr(cache, PAST, None)
-        if past is None or not length:  # an emptied cache takes a new prompt, which is whole
+        if past is None or not length:  # an emptied cache takes a new prompt, which is not pruned
             why = "pictures_only" if interface.has_picture(call) else "no_video"
             self._latest = Report(warnings=[why]), None
             if past is not None:
@@ -329,7 +332,7 @@ class PrunedModel:
         return interface.has_video(call) or (self.settings.pictures and interface.has_picture(call))
 
     def _prune(self, call: dict, generating: bool) -> tuple[dict, Past]:
-        """Encodes the videos of a call, and the pictures that are pruned; returns as `_without_pruned`."""
+        """Encode the videos of a call, and the pictures that are pruned. Returns the same as `_without_pruned`."""
         settings = self.settings
         visual = interface.tower_of(self.model)
         packed = self._packed
@@ -354,9 +357,11 @@ class PrunedModel:
 def call_report(
     model, call: dict, pruned: dict, visuals: Visuals, encoded: Sequence[Encoded], settings: EvoPrune
 ) -> Report:
-    """Return the report of one call with visuals that are pruned; the caller adds the times.
+    """Return the report of one call with pruned visuals; the caller adds the times.
 
-    `call`, `pruned`: its arguments as given, and as the model gets them. Its own `position_ids` override those of the settings.
+    Args:
+        call: The arguments as given. Its own `position_ids` override the settings.
+        pruned: The arguments that the model gets.
     """
     device = str(model.device)
     units = sum(len(each.unit_to_row) for each in encoded)
@@ -365,7 +370,7 @@ def call_report(
     grids = visuals.grids.tolist()
     prompt = pruned["input_ids"].numel() if mask is None else int(mask.sum())
     tokens = (call["input_ids"] == model.config.image_token_id) | (call["input_ids"] == model.config.video_token_id)
-    visual = kept + int(tokens.sum()) - units  # those that are not pruned stay
+    visual = kept + int(tokens.sum()) - units  # tokens of inputs that are not pruned stay
     warnings = []
     if interface.has_picture(call) and all(visuals.videos):
         warnings.append("pictures_whole")
@@ -394,30 +399,31 @@ def call_report(
 
 @dataclass(frozen=True)
 class _Inside:
-    """Tell `forward`, in each call that `generate` makes, that the columns of the call are the ones to read."""
+    """Tells `forward`, in the calls that `generate` makes, that the columns are already pruned."""
 
-    sizes: torch.Tensor | None = None  # float32 `[B, C]`, the cluster sizes of the prompt's columns; None for 1
+    sizes: torch.Tensor | None = None  # float32 `[B, C]`, cluster sizes of the prompt's columns; None for 1
 
     def __deepcopy__(self, _) -> None:
-        """Return None: `generate` hands copies of its arguments to an assistant model, whose `forward` need not know this one."""
+        """Return None. `generate` copies its arguments for an assistant model, whose `forward` may not know this one."""
         return None
 
 
 def end_of(model) -> Callable[[], None] | None:
-    """Return what ends the pruning of a model; None if it is not pruned."""
+    """Return the function that ends the pruning of a model, or None if it is not pruned."""
     own = vars(model)
     patches = (inspect.unwrap(own[name], stop=_is_active) for name in METHODS if name in own)
     return next((patch.end for patch in patches if _is_active(patch)), None)
 
 
 class Patches:
-    """Replaces methods of one model object by functions of this package, and puts them back.
+    """Replaces methods of one model object with functions of this package, and puts them back.
 
-    The functions may call one another through the model: `generate` calls `forward` for every token. Such an inner call carries an
-    argument that says so (`INNER`). No flag on the model does, because other threads call the same model at the same time.
+    The functions may call each other through the model: `generate` calls `forward` for every token. Such an inner call carries the
+    argument `INNER`. A flag on the model would not do, because other threads may call the same model at the same time.
 
-    `runs`: for each method's name, the function that runs instead of it. `end`: what `end_of` finds: calls `remove`, and frees what
-    else whoever holds these patches does.
+    Args:
+        runs: For each method name, the function to run instead.
+        end: Result of `end_of`. It calls `remove`, and frees the other resources of the owner of these patches.
     """
 
     def __init__(self, model, runs: dict[str, Run], end: Callable[[], None]):
@@ -429,7 +435,11 @@ class Patches:
         self._calls = 0
 
     def install(self) -> None:
-        """Replaces the methods, if they are not yet. Raises UsageError: other `Patches` are installed in the model."""
+        """Replace the methods, unless they already are.
+
+        Raises:
+            UsageError: Other `Patches` are installed in the model.
+        """
         with LOCK:
             if not self._installed:
                 if end_of(self._model):
@@ -444,10 +454,10 @@ class Patches:
             self._activate(True)
 
     def remove(self) -> None:
-        """Restores the methods; does nothing if none is replaced.
+        """Restore the methods. Does nothing if none is replaced.
 
-        What other code has put on top of a replaced method since stays, and calls the model's own method from now on. Inner calls
-        of calls that still run in other threads are served until those end.
+        Anything that other code has since put on top of a replaced method stays, and from now on calls the model's own method.
+        Inner calls are served until the calls running in other threads have ended.
         """
         with LOCK:
             self._activate(False)
@@ -455,7 +465,7 @@ class Patches:
 
     @contextmanager
     def outer_call(self) -> Iterator[None]:
-        """Provide the time of a call that makes inner calls."""
+        """Context of a call that makes inner calls. The methods stay replaced until it ends."""
         with LOCK:
             self._calls += 1
         try:
@@ -467,7 +477,7 @@ class Patches:
 
     @property
     def active(self) -> bool:
-        """Whether calls that begin now run the functions instead of the model's own methods."""
+        """Whether new calls run the functions instead of the model's own methods."""
         return any(patch.active for patch in self._installed.values())
 
     def _activate(self, active: bool) -> None:
@@ -475,7 +485,7 @@ class Patches:
             patch.active = active
 
     def _restore(self) -> None:
-        """Puts the methods back if they are to be, and nobody needs the replaced ones any more."""
+        """Put the methods back if they are inactive and no running call needs the replacements."""
         if self._calls or self.active:
             return
         for name, patch in self._installed.items():
@@ -487,7 +497,7 @@ class Patches:
 
 
 class _Patch:
-    """Stand for one method of a model; when not active, it is that method, except to inner calls."""
+    """Replacement for one method of a model. If not active, it runs the original method, except for inner calls."""
 
     def __init__(self, stock: Callable, run: Run, end: Callable[[], None]):
         functools.update_wrapper(self, stock)
@@ -498,14 +508,14 @@ class _Patch:
         self._own_signature = inspect.signature(stock)
         others = [parameter for name, parameter in self._own_signature.parameters.items() if name != INNER]
         at = next((i for i, parameter in enumerate(others) if parameter.kind is parameter.VAR_KEYWORD), len(others))
-        # `generate` refuses arguments that the signature of `forward` does not have.
+        # `generate` rejects arguments that are missing in the signature of `forward`.
         others.insert(at, inspect.Parameter(INNER, inspect.Parameter.KEYWORD_ONLY, default=None))
         self.__signature__ = self._own_signature.replace(parameters=others)
 
     def __call__(self, *args, **kwargs):
         if not (self.active or INNER in kwargs):
             return self._stock(*args, **kwargs)
-        if not args:  # as in every inner call, which torch.compile may trace
+        if not args:  # true for every inner call, which torch.compile may trace
             return self._run(self._stock, kwargs)
         call = self._own_signature.bind(*args, **kwargs).arguments
         return self._run(self._stock, call | call.pop("kwargs", {}))

@@ -1,4 +1,4 @@
-"""The pruned encoder on a Hugging Face model's weights and its processor's output; packed or quantised copies of the weights."""
+"""Run the pruned encoder on a Hugging Face model's weights, or packed or quantized copies of them, and its processor's output."""
 
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from evoprune.vision import Encoded, joined, tower_shape
 from evoprune.vision import encode as encode_video
 
 INT8 = "int8"
-SAMPLES = 16  # of each weight, which are compared to notice that it was changed
+SAMPLES = 16  # values sampled from each weight to detect changes
 PROCESSOR = (
     "pass pixel_values_videos and video_grid_thw of one call of the processor (return_tensors='pt'), in this order"
 )
@@ -42,28 +42,29 @@ def encode(
     question: torch.Tensor | None = None,
     seed: int = 0,
 ) -> Encoded:
-    """Runs the vision tower of `model` on one or several videos and prunes each to `budget`.
+    """Run the vision tower of `model` on one or more videos, and prune each video to `budget`.
 
-    The tower's layers obey torch's autocast, as in the model's own forward; tokens are chosen in float32.
+    The tower's layers obey torch's autocast, as in the model's own forward. Tokens are selected in float32.
 
     Args:
-        model: a Hugging Face `Qwen3VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration` or
+        model: A Hugging Face `Qwen3VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration` or
             `Qwen2VLForConditionalGeneration`, or any object with such a tower at `model.visual`.
-        pixel_values_videos: float `[patches, values]`, from the model's processor; of pictures its `pixel_values`. Reuse takes them
-            to be normalised by Qwen's own mean and deviation.
-        video_grid_thw: int64 `[videos, 3]`, from the processor: frame pairs, and patches down and across; of pictures its
+        pixel_values_videos: float `[patches, values]`, from the model's processor; for pictures its `pixel_values`. Reuse assumes
+            that they are normalized with Qwen's own mean and deviation.
+        video_grid_thw: int64 `[videos, 3]`, from the processor: frame pairs, and patches down and across; for pictures its
             `image_grid_thw`.
-        budget: share of the visual tokens to keep, a number in (0, 1] or the name of a preset; 1.0 gives the tower's own output.
-        method: name of a pruning method, NAME:SETTING=VALUE for its settings.
+        budget: Share of the visual tokens to keep, a number in (0, 1] or the name of a preset; 1.0 gives the tower's own output.
+        method: Name of a pruning method, NAME:SETTING=VALUE for its settings.
         question: `[Q, hidden]`, `model.get_input_embeddings()` of the question's tokens, for methods that read the question.
-        seed: for methods that draw at random.
+        seed: Seed for methods that draw at random.
 
-    Returns `Encoded`. Its `kept` and `unit_to_row` number the units over all videos, in the order of the placeholder tokens.
+    Returns:
+        `Encoded`. Its `kept` and `unit_to_row` number the units over all videos, in the order of the placeholder tokens.
 
     Raises:
-        UsageError: a bad budget or method, a method that resizes frames, a method that reads the question if there is none, or
-            inputs of another type, dtype or shape, or that do not fit one another.
-        ModelError: the model has no such tower.
+        UsageError: A bad budget or method, a method that resizes frames, a method that reads the question without a question, or
+            inputs of the wrong type, dtype or shape, or that do not fit one another.
+        ModelError: The model has no such tower.
     """
     config = patch_config(Budget.parse(budget), method, seed, has_question=question is not None)
     visual = interface.tower_of(model)
@@ -77,7 +78,7 @@ def encode_each(
     config: PruneConfig,
     question: torch.Tensor | None = None,
 ) -> list[Encoded]:
-    """Do as `encode`, with a tower and what `patch_config` made; return each video by itself."""
+    """Encode like `encode`, but with a tower and the result of `patch_config`, and return each video separately."""
     _check_videos(visual, pixel_values_videos, video_grid_thw)
     _check_question(visual, question)
     merge = visual.config.spatial_merge_size
@@ -94,9 +95,11 @@ def encode_each(
 
 
 def patch_config(budget: Budget, name: str, seed: int = 0, has_question: bool = False) -> PruneConfig:
-    """Return a budget and the method `name`, which must be able to work on a processor's patches.
+    """Return the config for a budget and the method `name`, which must be able to work on a processor's patches.
 
-    Raises UsageError: no such method or setting, it resizes frames, or it reads the question and there is none.
+    Raises:
+        UsageError: No such method or setting, the method resizes frames or acts inside the language model, or it reads the question
+            and there is none.
     """
     config = PruneConfig.of(budget, name, seed)
     method = config.method
@@ -115,7 +118,7 @@ def patch_config(budget: Budget, name: str, seed: int = 0, has_question: bool = 
 
 
 def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
-    """Raises UsageError unless patches and grids are a processor's, and fit one another and the tower `visual`."""
+    """Raise UsageError unless patches and grids come from a processor, and fit one another and the tower `visual`."""
     width = visual.patch_embed.proj.weight[0].numel()
     merge = visual.config.spatial_merge_size
     good = isinstance(pixels, torch.Tensor) and pixels.is_floating_point() and pixels.shape[1:] == (width,)
@@ -134,7 +137,7 @@ def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
 
 
 def _check_question(visual, question: torch.Tensor | None) -> None:
-    """Raises UsageError: neither None nor floating-point `[Q, hidden]`, as wide as the tokens of `visual`, and Q at least 1."""
+    """Raise UsageError unless the question is None or floating-point `[Q, hidden]`, with Q at least 1 and the tower's width."""
     if question is None:
         return
     width = vision_sizes(visual.config).out_hidden_size
@@ -151,11 +154,12 @@ def _what(value) -> str:
 
 
 class PackedTower:
-    """Hold the tower of a model with its linear layers packed (`cpu.linear`) or in 8 bits (`cpu.quantize`), to encode on a CPU.
+    """A model's tower with its linear layers packed (`cpu.linear`) or in 8 bits (`cpu.quantize`), for encoding on a CPU.
 
-    The model keeps its own tower, in which nothing changes. Both share the other weights.
+    The model keeps its own tower unchanged. Both share the other weights.
 
-    Raises UsageError: this does not work, or saves no time, where the weights are.
+    Raises:
+        UsageError: Packing does not work, or saves no time, on the weights' device.
     """
 
     def __init__(self, visual: nn.Module, pack: Literal[True, "int8"] = True):
@@ -168,14 +172,14 @@ class PackedTower:
             check(INT8, weight.device)
         self._visual = visual
         self._pack = pack
-        self._state: tuple = (None, None, None)  # read and written as one: several threads may encode
+        self._state: tuple = (None, None, None)  # one tuple, replaced as a whole, because several threads may encode
         self.current()
 
     def current(self) -> nn.Module:
-        """Return the packed tower. If the model's layers have changed since they were packed, they are packed again.
+        """Return the packed tower, packing the model's layers again if they have changed.
 
-        Changes are noticed by the layers' tensors, the number of torch's changes in place, and a sample of the values, which
-        reveals changes through `.data`.
+        Changes are detected by the layers' tensors, torch's counters of in-place changes, and a sample of the values, which reveals
+        changes through `.data`.
         """
         known = {}
         sample = []
@@ -198,5 +202,5 @@ class PackedTower:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed layers, beside the model's own."""
+        """Bytes of the packed layers, in addition to the model's own."""
         return sum(layer.nbytes for layer in self._state[0].modules() if isinstance(layer, PackedLinear | Int8Linear))

@@ -1,6 +1,6 @@
-"""What a Hugging Face processor makes of videos, pictures and a question, without torchvision.
+"""A Hugging Face processor's output for videos, pictures and a question, without torchvision.
 
-Files are read, frames taken and resized as in `VideoQA`. So `VideoQA` and a model that you hold answer about the same pixels.
+Files are read, and frames are sampled and resized, as in `VideoQA`. So `VideoQA` and the user's own model see the same pixels.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from evoprune.session import SamplingKeywords
 
 NAMES = {VIDEO: ("pixel_values_videos", "video_grid_thw"), PICTURE: ("pixel_values", "image_grid_thw")}
-TYPES = {PICTURE: 1, VIDEO: 2}  # of the tokens, in `mm_token_type_ids`
+TYPES = {PICTURE: 1, VIDEO: 2}  # token types in `mm_token_type_ids`
 
 
 @takes(SamplingOptions, seek=EXACT)
@@ -66,23 +66,27 @@ def processor_inputs(
     """Return the arguments of `model.generate` for a question about videos and pictures, as the model's processor would make them.
 
     Args:
-        model: "demo", "demo-scenes", a folder or a hub id, for its tokenizer and limits of inputs. No weights are read.
-        inputs: a video or a picture, or several, in the order in which the model reads them, as of `VideoQA.encode`.
-        times_s: when each frame of an array begins, in seconds.
-        question: taken literally. `system`: a system prompt; None for the model's own.
-        revision, offline: of the model, see `VideoQA.load`.
-        sampling: options of `VideoQA.encode`; `max_visual_tokens` is 24,576 by default, and `seek` exact.
+        model: "demo", "demo-scenes", a folder or a hub id, for its tokenizer and input limits. No weights are read.
+        inputs: A video or a picture, or several in the model's reading order; see `VideoQA.encode`.
+        question: Taken literally.
+        times_s: When each frame of an array begins, in seconds.
+        system: A system prompt; None for the model's own.
+        revision, offline: See `VideoQA.load`.
+        sampling: Options of `VideoQA.encode`. Here `max_visual_tokens` is 24,576 by default, and `seek` is exact.
 
-    Returns one prompt, on the CPU; `.to(device)` moves it. int64 `[1, L]` "input_ids", "attention_mask" and
-    "mm_token_type_ids"; of videos float32 `[patches, values]` "pixel_values_videos", int64 `[videos, 3]` "video_grid_thw", and
-    for Qwen2.5-VL float32 `[videos]` "second_per_grid_ts"; of pictures "pixel_values" and "image_grid_thw" in the same way.
+    Returns:
+        One prompt, on the CPU; `.to(device)` moves it. int64 `[1, L]` "input_ids", "attention_mask" and "mm_token_type_ids". For
+        videos float32 `[patches, values]` "pixel_values_videos", int64 `[videos, 3]` "video_grid_thw", and with Qwen2.5-VL float32
+        `[videos]` "second_per_grid_ts". For pictures "pixel_values" and "image_grid_thw" in the same form.
 
     Raises:
-        VideoError: an input is missing, unreadable or empty. ModelError: the model is missing, of another kind, or its chat
-            template cannot be used. UsageError: an option that makes no sense. TypeError: an unknown option.
+        VideoError: An input is missing, unreadable or empty.
+        ModelError: The model is missing, of another kind, or its chat template cannot be used.
+        UsageError: An option that makes no sense.
+        TypeError: An unknown option.
     """
     (options,) = from_keywords({"seek": EXACT} | sampling, SamplingOptions)
-    if options.max_visual_tokens is None:  # another program runs the model, on whatever device
+    if options.max_visual_tokens is None:  # another program runs the model, on an unknown device
         options = replace(options, max_visual_tokens=MAX_VISUAL_TOKENS)
     check_not_empty(question)
     given = inputs_of(inputs, sampling.get("frame_rate"), times_s)
@@ -107,10 +111,13 @@ def processor_inputs(
 
 
 def read_patches(plan: Plan, limits: InputLimits, device: torch.device | str = "cpu") -> tuple[Plan, torch.Tensor]:
-    """Return what is looked at of an input, float32 `[patches, values]`, resized on `device`; and the plan, with the times of the
-    frames.
+    """Read an input's sampled frames and resize them on `device`.
 
-    Raises VideoError: it cannot be read.
+    Returns:
+        The plan with the times of the frames that were read, and the patches, float32 `[patches, values]`.
+
+    Raises:
+        VideoError: The input cannot be read.
     """
     made: list[torch.Tensor] = []
     times_s: tuple[float, ...] = ()
@@ -130,8 +137,9 @@ def arguments(
     limits: dict[str, InputLimits],
     vision: VisionConfig,
 ) -> dict[str, torch.Tensor]:
-    """Return the same for a prompt, what was read of its inputs (`read_patches`), and the limits and the tower's config of a
-    model.
+    """Return the arguments as in `processor_inputs`, for a prompt and the inputs `read` by `read_patches`.
+
+    `limits` and `vision` are the input limits and the tower's config of the model.
     """
     ids = prompt.input_ids
     plans = [plan for plan, _ in read]
@@ -147,7 +155,7 @@ def arguments(
         shapes = [(plan.grid[0], plan.grid[1] * merge, plan.grid[2] * merge) for plan in plans if plan.kind == kind]
         inputs |= {pixels: torch.cat(patches), grids: torch.tensor(shapes, dtype=torch.int64, device="cpu")}
     videos = [plan for plan in plans if plan.kind == VIDEO]
-    if videos and vision.tokens_per_second is not None:  # the processor of another model does not say
+    if videos and vision.tokens_per_second is not None:  # processors of other models do not return it
         pair = limits[VIDEO].temporal_patch_size
         seconds = [plan.sampling.seconds_per_pair(pair) for plan in videos]
         inputs["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32, device="cpu")

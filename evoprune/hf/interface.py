@@ -1,4 +1,4 @@
-"""Every property of Hugging Face's Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL on which this package relies, except their weights.
+"""All properties of Hugging Face's Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL that this package relies on, except their weights.
 
 tests/hf/test_interface.py checks them, and fails if a release of transformers changes one.
 """
@@ -24,28 +24,28 @@ SUPPORTED = (
     f"supported are transformers' {', '.join(MODELS[:-1])} and {MODELS[-1]}; take it out of what wraps it "
     "(PEFT: get_base_model(), torch.compile: _orig_mod)"
 )
-# Arguments of `forward` for videos and pictures. It must not get them once those are encoded.
+# Arguments of `forward` for videos and pictures, which must be left out once these are encoded.
 VISION_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "pixel_values", "image_grid_thw")
-# The argument that replaces them: a dict with the results of `get_video_features` and `get_image_features`. Their
+# The argument that replaces them: a dict with the results of `get_video_features` and `get_image_features`. Its
 # `pooler_output` is a list of features `[tokens, hidden]`, one for each video or picture. transformers before 5.18 has no such
 # argument (`encoded_inputs`).
 ENCODED = "mm_encoder_outputs"
-# A hint. Processors take placeholders in a question for inputs.
+# A hint, because processors mistake placeholders in a question for inputs.
 ONE_CALL = (
     "pass all that one call of the processor returned, in its order; is <|video_pad|> or <|image_pad|> in a question?"
 )
-# By whether it is a video: with what names of arguments and settings begin.
+# Prefixes of argument and setting names: for videos (True) and pictures (False).
 WORDS = {True: "video", False: "image"}
-NEEDED = "transformers 5.20 or later"  # where an older one does not do
-# Of layers, where a config names no kinds; then the model takes one mask in place of a dict.
+NEEDED = "transformers 5.20 or later"  # for features that older versions lack
+# The kind of all layers if a config names no kinds. Then the model takes one mask instead of a dict.
 ONLY_KIND = "full_attention"
-LINEAR = "linear_attention"  # of layers with a recurrent state, in Qwen3.5
-# Other arguments with a value per column, beside input_ids, attention_mask and position_ids, and their values at padding.
+LINEAR = "linear_attention"  # layers with a recurrent state, in Qwen3.5
+# Per-column arguments besides input_ids, attention_mask and position_ids, and their values at padding.
 PER_COLUMN = {"mm_token_type_ids": 0, "labels": -100, "shift_labels": -100}
 
 
 def check_class(model) -> None:
-    """Raises ModelError unless `model` is of a supported class."""
+    """Raise ModelError unless the class of `model` is supported."""
     if not _is_one_of(model, MODELS):
         raise ModelError(f"an object of class {type(model).__name__} cannot be pruned", SUPPORTED)
 
@@ -53,8 +53,9 @@ def check_class(model) -> None:
 def tower_of(model):
     """Return the vision tower of a Hugging Face model, or of a `model.weights.QwenVL`.
 
-    Raises ModelError: the model has no tower of a supported family, the tower has another structure, its weights are
-    offloaded, or an adapter changes a module that is not called.
+    Raises:
+        ModelError: The model has no tower of a supported family, the tower has another structure, its weights are offloaded, or an
+            adapter changes a module that is not called.
     """
     from evoprune.model import Tower
 
@@ -69,7 +70,7 @@ def tower_of(model):
     if not holds_values(visual.patch_embed.proj.weight.device):
         raise ModelError("the vision tower's weights are offloaded", "load the model with its tower on a device")
     for name, module in visual.named_modules():
-        # Only linear layers are called. Of other modules the weights are read, so one that wraps them would go unnoticed.
+        # Only linear layers are called. Other modules only have their weights read, so a wrapper around them would be ignored.
         if not isinstance(getattr(module, "base_layer", None), torch.nn.Linear | None):
             hint = "merge it (PEFT: merge_and_unload), or leave this module out of its target_modules; linear layers may have one"
             raise ModelError(f"an adapter on {name} of the vision tower would not run", hint)
@@ -77,25 +78,30 @@ def tower_of(model):
 
 
 def _is_one_of(x, names: Sequence[str]) -> bool:
-    """Return whether an object is of a class of transformers with one of these names, or of a class made from it."""
+    """Return True if an object's class is a transformers class with one of these names, or a subclass of one."""
     return any(kind.__name__ in names and kind.__module__.startswith("transformers.") for kind in type(x).__mro__)
 
 
-# Of a video or picture: `[tokens, hidden]`; and `[n, tokens, hidden]` of DeepStack, or None.
+# Features of a video or picture: `[tokens, hidden]`, and `[n, tokens, hidden]` for DeepStack, or None.
 Features = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class _Features(torch.Tensor):
-    """Hold features of videos in the place of their pixels."""
+    """Features of videos, passed in place of their pixels."""
 
 
 def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequence[Features] | None = None) -> dict:
-    """Return the arguments of `forward` and `generate` for videos that are encoded already, and for the pictures of the call.
+    """Return the arguments of `forward` and `generate` for encoded videos, and for the pictures of the call.
 
-    Before transformers 5.18 the features take the place of the pixels, in grids of one row: generation repeats them for beams, and
-    passes them on to the first step only. `model`: after `accept_features`. `pictures`: None where the model is to encode them.
+    Before transformers 5.18, the features take the place of the pixels, in grids of one row; generation repeats them for beams and
+    passes them only to the first step.
 
-    Raises UsageError before transformers 5.18: prefill in chunks, which leaves videos out; encoded pictures.
+    Args:
+        model: A model prepared by `accept_features`.
+        pictures: None if the model encodes the pictures itself.
+
+    Raises:
+        UsageError: Before transformers 5.18 only: chunked prefill, which leaves videos out, or encoded pictures.
     """
     if not takes_encoded(model):
         if pictures is not None:
@@ -118,7 +124,7 @@ def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequ
 
 
 def _output(visuals: Sequence[Features]):
-    """Return what `get_video_features` returns: lists of features, and of each DeepStack layer a list of them."""
+    """Return the same type as `get_video_features`: a list of features, and a list of them per DeepStack layer."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     features, inner = zip(*visuals, strict=True)
@@ -131,9 +137,10 @@ def _output(visuals: Sequence[Features]):
 
 
 def accept_features(model) -> None:
-    """Lets the class of `model.model` read the features of `encoded_inputs` before transformers 5.18, once and for all.
+    """Patch the class of `model.model`, permanently, to read the features of `encoded_inputs` before transformers 5.18.
 
-    Raises UsageError before that: a model with DeepStack (Qwen3-VL), which has features of several layers.
+    Raises:
+        UsageError: A model with DeepStack (Qwen3-VL) before transformers 5.18, because it has features of several layers.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -156,9 +163,10 @@ def accept_features(model) -> None:
 
 
 def takes_encoded(model) -> bool:
-    """Return whether the model takes videos that are encoded already; before transformers 5.18 none does.
+    """Return True if the model accepts encoded videos. No model does before transformers 5.18.
 
-    The inner model reads them. A `forward` of other code (Liger, a subclass) may pass them on without naming them.
+    Checks the inner model, which reads them. An outer `forward` of other code (Liger, a subclass) may pass them on without naming
+    them.
     """
     return ENCODED in signature(type(model.model).forward).parameters
 
@@ -168,23 +176,27 @@ def _older(what: str) -> UsageError:
 
 
 def takes_numbers(model) -> bool:
-    """Return whether the language model's attention takes a mask of numbers that are added to its logits."""
+    """Return True if the language model's attention accepts a float mask that is added to its logits."""
     return model.config.text_config._attn_implementation in ("eager", "sdpa")
 
 
 def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.Size, torch.dtype]:
-    """Return the masks that the layers of the language model, with eager or sdpa attention, make of a call's `attention_mask`.
+    """Return the masks that the language model's layers (eager or sdpa attention) make from a call's `attention_mask`.
 
-    That may be `[B, columns]`, None, or ready: `[B, 1, L, keys]`, or a dict of those. Returns for each type of layer (`ONLY_KIND`
-    where the config names none) `[B, 1, L, keys]`: bool for sdpa, True where a key is seen; numbers for eager, the lowest where it
-    is not. Of layers of linear attention `[B, L]`, 0 at padding, or None. Then the shape (B, L) of the columns, and their dtype.
+    The call's mask may be `[B, columns]`, None, or ready-made: `[B, 1, L, keys]`, or a dict of such masks.
+
+    Returns:
+        The masks by kind of layer (`ONLY_KIND` if the config names none), `[B, 1, L, keys]`: bool for sdpa, True if a key is seen;
+            floats for eager, the lowest number if a key is not seen. For linear attention `[B, L]`, 0 at padding, or None.
+        The shape (B, L) of the columns.
+        The dtype of their embeddings.
     """
     from transformers import masking_utils
 
     config = model.config.text_config
     ids = call.get("input_ids")
     embeds = call.get("inputs_embeds")
-    if embeds is None:  # only its shape, dtype and device are read
+    if embeds is None:  # a stand-in: only its shape, dtype and device are read
         embeds = torch.empty(*ids.shape, 0, dtype=model.get_input_embeddings().weight.dtype, device=ids.device)
     given = call.get("attention_mask")
     masks = {}
@@ -198,13 +210,15 @@ def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.S
 
 
 def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
-    """Return the call of `forward`, with `position_ids`, in which log(size) is added to the attention logits of each column.
+    """Return the `forward` call, with `position_ids`, that adds log(size) to the attention logits of each column.
 
-    In this project's own decoder, `language.decoder.forward` adds it. Here the model's own layers run, and the bias is part of the
-    call's attention mask, so that layers computed again for the gradient (checkpointing) see the same, and other threads do not.
+    This project's own decoder adds the bias in `language.decoder.forward`. Here the model's own layers run, and the bias is part of
+    the call's attention mask, so that layers recomputed for the gradient (checkpointing) see it and other threads do not.
 
-    `model`: `takes_numbers`. `sizes`: float32 `[B, C]`, of the prompt's columns; later ones have size 1. If the call has n * B rows
-    (beams), each row of `sizes` applies to n neighbouring rows.
+    Args:
+        model: A model with `takes_numbers`.
+        sizes: float32 `[B, C]`, for the prompt's columns; later columns have size 1. If the call has n * B rows (beams), each row
+            of `sizes` applies to n neighboring rows.
     """
     masks, shape, dtype = attention_masks(model, call)
     kinds = getattr(model.config.text_config, "layer_types", None)
@@ -212,21 +226,21 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
     bias = sizes.log().repeat_interleave(shape[0] // len(sizes), 0)
     weighted = {}
     for kind, mask in masks.items():
-        if kind == LINEAR:  # such layers have no scores that a bias could be added to
+        if kind == LINEAR:  # linear attention has no scores to add a bias to
             weighted[kind] = mask
             continue
-        # The first key that such layers see is above 0 where a cache with a sliding window has dropped some.
+        # The first visible key is above 0 if a cache with a sliding window has dropped some keys.
         first = 0
         if cache is not None:
             _, first = cache.get_mask_sizes(shape[1], (kinds or [ONLY_KIND]).index(kind))
         end = first + mask.shape[-1]
         of_keys = torch.nn.functional.pad(bias, (0, max(0, end - bias.shape[1])))[:, None, None, first:end]
         if mask.dtype == torch.bool:
-            # Minus infinity, as sdpa has it for such a mask: a row that sees no key is then zero. The lowest finite number would
-            # make it the mean of all values, of later columns too.
+            # Minus infinity, as sdpa uses for a bool mask: a row that sees no key becomes zero. The lowest finite number would
+            # make it the mean of all values, including later columns.
             weighted[kind] = torch.where(mask, of_keys.to(mask.device, dtype), -torch.inf)
         else:
-            # Adding to a masked entry could overflow to minus infinity. In eager attention a row of those would be NaN.
+            # Adding to a masked entry could overflow to minus infinity, and eager attention turns a row of these into NaN.
             seen = mask > torch.finfo(mask.dtype).min / 2
             weighted[kind] = torch.where(seen, mask + of_keys.to(mask.device, mask.dtype), mask)
     if list(weighted) == [ONLY_KIND] and not hasattr(model.config.text_config, "layer_types"):
@@ -235,7 +249,7 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
 
 
 def warn_of_hooks(visual) -> None:
-    """Warns of modules of the tower with forward hooks of other code than transformers, which marks inputs for gradients."""
+    """Warn about modules of the tower with forward hooks, except transformers' own hooks that mark inputs for gradients."""
     hooks = [
         name or "visual"
         for name, module in visual.named_modules()
@@ -251,22 +265,22 @@ def warn_of_hooks(visual) -> None:
 
 
 def has_video(call: dict) -> bool:
-    """Return whether a call brings a video, as the processor's patches or encoded."""
+    """Return True if a call contains a video, as the processor's patches or encoded."""
     return call.get("pixel_values_videos") is not None or (call.get(ENCODED) or {}).get("video") is not None
 
 
 def has_picture(call: dict) -> bool:
-    """Return whether a call brings a picture, as the processor's patches or encoded."""
+    """Return True if a call contains a picture, as the processor's patches or encoded."""
     return call.get("pixel_values") is not None or (call.get(ENCODED) or {}).get("image") is not None
 
 
 def is_assistant(call: dict) -> bool:
-    """Return whether a call of `generate` drafts tokens for another model: it gets the prompt and encoded videos of that one."""
+    """Return True if a `generate` call drafts tokens for another model, whose prompt and encoded videos it gets."""
     return bool(getattr(call.get("generation_config"), "is_assistant", False))
 
 
 def setting(model, call: dict, name: str):
-    """Return a generation setting as `generate` finds it: in its arguments, then in the given config, then in the model's own."""
+    """Return a generation setting as `generate` resolves it: from its arguments, then the given config, then the model's own."""
     for config in (call.get("generation_config"), model.generation_config):
         if call.get(name) is None and getattr(config, name, None) is not None:
             return getattr(config, name)
@@ -280,13 +294,14 @@ def pad_id(model, call: dict) -> int:
 
 
 def _ids(setting: int | Sequence[int] | torch.Tensor) -> list[int]:
-    """Return the ids in a setting, which `generate` accepts as a number, a list or a tensor."""
+    """Return the ids in a setting that may be a number, a list or a tensor, as `generate` accepts them."""
     return torch.as_tensor(setting, dtype=torch.int64, device="cpu").flatten().tolist()
 
 
 def inferred_mask(model, call: dict) -> torch.Tensor:
-    """Return the mask that `generate` infers if none is given, int64 `[B, L]`: 0 at the pad id, unless that is an end-of-text id
-    too.
+    """Return the mask that `generate` infers if none is given, int64 `[B, L]`.
+
+    It is 0 at the pad id, unless the pad id is also an end-of-text id.
     """
     ids = call["input_ids"]
     pad = setting(model, call, "pad_token_id")
@@ -297,22 +312,23 @@ def inferred_mask(model, call: dict) -> torch.Tensor:
 
 
 def mask_or_ones(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return the mask of a prompt, `[B, L]`; where it has none, as no row has padding, ones."""
+    """Return the mask of a prompt, `[B, L]`, or ones if it has no mask because no row is padded."""
     return torch.ones_like(ids) if mask is None else mask
 
 
 def text_positions(mask: torch.Tensor) -> torch.Tensor:
-    """int64 `[B, L]`: the running number of each token in its row, from 0; 0 at padding."""
+    """Return int64 `[B, L]`: the running number of each token in its row, from 0; 0 at padding."""
     return (mask.long().cumsum(1) - 1).masked_fill(mask == 0, 0)
 
 
 def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bool) -> torch.Tensor:
-    """Return the model's own positions of a prompt's columns: int64 `[4, B, L]` as in `generate`, or `[3, B, L]` as in
-    `forward`.
+    """Return the model's own positions for a prompt's columns.
+
+    They are int64 `[4, B, L]` as in `generate`, or `[3, B, L]` as in `forward`.
     """
     known = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     given = {name: call.get(name) for name in known} | {"attention_mask": mask}
-    if not has_clock(model):  # there is no such argument then
+    if not has_clock(model):  # the argument does not exist then
         del given["second_per_grid_ts"]
     ids = call["input_ids"]
     if generating:
@@ -324,7 +340,7 @@ def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bo
 
 
 def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return the positions of a prompt's columns by Qwen's rule (`language.prompt`), int64 `[3, B, L]`."""
+    """Return positions for a prompt's columns by Qwen's rule (`language.prompt`), int64 `[3, B, L]`."""
     ids = call["input_ids"]
     per_second = vision_sizes(model.config.vision_config).tokens_per_second
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
@@ -337,18 +353,19 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
 
 @dataclass(frozen=True)
 class PlacedInput:
-    """Hold where a video or a picture, which is one frame pair, stands in a row of a prompt without padding."""
+    """The place of a video, or of a picture (one frame pair), in a row of a prompt without padding."""
 
-    place: Place  # without what is around the runs
+    place: Place  # only the runs, without times and markers around them
     grid: tuple[int, int, int]  # frame pairs, and rows and columns of units
     seconds_per_pair: float
     is_video: bool
 
 
 def placed_inputs(model, call: dict, mask: torch.Tensor | None) -> list[list[PlacedInput]]:
-    """Return the videos and pictures of each row of a prompt, in order.
+    """Return the videos and pictures in each row of a prompt, in order.
 
-    Raises UsageError: a video or picture whose grid is missing, or does not fit its placeholders.
+    Raises:
+        UsageError: The grid of a video or picture is missing, or does not fit its placeholders.
     """
     ids = call["input_ids"].cpu()
     grids = {video: _rows(call.get(f"{word}_grid_thw")) for video, word in WORDS.items()}
@@ -358,20 +375,21 @@ def placed_inputs(model, call: dict, mask: torch.Tensor | None) -> list[list[Pla
 
 
 def _rows(grids: torch.Tensor | None) -> Iterator[list[int]]:
-    """Yield the rows of a tensor; of None none."""
+    """Yield the rows of a tensor, or nothing for None."""
     if grids is not None:
         yield from grids.tolist()
 
 
 def has_clock(model) -> bool:
-    """Return whether positions follow a video's time in seconds; in Qwen2-VL they count frame pairs, in Qwen3-VL text says the
-    time.
+    """Return True if positions follow a video's time in seconds.
+
+    In Qwen2-VL they count frame pairs, and in Qwen3-VL text states the time.
     """
     return vision_sizes(model.config.vision_config).tokens_per_second is not None
 
 
 def seconds_per_pair(call: dict) -> Sequence[float]:
-    """Return the seconds from frame pair to frame pair, one for each video; 1 if the call does not state them, as in Qwen2.5-VL."""
+    """Return the seconds between frame pairs for each video; 1 if the call does not state them, as in Qwen2.5-VL."""
     seconds = call.get("second_per_grid_ts")
     grids = call.get("video_grid_thw")
     if grids is None:
@@ -405,7 +423,7 @@ def _placed(
         in_units = (t, h // merge, w // merge)
         runs = []
         for _ in range(count):
-            at += int((tokens[at:].cumsum(0) == 0).sum())  # to the next token, if there is one
+            at += int((tokens[at:].cumsum(0) == 0).sum())  # skip to the next token, if there is one
             run = range(at, at + prod(in_units) // count)
             if run.stop > len(ids) or bool((ids[run.start : run.stop] != token).any()):
                 raise _unfit(is_video, f"its row is {grid}")

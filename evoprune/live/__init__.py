@@ -1,4 +1,4 @@
-"""Live video: sources that end when they want, windows of time, the memory of a stream."""
+"""Live video: sources without a known end, time windows, and the memory of a stream."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Feeds a stream from a live source: one thread reads frames, another one encodes them, whoever asks has a third one."""
+"""Feed a stream from a live source: one thread reads frames, another encodes them, and the caller asks from a third."""
 
 import threading
 import time
@@ -13,33 +13,36 @@ from evoprune.backend import release_omp_threads, use_one_omp_thread
 from evoprune.live.source import LiveSource
 from evoprune.live.stream import VideoStream
 
-HOLD_S = 0.05  # how often a frame that is held back is looked at again
-BUSY = 0.97  # share of its time that the encoder is to be busy while frames are skipped
+HOLD_S = 0.05  # interval for rechecking a frame that is held back, in seconds
+BUSY = 0.97  # target utilization of the encoder while frames are skipped
 
 
 class Backlog:
-    """Hold frames in the order in which they came; one thread puts them, another one takes them.
+    """Queue of frames between the thread that reads them (`put`) and the thread that encodes them (`take`).
 
-    Frames that wait for longer than one and a half windows are too many: then every second one of them is skipped, and of those
-    that come so many, evenly, that the encoder has time for the others, by what it took for the latest windows. At least two a
-    window are looked at. If that is too much, the oldest ones go, so that the encoder is at most two windows behind. Nothing is
-    skipped that comes earlier than its own time says, as from a file that is read as fast as it can be: then `put` waits.
+    If frames wait longer than one and a half windows, the encoder is too slow. Then every second queued frame is skipped, and
+    incoming frames are thinned evenly to the rate that the encoder managed in its latest windows, but not below two frames per
+    window. If that is still too many, the oldest frames are dropped, so the encoder lags at most two windows. Frames that arrive
+    earlier than their timestamps say, such as from a file read at full speed, are never skipped: `put` blocks instead.
 
-    `step_s`, from one frame that is due to the next, may change. `now`: the time, in seconds.
+    Args:
+        window_s: Length of a window, in seconds.
+        step_s: Seconds between two due frames. May change later.
+        now: Clock, in seconds.
     """
 
     def __init__(self, window_s: float, step_s: float, now: Callable[[], float] = time.monotonic):
         self.window_s = window_s
         self.step_s = step_s
-        self.stride = 1.0  # of so many frames that are due, one is looked at; no whole number
-        self.skipped = 0  # frames that were due, and are not looked at
-        self.lag_s = 0.0  # how far the frame that was taken last is behind the source
-        self.ended = False  # whether no frame will come
+        self.stride = 1.0  # one of this many due frames is used; may be fractional
+        self.skipped = 0  # due frames that were not used
+        self.lag_s = 0.0  # lag of the last taken frame relative to the source
+        self.ended = False  # True once no more frames will arrive
         self._now = now
         self._changed = threading.Condition()
         self._waiting: deque[tuple[float, np.ndarray]] = deque()
-        self._late_s = -inf  # the time at which a frame of 0 s comes without any lag
-        # of the latest frame; from where on the next one is due
+        self._late_s = -inf  # clock time at which a frame with timestamp 0 arrives without lag
+        # timestamp of the latest frame, and the time when the next one is due
         self._last_s = -inf
         self._next_s = 0.0
         self._hungry = True
@@ -47,20 +50,20 @@ class Backlog:
         self._since = now()
         self._idle = 0.0
         self._taken = 0
-        self._busy_s = self._looked = 0.0  # of the latest windows, each with half of the weight of the next one
+        self._busy_s = self._looked = 0.0  # over the latest windows, with weights that halve per window
 
     def due(self) -> float:
-        """Return from which time on a frame is wanted, in seconds of the source."""
+        """Return the source time, in seconds, at which the next frame is due."""
         if self.stride == 1 and self._last_s >= 0:
             return (self._slot(self._last_s) + 1) * self.step_s
         return ceil(self._next_s / self.step_s - 1e-6) * self.step_s
 
     def put(self, time_s: float, frame: np.ndarray) -> None:
-        """Appends a frame that is due; waits where there are enough, and the source is early."""
+        """Append a due frame. Blocks if the queue is full and the source is ahead of its timestamps."""
         with self._changed:
-            if self._hungry:  # the encoder waits for it, so it is not late
+            if self._hungry:  # the encoder is waiting for this frame, so it is not late
                 self._late_s = max(self._now() - time_s, self._late_s)
-            max_span_s = 1.5 * self.window_s  # while a window is encoded, almost as much comes
+            max_span_s = 1.5 * self.window_s  # almost a window of frames arrives while a window is encoded
             while self._span(time_s) >= max_span_s and not self.ended:
                 if self._now() - self._late_s - self._waiting[0][0] >= max_span_s - 1e-6:
                     self._skip(time_s)
@@ -74,7 +77,7 @@ class Backlog:
             self._changed.notify_all()
 
     def take(self, patience_s: float) -> tuple[float, np.ndarray] | None:
-        """Return the oldest frame that waits; None if none came for so long, or if none will."""
+        """Return the oldest queued frame, or None if none arrives within `patience_s` seconds or the source has ended."""
         with self._changed:
             begun = self._now()
             if not self._waiting:
@@ -91,9 +94,9 @@ class Backlog:
             return time_s, frame
 
     def encoded(self) -> None:
-        """Count a window that was encoded. Where frames are skipped, that tells how many, so that there is time for the others.
+        """Count an encoded window, and update the stride if frames are being skipped.
 
-        A single window tells little: it may be encoded while frames of the next one are taken.
+        The estimate averages over several windows, because frames of the next window may be taken while one is encoded.
         """
         with self._changed:
             now = self._now()
@@ -105,18 +108,18 @@ class Backlog:
             self._since, self._idle, self._taken = now, 0.0, 0
 
     def early_s(self, time_s: float) -> float:
-        """Return how many seconds early a frame of that time is, by its own clock; below 0 if it is late."""
+        """Return how many seconds early a frame with timestamp `time_s` is; negative if it is late."""
         return self._late_s + time_s - self._now()
 
     def rest(self, seconds: float, source_waits: bool) -> None:
-        """Count time in which the encoder was kept from going on. If the source waited too, that is no lag."""
+        """Exclude time when the encoder was held back: it counts neither as busy nor, if the source waited too, as lag."""
         with self._changed:
             self._idle += seconds
             if source_waits:
                 self._late_s += seconds
 
     def end(self, drop: bool = False) -> None:
-        """Say that no frame will come; what waits can be taken, unless it is to `drop`."""
+        """Mark the end of the source. Queued frames can still be taken unless `drop` is True."""
         with self._changed:
             self.ended = True
             if drop:
@@ -130,27 +133,35 @@ class Backlog:
         return time_s - self._waiting[0][0] if self._waiting else 0.0
 
     def _skip(self, time_s: float) -> None:
-        """Skip every second frame of those that wait, once in the time of a window; then the oldest."""
+        """Drop every second queued frame, at most once per window length, then the oldest until the queue is short enough."""
         before = len(self._waiting)
         if self._now() - self._thinned >= self.window_s:
             self._thinned = self._now()
             self._waiting = deque(list(self._waiting)[::2])
-            self.stride = max(self.stride, 1.0 + 1e-3)  # from now on it is measured
+            self.stride = max(self.stride, 1.0 + 1e-3)  # above 1, so `encoded` starts to measure it
         while self._span(time_s) >= 2 * self.window_s:
             self._waiting.popleft()
         self.skipped += before - len(self._waiting)
 
 
 class LiveFeed:
-    """Feed frames of a source to a stream until the source ends, or the feed is closed, best by `with`: then both are closed.
+    """Feed frames from a source to a stream until the source ends or the feed is closed.
 
-    `backlog`: frames between the two. `begun`: set once a frame was fed, or none will be. `ended`: set once all of the source is
-    encoded, or reading it failed. `problem`: why it failed. `latest_s`: time of the latest frame that was fed or is held back.
-    `ask_s`: when the first question is due, as of `ask_at`.
+    Use it as a context manager: on exit it closes both the source and the stream.
+
+    Attributes:
+        backlog: Queue of frames between the source and the stream.
+        begun: Set after the first frame was fed, or when it is certain that none will be.
+        ended: Set after the whole source is encoded, or after reading it failed.
+        problem: The exception that ended reading or encoding, if any.
+        latest_s: Time of the latest frame that was fed or is held back.
+
+    Args:
+        ask_s: Time of the first question; see `ask_at`.
     """
 
     def __init__(self, stream: VideoStream, source: LiveSource, window_s: float, ask_s: float = inf):
-        self.backlog = Backlog(window_s, 0.5)  # until the first frame tells the step of the stream
+        self.backlog = Backlog(window_s, 0.5)  # placeholder until the first frame sets the stream's step
         self.begun = threading.Event()
         self.ended = threading.Event()
         self.problem: BaseException | None = None
@@ -160,7 +171,7 @@ class LiveFeed:
         self._closing = False
         self._asking = threading.Condition()
         self._ask_s = ask_s
-        release_omp_threads()  # this thread has loaded the model, and another one encodes
+        release_omp_threads()  # this thread loaded the model, but another one encodes
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._read, self._encode)]
         for thread in self._threads:
             thread.start()
@@ -177,16 +188,16 @@ class LiveFeed:
             thread.join(3.0)
 
     def ask_at(self, time_s: float) -> None:
-        """Feed no frame of this time or later before the next call, so that a question then sees just what is before it.
+        """Hold back frames from this time on until the next call, so that a question sees exactly the frames before it.
 
-        Frames of a source that does not wait are held back only while they are early.
+        If the source does not wait, frames are held back only while they are early.
         """
         with self._asking:
             self._ask_s = time_s
             self._asking.notify_all()
 
     def check(self) -> None:
-        """Raises why reading or encoding failed."""
+        """Raise the error that ended reading or encoding, if any."""
         if self.problem:
             raise self.problem
 
@@ -196,7 +207,7 @@ class LiveFeed:
             with closing(self._source.frames(self.backlog.due)) as frames:
                 for time_s, frame in frames:
                     self.backlog.put(time_s, self._stream.scaled(frame))
-        except BaseException as problem:  # is raised by whoever asks
+        except BaseException as problem:  # `check` raises it in the asking thread
             self.problem = self.problem or problem
         self.backlog.end()
 
@@ -227,7 +238,7 @@ class LiveFeed:
         self.ended.set()
 
     def _hold(self, time_s: float) -> None:
-        """Wait with a frame until the questions before it were asked."""
+        """Wait before feeding a frame until the questions due before it were asked."""
         self.latest_s = time_s
         with self._asking:
             while time_s >= self._ask_s - 1e-6 and not self._closing:

@@ -1,7 +1,7 @@
-"""Segments of a longer video: what has not changed since the one before is not encoded again.
+"""Encode a segment of a longer video without encoding units that have not changed since the previous segment.
 
-Such a unit has no row of its own. The row that its place had in the end of the segment before represents it: attention sees its
-keys and values in every layer, and after the tower it may become a token, at its place here.
+An unchanged unit has no row of its own. It is represented by the row that its place had at the end of the previous segment:
+attention sees that row's keys and values in every layer, and after the tower the row may become a token at its place here.
 """
 
 from collections.abc import Iterable
@@ -15,14 +15,14 @@ from evoprune.vision import EncodedRows, EncoderRun, ReferenceBlocks, Rows, enco
 
 
 class NothingNew(Exception):
-    """Say that a segment has no row of its own."""
+    """Raised if a segment has no row of its own."""
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """Hold what a segment leaves to the next one, for each of P places: of the row that represents its last unit."""
+    """State carried from one segment to the next: for each of P places, the row that represents its last unit."""
 
-    references: ReferenceBlocks  # its pixels
+    references: ReferenceBlocks  # pixels of the last unit at each place
     keys_values: dict[int, torch.Tensor]  # by layer: `[P, 2, 4, heads, d]`
     features: torch.Tensor  # `[P, D]`, after the patch merger
     deepstack: torch.Tensor  # `[P, n, D]`
@@ -31,12 +31,17 @@ class Earlier:
 def encode_segment(
     visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, earlier: Earlier | None, **options: Any
 ) -> tuple[EncodedRows, Earlier | None]:
-    """Encodes a segment as `vision.encoder.encode_rows` does a video, and returns also what it leaves to the next one.
+    """Encode a segment as `vision.encoder.encode_rows` encodes a video, and return the state for the next segment too.
 
-    `earlier`: what the one before has left. None is left where the plan reuses nothing, or its stages and selector need more than
-    rows; then nothing is taken over.
+    Args:
+        earlier: State that the previous segment returned, or None.
 
-    Raises NothingNew: no unit has changed since the segment before. Other errors as of `encode_rows`.
+    Returns:
+        The rows, and the state for the next segment. The state is None, and `earlier` is ignored, if the plan reuses nothing, or if
+        its stages or selector need more than rows.
+
+    Raises:
+        NothingNew: no unit has changed since the previous segment. Otherwise the errors of `encode_rows`.
     """
     stage = plan.token_stage
     whole = any(stage.whole_pairs for stage in plan.row_stages)
@@ -48,12 +53,12 @@ def encode_segment(
 
 
 class SegmentRun(EncoderRun):
-    """Hold one segment while the tower encodes it; `left` is for the next one."""
+    """One segment on its way through the tower; `left` is the state for the next segment."""
 
     def __init__(self, visual, plan: EncoderPlan, earlier: Earlier | None, **options: Any):
         super().__init__(visual, plan, **options)
         self._earlier = earlier
-        self._outside: torch.Tensor | None = None  # bool `[N]`: units that have rows of the segment before
+        self._outside: torch.Tensor | None = None  # bool `[N]`: units represented by rows of the previous segment
         self._keys_values: dict[int, torch.Tensor] = {}
         self.left: Earlier | None = None
         if earlier:
@@ -68,7 +73,7 @@ class SegmentRun(EncoderRun):
         return rows
 
     def select_rows(self, rows: Rows, stage: Stage) -> Rows:
-        """Select as the base does, among rows of this segment; units may also have rows of the segment before."""
+        """Select only among the rows of this segment; units represented by the previous segment's rows keep those."""
         if self._outside is None:
             return super().select_rows(rows, stage)
         left = super().select_rows(self._inside(rows), stage)
@@ -77,11 +82,11 @@ class SegmentRun(EncoderRun):
         return replace(left, unit_to_row=unit_to_row, reach="clip", size_bias=True)
 
     def _inside(self, rows: Rows) -> Rows:
-        """Return the rows without those of the segment before."""
+        """Return the rows with units of the previous segment's rows set to -1."""
         return replace(rows, unit_to_row=torch.where(self._outside, -1, rows.unit_to_row))
 
     def visible(self, layer: int, k: torch.Tensor, v: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys and values of a layer, and behind them those of the segment before; keeps those for the next one."""
+        """Return a layer's keys and values followed by the previous segment's, and store the last pair's for the next segment."""
         both = torch.stack([k, v], 1)
         if self._earlier:
             both = torch.cat([both, self._earlier.keys_values[layer]])
@@ -91,9 +96,10 @@ class SegmentRun(EncoderRun):
         return k, v
 
     def finish(self, rows: Rows) -> Rows:
-        """Return the rows, and with them rows of the segment before that represent units here, each at the first of these.
+        """Return the rows of this segment, plus each of the previous segment's rows at the first unit that it represents here.
 
-        No selection is then the language model's: it is among the rows that were computed.
+        If there are rows of the previous segment, `selection` becomes None: it covers only computed rows, so the language model
+        cannot use it.
         """
         if self._outside is not None:
             rows = self._with_earlier(super().finish(self._inside(rows)))
@@ -106,7 +112,7 @@ class SegmentRun(EncoderRun):
         return rows
 
     def _with_earlier(self, rows: Rows) -> Rows:
-        """Return rows by unit, and those of the segment before."""
+        """Return the rows together with the previous segment's rows, in unit order."""
         outside = self._outside.view(-1, self.geometry.units)
         place = outside.any(0).nonzero()[:, 0]
         rank = torch.zeros_like(outside[0], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Sources that do not wait, read by a process apart: frames as they come, and what to do where they stop coming."""
+"""Live sources, read by a worker process: frames as they arrive, and reconnecting after they stop."""
 
 import os
 import stat
@@ -20,22 +20,30 @@ if TYPE_CHECKING:
 PACES = FROM_SOURCE, FROM_FILE = ("source", "file")
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "tcp")
 STDIN = "-"
-LONGEST_S = 20.0  # of a timeout: a process that is silent for longer counts as hung
-TimedFrame = tuple[float, "np.ndarray"]  # seconds from the first one; uint8 [H, W, 3], RGB as displayed
+LONGEST_S = 20.0  # longest timeout: a worker that is silent for longer counts as hung
+TimedFrame = tuple[float, "np.ndarray"]  # seconds since the first frame; uint8 [H, W, 3], RGB as displayed
 Due = Callable[[], float]
 
 
 class LiveSource:
-    """Read a source by its connections, one after the other. `name`: without a password. `facts`: of `Video`, once it is open.
-    `waits`: whether frames that are taken late are all there, as of a file or a download of known length.
+    """A live source, read over one connection after another.
+
+    Attributes:
+        name: The source without its password.
+        facts: Fields of `Video`, filled in once the source is open.
+        waits: Whether the source loses no frame if it is read late, as with a file or a download of known length.
 
     Args:
-        source: a URL of `SCHEMES`, a camera such as /dev/video0, a file, or `-` for the standard input, a pipe.
-        pace: "source", frames as they come, of a file also what is appended to it; or "file", at the pace of their times.
-        timeout_s: how long the source may be silent, and a file may take to grow.
-        reconnects: how often in a row a URL or a camera that ended or failed is tried again; `tell` is given a sentence about it.
+        source: A URL of `SCHEMES`, a camera such as /dev/video0, a file, or `-` for standard input (a pipe).
+        pace: "source" for frames as they arrive, for a file including frames appended later; "file" for the pace of their
+            timestamps.
+        timeout_s: How long the source may be silent, or a file may take to grow.
+        reconnects: How many times in a row to retry a URL or a camera that ended or failed.
+        tell: Called with a sentence about each retry.
 
-    Raises UsageError: numbers out of range, another protocol, a terminal. VideoError: no such file.
+    Raises:
+        UsageError: Numbers out of range, an unsupported protocol, or standard input is a terminal.
+        VideoError: No such file.
     """
 
     def __init__(
@@ -73,11 +81,12 @@ class LiveSource:
         self.facts: dict = {}
 
     def frames(self, due: Due) -> Iterator[TimedFrame]:
-        """Yield frames until the source ends; `due` says from which time on the next one is wanted.
+        """Yield frames until the source ends; `due` returns the time when the next one is due.
 
-        Times go on over all connections: as much time has passed between two as there was.
+        Timestamps continue across reconnects: the gap between two connections is the wall time that passed.
 
-        Raises VideoError: the source cannot be read, broke off, or did not come back.
+        Raises:
+            VideoError: The source cannot be read, broke off, or did not come back.
         """
         tries = 0
         base = 0.0
@@ -115,13 +124,13 @@ class LiveSource:
             base = last[0] + time.monotonic() - last[1]
 
     def close(self) -> None:
-        """Ends the reading, in whichever thread it is."""
+        """Stop reading. May be called from any thread."""
         self._closing.set()
         if worker := self._worker:
             worker.kill()
 
     def _connected(self, due: Due) -> Iterator:
-        """Yield the facts of a `LiveReader`, then its frames, read by a worker process, which is ended afterwards."""
+        """Yield the facts of a `LiveReader`, then its frames. A worker process reads them and is ended afterwards."""
         with borrow(self.name) as worker:
             self._worker = worker
             if self._closing.is_set():
@@ -143,18 +152,18 @@ class LiveSource:
                     frames = worker.ask_to_fill(memory, shape, {})
                     worker.answer()
                     yield header["time_s"], frames[0].copy(), header["clock_gap_s"]
-                    del frames  # so that its memory can be used again
+                    del frames  # lets the worker reuse the memory
             finally:
                 self._worker, worker.busy = None, True
 
     def _learn(self, header: dict) -> None:
-        """Adds to the facts what only the frames of some sources say."""
+        """Update the facts that some sources give only with their frames."""
         if header["hdr_format"]:
             self.facts |= {"hdr": True, "hdr_format": header["hdr_format"]}
 
 
 def _check(source: str) -> None:
-    """Raises UsageError or VideoError where there is surely no such source."""
+    """Raise UsageError or VideoError if the source certainly cannot be read."""
     if source == STDIN:
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("- means standard input, which is a terminal", "pipe a video into it")

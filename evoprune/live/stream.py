@@ -1,17 +1,18 @@
-"""Live video: frames are fed as they come, and questions about what was seen are asked at any time.
+"""Live video: frames are fed as they arrive, and questions about the video so far can be asked at any time.
 
-Frames are collected in windows of time. A finished window is encoded as a short video is, and its tokens are read into the KV cache
-at once. A question also sees the frames of the unfinished window, which are encoded for it. What is read for a question is cut off
-again when the answer has ended. For the model all windows are one video: a token has the position of its frame pair by Qwen's rule,
-counted from the first frame of the stream.
+Frames are collected in time windows. A finished window is encoded like a short video, and its tokens are read into the KV cache
+at once. A question also sees the frames of the unfinished window, which are encoded for it. Whatever was read for a question is
+cropped from the cache after the answer. The model sees all windows as one video: a token has the position of its frame pair by
+Qwen's rule, counted from the first frame of the stream.
 
-The newest half of the memory is whole, windows before it are thinned (`kept_counts`). What is left keeps its position. Before
-positions leave the range that the model knows, keys are rotated back, so that the video begins at the oldest window that is left.
+The newest half of the memory is kept whole, and windows before it are thinned (`kept_counts`). The tokens that remain keep their
+positions. Before positions leave the range that the model knows, keys are rotated back so that the video begins at the oldest
+remaining window.
 
-What has not changed since the window before is not encoded again, but may become a token of each window (segments.py).
+Units that have not changed since the previous window are not encoded again, but may become tokens of each window (segments.py).
 
-The way of a frame: `VideoStream.add` collects it, `_encode` encodes its window, `window_columns` makes columns of the prompt of its
-tokens, and `StreamMemory.read` reads these into the KV cache.
+The way of a frame: `VideoStream.add` collects it, `_encode` encodes its window, `window_columns` turns the window's tokens into
+columns of the prompt, and `StreamMemory.read` reads these into the KV cache.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -68,37 +69,37 @@ from evoprune.util import brief, check_type
 from evoprune.video import VIDEO, FrameChunk, OnFrames, Plan, SamplingPlan, Video, fitted
 from evoprune.vision import Encoded, EncodedRows, resize
 
-CONTEXT = 32_768  # positions of a model that states no context
+CONTEXT = 32_768  # context length of a model that states none
 ROOM = 0.75  # share of the context that the video may take; the rest is for questions and answers
-MAX_WAITING = 4  # windows that wait for an answer to be read to its end
+MAX_WAITING = 4  # windows that may queue up until a running answer has been consumed
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Describe the part of a stream that is held, or that a question is about, by the times of its frames, in seconds."""
+    """The part of a stream that is in memory or that a question covers. Times are in seconds, by the frames' timestamps."""
 
-    start_s: float  # of the oldest window of which a token is left
+    start_s: float  # start of the oldest window that has a token left
     end_s: float
     windows: int
     tokens: int
-    frames: int  # that were looked at since the stream began, remembered or not
-    thinned: int  # windows of which not all tokens are left
-    skipped: int = 0  # frames of a live source that were due and not looked at, because the machine was too slow
-    lag_s: float | None = None  # of the latest frame behind its source; None where the frames come from somewhere else
+    frames: int  # frames used since the stream began, including forgotten ones
+    thinned: int  # windows that have lost tokens
+    skipped: int = 0  # due frames of a live source that were not used because the machine was too slow
+    lag_s: float | None = None  # lag of the latest frame relative to its live source; None for other frames
 
 
 @dataclass
 class Window:
-    """Hold a window of a stream, of which C columns are left."""
+    """A window of a stream, with C columns left."""
 
     start_s: float
     end_s: float
-    time: int  # position in time of its first column, counted from the beginning of the stream
-    whole: int  # its tokens before any was thinned
-    # int64 `[C]`: place in the order in which tokens stay, 0 for the last; text has the smallest of its frame pair
+    time: int  # temporal position of its first column, counted from the start of the stream
+    whole: int  # number of tokens before thinning
+    # int64 `[C]`: rank of each column, 0 for the last to be dropped; text has the lowest rank in its frame pair
     order: torch.Tensor
     visual: torch.Tensor  # bool `[C]`: which columns are tokens
-    ids: torch.Tensor  # int64: what its unpruned prompt is made of; a repetition penalty needs them
+    ids: torch.Tensor  # int64: distinct ids of its unpruned prompt, for the repetition penalty
 
     @property
     def tokens(self) -> int:
@@ -107,10 +108,13 @@ class Window:
 
 @dataclass(frozen=True)
 class EncodedWindow:
-    """Hold a window of so many `frames`, which ends before slot `end`, and its columns.
+    """An encoded window and its columns.
 
-    The positions of `prompt` are counted from the beginning of the stream.
-    `earlier`: what the next window takes over; None in one that waits to be read, and where nothing can be.
+    Attributes:
+        frames: Number of frames in the window.
+        end: Slot at which the window ends (exclusive).
+        earlier: State for the next window; None if there is none, or while the window waits to be read.
+        prompt: Columns with positions counted from the start of the stream.
     """
 
     frames: int
@@ -122,14 +126,14 @@ class EncodedWindow:
 
 
 class PriorityLock:
-    """Lock a stream for its answers; while one waits for it or holds it, `pause` waits, in another thread.
+    """Lock that gives answers priority: while an answer waits for it or holds it, `pause` blocks in the other threads.
 
-    So answers go before the encoder, which goes before windows that wait to be read.
+    So answers go before the encoder, and the encoder goes before windows that wait to be read.
     """
 
     def __init__(self):
-        self.lock = RLock()  # for what need not be first
-        self.generating = False  # whether the question of an answer is read: the encoder goes on between two tokens
+        self.lock = RLock()  # for work without priority
+        self.generating = False  # True after the question was read: the encoder may run between two tokens
         self._calm = Event()
         self._calm.set()
 
@@ -143,11 +147,11 @@ class PriorityLock:
 
     @property
     def wanted(self) -> bool:
-        """Whether an answer waits for the lock, or holds it."""
+        """Whether an answer waits for the lock or holds it."""
         return not self._calm.is_set()
 
     def pause(self) -> None:
-        """Waits while a question is read, and briefly while a token is generated."""
+        """Block while a question is read, or briefly while tokens are generated."""
         if self.generating:
             self._calm.wait(0.02)
         else:
@@ -155,12 +159,12 @@ class PriorityLock:
 
 
 class _Overtaken(Exception):
-    """Say that a question goes first: a window is read later."""
+    """Raised to postpone reading a window because a question goes first."""
 
 
 @dataclass(eq=False)
 class _WindowInput(OpenInput):
-    """Hold frames that are there already, encoded as a segment of a longer video. `left`: what the next one takes over."""
+    """Frames in memory, encoded as a segment of a longer video. `left` is the state for the next window."""
 
     threaded: ClassVar[bool] = False
 
@@ -180,15 +184,19 @@ class _WindowInput(OpenInput):
 
 
 class VideoStream(Askable):
-    """Answer questions about a stream of frames: made by `VideoQA.stream`, closed by `with`.
+    """Answer questions about a stream of frames. Created by `VideoQA.stream`; use it as a context manager.
 
-    One thread feeds frames, others may ask meanwhile: a question waits for the window that is being encoded, the encoder waits
-    while the question is read, and goes on layer by layer while the answer is generated. A window that is finished during an
-    answer, or interrupted by a question, is read after it.
-    Whatever feeds the frames sets `skipped` and `lag_s`, which `seen` says of the source, and `facts`, fields of its `Video`.
-    `encoded`: how many windows were.
+    One thread feeds frames while others ask. A question waits for the window that is being encoded. The encoder waits while the
+    question is read, and continues layer by layer while the answer is generated. A window that is finished during an answer, or
+    interrupted by a question, is read after the answer.
 
-    Raises UsageError: the method reads the question, changes the input, or acts inside the language model.
+    Attributes:
+        skipped, lag_s: Set by the code that feeds frames, and reported by `seen`.
+        facts: Fields of the source's `Video`, set by the code that feeds frames.
+        encoded: Number of windows encoded so far.
+
+    Raises:
+        UsageError: The method reads the question, changes the input, or acts inside the language model.
     """
 
     OVERTAKEN = "another question was asked meanwhile, or the stream went on for too long"
@@ -203,7 +211,7 @@ class VideoStream(Askable):
         self._sampling = sampling
         self._system = system
         self._name = name
-        self._paid = True  # encoding is no question's, but for the unfinished window
+        self._paid = True  # a question pays only for encoding the unfinished window
         self._gate = Lock()
         self._feeding = RLock()
         self.skipped = 0
@@ -213,16 +221,16 @@ class VideoStream(Askable):
         self._plan: Plan | None = None
         self._slots = []
         self._frames = []
-        self._changes_shape = False  # whether a frame of another shape than the first was met
+        self._changes_shape = False  # whether a frame had another aspect ratio than the first
         self._origin_s = self._last_s = 0.0
         self._memory: StreamMemory | None = None
         self._waiting: list[EncodedWindow] = []
-        self._following = 0  # position after the latest window, counted from the beginning of the stream
-        self._latest: EncodedInput | None = None  # of the latest window
-        self._earlier: Earlier | None = None  # what the next window takes over
-        self._unfinished: EncodedWindow | None = None  # as the latest question saw it
-        self._count = self._done = 0  # frames that were looked at; the slot after the last finished window
-        self._open: int | None = None  # the number of the answer that is being read
+        self._following = 0  # position after the latest window, counted from the start of the stream
+        self._latest: EncodedInput | None = None  # encoding of the latest window
+        self._earlier: Earlier | None = None  # state for the next window
+        self._unfinished: EncodedWindow | None = None  # the unfinished window, as the latest question saw it
+        self._count = self._done = 0  # frames used so far; the slot after the last finished window
+        self._open: int | None = None  # number of the answer that is being generated
         self._problem: str | None = None
 
     def __enter__(self) -> "VideoStream":
@@ -236,34 +244,38 @@ class VideoStream(Askable):
 
     @property
     def seen(self) -> Seen | None:
-        """The finished windows that were read; None before the first one. Waits for nothing."""
+        """The finished windows in memory, or None before the first one. Does not block."""
         return self._memory and self._seen([])
 
     @property
     def until_s(self) -> float | None:
-        """Up to which time a question sees, as `seen.end_s` where no window is unfinished. Waits for nothing."""
+        """End of the video that a question would see, including the unfinished window. Does not block."""
         if slots := self._slots:
             return self._origin_s + (slots[-1] + 1) * self.step_s
         return self.seen and self.seen.end_s
 
     @property
     def report(self) -> Report:
-        """Of its latest window, the unfinished one before the first was finished; it describes no answer."""
-        return self._report(self._latest or self._look() or self._latest)  # it may have been finished meanwhile
+        """Report of the latest finished window, or of the unfinished one before that. It describes no answer."""
+        return self._report(self._latest or self._look() or self._latest)  # the window may have been finished meanwhile
 
     def add(self, frame: np.ndarray, time_s: float) -> bool:
-        """Feeds a frame. If it is the first one of another window, the window before is encoded and read first.
+        """Feed a frame. If it is the first frame of a new window, the previous window is encoded and read first.
 
         Args:
-            frame: uint8 `[H, W, 3]`, RGB. The size of the first one decides what the model sees; others are scaled to it, those of
-                another shape between black borders.
-            time_s: when it was taken, in seconds from anywhere, not before the frame before it.
+            frame: uint8 `[H, W, 3]`, RGB. The first frame sets the size that the model sees. Later frames are scaled to it, with
+                black borders if their aspect ratio differs.
+            time_s: Timestamp in seconds from an arbitrary origin, not before the previous frame.
 
-        Returns whether it is looked at: frames that come faster than the stream's rate are not.
+        Returns:
+            True if the frame is used. Frames that arrive faster than the stream's rate are not.
 
-        Raises UsageError: no such array, a time that goes back, or a closed stream. OutOfMemory. ModelError.
+        Raises:
+            UsageError: The array is not a frame, time goes backwards, or the stream is closed.
+            OutOfMemory: There is too little memory.
+            ModelError: The model fails.
         """
-        with self._gate:  # or this thread would come before a question that waits
+        with self._gate:  # lets a waiting question go first
             pass
         with self._feeding:
             self._check_open()
@@ -293,7 +305,10 @@ class VideoStream(Askable):
             return True
 
     def scaled(self, frame: np.ndarray) -> np.ndarray:
-        """Return a frame of its own as the encoder reads it, which `add` takes too; of any size before the first one was added."""
+        """Return the frame at the size that the encoder reads, which `add` accepts too.
+
+        Before the first frame is added, the size is unknown and the frame is returned unchanged.
+        """
         if self._plan is None:
             return frame
         plan = self._plan
@@ -317,22 +332,25 @@ class VideoStream(Askable):
         return bordered
 
     def flush(self) -> None:
-        """Encodes and reads the frames of the unfinished window, which then ends here. Raises as `add`."""
+        """End the unfinished window now: encode and read its frames. Raises the same errors as `add`."""
         with self._feeding:
             self._check_open()
             if self._slots:
                 self._finish(self._slots[-1] + 1)
 
     def catch_up(self) -> None:
-        """Reads windows that waited for an answer to end; to be called now and then where no frame comes. Raises as `add`."""
+        """Read windows that waited for an answer to end. Call it now and then if no frame arrives.
+
+        Raises the same errors as `add`.
+        """
         if self._waiting:
             with self._feeding, self._lock.lock:
                 if self._open is None:
                     self._read_waiting(polite=True)
 
     def close(self) -> None:
-        """Frees the memory. An answer that is being read ends."""
-        self._problem = self._problem or "the stream is closed"  # which ends what is being encoded
+        """Free the memory. A running answer ends."""
+        self._problem = self._problem or "the stream is closed"  # stops a running encoder at its next layer
         with self._feeding, self._lock.lock:
             self._turn += 1
             self._memory, self._latest, self._earlier, self._unfinished = None, None, None, None
@@ -340,11 +358,11 @@ class VideoStream(Askable):
 
     @property
     def step_s(self) -> float | None:
-        """Seconds from one frame that is looked at to the next; None before the first one."""
+        """Seconds between two frames that are used, or None before the first frame."""
         return self._plan and self._plan.sampling.seconds_per_frame
 
     def _begin(self, frame: np.ndarray, time_s: float) -> None:
-        """Plans a window as a video of its length, and reads what precedes the video in the prompt, which packs weights."""
+        """Plan a window as a video of its length, and read the prompt before the video, which packs the weights."""
         height, width, _ = frame.shape
         window = Video(
             self._name, self._options.window_s, width, height, 0, "raw", None, "stream", None, None, None, 0.0
@@ -359,7 +377,7 @@ class VideoStream(Askable):
             window_tokens = self._plan.encoder.keep
             room = floor(ROOM * (loaded.model.config.text_config.max_position_embeddings or CONTEXT))
             wanted = options.memory_tokens or floor(options.memory_s / options.window_s * window_tokens)
-            limit = min(wanted, room)  # of tokens that are held
+            limit = min(wanted, room)  # tokens in memory
             if limit < 2 * window_tokens:
                 problem = f"a memory of {limit:,} tokens is less than two windows of {window_tokens:,}"
                 raise UsageError(problem, "a longer memory, shorter windows (window_s, --window) or a lower budget")
@@ -373,7 +391,7 @@ class VideoStream(Askable):
             raise
 
     def _finish(self, end: int) -> None:
-        """Encodes the frames of a window that ends before slot `end`, and reads it unless an answer is being read."""
+        """Encode the frames of a window that ends before slot `end`, and read it unless an answer is being generated."""
         slots = self._slots
         frames = self._frames
         done = self._done
@@ -392,9 +410,9 @@ class VideoStream(Askable):
                 self._read_waiting(polite=len(self._waiting) <= MAX_WAITING)
 
     def _look(self) -> EncodedInput | None:
-        """Encodes the frames of the unfinished window for a question, unless the latest one saw the same; None for no frames.
+        """Encode the unfinished window for a question, unless the latest question saw the same frames. Return None without frames.
 
-        The first question that is read pays for that, and for waiting for the window that is being encoded.
+        The first question that is read afterwards pays for this, including the wait for a window that is being encoded.
         """
         clock = Clock(self._session.device)
         fresh = None
@@ -419,7 +437,7 @@ class VideoStream(Askable):
             return window and window.encoding
 
     def _owe(self, seconds: dict[str, float], wall: float) -> None:
-        """Adds to what the next question that is read pays for."""
+        """Add to the time that the next question pays for."""
         if self._paid:
             owed = dict.fromkeys(OF_INPUTS, 0.0)
             owed_wall = 0.0
@@ -432,18 +450,20 @@ class VideoStream(Askable):
     def _encode(
         self, slots: Sequence[int], frames: Sequence[np.ndarray], done: int, end: int, pause: Callable[[], None]
     ) -> EncodedWindow:
-        """Encodes a window that ends before slot `end`, as a file of its length is. Changes nothing in the stream.
+        """Encode a window that ends before slot `end`, as a file of its length would be. Does not change the stream.
 
         Args:
-            slots, frames: the frames, and of each its slot, a step of the stream's rate.
-            done: the slot after the window before.
-            pause: called before each layer of the encoder.
+            slots: Slot of each frame, in steps of the stream's rate.
+            frames: The frames.
+            done: The slot after the previous window.
+            end: The slot after this window.
+            pause: Called before each layer of the encoder.
         """
         session = self._session
         base = self._plan
         step_s = self.step_s
         count = len(frames)
-        if count % 2:  # as Hugging Face fills up an odd number
+        if count % 2:  # pads an odd number of frames like Hugging Face
             slots = [*slots, slots[-1]]
             frames = [*frames, frames[-1]]
         first = max(done, slots[0] // base.sampling.frames * base.sampling.frames)
@@ -451,7 +471,7 @@ class VideoStream(Askable):
         sampling = SamplingPlan(start_s, end_s, tuple(times), base.sampling.wanted)
         grid = len(slots) // 2, *base.grid[1:]
         budget = session.pruning.budget
-        # One pair alone repeats those of other windows.
+        # A single frame pair repeats other windows, so it is not a still.
         pruning = replace(session.pruning, budget=replace(budget, still=budget.video))
         plan = replace(
             base,
@@ -467,7 +487,7 @@ class VideoStream(Askable):
         window = _WindowInput(session, plan, clock, pixels, self._earlier, pause)
         try:
             encoding = window.encode()
-        except NothingNew:  # then all of it is encoded anew
+        except NothingNew:  # encode the whole window without reuse
             window = _WindowInput(session, plan, Clock(torch.device("cpu")), pixels, None, pause)
             encoding = window.encode()
         if self._changes_shape:
@@ -477,12 +497,17 @@ class VideoStream(Askable):
         return EncodedWindow(count, end, encoding, window.left, *columns)
 
     def _pause(self) -> None:
-        """Called before each layer of the encoder."""
+        """Let answers go first, and stop if the stream was closed. Called before each layer of the encoder."""
         self._lock.pause()
         self._check_open()
 
     def _read_waiting(self, polite: bool = False, after: Sequence[EncodedWindow] = ()) -> None:
-        """Reads the windows that wait; with `polite`, none that a question would have to wait for. Makes room for those `after`."""
+        """Read the queued windows.
+
+        Args:
+            polite: Stop as soon as a question waits.
+            after: Windows to make room for after that.
+        """
         self._memory.cache.crop(self._memory.columns)
         pause = self._give_way if polite else lambda: None
         try:
@@ -508,7 +533,7 @@ class VideoStream(Askable):
     def _around(
         self, question: str, thinking: bool = False, earlier: Sequence[Turn] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the ids of a prompt before the video and after it, int64."""
+        """Return the prompt ids before the video and after it, int64."""
         loaded = self._session.loaded
         times = [[""]] if loaded.model.config.vision_config.traits.timestamps else ()  # markers go with the frame pairs
         kwargs = {"system": self._system, "times": times, "thinking": thinking, "earlier": earlier}
@@ -535,11 +560,11 @@ class VideoStream(Askable):
 
     @property
     def _unread(self) -> list[EncodedWindow]:
-        """The unfinished window, as the latest question sees it, or nothing."""
+        """The unfinished window as the latest question sees it, in a list, or an empty list."""
         return [self._unfinished] if self._unfinished else []
 
     def _seen(self, unread: Sequence[EncodedWindow]) -> Seen | None:
-        """Return what the memory holds, and `unread`; None while there is nothing."""
+        """Describe the windows in memory and `unread`, or return None if there are none."""
         windows = [*self._memory.windows, *(encoded.window for encoded in unread)]
         if not windows:
             return None
@@ -583,7 +608,7 @@ class VideoStream(Askable):
         return state
 
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
-        """Counts what the memory holds at most, because it may fill before the question is read."""
+        """Check the prompt against the largest size of the memory, because it may fill up before the question is read."""
         check_texts(self._session.loaded, question, earlier=earlier)
         _, ids = self._around(question, options.thinking, earlier)
         with self._lock:
@@ -599,9 +624,9 @@ class VideoStream(Askable):
 
 @torch.inference_mode()
 def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
-    """Return each token's place in the order in which tokens stay, int64 `[K]` on the CPU; 0 for the last one to go.
+    """Return the rank of each token, int64 `[K]` on the CPU: 0 for the last token to be dropped.
 
-    The method selects half of the tokens again, then a quarter, and so on: what it selects most often stays longest. Where no
+    The method selects half of the tokens again, then a quarter, and so on; tokens that are selected most often stay longest. If no
     selector made the tokens, they are selected as `evoprune` does.
     """
     if stage := rows.plan.token_stage:
@@ -629,12 +654,12 @@ def window_columns(
     step_s: float,
     following: int,
 ) -> tuple[Window, PrunedPrompt]:
-    """Return what the language model reads of an encoded window.
+    """Return the window and the prompt columns that the language model reads for it.
 
     Args:
-        order: from `staying_order`.
-        slots: of the frames, counted from the beginning of the stream, in steps of `step_s` seconds.
-        following: the first position after the window before, which counts where the prompt says the time of each frame pair.
+        order: From `staying_order`.
+        slots: Slots of the frames, counted from the start of the stream, in steps of `step_s` seconds.
+        following: First position after the previous window. Used only if the prompt states the time of each frame pair.
     """
     config = loaded.model.config.vision_config
     span = encoding.plan.sampling
@@ -661,7 +686,8 @@ def window_columns(
     prompt = prune_prompt(ids, [place], [encoding.encoded], positions, partial(embed_ids, loaded.model))
     stays = torch.full_like(ids, len(order))
     stays[prompt.columns[prompt.visual]] = order
-    for run, tokens in zip(place.around, place.runs, strict=False):  # text stays as long as the last of its tokens
+    # Text stays as long as the last token of its frame pair.
+    for run, tokens in zip(place.around, place.runs, strict=False):
         first = stays[run.start : run.stop].min()
         stays[run.start : tokens.start] = stays[tokens.stop : run.stop] = first
     begins = int(positions[0, 0])
@@ -670,11 +696,17 @@ def window_columns(
 
 
 class StreamMemory:
-    """Hold windows in a KV cache, behind what precedes the video in the prompt.
+    """Windows in a KV cache, after the part of the prompt that precedes the video.
 
-    `ids`: int64 `[n]`, of what precedes it. `limit`: tokens that are held; `window_tokens`: of a full window. `room`: positions for
-    the video.
-    `windows`: the ones with tokens left, the oldest first. `following`: position of the text after the video.
+    Args:
+        ids: int64 `[n]`, the prompt before the video.
+        limit: Maximum number of tokens in memory.
+        window_tokens: Tokens of a full window.
+        room: Positions available to the video.
+
+    Attributes:
+        windows: Windows with tokens left, oldest first.
+        following: Position of the text after the video.
     """
 
     @torch.inference_mode()
@@ -687,27 +719,27 @@ class StreamMemory:
         self._limit = limit
         self._window = window_tokens
         self._room = room
-        self._moved = 0  # positions by which the beginning of the video was moved
-        # Where the text says times, each frame pair has its rows and columns behind the text before it, too.
+        self._moved = 0  # positions that the start of the video was moved by
+        # If the text states times, the row and column positions of a frame pair follow the text before it, too.
         alike = int(model.config.vision_config.traits.timestamps)
         self._axes = torch.tensor([[1], [alike], [alike]], dtype=torch.int64, device="cpu")
         forward(model, embed_ids(model, ids), arange_on(len(ids), "cpu").expand(3, -1), self.cache)
 
     @property
     def columns(self) -> int:
-        """Columns up to the end of the video."""
+        """Number of columns up to the end of the video."""
         return self._head + sum(len(window.order) for window in self.windows)
 
     @property
     def most_columns(self) -> int:
-        """Columns up to the end of the video, once the memory is full and a window is not finished."""
+        """Number of columns up to the end of the video with a full memory and an unfinished window."""
         return max(self.columns, self._head + self._limit) + self._window
 
     @torch.inference_mode()
     def read(self, encoded: EncodedWindow, pause: Callable[[], None]) -> None:
-        """Reads a window, and thins earlier ones. Whatever ends it early leaves a cache that nothing can be read from.
+        """Read a window and thin earlier ones. If an error interrupts it, the cache is unusable.
 
-        `pause` is called before every layer of the language model. What it raises leaves the cache as it was.
+        `pause` is called before every layer of the language model. An exception raised by `pause` leaves the cache as it was.
         """
         self.make_room(encoded)
         self.following = self.look(encoded, pause)
@@ -716,9 +748,10 @@ class StreamMemory:
 
     @torch.inference_mode()
     def look(self, encoded: EncodedWindow, pause: Callable[[], None] = lambda: None) -> int:
-        """Reads a window for which there is room, behind those that are held: cropping the cache to `columns` takes it back.
+        """Read a window that fits, after the windows in memory. Cropping the cache to `columns` undoes it.
 
-        Returns the position of the text after it.
+        Returns:
+            The position of the text after it.
         """
         by = self._head - self._moved * self._axes
         prompt = encoded.prompt
@@ -728,10 +761,10 @@ class StreamMemory:
 
     @torch.inference_mode()
     def make_room(self, encoded: EncodedWindow) -> None:
-        """Moves the beginning of the video to the oldest window that is left, where a window would be out of range.
+        """Move the start of the video to the oldest remaining window if `encoded` would be out of the position range.
 
-        Windows from so long ago that this is not enough go; they have few tokens, unless the range is short. An eighth of it
-        becomes free, in whole windows, or every window of a long memory would move the keys, and round them.
+        Windows that are too old even for that are dropped; they have few tokens left, unless the range is short. An eighth of the
+        range is freed at a time, in whole windows. Otherwise every window of a long memory would move, and so round, the keys.
         """
         first = encoded.window.time
         last = int(encoded.prompt.last[0])
@@ -746,7 +779,7 @@ class StreamMemory:
         self._moved = beginning
 
     def _thin(self, counts: Sequence[int]) -> None:
-        """Leaves so many tokens of each window, in the order in which they stay."""
+        """Keep the given number of tokens per window, in their staying order."""
         stay = [window.order < count for window, count in zip(self.windows, counts, strict=True)]
         if all(bool(kept.all()) for kept in stay):
             return
@@ -758,17 +791,21 @@ class StreamMemory:
 
 
 def kept_counts(windows: Sequence[tuple[int, int]], limit: int) -> list[int]:
-    """Return how many tokens of each window stay, the oldest window first; `windows`: of each, what is left, and what there was.
+    """Return how many tokens of each window stay, oldest window first.
 
-    The newest windows, which together have half of the limit, are whole. Of as many before them half of the tokens is due to stay,
-    of as many before those a quarter, and so on. While there are more than `limit`, those that have more than is due lose half,
-    from the oldest on. `limit` is at least twice the tokens of the largest window.
+    The newest windows, up to half of the limit, are kept whole. As many windows before them are due to keep half of their tokens,
+    as many before those a quarter, and so on. While the total exceeds `limit`, windows above their due count are halved, from the
+    oldest on.
+
+    Args:
+        windows: For each window, the tokens left and the tokens it had at first.
+        limit: Maximum total, at least twice the tokens of the largest window.
     """
     counts = [left for left, _ in windows]
-    group = max(1, limit // (2 * max(whole for _, whole in windows)))  # windows of which the same share is due
+    group = max(1, limit // (2 * max(whole for _, whole in windows)))  # windows with the same due share
     due = [whole >> ((len(windows) - 1 - number) // group) for number, (_, whole) in enumerate(windows)]
     while (over := sum(counts) - limit) > 0:
-        for number, count in enumerate(counts):  # each loses half once before the oldest loses more
+        for number, count in enumerate(counts):  # every window loses half once before the oldest loses more
             if over > 0 and count > due[number]:
                 counts[number] = max(due[number], count // 2)
                 over -= count - counts[number]

@@ -1,6 +1,6 @@
-"""The pruning methods: their registry, and everything that a method is written with.
+"""The pruning methods: their registry, and the building blocks for writing a method.
 
-Importing this imports neither torch nor the methods. Names that need torch are imported when they are first used.
+Importing this package imports neither torch nor the methods. Names that need torch are imported on first use.
 """
 
 from typing import TYPE_CHECKING

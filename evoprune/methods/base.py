@@ -1,8 +1,8 @@
 """The kinds of pruning methods: small frozen dataclasses whose fields are their settings.
 
-An `InputMethod` makes the video smaller, an `EncoderMethod` reduces rows between layers of the tower (a `Merger` is one), a
-`Selector` selects tokens after it, and a `LanguageMethod` drops tokens inside the language model (methods/language.py).
-Methods know nothing of windows, rotary positions, patch mergers, placeholders or prompts. methods/chain.py combines them.
+An `InputMethod` makes the video smaller, an `EncoderMethod` (such as a `Merger`) reduces rows between layers of the tower, a
+`Selector` selects tokens after the tower, and a `LanguageMethod` drops tokens inside the language model (methods/language.py).
+Methods know nothing about windows, rotary positions, patch mergers, placeholders or prompts. methods/chain.py combines them.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +25,7 @@ from evoprune.methods.plans import (
 )
 from evoprune.methods.types import Candidates, Selection, Tokens
 
-# Types of settings: the number's, and its range.
+# Types of settings: a number type and its range.
 Share = Annotated[float, "[0, 1]"]
 Part = Annotated[float, "(0, 1)"]
 Cosine = Annotated[float, "[-1, 1]"]
@@ -34,11 +34,11 @@ Count = Annotated[int, "[1, inf)"]
 
 @dataclass(frozen=True)
 class Method:
-    """Be the base of all methods; by itself it keeps every token."""
+    """Base class of all methods. By itself it keeps every token."""
 
-    name: ClassVar[str] = "none"  # by which users select it
-    package: ClassVar[str] = ""  # how errors name a method of another package; set when it is loaded
-    source: ClassVar[str] = ""  # the paper (arXiv id, section where known) that it follows, or "this project"
+    name: ClassVar[str] = "none"  # name that users select the method by
+    package: ClassVar[str] = ""  # how errors name a plug-in method; set when it is loaded
+    source: ClassVar[str] = ""  # the paper that it follows (arXiv id, section if known), or "this project"
     acts: ClassVar[Literal["none", "input", "inside", "after", "language"]] = "none"
     # Whether exactly K tokens come out; otherwise the nearest count: at most K, or the method's minimum if that is more.
     exact: ClassVar[bool] = True
@@ -47,54 +47,58 @@ class Method:
         check_settings(self)
 
     def automatic(self) -> Self:
-        """Return the same with a count that depends on the content, and is at most the budget's. Raises UsageError if it cannot."""
+        """Return a copy whose number of tokens depends on the content and is at most the budget's.
+
+        Raises:
+            UsageError: The method does not support this.
+        """
         raise not_automatic(self.name)
 
     @property
     def args(self) -> dict[str, Any]:
-        """Return the settings by name, as reports show them."""
+        """The settings by name, as reports show them."""
 
         def json_value(value: Any) -> Any:
             if isinstance(value, float) and not isfinite(value):
-                return str(value)  # JSON has no infinite number
+                return str(value)  # JSON has no infinity
             return value
 
         return {f.name: json_value(getattr(self, f.name)) for f in fields(self)}
 
 
 def not_automatic(name: str) -> UsageError:
-    """Return the error of a budget of "auto" for a method that cannot let the content decide."""
+    """Return the error for an "auto" budget with a method that cannot let the content decide."""
     hint = "give a share such as 0.25, or take method evoprune"
     return UsageError(f"method {name} cannot let the content decide the budget", hint)
 
 
 @dataclass(frozen=True)
 class InputMethod(Method, ABC):
-    """Makes the video smaller before the encoder: fewer or smaller frames."""
+    """Makes the video smaller before the encoder, with fewer or smaller frames."""
 
     acts: ClassVar[Literal["input"]] = "input"
     exact: ClassVar[bool] = False
 
     @abstractmethod
     def resize(self, grid: Grid, keep: int) -> Grid:
-        """Return the smaller grid that replaces `grid`: `keep` units or fewer where its shape allows, and no dimension may grow.
+        """Return the smaller grid that replaces `grid`: at most `keep` units if its shape allows, and no larger in any dimension.
 
-        A smaller T means fewer frames over the same time; smaller H and W mean frames of lower resolution.
+        A smaller T means fewer frames over the same time; smaller H and W mean lower resolution.
         """
 
 
 @dataclass(frozen=True)
 class Selector(Method, ABC):
-    """Selects some units: tokens after the encoder, or, in a stage of an `EncoderMethod`, rows that go on."""
+    """Selects units: tokens after the encoder or, in a stage of an `EncoderMethod`, rows that continue."""
 
     acts: ClassVar[Literal["after"]] = "after"
-    # What it reads beside the features: "attention" or "keys" of the tower's last full-attention layer, "middle" for states in the
+    # Inputs besides the features: "attention" or "keys" of the tower's last full-attention layer, or "middle" for states in the
     # middle of the tower. Between layers: nothing, or "hidden" for rows before the next layer's norm.
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_question: ClassVar[bool] = False  # whether the selection is made again for each question
     drops: ClassVar[bool] = True  # whether the `unit_to_token` of a selection may be -1 for a unit that has a row
-    weighs: ClassVar[bool] = False  # whether selections may have a `size`, by which the language model weighs tokens
-    # For a method that ranks tokens, a function of them: float32 [N], higher for what is kept sooner.
+    weighs: ClassVar[bool] = False  # whether selections may have a `size`, which weights tokens in attention
+    # For methods that rank tokens: a function of the tokens that returns float32 [N], higher for tokens to keep first.
     scores: ClassVar[Callable[[Self, Tokens], torch.Tensor] | None] = None
 
     @abstractmethod
@@ -102,7 +106,7 @@ class Selector(Method, ABC):
         """Return the tokens that the language model reads: `keep` of them, or another number if not `exact`."""
 
     def suffices(self, count: int, keep: int, units: int) -> bool:
-        """Return whether a selection of `count` tokens is acceptable where `keep` of `units` were requested."""
+        """Return True if a selection of `count` tokens is acceptable when `keep` of `units` were requested."""
         return count == keep
 
 
@@ -111,40 +115,46 @@ class EncoderMethod(Method, ABC):
     """Reduces rows between layers of the tower, in stages."""
 
     acts: ClassVar[Literal["inside"]] = "inside"
-    reuse: ClassVar[float] = 0.0  # a unit is encoded again if it changes by at least this many levels of 255; 0: always
-    combines: ClassVar[bool] = False  # whether users may name the selector of tokens behind it: NAME+SELECTOR
-    tokens: ClassVar[Selector | None] = None  # selects tokens after the tower; None where every row becomes a token
-    # Whether `tokens` alone prunes an input that launches bound (`TowerShape.launch_bound`), without stages and reuse
+    reuse: ClassVar[float] = 0.0  # a unit is encoded again if it changes by at least this many of 255 levels; 0: always
+    combines: ClassVar[bool] = False  # whether users may name the token selector that follows it: NAME+SELECTOR
+    tokens: ClassVar[Selector | None] = None  # selects tokens after the tower; None if every row becomes a token
+    # Whether launch-bound inputs (`TowerShape.launch_bound`) skip stages and reuse, and only `tokens` prunes them
     small_after_tower: ClassVar[bool] = False
 
     @abstractmethod
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> Sequence[Stage]:
-        """Say where how many rows are left, in the order of layers; `keep` is K, fewer than all units of the `grid`."""
+        """Return the stages that reduce rows, in the order of their layers.
+
+        `keep` is K, less than the number of units in `grid`.
+        """
 
 
 @dataclass(frozen=True)
 class Merger(EncoderMethod, ABC):
-    """Merges rows between the encoder's layers, inside each window or frame pair."""
+    """Merges rows between the encoder's layers, inside windows or frame pairs."""
 
-    # The feature that `match` compares, one of "keys" (of the layer, before rotary), "keys_rotary" and "hidden"; also "attention",
-    # for attention received in the layer.
+    # The feature that `match` compares: "keys" (of the layer, before rotary), "keys_rotary" or "hidden". Also "attention",
+    # for the attention received in the layer.
     needs: ClassVar[frozenset[str]] = frozenset({"keys"})
     size_bias: ClassVar[bool] = True  # whether attention weighs a merged row by its cluster size (ToMe, section 3)
 
     @abstractmethod
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
-        """Return int64 `[B, n]`: which row of its group each of the B groups' rows merges into, itself if it stays.
+        """Return int64 `[B, n]`: the row of its group that each row merges into, or itself if it stays.
 
-        The encoder calls this in rounds until every group has lost its rows, `remove` (int64 `[B]`) at most and one at least. On a
-        GPU, it must not read values back (`item`, `nonzero`, masks as indices).
+        The encoder calls this in rounds until every group has lost enough rows. A round removes at most `remove` (int64 `[B]`) rows
+        and at least one. On a GPU, it must not read values back (`item`, `nonzero`, masks as indices).
         """
 
     def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
-        """Rows of a frame pair of so many units and windows after each layer, at last `keep`; here all remove equally many."""
+        """Return the rows of a frame pair with this many units and windows after each layer, down to `keep`.
+
+        Here all layers remove the same number of rows.
+        """
         return rows_after_layers(tower, units, windows, keep, layer_weights(tower.depth, "mean", 0.0, 1.0))
 
     def rounds(self, rows: int, left: int) -> int:
-        """Return the most calls of `match` that reduce a group from `rows` to `left` rows, for any content."""
+        """Return the maximum number of `match` calls that reduce a group from `rows` to `left` rows, for any content."""
         return rows - left
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
@@ -163,20 +173,21 @@ class Merger(EncoderMethod, ABC):
 
 
 def check_settings(method: object) -> None:
-    """Checks the fields of a method whose types have a range, such as `Share`; otherwise as `check_ranges`."""
+    """Check the fields of a method whose types have a range, such as `Share`. Raises the same errors as `check_ranges`."""
     check_ranges(method, **{f.name: f.type.__metadata__[0] for f in fields(method) if hasattr(f.type, "__metadata__")})
 
 
 def check_ranges(method: object, **ranges: str) -> None:
-    """Checks attributes of a method, by an interval each such as "[0, 1]" or "(0, inf)"; a round bracket excludes the end.
+    """Check attributes of a method against intervals such as "[0, 1]" or "(0, inf)"; a round bracket excludes the end.
 
-    Raises ValueError: it names each number that is outside, NaN included, and its range.
+    Raises:
+        ValueError: Some numbers (or NaN) are outside their range. The message names them with their ranges.
     """
     wrong = []
     for name, interval in ranges.items():
         low, high = map(float, interval[1:-1].split(","))
         value = getattr(method, name)
-        outside = not low <= value <= high  # so is what is no number
+        outside = not low <= value <= high  # true for NaN, too
         at_open_end = (value == low and interval[0] == "(") or (value == high and interval[-1] == ")")
         if outside or at_open_end:
             wanted = _worded(low, high, interval)
@@ -188,7 +199,7 @@ def check_ranges(method: object, **ranges: str) -> None:
 
 
 def _worded(low: float, high: float, interval: str) -> str:
-    """Return an interval, with its ends as numbers, in words."""
+    """Return an interval in words; `low` and `high` are its ends as numbers."""
     above = "above" if interval[0] == "(" else "at least"
     below = "below" if interval[-1] == ")" else "at most"
     if high == inf:

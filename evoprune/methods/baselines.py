@@ -1,4 +1,4 @@
-"""What every method must beat: nothing pruned, random tokens, fewer or smaller frames, average pooling, and DivPrune."""
+"""Baselines that every method must beat: no pruning, random tokens, fewer or smaller frames, average pooling, and DivPrune."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,14 @@ from evoprune.methods.types import Selection, Tokens, arange_on
 
 @dataclass(frozen=True)
 class Nothing(Method):
-    """Leave every token to the language model, whatever the budget is."""
+    """Keep every token, whatever the budget."""
 
     source = "this project; the unpruned model"
 
 
 @dataclass(frozen=True)
 class Random(Selector):
-    """Draws without replacement inside each frame pair, seeded with `tokens.seed`."""
+    """Random tokens from every frame pair, drawn without replacement and seeded with `tokens.seed`."""
 
     name = "random"
     source = "this project; a common baseline"
@@ -39,7 +39,7 @@ class Random(Selector):
 
 @dataclass(frozen=True)
 class Subsample(InputMethod):
-    """Fewer whole frame pairs, at least one."""
+    """Fewer frame pairs, at least one."""
 
     name = "subsample"
     source = "arXiv 2605.30010, a baseline there"
@@ -51,7 +51,7 @@ class Subsample(InputMethod):
 
 @dataclass(frozen=True)
 class Downscale(InputMethod):
-    """Keep as many frame pairs, of smaller frames: whole units in nearly the same ratio, at least one."""
+    """The same number of frame pairs with smaller frames: whole units in nearly the same ratio, at least one."""
 
     name = "downscale"
     source = "VTC-Bench, a baseline there"
@@ -63,9 +63,9 @@ class Downscale(InputMethod):
 
 @dataclass(frozen=True)
 class Pool(Selector):
-    """Means of blocks of neighbouring tokens.
+    """Means of blocks of neighboring tokens.
 
-    A block lies inside one frame pair, unless there are fewer tokens than frame pairs: then it spans whole ones.
+    A block lies inside one frame pair. If there are fewer tokens than frame pairs, a block spans whole frame pairs.
     """
 
     name = "pool"
@@ -87,8 +87,10 @@ class Pool(Selector):
 
 
 def _blocks(length: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int64 `[length]`, which of `count` blocks of nearly equal length each place is in; int64 `[count]`, their middle
-    places.
+    """Split `length` places into `count` blocks of nearly equal length.
+
+    Returns:
+        int64 `[length]`, the block index for every place; int64 `[count]`, the middle place in every block.
     """
     edges = arange_on(count + 1, device) * length // count
     return arange_on(count, device).repeat_interleave(edges.diff()), (edges[:-1] + edges[1:] - 1) // 2
@@ -108,15 +110,17 @@ class DivPrune(Selector):
 def most_diverse(features: torch.Tensor, keep: int, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Return int64 `[keep]`, ascending: rows of `features` (`[N, D]`) by greedy max-min distance; ties go to the lower index.
 
-    `weight`: float `[N]`, at least 0; multiplies the distance of a row to the selected rows. None for 1.
+    Args:
+        weight: float `[N]`, at least 0, multiplies a row's distance to the selected rows; None for 1.
     """
     return greedy_cosine(F.normalize(features.float(), dim=1), weight, None, 1.0, keep, True)
 
 
 def smaller_frame(height: int, width: int, most: int) -> tuple[int, int]:
-    """Return (height, width) of the largest frame of at most `most` units, at least 1 x 1, with nearly the ratio of height x width.
+    """Return (height, width) of the largest frame with at most `most` units, at least 1 x 1, and nearly the given aspect ratio.
 
-    One dimension is any whole number of units; the ratio gives the other, rounded. Of equals the nearest to the ratio wins.
+    One dimension is any whole number of units, and the ratio gives the other, rounded. Among frames of equal size, the one nearest
+    to the ratio wins.
     """
     sizes = {(1, 1)}
     for rows in range(1, height + 1):

@@ -1,4 +1,4 @@
-"""Budgets: which share of the visual tokens is kept. No torch."""
+"""Budgets: the share of the visual tokens that is kept. Imports no torch."""
 
 import math
 from collections.abc import Sequence
@@ -11,27 +11,30 @@ from evoprune.methods.plans import Grid
 from evoprune.util import did_you_mean
 
 PresetName = Literal["full", "high", "balanced", "fast"]
-AutoName = Literal[
-    "auto", "auto:inflection"
-]  # the second one: from the curve of a method's scores (methods/selecting.py)
-# What users give; at run time also a percentage as a text, "10%".
+# "auto:inflection" decides by the curve of a method's scores (methods/selecting.py).
+AutoName = Literal["auto", "auto:inflection"]
+# Values that users may give. At run time, a percentage as a string ("10%") is accepted too.
 GivenShare = float | PresetName
 GivenBudget = float | Literal[PresetName, AutoName]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Say which share of its visual tokens an input keeps, in (0, 1]. Made by `parse`."""
+    """The share of its visual tokens that an input keeps, in (0, 1]. Created by `parse`."""
 
     video: float
-    still: float  # of an input of one frame pair, which no other repeats
-    name: str = ""  # of a preset with two shares, or of one of `AUTOS`; a number has none
+    still: float  # share for an input of one frame pair, whose units no other frame pair repeats
+    name: str = ""  # name of a preset with two shares or of one of `AUTOS`; empty for a number
 
     @classmethod
     def parse(cls, given: float | str, auto: bool = False) -> "Budget":
-        """Return what a number in (0, 1], a percentage or a name stands for.
+        """Return the budget for a number in (0, 1], a percentage or a name.
 
-        `auto`: whether the names of `AUTOS` are allowed, too. Raises UsageError: something else.
+        Args:
+            auto: Also allow the names in `AUTOS`.
+
+        Raises:
+            UsageError: `given` is anything else.
         """
         known = dict(PRESETS)
         if auto:
@@ -46,24 +49,24 @@ class Budget:
 
     @property
     def recorded(self) -> float | str:
-        """Return what options, records and results hold: a name or a number."""
+        """The budget as options, records and results store it: a name or a number."""
         return self.name or self.video
 
     @property
     def largest(self) -> float:
-        """Return the largest share of any input."""
+        """The largest share that any input keeps."""
         return max(self.video, self.still)
 
     def share(self, grid: Grid) -> float:
-        """Return the share of one input, whose `grid` is (T, H, W) in units."""
+        """Return the share for one input with this `grid`, (T, H, W) in units."""
         return self.still if grid[0] == 1 else self.video
 
     def keep(self, grid: Grid) -> int:
-        """Return K, the number of tokens that is kept of one input."""
+        """Return K, the number of tokens that one input keeps."""
         return keep_count(self.share(grid), prod(grid))
 
     def share_of_all(self, grids: Sequence[Grid]) -> float:
-        """Return the share of all units of several inputs that is kept, for methods that know only one share."""
+        """Return the overall share of several inputs, for methods that know only one share."""
         if self.still == self.video:
             return self.video
         return sum(map(self.keep, grids)) / sum(map(prod, grids))
@@ -81,7 +84,7 @@ PRESETS: dict[PresetName, Budget] = {
     "balanced": Budget(0.25, 0.5, "balanced"),
     "fast": Budget(0.1, 0.3, "fast"),
 }
-# With the accuracy that they keep in the worst of the demo's worlds and weights, and the speed of the first token against Hugging
+# With the accuracy kept in the demo's worst combination of world and weights, and the speedup of the first token over Hugging
 # Face at 3B dimensions, fp32 (results/frontier.md).
 IN_WORDS = "high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.7x), fast (0.1; 95.8%, 4.4x)"
 DEFAULT_BUDGET: Literal["balanced"] = "balanced"
@@ -93,7 +96,7 @@ AUTOS = {name: Budget(AUTO_MOST, AUTO_MOST, name) for name in (AUTO, AUTO_INFLEC
 
 
 def _number(value: float | str) -> float:
-    """Return it as a number; NaN where it is none."""
+    """Return `value` as a number, or NaN if it is not a number."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -101,7 +104,7 @@ def _number(value: float | str) -> float:
 
 
 def _refused(given: float | str, known: dict[str, Budget]) -> UsageError:
-    """Return the error of a value that `parse` does not take, where the names in `known` are allowed."""
+    """Return the error for a value that `parse` does not accept; `known` has the allowed names."""
     if isinstance(given, str) and given in AUTOS:
         hint = (
             f"give a share of tokens such as 0.25; {given} works with VideoQA, and with commands that ask or evaluate"

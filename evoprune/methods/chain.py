@@ -1,6 +1,6 @@
-"""A method as the user names it: what acts on the input, inside the encoder, after it, and inside the language model.
+"""A method as the user names it: up to four parts that act on the input, inside the encoder, after it, or in the language model.
 
-With a budget and a seed it is a `PruneConfig`.
+Together with a budget and a seed it makes a `PruneConfig`.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from evoprune.methods.plans import EncoderPlan, Grid, Stage, TowerShape, full_pl
 
 @dataclass(frozen=True)
 class MethodChain:
-    """Chain methods: `reuse+divprune`, `evoprune+fastv` or one alone. The budget is that of the first part."""
+    """A chain of methods such as `reuse+divprune` or `evoprune+fastv`, or a single method. The budget applies to the first part."""
 
     input: InputMethod | None = None
     encoder: EncoderMethod | None = None
@@ -29,9 +29,10 @@ class MethodChain:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return what `text` names: a method as of `registry.get`, or several joined by `+` in the order in which they act.
+        """Return the chain that `text` names: a single method as in `registry.get`, or several joined by `+` in the order they act.
 
-        Raises UsageError: as `registry.get`; methods that cannot act in this order.
+        Raises:
+            UsageError: As `registry.get`, or the methods cannot act in this order.
         """
         members = registry.members(text)
         chain = cls.of(*members)
@@ -47,13 +48,16 @@ class MethodChain:
 
     @classmethod
     def of(cls, *methods: Method) -> Self:
-        """Return each of the methods in its place; the base class itself prunes nothing and has none."""
+        """Return a chain with the methods in their places. The base class `Method` prunes nothing and has no place."""
         classes = {"input": InputMethod, "encoder": EncoderMethod, "selector": Selector, "language": LanguageMethod}
         return cls(**{part: method for method in methods for part, kind in classes.items() if isinstance(method, kind)})
 
     @property
     def possible(self) -> bool:
-        """Return whether the methods before the language model can act together: one, or one that combines and a selector."""
+        """Whether the parts before the language model can act together.
+
+        They can if there is a single part, or a combining encoder method followed by a selector.
+        """
         before = self.before.members
         combines = self.encoder is not None and self.encoder.combines
         if before == [self.encoder, self.selector]:
@@ -62,7 +66,7 @@ class MethodChain:
 
     @property
     def members(self) -> list[Method]:
-        """Return the parts that there are, in the order in which they act."""
+        """The parts that are present, in the order they act."""
         return [part for part in (self.input, self.encoder, self.selector, self.language) if part]
 
     @property
@@ -75,25 +79,26 @@ class MethodChain:
 
     @property
     def acts(self) -> str:
-        """Say where the first part acts, as `Method.acts`."""
+        """Where the first part acts; see `Method.acts`."""
         return self.first.acts
 
     @property
     def before(self) -> "MethodChain":
-        """Return the parts that act before the language model."""
+        """The chain without the language method."""
         return replace(self, language=None)
 
     @property
     def token_selector(self) -> Selector | None:
-        """Return the selector of the tokens after the tower; None where every row becomes a token."""
+        """The selector of tokens after the tower, or None if every row becomes a token."""
         if self.selector or not self.encoder:
             return self.selector
         return self.encoder.tokens
 
     @property
     def exact(self) -> bool:
-        """Return whether exactly K tokens reach the language model; for a language method alone, whether it leaves exactly its own
-        number.
+        """Whether exactly K tokens reach the language model.
+
+        For a language method alone, whether it leaves exactly its own number of tokens.
         """
         return all(part.exact for part in self.before.members or self.members)
 
@@ -107,7 +112,7 @@ class MethodChain:
 
     @property
     def args(self) -> dict[str, Any]:
-        """Return the settings as reports show them: first those of the first part, then by name those of the others."""
+        """Settings as reports show them: first the settings of the first part, then the other parts' settings under their names."""
         args = dict(self.first.args)
         if self.encoder and self.encoder.combines:
             args[self.token_selector.name] = self.token_selector.args
@@ -117,20 +122,24 @@ class MethodChain:
 
     @property
     def refusals(self) -> tuple[str, str]:
-        """Return the texts for where a method that reads the question is refused: what is wrong, and which method does not."""
+        """Texts for refusing a method that reads the question: the problem, and a method to use instead."""
         if self.encoder is None:
             return f"method {self.token_selector.name} reads the question", "another method"
         name = self.encoder.name
         return f"method {name} selects with {self.token_selector.name}, which reads the question", f"{name}+divprune"
 
     def automatic(self) -> Self:
-        """Return the same with the first part `automatic`. Raises UsageError: it cannot be."""
+        """Return the chain with an `automatic` first part.
+
+        Raises:
+            UsageError: The first part does not support it.
+        """
         if len(self.before.members) > 1:
             raise not_automatic(self.before.name)
         return replace(MethodChain.of(self.first.automatic()), language=self.language)
 
     def check_scores(self) -> None:
-        """Raise UsageError if its tokens have no scores, whose inflection could decide how many are kept."""
+        """Raise UsageError if the selector has no scores, because then their inflection cannot decide the number of tokens."""
         if self.token_selector is None or self.token_selector.scores is None:
             name = self.first.name
             if self.selector or (self.encoder and self.encoder.combines):
@@ -140,9 +149,10 @@ class MethodChain:
             raise UsageError(problem, f"give a share such as 0.25, or {alternative}")
 
     def plan(self, tower: TowerShape, grid: Grid, keep: int, inflection: bool = False) -> EncoderPlan:
-        """Return the encoder's work on one video of `grid`, of which `keep`, K, tokens are for the language model.
+        """Return the encoder's plan for one video of `grid` that leaves `keep` tokens (K) for the language model.
 
-        `inflection`: whether the curve of the selector's scores decides how many tokens are kept, at most K.
+        Args:
+            inflection: Let the curve of the selector's scores decide the number of tokens, at most K.
         """
         if self.input:
             return full_plan(tower, call(self.input.package, self.input.resize, grid, keep))
@@ -159,30 +169,32 @@ class MethodChain:
         return EncoderPlan(grid, keep, tower.depth, reuse, tuple(stages), below)
 
     def after_tower_below(self, launch_bound: int) -> int:
-        """Return the number of units below which it prunes an input after the tower alone; 0 if no size changes what it does.
+        """Return the number of units below which an input is pruned only after the tower, or 0 if size makes no difference.
 
-        `launch_bound`: as in `TowerShape`.
+        Args:
+            launch_bound: As in `TowerShape`.
         """
         if not self.encoder or not self.encoder.small_after_tower:
             return 0
         return launch_bound
 
     def language_share(self, budget: float) -> float:
-        """Return the budget of the language method, in (0, 1], where the user asked for `budget`."""
+        """Return the budget of the language method, in (0, 1], given the `budget` that the user asked for."""
         if self.language is self.first:
             return budget
         return self.language.left
 
     def language_work(self, depth: int, tokens: int, budget: float) -> tuple[tuple[int, int, int], ...] | None:
-        """Return the work as `LanguagePlan.work`, at the share `budget` that the user asked for; None where nothing leaves."""
+        """Return `LanguagePlan.work` at the user's share `budget`, or None if no token is dropped."""
         if self.language is None:
             return None
         inner = self.language
         return call(inner.package, lambda: inner.drops(depth, tokens, self.language_share(budget)).work)
 
     def prompt_columns(self, depth: int, tokens: int, text: int, budget: float) -> int | tuple[int, ...]:
-        """Count the positions of a prompt with `text` tokens of text, in each layer of the language model or in all; otherwise as
-        above.
+        """Return the number of columns of a prompt with `text` text tokens: one per layer, or a single one if all layers agree.
+
+        The other arguments are as in `language_work`.
         """
         work = self.language_work(depth, tokens, budget)
         if work is None:
@@ -192,18 +204,19 @@ class MethodChain:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Say how visual tokens are pruned, as planning, encoding, answering and reports carry it. Made by `of`."""
+    """How visual tokens are pruned, as used by planning, encoding, answering and reports. Created by `of`."""
 
-    name: str  # of the method, as the user wrote it
+    name: str  # name of the method, as the user wrote it
     method: MethodChain
-    budget: Budget  # the full one if the method is none
+    budget: Budget  # the full budget if the method prunes nothing
     seed: int = 0
 
     @classmethod
     def of(cls, budget: Budget, name: str, seed: int = 0) -> Self:
-        """Return a budget and the method `name`, as users write it, with its settings.
+        """Return the config for a budget and the method `name`, as users write it, with its settings.
 
-        Raises UsageError: no such method or setting, or a budget of "auto" if the method cannot let the content decide.
+        Raises:
+            UsageError: No such method or setting, or an "auto" budget with a method that cannot let the content decide.
         """
         method = MethodChain.parse(name)
         if budget.name == AUTO:
@@ -216,27 +229,30 @@ class PruneConfig:
 
     @property
     def prunes(self) -> bool:
-        """Return whether anything is pruned."""
+        """Whether anything is pruned."""
         inner = self.method.language
         return self.budget != FULL or (inner is not None and inner is not self.method.first and inner.left < 1)
 
     @property
     def resizes(self) -> bool:
-        """Return True if the method makes inputs smaller, so that frames depend on its plan."""
+        """Whether the method makes inputs smaller, so that frames depend on its plan."""
         return self.method.input is not None
 
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
-        """Return the encoder's work on one input, of which K tokens are for the language model."""
+        """Return the encoder's plan for one input that leaves K tokens for the language model."""
         inflection = self.budget.name == AUTO_INFLECTION
         return self.method.plan(tower, grid, self.budget.keep(grid), inflection)
 
     def after_tower_below(self, device: torch.device) -> int:
-        """Return the number of units below which a device prunes an input after the tower alone; 0 if no size changes anything."""
+        """Return the number of units below which `device` prunes an input only after the tower.
+
+        It is 0 if size makes no difference.
+        """
         if self.budget == FULL:
             return 0
         return self.method.after_tower_below(limits.launch_bound_units(str(device)))
 
 
 def parse(text: str) -> MethodChain:
-    """Return what `text` names, as `MethodChain.parse` does."""
+    """Return the chain that `text` names; see `MethodChain.parse`."""
     return MethodChain.parse(text)

@@ -1,16 +1,16 @@
-"""evoprune, this project's own method: reuse in time, two selections of rows in the encoder, and one of tokens after it.
+"""evoprune, this project's own method: reuse over time, two selections of rows inside the encoder, and one of tokens after it.
 
 1. Reuse: a unit whose pixels have not changed since its place was last encoded is not encoded again. Its row stays visible to
    attention (vision/preprocess.py).
-2. Rows: farthest-point sampling over features and time (methods/farthest.py) selects the rows that enter the tower among the patch
-   embeddings, and again, after the first eighth of the layers, those that go on. Both numbers are powers of the budget.
-3. Tokens: after the tower the tokens are selected among these rows in the same way. Each becomes the mean of its cluster.
+2. Rows: farthest-point sampling over features and time (methods/farthest.py) selects the patch embeddings that enter the tower
+   and, after the first eighth of the layers, the rows that continue. Both numbers are powers of the budget.
+3. Tokens: after the tower, the tokens are selected among these rows in the same way. Each becomes the mean of its cluster.
 4. Bias: the language model's attention adds half the log of the cluster size to each token's logits.
 
-On CUDA an input of few units skips the first two steps: launches bound its time in the tower, so that fewer rows save nothing.
+On CUDA, an input of few units skips the first two steps, because launches bound its time in the tower and fewer rows save nothing.
 
-No paper describes this method; docs/methods.md says what it shares with which. results/frontier.md says what its stages are worth,
-results/ablations.md which settings were tried and brought nothing.
+No paper describes this method; docs/methods.md says what it shares with other methods. results/frontier.md has the contribution
+of its stages, results/ablations.md the settings that were tried without benefit.
 """
 
 from dataclasses import dataclass, replace
@@ -32,16 +32,16 @@ THRESHOLD = 8.0
 
 @dataclass(frozen=True)
 class Reuse(EncoderMethod):
-    """Reuse in front of a selector that users name: `reuse+divprune`, `reuse:threshold=5+visionzip`.
+    """Reuse combined with a selector that users name: `reuse+divprune`, `reuse:threshold=5+visionzip`.
 
-    The selector sees every unit of the clip; one that is not encoded again has the feature of an earlier row.
+    The selector sees every unit of the clip. A unit that is not encoded again has the feature of an earlier row.
     """
 
     name = "reuse"
     source = "this project"
     combines = True
 
-    # A unit is encoded again if it changes by so many levels of 255.
+    # A unit is encoded again if it changes by at least this many of 255 levels.
     threshold: Annotated[float, "(0, inf]"] = THRESHOLD
 
     @property
@@ -54,14 +54,13 @@ class Reuse(EncoderMethod):
 
 INNER = ("auto", "always")  # when the method prunes inside the tower
 WITHIN = 0.01  # `within` under `--budget auto`
-ONE_PAIR_POWER = (
-    2 / 3
-)  # of the powers of `rows` and `first` count for one frame pair, whose units no other frame pair repeats
+# Scales the powers `rows` and `first` for an input of one frame pair, whose units no other frame pair repeats.
+ONE_PAIR_POWER = 2 / 3
 
 
 @dataclass(frozen=True)
 class FarthestPoints(Selector):
-    """Farthest-point sampling over features and time. Fields as in `EvoPruneMethod`."""
+    """Farthest-point sampling over features and time. The fields are as in `EvoPruneMethod`."""
 
     source: ClassVar[str] = "this project"
     drops: ClassVar[bool] = False
@@ -71,7 +70,7 @@ class FarthestPoints(Selector):
     average: bool = True
     count: float = 0.5
     within: float = 0.0
-    # Whether it reads rows before the next layer's norm, which would make flat patches as different as any other.
+    # Whether to read rows before the next layer's norm, which would make flat patches as different as any others.
     before_norm: bool = False
 
     @property
@@ -93,7 +92,7 @@ class FarthestPoints(Selector):
         return count == keep or (self.within > 0 and keep_count(AUTO_LEAST, units) <= count <= keep)
 
     def _sizes(self, unit_to_token: torch.Tensor, tokens: int) -> torch.Tensor | None:
-        """Return float32 `[tokens]`: the cluster size that the language model assumes for each token; None for 1."""
+        """Return float32 `[tokens]`: the cluster size that the language model assumes for each token, or None for 1."""
         if not self.count or tokens == len(unit_to_token):
             return None
         return unit_counts(unit_to_token, tokens) ** self.count
@@ -101,29 +100,29 @@ class FarthestPoints(Selector):
 
 @dataclass(frozen=True)
 class EvoPruneMethod(EncoderMethod):
-    """Three selections, and reuse before them; see above."""
+    """Reuse, then three selections; see the module docstring."""
 
     name: ClassVar[str] = "evoprune"
     source: ClassVar[str] = "this project; its aim is that of arXiv 2603.03681"
 
-    # A unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit.
+    # A unit is encoded again if it changes by at least this many of 255 levels; 0 encodes every unit.
     reuse: Annotated[float, "[0, inf]"] = THRESHOLD
-    # Share of the tower's layers before the second selection; 1 selects after the tower alone.
+    # Share of the tower's layers before the second selection; 1 selects only after the tower.
     depth: Annotated[float, "(0, 1]"] = 0.125
     alpha: Annotated[float, "[0, inf)"] = ALPHA  # weight of time in the selection's distance
-    # How many rows enter the tower, and go on after the second selection: all units times budget ** first, and ** rows. 0 is all
-    # of them, 1 as many as tokens.
+    # Rows that enter the tower: units * budget ** first; rows after the second selection: units * budget ** rows. 0 keeps all
+    # units, 1 as many rows as tokens.
     first: Share = 0.4
     rows: Share = 0.75
-    floor: Share = 0.0  # share of its even part of the budget that each frame pair gets at least
-    average: bool = True  # whether a token becomes the mean of its cluster, or stays as it is
+    floor: Share = 0.0  # minimum for a frame pair, as a share of its even part of the budget
+    average: bool = True  # whether a token becomes the mean of its cluster
     # The language model's attention weighs a token by (cluster size) ** count; 0 weighs all tokens equally, 1 is ToMe's
     # proportional attention (arXiv 2210.09461, section 3).
     count: Annotated[float, "[0, inf)"] = 0.5
-    # The last selection ends once every unit is within this distance of a selected one, but not below a twentieth of all units; 0
-    # selects as many as the budget says.
+    # The last selection ends once every unit is within this distance of a selected one, but keeps at least 1/20 of the units; 0
+    # selects as many as the budget allows.
     within: Annotated[float, "[0, inf)"] = 0.0
-    # auto: where launches bound the time of a small input, it is pruned after the tower alone, and nothing is reused. always: every
+    # auto: a launch-bound small input is pruned only after the tower, without reuse. always: every
     # input is pruned inside the tower, on every device.
     inner: str = "auto"
 

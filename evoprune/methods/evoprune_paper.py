@@ -1,6 +1,4 @@
-"""EvoPrune as its paper has it (arXiv 2603.03681), and with other settings: rows merge inside windows and frame pairs, layer by
-layer.
-"""
+"""EvoPrune as in its paper (arXiv 2603.03681) and with other settings: rows merge layer by layer inside windows and frame pairs."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -14,24 +12,24 @@ from evoprune.methods.ranking import alternate, match, snap
 from evoprune.methods.types import Candidates, arange_on
 
 FEATURES = ("keys", "keys_rotary", "hidden")
-MAX_SCORES = 1 << 22  # scores held at a time (16 MiB), or one row of each group if that is more
+MAX_SCORES = 1 << 22  # scores in memory at a time (16 MiB), or one row per group if that is more
 ALL = slice(None)
 
 
 @dataclass(frozen=True)
 class EvoPrunePaper(Merger):
-    """O(n^2 D) for a group of n rows."""
+    """EvoPrune (arXiv 2603.03681). O(n^2 D) for a group of n rows."""
 
     name = "evoprune-paper"
     source = "arXiv 2603.03681"
-    absorbed = 1  # which row of each two may merge into another: 0 for the first, 1 for the second
+    absorbed = 1  # which row in every two may merge into another: 0 for the first, 1 for the second
 
     allocation: str = "skip"  # which layers merge and how much, from `first` to `last` in relative depth
     first: float = 0.2
     last: float = 0.5
     diversity: Annotated[float, "(-inf, inf)"] = 0.1  # weights of the score's two penalties (`composite_score`)
     attention: Annotated[float, "(-inf, inf)"] = 0.1
-    critical: Share = 0.1  # share of each group, its most attended rows, that merges only when no other row is left
+    critical: Share = 0.1  # share of a group, its most attended rows, that merges only after all other rows
     neighbours: Count = 4  # how many nearest rows the density is computed from
     features: str = "keys"  # what similarity compares: keys of the layer, keys_rotary (after rotary), or hidden states
     size_bias: bool = True  # whether attention weighs a merged row by its cluster size
@@ -59,7 +57,7 @@ class EvoPrunePaper(Merger):
             attention = snap(relative_attention(c.attention, c.valid))
         source = alternate(c.valid, self.absorbed)
         best, partner = self._best_partners(c, attention, source)
-        at_most = torch.minimum(remove, c.valid.sum(1) // 2)  # one row must be left, also where all are sources
+        at_most = torch.minimum(remove, c.valid.sum(1) // 2)  # one row must be left even if all are sources
         return match(best, partner, source, self._critical(attention, c.valid), at_most)
 
     def rounds(self, rows: int, left: int) -> int:
@@ -72,7 +70,7 @@ class EvoPrunePaper(Merger):
     def _best_partners(
         self, c: Candidates, attention: torch.Tensor | None, source: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Find `best_partners` of all rows, strip by strip, so that a group's full score matrix is never held."""
+        """Compute `best_partners` for all rows, strip by strip, so that a group's full score matrix is never in memory."""
         pieces = strips(*c.valid.shape)
         density = None
         partners = []
@@ -87,7 +85,7 @@ class EvoPrunePaper(Merger):
         return tuple(torch.cat(of_each, 1) for of_each in zip(*partners, strict=True))
 
     def _critical(self, attention: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
-        """Return bool `[B, n]`: the most attended rows of each group, a share of `critical`, rounded up; ties by index."""
+        """Return bool `[B, n]`: the most attended rows of a group, a share of `critical`, rounded up; ties by index."""
         if not self.critical:
             return torch.zeros_like(valid)
         rank = attention.masked_fill(~valid, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -96,13 +94,13 @@ class EvoPrunePaper(Merger):
 
 
 def strips(groups: int, rows: int) -> list[slice]:
-    """Return the strips of `groups` padded groups of `rows` rows whose scores `[groups, strip, rows]` are at most `MAX_SCORES`."""
+    """Return slices that split `rows` so that the scores of a strip, `[groups, strip, rows]`, are at most `MAX_SCORES`."""
     step = max(1, MAX_SCORES // max(1, groups * rows))
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
 def similarity(features: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
-    """Return the cosines `[B, m, n]` of the m `rows` of features `[B, n, D]` to all rows of their group; 0 for a zero vector."""
+    """Return the cosines `[B, m, n]` of the m `rows` of `features` `[B, n, D]` to all rows of their group; 0 for zero vectors."""
     unit = F.normalize(features.float(), dim=-1)
     return unit[:, rows] @ unit.transpose(1, 2)
 
@@ -122,7 +120,7 @@ def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, ro
 
 
 def relative_attention(received: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Return the attention received (`[B, n]`) divided by the highest of the group: `[B, n]` in [0, 1], 0 at padding."""
+    """Return `[B, n]`: the attention received, divided by the group's maximum, in [0, 1]; 0 at padding."""
     top = received.masked_fill(~valid, 0).amax(1, keepdim=True)
     return torch.where(valid, received / top.clamp(min=1e-12), 0)
 
@@ -135,7 +133,7 @@ def composite_score(
     attention_weight: float,
     rows: slice = ALL,
 ) -> torch.Tensor:
-    """Return `[B, m, n]`: EvoPrune's score of merging two rows (arXiv 2603.03681), with the row to be absorbed in dimension 1.
+    """Return `[B, m, n]`: EvoPrune's score for merging two rows (arXiv 2603.03681); dimension 1 is the row to be absorbed.
 
         S_ij = s_ij - w_div * max(1 - d_i, 1 - d_j) - w_att * max(a_i, a_j)
 
@@ -154,9 +152,16 @@ def composite_score(
 def best_partners(
     score: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `[B, m]`: the highest `score` (`[B, m, n]`) of each source (bool `[B, m]`) with a destination (bool `[B, n]`).
+    """Return the best destination for every source row.
 
-    It is -inf for other rows. And int64 `[B, m]`, the index of that destination. Ties go to the lower index.
+    Args:
+        score: `[B, m, n]`.
+        source: bool `[B, m]`, rows that may merge.
+        destination: bool `[B, n]`, rows that they may merge into.
+
+    Returns:
+        `[B, m]`, the highest score, -inf for rows that are not sources; and int64 `[B, m]`, the index of its destination. Ties go
+        to the lower index.
     """
     allowed = source[:, :, None] & destination[:, None, :]
     return tuple(score.masked_fill(~allowed, -torch.inf).max(2))
@@ -164,7 +169,7 @@ def best_partners(
 
 @dataclass(frozen=True)
 class EvoPruneMerge(EvoPrunePaper):
-    """The settings that were best on the demo model (results/ablations.md)."""
+    """EvoPrune with the settings that were best on the demo model (results/ablations.md)."""
 
     name = "evoprune-merge"
     source = "arXiv 2603.03681, with other settings"

@@ -1,9 +1,9 @@
-"""The selection: farthest points over features and time inside tubes, and the clusters that they make.
+"""The selection: farthest points over features and time inside tubes, and the clusters around them.
 
-A video is cut into *tubes*: neighbouring units of some frame pairs. In each tube the units are selected one after another, each the
-farthest from those before it, and that distance is a unit's radius. The K units of the largest radii are selected. The radii do not
-depend on K, and no shape depends on values: backend/operators.py has a form for each kind of device. The distance is how much two
-units differ, in features and in time:
+A video is cut into *tubes*: neighboring units of some frame pairs. In a tube, units are selected one after another, each the
+farthest from those selected before. That distance is the unit's radius. The K units with the largest radii are selected. The
+radii do not depend on K, and no shape depends on values; backend/operators.py has an implementation for each kind of device. The
+distance between two units combines features and time:
 
     d(i, j) = |p_i - p_j|^2 / 2 + alpha / 2 * salience_j^2 * |t_i - t_j|
 
@@ -23,31 +23,35 @@ from evoprune.methods.plans import Grid, spread
 from evoprune.methods.types import arange_on
 
 ALPHA = 1.5
-DIMENSIONS = 128  # of the projected features
+DIMENSIONS = 128  # dimensions of the projected features
 UNPROJECTED = 512  # up to this number of rows, features are not projected
-STEPS = 16384  # of distances in one; equal rows are at distance 0, equal distances are ties
-TUBE_UNITS = 256  # a tube has about so many units, of at most `TUBE_PAIRS` frame pairs
+STEPS = 16384  # distances are rounded to 1 / STEPS, so that equal rows have distance 0 and equal distances are ties
+TUBE_UNITS = 256  # approximate number of units in a tube, which spans at most `TUBE_PAIRS` frame pairs
 TUBE_PAIRS = 16
 GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
 class Points:
-    """Hold the N units of a video as points with distances, in whole steps; E rows represent them."""
+    """The N units of a video as points, represented by E rows. Distances between them are in whole steps."""
 
     grid: Grid
-    row: torch.Tensor  # int64 [N], the row of each unit, -1 for none
+    row: torch.Tensor  # int64 [N], the row that represents a unit, or -1
     time: torch.Tensor  # float32 [N], from 0 to 1
-    place: torch.Tensor  # float32 [E, d], at most about sqrt(STEPS) long; distances are approximate if it is projected
-    half: torch.Tensor  # float32 [E], half of the squared length of each place
+    place: torch.Tensor  # float32 [E, d], at most about sqrt(STEPS) long; distances are approximate if projected
+    half: torch.Tensor  # float32 [E], half the squared length of `place`
     salience: torch.Tensor  # float32 [E], from 0 to 1; all 0 if all features are equal
-    weight: torch.Tensor  # float32 [E], of time: alpha / 2 * salience^2, in steps
+    weight: torch.Tensor  # float32 [E], weight of time: alpha / 2 * salience^2, in steps
 
 
 def points_of(rows: torch.Tensor, unit_to_row: torch.Tensor, grid: Grid, alpha: float) -> Points:
-    """Return the points of one video: `rows`, `unit_to_row`, `grid` as in `Tokens`; `alpha`, the weight of time.
+    """Return the points of one video.
 
-    A row counts as often as it represents a unit.
+    A row counts once for every unit that it represents.
+
+    Args:
+        rows, unit_to_row, grid: As in `Tokens`.
+        alpha: The weight of time.
     """
     projection = None
     if rows.shape[1] > 4 * DIMENSIONS and len(rows) > UNPROJECTED:  # otherwise projection saves nothing
@@ -60,9 +64,7 @@ def points_of(rows: torch.Tensor, unit_to_row: torch.Tensor, grid: Grid, alpha: 
 
 @lru_cache(maxsize=8)
 def _projection(width: int) -> torch.Tensor:
-    """Return float32 `[width, DIMENSIONS]`: orthogonal columns in random directions that keep squared lengths to about an
-    eighth.
-    """
+    """Return float32 `[width, DIMENSIONS]`: random orthogonal columns that preserve squared lengths to within about an eighth."""
     generator = torch.Generator("cpu").manual_seed(0)
     normal = torch.randn(width, DIMENSIONS, generator=generator, dtype=torch.float32, device="cpu")
     return torch.linalg.qr(normal).Q * math.sqrt(width / DIMENSIONS)
@@ -73,15 +75,16 @@ def farthest_points(
 ) -> torch.Tensor:
     """Return int64 `[K]`, ascending: `keep` units of one video, or as many as it takes until every unit is near a selected one.
 
-    Of units with the same radius those come first that are even over time and over each frame pair: they are all that is selected
-    where nothing differs, as in a black video.
+    Among units of equal radius, those spread evenly over time and over the frame come first. In a video without differences, such
+    as a black one, they are the whole selection.
 
     Args:
-        within: stop before `keep` once no unit is farther than this from a selected one, and `least` are selected; 0 for never. It
+        within: Stop before `keep` once no unit is farther than this from a selected one and `least` are selected; 0 for never. This
             reads the radii, which waits for a GPU.
-        floor: share of its even part of `keep` that each frame pair gets first, before units are selected among all.
+        floor: Share of its even part of `keep` that every frame pair gets first, before units compete across the video.
 
-    Raises ValueError: `keep` is not from 1 to the number of units.
+    Raises:
+        ValueError: `keep` is not between 1 and the number of units.
     """
     units = len(points.row)
     if not 1 <= keep <= units:
@@ -91,7 +94,7 @@ def farthest_points(
     _, turn, tubes = grid_tables(points.grid, str(points.row.device))
     first = (points.salience * (STEPS / 2)).round_()
     needed = keep
-    if floor:  # a frame pair's share may lie beyond the first `keep` of the clip
+    if floor:  # a frame pair's share may lie beyond the first `keep` units of the clip
         needed = units
     radii = tube_radii(points.place, points.half, points.weight, first, points.row, points.time, tubes, needed)
     if within:
@@ -103,17 +106,17 @@ def farthest_points(
 
 
 def assign_clusters(points: Points, kept: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[N]`: the index in `kept` (from `farthest_points`) of the selected unit nearest to each unit; -1 for one
-    without row.
+    """Return int64 `[N]`: for every unit the index in `kept` (from `farthest_points`) of the nearest selected unit.
 
-    Ties go to the lower index. A selected unit is its own.
+    A unit without a row gets -1. A selected unit gets itself. Ties go to the lower index.
     """
     return nearest_selected(points.place, points.half, points.weight, points.row, points.time, kept)
 
 
 def _first_of_each_pair(order: torch.Tensor, grid: Grid, keep: int, floor: float) -> torch.Tensor:
-    """Return `order` (int64 `[N]`, higher first) with the first units of each frame pair before all others: `floor` times its
-    part.
+    """Return `order` with a frame pair's first units moved before all others.
+
+    The number of units moved is `floor` times the frame pair's even part of `keep`. `order` is int64 `[N]`, higher first.
     """
     pairs = grid[0]
     places = grid[1] * grid[2]
@@ -125,17 +128,18 @@ def _first_of_each_pair(order: torch.Tensor, grid: Grid, keep: int, floor: float
 
 @lru_cache(maxsize=32)
 def grid_tables(grid: Grid, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what depends on the grid alone: of each unit its time, float32 `[N]`, and its turn among equals, int64 `[N]`; and its
-    tubes.
+    """Return tables that depend only on the grid: times, turns and tubes.
 
-    The time runs from 0 to 1. The turn is a different number from 0 to N - 1, higher first. Tubes: int64 `[B, L]`, their units,
-    ascending; N is padding.
+    Returns:
+        float32 `[N]`, the time of a unit, from 0 to 1.
+        int64 `[N]`, its turn among units of equal radius: a different number from 0 to N - 1 for every unit, higher first.
+        int64 `[B, L]`, the units in every tube, ascending, padded with N.
     """
     pairs = grid[0]
     places = grid[1] * grid[2]
     time = (torch.arange(pairs, dtype=torch.float32, device="cpu") / max(1, pairs - 1)).repeat_interleave(places)
-    # One place of each frame pair in each round. The places of a pair follow each other in an order of which any stretch covers the
-    # frame evenly, and pairs start far apart in it.
+    # Every round takes one place per frame pair. A pair's places are ordered so that any stretch of the order covers the
+    # frame evenly, and pairs start far apart in this order.
     far_apart = torch.arange(pairs, dtype=torch.float64, device="cpu") * GOLDEN % 1
     begin = (far_apart * places).long()
     rounds = (_scattered(grid[1], grid[2]) - begin[:, None]) % places
@@ -144,10 +148,9 @@ def grid_tables(grid: Grid, device: str) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def _tubes(grid: Grid) -> torch.Tensor:
-    """Return int64 `[B, L]`: the units of each tube, ascending, padded with N. Along each side of the grid tubes are about
-    equally long.
+    """Return int64 `[B, L]`: the units in every tube, ascending, padded with N.
 
-    Where there is little time, the square is larger.
+    Tubes have about the same length along a side of the grid. If the clip is short, they are wider.
     """
     count = -(-grid[0] // TUBE_PAIRS)
     pairs = -(-grid[0] // count)

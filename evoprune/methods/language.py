@@ -1,6 +1,6 @@
-"""Methods inside the language model: a plan of the layers after which tokens leave, the tokens seen there, and the choice.
+"""Methods inside the language model: the plan of layers after which tokens are dropped, the tokens seen there, and the choice.
 
-A method is a `LanguageMethod` with two functions, `drops`, and `score` or `select`. contrib/fastv.py is the shortest.
+A method is a `LanguageMethod` with two functions: `drops`, and `score` or `select`. contrib/fastv.py is the shortest.
 """
 
 import math
@@ -21,49 +21,49 @@ from evoprune.methods.selecting import check_selection
 from evoprune.methods.types import Selection, arange_on, nonzero_fixed
 from evoprune.model import heads_of, norm, rotate
 
-MAX_WEIGHTS = 1 << 24  # attention weights that are held at a time
+MAX_WEIGHTS = 1 << 24  # attention weights computed at a time
 
 
 @dataclass(frozen=True)
 class LayerState:
-    """What the latest layer of the language model read and computed, for C columns. A *column* is one token of the prompt."""
+    """Inputs and outputs of the latest language-model layer, for C columns. A *column* is one token of the prompt."""
 
     after: int  # layers that have run, this one included
     entering: torch.Tensor  # `[C, hidden]`, its input
     x: torch.Tensor  # `[C, hidden]`, its output
     places: tuple[torch.Tensor, torch.Tensor]  # cosines and sines of the columns
-    bias: torch.Tensor | None  # `[C]`, what attention adds to the logits of each column
+    bias: torch.Tensor | None  # `[C]`, added to the attention logits of each column
     queries: torch.Tensor  # `[1, C, heads, head_dim]`, rotated
     keys: torch.Tensor  # `[1, kv_heads, C, head_dim]`, rotated
-    values: torch.Tensor  # as `keys`
+    values: torch.Tensor  # same shape as `keys`
 
 
 class Drop(NamedTuple):
-    """Hold a place at which visual tokens leave the language model."""
+    """A layer after which visual tokens are dropped."""
 
-    after: int  # layers that have run by then, at least 1
-    left: int  # visual tokens that the other layers read
+    after: int  # number of layers that have run, at least 1
+    left: int  # visual tokens that the remaining layers read
 
 
 @dataclass(frozen=True)
 class LanguagePlan:
-    """Plan the visual tokens that each layer of the language model reads."""
+    """The visual tokens that each layer of the language model reads."""
 
     depth: int  # layers of the language model
     tokens: int  # visual tokens that reach it
-    drops: tuple[Drop, ...]  # where some of them leave, in order; fewer are left after each. Empty where none leave.
-    exact: bool = True  # whether the counts are exact. Otherwise they are upper bounds, and the content decides.
-    looks: tuple[int, ...] = ()  # numbers of layers after which the method is asked; those of `drops` if it is `exact`
-    blind: int = 0  # the first layers in which text after the visual tokens does not attend to them
+    drops: tuple[Drop, ...]  # drops in order, each leaving fewer tokens; empty if nothing is dropped
+    exact: bool = True  # whether the counts are exact; otherwise they are upper bounds and the content decides
+    looks: tuple[int, ...] = ()  # layer counts after which the method is called; those in `drops` if `exact`
+    blind: int = 0  # number of first layers whose text after the visual tokens does not attend to them
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Count the visual tokens that each layer reads."""
+        """The number of visual tokens that each layer reads."""
         return tokens_of_layers(self.depth, self.tokens, self.drops)
 
     @property
     def work(self) -> tuple[tuple[int, int, int], ...] | None:
-        """Return of how many visual tokens each layer computes keys and values, queries and output, and the MLP; None: of all.
+        """For each layer, the visual tokens for which it computes keys and values, queries and output, and the MLP; None for all.
 
         The cost and the memory check read this before a frame is read. An upper bound if the plan is not `exact`.
         """
@@ -72,32 +72,39 @@ class LanguagePlan:
         return tuple((count,) * 3 for count in self.layers)
 
     def left(self, after: int) -> int:
-        """Count the visual tokens that the plan leaves once `after` layers have run."""
+        """Return the number of visual tokens that the plan leaves after `after` layers."""
         return self.layers[min(after, self.depth - 1)]
 
 
 def tokens_of_layers(depth: int, tokens: int, drops: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Visual tokens that each of `depth` layers reads, of `tokens` at first and pairs of (layers that have run, tokens left)."""
+    """Return the number of visual tokens that each of `depth` layers reads.
+
+    Args:
+        tokens: Visual tokens before the first drop.
+        drops: Pairs of (layers that have run, tokens left).
+    """
     edges = [(0, tokens), *drops, (depth, 0)]
     return tuple(left for (after, left), (end, _) in pairwise(edges) for _ in range(after, end))
 
 
 def layers_before(share: float, depth: int) -> int:
-    """After how many of `depth` layers, from 1 to depth - 1, a `share` of them has run. 0 where there is only one layer."""
+    """Return the number of layers, from 1 to depth - 1, after which a `share` of the `depth` layers has run; 0 if depth is 1."""
     return min(depth - 1, max(1, round(share * depth)))
 
 
 def one_drop(depth: int, tokens: int, place: float, budget: float) -> LanguagePlan:
-    """Once a share `place` of the layers has run, the share `budget` of the tokens is left: `keep_count` of them."""
+    """Return a plan with one drop: after a share `place` of the layers, `keep_count(budget, tokens)` tokens are left."""
     return _plan(depth, tokens, [layers_before(place, depth)], [keep_count(budget, tokens)])
 
 
 def several_drops(
     depth: int, tokens: int, places: Sequence[float], shares: Callable[[float], Sequence[float]], budget: float
 ) -> LanguagePlan:
-    """Several drops, so that `budget` is the mean share of tokens over the layers after the first of them.
+    """Return a plan with several drops whose mean share of tokens over the layers after the first drop is `budget`.
 
-    `places`: the share of layers that has run at each. `shares`: from a number to the share left after each, growing from 0 to 1.
+    Args:
+        places: The share of the layers that has run at each drop.
+        shares: Maps a number to the share left after each drop, growing from 0 to 1.
     """
     layers = [layers_before(place, depth) for place in places]
     runs = [end - start for start, end in zip(layers, [*layers[1:], depth], strict=True)]  # layers after each drop
@@ -110,13 +117,13 @@ def several_drops(
             low = middle
         else:
             high = middle
-    # Rounded before it is rounded down: a share that is a little below a half by the search alone is that half.
+    # Rounded before rounding down, because the search may end a little below an exact half.
     counts = [max(1, math.floor(round(share * tokens, 6) + 0.5)) for share in shares(high)]
     return _plan(depth, tokens, layers, counts)
 
 
 def _plan(depth: int, tokens: int, layers: Sequence[int], counts: Sequence[int]) -> LanguagePlan:
-    """Return the plan without drops at which nothing would leave; of several after the same layer, the last."""
+    """Return the plan without drops that would drop nothing; of several drops after the same layer, the last one counts."""
     drops: list[Drop] = []
     read = tokens
     for after, left in dict(zip(layers, counts, strict=True)).items():
@@ -128,39 +135,41 @@ def _plan(depth: int, tokens: int, layers: Sequence[int], counts: Sequence[int])
 
 @dataclass(frozen=True)
 class LayerTokens:
-    """Hold the n visual tokens that a layer of the language model read. A *column* is one token of the prompt."""
+    """The n visual tokens that a layer of the language model read. A *column* is one token of the prompt."""
 
     after: int  # layers that have run, this one included
-    left: int  # tokens to leave; where the method is not `exact`, at most so many
-    due: bool  # whether the plan has a drop here; a method that is not `exact` may drop before that, and later
+    left: int  # number of tokens to leave; an upper bound if the method is not `exact`
+    due: bool  # whether the plan has a drop here; a method that is not `exact` may also drop earlier or later
     hidden: torch.Tensor  # [n, hidden], the layer's output for the visual tokens, in the model's dtype
     visual: torch.Tensor  # int64 [n], the columns of the visual tokens among the C that this layer read, ascending
-    pair: torch.Tensor  # int64 [n], the number of the frame pair of each
-    place: torch.Tensor  # float32 [n, 2], where in the frame each is: row and column, as shares of height and width
-    queries: torch.Tensor  # [Q, heads, head_dim], of the text after the last visual token, rotated
-    keys: torch.Tensor  # [C, kv_heads, head_dim], of all columns, rotated; neighbouring heads share them
+    pair: torch.Tensor  # int64 [n], the index of each token's frame pair
+    place: torch.Tensor  # float32 [n, 2], row and column in the frame, as shares of its height and width
+    queries: torch.Tensor  # [Q, heads, head_dim], queries of the text after the last visual token, rotated
+    keys: torch.Tensor  # [C, kv_heads, head_dim], keys of all columns, rotated; neighboring heads share them
     values: torch.Tensor  # [C, kv_heads, head_dim]
-    bias: torch.Tensor | None  # [C], what attention adds to the logits of each column
+    bias: torch.Tensor | None  # [C], added to the attention logits of each column
     visual_embeds: torch.Tensor  # [N, hidden], all visual tokens as they reached the first layer
     text_embeds: torch.Tensor  # [Q, hidden], the text after the last visual token as it reached the first layer
-    memory: dict = field(default_factory=dict)  # what the method keeps from layer to layer of a prompt; empty at first
-    # The same with queries and keys of the next layer, of this layer before rotary, or as if all visual tokens had the mean key.
+    memory: dict = field(default_factory=dict)  # the method's own state from layer to layer of a prompt; empty at first
+    # These tokens with queries and keys of the next layer, of this layer before rotary, or with the mean key for all visual tokens.
     following: Callable[[], "LayerTokens"] | None = None
     unrotated: Callable[[], "LayerTokens"] | None = None
     evened: Callable[[], "LayerTokens"] | None = None
 
     def copied(self) -> "LayerTokens":
-        """Return the same tokens in memory of their own. `memory` is the same."""
+        """Return the same tokens with copied tensors. `memory` is shared."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         own = {name: value.clone() for name, value in values.items() if isinstance(value, torch.Tensor)}
         others = {name: lambda make=make: make().copied() for name, make in values.items() if callable(make)}
         return replace(self, **own, **others)
 
     def attention(self, rows: torch.Tensor | None = None, *, most: bool = False, causal: bool = True) -> torch.Tensor:
-        """Return float32 `[n]`: the attention that each visual token gets, as the mean or the maximum (`most`) over heads and
-        queries.
+        """Return float32 `[n]`: the attention that each visual token receives, averaged over heads and queries.
 
-        `rows`: int64 `[q]`, which of `queries` look, None for the prompt's last; `causal`: each at columns up to its own alone.
+        Args:
+            rows: int64 `[q]`, indices of `queries`; None for the last token of the prompt.
+            most: Take the maximum over heads and queries instead of the mean.
+            causal: Let a query attend only to columns up to its own.
         """
         if rows is None:
             rows = arange_on(len(self.queries), self.queries.device)[-1:]
@@ -176,15 +185,13 @@ class LayerTokens:
         return received / (heads * len(rows))
 
     def last_weights(self, count: int = 1) -> torch.Tensor:
-        """Return float32 `[heads, C]`: the attention of the prompt's last columns to every column, head by head, as the mean
-        over them.
-        """
+        """Return float32 `[heads, C]`: the attention of the last `count` columns to every column, averaged over these columns."""
         last = arange_on(len(self.queries), self.queries.device)[-count:]
         weights = self._weights(last, self.keys.permute(1, 2, 0).float(), causal=True)
         return weights.unflatten(0, (-1, len(last))).mean(1)
 
     def _weights(self, rows: torch.Tensor, keys: torch.Tensor, causal: bool) -> torch.Tensor:
-        """Attention weights `[heads * q, C]`, heads first, of some queries; `keys`: float32 `[kv_heads, head_dim, C]`."""
+        """Return attention weights `[heads * q, C]`, heads first, of some queries; `keys`: float32 `[kv_heads, head_dim, C]`."""
         kv_heads, dim, columns = keys.shape
         queries = self.queries[rows].float().view(len(rows), kv_heads, -1, dim).permute(1, 2, 0, 3)
         logits = (queries.reshape(kv_heads, -1, dim) @ keys).view(-1, len(rows), columns) * dim**-0.5
@@ -198,17 +205,17 @@ class LayerTokens:
 
 @dataclass(frozen=True)
 class LanguageMethod(Method, ABC):
-    """Drops visual tokens after some layers of the language model, while it reads the prompt: those of the lowest score.
+    """Drops the lowest-scoring visual tokens after some layers of the language model, while it reads the prompt.
 
-    A dropped token is gone for all later layers and for decoding. The others keep their positions. Alone (`fastv -b 0.25`) the
-    method gets the budget. Behind another (`evoprune+fastv`) that one gets it, and this method leaves `share` of what arrives. Both
-    are means of the share of visual tokens over the layers after the first drop.
+    A dropped token is gone for all later layers and for decoding. The other tokens keep their positions. On its own (`fastv -b
+    0.25`) the method gets the budget. After another method (`evoprune+fastv`), the first method gets the budget, and this one
+    leaves `share` of the tokens that arrive. Both are mean shares of visual tokens over the layers after the first drop.
     """
 
     acts: ClassVar[Literal["language"]] = "language"
-    default_share: ClassVar[float] = 0.5  # its paper's
+    default_share: ClassVar[float] = 0.5  # the paper's share
 
-    share: float | None = None  # for combinations, the budget of this method, in (0, 1]; None for `default_share`
+    share: float | None = None  # this method's budget in combinations, in (0, 1]; None for `default_share`
 
     def __post_init__(self):
         super().__post_init__()
@@ -217,40 +224,38 @@ class LanguageMethod(Method, ABC):
 
     @property
     def left(self) -> float:
-        """Return the share of what arrives that it leaves in a combination."""
+        """The share of arriving tokens that the method leaves in a combination."""
         return self.default_share if self.share is None else self.share
 
     @abstractmethod
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
-        """Return the plan for a language model of `depth` layers that `tokens` visual tokens reach, at a budget of its own in
-        (0, 1].
-        """
+        """Return the plan for a model of `depth` layers and `tokens` visual tokens, at this method's own budget in (0, 1]."""
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
-        """Return float32 `[n]`, at least 0: what the tokens that stay have most of; here attention of the last token."""
+        """Return float32 `[n]`, at least 0, higher for tokens that stay. By default, the attention of the prompt's last token."""
         return tokens.attention()
 
     def select(self, tokens: LayerTokens) -> Selection | None:
-        """Return what stays after a layer at which the plan looks: `tokens.left` of the visual tokens, or fewer if not `exact`.
+        """Return the tokens that stay after a layer in the plan's `looks`: `tokens.left` of them, or fewer if not `exact`.
 
-        Indices of the selection are those of `tokens.visual`, `size` is not read: a token keeps its own cluster size. None: nothing
-        leaves here, which only a method that is not `exact` may return.
+        Indices of the selection refer to `tokens.visual`. `size` is ignored: a token keeps its cluster size. A method that is not
+        `exact` may return None to drop nothing here.
         """
         return Selection(highest(relative(self.score(tokens)), tokens.left))
 
     def reading(
         self, model, budget: float, embeds: torch.Tensor, visual: torch.Tensor, pair: torch.Tensor, place: torch.Tensor
     ) -> "Dropping":
-        """Return what the decoder asks while it reads one prompt. Arguments: as of `Dropping`."""
+        """Return the `Dropping` that the decoder calls while it reads one prompt. See `Dropping` for the arguments."""
         plan = self.drops(model.config.text_config.num_hidden_layers, len(visual), budget)
         return Dropping(self, plan, model, embeds, visual, pair, place)
 
 
 def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection | None:
-    """Return what stays behind a layer of the language model. Raises as `select` (methods/selecting.py)."""
+    """Return the tokens that stay after a layer of the language model. Raises the same errors as `selecting.select`."""
     name = method.package
     count = len(tokens.visual)
-    if name:  # keys and values are those of the cache, and a stranger's code may write into what it gets
+    if name:  # keys and values belong to the cache, and code of other packages may write into its arguments
         tokens = tokens.copied()
     selection = call(name, method.select, tokens)
     if name and selection is not None:
@@ -261,16 +266,16 @@ def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection
 
 
 class Dropping:
-    """Follow one prompt while the language model reads it, and drop visual tokens after some layers.
+    """Drops visual tokens of one prompt after some layers, while the language model reads it.
 
     Args:
         embeds: `[C, hidden]`, the prompt.
-        visual: int64 `[n]`, the columns of the visual tokens, ascending, not the last column of the prompt among them.
-        pair: int64 `[n]`, the number of the frame pair of each visual token.
-        place: float32 `[n, 2]`, where in the frame each is: row and column, as shares of height and width.
+        visual: int64 `[n]`, columns of the visual tokens, ascending, without the last column of the prompt.
+        pair: int64 `[n]`, the frame pair of each visual token.
+        place: float32 `[n, 2]`, row and column in the frame, as shares of its height and width.
     """
 
-    # As of `LanguagePlan.work`, if layers do not compute the same for all visual tokens that are there; else None
+    # See `LanguagePlan.work`. None if layers compute everything for all visual tokens that are left.
     work: tuple[tuple[int, int, int], ...] | None = None
 
     def __init__(
@@ -288,27 +293,29 @@ class Dropping:
         self._plan = plan
         self._visual, self._pair, self._place = (to_device(tensor, embeds.device) for tensor in (visual, pair, place))
         self._others = len(embeds) - len(visual)
-        self._text = len(embeds) - 1 - int(visual[-1])  # columns after the last of them
+        self._text = len(embeds) - 1 - int(visual[-1])  # columns after the last visual token
         self._embeds = embeds[self._visual], embeds[len(embeds) - self._text :]
         self._memory: dict = {}
-        self.dropped: list[tuple[int, int]] = []  # of each drop, layers that had run and visual tokens that were left
+        self.dropped: list[tuple[int, int]] = []  # for each drop: layers that had run, and visual tokens left
         self.timer = Timer(embeds.device)
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """Return the most columns of the prompt whose keys each layer has."""
+        """Upper bound on the prompt columns whose keys each layer has."""
         return tuple(keys + self._others for keys, _, _ in self._plan.work)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Return the visual tokens whose keys each layer has, once the prompt was read."""
+        """The number of visual tokens whose keys each layer has after the prompt was read."""
         return tokens_of_layers(self._plan.depth, self._plan.tokens, self.dropped)
 
     def before(self, layer: int, columns: int) -> tuple[tuple[torch.Tensor, int] | None, list[torch.Tensor]]:
-        """Return what a layer leaves out for its columns.
+        """Return the parts of its work that a layer skips.
 
-        The only columns (int64) that text after the visual tokens attends to, and where that text begins; None for all. And for
-        which columns the layer computes keys, queries and the MLP, int64, ascending; empty if it computes everything.
+        Returns:
+            The only columns (int64) that text after the visual tokens attends to, with the index at which that text begins, or None
+            if it attends to all. Then the columns (int64, ascending) for which the layer computes keys, queries and the MLP; an
+            empty list if it computes everything.
         """
         if layer >= self._plan.blind:
             return None, []
@@ -316,17 +323,25 @@ class Dropping:
         return (self._with_text(columns, no_token, 0), columns - self._text), []
 
     def _with_text(self, columns: int, stays: torch.Tensor, count: int) -> torch.Tensor:
-        """Return int64, ascending: the columns of text, and of the visual tokens that stay (`stays`, bool `[n]`, `count` true)."""
+        """Return the text columns and the visual tokens that stay, int64, ascending.
+
+        Args:
+            stays: bool `[n]`, the visual tokens that stay.
+            count: The number of True entries in `stays`.
+        """
         mask = torch.ones(columns, dtype=torch.bool, device=stays.device).index_copy_(0, self._visual, stays)
         return nonzero_fixed(mask, columns - len(stays) + count)
 
     def after(
         self, state: LayerState, deepstack: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return the columns for the next layer, of the C that there are; their `deepstack`; and int64 which these are, None for
-        all.
+        """Drop tokens after a layer, if the plan says so.
 
-        `deepstack`: `[n, C, hidden]`, what is added to the columns after the next n layers.
+        Args:
+            deepstack: `[n, C, hidden]`, features added to the columns after the next n layers.
+
+        Returns:
+            The remaining columns, their `deepstack`, and their int64 indices among the C columns, or None if all remain.
         """
         if state.after not in self._plan.looks:
             return state.x, deepstack, None
@@ -349,7 +364,7 @@ class Dropping:
             return new[0], new[1:], stay
 
     def _selected(self, state: LayerState) -> Selection | None:
-        """Return the tokens that stay, None for all."""
+        """Return the selection of tokens that stay, or None if all stay."""
         plan = self._plan
         left = plan.left(state.after) if plan.exact else plan.drops[-1].left
         return select_in_language(self._method, self._seen(state, left))
@@ -386,6 +401,6 @@ class Dropping:
         return replace(seen, following=following, unrotated=unrotated, evened=evened)
 
     def _projected(self, layer, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Queries or keys ("q", "k") `[C, heads, head_dim]` of a layer for its input, before rotary."""
+        """Return queries or keys ("q", "k") `[C, heads, head_dim]` of a layer for its input, before rotary."""
         config = self._model.config.text_config
         return heads_of(layer.self_attn, name, norm(x, layer.input_layernorm.weight, config.rms_norm_eps), config)

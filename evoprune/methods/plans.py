@@ -1,7 +1,7 @@
-"""Plans: what the encoder does with a video, and how tokens are spread over its frame pairs. No torch.
+"""Plans: the encoder's work on a video, and how tokens are spread over its frame pairs. Imports no torch.
 
-A method makes its plan before the first frame is read. The encoder runs it; the memory check, the cost and the
-cache's key read it.
+A method makes its plan before the first frame is read. The encoder runs the plan. The memory check, the cost estimate and the
+cache key read it.
 """
 
 import math
@@ -20,15 +20,18 @@ from evoprune.model import VisionConfig
 
 
 def spread(keep: int, pairs: int) -> list[int]:
-    """Divides `keep` tokens among equal frame pairs; each gets the mean, rounded down, or up at even distances over the clip."""
+    """Divide `keep` tokens evenly among frame pairs.
+
+    Each gets the mean rounded down, or rounded up at even distances over the clip.
+    """
     return [(i + 1) * keep // pairs - i * keep // pairs for i in range(pairs)]
 
 
 def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
-    """Divides `total` in proportion to `weights` (at least 0), by largest remainder, with a limit (`most`) for each share.
+    """Divide `total` in proportion to `weights` (at least 0), by largest remainder, with limits `most` for the shares.
 
-    Excess above a limit goes to the others, in proportion again; if only weights of zero are left, evenly. Ties go by index.
-    The shares sum to `total`, or to the sum of `most` if that is less.
+    Excess above a limit goes to the other shares, again in proportion, or evenly if all remaining weights are zero. Ties go by
+    index. The shares sum to `total`, or to the sum of `most` if that is less.
     """
     counts = [0] * len(most)
     quotas = {}
@@ -63,16 +66,16 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class TowerShape:
-    """The properties of a vision tower that plans depend on."""
+    """Properties of a vision tower that plans depend on."""
 
     depth: int
-    full_layers: tuple[int, ...]  # whose attention spans a whole frame pair; the others attend inside windows
-    window: int = 4  # its side in units
-    launch_bound: int = 0  # inputs of fewer units take the time of their launches, whatever the number of rows
+    full_layers: tuple[int, ...]  # layers whose attention spans a whole frame pair; the others attend inside windows
+    window: int = 4  # side of a window in units
+    launch_bound: int = 0  # inputs with fewer units are launch-bound: their time does not depend on the number of rows
 
     @classmethod
     def of(cls, sizes: VisionConfig, device: str) -> Self:
-        """Return the shape of a tower of these sizes on a device, such as "cuda:1"."""
+        """Return the shape of a tower with these sizes on a device such as "cuda:1"."""
         window = sizes.window_size // sizes.patch_size // sizes.spatial_merge_size
         return cls(sizes.depth, sizes.fullatt_block_indexes, window, limits.launch_bound_units(device))
 
@@ -86,7 +89,7 @@ class TowerShape:
 
 @dataclass(frozen=True)
 class Merge:
-    """A merger merges rows inside each window or frame pair, until each frame pair has as many as `left`, `[T]`, says."""
+    """A merger, and the number of rows that merging inside windows or frame pairs leaves in every frame pair (`left`, `[T]`)."""
 
     merger: Any
     left: tuple[int, ...]
@@ -94,36 +97,35 @@ class Merge:
 
 @dataclass(frozen=True)
 class SetAside(ABC):
-    """Rows are set aside inside frame pairs, and come back after the last layer; how is the method's (contrib/ipcv.py)."""
+    """Rows of a frame pair are set aside, and come back after the last layer in a way that the method defines (contrib/ipcv.py)."""
 
-    left: int  # rows of each frame pair that stay
+    left: int  # rows per frame pair that stay
 
     @abstractmethod
     def hook(self, first_layer: int) -> Callable:
-        """Return what does so in one video from `first_layer` on, as in `Stage`: a `Hook` (vision/hooks.py)."""
+        """Return the `Hook` (vision/hooks.py) that does this in one video; `first_layer` is as in `Stage`."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """From one layer of the tower on there are fewer rows."""
+    """A point in the tower from which on there are fewer rows."""
 
-    first_layer: int  # how many layers have run: 0 for patch embeddings, the tower's depth for after its last layer
-    rows: int  # of the whole video from there on; an upper bound if not `exact`
-    reduce: Any  # a `Selector` of rows, or of tokens after the last layer; `Merge`, `SetAside`
+    first_layer: int  # layers that have run: 0 at the patch embeddings, the tower's depth after the last layer
+    rows: int  # rows of the whole video from here on; an upper bound if not `exact`
+    reduce: Any  # a `Selector` of rows (of tokens after the last layer), a `Merge` or a `SetAside`
     exact: bool = True  # whether `rows` does not depend on the content
-    whole_pairs: bool = False  # whether the selector keeps all rows of a frame pair or none
-    inflection: bool = (
-        False  # whether it keeps the tokens before the inflection of its sorted scores (methods/selecting.py)
-    )
+    whole_pairs: bool = False  # whether the selector keeps or drops whole frame pairs
+    # Whether the selector keeps the tokens before the inflection point of its sorted scores (methods/selecting.py).
+    inflection: bool = False
 
     @property
     def inside_pairs(self) -> bool:
-        """Whether rows are merged or set aside inside frame pairs; otherwise it selects among those of the video."""
+        """Whether rows are merged or set aside inside frame pairs, rather than selected among all rows of the video."""
         return isinstance(self.reduce, Merge | SetAside)
 
     @property
     def selector(self) -> Any:
-        """Its selector; None where rows merge or are set aside."""
+        """The selector, or None if rows are merged or set aside."""
         return None if self.inside_pairs else self.reduce
 
 
@@ -131,16 +133,17 @@ class Stage:
 class EncoderPlan:
     """The encoder's work on one video.
 
-    Raises ValueError: stages that are out of order, or that merge or set aside after a selection among the rows of the video.
+    Raises:
+        ValueError: Stages are out of order, or merge or set aside rows after a selection among the rows of the video.
     """
 
-    grid: Grid  # (T, H, W) in units, as the encoder sees it; an input method makes it smaller than the video's own
+    grid: Grid  # (T, H, W) in units, as the encoder sees it; smaller than the video's grid after an input method
     keep: int  # K, the number of tokens for the language model
     depth: int  # layers of the tower
-    # A unit is encoded again if it changes by at least this many levels of 255; 0 encodes every unit
+    # A unit is encoded again if it changes by at least this many of 255 levels; 0 encodes every unit
     reuse: float = 0.0
     stages: tuple[Stage, ...] = ()  # in the order of their layers; the last may select tokens, after the last layer
-    # Inputs of fewer units are pruned after the tower alone, where others are pruned inside it; 0 where no size changes that
+    # Inputs with fewer units are pruned only after the tower, larger ones also inside it; 0 if size makes no difference
     after_tower_below: int = 0
 
     def __post_init__(self):
@@ -152,7 +155,7 @@ class EncoderPlan:
 
     @property
     def units(self) -> int:
-        """N, all units of the grid."""
+        """N, the number of units in the grid."""
         return prod(self.grid)
 
     @property
@@ -162,12 +165,12 @@ class EncoderPlan:
 
     @property
     def exact(self) -> bool:
-        """Whether `layers` and `rows` are exact; otherwise they are upper bounds, and the content decides."""
+        """Whether `layers` and `rows` are exact. Otherwise they are upper bounds and the content decides."""
         return not self.reuse and all(stage.exact for stage in self.stages if stage is not self.token_stage)
 
     @property
     def token_stage(self) -> Stage | None:
-        """The stage that selects tokens after the tower."""
+        """The stage that selects tokens after the tower, or None."""
         if not self.stages:
             return None
         last = self.stages[-1]
@@ -177,7 +180,7 @@ class EncoderPlan:
 
     @property
     def inside_pairs(self) -> list[Stage]:
-        """The stages that merge rows or set them aside inside frame pairs; they come first."""
+        """The stages that merge rows or set them aside inside frame pairs. They come first."""
         return [stage for stage in self.stages if stage.inside_pairs]
 
     @property
@@ -187,36 +190,41 @@ class EncoderPlan:
 
     @property
     def steps(self) -> list[tuple[range, Stage | None]]:
-        """The layers up to each of `row_stages`, with it; and those after the last one, with None."""
+        """The layers up to each of `row_stages`, with that stage; then the layers after the last stage, with None."""
         edges = [0, *(stage.first_layer for stage in self.row_stages), self.depth]
         layers = [range(first, last) for first, last in pairwise(edges)]
         return list(zip(layers, [*self.row_stages, None], strict=True))
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Rows that each layer computes, over the whole video."""
+        """The number of rows that each layer computes, over the whole video."""
         edges = [(0, self.units), *((s.first_layer, s.rows) for s in self.stages), (self.depth, 0)]
         return tuple(rows for (first, rows), (last, _) in pairwise(edges) for _ in range(first, last))
 
     @property
     def rows(self) -> int:
-        """Rows that leave the tower."""
+        """The number of rows that leave the tower."""
         fewer = (s for s in self.stages if s is not self.token_stage and not isinstance(s.reduce, SetAside))
         counts = [self.units, *(stage.rows for stage in fewer)]
         return counts[-1]
 
 
 def full_plan(tower: TowerShape, grid: Grid) -> EncoderPlan:
-    """Return the plan in which every unit goes through every layer and becomes a token."""
+    """Return the plan that sends every unit through every layer and turns it into a token."""
     return EncoderPlan(grid, prod(grid), tower.depth)
 
 
 def layer_weights(depth: int, allocation: str, first: float, last: float) -> dict[int, float]:
-    """Return the layers that reduce, each with its share of the whole reduction, by an allocation of EvoPrune (arXiv 2603.03681).
+    """Return the layers that reduce rows, with their shares of the whole reduction.
 
-    `first` and `last`: the range in relative depth, of at least one layer; layer l ends at (l + 1) / depth.
+    The allocations are EvoPrune's (arXiv 2603.03681).
 
-    Raises ValueError: an unknown allocation or an empty range.
+    Args:
+        allocation: One of `ALLOCATIONS`.
+        first, last: Range in relative depth, of at least one layer; layer l ends at (l + 1) / depth.
+
+    Raises:
+        ValueError: An unknown allocation or an empty range.
     """
     if allocation not in ALLOCATIONS or not 0 <= first <= last <= 1:
         known = f"one of {ALLOCATIONS}, 0 <= first <= last <= 1"
@@ -241,8 +249,10 @@ def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, we
     """Return the rows of one frame pair after each layer, from `units` down to `keep`.
 
     A layer that merges inside windows leaves at least one row in each of the `windows`. The next full-attention layer removes the
-    excess, even if it is outside the range; in a tower without one, more than `keep` (at least 1) are left. `weights`: from
-    `layer_weights`.
+    excess, even outside the range. In a tower without such a layer, more than `keep` (at least 1) rows are left.
+
+    Args:
+        weights: From `layer_weights`.
     """
     rows = units
     done = 0.0

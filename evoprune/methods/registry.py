@@ -1,6 +1,6 @@
-"""The methods by name: those of the core, and classes in the entry point group `evoprune.methods`, of evoprune.contrib too.
+"""The methods by name: the core methods, and the entry points in `evoprune.methods`, including evoprune.contrib.
 
-`parse_names` alone reads what users write. Importing this imports no torch.
+Only `parse_names` reads the text that users write. Importing this module imports no torch.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from evoprune.util import did_you_mean
 if TYPE_CHECKING:
     from evoprune.methods.base import Method
 
-# Entry points; what is in the second one acts inside the language model, which is known before it is loaded.
+# Entry point groups. The second one tells, before loading, that a method acts inside the language model.
 GROUPS = ("evoprune.methods", "evoprune.language_methods")
-# Without these there would be nothing to compare the default with. All others, of evoprune.contrib too, are entry points.
+# The default and its baselines, always available. All others, including evoprune.contrib, are entry points.
 CORE = {
     "evoprune": "evoprune.methods.evoprune:EvoPruneMethod",
     "evoprune-paper": "evoprune.methods.evoprune_paper:EvoPrunePaper",
@@ -33,25 +33,25 @@ CORE = {
     "pool": "evoprune.methods.baselines:Pool",
     "divprune": "evoprune.methods.baselines:DivPrune",
 }
-# Names of papers under which users look for a method, as letters and digits alone.
+# Paper names under which users look for a method, reduced to letters and digits.
 FOLLOWED_BY = {"idpruner": "mmr", "mmgvid": "mmg", "streamingassistant": "adjacent", "pdrop": "pyramiddrop"}
-RESIZING = ("downscale", "subsample")  # those of this project that are an `InputMethod`
+RESIZING = ("downscale", "subsample")  # this project's methods of class `InputMethod`
 DEFAULT = "evoprune"
-REUSE = "reuse"  # put before a selector: reuse+divprune
+REUSE = "reuse"  # prefix of a selector: reuse+divprune
 OWN = "evoprune"  # the distribution whose entry points are this project's
-_NUMBER = re.compile(r"=[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=[:+]|$)")  # of a setting
+_NUMBER = re.compile(r"=[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=[:+]|$)")  # a number as a setting's value
 
 
 class Named(NamedTuple):
-    """Hold a method as users write it: NAME:SETTING=VALUE:SETTING=VALUE."""
+    """A method as users write it: NAME:SETTING=VALUE:SETTING=VALUE."""
 
-    text: str  # all of it
+    text: str  # the whole text
     name: str
-    settings: tuple[tuple[str, str | None], ...]  # each with its value, None without an equals sign
+    settings: tuple[tuple[str, str | None], ...]  # (setting, value) pairs; the value is None without an equals sign
 
 
 def parse_names(text: str) -> list[Named]:
-    """Return the methods in `text`, which a plus separates. One in a setting's number, as in 1e+1, separates none."""
+    """Return the methods in `text`, separated by plus signs. A plus inside a number, such as 1e+1, does not separate."""
     hidden = _NUMBER.sub(lambda match: match[0].replace("+", "\0"), text)
     found = []
     for part in hidden.split("+"):
@@ -63,19 +63,20 @@ def parse_names(text: str) -> list[Named]:
 
 
 def built_in() -> list[str]:
-    """List the names of this project's methods: first the core, then evoprune.contrib."""
+    """Return the names of this project's methods, core first, then evoprune.contrib."""
     return [*CORE, *(name for name, entry in _plugins().items() if _is_own(entry))]
 
 
 def available() -> list[str]:
-    """Names of the methods, this project's first. Those of other packages are not loaded, and may be broken."""
+    """Return the names of all methods, this project's first. Methods of other packages are not loaded, and may be broken."""
     return [*CORE, *_plugins()]
 
 
 def check(text: str) -> list[Named]:
     """Return the methods that `text` names. Imports no torch.
 
-    Raises UsageError: a method does not exist, or an impossible order.
+    Raises:
+        UsageError: A method does not exist, or the order is impossible.
     """
     named = parse_names(text)
     names = [each.name for each in named]
@@ -87,25 +88,25 @@ def check(text: str) -> list[Named]:
     for name in names:
         if name != REUSE and name not in available():
             raise _unknown(name)
-    # Of this project's entry points, whether they act inside the language model.
+    # This project's entry points, and whether they act inside the language model.
     own = {name: entry.group == GROUPS[1] for name, entry in _plugins().items() if _is_own(entry)}
     *before, last = names
     if len(names) > 3 or REUSE in names[1:] or any(own.get(name) for name in before):
         raise impossible(text)
     after_core = before and before[0] in CORE and (len(before) > 1 or last in CORE or own.get(last) is False)
     if after_core or (before == [REUSE] and own.get(last)):
-        raise impossible(text)  # `MethodChain.parse` checks those of other packages
+        raise impossible(text)  # `MethodChain.parse` checks methods of other packages
     return named
 
 
 def may_resize(text: str) -> bool:
-    """Return True if a method that `text` names makes inputs smaller, or may do so: one of another package, which is not loaded."""
+    """Return True if a method in `text` makes inputs smaller. Also True for plug-ins, which are not loaded and might do so."""
     names = {each.name for each in parse_names(text)}
     return any(name in RESIZING or not (name == REUSE or name in built_in()) for name in names)
 
 
 def _is_list(text: str) -> bool:
-    """Return whether a comma separates methods. One in the value of a setting does not."""
+    """Return True if a comma separates methods, rather than being part of a setting's value."""
     later = {parse_names(part.strip())[0].name for part in text.split(",")[1:]}
     return any("," in each.name for each in parse_names(text)) or not later.isdisjoint((*available(), REUSE))
 
@@ -118,24 +119,24 @@ def _unknown(name: str) -> UsageError:
     near = did_you_mean(name, same or known, 3)
     if letters in FOLLOWED_BY:
         near = f"{FOLLOWED_BY[letters]} follows it; "
-    if len(built_in()) == len(CORE):  # a checkout that was installed before these were entry points
+    if len(built_in()) == len(CORE):  # a checkout installed before these became entry points
         near = "the methods of evoprune.contrib are not installed: pip install evoprune again; "
     return UsageError(f"no pruning method {name!r}", f"{near}evoprune methods lists them all")
 
 
 def _letters(name: str) -> str:
-    """Return the letters and digits of a name, in lower case."""
+    """Return only the letters and digits of a name, in lower case."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def impossible(text: str) -> UsageError:
-    """Return the error of methods that cannot act one after the other."""
+    """Return the error for methods that cannot be combined in this order."""
     kinds = "NAME is a method that selects, or NAME+INNER, where INNER acts inside the language model"
     return UsageError(f"methods cannot be combined as {text!r}", f"use {REUSE}+NAME or ipcv+NAME, where {kinds}")
 
 
 def get(text: str) -> "Method":
-    """Return the method `NAME:SETTING=VALUE:...`. Raises UsageError."""
+    """Return the single method in `text` (`NAME:SETTING=VALUE:...`). Raises UsageError."""
     first, *others = members(text)
     if others:
         raise impossible(text)
@@ -143,12 +144,12 @@ def get(text: str) -> "Method":
 
 
 def members(text: str) -> "list[Method]":
-    """Return the methods that `text` names, with their settings. Raises UsageError."""
+    """Return the methods in `text`, with their settings. Raises UsageError."""
     return [_made(each) for each in check(text)]
 
 
 def _made(named: Named) -> "Method":
-    """Return the method with its settings. Raises UsageError: no such setting, or a wrong value."""
+    """Return the method with its settings. Raises UsageError for an unknown setting or a wrong value."""
     _warn_of_ignored(named.name)
     method = _class(named.name)
     if wrong := [name for name, value in named.settings if value is None]:
@@ -161,7 +162,7 @@ def _made(named: Named) -> "Method":
         values[name] = _parsed(method, known[name], text)
     try:
         instance = method(**values)
-        if wrong := [name for name, value in values.items() if value != value]:  # NaN is no number to any method
+        if wrong := [name for name, value in values.items() if value != value]:  # no method accepts NaN
             raise ValueError(f"{wrong[0]}=nan is not a number")
     except ValueError as error:
         raise UsageError(f"method {method.name}: {error}", settings_hint(method)) from None
@@ -169,7 +170,7 @@ def _made(named: Named) -> "Method":
 
 
 def settings_hint(method: type, name: str | None = None) -> str:
-    """Return a hint that lists the settings, or that shows how the one called `name` is given."""
+    """Return a hint that lists the settings, or that shows how to give the setting `name`."""
     known = {f.name: f"{f.name}={f.default}" for f in fields(method)}
     if name in known:
         return f"a setting has a value: {method.name}:{known[name]}"
@@ -177,7 +178,7 @@ def settings_hint(method: type, name: str | None = None) -> str:
 
 
 def _parsed(method: type, setting: Field, text: str) -> Any:
-    """Return the value of a setting given as text, in the type of its default; of one without, in its first type.
+    """Return a setting's value, parsed from `text` as the type of its default, or as its first type if the default is None.
 
     A type with a function `read` is read from the file that the text names.
     """
@@ -197,7 +198,7 @@ def _parsed(method: type, setting: Field, text: str) -> Any:
 
 @cache
 def _warn_of_ignored(name: str) -> None:
-    """Warns, once in a process, of methods of other packages that have the name of the one that is selected."""
+    """Warn, once per process, about plug-in methods that are ignored because another method has the same name."""
     for entry in _entry_points():
         if entry.name == name and _plugins().get(name) is not entry:
             used = "evoprune's own"
@@ -218,9 +219,10 @@ def _class(name: str) -> "type[Method]":
 
 
 def plugin_code(text: str) -> dict[str, str]:
-    """Return a hash of the code of each method of another package that `text` names, by name.
+    """Return a hash of each plug-in method's code, by method name.
 
-    Raises UsageError: it cannot be loaded.
+    Raises:
+        UsageError: A method cannot be loaded.
     """
     hashes = {}
     for name in (each.name for each in parse_names(text)):
@@ -231,7 +233,10 @@ def plugin_code(text: str) -> dict[str, str]:
 
 
 def _code_files(entry: EntryPoint, file: Path) -> list[Path]:
-    """Return what a method's module may import of its own package: the Python files of its folder, or those installed with it."""
+    """Return the files that a method's module may import from its own package.
+
+    These are the Python files in the module's top-level package folder, or the files installed with it.
+    """
     folder = file.parent
     while (folder.parent / "__init__.py").exists():
         folder = folder.parent
@@ -245,7 +250,7 @@ def _code_files(entry: EntryPoint, file: Path) -> list[Path]:
 
 
 def plugins() -> dict[str, str]:
-    """Return each entry point of other packages, by name: its package, and whether it works. Loads all of them."""
+    """Return the entry points of other packages, by name, with their package and whether they work. Loads all of them."""
     states = {}
     for entry in _entry_points():
         if _is_own(entry):
@@ -273,7 +278,7 @@ def _entry_points() -> tuple[EntryPoint, ...]:
 
 @cache
 def _plugins() -> dict[str, EntryPoint]:
-    """Return the entry points by name, without names that are taken or not valid."""
+    """Return the entry points by name, without names that are taken or invalid."""
     entries = {}
     for entry in _entry_points():
         if entry.name not in (*CORE, REUSE) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", entry.name):
@@ -287,7 +292,7 @@ def _is_own(entry: EntryPoint) -> bool:
 
 @cache
 def _name_of(distribution: Distribution) -> str:
-    """Return the name of a package, for which its metadata are parsed."""
+    """Return the name of a package. Cached because the property parses metadata."""
     return distribution.name
 
 
@@ -302,7 +307,7 @@ def _load(entry: EntryPoint) -> type["Method"]:
 
     try:
         loaded = entry.load()
-    except (Exception, SystemExit) as problem:  # another package's module may raise anything when it is imported
+    except (Exception, SystemExit) as problem:  # importing another package's module may raise anything
         reason = f"{type(problem).__name__}: {first_line(problem)}"
         raise _broken(entry, f"cannot be loaded ({reason})") from problem
     if not (isinstance(loaded, type) and issubclass(loaded, Method)):

@@ -1,6 +1,6 @@
-"""Run a selector, and check the selection if the selector comes from another package.
+"""Run a selector, and check its selection if the selector comes from another package.
 
-The checks synchronise with a GPU. Selections of this project's own methods are not checked.
+The checks synchronize with a GPU, so selections of this project's own methods are not checked.
 """
 
 from collections.abc import Iterator
@@ -17,11 +17,15 @@ from evoprune.model import without_autocast
 
 
 def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
-    """Return what `selector` selects. Raises PluginError: one of another package returned what its base class does not allow."""
+    """Return the selection of `selector`.
+
+    Raises:
+        PluginError: A selector of another package returned something that its base class does not allow.
+    """
     name = selector.package
     units = len(tokens.unit_to_row)
     with without_autocast():
-        # Rows are shared with other methods of an evaluation, and a stranger's code may write into what it gets.
+        # Other methods of an evaluation share the rows, and code of other packages may write into its arguments.
         if name:
             tokens = tokens.copied()
         selection = call(name, selector.select, tokens, keep)
@@ -33,16 +37,17 @@ def select(selector: Selector, tokens: Tokens, keep: int) -> Selection:
 
 
 def check_selection(name: str, selection: Selection, enough: bool, keep: int, units: int, device: torch.device) -> None:
-    """Raises PluginError: what the method `name` selected is wrong.
+    """Raise PluginError if the selection of method `name` is wrong.
 
-    `enough`: whether the number of units is one that the method may return where `keep` of `units` were asked for.
+    Args:
+        enough: Whether the method may return this number of units when asked for `keep` of `units`.
     """
     if wrong := next(_faults(selection, enough, keep, units, device), None):
         raise PluginError(f"{name} returned {wrong}", "report it to that package's authors, or choose another method")
 
 
 def _faults(selection: Selection, enough: bool, keep: int, units: int, device: torch.device) -> Iterator[str]:
-    """Yield what is wrong with a selection, the first thing first: later ones are not meaningful."""
+    """Yield the faults of a selection, in order. Faults after the first are not meaningful."""
     if not isinstance(selection, Selection):
         yield f"an object of class {type(selection).__name__} where a Selection was asked for"
     kept = selection.kept
@@ -92,7 +97,7 @@ def _wrong_means(means: tuple[torch.Tensor, ...], count: int, units: int, device
 def _unlike(
     name: str, value: torch.Tensor, dtype: torch.dtype, length: int | None, device: torch.device
 ) -> Iterator[str]:
-    """Yield how a tensor of a selection differs from what it must be: one dimension, `length` (None for any), dtype and device."""
+    """Yield how a tensor differs from the expected one-dimensional tensor of this `length` (None for any), dtype and device."""
     if not isinstance(value, torch.Tensor):
         yield f"an object of class {type(value).__name__} as {name} where a tensor was asked for"
     shape = "[K]" if length is None else f"[{length}]"
@@ -105,13 +110,13 @@ def _unlike(
 
 
 def tokens_before_inflection(selector: Selector, tokens: Tokens, keep: int) -> int:
-    """Return how many tokens `selector` keeps by the curve of its scores (arXiv 2409.01162): at most `keep`."""
+    """Return how many tokens `selector` keeps by the curve of its scores (arXiv 2409.01162), at most `keep`."""
     min_keep = min(keep, keep_count(AUTO_LEAST, len(tokens.unit_to_row)))
     return min(keep, max(min_keep, inflection(call(selector.package, selector.scores, tokens))))
 
 
 def inflection(scores: torch.Tensor) -> int:
-    """Return how many of `scores` (float `[N]`) lie before the inflection point of the sorted curve; N if it has none."""
+    """Return how many of `scores` (float `[N]`) lie before the inflection point of the sorted curve, or N if there is none."""
     curve = scaled(scores.float().sort(descending=True).values)
     line = 1 - arange_on(len(curve), curve.device) / max(1, len(curve) - 1)
     depth = snap(line - curve)
