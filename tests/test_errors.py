@@ -1,4 +1,4 @@
-"""What errors show in Python, and what is left of them in another process."""
+"""How errors look in Python, and what they keep when they cross a process boundary."""
 
 import pickle
 import traceback
