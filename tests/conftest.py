@@ -90,7 +90,7 @@ def pytest_configure(config):
 def pytest_sessionstart(session):
     """Import the test modules in a different order in each pytest-xdist worker, if the whole suite was requested.
 
-    In a fresh checkout, pytest rewrites the asserts of each module and caches the result. With the same order in all workers,
+    In a fresh checkout, pytest rewrites the asserts in the modules and caches the result. With the same order in all workers,
     each worker would rewrite every module.
     """
     worker = getattr(session.config, "workerinput", None)

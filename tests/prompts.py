@@ -15,7 +15,7 @@ def processed(model, *rows: Sequence, side: str = "left", seed: int = 0, seconds
     """Return a batch of prompts.
 
     Args:
-        rows: pieces of each prompt, in order: a number of text tokens, or ("video", T, H, W) or ("image", H, W) in patches.
+        rows: the prompts as lists of pieces: a number of text tokens, or ("video", T, H, W) or ("image", H, W) in patches.
         side: padding side.
         seconds: duration of a frame pair in the first video. Video number i has i times this duration.
         steps: number of distinct frame pairs of a video; the remaining ones repeat the previous pair with a little noise.

@@ -1,4 +1,4 @@
-"""How errors look in Python, and what they keep when they cross a process boundary."""
+"""How errors look in Python, and which attributes survive pickling to another process."""
 
 import pickle
 import traceback

@@ -1,4 +1,4 @@
-"""Tiny models of every family: seeded random weights, byte-level tokenizer, the hub's file layout."""
+"""Tiny models for all families: seeded random weights, byte-level tokenizer, the hub's file layout."""
 
 import json
 import math
@@ -79,7 +79,7 @@ QWEN3_VISION = PATCHES | {
 # The heads are wider than hidden size / heads, and there is one layer more than DeepStack adds to.
 QWEN3_TEXT = {"num_hidden_layers": 4, "head_dim": 24}
 QWEN3_5_VISION = {name: value for name, value in QWEN3_VISION.items() if name != "deepstack_visual_indexes"}
-# Two Gated DeltaNet layers before each attention layer. Half of each attention head is rotated.
+# Two Gated DeltaNet layers before each attention layer. The rotary embedding covers half of an attention head.
 QWEN3_5_TEXT = {
     "num_hidden_layers": 6,
     "head_dim": 24,
@@ -159,7 +159,7 @@ def tiny_model(seed: int = 0, family: str = "qwen2_5_vl", heads: int = 4):
                 weight.normal_(0, wide, generator=random)
             elif name.endswith("bias"):
                 weight.normal_(0, 0.1, generator=random)
-            elif name.endswith("A_log"):  # the decay rate of each DeltaNet head
+            elif name.endswith("A_log"):  # decay rates of the DeltaNet heads
                 weight.uniform_(1, 16, generator=random).log_()
     return model
 

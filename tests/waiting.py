@@ -28,7 +28,7 @@ def shape_depends_on_values(func: Any, args: Sequence[Any], kwargs: dict[str, An
 
 
 class Waiting(TorchDispatchMode):
-    """Records the places where a program waits.
+    """Records the places at which a program waits.
 
     Attributes:
         places: the operator and the line of this package that called it, for each wait.

@@ -30,7 +30,7 @@ def encoded(model, inputs, budget, how=ONCE, pictures=False):
 
 
 def seconds_of(inputs):
-    """Return the seconds per frame pair of each video; 1.0 for Qwen2-VL, whose processor returns none."""
+    """Return every video's seconds per frame pair; 1.0 for Qwen2-VL, whose processor returns none."""
     seconds = inputs.get("second_per_grid_ts")
     return [1.0] * len(inputs["video_grid_thw"]) if seconds is None else seconds.tolist()
 

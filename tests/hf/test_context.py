@@ -1,4 +1,4 @@
-"""The context that prunes inside a Hugging Face model: its effect, its error messages, and that it leaves nothing behind."""
+"""The context that prunes inside a Hugging Face model: its effect, its error messages, and its complete removal."""
 
 import copy
 import functools

@@ -84,7 +84,7 @@ def test_where_nothing_is_pruned_embeddings_are_taken(model, settings, with_ids)
         unusual.append(known | {"mm_encoder_outputs": {"video": video}})
     last = inputs | {"labels": inputs["input_ids"][:, -4:], "logits_to_keep": 4}
     loss = model(**last).loss
-    # The model keeps the position offset of the latest prompt with ids, and uses it if there are none.
+    # The model keeps the position offset of the latest prompt with ids, and uses it for prompts without ids.
     usual, answer, expected = model(**inputs).logits, generated(model, call), model(**call).logits
     with evoprune.EvoPrune(**settings)(model) as run:
         assert torch.equal(model(**call).logits, expected)

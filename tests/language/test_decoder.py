@@ -274,7 +274,7 @@ def test_what_is_refused(model):
     assert cache.length == 0
 
 
-# --- what it does and leaves undone ---
+# --- the amount of work ---
 
 
 def test_the_last_layer_goes_on_with_the_last_column_only(model):

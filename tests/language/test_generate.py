@@ -402,7 +402,7 @@ def test_an_end_token_has_no_log_probability(model):
 
 
 class Steps:
-    """A `TokenConstraint` that lists the allowed ids of each token. Nothing follows the last one."""
+    """A `TokenConstraint` that lists the allowed ids per token. Nothing may follow the last one."""
 
     def __init__(self, *allowed: list[int]):
         self._allowed = list(allowed)

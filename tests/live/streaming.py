@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-LONGEST_S = 30.0  # upper bound on the duration of each stream
+LONGEST_S = 30.0  # maximum duration of a stream
 
 
 class Streams(http.server.BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Segments of a longer video: unchanged units are not encoded again, and the result equals that of the whole video."""
+"""Segments of a longer video: unchanged units are not encoded again, and the result is the same as for the whole video."""
 
 from math import prod
 from types import SimpleNamespace

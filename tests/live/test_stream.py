@@ -200,9 +200,8 @@ def test_memory_does_not_grow_and_the_oldest_windows_are_thinned_step_by_step(de
             capacities.add(cache.capacity)
         most = max(counts)
         assert max(held) == 10 * most and min(held[10:]) >= 9 * most and len(capacities) == 1
-        assert (
-            stream.seen.windows == 5 * most.bit_length() and stream.ask(QUESTION).text
-        )  # five whole, five halves, ...
+        # five whole, five halves, ...
+        assert stream.seen.windows == 5 * most.bit_length() and stream.ask(QUESTION).text
 
 
 @pytest.mark.full

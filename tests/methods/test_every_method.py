@@ -207,7 +207,7 @@ def test_the_encoding_is_the_same_whatever_the_default(name, family):
 @pytest.mark.few(3)
 @pytest.mark.parametrize(
     "name", one_of_each(["evoprune", "reuse+visionzip", "tome", *OTHERS])
-)  # the encodings of all methods are compared above
+)  # encodings are compared above, for every method
 def test_video_qa_answers_the_same_whatever_the_default_and_under_autocast(name, saved):
     def answered(loaded):
         video = VideoQA(loaded, budget=0.25, method=name).encode("samples/arrivals.webm", frames=4)

@@ -23,7 +23,7 @@ CASES = {
 
 
 def video(seed, grid, share=0.4, wide=16, dropped=0.0, signs=False):
-    """Return rows of a video with `share` of the units changing in each frame pair, and the row of each unit.
+    """Return rows of a video in which `share` of the units change per frame pair, and every unit's row index.
 
     With `signs`, features are plus or minus 1, so cosines are exact and many are equal.
     """
@@ -79,7 +79,7 @@ def distance(every, i, j):
 
 
 def greedy(every, units) -> dict[int, float]:
-    """Return the radius of each unit in order of selection, computed one distance at a time."""
+    """Return the units' radii in order of selection, computed one distance at a time."""
     first = {u: round(every.salience[every.row[u]].item() * STEPS / 2) for u in units}
     left, found, latest = dict.fromkeys(units, math.inf), {}, max(units, key=lambda u: (first[u], -u))
     while True:
@@ -298,5 +298,5 @@ def test_it_stops_where_every_unit_is_near_a_selected_one(seed, grid, within, le
         of_each = [greedy(every, [u for u in tube if u < len(owner)]) for tube in grid_tables(grid, "cpu")[2].tolist()]
         far = sum(radius > within * STEPS for radii in of_each for radius in radii.values())
         assert len(made) == min(12, max(least, far))
-        # The selection equals that of a budget of the same size.
+        # A budget of this size selects the same units.
         assert made == farthest_points(every, len(made)).tolist()

@@ -123,9 +123,8 @@ def test_row_counts(tower, height, width, data, allocation, ends):
         wish = units - (units - keep) * done
         assert keep <= left <= before
         if tower.scope(layer) == "pair":
-            assert (
-                abs(left - wish) <= 0.5 + 1e-6 or left == before
-            )  # a layer over whole pairs makes up for all that is missing
+            # a layer over whole pairs makes up for all that is missing
+            assert abs(left - wish) <= 0.5 + 1e-6 or left == before
         elif left < before:
             assert layer in weights and left >= windows
             assert left == windows or abs(left - wish) <= 0.5 + 1e-6

@@ -323,9 +323,8 @@ def test_what_fails_inside_one_is_not_called_a_bug_of_this_package(package, cli)
     assert done.code == 1 and "that package's authors" in hint and "Traceback" not in done.err
     assert cli(*failing, "--json").record["error"]["type"] == "plugin"
     assert "in select" in cli(*failing, "--debug").err
-    done = cli(
-        *ASK[:2], *QUESTIONS[:2], "--method", "first:skip=-2"
-    )  # this would end the command as if it had answered
+    # this would end the command as if it had answered
+    done = cli(*ASK[:2], *QUESTIONS[:2], "--method", "first:skip=-2")
     assert (
         done.code == 1
         and "error: method 'first' of extra-methods 1.2 failed: SystemExit: 0" in done.err

@@ -290,7 +290,7 @@ def works(call, *args, **more) -> str:
 
 
 def facts(name: str) -> tuple[str, ...]:
-    """Return where a method works, in the order of `HEADER`. tests/cli/test_methods.py runs each one in every command."""
+    """Return the table cells of a method, in the order of `HEADER`. tests/cli/test_methods.py runs each one in every command."""
     method = methods.parse(name)
     encode = works(patch_config, PRESETS["fast"], name, has_question=True)
     return (

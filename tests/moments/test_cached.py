@@ -11,7 +11,7 @@ from tests.cli.conftest import ROOT
 from tests.threads import one_thread  # noqa: F401
 
 SQUARE = str(ROOT / "samples" / "square.mp4")
-SHORT = FindOptions(segment_s=2.0, min_score=1.0)  # three segments, none of which is searched in parts
+SHORT = FindOptions(segment_s=2.0, min_score=1.0)  # three segments, not searched in parts
 
 
 @pytest.fixture(scope="module")

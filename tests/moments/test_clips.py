@@ -1,4 +1,4 @@
-"""Clips: their content, that no file is overwritten, and that a failed clip leaves nothing behind."""
+"""Clips: their content, that no file is overwritten, and that a failed clip leaves no files."""
 
 import errno
 import os
@@ -350,7 +350,7 @@ needs_linux = pytest.mark.skipif(not isolation.POSSIBLE, reason="needs Linux")
 
 @needs_linux
 def test_a_process_that_crashes(film, unruly, tmp_path):
-    """Cutting is tried a second time."""
+    """A crash is retried once."""
     for name in ("clip_once_crash", "clip_crash"):
         (tmp_path / f"{name}.mp4").write_bytes(Path(film.path).read_bytes())
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Exact counts of what an encode, or a question, asks of a device: `python -m tests.second_device.counting`.
+"""Exact counts of the device operations of an encode or a question: `python -m tests.second_device.counting`.
 
 Operations are the calls that reach torch's dispatcher, including views; an evoprune operator counts as one. Copies are tensor
 copies to the host.
@@ -11,7 +11,7 @@ from traceback import extract_stack
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.second_device import far, plugin  # noqa: F401  before anything of evoprune
+from tests.second_device import far, plugin  # noqa: F401  before any import of evoprune
 
 ITEM = "_local_scalar_dense"
 

@@ -169,11 +169,10 @@ def test_graphs(family, tmp_path, monkeypatch):
     cpu, device = both(CLIP, str(save_tiny(tmp_path, family=family)))
     graphs, how = Graphs(), {"temperature": 1.0, "max_new_tokens": 12, "seed": 2}
     expected = cpu.ask(QUESTION, **how)
-    expected.text  # which generates it # noqa: B018
+    expected.text  # generates the answer # noqa: B018
     monkeypatch.setattr(static, "devices", graphs)
-    monkeypatch.setattr(
-        static, "can_step", lambda model: True
-    )  # tensors of this device are a subclass, like quantized ones
+    # tensors of this device are a subclass, like quantized ones
+    monkeypatch.setattr(static, "can_step", lambda model: True)
     made = device.ask(QUESTION, **how)
     assert made.text == expected.text
     assert (graphs.captured, graphs.replayed) == (1, len(expected.ids) - static.PLAIN_TOKENS - 1)
@@ -285,7 +284,7 @@ def test_how_often_it_waits(method, times, selecting):
     for tokens in (1, 1, 3):  # the first run fills caches
         with Waiting() as mode:
             answer = qa.encode(CLIP, **FRAMES).ask(QUESTION, max_new_tokens=tokens)
-            answer.text  # which generates it # noqa: B018
+            answer.text  # generates the answer # noqa: B018
         made.append((mode, len(answer.ids) + (answer.report.finish_reason == "stop")))
     (first, one), (longer, more) = made[1:]
     print(f"{method}: {len(first.places)}", *first.places, sep="\n")

@@ -1,4 +1,4 @@
-"""Answers from a given list of texts: probabilities equal those of their tokens, read one by one, for every kind of model."""
+"""Answers from a given list of texts: probabilities agree with a token-by-token reading, for every kind of model."""
 
 import json
 from functools import cache

@@ -591,7 +591,7 @@ def test_verify_of_layers_in_few_operations(hybrid, monkeypatch, fault, dtype):
         assert {*outcomes(loaded, "logits", "answer").values()} == {"held"}
         return
     fault.plant(monkeypatch)
-    # In 16 bits, rounding may change the logits of these random layers by a tenth, so the check reports itself as skipped.
+    # In 16 bits, rounding may change the logits of these random layers by 0.1; the check is then skipped.
     expected = {"differs"} if dtype == "fp32" else {"differs", "skipped"}
     assert outcomes(loaded, fault.found_by)[fault.found_by] in expected
 

@@ -117,7 +117,7 @@ def test_a_preset_keeps_its_larger_share_of_a_picture(load, tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "plain"), [("operations", "none"), ("evoprune+operations:share=1", "evoprune")])
 def test_at_the_full_budget_nothing_changes(load, name, plain):
-    """The result equals that of a method that does nothing inside the language model."""
+    """The result is the same as without a method inside the language model."""
     made, expected = (load(each, 1.0).encode(CLIP, frames=8).ask(QUESTIONS[0]) for each in (name, plain))
     assert made.text == expected.text and made.ids == expected.ids
     assert made.report.pruning.language_work is None and made.report.pruning.language_layers is None

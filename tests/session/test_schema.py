@@ -225,9 +225,8 @@ def ask(tmp_path_factory):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("seed", range(125))
 def test_an_answer_that_ends_is_valid_by_any_schema(ask, model, seed, monkeypatch):
-    monkeypatch.setattr(
-        "evoprune.language.apart.POSSIBLE", False
-    )  # a process for each of 500 schemas would be slow; other tests use one
+    # a process for each of 500 schemas would be slow; other tests use one
+    monkeypatch.setattr("evoprune.language.apart.POSSIBLE", False)
     draw = random.Random(f"{model} {seed}")
     schema = schema_at_random(draw)
     how = {"max_new_tokens": draw.choice([3, 20, 200]), "temperature": draw.choice([0.0, 1.0, 8.0]), "seed": seed}

@@ -236,7 +236,7 @@ def test_of_inputs_that_are_read_ahead(kernels, slow, monkeypatch, kept):
 
 
 def test_of_what_was_read_before_the_model_was_there(kernels, slow, saved, monkeypatch):
-    """The read time is hidden behind model loading."""
+    """Read time hidden by model loading does not count as waiting."""
     kernels.patches.clear()
     with read_ahead([CLIP, OTHER], str(saved)) as ahead:
         for early in ahead._every:

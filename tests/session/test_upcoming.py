@@ -178,7 +178,7 @@ def test_what_is_opened_too_late_is_closed(ahead_of):
         ("cpu", 2, 2, None, None, 0, 1),
         ("cpu", 16, 16, None, None, 0, 1),
         ("cpu", 16, 1, None, None, 15, 7),  # a small model
-        ("cpu", 16, 4, 4, None, 0, 1),  # the other cores are reserved
+        ("cpu", 16, 4, 4, None, 0, 1),  # the other cores belong to other programs
         ("cuda", 16, 16, None, None, 15, 7),
         ("cuda", 64, 16, None, None, 63, 8),
         ("cuda", 4, 4, None, None, 3, 1),

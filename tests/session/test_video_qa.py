@@ -309,7 +309,7 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
 @pytest.mark.few(2)
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, kept):
-    """The store keeps all patches before the encoding, otherwise as many as fit. Nothing is read twice or left out."""
+    """Stored patches are all ready before the encoding; otherwise, as many as fit. Nothing is read twice or left out."""
     monkeypatch.setattr("evoprune.session.encoding.AHEAD_BYTES", 0)
     monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)
     monkeypatch.setattr(OpenInput, "shares", kept)
@@ -516,7 +516,7 @@ def test_what_is_not_shown_as_players_show_it_is_a_warning(loaded, tmp_path):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["downscale", "subsample"])
 def test_less_input_is_what_a_plan_for_less_would_give(loaded, method):
-    """Decoding, positions and everything else equal those of sampling the video that way from the start."""
+    """Decoding, positions and everything else are as if the video had been sampled that way from the start."""
     less = VideoQA(loaded, budget=0.25, method=method).encode(CLIP)
     limits = replace(loaded.video, min_pixels=1, max_pixels=less.plan.height * less.plan.width)
     other = VideoQA(described(loaded, limits={"video": limits}), budget=1.0).encode(

@@ -158,7 +158,7 @@ def test_every_parameter_and_result_of_a_public_function_has_a_type():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """A Python with the packages of this one and this checkout as an installed package, in which checkers report no errors."""
+    """A Python with the same packages, and this checkout as an installed package, so that checkers do not report its own errors."""
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder, symlinks=True)
     packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))

@@ -1,4 +1,4 @@
-import av  # noqa: F401  before decord, whose older codec libraries would replace those of PyAV
+import av  # noqa: F401  before decord, whose older codec libraries would replace PyAV's
 import pytest
 
 from evoprune.video.readers.track import Track

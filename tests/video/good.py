@@ -1,4 +1,4 @@
-"""Two hundred valid files of all kinds: `python -m tests.video.good [--rounds 5]`.
+"""Two hundred valid files of many kinds: `python -m tests.video.good [--rounds 5]`.
 
 Asks the demo model about each file, alternately with the usual worker process and without it. Prints how many were answered and the
 overhead of the worker process, for reading alone and for the time to the first token, as the median of per-file ratios.

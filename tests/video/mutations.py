@@ -1,7 +1,8 @@
 """Broken videos: `python -m tests.video.mutations [--count 1000] [--seed 0]`.
 
 Small files of many kinds are mutated, deterministically by case number. Each one is probed, sampled and decoded as in `ask`,
-some by the command line itself. The result must be an answer or an error about the video, within `LONGEST_S`. Prints a summary of the results. The exit code is 1 if any result was wrong.
+some by the command line itself. The result must be an answer or an error about the video, within `LONGEST_S`.
+Prints a summary of the results. The exit code is 1 if any result was wrong.
 """
 
 import argparse

@@ -58,7 +58,7 @@ def write_cenc(path, told=True):
 
 
 def write_matroska(path):
-    """Write a Matroska file in which ContentEncodings replace the track name."""
+    """Write a Matroska file with ContentEncodings in place of the track name."""
     plain = write_video(path.with_name("plain.mkv"), FRAMES)
     with av.open(str(plain)) as source, av.open(str(path), "w", container_options={"write_crc32": "0"}) as target:
         stream = target.add_stream_from_template(source.streams.video[0])

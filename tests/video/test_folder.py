@@ -61,7 +61,7 @@ def test_a_rate_of_ones_own(tmp_path):
     ],
 )
 def test_images_come_by_the_numbers_in_their_names(names, tmp_path):
-    """Independent of the order in which the system lists them."""
+    """Independent of the order of the directory listing."""
     right = names.split()
     for name in random.Random(0).sample(right, len(right)):
         (tmp_path / f"{name}.png").touch()

@@ -1,4 +1,4 @@
-"""The worker process that reads videos: any failure becomes an error about the video, and nothing is left behind."""
+"""The worker process that reads videos: any failure becomes an error about the video, and no process or memory remains."""
 
 import errno
 import os
@@ -279,7 +279,7 @@ def test_who_stops_early_leaves_nothing_behind(named, started):
 
 @pytest.fixture
 def pieces(monkeypatch):
-    """A list with the frame memory of each video that is read."""
+    """A list that collects the frame memory per video."""
     made, start = [], channel.FrameMemory.__init__
     monkeypatch.setattr(channel.FrameMemory, "__init__", lambda self, size: start(self, size) or made.append(self))
     return made

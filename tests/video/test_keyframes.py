@@ -40,7 +40,7 @@ def info(request, folder):
 
 
 def times_and_keyframes(info):
-    """Return the times of all frames in order, and the times of the keyframes."""
+    """Return all frame times in order, and the keyframe times."""
     with_keys = [(time, key) for time, _, key in pyav.intervals(info, lambda mark: None)]
     return [time for time, _ in with_keys], [time for time, key in with_keys if key]
 

@@ -638,9 +638,8 @@ def test_huge_images(kind, size, tmp_path, lying, peak):
     content = path.read_bytes()
     header = b"IHDR" + struct.pack(">II", *size) + content[24:29]
     path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
-    refused_to_read(
-        tmp_path if kind == "folder" else path, "a.png is too large: evoprune reads at most 134 megapixels"
-    )  # not damaged
+    # not damaged
+    refused_to_read(tmp_path if kind == "folder" else path, "a.png is too large: evoprune reads at most 134 megapixels")
     assert peak() < 2**28
 
 

@@ -67,7 +67,7 @@ DEEDS = {
 
 
 def behave(path: str) -> None:
-    """Do what the name says. `once_` does it only once, recorded by a folder next to the file, like the start of a hang."""
+    """Run the deed that the file is named after. Folders next to it record that `once_` has run, or that a hang has begun."""
     name = Path(path).stem
     if name.startswith("once_"):
         try:
@@ -81,7 +81,7 @@ def behave(path: str) -> None:
 
 
 class UnrulyReader(worker.FrameReader):
-    """Does what the name says before the third array of frames (prefix `later_` or none), or before the first (`first_`)."""
+    """Runs the deed before the third array of frames, or before the first one with the prefix `first_`. Ignores `later_`."""
 
     def __init__(self, info, times_s, **how):
         super().__init__(info, times_s, **how)
@@ -95,7 +95,7 @@ class UnrulyReader(worker.FrameReader):
 
 
 class UnrulyClip(worker.ClipReader):
-    """Does what the name says after `clip_`, before it returns a clip's first bytes."""
+    """Runs the deed after the prefix `clip_` before it returns bytes of a clip."""
 
     def fill(self, content):
         if "clip_" in self._path:

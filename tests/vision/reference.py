@@ -216,7 +216,7 @@ def mlp(module, x: torch.Tensor) -> torch.Tensor:
 
 @cache
 def angles(geo: Geometry, place: int, d: int) -> torch.Tensor:
-    """Return the rotary angles of each patch, `[4, 1, d / 2]`: the first half from the patch's row, the second from its column."""
+    """Return the four patches' rotary angles, `[4, 1, d / 2]`: the first half from the patch's row, the second from its column."""
     y, x = divmod(place, geo.width)
     speeds = [10000.0 ** (-2 * j / (d // 2)) for j in range(d // 4)]
     at = [(2 * y + patch // 2, 2 * x + patch % 2) for patch in range(4)]
@@ -281,7 +281,7 @@ def rounded(value: float) -> float:
 
 
 def one_round(rows: list[Row], remove: int, method, geo: Geometry) -> list[Row]:
-    """Merge bipartitely: the best pairs between one set of rows and the other."""
+    """Merge bipartitely: the best pairs between every second row and the rows in between."""
     n = len(rows)
     unit = torch.stack([row.feature / row.feature.norm() for row in rows])
     cos = (unit @ unit.T).tolist()

@@ -135,7 +135,7 @@ def test_patches_of_a_video_against_loops(shape, cut):
 
 
 def embedded(pieces, grid, units, threshold, note=lambda patches: None):
-    """Run the encoder's embedding step with patches as values. `note` is called with the patches of each piece."""
+    """Run the encoder's embedding step with patches as values. `note` is called with every piece's patches."""
     tower = tiny_tower()
     plan = EncoderPlan(grid, prod(grid), tower_shape(tower).depth, threshold)
     run = EncoderRun(tower, plan, piece_units=units)
@@ -219,7 +219,7 @@ HEIGHT, WIDTH, UNITS = 56, 84, 6
 
 
 def block_means(frames: torch.Tensor) -> torch.Tensor:
-    """Return `[T, units, 96]`, the means of all 7x7 blocks of frames `[2 T, H, W, 3]`; in a unit by frame, row, column, channel."""
+    """Return the mean of every 7x7 block of frames `[2 T, H, W, 3]`: `[T, units, 96]`, in a unit by frame, row, column, channel."""
     _, height, width, _ = frames.shape
     blocks = frames.float().reshape(-1, 2, height // 28, 4, 7, width // 28, 4, 7, 3).mean((4, 7))
     return blocks.permute(0, 2, 4, 1, 3, 5, 6).reshape(len(blocks), -1, 96)
@@ -269,9 +269,8 @@ def test_slow_change_adds_up_against_the_reference():
     frames = picture(pairs=12)
     for i in range(24):
         frames[i, :28, :28] = 100 + 2 * (i // 2)
-    assert scanned(frames)[:, 0].tolist() == [
-        i // 3 * 3 for i in range(12)
-    ]  # 2 levels per pair in each of three channels
+    # 2 levels per pair in each of three channels
+    assert scanned(frames)[:, 0].tolist() == [i // 3 * 3 for i in range(12)]
 
 
 def test_brightness_may_drift_but_not_far():

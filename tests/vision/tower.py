@@ -107,7 +107,7 @@ def group_key(geo: Geometry, unit: int, scope: str) -> tuple[int, ...]:
 
 
 def groups_by_hand(rows: Rows, scope: str) -> list[tuple[list[int], dict[int, int]]]:
-    """Return the query rows of each group, and the number of the group's units that each key row represents."""
+    """Return for each group its query rows, and the number of its units that each key row represents."""
     geo = rows.geometry
     groups: dict[tuple, tuple[list[int], dict[int, int]]] = {}
     for row, unit in enumerate(rows.unit.tolist()):

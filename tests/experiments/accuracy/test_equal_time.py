@@ -12,7 +12,7 @@ from evoprune.bench import FULL, METHOD
 from experiments.accuracy.equal_time import NONE, OURS, main, speed_of, speeds, worst_in_tables
 from experiments.accuracy.frontier import SETS, folder_of
 
-# 20 clips, of which the full model answers 16: right answers per row, and the speedup over Hugging Face.
+# 20 clips; the full model is right about 16: right answers per row, and the speedup over Hugging Face.
 COUNTS = {"evoprune": (14, 10), "tome": (13, 15), "divprune": (5, 5)}
 RIGHT = {
     (method, budget): n for method, ns in COUNTS.items() for budget, n in zip(("balanced", "fast"), ns, strict=True)

@@ -20,7 +20,7 @@ from experiments.demo.scenes_lessons import lessons as scenes_lessons
 from experiments.demo.worlds import QUESTIONS
 from experiments.demo.write import BLOCK
 
-# Eight clips: a digest of content and questions, and the mean of all pixels, which may differ slightly on other machines.
+# Eight clips: a digest of content and questions, and the mean pixel value, which may differ slightly on other machines.
 FROZEN = {
     ("shapes", "train", 0): ("f4cf8aab466a77a5", 50.956),
     ("shapes", "validation", 0): ("73dc65c1e8ff80ef", 66.606),

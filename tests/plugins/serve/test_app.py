@@ -1,4 +1,4 @@
-"""The server over HTTP, in this process: answers equal those of `VideoQA`, and errors have OpenAI's form."""
+"""The server over HTTP, in this process: the answers are the same as from `VideoQA`, and errors have OpenAI's form."""
 
 import errno
 import json
@@ -1030,7 +1030,7 @@ def test_clients_take_turns(qa):
 
 
 def test_nothing_is_left_in_memory_or_on_the_disk(server, qa, tmp_path):
-    """After many questions, some of which are cut, wrong or aborted: no threads, no jobs, no references to files."""
+    """After many questions, including cut, invalid and aborted ones: no threads, no jobs, no references to files."""
     import httpx
 
     answer(server)

@@ -18,7 +18,7 @@ WHOLE = (
     "h264.flv", "negative.mkv", "negative.mp4", "open_gop.mp4", "fragments.mp4", "odd.mp4", "odd.webm", "turned.mp4",
     "turned_back.mov",
 )  # fmt: skip
-# Files of which OpenCV loses frames, because it has no decoder or its frame numbers differ from its frame count. vLLM 0.33 corrects
+# OpenCV loses frames of these files, because it has no decoder or its frame numbers differ from its frame count. vLLM 0.33 corrects
 # this in six of them: h264.ts, hevc.ts, h264.h264, no_length.mkv, one.mp4 and one.mkv.
 LOST = (
     "av1.mp4", "h264.ts", "hevc.ts", "h264.h264", "mpeg1.mpg", "mpeg2.mpg", "vary.mp4", "vary.mkv", "no_length.mkv", "one.mp4",

@@ -30,7 +30,7 @@ END = 4
 
 
 def prompt(per_second, share=0.3):
-    """Return a prompt: ids, items, kept units of each video, the right positions, and more about the whole prompt."""
+    """Return a prompt: ids, items, kept units per video, the right positions, and the position that follows."""
     random = torch.Generator().manual_seed(0)
     whole, spans, columns, ids, items, kept = 0, [], [], [], [], []
     for text, kind, grid, seconds in ITEMS:

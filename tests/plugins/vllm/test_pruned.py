@@ -78,7 +78,7 @@ def test_text_pictures_and_a_single_frame(llm, quarter):
 
 
 def test_log_probabilities_are_those_of_video_qa(llm, quarter):
-    """They depend on the position and the weight of every token."""
+    """They depend on the tokens' positions and weights."""
     assert farthest(llm, quarter) < 1e-3
     assert farthest(llm, samples(budget=0.1), 0.1) < 1e-3
     assert farthest(llm, samples(budget=1.0), 1.0) < 1e-3
