@@ -31,7 +31,7 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.
 
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
-# failure reports print the difference, so a few elements of a tensor are enough
+# Failure reports print the difference, so a few elements of a tensor are enough.
 torch.set_printoptions(threshold=8, edgeitems=2)
 _differences: list[str] = []  # between tensors that the current test compared
 

@@ -7,7 +7,7 @@ import torch
 from evoprune.model import FAMILIES
 
 VIDEO, IMAGE = "video", "image"
-# timestamp before each frame pair of a Qwen3-VL video: its first token and its number of tokens
+# Timestamp before each frame pair of a Qwen3-VL video: its first token and its number of tokens.
 TIME, TIME_TOKENS = 201, 4
 
 

@@ -14,7 +14,7 @@ _NAMES = (
     "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
     "vision_start vision_end vision_pad image_pad video_pad"
 )
-# families whose language model evoprune runs itself
+# Families whose language model evoprune runs itself.
 NATIVE = [family for family, traits in FAMILIES.items() if traits.native]
 SPECIAL_TOKENS = [f"<|{name}|>" for name in _NAMES.split()]
 

@@ -152,7 +152,7 @@ def test_pruned_is_the_whole_prompt_with_dropped_columns_masked(model, prompt, s
     ],
 )
 def test_inputs_without_types_seconds_or_mask_are_accepted(model, prompt, left_out, ends):
-    """Older inputs lack token types or seconds. Without a mask, the model makes its own, so no text may end in padding."""
+    """Older inputs lack token types or seconds. Without a mask, the model makes its own unless the padding token ends texts."""
     inputs = processed(model, *PROMPTS[prompt])
     inputs.pop(left_out, None)
     assert torch.equal(pruned(model, inputs, 1.0, **ends)[0], generated(model, inputs, **ends))

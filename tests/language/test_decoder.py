@@ -373,7 +373,7 @@ def test_a_cache_that_tokens_have_left_is_cropped_behind_them_only():
     assert torch.equal(decoder.logits(model, after, places, cache), first)
     with pytest.raises(ValueError, match="columns"):
         cache.crop(COLUMNS - 1)
-    # dropping tokens requires a prompt at the start of the cache
+    # Dropping tokens requires a prompt at the start of the cache.
     with pytest.raises(ValueError, match="columns come before"):
         run_method(model, methods.get("fastv"), embeds, positions, 0.25, cache=cache)
     cache.crop(0)

@@ -252,7 +252,7 @@ def test_what_is_decoded_plainly(graphs, reason, monkeypatch):
     model, calls = tiny_model(), []
     state = state_of(model)
     if reason == "memory":
-        # enough for 64 columns of two layers
+        # Enough for 64 columns of two layers.
         monkeypatch.setattr(static, "available_memory", lambda device: 4 * 32 * 1024)
     elif reason == "hooks":
         model.model.language_model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))

@@ -120,7 +120,7 @@ def test_what_comes_early_waits_and_is_not_skipped():
             found.append(each[0])
     thread.join()
     assert backlog.skipped == 0 and found == [number * STEP_S for number in range(200)]
-    # the first 20 s of frames arrive and are taken at once; later frames cost more time than real time allows
+    # The first 20 s of frames arrive and are taken at once; later frames cost more time than real time allows.
     now = [0.0]
     backlog = Backlog(WINDOW_S, STEP_S, lambda: now[0])
     for number in range(64):

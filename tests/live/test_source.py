@@ -149,7 +149,7 @@ def test_a_source_that_ends_and_comes_back(served):
 def test_a_source_that_stalls(served):
     found, _, problem = read(f"{served[0]}/stall.ts")
     assert found and "nothing came from" in problem.message and "--timeout" in problem.hint
-    # it never delivered anything, so there is no reconnect
+    # It never delivered anything, so there is no reconnect.
     found, _, problem = read(f"{served[0]}/silent.ts", reconnects=5)
     assert not found and "nothing came from" in problem.message
 

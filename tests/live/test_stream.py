@@ -109,9 +109,9 @@ def test_a_question_sees_the_frames_of_the_unfinished_window(model, request):
         assert answer.text == same.text and answer.ids == same.ids and answer.report.tokens == same.report.tokens
         assert answer.report.stream == same.report.stream and answer.report.stream["end_s"] == 7.0
         assert answer.report.pruning == same.report.pruning and answer.report.sampling == same.report.sampling
-        # the end of the stored windows; the end that a question sees
+        # The end of the stored windows; the end that a question sees.
         assert (stream.seen.end_s, stream.until_s) == (4.0, 7.0)
-        # the first question paid for the encoding
+        # The first question paid for the encoding.
         assert answer.report.time_ms.encode and not same.report.time_ms.encode
         assert answer.report.time_ms.ttft_wall > answer.report.time_ms.encode
 

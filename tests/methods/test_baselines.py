@@ -115,7 +115,7 @@ def test_pooling_is_the_mean_of_blocks(grid, data):
     assert made.kept.tolist() == places
     torch.testing.assert_close(made.features(tokens.features), torch.stack(expected))
     assume(keep >= t)
-    # every frame pair keeps its time
+    # Every frame pair keeps its time.
     assert (made.unit_to_token.view(t, -1) // (rows * columns) == torch.arange(t)[:, None]).all()
 
 

@@ -43,8 +43,9 @@ def test_the_result_does_not_depend_on_the_chunk_size(name):
 @pytest.mark.parametrize("name", AFTER)
 @pytest.mark.parametrize("kind", ["random", "constant", "duplicates"])
 def test_nothing_is_drawn_and_every_tensor_is_made_beside_the_tokens(name, kind):
-    """The method leaves the global generator alone. The default device here is meta, so a tensor created on it cannot be mixed
-    with the tokens.
+    """The method leaves the global generator alone, and makes no tensors on the default device.
+
+    The default device here is meta, whose tensors cannot be mixed with the tokens.
     """
     tokens, made = tokens_of(kind, GRID), []
     for seed in (1, 2):

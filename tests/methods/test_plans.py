@@ -123,7 +123,7 @@ def test_row_counts(tower, height, width, data, allocation, ends):
         wish = units - (units - keep) * done
         assert keep <= left <= before
         if tower.scope(layer) == "pair":
-            # a layer over whole pairs makes up for all that is missing
+            # A layer over whole pairs makes up for all that is missing.
             assert abs(left - wish) <= 0.5 + 1e-6 or left == before
         elif left < before:
             assert layer in weights and left >= windows

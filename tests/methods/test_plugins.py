@@ -323,7 +323,7 @@ def test_what_fails_inside_one_is_not_called_a_bug_of_this_package(package, cli)
     assert done.code == 1 and "that package's authors" in hint and "Traceback" not in done.err
     assert cli(*failing, "--json").record["error"]["type"] == "plugin"
     assert "in select" in cli(*failing, "--debug").err
-    # this would end the command as if it had answered
+    # This would end the command as if it had answered.
     done = cli(*ASK[:2], *QUESTIONS[:2], "--method", "first:skip=-2")
     assert (
         done.code == 1

@@ -152,7 +152,7 @@ def test_what_a_file_of_later_families_leaves_out(family):
 
     sizes = {"hidden_size": 64, "num_hidden_layers": 9, "num_attention_heads": 2, "vocab_size": 100}
     sizes |= {} if family == QWEN3_5_MOE else {"intermediate_size": 96}
-    # otherwise hidden size / heads, which the sections do not fit
+    # Otherwise hidden size / heads, which the sections do not fit.
     head = {"head_dim": 128} if family == QWEN3_MOE else {}
     tower = {"depth": 25, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
     content = {"model_type": family, "text_config": sizes | head, "vision_config": tower}

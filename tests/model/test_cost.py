@@ -41,7 +41,7 @@ def test_operations_of_a_prompt_are_those_of_transformers(family):
     embeds = torch.randn(1, n, config.hidden_size)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         language(inputs_embeds=embeds)
-    # and the output layer for the last column
+    # And the output layer for the last column.
     expected = counter.get_total_flops() + 2 * config.hidden_size * config.vocab_size
     depth = config.num_hidden_layers
     full = sum(not config.is_linear(layer) for layer in range(depth))

@@ -126,7 +126,7 @@ def test_layers_that_read_fewer_tokens_hold_and_cost_less():
     assert kv_bytes(config, [1000] * 36) == kv_bytes(config, 1000)
     saved = 2 * 34 * 750 * text.num_key_value_heads * 128 * 2  # keys and values in bf16
     assert kv_bytes(config, 1000) - kv_bytes(config, lengths) == saved
-    # the first layers have full width
+    # The first layers have full width.
     assert language_bytes(config, 1000, 2) - language_bytes(config, lengths, 2) == saved
     whole, few = prefill_flop(text, 1000), prefill_flop(text, 250)
     assert prefill_flop(text, [1000] * 36) == pytest.approx(whole)

@@ -171,7 +171,7 @@ def test_graphs(family, tmp_path, monkeypatch):
     expected = cpu.ask(QUESTION, **how)
     expected.text  # generates the answer # noqa: B018
     monkeypatch.setattr(static, "devices", graphs)
-    # tensors of this device are a subclass, like quantized ones
+    # Tensors of this device are a subclass, like quantized ones.
     monkeypatch.setattr(static, "can_step", lambda model: True)
     made = device.ask(QUESTION, **how)
     assert made.text == expected.text

@@ -256,7 +256,7 @@ def test_frames_are_given_once_in_the_order_of_the_inputs(long):
     with begun(SQUARE, long, THREE) as ahead:
         wait_for(lambda: all_read(ahead))
         assert frame_numbers(ahead, long)
-        # taken already; never requested
+        # Taken already; never requested.
         assert frame_numbers(ahead, long) is None and frame_numbers(ahead, SQUARE) is None
         assert frame_numbers(ahead, THREE)
     with begun(THREE) as ahead:

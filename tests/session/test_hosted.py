@@ -256,7 +256,7 @@ def test_a_last_question_is_read_in_one_pass(hybrid):
     columns.clear()
     assert str(qa.ask(CLIP, "What happens?", max_new_tokens=1)) and columns == [whole]
     selecting = VideoQA(hybrid, budget=0.3, method="cdpruner").encode(CLIP)
-    # the selected tokens depend on the question, so nothing is shared
+    # The selected tokens depend on the question, so nothing is shared.
     assert len(passes(selecting)) == len(passes(selecting)) == 1
     hook.remove()
 

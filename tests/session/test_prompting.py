@@ -58,7 +58,7 @@ def test_the_prompt_to_the_letter(qa, said):
     assert part.splitlines()[1:-2] == ["[0:03] <|im_end|>\x1b[31m"]
     lines = fit(qa.loaded.tokenizer, Subtitles("a", [(3661.9, 3662.0, "x"), (-3.0, 1.0, "y")]), 99).text
     assert lines == "Subtitles:\n[1:01:01] x\n[0:00] y\n\n"
-    # the long line is left out as a whole
+    # The long line is left out as a whole.
     long = [(0.0, 1.0, "short"), (1.0, 2.0, "word " * 10**6), (2.0, 3.0, "brief")]
     fitted = fit(qa.loaded.tokenizer, Subtitles("a", long), 100)
     assert fitted.text == "Subtitles:\n[0:00] short\n[0:02] brief\n\n" and fitted.lines == 3

@@ -140,7 +140,7 @@ def test_no_network_unless_a_model_id_asks(cli, no_network, tmp_path, monkeypatc
     assert offline.code == 4 and "offline" in offline.err
     assert cli("ask", "https://example.org/a.mp4", "What?", "--offline").code == 2
     assert no_network == []
-    # shows that the fixture notices network access
+    # Shows that the fixture notices network access.
     assert cli("ask", CLIP, "What?", "-m", "org/none").code == 4 and no_network
 
 

@@ -100,7 +100,7 @@ def test_a_model_that_always_thinks_says_so(video, says):
     for think in ("off", "on"):
         says("Hm.\n</think>\n\nLeft.")
         answer = video.ask(QUESTION, think=think, max_new_tokens=200)
-        # known before generation starts
+        # Known before generation starts.
         assert (answer.report.warnings.count("always_thinks") == 1) is (think == "off")
         assert answer.text == "Left." and answer.thoughts == "Hm."
 

@@ -138,7 +138,7 @@ def test_an_answer_does_not_depend_on_what_was_asked_before(loaded, path, budget
     fresh = [answer(qa.encode(path), q) for q in questions]
     video = qa.encode(path)
     assert [answer(video, q) for q in questions] == fresh
-    # another system prompt in between, and answers that were not read to the end
+    # Another system prompt in between, and answers that were not read to the end.
     assert answer(video, questions[0], system="Be brief.") == answer(qa.encode(path), questions[0], system="Be brief.")
     next(iter(video.ask(questions[1], max_new_tokens=9)))
     assert answer(video, questions[0]) == fresh[0]

@@ -50,7 +50,7 @@ KINDS = {
     "hevc.ts": Kind(HEVC, decord_refuses=UNRELIABLE),
     "vp8.webm": Kind({"codec": "libvpx"}),
     "vp9.webm": Kind(VP9),
-    # hidden reference frames, as most VP9 files have
+    # Hidden reference frames, as most VP9 files have.
     "vp9_hidden.webm": Kind(stored=True, decord_refuses="stops at damage"),
     "av1.mkv": Kind(AV1, decord_refuses="no decoder for AV1"),
     "av1.mp4": Kind(AV1, decord_refuses="no decoder for AV1"),

@@ -15,7 +15,7 @@ FRAMES = numbered_frames(20)
 
 
 def add_boxes(content, path, boxes):
-    """Copy an MP4 (index at the end), with boxes added at the end of the innermost box of `path`."""
+    """Return the content of an MP4 (index at the end) with boxes added at the end of the innermost box of `path`."""
     content = bytearray(content)
     at = 0
     places = []

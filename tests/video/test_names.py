@@ -73,7 +73,7 @@ def odd(tmp_path_factory):
     (images / "2.png").symlink_to("/dev/zero")
     (images / "3.png").symlink_to("3.png")
     (folder / "hole.mp4").touch()
-    os.truncate(folder / "hole.mp4", 2**40)  # zeros without disk space
+    os.truncate(folder / "hole.mp4", 2**40)  # zeros that use no disk space
     return folder
 
 

@@ -36,7 +36,7 @@ def test_counts_by_fps_are_even_and_kept_within_the_limits(duration, fps, least,
     assert plan.frames >= min(least, most - most % 2)
     if max(2, least + least % 2) < plan.frames < most - 1:
         assert abs(plan.frames - duration * fps) <= 1 + 1e-6
-    # only max_frames is a limit
+    # Only max_frames is a limit.
     exact = plan_sampling(duration, SamplingOptions(frames=least + 1), min_frames=64, max_frames=most)
     assert exact.frames == min(least + 1 + (least + 1) % 2, most - most % 2)
 

@@ -131,9 +131,9 @@ ALWAYS = REORDERED | {"x264-params": "b-adapt=0:scenecut=0"}
 GAPS = {  # the file's name, the times of its frames, and encoder options
     **{f"{options['bf']}{end}": (gap(36, 30, 1 / 12), options) for end in (".mp4", ".mov", ".mkv", ".ts", "_copy.mkv")
        for options in (SORTED, REORDERED)},
-    # the last is stored before the gap's end, which counts as its duration
+    # The last is stored before the gap's end, which counts as its duration.
     "before the last.mp4": (gap(34, 5, 1 / 12), ALWAYS),
-    # an average rate is not the length of a frame
+    # An average rate is not the length of a frame.
     "slow.mp4": (gap(7, 5, 0.5), SORTED), "slides.mp4": (range(12), SORTED),
     "short_copy.mkv": ([*(i / 12 for i in range(22)), *(i / 12 + 2.5 for i in range(22, 32))], REORDERED),
     **{f"hours.{end}": ([0.0, 1234.567, 5000.003, 9999.987, 20000.017], SORTED) for end in ("mkv", "mp4")},
@@ -508,7 +508,7 @@ def test_a_cut_file_of_every_kind(name, folder):
         assert name.endswith((".mp4", ".mov"))  # the index comes last
         return
     assert got[0] == 0 and all(number <= i for i, number in enumerate(got)) and got == sorted(got)
-    # With the facts of the complete file, the cut file gives the same frames.
+    # The facts of the complete file also work with the cut file.
     assert number_of(next(read_chunks(replace(probe(whole), path=str(cut)), [0.01])).pixels[0]) == 0
     if name.endswith((".mkv", ".webm", ".flv", ".avi")) and name not in SMALL:
         found = scan(cut)
@@ -638,7 +638,7 @@ def test_huge_images(kind, size, tmp_path, lying, peak):
     content = path.read_bytes()
     header = b"IHDR" + struct.pack(">II", *size) + content[24:29]
     path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
-    # not damaged
+    # Not damaged.
     refused_to_read(tmp_path if kind == "folder" else path, "a.png is too large: evoprune reads at most 134 megapixels")
     assert peak() < 2**28
 

@@ -85,7 +85,7 @@ def test_a_piece_may_have_nothing_new(dtype, packed):
     if packed:
         pack(visual)
     changed = torch.zeros(6, 30, dtype=torch.bool)
-    # the others have no rows at all; in the fourth pair, new rows attend to old ones
+    # The others have no rows at all; in the fourth pair, new rows attend to old ones.
     changed[0] = changed[3, :4] = True
     patches = clip(grid, changed, drift=0).to(dtype)
     whole, cut = (encode_patches(patches, grid, AFTER, 9, visual, piece_units=size) for size in (10**6, 1))

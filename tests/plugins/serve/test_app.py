@@ -508,7 +508,7 @@ def test_other_hosts_and_origins_are_refused(qa, tmp_path):
         assert get("/v1/models", headers={"Origin": server.url}).status_code == 200
         allowed = get("/v1/models", headers={"Origin": "https://app.example"})
         assert allowed.headers["access-control-allow-origin"] == "https://app.example"
-        # headers of OpenAI's package for browsers
+        # Headers of OpenAI's package for browsers.
         own = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"
         asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": own}
         preflight = server.client.options(CHAT, headers=asked | {"Origin": "https://app.example"})
@@ -783,7 +783,7 @@ def test_a_client_that_takes_nothing_of_its_answer_is_let_go(monkeypatch):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """The model waits before each piece until the event is set."""
+    """The model waits between pieces until the event is set."""
     from evoprune_serve import work
 
     going = threading.Event()

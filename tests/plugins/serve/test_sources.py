@@ -298,7 +298,7 @@ def web():
 def test_addresses_on_the_web_are_read_if_they_are_allowed(store, uploads, monkeypatch):
     monkeypatch.setattr(public, "is_public", lambda address: True)
     with web() as host:
-        # pretends that the server is on another machine
+        # Pretends that the server is on another machine.
         monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("198.51.100.1", 1))
         assert "--allow-urls" in refused(sources(store, uploads), f"http://{host}/a.mp4")
         made = sources(store, uploads, urls=True)
@@ -411,7 +411,7 @@ def test_what_a_killed_server_leaves_is_removed_by_the_next_one(tmp_path, monkey
     left = holder.stdout.readline().strip()
     with private_folder() as own:
         assert own.stat().st_mode & 0o777 == 0o700
-        # its process is alive
+        # Its process is alive.
         assert {each.name for each in tmp_path.glob(f"{PREFIX}*")} == {own.name, os.path.basename(left)}
     holder.kill()
     holder.wait()

@@ -19,7 +19,7 @@ from tests.plugins.vllm.serving import DEMO, NEW
 NAME = "demo"
 START_S = 300
 OURS = '{"architectures": ["EvoPruneQwen2_5_VLForConditionalGeneration"]}'
-# without this, vLLM takes 32 frames of any video if it knows no rule for the model
+# Without this, vLLM takes 32 frames of any video if it knows no rule for the model.
 RATE = {"video": {"num_frames": -1, "fps": 2}}
 FIXED = [
     *("--dtype", "float32", "--enforce-eager", "--block-size", "32"),

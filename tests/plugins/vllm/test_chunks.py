@@ -90,7 +90,7 @@ def test_random_weights_of_both_families(start, tmp_path, family, name):
     llm = start(model=folder, family=name, **pruning(0.75))
     for budget in (0.25, 1.0):
         asked = samples(names=("square.mp4", "pan.mp4"), model=str(folder), budget=budget)
-        # this model's answers are not text, so log probabilities are compared
+        # This model's answers are not text, so log probabilities are compared.
         assert farthest(llm, asked, budget) < 1e-3
 
 

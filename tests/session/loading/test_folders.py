@@ -220,7 +220,7 @@ WINDOW = {"use_sliding_window": True, "max_window_layers": 1, "layer_types": Non
     "changes, reason",
     [
         ({"text_config": {"rope_parameters": YARN}}, "rope_type 'yarn' is not supported"),
-        # takes precedence over rope_parameters, as in transformers
+        # Takes precedence over rope_parameters, as in transformers.
         ({"text_config": {"rope_scaling": YARN}}, "rope_type 'yarn' is not supported"),
         ({"rope_scaling": YARN | {"type": "yarn"}}, "rope_type 'yarn' is not supported"),
         ({"text_config": WINDOW}, "sliding window attention is not supported"),
@@ -451,7 +451,7 @@ def soon():
 
 TEXT, VISION = "text_config", "vision_config"
 CONFIG = {
-    # entry of config.json: value, and the error message
+    # Entry of config.json: value, and the error message.
     "num_hidden_layers of a billion": (TEXT, "num_hidden_layers", 10**9, "not a whole number from 1 to 1,000"),
     "more layers than weights": (TEXT, "num_hidden_layers", 900, "lack model.language_model.layers.899"),
     "deeper than the weights": (VISION, "depth", 900, "lack model.visual.blocks.899"),
@@ -461,7 +461,7 @@ CONFIG = {
 VIDEO, IMAGE = "video_preprocessor_config.json", "preprocessor_config.json"
 ENDS, WORDS = "generation_config.json", "tokenizer_config.json"
 FILES = {
-    # content: name, entries or text, and the error message
+    # Content: name, entries or text, and the error message.
     "one mean": (IMAGE, {"image_mean": [1]}, "image_mean is [1], not a list of 3"),
     "no deviation": (VIDEO, {"image_std": [0, 0, 0]}, "image_std is [0, 0, 0]"),
     "size is a word": (VIDEO, {"size": "big"}, "size is 'big', not an object"),
@@ -481,7 +481,7 @@ FILES = {
     "bytes that are no text": ("config.json", b"\xff\xfe\0", "utf-8"),
 }
 WEIGHTS = {
-    # weight_map of the index: the error message
+    # Weight_map of the index: the error message.
     "a list": ([1], "weight_map is [1], not an object"),
     "numbers": ({"a": 1}, "weight_map.a is 1, not the name of a file"),
     "another folder": ({"a": "../other/model.safetensors"}, "weight_map.a is '../other/model.safetensors'"),
