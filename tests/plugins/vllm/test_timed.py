@@ -17,7 +17,7 @@ from tests.video.files import write_video
 pytestmark = pytest.mark.vllm
 
 NAMES = {"qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe", "qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}
-# VLLM's CPU kernels need certain head sizes. For Qwen3.5, these are the published ones.
+# vLLM's CPU kernels need certain head sizes. For Qwen3.5, these are the published ones.
 SIZES = {"head_dim": 256, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
 QUESTIONS = ("What colour is the square?", "Describe the video.")
 

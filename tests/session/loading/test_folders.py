@@ -481,7 +481,7 @@ FILES = {
     "bytes that are no text": ("config.json", b"\xff\xfe\0", "utf-8"),
 }
 WEIGHTS = {
-    # Weight_map of the index: the error message.
+    # weight_map of the index, and the error message.
     "a list": ([1], "weight_map is [1], not an object"),
     "numbers": ({"a": 1}, "weight_map.a is 1, not the name of a file"),
     "another folder": ({"a": "../other/model.safetensors"}, "weight_map.a is '../other/model.safetensors'"),
