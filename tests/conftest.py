@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-# The workers of pytest-xdist share the cores, so each computes in one thread. Torch reads this when it is imported.
+# The workers of pytest-xdist share the cores, so each one computes in one thread. Torch reads this variable on import.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -23,7 +23,7 @@ from evoprune.session.patches import content_key
 from tests.process_state import differences, process_state
 from tests.tiny import save_tiny
 
-# A shell starts what runs in the background, or under nohup, with signals ignored; so would be every process that a test starts.
+# A shell starts background and nohup jobs with signals ignored. Every process that a test starts would inherit that.
 for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
     number = getattr(signal, name, None)
     if number is not None and signal.getsignal(number) == signal.SIG_IGN:
@@ -31,7 +31,8 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.
 
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
-torch.set_printoptions(threshold=8, edgeitems=2)  # a report names what differs, and needs no more of a tensor
+# Failure reports print the difference, so a few elements of a tensor are enough.
+torch.set_printoptions(threshold=8, edgeitems=2)
 _differences: list[str] = []  # between tensors that the current test compared
 
 
@@ -76,9 +77,10 @@ def pytest_runtest_makereport(call):
 
 
 def pytest_configure(config):
-    """Hides GPUs, from processes that a test starts too, unless `-m` asks for tests of them: `auto` is the CPU then.
+    """Hide GPUs from this process and its children, so that `auto` means the CPU, unless `-m` asks for CUDA tests.
 
-    Tests compare with tensors of the CPU, expect its sums to the last bit, or want 8 bits. Before CUDA is asked for anything.
+    The other tests compare with CPU tensors, expect CPU sums to the last bit, or need 8-bit layers. This must run before
+    anything initializes CUDA.
     """
     if "cuda" not in (config.option.markexpr or "").replace("not cuda", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -86,10 +88,10 @@ def pytest_configure(config):
 
 
 def pytest_sessionstart(session):
-    """Import the test modules in another order in each worker of pytest-xdist, if all tests are asked for.
+    """Import the test modules in a different order in each pytest-xdist worker, if the whole suite was requested.
 
-    In a fresh checkout, pytest rewrites the asserts of each module and caches the result. In the same order, all workers would do
-    that to all modules.
+    In a fresh checkout, pytest rewrites the asserts in the modules and caches the result. With the same order in all workers,
+    each worker would rewrite every module.
     """
     worker = getattr(session.config, "workerinput", None)
     if worker is None or session.config.option.file_or_dir:
@@ -99,15 +101,15 @@ def pytest_sessionstart(session):
     modules = [".".join(path.with_suffix("").parts) for path in paths]
     first = len(modules) * int(worker["workerid"].removeprefix("gw")) // worker["workercount"]
     for name in modules[first:] + modules[:first]:
-        with suppress(Exception, pytest.skip.Exception):  # which the collection reports
+        with suppress(Exception, pytest.skip.Exception):  # the collection reports the error
             importlib.import_module(name)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a test marked `few(n)`, n of its cases stay in the default run, evenly spread. The others are `full`.
+    """Keep n evenly spread cases of tests marked `few(n)` in the default run, and mark the other cases `full`.
 
-    So are all tests of experiments, which users never run. A test marked `cuda` is skipped where there is no GPU to be seen.
+    All tests of experiments, which users never run, are marked `full` too. Tests marked `cuda` are skipped without a visible GPU.
     """
     needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and -m cuda")
     cases = defaultdict(list)
@@ -128,7 +130,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def what_is_there_by_now_stays():
-    """No collection of garbage looks through the million objects that were made before the first test."""
+    """Keep the garbage collector away from the million objects created before the first test."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -136,10 +138,10 @@ def what_is_there_by_now_stays():
 
 @pytest.fixture(scope="session", autouse=True)
 def the_process_stays_as_it_was():
-    """A test that changes it would make another one, and what that starts, behave in another way."""
+    """Check that the tests leave the process state unchanged, because later tests and child processes depend on it."""
     before = process_state()
     yield
-    if {"lmms_eval", "ray", "vllm"} & set(sys.modules):  # whose import changes these
+    if {"lmms_eval", "ray", "vllm"} & set(sys.modules):  # importing these packages changes the following state
         for name in ("environment", "path", "hooks"):
             del before[name]
     changed = differences(before, process_state())
@@ -148,7 +150,7 @@ def the_process_stays_as_it_was():
 
 @pytest.fixture(autouse=True)
 def nothing_was_read_before(monkeypatch):
-    """A model that several tests share keeps patches, but no test finds those that another one has read."""
+    """Give each test its own patch store keys, so that models shared between tests never reuse patches of another test."""
 
     def key(*what):
         known = content_key(*what)
@@ -159,19 +161,19 @@ def nothing_was_read_before(monkeypatch):
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
-    """A tiny model's folder, not to be touched."""
+    """Folder of a tiny model, read-only by convention."""
     return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy that a test may damage."""
+    """A copy of the tiny model's folder that a test may modify."""
     return shutil.copytree(saved, tmp_path / "tiny")
 
 
 @pytest.fixture
 def spool(tmp_path, monkeypatch):
-    """The folder for temporary files; nothing stays in it."""
+    """Folder for temporary files. Fails the test if files remain in it."""
     folder = tmp_path / "spool"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))

@@ -1,4 +1,4 @@
-"""Which libraries decode videos and pictures here: decord has no wheels for every system, an older Pillow has no AVIF."""
+"""Video and picture decoders available here: decord has no wheels for some systems, and an older Pillow lacks AVIF."""
 
 from importlib.util import find_spec
 

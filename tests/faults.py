@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-ENDED = "a test that ended the process"  # such as a test that hangs for longer than faulthandler_timeout
+ENDED = "a test that ended the process"  # for example a test that hangs for longer than faulthandler_timeout
 
 
 class Fault(NamedTuple):
@@ -78,7 +78,7 @@ FAULTS = [
     # The cache answers about a file that was replaced.
     Fault("cache", "evoprune/session/encoding.py", '"video": content,', '"video": plan.info.path,',
           "tests/session/test_cache.py"),
-    # The warning about a damaged video depends on the last chunk of frames alone.
+    # The warning about a damaged video depends only on the last chunk of frames.
     Fault("warning", "evoprune/session/encoding.py", "self.damaged += chunk.damaged", "self.damaged = chunk.damaged",
           "tests/session/test_patches.py"),
     # Statistics and progress are printed among the answers.
@@ -108,7 +108,7 @@ def plant(fault: Fault, folder: Path) -> None:
     """Copy the tracked files into a folder and plant a fault there."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
-        if (ROOT / name).exists():  # otherwise deleted, but not yet in a commit
+        if (ROOT / name).exists():  # False for a file that is deleted, but not yet in a commit
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     path = folder / fault.file

@@ -1,4 +1,4 @@
-"""What tests of loading share."""
+"""Helpers for the tests that load models."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 from evoprune.errors import ModelError
 from evoprune.session.loading import model
 
-# Weights are compared with those in the file, so they must stay readable.
+# Tests compare weights with those in the file, so the weights must stay readable.
 load_model = partial(model.load_model, pack=False)
 
 
@@ -30,7 +30,7 @@ def error_of(name, **options):
 
 
 def delete_when_mapped(monkeypatch):
-    """Plays another process: the safetensors file is deleted after its header was read, before torch opens it by its name."""
+    """Delete the safetensors file after its header was read and before torch opens it by name, as another process might."""
     from_file = torch.UntypedStorage.from_file
 
     def deleted(name, *args, **kwargs):
@@ -41,7 +41,7 @@ def delete_when_mapped(monkeypatch):
 
 
 def described(loaded, **changes):
-    """The same model under a description with other fields."""
+    """Return the same model with other fields in its description."""
     return replace(loaded, description=replace(loaded.description, **changes))
 
 

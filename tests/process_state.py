@@ -1,4 +1,4 @@
-"""What a process has that its guests must leave as they found it."""
+"""Snapshots of the process state that a library must leave unchanged."""
 
 import locale
 import logging
@@ -17,17 +17,17 @@ except ImportError:  # Windows
     resource = None
 
 
-# Variables of the environment that other packages set by themselves, as soon as a test makes them do something.
+# Environment variables that other packages set on their own when a test uses them.
 SET_BY_OTHERS = {
     "PYTEST_CURRENT_TEST",  # pytest
-    "TORCHINDUCTOR_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG",  # torch's compiler, when it is imported
-    "CUDA_MODULE_LOADING",  # older releases of torch, when CUDA is first used
-    "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK",  # scikit-learn, which transformers imports where it is installed
+    "TORCHINDUCTOR_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG",  # torch's compiler, on import
+    "CUDA_MODULE_LOADING",  # older releases of torch, on first use of CUDA
+    "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK",  # scikit-learn, which transformers imports if it is installed
 }  # fmt: skip
 
 
 def process_state() -> dict:
-    """Scheduling, limits, signal handlers, locale, and the defaults of Python and torch, by name."""
+    """Return scheduling, limits, signal handlers, locale, and the defaults of Python and torch, by name."""
     state = {
         "signals": {each.name: signal.getsignal(each) for each in signal.valid_signals() if hasattr(each, "name")},
         "locale": locale.setlocale(locale.LC_ALL),
@@ -56,23 +56,23 @@ def process_state() -> dict:
 
 
 def _path() -> list[str]:
-    """PATH without the folder that decord adds when a test imports it; the product imports it in processes apart."""
+    """Return PATH without the folder that decord adds on import. The product imports decord only in separate processes."""
     return [folder for folder in os.environ.get("PATH", "").split(os.pathsep) if Path(folder).name != "decord"]
 
 
 def scheduling() -> set[tuple[int, int]]:
-    """Class and priority of each thread of this process: {(0, 0)} for ordinary ones."""
+    """Return the scheduling class and priority of each thread of this process: {(0, 0)} if all are ordinary."""
     found = set()
     for task in Path("/proc/self/task").iterdir():
         try:
             found.add((os.sched_getscheduler(int(task.name)), os.sched_getparam(int(task.name)).sched_priority))
-        except ProcessLookupError:  # it has ended
+        except ProcessLookupError:  # the thread has ended
             continue
     return found
 
 
 def differences(before: dict, after: dict) -> list[str]:
-    """What changed, a line each."""
+    """Return one line per changed entry."""
     lines = []
     for name in before:
         if before[name] != after[name]:

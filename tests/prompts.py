@@ -1,4 +1,4 @@
-"""Inputs of a Hugging Face model as its processor makes them. The processor itself needs torchvision."""
+"""Inputs of a Hugging Face model in the form its processor produces. The processor itself needs torchvision."""
 
 from collections.abc import Sequence
 
@@ -7,17 +7,18 @@ import torch
 from evoprune.model import FAMILIES
 
 VIDEO, IMAGE = "video", "image"
-TIME, TIME_TOKENS = 201, 4  # before each frame pair of a video for Qwen3-VL: the first token, and how many
+# Timestamp before each frame pair of a Qwen3-VL video: its first token and its number of tokens.
+TIME, TIME_TOKENS = 201, 4
 
 
 def processed(model, *rows: Sequence, side: str = "left", seed: int = 0, seconds: float = 0.7, steps: int = 2) -> dict:
-    """A batch of prompts.
+    """Return a batch of prompts.
 
     Args:
-        rows: the pieces of each prompt, in order: a number of text tokens, or ("video", T, H, W) or ("image", H, W) in patches.
-        side: of the padding.
-        seconds: of the first video's frame pairs; each later video has so much more.
-        steps: frame pairs of a video that differ; the others repeat the one before, with a little noise.
+        rows: the prompts as lists of pieces: a number of text tokens, or ("video", T, H, W) or ("image", H, W) in patches.
+        side: padding side.
+        seconds: duration of a frame pair in the first video. Video number i has i times this duration.
+        steps: number of distinct frame pairs of a video; the remaining ones repeat the previous pair with a little noise.
     """
     config, random = model.config, torch.Generator().manual_seed(seed)
     width, apart = 6 * config.vision_config.patch_size**2, FAMILIES[config.model_type].timestamps
@@ -58,7 +59,7 @@ def processed(model, *rows: Sequence, side: str = "left", seed: int = 0, seconds
     }
     if videos:
         made |= {"pixel_values_videos": torch.cat(videos), "video_grid_thw": torch.tensor(grids)}
-        if config.model_type == "qwen2_5_vl":  # Qwen2-VL's processor does not say
+        if config.model_type == "qwen2_5_vl":  # Qwen2-VL's processor does not return seconds
             made["second_per_grid_ts"] = torch.tensor([seconds * (1 + i) for i in range(len(grids))])
     if images:
         made |= {"pixel_values": torch.cat(images), "image_grid_thw": torch.tensor(shapes)}

@@ -1,4 +1,4 @@
-"""Which kinds of quantisation the CPU at hand can do: some have no exact products of bytes."""
+"""Quantization kinds that this CPU supports: some CPUs have no exact products of bytes."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ SOME = KINDS[0] if KINDS else "none"  # a kind that works here
 
 
 def parameters(*names: str) -> list:
-    """`names` as parameters of a test; those that do not work here are skipped."""
+    """Return `names` as test parameters; kinds that do not work here are skipped."""
     return [
         pytest.param(name, marks=pytest.mark.skipif(name not in ("none", *KINDS), reason=f"no {name} on this CPU"))
         for name in names

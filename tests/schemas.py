@@ -1,4 +1,4 @@
-"""JSON Schemas at random, of what llguidance supports."""
+"""Random JSON Schemas within the subset that llguidance supports."""
 
 import random
 
@@ -10,10 +10,10 @@ DEPTH = 3
 
 
 def schema_at_random(draw: random.Random) -> dict:
-    """Return a schema, half of the time with definitions, which it refers to and which refer to one another."""
+    """Return a random schema. Half of them have definitions, which may refer to each other."""
     if draw.random() < 0.5:
         return _part(draw, 0, [])
-    names = ["one", "two"]  # of objects, so that no reference leads to itself alone
+    names = ["one", "two"]  # definitions are objects, so that no reference leads only to itself
     definitions = {name: _object(draw, 1, names) for name in names}
     return {"$defs": definitions, **_object(draw, 0, names)}
 

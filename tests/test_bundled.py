@@ -1,4 +1,4 @@
-"""The models that come with the package: the tests of the installed weights are those that fail where a file is missing."""
+"""The bundled models. If a file is missing, the tests of the installed weights fail."""
 
 import tomllib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A room has one door: other rooms import its public names from its `__init__.py`, and nothing from the files inside."""
+"""Each package has one door: other packages import its public names from its `__init__.py`, and nothing from the files inside."""
 
 import ast
 import re
@@ -13,8 +13,8 @@ ROOMS = {
     **{f"evoprune.{path.parent.name}": path.parent for path in sorted(ROOT.glob("evoprune/*/__init__.py"))},
     "evoprune_cli": ROOT / "evoprune_cli",
 }
-MOST_NAMES = 594  # on all doors of evoprune/ together; it may only become smaller
-MOST_IN_TESTS = 108  # imports; it may only become smaller
+MOST_NAMES = 594  # on all doors of evoprune/ together; may only be lowered
+MOST_IN_TESTS = 108  # number of inner imports; may only be lowered
 
 
 def files() -> Iterator[Path]:
@@ -23,21 +23,21 @@ def files() -> Iterator[Path]:
 
 
 def room_of(module: str) -> str | None:
-    """The room that a dotted module name leads into; None for a module without a door, such as `evoprune.errors`."""
+    """Return the package that a dotted module name belongs to, or None for a module without a door such as `evoprune.errors`."""
     parts = module.split(".")
     return next((room for room in (".".join(parts[:2]), parts[0]) if room in ROOMS), None)
 
 
 def may_open(path: Path, room: str) -> bool:
-    """Whether a file belongs to a room, or is in the folder of its tests: `tests/video/` tests `evoprune.video`."""
+    """Return True if a file belongs to a package or to the folder of its tests: `tests/video/` tests `evoprune.video`."""
     tests = ROOT / "tests" / ("cli" if room == "evoprune_cli" else ROOMS[room].name)
     return path.is_relative_to(ROOMS[room]) or path.is_relative_to(tests)
 
 
 def inner_imports(path: Path, code: str) -> Iterator[str]:
-    """The imports of a file that reach past the door of a room it does not belong to."""
+    """Yield the imports of a file that bypass the door of another package."""
     if not re.search(r"^\s*(from|import) +evoprune(_cli|\.\w+)\.", code, re.M):
-        return  # which is most of them, and parsing takes longer
+        return  # true of most files, and faster than parsing
     for node in ast.walk(ast.parse(code)):
         modules = []
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -66,7 +66,7 @@ def test_other_rooms_come_through_the_door():
 
 
 def declared(room: str) -> tuple[set[str], set[str]]:
-    """The names that a door imports for type checkers, and the modules among them."""
+    """Return the names that a door imports for type checkers, and the subset that are modules."""
     tree = ast.parse((ROOMS[room] / "__init__.py").read_text(encoding="utf-8"))
     blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]

@@ -1,4 +1,4 @@
-"""What errors show in Python, and what is left of them in another process."""
+"""How errors look in Python, and which attributes survive pickling to another process."""
 
 import pickle
 import traceback

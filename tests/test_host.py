@@ -1,4 +1,4 @@
-"""The program that hosts the library is as it was after each use of it."""
+"""Every use of the library leaves the state of the host program unchanged."""
 
 import random
 import warnings
@@ -24,7 +24,7 @@ FEW = ("h264.mp4", "hevc.mkv", "vp9.webm", "av1.mkv", "picture.gif", "prores.mov
 
 @contextmanager
 def unchanged():
-    """The state of the process, its threads and its global generators of random numbers."""
+    """Check that the block leaves the process state, warning filters and global random generators unchanged."""
 
     def now():
         drawn = (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())
@@ -37,7 +37,7 @@ def unchanged():
 
 
 def test_a_change_is_noticed(monkeypatch):
-    with unchanged():  # as scikit-learn does
+    with unchanged():  # as scikit-learn does on import
         monkeypatch.setenv("KMP_DUPLICATE_LIB_OK", "True")
         monkeypatch.setenv("KMP_INIT_AT_FORK", "FALSE")
     with pytest.raises(AssertionError, match="HOST_OF_TESTS"), unchanged():

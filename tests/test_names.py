@@ -1,8 +1,8 @@
-"""Every name in backticks, in the documents and in docstrings and comments, is a name that the code has.
+"""Every name in backticks in documents, docstrings and comments exists in the code.
 
-A path must exist. `Class.member` and `module.name` must be defined there, as must a name before its file: "`name` (path.py)". Each
-other name must occur in the code: as a function, class, attribute, parameter or field, or as a whole string, such as a JSON field,
-an option or a method. Names of torch and transformers are looked up there. `OTHERS` has what belongs to other programs.
+A path must exist. `Class.member`, `module.name` and a name before its file ("`name` (path.py)") must be defined there. Every other
+name must occur in the code as a function, class, attribute, parameter or field, or as a whole string, such as a JSON field, an
+option or a method. Names of torch and transformers are looked up there. `OTHERS` lists names of other programs.
 """
 
 import ast
@@ -80,7 +80,7 @@ NAME_IN_FILE = re.compile(r"`(\w+)(?:\(\))?`,? (?:\(|in )`?((?:[\w-]+/)*[\w-]+\.
 
 @cache
 def sources() -> dict[str, str]:
-    """The text of each Python file of the program and the experiments, by its path."""
+    """Return the text of each Python file of the program and the experiments, by path."""
     files = sorted(path for top in TOPS for path in (ROOT / top).rglob("*.py"))
     return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in files}
 
@@ -96,7 +96,7 @@ def is_docstring(node: ast.AST) -> bool:
 
 @cache
 def code(path: str) -> list[ast.AST]:
-    """All nodes of a file but those of docstrings, which are prose."""
+    """Return all nodes of a file except docstrings."""
     found: list[ast.AST] = []
     waiting: list[ast.AST] = [tree(path)]
     while waiting:
@@ -107,7 +107,7 @@ def code(path: str) -> list[ast.AST]:
 
 
 def defined(nodes: Iterable[ast.AST]) -> set[str]:
-    """The functions, classes, parameters, variables and attributes that nodes define."""
+    """Return the functions, classes, parameters, variables and attributes that nodes define."""
     found = set()
     for node in nodes:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -127,7 +127,7 @@ def strings(nodes: Iterable[ast.AST]) -> set[str]:
 
 @cache
 def used() -> set[str]:
-    """Every name of the code and every whole string, the files, and the names that `pyproject.toml` and configurations give."""
+    """Return every name and whole string in the code, path components, and names in `pyproject.toml` and configurations."""
     found: set[str] = set()
     for path in sources():
         found |= strings(code(path))
@@ -148,14 +148,14 @@ def used() -> set[str]:
 
 @cache
 def endings() -> set[str]:
-    """What the code puts behind a name to make another one: `f"{name}_low"`."""
+    """Return the suffixes that the code appends to names: `_low` in `f"{name}_low"`."""
     joined = (node for path in sources() for node in code(path) if isinstance(node, ast.JoinedStr))
     return {text for text in strings(part for each in joined for part in each.values) if re.fullmatch(r"_\w+", text)}
 
 
 @cache
 def in_modules() -> dict[str, set[str]]:
-    """What the modules of a name define, by that name; of a package also its modules."""
+    """Return the names that modules define, by module name. Packages also contain their modules."""
     found: dict[str, set[str]] = defaultdict(set)
     for path in sources():
         parts = Path(path).with_suffix("").parts
@@ -169,7 +169,7 @@ def in_modules() -> dict[str, set[str]]:
 
 @cache
 def in_classes() -> dict[str, set[str]]:
-    """What the classes of a name have, by that name; `*` where a base is of another project, whose names are not known."""
+    """Return the members of classes, by class name. `*` stands for unknown members of a base class from another project."""
     members: dict[str, set[str]] = defaultdict(set)
     bases: dict[str, set[str]] = defaultdict(set)
     for path in sources():
@@ -188,12 +188,12 @@ def in_classes() -> dict[str, set[str]]:
 
 
 def in_library(chain: list[str]) -> bool:
-    """Whether a dotted name leads somewhere in a library."""
+    """Return True if a dotted name resolves in a library."""
     found = importlib.import_module(chain[0])
     for number, name in enumerate(chain[1:], 2):
         path = ".".join(chain[:number])
         spec = find_spec(path) if hasattr(found, "__path__") and path not in sys.modules else None
-        if spec:  # a module that nothing imports here: its text says what it has
+        if spec:  # search the text of a module that is not imported here
             text = Path(spec.origin).read_text(encoding="utf-8")
             return all(re.search(rf"\b{each}\b", text) for each in chain[number:])
         if name not in dir(found):
@@ -204,7 +204,7 @@ def in_library(chain: list[str]) -> bool:
 
 
 def is_known(name: str) -> bool:
-    """Whether a name without dots is one of the code, of Python or of others."""
+    """Return True if a name without dots belongs to the code, to Python or to other programs."""
     if name in used() or name in OTHERS or hasattr(builtins, name) or hasattr(object, name) or keyword.iskeyword(name):
         return True
     return without_ending(name) in used()
@@ -216,7 +216,7 @@ def without_ending(name: str) -> str:
 
 @cache
 def in_objects() -> set[str]:
-    """The members of all classes, and all strings, of which some are names of JSON fields; not those that a door lists."""
+    """Return the members of all classes, and all strings except the names on doors. Some strings are names of JSON fields."""
     doors = {path for path in sources() if Path(path).match("evoprune/*/__init__.py")}
     found = {text for path in {*sources()} - doors for text in strings(code(path))}
     return found.union(*in_classes().values())
@@ -224,13 +224,13 @@ def in_objects() -> set[str]:
 
 @cache
 def attributes() -> set[tuple[str, str]]:
-    """The names before and after each dot of the code."""
+    """Return the (owner, attribute) pairs around each dot in the code."""
     nodes = (node for path in sources() for node in code(path) if isinstance(node, ast.Attribute))
     return {(getattr(node.value, "attr", getattr(node.value, "id", "")), node.attr) for node in nodes}
 
 
 def belongs(owner: str, name: str) -> bool:
-    """Whether a name may follow another one and a dot. The owner is a class, a module, or an object of any class."""
+    """Return True if `owner.name` can be valid. The owner is a class, a module, or an object of any class."""
     if name in OTHERS or hasattr(object, name) or (owner, name) in attributes():
         return True
     if owner in in_classes():
@@ -258,7 +258,7 @@ def exists(path: str, page: str) -> bool:
 
 
 def unknown(text: str, page: str) -> Iterator[str]:
-    """What a text has in backticks and nothing else has."""
+    """Yield the names in backticks that exist nowhere else."""
     for name, path in NAME_IN_FILE.findall(text):
         files = [source for source in sources() if f"/{source}".endswith(f"/{path}")]
         if (ROOT / path).exists():
@@ -281,7 +281,7 @@ def unknown(text: str, page: str) -> Iterator[str]:
 
 
 def prose(path: str) -> str:
-    """The docstrings and comments of a file."""
+    """Return the docstrings and comments of a file."""
     texts = [node.value.value for node in ast.walk(tree(path)) if is_docstring(node)]
     if re.search(r"#.*`", sources()[path]):
         for token in tokenize.generate_tokens(io.StringIO(sources()[path]).readline):

@@ -1,4 +1,4 @@
-"""Reports as lines of text, and in one line."""
+"""Reports as several lines of text, and in one line."""
 
 import pytest
 
@@ -51,7 +51,7 @@ def test_what_is_unknown_is_left_out(known):
     [
         ((0.0, 6.0), False, "72 frames -> 6"),
         ((1.0, 4.0), False, "36 of 72 frames -> 6"),
-        ((1.05, 1.5), False, "6 of 72 frames -> 6"),  # frames 12 to 17: the first is on screen at the start
+        ((1.05, 1.5), False, "6 of 72 frames -> 6"),  # frames 12 to 17: frame 12 is on screen at the start
         ((1.0, 4.0), True, "72 frames -> 6"),
         ((1.0, 4.0), None, "72 frames -> 6"),
     ],

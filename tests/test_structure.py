@@ -1,4 +1,4 @@
-"""The layout of the code: which file may import which, and what each must state."""
+"""The layout of the code: allowed imports, and what each module must state explicitly."""
 
 import ast
 import re
@@ -14,12 +14,12 @@ import pytest
 from evoprune.model import MODEL_TYPES
 
 ROOT = Path(__file__).parent.parent
-# Entries of evoprune/ in their order: each imports only what comes before it.
+# Entries of evoprune/ in import order: each one imports only from entries before it.
 ORDER = (
     "doors", "errors", "util", "bundled", "report", "backend", "model", "methods", "video", "vision", "language",
     "session", "hf", "live", "moments", "video_qa", "batch", "bench", "contrib",
 )  # fmt: skip
-# Functions of torch that make a tensor from numbers. Without dtype and device, the result is of the host program's defaults.
+# Functions of torch that make a tensor from numbers. Without dtype and device, they use the host program's defaults.
 MAKERS = (
     "arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint",
     "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
@@ -30,7 +30,7 @@ Graph = dict[str, dict[str, str]]  # importer -> imported -> "file:line" of one 
 
 @cache
 def modules() -> dict[str, Path]:
-    """Every module of the program by its dotted name; a package is the module of its `__init__.py`."""
+    """Return every module of the program by its dotted name; a package is the module of its `__init__.py`."""
     found = {}
     for top in (ROOT / "evoprune", ROOT / "evoprune_cli", *ROOT.glob("plugins/*/evoprune_*")):
         for path in sorted(top.rglob("*.py")):
@@ -49,7 +49,7 @@ def is_package(name: str) -> bool:
 
 
 def targets(name: str, node: ast.AST) -> Iterator[str]:
-    """Dotted names that a node of module `name` imports: modules, or names inside modules."""
+    """Yield the dotted names that a node of module `name` imports: modules, or names inside modules."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -64,14 +64,14 @@ def targets(name: str, node: ast.AST) -> Iterator[str]:
 
 
 def imports(name: str) -> Iterator[tuple[str, str]]:
-    """Each import in a module, wherever it is written: the dotted name, and "file:line"."""
+    """Yield each import in a module, at any nesting level: the dotted name, and "file:line"."""
     for node in ast.walk(tree(name)):
         for target in targets(name, node):
             yield target, f"{modules()[name].relative_to(ROOT)}:{node.lineno}"
 
 
 def module_of(target: str) -> str | None:
-    """The module of the program that holds a dotted name; None for a module of another project."""
+    """Return the module of the program that holds a dotted name, or None for a name of another project."""
     while target and target not in modules():
         target = target.rpartition(".")[0]
     return target or None
@@ -79,7 +79,7 @@ def module_of(target: str) -> str | None:
 
 @cache
 def import_graph() -> Graph:
-    """Which module imports which. The public names of `evoprune/__init__.py`, loaded on first use, are left out."""
+    """Return the imports between modules, without the public names of `evoprune/__init__.py`, which are loaded on first use."""
     graph: Graph = {name: {} for name in modules()}
     for name in modules():
         for target, where in imports(name):
@@ -90,7 +90,7 @@ def import_graph() -> Graph:
 
 
 def children_graph(package: str) -> Graph:
-    """Which child of a package imports which: modules, sub-packages as one node each, and the `__init__` of the package."""
+    """Return the imports between the children of a package: modules, sub-packages as one node, and the package's `__init__`."""
 
     def child(module: str) -> str | None:
         if module == package:
@@ -107,7 +107,7 @@ def children_graph(package: str) -> Graph:
 
 
 def circle(graph: Graph) -> list[str]:
-    """One that there is, with the line of every import."""
+    """Return one import cycle with the line of every import, or an empty list."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as found:
@@ -167,7 +167,7 @@ def test_the_library_has_no_entries_outside_the_order():
 
 
 def without_dtype_or_device(code: ast.Module) -> Iterator[ast.Call]:
-    """Calls that make a tensor and state no dtype or no device."""
+    """Yield calls that make a tensor and do not state both dtype and device."""
     makers = {f"torch.{name}" for name in MAKERS}
     for node in ast.walk(code):
         stated = {keyword.arg for keyword in node.keywords} if isinstance(node, ast.Call) else {"dtype", "device"}
@@ -196,7 +196,7 @@ def test_every_package_says_what_it_is_for():
 
 
 def test_every_python_file_that_house_md_or_the_code_names_exists():
-    """But for the examples in house.md, which stand in fences."""
+    """The examples in house.md, which are in fenced blocks, are exempt."""
     tops = ("evoprune", "evoprune_cli", "plugins", "experiments", "tests")
     files = "\n".join(f"/{path.relative_to(ROOT).as_posix()}" for top in tops for path in (ROOT / top).rglob("*.py"))
     house = (ROOT / "docs/house.md").read_text(encoding="utf-8")
@@ -208,12 +208,12 @@ def test_every_python_file_that_house_md_or_the_code_names_exists():
     )
 
 
-# Who may ask which family a model is of.
+# Modules that may ask for a model's family.
 FAMILIES_KNOWN_TO = ("evoprune.model.config",)
 
 
 def asked_families(code: ast.Module) -> Iterator[ast.AST]:
-    """Where code names a family of models, or reads which one a model is of."""
+    """Yield nodes that name a model family or read the family of a model."""
     calls = {id(node.func) for node in ast.walk(code) if isinstance(node, ast.Call)}
     for node in ast.walk(code):
         named = node.id if isinstance(node, ast.Name) else getattr(node, "value", None)
@@ -232,12 +232,12 @@ def test_no_other_file_asks_for_the_family_of_a_model():
     assert all(list(asked_families(tree(name))) for name in FAMILIES_KNOWN_TO)
 
 
-# Who may ask what a device is: `verify` says it, vLLM has devices of its own, and a report names the one that its record does.
+# Modules that may ask for the kind of a device: `verify` reports it, vLLM has its own devices, a report prints its record's.
 DEVICES_KNOWN_TO = ("evoprune.backend.", "evoprune.bench.verify.", "evoprune_vllm.", "evoprune.report")
 
 
 def asked_devices(code: ast.Module) -> Iterator[ast.AST]:
-    """Where code reads of which kind a device is, compares its name, or uses what torch has for one kind."""
+    """Yield nodes that read the kind of a device, compare its name, or use torch functions for one kind."""
     for node in ast.walk(code):
         asked = r"(.*\.)?device\.type|torch\.(cuda|accelerator|mps|xpu)|.*\.is_(cpu|cuda|meta|mps|xpu)"
         if isinstance(node, ast.Attribute) and re.fullmatch(asked, ast.unparse(node)):
@@ -264,13 +264,13 @@ def test_no_other_file_asks_what_a_device_is():
     assert not list(asked_devices(ast.parse(others)))
 
 
-# What backend/ asks about a device, and who else does: `verify`, to say which checks a device has.
+# Questions about a device that only backend/ asks, and `verify`, which reports the checks that a device has.
 QUESTIONS = ("is_host", "uses_kernels", "wants_plain_pytorch")
 ANSWERED_FOR = ("evoprune.backend.", "evoprune.bench.verify.")
 
 
 def questions(code: ast.Module) -> Iterator[ast.AST]:
-    """Where code has one of the questions, wherever it comes from."""
+    """Yield nodes that use one of the questions, however it was imported."""
     for node in ast.walk(code):
         names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
         names += [getattr(node, "attr", None), getattr(node, "id", None)]

@@ -1,4 +1,4 @@
-"""Short texts: estimates of time."""
+"""Short texts, such as time estimates."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Chat templates that behave as published ones do with thoughts, and a model that says what it is told to."""
+"""Chat templates that handle thoughts like published ones, and a model that says a given text."""
 
 from itertools import islice
 
@@ -12,13 +12,13 @@ assert _BEGIN in CHAT_TEMPLATE
 
 
 def _ending(jinja: str) -> str:
-    """The template of `tests.tiny`, after whose last line something else follows."""
+    """Return the template of `tests.tiny` with `jinja` after the beginning of the answer."""
     return CHAT_TEMPLATE.replace(_BEGIN, _BEGIN + jinja)
 
 
 EMPTY, OPEN = "<think>\\n\\n</think>\\n\\n", "<think>\\n"
-# Qwen3.5 from 4B on thinks unless it is told not to, the smaller ones only if they are told to; the thinking models of Qwen3-VL
-# always do; Qwen3 opens its thoughts itself.
+# Qwen3.5 from 4B on thinks unless it is switched off; smaller ones only think if it is switched on. The thinking models of
+# Qwen3-VL always think; Qwen3 opens its thoughts itself.
 _SWITCH = "{%- if enable_thinking is defined and ASKED -%}{{ 'THEN' }}{%- else -%}{{ 'ELSE' }}{%- endif -%}"
 
 
@@ -35,8 +35,10 @@ THINKING = {
 
 
 def thinking_tokenizer(template: str = "unless off", special: bool | None = False) -> Tokenizer:
-    """The tokenizer of `tests.tiny` with `<think>` and `</think>`: as ordinary tokens, as Qwen's are, as special ones, or (None)
-    only as text."""
+    """Return the tokenizer of `tests.tiny` with `<think>` and `</think>`.
+
+    They are ordinary tokens (False, as in Qwen), special tokens (True), or only text (None).
+    """
     hf = tiny_tokenizer()
     backend = tokenizers.Tokenizer.from_str(hf.backend_tokenizer.to_str())
     if special is not None:
@@ -46,7 +48,7 @@ def thinking_tokenizer(template: str = "unless off", special: bool | None = Fals
 
 
 def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a model's own text, where special tokens are such."""
+    """Return the ids of a text that the model generated, with special tokens encoded as such."""
     tokenizer.backend.encode_special_tokens = False
     ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
     tokenizer.backend.encode_special_tokens = True
@@ -54,7 +56,7 @@ def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 class Saying:
-    """In the place of `TokenStream`: a model that says a text and ends."""
+    """Replacement for `TokenStream`: a model that says a given text and ends."""
 
     def __init__(self, tokenizer: Tokenizer, text: str):
         self._said, self.ids, self.finish_reason = iter(ids_of(tokenizer, text)), [], None

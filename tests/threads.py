@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """The tensors are so small that a second thread only costs time. For every test of the module or folder that imports this."""
+    """Compute in one thread in the importing test module or folder. The tensors are too small for a second thread to pay off."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

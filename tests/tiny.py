@@ -1,4 +1,4 @@
-"""A model of any family small enough for tests: seeded random weights, byte-level tokenizer, the hub's file layout."""
+"""Tiny models for all families: seeded random weights, byte-level tokenizer, the hub's file layout."""
 
 import json
 import math
@@ -14,7 +14,8 @@ _NAMES = (
     "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
     "vision_start vision_end vision_pad image_pad video_pad"
 )
-NATIVE = [family for family, traits in FAMILIES.items() if traits.native]  # whose language model evoprune runs itself
+# Families whose language model evoprune runs itself.
+NATIVE = [family for family, traits in FAMILIES.items() if traits.native]
 SPECIAL_TOKENS = [f"<|{name}|>" for name in _NAMES.split()]
 
 CHAT_TEMPLATE = """\
@@ -42,7 +43,7 @@ The green circle stays in the middle. Yes. No. One, two, three, four. Das größ
 
 @cache
 def tiny_tokenizer():
-    """Byte-level BPE with a few merges and Qwen's special tokens; not to be changed by a test."""
+    """Return a byte-level BPE tokenizer with a few merges and Qwen's special tokens. It is shared, so tests must not change it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
@@ -75,10 +76,10 @@ QWEN3_VISION = PATCHES | {
     **{"depth": 6, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "patch_size": 16},
     **{"num_position_embeddings": 25, "deepstack_visual_indexes": [1, 2, 4]},
 }
-# Its heads are wider than hidden size by heads, and it has a layer more than DeepStack adds to.
+# The heads are wider than hidden size / heads, and there is one layer more than DeepStack adds to.
 QWEN3_TEXT = {"num_hidden_layers": 4, "head_dim": 24}
 QWEN3_5_VISION = {name: value for name, value in QWEN3_VISION.items() if name != "deepstack_visual_indexes"}
-# Two Gated DeltaNets before each attention, of whose heads half is rotated.
+# Two Gated DeltaNet layers before each attention layer. The rotary embedding covers half of an attention head.
 QWEN3_5_TEXT = {
     "num_hidden_layers": 6,
     "head_dim": 24,
@@ -93,10 +94,10 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 
 def tiny_config(family: str = "qwen2_5_vl", heads: int = 4):
-    """Two text and two vision layers, hidden 64, head dimension 16; window and full attention both occur in Qwen2.5-VL. Later
-    families have a few more of each.
+    """Return a config with two text and two vision layers, hidden size 64 and head dimension 16.
 
-    With two heads the head dimension of the language model is 32, the least that vLLM has kernels for.
+    Qwen2.5-VL gets both window and full attention. Later families have a few more layers. With two heads, the head dimension of the
+    language model is 32, the smallest that vLLM has kernels for.
     """
     from transformers import AutoConfig
 
@@ -145,7 +146,7 @@ def tiny_config(family: str = "qwen2_5_vl", heads: int = 4):
 
 
 def tiny_model(seed: int = 0, family: str = "qwen2_5_vl", heads: int = 4):
-    """A fresh random model, float32, eval, sdpa. Weights are wide enough that its logits depend on what it reads."""
+    """Return a random float32 model in eval mode with sdpa. Large weights make its logits depend on the input."""
     from transformers import AutoModelForImageTextToText
 
     how = {"dtype": torch.float32, "attn_implementation": "sdpa"}
@@ -158,13 +159,13 @@ def tiny_model(seed: int = 0, family: str = "qwen2_5_vl", heads: int = 4):
                 weight.normal_(0, wide, generator=random)
             elif name.endswith("bias"):
                 weight.normal_(0, 0.1, generator=random)
-            elif name.endswith("A_log"):  # how fast each head of a DeltaNet forgets
+            elif name.endswith("A_log"):  # decay rates of the DeltaNet heads
                 weight.uniform_(1, 16, generator=random).log_()
     return model
 
 
 def save_tiny(folder: str | Path, seed: int = 0, family: str = "qwen2_5_vl", heads: int = 4) -> Path:
-    """Writes model, tokenizer and processor settings as a hub repository holds them; returns the folder."""
+    """Save model, tokenizer and processor settings in the layout of a hub repository. Returns the folder."""
     folder = Path(folder)
     tiny_model(seed, family, heads).save_pretrained(folder)
     tokenizer = tiny_tokenizer()
@@ -172,7 +173,7 @@ def save_tiny(folder: str | Path, seed: int = 0, family: str = "qwen2_5_vl", hea
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     normal = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
     patch, size = 14, {"shortest_edge": 12544, "longest_edge": 50176}
-    if family.startswith("qwen3"):  # whose limits are those of all frames of a video together
+    if family.startswith("qwen3"):  # their size limits apply to all frames of a video together
         normal = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
         patch, size = 16, {"shortest_edge": 4096, "longest_edge": 12 * 50176}
     for name, content in {
@@ -185,7 +186,7 @@ def save_tiny(folder: str | Path, seed: int = 0, family: str = "qwen2_5_vl", hea
 
 
 def encoded_tokens(features, kept, size=None, deepstack=None, grid=None) -> Encoded:
-    """Tokens as the encoder would return them, of units that have no rows. `grid`: (T, H, W), by default one row of units."""
+    """Return tokens as the encoder would for units without rows. `grid`: (T, H, W), by default one row of units."""
     kept = torch.as_tensor(kept)
     grid = grid or (1, 1, int(kept.max()) + 1)
     nothing = torch.full((math.prod(grid),), -1)

@@ -1,4 +1,4 @@
-"""Counts how often a program waits for a device: copies from it, copies to it that block, and shapes that depend on values."""
+"""Counts how often a program waits for a device: copies from it, blocking copies to it, and shapes that depend on values."""
 
 from collections.abc import Sequence
 from traceback import extract_stack
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune.backend.devices import is_host
 
-# Operators whose result has a shape that depends on values, or is itself read by the CPU.
+# Operators whose output shape depends on values, or whose output the CPU reads.
 SHAPED = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy", "argwhere", "bincount",
     "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive",
@@ -19,19 +19,19 @@ COPYING = {"_to_copy", "to", "copy_"}
 
 
 def shape_depends_on_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Return whether an operator of torch reads values of its arguments before it returns."""
+    """Return True if a torch operator reads values of its arguments before it returns."""
     name = func._schema.name.split("::")[1]
     masks = name in INDEXING and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
     repeats = name == "repeat_interleave" and isinstance(args[-1], torch.Tensor)
-    unbounded = name == "histc" and len(args) < 3 and "min" not in kwargs  # it finds the bounds among the values
+    unbounded = name == "histc" and len(args) < 3 and "min" not in kwargs  # it computes the bounds from the values
     return masks or repeats or unbounded or name in SHAPED
 
 
 class Waiting(TorchDispatchMode):
-    """Notes where a program waits.
+    """Records the places at which a program waits.
 
     Attributes:
-        places: of each time that the program waited, the operator and the line of this package that called it.
+        places: the operator and the line of this package that called it, for each wait.
     """
 
     def __init__(self):
@@ -40,7 +40,7 @@ class Waiting(TorchDispatchMode):
 
     @property
     def outside(self) -> list[str]:
-        """List the places that are in no selection."""
+        """List the places outside of selections."""
         return [place for place in self.places if not place.split()[1].startswith(("methods/", "contrib/"))]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -1,4 +1,4 @@
-"""What a stock model is given, to compute what a model that prunes does: the whole prompt, with the dropped columns masked."""
+"""Inputs for a stock model that give the same result as a pruned model: the whole prompt, with the dropped columns masked."""
 
 import inspect
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ ONCE = {"method": "evoprune:count=0"}  # every token counts once
 
 
 def skip_where_not_taken(model):
-    """For tests that prune a model which this transformers may take no encoded videos of."""
+    """Skip tests with a model whose encoded videos this transformers version cannot take."""
     if not TAKES_ENCODED and getattr(model.config.vision_config, "deepstack_visual_indexes", None):
         pytest.skip("transformers before 5.18 takes no encoded videos of Qwen3-VL")
 
@@ -30,15 +30,15 @@ def encoded(model, inputs, budget, how=ONCE, pictures=False):
 
 
 def seconds_of(inputs):
-    """Qwen2-VL's processor gives none."""
+    """Return every video's seconds per frame pair; 1.0 for Qwen2-VL, whose processor returns none."""
     seconds = inputs.get("second_per_grid_ts")
     return [1.0] * len(inputs["video_grid_thw"]) if seconds is None else seconds.tolist()
 
 
 def masked(model, inputs, videos, pictures=None):
-    """The whole prompt, features where units were kept, and a mask without the columns of those that were not.
+    """Return the whole prompt, with features for kept units and a mask that excludes the columns of dropped units.
 
-    `videos`, `pictures`: as `encoded`, or None: there are no videos, the pictures stay whole.
+    `videos`, `pictures`: results of `encoded`, or None if there are no videos or the pictures are not pruned.
     """
     call = {name: value for name, value in inputs.items() if not name.startswith("pixel") and not name.endswith("_thw")}
     known = {name: value for name, value in inputs.items() if not name.startswith(("pixel", "input"))}
@@ -66,7 +66,7 @@ def masked(model, inputs, videos, pictures=None):
 
 
 def tower_output(made, sizes):
-    """What transformers' tower returns of inputs with `sizes` units: the features of those that were kept, any for the others."""
+    """Return the output of transformers' tower for inputs of `sizes` units: features of kept units, arbitrary values for others."""
     of_layers = [made.features, *(() if made.deepstack is None else made.deepstack)]
     whole = torch.full((len(made.unit_to_row), made.features.shape[1]), 7.0)
     features, *inner = (whole.index_copy(0, made.kept, each).split(sizes) for each in of_layers)
@@ -76,7 +76,7 @@ def tower_output(made, sizes):
 
 
 def with_empty_pairs(model, ids, dropped):
-    """`dropped`, with the columns of the time and the markers around each frame pair whose tokens are all dropped."""
+    """Extend `dropped` by the timestamp and marker columns around each frame pair whose tokens are all dropped."""
     leaves = dropped.clone()
     for row, prompt in enumerate(ids.tolist()):
         starts = [i + 1 for i, token in enumerate(prompt) if token == model.config.vision_start_token_id]
@@ -88,7 +88,7 @@ def with_empty_pairs(model, ids, dropped):
 
 
 def sizes_of(model, inputs, made):
-    """The cluster size that attention assumes for each column of the whole prompt."""
+    """Return the cluster size that attention assumes for each column of the whole prompt."""
     if made.size is None:
         return None
     video = inputs["input_ids"] == model.config.video_token_id
@@ -98,7 +98,7 @@ def sizes_of(model, inputs, made):
 
 @contextmanager
 def weighed_by(model, sizes):
-    """While the context lasts, hooks before each attention add log(sizes) (`[B, C]`, None for 1) to the mask of its keys."""
+    """Add log(sizes) (`[B, C]`, None for 1) to the mask of the keys in every attention layer of the model, with hooks."""
     layers = [] if sizes is None else [layer.self_attn for layer in model.model.language_model.layers]
 
     def add_bias(attention, args, call):

@@ -1,4 +1,4 @@
-"""The columns of a batch that are left, against lists."""
+"""The remaining columns of a batch, against lists."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from evoprune.hf.columns import Columns
 
 @st.composite
 def batches(draw):
-    """Dropped columns and a mask, padded at the left of some rows."""
+    """Draw dropped columns and a mask with left padding in some rows."""
     rows, width = draw(st.integers(1, 4)), draw(st.integers(1, 9))
     dropped = torch.tensor(draw(st.lists(st.booleans(), min_size=rows * width, max_size=rows * width))).view(
         rows, width

@@ -1,4 +1,4 @@
-"""The context that prunes inside a Hugging Face model: what it does, what it refuses, and that it leaves nothing behind."""
+"""The context that prunes inside a Hugging Face model: its effect, its error messages, and its complete removal."""
 
 import copy
 import functools
@@ -42,7 +42,7 @@ def test_several_videos_are_pruned_each_on_its_own(model, budget):
     patches, thw = inputs(*grids)
     patches[280:296] = 0.0
     made = evoprune.encode(model, patches, thw, budget=budget)
-    assert not made.flat  # only the second is
+    assert not made.flat  # only the second one is
     first_unit = first_row = 0
     for i, (t, h, w) in enumerate(grids):
         start, n = first_unit * 4, t * h * w
@@ -51,7 +51,7 @@ def test_several_videos_are_pruned_each_on_its_own(model, budget):
         assert torch.equal(made.kept[mine] - first_unit, alone.kept)
         torch.testing.assert_close(made.features[mine], alone.features)
         torch.testing.assert_close(made.size[mine], torch.ones(len(alone.kept)) if alone.size is None else alone.size)
-        # Evenness is looked at where something is pruned.
+        # Evenness is only computed if something is pruned.
         assert (alone.flat, alone.size is None) == ((i, budget) == (1, 0.25), (i, budget) == (1, 0.9))
         assert torch.equal(made.unit_to_row[first_unit : first_unit + n // 4] - first_row, alone.unit_to_row)
         first_unit, first_row = first_unit + n // 4, first_row + len(alone.rows)
@@ -103,7 +103,7 @@ def test_encode_gives_the_question_to_methods_that_read_it(model):
 
 
 def state(*modules):
-    """All of modules that a caller can see."""
+    """Return all attributes and weights of modules that a caller can see."""
     attributes = [{name: copy.copy(value) for name, value in vars(module).items()} for module in modules]
     weights = [(name, value.data_ptr(), value.tolist()) for name, value in modules[0].state_dict().items()]
     return attributes, weights
@@ -133,7 +133,7 @@ def test_nothing_is_left_behind(leaves):
 
 
 def test_a_forward_that_was_replaced_before_comes_back(model):
-    """Accelerate and others put a `forward` of their own on a model."""
+    """Accelerate and other libraries replace `forward` of a model."""
     stock, calls = model.forward, []
 
     @functools.wraps(stock)
@@ -247,7 +247,7 @@ def changed(prompt, **changes):
     return {name: value for name, value in (prompt | changes).items() if value is not None}
 
 
-PER_COLUMN = ("token_type_ids", "cu_seq_lens_q", "logits_to_keep")  # of `forward` alone
+PER_COLUMN = ("token_type_ids", "cu_seq_lens_q", "logits_to_keep")  # arguments of `forward` only
 
 
 def refusals(model, prompt):
@@ -300,7 +300,7 @@ def test_what_cannot_be_pruned_is_refused(model):
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", *(["qwen3_vl"] if TAKES_ENCODED else [])])
 def test_grids_that_do_not_fit_the_prompt_are_refused(family, budget):
-    """As many tokens as the grids make are not enough: each run has its own grid. Pictures count, too, that stay whole."""
+    """A matching total of tokens is not enough, because each run has its own grid. Unpruned pictures are checked too."""
     model = tiny_model(family=family)
     prompt = processed(model, (5, ("image", 8, 8), 2, ("video", 4, 8, 12), 3, ("video", 2, 4, 8), ("image", 4, 4), 1))
     grids, shapes = prompt["video_grid_thw"], prompt["image_grid_thw"]
@@ -364,7 +364,7 @@ def test_the_report_counts_tokens_rows_and_times(model):
 @pytest.mark.few(1)
 @pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("docs/guide.md", 2)])
 def test_the_documents_run(model, page, count):
-    """Their code for a Hugging Face model, as it is printed there."""
+    """Runs the code for a Hugging Face model exactly as printed in the documents."""
     text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
     prompt = processed(model, (5, ("video", 4, 8, 12), 7))
@@ -389,7 +389,7 @@ SEVERAL = [
 
 
 def started(*works):
-    """The threads of these functions, which begin together."""
+    """Start one thread per function, all at the same time."""
     begin = Barrier(len(works))
 
     def run(work):
@@ -423,7 +423,7 @@ def test_each_thread_gets_what_it_gets_alone(model, use_cache):
 
 
 class Stops:
-    """A streamer that waits after the first token until it is told to go on."""
+    """A streamer that waits after the first token until `go_on` is set."""
 
     def __init__(self):
         self.puts, self.arrived, self.go_on = 0, Event(), Event()
@@ -492,7 +492,7 @@ def test_each_thread_reads_the_report_of_its_own_call(model):
         for thread in started(*(lambda i=i: work(i) for i in range(3))):
             thread.join()
         assert seen == {i: (8 * (i + 1), 14 + 4 * (i + 1)) for i in range(3)}
-        # This thread has made no call: it reads the latest of all.
+        # This thread made no call, so it reads the latest report of any thread.
         assert (run.report.pruning.visual_tokens_in, run.columns.places) in seen.values()
         generated(model, batches[0])
         assert run.report.pruning.visual_tokens_in == 8

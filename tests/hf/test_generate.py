@@ -1,7 +1,7 @@
 """`generate` and `forward` of a Hugging Face model that prunes, on a processor's inputs.
 
-What a pruned prompt gives is compared with the stock model on the whole prompt in which the dropped columns are masked. Attention
-sees the same in both, and the stock model uses none of this project's bookkeeping.
+The reference is the stock model on the whole prompt, with the dropped columns masked. Attention sees the same columns in both
+cases, and the stock model uses none of evoprune's bookkeeping.
 """
 
 import copy
@@ -63,7 +63,7 @@ BY_SIZE = {}  # a token counts by the size of its cluster
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request):
     model = tiny_model(family=request.param)
-    model.generation_config.pad_token_id = 398  # not 0, a token that would not be noticed as padding
+    model.generation_config.pad_token_id = 398  # not 0, because 0 would not be noticed as padding
     return model
 
 
@@ -86,7 +86,7 @@ OF_PROMPTS = [
     for prompt, rows in PROMPTS.items()
     for side in ("left", "right")[: len(rows)]
 ]
-# They interact with the padding of a batch, not with the family of the model.
+# These settings interact with the padding of a batch, not with the family of the model.
 OF_SETTINGS = {
     prompt: [(FAMILIES[0], prompt, "left", name) for name in SETTINGS if prompt == "one video" or name not in ONE_ROW]
     for prompt in ("one video", "batch")
@@ -152,7 +152,7 @@ def test_pruned_is_the_whole_prompt_with_dropped_columns_masked(model, prompt, s
     ],
 )
 def test_inputs_without_types_seconds_or_mask_are_accepted(model, prompt, left_out, ends):
-    """Older ones give no token types, some no seconds; without a mask the model makes its own, where padding ends no text."""
+    """Older inputs lack token types or seconds. Without a mask, the model makes its own unless the padding token ends texts."""
     inputs = processed(model, *PROMPTS[prompt])
     inputs.pop(left_out, None)
     assert torch.equal(pruned(model, inputs, 1.0, **ends)[0], generated(model, inputs, **ends))
@@ -162,7 +162,7 @@ def test_inputs_without_types_seconds_or_mask_are_accepted(model, prompt, left_o
 @pytest.mark.full
 @pytest.mark.parametrize("budget", [1.0, 0.2])
 def test_min_length_counts_the_whole_prompt(model, budget):
-    """A model that wants to end at once, as soon as it may."""
+    """The model would end immediately if it were allowed to."""
     inputs = processed(model, *ONE)
     length = inputs["input_ids"].shape[1]
     model_ends = [lambda ids, scores: scores + 1e4 * torch.nn.functional.one_hot(torch.tensor(7), scores.shape[1])]
@@ -247,7 +247,7 @@ def test_a_streamer_gets_the_whole_prompt_and_then_tokens(model, budget):
 @pytest.mark.full
 @pytest.mark.parametrize("prompt", ["one video", "batch", "long video"])
 def test_qwens_positions_are_those_counted_by_hand(model, prompt):
-    """The same on the whole prompt, at positions counted by hand."""
+    """The reference is the whole prompt, at positions counted by hand."""
     inputs = processed(model, *PROMPTS[prompt], seconds=9.0)
     made = encoded(model, inputs, 0.3)
     call = masked(model, inputs, made)
@@ -277,7 +277,7 @@ def test_qwens_positions_are_those_counted_by_hand(model, prompt):
     for positions in ("host", "qwen"):
         with evoprune.EvoPrune(budget=0.3, positions=positions, **ONCE)(model), torch.no_grad():
             logits.append(model(**inputs).logits[:, -1])
-    # Without a clock the two rules differ only where a video has more frame pairs than units in a row.
+    # Without seconds, the two rules only differ if a video has more frame pairs than units in a row.
     assert torch.equal(*logits) == (not timed and prompt != "long video")
 
 
@@ -294,7 +294,7 @@ def test_seconds_for_a_model_without_a_clock_reach_the_method_alone(positions):
 
 
 def talk(model, inputs, further, **settings):
-    """Two turns on one cache, the second with all ids and a mask for them; or with the new ids only."""
+    """Run the first of two turns on one cache. Returns its output, and all ids and the mask for the second turn."""
     first = generated(model, inputs, return_dict_in_generate=True, **settings)
     ids = torch.cat([first.sequences, further], 1)
     more = torch.ones(len(ids), ids.shape[1] - inputs["attention_mask"].shape[1], dtype=torch.int64)
@@ -333,7 +333,7 @@ def test_a_conversation_goes_on_from_the_cache(model, prompt, budget):
         usual = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types}
         usual |= {name: inputs[name] for name in inputs if name.endswith("_thw")}
         assert torch.equal(generated(model, usual, past_key_values=copy.deepcopy(kept)), expected)
-        # Only what is new, where the mask says how much there was; one token was generated and is not in the cache yet.
+        # Only the new ids; the mask gives the length of the rest. The last generated token is not in the cache yet.
         new = ids[:, first.sequences.shape[1] - 1 :]
         out = generated(model, {"input_ids": new, "attention_mask": mask}, past_key_values=kept)
         assert torch.equal(out, torch.cat([new, expected[:, ids.shape[1] :]], 1))
@@ -344,7 +344,7 @@ def test_a_conversation_goes_on_from_the_cache(model, prompt, budget):
 
 
 def test_a_cache_that_is_cut_inside_the_prompt_can_go_on(model):
-    """Before the last words, which are given again, or others instead; or before the video."""
+    """Before the last words, which are given again or replaced; or before the video."""
     inputs = processed(model, (5, ("video", 4, 8, 12), 7))
     ids, other = inputs["input_ids"], torch.tensor([[50, 51, 52, 53, 54]])
 
@@ -379,7 +379,7 @@ def test_a_cache_that_was_emptied_starts_anew(model):
 
 
 def loop(model, inputs, steps=6, **given):
-    """Greedy decoding by hand."""
+    """Decode greedily in an explicit loop."""
     out = model(**inputs, use_cache=True)
     ids = [out.logits[:, -1:].argmax(-1)]
     for step in range(1, steps):

@@ -1,6 +1,6 @@
-"""What evoprune/hf/interface.py relies on, checked against the installed transformers.
+"""Checks that the installed transformers behaves as evoprune/hf/interface.py assumes.
 
-Where this fails, a release has changed something: read the new code before changing the line that fails here.
+If one of these tests fails, a release changed something: read the new code before changing the failing line.
 """
 
 import inspect
@@ -35,7 +35,7 @@ GENERATE = [
     "assistant_model", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate", "kwargs",
 ]  # fmt: skip
 POSITIONS = "_prepare_position_ids_for_generation"
-# Those of the other families have the parameters of Qwen2.5-VL's, except the seconds.
+# The other families have the parameters of Qwen2.5-VL, except the seconds.
 OTHERS = [
     (Qwen2_5_VLForConditionalGeneration, name, other)
     for other in (Qwen2VLForConditionalGeneration, Qwen3VLForConditionalGeneration)
@@ -75,19 +75,19 @@ def test_signatures_are_the_known_ones(function):
 
 @pytest.mark.parametrize(("known", "name", "other"), OTHERS, ids=lambda x: getattr(x, "__name__", x))
 def test_signatures_of_the_other_families_differ_in_the_seconds(known, name, other):
-    given = set(inspect.signature(getattr(other, name)).parameters) | {"use_cache"}  # which Qwen3-VL has among `kwargs`
+    given = set(inspect.signature(getattr(other, name)).parameters) | {"use_cache"}  # Qwen3-VL has it among `kwargs`
     assert given == {*SIGNATURES[getattr(known, name)], "use_cache"} - {"second_per_grid_ts"}
 
 
 def test_every_argument_for_vision_is_known():
-    """A new one would reach the model beside what was encoded here."""
+    """A new one would reach the model in addition to the features encoded here."""
     vision = [name for name in FORWARD if name.startswith(("pixel", "image", "video", "second"))]
     assert sorted(vision) == sorted(interface.VISION_INPUTS)
     assert set(interface.PER_COLUMN) - {"shift_labels"} < set(FORWARD)
 
 
 def test_generate_takes_encoded_videos_and_positions_as_they_are():
-    """Also fewer features than video_grid_thw says, and positions in four rows."""
+    """Also with fewer features than video_grid_thw says, and with positions in four rows."""
     model = tiny_model()
     inputs = processed(model, (5, ("video", 1, 4, 4), 3))
     seen = []
@@ -116,7 +116,8 @@ def test_qwen3_is_refused_before_it_is_pruned_where_transformers_takes_no_encode
     other = tiny_model()
     other.config.vision_config.deepstack_visual_indexes = ()
     kind = type(other.model)
-    monkeypatch.setattr(kind, "get_video_features", kind.get_video_features)  # which is replaced, and is to come back
+    # evoprune replaces it, and monkeypatch restores it
+    monkeypatch.setattr(kind, "get_video_features", kind.get_video_features)
     evoprune.EvoPrune(budget=1.0)(other)
 
 
@@ -148,7 +149,7 @@ def test_attention_adds_a_mask_of_numbers(attention, layers):
     embeds = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
     twice, at = embeds[:, [0, 1, 1, 2, 3]], torch.tensor([0, 1, 1, 2, 3])
     seen = torch.ones(5, 5, dtype=torch.bool).tril()
-    seen[1, 2] = True  # the two see each other, as a column of size two sees itself twice
+    seen[1, 2] = True  # the two attend to each other, as a column of size two attends to itself twice
     mask = torch.zeros(5, 5).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
     call = {"inputs_embeds": embeds, "position_ids": torch.arange(4).expand(4, 1, -1)}
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Beside other code in the same model: assistants, hooks, compiled functions, accelerate, and arguments for the model itself."""
+"""Pruning next to other code in the same model: assistants, hooks, compiled functions, accelerate, and extra arguments."""
 
 import copy
 import functools
@@ -51,7 +51,7 @@ def test_an_assistant_may_be_pruned_too(model, pruned, budget):
 
 @pytest.mark.full
 def test_a_callback_may_call_the_model_for_other_prompts(model):
-    """As guidance by a second prompt does. Those calls are pruned for themselves, and know nothing of the sizes of this one."""
+    """Guidance with a second prompt does this. Those calls are pruned independently, without the cluster sizes of this one."""
     inputs, other = processed(model, ONE), processed(model, (3, ("video", 2, 8, 8), 2), seed=1)
     text, seen = {"input_ids": torch.arange(10, 30)[None]}, []
 
@@ -84,7 +84,7 @@ def test_where_nothing_is_pruned_embeddings_are_taken(model, settings, with_ids)
         unusual.append(known | {"mm_encoder_outputs": {"video": video}})
     last = inputs | {"labels": inputs["input_ids"][:, -4:], "logits_to_keep": 4}
     loss = model(**last).loss
-    # The model keeps the offset of positions of the latest prompt with ids, and uses it where there are none.
+    # The model keeps the position offset of the latest prompt with ids, and uses it for prompts without ids.
     usual, answer, expected = model(**inputs).logits, generated(model, call), model(**call).logits
     with evoprune.EvoPrune(**settings)(model) as run:
         assert torch.equal(model(**call).logits, expected)
@@ -96,14 +96,14 @@ def test_where_nothing_is_pruned_embeddings_are_taken(model, settings, with_ids)
         assert torch.equal(model(**last).loss, loss)
         assert run.columns is None
     with evoprune.EvoPrune(**settings, positions="qwen")(model), pytest.raises(evoprune.UsageError):
-        model(**call)  # the model's own code knows its own positions only
+        model(**call)  # the model's own code only knows its own positions
 
 
 def test_hooks_on_the_tower_are_named_in_a_warning(model, recwarn):
     inputs = processed(model, ONE)
     visual = model.model.visual
     with evoprune.EvoPrune(budget=0.2)(model):
-        model.enable_input_require_grads()  # hooks of transformers
+        model.enable_input_require_grads()  # registers hooks of transformers
         generated(model, inputs)
         assert not [warning for warning in recwarn if "hooks" in str(warning.message)]
         visual.register_forward_hook(lambda *_: None)
@@ -133,7 +133,7 @@ def test_what_was_put_on_top_stays_without_the_pruning(model):
         before = len(calls)
         assert torch.equal(model(**inputs).logits, whole) and torch.equal(generated(model, inputs), expected)
         assert len(calls) > before
-        with handle:  # the same one, again
+        with handle:  # the same handle again
             assert model(**inputs).logits.shape[1] < whole.shape[1]
         assert torch.equal(model(**inputs).logits, whole)
 
@@ -144,7 +144,7 @@ def test_what_was_put_on_top_can_be_taken_away_afterwards(model):
     handle = evoprune.apply(model, budget=0.2)
     pruned, model.forward = model.forward, counting(model.forward, [])
     handle.remove()
-    model.forward = pruned  # as accelerate does it, which remembers what it found
+    model.forward = pruned  # like accelerate, which restores the forward that it found
     assert torch.equal(model(**inputs).logits, whole)
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_a_compiled_forward(model, order):
 
 @pytest.mark.slow
 def test_the_compiled_steps_of_generate_are_one_graph(model):
-    """As on a GPU, where a static cache compiles them. `fullgraph` raises where this package would break the graph."""
+    """As on a GPU, where a static cache compiles the steps. `fullgraph` raises an error if evoprune breaks the graph."""
     torch._dynamo.reset()
     compiled = CompileConfig(backend="eager", mode=None, fullgraph=True)
     compiled._compile_all_devices = True
@@ -224,7 +224,7 @@ def test_the_compiled_steps_of_generate_are_one_graph(model):
 @pytest.mark.skipif(not TAKES_ENCODED, reason="Qwen3-VL needs a later transformers")
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_a_forward_of_other_code_may_pass_encoded_videos_on_without_naming_them(family, monkeypatch):
-    """As Liger's and those of subclasses do."""
+    """Liger and subclasses do this."""
     model = tiny_model(family=family)
     inputs, kind = processed(model, ONE), type(model)
     results = []

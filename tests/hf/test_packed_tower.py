@@ -53,7 +53,7 @@ def test_changed_weights_are_packed_again(change):
             case "data":
                 layer.weight.data += 0.1
             case "in place":
-                layer.weight[3, 5] += 1  # one number, which is not in the sample
+                layer.weight[3, 5] += 1  # one number outside the sample
             case "another tensor":
                 layer.weight.data = layer.weight * 2
             case "another layer":

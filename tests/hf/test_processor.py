@@ -1,4 +1,4 @@
-"""Inputs that transformers' own processors make, which need torchvision (`python -m experiments.environments processor`)."""
+"""Inputs made by transformers' processors, which need torchvision (`python -m experiments.environments processor`)."""
 
 import av
 import pytest
@@ -15,7 +15,7 @@ NEW = 6
 
 
 def read(path: str):
-    """All frames `[T, 3, H, W]` of a video, and what a processor samples them by."""
+    """Return all frames `[T, 3, H, W]` of a video, and the metadata that a processor uses to sample them."""
     from transformers.video_utils import VideoMetadata
 
     with av.open(path) as file:
@@ -33,7 +33,7 @@ PROMPTS = {"video": [SQUARE], "several": [PAN, "image", VANISH], "picture": ["im
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
-    """A function that makes inputs of prompts, by name, and a model."""
+    """A function that makes inputs from prompt names, and a model."""
     from torchvision.transforms.functional import to_pil_image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -67,7 +67,7 @@ def generated(model, inputs) -> list[list[int]]:
 
 @pytest.mark.parametrize("names", [*((name,) for name in PROMPTS), tuple(PROMPTS)], ids="+".join)
 def test_answers_to_what_a_processor_made(family, names):
-    """At budget 1.0 those of the stock model, below it those of each prompt alone."""
+    """At budget 1.0 the answers equal the stock model's; below it, they equal those to each prompt alone."""
     make, model = family
     inputs = make(*names)
     stock = generated(model, inputs)

@@ -71,7 +71,7 @@ def test_the_recipe_of_the_guide_prunes_and_answers(monkeypatch, capsys):
     ):
         assert written in recipe
         recipe = recipe.replace(written, here)
-    monkeypatch.setitem(sys.modules, "torchvision", None)  # so that importing it fails
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it fails
     exec(recipe, {})
     assert capsys.readouterr().out.strip() == "green"
 

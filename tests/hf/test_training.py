@@ -1,7 +1,7 @@
-"""Values and gradients of a model that prunes, in every way in which models are trained.
+"""Values and gradients of a model that prunes, for every training setup.
 
-Without pruning, the reference is the stock model. Below budget 1.0 it is the model that prunes in the simplest way: one prompt at a
-time, so without padding, with eager attention, in fp32, without checkpointing.
+Without pruning, the reference is the stock model. Below budget 1.0, it is the pruned model in its simplest setup: one prompt at a
+time (so no padding), eager attention, fp32, no checkpointing.
 """
 
 from functools import cache
@@ -24,7 +24,7 @@ BUDGETS = (1.0, 0.25)
 
 
 def trained(attention="eager", checkpointing="plain", kind="all weights", family="qwen2_5_vl"):
-    """A model in training mode with a frozen tower, and what is called: the model, or the PEFT model around it."""
+    """Return a model in training mode with a frozen tower, and the object to call: the model, or its PEFT wrapper."""
     model = tiny_model(family=family).train()
     model.set_attn_implementation(attention)
     model.generation_config.pad_token_id = 398
@@ -43,12 +43,12 @@ def trained(attention="eager", checkpointing="plain", kind="all weights", family
 
 
 def labels(inputs):
-    """Every token of the text, also the first one of a row, before which only padding may be."""
+    """Return labels for every text token, including the first one of a row, which only padding may precede."""
     return inputs["input_ids"].masked_fill((inputs["mm_token_type_ids"] > 0) | (inputs["attention_mask"] == 0), -100)
 
 
 def alone(inputs, row):
-    """The inputs of one row of `ROWS`, without padding."""
+    """Return the inputs of one row of `ROWS`, without padding."""
     used, videos = inputs["attention_mask"][row].bool(), [slice(0, 1), slice(1, 3)][row]
     patches = inputs["video_grid_thw"].prod(-1).tolist()
     start = sum(patches[: videos.start])
@@ -58,10 +58,10 @@ def alone(inputs, row):
 
 
 def results(model, called, inputs, **more):
-    """The loss, and the gradients by the name of the weight."""
+    """Return the loss, and the gradients by weight name."""
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     loss = called(**inputs, **{"labels": labels(inputs)} | more).loss
-    # With the gradients of reentrant checkpointing, which come from `backward` alone.
+    # Reentrant checkpointing only computes gradients in `backward`.
     model.zero_grad()
     loss.backward()
     return loss.detach(), {name: weight.grad.clone() for name, weight in weights.items() if weight.grad is not None}
@@ -69,7 +69,7 @@ def results(model, called, inputs, **more):
 
 @cache
 def reference(budget, attention, side, kind="all weights", family="qwen2_5_vl", autocast=False):
-    """The loss and gradients to compare with; `attention` and `side` only matter without pruning."""
+    """Return the reference loss and gradients. `attention` and `side` only matter without pruning."""
     model, called = trained(attention if budget == 1.0 else "eager", kind=kind, family=family)
     inputs = processed(model, *ROWS, side=side)
     if budget == 1.0:
@@ -85,7 +85,7 @@ def reference(budget, attention, side, kind="all weights", family="qwen2_5_vl", 
 
 
 def same(made, expected, tolerance):
-    """Each gradient differs from the expected one by a small part of its length."""
+    """Check that each gradient differs from the expected one by a small share of its norm."""
     assert made[0].item() == pytest.approx(expected[0].item(), rel=tolerance)
     assert made[1].keys() == expected[1].keys() and made[1]
     for name, gradient in expected[1].items():
@@ -107,7 +107,7 @@ def test_loss_and_gradients_are_those_of_the_reference(attention, checkpointing,
 
 
 def test_the_reference_is_the_stock_model_with_dropped_columns_masked():
-    """The loss by hand: each column that is left predicts the next one."""
+    """Computes the loss by hand: each remaining column predicts the next one."""
     model, called = trained()
     inputs = alone(processed(model, *ROWS), 1)
     with evoprune.EvoPrune(budget=0.25)(model) as run:
@@ -131,8 +131,9 @@ def test_the_reference_is_the_stock_model_with_dropped_columns_masked():
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_under_autocast_they_differ_by_its_rounding(attention, checkpointing, side, budget):
-    """It rounds to 8 bits: the stock model's own gradients differ by up to 3% from those in fp32. Which tokens are kept may depend
-    on it too, so the reference below budget 1.0 is computed under autocast.
+    """bf16 rounds to 8 bits, so the stock model's own gradients differ by up to 3% from fp32.
+
+    The kept tokens may differ too, so the reference below budget 1.0 is computed under autocast.
     """
     model, called = trained(attention, checkpointing)
     with evoprune.EvoPrune(budget=budget)(model), torch.autocast("cpu", torch.bfloat16):
@@ -183,7 +184,7 @@ def test_without_pruning_the_tower_is_trained_as_ever(mode):
 @pytest.mark.few(2)
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_gradients_of_the_tower_are_refused(checkpointing):
-    """In eval mode its weights ask for gradients by default, so a forward pass alone says nothing about training."""
+    """In eval mode, weights still require gradients by default, so a forward pass alone does not mean training."""
     model, _ = trained("sdpa", checkpointing)
     model.model.visual.requires_grad_(True)
     inputs = processed(model, *ROWS)
@@ -199,6 +200,6 @@ def test_gradients_of_the_tower_are_refused(checkpointing):
             loss.backward()
         assert "requires_grad_(False)" in caught.value.hint
         language = [weight for name, weight in model.named_parameters() if "language_model.layers" in name]
-        if checkpointing != "reentrant checkpointing":  # which needs `backward`
+        if checkpointing != "reentrant checkpointing":  # it needs `backward`
             loss = model(**inputs, labels=labels(inputs)).loss
             assert all(gradient.norm() > 0 for gradient in torch.autograd.grad(loss, language))

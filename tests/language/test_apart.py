@@ -1,4 +1,4 @@
-"""Work in a process of its own, under limits."""
+"""Work in a separate process, under limits."""
 
 import time
 
@@ -8,7 +8,7 @@ from evoprune.language.apart import apart
 
 
 def asleep(request: str) -> str:
-    """Use time without CPU time, as a process on a busy machine does."""
+    """Use wall-clock time without CPU time, like a process on a busy machine."""
     time.sleep(30)
     return request
 

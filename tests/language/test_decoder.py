@@ -1,4 +1,4 @@
-"""The decoder against Hugging Face's, against arithmetic written out, and against itself in other portions; tokens that leave."""
+"""The decoder against Hugging Face's, against explicit arithmetic, and with the prompt split differently; dropped tokens."""
 
 import itertools
 import sys
@@ -32,7 +32,7 @@ def model():
 
 
 def columns(length=LENGTH, seed=0):
-    """Embeddings `[L, 64]` and positions `[3, L]` of a prompt with a pruned video in it."""
+    """Return embeddings `[L, 64]` and positions `[3, L]` of a prompt that contains a pruned video."""
     positions = prompt_positions(90, [(5, video_positions((5, 3, 4), 1.5, 2))])
     random = torch.Generator().manual_seed(seed)
     kept = torch.randperm(90, generator=random)[:length].sort().values
@@ -44,7 +44,7 @@ def fresh(model, embeds, positions):
 
 
 def hugging_face(model, embeds, positions, mask=None):
-    """Final hidden state `[1, hidden]` and logits `[1, vocabulary]` of the last column."""
+    """Return the final hidden state `[1, hidden]` and the logits `[1, vocabulary]` of the last column."""
     with torch.no_grad():
         hidden = model.model.language_model(
             inputs_embeds=embeds[None],
@@ -72,10 +72,10 @@ def test_a_pass_is_hugging_faces(model, length):
         each = [fresh(model, embeds[:end], positions[:, :end])[0] for end in range(length - last + 1, length + 1)]
         made = decoder.logits(model, embeds, positions, KVCache(model, 1), last=last)
         assert_close(made, torch.stack(each))
-    # A model that heeds no position would agree with anything.
+    # A model that ignores positions would agree with anything.
     assert not torch.allclose(fresh(model, embeds, positions * 2), logits, atol=1e-2) or length == 1
     again, skeleton = columns(length), QwenVL(parse_config(tiny_config().to_dict()))
-    assert torch.equal(embeds, again[0]) and torch.equal(positions, again[1])  # what comes in stays as it was
+    assert torch.equal(embeds, again[0]) and torch.equal(positions, again[1])  # the inputs are unchanged
     skeleton.load_state_dict(model.state_dict())
     assert torch.equal(fresh(skeleton, embeds, positions), fresh(model, embeds, positions))
 
@@ -83,7 +83,7 @@ def test_a_pass_is_hugging_faces(model, length):
 @pytest.mark.parametrize("cuts", [[], [20], [20, LENGTH - 1], [LENGTH - 1]])
 @pytest.mark.parametrize("strip", [1, 7, 1024])
 def test_columns_that_count_more_than_once(model, cuts, strip, monkeypatch):
-    """Against Hugging Face's model under a mask of one's own, which is added to the logits of attention."""
+    """The reference is Hugging Face's model under a custom mask, which is added to the logits of attention."""
     monkeypatch.setattr(decoder, "STRIP", strip)
     embeds, positions = columns()
     counts = torch.rand(LENGTH, generator=torch.Generator().manual_seed(1)) * 9 + 0.5
@@ -92,7 +92,7 @@ def test_columns_that_count_more_than_once(model, cuts, strip, monkeypatch):
     expected = hugging_face(model, embeds, positions, mask)[1]
     cache = KVCache(model, LENGTH)
     for start, end in itertools.pairwise([0, *cuts, LENGTH]):
-        of_these = counts[start:end] if start < 40 else None  # once is what is meant where nothing is said
+        of_these = counts[start:end] if start < 40 else None  # the default is once
         made = decoder.logits(model, embeds[start:end], positions[:, start:end], cache, of_these)
     assert_close(made, expected)
     assert not torch.allclose(made, fresh(model, embeds, positions), atol=1e-2)
@@ -117,7 +117,7 @@ def test_a_bias_in_features_of_heads_is_that_in_a_mask(cuts, dtype, near, monkey
         return run_method(deep_model(), methods.get("visipruner"), *a_prompt(), 0.25, sizes_of())[0]
 
     def lower_right(queries, keys, values, scale):
-        """As the kernels of CUDA, without a mask of the caller."""
+        """Apply a causal mask aligned to the lower right, as the CUDA kernels do."""
         shapes.append((queries.shape[2:], keys.shape[2:], values.shape[2:]))
         mask = torch.ones(queries.shape[2], keys.shape[2]).tril(keys.shape[2] - queries.shape[2]).bool()
         return torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
@@ -127,7 +127,7 @@ def test_a_bias_in_features_of_heads_is_that_in_a_mask(cuts, dtype, near, monkey
     monkeypatch.setattr(decoder, "causal_attention", lower_right)
     assert_close(made(), expected, near)
     ends = [end for end in [*cuts, LENGTH] if end != LENGTH or LENGTH - 1 not in cuts]
-    # The last column of the top layer, and a column alone, take the mask.
+    # The last column of the top layer, and a single column, use the mask.
     assert [keys for _, keys, _ in shapes] == [(end, 24) for end in ends]
     assert_close(with_blind_columns(), masked)
 
@@ -162,7 +162,7 @@ def test_half_precision_is_as_close_as_its_rounding():
     after_others = decoder.logits(half, embeds[-1:].bfloat16(), positions[:, -1:], cache)
     for mine in (fresh(half, embeds.bfloat16(), positions), after_others):
         assert mine.dtype == torch.float32
-        assert (mine - theirs).abs().max() < 0.03  # logits reach 3, where neighbours in bfloat16 are 0.016 apart
+        assert (mine - theirs).abs().max() < 0.03  # logits reach 3, where bfloat16 neighbors are 0.016 apart
         assert (mine - expected).norm() < 1.2 * (theirs - expected).norm()
 
 
@@ -227,7 +227,7 @@ def test_a_pass_that_breaks_off_leaves_the_cache_as_it_was(model, capacity, laye
 
 
 def test_a_signal_leaves_every_layer_with_the_columns_that_the_cache_says(model):
-    """Ctrl-C comes between two lines; in every place where a cache grows or shrinks."""
+    """Raises KeyboardInterrupt between any two lines of the code that grows or shrinks a cache."""
 
     def interrupted(function, code, line):
         def trace(frame, event, _):
@@ -274,7 +274,7 @@ def test_what_is_refused(model):
     assert cache.length == 0
 
 
-# --- what it does and leaves undone ---
+# --- the amount of work ---
 
 
 def test_the_last_layer_goes_on_with_the_last_column_only(model):
@@ -314,7 +314,7 @@ def sizes_of(length=COLUMNS):
 
 
 def more(count):
-    """Columns after a prompt: embeddings and positions."""
+    """Return embeddings and positions of columns after a prompt."""
     embeds = torch.randn(count, 64, generator=torch.Generator().manual_seed(5))
     return embeds, (torch.arange(count) + 40).expand(3, -1)
 
@@ -323,7 +323,7 @@ def more(count):
 @pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "sparsevlm", "visipruner", "holitom-inner"])
 @pytest.mark.parametrize("sizes", [None, sizes_of()])
 def test_decoding_equals_reading_all_of_it_anew(name, sizes):
-    """Decoded columns, one at a time, in portions or at once, against a float64 model that bars what left by a mask."""
+    """Columns are decoded one at a time, in portions, or at once. The reference is a float64 model that masks dropped tokens."""
     model, method, (embeds, positions) = deep_model(), methods.get(name), a_prompt()
     after, places = more(5)
     plan = method.drops(8, len(VISUAL), 0.25)
@@ -357,7 +357,7 @@ def test_room_for_the_prompt_and_not_for_what_left(name):
     assert list(dropping.layers) == [length - TEXT for length in state.cache.lengths]
     tokens = list(TokenStream(state, GenerationOptions(4), ()))
     assert teacher_forced_logits(read()[1], torch.tensor(tokens)).argmax(-1).tolist() == tokens
-    # At the full budget there is none, and nothing changes.
+    # At the full budget there is no dropping, and nothing changes.
     assert method.language_work(8, len(VISUAL), 1.0) is None
     assert dropping_for(model, method, 1.0, [visual], prompt) is None
 
@@ -373,7 +373,8 @@ def test_a_cache_that_tokens_have_left_is_cropped_behind_them_only():
     assert torch.equal(decoder.logits(model, after, places, cache), first)
     with pytest.raises(ValueError, match="columns"):
         cache.crop(COLUMNS - 1)
-    with pytest.raises(ValueError, match="columns come before"):  # tokens leave a prompt that begins the cache
+    # Dropping tokens requires a prompt at the start of the cache.
+    with pytest.raises(ValueError, match="columns come before"):
         run_method(model, methods.get("fastv"), embeds, positions, 0.25, cache=cache)
     cache.crop(0)
     assert cache.lengths == [0] * 8
@@ -397,7 +398,7 @@ def test_a_pass_that_breaks_off_between_drops_leaves_the_cache_as_it_was(layer):
 
 
 def test_a_method_sees_where_in_their_frames_tokens_are(monkeypatch):
-    """Behind each drop too; of two inputs, each in its own grid, of which some units have been left out before."""
+    """Holds after each drop, and for two inputs, each with its own grid and some units already pruned."""
     grids, kept = [(2, 3, 4), (1, 2, 5)], [[0, 3, 5, 10, 13, 18, 23], [1, 4, 6, 9]]
     model, (embeds, positions) = deep_model(), a_prompt()
     places = [Place((range(5, 29),)), Place((range(31, 41),))]
@@ -405,7 +406,7 @@ def test_a_method_sees_where_in_their_frames_tokens_are(monkeypatch):
         encoded_tokens(embeds[place.runs[0].start :][: len(some)], some, grid=grid)
         for place, some, grid in zip(places, kept, grids, strict=True)
     ]
-    there = [  # of each token: the number of its frame pair, and its row and column
+    there = [  # for each token: the number of its frame pair, and its row and column
         (unit // (height * width) + before, unit // width % height / height, unit % width / width)
         for some, before, (_, height, width) in zip(kept, (0, 2), grids, strict=True)
         for unit in some

@@ -50,7 +50,7 @@ def own_tokenizer():
 
 
 class Clip:
-    """A random video, asked about: pixels, features, the full prompt and its positions."""
+    """A random video with a question: pixels, features, the full prompt and its positions."""
 
     def __init__(self, model, grid, seconds, question="How many red squares are there?"):
         t, h, w = grid
@@ -68,7 +68,7 @@ class Clip:
         return pruned(model, self.prompt, [tokens], self.positions)
 
     def generate(self, model) -> list[int]:
-        """The tokens of transformers."""
+        """Return the tokens that transformers generates."""
         length = len(self.prompt.input_ids)
         made = model.generate(
             input_ids=self.prompt.input_ids[None],
@@ -216,7 +216,7 @@ def test_no_forward_pass_runs_for_a_token_nobody_asked_for(model):
 
 
 def test_sampling_depends_on_the_seed_alone_and_next_to_zero_is_greedy(model):
-    """A large seed draws otherwise than its low half."""
+    """A large seed does not draw the same as its low 32 bits."""
     clip = Clip(model, *CLIPS[0])
 
     def drawn(seed=0, **settings):
@@ -242,7 +242,7 @@ def of_transformers(logits, ids, penalty, temperature, top_k, top_p):
 )
 def test_probabilities_are_those_of_transformers(penalty, temperature, top_k, top_p):
     logits, ids = torch.randn(200, generator=torch.Generator().manual_seed(0)) * 3, [3, 5, 5, 199, 17]
-    if top_p == 1:  # of equals, a nucleus takes any
+    if top_p == 1:  # of equal logits, a nucleus may take any
         logits[50] = logits[51]
     options = GenerationOptions(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty)
     expected = of_transformers(logits, ids, penalty, temperature, top_k, top_p)
@@ -267,7 +267,7 @@ def test_text_arrives_as_soon_as_it_is_certain():
 
 
 def said(text, special=False, prompt="<think>\n", n=None):
-    """Thoughts and answer, of what a model says after a prompt."""
+    """Return the thoughts and the answer in a model's output after a prompt."""
     own = thinking_tokenizer(special=special)
     prompt_ids = torch.tensor(ids_of(own, f"<|im_start|>assistant\n{prompt}"))
     pieces = list(stream_answer(own, iter(ids_of(own, text)[:n]), prompt_ids))
@@ -280,7 +280,7 @@ def said(text, special=False, prompt="<think>\n", n=None):
 @pytest.mark.parametrize("answer", ["Green.", "<b>yes</b>\n", ""])
 def test_thoughts_end_where_they_say(special, thoughts, answer):
     text = f"{thoughts}\n</think>\n\n{answer}"
-    if special is not None:  # else the text of the token would be one
+    if special is not None:  # without a token, the text itself would open thoughts
         thoughts = thoughts.replace("<think>", "") if special else thoughts
     found = said(text, special)
     assert (found[0].strip(), found[1]) == (thoughts.strip(), answer)
@@ -323,7 +323,7 @@ def test_pieces_join_to_the_text_of_all_tokens(ids):
 
 
 def cut(pieces, *stops) -> tuple[list[str], str | None]:
-    """The pieces of an answer up to one of some texts, and which."""
+    """Return the pieces of an answer up to the first stop string, and that stop string."""
     ends = StopStrings(stops)
     made = list(ends.cut((piece, False) for piece in pieces))
     assert all(piece and not thought for piece, thought in made)
@@ -402,7 +402,7 @@ def test_an_end_token_has_no_log_probability(model):
 
 
 class Steps:
-    """A `TokenConstraint`: of each token, the ids that it may have; nothing follows the last one."""
+    """A `TokenConstraint` that lists the allowed ids per token. Nothing may follow the last one."""
 
     def __init__(self, *allowed: list[int]):
         self._allowed = list(allowed)
@@ -469,7 +469,7 @@ def test_a_constraint_waits_for_the_end_of_thoughts(special, begun):
     if not begun:
         mask = constraint.mask(600)
         assert mask[3] and int(mask.sum()) == (1 if begin is None else 2)
-        if begin is None:  # thoughts that are text alone cannot begin here
+        if begin is None:  # thoughts that are only text cannot begin here
             constraint.advance(3)
             assert constraint.mask(600)[4] and not constraint.complete
             return

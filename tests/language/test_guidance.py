@@ -1,4 +1,4 @@
-"""What llguidance allows, token by token, and what is refused with its place."""
+"""Tokens that llguidance allows at each step, and refused schemas with the place of the error."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from evoprune.language.settings import GenerationOptions
 from tests.language.test_schema import refusal
 from tests.tiny import tiny_tokenizer
 
-VOCABULARY = 600  # more than the tokenizer has, as most models' output layers are
+VOCABULARY = 600  # larger than the tokenizer's vocabulary, like most models' output layers
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_numbers_that_would_not_be_followed_exactly_are_refused(schema, said):
 @pytest.mark.parametrize(
     "schema",
     [
-        {"const": 2**60},  # a float holds it
+        {"const": 2**60},  # exact as a float
         {"const": {"maximum": LARGE}, "default": LARGE} | {"const": 1},
         {"properties": {"const": {"type": "integer"}, "enum": {"type": "number", "minimum": 0.5}}},
         {"type": "number", "exclusiveMinimum": 0},
@@ -158,13 +158,13 @@ def test_numbers_that_are_followed_exactly_are_accepted(schema):
 
 
 def references(count: int) -> dict:
-    """A schema that refers to another one inside a list, and so on."""
+    """Return a schema with a chain of `count` references, each inside a list."""
     inner = {f"d{n}": {"type": "array", "items": {"$ref": f"#/$defs/d{n + 1}"}} for n in range(count)}
     return {"$defs": {**inner, f"d{count}": {"type": "null"}}, "$ref": "#/$defs/d0"}
 
 
 def test_a_schema_whose_references_go_too_deep_is_refused():
-    """llguidance would end the program: it has no limit on how far it goes down."""
+    """llguidance would crash the program, because its recursion has no limit."""
     assert GenerationOptions(schema=references(50)).grammar
     assert "too much" in refusal(GenerationOptions, schema=references(4000))
 
@@ -201,10 +201,10 @@ def test_a_schema_and_a_regular_expression_exclude_each_other():
 @pytest.mark.parametrize(
     ("schema", "text"),
     [
-        ({"properties": {"a": {"type": "integer"}}}, r'{"\u0061":"x"}'),  # the name is a
+        ({"properties": {"a": {"type": "integer"}}}, r'{"\u0061":"x"}'),  # the escaped name is a
         ({"x-guidance": {"key_separator": "::"}}, '{"a"::1}'),
         ({"properties": {"a": {"type": "integer"}}}, '{"a":1,"a":2}'),
-        ({}, r'"\ud800"'),  # no character
+        ({}, r'"\ud800"'),  # not a character
     ],
 )
 def test_what_is_not_valid_json_by_the_schema_cannot_be_written(tokenizer, vocabulary, schema, text):

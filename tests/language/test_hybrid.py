@@ -1,4 +1,4 @@
-"""Layers of linear attention in few operations, against the modules of transformers on the same weights."""
+"""Linear-attention layers in few operations, against the modules of transformers on the same weights."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ PARTS = [(1,), (63,), (64,), (65,), (200,), (130, 27), (5, 64, 1, 3), (2, 1, 1)]
 
 
 def load(family="qwen3_5") -> HostedVL:
-    """A small random model whose norms scale every feature differently."""
+    """Return a small random model whose norms scale every feature differently."""
     host, random = tiny_model(family=family), torch.Generator().manual_seed(1)
     for name, weight in host.named_parameters():
         if "norm" in name and name.endswith("weight"):
@@ -31,7 +31,7 @@ def model():
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """The model is taken to be on a device that is no CPU."""
+    """Make the code believe that the model is not on a CPU."""
     monkeypatch.setattr("evoprune.backend.hosted.is_host", lambda device: False)
 
 
@@ -40,7 +40,7 @@ def columns(count, seed=0, scale=1.0):
 
 
 def read(model, parts, x, sizes=None):
-    """The hidden states of columns that are read in parts, and the cache behind them."""
+    """Return the hidden states of columns read in parts, and the cache afterwards."""
     cache, hidden = hosted.HostedCache(model), []
     at = torch.arange(len(x)).expand(3, -1)
     start = 0
@@ -59,7 +59,7 @@ def as_transformers(*args):
 
 
 def assert_near(made, expected):
-    """As near as results are where the inputs are off by their last bit: 6e-4 at most, 5e-6 on average."""
+    """Check agreement up to an error in the inputs' last bit: at most 6e-4, and 5e-6 on average."""
     assert made.isfinite().all()
     assert (made - expected).abs().max() < 6e-4 and (made - expected).abs().mean() < 5e-6
 
@@ -110,7 +110,7 @@ def test_long_prompts_are_read_in_strips(model, elsewhere, monkeypatch):
 
 
 def test_decays_of_any_size(model, elsewhere):
-    """What is forgotten at once, and what never is, among columns of zeros."""
+    """Some states are forgotten at once and some never, with columns of zeros in between."""
     x = columns(150)
     x[20:40] = 0
     for delta in (layer.linear_attn for layer in model.model.language_model.layers if hasattr(layer, "linear_attn")):
@@ -188,7 +188,7 @@ def test_the_kernel_reads_what_is_not_contiguous(model, elsewhere, monkeypatch):
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations that are no views."""
+    """Counts operations that are not views."""
 
     def __init__(self):
         super().__init__()
@@ -215,7 +215,7 @@ def test_fewer_operations_than_in_transformers(model, elsewhere):
 @pytest.mark.cuda
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
 def test_on_a_gpu(family):
-    """As transformers' modules on the CPU: layers that are read there have no other reference."""
+    """The reference is transformers' modules on the CPU."""
     model, x = load(family), columns(157)
     expected, theirs = read(model, (130, 27), x)
     made, ours = read(model.cuda(), (130, 27), x.cuda())

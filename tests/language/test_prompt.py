@@ -169,7 +169,7 @@ def about_video(tokenizer, question, visual_tokens, **more) -> Prompt:
 
 
 def whole(question, visual_tokens, system, template=None):
-    """The rendered conversation, tokenised at once by Hugging Face."""
+    """Return the rendered conversation, tokenized at once by Hugging Face."""
     tokenizer = tiny_tokenizer()
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
     if system is not None:
@@ -183,7 +183,7 @@ def whole(question, visual_tokens, system, template=None):
 @pytest.mark.parametrize("system", [None, "", "Be brief.", "\n\nStart on a new line. "])
 @pytest.mark.parametrize("question", ORDINARY)
 def test_ids_are_those_of_the_conversation_as_a_whole(tokenizer, question, system, subtitles):
-    """Subtitles stand between the video and the question."""
+    """Subtitles are between the video and the question."""
     prompt = about_video(tokenizer, question, 7, system=system, subtitles=subtitles)
     assert prompt.input_ids.dtype == torch.int64
     assert prompt.input_ids.tolist() == whole(subtitles + question, 7, system)
@@ -205,7 +205,7 @@ PADS = (
     "tag", ["<video>", "<image>", "<video>\n", "<|vision_start|><|video_pad|><|vision_end|>", *PADS]
 )
 def test_placeholders_in_a_question_are_text(tokenizer, tag, times):
-    """Wherever they stand, and in the system prompt: the prompt has as many special tokens as without them."""
+    """At any place, and in the system prompt: the prompt has as many special tokens as without them."""
     specials = set(tokenizer.specials().values())
 
     def special(prompt: Prompt) -> list[int]:
@@ -252,7 +252,7 @@ PLACED = [
 
 @pytest.mark.parametrize(("question", "earlier"), PLACED)
 def test_inputs_keep_their_places_between_texts(tokenizer, question, earlier):
-    """As transformers writes the same parts. Inputs without a place come first."""
+    """The same parts as transformers writes. Inputs without a place come first."""
     kinds = iter([{"type": "image"}, {"type": "video"}])
     texts = [*(turn.question for turn in earlier), question]
     places = sum(getattr(text, "parts", ()).count(None) for text in texts)
@@ -292,21 +292,21 @@ def test_a_system_prompt_that_the_template_leaves_out_is_refused(tokenizer, monk
 @pytest.mark.few(3)
 @pytest.mark.parametrize("token", [*SPECIAL_TOKENS, "\ue000system\ue001", "\ue000question\ue001", "\x1b[31m"])
 def test_special_tokens_in_the_users_words_are_plain_text(tokenizer, token):
-    """And stand-ins for them stay what they are."""
+    """Text that resembles special tokens is unchanged."""
     attack = f"a{token}b {token}{token}"
     plain = about_video(tokenizer, "a", 3, system="b", subtitles="c")
     attacked = about_video(tokenizer, attack, 3, system=attack, subtitles=attack)
     specials = tiny_tokenizer().convert_tokens_to_ids(SPECIAL_TOKENS)
     only_special = [[i for i in prompt.input_ids.tolist() if i in specials] for prompt in (plain, attacked)]
     assert only_special[0] == only_special[1]
-    # ... and yet the model reads every character of it.
+    # The model still reads every character of it.
     assert tiny_tokenizer().decode(attacked.input_ids).count(attack) == 3
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, QUESTION_IS])
 @pytest.mark.parametrize("subtitles", ["", SAID])
 def test_the_prefix_does_not_depend_on_the_question(tokenizer, monkeypatch, template, subtitles):
-    """What stands between video and question is part of the prefix with subtitles, which no question merges with."""
+    """With subtitles, the text between video and question is part of the prefix, because no question merges with it."""
     monkeypatch.setattr(tokenizer, "chat_template", template)
     ask = partial(about_video, tokenizer, visual_tokens=4, system="Be brief.", subtitles=subtitles)
     one, other = (ask(question) for question in ("\nWhy?", "How many?"))
@@ -377,7 +377,7 @@ def test_times_stand_before_frame_pairs_between_their_own_markers(tokenizer):
     starts, inside = zip(*video.positions((3, 1, 2), 0.5, None), strict=True)
     assert starts == tuple(run.start for run in video.runs)
     assert all(torch.equal(own, video_positions((1, 1, 2), 0.5, None)) for own in inside)
-    # A time that has merged with what the template writes before it stays.
+    # A timestamp that merged with the template's text before it stays.
     merging = Tokenizer(
         tokenizer.backend, tokenizer.chat_template.replace("'<|vision_start|>", "'said: Wh<|vision_start|>")
     )
@@ -392,7 +392,7 @@ def test_the_time_of_a_frame_pair_is_the_middle_of_its_frames():
 
 
 def by_hand(length, videos, tokens_per_second):
-    """Qwen's rule, one token at a time."""
+    """Return positions by Qwen's rule, one token at a time."""
     starts = {start: video for start, *video in videos}
     positions, following, at = [], 0, 0
     while at < length:
@@ -451,7 +451,7 @@ def test_videos_that_do_not_fit_are_refused(length, videos):
         prompt_positions(length, videos)
 
 
-ENDS = {  # of a prompt, with thinking and without
+ENDS = {  # ends of a prompt, with thinking and without
     "unless off": ("<think>\n", "<think>\n\n</think>\n\n"),
     "if on": ("<think>\n", "<think>\n\n</think>\n\n"),
     "always": ("<think>\n", "<think>\n"),
@@ -504,7 +504,7 @@ def test_ids_of_placeholders_are_those_that_the_tokenizer_has_by_name():
 def test_positions_of_frame_pairs_with_times_are_those_of_transformers(family):
     from transformers import AutoModelForImageTextToText
 
-    grids = [(3, 2, 4), (1, 5, 2)]  # of a video, and of a picture
+    grids = [(3, 2, 4), (1, 5, 2)]  # a video, and a picture
     tokenizer, times = own(tiny_tokenizer()), [("<0.3 seconds>", "<1.3 seconds>", "<2.3 seconds>"), ()]
     prompt = build_prompt(tokenizer, "Why?", [(VIDEO, 24), (PICTURE, 10)], times=times)
     videos = [run for place, grid in zip(prompt.places, grids, strict=True) for run in place.positions(grid, 1.0, None)]

@@ -1,4 +1,4 @@
-"""Schemas that are read from files and made of classes, and what is refused before a model is loaded."""
+"""Schemas from files and classes, and schemas that are refused before a model is loaded."""
 
 import json
 import sys

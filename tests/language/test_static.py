@@ -1,4 +1,4 @@
-"""Decoding in steps whose tensors keep their place, in and out of a graph, against the plain decoder."""
+"""Decoding steps whose tensors keep their addresses, in and out of a graph, against the plain decoder."""
 
 import gc
 import weakref
@@ -28,7 +28,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def hosted(tmp_path_factory):
-    """Models that transformers runs, by family: one with recurrent states, one without, and one with experts."""
+    """Models that transformers runs, by family: with recurrent states, without, and with experts."""
 
     def load(family: str):
         folder = save_tiny(tmp_path_factory.mktemp(family), family=family)
@@ -39,7 +39,7 @@ def hosted(tmp_path_factory):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Recorded graphs on the CPU, in which tokens are decoded from the second on."""
+    """Replay recorded graphs on the CPU, from the second token on."""
     made = Graphs()
     monkeypatch.setattr(static, "devices", made)
     monkeypatch.setattr(static, "PLAIN_TOKENS", 1)
@@ -49,7 +49,7 @@ def graphs(monkeypatch):
 
 
 def state_of(model, columns=40, sizes=False, seed=0) -> PrefillState:
-    """The state after a prompt with a pruned video; with `sizes` its tokens count several times."""
+    """Return the state after a prompt with a pruned video. With `sizes`, its tokens count several times."""
     positions = prompt_positions(90, [(5, video_positions((5, 3, 4), 1.5, 2))])
     random = torch.Generator().manual_seed(seed)
     kept = torch.randperm(90, generator=random)[:columns].sort().values
@@ -76,7 +76,7 @@ def test_a_graph_decodes_the_tokens_of_the_plain_decoder(family, sizes, graphs):
     answer = stream(model, state_of(model, sizes=sizes))
     assert list(answer) == expected
     assert len(set(expected)) > 1  # a model stuck on one token would agree with anything
-    assert (graphs.captured, graphs.replayed) == (1, NEW - 2)  # the first is the prompt's, the second is captured
+    assert (graphs.captured, graphs.replayed) == (1, NEW - 2)  # the first token is the prompt's, the second captures
     assert answer.finish_reason == "length"
 
 
@@ -89,7 +89,7 @@ def test_a_graph_decodes_the_tokens_of_the_plain_decoder(family, sizes, graphs):
         *(
             ("qwen3_vl_moe", False),
             ("qwen3_5_moe", False),
-        ),  # a CPU multiplies experts by groups, which no graph can hold
+        ),  # a CPU groups tokens by expert, which no graph can hold
     ],
 )
 def test_a_graph_runs_modules_of_transformers(family, on_a_cpu, sizes, graphs, hosted, monkeypatch):
@@ -123,7 +123,7 @@ def test_experts_that_are_chosen_on_the_host_have_no_graph(graphs, hosted, monke
 
 
 def test_quantised_weights_in_buffers_have_no_graph(hosted):
-    """As of GPTQ and AWQ, whose layers are no linear ones of torch."""
+    """GPTQ and AWQ layers, for example, are not torch linear layers."""
     model = hosted("qwen3_5")
     layer = model.model.language_model.layers[0].mlp
     assert static.can_step(model)
@@ -171,7 +171,7 @@ def test_what_an_earlier_answer_left_in_the_cache_is_not_read(model, graphs):
 
 def test_a_longer_prompt_has_a_larger_cache_and_a_graph_of_its_own(model, graphs, monkeypatch):
     monkeypatch.setattr(static, "MIN_COLUMNS", 8)
-    # Columns of the prompt and the answer, what its graph reads, and how often one was captured so far
+    # Columns of the prompt and the answer, columns that the graph reads, and the number of captures so far
     for columns, read, captured in ((5, 8, 1), (40, 64, 2), (20, 64, 2), (5, 8, 3), (80, 128, 4), (40, 128, 4)):
         expected = plainly(model, state_of(model, columns), new=4)
         assert list(stream(model, state_of(model, columns), new=4)) == expected
@@ -232,7 +232,7 @@ def test_logits_that_are_no_numbers_are_an_error(graphs):
     for _ in range(4):
         next(answer)
     with torch.no_grad():
-        model.lm_head.weight[7] = torch.nan  # in place: the graph reads it where it was
+        model.lm_head.weight[7] = torch.nan  # in place: the graph reads the same memory
     with pytest.raises(ModelError, match="numbers of generate"):
         next(answer)
 
@@ -252,7 +252,8 @@ def test_what_is_decoded_plainly(graphs, reason, monkeypatch):
     model, calls = tiny_model(), []
     state = state_of(model)
     if reason == "memory":
-        monkeypatch.setattr(static, "available_memory", lambda device: 4 * 32 * 1024)  # of 64 columns of two layers
+        # Enough for 64 columns of two layers.
+        monkeypatch.setattr(static, "available_memory", lambda device: 4 * 32 * 1024)
     elif reason == "hooks":
         model.model.language_model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
     else:
@@ -326,7 +327,10 @@ DEVICE = "cuda"
 
 @contextmanager
 def decoding(how: str):
-    """ "graph"; "step", the same without a graph; "plain", the decoder of prompts; or "old", that without fused kernels."""
+    """Choose the decoder.
+
+    "graph"; "step", the same without a graph; "plain", the decoder of prompts; or "old", the plain decoder without fused kernels.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if how == "old":
             patch.setattr(layers, "kernels_for", lambda device: None)
@@ -389,7 +393,7 @@ def test_a_graph_decodes_the_tokens_of_transformers_modules(family, dtype, tmp_p
 
 @pytest.mark.cuda
 def test_logits_at_3b():
-    """Along one answer, of the step and of the plain decoder."""
+    """Compares the step with the plain decoder along one answer."""
     model = load_model("Qwen/Qwen2.5-VL-3B-Instruct", load_format="dummy", device=DEVICE, dtype="bf16").model
     with torch.inference_mode():
         state, cache = prompt_state(model, 256), static.new_cache(model, 2048)
@@ -398,7 +402,7 @@ def test_logits_at_3b():
             plain = state.read(torch.tensor([token]))[0]
             cache.token.fill_(token)
             static.step(model, cache)
-            # In bf16 each of the two is off by about 0.04 in the mean, and the largest of 151,936 is 4.5 times that.
+            # In bf16 each of the two has a mean error of about 0.04, and the largest error of 151,936 logits is 4.5 times that.
             assert (cache.logits - plain).abs().max() / plain.std() < 0.4
 
 

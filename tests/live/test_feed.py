@@ -1,4 +1,4 @@
-"""Frames that wait for the encoder, with a simulated clock: which are skipped, and how far it falls behind."""
+"""Frames that wait for the encoder, on a simulated clock: which ones are skipped, and how large the lag grows."""
 
 import threading
 
@@ -12,11 +12,14 @@ FRAME = np.zeros((1, 1, 3), np.uint8)
 
 
 def live(cost_s, seconds, *, window_cost_s=0.0, busy=lambda now: 0.0, at_once=True):
-    """Frames at 10 a second come at their time; the encoder takes so long for each frame, and more for each window.
+    """Simulate 10 frames per second, and an encoder that needs `cost_s` per frame plus `window_cost_s` per window.
 
-    `busy`: seconds that something else takes the encoder, at a time. `at_once`: whether a window is encoded after its last frame,
-    if that is looked at, and not before the first one of the next window. Returns the backlog, and of each frame that was looked
-    at its time, the lag, and the stride.
+    Args:
+        busy: seconds that something else occupies the encoder, as a function of the time.
+        at_once: encode a window right after its last frame, if that frame was taken; otherwise before the first frame of the next.
+
+    Returns:
+        The backlog, and (time, lag, stride) for each frame that the encoder took.
     """
     now = [0.0]
     backlog, looked = Backlog(WINDOW_S, STEP_S, lambda: now[0]), []
@@ -63,25 +66,25 @@ def test_frames_are_skipped_evenly_where_it_is_too_slow(cost_s, at_once):
     late = [each for each in looked if each[0] > 300]
     assert max(lag for _, lag, _ in looked) < 2 * WINDOW_S + 16 * cost_s
     steps = np.diff([time_s for time_s, _, _ in late])
-    least = cost_s / STEP_S  # so many times as long as it may take
-    assert least / 1.01 <= np.mean(steps) / STEP_S < 1.2 * least  # at least 0.8 of what the encoder can do
+    least = cost_s / STEP_S  # lower bound on the stride
+    assert least / 1.01 <= np.mean(steps) / STEP_S < 1.2 * least  # at least 0.8 of the encoder's throughput
     common, counts = np.unique(steps.round(6), return_counts=True)
     assert counts[(common >= STEP_S * (least - 1)) & (common <= STEP_S * (least * 1.2 + 1))].sum() > 0.9 * len(steps)
     strides = [stride for _, _, stride in late]
     assert max(strides) < 1.1 * min(strides)
     due = looked[-1][0] / STEP_S + 1
-    assert abs(due - len(looked) - backlog.skipped) <= 2 * WINDOW_S / STEP_S  # those that wait
+    assert abs(due - len(looked) - backlog.skipped) <= 2 * WINDOW_S / STEP_S  # frames still waiting
 
 
 def test_it_never_falls_behind_without_bound():
-    """Each window takes longer than it lasts, whatever is skipped: windows are left out."""
+    """Each window takes longer than it lasts even with skipping, so whole windows are dropped."""
     backlog, looked = live(0.1, 1200, window_cost_s=20.0)
     assert max(lag for _, lag, _ in looked) < 2 * WINDOW_S + 25
-    assert backlog.skipped > 1000 and max(stride for _, _, stride in looked) == 8  # two frames a window
+    assert backlog.skipped > 1000 and max(stride for _, _, stride in looked) == 8  # two frames per window
 
 
 def test_of_frames_that_wait_every_second_goes_once_a_window_and_then_the_oldest():
-    """The encoder takes none. No frame waits for more than two windows."""
+    """The encoder takes no frames. No frame waits for more than two windows."""
     now, counted = [0.0], {}
     backlog = Backlog(WINDOW_S, STEP_S, lambda: now[0])
     for number in range(41):
@@ -102,7 +105,7 @@ def test_it_recovers_after_a_burst_of_other_work():
 
 
 def test_what_comes_early_waits_and_is_not_skipped():
-    """A file that is read as fast as it can be, by a slow encoder that is faster than the file's own time."""
+    """A file is read at full speed, and the encoder is slower than the reader but faster than real time."""
     backlog, found = Backlog(WINDOW_S, STEP_S), []
 
     def put():
@@ -117,9 +120,8 @@ def test_what_comes_early_waits_and_is_not_skipped():
             found.append(each[0])
     thread.join()
     assert backlog.skipped == 0 and found == [number * STEP_S for number in range(200)]
-    now = [
-        0.0
-    ]  # the first 20 s come and are taken at once, then the encoder takes longer than it may for what comes in time
+    # The first 20 s of frames arrive and are taken at once; later frames cost more time than real time allows.
+    now = [0.0]
     backlog = Backlog(WINDOW_S, STEP_S, lambda: now[0])
     for number in range(64):
         backlog.put(number * STEP_S, FRAME)
@@ -137,7 +139,7 @@ def test_a_stall_is_no_lag():
     now = [0.0]
     backlog = Backlog(WINDOW_S, STEP_S, lambda: now[0])
     for number in range(60):
-        time_s = number * STEP_S + (50.0 if number >= 40 else 0.0)  # for which there are no frames
+        time_s = number * STEP_S + (50.0 if number >= 40 else 0.0)  # a gap of 50 s without frames
         now[0] = time_s + (100.0 if number >= 20 else 0.0)
         backlog.put(time_s, FRAME)
         assert backlog.take(0.0) and backlog.take(0.0) is None

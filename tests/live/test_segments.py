@@ -1,4 +1,4 @@
-"""Segments of a longer video: what has not changed is not encoded again, and the result is that of the whole."""
+"""Segments of a longer video: unchanged units are not encoded again, and the result is the same as for the whole video."""
 
 from math import prod
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ PLACES = 5, 6
 
 
 def in_segments(visual, patches, method, pairs, budget, **how):
-    """The segments of a video, each of so many frame pairs (`pairs`), with K tokens or this share of its units."""
+    """Encode a video in segments of `pairs` frame pairs, each with K tokens or this share of its units."""
     earlier, made = None, []
     for piece, count in zip(patches.split([4 * prod(PLACES) * n for n in pairs]), pairs, strict=True):
         grid = (count, *PLACES)
@@ -74,7 +74,7 @@ def test_selections_between_layers_see_rows_of_their_own_segment_alone(name, mon
                 [bool((row == of).all()) for row, of in zip(part.selector_input.rows, before[place], strict=True)]
             )
             assert taken.sum() == len(part.rows.unit) - computed > 0
-    for rows in entered:  # units of the segment before have its row at their place
+    for rows in entered:  # units of the previous segment have their row at their place
         outside = (rows.unit_to_row >= len(rows)).nonzero()[:, 0]
         assert torch.equal(rows.unit_to_row[outside] - len(rows), outside % prod(PLACES))
 

@@ -1,4 +1,4 @@
-"""Live sources: they stall, end, come back, change, send garbage, or want a password. Nothing hangs."""
+"""Live sources that stall, end, return, change, send garbage or need a password. Nothing hangs."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ UNAUTHORISED = b'RTSP/1.0 401 Unauthorized\r\nCSeq: NUMBER\r\nWWW-Authenticate: 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """Three seconds."""
+    """A clip of three seconds."""
     return write_video(tmp_path_factory.mktemp("live") / "clip.ts", numbered_frames(30), fps=FPS)
 
 
@@ -34,7 +34,7 @@ def served(clip):
 
 
 def read(source, fps=FPS, **how):
-    """The times of the frames and their numbers, what was told, and how it ended."""
+    """Return the frames as (time, number), the messages, and the error that ended the source (or None)."""
     found, told, last = [], [], [-1.0]
     how = {"timeout_s": 1.0, "reconnects": 0} | how
     live = LiveSource(str(source), tell=told.append, **how)
@@ -65,7 +65,7 @@ def test_what_players_show_in_another_way_is_known(tmp_path, name):
 
 def test_a_file_a_url_and_a_connection_give_the_same_frames(clip, served):
     check_whole(read(clip, pace="file")[0])
-    check_whole(read(f"{served[0]}/whole.ts", reconnects=3)[0])  # which has an end, so nothing is tried again
+    check_whole(read(f"{served[0]}/whole.ts", reconnects=3)[0])  # it has an end, so there is no reconnect
     with connection(clip.read_bytes()) as port:
         check_whole(read(f"tcp://127.0.0.1:{port}")[0])
 
@@ -106,7 +106,7 @@ def test_a_file_that_grows(clip, tmp_path):
 
 @pytest.fixture
 def piped(monkeypatch):
-    """`read`, of standard input, into which `feed` writes."""
+    """Return a function that reads standard input while `feed` writes to it."""
 
     def reading(feed):
         there, here = os.pipe()
@@ -129,7 +129,7 @@ def test_a_pipe(clip, piped, tmp_path):
     found, _, problem = piped(lambda pipe: (pipe.write(clip.read_bytes()), time.sleep(3)))
     assert "nothing came from standard input for 1 s" in problem.message and found
     content = write_video(tmp_path / "clip.mpg", numbered_frames(30), codec="mpeg1video", fps=25).read_bytes()
-    found, _, problem = piped(lambda pipe: pipe.write(content))  # which stays open, and FFmpeg reads on
+    found, _, problem = piped(lambda pipe: pipe.write(content))  # the pipe stays open, so FFmpeg keeps reading
     assert "nothing came from standard input for 1 s" in problem.message and found
     found, _, problem = piped(lambda pipe: (pipe.write(b"no video\n" * 9999), pipe.close()))
     assert not found and "no video that can be read" in problem.message
@@ -140,7 +140,7 @@ def test_a_source_that_ends_and_comes_back(served):
     found, told, problem = read(f"{url}/twice.ts", reconnects=2)
     assert [number for _, number in found] == [*range(30)] * 2 and visits.count("twice") == 4
     times = [time_s for time_s, _ in found]
-    assert times == sorted(times) and times[30] - times[29] > 0.9  # what was lost has passed
+    assert times == sorted(times) and times[30] - times[29] > 0.9  # the lost time counts
     tries = [text.rpartition("; ")[2] for text in told]
     assert tries == [f"connecting again ({number} of 2)" for number in (1, 1, 2)] and "has ended" in told[0]
     assert problem.exit_code == 3 and "404" in problem.message
@@ -149,7 +149,8 @@ def test_a_source_that_ends_and_comes_back(served):
 def test_a_source_that_stalls(served):
     found, _, problem = read(f"{served[0]}/stall.ts")
     assert found and "nothing came from" in problem.message and "--timeout" in problem.hint
-    found, _, problem = read(f"{served[0]}/silent.ts", reconnects=5)  # never there, so nothing is tried again
+    # It never delivered anything, so there is no reconnect.
+    found, _, problem = read(f"{served[0]}/silent.ts", reconnects=5)
     assert not found and "nothing came from" in problem.message
 
 
@@ -298,7 +299,7 @@ def test_what_is_no_source(source, how, code):
 
 
 class Clock:
-    """A time that passes while something sleeps, and not otherwise."""
+    """A clock that only advances while something sleeps."""
 
     def __init__(self):
         self.now = 0.0
@@ -312,7 +313,7 @@ class Clock:
 
 @pytest.mark.parametrize("name", ["clip.gif", "clip.mjpeg", "clip.mpg", "clip.webm", "clip.h264"])
 def test_a_file_that_has_ended_is_waited_for_once(tmp_path, monkeypatch, name):
-    """Whatever FFmpeg reads again at its end, and whatever it still holds."""
+    """Also for formats that FFmpeg rereads at the end, or whose last frames it buffers."""
     how = {"gif": {"codec": "gif", "pix_fmt": "rgb8"}, "mjpeg": {"codec": "mjpeg", "pix_fmt": "yuvj420p"}}
     how |= {"mpg": {"codec": "mpeg1video", "fps": 25}, "webm": {"codec": "libvpx"}}
     path = write_video(tmp_path / name, numbered_frames(30), **how.get(name.partition(".")[2], {}))
@@ -353,7 +354,7 @@ def test_what_is_no_video_yet_is_waited_for(tmp_path, monkeypatch, content, says
 
 @pytest.fixture(scope="module")
 def index_at_the_end(tmp_path_factory):
-    """An MP4 of more bytes than FFmpeg holds."""
+    """An MP4 larger than FFmpeg's buffer."""
     noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), dtype=np.uint8)
     return write_video(tmp_path_factory.mktemp("noise") / "clip.mp4", noise)
 

@@ -1,4 +1,4 @@
-"""Streams: as a file where they are one window, memory that does not grow, thinning, questions that leave no trace."""
+"""Streams: one window equals a file, memory stays bounded, windows are thinned, and questions leave no trace."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ QUESTION = "What colour is the square?"
 
 @pytest.fixture(scope="module")
 def demo():
-    """The demo model, as one whose range of positions is that of its context."""
+    """The demo model, with its range of positions limited only by its context length."""
     return described(load_model("demo", pack=False), folder=None)
 
 
@@ -36,7 +36,7 @@ def qwen3(tmp_path_factory):
 
 
 def frames_of(video):
-    """The frames that a file is looked at with, and their times."""
+    """Return the sampled frames of a file and their times."""
     with closing(read_chunks(video.plan.info, video.plan.sampling.times_s)) as chunks:
         return [
             (frame.copy(), time)
@@ -46,7 +46,7 @@ def frames_of(video):
 
 
 def noise(number, size=112):
-    """A frame that differs from every other."""
+    """Return a frame that differs from every other number's frame."""
     return np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
 
 
@@ -74,7 +74,7 @@ def test_a_stream_of_one_window_has_the_answer_of_the_file(model, budget, method
 
 
 def logits(stream):
-    """Of the first word about what was seen, without a trace."""
+    """Return the logits of the first word about the stream so far, without changing the stream."""
     with stream._lock:
         answer = stream.ask(QUESTION, max_new_tokens=1)
         next(answer, None)
@@ -92,7 +92,7 @@ def test_a_question_leaves_no_trace(demo):
         assert asked.ask("What happens?").text
         half = asked.ask("How many?", max_new_tokens=8)
         next(half, None)
-        fed(asked, 2, start=6.0)  # a window that is finished during an answer is read after it
+        fed(asked, 2, start=6.0)  # a window finished during an answer is read after the answer
         waiting = len(asked._waiting)
         half.close()
         fed(silent, 2, start=6.0)
@@ -109,13 +109,15 @@ def test_a_question_sees_the_frames_of_the_unfinished_window(model, request):
         assert answer.text == same.text and answer.ids == same.ids and answer.report.tokens == same.report.tokens
         assert answer.report.stream == same.report.stream and answer.report.stream["end_s"] == 7.0
         assert answer.report.pruning == same.report.pruning and answer.report.sampling == same.report.sampling
-        assert (stream.seen.end_s, stream.until_s) == (4.0, 7.0)  # what is held; what a question sees
-        assert answer.report.time_ms.encode and not same.report.time_ms.encode  # it had them encoded
+        # The end of the stored windows; the end that a question sees.
+        assert (stream.seen.end_s, stream.until_s) == (4.0, 7.0)
+        # The first question paid for the encoding.
+        assert answer.report.time_ms.encode and not same.report.time_ms.encode
         assert answer.report.time_ms.ttft_wall > answer.report.time_ms.encode
 
 
 def test_the_unfinished_window_leaves_no_trace(demo):
-    """Asked after each frame, of moving frames and of some that do not change, or never."""
+    """Compares a stream asked after each frame with one never asked. Some frames change and some do not."""
     frames = [noise(0) if number % 5 else noise(number) for number in range(18)]
     qa, ends = VideoQA(demo, budget=0.25), []
     with qa.stream(window_s=4.0, memory_s=8.0) as asked, qa.stream(window_s=4.0, memory_s=8.0) as silent:
@@ -165,7 +167,7 @@ def test_a_window_of_half_of_the_frames_has_half_of_the_tokens(demo):
 
 @pytest.mark.parametrize("model", ["demo", "qwen3"])
 def test_windows_are_read_as_one_video(model, request):
-    """With nothing pruned, several windows are the columns and positions of one video, since frame pairs do not see each other."""
+    """Unpruned windows have the columns and positions of one video, because frame pairs do not attend to each other."""
     qa = VideoQA(request.getfixturevalue(model), budget=1.0)
     with fed(qa.stream(window_s=8.0), 8) as one, fed(qa.stream(window_s=2.0), 8) as four:
         assert four.seen.windows == 4 and one.seen.windows == 1
@@ -198,9 +200,8 @@ def test_memory_does_not_grow_and_the_oldest_windows_are_thinned_step_by_step(de
             capacities.add(cache.capacity)
         most = max(counts)
         assert max(held) == 10 * most and min(held[10:]) >= 9 * most and len(capacities) == 1
-        assert (
-            stream.seen.windows == 5 * most.bit_length() and stream.ask(QUESTION).text
-        )  # five whole, five halves, ...
+        # five whole, five halves, ...
+        assert stream.seen.windows == 5 * most.bit_length() and stream.ask(QUESTION).text
 
 
 @pytest.mark.full
@@ -245,7 +246,7 @@ def test_a_memory_longer_than_the_context_is_moved_now_and_then(demo):
     with VideoQA(demo, budget=0.25).stream(window_s=2.0, memory_s=20.0) as stream:
         fed(stream, 2)
         memory, moves = stream._memory, []
-        memory._room = 48  # positions: 24 s, less than what 20 windows span
+        memory._room = 48  # positions: 24 s, shorter than 20 windows
         for number in range(1, 40):
             fed(stream, 2, start=2.0 * number)
             moves.append(memory._moved)
@@ -273,13 +274,13 @@ def test_qwen3_forgets_the_time_of_a_frame_pair_with_its_last_token(qwen3):
 
 
 def test_qwen3_reads_a_moved_window_as_the_first_one(qwen3):
-    """A window after one that is forgotten has the keys that it has at the beginning, where it reads as many digits."""
+    """After a window is forgotten, the next one has the same keys as at the beginning if its timestamps have as many digits."""
     qa, keys = VideoQA(qwen3, budget=0.25), []
     for later in (False, True):
         with fed(qa.stream(window_s=4.0), 4) as stream:
             memory = stream._memory
             size = memory.following - stream._memory._head
-            memory._room = size + 1  # for one window
+            memory._room = size + 1  # room for one window
             fed(stream, 4 * later, start=4.0)
             assert len(memory.windows) == 1 and memory.following == stream._memory._head + size
             assert memory._moved == (size if later else 0)
@@ -293,11 +294,11 @@ def test_qwen3_reads_a_moved_window_as_the_first_one(qwen3):
 )
 def test_the_range_of_a_bundled_model_is_its_longest_clip_of_training(name, module, pairs):
     seconds = max(count for count, _ in getattr(module, pairs)) * max(module.PACES)
-    assert DEMOS[name].span == 2 * seconds  # two positions a second
+    assert DEMOS[name].span == 2 * seconds  # two positions per second
 
 
 def test_a_bundled_model_forgets_what_is_further_away_than_its_longest_clip():
-    """An hour later the last windows are read as they are at the beginning of a stream."""
+    """After a gap of an hour, windows are read as at the beginning of a stream."""
     qa = VideoQA(load_model("demo", pack=False), budget=0.25)
     with fed(qa.stream(window_s=4.0), 4) as alone, fed(qa.stream(window_s=4.0), 4) as later:
         fed(later, 4, start=3600.0)
@@ -315,12 +316,12 @@ def test_frames_that_are_too_many_too_few_or_of_another_size(demo):
         assert stream.scaled(noise(0, 200)).shape == noise(0).shape
         assert sum(looked) == 9 and all(looked[::15])
         whole = stream.seen.tokens
-        stream.add(noise(1, 200), 5.0)  # another size, and a gap
+        stream.add(noise(1, 200), 5.0)  # another frame size, then a gap
         stream.add(noise(2, 64), 60.0)
         assert stream.seen.windows == 2 and stream.seen.tokens <= 2 * whole
         stream.flush()
         assert stream.seen.end_s == pytest.approx(60.5) and stream.seen.windows == 3 and stream.seen.frames == 11
-        stream.add(noise(3), 60.6)  # later than what was flushed, in the same window
+        stream.add(noise(3), 60.6)  # later than the flushed frames, in the same window
         stream.flush()
         assert stream.seen.windows == 4 and stream.seen.tokens <= 3 * whole
         with pytest.raises(UsageError, match="comes after"):
@@ -346,7 +347,7 @@ def test_what_a_stream_refuses(demo):
         with pytest.raises(UsageError, match="nothing was seen yet"):
             stream.ask(QUESTION)
         stream.add(noise(0), 0.0)
-        assert stream.ask(QUESTION).text  # of the unfinished window
+        assert stream.ask(QUESTION).text  # about the unfinished window
         with pytest.raises(UsageError, match="system prompt"):
             str(stream.ask(QUESTION, system="Be long."))
     for closed in (lambda: stream.ask(QUESTION), lambda: stream.add(noise(0), 9.0), stream.flush):
@@ -365,7 +366,7 @@ def test_an_answer_that_is_left_unread_does_not_stop_the_stream(demo):
 
 
 def test_questions_from_another_thread(demo):
-    """Answers come while frames are fed, and none is about a half-read window."""
+    """Questions are answered while frames are added, and no answer sees a half-read window."""
     with fed(VideoQA(demo, budget=0.25).stream(window_s=2.0, memory_s=20.0), 4) as stream:
         feeding = threading.Thread(target=fed, args=(stream, 20), kwargs={"start": 4.0})
         feeding.start()
@@ -391,7 +392,7 @@ def test_the_encoder_waits_while_a_question_is_read(demo):
             while not layers and time.monotonic() < until:
                 time.sleep(0.01)
             time.sleep(0.3)
-            assert len(layers) == 1 and stream.seen.windows == 1  # not one further layer
+            assert len(layers) == 1 and stream.seen.windows == 1  # no further layer ran
         feeding.join(30)
         assert len(layers) > 4 and stream.seen.windows == 2
 
@@ -403,7 +404,7 @@ def test_a_window_that_a_question_interrupts_is_read_later(demo):
         broken._open = 0  # as during an answer, so that the window waits
         fed(broken, 2, start=4.0)
         broken._open = None
-        broken._lock._calm.clear()  # as a question in another thread does that waits
+        broken._lock._calm.clear()  # as a question waiting in another thread does
         broken._read_waiting(polite=True)
         assert len(broken._waiting) == 1 and broken.seen.windows == 2
         broken._lock._calm.set()
@@ -434,7 +435,7 @@ def test_what_a_window_leaves_to_the_next_one_counts_as_memory(demo, monkeypatch
     monkeypatch.setattr(memory, "shortage", lambda needed, device: asked.append(needed) or "needs more than there is")
     frame = np.zeros((112, 168, 3), np.uint8)
     with VideoQA(demo, budget=0.25).stream(window_s=2.0, fps=2.0) as stream:
-        for _ in range(2):  # it says so again
+        for _ in range(2):  # the error is repeated
             with pytest.raises(OutOfMemory, match="168x112 pixels needs more"):
                 stream.add(frame, 0.0)
         monkeypatch.undo()
@@ -447,7 +448,7 @@ def test_what_a_window_leaves_to_the_next_one_counts_as_memory(demo, monkeypatch
 
 @pytest.mark.slow
 def test_two_hours():
-    """Simulated faster: memory and the time to answer stay what they are."""
+    """Two simulated hours: memory and answer time stay constant."""
     qa, held, waits = VideoQA(described(load_model("demo"), folder=None), budget=0.25), {}, {}
     pictures = np.random.default_rng(0).integers(0, 256, (64, 112, 168, 3), dtype=np.uint8)
     with qa.stream(memory_s=240.0) as stream:
@@ -458,11 +459,11 @@ def test_two_hours():
                 answer = stream.ask("What happens?", max_new_tokens=1)
                 next(answer, None)
                 answer.close()
-                reset_peak_memory("cpu")  # which gives back what the C library keeps
+                reset_peak_memory("cpu")  # also returns the memory cached by the C library
                 held[number // 2], waits[number // 2] = memory_in_use("cpu")[0], time.perf_counter() - begun
         seen = stream.seen
     first, *later = held.values()
     assert len(later) == 23 and max(later) <= 1.05 * first, held
     assert seen.frames == 14_400 and seen.tokens <= 30 * 48 and 0 < seen.thinned < seen.windows
-    assert seen.end_s - seen.start_s > 240.0  # further back than what is whole
+    assert seen.end_s - seen.start_s > 240.0  # the thinned windows reach further back than the whole ones
     assert np.median(list(waits.values())[-8:]) < 2 * np.median(list(waits.values())[:8]) + 0.05, waits

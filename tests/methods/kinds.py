@@ -1,4 +1,4 @@
-"""The kinds of methods: what shows of one of each by default shows of all methods with `-m full`."""
+"""One method of each kind. Default tests run these; `-m full` runs all methods."""
 
 from collections.abc import Iterable
 
@@ -6,20 +6,20 @@ import pytest
 
 from evoprune import methods
 
-# Nothing; between two layers, merging, set aside; the input; after the encoder with the question; in the language model; behind
-# another method.
+# In order: no pruning; selecting between two layers; merging; setting rows aside; resizing the input; selecting after the encoder
+# with the question; dropping in the language model; selecting after another method.
 ONE_OF_EACH = (
     "none", "evoprune", "tome", "ipcv", "downscale", "cdpruner", "fastv", "reuse+visionzip",
 )  # fmt: skip
 
-# They act inside the language model.
+# Methods that act inside the language model.
 INNER = tuple(name for name in methods.built_in() if methods.parse(name).language)
 
 
 def one_of_each(names: Iterable[str]) -> list:
-    """Parameters of a test: the names, of which those of the same kind as another are exhaustive.
+    """Return the names as test parameters. Names outside of `ONE_OF_EACH` are marked `full`.
 
-    Without `operations`, which needs the recipe of a model.
+    `operations` is left out, because it needs the recipe of a model.
     """
     runs = [name for name in names if "operations" not in name]
     return [name if name in ONE_OF_EACH else pytest.param(name, marks=pytest.mark.full) for name in runs]

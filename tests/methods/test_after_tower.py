@@ -1,4 +1,4 @@
-"""On CUDA small inputs are pruned after the tower alone. Here a CPU says that it is CUDA where plans ask."""
+"""Small inputs on CUDA are pruned only after the tower. These tests make plans take the CPU for CUDA."""
 
 from collections import Counter
 from dataclasses import replace
@@ -41,7 +41,7 @@ def plan(name: str, grid: tuple[int, int, int], device: torch.device = CUDA, bud
 
 
 class Counting(TorchDispatchMode):
-    """Counts the operations of torch that run meanwhile."""
+    """Counts the torch operations in its scope."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ class Counting(TorchDispatchMode):
 
 
 def counted(how, patches: torch.Tensor):
-    """An encoding by the plan `how`, and its operations, once tables are made."""
+    """Return an encoding by the plan `how`, and its number of operations after a warm-up run."""
     encode(tiny_tower(), [patches], how)
     with Counting() as counting:
         made = encode(tiny_tower(), [patches], how)
@@ -66,7 +66,7 @@ def test_launches_bound_the_tower_on_cuda_alone(device, units):
 
 
 def test_the_limit_lies_between_the_sizes_that_were_measured():
-    assert 1536 < LIMIT < 4784  # what lost by it, and what gained (results/gpu.md)
+    assert 1536 < LIMIT < 4784  # the largest that lost by it, and the smallest that gained (results/gpu.md)
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.25, 0.5, "fast", "balanced"])
@@ -83,7 +83,7 @@ def test_a_small_input_is_pruned_after_the_tower_with_as_many_tokens(grid, budge
 @pytest.mark.parametrize("grid", [(1, 1, LIMIT), (1, 32, LIMIT // 32), (8, 20, 20)])
 def test_from_the_limit_on_nothing_differs(grid):
     made = plan("evoprune", grid)
-    assert made.after_tower_below == LIMIT  # the rule, which records have whatever comes of it
+    assert made.after_tower_below == LIMIT  # records contain the rule, whatever its effect
     assert replace(made, after_tower_below=0) == plan("evoprune", grid, CPU) == plan(ALWAYS, grid)
     assert len(made.stages) == 3 and made.reuse
 
@@ -120,14 +120,14 @@ def test_the_tower_computes_all_rows_without_an_operation_of_a_selection(monkeyp
     full, operations_full = counted(plan("none", GRID, budget=1.0), patches)
     assert selections == []
     small, operations_small = counted(plan("evoprune", GRID), patches)
-    assert {*selections} == {prod(GRID)} and len(selections) == 2  # of tokens, among all rows, in each of two encodings
+    assert {*selections} == {prod(GRID)} and len(selections) == 2  # of tokens, among all rows, once per encoding
     selections.clear()
     inside, operations_inside = counted(plan(ALWAYS, GRID), patches)
     assert len(selections) == 6
     assert small.layers == full.layers and all(
         fewer < rows for (_, fewer), (_, rows) in zip(inside.layers, small.layers, strict=True)
     )
-    assert torch.equal(small.rows, full.rows)  # the tower's output is that of nothing pruned, to the last bit
+    assert torch.equal(small.rows, full.rows)  # the tower's output equals the unpruned one to the last bit
     assert len(small.kept) == len(inside.kept) == small.features.shape[0] == round(0.25 * prod(GRID))
     _, operations_after = counted(plan(AFTER, GRID), patches)
     assert operations_full < operations_small == operations_after < operations_inside
@@ -145,7 +145,7 @@ def test_above_the_limit_the_encoder_does_what_it_did():
     assert torch.equal(made.kept, always.kept) and torch.equal(made.features, always.features)
 
 
-# What comes of it for those who ask: a session, a held model, the cache, records.
+# Visible effects on a session, a held model, the cache, and records.
 
 
 @pytest.fixture(scope="module")

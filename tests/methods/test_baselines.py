@@ -1,4 +1,4 @@
-"""Baselines, each against its specification followed line by line, on random and on adversarial features."""
+"""Baselines, each against a line-by-line implementation of its specification, on random and adversarial features."""
 
 from math import prod
 
@@ -40,7 +40,7 @@ def evs_line_by_line(tokens: Tokens, keep: int, floor: bool) -> list[int]:
 
 
 @pytest.mark.full
-# The same examples every time: at the edge of rounding the last bits of two ways to compute a cosine decide.
+# The same examples every time: in rounding ties, the last bits of two ways to compute a cosine decide.
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(grids, st.sampled_from(KINDS), st.integers(0, 1000), st.data())
 def test_they_do_what_their_papers_say(grid, kind, seed, data):
@@ -58,7 +58,7 @@ def test_nearest_cosine_over_several_blocks():
     assert nearest_cosine(x[:1]).tolist() == [-torch.inf]
 
 
-# What a shape binds.
+# Constraints that follow from a shape.
 
 
 @settings(max_examples=80, deadline=None)
@@ -115,9 +115,8 @@ def test_pooling_is_the_mean_of_blocks(grid, data):
     assert made.kept.tolist() == places
     torch.testing.assert_close(made.features(tokens.features), torch.stack(expected))
     assume(keep >= t)
-    assert (
-        made.unit_to_token.view(t, -1) // (rows * columns) == torch.arange(t)[:, None]
-    ).all()  # no frame pair loses its time
+    # Every frame pair keeps its time.
+    assert (made.unit_to_token.view(t, -1) // (rows * columns) == torch.arange(t)[:, None]).all()
 
 
 # kept, owner, weight and means of a selection; rows, and the row of each unit; the tokens.
@@ -159,11 +158,11 @@ def test_the_count_is_exact_and_spread_over_the_pairs(grid, data, seed):
 
 
 def test_a_seed_gives_one_draw_and_another_seed_another():
-    """Of large ones torch's CPU generator would take the low 32 bits."""
+    """torch's CPU generator would only use the low 32 bits of large seeds."""
     seeds = [*range(20), 2**32, 2**33, 5 + 2**32, 2**63 - 1, 2**32 - 1, -1]
     assert torch.equal(select((3, 5, 6), 20, 7), select((3, 5, 6), 20, 7))
     assert len({tuple(select((3, 5, 6), 20, seed).tolist()) for seed in seeds}) == len(seeds)
-    tokens = Tokens(torch.zeros(4, 2), torch.arange(4), (1, 2, 2), 2**40)  # what a plug-in seeds its generator with
+    tokens = Tokens(torch.zeros(4, 2), torch.arange(4), (1, 2, 2), 2**40)  # plug-ins seed their generator with this
     assert 0 <= tokens.seed < 2**32 and tokens.copied().seed == tokens.seed
     assert Tokens(torch.zeros(4, 2), torch.arange(4), (1, 2, 2), 7).seed == 7
 
@@ -174,5 +173,5 @@ def test_every_unit_is_as_likely_as_any_other(keep):
     kept = [select((2, 3, 4), keep, seed) for seed in range(draws)]
     counts, expected = torch.bincount(torch.cat(kept), minlength=24), draws * keep / 24
     assert ((counts - expected).abs() < 5 * expected**0.5).all()
-    # Frame pairs do not repeat each other's draw.
+    # Frame pairs draw independently.
     assert sum(torch.equal(each[: keep // 2], each[keep // 2 :] - 12) for each in kept) < draws / 4

@@ -1,4 +1,4 @@
-"""Budgets: what users give, how much of an input they keep, and what records hold of them."""
+"""Budgets: accepted values, the kept share of an input, and the form in records."""
 
 import math
 import pickle

@@ -1,4 +1,4 @@
-"""A budget and a method, parsed once into what everything downstream carries; `-b auto:inflection`."""
+"""A budget and a method, parsed once into the objects that everything downstream uses; `-b auto:inflection`."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_a_method_is_looked_up_once_for_a_whole_answer(monkeypatch):
     assert asked == ["divprune"]
 
 
-# `-b auto:inflection`: the curve of a method's sorted scores says how many tokens are kept.
+# `-b auto:inflection`: the curve of a method's sorted scores determines the number of kept tokens.
 
 
 RANKING = [name for name in methods.built_in() if getattr(methods.get(name), "scores", None) is not None]

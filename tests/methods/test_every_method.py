@@ -1,4 +1,4 @@
-"""What holds for every method: counts, ties, chunks, dtypes and devices of the host program, autocast."""
+"""Invariants of every method: counts, ties, chunks, dtypes and devices of the host program, autocast."""
 
 import os
 import subprocess
@@ -43,8 +43,10 @@ def test_the_result_does_not_depend_on_the_chunk_size(name):
 @pytest.mark.parametrize("name", AFTER)
 @pytest.mark.parametrize("kind", ["random", "constant", "duplicates"])
 def test_nothing_is_drawn_and_every_tensor_is_made_beside_the_tokens(name, kind):
-    """Neither from the global generator nor by it. The default device has no values here: what is made on it cannot be mixed
-    with the tokens."""
+    """The method leaves the global generator alone, and makes no tensors on the default device.
+
+    The default device here is meta, whose tensors cannot be mixed with the tokens.
+    """
     tokens, made = tokens_of(kind, GRID), []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -67,7 +69,7 @@ IN_EACH_PAIR = ["cdpruner", "vidcom2", "visionzip"]
 @pytest.mark.parametrize("name", INDEXED + IN_EACH_PAIR)
 @pytest.mark.parametrize("kind", ["constant", "zero"])
 def test_equal_tokens_go_by_index(name, kind):
-    """The first of the video, or of each frame pair. The others' papers spread equal tokens out in ways of their own."""
+    """The first of the video, or of the frame pair. The papers of other methods spread equal tokens in their own ways."""
     kept = selected(name, tokens_of(kind, (3, 4, 5)), 6)
     assert kept == ([0, 1, 2, 3, 4, 5] if name in INDEXED else [0, 1, 20, 21, 40, 41])
 
@@ -110,7 +112,7 @@ def test_counts_and_order(name, kind):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["random", "constant"])
 def test_no_matrix_of_all_pairs(kind):
-    """Random tokens have nothing in common, equal ones stand still in time."""
+    """Random tokens are all different, and equal tokens are still in time."""
     names = AFTER if kind == "random" else ["fastvid", "prunevid", "holitom", "flashvid", "visionzip"]
     tokens = tokens_of(kind, (16, 16, 16), width=8)
     n = len(tokens.unit_to_row)
@@ -137,7 +139,7 @@ BUDGETS = (1.0, 0.25)
 
 @contextmanager
 def host(name: str):
-    """A program that has another default dtype, or a default device that holds no values."""
+    """A host program with another default dtype, or with a default device that holds no values."""
     try:
         if name == "meta":
             torch.set_default_device("meta")
@@ -160,7 +162,7 @@ def model(family: str = "qwen2_5_vl"):
 
 @cache
 def load(folder, default: str | None):
-    """A model that was loaded under another default."""
+    """Return a model that was loaded under another default."""
     return load_model(str(folder), dtype="fp32", quantize=SOME)
 
 
@@ -206,7 +208,7 @@ def test_the_encoding_is_the_same_whatever_the_default(name, family):
 @pytest.mark.few(3)
 @pytest.mark.parametrize(
     "name", one_of_each(["evoprune", "reuse+visionzip", "tome", *OTHERS])
-)  # the encodings of all are compared above
+)  # encodings are compared above, for every method
 def test_video_qa_answers_the_same_whatever_the_default_and_under_autocast(name, saved):
     def answered(loaded):
         video = VideoQA(loaded, budget=0.25, method=name).encode("samples/arrivals.webm", frames=4)
@@ -257,7 +259,7 @@ def test_the_attention_received_is_summed_in_float32_under_autocast(monkeypatch)
     monkeypatch.setattr(Mmr, "select", lambda _, tokens, keep: seen.append(tokens) or Selection(torch.arange(keep)))
     with autocast("fp16"):
         encode("mmr", 0.25)
-    for tokens in seen:  # shares of a frame pair, 1 on average
+    for tokens in seen:  # shares within a frame pair, 1 on average
         mean = tokens.attention.view(tokens.grid[0], -1).mean(1)
         torch.testing.assert_close(mean, torch.ones_like(mean), rtol=0, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Merging of rows: pairs that are scored and matched, in strips of rows; indices of rows in shapes known from the plan; ToMe."""
+"""Merging of rows: pairs are scored and matched in strips of rows; row indices have shapes known from the plan; ToMe."""
 
 import math
 from dataclasses import replace
@@ -21,7 +21,7 @@ from tests.methods.tokens import KINDS, Largest, cosine, features_of
 
 
 def padded(lengths):
-    """Which rows are valid in groups of these lengths."""
+    """Return a mask of valid rows in groups of these lengths."""
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
@@ -51,7 +51,7 @@ def matchings(draw):
     levels = draw(st.sampled_from([1, 2, 3, 1000]))  # few levels: many ties; one: all scores are equal
     score = torch.randint(levels, (b, n, n), generator=random) / levels - 0.5
     source = (torch.rand(b, n, generator=random) < 0.5) & valid
-    source[:, 0] = False  # somewhere to go
+    source[:, 0] = False  # one possible destination
     last = torch.rand(b, n, generator=random) < draw(st.sampled_from([0.0, 0.3, 1.0]))
     remove = torch.randint(0, n + 2, (b,), generator=random)
     return score, source, valid, last, remove
@@ -169,7 +169,7 @@ def sizes_and_totals(draw):
 
 
 def one_by_one(sizes: list[int], total: int) -> list[int]:
-    """The shares of one frame pair, by turns."""
+    """Return the shares of one frame pair, adjusted one row at a time."""
     whole = sum(sizes)
     counts = [max(1, total * size // whole) if size else 0 for size in sizes]
     excess = [count * whole - total * size for count, size in zip(counts, sizes, strict=True)]  # in whole numbers
@@ -205,7 +205,7 @@ def test_shares_are_those_by_turns_within_their_bounds_and_larger_groups_never_g
 
 
 def tome_line_by_line(keys: list[torch.Tensor], r: int) -> list[int]:
-    """Section 3 of the paper: where each of some tokens goes, itself if it stays; r at most half of them."""
+    """Section 3 of the paper. Returns the destination of each token, itself if it stays; r is at most half of them."""
     n = len(keys)
     a, b = list(range(0, n, 2)) if n > 1 else [], list(range(1, n, 2))  # partition them into two sets, by turns
     edge = {i: max(b, key=lambda j: (cosine(keys[i], keys[j]), -j)) for i in a}  # one edge from each in A
@@ -214,11 +214,11 @@ def tome_line_by_line(keys: list[torch.Tensor], r: int) -> list[int]:
 
 
 def group_of(kind: str, sizes: list[int], seed: int) -> Candidates:
-    """Groups of these sizes side by side, with nonsense as padding."""
+    """Return groups of these sizes side by side, with nonsense as padding."""
     longest = max(sizes)
     features = torch.stack([features_of(kind, longest, seed + i) for i in range(len(sizes))])
     valid = torch.arange(longest) < torch.tensor(sizes)[:, None]
-    features[~valid] = features[:, :1].expand_as(features)[~valid]  # the likeness of the first of all
+    features[~valid] = features[:, :1].expand_as(features)[~valid]  # as similar as the first one
     place = torch.arange(longest).expand(len(sizes), -1)
     return Candidates(features, None, place, place * 0 + 1, valid, 3)
 

@@ -23,9 +23,9 @@ CASES = {
 
 
 def video(seed, grid, share=0.4, wide=16, dropped=0.0, signs=False):
-    """Rows of a video in which that share of units changes from pair to pair, and the row of each unit.
+    """Return rows of a video in which `share` of the units change per frame pair, and every unit's row index.
 
-    With `signs` features are of plus and minus 1, so that cosines are exact and many are equal.
+    With `signs`, features are plus or minus 1, so cosines are exact and many are equal.
     """
     random = torch.Generator().manual_seed(seed)
     t, units = grid[0], grid[1] * grid[2]
@@ -41,7 +41,7 @@ def video(seed, grid, share=0.4, wide=16, dropped=0.0, signs=False):
 
 @contextmanager
 def tubes_of(units: int):
-    """Tubes of about so many units, and of at most two frame pairs."""
+    """Limit tubes to about `units` units and at most two frame pairs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(farthest, "TUBE_UNITS", units)
         patch.setattr(farthest, "TUBE_PAIRS", 2)
@@ -55,7 +55,7 @@ def points(features, owner, grid, alpha=1.5):
 
 
 def exact(features, owner, grid, alpha=1.5):
-    """Features of plus and minus 1 in 16 channels at a length of 1, so that products are exact and many are equal."""
+    """Return points of length 1 from features of plus or minus 1 in 16 channels, so products are exact and many are equal."""
     made, salience = points(features, owner, grid, alpha), (features[:, :4].sum(1) + 4) / 8
     return replace(
         made,
@@ -67,19 +67,19 @@ def exact(features, owner, grid, alpha=1.5):
 
 
 def same(grid):
-    """Points of a video of one feature."""
+    """Return points of a video with a single feature."""
     return points(torch.ones(1, 8), torch.zeros(grid[0] * grid[1] * grid[2], dtype=torch.int64), grid)
 
 
 def distance(every, i, j):
-    """In whole steps, between a selected unit i and another."""
+    """Return the distance in integer steps between a selected unit i and another unit j."""
     a, b = every.row[i], every.row[j]
     space = (every.place[a] - every.place[b]).square().sum() / 2
     return (space + every.weight[b] * (every.time[i] - every.time[j]).abs()).round().item()
 
 
 def greedy(every, units) -> dict[int, float]:
-    """The radius of each of `units`, from the first that is selected to the last, one distance at a time."""
+    """Return the units' radii in order of selection, computed one distance at a time."""
     first = {u: round(every.salience[every.row[u]].item() * STEPS / 2) for u in units}
     left, found, latest = dict.fromkeys(units, math.inf), {}, max(units, key=lambda u: (first[u], -u))
     while True:
@@ -95,7 +95,7 @@ def greedy(every, units) -> dict[int, float]:
 
 
 def by_hand(every, keep, floor=0.0) -> list[int]:
-    """The `keep` units of the largest radii inside their tubes; with `floor` those first that each frame pair is due."""
+    """Return the `keep` units with the largest radii in their tubes. With `floor`, each frame pair's due units come first."""
     _, turn, tubes = grid_tables(every.grid, "cpu")
     radius, count = {}, len(every.row)
     for tube in tubes.tolist():
@@ -126,7 +126,7 @@ def test_points_are_standardised_features():
 
 @pytest.mark.parametrize("wide", [16, 2048])
 def test_what_carries_no_information_changes_no_point(wide):
-    """A common part, channels that are large in all rows, gains of channels, and the scale of all."""
+    """A common offset, channels that are large in all rows, gains of channels, and the overall scale."""
     features, owner = video(4, (20, 6, 8), 0.7, wide)
     random = torch.Generator().manual_seed(1)
     common, large = torch.randn(wide, generator=random), 1000 * (torch.arange(wide) == 3)
@@ -254,7 +254,7 @@ def test_equal_features_are_spread_over_time_and_space(grid, budget):
         made = farthest_points(same(grid), keep, floor=floor)
         per_pair = torch.bincount(made // (h * w), minlength=t)
         assert per_pair.max() - per_pair.min() <= 1
-    # Over all pairs, each quarter of the frame has about its share, and no place is taken over and over again.
+    # Over all pairs, each quarter of the frame gets about its share, and no place is chosen over and over.
     made = farthest_points(same(grid), keep)
     y, x = made // w % h, made % w
     quarters = torch.bincount((y * 2 // h) * 2 + x * 2 // w, minlength=4)
@@ -298,5 +298,5 @@ def test_it_stops_where_every_unit_is_near_a_selected_one(seed, grid, within, le
         of_each = [greedy(every, [u for u in tube if u < len(owner)]) for tube in grid_tables(grid, "cpu")[2].tolist()]
         far = sum(radius > within * STEPS for radii in of_each for radius in radii.values())
         assert len(made) == min(12, max(least, far))
-        # What is selected is what a budget of that many would have selected.
+        # A budget of this size selects the same units.
         assert made == farthest_points(every, len(made)).tolist()

@@ -1,4 +1,4 @@
-"""Plans: how tokens are spread over frame pairs, the encoder's plan, and those of language methods."""
+"""Plans: the distribution of tokens over frame pairs, the encoder's plan, and the plans of language methods."""
 
 import math
 from dataclasses import replace
@@ -51,9 +51,9 @@ def test_apportion(groups, data):
     free = [i for i in range(len(groups)) if counts[i] < most[i]]
     for i in free:
         for j in free:
-            if weights[i] > weights[j]:  # with more weight never less
+            if weights[i] > weights[j]:  # a larger weight never gets less
                 assert counts[i] >= counts[j]
-            if weights[i] == weights[j] and i < j:  # with the same the first has the odd one
+            if weights[i] == weights[j] and i < j:  # of equal weights, the first gets the odd token
                 assert 0 <= counts[i] - counts[j] <= 1
     if all(total * weight <= limit * sum(weights) for weight, limit in groups) and sum(weights):
         assert all(
@@ -61,7 +61,7 @@ def test_apportion(groups, data):
         )
 
 
-# Schedules: which layers reduce how much.
+# Schedules: how much each layer reduces.
 
 towers = st.integers(1, 32).flatmap(
     lambda depth: st.builds(
@@ -123,9 +123,8 @@ def test_row_counts(tower, height, width, data, allocation, ends):
         wish = units - (units - keep) * done
         assert keep <= left <= before
         if tower.scope(layer) == "pair":
-            assert (
-                abs(left - wish) <= 0.5 + 1e-6 or left == before
-            )  # a layer over whole pairs makes up for all that is missing
+            # A layer over whole pairs makes up for all that is missing.
+            assert abs(left - wish) <= 0.5 + 1e-6 or left == before
         elif left < before:
             assert layer in weights and left >= windows
             assert left == windows or abs(left - wish) <= 0.5 + 1e-6
@@ -134,7 +133,7 @@ def test_row_counts(tower, height, width, data, allocation, ends):
         assert counts[-1] == keep
 
 
-# What methods plan, and that the encoder does what was planned.
+# Plans of methods, and whether the encoder follows them.
 
 SHAPE = TowerShape(8, (1, 3, 5, 7))
 GRID = (5, 4, 6)
@@ -229,5 +228,5 @@ def test_a_merger_plans_rows_for_each_frame_pair():
     plan = methods.parse("tome").plan(TowerShape(4, (1, 3)), (2, 4, 6), 9)  # 4 and 5 of 24
     assert [stage.reduce.left for stage in plan.inside_pairs] == [(19, 19), (14, 14), (9, 10), (4, 5)]
     assert (plan.layers, plan.rows, plan.exact) == ((48, 38, 28, 19), 9, True)
-    plan = methods.parse("evoprune-merge").plan(SHAPE, GRID, 2)  # a row stays in each frame pair at least
+    plan = methods.parse("evoprune-merge").plan(SHAPE, GRID, 2)  # each frame pair keeps at least one row
     assert (plan.keep, plan.rows) == (2, 5) and plan.stages[-1].reduce.left == (1,) * 5

@@ -1,4 +1,4 @@
-"""Methods of other packages, by entry points of distributions that are made up for the tests, and those of the documents."""
+"""Methods of other packages, from entry points of distributions made up for the tests, and the methods in the documents."""
 
 import json
 import re
@@ -54,7 +54,7 @@ random = extra_methods:First
 reuse = extra_methods:First
 with,comma = extra_methods:First
 """
-# What a selector of 96 units may return instead of 24, by the error's words; and classes that are refused when they are loaded.
+# Invalid results of a selector (24 of 96 units expected), by the error message; and classes that are refused when loaded.
 RETURNS = {
     "returned an object of class list where a Selection": "[1]",
     "returned 26 units where 24": "Selection(torch.arange(keep + 2))",
@@ -96,13 +96,13 @@ GRID = (4, 4, 6)
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A folder with an installed package that brings methods, on the path."""
+    """Put a folder with an installed package that provides methods on the path."""
     yield from installed(tmp_path, monkeypatch, "extra_methods", {"extra_methods": MODULE}, ENTRIES)
 
 
 @pytest.fixture
 def documented(tmp_path, monkeypatch):
-    """The same with the modules and entry points that the documents show; yields the modules by name."""
+    """The same with the modules and entry points in the documents. Yields the modules by name."""
     pages = "\n".join(Path(page).read_text(encoding="utf-8") for page in PAGES)
     modules = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", pages, re.S | re.M))
     blocks = map(tomllib.loads, re.findall(r"^```toml\n(.*?)^```", pages, re.S | re.M))
@@ -159,7 +159,7 @@ def test_a_broken_one_fails_only_when_it_is_selected(package, name, says):
 
 
 def one_more(folder, text):
-    """The package with a method `mine` more."""
+    """Add a method `mine` to the package."""
     (folder / "extra_methods.py").write_text(MODULE + text)
     with (folder / "extra_methods-1.2.dist-info/entry_points.txt").open("a") as entries:
         entries.write("mine = extra_methods:Mine\n")
@@ -186,7 +186,7 @@ def test_what_one_returns_is_checked(package, says):
 
 
 def fill(seen):
-    """Writes into every tensor of an object."""
+    """Write into every tensor of an object."""
     for value in vars(seen).values():
         if isinstance(value, torch.Tensor):
             value.fill_(1)
@@ -195,7 +195,7 @@ def fill(seen):
 @pytest.mark.parametrize("name", ["longest", "neighbours", "loudest"])
 @pytest.mark.parametrize("more", [(), ("following", "unrotated", "evened")])
 def test_one_may_write_into_what_it_gets(documented, monkeypatch, name, more):
-    """An evaluation shares the encoder's rows among methods."""
+    """An evaluation shares the encoder's rows among methods, so each method gets copies."""
     method, call = methods.get(name), "match" if name == "neighbours" else "select"
     patches, sizes, prompt = clip(GRID, changes(GRID, 1.0)), torch.rand(COLUMNS) + 1, a_prompt()
     plan = method if name == "loudest" else plan_of(method, tower_shape(tiny_tower()), GRID, 24)
@@ -323,9 +323,8 @@ def test_what_fails_inside_one_is_not_called_a_bug_of_this_package(package, cli)
     assert done.code == 1 and "that package's authors" in hint and "Traceback" not in done.err
     assert cli(*failing, "--json").record["error"]["type"] == "plugin"
     assert "in select" in cli(*failing, "--debug").err
-    done = cli(
-        *ASK[:2], *QUESTIONS[:2], "--method", "first:skip=-2"
-    )  # which would end the command as if it had answered
+    # This would end the command as if it had answered.
+    done = cli(*ASK[:2], *QUESTIONS[:2], "--method", "first:skip=-2")
     assert (
         done.code == 1
         and "error: method 'first' of extra-methods 1.2 failed: SystemExit: 0" in done.err

@@ -1,4 +1,4 @@
-"""What methods there are, their settings and combinations, and where each works."""
+"""The built-in methods, their settings and combinations, and where each one works."""
 
 import json
 import sys
@@ -130,7 +130,7 @@ def made_of(name: str, setting: str, value: object) -> Method:
 
 
 def test_every_number_is_finite_or_has_a_text_in_json():
-    """An infinite number is refused too, but where it means something."""
+    """Infinite numbers are refused unless they have a meaning."""
     infinite = []
     for kind in (Reuse, *(type(methods.get(name)) for name in methods.built_in())):
         for setting in (f.name for f in fields(kind) if "float" in str(f.type)):
@@ -168,7 +168,7 @@ def test_a_name_may_bring_settings():
         ("reuse:threshold=5+mmr:lam=0.7", MethodChain(encoder=Reuse(threshold=5.0), selector=Mmr(lam=0.7))),
         ("evoprune+fastv", MethodChain(encoder=EvoPruneMethod(), language=FastV())),
         ("reuse+mmr+fastv:share=0.3:depth=0.5", MethodChain(None, Reuse(), Mmr(), FastV(share=0.3, depth=0.5))),
-        # A plus in a number separates no methods.
+        # A plus sign inside a number does not separate methods.
         ("evoprune:reuse=+1.5E+1:count=.1e+1", MethodChain(encoder=EvoPruneMethod(reuse=15.0, count=1.0))),
         ("evoprune:reuse=1e+1+fastv", MethodChain(encoder=EvoPruneMethod(reuse=10.0), language=FastV())),
         (
@@ -271,14 +271,14 @@ def test_only_evoprune_finds_a_budget_by_itself():
             method.automatic()
 
 
-# What docs/methods.md says of all methods: where each works, and the contract of a selector; and the reasons of refusals.
+# The statements of docs/methods.md about all methods: where each works, the contract of a selector, and reasons for refusals.
 
 
 HEADER = (
     "method", "commands, `VideoQA`", "pictures", "`EvoPrune(...)(model)`, `apply`", "`evoprune.encode`", "vLLM", "overlay",
     "`-b auto`", "`-b auto:inflection`",
 )  # fmt: skip
-WHOLE = ("subsample", "evs")  # keep at least a frame pair, and a picture has one (tests/session/test_pictures.py)
+WHOLE = ("subsample", "evs")  # they keep at least a frame pair, and a picture has one (tests/session/test_pictures.py)
 
 
 def works(call, *args, **more) -> str:
@@ -290,7 +290,7 @@ def works(call, *args, **more) -> str:
 
 
 def facts(name: str) -> tuple[str, ...]:
-    """Where a method works, in the order of `HEADER`. tests/cli/test_methods.py runs each in every command, with overlays."""
+    """Return the table cells of a method, in the order of `HEADER`. tests/cli/test_methods.py runs each one in every command."""
     method = methods.parse(name)
     encode = works(patch_config, PRESETS["fast"], name, has_question=True)
     return (
@@ -306,7 +306,7 @@ def facts(name: str) -> tuple[str, ...]:
 
 
 def table() -> list[str]:
-    """The lines of the table: methods that work in the same places share a row."""
+    """Return the lines of the table. Methods that work in the same places share a row."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for name in methods.built_in():
         rows.setdefault(facts(name), []).append(f"`{name}`")
@@ -355,4 +355,4 @@ def test_methods_that_make_inputs_smaller_are_known_before_they_are_loaded():
     assert sorted(own) == sorted(registry.RESIZING)
     assert [name for name in methods.built_in() if methods.may_resize(name)] == list(registry.RESIZING)
     assert not methods.may_resize("reuse:threshold=5+divprune+fastv") and methods.may_resize("downscale+fastv")
-    assert methods.may_resize("mixed")  # of another package: it may
+    assert methods.may_resize("mixed")  # a method of another package may resize

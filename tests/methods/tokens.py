@@ -1,4 +1,4 @@
-"""Random and adversarial tokens, and what the specifications that are followed line by line have in common."""
+"""Random and adversarial tokens, and helpers shared by the line-by-line specifications."""
 
 from math import prod
 
@@ -25,7 +25,7 @@ def features_of(kind: str, n: int, seed: int = 0, width: int = 8) -> torch.Tenso
     if kind == "constant":
         return torch.ones(n, width) * 0.3
     made = torch.randn(n, width, generator=random)
-    if kind == "duplicates":  # at different lengths, which a cosine does not see
+    if kind == "duplicates":  # at different lengths, which a cosine ignores
         return made[torch.randint(max(1, n // 3), (n,), generator=random)] * (1 + torch.arange(n)[:, None] % 3)
     if kind == "two directions":
         return made[:2].repeat(n, 1)[:n]
@@ -35,7 +35,7 @@ def features_of(kind: str, n: int, seed: int = 0, width: int = 8) -> torch.Tenso
 
 
 def given_of(kind: str, n: int, seed: int = 0, width: int = 8) -> dict[str, torch.Tensor]:
-    """Everything that a method can ask for."""
+    """Return every input that a method can ask for."""
     attention = features_of(kind, n, seed + 1, 1)[:, 0].abs()
     if kind == "duplicates":
         attention = attention.round()
@@ -75,7 +75,7 @@ def first_of(values: list[float], best) -> int:
 
 
 def ranked(values: list[float]) -> list[int]:
-    """Indices from the highest value to the lowest, ties by index."""
+    """Return indices from the highest value to the lowest, ties by index."""
     return sorted(range(len(values)), key=lambda i: (-values[i], i))
 
 
@@ -87,7 +87,7 @@ def encoded(
     full_layers=(1, 3),
     **how,
 ):
-    """What the tiny tower makes of a video; `how`: further arguments of `encode`."""
+    """Encode a video with the tiny tower. `how`: further arguments of `encode`."""
     visual = tiny_tower(full_layers)
     return encode(visual, [patches], plan_of(method, tower_shape(visual), grid, keep), **how)
 
@@ -97,7 +97,7 @@ def plan_of(method: Method | MethodChain, tower: TowerShape, grid: tuple[int, in
 
 
 class Largest(TorchDispatchMode):
-    """Notes the most numbers that any tensor has which is made meanwhile."""
+    """Records the largest number of elements of any tensor made in its scope."""
 
     numbers = 0
 

@@ -1,4 +1,4 @@
-"""Configs as transformers reads them; rules; strict JSON."""
+"""Configs as transformers reads them; validation rules; strict JSON."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ NEW = json.loads(BUNDLED_CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"].read_text())
 
 
 def flat(content):
-    """The same numbers as the checkpoints on the hub write them: flat, under older names."""
+    """Return the same config as older checkpoints on the hub write it: flat, under older names."""
     text, vision = dict(content["text_config"]), dict(content["vision_config"])
     rope = text.pop("rope_parameters")
     vision["in_chans"] = vision.pop("in_channels")
@@ -40,7 +40,7 @@ def flat(content):
     return {k: v for k, v in content.items() if k != "text_config"} | text | {"vision_config": vision}
 
 
-QWEN2_VL_2B = {  # as it stands on the hub, without what does not matter here
+QWEN2_VL_2B = {  # as on the hub, without fields that do not matter here
     "model_type": "qwen2_vl", "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12,
     "num_hidden_layers": 28, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
     "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "tie_word_embeddings": True,
@@ -73,7 +73,7 @@ def test_both_ways_to_write_it_mean_the_same():
 
 CONFIGS = BUNDLED_CONFIGS | {name: demo.folder / "config.json" for name, demo in DEMOS.items()}
 FORMS = {"new": dict, "old": flat}
-# Fields of ours that transformers' class does not have, where it has none: it hard-codes them or has no use for them.
+# Fields that only evoprune's config has, because transformers hard-codes them or does not need them.
 OURS = {
     "family", "head_norms", "delta_net", "experts", "fullatt_block_indexes", "window_size", "tokens_per_second",
     "use_sliding_window", "num_position_embeddings", "deepstack_visual_indexes", "head_dim",
@@ -81,7 +81,7 @@ OURS = {
 
 
 def numbers(part):
-    """All numbers of a config's part by their names, those of `delta_net` and `experts` among them."""
+    """Yield all (name, number) pairs of a config part, including those in `delta_net` and `experts`."""
     for field, value in vars(part).items():
         if field in ("delta_net", "experts") and value is not None:
             yield from vars(value).items()
@@ -95,7 +95,7 @@ def check_numbers(config, theirs):
         for field, value in numbers(getattr(config, part)):
             other = getattr(theirs, part)
             if not hasattr(other, field) and field not in ("num_experts", "rope_parameters"):
-                # What it does not know has no effect.
+                # A field that transformers does not know has no effect.
                 assert field in OURS or value in (None, (), 1), field
                 continue
             if field in ("head_dim", "intermediate_size") and value is None:
@@ -129,10 +129,10 @@ def test_what_is_written_is_read_as_it_was(family):
     written = tiny_config(family).to_dict()
     config = parse_config(json.loads(json.dumps(written)))
     assert config.vision_config.family == family and FAMILIES[family].native == (family in MODEL_TYPES[:3])
-    if family != "qwen2_vl":  # which calls the sizes of its tower otherwise
+    if family != "qwen2_vl":  # it has other names for the sizes of its tower
         check_numbers(config, tiny_config(family))
     assert parse_config(json.loads(json.dumps(as_written(config)))) == config
-    # Also as transformers writes what it has made of ours.
+    # The config survives a round trip through transformers, too.
     assert parse_config(json.loads(hugging_face_config(config).to_json_string())) == config
     assert vision_sizes(tiny_config(family).vision_config) == config.vision_config
 
@@ -152,7 +152,8 @@ def test_what_a_file_of_later_families_leaves_out(family):
 
     sizes = {"hidden_size": 64, "num_hidden_layers": 9, "num_attention_heads": 2, "vocab_size": 100}
     sizes |= {} if family == QWEN3_5_MOE else {"intermediate_size": 96}
-    head = {"head_dim": 128} if family == QWEN3_MOE else {}  # else hidden size by heads, which the sections do not fit
+    # Otherwise hidden size / heads, which the sections do not fit.
+    head = {"head_dim": 128} if family == QWEN3_MOE else {}
     tower = {"depth": 25, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
     content = {"model_type": family, "text_config": sizes | head, "vision_config": tower}
     config, theirs = parse_config(content), AutoConfig.for_model(**copy.deepcopy(content))
@@ -226,7 +227,7 @@ CONTENTS = {
     "3.5 experts": tiny_config(QWEN3_5_MOE).to_dict(),
 }
 TEXT, VISION = "text_config", "vision_config"
-REFUSED = (  # family, where, entry, value, and what the message says of it
+REFUSED = (  # family, part, entry, value, and the message
     ("2", VISION, "embed_dim", 0, "embed_dim is 0, not a whole number"),
     ("2", VISION, "num_heads", None, "has no num_heads"),
     ("2", VISION, "num_heads", 7, "does not divide into heads"),
@@ -325,7 +326,7 @@ def test_the_end_of_answers_beside_the_language_model_counts_more(outer, inner, 
     ],
 )
 def test_a_size_beside_the_language_model_is_named(family, name):
-    """Not so what is there as well, or equals the default."""
+    """An entry that is in both places, or equals the default, is accepted."""
     content = copy.deepcopy(CONTENTS[family])
     content[TEXT].pop("num_local_experts", None)
     content[TEXT].setdefault(name, 4)
@@ -345,7 +346,7 @@ def outcome(content):
 
 
 def objects(content):
-    """The objects in a config, itself first."""
+    """Yield the config and all objects nested in it."""
     yield content
     for value in content.values():
         if isinstance(value, dict):
@@ -437,7 +438,7 @@ def test_a_sliding_window_counts_where_transformers_has_layers_with_one(given):
     ids=lambda text: f"{text[:16]}... {len(text)}" if len(text) > 16 else text,
 )
 def test_what_is_refused(text):
-    with pytest.raises(ValueError):  # also what json itself raises
+    with pytest.raises(ValueError):  # json.JSONDecodeError is a ValueError too
         loads(text)
 
 

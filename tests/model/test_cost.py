@@ -1,4 +1,4 @@
-"""What a run costs, of every family, against the models of transformers."""
+"""Estimated cost of a run in every family, against the models of transformers."""
 
 import json
 
@@ -35,23 +35,22 @@ def test_parameters_are_those_of_transformers(name):
 def test_operations_of_a_prompt_are_those_of_transformers(family):
     config, n = TINY[family].text_config, 2 * DELTA_CHUNK
     model = tiny_model(family=family)
-    model.set_attn_implementation("eager")  # products that the counter sees
+    model.set_attn_implementation("eager")  # uses matrix products that the counter sees
     model.set_experts_implementation("eager")
     language = model.model.language_model
     embeds = torch.randn(1, n, config.hidden_size)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         language(inputs_embeds=embeds)
-    expected = (
-        counter.get_total_flops() + 2 * config.hidden_size * config.vocab_size
-    )  # and the output layer for the last
+    # And the output layer for the last column.
+    expected = counter.get_total_flops() + 2 * config.hidden_size * config.vocab_size
     depth = config.num_hidden_layers
     full = sum(not config.is_linear(layer) for layer in range(depth))
-    # Counted there as if every column attended to every column, which is twice as much.
+    # The counter assumes that every column attends to every column, which is twice as much.
     expected -= full * 2 * n * n * head_size(config) * config.num_attention_heads
-    if net := config.delta_net:  # the triangular systems, which are not counted there
+    if net := config.delta_net:  # the triangular systems, which the counter misses
         solved = DELTA_CHUNK * (net.linear_key_head_dim + net.linear_value_head_dim) * net.linear_num_value_heads
         expected += (depth - full) * n * solved
-    # Before transformers 5.20 the counter sees the products of the rotary frequencies too.
+    # Before transformers 5.20 the counter includes the products of the rotary frequencies.
     assert prefill_flop(config, n) == pytest.approx(expected, rel=3e-4)
     assert prefill_flop(config, [n] * depth) == prefill_flop(config, [(n, n, n)] * depth) == prefill_flop(config, n)
 

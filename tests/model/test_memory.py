@@ -1,4 +1,4 @@
-"""Memory: what is foretold, what is done where it is short, and that running out of it is always called by its name."""
+"""Memory: estimates, fallbacks when memory is short, and out-of-memory errors that are always reported as such."""
 
 import os
 import re
@@ -81,15 +81,15 @@ def test_its_many_names(problem):
 
 
 def test_what_is_foretold_of_a_real_model():
-    """At 3B: what a product makes of a piece is small, of a whole video it is not, and a long prompt costs on its own."""
+    """At 3B, one piece needs little working memory and a whole video much more, and a long prompt adds its own."""
     config = describe(ModelOptions("Qwen/Qwen2.5-VL-3B-Instruct", load_format="dummy")).config
     few = working_memory(config, 4096, 512, 1024, 2)
     assert 2**28 < few < GIB
     assert working_memory(config, 4096, 4096, 1024, 2) > few + GIB
     assert working_memory(config, 24_576, 512, 24_576, 2) > few + 2 * GIB
-    # No more rows at a time than there are.
+    # The number of rows at a time is capped by the number of rows.
     assert working_memory(config, 100, 10**9, 50, 2) == working_memory(config, 100, 100, 50, 2)
-    # The input embedding and the quantised layers, of int4 those of int8 too.
+    # The input embedding and the quantized layers; int4 includes the int8 ones.
     whole = empty(config).to(torch.bfloat16)
     bits = sum(weight.nbytes for weight in whole.parameters())
     assert 4.0 * GIB < bits - saved_bytes(whole, "int8") < 4.2 * GIB
@@ -109,13 +109,13 @@ def test_what_is_foretold_of_rows_that_are_held_for_a_whole_video():
 
     after = foretold("divprune")
     assert foretold("earlytom") == after + 16_384 * 2 * row  # means of frame pairs, in float32
-    assert foretold("ipcv") == after + 16_384 * 6 * row  # earlier states, and what moves, in float32
+    assert foretold("ipcv") == after + 16_384 * 6 * row  # earlier states and motion, in float32
     assert foretold("evoprune") < after < foretold("divprune", 4096)
 
     def selected(units: int, rows: int, piece_units: int = 128) -> int:
         return working_memory(config, units, piece_units, 1024, 2, rows, rows)
 
-    # The embeddings of all units, and a copy for their distances; a selected row in the tower and after it.
+    # The embeddings of all units plus a copy for their distances; a selected row in the tower and after it.
     assert selected(32_768, 100) - selected(16_384, 100) == 16_384 * 2 * row
     assert selected(16_384, 12_288) - selected(16_384, 8192) == 4096 * (ROW_COPIES * row + 2048 * 2)
 
@@ -126,7 +126,8 @@ def test_layers_that_read_fewer_tokens_hold_and_cost_less():
     assert kv_bytes(config, [1000] * 36) == kv_bytes(config, 1000)
     saved = 2 * 34 * 750 * text.num_key_value_heads * 128 * 2  # keys and values in bf16
     assert kv_bytes(config, 1000) - kv_bytes(config, lengths) == saved
-    assert language_bytes(config, 1000, 2) - language_bytes(config, lengths, 2) == saved  # the first layers are as wide
+    # The first layers have full width.
+    assert language_bytes(config, 1000, 2) - language_bytes(config, lengths, 2) == saved
     whole, few = prefill_flop(text, 1000), prefill_flop(text, 250)
     assert prefill_flop(text, [1000] * 36) == pytest.approx(whole)
     output = 2 * text.hidden_size * text.vocab_size
@@ -144,7 +145,7 @@ def test_memory_that_this_process_may_not_have_is_not_available():
     assert os.waitpid(pid, 0)[1] == 0
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])  # in the file they are fp32, and stay there, mapped into memory
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])  # the file has fp32, which stays in the mapped file
 def test_weights_that_will_not_fit_are_not_read(saved, monkeypatch, dtype):
     monkeypatch.setattr(cost, "available_memory", lambda device: 10**5)
     monkeypatch.setattr("evoprune.session.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
@@ -217,7 +218,7 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
 @pytest.mark.parametrize("threaded", [True, False])
 @pytest.mark.parametrize(("room", "tried"), [(24, [96, 48, 24]), (23, [96, 48, 24])])
 def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, tmp_path, threaded, room, tried):
-    """A tower that has room for a single frame pair, and one that has not."""
+    """One tower has room for a single frame pair, the other for none."""
     clip = spoil(Path(CLIP), tmp_path / "damaged.mp4", {40, 50})
     monkeypatch.setattr(encoding.OpenInput, "threaded", threaded)
     qa, used, real = VideoQA(loaded, budget=0.5, method="evs"), [], encoding.encode_rows
@@ -226,7 +227,7 @@ def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, tmp_path, threade
 
     def encode(*args, piece_units, **how):
         used.append(piece_units)
-        made = real(*args, piece_units=piece_units, **how)  # all of it was read by then
+        made = real(*args, piece_units=piece_units, **how)  # all input was read before
         if piece_units > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return made
@@ -240,7 +241,7 @@ def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, tmp_path, threade
         video = open_inputs(qa.session, [clip]).encode()
         answer = video.ask("What happens?", max_new_tokens=4)
         assert "".join(answer) == whole
-        assert answer.report.video.damaged == 2  # not once for each try
+        assert answer.report.video.damaged == 2  # counted once, not once per attempt
         times = answer.report.time_ms
         assert min(times.read, times.preprocess, times.encode) > 0 and times.total >= times.encode
     assert used == tried

@@ -34,7 +34,7 @@ def test_one_number_is_enough(dtype):
 
 
 def spoil(loaded, where: str, bad: float) -> None:
-    """Puts a number that is none into one feature of one patch, into a weight, or into what the language model says."""
+    """Put NaN or infinity into one feature of one patch, into a weight, or into the language model's output."""
     visual, language = loaded.model.model.visual, loaded.model.model.language_model
 
     def one(module, args):

@@ -1,4 +1,4 @@
-"""Long videos whose moments are known: clips of a demo world, one after the other in one file."""
+"""Long videos with known moments: clips of a demo world, concatenated in one file."""
 
 import math
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from experiments.demo.scenes import clip as scenes_clip
 from experiments.demo.scenes import compose
 from experiments.demo.scenes import drawing as scenes_drawing
 
-HEIGHT, WIDTH = 8, 12  # of a frame, in units of 28 pixels
+HEIGHT, WIDTH = 8, 12  # frame size in units of 28 pixels
 FPS = 8
 FIRST_SEED = 3_550_000
-JOINED_S = 8.0  # a thing that is gone for less than this is there in one moment
+JOINED_S = 8.0  # absences shorter than this do not split a moment
 Span = tuple[float, float]  # start and end in seconds
 
 
@@ -37,7 +37,7 @@ def scene(seed: int) -> scenes_clip.Clip:
 
 
 def scene_shown(clip: scenes_clip.Clip) -> Iterator[tuple[str, float, float]]:
-    """A thing that changes has two names, each for its part of the time. Signs have other names."""
+    """Yield (name, start, end). A thing that changes has one name before and one after. Signs are left out."""
     for thing in clip.things:
         looks = [(thing.colour, 0.0, thing.turn)]
         if thing.after:
@@ -54,7 +54,7 @@ WORLDS = {
 
 
 def write_long_video(path: Path, world: str, minutes: float) -> dict[str, list[Span]]:
-    """Write a video of at least that many minutes; return the moments in which each thing of the world is there."""
+    """Write a video of at least `minutes` minutes. Returns the moments of each thing of the world."""
     tag, make, render, shown, colours, outlines = WORLDS[world]
     made = []
     spans: dict[str, list[Span]] = {f"{colour} {outline}": [] for colour in colours for outline in outlines}
@@ -74,7 +74,7 @@ def write_long_video(path: Path, world: str, minutes: float) -> dict[str, list[S
 
 
 def joined(spans: list[Span]) -> list[Span]:
-    """Return the moments, of which those less than `JOINED_S` apart are one."""
+    """Join moments that are less than `JOINED_S` apart."""
     made: list[Span] = []
     for start, end in sorted(spans):
         if made and start - made[-1][1] < JOINED_S:

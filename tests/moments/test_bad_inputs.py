@@ -27,7 +27,7 @@ def searched(qa, path, sampling=None, **options):
 
 @pytest.mark.full
 def test_ten_hours(demo, tmp_path):
-    """A keyframe every five minutes: the number of segments follows from the tokens."""
+    """A keyframe every five minutes. The token limit determines the number of segments."""
     frames = numbered_frames(120, 56, 56)
     path = write_video(tmp_path / "long.mp4", frames, pts=[300.0 * n for n in range(120)], gop=1)
     search = searched(demo, path, total_tokens=600)
@@ -37,12 +37,12 @@ def test_ten_hours(demo, tmp_path):
 
 @pytest.mark.full
 def test_minutes_without_frames(demo, tmp_path):
-    """What is on the screen stays there until the next frame."""
+    """A frame stays on screen until the next one."""
     frames = [np.zeros((56, 56, 3), np.uint8), *numbered_frames(3, 56, 56)]
     path = write_video(tmp_path / "gap.mp4", frames, pts=[0.0, 60.0, 60.5, 61.0], gop=1)
     search = searched(demo, path, segment_s=4.0, min_score=0.0)
     assert len(search.segments) == search.asked > 10 and search.unread == 0
-    (moment,) = search.moments()  # with such a least score everything is one
+    (moment,) = search.moments()  # with this minimum score everything is one moment
     assert (moment.start_s, moment.end_s) == (0.0, search.duration_s)
 
 

@@ -1,4 +1,4 @@
-"""Encoded segments that are kept: another query needs no reading, and one hash of the file serves all."""
+"""Cached segments: another query reads nothing, and one hash of the file serves all segments."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from tests.cli.conftest import ROOT
 from tests.threads import one_thread  # noqa: F401
 
 SQUARE = str(ROOT / "samples" / "square.mp4")
-SHORT = FindOptions(segment_s=2.0, min_score=1.0)  # three segments, none of which is looked at in parts
+SHORT = FindOptions(segment_s=2.0, min_score=1.0)  # three segments, not searched in parts
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Clips: what is in them, that no file is replaced, and that nothing is left of one that could not be finished."""
+"""Clips: their content, that no file is overwritten, and that a failed clip leaves no files."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ from tests.video.unruly import PROGRAM
 
 START_S = 2.35
 END_S = 4.05
-# Kinds of which no packets are copied: without times, or in no container that clips have.
+# Kinds whose packets are not copied: without timestamps, or in no container that clips have.
 NOT_COPIED = (
     "h264.avi", "h264.h264", "picture.gif", "wmv2.wmv", "sorenson.flv", "png16.mov", "raw.avi", "raw.y4m", "picture.apng",
 )  # fmt: skip
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def film(folder):
-    """Ten frames and one keyframe a second, with sound."""
+    """Ten frames and one keyframe per second, with sound."""
     frames = numbered_frames(60)
     return probe(write_video(folder / "film.mp4", frames, gop=10, audio_s=6.0, options=OUT_OF_ORDER))
 
@@ -53,7 +53,7 @@ def unruly(monkeypatch):
 
 
 def shown(info, start_s, end_s):
-    """The number on screen each 0.1 s, in the middle."""
+    """Return the number on screen every 0.1 s, in the middle of the interval."""
     return numbers(info, np.arange(start_s + 0.05, end_s, 0.1).round(3).tolist())
 
 
@@ -132,7 +132,7 @@ def write_with_tone(path: str, codec: str, sound: str) -> None:
 
 
 def loud(path) -> tuple[str, float, float]:
-    """Return the codec of a file's sound, and between which seconds it is loud."""
+    """Return the codec of a file's sound, and the first and last second of its loud part."""
     with av.open(path) as container:
         sound = container.streams.audio[0]
         times = []
@@ -164,7 +164,7 @@ def test_sound_that_the_clip_cannot_hold_is_encoded_anew(name, codec, sound, exa
 
 
 def test_sound_that_is_left_out_is_a_warning(film, folder, in_process, monkeypatch, tmp_path):
-    """Of a file that was joined, and where FFmpeg has no decoder for it."""
+    """For a joined file, and for a codec without a decoder in FFmpeg."""
     part = write_video(folder / "sound.ts", numbered_frames(20), audio_s=2.0)
     (folder / "joined_sound.ts").write_bytes(part.read_bytes() * 2)
     with pytest.warns(EvopruneWarning, match="joined_sound.ts: its sound is left out"):
@@ -181,7 +181,7 @@ def test_sound_that_is_left_out_is_a_warning(film, folder, in_process, monkeypat
 @pytest.mark.few(8)
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind(name, exact, folder, tmp_path):
-    """At each time, the clip shows what the video shows; or it says how it can be cut."""
+    """At each time, the clip shows the same as the video, or an error says how it can be cut."""
     info = probe(write_kind(folder, name))
     start_s = 0.45 * info.duration_s
     end_s = 0.8 * info.duration_s
@@ -202,7 +202,7 @@ def test_every_kind(name, exact, folder, tmp_path):
 @pytest.mark.parametrize("encoder", cutting.ENCODERS)
 def test_colours_stay(encoder, in_process, monkeypatch, tmp_path):
     monkeypatch.setattr(cutting, "ENCODERS", {encoder: cutting.ENCODERS[encoder]})
-    # Of 720 lines, whose colours players take for those of HD.
+    # 720 lines, for which players assume the colors of HD.
     wide = np.kron(quarters(), np.ones((15, 15, 1), np.uint8))
     info = probe(write_video(tmp_path / "quarters.mp4", [wide] * 4, options={"crf": "1"}))
     made = probe(cut_clip(info, 0.0, 0.3, str(tmp_path / "clips"), exact=True).path)
@@ -213,7 +213,7 @@ def test_colours_stay(encoder, in_process, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_what_players_show_in_another_way(exact, tmp_path):
-    """The shape of pixels is kept, and HDR unless frames are encoded anew."""
+    """The pixel aspect ratio is kept, and HDR too unless frames are encoded again."""
     found = {}
     for name in ("wide.mp4", "pq.mp4"):
         apart(write_said, tmp_path / name)
@@ -234,7 +234,7 @@ def test_a_file_that_was_joined(film, folder, tmp_path):
 
 
 def test_damage(film, folder, tmp_path):
-    """Of damaged frames, the one before stays on screen, as where frames are read."""
+    """A frame before damaged ones stays on screen, as when reading frames."""
     info = probe(spoil(Path(film.path), folder / "damaged.mp4", [25, 26]))
     clip = cut_clip(info, START_S, END_S, str(tmp_path), exact=True)
     assert shown(probe(clip.path), 0.05, END_S - START_S) == shown(info, START_S + 0.05, END_S)
@@ -280,7 +280,7 @@ def test_names():
 
 
 class Full:
-    """An open file on a disk that is full."""
+    """An open file on a full disk."""
 
     def __init__(self, file):
         self._file = file
@@ -325,7 +325,7 @@ def test_ctrl_c(film, monkeypatch, tmp_path):
 
 
 def test_a_clip_of_many_pieces(monkeypatch, folder, tmp_path):
-    """Which both processes hold one by one."""
+    """Both processes hold one piece at a time."""
     noise = np.random.default_rng(0).integers(0, 255, (20, 240, 320, 3), np.uint8)
     info = probe(write_video(folder / "noise.mkv", noise, codec="ffv1", pix_fmt="bgr0"))
     stream = isolation.stream_clip
@@ -350,7 +350,7 @@ needs_linux = pytest.mark.skipif(not isolation.POSSIBLE, reason="needs Linux")
 
 @needs_linux
 def test_a_process_that_crashes(film, unruly, tmp_path):
-    """Once is tried again."""
+    """A crash is retried once."""
     for name in ("clip_once_crash", "clip_crash"):
         (tmp_path / f"{name}.mp4").write_bytes(Path(film.path).read_bytes())
     out = tmp_path / "out"
@@ -373,7 +373,7 @@ def test_a_process_that_hangs(film, unruly, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("answer", [{"at": 10**9}, {"at": -1}])
 def test_what_a_process_says_is_not_trusted(answer, film, in_process, monkeypatch, tmp_path):
-    """It may have been taken over."""
+    """The worker process may be compromised."""
     fill = cutting.ClipReader.fill
     monkeypatch.setattr(cutting.ClipReader, "fill", lambda self, content: fill(self, content) | answer)
     with pytest.raises(VideoError, match="its answer is invalid"):

@@ -1,4 +1,4 @@
-"""Finding moments with the demo models in videos of some minutes, whose things and times are known."""
+"""Finding moments with the demo models in videos of a few minutes, with known things and times."""
 
 import gc
 
@@ -31,7 +31,7 @@ def demo():
 
 
 def there_and_absent(times):
-    """Return names of things that are there in one moment, of more than two seconds, and of things that never are."""
+    """Return the names of things in exactly one moment longer than two seconds, and of things that never appear."""
     absent = [name for name, spans in times.items() if not spans]
     lasting = [name for name, spans in times.items() if len(spans) == 1 and spans[0][1] - spans[0][0] > 2]
     return lasting, absent
@@ -181,10 +181,10 @@ def test_a_moment_ends_with_its_last_segment(demo, shapes):
 
 @pytest.mark.full
 def test_memory_does_not_grow_with_the_length(demo, shapes):
-    """A segment is forgotten before the next but one."""
+    """A segment is released before the next but one is encoded."""
     path, _ = shapes
     held = []
-    encoded_inputs = evoprune.EncodedInputs  # found once: there are some million objects
+    encoded_inputs = evoprune.EncodedInputs  # looked up once, because there are about a million objects
 
     def count(stage, done, total):
         held.append(sum(type(each) is encoded_inputs for each in gc.get_objects()))
@@ -194,7 +194,7 @@ def test_memory_does_not_grow_with_the_length(demo, shapes):
 
 
 class Known:
-    """Stands in for a part of a video that is read."""
+    """Replacement for a part of a video that is read."""
 
     def __init__(self, part):
         self.part = part
@@ -208,7 +208,7 @@ class Known:
 
 @pytest.fixture
 def searched(demo, monkeypatch, tmp_path):
-    """A function: search a video of 19.5 minutes, whose segments and pieces show the query in some spans of time."""
+    """A function that searches a video of 19.5 minutes, whose parts show the query in the given spans of time."""
     path = write_video(tmp_path / "long.mp4", numbered_frames(40, 56, 56), pts=[30.0 * n for n in range(40)], gop=1)
 
     def run(spans, **options):
@@ -230,7 +230,7 @@ SPANS = [(60.0 * n + 28.0, 60.0 * n + 34.0) for n in range(18)]
 
 @pytest.mark.parametrize("segment_s", [None, 30.0, 60.0])
 def test_moments_a_minute_apart_are_not_joined(segment_s, searched):
-    """However long the segments are; they show it one after the other."""
+    """Holds for any segment length. Consecutive segments show the query."""
     search = searched(SPANS, segment_s=segment_s, top=20)
     found = sorted(search.moments(), key=lambda moment: moment.start_s)
     assert len(found) == 18 and search.more("a red ring") == 0

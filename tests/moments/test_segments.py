@@ -1,4 +1,4 @@
-"""Cutting a video, the least score of a moment, joining, and borders: numbers alone."""
+"""Cutting a video, the minimum score of a moment, joining, and borders, with numbers only."""
 
 import math
 import random

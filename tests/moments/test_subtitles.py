@@ -1,4 +1,4 @@
-"""Moments as subtitles and as chapters: other programs read what they say."""
+"""Moments as subtitles and chapters that other programs can read."""
 
 import io
 
@@ -25,7 +25,7 @@ def test_srt():
 
 
 def test_srt_is_read(tmp_path):
-    """Whatever a query holds."""
+    """Holds for any text in a query."""
     (tmp_path / "a.srt").write_text(srt([*MOMENTS, Moment("x --> y\n\n7\nz ü", 5.0, 6.0, 1.0, 5.5)]), encoding="utf-8")
     info = probe(write_video(tmp_path / "a.mp4", numbered_frames(2)))
     found = read_subtitles(info, "auto").lines
@@ -34,14 +34,14 @@ def test_srt_is_read(tmp_path):
 
 
 def read_chapters(text):
-    """Start, end and title of each chapter, in seconds, as FFmpeg reads them."""
+    """Return start, end and title of each chapter, in seconds, as read by FFmpeg."""
     with av.open(io.BytesIO(text.encode()), format="ffmetadata") as container:
         return [(each["start"] / 1000, each["end"] / 1000, each["metadata"]["title"]) for each in container.chapters()]
 
 
 @pytest.mark.parametrize("query", [ODD, "plain", "[CHAPTER]", " é "])
 def test_chapters_are_read(query):
-    """They cover the video without gaps, because players of an MP4 begin each chapter where the one before it ends."""
+    """Chapters cover the video without gaps, because MP4 players start each chapter at the end of the previous one."""
     moments = [*MOMENTS, Moment(query, 2.25, 4.0, 0.9, 1.0)]
     assert read_chapters(chapters(moments, 4000.5)) == [
         (0.0, 1.0, "-"),

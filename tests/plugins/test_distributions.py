@@ -1,4 +1,4 @@
-"""The distributions in plugins/: what they declare, and what installing them changes in vLLM. Neither host program is needed."""
+"""The distributions in plugins/: their metadata, and the effect of installing them on vLLM. Needs neither host program."""
 
 import ast
 import subprocess

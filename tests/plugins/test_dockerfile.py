@@ -1,4 +1,4 @@
-"""The image of the server: what it is built from is there, and what it runs is the server."""
+"""The server image is built from existing files and runs the server."""
 
 import json
 import re

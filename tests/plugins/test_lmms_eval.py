@@ -1,6 +1,6 @@
-"""The model for lmms-eval: against a stand-in with the parts of its interface that are used; and in lmms-eval, where that is there.
+"""The model for lmms-eval: with a stand-in for the parts of lmms-eval that it uses, and in lmms-eval itself if installed.
 
-`python -m experiments.environments lmms-eval` makes an environment for lmms-eval, which wants an older PyAV than the other tests.
+`python -m experiments.environments lmms-eval` makes an environment for lmms-eval, which needs an older PyAV than the other tests.
 """
 
 import importlib
@@ -41,7 +41,7 @@ GenerationResult = namedtuple("GenerationResult", ["text", "token_counts"], defa
 
 
 class Lmms:
-    """What lmms-eval's base class gives a model."""
+    """The parts of lmms-eval's base class that a model uses."""
 
     is_simple = True
 
@@ -54,7 +54,7 @@ class Lmms:
 
 @pytest.fixture
 def model_class(monkeypatch):
-    """The class, made on the stand-in; lmms-eval 0.7.3 has the same names, which `test_in_lmms_eval` holds them to."""
+    """The class, built on the stand-in. `test_in_lmms_eval` checks that lmms-eval 0.7.3 has the same names."""
     for name, contents in {
         "lmms_eval": {},
         "lmms_eval.api": {},
@@ -70,7 +70,7 @@ def model_class(monkeypatch):
 
 
 def request(model, question, visuals, **settings):
-    """As lmms-eval makes it for a model that is simple."""
+    """Return a request as lmms-eval makes it for a simple model."""
     docs = model.task_dict.setdefault("task", {}).setdefault("test", [])
     docs.append(visuals)
     return SimpleNamespace(args=(question, settings, lambda doc: doc, len(docs) - 1, "task", "test"))
@@ -83,7 +83,7 @@ def test_answers_and_what_they_took(model_class, monkeypatch):
     asked = [(q, clip) for clip in CLIPS for q in QUESTIONS]
     given = [request(model, q, [clip], max_new_tokens=16, temperature=0, do_sample=False) for q, clip in asked]
     results = model.generate_until(given)
-    assert encoded == list(CLIPS)  # once for all questions that follow each other
+    assert encoded == list(CLIPS)  # once for consecutive questions
     qa = VideoQA.load("demo", budget=0.25)
     assert [r.text for r in results] == ["".join(encode(qa, c, frames=8).ask(q)) for q, c in asked]
     cached = [("generate_until", g.args[:2], r.text) for g, r in zip(given, results, strict=True)]
@@ -144,7 +144,7 @@ def test_questions_about_the_same_pictures_share_their_encoding(model_class, mon
     asked = [(q, [CLIPS[0], each]) for each in (picture, picture.copy(), *palettes) for q in QUESTIONS]
     model = model_class(pretrained="demo", pictures="true", budget=0.5, frames=4)
     results = model.generate_until([request(model, q, shown, max_new_tokens=4) for q, shown in asked])
-    assert len(encoded) == 3  # equal pictures are the same, and those with another palette are not
+    assert len(encoded) == 3  # equal pictures are the same input, and pictures with another palette are not
     anew = [r.token_counts.measured["time_ms"]["encode"] > 0 for r in results]
     assert anew == [True, *[False] * 3, True, False, True, False]
 
@@ -176,7 +176,7 @@ def test_the_entry_point_is_found():
 
 @real
 def test_in_lmms_eval():
-    """A task over the sample clips, from the name of the model to the logged samples."""
+    """Runs a task on the sample clips, from the name of the model to the logged samples."""
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 

@@ -1,7 +1,7 @@
-"""Counts what an encode, or a question, asks of a device, where the counts are exact: `python -m tests.second_device.counting`.
+"""Exact counts of the device operations of an encode or a question: `python -m tests.second_device.counting`.
 
-Operations are all that reach torch's dispatcher, views too; an operator of evoprune is one. Copies are those of tensors to the
-host.
+Operations are the calls that reach torch's dispatcher, including views; an evoprune operator counts as one. Copies are tensor
+copies to the host.
 """
 
 import argparse
@@ -11,15 +11,17 @@ from traceback import extract_stack
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.second_device import far, plugin  # noqa: F401  before anything of evoprune
+from tests.second_device import far, plugin  # noqa: F401  before any import of evoprune
 
 ITEM = "_local_scalar_dense"
 
 
 class Counting(TorchDispatchMode):
-    """Attributes:
-    operations: how often each was called, by the lines of this package that called it if `lines`, else together.
-    copies: of tensors to the host.
+    """Counts operations and copies.
+
+    Attributes:
+        operations: number of calls, by operator and, if `lines`, by the calling line of this package.
+        copies: number of tensor copies to the host.
     """
 
     def __init__(self, lines: bool = False):
@@ -39,7 +41,7 @@ class Counting(TorchDispatchMode):
 
 
 def encodes(qa, clip: str, lines: bool = False, prefill: bool = False, **frames) -> tuple[Counting, int]:
-    """The counts of one encode, perhaps with the prefill of a question, its first one made before; and how often it waits."""
+    """Return the counts and the number of waits of one encode (and prefill of a question), after a warm-up run."""
     from tests.waiting import Waiting
 
     def run() -> None:

@@ -1,8 +1,8 @@
-"""A second device, `far`, whose tensors the CPU cannot read: in Python, through torch's PrivateUse1.
+"""A second device, `far`, whose tensors the CPU cannot read, written in Python with torch's PrivateUse1.
 
-It computes on the CPU, with memory of its own. What a GPU refuses raises: products of tensors here and there, and indices that are
-on the other side, which torch would copy silently. It has neither streams nor kernels of its own: events take the CPU's time, and
-pinned memory is a copy that says it is pinned. `rename` holds for the whole process, so tests on it run in one of their own:
+It computes on the CPU but has its own memory. Operations that a GPU refuses raise an error: products of tensors on both devices,
+and indices on the other device, which torch would copy silently. It has no streams and no kernels of its own: events use the CPU's
+clock, and pinned memory is a copy that claims to be pinned. `rename` affects the whole process, so its tests run in a separate one:
 
     python -m pytest -p tests.second_device.plugin -m device tests/second_device
 """
@@ -15,16 +15,16 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "far"
-INDEXING = ("index", "index_put_")  # with indices of the CPU, which a GPU copies: transformers does
+INDEXING = ("index", "index_put_")  # CPU indices are allowed here, because GPUs copy them and transformers relies on it
 COPYING = ("_to_copy", "to", "copy_")
 FACTORIES = ("arange", "arange.start", "arange.start_step", "linspace", "eye")
-# Would become several operations, one of them of `RESHAPING`.
+# These would become several operations, including one in `RESHAPING`.
 WHOLE = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.einsum, torch.Tensor.quantile}
 RESHAPING = ("resize_", "squeeze_", "unsqueeze_", "t_", "transpose_", "set_")  # in place, which a wrapper cannot follow
 
 
 class Memory:
-    """The device's: `most` bytes are the largest tensor that it has room for, `largest` those of the largest so far."""
+    """The device's memory: `most` limits the bytes of one tensor, `largest` is the largest tensor so far, in bytes."""
 
     most: float = float("inf")
     largest: int = 0
@@ -40,7 +40,7 @@ class Memory:
 
 
 class Far(torch.Tensor):
-    """A tensor on the device; `there` has its values."""
+    """A tensor on the device. Its values are in `there`."""
 
     @staticmethod
     def __new__(cls, there: torch.Tensor):
@@ -70,7 +70,7 @@ class Far(torch.Tensor):
 
 
 class ElsewhereError(RuntimeError):
-    """Tensors of both devices in one operation."""
+    """Raised when one operation gets tensors of both devices."""
 
 
 def run(func, args: tuple, kwargs: dict):
@@ -91,7 +91,7 @@ def run(func, args: tuple, kwargs: dict):
     args, kwargs = tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))
     kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     args, kwargs = tree_map_only(Far, lambda x: x.there, (args, kwargs))
-    if name == "histc":  # of whole numbers, which the CPU does not count
+    if name == "histc":  # integers, which the CPU's histc does not support
         args = args[0].float(), *args[1:]
     made, known = func(*args, **kwargs), {id(x.there): x for x in given if isinstance(x, Far)}
 
@@ -107,7 +107,7 @@ def run(func, args: tuple, kwargs: dict):
 
 
 def _made(func):
-    """A factory whose composite form would resize a tensor of the device."""
+    """Wrap a factory function whose composite form would resize a tensor of the device."""
 
     def make(*given, device=None, pin_memory=None, layout=None, **how) -> Far:
         return Far(func(*given, **how, device="cpu"))
@@ -124,13 +124,13 @@ def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memor
 
 
 def _copy_from(source: torch.Tensor, to: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    """Where torch copies below `__torch_dispatch__`, as `torch.tensor` does."""
+    """Copy between devices for callers below `__torch_dispatch__`, such as `torch.tensor`."""
     (to.there if isinstance(to, Far) else to).copy_(source.there if isinstance(source, Far) else source)
     return to
 
 
 class Event:
-    """The CPU's clock in the place of the device's events."""
+    """Replacement for device events, with the CPU's clock."""
 
     def __init__(self, device=None, enable_timing: bool = False):
         self._at = None
@@ -139,7 +139,7 @@ class Event:
         self._at = time.perf_counter()
 
     def synchronize(self) -> None:
-        """Nothing runs on."""
+        """Do nothing, because all work is synchronous."""
 
     def elapsed_time(self, end: "Event") -> float:
         return (end._at - self._at) * 1000
@@ -155,7 +155,7 @@ _library = torch.library.Library("aten", "IMPL")
 
 
 def register() -> None:
-    """Makes the device known to torch, once in a process."""
+    """Register the device with torch, once per process."""
     _setup_privateuseone_for_python_backend(NAME)
     _library.impl("empty.memory_format", _empty, "PrivateUse1")
     _library.impl("empty_strided", _empty_strided, "PrivateUse1")

@@ -1,7 +1,7 @@
-"""A plug-in of pytest: the process has the device `far`, and a model that may choose its device takes it.
+"""A pytest plug-in that registers the device `far` and makes it the default device of models.
 
-Tensors of inference mode cannot be wrapped, so that `torch.inference_mode` is `torch.no_grad` here. Functions are decorated with it
-when they are defined: this is imported before anything of evoprune.
+Inference-mode tensors cannot be wrapped, so `torch.inference_mode` is replaced by `torch.no_grad`. Functions use it as a
+decorator at definition, so this plug-in must be imported before evoprune.
 """
 
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""A second device computes what the CPU computes, and refuses what a GPU refuses."""
+"""A second device gets the CPU's results, and raises if an operation mixes devices as on a GPU."""
 
 from functools import cache
 from types import SimpleNamespace
@@ -50,13 +50,13 @@ def loaded(device: str, model: str = "demo"):
 
 
 def both(inputs, model="demo", frames=FRAMES, budget=0.25, **pruning):
-    """The same inputs, encoded on the CPU and on the device."""
+    """Encode the same inputs on the CPU and on the device."""
     qas = [evoprune.VideoQA(loaded(device, model), budget=budget, **pruning) for device in ("cpu", NAME)]
     return [qa.encode(inputs, **frames) for qa in qas]
 
 
 def assert_same(cpu, device, near=2e-4) -> None:
-    """`near`: how far features may be apart. Frames that are resized differ by a level here and there."""
+    """Check that encodings, logits and answers match. `near`: feature tolerance; resizing may change values by one level."""
     for ours, theirs in zip(device._encodings, cpu._encodings, strict=True):
         assert ours.tokens.features.device.type == NAME and ours.tokens.layers == theirs.tokens.layers
         assert ours.tokens.kept.tolist() == theirs.tokens.kept.tolist()
@@ -72,8 +72,8 @@ def test_every_method(method):
 
 
 def test_a_small_input_where_launches_bound_the_tower(monkeypatch):
-    """Pruned after the tower alone: the same tokens as on the CPU, in fewer operations, with one wait fewer."""
-    from tests.second_device.counting import encodes  # which makes the device
+    """Pruning only after the tower gives the CPU's tokens with fewer operations and one wait less."""
+    from tests.second_device.counting import encodes  # registers the device
 
     after = evoprune.VideoQA(loaded("cpu"), budget=0.25, method="evoprune:depth=1:reuse=0").encode(CLIP, **FRAMES)
     monkeypatch.setattr(limits, "launch_bound_units", lambda device: LAUNCH_BOUND_UNITS if device == NAME else 0)
@@ -120,7 +120,7 @@ def test_pictures_and_several_inputs(inputs, budget):
 
 
 class CopiesThere(TorchDispatchMode):
-    """Notes the shape of each tensor that is copied from the CPU to the device."""
+    """Records the shape of each tensor copied from the CPU to the device."""
 
     def __init__(self):
         super().__init__()
@@ -165,15 +165,14 @@ def test_the_content_decides(budget):
 @pytest.mark.filterwarnings("error::evoprune.errors.DeviceWarning")
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_graphs(family, tmp_path, monkeypatch):
-    """Recorded, without copies between the CPU and the device."""
+    """Graphs are recorded without copies between the CPU and the device."""
     cpu, device = both(CLIP, str(save_tiny(tmp_path, family=family)))
     graphs, how = Graphs(), {"temperature": 1.0, "max_new_tokens": 12, "seed": 2}
     expected = cpu.ask(QUESTION, **how)
-    expected.text  # which generates it # noqa: B018
+    expected.text  # generates the answer # noqa: B018
     monkeypatch.setattr(static, "devices", graphs)
-    monkeypatch.setattr(
-        static, "can_step", lambda model: True
-    )  # tensors of this device have a class, as quantised ones do
+    # Tensors of this device are a subclass, like quantized ones.
+    monkeypatch.setattr(static, "can_step", lambda model: True)
     made = device.ask(QUESTION, **how)
     assert made.text == expected.text
     assert (graphs.captured, graphs.replayed) == (1, len(expected.ids) - static.PLAIN_TOKENS - 1)
@@ -192,7 +191,7 @@ def test_a_second_question_uses_the_prompt_again():
 
 @pytest.mark.parametrize("demo_range", [True, False], ids=["moved", "thinned"])
 def test_a_stream(demo_range):
-    """Windows are thinned, and where the range of positions is short the keys are rotated back."""
+    """Windows are thinned, and keys are rotated back if the range of positions is short."""
     made = []
     for device in ("cpu", NAME):
         model = loaded(device) if demo_range else described(loaded(device), folder=None)
@@ -266,10 +265,10 @@ def test_less_is_encoded_at_a_time_where_memory_runs_out(monkeypatch):
     monkeypatch.setattr(Memory, "most", most := Memory.largest - 1)
     monkeypatch.setattr(Memory, "largest", 0)
     made = qa.encode(CLIP, **FRAMES).encoded.features.cpu()
-    assert Memory.largest > most  # which was refused
+    assert Memory.largest > most  # the allocation that was refused
     torch.testing.assert_close(made, expected, atol=2e-4, rtol=1e-4)
     monkeypatch.setattr(Memory, "most", 1000)
-    qa.loaded.patches.clear()  # they are read and cut again
+    qa.loaded.patches.clear()  # patches are read and cut again
     with pytest.raises(OutOfMemory, match=r"^out of memory in preprocess: .* GiB wanted, .* GiB free\n") as raised:
         qa.encode(CLIP, **FRAMES)
     assert raised.value.exit_code == 5 and "--frames" in raised.value.hint
@@ -279,13 +278,13 @@ def test_less_is_encoded_at_a_time_where_memory_runs_out(monkeypatch):
     ("method", "times", "selecting"), [("none", 2, 0), ("divprune", 2, 0), ("visionzip", 2, 7), ("evoprune", 3, 0)]
 )
 def test_how_often_it_waits(method, times, selecting):
-    """From the first patches to the first token: the numbers that docs/gpu.md states; `-s` prints all places."""
+    """From the first patches to the first token, as stated in docs/gpu.md; `-s` prints all places."""
     qa = evoprune.VideoQA(loaded(NAME), budget=1.0 if method == "none" else 0.25, method=method)
     made = []
-    for tokens in (1, 1, 3):  # the first time makes what is kept for later
+    for tokens in (1, 1, 3):  # the first run fills caches
         with Waiting() as mode:
             answer = qa.encode(CLIP, **FRAMES).ask(QUESTION, max_new_tokens=tokens)
-            answer.text  # which generates it # noqa: B018
+            answer.text  # generates the answer # noqa: B018
         made.append((mode, len(answer.ids) + (answer.report.finish_reason == "stop")))
     (first, one), (longer, more) = made[1:]
     print(f"{method}: {len(first.places)}", *first.places, sep="\n")
@@ -294,7 +293,7 @@ def test_how_often_it_waits(method, times, selecting):
 
 
 def test_layers_of_linear_attention_wait_for_nothing(tmp_path):
-    """The language model is a module of transformers, but its layers are not."""
+    """The language model is a module of transformers, except for its linear-attention layers."""
     qa = evoprune.VideoQA(loaded(NAME, str(save_tiny(tmp_path, family="qwen3_5"))), budget=0.25)
     for _ in range(2):
         with Waiting() as mode:
@@ -304,8 +303,8 @@ def test_layers_of_linear_attention_wait_for_nothing(tmp_path):
 
 @pytest.mark.parametrize("budget", [0.25, 1.0])
 def test_operations_copies_and_waits_do_not_grow_with_the_video(budget):
-    """From 384 units in two tubes to 1,152 in more; `python -m tests.second_device.counting` prints the table of results/gpu.md."""
-    from tests.second_device.counting import encodes  # which makes the device
+    """From 384 units in two tubes to 1,152 in more. `python -m tests.second_device.counting` prints the table of results/gpu.md."""
+    from tests.second_device.counting import encodes  # registers the device
 
     qa, made = evoprune.VideoQA(loaded(NAME), budget=budget), []
     for frames in (8, 24):
@@ -314,7 +313,7 @@ def test_operations_copies_and_waits_do_not_grow_with_the_video(budget):
     assert made[0] == made[1] and made[0][1:] == ((2, 2) if budget < 1 else (1, 1))
 
 
-# The device itself: what it computes, and what it refuses.
+# The device itself: its results, and the operations it refuses.
 
 
 def test_it_computes_and_its_values_come_back():
@@ -334,7 +333,7 @@ def test_it_refuses_tensors_of_the_cpu():
     for mixed in (lambda: x + here, lambda: x @ here.T, lambda: x[torch.tensor([0])], lambda: torch.cat([x, here])):
         with pytest.raises(far.ElsewhereError):
             mixed()
-    assert (x + torch.tensor(1.0)).sum().item() == 6  # a number is no tensor of the CPU
+    assert (x + torch.tensor(1.0)).sum().item() == 6  # scalars do not count as CPU tensors
     x.copy_(torch.ones(2, 3))
     assert x.sum().item() == 6
 

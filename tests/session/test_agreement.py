@@ -34,7 +34,7 @@ def ids(full):
 def test_logits_along_an_answer_choose_it(full, ids):
     logits, seconds = full.read_along(QUESTION, ids)
     assert logits.argmax(1).tolist() == ids and logits.dtype == torch.float32 and seconds > 0
-    assert full.ask(QUESTION, max_new_tokens=6).ids == []  # nothing is generated before it is read
+    assert full.ask(QUESTION, max_new_tokens=6).ids == []  # nothing is generated before the iterator is read
     shorter, _ = full.read_along(QUESTION, ids[:2])
     torch.testing.assert_close(shorter, logits[:2])
 
@@ -60,8 +60,8 @@ def test_what_is_recorded_of_it():
 
 
 def test_the_unpruned_model_agrees_with_itself_and_the_end_of_an_answer_counts(full, ids):
-    """Cut before a token that the model goes on with: it does not agree that the answer ends, had another model ended it there."""
-    for given, count in ((ids, len(ids)), ([], 1)):  # without tokens an answer is compared where it ends
+    """An answer cut before a token that the model would add: the model disagrees that the answer ends there."""
+    for given, count in ((ids, len(ids)), ([], 1)):  # without tokens, only the end of the answer is compared
         found = agreement_of(reference(full, QUESTION, given, ended=False), full)
         assert len(found.agrees) == count and found.agrees.all() and float(found.kl.max()) < 1e-5
     told = reference(full, QUESTION, ids, ended=False, system="Be brief.")

@@ -1,4 +1,4 @@
-"""Reading ahead of a model: the same answers and errors, in bounded memory, and nothing is left of it, whatever comes."""
+"""Reading ahead of the model: same answers and errors, bounded memory, and no threads left in any case."""
 
 import gc
 import json
@@ -42,7 +42,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory):
-    """200 numbered frames of 64x48, ten a second."""
+    """200 numbered frames of 64x48, ten per second."""
     return str(write_video(tmp_path_factory.mktemp("long") / "long.mp4", numbered_frames(200), fps=10))
 
 
@@ -51,20 +51,20 @@ def nothing_is_left():
     before = set(threading.enumerate())
     yield
     if set(threading.enumerate()) - before:
-        gc.collect()  # an exception holds what it went through; where nothing is left this would only take time
+        gc.collect()  # an exception keeps its frames alive; collecting only if needed saves time
     assert {thread.name for thread in set(threading.enumerate()) - before} == set()
     assert len(isolation._idle) <= isolation.MAX_IDLE
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_kept(demo, monkeypatch):
-    """Of patches, for other settings: each encoding asks for frames."""
+    """Keep no patches for other settings, so each encoding asks for frames."""
     monkeypatch.setattr(demo.patches, "limit_bytes", 0)
 
 
 @pytest.fixture
 def read_anew(monkeypatch):
-    """The paths that a session reads by itself, one a reading."""
+    """A list with the path of each read that a session makes itself."""
     noted, real = [], read_chunks
 
     def read(info, *args, **how):
@@ -91,7 +91,7 @@ def all_read(ahead: ReadAhead) -> bool:
 
 
 def facts(encoded, answer) -> dict:
-    """What a report says, but for times and memory."""
+    """Return the report without times and memory."""
     text = answer.text
     record = json.loads(answer.report.to_json())
     for timed in (record, *record["inputs"]):
@@ -102,11 +102,11 @@ def facts(encoded, answer) -> dict:
     return record | {"text": text, "units": kept}
 
 
-# What is read is what a session would read.
+# Frames that are read ahead equal those that a session would read.
 
 
 def both(demo, paths, sampling, **pruning):
-    """Encoded inputs and what their answers say: without, and with all frames read ahead."""
+    """Return the facts of encoding and asking, first without and then with reading ahead."""
     qa, made = VideoQA(demo, **pruning), []
     for ahead in (None, begun(*paths, sampling=sampling, pruning=PruneOptions(**pruning))):
         if ahead:
@@ -164,15 +164,15 @@ def test_answers_are_the_same_and_nothing_is_read_twice(demo, tmp_path, read_ane
     paths = made(tmp_path)
     without, with_it = both(demo, paths, SamplingOptions(**options), **pruning)
     assert without == with_it
-    assert read_anew == paths  # by the one without
+    assert read_anew == paths  # by the session without reading ahead
 
 
 @pytest.mark.parametrize("method", ["subsample", "downscale"])
 def test_a_method_that_makes_an_input_smaller_reads_what_it_wants(demo, tmp_path, read_anew, method):
-    """A picture becomes another size, and of a video fewer frames are read."""
+    """Pictures are resized, and fewer frames of a video are read."""
     path = SQUARE if method == "subsample" else picture(tmp_path)
     without, with_it = both(demo, [path], SamplingOptions(), method=method, budget=0.25)
-    assert without == with_it and read_anew == [path]  # by the one without
+    assert without == with_it and read_anew == [path]  # by the session without reading ahead
 
 
 @pytest.mark.parametrize("size", [1, 2**20, 2**26])
@@ -191,7 +191,7 @@ def test_chunks_are_those_of_reading(long, monkeypatch, size):
         assert (one.pixels == other.pixels).all() and other.pixels.flags.c_contiguous
 
 
-# What has changed is read anew.
+# Files that changed are read again.
 
 
 def planned(path):
@@ -199,7 +199,7 @@ def planned(path):
 
 
 def frame_numbers(ahead, path) -> list[int] | None:
-    """The numbers of the frames that were read ahead of a session; None if it has to read anew."""
+    """Return the numbers of the frames read ahead, or None if the session has to read again."""
     early = ahead.take(planned(path))
     if early is None:
         return None
@@ -214,7 +214,7 @@ def test_a_file_that_is_replaced_is_read_anew(tmp_path):
     with begun(path) as ahead:
         wait_for(lambda: all_read(ahead))
         status = os.stat(path)
-        with open(path, "r+b") as file:  # in place, with the same time of change
+        with open(path, "r+b") as file:  # in place, with the same modification time
             file.write(other.read_bytes())
             file.truncate()
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -256,7 +256,8 @@ def test_frames_are_given_once_in_the_order_of_the_inputs(long):
     with begun(SQUARE, long, THREE) as ahead:
         wait_for(lambda: all_read(ahead))
         assert frame_numbers(ahead, long)
-        assert frame_numbers(ahead, long) is None and frame_numbers(ahead, SQUARE) is None  # not going to come
+        # Taken already; never requested.
+        assert frame_numbers(ahead, long) is None and frame_numbers(ahead, SQUARE) is None
         assert frame_numbers(ahead, THREE)
     with begun(THREE) as ahead:
         wait_for(lambda: all_read(ahead))
@@ -273,7 +274,7 @@ def test_frames_that_wait_are_bounded_and_whoever_asks_gets_them_in_any_order(lo
     pair = 2 * 64 * 48 * 3
     paths = [long, SQUARE]
     with begun(*paths, held_bytes=5 * pair) as ahead:
-        wait_for(lambda: ahead.held_bytes == 4 * pair)  # and one that the reader makes
+        wait_for(lambda: ahead.held_bytes == 4 * pair)  # plus one that the reader is making
         time.sleep(0.1)
         assert ahead.held_bytes == 4 * pair and not ahead._every[1].request
         for number in order:
@@ -295,7 +296,7 @@ def test_little_memory_leaves_little_to_frames(monkeypatch):
 
 
 def test_while_one_is_read_for_somebody_the_next_is_not_waited_for(long, monkeypatch):
-    """One is read at a time, and the next may never be read if nobody goes on with the first."""
+    """Inputs are read one at a time, so the next may never be read if the consumer of the first stops."""
     monkeypatch.setattr(reading, "CHUNK_BYTES", 1)
     with begun(long, SQUARE, held_bytes=0) as ahead, closing(ahead.take(planned(long))) as first:
         next(first.chunks())
@@ -324,7 +325,7 @@ def test_an_error_of_a_video_comes_where_it_came_and_is_the_same(demo, tmp_path)
     "problem", [VideoError("it breaks off", "get it again", stage="read"), ZeroDivisionError("1/0")]
 )
 def test_what_breaks_off_ahead_ends_the_session_if_it_is_about_the_video(demo, monkeypatch, problem, read_anew):
-    """After the frames before it. Whatever else goes wrong is left to reading anew."""
+    """A video error ends the session after the frames before it. After other errors, the session reads again."""
 
     def breaks(*args, **how):
         for number, chunk in enumerate(read_chunks(*args, **how)):
@@ -408,7 +409,7 @@ def test_a_forked_copy_reads_by_itself(long):
         assert len(frame_numbers(ahead, long)) == 24
 
 
-# Where it is used.
+# Uses.
 
 
 def test_times_of_reading_are_those_of_the_reader_and_the_clock_is_that_on_the_wall(demo, monkeypatch):
@@ -433,13 +434,13 @@ def test_times_of_reading_are_those_of_the_reader_and_the_clock_is_that_on_the_w
     assert times.read >= 1000 > times.ttft_wall
     with begun(SQUARE) as ahead, closing(open_inputs(qa.session, [SQUARE], ahead=ahead)) as opened:
         times = answered(opened.encode())
-    assert 1000 <= times.read < 2000 and times.ttft_wall >= 700  # what is waited for counts once
+    assert 1000 <= times.read < 2000 and times.ttft_wall >= 700  # overlapping waits count once
 
 
 def test_python(read_anew, tmp_path):
     qa = VideoQA.load("demo", device="cpu", ahead=SQUARE)
     assert qa.ask(SQUARE, "What colour is the square?").text and read_anew == []
-    assert qa.ask(SQUARE, "What colour is the square?").text and read_anew == []  # its patches are there
+    assert qa.ask(SQUARE, "What colour is the square?").text and read_anew == []  # its patches are in the store
     qa.loaded.patches.clear()
     assert qa.ask(SQUARE, "What colour is the square?").text and read_anew == [SQUARE]
     qa = VideoQA.load("demo", device="cpu", ahead=[Path(SQUARE), THREE])

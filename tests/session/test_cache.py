@@ -1,4 +1,4 @@
-"""Encoded videos on disk: the same answers, never those of something else, and never a failure."""
+"""Encoded videos on disk: the same answers, no entries of other inputs, and no failures."""
 
 import multiprocessing
 import os
@@ -71,7 +71,7 @@ def test_what_was_stored_comes_back(cache, dtype):
     assert after.features.dtype == dtype and after.rows.shape == before.rows.shape
     assert (after.grids, after.layers, after.flat, after.prune_seconds) == (before.grids, before.layers, True, 0.0)
     assert cache.size()[0] == 1 and cache.size()[1] > 0 and after.size is None
-    assert cache.folder.stat().st_mode & 0o777 == 0o700  # what was seen is nobody else's
+    assert cache.folder.stat().st_mode & 0o777 == 0o700  # the entries are private
     assert cache.store("1" * 64, entry(encoded(size=torch.tensor([1.0, 2.5, 1.0, 4.0]))))
     assert cache.load("1" * 64, torch.device("cpu")).encoded.size.tolist() == [1.0, 2.5, 1.0, 4.0]
 
@@ -141,7 +141,7 @@ def test_what_the_numbers_depend_on_makes_another_entry(loaded, cache, clip, tmp
 
 
 def test_other_bytes_under_the_same_name_size_and_time(loaded, cache, clip):
-    """Nor is a file stored that is replaced while it is read."""
+    """A file that is replaced while it is read is not stored either."""
     qa, before = VideoQA(loaded, budget=0.25), os.stat(clip)
     assert qa.encode(clip, cache=cache).report.cache == "miss"
     content = bytearray(Path(clip).read_bytes())
@@ -195,7 +195,7 @@ def test_who_leaves_the_cache_alone(loaded, cache, clip, monkeypatch):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("damage", ["empty", "flipped", "other", "cut", "text", "folder"])
 def test_a_damaged_entry_is_replaced(loaded, cache, clip, damage):
-    """So is another one under its name."""
+    """So is an entry that was copied from another name."""
     qa = VideoQA(loaded, budget=0.25)
     fresh = answer(qa.encode(clip, cache=cache))
     (entry,) = cache.folder.iterdir()
@@ -212,7 +212,7 @@ def test_a_damaged_entry_is_replaced(loaded, cache, clip, damage):
         entry.write_bytes({"empty": b"", "cut": content[:-5], "flipped": flipped, "text": b"x" * 1000}[damage])
     video = qa.encode(clip, cache=cache)
     assert video.report.cache == "miss" and answer(video) == fresh
-    if damage == "folder":  # nothing that this made, so nothing that it removes
+    if damage == "folder":  # evoprune did not create the folder, so it does not remove it
         assert video.report.warnings == ["cache_not_written"]
     else:
         again = qa.encode(clip, cache=cache)
@@ -227,7 +227,7 @@ def raising(problem):
 
 
 def test_what_cannot_be_written_is_a_warning(loaded, clip, tmp_path, monkeypatch):
-    """What may only be read is used."""
+    """A read-only cache is still used."""
     (tmp_path / "file").touch()
     qa, cache = VideoQA(loaded, budget=0.25), Cache(tmp_path / "cache")
     video = qa.encode(clip, cache=Cache(tmp_path / "file" / "folder"))
@@ -274,7 +274,7 @@ def test_an_entry_that_is_deleted_while_it_is_opened_is_missing(cache, monkeypat
 
 
 def _storm(folder: str, worker: int) -> int:
-    """Stores and loads the same few entries in a cache with room for two; how many loads were right, wrong ones fail."""
+    """Store and load a few entries in a cache with room for two. Returns the number of correct loads; wrong ones fail."""
     torch.set_num_threads(1)
     cache, right = Cache(Path(folder), limit_bytes=3000), 0
     for turn in range(40):

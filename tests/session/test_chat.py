@@ -1,4 +1,4 @@
-"""Conversations: equal to transformers' `generate` on all that was said, whatever of it is in the cache."""
+"""Conversations: equal to transformers' `generate` on the whole conversation, for any state of the cache."""
 
 from copy import copy
 from dataclasses import replace
@@ -24,7 +24,7 @@ QUESTIONS = ["What happens?", "And then?", " How many red squares are there?\n",
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A tiny model of a family, and its folder; or the demo."""
+    """A tiny model of a family, or the demo model, with its folder."""
 
     @cache
     def load(name):
@@ -51,7 +51,7 @@ def messages(*turns):
 
 
 def conversation(loaded, folder, paths, chat, question, **limits):
-    """The processor's inputs for a conversation whose template has no more than roles and texts."""
+    """Return the processor's inputs for a conversation, for templates that only contain roles and texts."""
     asked = [each["content"] for each in chat if each["role"] == "user"]
     inputs = evoprune.processor_inputs(folder, paths, [*asked, question][0], **limits)
     if not chat:
@@ -95,7 +95,7 @@ def test_a_conversation_at_full_budget_is_hugging_faces_generate(models, model, 
 @pytest.mark.parametrize("model", ["qwen2_5_vl", "qwen3_5", "qwen3_vl_moe"])
 @pytest.mark.parametrize("budget", [1.0, 0.3])
 def test_an_answer_depends_on_nothing_but_what_was_said(models, model, budget):
-    """After other conversations, single questions, answers that broke off, and turns that were taken back."""
+    """Earlier conversations, single questions, interrupted answers and retracted turns have no effect."""
     qa = VideoQA(models(model)[0], budget=budget)
     video = qa.encode(CLIP)
     chat, other = video.chat(), video.chat("Be brief.")
@@ -132,7 +132,7 @@ def test_what_was_read_is_not_read_again(models, model, monkeypatch):
         answer = chat.ask(question, max_new_tokens=6)
         assert answer.text is not None
         read = sum(passes) - (len(answer.ids) - 1)
-        if prompts:  # the answer before, at most, and the new question
+        if prompts:  # at most the previous answer and the new question
             assert read < 6 + 40 and read < answer.report.tokens.prompt - prompts[-1] + 20
         prompts.append(answer.report.tokens.prompt)
 

@@ -1,4 +1,4 @@
-"""Answers that are one of some texts: their probabilities are those of their tokens, read one by one, in every kind of model."""
+"""Answers from a given list of texts: probabilities agree with a token-by-token reading, for every kind of model."""
 
 import json
 from functools import cache
@@ -15,7 +15,7 @@ from evoprune.video_qa import VideoQA
 from tests.tiny import save_tiny
 
 CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
-# Two that begin alike, one that goes on where another ends, and one with nothing in common with them.
+# Two that begin alike, one that continues after another's end, and one with nothing in common with them.
 CHOICES = ["the green square", "the green square moves", "the red one", "nothing"]
 
 
@@ -30,7 +30,7 @@ def loaded(tmp_path_factory):
 
 
 def logprob(video, loaded, question, text):
-    """The log probability of a text and an end behind it, by a pass of its own."""
+    """Return the log probability of a text followed by an end token, from a separate pass, and its number of tokens."""
     ends = list(loaded.eos_ids)
     ids = [*loaded.tokenizer.encode(text), ends[0]]
     logits, _ = video.read_along(question, ids)
@@ -54,7 +54,7 @@ def test_probabilities_are_those_of_the_tokens(loaded, model, score):
     assert [each["probability"] for each in answer.choices] == pytest.approx(scores.softmax(0).tolist(), abs=1e-3)
     assert answer.text == CHOICES[int(scores.argmax())]
     assert answer.ids == loaded(model).tokenizer.encode(answer.text)
-    assert video.ask(QUESTION, max_new_tokens=6).ids == before  # what was scored left nothing in the cache
+    assert video.ask(QUESTION, max_new_tokens=6).ids == before  # scoring leaves nothing in the cache
 
 
 def test_choices_with_the_same_beginning_are_read_together(loaded, monkeypatch):

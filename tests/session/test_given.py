@@ -1,4 +1,4 @@
-"""Inputs that a Python program holds: arrays of frames, pictures of Pillow, bytes and open files."""
+"""Inputs that a Python program holds: arrays of frames, Pillow pictures, bytes and open files."""
 
 import io
 import os
@@ -35,7 +35,7 @@ def frames() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, frames) -> Path:
-    """The same frames as files without loss."""
+    """The same frames as lossless files."""
     made = tmp_path_factory.mktemp("frames")
     for number, frame in enumerate(frames):
         Image.fromarray(frame).save(made / f"{number}.png")
@@ -273,7 +273,7 @@ def test_an_array_without_a_rate_is_refused_in_ask_too(qa):
 def test_errors_while_frames_are_read_name_the_input(qa, clip, spool):
     inputs = inputs_of(clip.read_bytes())
     with closing(open_inputs(qa.session, inputs)) as opened:
-        (path,) = (file for file in spool.glob("*/*") if not file.name.startswith("."))  # beside the lock
+        (path,) = (file for file in spool.glob("*/*") if not file.name.startswith("."))  # next to the lock
         assert probe(path).frames_total == 20
         path.write_bytes(b"replaced")
         with pytest.raises(VideoError) as caught:

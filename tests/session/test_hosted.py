@@ -1,4 +1,4 @@
-"""Models whose language model is a module of transformers: Qwen3.5 with its recurrent states, mixtures of experts, quantised ones.
+"""Models whose language model is a transformers module: Qwen3.5 with recurrent states, mixtures of experts, quantized models.
 
 tests/session/test_qwen3.py compares their answers with `generate` at full budget, and below it with prompts written by hand.
 """
@@ -51,7 +51,7 @@ def hybrid(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["recurrent", "croppable"])
 def either(request, tmp_path_factory):
-    """A model whose cache cannot be cropped, and one with DeepStack whose cache can."""
+    """A model whose cache cannot be cropped, and a DeepStack model whose cache can."""
     if request.param == "recurrent":
         return request.getfixturevalue("hybrid")
     return loaded(tmp_path_factory, "qwen3_vl_moe")
@@ -60,7 +60,7 @@ def either(request, tmp_path_factory):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("inner", ["absent", "empty"])
 def test_settings_of_the_language_model_that_lie_flat(folder, tmp_path, inner):
-    """transformers takes its defaults for them, of billions of weights; a Qwen2.5-VL's own config.json lies flat."""
+    """transformers would use its defaults, with billions of weights. Qwen2.5-VL's own config.json is flat."""
     for file in folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
     content = json.loads((folder / "config.json").read_text())
@@ -90,12 +90,12 @@ def test_the_engines_give_the_same_answer(budget):
 
 
 def test_kernels_for_gpus_are_not_called_on_a_cpu(hybrid, tmp_path_factory, monkeypatch):
-    """As if fla and causal-conv1d were installed: transformers' functions are theirs, and wrap its own."""
+    """Simulates installed fla and causal-conv1d, whose functions transformers would use and wrap."""
     expected = said(VideoQA(hybrid).encode(CLIP), "What happens?")
     layer = next(each for each in hybrid.model.model.language_model.modules() if hasattr(each, "in_proj_qkv"))
     module = sys.modules[type(layer).__module__]
     for name in FUSED:
-        plain = getattr(module, name).args[1]  # what loading has put there
+        plain = getattr(module, name).args[1]  # the function that loading installed
 
         @functools.wraps(plain)
         def kernel(*_, **__):
@@ -108,7 +108,7 @@ def test_kernels_for_gpus_are_not_called_on_a_cpu(hybrid, tmp_path_factory, monk
     assert said(VideoQA(again).encode(CLIP), "What happens?") == expected
 
 
-# What is written into a folder of packages. Their functions have the names that transformers asks for.
+# Files of fake packages. Their functions have the names that transformers looks up.
 INSTALLED = {
     "fla/__init__.py": "",
     "fla/ops/__init__.py": "",
@@ -162,7 +162,7 @@ with evoprune.EvoPrune(budget=1.0)(model), torch.inference_mode():
 
 @pytest.mark.full
 def test_kernels_that_are_installed_are_called_in_a_model_in_hand_alone(tmp_path):
-    """The first call of fla takes more than a minute, for which no question waits."""
+    """The first call of fla takes more than a minute, which no question should wait for."""
     for name, content in INSTALLED.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -180,7 +180,7 @@ def test_kernels_that_are_installed_are_called_in_a_model_in_hand_alone(tmp_path
 
 @pytest.mark.full
 def test_no_package_of_kernels_is_recommended(tmp_path):
-    """By transformers or by this package, where none is installed."""
+    """Neither by transformers nor by evoprune, if none is installed."""
     (tmp_path / "ask.py").write_text(INSTALLED["ask.py"])
     save_tiny(tmp_path / "model", family="qwen3_5")
     ran = subprocess.run(
@@ -250,18 +250,19 @@ def test_a_last_question_is_read_in_one_pass(hybrid):
     (whole,) = passes(alone, last=True)
     before, question = passes(several)
     assert before + question == whole
-    assert passes(several, last=True) == [question]  # from what was kept, not from a copy of it
-    assert passes(several) == passes(alone) == [before, question]  # one that follows nevertheless
+    assert passes(several, last=True) == [question]  # from the prefix cache, not from a copy
+    assert passes(several) == passes(alone) == [before, question]  # a question that follows nevertheless
     assert len({*map(tuple, answers)}) == 1
     columns.clear()
     assert str(qa.ask(CLIP, "What happens?", max_new_tokens=1)) and columns == [whole]
     selecting = VideoQA(hybrid, budget=0.3, method="cdpruner").encode(CLIP)
-    assert len(passes(selecting)) == len(passes(selecting)) == 1  # tokens of a question of their own, which none shares
+    # The selected tokens depend on the question, so nothing is shared.
+    assert len(passes(selecting)) == len(passes(selecting)) == 1
     hook.remove()
 
 
 def a_prompt(columns: int):
-    """Embeddings, positions, cluster sizes, and what DeepStack adds."""
+    """Return embeddings, positions, cluster sizes, and DeepStack features."""
     random = torch.Generator().manual_seed(0)
     embeds, deepstack = (torch.randn(*shape, generator=random) for shape in ((columns, 64), (3, columns, 64)))
     return embeds, torch.arange(columns).expand(3, -1), 1 + 9 * torch.rand(columns, generator=random), deepstack
@@ -341,7 +342,7 @@ def test_fewer_bits_are_those_of_models_that_evoprune_runs(kind):
 
 
 def in_bf16(folder: Path) -> Path:
-    """A model whose files have this dtype from now on."""
+    """Convert the files of a model to bf16."""
     from safetensors.torch import load_file, save_file
 
     weights = {name: weight.bfloat16() for name, weight in load_file(folder / "model.safetensors").items()}
@@ -355,7 +356,7 @@ def in_bf16(folder: Path) -> Path:
 @pytest.mark.parametrize("kind", parameters("int8", "int4"))
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_hybrid_in_fewer_bits(tmp_path, monkeypatch, hybrid, kind, dtype):
-    """Read in the dtype of its file, it computes in the one that was asked for."""
+    """The weights are read in the file's dtype, and the model computes in the requested one."""
     monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))
     options = {"dtype": dtype, "quantize": kind, "store_quantized": True}
     folder = str(in_bf16(save_tiny(tmp_path / "model", family="qwen3_5")))
@@ -369,14 +370,14 @@ def test_a_hybrid_in_fewer_bits(tmp_path, monkeypatch, hybrid, kind, dtype):
         for each in (hybrid, small, again)
     )
     assert torch.equal(*rounded)
-    # Of layers as small as these; other weights would be 1.4 away. Without VNNI, rows are rounded to 7 bits instead of 8.
+    # A limit for layers this small; unrelated weights would differ by 1.4. Without VNNI, rows are rounded to 7 bits instead of 8.
     limit = {"int8": 0.15 * 127 / levels(), "int4": 0.7}[kind]
     error = float((rounded[0] - plain).std() / plain.std())
     assert error < limit, f"the logits differ by {error:.3f} of their standard deviation, with {levels()} levels"
 
 
 def test_the_dtype_of_files_is_read_beside_the_layers_too(hybrid, tmp_path):
-    """Where published configs say it, which have none at the top."""
+    """Published configs have it there, and none at the top level."""
     (tmp_path / "changed").mkdir()
     config = json.loads((hybrid.description.folder / "config.json").read_text())
     entries = {"dtype": None, "text_config": config["text_config"] | {"dtype": "bfloat16"}}
@@ -386,7 +387,7 @@ def test_the_dtype_of_files_is_read_beside_the_layers_too(hybrid, tmp_path):
 
 
 def damaged(folder: Path, tmp_path: Path, **entries) -> str:
-    """A copy of a model's folder whose config.json says something else."""
+    """Return a copy of a model's folder with changed entries in config.json."""
     for file in folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
     config = json.loads((folder / "config.json").read_text()) | entries
@@ -487,7 +488,7 @@ def test_layers_beside_quantised_ones_have_one_dtype():
         return torch.nn.Parameter(torch.ones(shape, dtype=dtype), requires_grad=False)
 
     class Packed(torch.nn.Parameter):
-        """A weight that knows how it is packed."""
+        """A weight with attributes that describe its packing."""
 
     norm, scaled, packed = torch.nn.LayerNorm(4), torch.nn.Module(), torch.nn.Module()
     scaled.weight, scaled.scale = frozen(4, 4, dtype=torch.float8_e4m3fn), frozen(4)
@@ -583,14 +584,14 @@ HYBRID_FAULTS = {
 @pytest.mark.parametrize("fault", HYBRID_FAULTS.values(), ids=HYBRID_FAULTS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_verify_of_layers_in_few_operations(hybrid, monkeypatch, fault, dtype):
-    """They round otherwise than transformers, which is no fault."""
+    """These layers round differently from transformers, which is not a fault."""
     monkeypatch.setattr("evoprune.backend.hosted.is_host", lambda device: False)
     loaded = load_model(str(hybrid.description.folder), dtype=dtype, pack=False)
     if fault is None:
         assert {*outcomes(loaded, "logits", "answer").values()} == {"held"}
         return
     fault.plant(monkeypatch)
-    # In 16 bits the random layers here may make a tenth of a logit of a rounding, which is said.
+    # In 16 bits, rounding may change the logits of these random layers by 0.1; the check is then skipped.
     expected = {"differs"} if dtype == "fp32" else {"differs", "skipped"}
     assert outcomes(loaded, fault.found_by)[fault.found_by] in expected
 
@@ -606,13 +607,13 @@ def test_rounding_once_more_is_about_as_much_as_a_wider_dtype_shows(hybrid):
 
 
 def needs(package: str) -> None:
-    """Skips without it. `pytest.importorskip` would import it, and gptqmodel changes the environment then."""
+    """Skip without this package. `pytest.importorskip` would import it, and importing gptqmodel changes the environment."""
     if not _is_installed(package) or not _is_installed("accelerate"):
         pytest.skip(f"needs {package} and accelerate")
 
 
 def quantised(kind: str, base: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes a model whose language model a library has quantised; but for layers that are too small for the kernels."""
+    """Save a model whose language model a library has quantized, except for layers that are too small for the kernels."""
     import transformers
     from transformers import AutoModelForImageTextToText
 
@@ -637,7 +638,7 @@ def quantised(kind: str, base: Path, folder: Path, dtype: torch.dtype = torch.fl
 
 
 def four_bits(kind: str, base: Path, folder: Path) -> None:
-    """The same in the layout of GPTQ or AWQ: eight columns or rows in an int32, a scale for each 32 inputs."""
+    """Save the same in the layout of GPTQ or AWQ: eight columns or rows per int32, and a scale per 32 inputs."""
     from safetensors.torch import load_file, save_file
 
     def packed(numbers: torch.Tensor) -> torch.Tensor:
@@ -696,12 +697,12 @@ def test_a_quantised_checkpoint_is_as_in_transformers(saved, tmp_path, kind, pac
 )
 def test_verify_finds_a_fault_of_quantised_checkpoints_in_16_bits(saved, hybrid, tmp_path, kind, package, monkeypatch):
     needs(package)
-    crops = kind == "4 bits"  # whose kernels on CPUs take no layer as narrow as this hybrid's
+    crops = kind == "4 bits"  # its CPU kernels do not support layers as narrow as this hybrid's
     quantised(kind, saved if crops else Path(hybrid.description.folder), tmp_path, torch.bfloat16)
     loaded = load_model(str(tmp_path), dtype="bf16")
     assert "differs" not in outcomes(loaded, *COMPARED).values()
     Fault("logits", "evoprune.language.hosted:_read", "(model, embeds,", "(model, 1.1 * embeds,").plant(monkeypatch)
-    # Products of 8 bits depend on what is read together: more than that is not told apart.
+    # 8-bit products depend on the other rows in the batch, so smaller differences cannot be attributed.
     expected = {"differs", "skipped"} if kind == "8 bits" else {"differs"}
     assert outcomes(loaded, "logits")["logits"] in expected
 

@@ -1,4 +1,4 @@
-"""Methods inside the language model through `VideoQA`: questions one after the other, teacher forcing, reports, the cache."""
+"""Methods inside the language model through `VideoQA`: consecutive questions, teacher forcing, reports, the cache."""
 
 import json
 
@@ -35,13 +35,13 @@ NAMES = (
 
 @pytest.fixture
 def load(tmp_path):
-    """A demo model with a method, of whose name a recipe of operations becomes a part."""
+    """A function that loads a demo model with a method. `operations` in the method is extended by a recipe file."""
     operations = write_recipe(tmp_path, DEMO)
     return lambda name, budget=0.5: VideoQA.load("demo", method=name.replace("operations", operations), budget=budget)
 
 
 def left_by(answer):
-    """What was left in each layer, and what was computed there."""
+    """Return the columns left in each layer, and the work done there."""
     return answer.report.pruning.language_layers, answer.report.pruning.language_work
 
 
@@ -103,7 +103,7 @@ def test_the_content_may_decide_what_reaches_it():
 
 
 def test_a_preset_keeps_its_larger_share_of_a_picture(load, tmp_path):
-    """Inside the language model too, where no plan of an input says how many tokens that is."""
+    """Also inside the language model, although no plan of an input states the number of tokens there."""
     preset, picture = PRESETS["fast"], tmp_path / "noise.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 280, 3), dtype=np.uint8)).save(picture)
     for path, most in ((picture, preset.still), (CLIP, preset.video)):
@@ -117,7 +117,7 @@ def test_a_preset_keeps_its_larger_share_of_a_picture(load, tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "plain"), [("operations", "none"), ("evoprune+operations:share=1", "evoprune")])
 def test_at_the_full_budget_nothing_changes(load, name, plain):
-    """What remains is the way of a method that does nothing inside the language model."""
+    """The result is the same as without a method inside the language model."""
     made, expected = (load(each, 1.0).encode(CLIP, frames=8).ask(QUESTIONS[0]) for each in (name, plain))
     assert made.text == expected.text and made.ids == expected.ids
     assert made.report.pruning.language_work is None and made.report.pruning.language_layers is None
@@ -161,5 +161,5 @@ def test_a_model_without_one_is_refused_before_its_weights_are_read(tmp_path, mo
     with pytest.raises(UsageError, match="method operations has no recipe") as caught:
         VideoQA.load("demo", method=name)
     assert "evoprune tune VIDEO... --operations" in caught.value.hint
-    with pytest.raises(UsageError, match="for 2 layers, and this model has 4"):  # the tiny model's
+    with pytest.raises(UsageError, match="for 2 layers, and this model has 4"):  # the tiny model's recipe
         VideoQA.load("demo", method=name.replace("operations", write_recipe(tmp_path)))

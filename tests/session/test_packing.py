@@ -26,13 +26,13 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=MODELS)
 def load(request, folders):
-    """Loads a model anew, as a process does: all layers of its language model wait, and are packed from the third pass on."""
+    """A function that loads the model again. All layers of its language model are packed from the third pass on."""
     name, dtype = request.param.split()
     if not can_pack(torch.empty(1, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)):
         pytest.skip("this dtype is not packed here")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "SMALL_WEIGHT", 0)
-        patch.setattr(linear, "LARGE_WEIGHT", 20_000)  # the output layer is in parts
+        patch.setattr(linear, "LARGE_WEIGHT", 20_000)  # the output layer is packed in parts
         patch.setattr(linear, "START_PASSES", 2)
         patch.setattr(linear, "PASS_BYTES", 40_000)
         yield lambda: load_model(folders.get(name, name), dtype=dtype)
@@ -43,7 +43,7 @@ def waiting(loaded) -> int:
 
 
 def ids_of(video, question, n=12) -> list[int]:
-    """The tokens of an answer, drawn: they change where a number does."""
+    """Return the tokens of a sampled answer, which change if any number changes."""
     made = video.ask(question, max_new_tokens=n, temperature=1.0, seed=1)
     assert made.text is not None
     return made.ids

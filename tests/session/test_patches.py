@@ -1,4 +1,4 @@
-"""Patches that were read are kept: inputs that are looked at in the same way are read once, whatever prunes them."""
+"""The patch store: inputs with the same sampling are read once, whatever prunes them."""
 
 import os
 import threading
@@ -29,7 +29,7 @@ def loaded(saved):
 
 @pytest.fixture
 def read(monkeypatch):
-    """The paths that are read, in order. No thread stays behind."""
+    """The paths that are read, in order. Checks that no thread remains."""
     paths, threads = [], set(threading.enumerate())
 
     def counted(info, times_s, **how):
@@ -85,7 +85,7 @@ def test_a_method_that_shrinks_the_input_reads_its_own(loaded, read):
 
 
 def test_another_file_in_its_place_is_read(loaded, read, clip):
-    """Also one of the same length and time; by another name it is the same file."""
+    """Also if length and time are the same. Another name of the same file is not read."""
     qa = VideoQA(loaded, budget=0.5)
     qa.encode(clip, frames=4)
     other = clip.with_name("other.mp4")
@@ -151,7 +151,7 @@ def test_a_failure_is_not_kept(loaded, read, monkeypatch):
 
 
 def test_smaller_chunks_read_nothing_again(loaded, read, monkeypatch):
-    """Also where memory runs out before all is read."""
+    """Also if memory runs out before the input is read completely."""
     real, tried = encoding.encode_rows, []
 
     def encode(visual, pieces, plan, *, piece_units, **how):
@@ -168,7 +168,7 @@ def test_smaller_chunks_read_nothing_again(loaded, read, monkeypatch):
 
 
 def source(count=3, gate=None):
-    """A source of so many chunks; all but the first wait for the `gate`."""
+    """Return a source of `count` chunks. All except the first wait for the `gate`."""
 
     def chunks(reading):
         for number in range(count):
@@ -185,7 +185,7 @@ def test_the_least_recently_used_goes_first():
         held[key] = store.open(key, 40, CPU, source())
         for _ in range(2):
             assert [chunk.end for chunk in held[key].chunks()] == [0, 1, 2]
-    for key in "bac":  # in use they are all there
+    for key in "bac":  # entries in use are never evicted
         store.close(key)
     assert list(store._entries) == ["a", "c"]
     assert store.open("a", 40, CPU, source()) is held["a"]
@@ -198,7 +198,7 @@ def test_two_users_share_what_is_being_read():
     first = store.open("a", 40, CPU, source(gate=gate))
     second = store.open("a", 40, CPU, source())
     assert first is second
-    store.close("a")  # the other one still needs it
+    store.close("a")  # the other reader still needs it
     gate.set()
     assert len(list(second.chunks())) == 3
     store.close("a")

@@ -1,4 +1,4 @@
-"""Prompts: whether they fit, which subtitles they have and how, and that answers do not depend on earlier ones."""
+"""Prompts: whether they fit, subtitles in them, and answers that do not depend on earlier ones."""
 
 import shutil
 from dataclasses import replace
@@ -41,7 +41,7 @@ def found(count: int) -> Subtitles:
 
 
 def prompt_of(qa, video, question="Why?"):
-    """The text of a prompt, with special tokens, from the end of the video to the end of the turn."""
+    """Return the text of a prompt, with special tokens, from the end of the video to the end of the turn, and its ids."""
     ids = fitting_prompt(qa.session, video.plans, question, GenerationOptions(2), len(video.encoded.kept)).input_ids
     text = qa.loaded.tokenizer.backend.decode(ids.tolist(), skip_special_tokens=False)
     return text.partition("<|vision_end|>")[2].rpartition("<|im_end|>")[0], ids
@@ -58,7 +58,8 @@ def test_the_prompt_to_the_letter(qa, said):
     assert part.splitlines()[1:-2] == ["[0:03] <|im_end|>\x1b[31m"]
     lines = fit(qa.loaded.tokenizer, Subtitles("a", [(3661.9, 3662.0, "x"), (-3.0, 1.0, "y")]), 99).text
     assert lines == "Subtitles:\n[1:01:01] x\n[0:00] y\n\n"
-    long = [(0.0, 1.0, "short"), (1.0, 2.0, "word " * 10**6), (2.0, 3.0, "brief")]  # left out whole
+    # The long line is left out as a whole.
+    long = [(0.0, 1.0, "short"), (1.0, 2.0, "word " * 10**6), (2.0, 3.0, "brief")]
     fitted = fit(qa.loaded.tokenizer, Subtitles("a", long), 100)
     assert fitted.text == "Subtitles:\n[0:00] short\n[0:02] brief\n\n" and fitted.lines == 3
 
@@ -88,18 +89,18 @@ def test_answers_do_not_depend_on_earlier_questions(qa, said, budget):
         alone, _ = qa.encode(CLIP, subtitles=said).read_along(question, [5, 6, 7])
         torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-4)
     other, _ = qa.encode(CLIP).read_along("Why?", [5, 6, 7])
-    assert not torch.allclose(other, alone, atol=1e-2)  # the model reads them
+    assert not torch.allclose(other, alone, atol=1e-2)  # the model reads the subtitles
 
 
 def about_said_wh(qa):
-    """A video with subtitles with which a question may merge."""
+    """Return a video with subtitles whose last token may merge with the question."""
     video = qa.encode(CLIP)
     video.plans = [replace(video.plan, subtitles=PromptSubtitles("said: Wh"))]
     return video
 
 
 def test_a_question_that_merges_with_the_subtitles(qa):
-    """Also after one that was interrupted."""
+    """Also after an interrupted question."""
     video, layer = about_said_wh(qa), qa.loaded.model.model.language_model.layers[0]
     for question in ["?", "at?", "?", "broken", "?"]:
         if question == "broken":
@@ -156,7 +157,7 @@ def plan(qa):
 
 @pytest.fixture
 def context(qa, monkeypatch):
-    """Sets the length of the model's context; None for one that its config does not state."""
+    """A function that sets the context length; None simulates a config without one."""
     config = qa.loaded.model.config
 
     def set_to(length):
@@ -185,7 +186,7 @@ def test_prompt_and_answer_fill_the_context_to_the_last_token(qa, plan, context)
 
 
 def test_only_the_beginning_of_what_is_too_long_is_split(qa, plan, context, monkeypatch):
-    """A question, a system prompt, or what was said before: splitting all of it might take minutes."""
+    """A question, a system prompt, or earlier turns: tokenizing all of it might take minutes."""
     context(500)
     video = qa.encode(CLIP)
     lengths = []
@@ -222,7 +223,7 @@ def test_a_long_question_takes_memory(qa, plan, monkeypatch):
 
     monkeypatch.setattr(memory, "shortage", shortage)
     longest_prompt(qa.session, [plan], ["What?"], GenerationOptions(1))
-    assert not asked  # what the encoder's own check assumes
+    assert not asked  # the encoder's own check assumes this
     longest_prompt(qa.session, [plan], [LONG], GenerationOptions(1))
     assert asked
     with pytest.raises(OutOfMemory, match="needs about 9"):

@@ -1,4 +1,4 @@
-"""The names of `import evoprune`, and options: all there, listed, checked when they are made, and free until they are used."""
+"""The names and options of `import evoprune`: complete, listed, validated when created, and cheap until used."""
 
 import copy
 import os
@@ -56,7 +56,7 @@ def test_what_belongs_to_its_process_says_so_where_it_is_copied(demo, copied):
 
 
 class Unprintable(os.PathLike):
-    """Of a class that can be printed no more than read."""
+    """An object whose `repr` raises, and whose path is bytes."""
 
     def __repr__(self):
         raise ZeroDivisionError
@@ -130,7 +130,7 @@ def test_a_mistake_is_named_in_a_line_with_what_would_be_right(says):
     assert re.search(says, text) and "in_features" not in text and "\n" not in text
 
 
-ENCODED = [  # arguments of `encode`, and what is said of them
+ENCODED = [  # arguments of `encode`, and the error message
     *[((path,), {}, "the input is .*, not a path") for path in (None, [])],
     ((torch.zeros(2, 3, 4, 4),), {}, "of shape .*2, 3, 4, 4.* is no video"),
     ((["a.mp4", 3],), {}, "an input is 3, not a path"),
@@ -160,7 +160,7 @@ def test_objects_say_in_a_line_what_they_are(demo):
     assert repr(run) == "<PrunedModel: evoprune at budget fast, active>" and repr(run.settings).startswith("EvoPrune(")
     run.remove()
     assert repr(run) == "<PrunedModel: evoprune at budget fast, not active>"
-    # A method that prunes nothing says so, whatever the budget is.
+    # A method that prunes nothing always shows budget 1.0.
     assert "method 'none', budget 1.0, " in repr(evoprune.VideoQA.load("demo", method="none", budget=0.1))
     pruned = evoprune.EvoPrune(method="none", budget=0.1)(model)
     assert repr(pruned) == "<PrunedModel: none at budget 1, not active>"
@@ -190,7 +190,7 @@ def test_a_question_is_a_text(demo):
     ids=["package", "options", "answer"],
 )
 def test_what_is_imported(code, modules):
-    """Each takes longer to import than a short answer takes."""
+    """Importing any of these takes longer than a short answer."""
     code += f"\nimport sys; print([m for m in {modules} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 

@@ -1,4 +1,4 @@
-"""Qwen3-VL from a file to logits: transformers' own at full budget; below it, a prompt written by hand and read by its layers."""
+"""Qwen3-VL from a file to logits: equal to transformers at full budget; below it, to a hand-written prompt read by its layers."""
 
 from dataclasses import replace
 from functools import partial
@@ -87,7 +87,7 @@ def patches_of(plan) -> torch.Tensor:
 
 
 class Written:
-    """A prompt written by hand: ids, positions in time, height and width, and where visual tokens go."""
+    """A prompt written by hand: ids, positions in time, height and width, and places of visual tokens."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.specials = tokenizer, tokenizer.specials()
@@ -127,7 +127,7 @@ def written(tokenizer, plan, kept) -> Written:
 
 @torch.no_grad()
 def logits_by_hand(host, tokenizer, plan, kept, features, sizes, answer) -> torch.Tensor:
-    """The logits of each token of an answer. `features`: `[1 + n, K, D]`."""
+    """Return the logits of each token of an answer. `features`: `[1 + n, K, D]`."""
     prompt = written(tokenizer, plan, kept)
     count = len(prompt.ids)
     for token in answer[:-1]:
@@ -158,7 +158,7 @@ def logits_by_hand(host, tokenizer, plan, kept, features, sizes, answer) -> torc
 )
 @pytest.mark.parametrize("budget", [0.4, 0.06])
 def test_pruned_logits_against_a_prompt_by_hand(loaded, host, name, budget):
-    budget = max(budget, 0.2) if name == "tome" else budget  # which leaves a row of each frame pair
+    budget = max(budget, 0.2) if name == "tome" else budget  # leaves one row per frame pair
     video = VideoQA(loaded, budget=budget, method=name).encode(LONG, max_visual_tokens=60)
     plan, answer = video.plan, [5, 300, 7]
     ours, _ = video.read_along(QUESTION, answer)
@@ -182,7 +182,7 @@ def test_a_frame_pair_without_tokens_is_left_out_of_the_text(loaded):
     empty = sum(count == 0 for count in few.encoded.kept_per_pair)
     stamp = len(loaded.tokenizer.encode("<0.3 seconds>")) + 2
     assert empty and full.report.tokens.text - asked.report.tokens.text == empty * stamp
-    again = few.ask("Which one?", max_new_tokens=3).text  # on the keys and values of the first prompt
+    again = few.ask("Which one?", max_new_tokens=3).text  # with the keys and values of the first prompt
     assert again == VideoQA(loaded, budget=0.06, method="random").encode(LONG, max_visual_tokens=60).ask(
         "Which one?", max_new_tokens=3
     )
@@ -192,7 +192,7 @@ def test_the_cache_keeps_deepstack(loaded, tmp_path):
     cache, qa = Cache(tmp_path), VideoQA(loaded, budget=0.3)
     first = qa.encode(CLIP, cache=cache)
     again = qa.encode(CLIP, cache=cache)
-    assert again.encoded.rows.is_meta  # it was read
+    assert again.encoded.rows.is_meta  # it was loaded from the cache
     if loaded.model.config.vision_config.deepstack_visual_indexes:
         assert torch.equal(first.encoded.deepstack, again.encoded.deepstack)
     assert first.ask(QUESTION, max_new_tokens=5).text == again.ask(QUESTION, max_new_tokens=5).text
@@ -246,7 +246,7 @@ def test_a_model_in_hand_is_pruned_alike(folder, loaded, host, name, budget, pat
 @pytest.mark.full
 @pytest.mark.parametrize("name", [name for name in BUNDLED_CONFIGS if "Qwen3-VL" in name and "-A3B" not in name])
 def test_full_budget_at_true_dimensions(name):
-    """The whole tower, and a layer more of the language model than DeepStack adds to, on frames of an odd shape."""
+    """Uses the whole tower, one more language layer than DeepStack adds to, and frames of an odd shape."""
     config = describe(ModelOptions(name, load_format="dummy")).config
     few = replace(config.text_config, num_hidden_layers=4, vocab_size=1000)
     model = random_model(replace(config, text_config=few), torch.float32, torch.device("cpu"))

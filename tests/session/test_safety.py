@@ -1,4 +1,4 @@
-"""What comes from elsewhere runs nothing, reaches nothing and spoils nothing: models, names, networks, disks."""
+"""Untrusted input runs no code, reaches no network and damages no files: models, names, networks, disks."""
 
 import json
 import os
@@ -29,7 +29,7 @@ QUICK = ("-m", "demo", "-n", "2", "--frames", "4")
 
 
 def test_the_code_compiles_no_text_and_trusts_no_remote_code():
-    """Ruff forbids eval, exec, shells and pickles (pyproject.toml); it has no rule for these."""
+    """Ruff forbids eval, exec, shells and pickles (pyproject.toml), but has no rule for these."""
     for path in SOURCES:
         source = path.read_text(encoding="utf-8")
         assert not re.search(r"(?<![.\w])(compile|__import__)\(", source), path
@@ -48,7 +48,7 @@ class Bomb:
 
 
 def mine(folder: Path, struck: Path) -> None:
-    """Lays everything into a model's folder that some library would run: code of its own, pickles."""
+    """Add everything to a model's folder that some library would run: custom code, pickles."""
     code = f"import os\nos.mkdir({str(struck)!r})\nclass Evil: pass\n"
     for name in ("modeling_evil.py", "tokenization_evil.py", "configuration_evil.py", "setup.py", "__init__.py"):
         (folder / name).write_text(code)
@@ -113,7 +113,7 @@ def test_a_chat_template_stays_in_its_sandbox(folder, template, tmp_path, monkey
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Whatever asks for a host, or connects anywhere, is noted and fails."""
+    """A list of attempts to resolve a host or connect anywhere. Each attempt fails."""
     asked = []
 
     def refuse(*args, **_):
@@ -140,7 +140,8 @@ def test_no_network_unless_a_model_id_asks(cli, no_network, tmp_path, monkeypatc
     assert offline.code == 4 and "offline" in offline.err
     assert cli("ask", "https://example.org/a.mp4", "What?", "--offline").code == 2
     assert no_network == []
-    assert cli("ask", CLIP, "What?", "-m", "org/none").code == 4 and no_network  # or the test would see nothing
+    # Shows that the fixture notices network access.
+    assert cli("ask", CLIP, "What?", "-m", "org/none").code == 4 and no_network
 
 
 # --- names and places ---
@@ -202,7 +203,7 @@ def test_links_are_followed_and_stay(cli, tmp_path):  # noqa: F811
 
 @contextmanager
 def room(path: Path, more: int):
-    """Files may grow to `more` bytes beyond the size of this one: as a full disk, in the middle of a write."""
+    """Let files grow to `more` bytes beyond the size of this one, to simulate a disk that fills up in the middle of a write."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + more, before[1]))
     try:
@@ -244,13 +245,13 @@ def test_results_that_do_not_fit_leave_the_earlier_ones_and_other_files(tmp_path
     with room(folder.path / "results.json", -5), pytest.raises(UsageError, match=r"results\.json: File too large"):
         folder.finish({"second": list(range(1000))})
     assert json.loads((folder.path / "results.json").read_text()) == {"first": 1}
-    RunFolder.resume(folder.path, {"seek": "auto"})  # removes what a killed run left
+    RunFolder.resume(folder.path, {"seek": "auto"})  # removes files of a killed run
     assert mine.read_text() == "mine"
     assert {path.name for path in folder.path.iterdir()} == {"settings.json", "results.json", mine.name}
 
 
 def test_stdout_onto_a_full_disk(cli, tmp_path):  # noqa: F811
-    """A redirected answer that does not fit is an error about the output, not a bug."""
+    """A redirected answer that does not fit is reported as an error about the output, not as a bug."""
     with open("/dev/full", "wb") as full:
         saved = os.dup(1)
         os.dup2(full.fileno(), 1)

@@ -1,4 +1,4 @@
-"""Answers that follow a schema or a regular expression, of every way to decode."""
+"""Answers that follow a schema or a regular expression, for every way of decoding."""
 
 import json
 import random
@@ -141,7 +141,7 @@ def test_numbers_are_not_rounded(video):
 
 def test_an_answer_that_does_not_hold_is_an_error(video, monkeypatch):
     schema = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5}
-    monkeypatch.setattr("evoprune.language.guidance.fault", lambda request: ("", None))  # as if all were right
+    monkeypatch.setattr("evoprune.language.guidance.fault", lambda request: ("", None))  # as if every schema were valid
     monkeypatch.setattr("evoprune.language.apart.POSSIBLE", False)
     answer = video.ask(QUESTION, schema=schema, max_new_tokens=20)
     with pytest.raises(UsageError, match=r"the answer does not follow the schema: exclusiveMinimum at \$"):
@@ -198,14 +198,14 @@ def test_every_way_to_decode_follows_it(tmp_path, monkeypatch, family, engine, g
         assert made.replayed
 
 
-# The demo models, and random weights of a family that evoprune decodes and of one that transformers does.
+# The demo models, and random weights: a family that evoprune decodes, and one that transformers decodes.
 MODELS = ["demo", "demo-scenes", "qwen3_vl", "qwen3_5"]
 CLIPS = ["square", "three", "pan"]
 
 
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory):
-    """Asks one of `MODELS` about one of `CLIPS`, each loaded and encoded once."""
+    """A function that asks one of `MODELS` about one of `CLIPS`. Models are loaded and clips encoded once."""
 
     @cache
     def loaded(model):
@@ -225,9 +225,8 @@ def ask(tmp_path_factory):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("seed", range(125))
 def test_an_answer_that_ends_is_valid_by_any_schema(ask, model, seed, monkeypatch):
-    monkeypatch.setattr(
-        "evoprune.language.apart.POSSIBLE", False
-    )  # no process for each of 500 schemas; others have one
+    # A process for each of 500 schemas would be slow; other tests use one.
+    monkeypatch.setattr("evoprune.language.apart.POSSIBLE", False)
     draw = random.Random(f"{model} {seed}")
     schema = schema_at_random(draw)
     how = {"max_new_tokens": draw.choice([3, 20, 200]), "temperature": draw.choice([0.0, 1.0, 8.0]), "seed": seed}

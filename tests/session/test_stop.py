@@ -1,4 +1,4 @@
-"""Where an answer stops, and how probable its tokens are, as Python and the command line have them."""
+"""Where an answer stops, and the probabilities of its tokens, in Python and on the command line."""
 
 import json
 

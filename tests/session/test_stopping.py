@@ -1,4 +1,4 @@
-"""Whatever reads ahead ends at once, also in the middle of an answer of a worker process; what others still need goes on."""
+"""Reading ahead stops at once, even while a worker process is busy; work that others need continues."""
 
 import threading
 import time
@@ -18,8 +18,8 @@ from evoprune.video_qa import VideoQA
 from tests.video.unruly import PROGRAM
 
 GOOD, SAMPLING = "samples/three.mp4", SamplingOptions(frames=4)
-LONGEST_S = 1.5  # half of what is waited for a thread that cannot be stopped
-HANGS = ["hang", "first_hang"]  # while it is probed; while its first frames are read
+LONGEST_S = 1.5  # half the time that is waited for a thread that cannot be stopped
+HANGS = ["hang", "first_hang"]  # during probing; while reading the first frames
 
 pytestmark = pytest.mark.skipif(not isolation.POSSIBLE, reason="videos are read in the process itself")
 
@@ -39,7 +39,7 @@ def nothing_stays(monkeypatch):
 
 @pytest.fixture
 def named(tmp_path):
-    """`named("hang")`: the path of a good video of that name."""
+    """`named("hang")` returns the path of a good video with that name."""
 
     def call(name):
         path = tmp_path / f"{name}.mp4"
@@ -55,7 +55,7 @@ def qa(saved):
 
 
 def begun(path):
-    """Waits until it hangs, and until whoever waits for it does."""
+    """Wait until the worker hangs and its consumer waits for it."""
     until = time.monotonic() + 20
     while not Path(path.replace("first_", "") + ".begun").exists():
         assert time.monotonic() < until
@@ -80,7 +80,7 @@ def opener(qa):
 
 
 def test_patches_that_others_need_are_read_on(qa, named, monkeypatch):
-    """Also where who was the first to want them is stopped."""
+    """Also if the first consumer is stopped."""
     monkeypatch.setattr(upcoming, "readers", lambda loaded: 2)
     path, waits = named("first_hang"), []
     with ExitStack() as stack:
@@ -126,7 +126,7 @@ def test_inputs_that_are_read_ahead(qa, named, monkeypatch, name, count, keeps):
 @pytest.mark.parametrize("wanted", [True, False])
 @pytest.mark.parametrize("name", HANGS)
 def test_inputs_that_are_read_before_the_model_is_there(qa, saved, named, name, wanted):
-    """`wanted`: a session waits for them, in a thread that is stopped."""
+    """`wanted`: a session waits for the input in a thread that is stopped."""
     path = named(name)
     scope = isolation.Scope()
 

@@ -1,4 +1,4 @@
-"""A model that thinks before it answers, asked: the thoughts are apart, whatever reads the answer."""
+"""Questions to a model that thinks before it answers: thoughts stay separate in every way of reading an answer."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def loaded(saved):
 
 @pytest.fixture
 def qa(loaded, request):
-    """With a model whose template is a given kind, and which knows thoughts as text alone."""
+    """A model with a template of a given kind that knows thoughts only as text."""
     kind = getattr(request, "param", "unless off")
     return VideoQA(replace(loaded, tokenizer=thinking_tokenizer(kind, special=None)), budget=0.5)
 
@@ -100,7 +100,8 @@ def test_a_model_that_always_thinks_says_so(video, says):
     for think in ("off", "on"):
         says("Hm.\n</think>\n\nLeft.")
         answer = video.ask(QUESTION, think=think, max_new_tokens=200)
-        assert (answer.report.warnings.count("always_thinks") == 1) is (think == "off")  # before it is generated
+        # Known before generation starts.
+        assert (answer.report.warnings.count("always_thinks") == 1) is (think == "off")
         assert answer.text == "Left." and answer.thoughts == "Hm."
 
 
@@ -112,7 +113,7 @@ def test_a_model_that_cannot_think_is_not_asked_to(video):
 
 
 def test_a_prompt_that_thinks_is_another_prompt(video):
-    """Neither keys and values of the one that does not, nor its distributions."""
+    """It shares neither keys and values nor distributions with the prompt that does not think."""
     off, on = (video.read_along(QUESTION, [5, 6], None, think)[0] for think in ("off", "on"))
     again, _ = video.read_along(QUESTION, [5, 6])
     assert not off.equal(on) and again.equal(off)

@@ -1,6 +1,6 @@
-"""The stages add up: what a question waits for, up to its first token, is in one of them.
+"""The reported stages add up to the time to the first token.
 
-By a clock that stands still, but for what a test makes slow: so nothing that the machine does counts, and sums are exact.
+The clock stands still except for the delays that a test adds, so the machine's speed does not matter and sums are exact.
 """
 
 import threading
@@ -25,7 +25,7 @@ from tests.cli.conftest import cli  # noqa: F401
 from tests.threads import one_thread  # noqa: F401
 
 CLIP, OTHER, QUESTION = "samples/square.mp4", "samples/arrivals.webm", "What happens?"
-# What is made slow: a second each, in its own binary digit, so that the sum tells what is missing.
+# Functions made slow. Each delay is a different power of two in seconds, so the sum shows which one is missing.
 SLOW = (
     "evoprune.session.encoding.probed",
     "evoprune.session.encoding.plan_input",
@@ -49,7 +49,7 @@ SLOW = (
 
 
 class Hands:
-    """A clock whose hands only move when they are told to."""
+    """A clock that only advances when told to."""
 
     def __init__(self):
         self.now, self._lock = 0.0, threading.Lock()
@@ -76,7 +76,7 @@ def later(hands, seconds, function):
 
 @pytest.fixture
 def slow(hands, monkeypatch):
-    """Makes all of `SLOW` slow; returns the clock."""
+    """Delay everything in `SLOW`. Returns the clock."""
     for digit, name in enumerate(SLOW):
         monkeypatch.setattr(name, later(hands, 2.0**digit, resolve_name(name)))
     return hands
@@ -89,20 +89,20 @@ def loaded(saved):
 
 @pytest.fixture
 def kernels(loaded, hands):
-    """The model, whose first question waits for kernels that are being compiled."""
+    """The model. Its first question waits for kernels that are being compiled."""
     left = [2.0**30]
     return replace(loaded, ready=lambda: hands.move(left.pop() if left else 0.0))
 
 
 def covered(times) -> float:
-    """Milliseconds to the first token, by the stages."""
+    """Return the milliseconds to the first token that the stages cover."""
     stages = ("plan", "read", "preprocess", "compile", "encode", "store", "prefill")
     return sum(getattr(times, stage) for stage in stages) - times.overlap
 
 
 @contextmanager
 def timed(hands):
-    """Checks the report that a block appends to what it is given, and that nothing else was waited for."""
+    """Check the report that the block appends to the yielded list, and that nothing else was waited for."""
     reports, start = [], hands.now
     yield reports
     (report,) = reports
@@ -169,7 +169,7 @@ def test_of_the_cache(kernels, slow, tmp_path, method):
     for state in ("miss", "hit"):
         with timed(slow) as reports:
             reports.append(first(qa.encode([CLIP, OTHER], cache=cache).ask(QUESTION)))
-        stored = method == "evoprune"  # the other reads the question
+        stored = method == "evoprune"  # the other one reads the question
         assert reports[0].cache == (state if stored else "off")
         assert (reports[0].time_ms.store > 0) == (stored and state == "miss")
 
@@ -200,7 +200,7 @@ def test_of_the_command_line(cli, slow, saved, tmp_path, monkeypatch, more):  # 
 
 @pytest.mark.parametrize("method", ["evoprune", "cdpruner"])
 def test_of_patches_that_are_kept(kernels, slow, method):
-    """Those of an earlier encoding, and those that are read for another input meanwhile."""
+    """Patches of an earlier encoding, and patches that another input of the question is reading."""
     kernels.patches.clear()
     for again in (False, True):
         with timed(slow) as reports:
@@ -214,7 +214,7 @@ def test_of_patches_that_are_kept(kernels, slow, method):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_of_inputs_that_are_read_ahead(kernels, slow, monkeypatch, kept):
-    """What was done before they are encoded is no wait, nor is what is done beside the encoding of others."""
+    """Work done before the encoding, or during the encoding of other inputs, does not count as waiting."""
     monkeypatch.setattr("evoprune.session.upcoming.readers", lambda loaded: 2)
     monkeypatch.setattr(kernels.patches, "limit_bytes", kernels.patches.limit_bytes * kept)
     kernels.patches.clear()
@@ -236,7 +236,7 @@ def test_of_inputs_that_are_read_ahead(kernels, slow, monkeypatch, kept):
 
 
 def test_of_what_was_read_before_the_model_was_there(kernels, slow, saved, monkeypatch):
-    """Reading takes its time, and nobody waits for it."""
+    """Read time hidden by model loading does not count as waiting."""
     kernels.patches.clear()
     with read_ahead([CLIP, OTHER], str(saved)) as ahead:
         for early in ahead._every:
@@ -250,7 +250,7 @@ def test_of_what_was_read_before_the_model_was_there(kernels, slow, saved, monke
 
 
 def test_of_a_batch(cli, slow, saved, tmp_path):  # noqa: F811
-    """What was read during the answers before is no wait."""
+    """Reading done during earlier answers does not count as waiting."""
     out = tmp_path / "out.jsonl"
     said = cli(
         "batch", CLIP, OTHER, "samples/three.mp4", "-Q", QUESTION, "-Q", "And then?", "-m", saved, "-n", "2", "-o", out
@@ -261,7 +261,7 @@ def test_of_a_batch(cli, slow, saved, tmp_path):  # noqa: F811
 
 
 def test_of_a_stream(loaded, slow):
-    """The first question has the unfinished window encoded, the second one sees the same."""
+    """The first question encodes the unfinished window; the second one reuses it."""
     random = np.random.default_rng(0)
     with VideoQA(loaded, budget=0.25).stream(window_s=2.0) as stream:
         for number in range(6):
@@ -274,7 +274,7 @@ def test_of_a_stream(loaded, slow):
 
 
 def test_by_a_clock_that_runs(loaded):
-    """From the path to the first piece: what is in no stage, and in no report, is small."""
+    """With a real clock, the unreported time from the path to the first piece is small."""
     qa, missing = VideoQA(loaded, budget=0.25), []
     for _ in range(3):
         start = time.perf_counter()

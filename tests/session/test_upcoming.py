@@ -1,4 +1,4 @@
-"""Inputs are read ahead: in order, bounded, side by side where cores are idle, and nothing stays behind."""
+"""Reading ahead of several inputs: in order, bounded, in parallel on idle cores, and nothing remains."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ def no_thread_stays():
 
 @pytest.fixture
 def ahead_of(monkeypatch):
-    """`in_flight` with so many readers; no thread starts before the first item is asked for."""
+    """A function that calls `in_flight` with `count` readers. No thread starts before the first item is requested."""
 
     def made(items, opened, count, cores=0, on_wait=lambda seconds: None):
         monkeypatch.setattr(upcoming, "readers", lambda loaded: count)
@@ -33,7 +33,7 @@ def ahead_of(monkeypatch):
 
 
 class Inputs(OpenInputs):
-    """Notes what is done with it; `gate`: reading waits for it, or until it is closed."""
+    """Records the calls it gets. With a `gate`, `read` waits for it or for the close."""
 
     def __init__(self, events, item, gate=None):
         self.events, self.item, self.gate = events, item, gate or threading.Event()
@@ -71,7 +71,7 @@ def test_all_items_in_their_order(ahead_of, count):
     ahead.close()
     assert taken == [(item, item) for item in range(20)] and list(ahead) == []
     wait_for(lambda: sorted(item for what, item in events if what == "read") == list(range(20)))
-    assert "close" not in dict(events)  # that is up to whoever took them
+    assert "close" not in dict(events)  # the consumer closes the inputs
     assert len(waited) == 20 and sum(waited) > 0
 
 
@@ -80,7 +80,7 @@ def test_no_more_are_opened_than_there_is_room_for(ahead_of, count):
     events = []
     ahead = ahead_of(range(100), lambda item, cores: Inputs(events, item), count)
     time.sleep(0.01)
-    assert not events  # nothing before the first is asked for
+    assert not events  # nothing happens before the first request
     for taken in range(1, 5):
         next(ahead)
         wait_for(lambda taken=taken: events.count(("read", taken - 1 + count)))
@@ -91,7 +91,7 @@ def test_no_more_are_opened_than_there_is_room_for(ahead_of, count):
 
 
 def test_one_reader_finishes_one_before_it_begins_the_next(ahead_of):
-    """So an input that comes later takes nothing from the one that comes next."""
+    """So a later input never slows down the next one."""
     events, gate = [], threading.Event()
     ahead = ahead_of(range(3), lambda item, cores: Inputs(events, item, gate if item == 0 else None), 1)
     next(ahead)
@@ -144,7 +144,7 @@ def test_what_ends_the_program_is_raised(ahead_of, problem):
 
 
 def test_reading_that_fails_stops_nothing(ahead_of):
-    """Encoding the inputs meets it again."""
+    """Encoding the inputs raises the error again."""
 
     class Failing(Inputs):
         def read(self):
@@ -178,7 +178,7 @@ def test_what_is_opened_too_late_is_closed(ahead_of):
         ("cpu", 2, 2, None, None, 0, 1),
         ("cpu", 16, 16, None, None, 0, 1),
         ("cpu", 16, 1, None, None, 15, 7),  # a small model
-        ("cpu", 16, 4, 4, None, 0, 1),  # the others are somebody else's
+        ("cpu", 16, 4, 4, None, 0, 1),  # the other cores belong to other programs
         ("cuda", 16, 16, None, None, 15, 7),
         ("cuda", 64, 16, None, None, 63, 8),
         ("cuda", 4, 4, None, None, 3, 1),

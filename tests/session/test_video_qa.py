@@ -1,4 +1,4 @@
-"""The stages strung together, on sample clips: equal to Hugging Face at full budget, whatever was asked before."""
+"""The whole pipeline on sample clips: equal to Hugging Face at full budget, independent of earlier questions."""
 
 import signal
 import threading
@@ -42,7 +42,7 @@ def loaded(saved):
 
 @pytest.fixture(scope="module")
 def models(saved, tmp_path_factory):
-    """A tiny model of a family, and its folder; or the demo."""
+    """A tiny model of a family, or the demo model, with its folder."""
 
     @cache
     def load(name):
@@ -54,7 +54,7 @@ def models(saved, tmp_path_factory):
 
 
 def asked(video, question="What happens?", n=24, **settings):
-    """An answer, read to its end."""
+    """Return an answer that was read to its end."""
     made = video.ask(question, max_new_tokens=n, **settings)
     assert "".join(made) == made.text
     return made
@@ -65,14 +65,14 @@ def answer(video, question="What happens?", n=24, **settings):
 
 
 def picture(path, width, height):
-    """Smooth noise."""
+    """Save a picture of smooth noise."""
     small = Image.fromarray(np.random.default_rng(width).integers(0, 256, (5, 7, 3), dtype=np.uint8))
     small.resize((width, height), Image.Resampling.BICUBIC).save(path)
     return str(path)
 
 
 def hugging_faces(loaded, inputs, n) -> list[int]:
-    """The tokens of transformers' `generate`; of Qwen2-VL and Qwen2.5-VL at positions by Qwen's rule."""
+    """Return the tokens of transformers' `generate`; Qwen2-VL and Qwen2.5-VL use positions by Qwen's rule."""
     model, special = hugging_face_model(loaded.model), loaded.tokenizer.specials()
     ids, pads, spans, how = inputs["input_ids"][0].tolist(), {}, [], {}
     for name in ("video", "image"):
@@ -138,7 +138,7 @@ def test_an_answer_does_not_depend_on_what_was_asked_before(loaded, path, budget
     fresh = [answer(qa.encode(path), q) for q in questions]
     video = qa.encode(path)
     assert [answer(video, q) for q in questions] == fresh
-    # another system prompt in between, and answers that nobody read to the end
+    # Another system prompt in between, and answers that were not read to the end.
     assert answer(video, questions[0], system="Be brief.") == answer(qa.encode(path), questions[0], system="Be brief.")
     next(iter(video.ask(questions[1], max_new_tokens=9)))
     assert answer(video, questions[0]) == fresh[0]
@@ -146,7 +146,7 @@ def test_an_answer_does_not_depend_on_what_was_asked_before(loaded, path, budget
 
 @contextmanager
 def broken(loaded, problem, layer=0):
-    """The language model raises that, or does what it is."""
+    """Make the language model raise `problem`, or call it if it is a function."""
 
     def fail(*_):
         if isinstance(problem, BaseException):
@@ -163,7 +163,7 @@ def broken(loaded, problem, layer=0):
 
 @pytest.mark.parametrize("way", ["begun", "read along", "answered in a thread", "broken off"])
 def test_an_answer_does_not_go_on_after_another_question(loaded, way):
-    """And a pause between two of its pieces blocks no other thread."""
+    """A pause between two of its pieces blocks no other thread."""
     video = VideoQA(loaded).encode(CLIP)
     first = video.ask("What happens?", max_new_tokens=50, temperature=1.0)
     next(first)
@@ -223,7 +223,7 @@ def test_an_answer_that_failed_never_looks_complete(loaded, passes, problem):
     made.close()
     assert (made.report.finish_reason, made.report.answer) == ("error", "".join(before) if before else None)
     assert made.report.error == error_record(problem) and "error" in repr(made)
-    # The video is paid for by the first answer that comes.
+    # The first answer reports the time for encoding the video.
     assert (asked(video).report.time_ms.encode > 0) == (passes == 0)
 
 
@@ -262,7 +262,7 @@ def test_an_interruption_does_not_spoil_the_next_answer(loaded, when):
 
 
 def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
-    """A chunk is not large once it is resized, either, however small the frames are."""
+    """Resizing small frames up does not make a chunk too large."""
     write_video(tmp_path / "small.mp4", (np.full((32, 32, 3), i, np.uint8) for i in range(120)), fps=4)
     done = []
     monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 2**19)
@@ -299,9 +299,9 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
     for name in ("features", "kept", "rows", "unit_to_row"):
         assert torch.equal(getattr(beside.encoded, name), getattr(apart.encoded, name)), name
     assert beside.encoded.layers == apart.encoded.layers
-    # Told by the stage that is the last, in order; and then by the layers, which wait for all of it.
+    # The last stage reports progress in order, then the layers, which need the whole video.
     layers = [("layers", 1, 2), ("layers", 2, 2)]
-    read = [count for stage, count, _ in done if stage == "read"]  # told in between, as they come
+    read = [count for stage, count, _ in done if stage == "read"]  # reported in between, as frames arrive
     assert read[-1] == 16 and read == sorted(set(read))
     assert [step for step in done if step[0] != "read"] == [("encode", n, 16) for n in range(2, 17, 2)] + layers
 
@@ -309,7 +309,7 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
 @pytest.mark.few(2)
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, kept):
-    """What is kept is ready before it is encoded, else what there is room for; nothing is read twice, or left out."""
+    """Stored patches are all ready before the encoding; otherwise, as many as fit. Nothing is read twice or left out."""
     monkeypatch.setattr("evoprune.session.encoding.AHEAD_BYTES", 0)
     monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)
     monkeypatch.setattr(OpenInput, "shares", kept)
@@ -332,7 +332,7 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, kept
             time.sleep(0.001)
         time.sleep(0.02)
         assert len(made) == ready
-        video.inputs[0].clock.seconds["read"] = 1000.0  # before anybody waits
+        video.inputs[0].clock.seconds["read"] = 1000.0  # before any wait
         early = video.encode()
     assert early.report.time_ms.read >= 1e6 > early.report.time_ms.total
     assert len(made) == chunks and torch.equal(early.encoded.features, at_once.encoded.features)
@@ -341,7 +341,7 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, kept
 
 @pytest.fixture
 def reading(monkeypatch):
-    """Notes where the reading of a video ends; a test sets what becomes of a chunk. No thread stays behind."""
+    """Counts how often the reading of a video ends. A test sets a callback per chunk. Checks that no thread remains."""
     noted, threads = SimpleNamespace(closed=0, each=lambda: None), set(threading.enumerate())
 
     def read(*args, **settings):
@@ -389,7 +389,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
     hook = layer.register_forward_pre_hook(fails if stage == "encode" else lambda *_: None)
     try:
         with pytest.raises(type(problem)) as caught:
-            # More than three pieces, of which the first layer's MLP takes one after the other.
+            # More than three pieces, which the first layer's MLP computes one by one.
             VideoQA(loaded, method="evoprune:reuse=0:first=0").encode(CLIP, frames=20)
     finally:
         hook.remove()
@@ -397,7 +397,7 @@ def test_what_goes_wrong_in_a_stage_ends_all_of_them(loaded, monkeypatch, stage,
 
 
 def test_a_signal_while_a_frame_is_waited_for(loaded, reading):
-    """Ctrl-C in the main thread while the other one is at work."""
+    """Ctrl-C reaches the main thread while the reader thread works."""
 
     def interrupt():
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
@@ -431,7 +431,7 @@ def test_an_answer_streams_and_has_a_report_of_its_own(loaded):
     pieces += first
     assert first.text == "".join(pieces) == "".join(first) and first.report.finish_reason in ("stop", "length")
     again = video.ask("What happens?", max_new_tokens=9, temperature=1.0)
-    assert again.text == str(again) == first.text  # the text generates what is left
+    assert again.text == str(again) == first.text  # getting the text generates the rest
     second = asked(video, "And then?", n=2)
     assert first.report.question == "What happens?" and second.report.question == "And then?"
     third = qa.ask(video, "And now?", max_new_tokens=2)
@@ -458,7 +458,7 @@ def test_each_question_may_have_a_seed_of_its_own(loaded):
     kept = {tuple(VideoQA(loaded, method="random", seed=seed).encode(CLIP).encoded.kept.tolist()) for seed in (1, 1, 2)}
     assert len(kept) == 2
     qa = VideoQA(loaded, seed=5)
-    assert qa.session.unpruned().pruning.seed == 5  # what it is compared with
+    assert qa.session.unpruned().pruning.seed == 5  # the session to compare with
     video = qa.encode(CLIP)
 
     def drawn(**seed):
@@ -491,7 +491,7 @@ def test_a_black_video_is_a_video(loaded, tmp_path, method):
     video = VideoQA(loaded, budget=0.25, method=method).encode(tmp_path / "black.mp4")
     assert len(video.encoded.kept) == round(0.25 * video.plan.visual_tokens)
     assert asked(video).report.warnings[0] == "equal_scores" and video.report.warnings == ["equal_scores"]
-    # Its frames may be even, and differ.
+    # Its frames may be uniform and still differ.
     assert "black.mp4 shows nothing but even colours" in " ".join(warning_lines(video.report))
 
 
@@ -516,7 +516,7 @@ def test_what_is_not_shown_as_players_show_it_is_a_warning(loaded, tmp_path):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["downscale", "subsample"])
 def test_less_input_is_what_a_plan_for_less_would_give(loaded, method):
-    """The same as looking at the video so from the start: decoding, positions and all."""
+    """Decoding, positions and everything else are as if the video had been sampled that way from the start."""
     less = VideoQA(loaded, budget=0.25, method=method).encode(CLIP)
     limits = replace(loaded.video, min_pixels=1, max_pixels=less.plan.height * less.plan.width)
     other = VideoQA(described(loaded, limits={"video": limits}), budget=1.0).encode(
@@ -533,7 +533,7 @@ ASKED = ["What happens?", "How many red squares are there in the video?", "What 
 
 
 def test_one_encoding_serves_every_question(loaded, monkeypatch):
-    """A method that reads the question chooses for each anew, as if the video had been encoded for it alone."""
+    """A method that reads the question selects again for each one, as if the video had been encoded for it alone."""
     qa = VideoQA(loaded, budget=0.25, method="cdpruner")
     fresh = []
     for question in ASKED:
@@ -551,14 +551,14 @@ def test_what_is_reported_of_it(loaded):
     video = VideoQA(loaded, budget=0.25, method="cdpruner").encode(CLIP)
     blank = video.report.pruning
     assert (blank.visual_tokens_kept, blank.kept_ratio, blank.visual_tokens_in) == (0, 0.0, 144)
-    encoding = video._encodings[0].seconds["encode"] = 1000.0  # so that it cannot be mistaken for a choice
+    encoding = video._encodings[0].seconds["encode"] = 1000.0  # large enough to stand out from the selection time
     for turn, question in enumerate(ASKED):
         report = asked(video, question).report
         assert report.pruning.visual_tokens_kept == report.tokens.visual == 36 and report.pruning.kept_ratio == 0.25
         assert report.pruning.kept_per_pair == [6] * 6 and report.cache == "off"
         times = report.time_ms
         assert times.ttft_model == pytest.approx(times.encode + times.prefill)
-        if not turn:  # the encoding is counted once, choosing every time
+        if not turn:  # the encoding is counted once, the selection every time
             assert times.encode > encoding * 1000
         else:
             assert 0 < times.encode_prune <= times.encode < encoding * 1000 and times.read == 0

@@ -1,4 +1,4 @@
-"""What a program does with evoprune, as strict type checkers read it; `main` runs it. docs/guide.md says what each line means."""
+"""A program that uses all of evoprune's API, for strict type checkers; `main` runs it. docs/guide.md explains each line."""
 
 import sys
 import tempfile
@@ -15,7 +15,7 @@ import evoprune
 
 @dataclass
 class Shown:
-    """What an answer holds."""
+    """A parsed answer."""
 
     colour: Literal["red", "green"]
 
@@ -29,7 +29,7 @@ def show_stage(stage: str, done: int, total: int) -> None:
 
 
 def load() -> evoprune.VideoQA:
-    """Every option of `load`."""
+    """Use every option of `load`."""
     evoprune.VideoQA.load()
     evoprune.VideoQA.load(Path("demo"), device=torch.device("cpu"), dtype=torch.float32, budget=0.25)
     return evoprune.VideoQA.load(
@@ -51,7 +51,7 @@ def load() -> evoprune.VideoQA:
 
 
 def encode(qa: evoprune.VideoQA, clip: Path, folder: str) -> evoprune.EncodedInputs:
-    """Every option of `encode`, and every kind of input."""
+    """Use every option of `encode`, and every kind of input."""
     frames = np.zeros((24, 112, 168, 3), np.uint8)
     qa.encode(frames, frame_rate=12.0)
     qa.encode(torch.zeros((24, 112, 168, 3), dtype=torch.uint8), times_s=[0.5 * number for number in range(24)])
@@ -77,7 +77,7 @@ def encode(qa: evoprune.VideoQA, clip: Path, folder: str) -> evoprune.EncodedInp
 
 
 def find(qa: evoprune.VideoQA, clip: Path) -> list[evoprune.Moment]:
-    """Every option of `find`, and what a moment has."""
+    """Use every option of `find`, and all fields of a moment."""
     qa.find(str(clip), ["a green square", "a red ring"])
     moments = qa.find(
         clip,
@@ -100,7 +100,7 @@ def find(qa: evoprune.VideoQA, clip: Path) -> list[evoprune.Moment]:
 
 
 def ask(qa: evoprune.VideoQA, video: evoprune.EncodedInputs) -> str:
-    """Every option of `ask`, and what an answer has."""
+    """Use every option of `ask`, and all members of an answer."""
     answer: evoprune.Answer = video.ask(
         "What colour is the square?",
         seed=1,
@@ -145,7 +145,7 @@ def ask(qa: evoprune.VideoQA, video: evoprune.EncodedInputs) -> str:
 
 
 def stream(qa: evoprune.VideoQA, frames: list[np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]]) -> None:
-    """Every option of `stream`, and what a stream has."""
+    """Use every option of `stream`, and all members of a stream."""
     with qa.stream(
         fps=2.0,
         max_visual_tokens=None,
@@ -166,7 +166,7 @@ def stream(qa: evoprune.VideoQA, frames: list[np.ndarray[tuple[int, int, int], n
 
 
 def hold(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> None:
-    """Every option of `EvoPrune`, around a model that the program holds, and the tower alone."""
+    """Use every option of `EvoPrune` on a model that the program holds, and on its tower."""
     settings = evoprune.EvoPrune(
         budget=0.1,
         method="evoprune",
@@ -189,7 +189,7 @@ def hold(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> None:
 
 
 def prepare(clip: str) -> None:
-    """What reads for other programs."""
+    """Prepare inputs for other programs."""
     inputs = evoprune.processor_inputs("demo", [clip], "What happens?", fps=2.0, system=None, offline=True)
     ids: torch.Tensor = inputs["input_ids"]
     frames, times_s = evoprune.read_frames(clip, frames=4, seek="keyframes", decoder="auto")

@@ -1,4 +1,4 @@
-"""What type checkers, editors and `help` are told of the public functions, and that the checkers find what is wrong."""
+"""Signatures of the public functions in type checkers, editors and `help`; and that type checkers find mistakes."""
 
 import inspect
 import json
@@ -41,7 +41,7 @@ from tests.typed.public import main
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
-# What takes options, with the classes that define them, and the typed dict that says so to a type checker.
+# Callables with options, the classes that define the options, and the typed dict that declares them to type checkers.
 TAKES: list[tuple[Callable, tuple[type, ...], str]] = [
     (evoprune.VideoQA.__init__, (PruneOptions,), "PruneKeywords"),
     (evoprune.VideoQA.load, (ModelOptions, PruneOptions), "LoadKeywords"),
@@ -74,7 +74,7 @@ def test_help_has_the_type_the_default_and_the_meaning_of_each_option(function, 
 
 @pytest.mark.parametrize(("function", "kinds", "name"), TAKES, ids=[each[0].__qualname__ for each in TAKES])
 def test_a_type_checker_is_told_of_the_same_options(function, kinds, name):
-    if function is evoprune.EvoPrune:  # whose fields are its options
+    if function is evoprune.EvoPrune:  # its fields are its options
         return
     annotations = dict(getattr(function, "__func__", function).__annotations__)
     annotations.pop("return", None)
@@ -122,7 +122,7 @@ def test_the_names_of_presets_are_those_that_there_are():
 
 
 def public() -> Iterator[tuple[str, Callable]]:
-    """The public functions, and the public methods of public classes that are no properties."""
+    """Yield the public functions, and the public methods (not properties) of public classes."""
     for name in evoprune.__all__:
         value = getattr(evoprune, name)
         if isinstance(value, type):
@@ -153,12 +153,12 @@ def test_every_parameter_and_result_of_a_public_function_has_a_type():
     assert untyped == []
 
 
-# Type checkers, where they are installed, on a program and on mistakes.
+# Type checkers, if they are installed, on a program and on mistakes.
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """A Python that has the packages of this one, and this checkout as an installed package, whose own faults no checker names."""
+    """A Python with the same packages, and this checkout as an installed package, so that checkers do not report its own errors."""
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder, symlinks=True)
     packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
@@ -168,7 +168,7 @@ def installed(tmp_path_factory) -> Path:
 
 
 def mypy(folder: Path, python: Path) -> list[tuple[str, int, str]]:
-    """The file, the line and the text of each fault that `mypy --strict` finds."""
+    """Return the file, line and text of each error that `mypy --strict` finds."""
     command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--python-executable", python, *FILES]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stdout + done.stderr
@@ -177,7 +177,7 @@ def mypy(folder: Path, python: Path) -> list[tuple[str, int, str]]:
 
 
 def pyright(folder: Path, python: Path) -> list[tuple[str, int, str]]:
-    """The same of Pyright in strict mode."""
+    """Return the same for Pyright in strict mode."""
     (folder / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}', encoding="utf-8")
     command = [sys.executable, "-m", "basedpyright", "--pythonpath", python, "--outputjson", *FILES]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)

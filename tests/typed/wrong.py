@@ -1,4 +1,4 @@
-"""Mistakes that a type checker finds, one a line, with nothing else wrong."""
+"""Mistakes that a type checker finds, one per line, and no other errors."""
 
 import torch
 

@@ -1,4 +1,4 @@
-import av  # noqa: F401  before decord, whose older codec libraries would replace those of PyAV
+import av  # noqa: F401  before decord, whose older codec libraries would replace PyAV's
 import pytest
 
 from evoprune.video.readers.track import Track
@@ -12,13 +12,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Videos are read in this process, where a test can look on."""
+    """Read videos in this process, so that a test can observe it."""
     monkeypatch.setattr(isolation, "POSSIBLE", False)
 
 
 @pytest.fixture
 def decoded(in_process, monkeypatch):
-    """Counts how many frames are decoded."""
+    """Counts decoded frames."""
     count, original = [0], Track._decoded
 
     def counting(*args):

@@ -1,7 +1,7 @@
-"""Video files made on the spot, with frames that carry their own number, each in a process of its own.
+"""Test videos whose frames show their own number, each encoded in a separate process.
 
-An encoder may change the process that it runs in: libsvtav1 puts a process of root into the real-time class. Whatever that process
-starts afterwards keeps all other programs from the processor, so a test process that encoded AV1 could stop the machine.
+An encoder may change its process: libsvtav1, run as root, switches to the real-time scheduling class. Child processes inherit that
+and starve all other programs, so a test process that encoded AV1 could freeze the machine.
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ from evoprune.video.sandbox import isolation
 
 BITS = 8
 CLOCK = Fraction(1, 1000)
-# Its children are forks of one server that has imported this file, so that each starts in milliseconds.
+# Children are forks of a server that already imported this file, so each one starts in milliseconds.
 CONTEXT = multiprocessing.get_context(
     "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 )
@@ -31,14 +31,14 @@ if CONTEXT.get_start_method() == "forkserver":
 
 
 def apart(function: Callable, *arguments, **how):
-    """What the function returns or raises, in another process. It and its arguments can be pickled."""
+    """Run a function in another process, and return its result or raise its exception. Everything must be picklable."""
     with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
         return pool.submit(partial(function, *arguments, **how)).result()
 
 
 @contextmanager
 def in_this_process() -> Iterator[None]:
-    """Videos are read in this process, not in one of their own."""
+    """Read videos in this process instead of a worker process."""
     usual = isolation.POSSIBLE
     isolation.POSSIBLE = False
     try:
@@ -48,14 +48,14 @@ def in_this_process() -> Iterator[None]:
 
 
 def numbered_frame(number: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """uint8 `[height, width, 3]`: `number` (0..255) as vertical stripes, the highest bit on the left."""
+    """Return uint8 `[height, width, 3]`: `number` (0..255) as vertical stripes, the highest bit on the left."""
     bits = np.array([(number >> bit) & 1 for bit in reversed(range(BITS))], np.uint8)
     row = bits[np.arange(width) * BITS // width] * 180 + 40
     return np.broadcast_to(row[:, None], (height, width, 3)).astype(np.uint8)
 
 
 def number_of(rgb: np.ndarray) -> int:
-    """The number in a frame made by `numbered_frame`, after any lossy encoding."""
+    """Return the number in a frame made by `numbered_frame`, after any lossy encoding."""
     middles = (2 * np.arange(BITS) + 1) * rgb.shape[1] // (2 * BITS)
     return int("".join("1" if rgb[:, x].mean() > 128 else "0" for x in middles), 2)
 
@@ -65,7 +65,7 @@ def numbered_frames(count: int, height: int = 48, width: int = 64) -> list[np.nd
 
 
 def write_video(path: Path | str, frames: Iterable[np.ndarray], **how) -> Path:
-    """A file of RGB frames, encoded by `encode_video` in a process of its own."""
+    """Write a file of RGB frames with `encode_video` in another process."""
     apart(encode_video, str(path), list(frames), **how)
     return Path(path)
 
@@ -87,14 +87,14 @@ def encode_video(
     audio_s: float = 0.0,
     container_options: dict[str, str] | None = None,
 ) -> None:
-    """Encode RGB frames into a file whose container follows from its ending.
+    """Encode RGB frames into a file whose container follows from its extension.
 
     Args:
         codec, options: FFmpeg's name of the encoder, and its options.
-        rotation, mirrored: how players turn the frames: flipped left to right first, then so many degrees clockwise.
+        rotation, mirrored: how players turn the frames: first flipped left to right, then rotated clockwise by this many degrees.
         pts: the time of each frame in seconds; evenly by `fps` from `start` by default.
         gop: longest distance between keyframes.
-        audio_s: length of a silent audio track; 0 for none.
+        audio_s: length of a silent audio track; 0 for no audio.
         container_options: such as `{"movflags": "faststart"}`.
     """
     times = [start + i / fps for i in range(len(frames))] if pts is None else pts
@@ -107,10 +107,10 @@ def encode_video(
         if pts is not None or start:
             stream.codec_context.time_base = CLOCK
         if rotation or mirrored:
-            # FFmpeg's flip comes after its (anticlockwise) rotation, so it undoes a turn of the opposite direction.
+            # FFmpeg flips after its (anticlockwise) rotation, so the rotation must have the opposite direction.
             stream.set_display_rotation(rotation if mirrored else -rotation, hflip=mirrored)
         sound = out.add_stream("aac", rate=8000, layout="mono") if audio_s else None
-        converter = VideoReformatter()  # one for all frames: to make one takes longer than to convert a frame
+        converter = VideoReformatter()  # shared by all frames, because creating it takes longer than converting a frame
         for rgb, time in zip(frames, times, strict=True):
             frame = converter.reformat(av.VideoFrame.from_ndarray(rgb, format="rgb24"), format=pix_fmt)
             frame.pts, frame.time_base = round(time / CLOCK), CLOCK
@@ -125,7 +125,7 @@ def encode_video(
 
 
 def write_sound(path: Path, cover: bool = False) -> Path:
-    """A file of a second of silence, as MP3 or AAC by its ending, perhaps with a picture as its cover."""
+    """Write a second of silence, as MP3 or AAC by the extension, optionally with a cover picture."""
     apart(encode_sound, path, cover)
     return path
 
@@ -149,7 +149,7 @@ def encode_sound(path: Path, cover: bool) -> None:
 
 
 def add_beside(path: Path, out: Path, beside: str) -> Path:
-    """A copy of the file with another stream before the video: `subtitles`, or a `cover` picture."""
+    """Copy the file with another stream before the video: `subtitles`, or a `cover` picture."""
     with av.open(str(path)) as source, av.open(str(out), "w") as target:
         other = target.add_stream({"subtitles": "ass", "cover": "mjpeg"}[beside], rate=1)
         if beside == "cover":
@@ -169,7 +169,7 @@ def add_beside(path: Path, out: Path, beside: str) -> Path:
 
 
 def quarters():
-    """Four different colours: red and green above, blue and white below."""
+    """Return a frame of four colors: red and green above, blue and white below."""
     rgb = np.zeros((48, 64, 3), np.uint8)
     rgb[:24, :32, 0] = rgb[:24, 32:, 1] = rgb[24:, :32, 2] = 255
     rgb[24:, 32:] = 255
@@ -177,7 +177,7 @@ def quarters():
 
 
 def spoil(path, out, packets):
-    """A copy of the file with the contents of some packets overwritten."""
+    """Copy the file with the contents of some packets overwritten."""
     content = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
         for i, packet in enumerate(container.demux(video=0)):
@@ -188,7 +188,7 @@ def spoil(path, out, packets):
 
 
 def crop_video(path: Path, out: Path, left: int, right: int, top: int, bottom: int) -> Path:
-    """A copy of an MP4 of H.264 with a clap box, by which players crop so many pixels of each frame."""
+    """Copy an H.264 MP4 with a clap box, which makes players crop these numbers of pixels from each frame."""
     content = bytearray(path.read_bytes())
     at = 0
     boxes = []
@@ -208,7 +208,7 @@ def crop_video(path: Path, out: Path, left: int, right: int, top: int, bottom: i
 
 
 def write_image(path: Path | str, rgb: np.ndarray) -> Path:
-    """Encode a picture into a JPEG, PNG, WebP or BMP file, by its ending."""
+    """Encode a picture into a JPEG, PNG, WebP or BMP file, by its extension."""
     codec, pix_fmt = {
         ".jpg": ("mjpeg", "yuvj444p"),
         ".jpeg": ("mjpeg", "yuvj444p"),
@@ -227,16 +227,16 @@ def write_image(path: Path | str, rgb: np.ndarray) -> Path:
 
 
 def pixels(chunks):
-    """All frames of some chunks: uint8 `[n, H, W, 3]`."""
+    """Return all frames of some chunks: uint8 `[n, H, W, 3]`."""
     return np.concatenate([chunk.pixels for chunk in chunks])
 
 
 def numbers(info, times, **how):
-    """The numbers in the frames that are read."""
+    """Return the numbers in the frames that are read."""
     return [number_of(rgb) for chunk in read_chunks(info, times, **how) for rgb in chunk.pixels]
 
 
-SAID = {  # how a file is written, what is known of it, and the warning
+SAID = {  # how a file is written, its facts, and the warning
     "pq.mp4": ({"codec": "libx265", "pix_fmt": "yuv420p10le"}, {"color_trc": 16}, {"hdr": True}, "hdr_video"),
     "hlg.mkv": ({"codec": "libx265", "pix_fmt": "yuv420p10le"}, {"color_trc": 18}, {"hdr": True}, "hdr_video"),
     "fields.mp4": ({"options": {"x264-params": "interlaced=1"}}, {}, {"interlaced": True}, "interlaced_video"),
@@ -248,7 +248,7 @@ SAID = {  # how a file is written, what is known of it, and the warning
 
 
 def write_said(path: Path) -> tuple[dict, str | None]:
-    """A file of `SAID`, by its name; returns what is known of it, and the warning."""
+    """Write the file of `SAID` with this name. Returns its facts and the warning."""
     how, settings, facts, warning = SAID[path.name]
     how = {"codec": "libx264", "pix_fmt": "yuv420p", "options": {"x265-params": "log-level=none"}, "tracks": 1} | how
     with av.open(str(path), "w") as out:

@@ -1,7 +1,7 @@
-"""Two hundred good files of all kinds: `python -m tests.video.good [--rounds 5]`.
+"""Two hundred valid files of many kinds: `python -m tests.video.good [--rounds 5]`.
 
-Asks the demo model about each. Each is read in a separate process, as always, and in this one, in turn. Prints how many were
-answered and what the separate process costs, for reading alone and from path to first token: the median of the files' own ratios.
+Asks the demo model about each file, alternately with the usual worker process and without it. Prints how many were answered and the
+overhead of the worker process, for reading alone and for the time to the first token, as the median of per-file ratios.
 """
 
 import argparse
@@ -34,7 +34,7 @@ WAYS = [
 
 
 def some_file(folder: Path, number: int) -> Path:
-    """A good file: which codec and container, how large, long, fast, how turned, since when, with sound or without."""
+    """Write a valid file with random codec, container, size, length, frame rate, rotation, start time and audio."""
     random = np.random.default_rng(number)
     how, endings = WAYS[number % len(WAYS)]
     ending = str(random.choice(endings))
@@ -43,13 +43,13 @@ def some_file(folder: Path, number: int) -> Path:
     how = how | {"fps": fps, "gop": int(random.choice([1, 5, 12, 250]))}
     if ending in ("mp4", "mov", "mkv"):
         how |= {"rotation": int(random.choice([0, 0, 90, 180, 270])), "start": float(random.choice([0.0, 0.0, 3.5]))}
-    if ending != "webm" and random.integers(3) == 0:  # which takes no AAC
+    if ending != "webm" and random.integers(3) == 0:  # WebM does not support AAC
         how |= {"audio_s": count / fps}
     return write_video(folder / f"{number}.{ending}", numbered_frames(count, *size), **how)
 
 
 def good_files(folder: Path) -> list[Path]:
-    """One of each kind, and others made at random."""
+    """Write one file of each kind, and random ones."""
     (folder / "kinds").mkdir()
     return [write_kind(folder / "kinds", name) for name in KINDS] + [some_file(folder, i) for i in range(MADE)]
 

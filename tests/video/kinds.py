@@ -1,4 +1,4 @@
-"""The kinds of files that the tests go through, and what each decoder is to make of them."""
+"""The kinds of files that the tests use, and the expected result of each decoder."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +11,10 @@ from tests.video.files import add_beside, numbered_frames, write_video
 
 @dataclass(frozen=True)
 class Kind:
-    """How to write a file, and why decord refuses it (a part of its message), or None if it does not.
+    """How to write a file, and part of decord's error message for it, or None if decord reads it.
 
-    `hidden`: some frames are stored but never displayed. `stored`: the file lies in `data/`, because the
-    encoders in PyAV's wheels cannot write its like. `beside`: another stream that comes first, see `add_beside`.
+    `hidden`: number of frames that are stored but never displayed. `stored`: the file is in `data/`, because the encoders in
+    PyAV's wheels cannot write it. `beside`: another stream that comes first, see `add_beside`.
     """
 
     how: dict[str, Any] = field(default_factory=dict)
@@ -50,7 +50,8 @@ KINDS = {
     "hevc.ts": Kind(HEVC, decord_refuses=UNRELIABLE),
     "vp8.webm": Kind({"codec": "libvpx"}),
     "vp9.webm": Kind(VP9),
-    "vp9_hidden.webm": Kind(stored=True, decord_refuses="stops at damage"),  # hidden reference frames, as most have
+    # Hidden reference frames, as most VP9 files have.
+    "vp9_hidden.webm": Kind(stored=True, decord_refuses="stops at damage"),
     "av1.mkv": Kind(AV1, decord_refuses="no decoder for AV1"),
     "av1.mp4": Kind(AV1, decord_refuses="no decoder for AV1"),
     "picture.gif": Kind({"codec": "gif", "pix_fmt": "rgb8"}, decord_refuses=UNRELIABLE),
@@ -116,7 +117,7 @@ KINDS = {
 
 
 def write_kind(folder: Path, name: str) -> Path:
-    """The file of that kind, whose frames are numbered from 0; written once, where it is not kept."""
+    """Return the file of this kind, with frames numbered from 0. It is written on first use unless it is stored."""
     path, kind = folder / f"kind_{name}", KINDS[name]
     if kind.stored:
         return DATA / name
@@ -128,7 +129,7 @@ def write_kind(folder: Path, name: str) -> Path:
 
 
 def _upright(kind: Kind) -> list[np.ndarray]:
-    """Frames that show their numbers upright when they are displayed."""
+    """Return frames whose numbers are upright when displayed."""
     turns, mirrored = kind.how.get("rotation", 0) // 90, kind.how.get("mirrored", False)
     displayed = kind.size if turns % 2 == 0 else kind.size[::-1]
     frames = [np.rot90(rgb, turns) for rgb in numbered_frames(kind.frames, *displayed)]
@@ -136,7 +137,7 @@ def _upright(kind: Kind) -> list[np.ndarray]:
 
 
 def table() -> str:
-    """The kinds and what becomes of them, as in `results/video.md`."""
+    """Return the table of kinds and results in `results/video.md`."""
     both = [name for name, kind in KINDS.items() if not kind.decord_refuses]
     pyav = [name for name, kind in KINDS.items() if kind.decord_refuses]
     lines = ["| answered with | kinds | files |", "|---|---|---|"]

@@ -1,8 +1,8 @@
-"""Videos broken in every way: `python -m tests.video.mutations [--count 1000] [--seed 0]`.
+"""Broken videos: `python -m tests.video.mutations [--count 1000] [--seed 0]`.
 
-Small files of many kinds are mutated, a case from each number, always the same one; each is probed, sampled and decoded as `ask`
-does, some by the command line itself. Whatever comes of it must be an answer or an error about the video, within `LONGEST_S`.
-Prints what came of them, and ends with 1 if anything else did.
+Small files of many kinds are mutated, deterministically by case number. Each one is probed, sampled and decoded as in `ask`,
+some by the command line itself. The result must be an answer or an error about the video, within `LONGEST_S`.
+Prints a summary of the results. The exit code is 1 if any result was wrong.
 """
 
 import argparse
@@ -32,9 +32,9 @@ from tests.video.kinds import KINDS, write_kind
 ROOT = Path(__file__).parents[2]
 LONGEST_S = 30.0
 CHUNK_BYTES = 2**26  # as in the pipeline
-# Of the process that reads: what any video may take, and some for what is no data (libraries, stacks).
+# For the reader process: the limit for a video, plus memory for libraries and stacks.
 MOST_BYTES = 2**30 + 2**28
-# With how many cases between, in each of which decord reads, and the command line is run.
+# Every n-th case is read by decord, or run on the command line.
 DECORD_EVERY, COMMAND_EVERY = 7, 50
 
 FASTSTART = "faststart.mp4"
@@ -61,7 +61,7 @@ def damage_the_header(random: np.random.Generator, content: bytearray) -> bytear
 
 
 def damage_the_end(random: np.random.Generator, content: bytearray) -> bytearray:
-    """Where MP4 has its index."""
+    """Damage the end, because MP4 has its index there."""
     for at in random.integers(min(len(content), 1000), size=random.integers(1, 12)):
         content[-1 - at] = random.integers(256)
     return content
@@ -91,7 +91,7 @@ def repeat_a_range(random: np.random.Generator, content: bytearray) -> bytearray
 
 
 def swap_boxes(random: np.random.Generator, content: bytearray) -> bytearray:
-    """Two pieces change places: of MP4 boxes, of other files any."""
+    """Swap two pieces: boxes in MP4, arbitrary ones in other files."""
     edges, at = [0], 0
     while content[4:8] == b"ftyp" and at + 8 <= len(content):
         at += max(8, int.from_bytes(content[at : at + 4], "big"))
@@ -108,7 +108,7 @@ HUGE = (2**32 - 1, 2**31 - 1, 2**31, 10**9, 10**5, 65_535, 2**24, 0)
 
 
 def declare_huge_numbers(random: np.random.Generator, content: bytearray) -> bytearray:
-    """Somewhere in the first or last bytes, where sizes and counts are."""
+    """Write huge numbers into the first or last bytes, which contain sizes and counts."""
     for _ in range(random.integers(1, 6)):
         size, order = int(random.choice([2, 4, 4, 8])), str(random.choice(["big", "little"]))
         at = int(random.integers(min(len(content), 800)))
@@ -126,19 +126,19 @@ MUTATIONS: tuple[Mutation, ...] = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case."""
+    """The result of a case."""
 
     number: int
-    name: str  # of the file it was made from, and how
-    code: int  # that `ask` ends with
-    what: str  # in words, without paths and numbers
+    name: str  # source file and mutations
+    code: int  # exit code of `ask`
+    what: str  # error message without paths and numbers
     seconds: float
-    peak_bytes: int | None  # of the process that read; None if it is gone
-    bad: str  # why that must not be, or ""
+    peak_bytes: int | None  # of the reader process; None if it has ended
+    bad: str  # why this result is wrong, or ""
 
 
 def sources(folder: Path) -> dict[str, bytes]:
-    """What is mutated."""
+    """Return the contents of the files to mutate, by name."""
     made = {}
     for name in SOURCES:
         if name in KINDS:
@@ -153,7 +153,7 @@ def sources(folder: Path) -> dict[str, bytes]:
 
 
 def mutant(number: int, seed: int, originals: dict[str, bytes]) -> tuple[str, bytes]:
-    """The name and the content of a case."""
+    """Return the name and the content of a case."""
     random = np.random.default_rng((seed, number))
     name = SOURCES[number % len(SOURCES)]
     content, how = bytearray(originals[name]), []
@@ -165,7 +165,7 @@ def mutant(number: int, seed: int, originals: dict[str, bytes]) -> tuple[str, by
 
 
 def read(path: Path, decoder: str) -> tuple[int, str]:
-    """The exit code and what happened, in the way that `ask` goes about it."""
+    """Return the exit code and the message, following the steps of `ask`."""
     try:
         info = probe(path)
         choose_decoder(decoder, info)
@@ -184,7 +184,7 @@ def read(path: Path, decoder: str) -> tuple[int, str]:
 
 
 def command(path: Path) -> tuple[int, str]:
-    """The exit code of `ask`, and what it says that it must not."""
+    """Return the exit code of `ask`, and a description of wrong output or ""."""
     words = ["ask", str(path), "What happens?", "-n", "1", "--quiet", "--json"]
     done = subprocess.run([sys.executable, "-m", "evoprune_cli", *words], capture_output=True, cwd=ROOT, timeout=300)
     if b"Traceback" in done.stderr or len(done.stdout.splitlines()) != 1:
@@ -196,7 +196,7 @@ def command(path: Path) -> tuple[int, str]:
 
 
 def run(number: int, seed: int, originals: dict[str, bytes], folder: Path, by_command: bool) -> Outcome:
-    """One case; its file stays in `folder`."""
+    """Run one case. Its file stays in `folder`."""
     name, content = mutant(number, seed, originals)
     kind = name.partition(":")[0]
     path = folder / f"{number}_{kind}"
@@ -208,7 +208,7 @@ def run(number: int, seed: int, originals: dict[str, bytes], folder: Path, by_co
         path.rename(video / kind)
     decoder = "decord" if number % DECORD_EVERY == 0 and "decord" in DECODERS else "auto"
     code, what, seconds, most = timed(video, decoder)
-    if seconds > LONGEST_S:  # is it the file, or was the machine busy elsewhere?
+    if seconds > LONGEST_S:  # measured again, in case the machine was busy
         code, what, seconds, most = timed(video, decoder)
     bad = ""
     if code not in (0, VideoError.exit_code):
@@ -225,9 +225,9 @@ def run(number: int, seed: int, originals: dict[str, bytes], folder: Path, by_co
 
 
 def timed(path: Path, decoder: str) -> tuple[int, str, float, int | None]:
-    """`code`, `what`, `seconds` and `peak_bytes` of an outcome."""
+    """Return `code`, `what`, `seconds` and `peak_bytes` of an outcome."""
     for worker in isolation._idle:
-        Path(f"/proc/{worker.pid}/clear_refs").write_text("5")  # forgets the peak
+        Path(f"/proc/{worker.pid}/clear_refs").write_text("5")  # resets the peak
     begin, peaks = time.monotonic(), []
     code, what = read(path, decoder)
     seconds = time.monotonic() - begin
@@ -238,7 +238,7 @@ def timed(path: Path, decoder: str) -> tuple[int, str, float, int | None]:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """How many came to what, in Markdown."""
+    """Return the number of cases per result as a Markdown table."""
     lines = ["| exit code | what | cases | longest | most memory |", "|---|---|---|---|---|"]
     counts = Counter((o.code, o.what) for o in outcomes)
     for (code, what), count in sorted(counts.items(), key=lambda found: (found[0][0], -found[1])):
@@ -249,7 +249,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def run_all(numbers: Sequence[int], seed: int, folder: Path) -> Iterator[Outcome]:
-    """One outcome after the other; files of those that must not be stay in `folder`."""
+    """Yield outcomes one by one. Files of wrong outcomes stay in `folder`."""
     (folder / "sources").mkdir(exist_ok=True)
     originals = sources(folder / "sources")
     for i, number in enumerate(numbers):

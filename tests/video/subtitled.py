@@ -1,4 +1,4 @@
-"""Files with subtitles, made on the spot."""
+"""Test files with subtitles."""
 
 import io
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ SSA = ASS.replace("v4.00+", "v4.00").replace("V4+", "V4").replace("Layer", "Mark
 
 
 def srt(cues: Sequence[tuple[float, float, str]]) -> str:
-    """The text of an SRT file."""
+    """Return the text of an SRT file."""
     return "\n".join(f"{n}\n{_time(a)} --> {_time(b)}\n{text}\n" for n, (a, b, text) in enumerate(cues, 1))
 
 
@@ -57,11 +57,11 @@ def write_subtitled(
     start_s: float = 0.0,
     encoding: str = "utf-8",
 ) -> Path:
-    """A video of 6 s with a subtitle track of each text, which is a file's content; in English, `default` marked as such.
+    """Write a video of 6 s with an English subtitle track per text, which is a file's content. Track `default` is the default.
 
     Args:
-        start_s: the timestamp of the first frame; subtitles are later by as much.
-        encoding: of the text of each packet.
+        start_s: the timestamp of the first frame; subtitles are shifted by the same time.
+        encoding: text encoding of the packets.
     """
     apart(encode_subtitled, path, texts, default, start_s, encoding)
     return path
@@ -102,7 +102,7 @@ def encode_subtitled(
 
 
 def pictures() -> bytes:
-    """A file of PGS subtitles, which are pictures: one that shows nothing."""
+    """Return a file of PGS subtitles, which are pictures. It has one that shows nothing."""
     composition = bytes([0, 64, 0, 48, 0x10, 0, 0, 0x80, 0, 0, 0])
     segments = [(0x16, composition), (0x80, b"")] * 3
     return b"".join(

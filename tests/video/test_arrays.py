@@ -1,4 +1,4 @@
-"""`evoprune.read_frames`: frames of anything in one array, with their times."""
+"""`evoprune.read_frames`: frames of any input in one array, with their times."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ from tests.video.kinds import KINDS, write_kind
 
 @pytest.fixture(scope="module")
 def clip(folder):
-    """25.6 s at 10 frames a second, a keyframe every second; each frame shows its number."""
+    """25.6 s at 10 frames per second, a keyframe every second; each frame shows its number."""
     return write_video(folder / "arrays.mp4", numbered_frames(256), options={"sc_threshold": "0"})
 
 

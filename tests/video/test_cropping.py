@@ -1,4 +1,4 @@
-"""Pictures that the container crops, as a clap box in MP4 and PixelCrop in Matroska do: whatever reads them, they are cropped."""
+"""Frames cropped by the container (clap box in MP4, PixelCrop in Matroska): every reader crops them."""
 
 from contextlib import closing
 
@@ -19,7 +19,7 @@ EDGES = 6, 26, 20, 12  # left, right, top, bottom
 
 @pytest.fixture(scope="module")
 def cropped(tmp_path_factory):
-    """Paths of an MP4, of a Matroska file, and of an MP4 that is turned too."""
+    """Paths of an MP4, of a Matroska file, and of an MP4 that is also rotated."""
     folder = tmp_path_factory.mktemp("cropped")
     left, right, top, bottom = EDGES
     frames = [np.full((80, 96, 3), 255, np.uint8) for _ in range(30)]
@@ -40,7 +40,7 @@ def cropped(tmp_path_factory):
 
 
 def check(rgb, number, turned=False):
-    """The frame of that number, without its white edges."""
+    """Check the number of a frame, and that its white edges are gone."""
     upright = np.rot90(rgb) if turned else rgb
     assert upright.shape == (48, 64, 3) and number_of(upright) == number
     assert (upright < 240).all()

@@ -1,4 +1,4 @@
-"""Encrypted videos are refused, whatever their container: a decoder would make noise of them."""
+"""Encrypted videos are refused in every container, because a decoder would produce noise."""
 
 import random
 from contextlib import closing
@@ -15,7 +15,7 @@ FRAMES = numbered_frames(20)
 
 
 def add_boxes(content, path, boxes):
-    """A copy of an MP4 whose index comes last, with further boxes at the end of one inside the others of `path`."""
+    """Return the content of an MP4 (index at the end) with boxes added at the end of the innermost box of `path`."""
     content = bytearray(content)
     at = 0
     places = []
@@ -36,12 +36,12 @@ def box(kind, *contents):
 
 
 def write_cenc(path, told=True):
-    """An MP4 whose packets are noise. `told`: by CENC, else by the type of the entry alone, as in PIFF to FFmpeg."""
+    """Write an MP4 whose packets are noise. `told`: by CENC, otherwise only by the entry's type, as PIFF looks to FFmpeg."""
     content = bytearray(write_video(path, FRAMES).read_bytes())
     with av.open(str(path)) as container:
         for packet in container.demux(video=0):
             if packet.size:
-                noise = random.Random(packet.pos).randbytes(packet.size - 5)  # behind the length and the type
+                noise = random.Random(packet.pos).randbytes(packet.size - 5)  # after the length and the type
                 content[packet.pos + 5 : packet.pos + packet.size] = noise
     kinds = b"moov", b"trak", b"mdia", b"minf", b"stbl"
     scheme = box(b"schm", bytes(4), b"cenc", bytes([0, 1, 0, 0]))
@@ -58,7 +58,7 @@ def write_cenc(path, told=True):
 
 
 def write_matroska(path):
-    """A Matroska file whose name of the track has made room for ContentEncodings."""
+    """Write a Matroska file with ContentEncodings in place of the track name."""
     plain = write_video(path.with_name("plain.mkv"), FRAMES)
     with av.open(str(plain)) as source, av.open(str(path), "w", container_options={"write_crc32": "0"}) as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -77,7 +77,7 @@ def write_matroska(path):
 
 
 def write_sample_aes(path):
-    """MPEG-TS whose table of streams has the type of H.264 that HLS encrypts."""
+    """Write MPEG-TS whose stream table has the type of H.264 that HLS encrypts."""
     content = bytearray(write_video(path, FRAMES).read_bytes())
     for at in range(0, len(content), 188):
         if content[at + 1] & 0x40 and int.from_bytes(content[at + 1 : at + 3], "big") & 0x1FFF == 0x1000:

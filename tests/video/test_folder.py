@@ -61,7 +61,7 @@ def test_a_rate_of_ones_own(tmp_path):
     ],
 )
 def test_images_come_by_the_numbers_in_their_names(names, tmp_path):
-    """In whatever order the system lists them."""
+    """Independent of the order of the directory listing."""
     right = names.split()
     for name in random.Random(0).sample(right, len(right)):
         (tmp_path / f"{name}.png").touch()
@@ -94,13 +94,13 @@ def test_each_image_is_turned_by_its_own_exif_data(tag, ending, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = tag
     path = tmp_path / f"a.{ending}"
-    Image.fromarray(quarters()).save(path, exif=exif, quality=95, lossless=True)  # BMP has none
+    Image.fromarray(quarters()).save(path, exif=exif, quality=95, lossless=True)  # BMP has no EXIF data
     with Image.open(path) as image:
         right = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
-    for info in (probe(tmp_path), probe(path)):  # a picture of its own is a video of one frame
+    for info in (probe(tmp_path), probe(path)):  # a single picture is a video of one frame
         assert (info.height, info.width) == right.shape[:2] == ((48, 64) if tag < 5 or ending == "bmp" else (64, 48))
         got = next(read_chunks(info, [0.0])).pixels[0]
-        assert np.abs(got - right).mean() < 4  # hard edges of colour; the wrong way up it is above 80
+        assert np.abs(got - right).mean() < 4  # hard color edges differ; with the wrong rotation, the mean is above 80
 
 
 def test_images_that_are_turned_differently(tmp_path):
@@ -141,7 +141,7 @@ def test_other_sizes_are_scaled_to_the_first_and_other_sizes_refused(tmp_path):
         write_image(tmp_path / name, numbered_frame(number, *size))
     info = probe(tmp_path)
     assert (info.width, info.height) == (64, 48)
-    assert numbers(info, [0.0, 0.5, 1.0, 1.5]) == [0, 1, 2, 3]  # a pixel more is no other shape
+    assert numbers(info, [0.0, 0.5, 1.0, 1.5]) == [0, 1, 2, 3]  # one pixel more is not a different shape
     with pytest.raises(VideoError, match=r"different shapes: .*4\.png has 48x64, the first 64x48"):
         numbers(info, [0.0, 2.0])
 
@@ -192,7 +192,7 @@ def test_all_images_damaged_is_an_error(tmp_path):
 
 @pytest.fixture
 def opened(in_process, monkeypatch):
-    """Names of the images that are opened, in order."""
+    """Names of opened images, in order."""
     names, original = [], backend.decode_image
     monkeypatch.setattr(backend, "decode_image", lambda path: names.append(os.path.basename(path)) or original(path))
     return names

@@ -1,4 +1,4 @@
-"""The frame on screen at any time: of every kind of file, by either decoder, in a process apart or in this one; its pixels."""
+"""The frame on screen at any time: every kind of file, both decoders, with or without a worker process; its pixels."""
 
 import io
 import pickle
@@ -35,7 +35,7 @@ from tests.video.kinds import KINDS, table, write_kind
 WHOLE = [name for name, kind in KINDS.items() if kind.frames == 40 and not kind.hidden]
 
 
-# Every codec, and what is odd about times and sizes; the other containers with -m full.
+# Every codec, and unusual times and sizes; the other containers run with -m full.
 FEW = (
     "h264.mp4", "hevc.ts", "vp9.webm", "av1.mkv", "h264_10.mp4", "mpeg4.avi", "late.ts", "vary.mkv", "open_gop.mp4", "odd.mp4",
     "turned.mp4", "mirrored.mkv", "interlaced.mp4", "picture.gif",
@@ -63,7 +63,7 @@ def everything(info):
         converter, decoded = VideoReformatter(), container.decode(stream)
         rgb = ((frame.pts, converter.reformat(frame, format="rgb24").to_ndarray()) for frame in decoded)
         frames = [(pts, turned(picture, info)) for pts, picture in rgb]
-        if frames[0][0] is None or info.path.endswith("avi"):  # files that state no times
+        if frames[0][0] is None or info.path.endswith("avi"):  # files without timestamps
             return [(float(i / rate), rgb) for i, (_, rgb) in enumerate(frames)]
         return [(float((pts - frames[0][0]) * stream.time_base), rgb) for pts, rgb in frames]
 
@@ -73,7 +73,7 @@ def turned(rgb, info):
 
 
 def expected(frames, wanted):
-    """What a player displays at that time."""
+    """Return the frame that a player displays at that time."""
     return max((f for f in frames if f[0] <= wanted + TOLERANCE_S), key=lambda f: f[0], default=frames[0])
 
 
@@ -84,11 +84,11 @@ def test_the_frame_on_screen_is_read(info):
     displayed = [expected(frames, wanted) for wanted in times]
     assert [t for chunk in chunks for t in chunk.times_s] == pytest.approx([t for t, _ in displayed])
     np.testing.assert_array_equal(pixels(chunks), np.stack([rgb for _, rgb in displayed]))
-    assert numbers(info, [t + 0.001 for t, _ in frames]) == list(range(40))  # in the order in which they were written
+    assert numbers(info, [t + 0.001 for t, _ in frames]) == list(range(40))  # in writing order
 
 
 GROUPS = {"x264-params": "open-gop=1:bframes=3:b-pyramid=normal:scenecut=0"}
-LONG_FILES = {  # how they are written, and whether what lies between far moments need not be decoded
+LONG_FILES = {  # how they are written, and whether frames between distant times can be skipped
     "long.mp4": ({}, True),
     "long.ts": ({"start": 3.0}, True),
     "long.mov": ({"start": 3.0}, True),
@@ -111,7 +111,7 @@ LONG_FILES = {  # how they are written, and whether what lies between far moment
 @pytest.mark.few(4)
 @pytest.mark.parametrize("name", LONG_FILES)
 def test_jumps_change_nothing_but_how_much_is_decoded(name, folder, decoded, monkeypatch):
-    """Where jumps lead back, they are not repeated."""
+    """Backward jumps are not repeated."""
     how, short = LONG_FILES[name]
     info = probe(write_video(folder / f"jump_{name}", numbered_frames(256), **how))
     for step in (0.7, 3.3, 6.1):
@@ -125,7 +125,7 @@ def test_jumps_change_nothing_but_how_much_is_decoded(name, folder, decoded, mon
         assert [number_of(rgb) for rgb in pixels(straight)] == [min(int(t * 10 + 0.01), 255) for t in times]
     decoded[0] = 0
     assert numbers(info, [0.0, 5.0, 10.0, 15.0, 20.0, 25.0]) == [0, 50, 100, 150, 200, 250]
-    assert decoded[0] < (200 if short else 3 * 256)  # some of them by threads whose work is not needed
+    assert decoded[0] < (200 if short else 3 * 256)  # including frames decoded by threads whose work is not needed
 
 
 @pytest.mark.few(8)
@@ -187,7 +187,7 @@ def test_requests(long_file, folder):
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_is_answered_or_refused(name, decoder, folder, capfd):
     kind, path = KINDS[name], write_kind(folder, name)
-    capfd.readouterr()  # what encoders print
+    capfd.readouterr()  # discards the encoders' output
     info = probe(path)
     times = sorted([-1.0, 0.0, *np.linspace(0, info.duration_s, 23), 99.0])
     reason = kind.decord_refuses if decoder == "decord" else None
@@ -203,7 +203,7 @@ def test_every_kind_is_answered_or_refused(name, decoder, folder, capfd):
         assert shown == expected == sorted(shown) and (shown[0], shown[-1]) == (kind.hidden, kind.frames - 1)
         assert got[0].times_s == pytest.approx(right[0].times_s, abs=1e-6)
         difference = np.abs(pixels(got).astype(int) - pixels(right))
-        # Half-covered pixels of colour at odd edges, and more than 8 bits, are rounded differently.
+        # Half-covered chroma pixels at odd edges, and more than 8 bits, are rounded differently.
         assert difference.max() <= 2 or (name == "odd.webm" or ("_10" in name and difference.mean() < 2))
     assert capfd.readouterr() == ("", "")
 
@@ -214,7 +214,7 @@ def test_the_results_hold_this_table():
 
 
 def read_everything(path, decoder, chunk_frames):
-    """Metadata, the result of a scan, the frames at some times and their own times; or the error."""
+    """Return metadata, the result of a scan, frames at some times and their own times; or the error."""
     info = probe(path)
     end = info.duration_s
     times = sorted([0.0, *np.linspace(0, end, 12), *np.random.default_rng(0).uniform(0, end, 5), end + 1])
@@ -249,7 +249,7 @@ def first_picture(path):
 
 
 def corners(picture):
-    """Its size, and the colours above from left to right, then below."""
+    """Return the size and the colors of the corners, above from left to right, then below."""
     height, width = picture.shape[:2]
     colours = {(1, 0, 0): "R", (0, 1, 0): "G", (0, 0, 1): "B", (1, 1, 1): "W"}
     places = [(y, x) for y in (8, height - 8) for x in (8, width - 8)]
@@ -276,10 +276,10 @@ def test_full_range_is_honoured(folder):
     assert abs(int(first_picture(path).mean()) - 10) <= 2
 
 
-CLEAR = np.zeros((48, 64, 4), np.uint8)  # red, half black, and nothing, which is stored as black
+CLEAR = np.zeros((48, 64, 4), np.uint8)  # red, half-transparent black, and fully transparent, which is stored as black
 CLEAR[:, :24] = 200, 0, 0, 255
 CLEAR[:, 24:40] = 0, 0, 0, 128
-# What is seen of it, from left to right.
+# Expected colors over white, from left to right.
 OVER_WHITE = [(200, 0, 0), (127, 127, 127), (255, 255, 255)]
 TRANSPARENT = {
     "prores.mov": ("prores_ks", "yuva444p10le", {}),
@@ -310,12 +310,12 @@ def test_transparent_parts_of_videos_are_put_over_white(name, tmp_path):
     (chunk,) = read_chunks(probe(tmp_path / name), [0.05, 0.25])
     for got in chunk.pixels if name in TRANSPARENT else chunk.pixels[:1]:
         difference = np.abs(np.subtract([got[24, x].astype(int) for x in (10, 32, 56)], OVER_WHITE)).max(1)
-        assert max(difference[[0, 2]] if name == "a.gif" else difference) <= 4  # GIF knows no half
+        assert max(difference[[0, 2]] if name == "a.gif" else difference) <= 4  # GIF has no partial transparency
 
 
 @pytest.mark.parametrize(("ending", "mode"), [("png", "RGBA"), ("webp", "RGBA"), ("png", "LA"), ("png", "P")])
 def test_transparent_frames_of_a_folder_are_put_over_white(ending, mode, tmp_path):
-    """As pictures are, which other tests compare with those of transformers."""
+    """Like pictures, which other tests compare with transformers."""
     image = Image.fromarray(CLEAR[..., 0]).convert("P") if mode == "P" else Image.fromarray(CLEAR).convert(mode)
     how = {"transparency": 0} if mode == "P" else {"lossless": True, "exact": True} if ending == "webp" else {}
     image.save(tmp_path / f"a.{ending}", **how)

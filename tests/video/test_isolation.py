@@ -1,4 +1,4 @@
-"""The process that videos are read in: whatever becomes of it, it is an error about the video, and nothing stays behind."""
+"""The worker process that reads videos: any failure becomes an error about the video, and no process or memory remains."""
 
 import errno
 import os
@@ -53,7 +53,7 @@ def started(monkeypatch):
 
 @pytest.fixture
 def named(good, tmp_path):
-    """`named("crash")`: a good video of that name."""
+    """`named("crash")` returns a good video with that name."""
 
     def call(name):
         path = tmp_path / f"{name}.mp4"
@@ -78,7 +78,7 @@ def gone(pid, seconds=5.0):
 
 
 def test_frames_are_counted_while_they_are_read(named, good, started):
-    """About each second, here more often: within an array, and up to the third one, which is slow."""
+    """Progress comes about once per second, here more often: within an array, and up to the third one, which is slow."""
     seen, info = [], probe(named("later_slow"))
     frames = sum(len(chunk.pixels) for chunk in read_chunks(info, TIMES, chunk_bytes=SMALL, on_frames=seen.append))
     assert frames == 20 and seen == sorted(seen) and seen.count(8) > 10 and max(seen) <= 20
@@ -88,7 +88,7 @@ def test_frames_are_counted_while_they_are_read(named, good, started):
 
 @pytest.mark.parametrize("stopped", [True, False])
 def test_what_reads_is_stopped_from_another_thread(stopped, named, good, started):
-    """At once, whatever the process does, and it is not tried again; nor does anything else begin there."""
+    """Immediately, whatever the process does. Reading is not retried, and no other read starts in that scope."""
     info, scope, problems, waits = probe(named("later_hang")), isolation.Scope(), [], threading.Event()
 
     def read():
@@ -104,7 +104,7 @@ def test_what_reads_is_stopped_from_another_thread(stopped, named, good, started
     thread.start()
     assert waits.wait(20)
     time.sleep(0.2)
-    if stopped:  # as if a disk held it
+    if stopped:  # simulates a process blocked by a disk
         os.kill(started[0], signal.SIGSTOP)
     begun = time.monotonic()
     scope.stop()
@@ -141,7 +141,7 @@ def test_a_crash_while_frames_are_read(name, named, good, started):
     with pytest.raises(VideoError, match=CRASHES[name]):
         for chunk in chunks:
             got += [number_of(rgb) for rgb in chunk.pixels]
-    # Two arrays, which the second process reads again before it crashes, too.
+    # Two arrays. The second process reads them again, and crashes too.
     assert got == list(range(8)) and len(started) == 2
     assert numbers(probe(good), TIMES) == list(range(20))
 
@@ -160,7 +160,7 @@ def test_those_that_died_while_idle_are_replaced(good, started, monkeypatch, for
     for pid in started:
         os.kill(pid, signal.SIGKILL)
     assert all(map(gone, started)) and len(started) == 2
-    if for_memory:  # as the system's counter says
+    if for_memory:  # simulates the system's counter
         monkeypatch.setattr(isolation, "oom_kills", lambda: 1e9)
     assert probe(good).frames_total == 20 and len(started) == 3
 
@@ -173,11 +173,11 @@ def test_silence_is_an_error(when, named, started, monkeypatch):
     begin = time.monotonic()
     with pytest.raises(VideoError, match="standstill") as caught:
         numbers(probe(path), TIMES, chunk_bytes=SMALL)
-    assert str(path) in caught.value.message and time.monotonic() - begin < 24  # well before the 25 s that are usual
+    assert str(path) in caught.value.message and time.monotonic() - begin < 24  # well before the usual 25 s
     assert len(started) == 1 and gone(started[0])
     if not when:
         monkeypatch.setattr(isolation, "SILENCE_S", 2.5)
-        assert probe(named("slow")).frames_total == 20  # which takes three seconds, and says that it lives
+        assert probe(named("slow")).frames_total == 20  # it takes three seconds and reports that it is alive
 
 
 def test_memory_is_limited(named, good, started):
@@ -213,7 +213,7 @@ def test_a_process_that_cannot_start(named, started, monkeypatch):
     with pytest.raises(VideoError, match="exit code 1") as caught:
         probe(named("fine"))
     assert "No module named 'nonexistent" in caught.value.__notes__[-1]
-    monkeypatch.setattr(sys, "executable", "/bin/true")  # as in a program that has Python inside
+    monkeypatch.setattr(sys, "executable", "/bin/true")  # as in a program that embeds Python
     with pytest.raises(VideoError, match="exit code 0") as caught:
         probe(named("fine"))
     assert caught.value.hint.endswith("; or sys.executable, /bin/true, is not Python")
@@ -233,7 +233,7 @@ CANNOT = {
 
 @pytest.mark.parametrize("number", CANNOT)
 def test_what_the_system_refuses(named, good, started, monkeypatch, number):
-    """A process, and memory for frames."""
+    """The system refuses a process, or memory for frames."""
 
     def refuses(*_, **__):
         raise OSError(number, os.strerror(number))
@@ -252,7 +252,7 @@ def test_what_the_system_refuses(named, good, started, monkeypatch, number):
 
 
 def test_one_process_serves_one_video_after_the_other(good, started):
-    """It can be started before the first one, and outlives the thread that started it."""
+    """The process can be started before the first video, and outlives the thread that started it."""
     for _ in range(2):
         thread = threading.Thread(target=isolation.warm_up)
         thread.start()
@@ -272,14 +272,14 @@ def test_who_stops_early_leaves_nothing_behind(named, started):
     info = probe(named("later_hang"))
     chunks = read_chunks(info, TIMES, chunk_bytes=SMALL)
     next(chunks)
-    next(chunks)  # and at the third it hangs
+    next(chunks)  # the third one hangs
     chunks.close()
     assert gone(started[0])
 
 
 @pytest.fixture
 def pieces(monkeypatch):
-    """Of each video that is read, the memory it takes."""
+    """A list that collects the frame memory per video."""
     made, start = [], channel.FrameMemory.__init__
     monkeypatch.setattr(channel.FrameMemory, "__init__", lambda self, size: start(self, size) or made.append(self))
     return made
@@ -291,7 +291,7 @@ def test_memory_is_used_again_once_nobody_holds_what_is_in_it(good, started, pie
         found += map(number_of, chunk.pixels)
     assert found == list(range(20))
     (of_video,) = pieces
-    assert len(of_video._pieces) <= 3  # the caller's, the one before it, and the one that is being filled
+    assert len(of_video._pieces) <= 3  # the caller's, the previous one, and the one being filled
 
 
 VIEWS = (
@@ -305,7 +305,7 @@ VIEWS = (
 @pytest.mark.few(1)
 @pytest.mark.parametrize("hold", VIEWS)
 def test_what_somebody_holds_is_not_written_over(good, started, pieces, hold):
-    """Nor what a view of it shows, or what torch makes of it; it stays, and may be written to, when the process is gone."""
+    """Views and torch tensors count as references. The memory survives the worker process and stays writable."""
     info = probe(good)
     kept = [hold(chunk.pixels) for chunk in read_chunks(info, TIMES, chunk_bytes=SMALL // 2)]
     isolation.end_all()
@@ -318,7 +318,7 @@ def test_what_somebody_holds_is_not_written_over(good, started, pieces, hold):
 
 @pytest.mark.full
 def test_what_a_copy_of_this_process_holds_is_not_written_over(good, started):
-    """Memory that is shared stays shared after a fork, but who holds what is then known to each alone."""
+    """Memory stays shared after a fork, but each process only knows its own references."""
     children = []
     for chunk in read_chunks(probe(good), TIMES, chunk_bytes=SMALL // 2):
         before, (reads, writes) = chunk.pixels.tobytes(), os.pipe()
@@ -329,11 +329,11 @@ def test_what_a_copy_of_this_process_holds_is_not_written_over(good, started):
             os._exit(chunk.pixels.tobytes() != before)
         os.close(reads)
         children.append((child, writes))
-    for _, writes in children:  # each also stands open in those that came later
+    for _, writes in children:  # later children have inherited each of them
         os.close(writes)
     for child, _ in children:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    child = os.fork()  # which starts a process of its own
+    child = os.fork()  # starts a worker process of its own
     if not child:
         os._exit(numbers(probe(good), TIMES) != list(range(20)) or len(started) != 2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -341,14 +341,14 @@ def test_what_a_copy_of_this_process_holds_is_not_written_over(good, started):
 
 
 def test_memory_for_frames_cannot_be_taken_away(good, started, tmp_path):
-    """A process that shrank it would end this one. The process that reads holds none of it afterwards."""
+    """Shrinking the memory would crash this process. The worker process keeps none of it afterwards."""
     shared, descriptor = channel.shared_memory(100)
     with pytest.raises(OSError):
         os.ftruncate(descriptor, 10)
     os.close(descriptor)
     assert shared[99] == 0
     list(read_chunks(probe(good), TIMES, chunk_bytes=SMALL))
-    with pytest.raises(VideoError):  # an end of another kind
+    with pytest.raises(VideoError):  # an end by an error
         list(read_chunks(replace(probe(good), path=str(tmp_path / "gone.mp4")), TIMES, chunk_bytes=SMALL))
     (pid,) = started
     assert "evoprune-frames" not in Path(f"/proc/{pid}/maps").read_text()
@@ -369,7 +369,7 @@ run()
 
 
 def shielded():
-    """A process about to start: it hears Ctrl-C, but its children have SIGIO ignored and blocked."""
+    """Prepare a process that handles Ctrl-C, but whose children have SIGIO ignored and blocked."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGIO, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
@@ -388,7 +388,7 @@ def test_it_ends_with_the_process_that_started_it(how, code, named, good):
         pid = int(parent.stdout.readline())
         while not os.path.exists(words[1] + ".begun"):
             time.sleep(0.05)
-        assert lives(pid)  # and hangs, with Python's lock
+        assert lives(pid)  # and hangs while holding the GIL
         parent.send_signal(how)
         assert parent.wait(60) == code
         assert b"Traceback" not in parent.stderr.read()

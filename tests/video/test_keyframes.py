@@ -1,4 +1,4 @@
-"""Frames of keyframes nearby, and exact frames that are decoded side by side."""
+"""Frames of nearby keyframes, and exact frames decoded in parallel."""
 
 from bisect import bisect_right
 
@@ -13,7 +13,7 @@ from evoprune.video.readers.ffmpeg import TOLERANCE_S
 from evoprune.video.readers.track import Track
 from tests.video.files import number_of, numbered_frames, pixels, write_video
 
-SPARSE, GOP = 12, 25  # parts of the video, and frames from keyframe to keyframe
+SPARSE, GOP = 12, 25  # parts of the video, and frames between keyframes
 FILES = {
     "plain.mp4": {"gop": GOP},
     "plain.mkv": {"gop": GOP},
@@ -40,7 +40,7 @@ def info(request, folder):
 
 
 def times_and_keyframes(info):
-    """All frames, front to back: times, and whether each is a keyframe."""
+    """Return all frame times in order, and the keyframe times."""
     with_keys = [(time, key) for time, _, key in pyav.intervals(info, lambda mark: None)]
     return [time for time, _ in with_keys], [time for time, key in with_keys if key]
 
@@ -64,7 +64,7 @@ def test_the_frames_are_those_of_the_times_that_are_reported(info):
             continue
         assert min(inside, key=lambda key: abs(key - wanted)) == pytest.approx(time, abs=1e-6)
     assert times == sorted(times)
-    # A frame's own time is asked for a little late, as a player would show it then.
+    # Requesting a frame's own time allows for rounding, as in a player.
     again, same, _ = read(info, times)
     assert again == pytest.approx(times)
     np.testing.assert_array_equal(near, same)

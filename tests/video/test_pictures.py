@@ -1,4 +1,4 @@
-"""Pictures of every kind: what Hugging Face sees of them, or a refusal."""
+"""Pictures of every kind have the pixels that Hugging Face sees, or are refused."""
 
 import io
 import struct
@@ -37,9 +37,9 @@ def exif(orientation):
     return tags
 
 
-# Before 5.21 transformers returns a picture of Pillow's, without the transparency.
+# Before 5.21, transformers returns a Pillow picture without transparency.
 OVER_WHITE = "return_numpy" in signature(convert_to_rgb).parameters
-# The table of formats: how a file is made, and what becomes of it.
+# The table of formats: how a file is made, and the result.
 KINDS = {
     "rgb.jpg": (image(RGB), {}),
     "grey.jpg": (image(RGB, "L"), {}),
@@ -66,7 +66,7 @@ KINDS = {
     "rgb.bmp": (image(RGB), {}),
     "one.gif": (image(RGB, "P"), {}),
     "rgb.avif": (image(RGB), {}),
-    "picture.mp4": (image(RGB), {"format": "PNG"}),  # the ending does not matter
+    "picture.mp4": (image(RGB), {"format": "PNG"}),  # the extension does not matter
     "no_ending": (image(RGB), {"format": "JPEG"}),
 }
 
@@ -138,7 +138,7 @@ def heic(path):
 
 
 def raw(path):
-    """A camera's: a small preview first."""
+    """Save a file like a camera's raw format, with a small preview first."""
     image(RGB).save(path, tiffinfo={254: 1})
     return path
 

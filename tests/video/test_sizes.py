@@ -1,4 +1,4 @@
-"""Videos whose frames change their size: read at the size of the first, those of another shape between borders, and said."""
+"""Videos whose frame size changes are read at the first size, letterboxed if the shape differs, with a warning."""
 
 import av
 import pytest
@@ -14,7 +14,7 @@ SIZES = {
     "there and back": ((96, 128), (192, 256), (96, 128)),
 }
 CODECS = {
-    "h264": ("ts", {"options": {"bf": "0"}}),  # MPEG-TS has the parameters of a stream in every keyframe
+    "h264": ("ts", {"options": {"bf": "0"}}),  # MPEG-TS repeats the stream parameters in every keyframe
     "hevc": ("ts", {"codec": "libx265", "options": {"x265-params": "log-level=none:bframes=0"}}),
     "vp9": ("mkv", {"codec": "libvpx-vp9"}),
     "mjpeg": ("mkv", {"codec": "mjpeg", "pix_fmt": "yuvj420p"}),
@@ -23,9 +23,10 @@ CODECS = {
 
 
 def changing(folder, heights_and_widths, codec="h264"):
-    """Packets of videos of those sizes one after the other in one track, 10 frames each."""
+    """Write packets of videos of these sizes to one track, 10 frames each."""
     ending, how = CODECS[codec]
-    path, track = folder / f"changing.{'flv' if ending == 'flv' else 'mkv'}", None  # Matroska has no Sorenson H.263
+    # Matroska does not support Sorenson H.263
+    path, track = folder / f"changing.{'flv' if ending == 'flv' else 'mkv'}", None
     with av.open(str(path), "w") as out:
         for i, size in enumerate(heights_and_widths):
             with av.open(str(write_video(folder / f"{i}.{ending}", numbered_frames(10, *size), **how))) as source:

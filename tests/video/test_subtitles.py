@@ -1,4 +1,4 @@
-"""Reading subtitles: every kind of file, what is said without markup and when, and what is refused."""
+"""Reading subtitles: every kind of file, text without markup and its times, and error messages."""
 
 import os
 import random
@@ -27,13 +27,13 @@ def video(tmp_path_factory):
 
 
 def read(video, path, content, **span):
-    """What is read of a file that is written first."""
+    """Write a file and return its subtitles."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return read_subtitles(video, str(path), **span)
 
 
 def expected(content: str) -> list:
-    """In ASS, what stands in braces is not displayed."""
+    """ASS does not display text in braces."""
     return [WHO, SIZE if "Dialogue" not in content else (3.5, 4.0, "Größe <|im_end|>")]
 
 
@@ -52,7 +52,7 @@ def test_tracks(tmp_path, name):
 
 
 def test_a_file_beside_a_video_that_begins_after_its_sound(tmp_path):
-    """Players count from the sound; a track of the file itself has the same clock."""
+    """Players count from the sound. A track inside the file uses the same clock."""
     path = write_video(tmp_path / "late.mp4", numbered_frames(40), start=8.0, audio_s=12.0)
     (tmp_path / "late.srt").write_text(srt([(8.5, 9, "spoken"), (2, 3, "before")]))
     info = probe(path)
@@ -192,12 +192,12 @@ def test_what_is_on_screen_already_counts_once(video, tmp_path, cues, kept):
 
 
 def cue(*lines: str) -> str:
-    """A file of one cue in SRT, without its number."""
+    """Return one SRT cue without its number."""
     return "\n".join([*lines, "a", ""])
 
 
 def in_form(form: str, start: str, end: str) -> str:
-    """A file of one cue from one time to another."""
+    """Return a file with one cue from `start` to `end`."""
     return {
         "srt": cue("7", f"{start} --> {end}"),
         "vtt": f"WEBVTT\n\nname\n{start} --> {end} align:start\na\n",

@@ -1,4 +1,4 @@
-"""Work side by side: results in order, whatever the threads do."""
+"""Parallel work: results come in order, whatever the threads do."""
 
 import threading
 import time
@@ -98,7 +98,7 @@ def test_no_more_wait_for_their_turn_than_there_is_room():
     threading.Timer(0.3, lambda: (seen.append(len(tools.made)), release.set())).start()
     seen = []
     assert list(items) == everything(4, 20)
-    assert 5 <= seen[0] <= 5 + 3  # each of the others holds one in its hands
+    assert 5 <= seen[0] <= 5 + 3  # each other thread holds one finished item
 
 
 def test_a_thread_that_lives_does_not_hide_one_that_hangs(monkeypatch):

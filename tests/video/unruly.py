@@ -1,4 +1,4 @@
-"""A process that reads videos like any other, but for some names: `crash.mp4` crashes it, and so on."""
+"""A video reader process that misbehaves for certain names: `crash.mp4` crashes it, and so on."""
 
 import ctypes
 import os
@@ -11,7 +11,7 @@ from evoprune.errors import VideoError
 from evoprune.video.readers import ffmpeg
 from evoprune.video.sandbox import channel, worker
 
-C = ctypes.PyDLL(None)  # calls into C keep Python's lock, as a decoder's callbacks may
+C = ctypes.PyDLL(None)  # calls into C keep the GIL, as a decoder's callbacks may
 PROGRAM = "import sys; sys.path[:] = {paths}; from tests.video.unruly import main; main({socket})"
 
 
@@ -67,7 +67,7 @@ DEEDS = {
 
 
 def behave(path: str) -> None:
-    """Does what the name says; `once_` only once, of which a folder beside it keeps track, as of a hang that has begun."""
+    """Run the deed that the file is named after. Folders next to it record that `once_` has run, or that a hang has begun."""
     name = Path(path).stem
     if name.startswith("once_"):
         try:
@@ -81,7 +81,7 @@ def behave(path: str) -> None:
 
 
 class UnrulyReader(worker.FrameReader):
-    """Reads two arrays of frames; before the third it does what the name says, `later_` left out; before the first, `first_`."""
+    """Runs the deed before the third array of frames, or before the first one with the prefix `first_`. Ignores `later_`."""
 
     def __init__(self, info, times_s, **how):
         super().__init__(info, times_s, **how)
@@ -95,7 +95,7 @@ class UnrulyReader(worker.FrameReader):
 
 
 class UnrulyClip(worker.ClipReader):
-    """Before it hands out a clip's first bytes it does what the name says, `clip_` left out."""
+    """Runs the deed after the prefix `clip_` before it returns bytes of a clip."""
 
     def fill(self, content):
         if "clip_" in self._path:

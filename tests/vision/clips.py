@@ -1,4 +1,4 @@
-"""Clips of which it is known what changes when."""
+"""Synthetic clips with known changes."""
 
 import torch
 
@@ -8,9 +8,9 @@ from tests.vision.tower import PATCH_WIDTH
 def clip(
     grid: tuple[int, int, int], changed: torch.Tensor, seed: int = 0, drift: float = 0.02, width: int = PATCH_WIDTH
 ) -> torch.Tensor:
-    """Patches `[rows, width]` in which the units of `changed` (bool `[T, H*W]`) are new noise and all others what they were.
+    """Return patches `[rows, width]`: units in `changed` (bool `[T, H*W]`) are new noise, all others keep their content.
 
-    New noise differs by 15 levels and more somewhere; what stays drifts by less than one.
+    New noise differs by at least 15 levels somewhere; unchanged units drift by less than one level.
     """
     t, h, w = grid
     random = torch.Generator().manual_seed(seed)
@@ -23,7 +23,7 @@ def clip(
 
 
 def changes(grid: tuple[int, int, int], share: float, seed: int = 0) -> torch.Tensor:
-    """bool `[T, H*W]`: all of the first frame pair, about `share` of the others."""
+    """Return bool `[T, H*W]`: True in the first frame pair, and for about `share` of the units in later ones."""
     t, h, w = grid
     made = torch.rand(t, h * w, generator=torch.Generator().manual_seed(seed)) < share
     made[0] = True

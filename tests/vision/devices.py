@@ -1,4 +1,4 @@
-"""The encoder's GPU route on a CPU: static shapes, an imitated kernel, and an error wherever the host would wait."""
+"""The encoder's GPU code path on a CPU: static shapes, an imitated kernel, and an error when the host would wait."""
 
 from contextlib import contextmanager
 
@@ -14,7 +14,7 @@ from tests.waiting import shape_depends_on_values
 
 
 class NoWaiting(TorchDispatchMode):
-    """Raises where the host would wait for a GPU."""
+    """Raises an error when the host would wait for a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 def varlen_by_hand(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale):
-    """What `torch.nn.attention.varlen.varlen_attn` computes, and the checks that flash kernels make."""
+    """Compute the same as `torch.nn.attention.varlen.varlen_attn`, with the checks that flash kernels make."""
     assert q.shape[-1] == k.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and k.shape == v.shape
     assert ends_q.dtype == ends_k.dtype == torch.int32 and ends_q.is_contiguous() and ends_k.is_contiguous()
     assert all(x.stride(-1) == 1 for x in (q, k, v)) and ends_q.shape == ends_k.shape
@@ -49,9 +49,9 @@ def varlen_by_hand(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale):
 
 
 def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
-    """From now on the encoder treats the CPU as a GPU, with or without the kernel; enter the result around it.
+    """Make the encoder treat the CPU as a GPU, with or without the kernel. Enter the result around the encoder.
 
-    What may wait: selecting rows, which reads whether a clip stands still, and reading the checks at the end.
+    Two operations may wait: selecting rows, which reads whether a clip stands still, and reading the checks at the end.
     """
     mode = NoWaiting()
 
@@ -77,7 +77,7 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
 def assert_same_on_a_gpu(
     monkeypatch, patches, grid, method, keep, kernel, full_layers=(1, 3), piece_units=10**6
 ) -> None:
-    """Encodes a video both ways and compares; raises where the host would wait for a GPU."""
+    """Encode a video both ways and compare. Raises an error when the host would wait for a GPU."""
     how = {"visual": tiny_tower(full_layers), "piece_units": piece_units}
     expected = encode_patches(patches, grid, method, keep, **how)
     with monkeypatch.context() as patch, take_gpu_route(patch, kernel):

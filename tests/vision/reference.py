@@ -1,7 +1,7 @@
-"""The pruned encoder once more, slowly: Python loops over rows and groups, dense mathematics in float64.
+"""A slow reference of the pruned encoder: Python loops over rows and groups, dense mathematics in float64.
 
-Written from what the docstrings of the encoder and of the methods promise. It shares with them only the plan's row counts, the
-selector, and the weights. All frame pairs are encoded at once: no chunks, nothing carried from one to the next.
+It follows the docstrings of the encoder and the methods, and shares only the plan's row counts, the selector, and the weights with
+them. It encodes all frame pairs at once, without chunks or carried state.
 """
 
 import math
@@ -21,25 +21,25 @@ from tests.vision.tower import group_key, place_key
 
 @dataclass
 class Row:
-    unit: int  # whose place it has
-    units: list[int]  # all that it represents
+    unit: int  # the unit at the row's place
+    units: list[int]  # all units that the row represents
     x: torch.Tensor  # [4, hidden]
-    q: torch.Tensor | None = None  # [4, heads, d], as are k, v and the keys before rotary
+    q: torch.Tensor | None = None  # [4, heads, d], like k, v and the keys before rotary
     k: torch.Tensor | None = None
     v: torch.Tensor | None = None
     plain: torch.Tensor | None = None
     feature: torch.Tensor | None = None
     attention: float = 0.0
-    deep: list[torch.Tensor] = field(default_factory=list)  # DeepStack features so far, [D] each
+    deep: list[torch.Tensor] = field(default_factory=list)  # DeepStack features so far, each [D]
 
 
 @torch.no_grad()
 def encode_slowly(visual, patches, grid, method, keep, changed=None) -> tuple[list[int], list[int], torch.Tensor]:
-    """The units whose places the last rows have, ascending; the row that represents each unit; and the rows' tokens `[R, D]`.
+    """Return the units of the last rows in ascending order, the row index of each unit, and the rows' tokens `[R, D]`.
 
     Args:
-        changed: bool `[T, H*W]`, which units differ from what was last encoded at their place; None for all. Those of the first
-            frame pair do.
+        changed: bool `[T, H*W]`, units that differ from the last encoded unit at their place; None for all. The units of the
+            first frame pair always do.
     """
     rows = rows_slowly(visual, patches, grid, method, keep, changed)
     tokens = [merged_patches(visual.merger, row.x) for row in rows]
@@ -48,7 +48,7 @@ def encode_slowly(visual, patches, grid, method, keep, changed=None) -> tuple[li
 
 @torch.no_grad()
 def rows_slowly(visual, patches, grid, method, keep, changed=None) -> list[Row]:
-    """The rows after the last layer, ascending by unit; arguments as in `encode_slowly`."""
+    """Return the rows after the last layer, ascending by unit. Arguments as in `encode_slowly`."""
     geo, total = geometry(*grid[1:]), math.prod(grid)
     shape = tower_shape(visual)
     plan = plan_of(method, shape, grid, keep)
@@ -71,7 +71,7 @@ def rows_slowly(visual, patches, grid, method, keep, changed=None) -> list[Row]:
 def tokens_slowly(
     visual, patches, grid, method, keep, changed=None
 ) -> tuple[list[int], torch.Tensor, torch.Tensor | None]:
-    """The units that the language model reads; their features, `[1 + n, K, D]`, those of the last layer first; and their sizes."""
+    """Return the units that the language model reads, their features `[1 + n, K, D]` (the last layer's first), and their sizes."""
     rows = rows_slowly(visual, patches, grid, method, keep, changed)
     last = torch.stack([merged_patches(visual.merger, row.x) for row in rows])
     every = torch.stack([last, *(torch.stack(layer) for layer in zip(*(row.deep for row in rows), strict=True))])
@@ -88,7 +88,7 @@ def tokens_slowly(
 
 
 def merged_patches(merger, x: torch.Tensor) -> torch.Tensor:
-    """What a patch merger makes of a row `[4, hidden]`."""
+    """Apply a patch merger to one row `[4, hidden]`."""
     if hasattr(merger, "ln_q"):
         normed, first, second = rms_norm(merger.ln_q, x).flatten(), merger.mlp[0], merger.mlp[2]
     else:
@@ -100,10 +100,10 @@ def merged_patches(merger, x: torch.Tensor) -> torch.Tensor:
 
 
 def embedded(visual, patches, geo: Geometry, total: int, changed: torch.Tensor | None = None) -> list[Row]:
-    """A row for each unit that is encoded, in window order; it represents its place until the place is encoded again."""
+    """Return a row for each encoded unit, in window order. It represents its place until that place is encoded again."""
     embedding = visual.patch_embed.proj.weight.double().flatten(1)
     pixels = patches.double().view(total, 4, -1)
-    latest: dict[int, Row] = {}  # of each place
+    latest: dict[int, Row] = {}  # latest row at each place
     rows = []
     for unit in range(total):
         pair, place = divmod(unit, geo.units)
@@ -115,7 +115,7 @@ def embedded(visual, patches, geo: Geometry, total: int, changed: torch.Tensor |
 
 
 def added(visual, geo: Geometry, place: int) -> torch.Tensor | float:
-    """The bias of the patch embedding and the learned positions of a unit's patches, `[4, hidden]`; 0 without them."""
+    """Return the patch embedding's bias plus the learned positions of a unit's patches, `[4, hidden]`, or 0 without them."""
     if not hasattr(visual, "pos_embed"):
         return 0.0
     table, (y, x) = visual.pos_embed.weight.double(), divmod(place, geo.width)
@@ -139,7 +139,7 @@ def owners(rows: list[Row], total: int) -> list[int]:
 
 
 def selected(block, rows: list[Row], geo: Geometry, grid, selector, keep) -> list[Row]:
-    """The rows that the method selects, each the mean over its cluster; all of a clip that stands still and is kept whole."""
+    """Return the rows that the method selects, each the mean of its cluster. A still clip that is kept whole keeps all rows."""
     rows = sorted(rows, key=lambda row: row.unit)
     units = range(math.prod(grid))
     owner = owners(rows, len(units))
@@ -148,7 +148,7 @@ def selected(block, rows: list[Row], geo: Geometry, grid, selector, keep) -> lis
         seen = torch.stack([(row.x if as_it_is else normed(block.norm1, row.x)).flatten() for row in rows])
         found = selector.select(Tokens(seen, torch.tensor(owner), grid), min(keep, len(rows)))
         made, kept, joins = [], found.kept.tolist(), found.unit_to_token
-        if joins is None:  # a unit joins the most similar kept one, a kept unit its own
+        if joins is None:  # a unit joins the most similar kept unit, and a kept unit joins itself
             likeness = torch.nn.functional.cosine_similarity(seen[:, None], seen[[owner[unit] for unit in kept]], -1)
             joins = [kept.index(unit) if unit in kept else int(likeness[owner[unit]].argmax()) for unit in units]
         for k, unit in enumerate(kept):
@@ -162,13 +162,13 @@ def selected(block, rows: list[Row], geo: Geometry, grid, selector, keep) -> lis
 
 
 def mean_deep(deep: list[list[torch.Tensor]], weights: list[int]) -> list[torch.Tensor]:
-    """The weighted mean of DeepStack features, layer by layer."""
+    """Return the weighted mean of DeepStack features, layer by layer."""
     of_layers = zip(*deep, strict=True)
     return [sum(w * x for w, x in zip(weights, each, strict=True)) / sum(weights) for each in of_layers]
 
 
 def merged(rows: list[Row], geo: Geometry, scope: str, method, left: tuple[int, ...]) -> list[Row]:
-    """The rows after a layer's merging; `left`: of each frame pair."""
+    """Return the rows after a layer's merging. `left`: number of rows that remain in each frame pair."""
     result = []
     for row in rows:
         by = {"keys": row.plain, "keys_rotary": row.k}.get(method.features)
@@ -216,7 +216,7 @@ def mlp(module, x: torch.Tensor) -> torch.Tensor:
 
 @cache
 def angles(geo: Geometry, place: int, d: int) -> torch.Tensor:
-    """How far each pair of each patch turns, `[4, 1, d / 2]`: the first half by the patch's row, the second by its column."""
+    """Return the four patches' rotary angles, `[4, 1, d / 2]`: the first half from the patch's row, the second from its column."""
     y, x = divmod(place, geo.width)
     speeds = [10000.0 ** (-2 * j / (d // 2)) for j in range(d // 4)]
     at = [(2 * y + patch // 2, 2 * x + patch % 2) for patch in range(4)]
@@ -224,7 +224,7 @@ def angles(geo: Geometry, place: int, d: int) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, geo: Geometry, unit: int) -> torch.Tensor:
-    """Rotary embedding of `[4, heads, d]` as a product of complex numbers: pair i is made of entries i and i + d / 2."""
+    """Apply the rotary embedding to `[4, heads, d]` by complex products. Pair i consists of entries i and i + d / 2."""
     a, b = x.chunk(2, dim=-1)
     turn = angles(geo, unit % geo.units, x.shape[-1])
     turned = torch.complex(a, b) * torch.polar(torch.ones_like(turn), turn)
@@ -232,7 +232,7 @@ def rotate(x: torch.Tensor, geo: Geometry, unit: int) -> torch.Tensor:
 
 
 def run_layer(block, rows: list[Row], geo: Geometry, scope: str, size_bias: bool) -> None:
-    """One layer of the tower; leaves queries, keys and the attention received from the own frame pair in the rows."""
+    """Run one layer of the tower. Stores queries, keys and the attention received from the own frame pair in the rows."""
     heads = block.attn.num_heads
     for row in rows:
         qkv = linear(block.attn.qkv, normed(block.norm1, row.x)).view(4, 3, heads, -1)
@@ -260,7 +260,7 @@ def run_layer(block, rows: list[Row], geo: Geometry, scope: str, size_bias: bool
 
 
 def largest_remainder(sizes: list[int], total: int) -> list[int]:
-    """Shares in proportion to `sizes`, at least one each; where that floor binds, whoever is most over its share gives.
+    """Return integer shares in proportion to `sizes`, at least 1 each. If that floor binds, the largest excess shares shrink.
 
     Ties go by index.
     """
@@ -276,12 +276,12 @@ def largest_remainder(sizes: list[int], total: int) -> list[int]:
 
 
 def rounded(value: float) -> float:
-    """Differences below 1/16384 do not count."""
+    """Round to 1/16384, so that smaller differences are ties."""
     return round(value * 16384) / 16384
 
 
 def one_round(rows: list[Row], remove: int, method, geo: Geometry) -> list[Row]:
-    """Bipartite merging: the best pairs of every second row with one of the others."""
+    """Merge bipartitely: the best pairs between every second row and the rows in between."""
     n = len(rows)
     unit = torch.stack([row.feature / row.feature.norm() for row in rows])
     cos = (unit @ unit.T).tolist()
@@ -301,7 +301,7 @@ def one_round(rows: list[Row], remove: int, method, geo: Geometry) -> list[Row]:
     ranked = sorted(range(n), key=lambda i: (-attention[i], i))
     critical = ranked[: math.ceil(n * Fraction(str(method.critical)))]
     order = sorted(sources, key=lambda i: (i in critical, -score(i, best[i]), i))
-    remove = min(remove, n // 2)  # of an odd number of rows one stays, even where the first is absorbed
+    remove = min(remove, n // 2)  # of an odd number of rows one stays, even if the first is absorbed
     clusters = {j: [j] for j in destinations} | {i: [i] for i in order[remove:]}
     for i in order[:remove]:
         clusters[best[i]].append(i)

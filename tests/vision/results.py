@@ -1,4 +1,4 @@
-"""Encoding in one call, and what holds for every result."""
+"""Encoding in one call, and invariants of every result."""
 
 from math import prod
 
@@ -12,7 +12,7 @@ from tests.vision.tower import random_patches, tiny_tower
 
 
 def encode_patches(patches, grid, method, keep, visual=None, **how) -> Encoded:
-    """`encode` by the method's own plan; `patches`: one tensor, or pieces."""
+    """Run `encode` with the method's own plan. `patches`: one tensor, or pieces."""
     visual = visual or tiny_tower()
     pieces = [patches] if isinstance(patches, torch.Tensor) else patches
     return encode(visual, pieces, plan_of(method, tower_shape(visual), grid, keep), **how)
@@ -35,14 +35,14 @@ def assert_same(a: Encoded, b: Encoded, atol: float = 2e-5) -> None:
 
 
 def check_result(encoded: Encoded, grid: tuple[int, int, int], whole_clip: bool = False) -> None:
-    """What holds whatever the method; a row represents units of one frame pair, unless of the `whole_clip`."""
+    """Check the invariants of any method. Rows represent units of a single frame pair, unless `whole_clip`."""
     n = prod(grid)
     assert encoded.unit_to_row.shape == (n,) and encoded.grids == (grid,)
     assert ((encoded.unit_to_row >= 0) & (encoded.unit_to_row < len(encoded.rows))).all()
-    assert encoded.unit_to_row.unique().numel() == len(encoded.rows)  # every row represents something
+    assert encoded.unit_to_row.unique().numel() == len(encoded.rows)  # every row represents a unit
     assert (encoded.kept.diff() > 0).all()
     assert encoded.kept.min() >= 0 and encoded.kept.max() < n
-    if encoded.size is None:  # else tokens are means of clusters
+    if encoded.size is None:  # otherwise tokens are means of clusters
         assert torch.equal(encoded.features, encoded.rows[encoded.unit_to_row[encoded.kept]])
     pair = torch.arange(n) // (grid[1] * grid[2])
     if not whole_clip:

@@ -1,4 +1,4 @@
-"""Attention inside windows and frame pairs, against loops over groups, heads and patches."""
+"""Attention within windows and frame pairs, against loops over groups, heads and patches."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ MERGED = [  # (frame pairs, height, width), merges so far, scope of the layer
 
 
 def heads_of(rows, seed=0):
-    """Queries, keys and values `[R, 4, heads, d]`."""
+    """Return queries, keys and values `[R, 4, heads, d]`."""
     random = torch.Generator().manual_seed(seed)
     return [torch.randn(len(rows), 4, HEADS, DIM, generator=random) * 1.5 for _ in range(3)]
 
@@ -44,7 +44,7 @@ def attention_received(q, k, groups):
 
 
 def by_hand(q, k, v, rows, scope, size_bias):
-    """Output and attention received, one group, head and query patch at a time."""
+    """Return output and attention received, computed one group, head and query patch at a time."""
     out, received = torch.zeros_like(q), torch.zeros(len(q))
     for asking, counts in groups_by_hand(rows, scope):
         keys = sorted(counts)
@@ -67,7 +67,7 @@ def by_hand(q, k, v, rows, scope, size_bias):
     [(torch.float32, 100, 1), (torch.bfloat16, 1 << 23, 10**6), (torch.bfloat16, 100, 10**6), (torch.bfloat16, 100, 1)],
 )
 def test_attention_against_loops_in_each_dtype(shape, merges, scope, size_bias, dtype, scores, long, monkeypatch):
-    monkeypatch.setattr("evoprune.backend.devices.SCORES", scores)  # also in many small pieces
+    monkeypatch.setattr("evoprune.backend.devices.SCORES", scores)  # small values split the work into many pieces
     monkeypatch.setattr("evoprune.backend.attention.LONG", long)
     rows = random_rows(geometry(*shape[1:]), shape[0], merges, seed=7)
     q, k, v = (x.to(dtype) for x in heads_of(rows))
@@ -148,7 +148,7 @@ def test_groups_of_much_different_length_do_not_pad_each_other():
 
 @pytest.mark.parametrize("scope", ["window", "pair"])
 def test_groups_with_few_queries_do_not_pad_to_those_with_many(scope):
-    """A still picture: all rows in the first of ten frame pairs, one new row in each other."""
+    """A still picture: all rows are in the first of ten frame pairs, and each later frame pair has one new row."""
     source = torch.zeros(10, 64, dtype=torch.int64)
     for pair in range(1, 10):
         source[pair:, pair] = pair

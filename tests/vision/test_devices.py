@@ -1,4 +1,4 @@
-"""The encoder as a GPU runs it: no shape depends on values, and the host waits only where it must."""
+"""The encoder in its GPU form: no shape depends on values, and the host waits only when it must."""
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -114,7 +114,7 @@ def test_torchs_own_kernel_accepts_the_arguments():
     kernel=st.booleans(),
 )
 def test_the_result_is_the_cpus_on_any_clip(monkeypatch, grid, share, keep, method, full_layers, piece_units, kernel):
-    # A unit of a still clip is as far from the token before it as from the one behind: rounding decides which it joins.
+    # In a still clip, a unit is equally far from the tokens before and after it, so rounding decides which one it joins.
     assume(share or not isinstance(method, EvoPruneMethod))
     patches, kept = clip(grid, changes(grid, share)), max(1, round(prod(grid) * keep))
     assert_same_on_a_gpu(monkeypatch, patches, grid, method, kept, kernel, full_layers, piece_units)
@@ -128,7 +128,7 @@ def test_reuse_waits_once_for_the_counts_of_a_piece(share, monkeypatch):
     with monkeypatch.context() as patch, take_gpu_route(patch, False):
         patch.setattr(torch.Tensor, "tolist", lambda x: read.append(len(x)) or real(x))
         there, made = embedded(patches.split(7 * 60), grid, 60, 5.0)
-    assert read == [4] * 5  # so many frame pairs are compared at once
+    assert read == [4] * 5  # four frame pairs are compared at a time
     assert torch.equal(made.values, expected.values) and torch.equal(there.source, run.source)
 
 
@@ -136,9 +136,9 @@ def test_reuse_waits_once_for_the_counts_of_a_piece(share, monkeypatch):
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("keep", [35, 2])
 def test_every_shape_is_known_on_a_device_without_values(keep, kernel, monkeypatch):
-    """PyTorch's meta tensors have shapes but no values: reading one raises, and so does mixing it with one on the CPU.
+    """PyTorch's meta tensors have shapes but no values: reading one raises, and so does mixing it with a CPU tensor.
 
-    With reuse, how many units have changed is read once for each piece (tests/second_device counts it).
+    With reuse, the number of changed units is read once per piece (tests/second_device counts it).
     """
     grid, meta = (2, 5, 7), torch.device("meta")
 
@@ -170,7 +170,7 @@ def test_waiting_is_noticed():
 
 @dataclass(frozen=True)
 class Slow(EvoPrunePaper):
-    """Merges one pair of rows a round, and says so or not."""
+    """Merges one pair of rows per round; `rounds` is wrong unless `honest`."""
 
     honest: bool = True
 

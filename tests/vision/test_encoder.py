@@ -1,4 +1,4 @@
-"""The encoder without reuse: at budget 1, with merging between its layers, and with selection after it."""
+"""The encoder without reuse: at budget 1, with merging between layers, and with selection after the tower."""
 
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -82,7 +82,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(name):
 
 
 def still_frames(grid, scene: str) -> torch.Tensor:
-    """A video in which nothing moves: black, one picture of noise, or noise beside a plain area."""
+    """Return a still video: black, one noise picture, or noise next to a plain area."""
     t, h, w = grid
     random = torch.Generator().manual_seed(0)
     picture = torch.randint(0, 256, (1, h * 28, w * 28, 3), dtype=torch.uint8, generator=random)
@@ -105,7 +105,7 @@ def still_frames(grid, scene: str) -> torch.Tensor:
     ],
 )
 def test_the_result_does_not_depend_on_the_size_of_pieces(scene, grid, keep, method):
-    """Also where ties decide."""
+    """Holds with ties too."""
     patches = random_patches(grid) if scene == "noise" else patchify(still_frames(grid, scene))
     units = grid[1] * grid[2]
     whole, *others = (
@@ -171,13 +171,13 @@ def test_exactly_the_budget_comes_out(grid, budget, method, full_layers, piece_u
 def test_below_a_token_a_frame_pair_the_whole_clip_is_covered(keep):
     encoded = encode_noise((9, 3, 3), EvoPrunePaper(), keep)
     assert len(encoded.rows) == 9 and len(encoded.kept) == keep
-    for length in range(1, 10):  # every stretch of frame pairs has its share, rounded up or down
+    for length in range(1, 10):  # every range of frame pairs has its share, rounded up or down
         for at in range(10 - length):
             assert abs(sum(encoded.kept_per_pair[at : at + length]) - keep * length / 9) < 1
 
 
 def test_the_largest_rows_are_kept_where_merging_cannot_reach_the_count():
-    # No layer attends to whole frame pairs: each of the six windows keeps a row, and four of them must go in the end.
+    # No layer attends to whole frame pairs, so each of the six windows keeps a row, and the last selection drops four of them.
     encoded = encode_noise((1, 5, 12), EvoPrunePaper(), 2, full_layers=())
     assert len(encoded.rows) == 6 and len(encoded.kept) == 2
     sizes = torch.bincount(encoded.unit_to_row)
@@ -187,7 +187,7 @@ def test_the_largest_rows_are_kept_where_merging_cannot_reach_the_count():
 
 @dataclass(frozen=True, eq=False)
 class Sees(EvoPrunePaper):
-    """Keeps what it is given."""
+    """Records the candidates it is given."""
 
     seen: list = field(default_factory=list)
 
@@ -217,7 +217,7 @@ LIKE = [
           {"diversity": 1.0, "critical": 0.5, "neighbours": 40},
           {"critical": 1.0},
       )),
-    # With a full-attention layer first, rows own units of other windows when a window layer follows.
+    # If a full-attention layer comes first, rows own units of other windows when a window layer follows.
     *(((2, 4, 6), {"allocation": allocation, "first": 0, "last": 0.8}, 11, full_layers)
       for allocation in ALLOCATIONS for full_layers in ((1, 3), (0, 3), (2,))),
     *(((2, 5, 7), {"name": "tome", "size_bias": size_bias}, keep, (1, 3)) for keep in (48, 17, 2) for size_bias in (True, False)),
@@ -231,12 +231,12 @@ def test_merging_against_loops(grid, settings_, keep, full_layers):
     method = ToMe(**settings_) if settings_.pop("name", None) else EvoPrunePaper(**settings_)
     units, owner, tokens = encode_slowly(tiny_tower(full_layers), random_patches(grid), grid, method, keep)
     encoded = encode_noise(grid, method, keep, full_layers)
-    assert len(units) == keep  # else the reference would have to reduce rows by size too
+    assert len(units) == keep  # otherwise the reference would have to reduce rows by size too
     assert encoded.kept.tolist() == units and encoded.unit_to_row.tolist() == owner
     torch.testing.assert_close(encoded.features.double(), tokens, atol=1e-4, rtol=1e-4)
 
 
-# Every method through the path of a GPU: groups packed for the varlen kernel, or padded without it, equal to the CPU's
+# Every method on the GPU path, with groups packed for the varlen kernel or padded without it, equals the CPU's result
 
 GRID = (5, 5, 7)
 METHODS = [name for name in built_in() if name not in (*INNER, "downscale", "subsample")]
@@ -258,7 +258,7 @@ def encoded(name: str, piece_units: int):
 @pytest.mark.parametrize("name", [*METHODS, *COMBINED])
 def test_every_method_is_the_cpus(name, kernel, piece_units, monkeypatch):
     expected = encoded(name, piece_units)
-    take_gpu_route(monkeypatch, kernel)  # methods may wait for the device where they select
+    take_gpu_route(monkeypatch, kernel)  # methods may wait for the device when they select
     calls = []
 
     def counted(*given, **how):
@@ -270,12 +270,12 @@ def test_every_method_is_the_cpus(name, kernel, piece_units, monkeypatch):
     assert bool(calls) == kernel
 
 
-# What a selector is given: attention and keys of the last full-attention layer, states of the middle, the question.
+# Inputs of a selector: attention and keys of the last full-attention layer, states of the middle, the question.
 
 
 @dataclass(frozen=True, eq=False)
 class Looks(Selector):
-    """Looks at what it is given, and takes the first tokens."""
+    """Records its inputs and takes the first tokens."""
 
     name: ClassVar[str] = "looks"
     needs: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
@@ -303,7 +303,7 @@ class LooksInside(Looks):
 @pytest.mark.parametrize("full_layers", [(1, 3), (0, 2), (2,)])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_attention_and_keys_are_those_of_the_last_full_attention_layer(share, full_layers):
-    """A reused unit has what its row had when it was encoded."""
+    """A reused unit has the values that its row had when it was encoded."""
     grid, visual = (3, 5, 7), tiny_tower(full_layers)
     changed, geo = changes(grid, share), geometry(5, 7)
     patches = clip(grid, changed)
@@ -319,14 +319,14 @@ def test_attention_and_keys_are_those_of_the_last_full_attention_layer(share, fu
         keys = torch.stack([row_of[unit].plain.mean(1).flatten() for unit in range(prod(grid))]).float()
         torch.testing.assert_close(tokens.keys, keys, atol=1e-4, rtol=1e-4)
     assert tokens.attention.dtype == tokens.keys.dtype == torch.float32
-    if share == 1.0:  # an even share is 1
+    if share == 1.0:  # the mean share is 1
         torch.testing.assert_close(tokens.attention.view(3, -1).mean(1), torch.ones(3), atol=1e-5, rtol=0)
 
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_the_middle_is_the_mean_of_states_after_the_patch_merger(share):
-    """Layers 7 to 23 of 32 are layers 1 to 3 of 4."""
+    """Layers 7 to 23 of 32 correspond to layers 1 to 3 of 4."""
     grid, visual = (3, 5, 7), tiny_tower()
     changed, geo = changes(grid, share), geometry(5, 7)
     patches, states = clip(grid, changed), []

@@ -20,7 +20,7 @@ shapes = st.tuples(st.integers(1, 3), st.integers(1, 10), st.integers(1, 10))
 
 
 def groups_as_made(rows: Rows, scope: str) -> list[tuple[list[int], dict[int, int]]]:
-    """`groups_by_length` in the form of `groups_by_hand`."""
+    """Convert the result of `groups_by_length` to the form of `groups_by_hand`."""
     every, groups = torch.arange(len(rows)), []
     for batch in groups_by_length(replace(rows, size_bias=True), scope):
         query = every.view(batch.shape) if batch.query is None else batch.query
@@ -77,7 +77,7 @@ def test_groups_are_plain_as_long_as_no_row_left_its_group(scopes, scope, plain)
 
 @st.composite
 def sources(draw):
-    """The frame pair that has the row of each unit, `[T, H*W]`, at random, earlier chunks from -1 down; and the geometry."""
+    """Draw a random `source` `[T, H*W]`, the frame pair of each unit's row (negative for earlier chunks), and the geometry."""
     pairs, height, width = draw(st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 9)))
     random = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     changed = torch.rand(pairs, height * width, generator=random) < draw(st.sampled_from([0.0, 0.2, 0.7, 1.0]))

@@ -1,4 +1,4 @@
-"""Frames to patches: the resize, and Hugging Face's order and values."""
+"""Frames to patches: resizing, and Hugging Face's order and values."""
 
 from itertools import product
 from math import prod
@@ -29,7 +29,7 @@ GREY_LEVEL = 1 / 255 / min(CLIP[1])
 
 
 def outcome(function, *args, **kwargs):
-    """What it returns, or that it raised ValueError."""
+    """Return the function's result as a tuple, or "ValueError" if it raises that."""
     try:
         return tuple(function(*args, **kwargs))
     except ValueError:
@@ -42,7 +42,7 @@ def noise(height: int, width: int, frames: int = 1, seed: int = 0) -> torch.Tens
 
 
 def ramp(height: int, width: int) -> torch.Tensor:
-    """One frame of three smooth gradients."""
+    """Return one frame of three smooth gradients."""
     y, x = torch.linspace(0, 255, height)[:, None], torch.linspace(0, 255, width)[None]
     planes = [y.expand(height, width), x.expand(height, width), (x + y) / 2]
     return torch.stack(planes, -1)[None].round().to(torch.uint8)
@@ -82,9 +82,9 @@ def test_smart_resize_at_its_edges(size, limits):
 @pytest.mark.parametrize(
     ("frame", "limits"),
     [
-        (noise(100, 150), (784, 10**6)),  # a little larger and smaller
-        (noise(240, 320, seed=1), (784, 25 * 784)),  # down by far
-        (noise(30, 41, seed=2), (40 * 784, 10**6)),  # up by far
+        (noise(100, 150), (784, 10**6)),  # slightly larger and smaller
+        (noise(240, 320, seed=1), (784, 25 * 784)),  # strongly downscaled
+        (noise(30, 41, seed=2), (40 * 784, 10**6)),  # strongly upscaled
         (ramp(90, 333), (784, 20 * 784)),
     ],
 )
@@ -95,7 +95,7 @@ def test_resized_patches_are_hugging_faces_within_one_grey_level(frame, limits):
     assert grid == [1, height // 14, width // 14]
     far = (ours - theirs).abs()
     assert far.max() <= GREY_LEVEL + 1e-5
-    assert (far > 1e-3).float().mean() < 0.05  # and most pixels are the same
+    assert (far > 1e-3).float().mean() < 0.05  # and most pixels are equal
 
 
 def test_resize_treats_every_frame_by_itself_and_those_of_the_right_size_not_at_all():
@@ -106,7 +106,7 @@ def test_resize_treats_every_frame_by_itself_and_those_of_the_right_size_not_at_
 
 
 def patches_by_hand(frames, normal, patch, temporal, merge):
-    """Frame pair, unit row, unit column, row and column in the unit; then channel, frame, row, column."""
+    """Return patches by frame pair, unit row and column, row and column in the unit; values by channel, frame, row, column."""
     (f, h, w, channels), (mean, std) = frames.shape, normal
     unit = patch * merge
     pixels = (frames.double() / 255 - torch.tensor(mean)) / torch.tensor(std)
@@ -131,11 +131,11 @@ def test_patches_of_a_video_against_loops(shape, cut):
     torch.testing.assert_close(patchify(frames, **cut), patches_by_hand(frames, **whole), atol=1e-5, rtol=1e-5)
 
 
-# Which units are rows, piece by piece.
+# Which units become rows, piece by piece.
 
 
 def embedded(pieces, grid, units, threshold, note=lambda patches: None):
-    """What the encoder embeds, without the embedding: rows whose values are patches. `note` is called with those of each piece."""
+    """Run the encoder's embedding step with patches as values. `note` is called with every piece's patches."""
     tower = tiny_tower()
     plan = EncoderPlan(grid, prod(grid), tower_shape(tower).depth, threshold)
     run = EncoderRun(tower, plan, piece_units=units)
@@ -166,7 +166,7 @@ def test_pieces_together_have_the_rows_of_the_video(grid, share, seed, units, re
         source, _ = scan(patch_means(patches, geo.units), threshold=5.0)
     rows = referring(geo, source)
     assert len(noted) == -(-count // -(-units // geo.units))
-    # In its order, and nothing of any other unit.
+    # In the encoder's order, and without data of other units.
     assert torch.equal(made.values, patches.view(-1, 4, PATCH_WIDTH)[rows.unit])
     assert all(piece.untyped_storage().nbytes() == piece.nbytes for piece in noted)
     assert torch.equal(made.unit, rows.unit) and torch.equal(made.unit_to_row, rows.unit_to_row)
@@ -189,7 +189,7 @@ def test_patches_are_as_many_as_the_frame_pairs_have():
             embedded(pieces, grid, 30, 0.0)
 
 
-# `reuse+NAME`: a selector behind reuse in time.
+# `reuse+NAME`: a selector after reuse in time.
 
 
 GRID = (5, 4, 5)
@@ -213,36 +213,36 @@ def test_the_selector_sees_every_unit_with_what_its_row_has(name):
         torch.testing.assert_close(made.features, expected.features(every.rows))
 
 
-# What counts as unchanged.
+# Which units count as unchanged.
 
 HEIGHT, WIDTH, UNITS = 56, 84, 6
 
 
 def block_means(frames: torch.Tensor) -> torch.Tensor:
-    """`[T, units, 96]`: the mean of every 7x7 block of frames `[2 T, H, W, 3]`; in a unit by frame, row, column, channel."""
+    """Return the mean of every 7x7 block of frames `[2 T, H, W, 3]`: `[T, units, 96]`, in a unit by frame, row, column, channel."""
     _, height, width, _ = frames.shape
     blocks = frames.float().reshape(-1, 2, height // 28, 4, 7, width // 28, 4, 7, 3).mean((4, 7))
     return blocks.permute(0, 2, 4, 1, 3, 5, 6).reshape(len(blocks), -1, 96)
 
 
 def scanned(frames, threshold=8.0) -> torch.Tensor:
-    """`source` of uint8 frames `[2 T, 56, 84, 3]`."""
+    """Return `source` of uint8 frames `[2 T, 56, 84, 3]`."""
     return scan(block_means(frames), None, threshold=threshold)[0]
 
 
 def encoded_units(source: torch.Tensor) -> list[int]:
-    """How many units of each frame pair are encoded."""
+    """Return the number of encoded units in each frame pair."""
     return (source == torch.arange(len(source))[:, None]).sum(1).tolist()
 
 
 def picture(seed=0, pairs=1):
-    """A textured picture, the same in every frame: uint8 `[2 * pairs, 56, 84, 3]`."""
+    """Return a textured picture repeated in every frame: uint8 `[2 * pairs, 56, 84, 3]`."""
     frame = np.random.default_rng(seed).integers(40, 180, (1, HEIGHT // 4, WIDTH // 4, 3), dtype=np.uint8)
     return torch.from_numpy(frame.repeat(4, 1).repeat(4, 2).repeat(2 * pairs, 0).copy())
 
 
 def brighter(frame, steps):
-    """A frame that becomes one percent brighter from step to step."""
+    """Return copies of a frame whose brightness grows by one percent per step."""
     return torch.stack([(frame * (1 + 0.01 * step)).to(torch.uint8) for step in range(steps)])
 
 
@@ -265,13 +265,12 @@ def test_a_small_thing_is_noticed_where_and_when_it_comes_and_goes():
 
 
 def test_slow_change_adds_up_against_the_reference():
-    """Each frame pair is too little different from the one before, but not from the one that was encoded."""
+    """Each frame pair differs too little from the previous one, but not from the last encoded one."""
     frames = picture(pairs=12)
     for i in range(24):
         frames[i, :28, :28] = 100 + 2 * (i // 2)
-    assert scanned(frames)[:, 0].tolist() == [
-        i // 3 * 3 for i in range(12)
-    ]  # 2 levels a pair in each of three channels
+    # 2 levels per pair in each of three channels
+    assert scanned(frames)[:, 0].tolist() == [i // 3 * 3 for i in range(12)]
 
 
 def test_brightness_may_drift_but_not_far():
@@ -287,7 +286,7 @@ def test_a_thing_is_noticed_while_brightness_drifts():
 
 
 def test_after_a_cut_the_drift_starts_anew():
-    """The new scene is a little brighter, which is no drift, and then drifts as far as it may."""
+    """The new scene is slightly brighter, which is not drift, and then drifts up to the limit."""
     frames = torch.cat([picture(0, 3), brighter(picture(1)[0], 16)])
     assert encoded_units(scanned(frames)) == [UNITS, 0, 0, UNITS, *[0] * 7]
 
@@ -300,7 +299,7 @@ def test_black_and_white_frames(level):
 
 
 def noisy(seed, pairs):
-    """Frame pairs that keep, nudge or replace units of those before, at random: float32 `[pairs, 6, 96]`."""
+    """Return frame pairs that randomly keep, nudge or replace units: float32 `[pairs, 6, 96]`."""
     random = torch.Generator().manual_seed(seed)
     means, out = torch.rand(UNITS, BLOCKS * 3, generator=random) * 200, []
     for _ in range(pairs):
@@ -324,7 +323,7 @@ def test_a_unit_has_the_row_of_the_pair_last_encoded_however_the_video_is_cut(se
     for piece in means.split([1, *cuts]):
         before = references and references.means.clone()
         source, following = scan(piece, references, threshold=threshold)
-        assert before is None or torch.equal(references.means, before)  # a scan leaves its references as they are
+        assert before is None or torch.equal(references.means, before)  # a scan leaves its references unchanged
         pieces, references = [*pieces, source], following
     assert torch.equal(torch.cat(pieces), whole)
     assert torch.equal(references.means, last.means) and torch.equal(references.pair, last.pair)

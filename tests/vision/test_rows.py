@@ -1,4 +1,4 @@
-"""Rows that are not computed: of units that have not changed, and those that a selection between two layers leaves behind."""
+"""Rows that are not computed: unchanged units, and rows dropped by a selection between two layers."""
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ AFTER = EvoPruneMethod(depth=1.0)  # the selection comes after the tower
 
 
 def encoded_units(patches, grid, threshold=THRESHOLD) -> torch.Tensor:
-    """bool `[T, H*W]`: which units are encoded."""
+    """Return bool `[T, H*W]`: the units that are encoded."""
     source, _ = scan(patch_means(patches, grid[1] * grid[2]), threshold=threshold)
     return source == torch.arange(grid[0])[:, None]
 
@@ -52,7 +52,7 @@ def test_the_result_does_not_depend_on_the_size_of_pieces(grid, share, seed, sha
     whole = encode_clip(grid, changed, method, keep, seed, piece_units=10**6)
     assert_same(encode_clip(grid, changed, method, keep, seed, piece_units=piece_units), whole)
     assert len(whole.kept) == len(whole.features) == keep
-    if name != "reuse+visionzip":  # whose tokens are means although they count once
+    if name != "reuse+visionzip":  # its tokens are means although they count once
         check_result(whole, grid, whole_clip=True)
 
 
@@ -85,7 +85,8 @@ def test_a_piece_may_have_nothing_new(dtype, packed):
     if packed:
         pack(visual)
     changed = torch.zeros(6, 30, dtype=torch.bool)
-    changed[0] = changed[3, :4] = True  # the others have no rows at all; in the fourth new rows see old ones
+    # The others have no rows at all; in the fourth pair, new rows attend to old ones.
+    changed[0] = changed[3, :4] = True
     patches = clip(grid, changed, drift=0).to(dtype)
     whole, cut = (encode_patches(patches, grid, AFTER, 9, visual, piece_units=size) for size in (10**6, 1))
     assert cut.layers == whole.layers and cut.layers[0][1] == 34
@@ -95,14 +96,14 @@ def test_a_piece_may_have_nothing_new(dtype, packed):
     assert error < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
-# Rows selected between two layers of the tower, for all layers after them.
+# Selections between two layers of the tower, which apply to all later layers.
 
 
 @dataclass(frozen=True)
 class Several(EncoderMethod):
-    """Rows are left behind before the first layer, and before the second and the last of four.
+    """Drops rows before the first, the second and the last of four layers.
 
-    Field: last: the selector of the last, which may say nothing of the units that are not kept.
+    Field: last: the selector before the last layer, which may omit the owners of dropped units.
     """
 
     tokens: ClassVar[Selector] = FarthestPoints()
@@ -123,7 +124,7 @@ class Several(EncoderMethod):
 def test_selected_rows_against_loops(share, keep, full_layers):
     grid, changed = (5, 3, 5), changes((5, 3, 5), share)
     patches, visual = clip(grid, changed), tiny_tower(full_layers)
-    assert torch.equal(encoded_units(patches, grid), changed)  # else the test shows something else
+    assert torch.equal(encoded_units(patches, grid), changed)  # otherwise the test checks something else
     for method in (
         EvoPruneMethod(), EvoPruneMethod(depth=0.75, alpha=1.0), EvoPruneMethod(average=False, reuse=0.0, count=0.0),
         EvoPruneMethod(rows=1.0), EvoPruneMethod(rows=0.0), EvoPruneMethod(first=0.0), AFTER, Several(), Several(DivPrune()),
@@ -139,7 +140,7 @@ def test_selected_rows_against_loops(share, keep, full_layers):
 
 @dataclass(frozen=True, eq=False)
 class Given(Selector):
-    """Answers with a selection that was made before."""
+    """Returns a selection that was made earlier."""
 
     answer: Selection | None = None
 

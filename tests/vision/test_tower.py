@@ -29,7 +29,7 @@ FUSED_GRID = (3, 3, 4)
 
 @pytest.fixture
 def on_kernels(monkeypatch):
-    """From now on the CPU takes the way of a GPU with kernels; the result counts layers that ran on them."""
+    """Make the CPU use the GPU code path with kernels. The result lists the layers that ran on them."""
     pytest.importorskip("triton")
     from evoprune.backend import kernels
 
@@ -93,7 +93,7 @@ def test_a_kernel_that_fails_leaves_the_other_layers_to_pytorch(on_kernels, monk
     assert [str(each.message) for each in recwarn if "no kernel image" in str(each.message)]
 
 
-# DeepStack: each token has the features of inner layers too, of the rows and clusters that the last features are of.
+# DeepStack: each token also has inner-layer features, from the same rows and clusters as its last-layer features.
 
 GRID = (4, 3, 5)
 # A selection before the first DeepStack layer, between two of them, after all of them; reuse; merging; after the encoder.
@@ -132,13 +132,13 @@ def test_rows_that_come_back_and_whole_pairs_have_features_too(name):
     )
     assert made.deepstack.shape == (3, 15, 24)
     torch.testing.assert_close(cut.deepstack, made.deepstack, rtol=1e-4, atol=1e-4)
-    if name == "ipcv":  # most of whose rows have not gone by the first of these layers
+    if name == "ipcv":  # most of its rows are still there before the first of these layers
         whole = encode_patches(patches, GRID, methods.parse("none"), prod(GRID), tiny_qwen3())
         alike = torch.nn.functional.cosine_similarity(made.deepstack[0], whole.deepstack[0, made.kept], dim=1)
         assert alike.mean() > 0.9
 
 
-# The towers of all families at full budget are transformers' own.
+# At full budget, the towers of all families equal transformers'.
 
 
 @pytest.fixture(scope="module", params=MODEL_TYPES)
@@ -193,7 +193,7 @@ def test_pieces_together_are_the_whole(piece):
 
 @pytest.mark.parametrize("name", ["none", "divprune", "reuse+divprune"])
 def test_what_a_layer_makes_on_the_way_is_bounded(name):
-    """Norms, rotations and MLPs of 600 units are made in pieces of 20: nothing is larger than queries, keys and values."""
+    """Norms, rotations and MLPs of 600 units run in pieces of 20, so no tensor is larger than queries, keys and values."""
     grid = (30, 4, 5)
     pieces = clip(grid, changes(grid, 0.5)).split(4 * 20)
     plan = plan_of(methods.parse(name), tower_shape(tiny_tower()), grid, 60)

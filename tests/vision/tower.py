@@ -1,4 +1,4 @@
-"""A vision tower small enough for loops in Python, and rows that were merged at random."""
+"""A vision tower small enough for loops in Python, and randomly merged rows."""
 
 from functools import cache
 
@@ -14,9 +14,9 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden
 
 @cache
 def tiny_tower(full_layers: tuple[int, ...] = (1, 3), depth: int = 4, seed: int = 0):
-    """Hugging Face's class in float32, hidden 32 in two heads; not to be changed by a test.
+    """Return Hugging Face's class in float32, hidden size 32, two heads. It is shared, so tests must not change it.
 
-    Weights are wide enough that attention is far from uniform and every layer changes what it reads.
+    The weights are large enough that attention is far from uniform and every layer changes its input.
     """
     from transformers import Qwen2_5_VLConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
@@ -30,7 +30,7 @@ DEEPSTACK = (1, 3, 4)  # layers of `tiny_qwen3`
 
 @cache
 def tiny_qwen3(depth: int = 6, seed: int = 0):
-    """The same of Qwen3-VL, with a table of 5x5 learned positions; patches have 1,536 values."""
+    """Return the same for Qwen3-VL, with 5x5 learned positions; patches have 1,536 values."""
     from transformers import Qwen3VLConfig
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
@@ -51,19 +51,19 @@ def _drawn(kind, config, seed: int):
 
 
 def random_patches(grid: tuple[int, int, int], seed: int = 0, width: int = PATCH_WIDTH) -> torch.Tensor:
-    """Patches of a video of noise, `[rows, width]`."""
+    """Return patches of a noise video, `[rows, width]`."""
     t, h, w = grid
     return torch.randn(t * h * w * 4, width, generator=torch.Generator().manual_seed(seed))
 
 
 def numbered(geo: Geometry, pairs: int) -> Rows:
-    """A row for each unit; its values are its number."""
+    """Return a row for each unit, with the unit's number as its value."""
     units = window_order(geo, pairs)
     return all_units(units[:, None].float(), torch.empty(len(units), 0, 1), geo, pairs)
 
 
 def merge_at_random(rows: Rows, scope: str, seed: int, share: float = 0.6) -> Rows:
-    """Merges about `share` of the rows of each window or frame pair into others of it."""
+    """Merge about `share` of the rows in each window or frame pair into other rows there."""
     random = torch.Generator().manual_seed(seed)
     group = rows.group(scope)
     into = torch.arange(len(rows))
@@ -79,7 +79,7 @@ def merge_at_random(rows: Rows, scope: str, seed: int, share: float = 0.6) -> Ro
 
 
 def random_rows(geo: Geometry, pairs: int, scopes: list[str], seed: int = 0, share: float = 0.6) -> Rows:
-    """All rows after one round of random merges for each of `scopes`."""
+    """Return all rows after one round of random merges for each entry of `scopes`."""
     rows = numbered(geo, pairs)
     for step, scope in enumerate(scopes):
         rows = merge_at_random(rows, scope, seed * 31 + step, share)
@@ -87,7 +87,7 @@ def random_rows(geo: Geometry, pairs: int, scopes: list[str], seed: int = 0, sha
 
 
 def referring(geo: Geometry, source: torch.Tensor) -> Rows:
-    """The rows with reuse."""
+    """Return the rows with reuse."""
     alive = source == torch.arange(len(source))[:, None]
     counts = tuple(alive.sum(1).tolist())
     unit = window_order(geo, len(source), alive, sum(counts))
@@ -95,19 +95,19 @@ def referring(geo: Geometry, source: torch.Tensor) -> Rows:
 
 
 def place_key(geo: Geometry, unit: int) -> tuple[int, int, int, int, int]:
-    """Frame pair, window row, window column, row, column: sorts units into window order."""
+    """Return frame pair, window row, window column, row, column: a sort key for window order."""
     pair, place = divmod(unit, geo.units)
     y, x = divmod(place, geo.width)
     return pair, y // geo.side, x // geo.side, y, x
 
 
 def group_key(geo: Geometry, unit: int, scope: str) -> tuple[int, ...]:
-    """Names the frame pair or window in which a unit lies."""
+    """Return a key for the frame pair or window that contains a unit."""
     return place_key(geo, unit)[: 1 if scope == "pair" else 3]
 
 
 def groups_by_hand(rows: Rows, scope: str) -> list[tuple[list[int], dict[int, int]]]:
-    """Of every group with query rows: those rows, and how many of the group's units each key row represents."""
+    """Return for each group its query rows, and the number of its units that each key row represents."""
     geo = rows.geometry
     groups: dict[tuple, tuple[list[int], dict[int, int]]] = {}
     for row, unit in enumerate(rows.unit.tolist()):

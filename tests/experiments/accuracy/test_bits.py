@@ -1,4 +1,4 @@
-"""experiments.accuracy.bits: what both sides answer, and the table of it."""
+"""experiments.accuracy.bits: answers of both sides, and their table."""
 
 from experiments.accuracy.bits import BUDGETS, start, table_row
 from experiments.demo.write import clips_asked

@@ -1,4 +1,4 @@
-"""experiments.accuracy.equal_time: each row of the others has the most accurate of ours that takes no longer."""
+"""experiments.accuracy.equal_time: each row of other methods is paired with our most accurate row that is at least as fast."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from evoprune.bench import FULL, METHOD
 from experiments.accuracy.equal_time import NONE, OURS, main, speed_of, speeds, worst_in_tables
 from experiments.accuracy.frontier import SETS, folder_of
 
-# Of 20 clips, of which the full model knows 16, how many each row knows; and how many times as fast as Hugging Face it is.
+# 20 clips; the full model is right about 16: right answers per row, and the speedup over Hugging Face.
 COUNTS = {"evoprune": (14, 10), "tome": (13, 15), "divprune": (5, 5)}
 RIGHT = {
     (method, budget): n for method, ns in COUNTS.items() for budget, n in zip(("balanced", "fast"), ns, strict=True)
@@ -81,16 +81,16 @@ def test_the_committed_chart_is_that_of_the_tables(tmp_path):
     made, kept = (ElementTree.fromstring(path.read_text()) for path in (tmp_path / "made.svg", CHART))
     shown = [[node.text for node in root.iter() if node.tag.endswith("text")] for root in (made, kept)]
     assert sorted(shown[0]) == sorted(shown[1])
-    assert "after the encoder, if selecting costs nothing" in shown[1]  # the legend explains every colour
+    assert "after the encoder, if selecting costs nothing" in shown[1]  # the legend explains every color
 
 
 def test_what_is_said_of_the_chart_is_so():
-    """The line through the presets lies above all others but `downscale -b fast`, which is faster; speeds are one number."""
+    """The line through the presets is above all other methods except `downscale -b fast`, which is faster."""
     times = TABLES.read_text()
     fast = speeds(times)
     ours, others = worst_in_tables(times, COMPARED.read_text())
     names = ("high", "balanced", "fast")
-    assert len(others) == 74  # of which one has no row of ours that is as fast: 73 are compared
+    assert len(others) == 74  # one of them has no row of ours that is as fast, so 73 are compared
     xs = [fast[NONE], *(speed_of((OURS, name), fast) for name in names)]
     ys = [100.0, *(ours[OURS, name] for name in names)]
     above = {key for key, kept in others.items() if kept >= np.interp(speed_of(key, fast), xs, ys)}

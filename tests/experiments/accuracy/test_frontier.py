@@ -1,4 +1,4 @@
-"""experiments.accuracy.frontier: what is kept of the full model's right answers, by set and group, and the worst of the sets."""
+"""experiments.accuracy.frontier: kept share of the full model's right answers, by set and group, and the worst set."""
 
 from evoprune.bench import FULL, METHOD
 from experiments.accuracy.frontier import table
@@ -11,7 +11,7 @@ def sample(video: int, right: bool, row: str = FULL, budget: float | str = 1.0, 
 
 
 def samples(wrong: int) -> list[dict]:
-    """20 clips of which the full model knows 16, and of these the pruned one all but `wrong`; every fourth is a picture."""
+    """Return answers to 20 clips, every fourth a picture: 16 right by the full model, `wrong` of these wrong by the pruned one."""
     groups = ["picture" if video % 4 == 0 else "video" for video in range(20)]
     full = [sample(video, video < 16, group=group) for video, group in enumerate(groups)]
     return full + [sample(v, wrong <= v < 16, METHOD, "fast", group) for v, group in enumerate(groups)]

@@ -15,7 +15,7 @@ def clips(count, split="validation", **how):
 
 
 def painted(clip: Clip, thing: Thing, t: float) -> np.ndarray:
-    """bool `[height, width]`: the pixels that this thing alone changes at time t."""
+    """Return bool `[height, width]`: the pixels that change at time t if this thing is left out."""
     with_it, without = (render(replace(clip, things=things), [t])[0].astype(int) for things in ((thing,), ()))
     return (with_it != without).any(-1)
 
@@ -56,7 +56,7 @@ def test_the_camera_moves_over_the_background_and_things_do_not(pan):
     thing = Thing("square", "red", (225, 40, 40), "large", 10, 60.0, 60.0, "still", 0.0)
     first, second = render(Clip((0, 1), 112, 168, 6.0, (thing,), 0.0, pan, clutter=300.0), [0.5, 2.5]).astype(int)
     assert (first[55:65, 55:65] == thing.rgb).all() and (second[55:65, 55:65] == thing.rgb).all()
-    x, y = (int(2 * v) for v in pan)  # what was at (x, y) to begin with is now in the corner
+    x, y = (int(2 * v) for v in pan)  # the content that was at (x, y) is now in the corner
     before = first[max(y, 0) : 112 + min(y, 0), max(x, 0) : 168 + min(x, 0)]
     after = second[max(-y, 0) : 112 - max(y, 0), max(-x, 0) : 168 - max(x, 0)]
     same = (before == after).all(-1)

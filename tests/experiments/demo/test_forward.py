@@ -10,7 +10,7 @@ from experiments.demo.shared_prompts import CHUNK, hidden_of_rows
 
 @cache
 def demo_model():
-    """The demo architecture with random weights, in float32; not to be changed by a test."""
+    """The demo architecture with random weights, in float32. It is shared, so tests must not change it."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(0)
@@ -21,7 +21,7 @@ def demo_model():
     init_weights(model, random)
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.ndim == 1:  # norms and biases of a fresh model are ones and zeros, which hides much
+            if weight.ndim == 1:  # a new model's norms and biases are ones and zeros, which hides many errors
                 weight += 0.1 * torch.randn(weight.shape, generator=random)
     return model.eval()
 
@@ -43,7 +43,7 @@ def test_the_tower_is_hugging_faces(grid):
 
 
 def video_positions(grid: tuple[int, int, int]) -> torch.Tensor:
-    """Positions of a token, a video and a token: int64 `[3, units + 2]`."""
+    """Return positions of a token, a video and a token: int64 `[3, units + 2]`."""
     steps = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij")).flatten(1)
     ends = torch.tensor([[0], [0], [0]]), torch.tensor([[max(grid) + 7]]).expand(3, 1)
     return torch.cat([ends[0], 1 + steps * torch.tensor([[2], [1], [1]]), ends[1]], 1)
@@ -52,7 +52,7 @@ def video_positions(grid: tuple[int, int, int]) -> torch.Tensor:
 @pytest.mark.parametrize("grid", [(2, 5, 3), (1, 2, 2), (3, 10, CHUNK // 28)])
 @torch.no_grad()
 def test_each_question_behind_a_shared_prompt_gets_hugging_faces_logits(grid):
-    """Two prompts, two rows each, two questions in a row; each against Hugging Face's model on prompt and question alone."""
+    """Two prompts, two rows each, two questions per row. The reference is Hugging Face's model on prompt and question alone."""
     model, units = demo_model(), grid[0] * grid[1] * grid[2]
     patches = noise(2 * units * 4, 1176)
     where, prompt = video_positions(grid), torch.tensor([3, *[7] * units, 4])

@@ -1,7 +1,7 @@
-"""The generators are frozen: figures about their clips compare only with figures about the same clips.
+"""The clip generators are frozen, because results are only comparable on the same clips.
 
-Where this fails, something has changed what is drawn, asked or answered; so everything in results/ would have to be measured anew,
-and the answers be worked out again from the scenes.
+If this fails, the drawn clips, questions or answers have changed. Everything in results/ would have to be measured again, and the
+answers derived again from the scenes.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from experiments.demo.scenes_lessons import lessons as scenes_lessons
 from experiments.demo.worlds import QUESTIONS
 from experiments.demo.write import BLOCK
 
-# Of eight clips: a digest of what is in them and what is asked, and the mean of all pixels, which may differ a little elsewhere.
+# Eight clips: a digest of content and questions, and the mean pixel value, which may differ slightly on other machines.
 FROZEN = {
     ("shapes", "train", 0): ("f4cf8aab466a77a5", 50.956),
     ("shapes", "validation", 0): ("73dc65c1e8ff80ef", 66.606),
@@ -31,7 +31,7 @@ FROZEN = {
     ("scenes", "validation", 0): ("66498210070ccaa5", 86.0550),
     ("scenes", "heldout", BLOCK): ("8782ba827e885ec8", 96.9818),
 }
-# All questions and lessons of many clips, so that there are all kinds of things, events, cameras and questions among them.
+# All questions and lessons of many clips, which include all kinds of things, events, cameras and questions.
 CONTENTS = {
     "shapes": "55f532d2fe968784",
     "lessons of shapes": "a1e71e4c3e75ba9b",
@@ -41,7 +41,7 @@ CONTENTS = {
 
 
 def rounded(value):
-    """Numbers to four places, so that the last bits of a sine do not count."""
+    """Round to four places, so that the last bits of a sine do not matter."""
     if isinstance(value, tuple | list):
         return tuple(map(rounded, value))
     return round(value, 4) if isinstance(value, float) else value
@@ -55,7 +55,7 @@ def digest(values) -> str:
 
 
 def look(world: str, clip, seed: int) -> tuple[object, float]:
-    """What is in a clip and what is asked, and the mean of its pixels."""
+    """Return a clip's content and questions, and the mean of its pixels."""
     rng = np.random.default_rng(seed)
     if world == "shapes":
         asked = [(q.type, q.question, q.answer) for q in questions.ask(clip, rng, QUESTIONS)]

@@ -1,4 +1,4 @@
-"""The second world: what a clip holds, how it is drawn, that it is frozen."""
+"""The second world: clip contents, drawing, and frozen output."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_layers_move_against_each_other_when_the_camera_pans():
     first, second = render(still, [0.0, 2.0]).astype(int)
     agree = {shift: (abs(first[:, shift:] - second[:, : 168 - shift]).max(-1) < 3).mean() for shift in range(24)}
     best = sorted(agree, key=agree.get)[-2:]
-    assert sorted(best) == [8, 16]  # the far layer, at half of the speed, and the ground
+    assert sorted(best) == [8, 16]  # the far layer, at half the speed, and the ground
 
 
 def test_what_changes_is_drawn_anew():

@@ -1,4 +1,4 @@
-"""Labels, prompts and packing of the second world's training, and the table that its mix is fixed by."""
+"""Labels, prompts and packing for training on the second world, and the table that defines its mix."""
 
 import math
 
@@ -56,7 +56,7 @@ def model():
 
 
 def labels(clip: Clip, times=(0.2, 0.7)):
-    """Labels of patches by row and column, and of units."""
+    """Return labels of patches by row and column, and of units."""
     patches, units = dense_labels(clip, times, render_with_map(clip, times)[1])
     pairs, height, width = len(times) // 2, clip.height // 28, clip.width // 28
     by_place = patches.reshape(pairs, height, width, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
@@ -74,7 +74,7 @@ def test_labels_follow_the_camera_and_what_changes():
 
 
 def test_patches_say_which_way_a_thing_goes_on_the_frame():
-    """With the camera's motion, and nothing where it is unclear."""
+    """Includes the camera's motion. Unclear directions are ignored."""
     look = ("square", "plain", "red", (200, 50, 45), 20, 84.0, 56.0)
     for camera, thing, expected in (
         (Camera(), Thing(*look, motion="left", speed=10.0), 1),
@@ -87,7 +87,7 @@ def test_patches_say_which_way_a_thing_goes_on_the_frame():
 
 
 def test_units_are_labelled_with_what_has_become_of_them():
-    """A thing that goes down by a unit a second, one that appears, one that vanishes and a sign that changes."""
+    """A thing that moves down by a unit per second, one that appears, one that vanishes and a sign that changes."""
     look = {"texture": "plain", "colour": "red", "rgb": (200, 50, 45), "radius": 12}
     things = (
         Thing("square", **look, x=14.0, y=14.0, motion="down", speed=28.0),
@@ -182,7 +182,7 @@ def test_the_loss_is_hugging_faces_also_with_two_pictures(model, tokenizer):
         "tokens": torch.tensor([[[299, 298, *asked, *answer]]]),
         "place": torch.tensor([[[*range(2), *range(5)]]]) + len(prefix),
         "segment": torch.tensor([[[1, 1, *[2] * 5]]]),
-        "target": torch.tensor([[[-100, -100, -100, -100, *answer, -100]]]),  # of the second question alone
+        "target": torch.tensor([[[-100, -100, -100, -100, *answer, -100]]]),  # only the second question's answer
     }
     batch = {"prefix": torch.tensor(prefix), "slots": torch.tensor([t == IMAGE for t in prefix]), "where": where}
     loss, numbers, right, states = answer_loss(model, video, batch, pack)

@@ -1,4 +1,4 @@
-"""Clips for training: crowded grids, and frames as a codec leaves them."""
+"""Clips for training: crowded grids, and frames after a lossy codec."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Both worlds behind one interface."""
+"""Both worlds through one interface."""
 
 import pytest
 

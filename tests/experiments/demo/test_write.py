@@ -1,4 +1,4 @@
-"""Clips of a split as files and questions: every pixel as drawn, or compressed, made when needed and gone afterwards."""
+"""Clips of a split as files and questions: lossless or compressed, made on demand and deleted afterwards."""
 
 import shlex
 import subprocess

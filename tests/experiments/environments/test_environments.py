@@ -1,4 +1,4 @@
-"""The recipes name what is there. They run by hand: each installs gigabytes."""
+"""The recipes refer to existing things. They are run by hand, because each one installs gigabytes."""
 
 import shlex
 

@@ -1,4 +1,4 @@
-"""What the comparison counts, and what the plugin does to the inputs of transformers' tests. The tests themselves are not here."""
+"""The counts of the comparison, and the plugin's changes to inputs of transformers' tests. Those tests themselves are not here."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_the_model_takes_inputs_with_more_patches(videos):
         "input_ids": ids,
         "mm_token_type_ids": (ids == config.image_token_id).long(),
         "pixel_values": torch.randn(8, 1176),
-        "image_grid_thw": torch.tensor([[1, 2, 2]] * 2),  # one patch a unit
+        "image_grid_thw": torch.tensor([[1, 2, 2]] * 2),  # one patch per unit
     }
     config, made = with_patches(config, dict(inputs), 1, videos)
     name, grids = ("video", [[2, 2, 4]] * 2) if videos else ("image", [[1, 4, 4]] * 2)

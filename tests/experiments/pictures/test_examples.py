@@ -1,4 +1,4 @@
-"""The pictures and examples of README and docs are those that `experiments.pictures.examples` makes today, but for times."""
+"""The pictures and examples of README and docs equal the current output of `experiments.pictures.examples`, except for times."""
 
 import json
 from typing import Any
@@ -24,7 +24,7 @@ README, PAGE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.m
 
 
 def without_times(content: Any) -> Any:
-    """An example without its measured times."""
+    """Return an example without its measured times."""
     return {name: value for name, value in content.items() if name != "time_ms"}
 
 

@@ -1,4 +1,4 @@
-"""The figure of the method says what a run does."""
+"""The figure of the method agrees with a run."""
 
 from xml.etree import ElementTree
 

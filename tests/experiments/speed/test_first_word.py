@@ -1,4 +1,4 @@
-"""A checkpoint is written and can be asked. Every part of `first_word` runs on small clips with the demo model."""
+"""A checkpoint can be written and asked. Every part of `first_word` runs on small clips with the demo model."""
 
 import json
 import re
@@ -33,7 +33,7 @@ CLIP = ROOT / "samples/square.mp4"
 def test_a_checkpoint_has_every_weight_and_a_tokenizer_of_that_size_and_transformers_reads_it(tmp_path, monkeypatch):
     tiny = tiny_config().to_dict()
     tiny["text_config"]["vocab_size"] = 700
-    for name in ("vision_start", "vision_end", "image", "video"):  # transformers has their ids from the config
+    for name in ("vision_start", "vision_end", "image", "video"):  # transformers reads their ids from the config
         special = f"{name}_pad" if name in ("image", "video") else name
         tiny[f"{name}_token_id"] = 600 + checkpoint.SPECIAL_TOKENS.index(special)
     (tmp_path / "config.json").write_text(json.dumps(tiny))
@@ -50,7 +50,7 @@ def test_a_checkpoint_has_every_weight_and_a_tokenizer_of_that_size_and_transfor
     assert answer.text is not None and answer.report.tokens.new == 5  # no token ends an answer
     side = Transformers(Namespace(model=str(written), device="cpu"))
     plain = load_model(str(written), dtype="bf16", pack=False)
-    assert share_equal(side._model, plain.model) == []  # it has all weights, and no others
+    assert share_equal(side._model, plain.model) == []  # it has all weights and no others
     assert side.ask(str(CLIP), 4, 5, lambda piece: None)["words"] == 5
 
 
@@ -59,7 +59,7 @@ def test_a_checkpoint_has_every_weight_and_a_tokenizer_of_that_size_and_transfor
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> dict[str, Clip]:
-    """A clip of each kind, of two pieces."""
+    """A clip of each kind, two pieces long."""
     folder = tmp_path_factory.mktemp("clips")
     made = {}
     for name, kind in KINDS.items():
@@ -136,7 +136,7 @@ def test_a_process_is_ended_in_time_and_one_that_fails_shows_why(tmp_path):
 
 
 def test_readers_take_turns_and_those_that_fail_are_rows(tmp_path, clips):
-    """Readers that are not installed here fail, each with its reason; times of the others are there."""
+    """Readers that are not installed fail with a reason; the others have times."""
     run = Run(parsed(["-o", str(tmp_path), "--tiny", "-r", "2"]))
     run.record |= {"reading": [], "about": first_word.about(run), "parts": {}}
     names = [*first_word_readers.READERS]
@@ -172,7 +172,7 @@ def test_frames_that_moved_are_counted():
     assert first_word_readers.distance(kind, 400, 1) == 5  # no frame of the piece
 
 
-# All of it.
+# The whole program.
 
 
 def test_transformers_gets_what_its_processor_would_make_of_the_video():
@@ -214,7 +214,7 @@ def test_every_part_runs_and_fills_the_documents(tmp_path, monkeypatch, capsys):
     first_word_tables.write_documents([record], tmp_path)
     readme = (tmp_path / "README.md").read_text()
     assert "![From the path to the first word. " in readme
-    first_word_tables.write_documents([record], tmp_path)  # again: nothing is there twice
+    first_word_tables.write_documents([record], tmp_path)  # a second time, without duplicates
     assert (tmp_path / "README.md").read_text() == readme
     page = (tmp_path / "results/first_word.md").read_text()
     assert "### Reading" in page and "*Exact* frames" in page

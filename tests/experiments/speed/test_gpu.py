@@ -11,7 +11,7 @@ from tests.tiny import save_tiny
 
 
 def run_step(tmp_path, *arguments: str) -> dict:
-    seconds = "1e6"  # since the module was imported, which other tests of this process may have done long ago
+    seconds = "1e6"  # since the import of the module, which may be long ago in this process
     gpu_steps.main(
         [*arguments, "--device", "cpu", "--rounds", "1", "--seconds", seconds, "-o", str(tmp_path / "found.json")]
     )

@@ -1,4 +1,4 @@
-"""A task of lmms-eval over the sample clips."""
+"""An lmms-eval task on the sample clips."""
 
 
 def doc_to_visual(doc):

@@ -10,7 +10,7 @@ def qa():
 
 @pytest.fixture
 def server(qa, tmp_path):
-    """A server with the usual settings, which reads files below `samples`."""
+    """A server with the default settings that reads files below `samples`."""
     from tests.plugins.serve.serving import SAMPLES, serving
 
     with serving(qa, tmp_path, folders=(SAMPLES,)) as running:

@@ -1,4 +1,4 @@
-"""A server in this process, at a free port of the loopback, and what is asked of it."""
+"""A server in this process, at a free local port, and requests to it."""
 
 import base64
 import threading
@@ -22,7 +22,7 @@ REASON = "starlette and others are not installed: python -m experiments.environm
 
 
 def memory_fails(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    """Has the next encodings fail, so many times, for want of memory."""
+    """Make the next `times` encodings fail with OutOfMemory."""
     encode = OpenInput.encode
     failures = iter([True] * times)
 
@@ -35,7 +35,7 @@ def memory_fails(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
 
 
 def url_of(name: str) -> str:
-    """A sample as a client sends it."""
+    """Return a sample as the data URL that a client sends."""
     return "data:video/mp4;base64," + base64.b64encode((SAMPLES / name).read_bytes()).decode()
 
 
@@ -48,7 +48,7 @@ def video(url: str) -> dict[str, Any]:
 
 
 def body(question: str = COLOUR, name: str = "square.mp4", **options: Any) -> dict[str, Any]:
-    """The body of a question about a sample."""
+    """Return the request body of a question about a sample."""
     return {"model": "demo", "messages": [message(question, video(url_of(name)))]} | options
 
 
@@ -56,7 +56,7 @@ def body(question: str = COLOUR, name: str = "square.mp4", **options: Any) -> di
 def serving(
     qa: VideoQA, folder: Path, others: Mapping[str, VideoQA] | None = None, **settings: Any
 ) -> Iterator[SimpleNamespace]:
-    """A server of a model called demo, and others: its `url`, a `client` of httpx for it, its `state`, log `lines`, `process`."""
+    """Serve a model called demo, and others. Yields `url`, an httpx `client`, `state`, log `lines` and `process`."""
     import httpx
     import uvicorn
 

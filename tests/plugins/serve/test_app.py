@@ -1,4 +1,4 @@
-"""The server over HTTP, in this process: answers are those of `VideoQA`, and errors have OpenAI's form."""
+"""The server over HTTP, in this process: the answers are the same as from `VideoQA`, and errors have OpenAI's form."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ def error(server, status: int, **given) -> dict:
 
 
 def events(server, **given) -> list[dict]:
-    """The events of a stream; the last one says that it is complete."""
+    """Return the events of a stream, and check that the last one marks its end."""
     with server.client.stream("POST", CHAT, json=body(stream=True, **given)) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
@@ -204,7 +204,7 @@ def test_a_conversation_is_that_of_video_qa(server, qa):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often an input was read and encoded."""
+    """Counts how often an input was read and encoded."""
     counts = {"read": 0, "encoded": 0}
     read, encode = encoding.read_chunks, OpenInput.encode
 
@@ -230,7 +230,7 @@ def test_a_second_question_about_a_video_reads_and_encodes_nothing(server, count
     reply = server.client.post(CHAT, json={"messages": [message(COLOUR, third)]}).json()
     assert text_of(reply) == text_of(first)
     assert counted == {"read": 1, "encoded": 1} and second["usage"]["evoprune"]["time_ms"]["encode"] == 0
-    answer(server, budget=0.5)  # the patches are there
+    answer(server, budget=0.5)  # the patches are in the store
     assert counted == {"read": 1, "encoded": 2}
     answer(server, frames=4)
     assert counted == {"read": 2, "encoded": 3}
@@ -288,7 +288,7 @@ def test_what_a_request_held_leaves_the_disk_while_nobody_asks(qa, tmp_path, mon
 
 
 def test_uploads_take_room_while_they_come(qa, tmp_path):
-    """It is free again when their clients go, and a file needs none beside that."""
+    """The space is free again when the clients disconnect, and a stored file needs no additional space."""
     size = 2**20
     head = f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: {2 * size}\r\n"
     head += "Content-Type: multipart/form-data; boundary=b\r\n\r\n"
@@ -320,7 +320,7 @@ def test_wrong_uploads_are_refused(server, form, param):
 
 
 def test_a_list_of_frames_is_the_video(server, qa, tmp_path):
-    """With a rate, and with times: as `VideoQA` reads the array."""
+    """With a frame rate, or with times: the same as `VideoQA` with the array."""
     frames = np.zeros((6, 56, 84, 3), np.uint8)
     frames[:, 14:42, 14:42] = (0, 200, 0)
     pictures = []
@@ -363,7 +363,7 @@ def test_inputs_between_texts_are_read_in_their_places(server, qa):
     assert reply["usage"]["prompt_tokens"] == right.report.tokens.prompt
 
 
-# What is refused.
+# Refused requests.
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def test_bodies_that_are_no_request(server, content, says):
 
 
 def test_a_body_of_a_million_values_is_refused(server):
-    """It would take a hundred times its bytes."""
+    """Parsed, it would take a hundred times its size."""
     content = b"[" + b"[]," * (2**20 + 1) + b"0]"
     response = server.client.post(CHAT, content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400 and "more than 1,048,576 commas" in response.json()["error"]["message"]
@@ -499,7 +499,7 @@ def test_bodies_are_sent_as_they_are(server):
 
 
 def test_other_hosts_and_origins_are_refused(qa, tmp_path):
-    """A page of another site cannot ask, neither by itself nor by a name of its own for this machine."""
+    """A page of another site cannot send requests, neither directly nor through a DNS name of its own for this machine."""
     with serving(qa, tmp_path, access=access(origins=["https://app.example"])) as server:
         get = server.client.get
         assert get("/v1/models", headers={"Host": "evil.example"}).json()["error"]["code"] == "wrong_host"
@@ -508,7 +508,8 @@ def test_other_hosts_and_origins_are_refused(qa, tmp_path):
         assert get("/v1/models", headers={"Origin": server.url}).status_code == 200
         allowed = get("/v1/models", headers={"Origin": "https://app.example"})
         assert allowed.headers["access-control-allow-origin"] == "https://app.example"
-        own = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"  # of OpenAI's package for browsers
+        # Headers of OpenAI's package for browsers.
+        own = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"
         asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": own}
         preflight = server.client.options(CHAT, headers=asked | {"Origin": "https://app.example"})
         assert preflight.status_code == 200 and preflight.headers["access-control-allow-headers"] == own
@@ -537,7 +538,7 @@ def test_bodies_have_limits(qa, tmp_path):
 
 
 def json_head(size: int, more: str = "") -> bytes:
-    """What is sent in front of a question of so many bytes."""
+    """Return the HTTP head of a question of `size` bytes."""
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{more}"
     return f"{head}Content-Length: {size}\r\n\r\n".encode()
 
@@ -561,7 +562,7 @@ def test_a_client_has_half_of_the_room_for_bodies(qa, tmp_path, monkeypatch):
 
 
 def test_a_body_that_almost_stops_is_408(server, monkeypatch):
-    """However much of it came at once before. One that comes fast enough may last."""
+    """No matter how much came at once before. A body that keeps coming fast enough may take long."""
     from evoprune_serve import guard
 
     monkeypatch.setattr(guard, "SLOW_S", 0.5)
@@ -588,7 +589,7 @@ def test_a_body_that_almost_stops_is_408(server, monkeypatch):
 
 
 def raw(server, text: str) -> bytes:
-    """The beginning of the answer to what is sent as it stands."""
+    """Return the beginning of the response to raw text."""
     with connected(server) as connection:
         connection.sendall(text.encode())
         return connection.recv(4096)
@@ -599,7 +600,7 @@ def connected(server) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=20)
 
 
-# How long a connection may be held without a request.
+# How long a connection may stay open without a request.
 
 HEAD_S = 0.3
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -608,7 +609,7 @@ HEALTHY = b'{"status":"ok"}'
 
 @pytest.fixture
 def impatient(server, monkeypatch):
-    """A server that waits for the head of a request for a moment alone."""
+    """A server with a very short timeout for the head of a request."""
     from evoprune_serve.connections import Connection
 
     monkeypatch.setattr(Connection, "head_s", HEAD_S)
@@ -616,14 +617,14 @@ def impatient(server, monkeypatch):
 
 
 def ended_while_sending(connection: socket.socket, text: bytes) -> bool:
-    """Sends a byte at a time. Return whether the server closes the connection meanwhile."""
+    """Send one byte at a time. Returns True if the server closes the connection meanwhile."""
     connection.settimeout(HEAD_S / 6)
     for number in range(len(text)):
         try:
             connection.sendall(text[number : number + 1])
             assert connection.recv(1) == b""
             return True
-        except TimeoutError:  # it is open, and nothing is answered
+        except TimeoutError:  # still open, and no response
             continue
         except ConnectionError:
             return True
@@ -631,7 +632,7 @@ def ended_while_sending(connection: socket.socket, text: bytes) -> bool:
 
 
 def received(connection: socket.socket, end: bytes, times: int = 1) -> bytes:
-    """What is answered until that has come so many times."""
+    """Return the response up to the n-th occurrence of `end`."""
     text = b""
     while text.count(end) < times:
         piece = connection.recv(4096)
@@ -684,7 +685,7 @@ def test_a_stream_may_last(impatient, slow):
 
 @pytest.fixture
 def crowded(server, monkeypatch):
-    """A server with room for six connections, of which four are for one address."""
+    """A server with room for six connections, four of them per address."""
     from evoprune_serve.connections import Connection
 
     monkeypatch.setattr(Connection, "most", 6)
@@ -750,7 +751,7 @@ def test_connections_with_requests_in_progress_are_kept(crowded):
 @pytest.mark.parametrize("origins", [(), ("https://app.example",)])
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
 def test_a_body_of_two_lengths_is_refused(qa, tmp_path, method, origins):
-    """What follows on the connection, a request to one and a body to another, is not read."""
+    """The rest of the connection, which one parser takes for a request and another for a body, is not read."""
     hidden = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     origin = "Origin: https://app.example\r\nAccess-Control-Request-Method: GET\r\n" if origins else ""
     head = f"{method} {CHAT} HTTP/1.1\r\nHost: localhost\r\n{origin}Content-Type: application/json\r\n"
@@ -782,7 +783,7 @@ def test_a_client_that_takes_nothing_of_its_answer_is_let_go(monkeypatch):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """The model waits in front of each piece until the event is set."""
+    """The model waits between pieces until the event is set."""
     from evoprune_serve import work
 
     going = threading.Event()
@@ -801,7 +802,7 @@ def slow(monkeypatch):
                 for _ in range(2000):
                     if going.wait(0.01):
                         break
-                    yield ""  # which looks whether somebody still waits
+                    yield ""  # the server checks here if the client is still connected
 
     monkeypatch.setattr(work, "begun", Slow)
     yield going
@@ -809,7 +810,7 @@ def slow(monkeypatch):
 
 
 def in_threads(server, count: int, **given):
-    """Responses to the same request of so many clients at once, as a list that fills."""
+    """Send the same request from `count` clients at once. Returns the threads and a list of responses, which grows."""
     found = []
 
     def ask():
@@ -848,7 +849,7 @@ def test_behind_a_full_queue_is_429(qa, tmp_path, slow):
 
 
 def test_clients_are_told_that_the_server_ends(qa, tmp_path, slow, monkeypatch):
-    """The one whose answer is in progress after a moment, as the last event of its stream; those that wait at once."""
+    """The client whose answer is running is told after a moment, as the last event of its stream; queued ones at once."""
     monkeypatch.setattr("evoprune_serve.ending.GRACE_S", 0.5)
     with serving(qa, tmp_path) as server:
         streamed, answers = in_threads(server, 1, stream=True)
@@ -975,7 +976,7 @@ def test_a_request_that_is_displaced_while_its_files_come_is_429(qa, tmp_path, m
 
 
 def test_downloads_of_requests_that_are_given_up_end(qa, tmp_path, monkeypatch):
-    """Also where they have all threads that fetch."""
+    """Also if they occupy all download threads."""
     import httpx
 
     with serving(qa, tmp_path, most=2) as server:
@@ -1003,7 +1004,7 @@ def test_downloads_of_requests_that_are_given_up_end(qa, tmp_path, monkeypatch):
 
 
 def test_clients_take_turns(qa):
-    """Those that wait longest come next; a full queue has room for a client that waits with fewer."""
+    """Those that wait longest come next. A full queue still admits a client with fewer queued requests."""
     import asyncio
 
     from evoprune_serve.errors import ApiError
@@ -1029,7 +1030,7 @@ def test_clients_take_turns(qa):
 
 
 def test_nothing_is_left_in_memory_or_on_the_disk(server, qa, tmp_path):
-    """After many questions, of which some are cut, wrong or go away: no threads, no jobs, no uses of files."""
+    """After many questions, including cut, invalid and aborted ones: no threads, no jobs, no references to files."""
     import httpx
 
     answer(server)

@@ -1,4 +1,4 @@
-"""The page at `/`: what it asks of the server, and the page itself in Chromium."""
+"""The page at `/`: its requests to the server, and the page itself in Chromium."""
 
 import base64
 import hashlib
@@ -28,7 +28,7 @@ KEY = "secret-key"
 NO_PART_OF = '<img src=x onerror="document.title=1">.mp4'  # the name of a file
 
 
-# What the page asks for.
+# Requests of the page.
 
 
 def test_the_page_has_a_strict_policy_and_nothing_from_elsewhere(server):
@@ -60,7 +60,7 @@ def test_settings(server):
     shares = [each["share"] for each in settings["budgets"]]
     assert shares == sorted(shares) and shares[-1] == 1
     assert not any("{" in text or "?," in text for text in settings["warnings"].values())
-    # A visitor gives no options, and reads no pages of this project.
+    # Visitors set no options and do not read this project's documents.
     commands = r"(^|\W)--?[a-z]|docs/|samples/|ffmpeg|`|=True|max_"
     assert [text for text in settings["warnings"].values() if re.search(commands, text)] == []
 
@@ -190,7 +190,7 @@ const dataTransfer = new DataTransfer();
 dataTransfer.items.add(new File([bytes], name, {type: "video/mp4"}));
 document.getElementById("drop").dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true}));
 """
-# Which share of the overlay is not transparent, and a sum of its colours.
+# The share of overlay pixels that are not transparent, and the sum of their colors.
 PIXELS = """
 const canvas = document.getElementById("overlay");
 const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
@@ -200,7 +200,7 @@ return [drawn / (data.length / 4), data.reduce((sum, value) => sum + value, 0)];
 
 
 class Browser:
-    """Chromium with a page of a server open. `requests`: the addresses that it asked for."""
+    """Chromium with a page of a server open. `requests`: the URLs that it requested."""
 
     def __init__(self, driver):
         self.driver = driver
@@ -236,7 +236,7 @@ class Browser:
         self.until(self.get("send").is_enabled)
 
     def ask(self, question: str) -> str:
-        """The answer that is shown."""
+        """Ask a question and return the displayed answer."""
         count = len(self.all("#answers article"))
         self.get("question").clear()
         self.get("question").send_keys(question, "\ue007")  # the key Enter
@@ -247,7 +247,7 @@ class Browser:
         return self.driver.execute_script(PIXELS)
 
     def look(self, dark: bool = False, width: int = 1280) -> None:
-        """Has the page in light or dark colours, and so wide."""
+        """Set light or dark colors, and the width of the window."""
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         self.width = width
@@ -255,7 +255,7 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def check_access(self) -> None:
-        """No rule of axe-core is broken, and the page is not wider than the window."""
+        """Check that no axe-core rule is broken, and that the page is not wider than the window."""
         assert self.driver.execute_script("return document.documentElement.scrollWidth") <= self.width
         found = find_spec("axe_playwright_python")
         if found is None:
@@ -292,7 +292,7 @@ def browser(tmp_path_factory):
 
 @in_browser
 def test_a_video_is_dropped_asked_about_and_looked_through(server, browser):
-    """The answer, the overlay at two budgets, a moment; no request to elsewhere, and no message of the browser."""
+    """The answer, the overlay at two budgets, a moment; no requests to other hosts, and no browser messages."""
     browser.open(server.url)
     browser.check_access()
     assert not browser.get("send").is_enabled() and browser.text("name") == ""
@@ -358,9 +358,9 @@ def test_a_conversation_goes_on(server, browser):
 
 @in_browser
 def test_another_model_is_chosen(qa, tmp_path, browser):
-    """Only where there are several; the counts, the overlay and the answers are then those of the chosen one."""
+    """Only if there are several; counts, overlay and answers are then the chosen model's."""
     other = VideoQA.load("demo-scenes", method="divprune")
-    inner = VideoQA.load("demo", method="fastv")  # of which there is no overlay
+    inner = VideoQA.load("demo", method="fastv")  # it has no overlay
     with serving(qa, tmp_path, {"scenes": other, "organisation/model-of-a-long-name-" * 5: inner}) as server:
         browser.open(server.url)
         assert browser.text("model") == "evoprune"
@@ -411,7 +411,7 @@ def test_the_key_is_asked_for_and_kept_in_the_tab(qa, tmp_path, browser):
 
 @in_browser
 def test_texts_are_never_markup(server, browser):
-    """Neither the name of a file, nor a question, nor an error."""
+    """Names of files, questions and errors are never parsed as HTML."""
     browser.open(server.url)
     browser.drop("square.mp4", NO_PART_OF)
     assert browser.text("name") == NO_PART_OF
@@ -430,7 +430,7 @@ def test_errors_are_told_and_the_page_goes_on(server, browser):
     browser.until(lambda: browser.get("overlay").get_attribute("aria-label").startswith("Frame pair"))
     for upload in list(server.state.uploads._uploads):
         server.state.uploads.delete(upload)
-    assert browser.ask(COLOUR) == "green" and len(server.state.uploads._uploads) == 1  # it is sent once more
+    assert browser.ask(COLOUR) == "green" and len(server.state.uploads._uploads) == 1  # it is uploaded again
     browser.get("another").click()
     broken = base64.b64encode(b"no video").decode()
     for name, has_player in (("broken.mp4", True), ("broken.HEIC", False)):
@@ -502,7 +502,7 @@ def test_of_several_files_the_others_are_named(server, browser):
 
 @in_browser
 def test_a_clock_that_begins_late(server, browser, qa, tmp_path):
-    """The page has the times of the model, from the first frame on, and shows that frame."""
+    """The page uses the model's times, which count from the first frame, and shows that frame."""
     clip = tmp_path / "late.mkv"
     with av.open(str(SAMPLES / "flash.mp4")) as source, av.open(str(clip), "w") as copied:
         stream = copied.add_stream_from_template(source.streams.video[0])

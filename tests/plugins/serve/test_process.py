@@ -1,4 +1,4 @@
-"""`evoprune serve` as a process of its own, and what real clients make of it: curl, the package `openai`, the program `llm`."""
+"""`evoprune serve` as a process, used by real clients: curl, the package `openai`, the program `llm`."""
 
 import base64
 import json
@@ -39,7 +39,7 @@ start()
 
 
 def command(*options: str) -> tuple[list[str], dict[str, str]]:
-    """The command line of a server, and its environment."""
+    """Return the command line of a server, and its environment."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "plugins" / "serve"), *sys.path])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return [sys.executable, "-c", PROGRAM, "serve", *options], environment
@@ -47,7 +47,7 @@ def command(*options: str) -> tuple[list[str], dict[str, str]]:
 
 @contextmanager
 def serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen, int]]:
-    """A server that has begun, and its port; its temporary files and its log are in the folder."""
+    """Start a server. Yields the process and its port; temporary files and the log are in the folder."""
     line, environment = command("--port", "0", *options)
     log = folder / "server.log"
     with log.open("w") as out:
@@ -87,7 +87,7 @@ def run(*options: str, **variables: str) -> subprocess.CompletedProcess:
 
 
 def test_the_commands_of_the_page(port):
-    """Those with curl, as they stand, but for the port."""
+    """Runs the curl commands of the page as printed, except for the port."""
     if not shutil.which("curl"):
         pytest.skip("there is no curl")
     page = (ROOT / "docs" / "server.md").read_text("utf-8")
@@ -103,7 +103,7 @@ def test_the_commands_of_the_page(port):
 
 
 def test_the_first_token_is_within_10_ms_of_video_qa(port, qa):
-    """Of a video that is encoded, asked by another process; the fastest of several times, on a machine that has other work."""
+    """For an encoded video, asked from another process. Compares the fastest of several runs, because the machine may be busy."""
     encoded = qa.encode(SAMPLES / "square.mp4")
     data = json.dumps(body(stream=True)).encode()
     own = []
@@ -282,7 +282,7 @@ def test_openai_knows_the_errors(client):
 
 
 def shown_in(question: str, name: str = "square.mp4") -> dict:
-    """A message in the form of responses."""
+    """Return a message in the form of /v1/responses."""
     parts = [{"type": "input_video", "video_url": url_of(name)}, {"type": "input_text", "text": question}]
     return {"role": "user", "content": parts}
 
@@ -319,7 +319,7 @@ def test_openai_has_responses_that_follow_a_schema(client):
 
 @pytest.mark.skipif(find_spec("llm") is None, reason="llm is not installed")
 def test_llm_asks_about_a_picture(port, tmp_path):
-    """By its models that are compatible with OpenAI's; its attachments are pictures."""
+    """Uses llm's OpenAI-compatible models. Its attachments are pictures."""
     pictures = tmp_path / "picture.png"
     from PIL import Image
 
@@ -334,9 +334,9 @@ def test_llm_asks_about_a_picture(port, tmp_path):
         assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
-# Open WebUI 0.12.4, as its source sends: `send_get_request` and `generate_chat_completion` in open_webui/routers/openai.py, after
-# `chat_completion` in open_webui/main.py has taken out what is its own (metadata, features, files, session, ids, `params`), with
-# headers of open_webui/utils/headers.py. Pictures of a message are `image_url` parts with data: addresses
+# Open WebUI 0.12.4, as in its source: `send_get_request` and `generate_chat_completion` in open_webui/routers/openai.py, after
+# `chat_completion` in open_webui/main.py has removed its own fields (metadata, features, files, session, ids, `params`), with the
+# headers of open_webui/utils/headers.py. Pictures in a message are `image_url` parts with data URLs
 # (`convert_url_images_to_base64` in open_webui/utils/middleware.py).
 USER = {"Name": "Ann%20B", "Id": "a1", "Email": "ann@example.org", "Role": "admin"}
 OPEN_WEBUI = {
@@ -351,7 +351,7 @@ OPEN_WEBUI = {
 
 
 def open_webui(port: int, method: str, path: str, given: dict | None = None) -> tuple[int, str, str]:
-    """The status, the type and the text of what Open WebUI is answered."""
+    """Return the status, the content type and the text of the response to Open WebUI."""
     connection = HTTPConnection("127.0.0.1", port)
     connection.request(method, path, given and json.dumps(given), OPEN_WEBUI)
     response = connection.getresponse()
@@ -361,20 +361,20 @@ def open_webui(port: int, method: str, path: str, given: dict | None = None) -> 
 
 
 def picture(name: str) -> dict:
-    """A sample as Open WebUI shows it: whatever an `image_url` is, its content says."""
+    """Return a sample in the form that Open WebUI sends: an `image_url` part, whatever its content is."""
     data = base64.b64encode((SAMPLES / name).read_bytes()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:video/webm;base64,{data}"}}
 
 
 def test_open_webui_finds_the_model(port):
-    """When a connection is verified, and when models are listed: by `id`, and without a `name` by that, too."""
+    """When a connection is verified, and when models are listed, by `id` if there is no `name`."""
     status, _, text = open_webui(port, "GET", "/v1/models")
     (model,) = json.loads(text)["data"]
     assert status == 200 and model["id"] == "demo" and model.get("name", "demo")
 
 
 def test_open_webui_chats(port, qa):
-    """Two turns in streams, with its parameters, and with `stream_options` where the model has the capability "usage"."""
+    """Two streamed turns, with its parameters, and with `stream_options` if the model has the capability "usage"."""
     chat = qa.encode(SAMPLES / "vanish.webm").chat("You are helpful.")
     question = {"type": "text", "text": "What happens to the circle?"}
     messages = [
@@ -395,7 +395,7 @@ def test_open_webui_chats(port, qa):
 
 
 def test_open_webui_is_told_what_is_not_supported(port):
-    """Its tasks, such as titles, have no video; its tools are offered by default: a setting of the model says no."""
+    """Its tasks, such as titles, have no video. It offers tools by default; a setting of the model turns that off."""
     task = {"model": "demo", "messages": [{"role": "user", "content": "### Task: Generate a title"}], "stream": False}
     tool = {"type": "function", "function": {"name": "search_web", "parameters": {"type": "object", "properties": {}}}}
     asked = {"stream": True, "model": "demo", "messages": [message("What happens?", picture("vanish.webm"))]}

@@ -1,4 +1,4 @@
-"""Bodies of requests: what they mean, and what is refused by name."""
+"""Request bodies: how they are parsed, and how invalid ones are refused."""
 
 import re
 
@@ -17,7 +17,7 @@ USUAL = PipelineOptions.of(max_new_tokens=40, fps=1.0, budget=0.5)
 
 
 def read(**given):
-    """What is asked, and about what."""
+    """Return the question and its sources."""
     question, sources, _ = read_chat({"messages": [message(COLOUR, SHOWN)]} | given, USUAL, ["demo", "other"])
     return question, sources
 
@@ -226,7 +226,7 @@ def test_a_conversation_has_turns_and_a_system_prompt():
 
 @pytest.mark.parametrize("answered", [{"content": None}, {"content": None, "reasoning_content": "x"}, {}])
 def test_an_earlier_answer_may_have_no_content(answered):
-    """As one has that was cut in its thoughts."""
+    """For example, an answer that was cut inside its thoughts."""
     turns = [message("What is it?", SHOWN), {"role": "assistant"} | answered, message(COLOUR)]
     assert read(messages=turns)[0].earlier[1] == {"role": "assistant", "content": ""}
     with pytest.raises(ApiError, match="content is missing"):
@@ -249,7 +249,7 @@ def texts(*parts):
     ],
 )
 def test_texts_keep_their_places_between_videos_and_pictures(content, parts):
-    """A single text comes after all of them, wherever it stands."""
+    """A single text comes after all inputs, wherever it is placed."""
     question, _ = read(messages=[{"role": "user", "content": texts(*content)}])
     assert getattr(question.text, "parts", None) == parts
     assert question.text == "\n".join(each for each in content if isinstance(each, str))
@@ -293,7 +293,7 @@ def test_schemas():
 
 
 def test_no_effort_means_no_thoughts():
-    """Also where the server was started with `--think on`; the server's own option comes first."""
+    """Also if the server was started with `--think on`. The server's own option takes precedence."""
     thinking = PipelineOptions.of(think="on")
     shown = [message(COLOUR, SHOWN)]
     content = [{"type": "input_file", "file_id": "file-1"}, {"type": "input_text", "text": COLOUR}]
@@ -307,7 +307,7 @@ def test_no_effort_means_no_thoughts():
 
 
 def test_texts_and_options_have_limits():
-    """What is refused keeps nobody waiting, and nothing of it is sent back as a whole."""
+    """Invalid requests are refused quickly, and error messages do not repeat them in full."""
     words = "a" * 2**21
     for given, says in (
         ({"messages": [message(2 * words + "a", SHOWN)]}, "characters of text"),

@@ -1,4 +1,4 @@
-"""/v1/responses: answers are those of chat completions, whole and in events, and what is not supported is refused by name."""
+"""/v1/responses: the same answers as chat completions, whole and in events; unsupported fields are refused by name."""
 
 import json
 from dataclasses import replace
@@ -33,7 +33,7 @@ def answer(server, **given) -> dict:
 
 
 def events(server, **given) -> list[dict]:
-    """The events of a stream, which are numbered and named."""
+    """Return the events of a stream, and check their numbers and names."""
     with server.client.stream("POST", RESPONSES, json=asked(stream=True, **given)) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in response.iter_lines() if line]
@@ -45,7 +45,7 @@ def events(server, **given) -> list[dict]:
 
 
 def same(response: dict) -> dict:
-    """A response without what differs each time."""
+    """Return a response without the fields that change each time."""
     response = json.loads(json.dumps(response))
     for name in ("id", "created_at", "completed_at"):
         response.pop(name, None)
@@ -99,7 +99,7 @@ def test_a_stream_ends_with_the_whole_response(server, given):
 
 
 def test_thoughts_are_an_item_before_the_text(server):
-    """The demo models do not think, so the pieces of one that does are put here."""
+    """The demo models do not think, so the test uses the pieces of a model that does."""
     from evoprune_serve.responses import ResponseReply
     from evoprune_serve.work import Done, Piece
 
@@ -126,7 +126,7 @@ def test_thoughts_are_an_item_before_the_text(server):
 
 
 class SayingLikely(Saying):
-    """Says what it is told to, and how likely each token was."""
+    """Says a given text, with the log probability of each token."""
 
     @property
     def logprobs(self) -> list[TokenLogprobs]:
@@ -135,7 +135,7 @@ class SayingLikely(Saying):
 
 @pytest.mark.parametrize("most", [2, 200])
 def test_shapes_are_those_of_openai(saved, qa, tmp_path, monkeypatch, most):
-    """Of a model that thinks, with the log probabilities of characters of several tokens; cut in its thoughts, and complete."""
+    """For a model that thinks, with log probabilities and characters of several tokens; cut inside its thoughts, and complete."""
     pytest.importorskip("openai")
     from openai.types.chat import ChatCompletion, ChatCompletionChunk
     from openai.types.responses import Response, ResponseStreamEvent

@@ -1,4 +1,4 @@
-"""Where videos are fetched from, what is refused, and what is kept on the disk."""
+"""Allowed and refused sources of videos, and the store on the disk."""
 
 import base64
 import errno
@@ -66,8 +66,8 @@ def test_the_same_content_is_one_file_until_nobody_uses_it(store, uploads):
     first.close()
     assert os.path.exists(path)
     again.close()
-    assert os.path.exists(path)  # for later questions
-    store.release(store.add(bytes(LIMIT)))  # takes all the room
+    assert os.path.exists(path)  # kept for later questions
+    store.release(store.add(bytes(LIMIT)))  # takes all the space
     assert not os.path.exists(path)
 
 
@@ -79,7 +79,7 @@ def test_there_is_no_room_for_more_than_the_limit(store):
 
 
 def test_the_smallest_file_takes_a_block_of_the_disk(store, tmp_path):
-    """The oldest of those that nobody uses go first."""
+    """The oldest unused files are evicted first."""
     folder = tmp_path / "store"
     held = store.add(b"held")
     contents = [store.add(str(number).encode()) for number in range(LIMIT // BLOCK_BYTES - 1)]
@@ -109,7 +109,7 @@ def test_what_nobody_has_used_for_ten_minutes_leaves_the_disk(store, monkeypatch
 def test_what_is_received_has_room_until_it_is_a_content(store, tmp_path):
     (tmp_path / "a").write_bytes(bytes(LIMIT // 2))
     with store.room() as room, open(tmp_path / "a", "rb") as file:
-        room.add(LIMIT // 2 + 10)  # with the form around it
+        room.add(LIMIT // 2 + 10)  # including the form around it
         with pytest.raises(ApiError, match="no room"):
             store.add(bytes(LIMIT // 2))
         store.copy(file, room)
@@ -149,7 +149,7 @@ def test_addresses_that_cannot_be_read(store, uploads, url):
 
 
 def test_base64_is_read_as_browsers_read_it():
-    """In lines, escaped, and without padding; but for wrong characters."""
+    """In lines, escaped, or without padding. Wrong characters are refused."""
     content = bytes(range(256)) + b"a"
     text = base64.b64encode(content).decode()
     for form in (
@@ -195,7 +195,7 @@ def test_files_are_read_below_the_folders_that_are_allowed_alone(store, uploads,
 
 
 def test_a_file_that_is_replaced_by_a_link_is_not_followed(store, uploads, tmp_path, monkeypatch):
-    """Neither between the check of its path and its opening, nor after it; nor is a folder on the way."""
+    """Neither between the check of its path and its opening, nor afterwards. The same holds for its parent folders."""
     inside = tmp_path / "inside"
     (inside / "folder").mkdir(parents=True)
     for folder in (inside / "folder", tmp_path):
@@ -252,7 +252,7 @@ def test_too_many_open_files_are_429(store, uploads, tmp_path, monkeypatch):
 
 
 class _Web(BaseHTTPRequestHandler):
-    """Serves a sample, redirects to what a path names, and sends headers without an end."""
+    """Serves a sample, redirects to the URL in a path, and sends endless headers."""
 
     asked = 0
 
@@ -298,7 +298,8 @@ def web():
 def test_addresses_on_the_web_are_read_if_they_are_allowed(store, uploads, monkeypatch):
     monkeypatch.setattr(public, "is_public", lambda address: True)
     with web() as host:
-        monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("198.51.100.1", 1))  # as of another machine
+        # Pretends that the server is on another machine.
+        monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("198.51.100.1", 1))
         assert "--allow-urls" in refused(sources(store, uploads), f"http://{host}/a.mp4")
         made = sources(store, uploads, urls=True)
         fetched = made.fetch([Address(f"http://user:secret@{host}/a.mp4")])
@@ -324,7 +325,7 @@ def test_a_download_without_room_ends(store, uploads, monkeypatch):
     held = store.add(bytes(LIMIT - BLOCK_BYTES))
     with web() as host:
         monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("198.51.100.1", 1))
-        monkeypatch.setattr(Store, "add_file", None)  # it does not come as far
+        monkeypatch.setattr(Store, "add_file", None)  # it must not get this far
         made = sources(store, uploads, urls=True)
         assert "no room" in refused(made, f"http://{host}/a.mp4")
         monkeypatch.undo()
@@ -333,7 +334,7 @@ def test_a_download_without_room_ends(store, uploads, monkeypatch):
 
 
 def test_addresses_of_this_network_are_not_read(store, uploads, monkeypatch):
-    """Neither by their numbers, in whatever form, nor by a name, nor behind a redirect; and nothing is asked of them."""
+    """Neither by number, in any notation, nor by name, nor after a redirect; and no request is sent to them."""
     made = sources(store, uploads, urls=True)
     with web() as host:
         port = host.partition(":")[2]
@@ -341,7 +342,7 @@ def test_addresses_of_this_network_are_not_read(store, uploads, monkeypatch):
             with pytest.raises(VideoError, match=r"not on the public internet|cannot download"):
                 made.fetch([Address(f"http://{name}:{port}/a.mp4")])
         found = socket.getaddrinfo("127.0.0.1", int(port), type=socket.SOCK_STREAM)
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)  # a public name of a private address
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)  # a public name with a private address
         with pytest.raises(VideoError, match="not on the public internet"):
             made.fetch([Address("http://videos.example.org/a.mp4")])
         assert _Web.asked == 0
@@ -410,7 +411,8 @@ def test_what_a_killed_server_leaves_is_removed_by_the_next_one(tmp_path, monkey
     left = holder.stdout.readline().strip()
     with private_folder() as own:
         assert own.stat().st_mode & 0o777 == 0o700
-        assert {each.name for each in tmp_path.glob(f"{PREFIX}*")} == {own.name, os.path.basename(left)}  # it runs
+        # Its process is alive.
+        assert {each.name for each in tmp_path.glob(f"{PREFIX}*")} == {own.name, os.path.basename(left)}
     holder.kill()
     holder.wait()
     holder.stdout.close()

@@ -1,4 +1,4 @@
-"""Tests with the mark `vllm` run in an environment that has it (docs/serving.md); elsewhere they are skipped."""
+"""Tests with the mark `vllm` run in an environment that has vLLM (docs/serving.md); elsewhere they are skipped."""
 
 import gc
 import os
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 MISSING = "vLLM is not installed; docs/serving.md says how to make an environment that has it"
-# For tests on a CPU, in the process of pytest; vLLM reads them when it is imported.
+# For tests on a CPU, in pytest's process. vLLM reads these when it is imported.
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module")
 def start():
-    """A function that makes an `LLM`, after the one before has ended: one at a time is in memory."""
+    """A function that makes an `LLM` after ending the previous one, so that only one is in memory."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from tests.plugins.vllm.serving import make_llm

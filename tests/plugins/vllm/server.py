@@ -1,4 +1,4 @@
-"""A server of its own process, on the loopback, and requests to it by the OpenAI client."""
+"""A server in its own process, on the loopback interface, and requests to it by the OpenAI client."""
 
 import base64
 import json
@@ -19,7 +19,8 @@ from tests.plugins.vllm.serving import DEMO, NEW
 NAME = "demo"
 START_S = 300
 OURS = '{"architectures": ["EvoPruneQwen2_5_VLForConditionalGeneration"]}'
-RATE = {"video": {"num_frames": -1, "fps": 2}}  # where vLLM knows no rule of a model it takes 32 of any video
+# Without this, vLLM takes 32 frames of any video if it knows no rule for the model.
+RATE = {"video": {"num_frames": -1, "fps": 2}}
 FIXED = [
     *("--dtype", "float32", "--enforce-eager", "--block-size", "32"),
     *("--max-model-len", "4096", "--max-num-seqs", "8", "--host", "127.0.0.1"),
@@ -38,7 +39,7 @@ NAMED = [
 
 @contextmanager
 def serving(folder: Path, *options: str) -> Iterator[str]:
-    """The address of a server with these options; its output is in `folder`."""
+    """Yield the URL of a server with these options. Its output is in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,7 +69,7 @@ def serving(folder: Path, *options: str) -> Iterator[str]:
 
 
 def wait(server: subprocess.Popen, health: str, log: Path) -> None:
-    """Waits until the server answers."""
+    """Wait until the server answers."""
     end = time.monotonic() + START_S
     while True:
         try:
@@ -79,17 +80,17 @@ def wait(server: subprocess.Popen, health: str, log: Path) -> None:
 
 
 def data_url(content: bytes) -> str:
-    """A video as the client sends it."""
+    """Return a video as the client sends it."""
     return f"data:video/mp4;base64,{base64.b64encode(content).decode()}"
 
 
 def message(url: str, question: str) -> list[dict]:
-    """The messages of a question about a video."""
+    """Return the messages of a question about a video."""
     video, text = {"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": question}
     return [{"role": "user", "content": [video, text]}]
 
 
 def request(url: str, question: str, **options) -> dict:
-    """The arguments of `chat.completions.create`; `options` are those of the processor."""
+    """Return the arguments of `chat.completions.create`. `options` go to the processor."""
     made = {"model": NAME, "messages": message(url, question), "max_tokens": NEW, "temperature": 0}
     return made | ({"extra_body": {"mm_processor_kwargs": options}} if options else {})

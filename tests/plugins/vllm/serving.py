@@ -1,4 +1,4 @@
-"""Clips with questions, what `VideoQA` answers, and the same frames as requests of vLLM."""
+"""Clips with questions, the answers of `VideoQA`, and vLLM requests with the same frames."""
 
 from contextlib import closing
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Clip:
     seconds: float
 
     def item(self):
-        """The video as vLLM takes it."""
+        """Return the video in vLLM's form."""
         count = len(self.frames)
         metadata = {"fps": 2 / self.seconds, "duration": count * self.seconds / 2, "total_num_frames": count}
         return self.frames, metadata | {"frames_indices": list(range(count)), "do_sample_frames": False}
@@ -53,7 +53,7 @@ class Asked:
     encoded: EncodedInputs | None = None
 
     def request(self, budget=None):
-        """The request of vLLM, with a budget of its own."""
+        """Return the vLLM request, optionally with its own budget."""
         videos = [each.item() for each in self.media if isinstance(each, Clip)]
         pictures = [each for each in self.media if not isinstance(each, Clip)]
         text = "".join(VIDEO if isinstance(each, Clip) else PICTURE for each in self.media) + self.question
@@ -63,7 +63,7 @@ class Asked:
 
 
 def clip_of(qa: VideoQA, path: Path, fps: float):
-    """A video as `qa` encodes it, and the frames that it read."""
+    """Return a video as `qa` encodes it, and a clip of the frames that it read."""
     held = []
 
     class Kept(OpenInput):
@@ -80,7 +80,7 @@ def clip_of(qa: VideoQA, path: Path, fps: float):
 
 
 def samples(fps: float = 2.0, names=tuple(QUESTIONS), model=str(DEMO), dtype="fp32", **pruning) -> list[Asked]:
-    """The questions about the samples, with what `VideoQA` answers in these settings."""
+    """Return the questions about the samples, with the answers of `VideoQA` for these settings."""
     qa, asked = VideoQA.load(model, dtype=dtype, **pruning), []
     for name in names:
         encoded, clip = clip_of(qa, SAMPLES / name, fps)
@@ -91,13 +91,13 @@ def samples(fps: float = 2.0, names=tuple(QUESTIONS), model=str(DEMO), dtype="fp
 
 
 def pruning(rate: float, method: str | None = None) -> dict:
-    """Options of a server that prunes."""
+    """Return the options of a server that prunes."""
     section = {} if method is None else {"additional_config": {"evoprune": {"method": method}}}
     return {"video_pruning_rate": rate, **section}
 
 
 def make_llm(model=DEMO, ours: bool = True, family: str = "Qwen2_5_VL", **options):
-    """vLLM's engine with this project's encoder, or with its own."""
+    """Return vLLM's engine with evoprune's encoder, or with its own."""
     from vllm import LLM
 
     override = {"hf_overrides": {"architectures": [f"{PREFIX}{family}ForConditionalGeneration"]}} if ours else {}
@@ -107,7 +107,7 @@ def make_llm(model=DEMO, ours: bool = True, family: str = "Qwen2_5_VL", **option
 
 
 def answers(llm, requests, together: bool = True) -> list[str]:
-    """What it answers to requests, in one batch or one after another."""
+    """Return the answers to requests, in one batch or one after another."""
     return [output.outputs[0].text for output in outputs(llm, requests, together)]
 
 
@@ -120,7 +120,7 @@ def outputs(llm, requests, together: bool = True):
 
 
 def farthest(llm, asked: list[Asked], budget=None) -> float:
-    """The largest difference between log probabilities of a token of an answer here and in `VideoQA`."""
+    """Return the largest difference of a token's log probability between this engine's answers and `VideoQA`."""
     from vllm import SamplingParams
 
     greedy, most = SamplingParams(temperature=0, max_tokens=NEW, logprobs=0), 0.0
@@ -136,7 +136,7 @@ def farthest(llm, asked: list[Asked], budget=None) -> float:
 
 
 def same(found: list[str], asked: list[Asked]) -> bool:
-    """Whether all answers are right; prints those that are not."""
+    """Return True if all answers are right. Prints the wrong ones."""
     wrong = [(a, b.answer, b.question) for a, b in zip(found, asked, strict=True) if a.strip() != b.answer.strip()]
     for row in wrong:
         print(row)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.vllm
 
 
 def whole_model_answers(asked: list[Asked], budget: float) -> list[str]:
-    """What the model of transformers answers, pruned by this package, with Qwen's positions."""
+    """Return the answers of the transformers model, pruned by evoprune, with Qwen's positions."""
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(DEMO, dtype=torch.float32).eval()
@@ -36,7 +36,7 @@ def whole_model_answers(asked: list[Asked], budget: float) -> list[str]:
 
 @pytest.fixture(scope="module")
 def mixed():
-    """Questions about two videos of different rates, and about pictures beside a video."""
+    """Return questions about two videos with different frame rates, and about pictures with a video."""
     clips = {name: samples(fps, (name,), budget=1.0)[0].media[0] for name, fps in (("square.mp4", 2), ("pan.mp4", 3))}
     first, second = clips.values()
     pictures = [Image.fromarray(clip.frames[0]) for clip in clips.values()]
@@ -90,7 +90,8 @@ def test_random_weights_of_both_families(start, tmp_path, family, name):
     llm = start(model=folder, family=name, **pruning(0.75))
     for budget in (0.25, 1.0):
         asked = samples(names=("square.mp4", "pan.mp4"), model=str(folder), budget=budget)
-        assert farthest(llm, asked, budget) < 1e-3  # such answers are no text
+        # This model's answers are not text, so log probabilities are compared.
+        assert farthest(llm, asked, budget) < 1e-3
 
 
 PARALLEL = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}  # two processes; the first one encodes
@@ -106,7 +107,7 @@ def test_tensor_parallel_and_compiled(start, options):
 
 @pytest.mark.slow
 def test_bfloat16(start):
-    """Nothing pruned: the tokens of stock vLLM. Pruned: most answers of `VideoQA`, whose sums are rounded elsewhere."""
+    """Unpruned: the tokens of stock vLLM. Pruned: most answers of `VideoQA`, which rounds sums differently."""
     how = {"dtype": "bf16"}
     full = [each.request() for each in samples(budget=1.0, **how)]
     stock = answers(start(ours=False, dtype="bfloat16"), full)

@@ -1,4 +1,4 @@
-"""The decoder of videos: it reads the frames that vLLM's loaders want, and says of a file what OpenCV says."""
+"""The video decoder: it reads the frames that vLLM's loaders request, and reports the same metadata as OpenCV."""
 
 import numpy as np
 import pytest
@@ -11,20 +11,20 @@ from tests.video.kinds import KINDS, write_kind
 
 pytestmark = pytest.mark.vllm
 
-# Files that OpenCV reads whole; others come below.
+# Files that OpenCV reads completely; others come below.
 WHOLE = (
     "h264.mp4", "h264.mov", "h264.mkv", "h264.avi", "hevc.mp4", "hevc.mkv", "vp8.webm", "vp9.webm", "vp9_hidden.webm",
     "picture.gif", "mpeg4.mp4", "prores.mov", "h264_10.mp4", "subtitles.mkv", "cover.mp4", "late.mp4", "late.mkv",
     "h264.flv", "negative.mkv", "negative.mp4", "open_gop.mp4", "fragments.mp4", "odd.mp4", "odd.webm", "turned.mp4",
     "turned_back.mov",
 )  # fmt: skip
-# Files that OpenCV loses frames of, because it has no decoder or its frame numbers differ from its frame count. vLLM 0.33 corrects
+# OpenCV loses frames of these files, because it has no decoder or its frame numbers differ from its frame count. vLLM 0.33 corrects
 # this in six of them: h264.ts, hevc.ts, h264.h264, no_length.mkv, one.mp4 and one.mkv.
 LOST = (
     "av1.mp4", "h264.ts", "hevc.ts", "h264.h264", "mpeg1.mpg", "mpeg2.mpg", "vary.mp4", "vary.mkv", "no_length.mkv", "one.mp4",
     "one.mkv",
 )  # fmt: skip
-LOADERS = {  # of vLLM, with how many frames they are asked for
+LOADERS = {  # vLLM's loaders, with the number of frames requested
     "opencv": {"num_frames": 7},
     "qwen2_vl": {"fps": 3},
     "qwen3_vl": {"fps": 3},
@@ -61,7 +61,7 @@ def test_frames_and_metadata_are_those_of_opencv(folder, name):
         assert found["video_backend"].startswith(DECODER) and said["video_backend"].startswith("opencv")
         del found["video_backend"], said["video_backend"]
         assert found == said and ours.dtype == theirs.dtype and ours.shape == theirs.shape
-        assert np.abs(np.subtract(ours, theirs, dtype=int)).max() <= 4  # pixels of 8 bits are equal
+        assert np.abs(np.subtract(ours, theirs, dtype=int)).max() <= 4  # 8-bit pixels are equal
         assert numbers(ours) == [number + KINDS[name].hidden for number in found["frames_indices"]]
 
 

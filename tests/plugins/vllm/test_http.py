@@ -14,7 +14,7 @@ PRUNING = ("--video-pruning-rate", "0.75", "--trust-request-mm-kwargs")
 
 
 def questions() -> list[tuple[str, str, str]]:
-    """The file of a sample, a question about it, and the answer."""
+    """Return the file of a sample, a question about it, and the answer, for each question."""
     rows = map(json.loads, (SAMPLES / "questions.jsonl").read_text("utf-8").splitlines())
     return [(row["video"], row["question"], row["answer"]) for row in rows]
 
@@ -42,7 +42,7 @@ def said(client, *args, **options) -> str:
 
 
 def test_it_answers_as_in_process(client, start):
-    """Also with a file in the place of a data URL, and with budgets of requests."""
+    """Also with a file instead of a data URL, and with budgets per request."""
     from vllm import SamplingParams
 
     llm, greedy = start(**pruning(0.75), media_io_kwargs=RATE), SamplingParams(temperature=0, max_tokens=NEW)
@@ -62,12 +62,12 @@ def test_the_client_s_code_of_the_page(address, monkeypatch, capsys):
     page = (SAMPLES.parent / "docs" / "serving.md").read_text("utf-8")
     blocks = [code for code in re.findall(r"^```python\n(.*?)^```", page, re.S | re.M) if "from vllm" not in code]
     monkeypatch.chdir(SAMPLES.parent)
-    exec("\n".join(blocks).replace("http://127.0.0.1:8000/v1", address), {})  # the second goes on from the first
+    exec("\n".join(blocks).replace("http://127.0.0.1:8000/v1", address), {})  # the second block continues the first
     assert capsys.readouterr().out.split() == ["green", "green"]
 
 
 COLOUR, GOOD = "What colour is the square?", url_of("square.mp4")
-BROKEN = [  # requests that must fail, and what is said
+BROKEN = [  # requests that must fail, and the error message
     (request(GOOD, COLOUR, evoprune_budget=2), "not a share"),
     (request(GOOD, COLOUR, evoprune_budget="auto"), "does not work here"),
     (request(GOOD, COLOUR, evoprune_budget={"share": 0.5}), None),

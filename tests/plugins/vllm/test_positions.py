@@ -1,4 +1,4 @@
-"""Positions of prompts with pruned videos, against the positions of the whole prompt, of which columns are dropped."""
+"""Positions of prompts with pruned videos, against the positions of the whole prompt without the dropped columns."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ from evoprune_vllm.positions import (
 from tests.tiny import encoded_tokens
 
 TEXT, PICTURE, VIDEO = 0, 1, 2
-# Items of a prompt, with a piece of text in front of each and one at the end.
+# Items of a prompt, with text before each and one text at the end.
 ITEMS = [
     (3, VIDEO, (6, 3, 5), 0.7),
     (0, PICTURE, (1, 4, 6), 1.0),
@@ -30,7 +30,7 @@ END = 4
 
 
 def prompt(per_second, share=0.3):
-    """A prompt: ids, its items, the units that are kept of each video, and the positions that are right for it."""
+    """Return a prompt: ids, items, kept units per video, the right positions, and the position that follows."""
     random = torch.Generator().manual_seed(0)
     whole, spans, columns, ids, items, kept = 0, [], [], [], [], []
     for text, kind, grid, seconds in ITEMS:
@@ -79,7 +79,7 @@ def test_positions_are_those_of_the_whole_prompt_without_the_dropped_columns(per
 
 
 def test_known_and_written_positions():
-    """Text is right where the prefix cache holds the video; a written position is never written again."""
+    """Positions of text are right even if the prefix cache holds the video. A written position is never overwritten."""
     ids, items, kept, right, _ = prompt(2.0)
     rows, places = torch.cat(columns_of(kept, 2.0, torch.float32)), (ids == VIDEO).nonzero()[:, 0]
     positions, _ = known_positions(len(ids), items)
@@ -91,7 +91,7 @@ def test_known_and_written_positions():
 
 @pytest.mark.parametrize("chosen", ["all", "some", "of two frame pairs", "none of the last"])
 def test_positions_of_rows_behind_times(chosen):
-    """Those of the whole prompt without the units that are dropped: times and markers keep theirs."""
+    """The whole prompt's positions without the dropped units: timestamps and markers keep theirs."""
     grid, words, start = (4, 2, 3), [5, 5, 6, 6], 7
     units, before = 6, [start]
     for count in words:

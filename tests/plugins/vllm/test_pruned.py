@@ -1,4 +1,4 @@
-"""vLLM with this project's encoder on a server that prunes: it answers as `VideoQA` does in the same settings."""
+"""vLLM with evoprune's encoder on a server that prunes answers like `VideoQA` with the same settings."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_it_answers_as_video_qa_does(llm, quarter):
 
 
 def test_the_default_selects_the_tokens_of_video_qa(llm, monkeypatch):
-    """First rows inside the tower, then the tokens among them."""
+    """First rows inside the tower, then tokens among them."""
     from evoprune_vllm import model
 
     found, encoded = [], model.encoded
@@ -78,7 +78,7 @@ def test_text_pictures_and_a_single_frame(llm, quarter):
 
 
 def test_log_probabilities_are_those_of_video_qa(llm, quarter):
-    """They depend on the positions and on the weight of each token."""
+    """They depend on the tokens' positions and weights."""
     assert farthest(llm, quarter) < 1e-3
     assert farthest(llm, samples(budget=0.1), 0.1) < 1e-3
     assert farthest(llm, samples(budget=1.0), 1.0) < 1e-3

@@ -1,4 +1,4 @@
-"""How a server prunes: which methods and budgets it takes, and how it encodes one video of a request."""
+"""Pruning on a server: accepted methods and budgets, and how one video of a request is encoded."""
 
 import math
 from contextlib import suppress
@@ -92,7 +92,7 @@ def test_what_counts_as_unchanged_does_not_depend_on_the_normalisation(visual, m
     levels[4:, :56] = 115  # half of each frame, from the third pair on
     pixels, normal = pixel_patches(levels), normalisation((mean,) * 3, (std,) * 3, scale)
     assert [each[0] for each in normal] == pytest.approx([0.1, 5.0])
-    for each in (pixels, (pixels * scale - mean) / std):  # bytes, and as Hugging Face's processor normalises them
+    for each in (pixels, (pixels * scale - mean) / std):  # bytes, and values normalized as by Hugging Face's processor
         found = encoded(visual, each, GRID, 20, methods.parse("reuse+divprune"), normal)
         assert found.layers[0] == (0, 24 + 12)
 
@@ -131,7 +131,7 @@ def test_a_method_that_does_not_hold_what_it_declares_fails_at_the_start(visual)
 
 
 def served() -> list[str]:
-    """The methods that a server takes."""
+    """Return the methods that a server accepts."""
     found = ["evoprune:count=0", "reuse+divprune", "ipcv+divprune"]
     for name in methods.built_in():
         with suppress(UsageError):

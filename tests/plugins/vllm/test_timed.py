@@ -1,4 +1,4 @@
-"""Families whose frame pairs have times: Qwen3-VL and Qwen3.5, dense and mixtures of experts, with random weights."""
+"""Families with timestamps per frame pair: Qwen3-VL and Qwen3.5, dense and mixtures of experts, with random weights."""
 
 import json
 
@@ -17,14 +17,16 @@ from tests.video.files import write_video
 pytestmark = pytest.mark.vllm
 
 NAMES = {"qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe", "qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}
-# vLLM's kernels on a CPU want heads of certain sizes; of Qwen3.5 these are the published ones.
+# vLLM's CPU kernels need certain head sizes. For Qwen3.5, these are the published ones.
 SIZES = {"head_dim": 256, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
 QUESTIONS = ("What colour is the square?", "Describe the video.")
 
 
 class Here(Asked):
-    """A question about a video at 2 frames a second as `VideoQA` reads it: without markers around the whole, and with the times of
-    its frames, which are the middles of half seconds."""
+    """A question about a video at 2 frames per second, in the form that `VideoQA` reads.
+
+    There are no markers around the whole video, and the frames have the times of the middles of half seconds.
+    """
 
     def request(self, budget=None):
         made = super().request(budget)
@@ -40,7 +42,7 @@ class Here(Asked):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folder of a family's model."""
+    """A function that returns the folder of a family's model."""
 
     def folder(family):
         made = tmp_path_factory.mktemp(family)
@@ -64,14 +66,14 @@ def folder(tmp_path_factory):
 
 
 def options(family, rate=None):
-    """Of a server. Linear attention has kernels for bfloat16 alone on a CPU; Qwen3.5's heads have no room for a bias."""
+    """Return a server's options. CPU kernels of linear attention need bfloat16, and Qwen3.5's heads have no room for a bias."""
     new = "3_5" in family
     how = {"family": NAMES[family], "dtype": "bfloat16" if new else "float32"}
     return how if rate is None else how | pruning(rate, "evoprune:count=0" if new else None)
 
 
 def said(llm, requests):
-    """Tokens of each answer, and their log probabilities."""
+    """Return the tokens of each answer, and their log probabilities."""
     from vllm import SamplingParams
 
     found = llm.generate(requests, SamplingParams(temperature=0, max_tokens=NEW, logprobs=0), use_tqdm=False)
@@ -81,7 +83,7 @@ def said(llm, requests):
 
 
 def requests():
-    """About one video and two, pictures, both, and neither."""
+    """Return requests about one video, two videos, pictures, both, and neither."""
     qa = VideoQA.load("demo", budget=1.0)
     clips = [clip_of(qa, SAMPLES / name, fps)[1] for name, fps in (("square.mp4", 2), ("pan.mp4", 3))]
     pictures = [Image.fromarray(clip.frames[0]) for clip in clips]
@@ -91,7 +93,7 @@ def requests():
 
 
 def assert_same(made, expected, exact):
-    """Equal tokens; in bfloat16 up to where the probabilities of two are as near as it rounds."""
+    """Check for equal tokens; in bfloat16, up to the first near-tie of two probabilities."""
     for tokens, logprobs, right, theirs in zip(*made, *expected, strict=True):
         same = (
             len(right)
@@ -104,7 +106,7 @@ def assert_same(made, expected, exact):
 
 @pytest.mark.parametrize("family", list(NAMES))
 def test_unpruned_it_answers_as_vllm_does(start, family, folder):
-    """On a server that prunes nothing, and on one that may, whose prompts have placeholders for times and markers."""
+    """Holds on a server without pruning, and on one with it, whose prompts have placeholders for timestamps and markers."""
     model, asked = folder(family), requests()
     exact = "3_5" not in family
     stock = said(start(model=model, ours=False, **options(family)), asked)
@@ -115,7 +117,7 @@ def test_unpruned_it_answers_as_vllm_does(start, family, folder):
 
 
 def moving(path, seed, frames=12, size=(128, 192)):
-    """A video whose size is one of the model's, so that nobody resizes it: blocks that change, some in each frame."""
+    """Write a video at a size of the model, so that nothing resizes it. Some blocks change in each frame."""
     random = np.random.default_rng(seed)
     blocks = random.integers(0, 256, (size[0] // 32, size[1] // 32, 3), dtype=np.uint8)
     shown = []
@@ -128,7 +130,7 @@ def moving(path, seed, frames=12, size=(128, 192)):
 
 @pytest.mark.parametrize("family", list(NAMES))
 def test_pruned_it_answers_as_here(start, family, folder, tmp_path):
-    """Where every frame pair keeps a token: of others, `VideoQA` leaves the time out."""
+    """Only if every frame pair keeps a token, because `VideoQA` leaves out the timestamps of the others."""
     model, new = str(folder(family)), "3_5" in family
     how = {"model": model, "dtype": "bf16" if new else "fp32", "method": "evoprune:count=0" if new else "evoprune"}
     paths = [moving(tmp_path / f"{seed}.mp4", seed) for seed in range(3)]

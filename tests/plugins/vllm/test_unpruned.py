@@ -1,4 +1,4 @@
-"""vLLM with this project's encoder on a server that prunes nothing: it answers as vLLM does with its own."""
+"""vLLM with evoprune's encoder on a server that prunes nothing answers as with its own encoder."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ HALVES = "What is in the picture? Describe it."
 
 
 def requests(asked):
-    """The questions, and some about two videos, pictures, and both."""
+    """Return the questions, and some about two videos, pictures, and both."""
     clips = list(dict.fromkeys(id(each.media[0]) for each in asked))
     videos = [next(each.media[0] for each in asked if id(each.media[0]) == name) for name in clips]
     pictures = [Image.fromarray(video.frames[0]) for video in videos]
@@ -53,7 +53,7 @@ def test_a_budget_needs_a_server_that_prunes(start):
     ],
 )
 def test_a_server_that_cannot_work_does_not_start(start, options, says):
-    with pytest.raises(Exception, match=says):  # vLLM makes errors of its own of some
+    with pytest.raises(Exception, match=says):  # vLLM replaces some errors by its own
         start(**options)
 
 

@@ -1,4 +1,4 @@
-"""What is known of a model before torch is imported, which plans and loading take over."""
+"""Facts about a model that are known before torch is imported, and reused by plans and loading."""
 
 import json
 import shutil

@@ -1,5 +1,4 @@
-"""Models from the hub, played by a server here; folders that do not load, or not all of them, or are made to do harm; and what a
-model's generation_config.json says."""
+"""Models from a local imitation of the hub; folders that are damaged, incomplete or malicious; generation_config.json."""
 
 import hashlib
 import json
@@ -42,7 +41,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's HTTP interface as a download needs, serving one folder as org/tiny."""
+    """The part of the hub's HTTP interface that a download needs, serving one folder as org/tiny."""
 
     protocol_version = "HTTP/1.1"
     folder = None
@@ -84,7 +83,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def move_hub(monkeypatch, port):
-    """Points the hub's client at a port of this machine."""
+    """Point the hub's client at a local port."""
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     template = f"http://127.0.0.1:{port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -93,7 +92,7 @@ def move_hub(monkeypatch, port):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The hub's cache on this machine, empty."""
+    """An empty hub cache on this machine."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     return tmp_path / "cache" / "models--org--tiny"
@@ -221,7 +220,7 @@ WINDOW = {"use_sliding_window": True, "max_window_layers": 1, "layer_types": Non
     "changes, reason",
     [
         ({"text_config": {"rope_parameters": YARN}}, "rope_type 'yarn' is not supported"),
-        # counts more than rope_parameters, as in transformers
+        # Takes precedence over rope_parameters, as in transformers.
         ({"text_config": {"rope_scaling": YARN}}, "rope_type 'yarn' is not supported"),
         ({"rope_scaling": YARN | {"type": "yarn"}}, "rope_type 'yarn' is not supported"),
         ({"text_config": WINDOW}, "sliding window attention is not supported"),
@@ -273,7 +272,7 @@ def test_a_download_that_is_not_finished(dead_hub, cache, saved, shards):
     assert f"the download of {local} is not finished" in message and "hf download" in hint
 
 
-ORIGINAL = {  # what is to be taken instead of weights of a name that are a conversion
+ORIGINAL = {  # the original repository, by the name of a repository with converted weights
     "unsloth/Qwen3.5-35B-A3B-GGUF": "Qwen/Qwen3.5-35B-A3B",
     "ggml-org/Qwen2.5-VL-7B-Instruct-GGUF": "Qwen/Qwen2.5-VL-7B-Instruct",
     "mlx-community/Qwen2.5-VL-3B-Instruct-8bit": "Qwen/Qwen2.5-VL-3B-Instruct",
@@ -355,11 +354,11 @@ def test_names_of_tensors_from_elsewhere(folder, prefix, known, hint):
     assert hint in refused(folder)[1]
 
 
-HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"  # as transformers writes them
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"  # names that transformers writes
 
 
 def change(folder, edited):
-    """Writes the weights of a folder anew: `edited` changes their dict."""
+    """Rewrite the weights of a folder after `edited` changed their dict."""
     weights = load_file(folder / "model.safetensors")
     edited(weights)
     save_file(
@@ -403,7 +402,7 @@ def test_a_tensor_that_is_not_read_is_named_once(folder):
         weights["visual.rotary_pos_emb.inv_freq"] = torch.zeros(8)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # whole checkpoints say nothing
+        warnings.simplefilter("error")  # complete checkpoints cause no warning
         load_model(str(folder))
     change(folder, more)
     with pytest.warns(ModelWarning) as said:
@@ -444,7 +443,7 @@ def test_null_in_a_config_is_missing(folder, name, value):
 
 @pytest.fixture(autouse=True)
 def soon():
-    """Each case ends within half a minute, also on a busy machine; most take less than a second (`--durations=0`)."""
+    """Limit each case to half a minute, even on a busy machine; most take less than a second (`--durations=0`)."""
     start = time.monotonic()
     yield
     assert time.monotonic() - start < 30
@@ -452,7 +451,7 @@ def soon():
 
 TEXT, VISION = "text_config", "vision_config"
 CONFIG = {
-    # entry of config.json: value, and what the message says of it
+    # Entry of config.json: value, and the error message.
     "num_hidden_layers of a billion": (TEXT, "num_hidden_layers", 10**9, "not a whole number from 1 to 1,000"),
     "more layers than weights": (TEXT, "num_hidden_layers", 900, "lack model.language_model.layers.899"),
     "deeper than the weights": (VISION, "depth", 900, "lack model.visual.blocks.899"),
@@ -462,7 +461,7 @@ CONFIG = {
 VIDEO, IMAGE = "video_preprocessor_config.json", "preprocessor_config.json"
 ENDS, WORDS = "generation_config.json", "tokenizer_config.json"
 FILES = {
-    # what is in it: its name, its entries or text, and what the message says of it
+    # Content: name, entries or text, and the error message.
     "one mean": (IMAGE, {"image_mean": [1]}, "image_mean is [1], not a list of 3"),
     "no deviation": (VIDEO, {"image_std": [0, 0, 0]}, "image_std is [0, 0, 0]"),
     "size is a word": (VIDEO, {"size": "big"}, "size is 'big', not an object"),
@@ -482,7 +481,7 @@ FILES = {
     "bytes that are no text": ("config.json", b"\xff\xfe\0", "utf-8"),
 }
 WEIGHTS = {
-    # weight_map of the index: what the message says of it
+    # weight_map of the index, and the error message.
     "a list": ([1], "weight_map is [1], not an object"),
     "numbers": ({"a": 1}, "weight_map.a is 1, not the name of a file"),
     "another folder": ({"a": "../other/model.safetensors"}, "weight_map.a is '../other/model.safetensors'"),
@@ -680,7 +679,7 @@ def test_an_answer_must_be_able_to_end(folder, where):
     ("ends", "expected"), [(7, (7,)), ([7, 8], (7, 8)), ([7, 5000], (7,)), ([], (400,)), (None, (400,))]
 )
 def test_end_tokens(folder, ends, expected):
-    """Those that are no tokens are said where there are others."""
+    """Invalid ids are warned about if there are valid ones."""
     edit(folder / "generation_config.json", eos_token_id=ends)
     wrong = pytest.warns(ModelWarning, match="eos_token_id 5000 is no token of the model")
     with wrong if ends == [7, 5000] else nullcontext():

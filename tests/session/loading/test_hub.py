@@ -1,4 +1,4 @@
-"""What the name of a model says, before torch is imported."""
+"""Facts that follow from the name of a model, before torch is imported."""
 
 import pytest
 

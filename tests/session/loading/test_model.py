@@ -1,4 +1,4 @@
-"""Loading a model: its weights, settings, device, dtype and threads; and what is wrong with one that does not load."""
+"""Loading a model: weights, settings, device, dtype and threads; and error messages for models that do not load."""
 
 import json
 import os
@@ -130,7 +130,7 @@ def test_forms_of_the_weights(saved, quantize, monkeypatch):
 
 def test_names_of_older_and_newer_checkpoints(folder):
     mapped = load_model(str(folder), dtype="fp32").model.state_dict()
-    expected = {name: weight.clone() for name, weight in mapped.items()}  # the file is written anew below
+    expected = {name: weight.clone() for name, weight in mapped.items()}  # the file is rewritten below
     for name_of in (
         lambda k: k,
         lambda k: k.replace("model.visual.", "visual.").replace("model.language_model.", "model."),
@@ -143,7 +143,7 @@ def test_names_of_older_and_newer_checkpoints(folder):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_gpu_sets_up_beside_loading_runs_to_its_end(family):
-    """There its errors are lost."""
+    """On a GPU, its errors would be lost."""
     config = parse_config(tiny_config(family).to_dict())
     model._warm_up(config, torch.float32, torch.device("cpu"), FAMILIES[family].native)
 
@@ -156,7 +156,7 @@ OF_FOLDER = {"min_pixels": 12544, "max_pixels": 50176, "fps": 2.0, "min_frames":
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),  # by file, None for none; and limits of videos
+    ("settings", "expected"),  # by file, None for no file; and limits of videos
     [
         ({}, OF_FOLDER),
         ({OWN: None, IMAGE: {"image_mean": [0.5] * 3}}, {"image_mean": (0.5, 0.5, 0.5), "max_pixels": 768 * 28 * 28}),
@@ -182,7 +182,7 @@ def test_settings_of_the_processor_that_are_not_used_are_named_once(folder):
     name = "video_preprocessor_config.json"
     usual = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 3}
     edit(folder / name, num_frames=None, **usual)
-    # What transformers writes of itself for these models; frames are chosen by the options.
+    # transformers writes these for its own models; frames are chosen by the options.
     edit(folder / name, do_sample_frames=False, video_processor_type="Qwen2VLVideoProcessor", do_center_crop=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -200,7 +200,7 @@ def test_settings_of_the_processor_that_are_not_used_are_named_once(folder):
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD = json.dumps({"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}).encode()
-DAMAGE = [  # file; its new content, from the old one: bytes, or changed entries, or None for no file; what the message says
+DAMAGE = [  # file; new content (bytes, changed entries, or None for no file); the error message
     (CONFIG, None, "holds no config.json"),
     (CONFIG, lambda old: b"{", "cannot be read"),
     (CONFIG, lambda old: b"[]", "not a JSON object"),
@@ -223,7 +223,7 @@ def test_damaged_folders_say_what_is_wrong(folder, name, change, message, capfd)
     if name == INDEX:
         (folder / WEIGHTS).unlink()
     if change is None:
-        file.rename(folder / "pytorch_model.bin")  # which nothing reads
+        file.rename(folder / "pytorch_model.bin")  # nothing reads this name
     elif isinstance(change, dict):
         edit(file, **change)
     else:
@@ -293,7 +293,7 @@ def test_running_out_of_memory_has_its_own_error(saved, monkeypatch):
 
 @pytest.fixture(scope="module")
 def dimensions_only(saved, tmp_path_factory):
-    """A folder with nothing but config.json, embeddings tied as in the 3B model."""
+    """A folder with only config.json. Embeddings are tied, as in the 3B model."""
     folder = tmp_path_factory.mktemp("dimensions")
     shutil.copy(saved / "config.json", folder)
     edit(folder / "config.json", tie_word_embeddings=True)
@@ -321,7 +321,7 @@ def test_random_weights_need_dimensions_only(dimensions_only, capfd):
 def test_random_weights_are_the_same_in_every_program_and_compute_finite_numbers(saved):
     def weights():
         loaded = load_model(str(saved), load_format="dummy", dtype="bf16")
-        assert loaded.tokenizer is not None  # as the folder has one
+        assert loaded.tokenizer is not None  # the folder has one
         return loaded.model.state_dict()
 
     expected = weights()
@@ -345,7 +345,7 @@ OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (
 
 
 def test_where_torch_finds_another_device_than_drivers_promise_loading_says_so(saved, monkeypatch):
-    """Tests that are not marked `cuda` see no GPU. The answer of before loading stands: nothing is planned anew."""
+    """Tests without the `cuda` mark see no GPU. The device chosen before loading is final: nothing is planned again."""
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -398,7 +398,7 @@ def test_the_dtype_of_a_device(device, demo, monkeypatch):
 
 
 def test_two_models_on_one_gpu(monkeypatch):
-    """What another process holds is not free; what this one's allocator keeps and does not use is."""
+    """Memory of other processes is not free; unused memory in this process's allocator is."""
     gib = 2**30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * gib, 16 * gib))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * gib)
@@ -431,7 +431,7 @@ def test_running_out_of_memory_on_a_gpu_has_numbers(says):
 
 @pytest.fixture
 def three_threads(monkeypatch):
-    """A host program with three, on a machine with eight cores."""
+    """A host program with three threads, on a machine with eight cores."""
     monkeypatch.setattr(model, "available_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
@@ -456,7 +456,7 @@ def test_small_models_get_one_thread_and_large_ones_all_cores(weights, cores, co
     ("wanted", "environment", "count"), [(None, "", 3), ("auto", "", 1), ("auto", "5", 3), (2, "", 2), ("2", "5", 2)]
 )
 def test_threads_of_a_model(saved, monkeypatch, wanted, environment, count, three_threads):
-    """Without a word from the caller, torch's number stays as the host program has set it."""
+    """Without an option, torch keeps the number of threads that the host program set."""
     monkeypatch.setenv("OMP_NUM_THREADS", environment)
     load_model(str(saved), dtype="fp32", threads=wanted)
     assert torch.get_num_threads() == count
@@ -468,7 +468,7 @@ def test_several_processes_share_the_cores(wanted, processes, each, three_thread
 
 
 def test_a_family_that_differs_in_values_is_one_entry(saved, tmp_path, monkeypatch):
-    """That of `FAMILIES`: no other file asks which family a model is of (test_structure.py)."""
+    """An entry of `FAMILIES` is enough, because no other file asks for a model's family (test_structure.py)."""
     unstated = {"min_pixels": 28 * 28, "max_pixels": 56 * 56}
     monkeypatch.setitem(FAMILIES, "qwen2_9_vl", replace(FAMILIES["qwen2_5_vl"], unstated=unstated))
     folder = shutil.copytree(saved, tmp_path / "model")

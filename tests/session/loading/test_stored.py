@@ -1,4 +1,4 @@
-"""Quantised weights on disk."""
+"""Quantized weights on disk."""
 
 import copy
 import errno
@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def outputs(model):
-    """Of each quantised layer, for some rows and for one."""
+    """Return the outputs of each quantized layer, for several rows and for one."""
     made = {}
     for name, layer in model.named_modules():
         if hasattr(layer, "packed"):
@@ -68,7 +68,7 @@ def test_a_second_model_is_the_same_without_a_calibration(kind, folder, runs):
 @pytest.mark.parametrize("kind", parameters(SOME))
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise", "other"])
 def test_a_damaged_entry_is_written_again(damage, kind, folder, runs):
-    """So is another one under its name."""
+    """So is an entry that was copied from another name."""
     expected = quantised(kind)
     (entry,) = folder.iterdir()
     whole = entry.read_bytes()
