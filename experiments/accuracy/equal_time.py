@@ -182,7 +182,6 @@ def chart(presets: dict[Key, float], others: dict[Key, float], fast: dict[Key, f
     Args:
         presets: percent kept by the presets in the worst set.
         others: percent kept by the other methods in the worst set.
-        fast: speeds.
     """
     inside = []
     after = []

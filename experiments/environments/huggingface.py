@@ -207,8 +207,6 @@ def with_patches(config, inputs: dict, before: int, videos: bool) -> tuple:
     """Return config and inputs with 2x2 patches per unit.
 
     Args:
-        config: the tests' config.
-        inputs: the tests' inputs.
         before: patches along the side of a unit in the tests' own inputs.
         videos: whether to turn pictures into videos, with the rows of a picture as successive time steps.
     """

@@ -4,7 +4,7 @@
 asks one question and prints the words as they come.
 
 transformers gets its inputs the fastest way available here: frames from the fastest reader that can be imported, resized by torch
-and cut into the patches of its processor (so torchvision is not needed). It is given the same frame times and size as evoprune.
+and cut into patches like its processor, which would need torchvision. It is given the same frame times and size as evoprune.
 """
 
 import argparse
