@@ -6,7 +6,7 @@ from statistics import median
 
 
 def medians(runs: Sequence[Callable[[], object]], repeat: int) -> list[float]:
-    """Return the median milliseconds of each function.
+    """Return the median milliseconds per function.
 
     The functions take turns, so that noise affects all of them alike. The first round is a warm-up.
     """

@@ -39,7 +39,7 @@ NONE: Key = "none", 1.0
 
 
 def read(folders: Sequence[Path]) -> Samples:
-    """Return the rows of all folders, restricted to the questions that every row of a set answered."""
+    """Return all folders' rows, restricted to the questions that every row of a set answered."""
     found: Samples = {}
     for name in SETS:
         rows: dict[Key, dict] = {}

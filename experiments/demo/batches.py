@@ -44,7 +44,7 @@ class Recipe:
     muon_lr: float = 2.5e-3
     adam_lr: float = 1.5e-3
     warmup: int = 100
-    decay: float = 0.5  # share of each stage in which the rate falls along a cosine
+    decay: float = 0.5  # share of a stage with cosine decay
 
 
 # ((height, width) in units, weight): for early training, and after the largest frames have been added.
@@ -57,7 +57,7 @@ PACES = (1.0, 1.0, 1.0, 1.0, 0.5, 2 / 3, 0.8, 1.25, 1.5, 2.0)  # seconds a grid
 
 
 def unit_labels(clip: Clip, times: Sequence[float], height: int, width: int) -> np.ndarray:
-    """Return the labels of every unit of every grid: int64 `[T * height * width, attributes]`, -100 for no label."""
+    """Return labels for every unit in every grid: int64 `[T * height * width, attributes]`, -100 for no label."""
     grids = len(times) // 2
     labels = np.full((grids, height, width, len(ATTRIBUTES)), -100)
     labels[..., 0] = ATTRIBUTES["shape"]  # one past the shapes and the digit class: nothing here
@@ -155,7 +155,7 @@ ROW = 64  # tokens in a row of questions; longer if a single question needs more
 
 
 def packed(prompts: list[list[Question]], ids, start: int) -> dict[str, torch.Tensor]:
-    """Pack the questions and answers of each prompt into rows, several in a row if they fit.
+    """Pack each prompt's questions and answers into rows, several in a row if they fit.
 
     Returns:
         Tensors int64 `[prompts, rows, L]`: `tokens`; `place`, positions that restart at `start` for every question; `segment`, the

@@ -19,7 +19,7 @@ COLOURS = {
 SIZES = {"small": (6, 8), "large": (10, 13)}
 DIGITS = {"small": 5, "large": 7}  # half of their height
 MOTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-# The first part of each seed. It differs between splits, so no two splits share a clip.
+# First part of the seed, different for every split, so no two splits share a clip.
 # Portrait is a family of its own, upright frames whose camera always pans, and is never tuned on.
 SPLITS = {"train": 0, "validation": 1, "heldout": 2, "samples": 3, "portrait": 4}
 # Frames (height x width in merge units of 28 pixels) and lengths (in grids of a second) of evaluation clips, with odds. The last
@@ -163,7 +163,7 @@ def make_clip(
 
 
 def place(things: list[Thing], rng, kind, colour, height, width, seconds, step, fates) -> None:
-    """Add a thing whose path stays on the frame and clear of all others, unless 30 attempts fail."""
+    """Add a thing whose path stays on the frame and clear of other things, unless 30 attempts fail."""
     digit = kind.isdigit()
     size = "small" if rng.random() < 0.5 else "large"
     radius = DIGITS[size]

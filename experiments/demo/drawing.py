@@ -70,7 +70,7 @@ def _stretch(length: int, cell: int) -> np.ndarray:
 
 
 def thing_mask(kind: str, radius: int) -> np.ndarray:
-    """Return the coverage of each pixel by a shape or a digit. Digits are five sevenths as wide as high."""
+    """Return the coverage per pixel of a shape or a digit. Digits are five sevenths as wide as high."""
     return glyph_mask(kind, 2 * radius) if kind.isdigit() else outline_mask(kind, radius, bar=0.33, hole=0.55)
 
 

@@ -25,7 +25,7 @@ CHARACTERS = "".join(_DOTS)
 
 @lru_cache(maxsize=1024)
 def glyph_mask(character: str, height: int) -> np.ndarray:
-    """Return the coverage in [0, 1] of each pixel of a character: float32 `[height, round(height * 5 / 7)]`."""
+    """Return a character's coverage per pixel, in [0, 1]: float32 `[height, round(height * 5 / 7)]`."""
     rows = [int(row, 16) for row in _DOTS[character].split()]
     dots = np.array([[row >> (4 - i) & 1 for i in range(5)] for row in rows], np.float32)
     width = round(height * 5 / 7)
@@ -35,7 +35,7 @@ def glyph_mask(character: str, height: int) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def outline_mask(outline: str, radius: int, bar: float = 0.34, hole: float = 0.5) -> np.ndarray:
-    """Return the coverage in [0, 1] of each pixel of a `2 * radius` square, sampled at 4x4 points per pixel: float32.
+    """Return the coverage per pixel, in [0, 1], of a `2 * radius` square, sampled at 4x4 points per pixel: float32.
 
     `bar` (half the thickness of a cross) and `hole` (the inner radius of a ring) are shares of the radius.
     """

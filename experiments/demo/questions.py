@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.demo.clips import COLOURS, SHAPES, Clip, Thing
 
-# Relative frequency of each type. Types that take longest to learn are asked most often.
+# Relative frequency per type. Types that take longest to learn are asked most often.
 WEIGHTS = {"relation": 3.0, "order": 5.0, "place": 2.0, "event": 1.5, "describe": 0.5}
 # The ability that a question type needs.
 GROUPS = {

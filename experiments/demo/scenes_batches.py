@@ -50,7 +50,7 @@ class ScenesRecipe:
     muon_lr: float = 3e-3
     adam_lr: float = 1.5e-3
     warmup: int = 100
-    decay: float = 0.4  # share of each stage in which the rate falls along a cosine
+    decay: float = 0.4  # share of a stage with cosine decay
 
 
 # ((height, width) in units, weight).
@@ -246,7 +246,7 @@ def _prefix(
 
 
 def _numbered_groups(asked: list[list[Question]]) -> torch.Tensor:
-    """Return the groups of each question, by its number `64 * prompt + segment`: bool `[64 * (prompts + 1), groups]`."""
+    """Return the groups per question, indexed by its number `64 * prompt + segment`: bool `[64 * (prompts + 1), groups]`."""
     member = torch.zeros(64 * (len(asked) + 1), len(GROUPS), dtype=torch.bool)
     for row, questions in enumerate(asked):
         for segment, q in enumerate(questions, 1):

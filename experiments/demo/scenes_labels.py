@@ -1,4 +1,4 @@
-"""Labels for the auxiliary head: the content of each patch and unit of a clip of scenes. Imported by `scenes_batches`."""
+"""Labels for the auxiliary head: the content of patches and units in a clip of scenes. Imported by `scenes_batches`."""
 
 from collections.abc import Sequence
 
@@ -36,7 +36,7 @@ ROWS = COLUMNS = 24
 
 
 def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels of all patches and units in Hugging Face's order, with IGNORED for no label.
+    """Return the labels of patches and units in Hugging Face's order, with IGNORED for no label.
 
     Args:
         times: two for each frame pair.
@@ -72,7 +72,7 @@ def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[
 
 
 def story_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> np.ndarray:
-    """Return the change of each unit since the previous frame pair, int64 `[pairs, units]`; IGNORED in the first pair.
+    """Return how each unit changed since the previous frame pair, int64 `[pairs, units]`; IGNORED in the first pair.
 
     Arguments as in `dense_labels`.
     """
@@ -146,7 +146,7 @@ def _write(slots: np.ndarray, clip: Clip, number: int, t: float, seen: np.ndarra
 
 
 class Head(nn.Module):
-    """Predict the labels, and the row and column of each unit, from the tower's last layer. Discarded after training."""
+    """Predict each unit's labels, row and column from the tower's last layer. Discarded after training."""
 
     def __init__(self, hidden: int, text_hidden: int):
         super().__init__()

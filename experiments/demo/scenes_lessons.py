@@ -44,7 +44,7 @@ def _beside(clip, rng):
 
 
 def _lists(clip, rng):
-    """Ask for a list, from left to right, of all things or of all things with one attribute."""
+    """Ask to list everything, or all things with one attribute, from left to right."""
     if clip.camera.travels or not clip.is_uncut:
         return []
     lie = sorted((t for t in clip.things if not t.speed and not t.after), key=lambda t: t.x)

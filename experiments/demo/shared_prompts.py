@@ -28,7 +28,7 @@ class Shape:
 
     @property
     def before(self) -> int:
-        """Total number of tokens of all prompts, which come first in a flat list."""
+        """Total number of prompt tokens, which come first in a flat list."""
         return self.prompts * self.length
 
     def of_prompts(self, x: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def hidden_of_rows(
 def _angles(
     inv_freq: torch.Tensor, prompts: int, where: torch.Tensor, place: torch.Tensor, section: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosine and sine of the rotary angles of all tokens, in flat order: `[tokens, 1, dim]` each."""
+    """Return cosine and sine of the tokens' rotary angles, in flat order: `[tokens, 1, dim]` each."""
     freqs = where[..., None] * inv_freq
     freqs = torch.cat([part[i % 3] for i, part in enumerate(freqs.split(section, dim=-1))], dim=-1)
     freqs = torch.cat([freqs.repeat(prompts, 1), (place[..., None] * inv_freq).flatten(0, 2)])

@@ -35,7 +35,7 @@ from experiments.demo.training import (
 
 
 class Head(nn.Module):
-    """The auxiliary head, which predicts content and position of every merge unit. Discarded after training."""
+    """The auxiliary head, which predicts content and position for every merge unit. Discarded after training."""
 
     def __init__(self, features: int):
         super().__init__()

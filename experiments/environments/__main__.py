@@ -8,7 +8,7 @@
 | serve | the server, with real clients |
 | ray | batches on Ray, including the slow tests |
 | lmms-eval | the model for lmms-eval, in lmms-eval |
-| processor | output of transformers' processors, which need torchvision |
+| processor | the output of transformers' processors, which need torchvision |
 | transformers | transformers' own tests on models that prune; `--source DIR` is a checkout, which is installed |
 | device | on a second device other than the CPU (tests/second_device) |
 | lowest | the default tests, with the lowest versions that pyproject.toml allows |

@@ -1,4 +1,4 @@
-"""Run transformers' own tests of all families on models that prune, and be the pytest plugin that makes them prune.
+"""Run transformers' own tests for all families on models that prune, and be the pytest plugin that makes them prune.
 
     python -m experiments.environments.huggingface --source DIR
 

@@ -75,7 +75,7 @@ def counts(text: str) -> list[list[str]]:
 
 
 def examples(page: str) -> dict[str, str]:
-    """Return the JSON example of each section of docs/json.md."""
+    """Return the JSON example for each section of docs/json.md."""
     sections = re.split(r"^##+ (.*)\n", page, flags=re.M)
     found = {
         title: re.search(r"^```json\n(.*?)^```", text, re.S | re.M)

@@ -39,7 +39,7 @@ class Run:
     Attributes:
         name: name of the clip.
         budget: share of units that is kept.
-        video: frames, and the fate of each unit.
+        video: frames, and the units' fates.
         layers: rows that each layer of the tower computes; fewer after the second selection.
         live_share: mean of `layers`, as a share of the units.
     """
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def sizes(self) -> torch.Tensor:
-        """Cluster sizes, int64 `[N]`: units represented by the row of each selected unit, and 0 for all others."""
+        """Cluster sizes, int64 `[N]`: units represented by a selected unit's row; 0 for all other units."""
         fates = self.video.fates
         return torch.bincount(fates.owner[fates.owner >= 0], minlength=len(fates.owner)) * fates.chosen
 
@@ -119,7 +119,7 @@ def _panel(video: TracedVideo) -> tuple[float, float]:
 
 
 def _definitions(video: TracedVideo) -> Iterator[str]:
-    """Yield SVG definitions with the first frame of each frame pair, stored once for the three strips."""
+    """Yield SVG definitions of every frame pair's first frame, stored once for the three strips."""
     (width, height), step = _panel(video), len(video.frames) // video.plan.grid[0]
     yield "<defs>"
     for pair in range(video.plan.grid[0]):

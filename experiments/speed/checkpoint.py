@@ -20,7 +20,7 @@ from evoprune.session import BUNDLED_CONFIGS, ModelOptions, describe, random_mod
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 WORDS = 151_643  # size of the published vocabulary, without the special tokens
-# Ordered by id; their ids follow those of the words.
+# Ordered by id; their ids start after the last word's.
 SPECIAL_TOKENS = (
     "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start", "quad_end",
     "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad",

@@ -193,7 +193,7 @@ class Transformers:
 
 
 def first_feed() -> str:
-    """Import and return the first reader of `FEEDS` that is available. Raises ImportError if there is none."""
+    """Import and return the first reader of `FEEDS` that is available. Raises ImportError without one."""
     for module, reader in FEEDS.items():
         try:
             import_module(module)
@@ -204,7 +204,7 @@ def first_feed() -> str:
 
 
 class _Words:
-    """A streamer for `generate`. `moments` holds the time of each generated token; the prompt is skipped."""
+    """A streamer for `generate`. `moments` holds a time per generated token; the prompt is skipped."""
 
     def __init__(self, clock: Callable[[], float], tokenizer, word: Word):
         self.moments: list[float] = []

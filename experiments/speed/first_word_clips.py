@@ -48,7 +48,7 @@ class Kind:
 
     @property
     def times_s(self) -> list[float]:
-        """Presentation time of each frame of the piece, in seconds."""
+        """Presentation times of the piece's frames, in seconds."""
         if not self.screen:
             return [number / self.fps for number in range(self.piece_s * self.fps)]
         return [time_s for second in range(self.piece_s) for time_s in _screen_times(second, self.fps)]

@@ -107,7 +107,7 @@ def waits(record: Row) -> dict[tuple, dict[str, list[Row]]]:
 
 
 def stages(row: Row) -> list[float]:
-    """Return the seconds of each of `STAGES`. Reading is the remainder, so reading that overlaps encoding is not counted in it."""
+    """Return the seconds for each of `STAGES`. Reading is the remainder, so reading that overlaps encoding is not counted in it."""
     return [max(0.0, row["first_word"] - row["encode"] - row["prefill"]), row["encode"], row["prefill"]]
 
 

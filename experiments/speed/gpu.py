@@ -10,7 +10,7 @@
 | decoding | milliseconds per token, optimized and with EVOPRUNE_PLAIN=1, compared to transformers' `generate` |
 | first | the first question of a process after loading, and the same question again |
 
-Each step runs in its own process with a time limit. DIR gets the results of each step (JSON) and its output, and the tables after
+Each step runs in its own process with a time limit. DIR gets each step's results (JSON) and output, and the tables after
 each part.
 """
 
@@ -70,7 +70,7 @@ def steps(settings: str) -> list[Step]:
 
 
 def dry_steps() -> list[Step]:
-    """Return one step of each kind at the size of the demo, on a CPU."""
+    """Return one step per kind at the size of the demo, on a CPU."""
     small = ("-m", "demo", "--device", "cpu", "--rounds", "1", "--tokens", "6", "--cases", "4x56x84")
     return [
         Step("table", "demo", (*small, "8x84x84", "-b", "0.25", "0.1")),
@@ -123,7 +123,7 @@ def shown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def document(done: Sequence[dict[str, Any]]) -> str:
-    """Return the tables of all parts."""
+    """Return the tables for all parts."""
     env = next((each["found"]["env"] for each in done if each["found"]), {})
     lines = [", ".join(f"{name} {value}" for name, value in env.items() if value)]
     for part, make in TABLES.items():

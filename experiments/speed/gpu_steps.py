@@ -153,7 +153,7 @@ def varlen_tower(bench) -> Iterator[None]:
 
 
 def table(record: Record) -> None:
-    """Measure rows in turns: transformers, the same with a varlen kernel, and evoprune. The first turn of each row is a warm-up."""
+    """Measure rows in turns: transformers, the same with a varlen kernel, and evoprune. A row's first turn is a warm-up."""
     bench, rows = bench_of(record.args, 8, ("evoprune", INSIDE, "divprune"))
     record.save(ready_s=time.perf_counter() - BEGUN)
     turns: dict[tuple[str, str], list] = {}
@@ -250,7 +250,7 @@ def generated(bench, count: int) -> tuple[float, list[int]]:
     from evoprune.backend import now
 
     (clip, *_), reference = bench._clips.values(), bench._reference
-    ids = clip.ids.clamp(min=5, max=500)[None].to(clip.patches.device)  # no token that stands for a picture
+    ids = clip.ids.clamp(min=5, max=500)[None].to(clip.patches.device)  # no image or video placeholders
 
     def seconds(length: int) -> tuple[float, list[int]]:
         begun = now(ids.device)

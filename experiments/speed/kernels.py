@@ -44,7 +44,7 @@ class Sizes:
     Attributes:
         config: the model whose dimensions are used.
         product: (in, out) features of the single-row products.
-        copies: copies of each weight of those products, too many for any cache.
+        copies: number of copies per weight, too many for any cache.
         read_bytes: size of the tensor that is read to measure memory bandwidth.
     """
 

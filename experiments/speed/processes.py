@@ -145,7 +145,7 @@ def last_line(log: Path) -> str:
 
 
 def limits_of(text: str, usual: dict[str, float]) -> dict[str, float]:
-    """Return the seconds of each part: the defaults, with overrides from `text`, such as "table=300,first=60".
+    """Return the seconds per part: the defaults, with overrides from `text`, such as "table=300,first=60".
 
     Raises:
         ValueError: a part does not exist, or its time is not a number.

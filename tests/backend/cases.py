@@ -9,8 +9,8 @@ import torch
 class Shape:
     """A case of points in tubes.
 
-    Each tube has at most its number in `tubes` of points. There are `rows` rows of `wide` numbers; a share `same` of the rows are
-    copies.
+    There are `rows` rows of `wide` numbers, and a share `same` of them are copies. `tubes` has the most points per tube. A share
+    `dropped` of the points has no row.
     """
 
     points: int

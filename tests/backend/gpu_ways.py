@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import attention, operators  # noqa: F401  what is imported is patched
+from evoprune.backend import attention, operators  # noqa: F401  imported so that it is patched
 
 OPERATORS = ("standard_places", "tube_radii", "nearest_selected", "mean_rows", "reuse_scan")
 

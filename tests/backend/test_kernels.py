@@ -37,7 +37,7 @@ def test_the_kernels_of_triton(file, interpreter, which, tmp_path):
 
 @pytest.fixture
 def tried(monkeypatch):
-    """A list with an entry per kernel start; no function has failed so far."""
+    """A list for the tests to fill with an entry per kernel start. No kernel has failed so far."""
     monkeypatch.setattr(devices, "has_triton", lambda: True)
     monkeypatch.setattr(devices, "_failed", set())
     monkeypatch.delenv("EVOPRUNE_PLAIN", raising=False)

@@ -1,7 +1,7 @@
 """Fused kernels of a decoder layer against the plain operations, and layers that use them.
 
-Without a GPU they run under Triton's interpreter. It truncates when it rounds to bf16, so the tests use fp16, which also shows
-where a kernel rounds.
+Without a GPU they run under Triton's interpreter. It truncates when it rounds to bf16, so the tests use fp16, which shows just as
+well at which places a kernel rounds.
 """
 
 import pytest

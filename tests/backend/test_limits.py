@@ -214,7 +214,7 @@ def empty_checkpoint(folder: Path) -> None:
     ids=["smaller than the weights", "smaller than the libraries"],
 )  # fmt: skip
 def test_a_container_that_is_too_small(limited, tmp_path, limit, found, hint):
-    """Exit code 5 and a hint, where the system would have killed the process silently."""
+    """Exit code 5 and a hint, instead of a process that the system kills silently."""
     empty_checkpoint(tmp_path)
     if host_memory() < 9 * GIB:
         pytest.skip("this machine itself has too little memory free")

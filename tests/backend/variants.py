@@ -43,7 +43,7 @@ def variant(kernel: InterpretedFunction, args: tuple, kwargs: dict) -> tuple:
 
 @pytest.fixture
 def noted(monkeypatch):
-    """Record the variants of all calls, while the CPU takes the code paths of a GPU."""
+    """Record the variant per call, while the CPU takes the code paths of a GPU."""
     seen = set()
 
     def run(self, *args, grid, warmup, **kwargs):

@@ -19,7 +19,7 @@ from evoprune.batch.output import RecordFile
 from evoprune.errors import UsageError
 from evoprune.report import SCHEMA, Report
 
-HEAD = f'{{"schema":"{SCHEMA}",'.encode()  # start of every record
+HEAD = f'{{"schema":"{SCHEMA}",'.encode()  # how records start
 
 
 def record(name, failed: bool = False, **row) -> Report:

@@ -10,11 +10,13 @@ import pytest
 
 @dataclass(frozen=True)
 class Fault:
-    """Attributes:
-    found_by: the check that must find the fault.
-    of: "module:function" or "module:Class.method", at the place where it is called.
-    old: the expression to replace, which occurs once.
-    new: its replacement.
+    """A fault to plant.
+
+    Attributes:
+        found_by: the check that must find the fault.
+        of: "module:function" or "module:Class.method", in the module that calls it.
+        old: the expression to replace, which occurs once.
+        new: its replacement.
     """
 
     found_by: str

@@ -170,7 +170,7 @@ def test_operations_at_3b(loaded):
     assert half["tflop_3b_tower"] == full["tflop_3b_tower"] and half["tflop_3b_prefill"] < full["tflop_3b_prefill"]
     run = begun(loaded, replace(SETTINGS, methods=("evoprune-paper",), budgets=(0.5,)), videos(CLIPS[:1]))
     run.run()
-    rows = [48] * 16 + [24] * 17  # two layers, of which the first merges half of the rows
+    rows = [48] * 16 + [24] * 17  # two layers; the first merges half of the rows
     rows_of_two = (
         VideoQA(loaded, budget=0.5, method="evoprune-paper").encode(SAMPLES / CLIPS[0], frames=4).report.pruning.layers
     )

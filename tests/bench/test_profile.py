@@ -1,4 +1,4 @@
-"""The measurement: which rows, in which order, what is counted, and when it stops. Figures are in test_results.py."""
+"""The measurement: rows and their order, counts, and when it stops. For figures see test_results.py."""
 
 import json
 from dataclasses import replace

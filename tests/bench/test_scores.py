@@ -98,7 +98,7 @@ def test_nothing_right_in_full():
 
 @pytest.mark.parametrize("kind", [None, "order"])
 def test_groups_are_there_where_items_carry_them(kind):
-    """A group named like the group of all questions is merged with it."""
+    """A group named "all" is merged with the group for all questions."""
     rows = score_rows(
         [
             sample("a", "full", right, kind=kind, unparseable=not right) | {"groups": groups}
@@ -169,7 +169,7 @@ def test_too_few_videos_for_intervals_of_differences(videos):
 
 
 def clustered(random, clusters, each, mean, alike):
-    """Draw the right answers of each cluster. `alike` is the correlation of the questions in one cluster (0: independent)."""
+    """Draw the number of right answers per cluster. `alike` is the correlation of the questions in one cluster (0: independent)."""
     if alike == 0:
         share = np.full(clusters, mean)
     else:

@@ -249,7 +249,7 @@ def test_settings_that_do_the_same_work_share_their_times():
 
 
 def answers(random, shares, videos=16, tokens=60, alike=0.2):
-    """Draw, for candidates with these true agreements, the agreeing tokens and the tokens of each video."""
+    """Draw, for candidates with these true agreements, the agreeing tokens and all tokens per video."""
     spread = (1 - alike) / alike
     each = [random.beta(share * spread, (1 - share) * spread, videos) for share in shares]
     return [(random.binomial(tokens, share).astype(float), np.full(videos, float(tokens))) for share in each]

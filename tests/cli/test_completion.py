@@ -1,4 +1,4 @@
-"""Completion at TAB: the suggestions of each shell, and how completion is installed."""
+"""Completion at TAB: suggestions per shell, and installation."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from evoprune_cli.main import app
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["ask", "batch", "watch", "eval", "find", "tune", "inspect", "profile", "verify", "methods"]
 BUDGETS = ["full", "high", "balanced", "fast", "auto", "auto:inflection"]
-# A line up to the cursor, and the suggestions. If there are none, the shell offers files.
+# A line up to the cursor, and the suggestions. Without suggestions, the shell offers files.
 LINES = {
     "": COMMANDS,
     "--show": ["--show-completion"],

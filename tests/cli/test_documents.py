@@ -245,7 +245,7 @@ def lines_of(text: str) -> Iterator[str]:
 
 
 def commands(line: str, start: str) -> Iterator[list[str]]:
-    """Yield the arguments of each command in a shell line that starts with `start`."""
+    """Yield the arguments of commands in a shell line that start with `start`."""
     if not re.search(rf"(^|[\s/(]){start} [a-z]", line) or line.startswith("Usage: "):
         return
     reader = shlex.shlex(line, posix=True, punctuation_chars=True)

@@ -16,7 +16,7 @@ NAMED = re.compile(r"(held-out|validation|portrait)[^.|]*?\bblocks? (\d+)(?: (an
 
 
 def used_by_commands(text: str) -> Iterator[tuple[str, int]]:
-    """Yield split and block of each command on a page that measures on clips."""
+    """Yield split and block for every command on a page that measures on clips."""
     for line in lines_of(text):
         for module, *rest in commands(line, "python -m"):
             if module.rpartition(".")[2] not in MEASURES:
@@ -52,7 +52,7 @@ def listed() -> dict[tuple[str, int], str]:
 
 
 def free() -> dict[str, int]:
-    """Return the next free block of each split."""
+    """Return the next free block per split."""
     found = re.search(
         r"next free blocks are held-out (\d+), `portrait` (\d+) and validation (\d+)", LIST.read_text("utf-8")
     )

@@ -71,7 +71,7 @@ def test_a_file_of_the_user_is_never_replaced(cli, clip, tmp_path, what):
 
 
 def written() -> dict[str, bytes]:
-    """Return one file of each kind that evoprune writes."""
+    """Return one file per kind that evoprune writes."""
     picture = Image.new("RGB", (64, 64))
     results = ProfileResults(
         ModelFacts("model", None, "fp32", "none", "cpu", "auto"),

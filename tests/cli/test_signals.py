@@ -33,7 +33,7 @@ COMMANDS = {
 }
 
 SIGNALS = ("SIGINT", "SIGTERM")
-MARK = "EVOPRUNE_MOMENT"  # in the environment of a run and of all processes it starts
+MARK = "EVOPRUNE_MOMENT"  # in the environment of a run and the processes it starts
 OURS = tuple(f"{Path(__file__).parents[2] / package}{os.sep}" for package in ("evoprune", "evoprune_cli"))
 
 

@@ -1,10 +1,10 @@
 """The cases, by name. Each returns the values to record as JSON, field by field.
 
-Field names, also of nested fields, determine the comparison: `units ...` are sequences of integers, of which a few may differ on
+Field names, also of nested fields, determine the comparison: `units ...` are sequences of integers, and a few of them may differ on
 another processor; `exact ...` counts only with EVOPRUNE_CONTRACT=exact. In all other fields, floats may differ slightly and
 everything else must be equal.
 
-This file has the commands and calls of users. Files next to it have the cases of every method, held models, streams, the plugin for
+This file has the commands and calls of users. Files next to it have the cases for methods, held models, streams, the plugin for
 vLLM, and other devices.
 """
 

@@ -91,7 +91,7 @@ def conversation(model, inputs: dict) -> list[list[int]]:
 
 
 def columns_of(run) -> list[str]:
-    """Return the remaining columns of each prompt; -1 is padding."""
+    """Return the remaining columns per prompt; -1 is padding."""
     return [runs(row) for row in run.columns.index.tolist()]
 
 

@@ -56,7 +56,7 @@ def demo(name: str = "demo"):
 
 
 def sums(rows: torch.Tensor, at: torch.Tensor | Sequence[int] | None = None) -> list[float]:
-    """Return four weighted sums of all numbers in `rows`, `[n]` or `[n, D]`, divided by the length of all.
+    """Return four weighted sums of the numbers in `rows`, `[n]` or `[n, D]`, divided by the Euclidean length.
 
     The weight of a number depends on its column and on `at`, the position of its row (int64 `[n]`; default: 0, 1, 2, ...). A sum
     therefore changes if rows change places, and hardly with the last bits of a number.
@@ -80,7 +80,7 @@ def steps(pairs: Sequence[Sequence[int]] | None) -> list[list[int]] | None:
 
 
 def runs(numbers: Sequence[int]) -> str:
-    """Write integers as a text in which 3..7 means 3, 4, 5, 6, 7, and 2x4 means 2, 2, 2, 2."""
+    """Write integers as a short text: 3..7 means 3, 4, 5, 6, 7, and 2x4 means 2, 2, 2, 2."""
     texts: list[str] = []
     at = 0
     while at < len(numbers):

@@ -54,7 +54,7 @@ def pairs() -> torch.Tensor:
 
 
 def inside() -> torch.Tensor:
-    """Return row and column of each visual token, as shares of height and width."""
+    """Return row and column per visual token, as shares of height and width."""
     return torch.tensor([[row / GRID[1], column / GRID[2]] for _, row, column in product(*map(range, GRID))])
 
 
@@ -155,7 +155,7 @@ class Eager:
         return self.linear("lm_head", self.norm("model.language_model.norm", x[-1])), dropped
 
     def decoded(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return the logits of columns that follow the prompt of `run` and see only the remaining columns of each layer."""
+        """Return the logits of columns that follow the prompt of `run` and see only a layer's remaining columns."""
         x, count, prompt, self.positions = embeds.double(), len(embeds), self.positions, positions
         for number, (keys, values, alive) in enumerate(self.cached):
             gone = [column for column in VISUAL if column not in alive]

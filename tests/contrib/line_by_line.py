@@ -29,7 +29,7 @@ def shares(keep: int, count: int) -> list[int]:
 
 
 def assert_means(made: Selection, tokens: Tokens, keep: int, members_of: dict[int, list[tuple[int, float]]]) -> None:
-    """Check a selection whose tokens are means. `members_of`: the weighted members of each kept unit's mean."""
+    """Check a selection whose tokens are means. `members_of`: kept unit -> weighted members of its mean."""
     assert made.kept.tolist() == sorted(members_of) and len(members_of) == keep
     owner = [-1] * len(tokens.unit_to_row)
     for number, unit in enumerate(sorted(members_of)):

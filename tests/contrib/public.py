@@ -27,7 +27,7 @@ def _clustered(random: np.random.Generator, pairs: int, places: int) -> np.ndarr
 
 
 def _video(random: np.random.Generator, pairs: int, places: int) -> np.ndarray:
-    """Return features of three related scenes. Half of the places of each scene barely change; the others change fast or slowly."""
+    """Return features of three related scenes. Half of a scene's places barely change; the others change fast or slowly."""
     common, made = nearly_normal(random, places, WIDTH), []
     for length in (pairs // 2, pairs // 4, pairs - pairs // 2 - pairs // 4):
         scene = np.float32(0.5) * common + nearly_normal(random, places, WIDTH)

@@ -84,7 +84,7 @@ def merged_line_by_line(frames: list[Frame], threshold: float, window: int, mome
             else:
                 made.append((pairs, x))
                 at += 1
-        if at == len(between) - 1:  # the last one is not visited
+        if at == len(between) - 1:  # the last one is left over
             made[-1] = (made[-1][0] + between[-1][0], made[-1][1])
         left += [run[0], *made, run[-1]]
     return left
@@ -260,7 +260,7 @@ QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
 
 
 def attended(x: torch.Tensor) -> torch.Tensor:
-    """A toy attention: every row reads the mean of all rows."""
+    """A toy attention: every row reads the mean row."""
     return x + x.mean(0) / 4
 
 
@@ -297,7 +297,7 @@ def test_does_what_the_public_code_does(case):
 
 @torch.no_grad()
 def ipcv_slowly(visual, patches, grid, stage: Stage) -> torch.Tensor:
-    """Return the tokens `[N, D]` of all units, computed in float64."""
+    """Return tokens `[N, D]` for all units, computed in float64."""
     plan = stage.reduce
     geo, depth = geometry(*grid[1:]), len(visual.blocks)
     rows = embedded(visual, patches, geo, math.prod(grid))

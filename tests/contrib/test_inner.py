@@ -28,7 +28,7 @@ from tests.methods.tokens import Largest, snapped
 
 
 def clusters_line_by_line(x, place, count: int, cutoff: float, near: float) -> list[int]:
-    """Return the centre of each token's cluster."""
+    """Return, for each token, the centre of its cluster."""
     n = len(x)
     distance = [[math.dist(a, b) for b in x] for a in x]
     unit = cutoff * math.sqrt(sum(d * d for row in distance for d in row) / n**2) or 1.0

@@ -40,7 +40,7 @@ def some(seed: int, count: int) -> tuple:
 
 
 def by_the_book(eager: Eager, removed) -> torch.Tensor:
-    """Return the last column's logits of a full computation in which a mask hides everything that the method removes."""
+    """Return the last column's logits. Everything is computed, and a mask hides what the method removes."""
     x, columns, eager.cached = eager.embeds, list(range(len(eager.embeds))), []
     rest: list[int] = []
     for layer in range(eager.config.num_hidden_layers):
@@ -215,7 +215,7 @@ def found_for(seed: int, depth: int, after: int, go_on=lambda: True) -> tuple[bo
 @pytest.mark.few(6)
 @pytest.mark.parametrize("case", ORDERS["cases"], ids=[f"{case['depth']}-{case['seed']}" for case in ORDERS["cases"]])
 def test_the_order_is_that_of_the_public_code(case):
-    """Up to 30% of the whole loss, where the public code stops. Its list of removed operations is copied when it is restored."""
+    """Up to 30% of the whole loss, where the public code stops. For the fixtures, it was changed to restore a copy of its list."""
     complete, found = found_for(case["seed"], case["depth"], case["after"])
     theirs = [[tuple(each) for each in step] for step in case["steps"]]
     assert complete and [list(step.operations) for step in found[: len(theirs)]] == theirs and len(found) > len(theirs)
@@ -271,7 +271,7 @@ def test_where_time_is_over_the_latest_measurement_decides(most):
         not complete or {x for step in found for x in step.operations} >= {(7, ALL, "keys"), (2, ALL, "mlp")}
     )
     measured = [step for step in found if step.kl is not None]
-    assert found[: len(measured)] == measured  # then no more
+    assert found[: len(measured)] == measured  # unmeasured steps come last
     if most > 1000:
         assert found == whole
     elif complete:

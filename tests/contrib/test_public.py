@@ -1,11 +1,11 @@
 """Methods of other authors, compared with the units that their public code keeps of the same tokens.
 
 Each fixture names the repository, the commit and the function that was run, and has the kept units. If the authors' code returns
-another count, or adds noise, `note` says so. `counts`, if their shares are rounded differently, has the number of tokens of each
-group, which replaces ours. `sums`, if tokens are means, has the sum of each token's channels.
+another count, or adds noise, `note` says so. `counts`, if their shares are rounded differently, has the number of tokens per group,
+which replaces ours. `sums`, if tokens are means, has the channel sum per token.
 
 Inside the language model: PruneVid's code got groups of one frame each; SparseVLM's counts exclude the means that it adds, and the
-noise. For SparseVLM, `sums` has only the means, in ascending order. ViTCoP's code got the cut-off distance of each frame pair, and
+noise. For SparseVLM, `sums` has only the means, in ascending order. ViTCoP's code got a cut-off distance per frame pair, and
 its merged tokens are halved. The code of D2Pruner's authors was not available.
 """
 

@@ -302,7 +302,7 @@ def transitions_line_by_line(tokens: Tokens) -> list[float]:
 
 
 def cut(after: set[int], transitions: list) -> list[list[int]]:
-    """Return the frame pairs of each segment, given the pairs after which segments end."""
+    """Return the frame pairs per segment, given the pairs after which segments end."""
     made = [[0]]
     for g in range(len(transitions)):
         if g in after:
@@ -409,7 +409,7 @@ def mmg_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
     n, x, like = tokens.grid[1] * tokens.grid[2], list(tokens.features), transitions_line_by_line(tokens)
     pieces = segments_line_by_line(tokens, 1, method.threshold)
     made, number = [], 0
-    # A lone grid joins the previous one if that is equally similar or the only one, otherwise the next.
+    # A lone grid joins the previous one if that is at least as similar or the only one, otherwise the next.
     while number < len(pieces):
         piece = pieces[number]
         while len(piece) == 1 and number + 1 < len(pieces) and (not made or like[piece[-1]] > like[piece[0] - 1]):
@@ -451,7 +451,7 @@ def mmg_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
 
 
 def clustered_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> dict[int, list[int]]:
-    """Return the members of each cluster, by its peak."""
+    """Return the members per cluster, keyed by its peak."""
     members = {i: [i] for i in peaks_line_by_line(x, count, neighbours)}
     centres, (away, _) = list(members), distances_line_by_line(x)
     for i in range(len(x)):

@@ -71,7 +71,7 @@ def shuffled(rng, texts) -> tuple[str, ...]:
 
 
 def refer(clip: Clip, thing: Thing, rng, hide: str = "") -> str | None:
-    """Return an unambiguous name of a thing, or None if there is none.
+    """Return an unambiguous name of a thing, or None if it has no such name.
 
     `hide` is an attribute (outline, texture or colour) that the name must not contain.
     """

@@ -11,7 +11,7 @@ import numpy as np
 from experiments.demo.painting import blend, glyph_mask, outline_mask
 from experiments.demo.scenes.clip import COLOURS, SIGN, Clip, Thing
 
-FAR, GROUND, NEAR = 0.5, 1.0, 1.6  # speed of each layer relative to the camera
+FAR, GROUND, NEAR = 0.5, 1.0, 1.6  # speed per layer, relative to the camera
 BANK = 384
 SMALLEST = 4
 LARGEST = 60

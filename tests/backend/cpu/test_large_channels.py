@@ -56,5 +56,5 @@ def test_answers_stay_where_large_channels_are_apart_and_only_there(kind, tmp_pa
                 for name, each in encoded.items():
                     agree[name] += int(agreement_of(given, each).agrees.sum())
     assert agree["float32"] == tokens
-    # With AVX512-bf16, "together" agrees on 93 of 102 tokens. A limit of 0.9 was too strict.
+    # With AVX512-bf16, "together" agrees on 93 of 102 tokens (0.912). On other CPUs it agrees on fewer.
     assert agree["apart"] >= 0.99 * tokens and agree["together"] < 0.92 * tokens
