@@ -138,7 +138,7 @@ def test_a_method_that_reads_the_question(loaded):
 
 
 def painted() -> TracedVideo:
-    """Two grey frame pairs of 1x3 units.
+    """Return two grey frame pairs of 1x3 units.
 
     0 is read, 1 merges into 4, 2 and 4 are dropped, 3 is read with the row of 0, and 5 is reused from 2.
     """

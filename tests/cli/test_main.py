@@ -249,7 +249,7 @@ def _raiser(problem: BaseException):
 
 
 def _check_json(case: Case, result) -> None:
-    """One line per question, whatever happens; or one for an inspection."""
+    """Check that there is one JSON line per question, whatever happens, or one for an inspection."""
     records = [json.loads(line) for line in result.out.splitlines()]
     assert result.out.endswith("\n") and len(records) == case.lines
     for record in records:

@@ -260,12 +260,12 @@ QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
 
 
 def attended(x: torch.Tensor) -> torch.Tensor:
-    """A toy attention: every row reads the mean row."""
+    """Apply a toy attention: every row reads the mean row."""
     return x + x.mean(0) / 4
 
 
 def computed(x: torch.Tensor) -> torch.Tensor:
-    """A toy MLP: mixes and squares channels."""
+    """Apply a toy MLP that mixes and squares channels."""
     return x + (x.roll(1, -1) * x + x.roll(3, -1)) / 8
 
 

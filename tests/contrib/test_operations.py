@@ -331,7 +331,7 @@ def test_a_model_of_one_layer_has_none(monkeypatch):
 
 
 def made_up_loss(seed: int, depth: int, removed: Iterable[Operation]) -> int:
-    """A made-up loss: smaller in deeper layers and for the rest, zero in the deepest. Some pairs of layers interact."""
+    """Return a made-up loss: smaller in deeper layers and for the rest, zero in the deepest. Some pairs of layers interact."""
     gone, total = set(removed), 0
     for layer, group, kind in gone:
         if layer < depth - 1 - (seed + ORDER.index(kind)) % (depth // 2):

@@ -461,7 +461,7 @@ def clustered_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -
 
 
 def few_clustered_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> dict[int, list[int]]:
-    """The same with at most as many neighbours as peaks, but at least two."""
+    """Cluster like `clustered_line_by_line`, with at most as many neighbours as peaks, but at least two."""
     return clustered_line_by_line(x, count, min(neighbours, max(count, 2)))
 
 

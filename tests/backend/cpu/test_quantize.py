@@ -34,7 +34,7 @@ def without(x, channels):
 
 
 def int8_by_hand(layer, x, large):
-    """Rows of input and weights are rounded, except in the large channels."""
+    """Round rows of the input and the weights, except in the large channels."""
     rows, weight = x.reshape(-1, x.shape[-1]), layer.weight
     product = rounded(without(rows, large), levels()) @ rounded(without(weight, large), 127).T
     product += rows[:, large].double() @ weight[:, large].double().T
