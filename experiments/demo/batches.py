@@ -53,7 +53,7 @@ LARGE = (((4, 6), 2.0), ((6, 4), 0.5), ((4, 4), 0.3), ((5, 7), 1.0), ((6, 8), 2.
 SHORT = 3  # most grids during `short_steps`, which also use only the first three frame sizes
 LENGTHS = ((1, 0.5), (2, 0.7), (3, 1.2), (4, 2.0), (6, 3.0), (8, 1.5), (12, 0.3))
 MOST = 800  # merge units of one clip
-PACES = (1.0, 1.0, 1.0, 1.0, 0.5, 2 / 3, 0.8, 1.25, 1.5, 2.0)  # seconds a grid
+PACES = (1.0, 1.0, 1.0, 1.0, 0.5, 2 / 3, 0.8, 1.25, 1.5, 2.0)  # seconds per grid
 
 
 def unit_labels(clip: Clip, times: Sequence[float], height: int, width: int) -> np.ndarray:

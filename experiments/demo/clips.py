@@ -20,7 +20,7 @@ SIZES = {"small": (6, 8), "large": (10, 13)}
 DIGITS = {"small": 5, "large": 7}  # half of their height
 MOTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 # First part of the seed, different for every split, so no two splits share a clip.
-# Portrait is a family of its own, upright frames whose camera always pans, and is never tuned on.
+# "portrait" is a separate family of upright frames with a panning camera. Nothing is tuned on it.
 SPLITS = {"train": 0, "validation": 1, "heldout": 2, "samples": 3, "portrait": 4}
 # Frames (height x width in merge units of 28 pixels) and lengths (in grids of a second) of evaluation clips, with odds. The last
 # two entries of both lists are never used in training.

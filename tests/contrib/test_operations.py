@@ -215,7 +215,7 @@ def found_for(seed: int, depth: int, after: int, go_on=lambda: True) -> tuple[bo
 @pytest.mark.few(6)
 @pytest.mark.parametrize("case", ORDERS["cases"], ids=[f"{case['depth']}-{case['seed']}" for case in ORDERS["cases"]])
 def test_the_order_is_that_of_the_public_code(case):
-    """Up to 30% of the whole loss, where the public code stops. For the fixtures, it was changed to restore a copy of its list."""
+    """Compared up to the public code's stop at 30% of the whole loss. For the fixtures, it restores a copy of its list."""
     complete, found = found_for(case["seed"], case["depth"], case["after"])
     theirs = [[tuple(each) for each in step] for step in case["steps"]]
     assert complete and [list(step.operations) for step in found[: len(theirs)]] == theirs and len(found) > len(theirs)
