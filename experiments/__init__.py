@@ -1,6 +1,6 @@
-"""Measure, compare, draw and train: what a release needs beside the installed package. Run it from the root of the repository.
+"""Measure, compare, draw and train: scripts that a release needs and the installed package does not. Run from the repository root.
 
-`python -m experiments.FOLDER.NAME --help`. The folders: `speed` times, `accuracy` compares answers, `environments` runs tests in
-environments of their own, `pictures` draws for README and docs, `demo` makes the clips and trains the demo models. `tables.py`,
-`timing.py` and `svg.py` are imported by several.
+Run `python -m experiments.FOLDER.NAME --help`. The folders: `speed` measures time, `accuracy` compares answers, `environments` runs
+tests in separate environments, `pictures` draws for README and docs, `demo` makes the clips and trains the demo models.
+`tables.py`, `timing.py` and `svg.py` are shared.
 """

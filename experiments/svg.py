@@ -1,19 +1,19 @@
-"""Draw charts as SVG: the document around them, and text. Imported by experiments that draw; not run by itself."""
+"""Draw charts as SVG: the document and its text. Imported by experiments that draw; not run by itself."""
 
 from collections.abc import Iterable
 from xml.sax.saxutils import escape, quoteattr
 
 from evoprune.bench import INK
 
-EDGE = 24  # pixels between the edge of the document and what is drawn
+EDGE = 24  # margin of the document in pixels
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
-LOOK = {  # of `text`: attributes, and what is not written
+LOOK = {  # attributes of `text`, with the defaults that are left out
     "anchor": ("text-anchor", "start"), "fill": ("fill", INK), "size": ("font-size", 12), "weight": ("font-weight", 400),
 }  # fmt: skip
 
 
 def document(title: str, width: int, height: int, elements: Iterable[str]) -> str:
-    """Return an SVG document of so many pixels: a white card with a thin edge, and the elements on it."""
+    """Return an SVG document of `width` x `height` pixels: the elements on a white card with a thin edge."""
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img"'
     look = f'font-family="{FONT}" font-size="12" fill="{INK}"'
     head = [
@@ -26,7 +26,7 @@ def document(title: str, width: int, height: int, elements: Iterable[str]) -> st
 
 
 def text(x: float, y: float, words: str, anchor: str = "start", **look: str | float) -> str:
-    """Return words whose baseline starts, is centred or ends at (x, y). `look`: fill, size, weight."""
+    """Return a text element anchored at (x, y) by the start, middle or end of its baseline. `look`: fill, size, weight."""
     look["anchor"] = anchor
     wanted = [(named, look[name]) for name, (named, usual) in LOOK.items() if look.get(name, usual) != usual]
     more = "".join(f" {named}={quoteattr(str(value))}" for named, value in wanted)

@@ -4,6 +4,6 @@ from collections.abc import Iterable, Sequence
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]], numbers: bool = False) -> list[str]:
-    """Return the lines of a table. `numbers`: all columns but the first are aligned to the right."""
+    """Return the lines of a table. With `numbers`, all columns except the first are right-aligned."""
     rule = "|---" + ("|--:" if numbers else "|---") * (len(heads) - 1) + "|"
     return [f"| {' | '.join(heads)} |", rule, *(f"| {' | '.join(map(str, row))} |" for row in rows)]

@@ -1,4 +1,4 @@
-"""Time several ways in turn. Imported by experiments that measure; not run by itself."""
+"""Time several functions in turn. Imported by experiments that measure; not run by itself."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,7 +6,10 @@ from statistics import median
 
 
 def medians(runs: Sequence[Callable[[], object]], repeat: int) -> list[float]:
-    """Return median milliseconds of each, called in turn so that all meet the same disturbances. The first round does not count."""
+    """Return the median milliseconds per function.
+
+    The functions take turns, so that noise affects all of them alike. The first round is a warm-up.
+    """
     spent = [[] for _ in runs]
     for _ in range(repeat + 1):
         for run, times in zip(runs, spent, strict=True):

@@ -2,8 +2,8 @@
 
     python -m experiments.accuracy.bits --block 53 --clips 300 --processes 2
 
-Each set of worlds and weights of `experiments.accuracy.frontier` has a row for each budget. Agreement is the share of the tokens of
-the answer in float32 at which the first choice is the same; KL is KL(float32 || 8 bits) at each of them.
+The table has a row per budget for each world and set of weights of `experiments.accuracy.frontier`. Agreement is the share of
+tokens of the float32 answer at which both have the same first choice; KL is KL(float32 || 8 bits) at each of these tokens.
 """
 
 import argparse
@@ -39,13 +39,13 @@ COLUMNS = (
 
 
 def start(model: str, kind: str, folder: str) -> Callable[[ClipName], list[dict]]:
-    """Load the model twice, in a process; return the function that answers the questions about a clip."""
+    """Load the float32 and the quantized model in a worker process, and return the function that answers about a clip."""
     loaded = [load_model(ModelOptions(model, dtype="fp32", threads=1, quantize=bits)) for bits in ("none", kind)]
     return partial(answers_about, loaded, Path(folder))
 
 
 def answers_about(loaded: list, folder: Path, clip: ClipName) -> list[dict]:
-    """Return what both sides answer, for each budget and question."""
+    """Return the answers of both models, for each budget and question."""
     made = []
     with demo_video(clip, folder) as video:
         for budget in BUDGETS if video.rows else ():
@@ -54,7 +54,7 @@ def answers_about(loaded: list, folder: Path, clip: ClipName) -> list[dict]:
                 said = exact.ask(row.prompt, max_new_tokens=TOKENS)
                 given = reference(exact, row.prompt, said.ids, said.report.finish_reason == "stop")
                 found = agreement_of(given, bits)
-                # If all first choices are the same, so is the answer.
+                # If all first choices agree, the answer is the same.
                 other = said if found.agrees.all() else bits.ask(row.prompt, max_new_tokens=TOKENS)
                 made.append(
                     {"video": str(clip), "id": row.id, "budget": budget, "agrees": found.agrees.tolist()}

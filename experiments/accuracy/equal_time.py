@@ -2,10 +2,10 @@
 
     python -m experiments.accuracy.equal_time results/frontier.md --presets DIR --rivals DIR DIR -o tables.md --chart FILE.svg
 
-`experiments.accuracy.frontier` writes the folders: the presets on many clips, for the chart, and the rows to compare, of which the
-clips that all rows share count. The page has times of `evoprune profile` in two kinds of tables: with budgets as columns
-(`| | -b 0.25 |`), and with rows `METHOD -b BUDGET`. Of several runs the slowest counts. A method that selects after the encoder has
-the time of the bound, which leaves its selection out. The chart alone, from tables that were made before:
+`experiments.accuracy.frontier` writes the folders: `--presets` has the presets on many clips, for the chart; `--rivals` the rows to
+compare, on the clips that all rows share. The page has times of `evoprune profile` in two kinds of tables: with budgets as columns
+(`| | -b 0.25 |`), and with rows `METHOD -b BUDGET`. If there are several runs, the slowest counts. A method that selects after the
+encoder gets the time of the bound, which does not include its selection. To draw only the chart, from existing tables:
 
     python -m experiments.accuracy.equal_time results/frontier.md --tables results/comparison.md --chart results/frontier.svg
 """
@@ -27,19 +27,19 @@ from experiments.accuracy.frontier import table as by_group
 from experiments.accuracy.paired import in_points, paired_difference
 
 OURS = "evoprune"
-ALIKE = 1.03  # times that differ by less are equal
-# in the page
+ALIKE = 1.03  # smaller ratios count as equal time
+# names used in the page
 BOUND = "bound of all methods after the encoder"
 FULL_ROW = "budget 1.0"
 RATIO = "times as fast as Hugging Face"
 
-Key = tuple[str, float | str]  # a method and a budget
-Samples = dict[str, dict[Key, list[dict]]]  # by set, then by row; with nothing pruned it is NONE
+Key = tuple[str, float | str]  # method and budget
+Samples = dict[str, dict[Key, list[dict]]]  # set -> row -> samples; the unpruned row is NONE
 NONE: Key = "none", 1.0
 
 
 def read(folders: Sequence[Path]) -> Samples:
-    """Return the rows of all folders, on the questions that every row of a set answered."""
+    """Return all folders' rows, restricted to the questions that every row of a set answered."""
     found: Samples = {}
     for name in SETS:
         rows: dict[Key, dict] = {}
@@ -56,7 +56,7 @@ def read(folders: Sequence[Path]) -> Samples:
 
 
 def speeds(page: str) -> dict[Key, float]:
-    """First token of Hugging Face over that of each row, by a video's share; the lowest of all tables."""
+    """Return the speedup of the first token over Hugging Face, by method and video budget; the lowest if there are several."""
     found: dict[Key, float] = {}
 
     def add(method: str, share: str, cell: str) -> None:
@@ -78,7 +78,7 @@ def speeds(page: str) -> dict[Key, float]:
 
 
 def speed_of(key: Key, fast: dict[Key, float]) -> float | None:
-    """Return the speed of a row; of a method that selects after the encoder, that of the bound."""
+    """Return the speed of a row, or None. Methods that select after the encoder have the speed of the bound."""
     name, budget = key
     if methods.parse(name).acts == "after":
         name = BOUND
@@ -86,17 +86,17 @@ def speed_of(key: Key, fast: dict[Key, float]) -> float | None:
 
 
 def worst(samples: Samples, key: Key) -> float:
-    """Return percent of the accuracy kept in the worst of the sets."""
+    """Return the accuracy kept in the worst set, in percent."""
     return min(kept(rows[key], rows[NONE]) for rows in samples.values())
 
 
 def rows_of(samples: Samples) -> set[Key]:
-    """Return those that all sets have."""
+    """Return the rows that all sets have."""
     return set.intersection(*(set(rows) for rows in samples.values()))
 
 
 def short(samples: Samples, world: str, fast: dict[Key, float]) -> list[str]:
-    """Return what each method keeps in a world with each set of weights, its share of the operations, and its speed."""
+    """Return a table of accuracy kept per set of weights, share of operations and speed, for each method in a world."""
     sets = [rows for name, rows in samples.items() if name.split(",")[0] == world]
     budgets = [budget for budget in PRESETS if any(key[0] != OURS and key[1] == budget for key in rows_of(samples))]
     heads = [head for budget in budgets for head in (f"`-b {budget}` keeps", "operations", "first token")]
@@ -118,7 +118,7 @@ def short(samples: Samples, world: str, fast: dict[Key, float]) -> list[str]:
 
 
 def verdicts(samples: Samples, key: Key, ours: Key) -> list[str]:
-    """Our row minus the other one, in points, in each set."""
+    """Return our row minus another one in each set, in percentage points, with a verdict."""
     made = []
     for rows in samples.values():
         mean, low, high = paired_difference(rows[ours], rows[key])
@@ -132,7 +132,7 @@ def verdicts(samples: Samples, key: Key, ours: Key) -> list[str]:
 
 
 def table(samples: Samples, fast: dict[Key, float]) -> list[str]:
-    """Return a row for each row of the others: the most accurate of ours that takes no longer, and what it keeps more."""
+    """Return a table with each rival next to the most accurate row of ours that is at least as fast, and their difference."""
     rows = rows_of(samples)
     ours = {key: speed_of(key, fast) for key in rows if key[0] == OURS} | {NONE: fast[NONE]}
     ours = {key: speed for key, speed in ours.items() if speed}
@@ -164,20 +164,25 @@ def table(samples: Samples, fast: dict[Key, float]) -> list[str]:
 
 
 def worst_of(samples: Samples) -> dict[Key, float]:
-    """Return what each row keeps in the worst of the sets, in percent."""
+    """Return the accuracy that each row keeps in its worst set, in percent."""
     return {key: worst(samples, key) for key in rows_of(samples)}
 
 
 def worst_in_tables(page: str, compared: str) -> tuple[dict[Key, float], dict[Key, float]]:
-    """Return what the presets keep in the table of a page, and the other methods in the table at equal time of another one."""
+    """Return the accuracy kept by the presets (table of `page`) and by the other methods (equal-time table of `compared`)."""
     presets = re.findall(r"^\| `-b (\w+)` \| ([\d.]+) \| [^|]*\(", page, re.M)
     others = re.findall(r"^\| `([\w-]+) -b (\w+)` \| [\d.]+ \| ([\d.]+) \|", compared, re.M)
-    ours = {(OURS, preset): float(kept) for preset, kept in reversed(presets)}  # of several tables the first counts
+    ours = {(OURS, preset): float(kept) for preset, kept in reversed(presets)}  # the first of several tables counts
     return ours, {(name, budget): float(kept) for name, budget, kept in others}
 
 
 def chart(presets: dict[Key, float], others: dict[Key, float], fast: dict[Key, float]) -> str:
-    """SVG of accuracy kept against speed. Arguments: percent of each row in the worst of the sets, and speeds."""
+    """Return an SVG of accuracy kept against speed.
+
+    Args:
+        presets: percent kept by the presets in the worst set.
+        others: percent kept by the other methods in the worst set.
+    """
     inside = []
     after = []
     for key, kept_there in sorted(others.items(), key=str):

@@ -1,7 +1,7 @@
-"""Measure what the presets keep: `python -m experiments.accuracy.frontier OUT --split heldout --seed N --limit N`.
+"""Measure the accuracy that presets keep: `python -m experiments.accuracy.frontier OUT --split heldout --seed N --limit N`.
 
-Both worlds, each with both sets of weights; every set has its folder in OUT, and an existing run is resumed. The table has the
-accuracy kept in percent of each row, the 95% interval of its difference to the full model in points, and the worst of the sets.
+Runs both worlds, each with both sets of weights. Every set has its own folder in OUT, and an existing run is resumed. For each row
+the table has the accuracy kept in percent, the 95% interval of the difference to the full model in points, and the worst set.
 """
 
 import argparse
@@ -26,29 +26,29 @@ SETS = {
     "shapes": ("shapes", "demo"),
     "shapes, second": ("shapes", "tests/demo/second"),
 }
-GROUPS = ("picture", "video", "text", "events")  # of scenes; of shapes there are none of these
+GROUPS = ("picture", "video", "text", "events")  # only in scenes
 
 
 def folder_of(out: Path, name: str) -> Path:
-    """Return where the run of a set is kept."""
+    """Return the folder for the run of a set."""
     return out / name.replace(", ", "-")
 
 
 def samples_of(out: Path, name: str) -> list[dict]:
-    """Return the samples of a set that a run kept."""
+    """Return the samples that a run of a set has stored, without errors."""
     with open(folder_of(out, name) / "samples.jsonl", encoding="utf-8") as file:
         return [sample for sample in map(json.loads, file) if "error" not in sample]
 
 
 def evaluated(out: Path, name: str, args: argparse.Namespace) -> list[dict]:
-    """Return the samples of one set."""
+    """Run the evaluation of one set and return its samples."""
     world, model = SETS[name]
     settings = EvalSettings(
         data_text(world, args.split, args.seed),
         tuple(Budget.parse(text).recorded for text in args.budget.split(",")),
         tuple(args.method.split(",")),
         limit=args.limit,
-        # On a CPU, which prunes clips as small as these inside the tower too.
+        # On the CPU, because only there evoprune prunes such small clips inside the tower.
         model=ModelOptions(model, device="cpu", dtype="fp32"),
     )
     with demo_videos(clips_asked(world, args.split, args.seed, args.limit)) as videos:
@@ -61,12 +61,12 @@ def evaluated(out: Path, name: str, args: argparse.Namespace) -> list[dict]:
 
 
 def kept(mine: Sequence[dict], full: Sequence[dict]) -> float:
-    """Accuracy as a share of the full model's, in percent."""
+    """Return accuracy as a percentage of the full model's accuracy."""
     return 100 * float(np.mean([s["right"] for s in mine]) / np.mean([s["right"] for s in full]))
 
 
 def table(samples: dict[str, list[dict]]) -> list[str]:
-    """Return lines of Markdown: a row for each method and budget, a column for each set and group, and the worst set."""
+    """Return a Markdown table: a row per method and budget, a column per set and group, and the worst set."""
     columns = [(name, group) for name in samples for group in (None, *(GROUPS if "scenes" in name else ()))]
     heads = [name if group is None else f"{name}: {group}" for name, group in columns]
     lines = []
@@ -87,7 +87,7 @@ def table(samples: dict[str, list[dict]]) -> list[str]:
 
 
 def against(samples: dict[str, list[dict]], others: dict[str, list[dict]]) -> list[str]:
-    """Return lines of Markdown: how many points more each row is right than the same row of another run, on the clips of both."""
+    """Return a Markdown table of accuracy differences in points to the same rows of another run, on the clips they share."""
     rows = dict.fromkeys((s["method"], s["budget"]) for each in samples.values() for s in each if s["row"] == METHOD)
     lines = []
     for method, budget in rows:

@@ -9,9 +9,9 @@ from evoprune.bench import LEAST_VIDEOS, percentile_interval, resampled
 
 
 def paired_difference(samples: Sequence[dict], others: Sequence[dict]) -> tuple[float, float, float]:
-    """Accuracy of one row minus that of another, and its 95% interval over videos, as shares.
+    """Return the accuracy of one row minus another, and its 95% interval over videos, as shares.
 
-    Both answered the same questions, in any order. With fewer than `LEAST_VIDEOS` videos the interval is everything.
+    Both rows must have answered the same questions, in any order. With fewer than `LEAST_VIDEOS` videos the interval is infinite.
     """
     right = {(s["video"], s["id"]): s["right"] for s in others}
     videos = {name: i for i, name in enumerate(sorted({s["video"] for s in samples}))}
@@ -26,7 +26,7 @@ def paired_difference(samples: Sequence[dict], others: Sequence[dict]) -> tuple[
 
 
 def in_points(mean: float, low: float, high: float) -> str:
-    """Return a difference of shares and its interval as text, in percentage points."""
+    """Format a difference of shares and its interval in percentage points."""
     if math.isinf(low):
         return f"{100 * mean:+.1f} (too few videos for an interval)"
     return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"

@@ -1,4 +1,4 @@
-"""Make the demo model's training data: endless seeded batches of clips with labels and with questions. Imported by `train`."""
+"""Make the demo model's training data: endless seeded batches of clips with labels or questions. Imported by `train`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from experiments.demo.lessons import ask_all
 from experiments.demo.questions import Question
 from experiments.demo.training_clips import dense_grid, through_codec
 
-# What the auxiliary head says about the thing whose centre a unit covers; the last class of each is "nothing here".
+# Classes that the auxiliary head predicts for the thing whose centre lies in a unit. The last shape class is "nothing here".
 ATTRIBUTES = {
     "shape": len(SHAPES) + 1,  # digits count as one more shape
     "colour": len(COLOURS),
@@ -23,14 +23,14 @@ ATTRIBUTES = {
     "motion": len(MOTIONS),
     "digit": 10,
 }
-# the largest grid the head can name places of
+# largest grid whose rows and columns the head can name
 ROWS = 12
 COLUMNS = 16
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the outcome, together with the code."""
+    """Training settings. Together with the code, they determine the result."""
 
     seed: int = 0
     vision_steps: int = 1500
@@ -38,29 +38,29 @@ class Recipe:
     short_steps: int = 300  # of the second stage, on short clips and small frames
     small_steps: int = 1700  # of the second stage, without the largest frames
     vision_batch: int = 64  # grids of 4x6 units
-    units: int = 2304  # merge units a batch of clips, about
-    questions: int = 10  # about a clip in one step; twice as many where few clips fill a batch
-    packs: int = 2  # steps that are taken on a batch of clips, each with other questions
+    units: int = 2304  # approximate number of merge units in a batch of clips
+    questions: int = 10  # about a clip in one step; twice as many if few clips fill a batch
+    packs: int = 2  # training steps per batch of clips, each with different questions
     muon_lr: float = 2.5e-3
     adam_lr: float = 1.5e-3
     warmup: int = 100
-    decay: float = 0.5  # the last part of each stage, along a cosine
+    decay: float = 0.5  # share of a stage with cosine decay
 
 
-# (height, width) in units, and how often: to begin with, and once the largest frames have come in.
+# ((height, width) in units, weight): for early training, and after the largest frames have been added.
 SMALL = (((4, 6), 4.0), ((6, 4), 1.0), ((4, 4), 0.7), ((5, 7), 1.5), ((6, 8), 2.0))
 LARGE = (((4, 6), 2.0), ((6, 4), 0.5), ((4, 4), 0.3), ((5, 7), 1.0), ((6, 8), 2.0), ((8, 12), 3.0), ((12, 8), 0.8))
-SHORT = 3  # grids, at most, during `short_steps`; and the frame is one of the first three sizes
+SHORT = 3  # most grids during `short_steps`, which also use only the first three frame sizes
 LENGTHS = ((1, 0.5), (2, 0.7), (3, 1.2), (4, 2.0), (6, 3.0), (8, 1.5), (12, 0.3))
 MOST = 800  # merge units of one clip
-PACES = (1.0, 1.0, 1.0, 1.0, 0.5, 2 / 3, 0.8, 1.25, 1.5, 2.0)  # seconds a grid
+PACES = (1.0, 1.0, 1.0, 1.0, 0.5, 2 / 3, 0.8, 1.25, 1.5, 2.0)  # seconds per grid
 
 
 def unit_labels(clip: Clip, times: Sequence[float], height: int, width: int) -> np.ndarray:
-    """Return the labels of each unit of each grid: int64 `[T * height * width, attributes]`, -100 where there is none."""
+    """Return labels for every unit in every grid: int64 `[T * height * width, attributes]`, -100 for no label."""
     grids = len(times) // 2
     labels = np.full((grids, height, width, len(ATTRIBUTES)), -100)
-    labels[..., 0] = ATTRIBUTES["shape"]  # one past the shapes and the digit: nothing here
+    labels[..., 0] = ATTRIBUTES["shape"]  # one past the shapes and the digit class: nothing here
     for g in range(grids):
         middle = (times[2 * g] + times[2 * g + 1]) / 2
         for thing in clip.things:
@@ -78,12 +78,15 @@ def unit_labels(clip: Clip, times: Sequence[float], height: int, width: int) -> 
 
 
 def noisy(frames: np.ndarray, rng: np.random.Generator, gop: int) -> np.ndarray:
-    """Return the frames as they are or, half of the time, as a video codec leaves them."""
+    """Return the frames unchanged or, half of the time, after a video codec."""
     return through_codec(frames, int(rng.integers(2, 6)), gop) if rng.random() < 0.5 else frames
 
 
 def vision_batches(recipe: Recipe, first: int):
-    """Stage 1: crowded single grids, `(frames uint8 [2 * G, H, W, 3], labels, (height, width))` for ever."""
+    """Yield the batches of stage 1 endlessly: crowded single grids.
+
+    Each batch is `(frames uint8 [2 * G, H, W, 3], labels, (height, width))`.
+    """
     step = first
     while True:
         rng = np.random.default_rng((recipe.seed, 1, step))
@@ -104,13 +107,13 @@ def vision_batches(recipe: Recipe, first: int):
 
 
 def draw(rng: np.random.Generator, choices):
-    """One of `((value, odds), ...)`."""
+    """Draw a value from `((value, weight), ...)`."""
     odds = np.array([odds for _, odds in choices])
     return choices[rng.choice(len(choices), p=odds / odds.sum())][0]
 
 
 def question_batches(recipe: Recipe, tokenizer, first: int):
-    """Stage 2: clips of one shape, with several packs of questions, as a dict of tensors, for ever."""
+    """Yield the batches of stage 2 endlessly: clips of one shape with several packs of questions, as a dict of tensors."""
     ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
     step = first
     while True:
@@ -148,14 +151,16 @@ def question_batches(recipe: Recipe, tokenizer, first: int):
         step += 1
 
 
-ROW = 64  # tokens of a row of questions, unless one alone is longer
+ROW = 64  # tokens in a row of questions; longer if a single question needs more
 
 
 def packed(prompts: list[list[Question]], ids, start: int) -> dict[str, torch.Tensor]:
-    """Return the questions and answers of each prompt in rows, several in a row where they fit: int64 `[prompts, rows, L]` each.
+    """Pack each prompt's questions and answers into rows, several in a row if they fit.
 
-    `tokens`; `place`, positions that begin anew at `start` for every question; `segment`, the question's number from 1, -1 where
-    there is none; `target`, the answer's tokens where they are to be predicted, else -100.
+    Returns:
+        Tensors int64 `[prompts, rows, L]`: `tokens`; `place`, positions that restart at `start` for every question; `segment`, the
+        number of the question from 1, or -1 for padding; `target`, the answer's tokens at the places that predict them, otherwise
+        -100.
     """
     after = ids(AFTER_QUESTION)
     filled = []
@@ -171,7 +176,7 @@ def packed(prompts: list[list[Question]], ids, start: int) -> dict[str, torch.Te
             )
             longest = max(longest, n)
         filled.append(parts)
-    longest = -(-longest // 16) * 16  # few different lengths: matrix kernels are made anew for every shape
+    longest = -(-longest // 16) * 16  # few different lengths, because matrix kernels are compiled for every shape
     made = [_in_rows(parts, longest) for parts in filled]
     rows = max(map(len, made))
 
@@ -187,7 +192,7 @@ def packed(prompts: list[list[Question]], ids, start: int) -> dict[str, torch.Te
 
 
 def _in_rows(parts: list[tuple], longest: int) -> list[list[tuple]]:
-    """Return the parts in rows of at most `longest` tokens: the longest part first, each into the first row with room."""
+    """Bin-pack the parts into rows of at most `longest` tokens: longest part first, each into the first row with room."""
     rows = []
     room = []
     for part in sorted(parts, key=lambda part: -len(part[0])):

@@ -1,4 +1,4 @@
-"""The demo model before it has learned anything: its architecture, its tokenizer, its first weights. Imported by `train`."""
+"""The untrained demo model: its architecture, tokenizer and initial weights. Imported by `train`."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -29,7 +29,7 @@ VOCABULARY = 1024
 
 
 def build_config():
-    """Return the exact Qwen2.5-VL architecture with tiny numbers."""
+    """Return the exact Qwen2.5-VL architecture with tiny dimensions."""
     from transformers import Qwen2_5_VLConfig
 
     return Qwen2_5_VLConfig(
@@ -49,14 +49,14 @@ def build_config():
 
 
 def shapes_texts() -> Iterator[str]:
-    """Questions and answers about shapes, to train the tokenizer on."""
+    """Yield questions and answers about shapes, to train the tokenizer on."""
     for seed in range(1500):
         for q in ask_all(make_clip("train", seed), np.random.default_rng(seed), 20):
             yield from (q.question, q.answer)
 
 
 def build_tokenizer(texts: Iterable[str] | None = None):
-    """A byte-level BPE with Qwen's special tokens and pre-tokeniser, trained on the questions themselves, or on other `texts`."""
+    """Return a byte-level BPE with Qwen's special tokens and pre-tokeniser, trained on the questions or on `texts`."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
 
@@ -90,7 +90,7 @@ def build_tokenizer(texts: Iterable[str] | None = None):
 
 
 def init_weights(model: nn.Module, generator: torch.Generator) -> None:
-    """std 1/sqrt(fan in); what is added to the residual stream starts at half of that."""
+    """Draw weights with std 1/sqrt(fan in), halved for layers that add to the residual stream."""
     for name, p in model.named_parameters():
         if p.ndim == 1:
             p.data.fill_(1.0 if "norm" in name or "ln_q" in name else 0.0)

@@ -1,10 +1,10 @@
-"""Procedural clips: coloured shapes and digits that move, appear, vanish and flash before a cluttered, perhaps moving background.
+"""Procedural clips: shapes and digits that move, appear, vanish and flash on a cluttered, perhaps moving background.
 
-A clip is a function of (split, seed, frame size, length) alone, in continuous time, so it can be drawn at any frame rate.
+A clip is a function of (split, seed, frame size, length) only, in continuous time, so it can be drawn at any frame rate.
 
-Each feature shows one weakness of a pruning method. Things of one or two merge units, digits of ten pixels and colours close to
-each other need detail, flashes and arrivals time, counts and places space. Clutter misleads methods that keep what stands out, a
-panning background those that keep what changes, noise those that reuse only what stays the same to the bit.
+Each feature exposes one weakness of a pruning method. Things of one or two merge units, digits of ten pixels and similar colours
+need detail; flashes and arrivals need time; counts and places need space. Clutter misleads methods that keep whatever stands out, a
+panning background misleads methods that keep whatever changes, and noise misleads methods that reuse only identical pixels.
 """
 
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ COLOURS = {
     "purple": (155, 50, 200), "orange": (245, 140, 25), "cyan": (50, 215, 225), "white": (245, 245, 245),
 }  # fmt: skip
 SIZES = {"small": (6, 8), "large": (10, 13)}
-DIGITS = {"small": 5, "large": 7}  # half their height
+DIGITS = {"small": 5, "large": 7}  # half of their height
 MOTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-# Where the seeds of each purpose live: the split is part of the seed, so they cannot meet.
-# Portrait is a family of its own, upright frames whose camera always pans, and is never tuned on.
+# First part of the seed, different for every split, so no two splits share a clip.
+# "portrait" is a separate family of upright frames with a panning camera. Nothing is tuned on it.
 SPLITS = {"train": 0, "validation": 1, "heldout": 2, "samples": 3, "portrait": 4}
-# What is asked about, with odds: frames of height x width merge units (28 pixels) and lengths in grids of a second. The last
-# two of each were never trained on.
+# Frames (height x width in merge units of 28 pixels) and lengths (in grids of a second) of evaluation clips, with odds. The last
+# two entries of both lists are never used in training.
 FRAMES = (((8, 12), 0.55), ((6, 8), 0.25), ((8, 10), 0.1), ((10, 14), 0.1))
 LENGTHS = ((4, 0.3), (6, 0.4), (8, 0.15), (7, 0.075), (10, 0.075))
 
 
 class Moving:
-    """A thing of either world: at (x, y) pixels at time 0, it moves `speed` pixels a second to the side that `motion` names."""
+    """A thing of either world. It starts at (x, y) and moves at `speed` pixels per second in the direction `motion`."""
 
     def centre(self, t: float) -> tuple[float, float]:
         dx, dy = MOTIONS[self.motion]
@@ -37,7 +37,7 @@ class Moving:
 
 
 def event_of(start: float, end: float, seconds: float) -> str:
-    """Say what happens in a clip to a thing that is there in [start, end): stays, appears, vanishes or flashes."""
+    """Return what happens in a clip to a thing present in [start, end): it stays, appears, vanishes or flashes."""
     comes = start > 0
     goes = end < seconds
     if comes and goes:
@@ -49,13 +49,13 @@ def event_of(start: float, end: float, seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Thing(Moving):
-    """A shape or a digit: centre (x, y) in pixels at time 0, velocity in pixels a second, on screen in [start, end)."""
+    """A shape or a digit: centre (x, y) in pixels at time 0, speed in pixels per second, on screen in [start, end)."""
 
-    kind: str  # a name of SHAPES, or the digit itself
+    kind: str  # a name from SHAPES, or the digit itself
     colour: str
     rgb: tuple[int, int, int]
     size: str  # small or large
-    radius: int  # of a digit: half its height
+    radius: int  # half the height, for a digit
     x: float
     y: float
     motion: str
@@ -75,7 +75,7 @@ class Thing(Moving):
         return self.start <= t < self.end
 
     def box(self, seconds: float) -> tuple[float, float, float, float]:
-        """Return x0, y0, x1, y1 of all that it ever covers."""
+        """Return the bounding box x0, y0, x1, y1 of the whole path."""
         (xa, ya), (xb, yb) = self.centre(0), self.centre(seconds)
         r = self.radius
         return min(xa, xb) - r, min(ya, yb) - r, max(xa, xb) + r, max(ya, yb) + r
@@ -86,7 +86,7 @@ class Thing(Moving):
 
 @dataclass(frozen=True)
 class Clip:
-    """A scene of `seconds` on a frame of height x width pixels; `seed` also makes its background and its noise."""
+    """A scene of `seconds` on a frame of height x width pixels. `seed` also determines background and noise."""
 
     seed: tuple[int, ...]
     height: int
@@ -94,8 +94,8 @@ class Clip:
     seconds: float
     things: tuple[Thing, ...]
     noise: float
-    pan: tuple[float, float] = (0.0, 0.0)  # of the camera, in pixels a second; things keep their places on the frame
-    clutter: float = 0.0  # grey blots and strokes on each million pixels of background
+    pan: tuple[float, float] = (0.0, 0.0)  # of the camera, in pixels per second; things keep their places on the frame
+    clutter: float = 0.0  # grey blots and strokes per million pixels of background
 
     @property
     def shapes(self) -> tuple[Thing, ...]:
@@ -103,7 +103,7 @@ class Clip:
 
 
 def setting(split: str, seed: int) -> tuple[int, int, int]:
-    """Draw (height, width, grids) of a clip: pixels, and seconds as well as grids."""
+    """Draw height and width in pixels and the number of grids, each of one second."""
     rng = np.random.default_rng((7, SPLITS[split], seed))
     height, width = FRAMES[rng.choice(len(FRAMES), p=[odds for _, odds in FRAMES])][0]
     grids = LENGTHS[rng.choice(len(LENGTHS), p=[odds for _, odds in LENGTHS])][0]
@@ -120,9 +120,10 @@ def make_clip(
     seconds: float | None = None,
     grids: int | None = None,
 ) -> Clip:
-    """Make the clip number `seed` of a split; splits never share a clip. Size (pixels) and length are by default drawn from it.
+    """Make clip number `seed` of a split; splits never share a clip.
 
-    One of `grids` (two sampled frames) lasts `seconds` / `grids`, which bounds how short a flash is.
+    Size (pixels) and length are drawn from the seed unless given. A grid (two sampled frames) lasts `seconds` / `grids`, which is a
+    lower bound for flashes.
     """
     drawn = setting(split, seed)
     height = height or drawn[0]
@@ -136,7 +137,7 @@ def make_clip(
     most = 6
     if height * width < 30_000:
         most = 4
-    # Some clips are full of arrivals or of departures, so that "which comes first?" can be asked often enough.
+    # Some clips have many arrivals or many departures, so that "which comes first?" can be asked often enough.
     plots = (0.35, 0.22, 0.22, 0.21), (0.1, 0.8, 0.05, 0.05), (0.1, 0.05, 0.8, 0.05)
     fates = plots[rng.choice(3, p=[0.6, 0.2, 0.2])]
     names = set()
@@ -162,7 +163,7 @@ def make_clip(
 
 
 def place(things: list[Thing], rng, kind, colour, height, width, seconds, step, fates) -> None:
-    """Add a thing whose path stays on the frame and clear of the others, if one is found in 30 tries."""
+    """Add a thing whose path stays on the frame and clear of other things, unless 30 attempts fail."""
     digit = kind.isdigit()
     size = "small" if rng.random() < 0.5 else "large"
     radius = DIGITS[size]
@@ -172,7 +173,7 @@ def place(things: list[Thing], rng, kind, colour, height, width, seconds, step, 
     start, end = 0.0, float("inf")
     event = rng.choice(["stays", "appears", "vanishes", "flashes"], p=fates)
     if seconds / step >= 3:
-        # A flash takes two or three of the sampled frames, which are half a grid apart; never the first or the last.
+        # A flash covers two or three of the sampled frames, which are half a grid apart, and never the first or the last one.
         if event == "flashes":
             length = float(rng.uniform(1.05, 1.45)) * step
             start = float(rng.uniform(0.3 * step, seconds - 0.3 * step - length))

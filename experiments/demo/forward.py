@@ -1,7 +1,7 @@
 """The vision tower's forward pass, rewritten for training on a CPU; same weights, same output as the Hugging Face class.
 
-All clips of a batch share one frame size, so windows batch into a few reshapes instead of a loop, and attention is spelled
-out, because the backward pass of the fused kernel is slow on CPUs.
+All clips of a batch share one frame size, so windows are batched by a few reshapes instead of a loop. Attention is written out,
+because the backward pass of the fused kernel is slow on CPUs.
 """
 
 from functools import lru_cache
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 @lru_cache(maxsize=32)
 def window_buckets(height: int, width: int, side: int = 4) -> list[torch.Tensor]:
-    """Windows of a grid of height x width units by their number of units: int64 `[windows, units]` of raster indices."""
+    """Return the windows of a grid of height x width units, grouped by size: int64 `[windows, units]` of raster indices."""
     index = torch.arange(height * width).view(height, width)
     windows = [
         index[y : y + side, x : x + side].flatten() for y in range(0, height, side) for x in range(0, width, side)
@@ -30,20 +30,22 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias
-    with torch.autocast("cpu", enabled=False):  # sums in float32 inside; autocast would make float32 copies
+    with torch.autocast("cpu", enabled=False):  # softmax sums in float32 internally; autocast would make float32 copies
         weights = scores.softmax(-1)
     return weights.to(v.dtype) @ v
 
 
 def tower(visual, patches: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the vision tower on G grids of height x width units.
+    """Run the vision tower on G grids of height x width units.
 
     Args:
         visual: `model.model.visual`.
-        patches: `[G * height * width * 4, 1176]`, Hugging Face's order.
+        patches: `[G * height * width * 4, 1176]` in Hugging Face's order.
+        height: units in a column.
+        width: units in a row.
 
     Returns:
-        Merged features `[G, units, D]` and the last layer's patches `[G, units, 4 * hidden]`, raster order.
+        Merged features `[G, units, D]` and the last layer's patches `[G, units, 4 * hidden]`, both in raster order.
     """
     units = height * width
     x = F.linear(patches, visual.patch_embed.proj.weight.flatten(1)).float()  # the residual stream stays in float32
@@ -54,7 +56,7 @@ def tower(visual, patches: torch.Tensor, height: int, width: int) -> tuple[torch
     where = torch.stack(
         [(y.flatten()[:, None] * 2 + inner[0]).flatten(), (xs.flatten()[:, None] * 2 + inner[1]).flatten()]
     )
-    # Rows in the order of their windows, so that a window is a slice.
+    # Rows in window order, so that a window is a slice.
     buckets = window_buckets(height, width)
     order = torch.cat([b.flatten() for b in buckets])
     x = x.view(grids, units, 4, -1)[:, order].flatten(1, 2)

@@ -1,6 +1,6 @@
-"""Ask questions for training alone: each asks for one step of what a harder type needs at once.
+"""Questions used only in training. Each asks for one step of a harder question type.
 
-Where one thing is comes before how two lie to each other, and when something happens before what happens first. Imported by
+The position of one thing comes before the relation of two, and the time of an event before the order of events. Imported by
 `experiments.demo.batches` and `experiments.demo.build`; not run by itself.
 """
 
@@ -77,5 +77,5 @@ LESSONS = {
 
 
 def ask_all(clip: Clip, rng: np.random.Generator, count: int) -> list[Question]:
-    """As `ask`, with the lessons among the questions."""
+    """Ask questions like `ask`, including lessons."""
     return ask(clip, rng, count, MAKERS | LESSONS, WEIGHTS | {"when": 1.5})

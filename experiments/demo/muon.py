@@ -1,23 +1,23 @@
-"""Muon in float32, matrices of one shape at a time: PyTorch's is in bfloat16, ten times slower on a CPU without products in it."""
+"""Muon in float32, batched by matrix shape. PyTorch's Muon uses bfloat16, ten times slower on CPUs without bfloat16 matmul."""
 
 from collections import defaultdict
 from collections.abc import Callable
 
 import torch
 
-COEFFICIENTS = 3.4445, -4.7750, 2.0315  # as in PyTorch: steep at zero, singular values end between 0.5 and 1.5
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # as in PyTorch: steep at zero, so that singular values end between 0.5 and 1.5
 ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """`torch.optim.Muon(..., adjust_lr_fn="match_rms_adamw")`; groups hold matrices only (Jordan, 2024; Liu et al., 2502.16982)."""
+    """`torch.optim.Muon(..., adjust_lr_fn="match_rms_adamw")` for matrices only (Jordan, 2024; Liu et al., 2502.16982)."""
 
     def __init__(self, groups: list[dict], momentum: float, weight_decay: float):
         super().__init__(groups, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Updates every matrix that has a gradient; `closure` is not called."""
+        """Update every matrix that has a gradient. `closure` is not called."""
         for group in self.param_groups:
             alike = defaultdict(list)
             for p in group["params"]:
@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
 
     def _smoothed(self, p: torch.Tensor, momentum: float) -> torch.Tensor:
-        """Nesterov's mean of the gradients of `p`."""
+        """Return the Nesterov momentum of the gradients of `p`."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices `[N, rows, columns]` with their singular values brought near 1, by five Newton-Schulz iterations."""
+    """Bring the singular values of matrices `[N, rows, columns]` close to 1, with five Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT.contiguous() if tall else matrices

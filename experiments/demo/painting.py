@@ -1,4 +1,4 @@
-"""What both worlds draw with: outlines, characters, the blending of sprites, noise, and video files, the same each time."""
+"""Drawing tools for both worlds, all deterministic: outlines, characters, sprites, noise and video files."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -25,7 +25,7 @@ CHARACTERS = "".join(_DOTS)
 
 @lru_cache(maxsize=1024)
 def glyph_mask(character: str, height: int) -> np.ndarray:
-    """Coverage in [0, 1] of each pixel of a character: float32 `[height, round(height * 5 / 7)]`."""
+    """Return a character's coverage per pixel, in [0, 1]: float32 `[height, round(height * 5 / 7)]`."""
     rows = [int(row, 16) for row in _DOTS[character].split()]
     dots = np.array([[row >> (4 - i) & 1 for i in range(5)] for row in rows], np.float32)
     width = round(height * 5 / 7)
@@ -35,9 +35,9 @@ def glyph_mask(character: str, height: int) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def outline_mask(outline: str, radius: int, bar: float = 0.34, hole: float = 0.5) -> np.ndarray:
-    """Coverage in [0, 1] of each pixel of a `2 * radius` square, from 4x4 points a pixel: float32.
+    """Return the coverage per pixel, in [0, 1], of a `2 * radius` square, sampled at 4x4 points per pixel: float32.
 
-    Shares of the radius: `bar` is half the thickness of a cross, `hole` the inner radius of a ring.
+    `bar` (half the thickness of a cross) and `hole` (the inner radius of a ring) are shares of the radius.
     """
     n = 8 * radius
     axis = (np.arange(n) + 0.5) / (n / 2) - 1
@@ -59,7 +59,7 @@ def outline_mask(outline: str, radius: int, bar: float = 0.34, hole: float = 0.5
 
 
 def blend(canvas: np.ndarray, colours, cover: np.ndarray, left: int, top: int) -> tuple[tuple, tuple]:
-    """Draws a sprite whose corner lies at (left, top), where it meets the canvas; returns the area in each."""
+    """Draw a sprite with its corner at (left, top), cropped to the canvas. Returns the drawn area in canvas and sprite."""
     x0, y0 = max(left, 0), max(top, 0)
     x1 = max(x0, min(left + cover.shape[1], canvas.shape[1]))
     y1 = max(y0, min(top + cover.shape[0], canvas.shape[0]))
@@ -78,7 +78,7 @@ def _white_noise() -> np.ndarray:
 
 
 def add_noise(rng: np.random.Generator, canvas: np.ndarray, deviation: float, out: np.ndarray) -> None:
-    """Writes the canvas with the noise of a sensor, a piece of a bank from anywhere, as uint8 into `out`."""
+    """Add sensor noise to the canvas and write it as uint8 into `out`. The noise is a random piece of a bank."""
     bank = _white_noise()
     pixels = canvas.size
     start = 0
@@ -88,7 +88,7 @@ def add_noise(rng: np.random.Generator, canvas: np.ndarray, deviation: float, ou
     out[:] = np.clip(canvas + np.float32(deviation) * grain, 0, 255)
 
 
-LOSSLESS = 0  # a rate factor of x264: every pixel as it was drawn
+LOSSLESS = 0  # x264 rate factor that keeps every pixel exactly
 
 
 def write_frames(
@@ -101,15 +101,19 @@ def write_frames(
     preset: str = "medium",
     tag: str = DEMO_TAG,
 ) -> None:
-    """Encodes uint8 frames `[height, width, 3]` as a video of this `size` (height and width, even), tagged as a comment.
+    """Encode uint8 frames `[height, width, 3]` as a video, with `tag` as its comment.
 
-    `crf`: the codec's constant rate factor; with `LOSSLESS` x264 keeps red, green and blue to the bit.
+    Args:
+        size: height and width, both even.
+        crf: constant rate factor. With `LOSSLESS`, x264 keeps red, green and blue exactly.
+        tag: comment in the file.
 
-    Raises OSError: the file cannot be written.
+    Raises:
+        OSError: the file cannot be written.
     """
     import av
 
-    # Macroblock trees differ from run to run on some processors; without them a clip is always the same file.
+    # Macroblock trees differ from run to run on some processors. Without them, a clip always gives the same file.
     of_codec = {"crf": str(crf), "preset": preset, "x264-params": "mbtree=0"}
     of_file = {}
     pix_fmt = "yuv420p"
@@ -124,7 +128,7 @@ def write_frames(
         stream = container.add_stream(codec, rate=fps, options=of_codec)
         stream.height, stream.width = size
         stream.pix_fmt = pix_fmt
-        stream.codec_context.thread_count = 1  # what comes out depends on their number
+        stream.codec_context.thread_count = 1  # the output depends on the number of threads
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

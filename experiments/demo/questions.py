@@ -1,4 +1,4 @@
-"""Questions about a clip of shapes whose answers follow from the scene, each asked only where it has one answer."""
+"""Questions about a clip of shapes. The answers follow from the scene, and only unambiguous questions are asked."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -10,28 +10,28 @@ import numpy as np
 
 from experiments.demo.clips import COLOURS, SHAPES, Clip, Thing
 
-# How often each type is asked, relative to the others: types that take longest to learn come up most.
+# Relative frequency per type. Types that take longest to learn are asked most often.
 WEIGHTS = {"relation": 3.0, "order": 5.0, "place": 2.0, "event": 1.5, "describe": 0.5}
-# What a question needs.
+# The ability that a question type needs.
 GROUPS = {
     "detail": ("digit", "digit_colour", "colour", "shape", "size"),
     "time": ("event", "which", "order", "count_end", "motion"),
     "space": ("relation", "place", "count"),
     "rest": ("exists", "describe"),
 }
-# All that one type asks about a clip: question, answer, and the things that the question is about.
+# Yields all questions of one type about a clip: question, answer, and the things they are about.
 Maker = Callable[[Clip, np.random.Generator], Iterable[tuple]]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a clip of either world; with `options` one of them is the answer."""
+    """A question about a clip of either world. If there are `options`, the answer is one of them."""
 
     type: str
     question: str
     answer: str
     options: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()  # of shapes: its needs, flash, camera; of scenes: the clip's family, then finer ones
+    groups: tuple[str, ...] = ()  # shapes: its needs, flash, camera; scenes: the clip's family, then finer groups
 
 
 def ask(
@@ -41,7 +41,12 @@ def ask(
     makers: Mapping[str, Maker] | None = None,
     weights: Mapping[str, float] = WEIGHTS,
 ) -> list[Question]:
-    """Ask up to `count` different questions, drawn by weight, 1 where a type is missing. `makers`: by default MAKERS."""
+    """Ask up to `count` different questions about a clip.
+
+    Args:
+        makers: question types, by default MAKERS.
+        weights: relative frequency of the types; 1 for a missing type.
+    """
     if makers is None:
         makers = MAKERS
     pool = [(t, f) for t, make in makers.items() for f in make(clip, rng)]
@@ -69,7 +74,7 @@ def pick(rng, *phrases):
 
 
 def refer(clip: Clip, thing: Thing, rng) -> str:
-    """Name a thing as it alone can be named: `circle`, `red shape`, `red circle` or `digit`."""
+    """Return an unambiguous name of a thing: `circle`, `red shape`, `red circle` or `digit`."""
     if thing.is_digit:
         return "digit"
     names = [thing.name]
@@ -81,7 +86,7 @@ def refer(clip: Clip, thing: Thing, rng) -> str:
 
 
 def _only(clip: Clip, part: str) -> list[Thing]:
-    """Return the shapes whose kind, or colour, no other shape has."""
+    """Return the shapes that do not share their kind, or colour, with another shape."""
     counts = Counter(getattr(t, part) for t in clip.shapes)
     return [t for t in clip.shapes if counts[getattr(t, part)] == 1]
 
@@ -91,7 +96,7 @@ def _digits(clip: Clip) -> list[Thing]:
 
 
 def _each(things: Callable[[Clip], Iterable[Thing]], part: str, *phrases: str, called=refer) -> Maker:
-    """One question about each of these things: its answer is an attribute, its text a phrase with a name of the thing."""
+    """Make questions about these things: the text is a phrase with the thing's name, the answer one of its attributes."""
 
     def make(clip, rng):
         for t in things(clip):
@@ -119,7 +124,7 @@ def _count(clip, rng):
 
 
 def _count_end(clip, rng):
-    # Something that goes shortly before the end may or may not be seen, so such clips raise no question.
+    # A thing that vanishes shortly before the end may not be sampled any more, so such clips get no question.
     if not any(0 < clip.seconds - t.end < clip.seconds * 0.12 for t in clip.shapes):
         seen = sum(t.visible(clip.seconds * (1 - 1e-6)) for t in clip.shapes)
         yield pick(rng, "How many shapes are there at the end?", "How many shapes are left at the end?"), str(seen)
@@ -132,7 +137,7 @@ def _event(clip, rng):
         for t in clip.things
         for x in [refer(clip, t, rng)]
     ]
-    # Most things stay. They are asked about less often, so that "stays" is not the best guess.
+    # Most things stay. Asking about them less often keeps "stays" from being the best guess.
     return [m for m in made if m[1] != "stays" or rng.random() < 0.5]
 
 
@@ -193,7 +198,7 @@ def _exists(clip, rng):
     if names and rng.random() < 0.5:
         name = pick(rng, *sorted(names))
         answer = "yes"
-    else:  # a shape and a colour that are there, but not together, where there are enough
+    else:  # a present shape and a present colour that do not occur together, if there are enough
         kinds = list(SHAPES)
         if rng.random() < 0.7:
             kinds = sorted({t.kind for t in clip.shapes})
@@ -209,7 +214,7 @@ def _exists(clip, rng):
 
 
 def _describe(clip, rng):
-    """Describe the clip in full sentences, things from left to right."""
+    """Describe the clip in full sentences, with things from left to right."""
     said = []
     for t in sorted(clip.things, key=lambda t: t.centre(max(t.start, 0.0))[0]):
         event = t.event(clip.seconds)

@@ -1,10 +1,10 @@
 """Render the clips in `samples/` and their questions: `python -m experiments.demo.samples samples`.
 
-They come from seeds of their own (split "samples"). They were chosen for their variety, and so that the demo model answers their
-questions with nothing pruned and by default; what it says about them is no measurement.
+The clips have their own seeds (split "samples"). They were chosen for variety, and so that the demo model answers their questions
+correctly unpruned and with the defaults; its answers about them are no measurement.
 
 The clip of the second world, in `samples/scenes/`, has no questions. It was chosen by its frames and its overlay, for things that
-move at different times before a camera that stands still.
+move at different times in front of a static camera.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from experiments.demo.scenes.clip import Clip
 from experiments.demo.scenes.compose import SPLITS, compose
 from experiments.demo.worlds import SCENES
 
-# name: seed, height, width, seconds, codec, types of the questions and what each must hold
+# name: seed, height, width, seconds, codec, question types and the words that each question must contain
 CLIPS = {
     "square.mp4": (
         198,
@@ -69,7 +69,7 @@ SCENE_CLIPS = {"crossing.mp4": (2719, 8, 12, 6)}  # name: seed, height and width
 
 
 def render(folder: Path) -> None:
-    """Writes the clips and `questions.jsonl` into `folder`."""
+    """Write the clips and `questions.jsonl` into `folder`."""
     (folder / "scenes").mkdir(parents=True, exist_ok=True)
     for name, (seed, *_, codec, _) in CLIPS.items():
         write_video(drawn(name, seed), folder / name, codec=codec, crf=23)
@@ -91,13 +91,13 @@ def questions() -> list[dict[str, str]]:
 
 
 def drawn(name: str, seed: int) -> Shapes:
-    """Return the clip that a seed draws for a file in `samples/`."""
+    """Return the clip drawn by a seed for a file in `samples/`."""
     _, height, width, seconds, *_ = CLIPS[name]
     return make_clip("samples", seed, height, width, float(seconds), seconds)
 
 
 def scene(name: str) -> Clip:
-    """Return the clip of a file in `samples/scenes/`, a frame pair a second."""
+    """Return the clip for a file in `samples/scenes/`, with one frame pair per second."""
     seed, height, width, seconds = SCENE_CLIPS[name]
     return compose((SPLITS["samples"], seed), height, width, seconds, float(seconds))
 

@@ -1,4 +1,4 @@
-"""Training data of the second world: endless seeded batches of clips with labels and with questions. Imported by `train_scenes`."""
+"""Training data of the second world: endless seeded batches of clips with labels and questions. Imported by `train_scenes`."""
 
 from dataclasses import dataclass
 
@@ -28,32 +28,32 @@ VIDEO = 7
 
 @dataclass(frozen=True)
 class ScenesRecipe:
-    """Everything that decides the outcome, together with the code. Steps of the second stage are counted from its start."""
+    """Training settings. Together with the code, they determine the result. Steps of stage 2 are counted from its start."""
 
     seed: int = 0
-    reader: str = ""  # folder of a finished model whose language model this one starts with; empty: a new one
-    processes: int = 4  # each with batches of its own
+    reader: str = ""  # folder of a finished model whose language model is the starting point; empty: a new one
+    processes: int = 4  # each with its own batches
     vision_steps: int = 1600
-    match_steps: int = 400  # of the merger alone towards the visual tokens of `reader`, if there is one
+    match_steps: int = 400  # training only the merger towards the visual tokens of `reader`, if there is one
     steps: int = 7000
-    open_steps: int = 600  # on questions without options about small pictures, the tower frozen
-    still_steps: int = 1200  # on small pictures alone
+    open_steps: int = 600  # on questions without options about small pictures, with the tower frozen
+    still_steps: int = 1200  # on small pictures only
     small_steps: int = 5600  # without the largest frames and lengths
-    vision_units: int = 768  # a batch of the first stage
-    units: int = 768  # a batch of the second stage, about
-    tower_rate: float = 0.4  # of the learning rate, for the merger in the second stage; the rest of the tower is frozen
-    thawed: float = 0.5  # of that, for the whole tower afterwards
-    thaw_steps: int = 300  # until it has risen to that
-    reader_rate: float = 0.4  # of the learning rate, for a language model that was trained before
+    vision_units: int = 768  # units in a batch of the first stage
+    units: int = 768  # approximate number of units in a batch of the second stage
+    tower_rate: float = 0.4  # learning rate factor of the merger in the second stage; the rest of the tower is frozen
+    thawed: float = 0.5  # factor on top of `tower_rate`, for the whole tower afterwards
+    thaw_steps: int = 300  # steps until the rate reaches that
+    reader_rate: float = 0.4  # learning rate factor of a language model that was trained before
     labels: float = 0.3  # weight of the auxiliary loss in the second stage
-    lessons: float = 0.4  # share of the questions of the second stage that are lessons, once not all are open
+    lessons: float = 0.4  # share of lessons among the questions of the second stage, once some have options
     muon_lr: float = 3e-3
     adam_lr: float = 1.5e-3
     warmup: int = 100
-    decay: float = 0.4  # the last part of each stage, along a cosine
+    decay: float = 0.4  # share of a stage with cosine decay
 
 
-# (height, width) in units, and how often.
+# ((height, width) in units, weight).
 TINY = (((4, 6), 4.0), ((6, 4), 1.0), ((4, 4), 0.7), ((5, 7), 1.5))
 SMALL = (*TINY, ((6, 8), 2.0))
 STILLS = (
@@ -62,18 +62,22 @@ STILLS = (
     ((12, 8), 0.5),
     ((9, 16), 0.8),
     ((12, 18), 0.4),
-)  # as well, while videos are still small
+)  # additional sizes of pictures, while videos are still small
 LARGE = (((4, 6), 1.0), ((5, 7), 1.0), ((6, 8), 2.0), ((8, 12), 3.0), ((12, 8), 0.6), ((9, 16), 0.8), ((12, 18), 0.4))
 PAIRS = ((1, 1.5), (2, 0.5), (3, 0.7), (4, 2.0), (6, 1.5), (8, 1.5), (12, 0.6), (16, 0.3))
 MOST = 1200  # units of one clip
-PACES = (1.0, 1.0, 1.0, 0.5, 0.8, 1.25, 2.0)  # seconds a frame pair
-UNITS_PER_QUESTION = 6  # what the text of a question costs, about
+PACES = (1.0, 1.0, 1.0, 0.5, 0.8, 1.25, 2.0)  # seconds per frame pair
+UNITS_PER_QUESTION = 6  # approximate cost of a question's text, in units
 NEVER_OPEN = ("extreme", "there", "missing")
-OFFSET = 16_000  # largest number of positions that a prompt's inputs are moved by
+OFFSET = 16_000  # largest offset added to the positions of a prompt's inputs
 
 
 def drawn(clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Frames, one in five times as a video codec leaves them, and the labels of patches, of units, and of units over time."""
+    """Draw a clip, and after a video codec one time in five.
+
+    Returns:
+        The frames, the labels of patches and units (`dense_labels`), and the labels of units over time (`story_labels`).
+    """
     times = even_times(0.0, clip.seconds, 2 * clip.pairs)
     frames, maps = render_with_map(clip, times)
     if rng.random() < 0.2:
@@ -82,13 +86,14 @@ def drawn(clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
 
 
 def vision_batches(recipe: ScenesRecipe, first: int, rank: int = 0):
-    """Stage 1: crowded frame pairs, `(frames uint8 [2 * G, H, W, 3], labels of patches, of units, (height, width))` for ever.
+    """Yield the batches of stage 1 endlessly: crowded frame pairs.
 
-    Every second batch is of clips of two frame pairs, in which things and the camera move.
+    Each batch is `(frames uint8 [2 * G, H, W, 3], labels of patches, labels of units, (height, width))`. Every second batch has
+    clips of two frame pairs, with moving things and cameras.
     """
     step = first
     while True:
-        rng = np.random.default_rng((recipe.seed, 1, step))  # of the shape, the same in all processes
+        rng = np.random.default_rng((recipe.seed, 1, step))  # for the shape, the same in all processes
         sizes = SMALL
         if step >= recipe.vision_steps * 0.8:
             sizes = (*SMALL, ((8, 12), 3.0))
@@ -109,11 +114,14 @@ def _key(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def question_batches(recipe: ScenesRecipe, tokenizer, first: int, rank: int = 0):
-    """Stage 2: prompts of one shape, each with one or two clips and several questions, as a dict of tensors, for ever."""
+    """Yield the batches of stage 2 endlessly, as dicts of tensors.
+
+    All prompts of a batch have one shape, with one or two clips and several questions each.
+    """
     ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
     step = first
     while True:
-        rng = np.random.default_rng((recipe.seed, 2, step))  # of the shape, the same in all processes
+        rng = np.random.default_rng((recipe.seed, 2, step))  # for the shape, the same in all processes
         height, width, pairs = _shape(recipe, step, rng)
         pace = 1.0
         if pairs > 1:
@@ -164,7 +172,7 @@ def question_batches(recipe: ScenesRecipe, tokenizer, first: int, rank: int = 0)
 
 
 def _shape(recipe: ScenesRecipe, step: int, rng: np.random.Generator) -> tuple[int, int, int]:
-    """Draw height and width in units, and frame pairs."""
+    """Draw height and width in units, and the number of frame pairs."""
     if step < recipe.still_steps:
         return *draw(rng, TINY), 1
     while True:
@@ -182,7 +190,7 @@ def _shape(recipe: ScenesRecipe, step: int, rng: np.random.Generator) -> tuple[i
 
 
 def _questions(units: int, plain: bool) -> int:
-    """Return how many questions a prompt has: more where what is shared costs more than they do, and where they are short."""
+    """Return the number of questions per prompt: more if the shared clips cost more than they do, or if questions are short."""
     if not plain and units < 60:
         return 8
     if not plain and units < 200:
@@ -193,9 +201,14 @@ def _questions(units: int, plain: bool) -> int:
 def _asked(
     clips: list[Clip], noun: str, rng: np.random.Generator, count: int, plain: bool, taught: float
 ) -> list[Question]:
-    """Ask about the clips of one prompt: text and answer as the model gets them, in the order in which they are packed.
+    """Ask about the clips of one prompt. Texts and answers are as the model gets them, in packing order.
 
-    `plain`: without options. `taught`: the share of lessons.
+    Args:
+        clips: one or two clips.
+        noun: the word for a clip in questions about two of them.
+        count: number of questions.
+        plain: whether to ask without options.
+        taught: share of lessons.
     """
     questions = []
     for number, clip in enumerate(clips):
@@ -217,7 +230,7 @@ def _asked(
 def _prefix(
     ids, grid, pace: float, inputs: int, pad: int, rng: np.random.Generator
 ) -> tuple[list[int], torch.Tensor, int]:
-    """Return the ids of all before a question, their positions, and the position after them."""
+    """Return the ids before a question, their positions, and the position that follows."""
     before = ids(BEFORE_VIDEO)
     n = int(np.prod(grid))
     prefix = before[:-1]
@@ -227,13 +240,13 @@ def _prefix(
         videos.append((len(prefix), video_positions(grid, pace, 2)))
         prefix = [*prefix, *[pad] * n, *ids("<|vision_end|>")]
     where = prompt_positions(len(prefix), videos)
-    if rng.random() < 0.3:  # as in a long stream, of which this is the end
+    if rng.random() < 0.3:  # simulates the end of a long stream
         where[:, len(before) - 1 :] += int(rng.integers(OFFSET))
     return prefix, where, int(where.max()) + 1
 
 
 def _numbered_groups(asked: list[list[Question]]) -> torch.Tensor:
-    """Say which groups each question counts in, by its number `64 * prompt + segment`: bool `[64 * (prompts + 1), groups]`."""
+    """Return the groups per question, indexed by its number `64 * prompt + segment`: bool `[64 * (prompts + 1), groups]`."""
     member = torch.zeros(64 * (len(asked) + 1), len(GROUPS), dtype=torch.bool)
     for row, questions in enumerate(asked):
         for segment, q in enumerate(questions, 1):

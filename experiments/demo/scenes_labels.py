@@ -1,4 +1,4 @@
-"""What each patch and unit of a clip of scenes shows: labels for the auxiliary head. Imported by `scenes_batches`."""
+"""Labels for the auxiliary head: the content of patches and units in a clip of scenes. Imported by `scenes_batches`."""
 
 from collections.abc import Sequence
 
@@ -16,8 +16,8 @@ NOTHING = len(LOOKS)
 BLANK = len(CHARACTERS)
 PATCH = 14
 SLOT = 7
-# What has become of a unit since the frame pair before: its thing is still there, has come by one of MOTIONS, is new or changed;
-# or the thing that it showed is gone, or has moved away; or it shows no thing, now and before.
+# Change of a unit since the previous frame pair. Its thing is still there, arrived by one of MOTIONS, is new or has changed; or the
+# thing it showed has disappeared or moved away; or the unit shows no thing, now and before.
 STILL = 0
 CAME = 1
 NEW = 5
@@ -26,8 +26,8 @@ GONE = 7
 LEFT = 8
 EMPTY = 9
 STORY_WEIGHT = torch.tensor([0.2, 1, 1, 1, 1, 1, 1, 1, 1, 0.05])
-# Of a patch: outline of the thing at its middle, texture, colour, the characters in its left and right half, and where the thing
-# goes from one frame of the pair to the next. Of a unit: whether the middle of a thing lies in it.
+# Labels of a patch: outline of the thing at its centre, texture, colour, the characters in its left and right half, and the motion
+# of the thing between the two frames of the pair. Label of a unit: whether the centre of a thing lies in it.
 PATCH_CLASSES = {
     "outline": NOTHING + 1, "texture": len(TEXTURES), "colour": len(COLOURS), "left": BLANK + 1, "right": BLANK + 1,
     "motion": 1 + len(MOTIONS),
@@ -36,13 +36,14 @@ ROWS = COLUMNS = 24
 
 
 def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels of each patch and unit of each frame pair, in Hugging Face's order, IGNORED where there is none.
+    """Return the labels of patches and units in Hugging Face's order, with IGNORED for no label.
 
     Args:
-        times: two a frame pair. maps: what each pixel shows, `[len(times), height, width]`.
+        times: two for each frame pair.
+        maps: the thing that each pixel shows, `[len(times), height, width]`.
 
     Returns:
-        int64 `[pairs, units, 4, 6]` of patches and `[pairs, units]` of units.
+        int64 `[pairs, units, 4, 6]` for patches and `[pairs, units]` for units.
     """
     pairs = len(times) // 2
     height = clip.height // PATCH
@@ -71,11 +72,14 @@ def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[
 
 
 def story_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> np.ndarray:
-    """What has become of each unit since the frame pair before, int64 `[pairs, units]`, IGNORED in the first; as `dense_labels`."""
+    """Return how each unit changed since the previous frame pair, int64 `[pairs, units]`; IGNORED in the first pair.
+
+    Arguments as in `dense_labels`.
+    """
     pairs = len(times) // 2
     height = clip.height // 28
     width = clip.width // 28
-    # The thing at the middle of a unit's patches, of the last of them that shows one.
+    # The thing that a unit shows: the highest number among the centres of its patches, so things win over the background.
     shown = maps[::2, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].reshape(pairs, height, 2, width, 2).astype(np.int64)
     shown = shown.transpose(0, 1, 3, 2, 4).reshape(pairs, height * width, 4).max(-1)
     labels = np.full((pairs, height * width), IGNORED)
@@ -112,9 +116,9 @@ def _looks(thing, t: float) -> tuple[int, int, int]:
 
 
 def _motion(clip: Clip, thing, t: float, then: float, least: float = 2.0) -> int:
-    """Return where it goes on the frame, the camera's motion included: 0 if by less than half of `least` pixels, else by MOTIONS.
+    """Return the label of the motion of a thing on the frame from time `t` to `then`, including camera motion.
 
-    IGNORED if it is unclear.
+    0 means a motion below half of `least` pixels, IGNORED an unclear one, and 1 + i the direction i of MOTIONS.
     """
     dx, dy = (b - a for a, b in zip(_on_frame(clip, thing, t), _on_frame(clip, thing, then), strict=True))
     far, less = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
@@ -132,7 +136,7 @@ def _on_frame(clip: Clip, thing, t: float, dx: float = 0.0) -> tuple[float, floa
 
 
 def _write(slots: np.ndarray, clip: Clip, number: int, t: float, seen: np.ndarray) -> None:
-    """Sets the label of each slot in which the middle of a character lies that is to be seen."""
+    """Label each slot that contains the centre of a visible character."""
     thing = clip.things[number]
     text = thing.after if thing.is_sign and t >= thing.turn else thing.text
     for at, character in enumerate(text):
@@ -142,7 +146,7 @@ def _write(slots: np.ndarray, clip: Clip, number: int, t: float, seen: np.ndarra
 
 
 class Head(nn.Module):
-    """Reads the labels off the tower's last layer, row and column of each unit besides. Thrown away after training."""
+    """Predict each unit's labels, row and column from the tower's last layer. Discarded after training."""
 
     def __init__(self, hidden: int, text_hidden: int):
         super().__init__()
@@ -151,7 +155,15 @@ class Head(nn.Module):
         self.story = nn.Linear(text_hidden, len(STORY_WEIGHT))
 
     def forward(self, flat: torch.Tensor, patches: torch.Tensor, units: torch.Tensor, height: int, width: int):
-        """Return loss, and for the log how often it is right; flat `[G, units, 4 * hidden]`, labels of `dense_labels`."""
+        """Return the loss, and accuracies for the log.
+
+        Args:
+            flat: states of the last layer, `[G, units, 4 * hidden]`.
+            patches: patch labels of `dense_labels`.
+            units: unit labels of `dense_labels`.
+            height: units in a column.
+            width: units in a row.
+        """
         outs = self.patch(flat.unflatten(-1, (4, -1))).float().split(list(PATCH_CLASSES.values()), -1)
         middle, row, column = self.unit(flat).float().split([2, ROWS, COLUMNS], -1)
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -180,7 +192,7 @@ class Head(nn.Module):
         return loss, right
 
     def told(self, states: torch.Tensor, story: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        """As `forward`, for the language model's states of visual tokens, `[..., D]`, and labels of `story_labels`, `[...]`."""
+        """Return the same for visual tokens inside the language model: states `[..., D]`, labels of `story_labels` `[...]`."""
         if not (story != IGNORED).any():
             return states.new_zeros(()), {}
         out = self.story(F.rms_norm(states, states.shape[-1:])).float()

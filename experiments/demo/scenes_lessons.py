@@ -1,6 +1,6 @@
-"""Questions about scenes for training alone: each asks for one step of what a harder type needs at once.
+"""Questions about scenes used only in training. Each asks for one step of a harder question type.
 
-Where one thing lies comes before which lies furthest to the left, when something happens before what happens first. Imported by
+The position of one thing comes before "furthest to the left", and the time of an event before "which happens first". Imported by
 `scenes_batches`.
 """
 
@@ -16,7 +16,7 @@ VERBS = {"appears": "appear", "vanishes": "vanish", "flashes": "flash"}
 
 
 def _cells(clip, rng):
-    """Return the row and the column of a thing, in units."""
+    """Ask for the row or the column of a thing, in units."""
     drafts = []
     for when, t in times_asked(clip).items():
         for thing, x, y in placed(clip, t):
@@ -28,7 +28,7 @@ def _cells(clip, rng):
 
 
 def _beside(clip, rng):
-    """Return how two things that lie still lie to each other."""
+    """Ask about the relative position of two things that do not move."""
     if clip.camera.travels or not clip.is_uncut:
         return []
     lie = [t for t in clip.things if not t.speed]
@@ -44,7 +44,7 @@ def _beside(clip, rng):
 
 
 def _lists(clip, rng):
-    """Everything, or all of one look, from left to right."""
+    """Ask to list everything, or all things with one attribute, from left to right."""
     if clip.camera.travels or not clip.is_uncut:
         return []
     lie = sorted((t for t in clip.things if not t.speed and not t.after), key=lambda t: t.x)
@@ -87,7 +87,7 @@ HAPPENING = {"when": QuestionType(_when, "lesson", 1.5)}
 
 
 def lessons(clip: Clip, share: float, of: dict[str, QuestionType]) -> dict[str, QuestionType]:
-    """Return the lessons that fit a clip, so weighted that they are about this share of the questions beside those of `of`."""
+    """Return the lessons that fit a clip, weighted to make up about `share` of the questions together with `of`."""
     fitting = LOOKING if clip.is_still else LOOKING | HAPPENING
     weight = sum(kind.weight for kind in of.values()) * share / (1 - share) / sum(k.weight for k in fitting.values())
     return {key: QuestionType(kind.make, kind.group, kind.weight * weight) for key, kind in fitting.items()}

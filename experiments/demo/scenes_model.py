@@ -1,4 +1,4 @@
-"""The model of the second world before training: architecture, tokenizer, first weights. Imported by `train_scenes`."""
+"""The untrained model of the second world: architecture, tokenizer, initial weights. Imported by `train_scenes`."""
 
 from collections.abc import Iterator
 
@@ -14,13 +14,13 @@ from experiments.demo.scenes.compose import make_clip
 from experiments.demo.scenes.happening import types_for
 
 HIDDEN = 128
-# Channels of the residual stream that are large in all rows, as a few are in every trained vision tower, and how large. They are
-# a bias of the first layer, because Qwen's patch embedding has none.
+# Residual-stream channels with large values in all rows, as every trained vision tower has a few, and their values. They are a bias
+# of the first layer, because Qwen's patch embedding has no bias.
 LARGE = {5: 9.0, 37: -14.0, 90: 7.0}
 
 
 def scenes_config():
-    """Return the exact Qwen2.5-VL architecture: like the real tower, it first sees a whole frame a quarter of the way in."""
+    """Return the exact Qwen2.5-VL architecture. As in the real tower, the first full attention is a quarter of the way in."""
     from transformers import Qwen2_5_VLConfig
 
     return Qwen2_5_VLConfig(
@@ -41,21 +41,21 @@ def scenes_config():
 
 @torch.no_grad()
 def keep_large(visual) -> None:
-    """Sets the large channels to their values, whatever an optimizer made of them."""
+    """Reset the large channels to their values after an optimizer step."""
     bias = visual.blocks[0].mlp.down_proj.bias
     for channel, value in LARGE.items():
         bias[channel] = value
 
 
 def prompt(question: Question) -> str:
-    """Return the text that the model gets: that of `evoprune eval`, options as lines with letters."""
+    """Return the text of a question as the model gets it: the same as in `evoprune eval`, with lettered options."""
     return Row("", (), (), question.question, options=question.options).prompt
 
 
 def scenes_tokenizer(clips: int = 1200):
-    """As that of shapes, trained on the questions of so many clips of scenes.
+    """Return a tokenizer as for shapes, trained on the questions about `clips` clips of scenes.
 
-    What signs say is left out, so they are read letter by letter.
+    The texts of signs are left out, so the model reads signs letter by letter.
     """
 
     def texts() -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""The language model's forward pass for training on a CPU: many questions behind each prompt; Hugging Face's logits.
+"""The language model's forward pass for training on a CPU: many questions share a prompt; same logits as Hugging Face.
 
-A prompt is read once, and each row of questions reads the prompt and itself. That spares most of the attention of one long sequence
-in which questions do not see each other.
+A prompt is read once, and each row of questions attends to the prompt and to itself. This avoids most of the attention of one long
+sequence with masked-out questions.
 """
 
 from dataclasses import dataclass
@@ -10,33 +10,33 @@ import torch
 
 from experiments.demo.forward import attend, rotate
 
-CHUNK = 256  # queries of a prompt at a time, so that most of what causal attention bars is not computed
+CHUNK = 256  # queries of a prompt per step, so that most of the causally masked scores are never computed
 BARRED = -1e4
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Prompts, tokens of a prompt, rows behind each, tokens of a row; and how a layer's attention is cut into heads."""
+    """Sizes of a batch: prompts, tokens per prompt, rows per prompt, tokens per row; and the heads of attention."""
 
     prompts: int
     length: int
     rows: int
     tokens: int
-    heads: int  # of keys and values
-    groups: int  # of queries a head of keys
+    heads: int  # heads of keys and values
+    groups: int  # query heads per key head
     dim: int
 
     @property
     def before(self) -> int:
-        """Tokens of all prompts, which come first in a flat list."""
+        """Total number of prompt tokens, which come first in a flat list."""
         return self.prompts * self.length
 
     def of_prompts(self, x: torch.Tensor) -> torch.Tensor:
-        """Keys or values of the prompts from a flat list: `[prompts, heads, length, dim]`."""
+        """Return keys or values of the prompts from a flat list: `[prompts, heads, length, dim]`."""
         return x[: self.before].view(self.prompts, self.length, self.heads, self.dim).transpose(1, 2)
 
     def of_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """Keys or values of the rows from a flat list: `[prompts, rows, heads, tokens, dim]`."""
+        """Return keys or values of the rows from a flat list: `[prompts, rows, heads, tokens, dim]`."""
         return x[self.before :].view(self.prompts, self.rows, self.tokens, self.heads, self.dim).transpose(2, 3)
 
 
@@ -49,17 +49,19 @@ def hidden_of_rows(
     own: torch.Tensor,
     section: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the language model on prompts, each followed by rows that read the prompt and themselves, but not each other.
+    """Run the language model on prompts followed by rows. A row attends to its prompt and itself, not to other rows.
 
     Args:
         text: `model.model.language_model`.
-        prefix: embeddings of the prompts, `[B, P, D]`. where: their positions, int64 `[3, P]`, M-RoPE.
-        rows: embeddings of what follows, `[B, S, Q, D]`. place: their positions, int64 `[B, S, Q]`, the same on all axes.
-        own: which tokens of its row a token reads, bool `[B, S, Q, Q]`.
+        prefix: embeddings of the prompts, `[B, P, D]`.
+        where: M-RoPE positions of the prompts, int64 `[3, P]`.
+        rows: embeddings of the rows, `[B, S, Q, D]`.
+        place: positions of the rows, int64 `[B, S, Q]`, the same on all axes.
+        own: attention mask within a row, bool `[B, S, Q, Q]`.
         section: `mrope_section` of the configuration.
 
     Returns:
-        Normalised hidden states of the rows, `[B, S, Q, D]`; and the states of the prompts after half of the layers, `[B, P, D]`.
+        Normalised hidden states of the rows, `[B, S, Q, D]`, and the states of the prompts after half of the layers, `[B, P, D]`.
     """
     att = text.layers[0].self_attn
     groups = att.num_key_value_groups
@@ -77,7 +79,7 @@ def hidden_of_rows(
         att = layer.self_attn
         k = rotate(att.k_proj(h).unflatten(-1, (-1, dim)), cos, sin)
         v = att.v_proj(h).unflatten(-1, (-1, dim))
-        if layer is text.layers[-1]:  # nothing reads what the prompts become
+        if layer is text.layers[-1]:  # the prompts' outputs are not needed
             x, h, cos, sin = (t[shape.before :] for t in (x, h, cos, sin))
         q = rotate(att.q_proj(h).unflatten(-1, (-1, dim)), cos, sin)
         read = _of_rows(q[-shape.prompts * shape.rows * shape.tokens :], k, v, bias, shape)
@@ -91,7 +93,7 @@ def hidden_of_rows(
 def _angles(
     inv_freq: torch.Tensor, prompts: int, where: torch.Tensor, place: torch.Tensor, section: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of each token's rotary angles, in the flat order: `[tokens, 1, dim]` each."""
+    """Return cosine and sine of the tokens' rotary angles, in flat order: `[tokens, 1, dim]` each."""
     freqs = where[..., None] * inv_freq
     freqs = torch.cat([part[i % 3] for i, part in enumerate(freqs.split(section, dim=-1))], dim=-1)
     freqs = torch.cat([freqs.repeat(prompts, 1), (place[..., None] * inv_freq).flatten(0, 2)])
@@ -99,7 +101,7 @@ def _angles(
 
 
 def _of_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """What the prompts' queries `[prompts * length, heads * groups, dim]` read, each of what comes before it, heads joined."""
+    """Return causal attention of the prompts' queries `[prompts * length, heads * groups, dim]`, with heads joined."""
     k = shape.of_prompts(k)
     v = shape.of_prompts(v)
     length = shape.length
@@ -114,7 +116,7 @@ def _of_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape)
 
 
 def _of_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Return what the rows' queries `[prompts * rows * tokens, heads * groups, dim]` read of prompt and row, heads joined."""
+    """Return attention of the rows' queries `[prompts * rows * tokens, heads * groups, dim]` to prompt and row, heads joined."""
     keys, values = (
         torch.cat([shape.of_prompts(t)[:, None].expand(-1, shape.rows, -1, -1, -1), shape.of_rows(t)], 3)
         for t in (k, v)

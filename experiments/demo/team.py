@@ -1,6 +1,7 @@
-"""Processes that train one model together: each learns from batches of its own, all from the mean of their gradients.
+"""Data-parallel training: each process computes gradients on its own batches, and all apply the mean gradient.
 
-On a CPU two processes of one thread are faster than one of two, because most operations of a small model are too small to share.
+On a CPU, two processes with one thread each are faster than one with two threads, because most operations of a small model are too
+small to parallelise.
 """
 
 import tempfile
@@ -14,14 +15,14 @@ from torch import multiprocessing
 
 
 class Team:
-    """The processes of a run, seen from one of them; `rank` 0 writes log and checkpoints."""
+    """The processes of a run, seen from one of them. Rank 0 writes log and checkpoints."""
 
     def __init__(self, rank: int, size: int):
         self.rank = rank
         self.size = size
 
     def average(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Replaces each tensor by its mean over all processes, which must hold the same shapes."""
+        """Replace each tensor by its mean over all processes, which must pass the same shapes."""
         if self.size == 1:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -31,7 +32,7 @@ class Team:
             tensor.copy_(part.view_as(tensor))
 
     def complete(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Gives a gradient of zeros to each parameter that has none here, but has one in another process."""
+        """Set a zero gradient for parameters that have a gradient only in other processes."""
         if self.size == 1:
             return
         has = [p.grad is not None for p in parameters]
@@ -42,7 +43,7 @@ class Team:
                 p.grad = torch.zeros_like(p)
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is set in any process, the same answer in all."""
+        """Return True, in all processes, if the flag is set in any of them."""
         if self.size == 1:
             return flag
         votes = torch.tensor(float(flag), dtype=torch.float32, device="cpu")
@@ -51,7 +52,7 @@ class Team:
 
 
 def run_team(work: Callable[..., None], size: int, *args) -> None:
-    """Runs `work(team, *args)` in `size` processes of one thread each, in this one if that is all."""
+    """Run `work(team, *args)` in `size` processes of one thread each; in this process if `size` is 1."""
     if size == 1:
         torch.set_num_threads(1)
         work(Team(0, 1), *args)
@@ -62,7 +63,7 @@ def run_team(work: Callable[..., None], size: int, *args) -> None:
 
 def _member(rank: int, size: int, meet: Path, work: Callable[..., None], args: tuple) -> None:
     torch.set_num_threads(1)
-    # A run may be stopped for hours and go on, so nobody gives up waiting.
+    # A run may be paused for hours and continued, so the timeout is long.
     dist.init_process_group("gloo", f"file://{meet}", timedelta(days=7), world_size=size, rank=rank)
     try:
         work(Team(rank, size), *args)

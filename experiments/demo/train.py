@@ -1,10 +1,10 @@
 """Train the bundled demo model from scratch on procedural clips: `python -m experiments.demo.train OUT`.
 
-Two stages. First the vision tower alone learns to name what its merge units see on crowded single grids. Then the tower is frozen,
-so that the language model's input does not change, and the language model learns to answer questions, many packed behind each
-clip: at first about short clips, in the end on frames as large as those of the evaluation.
+Training has two stages. First the vision tower learns, on its own, to name the content of its merge units on crowded single grids.
+Then the tower is frozen, so that the language model's input does not change, and the language model learns to answer questions,
+many of them per clip: first about short clips, finally on frames as large as in the evaluation.
 
-Training is seeded. It writes a checkpoint every few minutes and resumes from it when run again. `OUT/log.jsonl` holds the curve. At
+Training is seeded. It writes a checkpoint every few minutes and resumes from it when run again. `OUT/log.jsonl` holds the curve. In
 the end OUT has the layout of a model on the hub.
 """
 
@@ -35,16 +35,16 @@ from experiments.demo.training import (
 
 
 class Head(nn.Module):
-    """The auxiliary head: what and where, read off every merge unit. Thrown away after training."""
+    """The auxiliary head, which predicts content and position for every merge unit. Discarded after training."""
 
     def __init__(self, features: int):
         super().__init__()
         self.sizes = [*ATTRIBUTES.values(), ROWS, COLUMNS]
-        self.sizes[0] += 1  # nothing here
+        self.sizes[0] += 1  # one class for nothing here
         self.linear = nn.Linear(features, sum(self.sizes))
 
     def forward(self, flat: torch.Tensor, labels: torch.Tensor, height: int, width: int):
-        """Return loss and, for the log, the accuracy of each attribute; flat `[G, units, F]`, labels `[G, units, A]`."""
+        """Return the loss and, for the log, the accuracy per attribute; flat `[G, units, F]`, labels `[G, units, A]`."""
         outs = self.linear(flat).float().split(self.sizes, -1)
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places = [p.flatten().expand(flat.shape[:2]) for p in (y, x)]
@@ -70,13 +70,13 @@ class Head(nn.Module):
 
 @torch.no_grad()
 def look(visual, batch: dict) -> torch.Tensor:
-    """Return what the frozen tower sees of a batch of clips: `[G, units, 4 * hidden]`, before the merger's projection."""
+    """Return the frozen tower's output for a batch of clips: `[G, units, 4 * hidden]`, before the merger's projection."""
     _, height, width = batch["grid"]
     return tower(visual, patchify(batch["frames"]), height, width)[1]
 
 
 def train(folder: Path, recipe: Recipe) -> None:
-    """Both stages, from the checkpoint in `folder` if there is one."""
+    """Run both stages, from the checkpoint in `folder` if there is one."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     run = Run(folder, recipe)
@@ -98,7 +98,7 @@ def train(folder: Path, recipe: Recipe) -> None:
 
 
 def train_stage(run: Run, stage: int, model, head: Head, tokenizer, state: dict | None) -> None:
-    """One stage, from `state` if there is a checkpoint of it."""
+    """Run one stage, from `state` if there is a checkpoint of it."""
     recipe = run.recipe
     visual = model.model.visual
     if stage == 1:
@@ -114,7 +114,7 @@ def train_stage(run: Run, stage: int, model, head: Head, tokenizer, state: dict 
 
 
 def vision_step(visual, head: Head, batch: tuple, learn: Learn, log: Log) -> None:
-    """One step of stage 1."""
+    """Train one step of stage 1."""
     frames, labels, (height, width) = batch
     with half_precision():
         _, flat = tower(visual, patchify(frames), height, width)
@@ -126,7 +126,7 @@ def vision_step(visual, head: Head, batch: tuple, learn: Learn, log: Log) -> Non
 
 
 def question_steps(model, batch: dict, learn: Learn, log: Log) -> None:
-    """The steps of stage 2 on one batch, one for each pack of questions."""
+    """Train the steps of stage 2 on one batch, one step per pack of questions."""
     with half_precision():
         flat = look(model.model.visual, batch)
     for pack in batch["packs"]:

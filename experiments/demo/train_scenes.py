@@ -1,20 +1,22 @@
 """Train the model of the second world from scratch on a CPU: `python -m experiments.demo.train_scenes OUT`.
 
-Two stages. First the tower alone names what each patch shows, characters of signs included. Then it answers questions with the
-language model, many packed behind each clip: at first without options, about small pictures, and with the tower frozen, because the
-gradients of an untrained language model undo what the tower knows. After that the tower goes on learning, so that its attention
-comes to mean something; short and small videos join in, and in the end frames as large as those of the evaluation. Two of five
-questions are lessons (`scenes_lessons`), because hard questions asked alone stayed at chance for thousands of steps. So did most
-time, until the tower had to name motion, and the language model what has become of each unit since the frame pair before.
+Training has two stages. First the tower alone learns to name the content of each patch, including the characters of signs. Then it
+answers questions with the language model, many of them per clip: at first without options, about small pictures, and with the tower
+frozen, because the gradients of an untrained language model destroy what the tower has learned. After that the tower keeps
+learning, so that its attention becomes meaningful. Short and small videos are added, and finally frames as large as in the
+evaluation. Two of five questions are lessons (`scenes_lessons`), because hard questions alone stayed at chance for thousands of
+steps. Most questions about time stayed at chance too, until the tower had to name motion, and the language model the change of each
+unit since the previous frame pair.
 
-With `--reader` the language model is that of a trained model. Between the stages the merger alone then learns to make that model's
-visual tokens, because answers teach the merger of a new tower slowly.
+With `--reader` the language model comes from a trained model. The merger alone is then trained between the stages to produce that
+model's visual tokens, because answers train the merger of a new tower only slowly.
 
-A question with options is answered with the text of an option. Its letter was tried: after thousands of questions the answers were
-as good as drawn, with the letters taught from text alone first or not, and with a head that judges each option or not.
+A question with options is answered with the text of an option. Answering with its letter was tried: after thousands of questions
+the answers were still random, with or without teaching the letters from text first, and with or without a head that scores each
+option.
 
-Training is seeded. It writes a checkpoint with the optimizers' state every few minutes and goes on from it when it is run again,
-so it can be run in phases (`--minutes`). `OUT/log.jsonl` holds the curve. At the end OUT has the layout of a model on the hub.
+Training is seeded. It writes a checkpoint with the optimizers' state every few minutes and resumes from it when run again, so it
+can be run in phases (`--minutes`). `OUT/log.jsonl` holds the curve. In the end OUT has the layout of a model on the hub.
 """
 
 import argparse
@@ -45,12 +47,12 @@ from experiments.demo.training import (
     run_stage,
 )
 
-SIZE = 16 * 24, 32  # units a frame and frames that the finished model takes at most
-MATCH = "match"  # the stage between 1 and 2 in which the merger learns
+SIZE = 16 * 24, 32  # limits of the finished model: units per frame, and frames
+MATCH = "match"  # the stage between 1 and 2 that trains the merger
 
 
 def build(folder: Path, recipe: ScenesRecipe):
-    """Return the model, the auxiliary head and the tokenizer before training. The tokenizer is that in `folder` if there is one."""
+    """Return the untrained model, auxiliary head and tokenizer. An existing tokenizer in `folder` is reused."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     seed = recipe.seed
@@ -71,14 +73,14 @@ def build(folder: Path, recipe: ScenesRecipe):
 
 
 def trained(folder: str):
-    """Return the trained model in `folder`, without its output layer, in float32."""
+    """Return the trained model in `folder` in float32, without its output layer."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).model
 
 
 def train(team: Team, folder: Path, recipe: ScenesRecipe, minutes: float) -> None:
-    """All stages, from the checkpoint in `folder` if there is one; stops after `minutes` with a checkpoint."""
+    """Run all stages, from the checkpoint in `folder` if there is one. Stops after `minutes` with a checkpoint."""
     run = Run(folder, recipe)
     end = time.monotonic() + 60 * minutes
     model, head, tokenizer = build(folder, recipe)
@@ -99,7 +101,7 @@ def train(team: Team, folder: Path, recipe: ScenesRecipe, minutes: float) -> Non
 def train_stage(
     team: Team, run: Run, stage: int | str, model, head: Head, tokenizer, state: dict | None, end: float
 ) -> bool:
-    """One stage, from `state` if it is a checkpoint of this stage; whether it is finished."""
+    """Run one stage, from `state` if it is a checkpoint of this stage. Returns True if the stage is finished."""
     recipe = run.recipe
     visual = model.model.visual
     steps = {1: recipe.vision_steps, MATCH: recipe.match_steps, 2: recipe.steps}[stage]
@@ -118,7 +120,7 @@ def train_stage(
     first = resumed(opts, state)
     if stage == 2:
         batches = in_worker(question_batches, recipe, tokenizer, first, team.rank)
-    else:  # the merger goes on with the batches of the first stage
+    else:  # the merger continues with the batches of the first stage
         start = first + (recipe.vision_steps if stage == MATCH else 0)
         batches = in_worker(vision_batches, recipe, start, team.rank)
 
@@ -133,20 +135,20 @@ def train_stage(
         keep_large(visual)
 
     def share(step: int, module: int) -> float:
-        return tower_share(step, recipe) if stage == 2 and module < 2 else 1.0  # of tower and head
+        return tower_share(step, recipe) if stage == 2 and module < 2 else 1.0  # for tower and head
 
     return run_stage(run, stage, range(first, steps), (model, head), opts, one_step, team, end, share)
 
 
 def tower_share(step: int, recipe: ScenesRecipe) -> float:
-    """Of `tower_rate`, at a step of the second stage: all for the merger at first, then little, so that nothing is forgotten."""
+    """Return the factor of `tower_rate` at a step of stage 2: first 1, for the merger only, then small, to prevent forgetting."""
     if step < recipe.open_steps:
         return 1.0
     return recipe.thawed * min(1.0, (step - recipe.open_steps + 1) / recipe.thaw_steps)
 
 
 def vision_step(model, head: Head, batch: tuple, learn: Learn, log: Log) -> None:
-    """One step of stage 1."""
+    """Train one step of stage 1."""
     frames, patches, units, (height, width) = batch
     with half_precision():
         _, flat = tower(model.model.visual, patchify(frames), height, width)
@@ -158,7 +160,7 @@ def vision_step(model, head: Head, batch: tuple, learn: Learn, log: Log) -> None
 
 
 def match_step(visual, aim, batch: tuple, learn: Learn, log: Log) -> None:
-    """One step of the merger of `visual` towards the visual tokens of the tower `aim`."""
+    """Train the merger of `visual` for one step towards the visual tokens of the tower `aim`."""
     frames, _, _, (height, width) = batch
     patches = patchify(frames)
     with half_precision():
@@ -172,7 +174,7 @@ def match_step(visual, aim, batch: tuple, learn: Learn, log: Log) -> None:
 
 
 def question_step(model, head: Head, batch: dict, learn: Learn, log: Log, labels: float) -> None:
-    """One step of stage 2; `labels` is the weight of the auxiliary loss, and 0 freezes the tower."""
+    """Train one step of stage 2. `labels` is the weight of the auxiliary loss; 0 freezes the tower."""
     _, height, width = batch["grid"]
     with half_precision():
         with torch.set_grad_enabled(labels > 0):
@@ -206,7 +208,7 @@ def main() -> None:
     out = args.pop("out")
     minutes = args.pop("minutes")
     recipe = ScenesRecipe(**args)
-    build(out, recipe)  # the tokenizer, before several processes look for it
+    build(out, recipe)  # creates the tokenizer before several processes look for it
     run_team(train, recipe.processes, out, recipe, minutes)
 
 

@@ -1,4 +1,4 @@
-"""What the training of both worlds has in common: optimizers, checkpoints, the loss on answers, the files of a finished model."""
+"""Shared parts of both trainings: optimizers, checkpoints, the loss on answers, and the files of a finished model."""
 
 import json
 import math
@@ -20,28 +20,29 @@ from experiments.demo.team import Team
 
 LOG_EVERY = 30.0  # seconds
 SAVE_EVERY = 180.0
-Learn = Callable[[torch.Tensor], None]  # one step of all optimizers on a loss
+Learn = Callable[[torch.Tensor], None]  # steps all optimizers on a loss
 
-# Read by torch at its first operation; the default forgets shapes too soon.
+# Read by torch at its first operation. The default is too small, so kernels would be rebuilt.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 
 def half_precision() -> torch.autocast:
-    """Autocast to bfloat16, or nothing on a CPU that has no products in it: there it is several times slower than float32."""
+    """Autocast to bfloat16 on CPUs with bfloat16 matmul. Disabled elsewhere, where it is several times slower than float32."""
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[torch.Tensor, ...]:
-    """Return loss on the answers of one pack of questions.
+    """Return the loss on the answers of one pack of questions.
 
     Args:
         video: the merger's output, `[prompts, units of a prompt, D]`.
-        batch: `prefix`, ids `[P]` of what all prompts share; `slots`, which of them are visual, bool `[P]`; `where`, `[3, P]`.
+        batch: `prefix`, ids `[P]` shared by all prompts; `slots`, a mask of the visual ids, bool `[P]`; `where`, positions `[3,
+            P]`.
         pack: see `batches.packed`.
 
     Returns:
-        The loss; the numbers of the answers, `64 * prompt + segment`; whether every token of each is right, bool; and the states
-        of the visual tokens after half of the language model, `[prompts, units of a prompt, D]`.
+        The loss; the numbers of the answers, `64 * prompt + segment`; whether all tokens of an answer are right, bool; and the
+        states of the visual tokens after half of the language model, `[prompts, units of a prompt, D]`.
     """
     text = model.model.language_model
     prompts, _, longest = pack["tokens"].shape
@@ -57,7 +58,7 @@ def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[to
     logits = F.linear(hidden[held], text.embed_tokens.weight).float()
     target = pack["target"][held]
     each = F.cross_entropy(logits, target, reduction="none")
-    # One number an answer. Long answers count for more than short ones, but not in proportion to their length.
+    # One number per answer. Long answers weigh more than short ones, but not in proportion to their length.
     number = (torch.arange(prompts)[:, None, None] * 64 + pack["segment"])[held]
     numbers, answer = number.unique(return_inverse=True)
     length = torch.bincount(answer)
@@ -67,10 +68,12 @@ def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[to
 
 
 def optimizers(recipe, modules: list[nn.Module], share: Sequence[float] = ()) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices, AdamW for the rest; a group of parameters has its `peak` rate and its `module`'s place.
+    """Return Muon for hidden matrices and AdamW for all other parameters.
+
+    Each parameter group records its peak learning rate (`peak`) and the index of its module (`module`).
 
     Args:
-        share: of the learning rate, one for each module; 1 where it is missing.
+        share: factors of the learning rate, one per module; missing ones are 1.
     """
     made = []
     for matrix, rate in ((True, recipe.muon_lr), (False, recipe.adam_lr)):
@@ -92,7 +95,7 @@ def optimizers(recipe, modules: list[nn.Module], share: Sequence[float] = ()) ->
 
 
 def rate(step: int, steps: int, recipe) -> float:
-    """Warm-up, constant, then down a cosine to a fiftieth."""
+    """Return the learning rate factor of a step: warm-up, constant, then cosine decay to a fiftieth."""
     start = steps * (1 - recipe.decay)
     if step < start:
         return min(1.0, (step + 1) / recipe.warmup)
@@ -102,7 +105,7 @@ def rate(step: int, steps: int, recipe) -> float:
 def learn_from(
     loss: torch.Tensor, opts: list[torch.optim.Optimizer], parameters: list[nn.Parameter], team: Team
 ) -> None:
-    """One step of all optimizers, with the mean gradients of the `team`."""
+    """Step all optimizers, with the mean gradients of the `team`."""
     for optimizer in opts:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -115,7 +118,7 @@ def learn_from(
 
 
 class Run:
-    """One training run in a folder: checkpoints, log, clock."""
+    """A training run in a folder: checkpoints, log, clock."""
 
     def __init__(self, folder: Path, recipe):
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +158,7 @@ class Run:
 
 
 class Log:
-    """Means since the last line: of losses, and of shares of right answers."""
+    """Means of losses and accuracies since the last log line."""
 
     def __init__(self, run: Run, stage: int | str):
         self.run = run
@@ -172,7 +175,7 @@ class Log:
         self.sums[name] = old[0] + total, old[1] + count
 
     def write(self, step: int, last: bool = False) -> None:
-        """A line, if it is time for one; `step`: how many are done."""
+        """Write a line if it is time for one. `step` is the number of finished steps."""
         self.steps += 1
         passed = time.monotonic() - self.clock
         if passed < LOG_EVERY and not last:
@@ -183,7 +186,7 @@ class Log:
 
 
 def resumed(opts: list[torch.optim.Optimizer], state: dict | None) -> int:
-    """Give optimizers the state of a checkpoint, if there is one; return the next step."""
+    """Load the optimizers' state from a checkpoint, if there is one, and return the next step."""
     if state is None:
         return 0
     for optimizer, saved in zip(opts, state["optimizers"], strict=True):
@@ -202,13 +205,14 @@ def run_stage(
     end: float = math.inf,
     share: Callable[[int, int], float] = lambda step, module: 1.0,
 ) -> bool:
-    """Run the steps of a stage, with log and checkpoints; return whether it is finished.
+    """Run the steps of a stage, with log and checkpoints. Returns True if the stage is finished.
 
     Args:
         saved: modules whose weights are in the checkpoint.
         one_step: learns from the next batch.
-        end: when a run stops, with a checkpoint, on the clock `time.monotonic`.
-        share: of the learning rate, by the step and the number of the module in `optimizers`.
+        team: the processes of the run, by default only this one.
+        end: when to stop with a checkpoint, on the clock of `time.monotonic`.
+        share: learning rate factor, by step and module index in `optimizers`.
     """
     team = team or Team(0, 1)
     parameters = [p for optimizer in opts for group in optimizer.param_groups for p in group["params"]]
@@ -240,12 +244,12 @@ class _Stream(torch.utils.data.IterableDataset):
 
 
 def in_worker(make, *args) -> Iterator:
-    """Runs a batch generator in one worker process, a few batches in advance."""
+    """Run a batch generator in a worker process that prefetches a few batches."""
     return iter(torch.utils.data.DataLoader(_Stream(make, *args), batch_size=None, num_workers=1, prefetch_factor=4))
 
 
 def export(folder: Path, model, tokenizer, most: int = 10 * 14, frames: int = 24) -> None:
-    """Writes the model in the hub's file layout, weights in bfloat16; `most` units a frame, and this many frames."""
+    """Write the model in the hub's file layout with bfloat16 weights, limited to `most` units per frame and `frames` frames."""
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     limits = {"size": {"shortest_edge": 4 * 4 * 784, "longest_edge": most * 784}}

@@ -1,4 +1,4 @@
-"""Clips for training alone: crowded single grids, and the traces of a video codec. Imported by `experiments.demo.batches`."""
+"""Clips used only in training: crowded single grids, and codec artefacts. Imported by `experiments.demo.batches`."""
 
 from fractions import Fraction
 
@@ -8,7 +8,7 @@ from experiments.demo.clips import COLOURS, SHAPES, Clip, Thing, place
 
 
 def dense_grid(rng: np.random.Generator, height: int, width: int, count: int) -> Clip:
-    """Return a one-second scene crowded with up to `count` things, to teach the eyes before the words."""
+    """Return a one-second scene crowded with up to `count` things, to train the tower before the language model."""
     things: list[Thing] = []
     for _ in range(count):
         kind = str(rng.integers(10)) if rng.random() < 0.4 else str(rng.choice(SHAPES))
@@ -19,11 +19,12 @@ def dense_grid(rng: np.random.Generator, height: int, width: int, count: int) ->
 
 
 def through_codec(frames: np.ndarray, quality: int, gop: int = 12) -> np.ndarray:
-    """Return the frames as MPEG-4 leaves them: uint8 `[T, H, W, 3]`, sides even.
+    """Return the frames after MPEG-4 compression: uint8 `[T, H, W, 3]`, with even height and width.
 
     Args:
+        frames: uint8 `[T, H, W, 3]`.
         quality: 2 (fine) to 31 (coarse).
-        gop: frames from one key frame to the next.
+        gop: frames between keyframes.
     """
     import av
 

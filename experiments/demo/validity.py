@@ -1,8 +1,8 @@
-"""Measure how near a world ranks methods to their published figures: `python -m experiments.demo.validity -m FOLDER`.
+"""Measure how well a world reproduces the published ranking of methods: `python -m experiments.demo.validity -m FOLDER`.
 
-Methods of others are run alone on scenes: on pictures and on videos. The table sets what each keeps of
-the full accuracy beside what was published of it for Qwen2.5-VL (docs/methods.md). The mix of clips and questions is fixed by this
-table. No method of this project's own is run, so that it cannot be fixed in their favour.
+Runs only methods by others, on pictures and videos of scenes. The table compares the share of the full accuracy that each keeps
+with its published figure for Qwen2.5-VL (docs/methods.md). This table decides the mix of clips and questions. None of this
+project's own methods is run, so that the mix cannot be tuned in their favour.
 """
 
 import argparse
@@ -24,16 +24,16 @@ from experiments.demo.write import clips_asked, data_text, demo_videos
 PICTURE = "picture"
 VIDEO = "video"
 SIXTH = 1 / 6
-LONGEST = 12  # tokens of an answer: no answer about scenes is longer
-NEAR, ENOUGH, AGREED = 6.0, 8, 0.7  # percent of full; cells; rank correlation
+LONGEST = 12  # tokens of an answer; no answer about scenes is longer
+NEAR, ENOUGH, AGREED = 6.0, 8, 0.7  # points of accuracy kept; cells; rank correlation
 
 
 @dataclass(frozen=True)
 class Cell:
     """A published figure: percent of the full accuracy that a method keeps in a group at a budget.
 
-    `counted`: whether it is one of the twelve. `ranked`: whether it counts in the rank correlation of its group and budget.
-    `within`: a finer group alone.
+    `counted`: whether it is one of the twelve counted cells. `ranked`: whether it counts in the rank correlation of its group and
+    budget. `within`: restricts the questions to a finer group.
     """
 
     group: str
@@ -71,7 +71,10 @@ CELLS = (
 def kept(
     model: str, limit: int, seed: int, split: str, processes: int
 ) -> tuple[dict[Cell, float], list[str], list[dict]]:
-    """What each cell's method keeps, in percent of the full accuracy; a line on each group, in full and blind; and all answers."""
+    """Return what each cell's method keeps, in percent of the full accuracy.
+
+    Also returns a line about each group with its full and blind accuracy, and all answers.
+    """
     found = {}
     facts = []
     samples = []
@@ -80,7 +83,7 @@ def kept(
             for budget in dict.fromkeys(cell.budget for cell in CELLS if cell.group == group):
                 cells = [cell for cell in CELLS if (cell.group, cell.budget) == (group, budget)]
                 first = budget == next(cell.budget for cell in CELLS if cell.group == group)
-                settings = EvalSettings(  # on a CPU, which prunes clips as small as these inside the tower too
+                settings = EvalSettings(  # on the CPU, because only there evoprune prunes such small clips inside the tower
                     data_text(SCENES.name, split, seed), (budget,), tuple(dict.fromkeys(cell.method for cell in cells)),
                     blind=first, groups=(group,), limit=limit, model=ModelOptions(model, device="cpu", dtype="fp32"),
                     generation=GenerationOptions(max_new_tokens=LONGEST),
@@ -109,20 +112,20 @@ def _progress(what: str) -> None:
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
-    """Ranks from 1, the mean of their ranks for equal values."""
+    """Return ranks from 1; equal values get their mean rank."""
     array = np.asarray(values, float)
     return np.array([((array < v).sum() + (array <= v).sum() + 1) / 2 for v in array])
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's; not a number where one side is constant."""
+    """Return Spearman's rank correlation; NaN if one side is constant."""
     x, y = (r - r.mean() for r in (ranks(a), ranks(b)))
     scale = math.sqrt((x @ x) * (y @ y))
     return float(x @ y / scale) if scale else math.nan
 
 
 def table(found: dict[Cell, float], facts: list[str]) -> str:
-    """Return the cells, published beside ours, the rank correlations, and whether the world is near enough."""
+    """Return the cells, published and ours, the rank correlations, and whether the world is close enough."""
     rows = []
     for counted in (True, False):
         for cell in (cell for cell in CELLS if cell.counted == counted):

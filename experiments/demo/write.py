@@ -1,8 +1,8 @@
 """Write clips of a demo model's world, and questions about them: `python -m experiments.demo.write FOLDER --clips 60`.
 
-`evoprune eval --data FOLDER/questions.jsonl` asks them; clips of scenes are for `-m demo-scenes`. The clips go by split, block and
-number alone, and the same are the same file each time. Every pixel is as it was drawn. The figures in results/ are of compressed
-files (`--compressed`), whose rate factors go by the clip's number; `frontier.py` and others make these themselves.
+`evoprune eval --data FOLDER/questions.jsonl` asks them; clips of scenes are for `-m demo-scenes`. A clip is determined by split,
+block and number, and its file is the same every time. By default files are lossless. The figures in results/ use compressed files
+(`--compressed`), whose rate factors depend on the clip's number; `frontier.py` and others make them on their own.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from evoprune.errors import UsageError
 from experiments.demo.painting import LOSSLESS
 from experiments.demo.worlds import SHAPES, WORLDS
 
-BLOCK = 100_000  # seeds in one block; a block whose results were reported is not used again
+BLOCK = 100_000  # seeds in one block; a block with reported results is not used again
 
 
 @dataclass(frozen=True)
 class ClipName:
-    """Which clip of which world; as a text, its name in results."""
+    """A clip of a world. As a string, its name in results."""
 
     split: str
     seed: int
@@ -44,7 +44,8 @@ def seeds(block: int, limit: int) -> range:
 def clips_asked(world: str, split: str, block: int, limit: int, groups: Collection[str] = ()) -> list[ClipName]:
     """Return the first `limit` clips of a block that can have a question of one of the groups.
 
-    Raises UsageError: a split that the world does not have, or fewer clips in the block.
+    Raises:
+        UsageError: the world has no such split, or the block has fewer clips.
     """
     if split not in WORLDS[world].splits:
         raise UsageError(f"{world} has no split {split!r}", f"one of {', '.join(WORLDS[world].splits)}")
@@ -56,16 +57,18 @@ def clips_asked(world: str, split: str, block: int, limit: int, groups: Collecti
 
 
 def data_text(world: str, split: str, block: int) -> str:
-    """Return what the results of an evaluation call the clips."""
+    """Return the name of the clips in the results of an evaluation."""
     return f"{world} ({split}, block {block})"
 
 
 def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()) -> VideoQuestions:
-    """Writes a clip as a file in `folder`; returns it with its questions, those of `groups` where any are given.
+    """Write a clip as a file in `folder`, and return it with its questions, restricted to `groups` if given.
 
-    `crf`: x264's constant rate factor, 0 to keep every pixel; default: by the seed.
+    Args:
+        crf: x264's constant rate factor; 0 keeps every pixel, None takes it from the seed.
 
-    Raises UsageError: the file cannot be written.
+    Raises:
+        UsageError: the file cannot be written.
     """
     world = WORLDS[name.world]
     clip = world.make(name.split, name.seed)
@@ -82,9 +85,7 @@ def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Col
     )  # fmt: skip
     try:
         world.write(clip, path, crf)
-        os.utime(
-            path, (0, 0)
-        )  # the same file each time, so that a run that is resumed takes it for the one that it began with
+        os.utime(path, (0, 0))  # a fixed time, so that a resumed run recognises the file
     except OSError as problem:
         reason = problem.strerror or problem
         raise UsageError(
@@ -97,7 +98,7 @@ def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Col
 def demo_video(
     name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()
 ) -> Iterator[VideoQuestions]:
-    """As `write_clip`, but the file is removed at the end."""
+    """Write a clip like `write_clip`, and remove the file at the end."""
     video = write_clip(name, folder, crf, groups)
     try:
         yield video
@@ -107,13 +108,13 @@ def demo_video(
 
 @contextmanager
 def demo_videos(clips: Iterable[ClipName], groups: Collection[str] = ()) -> Iterator[list[VideoQuestions]]:
-    """Yield all of these clips that have questions, compressed, as files that are removed at the end."""
+    """Yield those clips that have questions, compressed, as files that are removed at the end."""
     with TemporaryDirectory(prefix="evoprune-clips-") as folder:
         yield [video for clip in clips if (video := write_clip(clip, Path(folder), groups=groups)).rows]
 
 
 def write(clips: Iterable[ClipName], folder: Path, crf: int | None = LOSSLESS, groups: Collection[str] = ()) -> Path:
-    """Writes clips and their `questions.jsonl`, whose path it returns; arguments and errors as of `write_clip`."""
+    """Write clips and their `questions.jsonl`, and return its path. Arguments and errors as in `write_clip`."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for clip in clips:

@@ -1,1 +1,1 @@
-"""Run tests in environments that the usual one cannot be."""
+"""Run tests in environments that differ from the usual one."""

@@ -1,4 +1,4 @@
-"""Make an environment for tests that the usual one cannot run, and run them there.
+"""Create an environment for tests that the usual one cannot run, and run them there.
 
     python -m experiments.environments NAME [--into DIR] [-- OPTIONS OF PYTEST]
 
@@ -6,14 +6,15 @@
 |---|---|
 | vllm | the plugin for vLLM, on a CPU |
 | serve | the server, with real clients |
-| ray | batches on Ray, also the slow ones |
+| ray | batches on Ray, including the slow tests |
 | lmms-eval | the model for lmms-eval, in lmms-eval |
-| processor | what transformers' processors make, which need torchvision |
+| processor | the output of transformers' processors, which need torchvision |
 | transformers | transformers' own tests on models that prune; `--source DIR` is a checkout, which is installed |
-| device | on a second device, which is not the CPU (tests/second_device) |
+| device | on a second device other than the CPU (tests/second_device) |
 | lowest | the default tests, with the lowest versions that pyproject.toml allows |
 
-torch is the version of the running environment: older builds are too large to try, and other packages would bring newer ones.
+torch has the same version as in the running environment: older builds are too large to try, and other packages would install newer
+ones.
 """
 
 import argparse
@@ -29,17 +30,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[2]
-OPERATORS = "plugins/vllm/evoprune_vllm/operators.py"  # makes PyPI's torchvision importable beside a torch for CPUs
+OPERATORS = "plugins/vllm/evoprune_vllm/operators.py"  # makes PyPI's torchvision importable with a CPU build of torch
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Arguments of the environment's Python; words in braces are filled in by `main`.
+    """Arguments for the environment's Python. `main` fills in the words in braces.
 
     Attributes:
         make: the steps that install what the tests need.
         test: runs the tests; options of pytest may follow.
-        block: a page, and a word of its `sh` block that is run before the steps, as it stands.
+        block: a page, and a word that identifies its `sh` block; the block runs verbatim before the steps.
     """
 
     make: tuple[str, ...]
@@ -57,7 +58,7 @@ RECIPES = {
         make=(
             "-m pip install -q -c constraints.txt .[test]",
             "-m pip install -q ./plugins/serve httpx openai llm selenium",
-            "-m pip install -q --no-deps axe-playwright-python",  # which has axe-core, the judge of how accessible the page is
+            "-m pip install -q --no-deps axe-playwright-python",  # includes axe-core, which checks the page's accessibility
         ),
         test="-m pytest -q -m '' tests/plugins/serve",
     ),
@@ -73,7 +74,7 @@ RECIPES = {
     "processor": Recipe(
         make=(
             "-m pip install -q -c constraints.txt -e .[test]",
-            "-m pip install -q --no-deps torchvision==0.28.0",  # that of torch 2.13; its own needs bring a torch for CUDA
+            "-m pip install -q --no-deps torchvision==0.28.0",  # for torch 2.13; its dependencies would install torch for CUDA
             OPERATORS,
         ),
         test="-m pytest -q -m '' tests/hf/test_processor.py",
@@ -103,7 +104,7 @@ RECIPES = {
 
 
 def run(python: Path | str, arguments: Sequence[str], check: bool = True) -> int:
-    """Runs Python in the checkout and returns its exit status; the output goes to this script's.
+    """Run Python in the checkout, with its output passed through, and return its exit status.
 
     Raises:
         subprocess.CalledProcessError: it failed, and `check` is true.
@@ -114,26 +115,26 @@ def run(python: Path | str, arguments: Sequence[str], check: bool = True) -> int
 
 
 def block_of(page: str, word: str) -> str:
-    """Return the text of the one `sh` block of a page that has a word."""
+    """Return the text of the only `sh` block of a page that contains a word."""
     blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
     (found,) = (block for block in blocks if word in block)
     return found
 
 
 def run_block(text: str, python: Path) -> None:
-    """Runs a block in a shell in the checkout, with `python` and `pip` of the environment. Raises as `run`."""
+    """Run a block in a shell in the checkout, with the environment's `python` and `pip`. Raises like `run`."""
     print(text, flush=True)
     own = os.environ | {"PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     subprocess.run(["bash", "-e", "-c", text], check=True, cwd=ROOT, env=own)  # noqa: S603, S607
 
 
 def filled(arguments: str, words: dict) -> list[str]:
-    """Return the arguments one by one, each with the words in its braces."""
+    """Split the arguments and fill in the words in braces."""
     return [argument.format(**words) for argument in shlex.split(arguments)]
 
 
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the options of this script, and those of pytest after `--`."""
+    """Return this script's options, and the pytest options after `--`."""
     own = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(
         prog="python -m experiments.environments",

@@ -1,13 +1,13 @@
-"""Run transformers' own tests of all families on models that prune, and be the pytest plugin that has them prune.
+"""Run transformers' own tests for all families on models that prune, and be the pytest plugin that makes them prune.
 
     python -m experiments.environments.huggingface --source DIR
 
-DIR is a checkout of transformers of the installed version. The tests of these models, with the common and the generation tests,
-run on pictures and on videos, each three times: unpatched, with the method `none`, and with `evoprune` at budget 1.0. A test that
-fails unpatched is left out. Every other test must pass, or be refused by evoprune with an error of its own.
+DIR is a checkout of transformers of the installed version. The tests of these models, with the common and the generation tests, run
+on pictures and on videos, each three times: unpatched, with the method `none`, and with `evoprune` at budget 1.0. A test that fails
+unpatched is ignored. Every other test must pass, or be refused by evoprune with one of its own errors.
 
-The tests' towers have one patch per unit, which evoprune refuses. So the plugin gives them 2x2 patches per unit, all four equal,
-which changes no prompt. It can also turn the pictures of the common inputs into videos.
+The tests' towers have one patch per unit, which evoprune refuses. The plugin therefore gives them 2x2 identical patches per unit,
+which leaves the prompts unchanged. It can also turn the pictures of the common inputs into videos.
 """
 
 import argparse
@@ -38,11 +38,11 @@ PATCHED = ("none", "evoprune")
 MEDIA = ("pictures", "videos")
 MERGE = 2
 
-Outcomes = dict[str, dict]  # of each test that ran: its last record of the plugin
+Outcomes = dict[str, dict]  # test -> its last record from the plugin
 
 
 def outcomes(source: Path, families: Sequence[str], method: str, media: str, options: Sequence[str]) -> Outcomes:
-    """Runs the tests in a process of their own."""
+    """Run the tests in a separate process and return their outcomes. Exits if a test file did not run."""
     tests = [TESTS.format(family) for family in families]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with TemporaryDirectory() as folder:
@@ -64,7 +64,11 @@ def outcomes(source: Path, families: Sequence[str], method: str, media: str, opt
 
 
 def compare(before: Outcomes, after: Outcomes) -> tuple[Counter, list[dict]]:
-    """Of the tests that pass in `before`: how many evoprune refuses in `after`, by message; and the records of other failures."""
+    """Compare the outcomes of the tests that passed before.
+
+    Returns:
+        Counts of evoprune's refusals by message, and the records of all other failures.
+    """
     passed = [name for name, record in before.items() if record["outcome"] == "passed"]
     missing = {"outcome": "failed", "refused": False, "message": "did not run"}
     failed = [after.get(name, missing | {"test": name}) for name in passed]
@@ -124,7 +128,7 @@ def pytest_collection_modifyitems(config, items) -> None:
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     problem = call.excinfo.value if call.excinfo else None
-    report.outcome_record = {  # an attribute, because reports reach the main process of several (`-n`)
+    report.outcome_record = {  # an attribute, because reports travel to the main process with `-n`
         "test": item.nodeid,
         "outcome": report.outcome,
         "refused": isinstance(problem, EvopruneError),
@@ -145,7 +149,7 @@ def pytest_sessionfinish(session) -> None:
 
 
 def _adapt_inputs(cls, videos: bool) -> None:
-    """Lets the test class `cls` make its common inputs as this plugin wants them."""
+    """Make the test class `cls` build its common inputs with this plugin's changes."""
     set_up = cls.setUp
 
     @functools.wraps(set_up)
@@ -156,9 +160,9 @@ def _adapt_inputs(cls, videos: bool) -> None:
             return
         make_config = tester.get_config
         make_inputs = tester.prepare_config_and_inputs_for_common
-        rope = copy.deepcopy(getattr(tester, "rope_parameters", None))  # which the config may change
+        rope = copy.deepcopy(getattr(tester, "rope_parameters", None))  # a copy, because the config may change it
         config = make_config()
-        if not hasattr(config, "vision_config"):  # of a language model alone
+        if not hasattr(config, "vision_config"):  # a bare language model
             return
         before = config.vision_config.spatial_merge_size
         tester.get_config = functools.partial(_config, tester, make_config, rope)
@@ -167,7 +171,7 @@ def _adapt_inputs(cls, videos: bool) -> None:
             for_generate = self.prepare_config_and_inputs_for_generate
 
             def fewer(*args, **kwargs) -> tuple:
-                """The inputs of fewer prompts: the tests cut the tensors of their own inputs, so patches are added afterwards."""
+                """Return inputs with fewer prompts. The tests slice their own tensors, so patches are added afterwards."""
                 adapted_inputs = tester.prepare_config_and_inputs_for_common
                 tester.prepare_config_and_inputs_for_common = make_inputs
                 try:
@@ -181,14 +185,14 @@ def _adapt_inputs(cls, videos: bool) -> None:
 
 
 def _config(tester, make_config, rope: dict | None):
-    """The tests' config. `rope`: settings that the tester gives to text and tower, of which the tower's config changes them."""
+    """Return the tests' config. `rope` is shared by text and tower, and the tower's config modifies it, so it is copied."""
     if rope is not None:
         tester.rope_parameters = copy.deepcopy(rope)
     return _with_units(make_config())
 
 
 def _with_units(config):
-    """The tests' config with 2x2 patches a unit, the published activation and rotation, and layers of full attention that exist."""
+    """Return the config with 2x2 patches per unit, published activation and rotation, and valid full-attention layers."""
     vision = config.vision_config
     if getattr(vision, "rope_parameters", None):
         vision.rope_parameters["rope_theta"] = 10000.0
@@ -200,11 +204,11 @@ def _with_units(config):
 
 
 def with_patches(config, inputs: dict, before: int, videos: bool) -> tuple:
-    """Config and inputs with 2x2 patches a unit.
+    """Return config and inputs with 2x2 patches per unit.
 
     Args:
         before: patches along the side of a unit in the tests' own inputs.
-        videos: whether pictures become videos, in which the rows of a picture follow one another in time.
+        videos: whether to turn pictures into videos, with the rows of a picture as successive time steps.
     """
     config = _with_units(config)
     if "image_grid_thw" not in inputs:
@@ -227,7 +231,7 @@ def with_patches(config, inputs: dict, before: int, videos: bool) -> tuple:
 
 
 def _prune_all_models(method: str) -> None:
-    """Lets every model of the supported classes prune from its first call on."""
+    """Make every model of the supported classes prune from its first call on."""
     for cls in (getattr(transformers, model) for model in MODELS):
         for name in ("forward", "generate"):
             setattr(cls, name, _from_now_on(getattr(cls, name), name, method))

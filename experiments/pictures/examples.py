@@ -1,7 +1,7 @@
-"""Make the pictures and examples of README and docs anew: `python -m experiments.pictures.examples`.
+"""Regenerate the pictures and examples of README and docs: `python -m experiments.pictures.examples`.
 
-They are the figure of the method with the counts beside it, the overlay, the transcript, the JSON of docs/json.md
-and docs/cli.md. It takes a minute or two. Charts and tables of results/ have commands of their own.
+They are the figure of the method with its counts, the overlay, the transcript, and the JSON of docs/json.md and docs/cli.md. It
+takes a minute or two. The charts and tables of results/ have their own commands.
 """
 
 import argparse
@@ -25,7 +25,7 @@ MADE_BY = "make it anew: python -m experiments.pictures.examples"
 ROOT = Path(__file__).parents[2]
 ASKED = ("ask", "samples/square.mp4", "What colour is the square?")
 OVERLAY = ("inspect", "samples/scenes/crossing.mp4", "-m", "demo-scenes", "-b", "0.25", "--json", "--overlay")
-# What makes the example in each section of docs/json.md.
+# The command for the example in each section of docs/json.md.
 JSON = {
     "ask and batch": (*ASKED, "--json"),
     "find": ("find", "samples/vanish.webm", "a circle", "--json"),
@@ -38,13 +38,13 @@ JSON = {
     "methods": ("methods", "--json"),
     "Errors": ("ask", "gone.mp4", "What happens?", "--json"),
 }  # fmt: skip
-WIDTH = 128  # of a line of JSON
-# How lines begin that differ from run to run, or are there where something takes a millisecond.
+WIDTH = 128  # longest line of JSON
+# Starts of lines that differ from run to run, or appear only if something takes a millisecond.
 MEASURED = ("model", "compile", "store", "  overlap", "first token", "total", "memory", " " * 11)
 
 
 def run(*arguments: str) -> tuple[str, str]:
-    """Return what `evoprune` writes to stdout and stderr, with folders of its own for what it keeps."""
+    """Return what `evoprune` writes to stdout and stderr, run with a temporary cache folder."""
     with tempfile.TemporaryDirectory() as kept:
         own = os.environ | {"EVOPRUNE_CACHE_DIR": kept}
         command = [sys.executable, "-m", "evoprune_cli", *arguments]
@@ -55,7 +55,7 @@ def run(*arguments: str) -> tuple[str, str]:
 
 
 def filled(shape: Any, real: Any) -> Any:
-    """The fields of `shape`, in its order, with the values of `real`. Of lists of objects, those of the same name, or the first."""
+    """Return the fields of `shape`, in its order, with the values of `real`. Objects in lists match by name, else the first."""
     if isinstance(shape, dict):
         return {name: filled(each, real[name]) for name, each in shape.items()}
     if isinstance(shape, list) and shape and isinstance(shape[0], dict):
@@ -69,13 +69,13 @@ def _name(row: dict) -> tuple:
 
 
 def counts(text: str) -> list[list[str]]:
-    """Return the words of a transcript that are the same in every run: no times and bars, no memory, no processor."""
+    """Return the words of a transcript that are the same in every run, without times, bars, memory and processor."""
     lines = [line for line in text.splitlines() if line and not line.startswith(MEASURED)]
     return [re.sub(r"^(\S+|  pruning) +[\d.,]+ *#*", r"\1 ", line).split() for line in lines]
 
 
 def examples(page: str) -> dict[str, str]:
-    """Return the JSON example in each section of docs/json.md."""
+    """Return the JSON example for each section of docs/json.md."""
     sections = re.split(r"^##+ (.*)\n", page, flags=re.M)
     found = {
         title: re.search(r"^```json\n(.*?)^```", text, re.S | re.M)
@@ -85,7 +85,7 @@ def examples(page: str) -> dict[str, str]:
 
 
 def wrapped(content: Any) -> str:
-    """JSON in lines of at most `WIDTH`, none of which ends inside a text."""
+    """Return JSON in lines of at most `WIDTH`, never broken inside a string."""
     words = re.sub(r'"(?:[^"\\]|\\.)*"(: )?', lambda text: text[0].replace(" ", "\0"), json.dumps(content)).split(" ")
     lines = [words[0]]
     for word in words[1:]:
@@ -97,12 +97,12 @@ def wrapped(content: Any) -> str:
 
 
 def overlay_facts(record: dict) -> str:
-    """Return what the overlay shows, as its PNG keeps it: the counts of units, the method and the budget."""
+    """Return the facts that the overlay's PNG stores: the counts of units, the method and the budget."""
     return json.dumps({name: value for name, value in record["overlay"].items() if name != "file"}, sort_keys=True)
 
 
 def described(run: figure_method.Run) -> str:
-    """Return the text in the place of the figure of the method."""
+    """Return the alt text of the figure of the method."""
     n = run.video.fates.counts()
     pairs = run.video.plan.grid[0]
     before = run.first_layers
@@ -130,7 +130,7 @@ def make_method() -> None:
 
 
 def make_overlay() -> None:
-    with tempfile.TemporaryDirectory() as folder:  # evoprune replaces only a file that it wrote
+    with tempfile.TemporaryDirectory() as folder:  # because evoprune replaces only files that it wrote
         file = Path(folder, "overlay.png")
         record = json.loads(run(*OVERLAY, str(file))[0])
         facts = PngImagePlugin.PngInfo()

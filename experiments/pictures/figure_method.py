@@ -1,7 +1,7 @@
 """Draw a real run of `evoprune` on one clip of at most eight frame pairs. Imported by `experiments.pictures.examples`.
 
-Three rows of frame pairs show the units that enter, those that are encoded, and those that are selected, with the size of each
-cluster. Below them stand the rows that each layer of the tower computes, beside those of a method that prunes after the encoder.
+Three rows of frame pairs show the input units, the encoded units, and the selected units with their cluster sizes. Below are the
+rows that each layer of the tower computes, next to the rows of a method that prunes after the encoder.
 """
 
 import base64
@@ -25,8 +25,8 @@ HEIGHT = 690
 OURS = COLOURS[0]
 OTHERS = COLOURS[1]
 REUSED = "#CFE3F1"
-STRIPS, PITCH, GAP = 78, 138, 10  # the first row of frames, from one to the next, and between two frames, in pixels
-# where the bars of layers stand, and how tall the bar of all units is
+STRIPS, PITCH, GAP = 78, 138, 10  # in pixels: top of the first strip, distance between strips, gap between frames
+# baseline of the layer bars, and height of the bar for all units
 BARS = 644
 TALL = 84
 GRID = "#E4E4E4"
@@ -34,12 +34,13 @@ GRID = "#E4E4E4"
 
 @dataclass(frozen=True)
 class Run:
-    """What a run did.
+    """A run to draw.
 
     Attributes:
-        name: of the clip. budget: share of units that is kept.
-        video: frames and fates of units.
-        layers: rows that each layer of the tower computes, of which there are fewer after the second selection.
+        name: name of the clip.
+        budget: share of units that is kept.
+        video: frames, and the units' fates.
+        layers: rows that each layer of the tower computes; fewer after the second selection.
         live_share: mean of `layers`, as a share of the units.
     """
 
@@ -51,21 +52,21 @@ class Run:
 
     @property
     def sizes(self) -> torch.Tensor:
-        """int64 `[N]`: how many units the row of each selected unit represents, 0 for the others."""
+        """Cluster sizes, int64 `[N]`: units represented by a selected unit's row; 0 for all other units."""
         fates = self.video.fates
         return torch.bincount(fates.owner[fates.owner >= 0], minlength=len(fates.owner)) * fates.chosen
 
     @property
     def first_layers(self) -> int:
-        """Return how many layers run before the second selection."""
+        """Number of layers before the second selection."""
         return next((n for n, rows in enumerate(self.layers) if rows < self.layers[0]), len(self.layers))
 
 
 def measure(clip: str, budget: float) -> Run:
-    """Encodes a clip with the demo model.
+    """Encode a clip with the demo model.
 
     Raises:
-        EvopruneError: what `VideoQA` raises.
+        EvopruneError: from `VideoQA`.
     """
     qa = VideoQA.load("demo", budget=budget)
     report = qa.encode(clip).report.pruning
@@ -111,14 +112,14 @@ def figure(run: Run) -> str:
 
 
 def _panel(video: TracedVideo) -> tuple[float, float]:
-    """Width and height of a drawn frame in pixels."""
+    """Return width and height of a drawn frame in pixels."""
     pairs = video.plan.grid[0]
     width = (WIDTH - 2 * EDGE - GAP * (pairs - 1)) / pairs
     return width, width * video.plan.height / video.plan.width
 
 
 def _definitions(video: TracedVideo) -> Iterator[str]:
-    """Yield the first frame of each frame pair, once for the three rows that show it."""
+    """Yield SVG definitions of every frame pair's first frame, stored once for the three strips."""
     (width, height), step = _panel(video), len(video.frames) // video.plan.grid[0]
     yield "<defs>"
     for pair in range(video.plan.grid[0]):
@@ -131,7 +132,7 @@ def _definitions(video: TracedVideo) -> Iterator[str]:
 
 
 def _units(run: Run, strip: int) -> Iterator[str]:
-    """Yield a row of frame pairs: all units, those that are encoded, or those that are selected."""
+    """Yield a strip of frame pairs. `strip`: 0 shows all units, 1 the encoded ones, 2 the selected ones."""
     (width, height), fates = _panel(run.video), run.video.fates
     pairs, rows, columns = run.video.plan.grid
     side = width / columns
@@ -154,7 +155,7 @@ def _units(run: Run, strip: int) -> Iterator[str]:
 
 
 def _marked(x: float, y: float, side: float, size: int) -> Iterator[str]:
-    """Yield the outline of a unit, and the size of its cluster where that is more than 1."""
+    """Yield the outline of a unit, and its cluster size if that is more than 1."""
     place = f'x="{x + 0.75:.2f}" y="{y + 0.75:.2f}" width="{side - 1.5:.2f}" height="{side - 1.5:.2f}"'
     yield f'<rect {place} fill="none" stroke="{OURS}" stroke-width="1.5"/>'
     if size > 1:
@@ -168,7 +169,7 @@ def _marked(x: float, y: float, side: float, size: int) -> Iterator[str]:
 
 
 def _towers(run: Run) -> Iterator[str]:
-    """Yield the rows of each layer and the language model, here and where a method prunes after the encoder."""
+    """Yield the rows per layer and the language model, for this run and for a method that prunes after the encoder."""
     n = run.video.fates.counts()
     total = len(run.layers)
     before = run.first_layers
@@ -201,7 +202,7 @@ def _towers(run: Run) -> Iterator[str]:
 
 
 def _bars(left: float, wide: float, step: float, rows: Sequence[int], units: int, colour: str) -> Iterator[str]:
-    """Yield a bar a layer, as tall as its rows, before a pale one as tall as all units; a number where it changes."""
+    """Yield a bar per layer, as tall as its rows, over a pale bar for all units. Counts are written where they change."""
     for number, count in enumerate(rows):
         x = left + number * step
         tall = TALL * count / units
@@ -217,7 +218,7 @@ def _arrow(left: float, right: float) -> Iterator[str]:
 
 
 def _model(left: float, width: float, lines: Sequence[str]) -> Iterator[str]:
-    """Yield the box of the language model with some lines on it."""
+    """Yield the box of the language model, with some lines of text."""
     tall = 26 + 17 * len(lines)
     top = BARS - TALL / 2 - tall / 2
     yield f'<rect x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{tall}" rx="6" fill="#F3F6F9" stroke="#B8C4CE"/>'

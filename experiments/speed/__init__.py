@@ -1,1 +1,1 @@
-"""Time evoprune and its parts, beside other programs: what `results/` has in seconds and tokens a second."""
+"""Time evoprune and its parts against other programs. Produces the timings and token rates in `results/`."""

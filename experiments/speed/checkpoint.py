@@ -2,7 +2,8 @@
 
     python -m experiments.speed.checkpoint CKPT                                    # 3B: 7.5 GB in two shards
 
-It is as large, and takes as long to read, as the published one. Its answers mean nothing. `experiments.speed.first_word` makes one.
+The checkpoint is as large as the published one and takes as long to read, but its answers mean nothing.
+`experiments.speed.first_word` makes one.
 """
 
 import argparse
@@ -18,8 +19,8 @@ from evoprune.model import Config
 from evoprune.session import BUNDLED_CONFIGS, ModelOptions, describe, random_model
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
-WORDS = 151_643  # of the published vocabulary, before the special tokens
-# In the order of their ids, which follow on the words'.
+WORDS = 151_643  # size of the published vocabulary, without the special tokens
+# Ordered by id; their ids start after the last word's.
 SPECIAL_TOKENS = (
     "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start", "quad_end",
     "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad",
@@ -27,7 +28,7 @@ SPECIAL_TOKENS = (
 
 
 def write_checkpoint(folder: Path, model: str = MODEL, shards: int = 2) -> None:
-    """Writes weights in bf16, config, tokenizer and processor settings into `folder`, which must not exist."""
+    """Write weights (bf16), config, tokenizer and processor settings into `folder`, which must not exist."""
     made = folder.with_name(folder.name + ".writing")
     made.mkdir()
     _write_weights(made, describe(ModelOptions(model, load_format="dummy")).config, shards)
@@ -36,18 +37,18 @@ def write_checkpoint(folder: Path, model: str = MODEL, shards: int = 2) -> None:
 
 
 def write_settings(folder: Path, model: str = MODEL) -> None:
-    """Writes config, tokenizer and processor settings into `folder`: all that random weights need to be asked."""
+    """Write config, tokenizer and processor settings into `folder`: enough to ask a model with random weights."""
     shutil.copyfile(BUNDLED_CONFIGS[model], folder / "config.json")
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         shutil.copyfile(DEMOS["demo"].folder / name, folder / name)
     tokenizer = _tokenizer(json.loads((DEMOS["demo"].folder / "tokenizer.json").read_text(encoding="utf-8")))
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
-    # No end of an answer: each is as long as it is allowed to be.
+    # No end-of-sequence token, so every answer reaches its maximum length.
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": []}), encoding="utf-8")
 
 
 def _write_weights(folder: Path, config: Config, shards: int) -> None:
-    """The weights under the names of the published checkpoints."""
+    """Write random weights under the names used in published checkpoints."""
     from safetensors.torch import save_file
 
     model = random_model(config, torch.bfloat16, torch.device("cpu"))
@@ -73,7 +74,7 @@ def _published(name: str) -> str:
 
 
 def _tokenizer(demo: dict) -> dict:
-    """Return a tokenizer with a vocabulary of the published size: the demo's words, and random joins of them."""
+    """Return a tokenizer with as many words as the published one: the demo's words and random concatenations of them."""
     special = {token["content"] for token in demo["added_tokens"]}
     words = [word for word in demo["model"]["vocab"] if word not in special]
     known = set(words)

@@ -1,21 +1,21 @@
-"""Time the way from a video's path to the first word: `python -m experiments.speed.first_word -o DIR`, with all cores free.
+"""Measure the time from a video's path to the first word: `python -m experiments.speed.first_word -o DIR`, with all cores free.
 
-    python -m experiments.speed.first_word -o DIR -m CKPT            # a folder with a model; default: DIR/checkpoint, which is made
+    python -m experiments.speed.first_word -o DIR -m CKPT            # a model folder; default: DIR/checkpoint, created if missing
     python -m experiments.speed.first_word -o DIR --parts loaded     # one part; the others keep their results
     python -m experiments.speed.first_word -o DIR --device cuda      # at most eight minutes
-    python -m experiments.speed.first_word -o DIR --readme --also GPU    # measures nothing: writes into the documents
+    python -m experiments.speed.first_word -o DIR --readme --also GPU    # measures nothing, writes the results into the documents
     python -m experiments.speed.first_word -o DIR --tiny             # small clips and the demo model: does it run?
 
-| part | what it measures |
+| part | measures |
 |---|---|
-| reading | seconds for frames of each kind of clip, far apart and close together: evoprune, torchcodec, decord, OpenCV, PyAV |
-| loaded | with the model loaded: from the path to the first word, and to the last; evoprune at each budget, and transformers |
+| reading | read time for each kind of clip, with sparse and dense frames: evoprune, torchcodec, decord, OpenCV, PyAV |
+| loaded | time from the path to the first and the last word with a loaded model: evoprune at each budget, and transformers |
 | start | the same from the start of a process; also CPU time, memory, and the stats that `evoprune ask` prints |
 
-First the clips are made (10 and 60 minutes; 3 GB), a checkpoint of 3B dimensions with random weights (7 GB), and an environment
-with the other readers. All are kept in DIR. Each side is a process of its own; the sides take turns, round after round, and each
-part ends after its time: on a CPU all of it takes some hours. After each turn DIR/first_word.json has all that is known, after each
-part DIR/first_word.md has the tables.
+The script first makes the clips (10 and 60 minutes; 3 GB), a checkpoint of 3B dimensions with random weights (7 GB), and an
+environment with the other readers. All of them are kept in DIR. Each side runs in its own process. The sides take turns, round
+after round, and each part ends when its time is up; on a CPU the whole run takes some hours. DIR/first_word.json is updated after
+every turn, and the tables in DIR/first_word.md after every part.
 """
 
 import argparse
@@ -39,24 +39,24 @@ from experiments.speed.first_word_readers import OURS, READERS, make_environment
 from experiments.speed.processes import ROOT, Side, end_group, last_line, limits_of, run_process
 
 PREPARE, READING, LOADED, START = PARTS = ("prepare", "reading", "loaded", "start")
-# The seconds that a part may take, and one turn of it. On a GPU all parts together take eight minutes.
+# Time limits in seconds for a part, and below for one turn. On a GPU all parts together take eight minutes.
 SECONDS = {
     "cpu": {PREPARE: 1800, READING: 7200, LOADED: 3600, START: 2400},
     "cuda": {PREPARE: 150, READING: 70, LOADED: 180, START: 80},
 }
 TURN_S = {"cpu": {READING: 60, LOADED: 400, START: 400}, "cuda": {READING: 20, LOADED: 60, START: 40}}
-TINY_S = 120  # of each part of a trial
+TINY_S = 120  # for each part of a trial run
 BUDGETS = ("full", "balanced", "fast")
-SPARSE, DENSE_S, DENSE_FPS = 64, 60, 2  # frames of a whole clip; seconds, and frames of each
-BEGIN_S = 1.0137  # where times begin that are close together, so that none is exactly that of a frame
+SPARSE, DENSE_S, DENSE_FPS = 64, 60, 2  # frames of a whole clip; seconds and frame rate of the dense case
+BEGIN_S = 1.0137  # start of the dense case; chosen so that no requested time equals a frame's timestamp
 NEW_TOKENS = 32
-BEGIN_LIMIT_S = 60  # in which a reader's process starts and reads two frames
-AGAIN = 1.5  # a turn begins only if so many times its last time is left
+BEGIN_LIMIT_S = 60  # for a reader's process to start and read two frames
+AGAIN = 1.5  # a turn starts only if the time left is at least this many times its last duration
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A file of the kind `kind` in `KINDS`."""
+    """A clip file. `kind` is a key of `KINDS`."""
 
     kind: str
     minutes: float
@@ -73,7 +73,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Frames:
-    """What is read of a clip: the middles of so many parts of equal length."""
+    """The frames to read from a clip: the midpoints of `count` consecutive parts of `part_s` seconds each."""
 
     clip: Clip
     count: int
@@ -86,7 +86,7 @@ class Frames:
 
 
 class Run:
-    """A measurement: `record` has what is known, and is written into the folder after each turn."""
+    """A measurement. `record` holds all results and is written into the folder after each turn."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -97,7 +97,7 @@ class Run:
             self.record = json.loads(self.file.read_text(encoding="utf-8"))
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         self.on_gpu = args.device.startswith("cuda")
-        self.peers = Path(sys.executable)  # the Python of the other readers
+        self.peers = Path(sys.executable)  # Python interpreter of the environment with the other readers
         self.model: Path = args.model or self.folder / "checkpoint"
         minutes = (10.0, 60.0)
         kinds = ["hd"] if self.on_gpu or args.tiny else [*KINDS]
@@ -114,7 +114,7 @@ class Run:
 
     @property
     def questions(self) -> list[tuple[Clip, int | None]]:
-        """Clips that are asked about, and how many frames are looked at; None: as many as the model's rate and limits give."""
+        """Clips to ask about, each with its number of frames (None: set by the model's frame rate and limits)."""
         hd = [clip for clip in self.clips if clip.kind == "hd"]
         return [(hd[-1], SPARSE), (hd[0], None)] if self.on_gpu else [(hd[0], None)]
 
@@ -124,10 +124,10 @@ class Run:
     def save(self) -> None:
         writing = self.file.with_suffix(".writing")
         writing.write_text(json.dumps(self.record, indent=1), encoding="utf-8")
-        writing.replace(self.file)  # a process that is stopped leaves a whole file
+        writing.replace(self.file)  # atomic, so a killed process leaves a complete file
 
     def add(self, part: str, row: dict[str, Any]) -> None:
-        """Keep a turn, and say so."""
+        """Record and print the result of a turn."""
         self.record[part].append(row)
         said = row.get("error") or f"{row.get('seconds', row.get('first_word')):.2f} s"
         say(f"{part}: {row['clip']} {row.get('part_s', '')} {row['side']}, round {row['round'] + 1}: {said}")
@@ -138,7 +138,7 @@ class Run:
         return Side([str(python), "-m", module, *arguments], self.folder / "logs" / f"{name}.txt")
 
     def part(self, name: str, measure: Callable[["Run", float], None]) -> None:
-        """Run a part within its seconds, and write the tables."""
+        """Run a part within its time limit, then write the tables."""
         from experiments.speed.first_word_tables import write_tables
 
         self.record[name] = []
@@ -165,11 +165,11 @@ def cached(path: Path) -> None:
                 pass
 
 
-# What the parts need.
+# Preparation.
 
 
 def prepare(run: Run, until: float) -> None:
-    """Make the clips, the checkpoint and the environment of the other readers, unless they are there."""
+    """Make the clips, the checkpoint and the environment of the other readers, unless they exist."""
     args = run.args
     wanted = run.clips if READING in args.parts else [clip for clip, _ in run.questions]
     (run.folder / "clips").mkdir(exist_ok=True)
@@ -185,7 +185,7 @@ def prepare(run: Run, until: float) -> None:
 
 
 def make(run: Run, path: Path, module: Sequence[str], until: float) -> None:
-    """Run a module that makes a file or folder, unless it is there. If it fails, what needs it says so."""
+    """Run a module that makes a file or folder, unless it exists. Failures are only logged; parts that need it report them."""
     if not path.exists():
         log = run.folder / "logs" / f"{path.stem}.txt"
         state = run_process(("-m", *module), log, until - time.monotonic())
@@ -193,7 +193,7 @@ def make(run: Run, path: Path, module: Sequence[str], until: float) -> None:
 
 
 def about(run: Run) -> dict[str, Any]:
-    """Return the machine, versions and settings."""
+    """Return the machine, package versions and settings of this run."""
     from evoprune import __version__
     from evoprune.backend import available_cores, device_name
 
@@ -224,11 +224,11 @@ def about(run: Run) -> dict[str, Any]:
     }
 
 
-# The parts. In the first round each side has a turn, or an error that says why not; later rounds begin only what there is time for.
+# The parts. In the first round each side has a turn or records an error; later rounds start only turns that fit the time left.
 
 
 def reading(run: Run, until: float) -> None:
-    """All readers on all clips, with frames far apart and close together."""
+    """Time all readers on all clips, with sparse and dense frames."""
     cases = []
     for clip in run.clips:
         cases.append(Frames(clip, SPARSE, clip.seconds / SPARSE))
@@ -239,7 +239,7 @@ def reading(run: Run, until: float) -> None:
 
 
 def read_in_turn(run: Run, cases: Sequence[Frames], names: Sequence[str], until: float) -> None:
-    """Rounds of all cases, in each of which every reader has a turn."""
+    """Run rounds over all cases; in each round every reader has one turn per case."""
     module = "experiments.speed.first_word_readers"
     sides = {name: run.side(sys.executable if name in OURS else run.peers, module, name) for name in names}
     done: dict[tuple, dict] = {}
@@ -253,7 +253,7 @@ def read_in_turn(run: Run, cases: Sequence[Frames], names: Sequence[str], until:
                     before = done.get((case, name))
                     if round_ and ("error" in before or left < AGAIN * before["seconds"]):
                         continue
-                    if not side.running:  # it imports what it needs
+                    if not side.running:  # starts the process, so that imports are not timed
                         side.ask(facts | {"times_s": case.times_s[:2]}, min(BEGIN_LIMIT_S, left))
                     limit_s = run.turn_s(READING)
                     if round_ == 0:
@@ -267,10 +267,10 @@ def read_in_turn(run: Run, cases: Sequence[Frames], names: Sequence[str], until:
 
 
 def loaded(run: Run, until: float) -> None:
-    """Questions to a loaded model.
+    """Time questions to a loaded model.
 
-    On a CPU memory may be short: one process at a time, which is asked twice. On a GPU the processes wait for their turns, and each
-    is asked once.
+    On a CPU, where memory may be short, only one process runs at a time and is asked twice. On a GPU the processes stay loaded
+    while they wait for their turns, and are asked once.
     """
     warm_files(run)
     module = "experiments.speed.first_word_asks"
@@ -294,7 +294,7 @@ def loaded(run: Run, until: float) -> None:
                         break
                 lasted[name] = time.monotonic() - begun
                 if "error" in answer:
-                    lasted[name] = float("inf")  # it is not asked again
+                    lasted[name] = float("inf")  # never ask it again
                 if not run.on_gpu:
                     side.end()
     finally:
@@ -303,7 +303,7 @@ def loaded(run: Run, until: float) -> None:
 
 
 def start(run: Run, until: float) -> None:
-    """Whole processes."""
+    """Time whole processes, from their start."""
     warm_files(run)
     clip, frames = run.questions[0]
     video = str(clip.path.absolute())
@@ -336,9 +336,11 @@ def warm_files(run: Run) -> None:
 
 
 def run_once(command: Sequence[str], seconds: float, log: Path) -> dict[str, Any]:
-    """Run a process; return the seconds from its start to the first words and the last, its CPU time and its memory.
+    """Run a process and time its output.
 
-    `"error"` says why there is no answer.
+    Returns:
+        Seconds from the start to the first and the last words, CPU time and memory; or `"error"` with the reason if there is no
+        answer.
     """
     if seconds <= 0:
         return {"error": "not begun: no time was left"}
@@ -417,7 +419,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, or write what was measured into the documents."""
+    """Run the measurements, or with `--readme` write earlier results into the documents."""
     from experiments.speed.first_word_tables import document, write_documents
 
     args = parsed(argv)
@@ -425,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         files = [folder / "first_word.json" for folder in (args.output, *args.also)]
         write_documents([json.loads(file.read_text(encoding="utf-8")) for file in files], ROOT)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a side that runs is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running side is ended
     run = Run(args)
     for part, measure in MEASURES.items():
         if part == PREPARE or part in args.parts:

@@ -1,10 +1,10 @@
-"""Answer questions for `experiments.speed.first_word` with one loaded model: ours at a budget, or transformers' own.
+"""Answer questions for `experiments.speed.first_word` with one loaded model: evoprune at a budget, or plain transformers.
 
-`python -m experiments.speed.first_word_asks SIDE -m CKPT` answers as often as it is asked (`serve`). With `--once FILE` it
-asks one question, and prints the words as they come.
+`python -m experiments.speed.first_word_asks SIDE -m CKPT` answers requests until its input ends (`serve`). With `--once FILE` it
+asks one question and prints the words as they come.
 
-transformers gets what a user has to make of a video, in the fastest way there is here: frames of the fastest reader that can be
-imported, resized by torch, in the patches of its processor, which needs torchvision. Times and size of the frames are given to it.
+transformers gets its inputs the fastest way available here: frames from the fastest reader that can be imported, resized by torch
+and cut into patches like its processor, which would need torchvision. It is given the same frame times and size as evoprune.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from experiments.speed.processes import serve
 
 QUESTION = "What happens in the video?"
 TRANSFORMERS = "transformers"
-# Modules and the readers that need them, the fastest first.
+# Modules and the readers that need them, fastest first.
 FEEDS = {"torchcodec": "torchcodec", "decord": "decord", "av": "PyAV, seeking"}
-Word = Callable[[str], None]  # is called with each piece of the answer
+Word = Callable[[str], None]  # called with each piece of the answer
 
 
 class Ours:
-    """`VideoQA` at a budget."""
+    """`VideoQA` at one budget."""
 
     def __init__(self, args: argparse.Namespace):
         begun = time.perf_counter()
@@ -38,7 +38,7 @@ class Ours:
         self.facts = {"load": time.perf_counter() - begun}
 
     def ask(self, video: str, frames: int | None, new_tokens: int, word: Word) -> dict[str, Any]:
-        os.utime(video)  # another state of the file: patches that were kept of an earlier question do not serve
+        os.utime(video)  # a new mtime invalidates the patches kept from an earlier question
         begun = time.perf_counter()
         if frames is None:
             answer = self._qa.ask(video, QUESTION, max_new_tokens=new_tokens)
@@ -67,7 +67,7 @@ class Ours:
 
 
 class Transformers:
-    """`generate` of transformers, from the same folder in the same dtype, with a cache of keys and values."""
+    """transformers' `generate`, with the same weights and dtype and a KV cache."""
 
     def __init__(self, args: argparse.Namespace):
         begun = time.perf_counter()
@@ -79,7 +79,7 @@ class Transformers:
             DTYPES,
             ModelOptions,
             describe,
-            prompting,  # noqa: F401 (no question waits for imports)
+            prompting,  # noqa: F401 (imported here so that no question waits for it)
         )
 
         found = describe(ModelOptions(args.model, device=args.device, dtype=args.dtype, offline=True))
@@ -91,7 +91,7 @@ class Transformers:
         how = {"dtype": self._dtype, "attn_implementation": "flash_attention_2" if flash else "sdpa"}
         self._model = AutoModelForImageTextToText.from_pretrained(found.folder, **how).to(found.device).eval()
         self._feed = first_feed()
-        self._passed: dict[str, float] = {}  # when the tower began and ended
+        self._passed: dict[str, float] = {}  # start and end times of the tower
         tower = self._model.model.visual
         tower.register_forward_pre_hook(lambda *_: self._note("encode begins"))
         tower.register_forward_hook(lambda *_: self._note("encode ends"))
@@ -137,7 +137,7 @@ class Transformers:
         }
 
     def _plan(self, video: str, frames: int | None):
-        """Return the same times and size as ours."""
+        """Return the plan that evoprune would use, with the same frame times and size."""
         from evoprune.session import SamplingOptions
         from evoprune.video import make_plan, probe
 
@@ -146,7 +146,7 @@ class Transformers:
         return make_plan(info, self._found.limits[info.kind], sampling)
 
     def _inputs(self, plan) -> dict[str, Any]:
-        """Return what the processor makes of a video and the question."""
+        """Return the inputs of transformers' model for a video and the question, as its processor would make them."""
         import torch
 
         from evoprune.session import prompt_about
@@ -176,7 +176,7 @@ class Transformers:
         return inputs
 
     def _frames(self, plan, pair: int) -> Iterator[Any]:
-        """Yield frames uint8 `[n, height, width, 3]`, whole frame pairs at a time."""
+        """Yield blocks of whole frame pairs, uint8 `[n, height, width, 3]`."""
         import numpy as np
 
         from experiments.speed.first_word_readers import BLOCK, READERS
@@ -193,18 +193,18 @@ class Transformers:
 
 
 def first_feed() -> str:
-    """Return the first reader of `FEEDS` that can be imported, which is imported now."""
+    """Import and return the first reader of `FEEDS` that is available. Raises ImportError without one."""
     for module, reader in FEEDS.items():
         try:
             import_module(module)
-        except (ImportError, OSError, RuntimeError):  # of torchcodec where FFmpeg's libraries are missing
+        except (ImportError, OSError, RuntimeError):  # torchcodec raises RuntimeError if FFmpeg's libraries are missing
             continue
         return reader
     raise ImportError(f"none of {', '.join(FEEDS)} can be imported")
 
 
 class _Words:
-    """What `generate` tells of the prompt and of each token: `moments` has the time of each token."""
+    """A streamer for `generate`. `moments` holds a time per generated token; the prompt is skipped."""
 
     def __init__(self, clock: Callable[[], float], tokenizer, word: Word):
         self.moments: list[float] = []
@@ -225,7 +225,7 @@ class _Words:
 
 
 def _clock(device) -> Callable[[], float]:
-    """Return the time in seconds once the device has done what it was given."""
+    """Return a function that waits for the device and returns the time in seconds."""
     from evoprune.backend import now
 
     return lambda: now(device)

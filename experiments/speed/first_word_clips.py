@@ -1,8 +1,8 @@
 """Make the clips of `first_word`: `python -m experiments.speed.first_word_clips KIND FILE --seconds N`.
 
-A piece of some seconds is encoded once; a clip is the piece again and again, joined without encoding. Each frame carries its number
-in the piece, so that a reader's frames can be checked. What is seen resembles a recording: pictures with the spectrum of nature
-that slide, things that move before them, grain, and cuts.
+A piece of some seconds is encoded once, and the clip repeats it without re-encoding. Each frame shows its number within the piece,
+so that the frames a reader returns can be checked. The pictures resemble a recording: sliding backgrounds with the spectrum of
+natural images, moving objects in front, grain, and cuts.
 """
 
 import argparse
@@ -15,23 +15,24 @@ from pathlib import Path
 
 import numpy as np
 
-BITS = 12  # of the number of a frame
-STRIPE = 20  # the stripes that show it take this part of the height
-CLOCK = Fraction(1, 1000)  # of files with a variable rate
-MAX_BYTES = 4 * 2**30  # of a clip
-SCREEN_CYCLE = 8  # seconds after which what happens on the screen is repeated
-TINY = 8  # by which the sides are divided for a trial
+BITS = 12  # for the frame number
+STRIPE = 20  # the stripes that show the number take 1/20 of the height
+CLOCK = Fraction(1, 1000)  # time base of files with a variable frame rate
+MAX_BYTES = 4 * 2**30  # largest clip
+SCREEN_CYCLE = 8  # seconds after which the activity on the screen repeats
+TINY = 8  # divisor of height and width for a trial run
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file.
+    """A kind of clip.
 
     Attributes:
-        size: height and width in pixels. `piece_s`: seconds that are encoded, then repeated.
+        size: height and width in pixels.
+        piece_s: seconds that are encoded, then repeated.
         gop: longest distance between keyframes in frames; 0 for the encoder's default.
         cuts: seconds in the piece at which another scene begins.
-        screen: a recording of a screen, with a frame only where something changes.
+        screen: whether it is a screen recording, with a frame only when something changes.
     """
 
     title: str
@@ -47,13 +48,13 @@ class Kind:
 
     @property
     def times_s(self) -> list[float]:
-        """When each frame of the piece is shown."""
+        """Presentation times of the piece's frames, in seconds."""
         if not self.screen:
             return [number / self.fps for number in range(self.piece_s * self.fps)]
         return [time_s for second in range(self.piece_s) for time_s in _screen_times(second, self.fps)]
 
     def seconds(self, asked: float) -> int:
-        """Return how long a clip is that lasts at least so many seconds."""
+        """Return the length in seconds of the shortest clip that lasts at least `asked` seconds."""
         return max(1, math.ceil(asked / self.piece_s - 1e-9)) * self.piece_s
 
     def number_at(self, time_s: float) -> int:
@@ -77,22 +78,22 @@ KINDS = {
 
 
 def _screen_times(second: int, fps: int) -> list[float]:
-    """Return a page scrolls for a second, then somebody types, then nothing changes for some seconds."""
+    """Return the frame times in one second of the screen cycle: the page scrolls, then is typed on, then stays unchanged."""
     moment = second % SCREEN_CYCLE
     if moment == 0:
         return [second + number / fps for number in range(fps)]
     if moment < SCREEN_CYCLE / 2:
         return [float(second), second + 0.4, second + 0.7]
-    return [second + 1 - 1 / fps] if moment == SCREEN_CYCLE - 1 else []  # so that a clip lasts as long as its piece
+    return [second + 1 - 1 / fps] if moment == SCREEN_CYCLE - 1 else []  # makes the clip last as long as its piece
 
 
 def even(side: int) -> int:
-    """Return the side of a picture made smaller, as encoders want it."""
+    """Return half of `side`, rounded down to an even number as encoders require, and at least 2."""
     return max(2, side // 2 * 2)
 
 
 def pictures(kind: Kind, size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Yield the frames of the piece: uint8 `[height, width, 3]`."""
+    """Yield the frames of the piece, uint8 `[height, width, 3]`."""
     height, width = size
     frames = _screen(kind, height, width) if kind.screen else _scenes(kind, height, width)
     for number, frame in enumerate(frames):
@@ -103,7 +104,7 @@ def pictures(kind: Kind, size: tuple[int, int]) -> Iterator[np.ndarray]:
 def _scenes(kind: Kind, height: int, width: int) -> Iterator[np.ndarray]:
     draw = np.random.default_rng(0)
     grain = [draw.integers(-3, 4, (height, width, 1), np.int16) for _ in range(4)]
-    reach = max(2, height // 8)  # by which the picture slides
+    reach = max(2, height // 8)  # how far the picture slides, in pixels
     side = height // 5
     begins = (0.0, *(cut for cut in kind.cuts if cut < kind.piece_s), math.inf)
     scene = -1
@@ -123,7 +124,7 @@ def _scenes(kind: Kind, height: int, width: int) -> Iterator[np.ndarray]:
 
 
 def _scenery(draw: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """uint8 `[height, width, 3]`: noise whose amplitude falls with its frequency, in two colours."""
+    """Return uint8 `[height, width, 3]`: noise whose amplitude falls with frequency, in two colours."""
     rows = np.fft.fftfreq(height)[:, None]
     columns = np.fft.rfftfreq(width)[None, :]
     fall = 1 / np.maximum(np.hypot(rows, columns), 1 / max(height, width))
@@ -136,7 +137,7 @@ def _scenery(draw: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _screen(kind: Kind, height: int, width: int) -> Iterator[np.ndarray]:
-    """Yield a white page with lines of words, which scrolls and is typed on."""
+    """Yield a white page with lines of words that scrolls and is typed on."""
     draw = np.random.default_rng(1)
     line = max(4, height // 45)
     page = np.full((2 * height, width, 3), 250, np.uint8)
@@ -159,14 +160,14 @@ def _screen(kind: Kind, height: int, width: int) -> Iterator[np.ndarray]:
 
 
 def _write_number(frame: np.ndarray, number: int) -> None:
-    """Draws the number of a frame into it: stripes at the bottom, the highest bit on the left."""
+    """Draw the number of a frame into it, in place: stripes at the bottom, the highest bit on the left."""
     bits = np.array([(number >> bit) & 1 for bit in reversed(range(BITS))], np.uint8)
     width = frame.shape[1]
     frame[-_stripe(frame) :] = (bits[np.arange(width) * BITS // width] * 180 + 40)[None, :, None]
 
 
 def number_of(frame: np.ndarray) -> int:
-    """Return the number in a frame that was read."""
+    """Return the number drawn into a decoded frame."""
     stripes = frame[-_stripe(frame) // 2 :]
     width = frame.shape[1]
     number = 0
@@ -182,7 +183,7 @@ def _stripe(frame: np.ndarray) -> int:
 
 
 def write_piece(path: Path, kind: Kind, shrink: int = 1) -> None:
-    """Encodes the piece of a kind, with its sides divided by `shrink`."""
+    """Encode the piece of a kind, with its height and width divided by `shrink`."""
     import av
 
     size = even(kind.size[0] // shrink), even(kind.size[1] // shrink)
@@ -204,9 +205,10 @@ def write_piece(path: Path, kind: Kind, shrink: int = 1) -> None:
 
 
 def join(piece: Path, clip: Path, kind: Kind, seconds: float) -> None:
-    """Writes the piece again and again, as it is encoded, until the clip has so many seconds.
+    """Repeat the encoded piece, without re-encoding, until the clip lasts at least `seconds`.
 
-    Raises ValueError: the clip would take more than `MAX_BYTES`.
+    Raises:
+        ValueError: the clip would be larger than `MAX_BYTES`.
     """
     import av
 
@@ -230,7 +232,7 @@ def join(piece: Path, clip: Path, kind: Kind, seconds: float) -> None:
 
 
 def make_clip(path: Path, name: str, seconds: float, shrink: int = 1) -> None:
-    """Writes a clip of a kind, unless it is there. The piece is kept beside it. Raises ValueError as `join`."""
+    """Write a clip of a kind, unless it exists, and keep the piece next to it. Raises ValueError like `join`."""
     kind = KINDS[name]
     if path.exists():
         return

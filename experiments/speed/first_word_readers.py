@@ -1,7 +1,7 @@
-"""Read for `experiments.speed.first_word` with each reader, as its own documents or transformers use it.
+"""Read frames for `experiments.speed.first_word` with each reader, used as its documentation or transformers uses it.
 
-`python -m experiments.speed.first_word_readers NAME` is a process that reads with one of them, as often as asked (`serve`).
-The other readers are in an environment of their own, which `make_environment` puts on top of the running one.
+`python -m experiments.speed.first_word_readers NAME` starts a process that reads with one of them on request (`serve`). The other
+readers live in a separate environment, which `make_environment` layers on top of the running one.
 """
 
 import subprocess
@@ -19,17 +19,17 @@ import numpy as np
 from experiments.speed.first_word_clips import KINDS, number_of
 from experiments.speed.processes import serve
 
-EARLIER_S = (0.0, 1.0, 4.0, 16.0)  # jumps of `pyav_seeking`
+EARLIER_S = (0.0, 1.0, 4.0, 16.0)  # how far before a time `pyav_seeking` jumps, one attempt after another
 TOLERANCE_S = 1e-6
-BLOCK = 16  # frames that are asked for at a time, where a reader gives all that it was asked for at once
+BLOCK = 16  # frames per request, for readers that return a whole request at once
 OURS = EXACT, KEYFRAMES = "evoprune", "evoprune, keyframes"
-PACKAGES = ("torchcodec==0.13.0", "decord==0.6.0", "opencv-python-headless")  # later torchcodec wants libraries of CUDA
+PACKAGES = ("torchcodec==0.13.0", "decord==0.6.0", "opencv-python-headless")  # later torchcodec needs CUDA libraries
 
 Frames = Iterator[np.ndarray]  # uint8 [height, width, 3], RGB, in the order of the times
 
 
 def evoprune(path: str, times_s: Sequence[float], part_s: float, seek: str = "exact") -> Frames:
-    """`part_s`: the distance between the times; with `seek="keyframes"` a frame may be half as far from its time."""
+    """Read with evoprune. `part_s` is the distance between times; with `seek="keyframes"` a frame may be off by half of it."""
     from evoprune.video import probe, read_chunks
 
     for chunk in read_chunks(probe(path), times_s, seek=seek, part_s=part_s):
@@ -41,7 +41,7 @@ def keyframes(path: str, times_s: Sequence[float], part_s: float) -> Frames:
 
 
 def torchcodec(path: str, times_s: Sequence[float], part_s: float) -> Frames:
-    """As transformers opens it. Its times count from where the stream begins."""
+    """Open the file as transformers does. torchcodec's times include the stream's start time."""
     from torchcodec.decoders import VideoDecoder
 
     decoder = VideoDecoder(path, seek_mode="exact", num_ffmpeg_threads=0, dimension_order="NHWC")
@@ -51,7 +51,7 @@ def torchcodec(path: str, times_s: Sequence[float], part_s: float) -> Frames:
 
 
 def decord(path: str, times_s: Sequence[float], part_s: float) -> Frames:
-    """As transformers opens it: frames by their index, at the average rate."""
+    """Open the file as transformers does: frames by index, computed from the average rate."""
     from decord import VideoReader, cpu
 
     reader = VideoReader(path, ctx=cpu(0))
@@ -60,7 +60,7 @@ def decord(path: str, times_s: Sequence[float], part_s: float) -> Frames:
 
 
 def opencv_seeking(path: str, times_s: Sequence[float], part_s: float) -> Frames:
-    """Raises OSError: OpenCV finds no frame."""
+    """Seek to each frame by index. Raises OSError if OpenCV finds no frame."""
     import cv2
 
     video = cv2.VideoCapture(path)
@@ -75,9 +75,9 @@ def opencv_seeking(path: str, times_s: Sequence[float], part_s: float) -> Frames
 
 
 def pyav_seeking(path: str, times_s: Sequence[float], part_s: float) -> Frames:
-    """Jumps before each time, and decodes with FFmpeg's threads until the frame that is on screen then.
+    """Seek before each time, then decode with FFmpeg's threads up to the frame on screen at that time.
 
-    If a jump lands after its time, as in files without an index, the next one begins earlier.
+    If a jump lands after its time, as in files without an index, the next jump aims earlier.
     """
     import av
 
@@ -98,12 +98,12 @@ def pyav_seeking(path: str, times_s: Sequence[float], part_s: float) -> Frames:
 
 
 def blocks(times_s: Sequence[float]) -> Iterator[Sequence[float]]:
-    """Return the times, so many at once."""
+    """Return the times in blocks of `BLOCK`."""
     return (times_s[first : first + BLOCK] for first in range(0, len(times_s), BLOCK))
 
 
 def index_of(time_s: float, rate: float, count: int) -> int:
-    """Return the number of a frame by the average rate."""
+    """Return the index of the frame at a time, computed from the average rate."""
     return max(0, min(count - 1, int(time_s * rate + 0.01)))
 
 
@@ -118,10 +118,15 @@ READERS: dict[str, Callable[[str, Sequence[float], float], Frames]] = {
 
 
 def read(name: str, request: dict[str, Any]) -> dict[str, Any]:
-    """Reads the frames at some times of a clip: how long it takes, and which frames they are.
+    """Read frames of a clip, and report how long it took and whether they are the right ones.
 
-    `request`: "path", "kind", "times_s" (ascending) and "part_s". Of the frames "others" are not those on screen at their times,
-    and "moved_s" says how far the farthest is from there.
+    Args:
+        name: a key of `READERS`.
+        request: "path", "kind", "times_s" (ascending) and "part_s".
+
+    Returns:
+        Seconds, count and size of the frames; "others" counts the frames that were not on screen at their times, and "moved_s" is
+        the largest distance in seconds. Or "error" if the reader returned the wrong number of frames.
     """
     kind = KINDS[request["kind"]]
     times_s = request["times_s"]
@@ -143,7 +148,7 @@ def read(name: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def distance(kind, number: int, other: int) -> float:
-    """Return seconds between two frames of a piece, which is repeated. A number that no frame has is as far as can be."""
+    """Return the seconds between two frames of a repeating piece. An invalid number is as far as possible: half a piece."""
     shown = kind.times_s
     if not 0 <= number < len(shown):
         return kind.piece_s / 2
@@ -152,10 +157,13 @@ def distance(kind, number: int, other: int) -> float:
 
 
 def make_environment(folder: Path, wheels: Path | None = None) -> Path:
-    """Make an environment with the other readers and all packages of the running one; return its Python.
+    """Create an environment with the other readers on top of the running packages, and return its Python.
 
-    Packages are installed one by one, and without what they depend on: a reader that is missing fails alone. `wheels`: a folder to
-    install from, if there is no network.
+    Packages are installed one by one without their dependencies, so that a missing reader fails alone.
+
+    Args:
+        folder: where to create it; an existing environment is reused.
+        wheels: a folder to install from without network.
     """
     python = folder / "bin" / "python"
     if not folder.exists():

@@ -1,4 +1,4 @@
-"""Write the tables and the chart of `experiments.speed.first_word` from its records, and fill in the documents that show them."""
+"""Write the tables and the chart of `experiments.speed.first_word` from its records, and insert them into the documents."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -17,26 +17,26 @@ END = "<!-- end of first word -->"
 PAGE = "first_word.md"
 CHART = "first_word.svg"
 STAGES = {"reading and preparing": "#E69F00", "encode": "#0072B2", "prefill": "#56B4E9"}
-RIGHT_S = 0.02  # farther from its time, a frame is another one
+RIGHT_S = 0.02  # a frame farther from its time counts as another frame
 Row = dict[str, Any]
 
 
 def seconds(value: float | None) -> str:
-    """Return seconds in two or three digits."""
+    """Format seconds with two or three digits; empty for None."""
     if value is None:
         return ""
     return f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
 
 
 def times_as_fast(value: float | None) -> str:
-    """Write a ratio in two digits."""
+    """Format a ratio with two digits; empty for None."""
     if value is None:
         return ""
     return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 
 def machine(record: Row) -> str:
-    """Return what a run was measured on."""
+    """Return the name of the machine of a run."""
     about = record["about"]
     cores = "1 core" if about["cores"] == 1 else f"{about['cores']} cores"
     name = f"{cores} of {about['cpu']}"
@@ -46,7 +46,7 @@ def machine(record: Row) -> str:
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    """Return the rows by a key, in the order in which the keys come."""
+    """Group rows by a key, with the groups in order of first appearance."""
     found: dict[Any, list[Row]] = {}
     for row in rows:
         found.setdefault(key(row), []).append(row)
@@ -54,34 +54,34 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 
 def middle(rows: Sequence[Row], name: str) -> float | None:
-    """Return the median of a value, of the rows that have it."""
+    """Return the median of a value over the rows that have it, or None."""
     values = [row[name] for row in rows if row.get(name) is not None]
     return median(values) if values else None
 
 
 def middle_row(rows: Sequence[Row]) -> Row | None:
-    """Return the turn whose wait is the median: its stages add up to it."""
+    """Return the successful turn with the median time to the first word, so that its stages add up to the time shown."""
     ordered = sorted((row for row in rows if "error" not in row), key=lambda row: row["first_word"])
     return ordered[(len(ordered) - 1) // 2] if ordered else None
 
 
 def ratio(others: Sequence[Row], rows: Sequence[Row], name: str) -> float | None:
-    """Return how many times as long the others take: the median over the rounds that both have."""
+    """Return how many times as long the others take: the median of the ratio over the rounds that both have."""
     theirs = {row["round"]: row[name] for row in others if name in row}
     found = [theirs[row["round"]] / row[name] for row in rows if name in row and row["round"] in theirs]
     return median(found) if found else None
 
 
 def error_of(rows: Sequence[Row]) -> str:
-    """Return why a side has no result."""
+    """Return the reason why a side has no result."""
     return next((row["error"] for row in rows if "error" in row), "not measured").replace("|", "/")
 
 
-# The waits.
+# Time to the first word.
 
 
 def title_of(side: str, rows: Sequence[Row] = ()) -> str:
-    """Return a side as the tables name it."""
+    """Return the name of a side for the tables."""
     if not side.startswith(TRANSFORMERS):
         return f"evoprune `-b {side}`"
     reader = next((row["reader"] for row in rows if "reader" in row), None)
@@ -91,7 +91,10 @@ def title_of(side: str, rows: Sequence[Row] = ()) -> str:
 
 
 def waits(record: Row) -> dict[tuple, dict[str, list[Row]]]:
-    """The turns of the part `loaded`: of each case, by side. Later questions of a process where there are any, else its first."""
+    """Return the turns of the part `loaded`, by case and side.
+
+    Uses later questions of a process if any succeeded, otherwise first questions.
+    """
     found = {}
     for case, rows in grouped(record.get("loaded", []), lambda row: (row["clip"], row["asked_frames"])).items():
         later = any(not row["first"] and "error" not in row for row in rows)
@@ -104,12 +107,12 @@ def waits(record: Row) -> dict[tuple, dict[str, list[Row]]]:
 
 
 def stages(row: Row) -> list[float]:
-    """Return the seconds of `STAGES` in a wait. The first is what is left: what is read while the encoder works is not in it."""
+    """Return the seconds for each of `STAGES`. Reading is the remainder, so reading that overlaps encoding is not counted in it."""
     return [max(0.0, row["first_word"] - row["encode"] - row["prefill"]), row["encode"], row["prefill"]]
 
 
 def case_title(clip: str, sides: dict[str, list[Row]]) -> str:
-    """Return a clip, and what is looked at of it."""
+    """Return the clip with the number and size of its frames."""
     row = next((row for rows in sides.values() for row in rows if row.get("size")), None)
     if row is None:
         return clip
@@ -118,7 +121,7 @@ def case_title(clip: str, sides: dict[str, list[Row]]) -> str:
 
 
 def loaded_tables(record: Row) -> list[str]:
-    """Return a table for each question: stages, the first word and the last."""
+    """Return a table for each question: stages, first word and last word."""
     lines = []
     all_first = [row for row in record.get("loaded", []) if row["first"]]
     for (clip, asked), sides in waits(record).items():
@@ -155,7 +158,7 @@ def loaded_tables(record: Row) -> list[str]:
 
 
 def start_table(record: Row) -> list[str]:
-    """Whole processes."""
+    """Return the table of whole processes."""
     rows = record.get("start", [])
     if not rows:
         return []
@@ -186,7 +189,7 @@ def start_table(record: Row) -> list[str]:
 
 
 def reading_cell(turns: Sequence[Row]) -> str:
-    """Return the median, and how many frames were others than those on screen at their times; or that there is none."""
+    """Return the median time with the number of wrong frames and their largest distance, or the failure."""
     value = middle(turns, "seconds")
     if value is None:
         over = next((row["over_s"] for row in turns if "over_s" in row), None)
@@ -199,7 +202,7 @@ def reading_cell(turns: Sequence[Row]) -> str:
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """Return why readers failed, each reason once."""
+    """Return the reasons why readers failed, each reason once."""
     failed = [row for row in rows if "error" in row and "over_s" not in row]
     said = grouped(failed, lambda row: (row["side"], row["error"]))
     return [
@@ -209,7 +212,7 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 
 def reading_table(record: Row) -> list[str]:
-    """Return a row for each case, a column for each reader."""
+    """Return a table with a row for each case and a column for each reader."""
     cases = grouped(record.get("reading", []), lambda row: (row["clip"], row["part_s"]))
     if not cases:
         return []
@@ -228,7 +231,7 @@ def reading_table(record: Row) -> list[str]:
 
 
 def settings(record: Row) -> list[str]:
-    """Machine, versions and settings as a list."""
+    """Return the machine, versions and settings as a list."""
     about = record["about"]
     versions = ", ".join(f"{name} {version or 'missing'}" for name, version in about["versions"].items())
     threads = about["omp_num_threads"]
@@ -253,7 +256,7 @@ def settings(record: Row) -> list[str]:
 
 
 def sections(record: Row) -> list[str]:
-    """Return the tables of a run, each under its heading."""
+    """Return the tables of a run under their headings."""
     made = {
         "With the model loaded": loaded_tables(record),
         "From the start of a process": start_table(record),
@@ -267,7 +270,7 @@ def sections(record: Row) -> list[str]:
 
 
 def document(records: Sequence[Row]) -> str:
-    """Return all tables, a section for each machine."""
+    """Return all tables, with a section for each machine."""
     lines = []
     for record in records:
         lines += [f"## {machine(record)}", "", *settings(record), "", *sections(record)]
@@ -275,7 +278,7 @@ def document(records: Sequence[Row]) -> str:
 
 
 def chart_title(records: Sequence[Row]) -> str:
-    """Return what the chart says, in words."""
+    """Return the chart's results as text, for its title and alt text."""
     said = []
     for record in records:
         for (clip, _), sides in waits(record).items():
@@ -287,14 +290,14 @@ def chart_title(records: Sequence[Row]) -> str:
 
 
 WIDTH = 830  # of the chart, in pixels
-LEFT = 196  # where bars begin
+LEFT = 196  # left edge of the bars
 RIGHT = 150  # room for the text after a bar
-PITCH = 25  # from one bar to the next
+PITCH = 25  # distance from one bar to the next
 TALL = 17
 
 
 def chart(records: Sequence[Row]) -> str:
-    """Return an SVG: for each question bars of the wait, stage after stage."""
+    """Return an SVG with a stacked bar per side and question, split into stages."""
     elements = [svg.text(svg.EDGE, 34, "From the path to the first word, with the model loaded", size=17, weight=600)]
     x = svg.EDGE
     for name, colour in STAGES.items():
@@ -330,7 +333,7 @@ def chart(records: Sequence[Row]) -> str:
 
 
 def _bar(y: float, row: Row, longest: float, said: str) -> list[str]:
-    """Draw the stages of a turn side by side, and behind them what is said of the wait."""
+    """Draw the stages of a turn as one stacked bar, followed by a label."""
     made = []
     x = float(LEFT)
     for length, colour in zip(stages(row), STAGES.values(), strict=True):
@@ -341,7 +344,7 @@ def _bar(y: float, row: Row, longest: float, said: str) -> list[str]:
 
 
 def write_tables(records: Sequence[Row], folder: Path) -> None:
-    """Writes the page and the chart into a folder."""
+    """Write the page and the chart into a folder, once every record has its "about"."""
     if not all("about" in record for record in records):
         return
     (folder / PAGE).write_text(document(records), encoding="utf-8")
@@ -350,14 +353,14 @@ def write_tables(records: Sequence[Row], folder: Path) -> None:
 
 
 def write_documents(records: Sequence[Row], root: Path) -> None:
-    """Fills the places of README.md and results/first_word.md, and draws the chart. Raises ValueError: a place is not there."""
+    """Fill the marked places of README.md and results/first_word.md, and draw the chart. Raises ValueError if a mark is missing."""
     fill(root / "README.md", f"![{chart_title(records)}](results/{CHART})")
     fill(root / "results" / PAGE, f"![{chart_title(records)}]({CHART})\n\n{document(records)}")
     (root / "results" / CHART).write_text(chart(records), encoding="utf-8")
 
 
 def fill(page: Path, words: str) -> None:
-    """Puts words between the marks of a page. Raises ValueError: it has no marks."""
+    """Replace the text between the marks of a page. Raises ValueError if the page has no marks."""
     text = page.read_text(encoding="utf-8")
     begin = text.find(BEGIN)
     end = text.find(END)

@@ -2,16 +2,16 @@
 
     python -m experiments.speed.gpu -o DIR --parts table,first        # some parts
     python -m experiments.speed.gpu -o DIR --seconds table=300        # more time for one
-    python -m experiments.speed.gpu -o DIR --dry                      # all at the size of the demo, on a CPU: does it run?
+    python -m experiments.speed.gpu -o DIR --dry                      # everything at the size of the demo, on a CPU: does it run?
 
-| part | what it measures |
+| part | measures |
 |---|---|
-| table | first token, time a token, memory: transformers (HF), the same with a varlen kernel in its tower (HF+), evoprune |
-| decoding | milliseconds a token, with what speeds it up and with EVOPRUNE_PLAIN=1, beside transformers' `generate` |
+| table | first token, time per token, memory: transformers (HF), the same with a varlen kernel in its tower (HF+), evoprune |
+| decoding | milliseconds per token, optimized and with EVOPRUNE_PLAIN=1, compared to transformers' `generate` |
 | first | the first question of a process after loading, and the same question again |
 
-Each step is a process of its own with a time limit. DIR has the figures of each step (JSON) and its output, and after each part
-its tables.
+Each step runs in its own process with a time limit. DIR gets each step's results (JSON) and output, and the tables after
+each part.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from typing import Any
 from experiments.speed.processes import last_line, limits_of, run_process
 from experiments.tables import table
 
-SECONDS = {"table": 190, "decoding": 55, "first": 85}  # that a part may take, all its steps together
+SECONDS = {"table": 190, "decoding": 55, "first": 85}  # time limit of a part, for all its steps together
 DRY_SECONDS = 120
-SPARE = 6.0  # seconds between the last turn that a step may begin and its end
+SPARE = 6.0  # seconds between the start of the last possible turn of a step and its time limit
 QWEN = "Qwen/Qwen{}-Instruct"
 M3, M7, Q4, Q35 = *(QWEN.format(name) for name in ("2.5-VL-3B", "2.5-VL-7B", "3-VL-4B")), "Qwen/Qwen3.5-4B"
 SMALL = "8x224x336"
@@ -42,7 +42,7 @@ PLAIN = {"EVOPRUNE_PLAIN": "1"}
 
 @dataclass(frozen=True)
 class Step:
-    """A process. `until`: the share of its part's seconds after which it is stopped, if it has not ended."""
+    """A process to run. It is stopped once `until`, a share of its part's time limit, has passed."""
 
     part: str
     name: str
@@ -52,7 +52,7 @@ class Step:
 
 
 def steps(settings: str) -> list[Step]:
-    """Return all steps in their order. `settings`: a folder with what `first` needs of the 3B model beside its weights."""
+    """Return all steps in order. `settings` is a folder with the 3B model's settings, without weights, for the part `first`."""
     bf16 = ("--dtype", "bf16")
     first = ("-m", settings, "--load-format", "dummy", *bf16, "--tokens", "32")
     both = (*bf16, "-b", "0.25", "0.1", "--cases")
@@ -70,7 +70,7 @@ def steps(settings: str) -> list[Step]:
 
 
 def dry_steps() -> list[Step]:
-    """Return the same at the size of the demo on a CPU, each kind once."""
+    """Return one step per kind at the size of the demo, on a CPU."""
     small = ("-m", "demo", "--device", "cpu", "--rounds", "1", "--tokens", "6", "--cases", "4x56x84")
     return [
         Step("table", "demo", (*small, "8x84x84", "-b", "0.25", "0.1")),
@@ -82,7 +82,7 @@ def dry_steps() -> list[Step]:
 
 
 def run_part(todo: Sequence[Step], seconds: float, folder: Path) -> list[dict[str, Any]]:
-    """Run the steps of one part and return a record of each; what the first ones leave over is the others'."""
+    """Run the steps of one part and return their records. Time that a step leaves over goes to the next ones."""
     begun = time.monotonic()
     done = []
     for step in todo:
@@ -103,7 +103,7 @@ def run_part(todo: Sequence[Step], seconds: float, folder: Path) -> list[dict[st
     return done
 
 
-# What is shown.
+# Output.
 
 
 def cell(value: Any) -> str:
@@ -123,7 +123,7 @@ def shown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def document(done: Sequence[dict[str, Any]]) -> str:
-    """Return the tables of all parts."""
+    """Return the tables for all parts."""
     env = next((each["found"]["env"] for each in done if each["found"]), {})
     lines = [", ".join(f"{name} {value}" for name, value in env.items() if value)]
     for part, make in TABLES.items():
@@ -201,7 +201,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parsed(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step that runs is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running step is ended
     if args.dry:
         todo = dry_steps()
     else:

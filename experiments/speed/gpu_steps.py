@@ -1,7 +1,7 @@
 """Measure one step of `experiments.speed.gpu`, which starts these: `python -m experiments.speed.gpu_steps STEP -o FILE`.
 
-A step writes what it has found so far into FILE (JSON) after each turn, and begins no turn after `--seconds`. The weights are
-random and of the true dimensions, because speed does not depend on their values.
+A step updates its results in FILE (JSON) after each turn, and starts no turn after `--seconds`. The weights are random and have the
+true dimensions, because speed does not depend on their values.
 """
 
 import argparse
@@ -22,11 +22,11 @@ QUESTION = "What happens in the video?"
 HF = "HF"
 HF_VARLEN = "HF+"
 FULL = "ours 1.0"
-INSIDE = "evoprune:inner=always"  # what a GPU does with larger inputs
+INSIDE = "evoprune:inner=always"  # the setting that a GPU uses for larger inputs
 
 
 class Record:
-    """What a step has found so far: `found`, which `save` writes into its file. `left`: seconds until no turn begins."""
+    """Results of a step so far (`found`), written to its file by `save`. No turn starts after `left` seconds."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -40,11 +40,11 @@ class Record:
         self.found |= {"env": self.found.get("env") or environment(self.args.device)} | found
         written = self.args.output.with_suffix(".writing")
         written.write_text(json.dumps(self.found), encoding="utf-8")
-        written.replace(self.args.output)  # a process that is stopped leaves a whole file
+        written.replace(self.args.output)  # atomic, so a killed process leaves a complete file
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Return the card and the versions of what computes on it."""
+    """Return the GPU and the versions of the packages that compute on it."""
     import torch
 
     found = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
@@ -60,11 +60,11 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-# The models and the clips: those of `evoprune profile`.
+# Models and clips, as in `evoprune profile`.
 
 
 def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] = ("evoprune",)):
-    """Return a benchmark of `evoprune profile` with its rows: `bench.run(row)` is one turn of a row."""
+    """Return a benchmark of `evoprune profile` with its rows. `bench.run(row)` measures one turn of a row."""
     from evoprune.backend import LAUNCH_BOUND_UNITS
     from evoprune.bench import (
         Bench,
@@ -87,10 +87,10 @@ def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] =
     unit = limits.unit
     cases = [
         Case(*map(int, case.split("x"))).of_units(unit / 28) for case in args.cases
-    ]  # as many units, whatever their size
+    ]  # the same number of units for every unit size
     loaded = load(model, cases)
     settings = ProfileSettings(budgets=tuple(args.budgets), methods=tuple(methods), new_tokens=new_tokens)
-    # DivPrune, which selects after the tower, at the first budget alone. `INSIDE` where it is another method than `evoprune`.
+    # DivPrune, which selects after the tower, runs only at the first budget. `INSIDE` runs only if it differs from `evoprune`.
     small = {case for case in cases if prod(case_grid(case, limits)) < LAUNCH_BOUND_UNITS}
     rows = [
         row
@@ -110,7 +110,7 @@ def label(row) -> str:
 
 
 def varlen_attention(q, k, v, ends, longest: int):
-    """Attention of rows `[n, heads, d]` inside groups, in one call on a GPU. `ends`: int32, of the groups, from 0."""
+    """Compute attention of rows `[n, heads, d]` within groups, in one call on a GPU. `ends`: int32 group boundaries, from 0."""
     import torch
 
     if q.device.type != "cuda":  # group by group, so that this runs everywhere
@@ -127,7 +127,7 @@ def varlen_attention(q, k, v, ends, longest: int):
 
 @contextmanager
 def varlen_tower(bench) -> Iterator[None]:
-    """transformers' tower with one call of a varlen kernel a layer, as FlashAttention has it, in place of a loop over windows."""
+    """Replace the loop over windows in transformers' tower by one varlen kernel call per layer, as FlashAttention does."""
     attention = type(bench._reference.model.visual.blocks[0].attn)
     rotate = sys.modules[attention.__module__].apply_rotary_pos_emb_vision
     plain = attention.forward
@@ -153,7 +153,7 @@ def varlen_tower(bench) -> Iterator[None]:
 
 
 def table(record: Record) -> None:
-    """Rows in turns: transformers, the same with a varlen kernel, and evoprune; the first turn of each is not counted."""
+    """Measure rows in turns: transformers, the same with a varlen kernel, and evoprune. A row's first turn is a warm-up."""
     bench, rows = bench_of(record.args, 8, ("evoprune", INSIDE, "divprune"))
     record.save(ready_s=time.perf_counter() - BEGUN)
     turns: dict[tuple[str, str], list] = {}
@@ -174,7 +174,7 @@ def table(record: Record) -> None:
                     turn = bench.run(row)
             if isinstance(turn, str):
                 errors[key] = turn
-            elif number >= 0 or record.left < 0:  # the warm-up counts where no other turn comes
+            elif number >= 0 or record.left < 0:  # the warm-up counts if there is no time for another turn
                 turns.setdefault(key, []).append(turn)
         record.save(rows=rows_of(turns, errors), seconds_left=record.left)
 
@@ -184,7 +184,7 @@ def case_text(case) -> str:
 
 
 def rows_of(turns: dict[tuple[str, str], list], errors: dict[tuple[str, str], str]) -> list[dict[str, Any]]:
-    """Return the medians of the turns, and how many times faster the first token is than transformers' and ours at 1.0."""
+    """Return the medians of the turns, and the speedup of the first token over transformers and over evoprune at 1.0."""
     made = []
     for (case, name), own in turns.items():
         ms = {stage: 1000 * median(getattr(t.sample, stage) for t in own) for stage in ("encode", "prune", "prefill")}
@@ -210,7 +210,7 @@ def rows_of(turns: dict[tuple[str, str], list], errors: dict[tuple[str, str], st
 
 
 def decoding(record: Record) -> None:
-    """Seconds a token, with a first turn of the process and later ones apart; transformers' loop and its `generate` with --hf."""
+    """Measure time per token, the process's first turn separately. `--hf` adds transformers' loop and its `generate`."""
     args = record.args
     bench, rows = bench_of(args, args.tokens)
     rows = [row for row in rows if label(row) != HF or args.hf]
@@ -233,7 +233,7 @@ def decoding(record: Record) -> None:
 
 
 def forced(bench, row) -> tuple[float, list[int]]:
-    """Milliseconds a token of a turn, and its tokens."""
+    """Run a turn and return its milliseconds per token and its tokens."""
     turn = bench.run(row)
     if isinstance(turn, str):
         raise RuntimeError(turn)
@@ -241,13 +241,16 @@ def forced(bench, row) -> tuple[float, list[int]]:
 
 
 def generated(bench, count: int) -> tuple[float, list[int]]:
-    """Return the same of transformers' `generate` about a text as long as the smallest prompt: `count` tokens less one token."""
+    """Return the same for transformers' `generate` on text as long as the smallest prompt.
+
+    The time of a one-token run is subtracted from the time of a run of `count` tokens.
+    """
     import torch
 
     from evoprune.backend import now
 
     (clip, *_), reference = bench._clips.values(), bench._reference
-    ids = clip.ids.clamp(min=5, max=500)[None].to(clip.patches.device)  # no token that stands for a picture
+    ids = clip.ids.clamp(min=5, max=500)[None].to(clip.patches.device)  # no image or video placeholders
 
     def seconds(length: int) -> tuple[float, list[int]]:
         begun = now(ids.device)
@@ -261,13 +264,13 @@ def generated(bench, count: int) -> tuple[float, list[int]]:
 
 
 def first(record: Record) -> None:
-    """The first question of a process after loading, then the same again."""
+    """Measure the first question of a process after loading, then the same question again."""
     args = record.args
     import torch
 
     import evoprune
 
-    video_qa = evoprune.VideoQA  # which is imported now
+    video_qa = evoprune.VideoQA  # triggers the import
     steps = {"import": time.perf_counter() - BEGUN}
     with tempfile.TemporaryDirectory() as folder:
         video, options = (
@@ -298,7 +301,7 @@ def first(record: Record) -> None:
 
 
 def sample(folder: Path) -> Path:
-    """Return the sample clip `pan.mp4`; a folder of frames of about its size where nothing here reads videos."""
+    """Return the sample clip `pan.mp4`, or a folder of frames of similar size if PyAV is missing."""
     from importlib.util import find_spec
 
     if find_spec("av"):

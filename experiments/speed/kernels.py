@@ -1,7 +1,7 @@
 """Time single kernels and steps, as Markdown tables: `python -m experiments.speed.kernels`.
 
-It measures products of single rows, which decoding consists of, memory, and packing and quantising of weights. The weights are
-random and of the 3B model's dimensions, on the CPU, in bf16.
+Measures matrix products of single rows (the work of decoding), memory bandwidth, and packing and quantising of weights. The weights
+are random, with the dimensions of the 3B model, on the CPU, in bf16.
 """
 
 import argparse
@@ -39,13 +39,13 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured.
+    """Sizes of the measurements.
 
     Attributes:
-        config: of the model whose dimensions are taken.
-        product: (in, out) features of the products of single rows.
-        copies: of each weight of those products, too many for any cache.
-        read_bytes: size of the tensor that is read to measure memory.
+        config: the model whose dimensions are used.
+        product: (in, out) features of the single-row products.
+        copies: number of copies per weight, too many for any cache.
+        read_bytes: size of the tensor that is read to measure memory bandwidth.
     """
 
     config: Config
@@ -55,20 +55,20 @@ class Sizes:
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table."""
+    """Print a table."""
     print("\n".join([f"\n{title}\n", *table(columns, rows)]), flush=True)
 
 
 def times(ms: Sequence[float]) -> list[tuple[str, str]]:
-    """Milliseconds as text, and how many times the first of them each is."""
+    """Format milliseconds as text, each with its ratio to the first."""
     return [(f"{each:,.0f}" if each >= 100 else f"{each:.3g}", f"{each / ms[0]:.2f}x") for each in ms]
 
 
-# Decoding: products of one row, which read all weights.
+# Decoding: single-row products, which read all weights.
 
 
 def kernels(inner: int, outer: int, copies: int) -> Iterator[tuple[str, int, list[Callable]]]:
-    """Of each kernel for x `[1, inner]` to `[1, outer]`: its name, the bytes it reads, and one function for each weight."""
+    """Yield each kernel for x `[1, inner]` to `[1, outer]`: name, bytes read, and one function per weight copy."""
     layers = []
     for _ in range(copies):
         layers.append(nn.Linear(inner, outer, bias=False, device="meta"))
@@ -85,7 +85,7 @@ def kernels(inner: int, outer: int, copies: int) -> Iterator[tuple[str, int, lis
     yield "int8, integer products (as built)", int8[0].nbytes, int8
     int4 = [Int4Linear(int4_weights(layer), (outer, inner)) for layer in layers]
     yield "int4, groups of 32 (as built)", int4[0].nbytes, int4
-    # The quantised layer knows groups of 32 only. The time does not depend on the values.
+    # The quantised layer supports only groups of 32. The time does not depend on the values.
     group = 128
     numbers = torch.randint(16, (outer, inner), dtype=torch.int32)
     scales = torch.ones(inner // group, outer, 2, dtype=DTYPE)
@@ -99,7 +99,7 @@ def _int4_product(x: torch.Tensor, packed: torch.Tensor, group: int, scales: tor
 
 
 def single_rows(sizes: Sizes, repeat: int) -> None:
-    """Prints how long a product of one row takes with each kernel, and how fast it reads its weights."""
+    """Print how long a single-row product takes with each kernel, and how fast it reads its weights."""
     x = torch.randn(1, sizes.product[0]).to(DTYPE)
     names, sizes_bytes, weights = zip(*kernels(*sizes.product, sizes.copies), strict=True)
     # A new view each time, because layers share the conversion of the same activations.
@@ -114,28 +114,28 @@ def single_rows(sizes: Sizes, repeat: int) -> None:
 
 
 def memory(sizes: Sizes, repeat: int) -> None:
-    """Prints how fast all threads together read memory."""
+    """Print how fast all threads together read memory."""
     numbers = torch.ones(sizes.read_bytes // 4)
     (ms,) = medians([numbers.sum], repeat)
     print(f"\nMemory: {sizes.read_bytes / 2**20:,.0f} MiB summed at {numbers.nbytes / ms / 1e6:.1f} GB/s")
 
 
-# Start-up: weights packed and quantised.
+# Startup: packing and quantising weights.
 
 
 def call_layers(module: nn.Module) -> None:
-    """Calls every linear layer with one row."""
+    """Call every linear layer with one row."""
     for layer in [each for each in module.modules() if type(each) is Unquantised]:
         layer(torch.zeros(1, layer.in_features, dtype=DTYPE))
 
 
 def conversions(model: QwenVL, sizes: Sizes) -> None:
-    """Prints how long packing and quantising take for a layer, and for the whole model. `model`: with one decoder layer."""
+    """Print how long packing and quantising take per layer and for the whole model. `model` has one decoder layer."""
     text = sizes.config.text_config
     vision = sizes.config.vision_config
     rows = []
     for kind in ("packed", "int8", "int4"):
-        fresh = shared(model)  # other layers on the same weights
+        fresh = shared(model)  # new layers sharing the same weights
         pieces = {
             "a decoder layer": (text.num_hidden_layers, Tree(model=Tree(language_model=fresh.model.language_model))),
             "the output layer": (1, Tree(lm_head=fresh.lm_head)),
@@ -144,7 +144,7 @@ def conversions(model: QwenVL, sizes: Sizes) -> None:
             pieces["a tower layer"] = vision.depth, Tree(block=fresh.model.visual.blocks[0])
         total = 0.0
         for name, (count, module) in pieces.items():
-            module.dtype = DTYPE  # as a whole model tells it, with its norms
+            module.dtype = DTYPE  # a whole model takes it from its norms
             start = time.perf_counter()
             pack(module) if kind == "packed" else quantize(module, kind, call_layers)
             spent = time.perf_counter() - start
@@ -156,7 +156,7 @@ def conversions(model: QwenVL, sizes: Sizes) -> None:
 
 @torch.no_grad()
 def measure(sizes: Sizes, repeat: int) -> None:
-    """Prints everything."""
+    """Run all measurements."""
     single_rows(sizes, repeat)
     memory(sizes, repeat)
     small = replace(

@@ -2,8 +2,8 @@
 
     python -m experiments.speed.packed_tower --threads 1
 
-The tower has a published model's dimensions and random weights, which do not change the speed. Nothing is pruned. The three take
-turns, one round after another, and their medians are compared.
+The tower has a published model's dimensions and random weights, which do not change the speed. Nothing is pruned. The three
+variants take turns, round after round, and their medians are compared.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from experiments.timing import medians
 
 
 def random_tower(name: str, dtype: torch.dtype):
-    """transformers' tower at the dimensions of the model `name`, under sdpa, with random weights."""
+    """Return transformers' tower with the dimensions of the model `name` and random weights, using sdpa attention."""
     config = describe(ModelOptions(name), local=True).config
     config = replace(config, text_config=replace(config.text_config, num_hidden_layers=1))
     return hugging_face_model(random_model(config, dtype, torch.device("cpu"))).model.visual
 
 
 def measure(visual, patches: torch.Tensor, grid_thw: torch.Tensor, rounds: int) -> list[tuple[str, float, float]]:
-    """Of each way: its name, its median milliseconds, and how far its tokens are from Hugging Face's, relative to these."""
+    """Return name, median milliseconds and relative deviation of the tokens from Hugging Face's, for each variant."""
     packed = PackedTower(visual)
     none = patch_config(1.0, "none", None)
     ways = {

@@ -1,7 +1,7 @@
-"""Processes that measure: each is ended after its time, with what it started, and says why it failed.
+"""Processes that measure. Each is killed with its children when its time is up, and reports why it failed.
 
-`Side` and `serve` are the two ends of a process that takes turns with others: it waits while another one works, gets a line of JSON
-and answers with one.
+`Side` and `serve` are the two ends of a process that takes turns with others: it waits while another process works, reads a request
+as a line of JSON, and answers with another line.
 """
 
 import json
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Side:
-    """A process that is started when it is first asked, and again after it has ended. Its stderr goes into a file."""
+    """A process that starts at its first request, and again after it has ended. Its stderr goes into a file."""
 
     def __init__(self, command: Sequence[str], log: Path):
         self._command = [*command]
@@ -32,7 +32,7 @@ class Side:
         return self._process is not None
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Return the answer to a request; `{"error": text}` if there is none in so many seconds, or the process ends."""
+        """Return the answer to a request, or `{"error": text}` if the process ends or `seconds` pass without an answer."""
         if seconds <= 0:
             return {"error": "not begun: no time was left"}
         if self._process is None:
@@ -52,7 +52,7 @@ class Side:
         return json.loads(line)
 
     def end(self, kill: bool = False) -> int | None:
-        """End the process with what it started; return its exit code, None if none runs."""
+        """End the process and its children. Returns its exit code, or None if it is not running."""
         if self._process is None:
             return None
         process = self._process
@@ -83,16 +83,19 @@ class Side:
 
 
 def _forward(lines, into: queue.Queue) -> None:
-    """Put lines into a queue as they come, and None at their end."""
+    """Put lines into a queue as they arrive, and None at their end."""
     for line in lines:
         into.put(line)
     into.put(None)
 
 
 def serve(make: Callable[[], Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
-    """Answer lines of stdin until it ends. `make` makes the function that answers; what it raises is each answer.
+    """Answer lines of stdin until it ends.
 
-    Libraries may print: their stdout is sent to stderr.
+    Whatever libraries print to stdout is sent to stderr.
+
+    Args:
+        make: makes the function that answers requests, at the first request. Exceptions of either become error answers.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -101,13 +104,13 @@ def serve(make: Callable[[], Callable[[dict[str, Any]], dict[str, Any]]]) -> Non
         try:
             answer = answer or make()
             said = answer(json.loads(line))
-        except Exception as problem:  # whatever a library raises is its result
+        except Exception as problem:  # any exception of a library is reported as its result
             said = {"error": f"{type(problem).__name__}: {problem}".strip()[:300]}
         print(json.dumps(said), file=answers, flush=True)
 
 
 def run_process(arguments: Sequence[str], log: Path, seconds: float, environment: dict[str, str] | None = None) -> str:
-    """Run Python with its output in a file; return "done", "stopped" (after its seconds) or "exit code N"."""
+    """Run Python with its output in a file. Returns "done", "stopped" (time limit) or "exit code N"."""
     with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(  # noqa: S603 (this Python)
             [sys.executable, *arguments],
@@ -128,7 +131,7 @@ def run_process(arguments: Sequence[str], log: Path, seconds: float, environment
 
 
 def end_group(number: int) -> None:
-    """Kill a process that leads a session, with what it started."""
+    """Kill a session leader together with the processes it started."""
     try:
         os.killpg(number, signal.SIGKILL)
     except ProcessLookupError:
@@ -136,16 +139,16 @@ def end_group(number: int) -> None:
 
 
 def last_line(log: Path) -> str:
-    """Return the last line of a file that is not empty: of a traceback, the error."""
+    """Return the last non-empty line of a file (the error, if it ends with a traceback)."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].strip()[:200] if lines else "it said nothing"
 
 
 def limits_of(text: str, usual: dict[str, float]) -> dict[str, float]:
-    """Return the seconds of each part: the usual ones, but those that `text` names, as in "table=300,first=60".
+    """Return the seconds per part: the defaults, with overrides from `text`, such as "table=300,first=60".
 
     Raises:
-        ValueError: there is no such part, or its time is no number.
+        ValueError: a part does not exist, or its time is not a number.
     """
     made = dict(usual)
     for each in filter(None, text.split(",")):

@@ -1,4 +1,4 @@
-"""Points, clusters and frame pairs of whole numbers, so that every form of an operator computes the same to the last bit."""
+"""Points, clusters and frame pairs of whole numbers, so that all implementations of an operator agree to the last bit."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,11 @@ import torch
 
 @dataclass(frozen=True)
 class Shape:
-    """Of points in tubes: `rows` of `wide` numbers, of which `same` are copies; each tube has at most so many points."""
+    """A case of points in tubes.
+
+    There are `rows` rows of `wide` numbers, and a share `same` of them are copies. `tubes` has the most points per tube. A share
+    `dropped` of the points has no row.
+    """
 
     points: int
     tubes: tuple[int, ...]
@@ -32,7 +36,7 @@ SHAPES = {
 
 
 def points(shape: Shape, seed: int) -> tuple[torch.Tensor, ...]:
-    """`place`, `half`, `weight`, `first`, `row`, `time`, `tubes`, as `tube_radii` takes them."""
+    """Return the arguments of `tube_radii`: `place`, `half`, `weight`, `first`, `row`, `time`, `tubes`."""
     random = torch.Generator().manual_seed(seed)
     place = 32 * (torch.rand(shape.rows, shape.wide, generator=random) - 0.5).sign()
     copies = torch.rand(shape.rows, generator=random) < shape.same
@@ -50,7 +54,7 @@ def points(shape: Shape, seed: int) -> tuple[torch.Tensor, ...]:
 
 
 def clusters(shape: Shape, seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """`rows`, `into`, `row`, `weight`, `count`, as `mean_rows` takes them: each mean has something."""
+    """Return the arguments of `mean_rows`: `rows`, `into`, `row`, `weight`, `count`. No mean is empty."""
     random, count = torch.Generator().manual_seed(seed), max(1, shape.points // 3)
     rows = torch.randint(-8, 9, (shape.rows, shape.wide), generator=random).to(dtype)
     into = torch.cat([torch.arange(count), torch.randint(count, (shape.points,), generator=random)])
@@ -61,7 +65,7 @@ def clusters(shape: Shape, seed: int, dtype: torch.dtype) -> tuple[torch.Tensor,
 
 
 def means(pairs: int, units: int, seed: int, kind: str) -> torch.Tensor:
-    """float32 `[pairs, units, 96]`, block means of whole levels: of noise, of a still picture with noise in it, or with a cut."""
+    """Return block means float32 `[pairs, units, 96]`, whole levels: noise, a still picture with noise in it, or a cut."""
     random = torch.Generator().manual_seed(seed)
     still = torch.randint(40, 200, (1, units, 96), generator=random).expand(pairs, -1, -1)
     noise = torch.randint(40, 200, (pairs, units, 96), generator=random)
@@ -73,7 +77,7 @@ def means(pairs: int, units: int, seed: int, kind: str) -> torch.Tensor:
 
 
 def unit_rows(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 `[rows, 16]` of length one whose cosines are eighths, a third of them the same; and `[rows]`, for each a number."""
+    """Return unit vectors float32 `[rows, 16]` whose cosines are eighths, a third of them equal, and a number per row, `[rows]`."""
     random = torch.Generator().manual_seed(seed)
     unit = (torch.rand(rows, 16, generator=random) - 0.5).sign() / 4
     unit[1::3] = unit[0]

@@ -1,4 +1,4 @@
-"""The kernels of Triton compiled for GPUs, without one: run by test_kernels.py in a process of its own."""
+"""Compile the Triton kernels for GPUs on a machine without one. test_kernels.py runs this file in a separate process."""
 
 import pytest
 import triton
@@ -7,7 +7,7 @@ from triton.compiler import ASTSource
 
 from evoprune.backend import kernels
 
-# Of arguments, by name; all others are pointers to float32, or constants.
+# By argument name; all other arguments are pointers to float32, or constants.
 TYPES = {
     **dict.fromkeys(("row", "tubes", "selected", "order", "ends", "pair", "source"), "*i64"),
     **dict.fromkeys(

@@ -1,6 +1,6 @@
-"""The CPU takes the ways of a GPU: Triton's interpreter runs the kernels of a GPU on tensors of the CPU.
+"""Make the CPU take the code paths of a GPU: Triton's interpreter runs the GPU kernels on CPU tensors.
 
-In a process of its own, where TRITON_INTERPRET is 1: a function becomes one of the interpreter when Triton is imported.
+Needs a separate process with TRITON_INTERPRET=1, because Triton decides at import whether functions are interpreted.
 """
 
 import sys
@@ -11,13 +11,13 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend import attention, operators  # noqa: F401  what is imported is patched
+from evoprune.backend import attention, operators  # noqa: F401  imported so that it is patched
 
 OPERATORS = ("standard_places", "tube_radii", "nearest_selected", "mean_rows", "reuse_scan")
 
 
 def attend(q, k, v, query_ends, key_ends, longest, most, scale):
-    """`attend_varlen`, group by group."""
+    """Compute `attend_varlen` group by group."""
     pieces = zip(
         q.split(query_ends.diff().tolist()),
         k.split(key_ends.diff().tolist()),
@@ -30,7 +30,7 @@ def attend(q, k, v, query_ends, key_ends, longest, most, scale):
 
 @contextmanager
 def gpu_ways() -> Iterator[None]:
-    """A context in which modules of evoprune that are imported already take a GPU's ways."""
+    """Patch the evoprune modules imported so far, so that they take the code paths of a GPU."""
     answers = {"uses_kernels": True, "is_host": False, "varlen_kernel": attend}
     library = torch.library.Library("evoprune", "IMPL")
     with ExitStack() as stack:

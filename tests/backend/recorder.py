@@ -1,4 +1,4 @@
-"""A graph without a GPU: the operations of a function are recorded, and run again on the tensors that they had."""
+"""A graph without a GPU: records the operations of a function and replays them on the same tensors."""
 
 from collections.abc import Callable
 
@@ -8,20 +8,20 @@ from torch.utils._pytree import tree_map_only
 
 from tests.waiting import COPYING, shape_depends_on_values
 
-# Operators that copy the ends of their groups to the host: torch's own in all dtypes but bf16, and in that one on most GPUs too
-# (`_grouped_mm_fallback` in ATen/native/GroupedMMUtils.h), and the one that transformers has for older ones.
+# Operators that copy the group ends to the host: torch's own for all dtypes except bf16, and for bf16 on most GPUs too
+# (`_grouped_mm_fallback` in ATen/native/GroupedMMUtils.h), and the one that transformers uses with older versions.
 READS_ENDS = ("_grouped_mm", "grouped_mm_fallback")
-MAKES = ("lift_fresh", "_to_copy")  # of which only a copy to another dtype may be captured
+MAKES = ("lift_fresh", "_to_copy")  # only copies to another dtype may be captured
 
 
 class Recorder(TorchDispatchMode):
-    """Refuses what a capture refuses: to read a value, to copy between devices, and to make tensors of values of the host."""
+    """Refuse the operations that a capture refuses: reading values, copies between devices, and tensors from host values."""
 
     def __init__(self):
         super().__init__()
         self._ran: list[tuple] = []
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
-        self._own: set[int] = set()  # addresses that operations have made
+        self._own: set[int] = set()  # addresses created by operations
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -47,7 +47,7 @@ class Recorder(TorchDispatchMode):
             self._before[at] = whole, whole.clone()
 
     def undo(self) -> None:
-        """A capture runs nothing."""
+        """Restore the tensors, because a capture runs nothing."""
         for whole, before in self._before.values():
             whole.copy_(before)
 
@@ -70,7 +70,7 @@ def _tensors(made) -> list[torch.Tensor]:
 
 
 def _values(x: torch.Tensor) -> torch.Tensor:
-    """The tensor in memory: of one on the second device (tests/second_device/far.py) the one that it wraps."""
+    """Return the tensor in memory: for one on the second device (tests/second_device/far.py), the tensor it wraps."""
     return getattr(x, "there", x)
 
 
@@ -79,7 +79,7 @@ def _storage(x: torch.Tensor) -> torch.UntypedStorage:
 
 
 class Graphs:
-    """In the place of the graphs of `backend.devices`: what it captures is recorded."""
+    """Stands in for the graphs of `backend.devices`: records instead of capturing."""
 
     def __init__(self):
         self.captured = self.replayed = 0

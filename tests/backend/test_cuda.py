@@ -1,4 +1,4 @@
-"""A GPU gives what the CPU gives: an encoding, answers, the operators of the selection, decoding in a graph. Run with `-m cuda`."""
+"""A GPU gives the same results as the CPU: an encoding, answers, selection operators, decoding in a graph. Run with `-m cuda`."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
 
 @pytest.fixture(scope="module")
 def devices():
-    """The demo model on the CPU, and on what `auto` takes."""
+    """The demo model on the CPU, and on the device that `auto` selects."""
     return load_model("demo", device="cpu"), load_model("demo", dtype="fp32", pack=False)
 
 
@@ -35,14 +35,14 @@ def test_auto_takes_the_gpu(devices):
     [(1.0, "evoprune", "evoprune"), (0.25, INSIDE, INSIDE), (0.25, "evoprune:depth=1:reuse=0", "evoprune")],
 )
 def test_an_encoding_and_an_answer_are_those_of_the_cpu(devices, budget, on_cpu, on_gpu):
-    """The clip is small: left to itself, the GPU prunes it after the tower alone."""
+    """The clip is small, so by default the GPU prunes it only after the tower."""
     methods = on_cpu, on_gpu
     here, there = (
         VideoQA(loaded, budget=budget, method=name).encode(CLIP) for loaded, name in zip(devices, methods, strict=True)
     )
     kept, there_kept = ({*each.encoded.kept.tolist()} for each in (here, there))
     assert len(there_kept) == len(kept)
-    assert len(kept - there_kept) <= 0.05 * len(kept)  # where distances are equal but for rounding
+    assert len(kept - there_kept) <= 0.05 * len(kept)  # distances that are equal except for rounding
     if kept == there_kept:
         features = there.encoded.features.cpu()
         torch.testing.assert_close(features, here.encoded.features, rtol=2e-3, atol=2e-3 * float(features.abs().max()))
@@ -56,7 +56,7 @@ def test_an_encoding_and_an_answer_are_those_of_the_cpu(devices, budget, on_cpu,
 @pytest.mark.parametrize(("budget", "method"), [(1.0, "evoprune"), (0.25, "evoprune"), (0.25, INSIDE)])
 def test_without_graphs_and_kernels_the_tokens_are_the_same(devices, budget, method, monkeypatch):
     video = VideoQA(devices[1], budget=budget, method=method).encode(CLIP)
-    long = {"max_new_tokens": 24, "temperature": 1.0, "seed": 3}  # a draw does not end at once
+    long = {"max_new_tokens": 24, "temperature": 1.0, "seed": 3}  # sampling, so that the answer does not end at once
     answer = video.ask("What happens in the clip?", **long)
     text = answer.text
     monkeypatch.setenv("EVOPRUNE_PLAIN", "1")

@@ -1,4 +1,4 @@
-"""What depends on the device, where no other test sees it: by the names of devices that need not be here."""
+"""Device-dependent behaviour that no other test covers, checked by device names; the devices need not exist."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 @pytest.mark.parametrize(
     ("device", "gpus", "expected"),
     [
-        ("cpu", 4, (5, {"num_cpus": 2})),  # of nodes with 2, 4 and 5 cores
+        ("cpu", 4, (5, {"num_cpus": 2})),  # nodes with 2, 4 and 5 cores
         ("auto", 0, (5, {"num_cpus": 2})),
         ("auto", 4, (4, {"num_gpus": 1})),
         ("cuda", 3, (3, {"num_gpus": 1})),

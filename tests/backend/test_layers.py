@@ -1,7 +1,7 @@
 """Fused kernels of a decoder layer against the plain operations, and layers that use them.
 
-Without a GPU they run under Triton's interpreter. It cuts what it rounds to bf16, so it computes in fp16, which shows as well where
-a kernel rounds.
+Without a GPU they run under Triton's interpreter. It truncates when it rounds to bf16, so the tests use fp16, which shows just as
+well at which places a kernel rounds.
 """
 
 import pytest
@@ -38,7 +38,7 @@ def random(*shape, seed=0, dtype=torch.float32):
 
 
 def assert_equal(made, expected):
-    """As far as sums in another order let them; where a few of 16 bits are rounded the other way for it, by one step."""
+    """Equal up to summation order. In 16 bits, a few values may be rounded differently, by one step."""
     near = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}[made.dtype]
     assert made.dtype == expected.dtype
     torch.testing.assert_close(made, expected, atol=near, rtol=near)
@@ -115,7 +115,7 @@ def test_joined_weights_are_the_same_weights(family):
     each = [getattr(layer.self_attn, f"{name}_proj")(x) for name in "qkv"]
     torch.testing.assert_close(joined, torch.cat(each, 1))
     layer.mlp.gate_proj.weight = torch.nn.Parameter(torch.ones(128, 64))
-    assert layers.joined(layer.mlp) is None  # somebody has put others there
+    assert layers.joined(layer.mlp) is None  # these weights have been replaced
     assert layers.joined(model.model.language_model.layers[1].mlp) is not None
 
 
@@ -134,7 +134,7 @@ def test_layers_of_fused_kernels(family, used):
     expected, _ = made()
     layers.join(model)
     with pytest.MonkeyPatch.context() as patch:
-        for name in "qkv":  # the top layer reads one column of queries, and these layers compute as before
+        for name in "qkv":  # the top layer reads one query column, and the other layers compute as before
             top = model.model.language_model.layers[0].self_attn
             patch.setattr(top.get_submodule(f"{name}_proj"), "forward", lambda x: pytest.fail("a layer by itself"))
         logits, cache = made()
@@ -173,7 +173,7 @@ def test_a_cpu_has_no_kernels(monkeypatch):
     assert layers.kernels_for(torch.device("cuda")) is None
 
 
-# Which kernel computes causal attention, and what it computes.
+# Which kernel computes causal attention, and its result.
 
 
 def test_a_whole_prompt_and_its_end():
@@ -182,7 +182,7 @@ def test_a_whole_prompt_and_its_end():
     whole = causal_attention(q, k, v, None)
     weights = (q @ k.transpose(2, 3) / 4).masked_fill(~torch.ones(20, 20).tril().bool(), -torch.inf).softmax(-1)
     torch.testing.assert_close(whole, weights @ v)
-    assert causal_attention(q[:, :, 5:], k, v, None) is None  # a mask serves as well on a CPU
+    assert causal_attention(q[:, :, 5:], k, v, None) is None  # on a CPU a mask is just as good
 
 
 @pytest.mark.cuda

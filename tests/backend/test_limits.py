@@ -1,4 +1,4 @@
-"""Cores and memory under made-up control groups of both versions, and under real ones where this machine allows them."""
+"""Cores and memory under made-up control groups of both versions, and under real ones if this machine allows them."""
 
 import ctypes
 import json
@@ -34,12 +34,12 @@ def v1(controllers: str, top: str = "/", point: str | None = None) -> str:
 
 
 def stat(total: bool = False, **sizes: int) -> str:
-    """With `total`, sizes of the group alone are other ones."""
+    """Return a memory.stat file. With `total`, the sizes of the group itself differ from the totals."""
     lines = [f"{name} {size}\n" for name, size in sizes.items()]
     return "anon 7\n" + "".join([line.replace(" ", " 9") + f"total_{line}" if total else line for line in lines])
 
 
-# What a machine of 16 GiB of free memory is made of: lines of /proc/self/cgroup, mounts, files, and then GiB available.
+# Parts of a machine with 16 GiB of free memory: lines of /proc/self/cgroup, mounts, files; then the GiB available.
 MEMORY = {
     "no groups": ((), (), {}, 16),
     "version 2, no limit": (("0::/a",), (V2,), {"sys/fs/cgroup/a": {"max": "max", "current": GIB, "stat": ""}}, 16),
@@ -81,7 +81,7 @@ MEMORY = {
 
 
 def made_up(root: Path, groups, mounts, files: dict[str, dict], prefix: str) -> Path:
-    """A root folder with these groups and mounts."""
+    """Create a root folder with these groups and mounts."""
     proc = root / "proc/self"
     proc.mkdir(parents=True)
     (root / "proc/meminfo").write_text(f"MemFree: 1 kB\nMemAvailable:   {16 * GIB // 1024} kB\n")
@@ -144,7 +144,7 @@ def test_without_memory_for_the_libraries(tmp_path):
 
 @pytest.fixture
 def limited():
-    """`limited(controller, {file: content}, program)`: runs a program of Python in a new group inside this process's own."""
+    """`limited(controller, {file: content}, program)` runs a Python program in a new group inside this process's own."""
     made = []
 
     def run(controller: str, limits: dict[str, object], *arguments: str) -> subprocess.CompletedProcess:
@@ -171,7 +171,7 @@ def limited():
 
     yield run
     for group in made:
-        for _ in range(50):  # the group is busy until its last process is gone
+        for _ in range(50):  # the group is busy until its last process has ended
             with suppress(OSError):
                 group.rmdir()
                 break
@@ -189,7 +189,7 @@ def memory_limit(size: int) -> dict[str, object]:
 
 
 def empty_checkpoint(folder: Path) -> None:
-    """A checkpoint of the 3B model's dimensions, all zeros: 7 GiB that take no room on the disk."""
+    """Write a checkpoint of the 3B model's dimensions with zeros only: a sparse file of 7 GiB."""
     name = "Qwen/Qwen2.5-VL-3B-Instruct"
     config = BUNDLED_CONFIGS[name]
     for path in (config, *DEMOS["demo"].folder.glob("*token*.json"), DEMOS["demo"].folder / "chat_template.jinja"):
@@ -214,7 +214,7 @@ def empty_checkpoint(folder: Path) -> None:
     ids=["smaller than the weights", "smaller than the libraries"],
 )  # fmt: skip
 def test_a_container_that_is_too_small(limited, tmp_path, limit, found, hint):
-    """Exit code 5 and a hint, where the system would have ended the process without a word."""
+    """Exit code 5 and a hint, instead of a process that the system kills silently."""
     empty_checkpoint(tmp_path)
     if host_memory() < 9 * GIB:
         pytest.skip("this machine itself has too little memory free")
@@ -228,7 +228,7 @@ def test_a_container_that_is_too_small(limited, tmp_path, limit, found, hint):
 @pytest.mark.full
 @pytest.mark.parametrize("kind", parameters("int8"))
 def test_a_3b_model_answers_inside_5_and_a_half_gb(limited, tmp_path, kind):
-    """Its weights in fp32 take 15 GB. The file's pages count too, but the system drops them."""
+    """The weights take 15 GB in fp32. The file's pages count too, but the system can drop them."""
     empty_checkpoint(tmp_path)
     arguments = ("-m", str(tmp_path), "--dtype", "fp32", "--quantize", kind, "--frames", "2", "-n", "2", "--json")
     done = limited("memory", memory_limit(5_500_000_000), "-m", "evoprune_cli", "ask", CLIP, "What?", *arguments)
@@ -249,7 +249,7 @@ except OutOfMemory as problem:
 
 @pytest.mark.full
 def test_a_decoder_that_the_system_ends(limited, tmp_path):
-    """Its picture, 100 MiB in the decoder alone, does not fit into the group."""
+    """The picture needs 100 MiB in the decoder, too much for the group."""
     path = tmp_path / "large.mkv"
     frame = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     write_video(path, [np.tile(frame, (64, 128, 1))], codec="mjpeg", pix_fmt="yuvj444p")
@@ -262,7 +262,7 @@ def test_a_decoder_that_the_system_ends(limited, tmp_path):
 )
 @pytest.mark.parametrize("kept", [False, True])
 def test_freed_memory_is_kept_where_that_was_asked_for(kept):
-    """In a process of its own, and in a thread that is not the first."""
+    """Runs in a separate process, and in a thread other than the first."""
     code = f"""
 import threading
 from pathlib import Path

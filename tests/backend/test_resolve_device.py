@@ -1,4 +1,4 @@
-"""The device is known before torch is imported: as torch itself finds it here, and without a driver, or where GPUs are hidden."""
+"""The device is known before torch is imported, and matches torch's choice: here, without a driver, and with hidden GPUs."""
 
 import os
 
@@ -12,7 +12,7 @@ from evoprune.backend.limits import HIDING, resolve_device
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """The root of a machine with a torch that can use GPUs of CUDA, and no driver."""
+    """Root folder of a machine with a CUDA build of torch and no driver."""
     (tmp_path / "dev").mkdir()
     monkeypatch.setattr(limits, "_toolkits", lambda: ["cuda"])
     for variable in HIDING:

@@ -1,7 +1,6 @@
-"""A model on `cuda:1`, while `cuda:0` is the current device: what is launched, captured and asked is of the former.
+"""A model on `cuda:1` while `cuda:0` is current: launches, captures and queries must use `cuda:1`.
 
-There is no GPU, and no Triton: tensors of the CPU say that they are on `cuda:1`, and what would be launched notes the current
-device.
+There is neither a GPU nor Triton. CPU tensors claim to be on `cuda:1`, and every launch records the current device.
 """
 
 import importlib.util
@@ -17,12 +16,12 @@ from torch.overrides import TorchFunctionMode
 from evoprune.backend import attention, devices, operators
 from tests.backend.cases import SHAPES, clusters, means, points, unit_rows
 
-CALLED = {"_snap", "_gain", "_distances"}  # by kernels
+CALLED = {"_snap", "_gain", "_distances"}  # by other kernels
 THERE = torch.device("cuda", 1)
 
 
 class OnTheSecond(TorchFunctionMode):
-    """Tensors are made on the CPU, and say that they are on the second GPU."""
+    """Create tensors on the CPU that claim to be on the second GPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func == torch.Tensor.device.__get__:
@@ -34,13 +33,13 @@ class OnTheSecond(TorchFunctionMode):
 
 
 class Current(threading.local):
-    """The current device of a thread: the first."""
+    """The current device of a thread, initially the first."""
 
     number = 0
 
 
 class Seen:
-    """What was done, and on which device: `(name, number)` each."""
+    """Recorded events, each with the current device: `(name, number)`."""
 
     def __init__(self):
         self.all: list[tuple[str, int]] = []
@@ -68,7 +67,7 @@ def seen(monkeypatch):
 
 
 class Kernel:
-    """In the place of a function that Triton compiles."""
+    """Stands in for a function compiled by Triton."""
 
     def __init__(self, function, seen: Seen):
         self._name, self._seen = function.__name__, seen
@@ -79,7 +78,7 @@ class Kernel:
 
 @pytest.fixture
 def kernels(seen, monkeypatch):
-    """backend/kernels.py, whose kernels compute nothing."""
+    """backend/kernels.py with kernels that compute nothing."""
 
     def jit(function=None, **_):
         return jit if function is None else Kernel(function, seen)
@@ -134,7 +133,7 @@ def test_a_kernel_that_fails_leaves_the_current_device(seen):
 
 @pytest.fixture
 def streams(seen, monkeypatch):
-    """Streams and graphs, which note the current device."""
+    """Streams and graphs that record the current device."""
 
     class Stream:
         def __init__(self, device):
@@ -173,7 +172,7 @@ def test_a_graph_is_captured_and_run_again_on_its_device(streams):
 
 @pytest.mark.parametrize(("name", "current"), [("cuda:1", 0), ("cuda", 1)])
 def test_what_runs_beside_runs_on_the_device_of_the_model(name, current, streams):
-    """A thread begins with the first device as its current one, whatever that of the program is."""
+    """A new thread starts with the first device as current, whatever the current device of the program."""
     streams.current.number = current
     devices.run_beside(lambda: streams.note("run"), torch.device(name))()
     assert streams.all == [("run", 1)]

@@ -1,6 +1,6 @@
-"""What a GPU compiles for a question and has not compiled beside loading: run by test_kernels.py in a process of its own.
+"""Kernel variants that a question compiles on a GPU, and that loading did not compile. Run by test_kernels.py in its own process.
 
-Triton's interpreter runs the kernels of a GPU here, on tensors of the CPU, and each call notes for what it would be compiled.
+Triton's interpreter runs the GPU kernels on CPU tensors, and each call records the variant it would compile.
 """
 
 import inspect
@@ -20,13 +20,13 @@ run_interpreted = InterpretedFunction.run
 
 
 def variant(kernel: InterpretedFunction, args: tuple, kwargs: dict) -> tuple:
-    """Calls with equal ones are served by one compilation: constants, dtypes, and what 16 divides."""
+    """Return the key of a compilation (constants, dtypes, divisibility by 16). Calls with equal keys share one compilation."""
     given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     anyhow = {
         *(kernel.kwargs["do_not_specialize"] or ()),
         "head_stride",
         "column_stride",
-    }  # 16 divides real heads, not those of 24
+    }  # real heads are multiples of 16, heads of 24 are not
     kinds = []
     for name, parameter in inspect.signature(kernel.fn).parameters.items():
         value = given.pop(name)
@@ -43,7 +43,7 @@ def variant(kernel: InterpretedFunction, args: tuple, kwargs: dict) -> tuple:
 
 @pytest.fixture
 def noted(monkeypatch):
-    """The variants of all calls, while the CPU takes the ways of a GPU."""
+    """Record the variant per call, while the CPU takes the code paths of a GPU."""
     seen = set()
 
     def run(self, *args, grid, warmup, **kwargs):

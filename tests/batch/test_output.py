@@ -1,4 +1,4 @@
-"""The file of a batch: whole lines whatever happens, and one writer at a time."""
+"""The output file of a batch: whole lines whatever happens, and one writer at a time."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from evoprune.batch.output import RecordFile
 from evoprune.errors import UsageError
 from evoprune.report import SCHEMA, Report
 
-HEAD = f'{{"schema":"{SCHEMA}",'.encode()  # how every record begins
+HEAD = f'{{"schema":"{SCHEMA}",'.encode()  # how records start
 
 
 def record(name, failed: bool = False, **row) -> Report:
@@ -62,7 +62,7 @@ def test_what_is_there_is_not_touched_by_accident(path):
     with pytest.raises(UsageError, match="exclude each other"):
         RecordFile(str(path), resume=True, overwrite=True)
     for how in ({"resume": True}, {"overwrite": True}):
-        RecordFile(str(path), **how).close()  # such as where the model is not found
+        RecordFile(str(path), **how).close()  # for example if the model is not found
         assert path.read_bytes() == before
     write(path, record(2), overwrite=True)
     assert ids(path) == ["2"]
@@ -87,7 +87,7 @@ def test_what_is_empty_or_holds_records_is_replaced(path, content):
 
 
 def test_an_open_file_is_written_to_as_given(tmp_path):
-    """As a shell names a pipe to a program, `>(gzip > x)`, or its own output. What is in a file stays."""
+    """For example a pipe that the shell names, `>(gzip > x)`, or the shell's own output. Existing content stays."""
     read, end = os.pipe()
     write(f"/dev/fd/{end}", record(1))
     os.close(end)
@@ -112,22 +112,22 @@ def test_nothing_is_left_where_nothing_was_written(path):
     assert ids(path) == ["1"]
 
 
-runs = st.lists(st.booleans(), max_size=6)  # whether each record is about a failure
+runs = st.lists(st.booleans(), max_size=6)  # whether each record is a failure
 
 
-@settings(deadline=None, max_examples=60)  # it waits for the disk
+@settings(deadline=None, max_examples=60)  # waits for the disk
 @given(runs, st.data())
 def test_cut_off_anywhere_it_goes_on(tmp_path_factory, failures, data):
-    """What is left of a file of records, wherever it ends, is its whole records; those that are to come again go."""
+    """A truncated file keeps its whole records, except those that are asked again."""
     path = tmp_path_factory.mktemp("batch") / "out.jsonl"
     lines = [record(number, failed).to_json().encode() + b"\n" for number, failed in enumerate(failures)]
     whole = b"".join(lines)
     cut = data.draw(st.integers(0, len(whole)))
     path.write_bytes(whole[:cut] + data.draw(st.sampled_from([b"", b"\0" * 9])) * (cut > 0 and whole[cut - 1] != 10))
-    # A line that lacks no more than its end is whole.
+    # A line that lacks only its newline is whole.
     wanted = [str(n) for n, end in enumerate(accumulate(map(len, lines))) if end - 1 <= cut]
     if path.read_bytes().endswith(b"\0") and cut + 1 in accumulate(map(len, lines)):
-        wanted = wanted[:-1]  # zeros stand where its end was
+        wanted = wanted[:-1]  # zeros replaced the newline
     with closing(RecordFile(str(path), resume=True)) as file:
         assert [found.id for found in file.found] == wanted
         assert [found.failed for found in file.found] == failures[: len(wanted)]
@@ -157,7 +157,7 @@ GOOD = record(1).to_json()
     ("content", "line"),
     [
         ("notes", 1),
-        (Report().to_json() + "\n", 1),  # of `ask --json`
+        (Report().to_json() + "\n", 1),  # from `ask --json`
         (f"{GOOD}\nnotes", 2),
         (f"{GOOD}\n{GOOD[:100]}\n{GOOD}\n", 2),
         (f"\n{GOOD}\n", 1),
@@ -194,7 +194,7 @@ def test_one_process_at_a_time_and_a_killed_one_holds_no_lock(path):
 
 
 def test_many_at_once_lose_nothing(path):
-    """Everyone retries until the file is theirs; each time another one is put in its place."""
+    """All writers retry until they own the file, and each one replaces the file."""
     write(path, record("torn", failed=True))
 
     def work(name):
@@ -220,7 +220,7 @@ def test_many_at_once_lose_nothing(path):
 
 @pytest.mark.parametrize("after", [0, 10])
 def test_a_full_disk(path, monkeypatch, after):
-    """Some bytes may still find room: they are taken back."""
+    """If some bytes still fit, they are removed again."""
     real, full = os.write, []
 
     def write_some(number, content):
@@ -258,7 +258,7 @@ def test_a_full_disk_while_a_copy_is_made(path, monkeypatch):
 
 
 def test_a_copy_is_made_in_a_file_of_its_own(path):
-    """A file of the user beside the output stays; what a killed run left there goes."""
+    """A user's file next to the output stays; leftovers of a killed run are removed."""
     beside = [
         path.with_name(f"out.jsonl{end}") for end in (".new", ".tmp", ".evoprune-1.tmp", ".evoprune-0123abcd.tmp")
     ]
@@ -314,7 +314,7 @@ def test_a_path_of_stray_bytes_is_escaped(path):
 
 
 def test_a_signal_does_not_tear_a_line(path, monkeypatch):
-    """Ctrl-C while half of the line is written: the other half follows."""
+    """If Ctrl-C comes after half of a line, the other half is still written."""
     real, main = os.write, threading.main_thread().ident
     written = []
 

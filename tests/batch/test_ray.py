@@ -1,6 +1,6 @@
-"""A batch on a Ray cluster of two nodes on this machine: the same records as without it, though its workers are killed.
+"""A batch on a local Ray cluster of two nodes gives the same records as without Ray, even if workers are killed.
 
-Slow, and skipped where Ray is not installed; it then needs `pip install 'evoprune[ray]'`.
+Slow, and skipped unless Ray is installed (`pip install 'evoprune[ray]'`).
 """
 
 import json
@@ -37,7 +37,7 @@ SETTINGS = Settings.of(max_new_tokens=16)
 
 
 def facts(record) -> tuple:
-    """What does not depend on when and where it was made."""
+    """Return the fields that do not depend on time and place."""
     names = ("question", "answer", "finish_reason", "video", "sampling", "pruning", "tokens", "model", "error", "batch")
     return tuple(getattr(record, name) for name in names)
 
@@ -51,11 +51,11 @@ def test_without_ray(monkeypatch):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two nodes with a core each."""
+    """A cluster of two nodes with one core each."""
     pytest.importorskip("ray", reason=REASON)
     from ray.cluster_utils import Cluster
 
-    handler = signal.getsignal(signal.SIGTERM)  # which a node that is made here replaces
+    handler = signal.getsignal(signal.SIGTERM)  # a node created here replaces the handler
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     made.add_node(num_cpus=1)
     yield made
@@ -64,7 +64,7 @@ def cluster():
 
 
 def workers(cluster) -> list[int]:
-    """Process ids of the cluster's workers that have a model, or are about to."""
+    """Return process ids of the cluster's workers that have loaded a model or are about to."""
     raylets = {info.process.pid for node in cluster.list_all_nodes() for info in node.all_processes["raylet"]}
     found = []
     for status in Path("/proc").glob("[0-9]*/status"):
@@ -72,7 +72,7 @@ def workers(cluster) -> list[int]:
             parent = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("PPid"))
             if parent in raylets and b"MapWorker" in (status.parent / "cmdline").read_bytes():
                 found.append(int(status.parent.name))
-        except (OSError, StopIteration):  # it has ended
+        except (OSError, StopIteration):  # the process has ended
             continue
     return found
 
@@ -104,11 +104,11 @@ def deadly_answers(qa, spans, *how):
 
 
 class Deadly(Worker):
-    """Dies of one of the videos."""
+    """A worker that dies on one of the videos."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        integration.answers = deadly_answers  # in the worker's process
+        integration.answers = deadly_answers  # runs in the worker's process
 
 
 @pytest.mark.slow
@@ -206,7 +206,7 @@ def test_signals(cluster, tmp_path, sent, code):
 
 @pytest.mark.slow
 def test_the_command(cluster, tmp_path):
-    """Its output is gone on with here, without Ray; stdout is left to the records."""
+    """The output can be resumed here without Ray, and stdout contains only records."""
 
     def run(*args) -> subprocess.CompletedProcess:
         line = ["batch", *CLIPS, "-Q", QUESTIONS[0], "-m", "demo", "-n", "4", *map(str, args)]

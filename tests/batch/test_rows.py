@@ -1,4 +1,4 @@
-"""What a batch asks: rows from files and from the command line, and how they are put together."""
+"""The rows of a batch: from files and from the command line, and how they are grouped."""
 
 import json
 import warnings
@@ -254,7 +254,7 @@ def test_fields_as_other_tools_write_them():
     (usual,) = read(jsonl(ROW))
     assert len({often.id, usual.id, row.id}) == 3
     spans = group_by_span([often, row, usual, usual])
-    # A row's own rate stands instead of the batch's number of frames, and the other way round.
+    # A row's own rate replaces the batch's number of frames, and vice versa.
     assert [span.sampling for span in spans] == [
         {"start_s": 0.0, "end_s": None, "fps": 0.5},
         {"start_s": 1.0, "end_s": 3.0, "frames": 8},
@@ -397,7 +397,7 @@ def test_folders_of_images_and_of_videos(tmp_path, names, found, says):
 
 
 def test_a_photo_among_videos_is_taken(tmp_path):
-    """But no thumbnail, which has the name of a video. Of what is left out some is named, and the rest counted."""
+    """Thumbnails named like a video are left out. Only some of the left-out files are named, the rest are counted."""
     for name in ("a.mp4", "b.mp4", "c.mov", "a.jpg", "b2.png", *(f"{n}.txt" for n in range(12))):
         (tmp_path / name).touch()
     folder = str(tmp_path)

@@ -1,4 +1,4 @@
-"""Many questions about many videos: what is left to ask, and that every row gets its record, whatever happens to the others."""
+"""Many questions about many videos: which rows remain, and that every row gets a record, whatever happens to the others."""
 
 import json
 import threading
@@ -26,14 +26,14 @@ SETTINGS = Settings.of()
 
 
 def changed(settings: Settings = SETTINGS, **options) -> Settings:
-    """The same settings, but for some options."""
+    """Return the same settings with some options changed."""
     return Settings.of(
         **vars(settings.model) | vars(settings.pruning) | vars(settings.sampling) | vars(settings.generation) | options
     )
 
 
 def found(row: Row, failed: bool = False, settings: Settings = SETTINGS, **other) -> Found:
-    """As it is read back from a file."""
+    """Return the row as it is read back from a file."""
     error = {"message": "no"} if failed else None
     batch = {"row": row.asked | {"answer": row.answer} | other, "settings": settings.record()}
     back = Report.from_json(Report(id=row.id, error=error, batch=batch).to_json())
@@ -75,11 +75,11 @@ def test_a_row_that_changed_is_refused(name):
     rows = [replace(ROWS[0], **{"inputs" if name == "video" else name: value}), *ROWS[1:]]
     with pytest.raises(UsageError, match=f"is not what it was: {name} was "):
         remaining(rows, SETTINGS, [found(ROWS[0])])
-    assert remaining([replace(ROWS[0], answer="yes")], SETTINGS, [found(ROWS[0])]) == []  # nobody is asked that
+    assert remaining([replace(ROWS[0], answer="yes")], SETTINGS, [found(ROWS[0])]) == []  # never asked
 
 
 def test_another_commit_of_a_hub_model_is_refused():
-    """An earlier record names it, or a new one does; before, it may be unknown."""
+    """The commit is known from an earlier record or from a new one; before that it may be unknown."""
     settings = changed(model="org/model")
     before = [
         replace(found(row, settings=settings), revision=name) for row, name in zip(ROWS, [None, "a"], strict=False)
@@ -97,7 +97,7 @@ def test_another_commit_of_a_hub_model_is_refused():
 
 @pytest.mark.parametrize(("begun", "now"), [(0, 2048), (2048, 0), (2048, 1024)])
 def test_a_device_that_prunes_other_sizes_elsewhere_is_refused(begun, now):
-    """Small inputs are pruned after the tower alone on some devices; of a failed row that is unknown."""
+    """Some devices prune small inputs only after the tower. Failed rows do not record it."""
     before = [
         replace(found(row, failed=below is None), after_tower_below=below)
         for row, below in zip(ROWS, [None, begun, begun], strict=False)
@@ -138,7 +138,7 @@ def test_each_record_is_what_asking_alone_gives(qa):
         for name in ("video", "sampling", "pruning", "tokens", "model", "generation", "env", "warnings", "cache"):
             assert getattr(report, name) == getattr(alone, name), name
         assert report.batch == {"row": row.asked | {"answer": "?"}, "settings": settings.record()}
-    assert [report.time_ms.encode > 0 for report in made] == [True, False] * 3  # paid for by the first one
+    assert [report.time_ms.encode > 0 for report in made] == [True, False] * 3  # the first one pays
     assert all(report.time_ms.ttft_wall <= report.time_ms.total for report in made)
 
 
@@ -149,7 +149,7 @@ def test_a_record_names_a_video_as_its_row_does(qa):
 
 
 def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
-    """While the first video's questions are answered, the second is read; the third is not looked at."""
+    """While the first video's questions are answered, the second video is read; the third is not opened."""
     events, second = [], threading.Event()
 
     def read(info, times, **how):
@@ -170,7 +170,7 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
 
 
 def test_a_video_of_several_rows_is_read_once_and_waiting_is_told(qa, monkeypatch):
-    """Alone, with others, and twice in a row."""
+    """A video alone, together with others, and twice in a row."""
     read, waited = [], []
 
     def counted(info, times, **how):
@@ -214,16 +214,16 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 )
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, problem, kind, stage, failing, at):
-    """What breaks at its `at`-th call fails the rows it is for, one question or all of the video's."""
+    """A failure in the `at`-th call fails the rows it belongs to: one question, or all rows of the video."""
     settings = changed(max_new_tokens=1)
     whole = [report.answer for report in answers(qa, group_by_span(ROWS), settings)]
-    qa.loaded.patches.clear()  # or nothing would be read again
+    qa.loaded.patches.clear()  # otherwise nothing would be read again
     module, _, name = where.rpartition(".")
     real, calls, problems = getattr(__import__(module, fromlist=[name]), name), [], []
 
     def breaks(*args, **how):
         at_once = how.get("piece_units", 0)
-        if not (calls and at_once < calls[-1][1]):  # else the same video again, with less of it at a time
+        if not (calls and at_once < calls[-1][1]):  # otherwise a retry of the same video in smaller pieces
             calls.append([len(calls) + 1, at_once])
         calls[-1][1] = at_once
         if calls[-1][0] == at:
@@ -248,7 +248,7 @@ def test_a_failure_is_a_record_and_the_next_one_goes_on(qa, monkeypatch, where, 
 
 
 def test_what_hangs_on_a_failure_is_let_go(qa, monkeypatch):
-    """Memory that was not enough must be free for the next one."""
+    """Memory that was not enough must be free again for the next video."""
     import gc
     import weakref
 
@@ -269,7 +269,7 @@ def test_what_hangs_on_a_failure_is_let_go(qa, monkeypatch):
         assert all(report.error for report in answers(qa, group_by_span(ROWS), SETTINGS))
     finally:
         gc.enable()
-    assert len(alive) > 3 and set(alive) == {1}  # three videos, and less of each at a time
+    assert len(alive) > 3 and set(alive) == {1}  # three videos, and retries in smaller pieces
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1)])

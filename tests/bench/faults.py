@@ -1,4 +1,4 @@
-"""Faults that are planted one at a time: one expression of a function is replaced."""
+"""Faults that are planted one at a time, by replacing one expression of a function."""
 
 import inspect
 import sys
@@ -10,10 +10,13 @@ import pytest
 
 @dataclass(frozen=True)
 class Fault:
-    """Attributes:
-    found_by: the check that must find it.
-    of: "module:function" or "module:Class.method", where it is called.
-    old, new: the expression, which occurs once, and what is put in its place.
+    """A fault to plant.
+
+    Attributes:
+        found_by: the check that must find the fault.
+        of: "module:function" or "module:Class.method", in the module that calls it.
+        old: the expression to replace, which occurs once.
+        new: its replacement.
     """
 
     found_by: str
@@ -75,7 +78,7 @@ FAULTS = {
         "self.next_position - len(self.answer)",
     ),
 }
-# Of what Qwen3-VL alone has.
+# Faults that only Qwen3-VL can have.
 QWEN3_FAULTS = {
     "features of another inner layer": Fault(
         "tower",

@@ -1,4 +1,4 @@
-"""Charts as XML: what is drawn, where, and with which words."""
+"""Charts as XML: elements, positions and words."""
 
 from xml.etree import ElementTree
 
@@ -22,7 +22,7 @@ def texts(root) -> list[str]:
 
 
 def marks(root, colour: str) -> list[tuple[float, float]]:
-    """Places of the round marks with an edge of a colour, those of the legend last."""
+    """Return the positions of round marks with an edge of this colour, with the legend's marks last."""
     round_ones = {f"#{path.get('id')}" for path in root.iter(f"{SVG}path") if path.get("id") and "C" in path.get("d")}
     found = (e for e in root.iter(f"{SVG}use") if e.get(LINK) in round_ones)
     return [(float(e.get("x")), float(e.get("y"))) for e in found if f"stroke: {colour.lower()}" in e.get("style")]
@@ -91,7 +91,7 @@ def test_labels_of_near_points_do_not_touch():
 
 @pytest.mark.parametrize("panels", [1, 2])
 def test_labels_lie_beside_lines_intervals_and_marks(panels, monkeypatch):
-    """Two methods at three budgets, whose lines and intervals cross, as `eval --chart` draws them."""
+    """Two methods at three budgets whose lines and intervals cross, as in `eval --chart`."""
     kept, real = [], Axes.annotate
     monkeypatch.setattr(Axes, "annotate", lambda *args, **more: kept.append(real(*args, **more)) or kept[-1])
     budgets = ((400, "-b 1"), (100, "-b 0.25"), (40, "-b 0.1"))
@@ -100,7 +100,7 @@ def test_labels_lie_beside_lines_intervals_and_marks(panels, monkeypatch):
         points = [Point(x, y, y - 6, y + 5, label) for (x, label), y in zip(budgets, values, strict=True)]
         lines.append(Series(f"method {number}", tuple(reversed(points)), COLOURS[number]))
     draw("", "", [Panel("", "x", "%", tuple(lines), from_zero=False)] * panels)
-    labels = [label for label in kept if label.axes]  # those that were not removed
+    labels = [label for label in kept if label.axes]  # labels that were not removed
     assert len(labels) >= 5 * panels
     for label in labels:
         box, frame = label.get_window_extent(), label.axes.get_window_extent()

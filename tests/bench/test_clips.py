@@ -1,4 +1,4 @@
-"""Synthetic clips: the same bytes for ever, so that figures about them compare."""
+"""Synthetic clips never change a byte, so that their measurements stay comparable."""
 
 import hashlib
 

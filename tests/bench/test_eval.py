@@ -1,4 +1,4 @@
-"""Running an evaluation: what is encoded how often, what it is said to cost, and going on after an interruption."""
+"""Running an evaluation: how often inputs are encoded, the reported cost, and resuming after an interruption."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def videos(names=CLIPS):
 
 
 def spans(name, *parts):
-    """A video with one question about each part."""
+    """Return a video with one question about each part."""
     rows = (Row(f"{a}-{b}", (name,), (name,), "What?", a, b, answer="blue") for a, b in parts)
     return VideoQuestions(name, SAMPLES / name, tuple(rows))
 
@@ -98,7 +98,7 @@ def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
     encoded, real = [], evaluation.open_inputs
 
     def opened(session, paths, sampling, **more):
-        if more["kind"] is not OpenInput:  # what is only read ahead
+        if more["kind"] is not OpenInput:  # reading ahead does not count
             encoded.append(
                 (Path(paths[0]).name, session.pruning.name, session.pruning.budget.recorded, more["kind"] is GreyInput)
             )
@@ -113,11 +113,11 @@ def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
 
 
 def test_rows_are_about_parts_which_may_be_missing(loaded, tmp_path, monkeypatch):
-    """Each part is encoded once for all variants, and the video stays one in results; one without the part fails alone."""
+    """Each part is encoded once for all variants, and results show one video. A row whose part is missing fails alone."""
     opened, real = [], evaluation.open_inputs
 
     def counted(session, paths, sampling, **more):
-        if more["kind"] is not OpenInput:  # what is only read ahead
+        if more["kind"] is not OpenInput:  # reading ahead does not count
             opened.append((sampling.start_s, sampling.end_s))
         return real(session, paths, sampling, **more)
 
@@ -144,7 +144,7 @@ def test_rows_are_about_parts_which_may_be_missing(loaded, tmp_path, monkeypatch
 
 @pytest.mark.full
 def test_samples_say_what_ask_says(loaded):
-    """The same answers, counts and shares as the pipeline gives by itself, to each question alone."""
+    """The pipeline gives the same answers, counts and shares when it answers each question on its own."""
     run = begun(loaded, replace(SETTINGS, methods=("evoprune", "downscale", "cdpruner")))
     run.run()
     for sample in run.samples[:14]:
@@ -159,7 +159,7 @@ def test_samples_say_what_ask_says(loaded):
 
 
 def test_operations_at_3b(loaded):
-    """Full: every layer of the 3B sees all units of two grids of 4x6, which make two windows each."""
+    """Unpruned, every layer of the 3B model computes all units of two grids of 4x6, which form two windows each."""
     run = begun(loaded, clips=videos(CLIPS[:1]))
     run.run()
     config = describe(ModelOptions(COST_MODEL, load_format="dummy")).config
@@ -170,7 +170,7 @@ def test_operations_at_3b(loaded):
     assert half["tflop_3b_tower"] == full["tflop_3b_tower"] and half["tflop_3b_prefill"] < full["tflop_3b_prefill"]
     run = begun(loaded, replace(SETTINGS, methods=("evoprune-paper",), budgets=(0.5,)), videos(CLIPS[:1]))
     run.run()
-    rows = [48] * 16 + [24] * 17  # two layers, of which the first merges to a half
+    rows = [48] * 16 + [24] * 17  # two layers; the first merges half of the rows
     rows_of_two = (
         VideoQA(loaded, budget=0.5, method="evoprune-paper").encode(SAMPLES / CLIPS[0], frames=4).report.pruning.layers
     )
@@ -203,7 +203,7 @@ def test_the_blind_row_sees_nothing_but_size_and_length(loaded, monkeypatch):
     run = begun(loaded, replace(SETTINGS, blind=True), videos(("square.mp4", "three.mp4")))
     run.run()
     blind = [(s["question"], s["answer"], s["tokens"]) for s in run.samples if s["row"] == "blind"]
-    assert blind[:2] == blind[2:]  # two videos of one size and length are the same to it
+    assert blind[:2] == blind[2:]  # two videos of the same size and length look the same to it
 
 
 @pytest.mark.full
@@ -242,7 +242,7 @@ def test_a_video_that_fails_is_counted_and_in_no_row(loaded, monkeypatch):
     monkeypatch.setattr(evaluation, "open_inputs", opened)
     run = begun(loaded, clips=videos(CLIPS[:2]))
     run.run()
-    assert {row["n"] for row in run.document()["rows"] if row["group"] == "all"} == {2}  # in full either, or no pairs
+    assert {row["n"] for row in run.document()["rows"] if row["group"] == "all"} == {2}  # also in full, for pairs
 
 
 def test_a_video_is_read_once_for_all_rows_that_look_at_the_same_pixels(loaded, monkeypatch):
@@ -253,11 +253,11 @@ def test_a_video_is_read_once_for_all_rows_that_look_at_the_same_pixels(loaded, 
         return real(info, times_s, **how)
 
     monkeypatch.setattr(encoding, "read_chunks", counted)
-    monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)  # also one that comes in several chunks
+    monkeypatch.setattr("evoprune.session.reading.CHUNK_BYTES", 1)  # also if it comes in several chunks
     settings = replace(SETTINGS, methods=("random", "subsample"), blind=True)
     run = begun(loaded, settings, videos(CLIPS[:2]))
     run.run()
-    # Everyone's four frames, and the two of those who take fewer (a grid at least).
+    # Four frames for most rows, and two for the row that takes fewer (at least one grid).
     assert sorted(read) == sorted((Path(name).name, frames) for name in CLIPS[:2] for frames in (4, 2))
 
 
@@ -272,7 +272,7 @@ def test_more_copies_of_the_model_than_fit_are_refused(loaded, monkeypatch):
 
 @pytest.mark.parametrize("kind", parameters("int8"))
 def test_copies_are_counted_as_they_are_read(tmp_path, monkeypatch, kind):
-    """transformers reads all weights in the dtype of their files before they are quantised."""
+    """transformers reads all weights in the dtype of their files, before they are quantised."""
     loaded = evaluation.load_model(str(save_tiny(tmp_path, family="qwen3_5")), dtype="fp32", quantize=kind)
     run = begun(loaded, SETTINGS, videos(CLIPS[:1]))
     monkeypatch.setattr(cost, "available_memory", lambda device: 3 * loaded.weights_bytes)
@@ -283,7 +283,7 @@ def test_copies_are_counted_as_they_are_read(tmp_path, monkeypatch, kind):
 
 @pytest.mark.full
 def test_a_process_gives_the_same_samples(loaded, saved, monkeypatch):
-    """What is sent to processes and what they do with it, in this process."""
+    """Runs in this process the code that other processes would run, on pickled data."""
     sent = []
 
     def map_here(start, clips, processes):
@@ -318,7 +318,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, tmp_path, monkeypa
     shown, real = [], evaluation.open_inputs
 
     def opened(*args, **more):
-        if more["kind"] is not OpenInput:  # what is only read ahead
+        if more["kind"] is not OpenInput:  # reading ahead does not count
             shown.append(args)
             if len(shown) == at:
                 raise KeyboardInterrupt
@@ -333,7 +333,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, tmp_path, monkeypa
     again = begun(loaded, folder=tmp_path / "torn", resume=True)
     again.run()
     again.folder.finish(again.document())
-    assert len(shown) - at == 3 * (4 - (at - 1) // 3)  # finished videos are not shown again
+    assert len(shown) - at == 3 * (4 - (at - 1) // 3)  # finished videos are not encoded again
     for name in ("results.json", "settings.json", "samples.jsonl"):
         assert (tmp_path / "torn" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
@@ -409,7 +409,7 @@ def test_going_on_where_other_sizes_are_pruned_after_the_tower_is_refused(saved,
 
 @pytest.mark.parametrize("changed", ["model.safetensors", "square.mp4"])
 def test_a_model_or_a_video_that_was_replaced_is_refused(loaded, folder, tmp_path, changed):
-    """What an earlier version did not write down is accepted."""
+    """Runs of earlier versions, which did not record the state, are accepted."""
     (tmp_path / "square.mp4").write_bytes((SAMPLES / "square.mp4").read_bytes())
     clips = [VideoQuestions("square.mp4", tmp_path / "square.mp4", videos()[0].rows)]
     asked = replace(SETTINGS, model=ModelOptions(str(folder)))
@@ -437,7 +437,7 @@ def test_a_folder_that_is_there_gets_a_sibling(loaded, tmp_path):
 
 @pytest.mark.full
 def test_the_demo_model_on_the_sample_questions():
-    """They were chosen so: right with nothing pruned and by default, while a twentieth of the tokens loses some of them."""
+    """The questions were chosen so: all right unpruned and by default, while a twentieth of the tokens loses some."""
     run = Evaluation(
         EvalSettings("samples/questions.jsonl", (DEFAULT_BUDGET, 0.05)), load_questions(SAMPLES / "questions.jsonl")
     )
@@ -463,7 +463,7 @@ def samples(loaded, settings, clips) -> list[dict]:
 
 @pytest.fixture
 def towers(monkeypatch) -> list[tuple]:
-    """The reuse, the number of selections between layers and the tokens to keep, each time that a video went through the tower."""
+    """Reuse threshold, number of selections between layers, and tokens to keep, for each video that passes the tower."""
     seen, real = [], shared.encode_rows
 
     def encode_rows(visual, patches, plan, **how):
@@ -494,7 +494,7 @@ def test_shared_rows_give_the_same_samples(loaded, names, monkeypatch, towers):
 def test_selectors_after_the_same_tower_share_rows(loaded, towers):
     settings = replace(SETTINGS, methods=(*REUSING, "divprune", "random", "reuse:threshold=5+divprune"))
     samples(loaded, settings, videos(CLIPS[:1]))
-    inside = [(8.0, 2, 24), (8.0, 2, 12)]  # evoprune selects inside the tower, with other rows in each variant
+    inside = [(8.0, 2, 24), (8.0, 2, 12)]  # evoprune selects inside the tower, with different rows in each variant
     needs = {methods.parse(name).token_selector.needs for name in REUSING[2:]}
     after_reuse = [(8.0, 0, 24)] * len(needs)  # once for selectors that need attention, keys, both or nothing
     assert len(needs) >= 2 and frozenset() in needs  # evoprune:depth=1 shares the rows of reuse+divprune
@@ -510,7 +510,7 @@ def test_methods_with_shared_rows_have_their_own_pruning_times(loaded):
     times = {}
     for sample in run.samples:
         times.setdefault((sample["method"], sample["budget"]), set()).add(sample["prune_ms"])
-    # One for all questions, unless the selection depends on them; and no two methods share one.
+    # One time for all questions, unless the selection depends on them; and no two methods share a time.
     assert all(len(spent) == (2 if name == "cdpruner" else 1) for (name, _), spent in times.items())
     every = [ms for spent in times.values() for ms in spent]
     assert len(set(every)) == len(every) == 11 and min(every) > 0
@@ -533,7 +533,7 @@ def test_what_failed_is_tried_again(loaded, tmp_path):
 
 
 def test_names_that_are_no_text(loaded, tmp_path):
-    """A file name of stray bytes comes through samples, settings and results."""
+    """A file name with invalid bytes survives in samples, settings and results."""
     name = "caf\udce9.mp4"
     clips = [VideoQuestions(name, SAMPLES / "square.mp4", videos()[0].rows)]
     asked = replace(SETTINGS, data=name)

@@ -1,4 +1,4 @@
-"""What an overlay says of each unit, and whether the pictures and files show it."""
+"""The fates that an overlay reports for units, and how pictures and files show them."""
 
 import io
 from itertools import combinations
@@ -42,7 +42,7 @@ def test_reused_units_are_those_whose_pixels_are_older(loaded):
     fates, units = seen.fates, torch.arange(144)
     assert fates.grid == (6, 4, 6) and seen.frames.shape == (12, 112, 168, 3) and seen.warnings == []
     assert fates.chosen.sum() == 36
-    assert fates.encoded[:24].all() and (~fates.encoded).sum() > 72  # most of the clip stands still
+    assert fates.encoded[:24].all() and (~fates.encoded).sum() > 72  # most of the clip does not change
     assert (fates.source <= units).all() and ((units - fates.source) % 24 == 0).all()
     assert fates.encoded[fates.source].all()  # a reused unit's source has been encoded
     assert torch.equal(fates.owner, fates.source) and fates.counts()["merged"] == 0
@@ -76,7 +76,7 @@ def test_each_unit_has_one_fate(loaded, method):
 @pytest.mark.parametrize("method", ["evoprune", "evoprune:rows=1", "evoprune-merge"])
 def test_the_owner_of_merged_units_has_a_dot(loaded, method):
     video = traced(loaded, budget=0.25, method=method)
-    fates, panels, side = video.fates, Overlay(video, ""), 3 * 28  # pixels of a unit as drawn
+    fates, panels, side = video.fates, Overlay(video, ""), 3 * 28  # width of a drawn unit
     owners = fates.owner[fates.all_of("merged")].unique().tolist()
     assert method != "evoprune" or not fates.encoded[owners].all()  # some were reused: the selection took a later time
     pictures = [np.asarray(panels.panel(2 * pair)).astype(int) for pair in range(6)]
@@ -86,7 +86,7 @@ def test_the_owner_of_merged_units_has_a_dot(loaded, method):
 
 
 def test_lines_lead_to_owners_and_arrows_to_their_frame_pairs():
-    """In three frame pairs of 1x3 units the middle ones go to the first unit, the last ones to the first of their pair."""
+    """Three frame pairs of 1x3 units: the middle units go to the first unit, the last units to the first of their pair."""
     drawn, seen = [], painted()
     units = torch.arange(9)
     owner = torch.tensor([0, 0, 0, 3, 0, 3, 6, 0, 6])
@@ -115,7 +115,7 @@ def test_lines_lead_to_owners_and_arrows_to_their_frame_pairs():
 
 
 def test_the_picture_is_seen_under_every_fate_but_dropped():
-    """A step of brightness in the video is at least two fifths of it in the overlay."""
+    """A brightness step in the video keeps at least two fifths of its size in the overlay."""
     dark, bright = (np.full((1, 4, 3), level, np.uint8) for level in (60, 160))
     steps = (light(bright, np.arange(4)[None]).astype(int) - light(dark, np.arange(4)[None]))[0].min(1)
     assert dict(zip(FATES, steps.tolist(), strict=True)).items() >= {"read": 72, "reused": 40, "merged": 50}.items()
@@ -138,8 +138,10 @@ def test_a_method_that_reads_the_question(loaded):
 
 
 def painted() -> TracedVideo:
-    """Two grey frame pairs of 1x3 units: 0 is read, 1 merges into 4, 2 is dropped, as is 4; 3 is read, with the
-    row of 0, and 5 is reused from 2."""
+    """Return two grey frame pairs of 1x3 units.
+
+    0 is read, 1 merges into 4, 2 and 4 are dropped, 3 is read with the row of 0, and 5 is reused from 2.
+    """
     chosen = torch.tensor([1, 0, 0, 1, 0, 0], dtype=torch.bool)
     source, owner = torch.tensor([0, 1, 2, 0, 4, 2]), torch.tensor([0, 4, 2, 0, 4, 2])
     sampling = SamplingPlan(0.0, 2.0, even_times(0.0, 2.0, 4), 4)
@@ -167,7 +169,7 @@ def test_panels_show_the_fates():
     assert panels.caption(0) == "0:00.25: 1 read, 0 reused, 1 merged, 1 dropped"
 
 
-# What colour-blind people see: linear RGB to linear RGB (Machado, Oliveira and Fernandes 2009, severity 1).
+# How colour-blind people see colours: linear RGB to linear RGB (Machado, Oliveira and Fernandes 2009, severity 1).
 EYES = {
     "most": np.eye(3),
     "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
@@ -184,11 +186,11 @@ def test_the_colours_of_fates_are_distinct(eyes, level):
     seen = cielab(drawn / 255, np.asarray(EYES[eyes]))
     assert (
         min(np.linalg.norm(one - other) for one, other in combinations(seen, 2)) > 12
-    )  # 2 can be told apart side by side
+    )  # a difference of 2 is visible side by side
 
 
 def cielab(colours, eyes):
-    """CIELAB `[n, 3]` of sRGB colours between 0 and 1 as seen by some eyes."""
+    """Convert sRGB colours between 0 and 1, as seen by some eyes, to CIELAB `[n, 3]`."""
     linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4) @ eyes.T
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
     share = linear.clip(0, 1) @ to_xyz.T / to_xyz.sum(1)
@@ -210,7 +212,7 @@ def test_sheets_hold_at_most_twelve_frame_pairs(pairs):
 
 
 def test_frames_are_of_one_even_size_and_a_long_title_wraps():
-    assert wrap("", 300, 20) == [] and wrap("ab", 1, 20) == ["a", "b"]  # what is too wide alone is broken
+    assert wrap("", 300, 20) == [] and wrap("ab", 1, 20) == ["a", "b"]  # text that is too wide on its own is broken
     short, long = (list(Overlay(painted(), title).frames()) for title in ("t", "a long title " * 20))
     (width, height), (long_width, long_height) = {p.size for p in short}.pop(), {p.size for p in long}.pop()
     assert len({p.size for p in short}) == len({p.size for p in long}) == 1

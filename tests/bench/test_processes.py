@@ -1,4 +1,4 @@
-"""Jobs shared out over processes."""
+"""Jobs distributed over processes."""
 
 import errno
 import multiprocessing
@@ -49,7 +49,7 @@ def crashes():
     os._exit(3)
 
 
-# The thread that ends a pool runs beside this one: an error in it shows in a few of many failures, and as a warning alone.
+# The thread that ends a pool runs concurrently, so an error in it shows in only a few of many failures, and only as a warning.
 @pytest.mark.full
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("start", "code", "message"), [(cannot_start, 4, "no model here"), (crashes, 1, "one of 2 ")])

@@ -1,4 +1,4 @@
-"""The measuring: which rows there are, in which order, what is counted, when it stops. Figures are in test_results.py."""
+"""The measurement: rows and their order, counts, and when it stops. For figures see test_results.py."""
 
 import json
 from dataclasses import replace
@@ -48,7 +48,7 @@ def unpruned(loaded, clip):
 
 @pytest.fixture(autouse=True)
 def quick_rate(monkeypatch):
-    """No test needs to know how fast this machine multiplies."""
+    """Skip measuring how fast this machine multiplies."""
     monkeypatch.setattr(profile, "matmul_rate", lambda *_, **__: 1e11)
 
 
@@ -89,7 +89,7 @@ def test_every_row_is_there(results):
 
 
 def test_counts(results):
-    """4 frames of 112x168 are two grids of 4x6 units; the tower's two layers attend to windows, then to grids."""
+    """Four frames of 112x168 are two grids of 4x6 units. The tower's two layers attend to windows, then to grids."""
     hugging_face, full, bound, paper, random, *_, few = results.of(CASE)
     for row in (hugging_face, full):
         counts = row.counts
@@ -144,7 +144,7 @@ def test_transformers_generates_what_budget_one_does(loaded, case):
 
 
 def test_generation_is_forced(loaded, monkeypatch):
-    """An end of sequence does not end it."""
+    """An end-of-sequence token does not stop generation."""
     clip = clips.prepare(loaded, *MOTION(CASE))
     run = partial(run_evoprune, loaded, clip, unpruned(loaded, clip), PruneOptions(1.0, "none").config(), 6)
     first = run().tokens
@@ -154,7 +154,7 @@ def test_generation_is_forced(loaded, monkeypatch):
 
 
 class Time:
-    """A clock that a round of `lasts` seconds pushes on."""
+    """A clock that each round advances by its entry of `lasts` seconds."""
 
     def __init__(self, *lasts: float):
         self.lasts, self.now, self.titles = list(lasts), 100.0, []
@@ -184,12 +184,12 @@ def test_the_rounds_that_end_within_the_time_limit(lasts, warmups, repetitions, 
     assert [title for kind, (title,) in made if kind != "counted"] == titles and made[-1][1] == (titles[-1],)
     assert not time.lasts and titles == [title for title in run if title != "counted"]
     assert kinds == [title.partition(" ")[0] for title in run]
-    # Rows are left out in the first round alone, and for the measured round that follows a warm-up.
+    # Rows are skipped only in the first round, and in the measured round that follows a warm-up.
     assert [rounds for _, rounds in time.titles] == [2 if warmups else 1] + [0] * (len(titles) - 1)
 
 
 class Ticks(list):
-    """What is said, and a clock: every row and every other step takes ten seconds."""
+    """Progress messages that double as a clock: every row and every other step takes ten seconds."""
 
     def limit(self, seconds: float) -> TimeLimit:
         return TimeLimit(seconds, lambda: 10.0 * len(self), 0.0)
@@ -200,7 +200,7 @@ class Ticks(list):
     [(3, 120, 1, 1, 100, "1 of 3 rounds: another would not"), (1, 70, 1, 0, 60, "without a warm-up")],
 )
 def test_fewer_rounds_are_reported(loaded, repetitions, limit, rounds, warmups, seconds, note):
-    ticks = Ticks()  # 20 s to prepare, and 40 for a round: matrix products and three rows
+    ticks = Ticks()  # 20 s to prepare, and 40 s per round: matrix products and three rows
     settings = replace(SETTINGS, budgets=(0.5,), methods=("random",), repetitions=repetitions, time_limit_s=limit)
     results = last(loaded, [CASE], MOTION, settings, progress=ticks.append, limit=ticks.limit(limit))
     assert (results.rounds, results.warmups, results.seconds) == (rounds, warmups, seconds)
@@ -267,7 +267,7 @@ def test_random_weights_need_a_bundled_config(tmp_path, monkeypatch):
     (tmp_path / name).mkdir(parents=True)
     with monkeypatch.context() as patch:
         patch.chdir(tmp_path)
-        assert profile.default_load_format(name) == "auto"  # a folder of that name has weights of its own
+        assert profile.default_load_format(name) == "auto"  # a folder of that name has its own weights
 
 
 def test_a_case_without_memory_is_not_run(loaded, monkeypatch):
@@ -326,7 +326,7 @@ LARGE = Case(8, 224, 336)
 
 
 def row(kind, encode, prefill, tokens=384, budget=1.0, method=None, prune=0.0, live=1.0, case=LARGE):
-    """A row with a sample a round; generate takes 2 s in the first, 1 s in the second, then 3 s."""
+    """Return a row with one sample per round. Generation takes 2 s in the first round, 1 s in the second, then 3 s."""
     counts = Counts(384, int(384 * live), live, ((0, 384), (1, int(384 * live))), tokens, tokens + 30, live * 6e12)
     samples = [
         Sample(e, prune * e, p, g, peak_bytes=10**9 + i)
@@ -344,7 +344,7 @@ def results_of(*rows, rates=(1e12, 2e12, 1e12), **more):
 
 @pytest.fixture
 def measured():
-    """The machine is twice as slow in the second round, and the rows do not feel it alike."""
+    """The machine is twice as slow in the second round, which affects the rows differently."""
     hugging_face = row(HUGGING_FACE, (8.0, 16.0, 9.0), (4.0, 8.0, 3.0))
     full = row(FULL, (6.0, 12.0, 6.0), (3.0, 6.0, 3.0), method="none")
     method = row(METHOD, (2.0, 6.0, 3.0), (1.0, 1.0, 1.0), 38, 0.1, "evoprune", prune=0.25, live=0.5)
@@ -352,20 +352,20 @@ def measured():
 
 
 def test_figures_are_medians_of_the_rounds_own(measured):
-    """Ratios are not those of medians: 12/3, 24/7, 12/4 have another median than 12/4."""
+    """Figures use the median of the ratios (12/3, 24/7, 12/4), not the ratio of the medians."""
     first, full, bound, last = measured.rows
     method = measured.figures(last)
     assert method.vs_hf == pytest.approx(24 / 7)
-    assert method.encode_vs_hf == pytest.approx(3.0)  # of 4, 16/6, 3
-    assert method.vs_bound == pytest.approx(13 / 7)  # of 7/3, 13/7, 7/4
+    assert method.encode_vs_hf == pytest.approx(3.0)  # median of 4, 16/6, 3
+    assert method.vs_bound == pytest.approx(13 / 7)  # median of 7/3, 13/7, 7/4
     assert median_ratio([1, 10, 100], [1, 1, 50]) == 2
     assert method.encode == Spread(3.0, 2.0, 6.0) and method.first_token == Spread(4.0, 3.0, 7.0)
-    assert method.generate_tok_s == pytest.approx(1.5)  # of 3/2, 3/1, 3/3: the first token needs no pass
+    assert method.generate_tok_s == pytest.approx(1.5)  # median of 3/2, 3/1, 3/3; the first token needs no pass
     assert method.prune_share == 0.25 and method.peak_bytes == 10**9 + 2
     assert measured.figures(first).matmul_share == pytest.approx(
         6 / 9
-    )  # operations / seconds / rate: of 6/8, 6/32, 6/9
-    assert method.matmul_share == pytest.approx(1.0)  # of 3/2, 3/12, 3/3
+    )  # operations / seconds / rate: median of 6/8, 6/32, 6/9
+    assert method.matmul_share == pytest.approx(1.0)  # median of 3/2, 3/12, 3/3
     figures = measured.figures(bound)
     assert figures.matmul_share is figures.vs_bound is figures.peak_bytes is None and figures.vs_hf == pytest.approx(
         12 / 7
@@ -425,7 +425,7 @@ def test_quantised_weights_have_rows_of_their_own(loaded):
     assert [row.name for row in found.rows if row.kind == METHOD] == names
     assert [row.quantize for row in found.rows if row.kind == METHOD] == list(settings.quantize)
     assert not any(row.error for row in found.rows)
-    # Transformers still runs on plain weights.
+    # transformers still runs on plain weights.
     assert type(loaded.model.model.language_model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 

@@ -1,4 +1,4 @@
-"""What counts as a right answer."""
+"""Which answers count as right."""
 
 import json
 import time
@@ -21,7 +21,7 @@ BOTH = ("red", "blue", "both A and B", "none of the above")
 LISTED = "A. red square\nB. blue star\nC. circle\n"
 NONE = None  # names no option, or more than one
 
-# The answer given, and the index of the option that it names.
+# The given answer, and the index of the option it names.
 ANSWERS = {
     ("letter alone", SHAPES): [
         *((said, 1) for said in ("B", "b", " B \n", "B.", "b.", "B:", "B)", "b)", "(B)", "(b)", "[B]", "( B )", "<B>")),
@@ -69,7 +69,7 @@ ANSWERS = {
         *((said, 1) for said in ("A blue star", "The answer is a blue star, a big one.")),
         *((said, NONE) for said in ("This is a video of a park.", "The answer is a triangle.", "A triangle")),
         *((said, NONE) for said in ("A man walks in.",)),
-        ("the answer is a red circle", 2),  # a colour was added to the text
+        ("the answer is a red circle", 2),  # the answer adds a colour to the option's text
     ],
     ("pronoun, not a letter", TEN): [
         *((said, 2) for said in ("I think it is C", "C, I think.", "Answer: I think it is C.", "I'd say (C).")),
@@ -93,8 +93,8 @@ ANSWERS = {
         *((said, 1) for said in ("It could be B or C. The answer is B.",)),
         *((said, 1) for said in ("A. red square: hidden\nB. blue star: seen\nThe answer is B.",)),
         *((said, 1) for said in ("The answer is B. So the answer is clear.",)),
-        ("B. The answer is C.", NONE),  # it begins with one and states another
-        ("Answer: A\nWait. Answer: B", 1),  # the last statement
+        ("B. The answer is C.", NONE),  # starts with one option and states another
+        ("Answer: A\nWait. Answer: B", 1),  # the last statement counts
     ],
     ("all options, then a letter", SHAPES): [
         *((LISTED + said, 1) for said in ("**B**", "B", "b", "B.", "(B)", "(b)", "[B]", "B)", "B:", "B,", "B!", "B。", "（B）")),
@@ -304,7 +304,7 @@ def test_a_file_is_read_video_by_video(tmp_path):
         ROW | {"answer": 3, "type": 2},
     ]
     rows.append(ROW | {"options": ["no", "yes", "maybe"], "answer": "b"})
-    rows.append(ROW | {"options": ["B", "A"], "answer": "B"})  # a text goes before a letter
+    rows.append(ROW | {"options": ["B", "A"], "answer": "B"})  # a text has precedence over a letter
     first, second = load_questions(write(tmp_path / "q.jsonl", *rows))
     assert (first.name, first.path) == ("a.mp4", tmp_path / "a.mp4") and second.name == "b.mp4"
     assert [row.id for row in first.rows] == ["1", "4", "5", "6"] and second.rows[0].id == "7"
@@ -328,7 +328,7 @@ def test_a_file_is_read_video_by_video(tmp_path):
     ],
 )
 def test_tags_of_the_input_are_left_out(tmp_path, asked):
-    """As files for LLaVA have them, before the question or behind it. What stands inside is text."""
+    """Tags as in files for LLaVA, before or after the question. A tag inside the question is text."""
     ((row,),) = (video.rows for video in load_questions(write(tmp_path / "q.jsonl", ROW | {"question": asked})))
     assert row.question == row.prompt == "Which <image> is it?"
 

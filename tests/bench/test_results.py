@@ -1,4 +1,4 @@
-"""Tables as text: which columns there are, and how words are wrapped."""
+"""Tables as text: their columns, and how words are wrapped."""
 
 from itertools import pairwise
 

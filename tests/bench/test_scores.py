@@ -1,4 +1,4 @@
-"""The table, against counts made by hand."""
+"""The table, checked against counts made by hand."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def sample(video, row, right, group="time", kind="order", unparseable=False, **m
 
 
 def run(answers):
-    """{video: [(group, full right, method right), ...]}"""
+    """Make samples from {video: [(group, full right, method right), ...]}."""
     made = []
     for video, asked in answers.items():
         made += [sample(video, "full", full, group) for group, full, _ in asked]
@@ -82,7 +82,7 @@ def test_equal_answers_differ_by_exactly_nothing():
 
 def test_a_failed_video_is_in_no_row():
     failed = {"video": "d", "id": "1", "type": "order", "groups": ["time"], "error": {"message": "gone"}}
-    again = run({video: ANSWERS[video] for video in ("c", "a", "b")})  # nor does the order matter, of any row
+    again = run({video: ANSWERS[video] for video in ("c", "a", "b")})  # the order of rows does not matter either
     mixed = [s for s in run(ANSWERS) if s["row"] == "full"] + [s for s in again if s["row"] != "full"]
     for samples in (again, mixed):
         assert score_rows([failed, *samples]) == score_rows(run(ANSWERS))
@@ -98,7 +98,7 @@ def test_nothing_right_in_full():
 
 @pytest.mark.parametrize("kind", [None, "order"])
 def test_groups_are_there_where_items_carry_them(kind):
-    """One that is named as the group of all questions is that."""
+    """A group named "all" is merged with the group for all questions."""
     rows = score_rows(
         [
             sample("a", "full", right, kind=kind, unparseable=not right) | {"groups": groups}
@@ -110,11 +110,11 @@ def test_groups_are_there_where_items_carry_them(kind):
         2,
         0.5,
         1,
-    )  # an answer that names none is wrong
+    )  # an answer that names no option is wrong
 
 
 def with_methods(**right):
-    """Samples of the full budget and of methods at two budgets, one question a video, from texts such as "1101"."""
+    """Make samples of the full budget and of methods at two budgets, one question per video, from texts such as "1101"."""
     made = []
     for video in range(len(right["full"])):
         made.append(sample(f"{video:03}", "full", right["full"][video] == "1"))
@@ -147,7 +147,7 @@ def test_how_precisely_differences_are_known():
     ]
     widest = max(max(r[f] - r[f + "_low"], r[f + "_high"] - r[f]) for r, f in compared)
     assert float(found[1]) == pytest.approx(100 * widest, abs=0.1) and len(compared) == 7
-    # Of 60 videos 1 to 8 differ where 4 did: the lower end is farther away.
+    # If 4 of 60 videos differ, 1 to 8 do in resamples; the lower end is farther away.
     assert precision(score_rows(with_methods(full="1" * 60, a=("1" * 56 + "0000",)))).endswith("±6.7 points")
 
 
@@ -169,7 +169,7 @@ def test_too_few_videos_for_intervals_of_differences(videos):
 
 
 def clustered(random, clusters, each, mean, alike):
-    """Right answers of each cluster; `alike`: how much the questions of one cluster stand or fall together (0: not at all)."""
+    """Draw the number of right answers per cluster. `alike` is the correlation of the questions in one cluster (0: independent)."""
     if alike == 0:
         share = np.full(clusters, mean)
     else:
@@ -193,12 +193,12 @@ def test_independent_questions_have_wilsons_interval():
     right = np.array([1] * 45 + [0] * 15)
     low, high = accuracy_interval(right, np.ones(60))
     assert (low, high) == pytest.approx((0.6277, 0.8422), abs=2e-3)
-    assert share_variance(np.array([1.0, 0.0]), np.ones(2)) == 0.25  # unbiased, of few clusters
+    assert share_variance(np.array([1.0, 0.0]), np.ones(2)) == 0.25  # unbiased, for few clusters
 
 
 @pytest.mark.parametrize(("right", "share", "n"), [(6, 1.0, 10), (0, 0.0, 10), (3, 0.5, 60)])
 def test_where_all_clusters_are_alike(right, share, n):
-    """Where all is right or wrong, nothing says how alike the questions of a cluster are, and each cluster counts once."""
+    """If all answers are right or all wrong, the correlation within clusters is unknown, so each cluster counts once."""
     assert accuracy_interval(np.full(10, right), np.full(10, 6)) == wilson(share, n)
 
 
@@ -232,7 +232,7 @@ def test_draws_are_of_whole_clusters_and_the_same_again():
     drawn = resampled(sums, seed=3, draws=100)
     assert drawn.shape == (100, 2) and (drawn[:, 1] == 7).all()
     assert (drawn == resampled(sums, seed=3, draws=100)).all()
-    assert (drawn[:, 0] == resampled(sums[:, :1], seed=3, draws=100)[:, 0]).all()  # whatever stands beside it
+    assert (drawn[:, 0] == resampled(sums[:, :1], seed=3, draws=100)[:, 0]).all()  # independent of other columns
     assert drawn[:, 0].mean() == pytest.approx(sums[:, 0].sum(), rel=0.1)
     assert len(np.unique(resampled(sums, draws=4000)[:, 0])) > 50
 

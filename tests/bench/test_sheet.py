@@ -1,4 +1,4 @@
-"""A contact sheet: a panel for each moment, in order of time, which shows the frame that is best."""
+"""A contact sheet: a panel per moment, in order of time, each showing the best frame."""
 
 import io
 

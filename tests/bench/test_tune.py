@@ -1,4 +1,4 @@
-"""A whole run on the tiny model: what it finds, how it keeps its time, what it does without."""
+"""A whole run on the tiny model: its results, its time limit, and how it copes with failures."""
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ def test_a_run(saved):
 
 
 def test_the_time_to_the_first_token_holds_the_whole_prompt(loaded, monkeypatch):
-    """Unpruned too, whose answers have read it before. Columns stand in place of seconds."""
+    """Also unpruned, although its answers have read the prompt before. Columns stand for seconds."""
     read, along = [], EncodedInputs.read_along
     monkeypatch.setattr("evoprune.language.prefix.prefill", lambda *args: read.append(len(args[1])) or prefill(*args))
     monkeypatch.setattr(EncodedInputs, "read_along", lambda *args: (along(*args)[0], read[-1]))
@@ -127,7 +127,7 @@ def test_bad_videos_among_good_ones(saved, tmp_path):
 
 
 class Ticks:
-    """A clock that goes on by itself: each look costs a second."""
+    """A clock that advances by a second each time it is read."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -162,7 +162,7 @@ def test_nothing_to_try():
 
 
 class World:
-    """Candidates whose agreement and speed are known; each trial takes its time on a clock of its own."""
+    """Candidates with known agreement and speed; each trial takes time on a simulated clock."""
 
     def __init__(self, count: int, limit: float, cost: float = 1.0):
         self.spent, self.limit, self.cost = 0.0, limit, cost
@@ -174,10 +174,10 @@ class World:
         self.spent += self.cost
         return Trial(
             100 - number, 100, [], 1 / (1 + number), 2.0, self.cost, 1.0, 1.0
-        )  # the later, the faster and the worse
+        )  # later candidates are faster and less accurate
 
     def run(self, videos: int, goal: float) -> dict[str, int]:
-        """Videos that each candidate was tried on."""
+        """Run the search and return the number of videos tried per candidate."""
         left = lambda: self.limit - self.spent  # noqa: E731
         self.tried = list(search(self.known, videos, goal, self.trial, left, lambda video: self.cost))
         assert self.spent <= self.limit and len(self.tried) == len(set(self.tried))
@@ -215,7 +215,7 @@ def row(method: str, first_token: float, passes: bool = True) -> dict:
 @pytest.mark.parametrize(
     ("rows", "chosen"),
     [
-        ([row("evoprune:floor=1", 0.200), row("evoprune", 0.209)], "evoprune"),  # as fast, and plainer
+        ([row("evoprune:floor=1", 0.200), row("evoprune", 0.209)], "evoprune"),  # equally fast, and simpler
         ([row("evoprune:floor=1", 0.200), row("evoprune", 0.211)], "evoprune:floor=1"),
         ([row("evoprune:floor=1", 0.200), row("tome", 0.206), row("evoprune", 0.203)], "evoprune"),
         ([row("evoprune", 0.1, False), row("evoprune:depth=0.5", 0.2)], "evoprune:depth=0.5"),
@@ -241,15 +241,15 @@ def test_settings_that_do_the_same_work_share_their_times():
     rows = {name: row["first_token"] for name, row in found.items()}
     assert rows["evoprune -b 0.1"] == rows["evoprune:floor=1 -b 0.1"] == pytest.approx(0.25)
     assert rows["evoprune:depth=0.5 -b 0.1"] == pytest.approx(0.15)
-    slow = found["evoprune -b 0.1"]  # the times are its own
+    slow = found["evoprune -b 0.1"]  # absolute times are its own
     assert (slow["first_token_ms"], slow["full_first_token_ms"]) == pytest.approx((350, 1000))
-    # All reach the goal, and none is proven to.
+    # All reach the goal, but none provably.
     assert promising(known, 0.9)[-1].name == slow["name"] and not any(row["passes"] for row in found.values())
     assert [row["frontier"] for row in found.values()] == [True, False, False]
 
 
 def answers(random, shares, videos=16, tokens=60, alike=0.2):
-    """Of candidates with these true agreements: agreeing tokens of each video, and its tokens."""
+    """Draw, for candidates with these true agreements, the agreeing tokens and all tokens per video."""
     spread = (1 - alike) / alike
     each = [random.beta(share * spread, (1 - share) * spread, videos) for share in shares]
     return [(random.binomial(tokens, share).astype(float), np.full(videos, float(tokens))) for share in each]
@@ -291,7 +291,7 @@ def test_the_least_tokens_are_just_enough(agree):
 
 def test_agreement_does_not_rise_with_kl():
     agree, tokens, kl = np.array([90, 96, 80, 48]), np.array([100, 100, 100, 50]), np.array([0.1, 0.2, 0.9, 0.5])
-    # In the order of KL: 0.9, 0.96, 0.96 and 0.8; the first three share what they have.
+    # In order of KL: 0.9, 0.96, 0.96 and 0.8. The first three are pooled.
     assert smoothed(agree, tokens, kl).tolist() == pytest.approx([0.936, 0.936, 0.8, 0.936])
     steady = np.array([9, 8, 7])
     assert smoothed(steady, np.full(3, 10), np.array([0.0, 0.1, 0.2])).tolist() == pytest.approx([0.9, 0.8, 0.7])
@@ -303,7 +303,7 @@ def test_agreement_does_not_rise_with_kl():
 @pytest.mark.full
 @pytest.mark.parametrize("idle", [0, 2])
 def test_each_video_is_read_once_for_all_candidates(saved, monkeypatch, idle):
-    """Ahead where that takes no core from what is measured."""
+    """Reads ahead only if that takes no core away from the measurement."""
     read, real = [], encoding.read_chunks
 
     def counted(info, times_s, **how):
@@ -316,7 +316,7 @@ def test_each_video_is_read_once_for_all_candidates(saved, monkeypatch, idle):
     asked = {"videos": videos, "questions": QUESTIONS, "budgets": (0.5, 0.25), "methods": ("random",)}
     run = Tuning(TuneSettings(**asked, model=ModelOptions(str(saved)), sampling=SamplingOptions(frames=4)))
     run.load()
-    run.loaded.patches.limit_bytes = 300_000  # of what nobody uses: one of them
+    run.loaded.patches.limit_bytes = 300_000  # room for one video that is not in use
     run.run()
     assert read == [videos[0], videos[2]]
     assert run.document()["videos"] == {"wanted": 3, "answered": 2, "failed": 1}

@@ -1,4 +1,4 @@
-"""Everything holds on small models, and each planted fault is found by the check that should find it."""
+"""All checks pass on small models, and each planted fault is found by its check."""
 
 import json
 import platform
@@ -56,7 +56,7 @@ def test_everything_holds(folders, name):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The CPU is taken for a GPU, whose graphs are recorded."""
+    """Treat the CPU as a GPU whose graphs are recorded."""
     made = Graphs()
     monkeypatch.setattr(checks, "uses_kernels", lambda device: True)
     monkeypatch.setattr(checks, "capture_on", made.capture_on)
@@ -87,7 +87,7 @@ def test_a_model_that_has_no_graph_differs_in_nothing(folders, graphs, monkeypat
 
 
 @pytest.mark.full
-@pytest.mark.filterwarnings("ignore::evoprune.errors.DeviceWarning")  # tokens of the answer are decoded plainly
+@pytest.mark.filterwarnings("ignore::evoprune.errors.DeviceWarning")  # the answer's tokens are decoded without a graph
 def test_a_capture_that_fails_differs_in_nothing(folders, graphs, monkeypatch):
     def fails(function, device):
         raise RuntimeError("Cannot copy between CPU and CUDA tensors during CUDA graph capture\nand more")
@@ -125,7 +125,7 @@ def test_a_fault_is_found_by_the_check_that_should_find_it(folders, name, fault,
 
 
 def test_every_check_finds_a_fault():
-    measured = {"speed", "plain"}  # "speed" compares nothing that could differ; faults of "plain": test_cuda.py
+    measured = {"speed", "plain"}  # "speed" compares nothing that could differ; for faults of "plain" see test_cuda.py
     assert {fault.found_by for fault in FAULTS.values()} == {check.name for check in CHECKS} - measured
 
 

@@ -1,4 +1,4 @@
-"""A module of tests that is run as a program, in a process where nothing else has run."""
+"""Run a test module as a program in a fresh process."""
 
 import json
 import os
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def records_of(module: str, *arguments: str) -> list[dict[str, Any]]:
-    """What it prints, a JSON object on each line."""
+    """Return the JSON objects that the module prints, one per line."""
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Runs the command line inside this process, so that a test costs no import of torch."""
+"""Run the command line inside this process, so that tests do not import torch again."""
 
 import fcntl
 import functools
@@ -29,7 +29,7 @@ from tests.video.files import write_video
 
 ROOT = Path(__file__).parents[2]
 
-# Typer makes the parser of every command anew for every call.
+# Typer would rebuild the parser for every call.
 typer.main.get_command = functools.cache(typer.main.get_command)
 
 
@@ -41,13 +41,13 @@ class Result:
 
     @property
     def record(self) -> dict:
-        """The one JSON line on stdout."""
+        """The only JSON line on stdout."""
         assert self.out.endswith("\n") and self.out.count("\n") == 1, self.out
         return json.loads(self.out)
 
 
 class Stdin(io.StringIO):
-    """Standard input that is, or is not, a terminal; fails the test if it is read though it must not be."""
+    """Standard input, a terminal or not. Fails the test if it is read although it must not be."""
 
     def __init__(self, content: str | bytes | None, terminal: bool):
         super().__init__(content if isinstance(content, str) else "")
@@ -65,7 +65,7 @@ class Stdin(io.StringIO):
 
 @contextmanager
 def restored():
-    """What the program sets for its process becomes what it was."""
+    """Restore everything that the program sets for its process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     hook, threads = sys.excepthook, torch.get_num_threads()
     try:
@@ -87,12 +87,12 @@ def the_process_is_restored():
 def cli(monkeypatch, capfd):
     """`cli("ask", ..., stdin="text")`: exit code, stdout, stderr. Without `stdin`, reading it fails the test.
 
-    `terminal`: stdin is one. `columns`: stderr is a terminal that wide. `encoding`: of stdout and stderr.
+    `terminal`: stdin is a terminal. `columns`: stderr is a terminal of that width. `encoding`: encoding of stdout and stderr.
     """
     for name in ("EVOPRUNE_MODEL", "EVOPRUNE_BUDGET", "EVOPRUNE_DEBUG", "NO_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(main, "plugged", lambda: {})  # perhaps other packages with commands are installed here
+    monkeypatch.setattr(main, "plugged", lambda: {})  # other packages with commands may be installed here
 
     def call(
         *args: str,
@@ -143,7 +143,7 @@ def endless(tiny_folder, tmp_path_factory):
 
 @pytest.fixture
 def keyboard():
-    """`keyboard(*args, stdout)`: the command at a terminal of its own; its screen and its process."""
+    """`keyboard(*args, stdout)` runs the command at its own terminal, and returns its screen and its process."""
     started = []
 
     def at_it():
@@ -154,7 +154,7 @@ def keyboard():
         screen = Screen(100)
         process = subprocess.Popen(
             [sys.executable, "-m", "evoprune_cli", *map(str, args)],
-            bufsize=0,  # what is in the pipe is all there is to read
+            bufsize=0,  # unbuffered, so that the pipe holds everything there is to read
             stdin=screen.end,
             stdout=screen.end if stdout is None else stdout,
             stderr=screen.end,
@@ -182,6 +182,6 @@ def photo(tmp_path):
 
 @pytest.fixture(scope="session")
 def foreign(tmp_path_factory):
-    """A clip of noise, of which the demo models know nothing."""
+    """A clip of noise, unknown to the demo models."""
     noise = np.random.default_rng(0).integers(0, 255, (12, 96, 128, 3), np.uint8)
     return write_video(tmp_path_factory.mktemp("foreign") / "foreign.mp4", noise, fps=6)

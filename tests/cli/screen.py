@@ -1,4 +1,4 @@
-"""A terminal to run commands on, and what a person sees on it in the end."""
+"""A terminal to run commands on, and the text that a person sees on it in the end."""
 
 import fcntl
 import os
@@ -11,20 +11,20 @@ import time
 
 
 class Screen:
-    """A pseudo-terminal so many columns wide. `end` is what a program is given; `finish` tells what it wrote."""
+    """A pseudo-terminal with a number of columns. Pass `end` to a program; `finish` returns its output."""
 
     def __init__(self, columns: int):
         self._ours, self.end = pty.openpty()
         fcntl.ioctl(self.end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self._seen = b""
-        self._reader = threading.Thread(target=self._read)  # or a program that writes much would wait for ever
+        self._reader = threading.Thread(target=self._read)  # otherwise a program with much output would block forever
         self._reader.start()
 
     def _read(self) -> None:
         while True:
             try:
                 part = os.read(self._ours, 65536)
-            except OSError:  # Linux says so when the other end is closed
+            except OSError:  # Linux raises this when the other end is closed
                 return
             if not part:
                 return
@@ -34,21 +34,21 @@ class Screen:
         os.write(self._ours, keys)
 
     def wait_for(self, pattern: str, times: int = 1, seconds: float = 120) -> None:
-        """Until something of this pattern was written so many times in all."""
+        """Wait until a pattern has been written `times` times in total."""
         until = time.monotonic() + seconds
         while len(re.findall(pattern, self._seen.decode(errors="replace"), re.DOTALL)) < times:
             assert time.monotonic() < until, self._seen
             time.sleep(0.01)
 
     def finish(self) -> str:
-        """Everything that was written; every copy of `end` must be closed by now."""
+        """Return all output. Every copy of `end` must be closed before."""
         self._reader.join()
         os.close(self._ours)
         return self._seen.decode()
 
 
 def visible(written: str) -> list[str]:
-    """The lines that stay on a terminal: spinners wipe themselves out, and colour is no text."""
+    """Return the lines that stay on a terminal: spinners erase themselves, and colours are no text."""
     lines, row, column = [""], 0, 0
     for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b.|[\r\n]|[^\x1b\r\n]+", written):
         if part == "\r":

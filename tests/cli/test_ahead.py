@@ -1,4 +1,4 @@
-"""Commands read while they load: before the model is there, with the same results, errors and exit codes, and nothing left."""
+"""Commands read inputs while the model loads, with the same results, errors and exit codes, and without leftovers."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def no_thread_stays():
 
 @pytest.fixture
 def made(monkeypatch):
-    """Every `ReadAhead`, and the paths that are read by whoever encodes."""
+    """Every `ReadAhead`, and the paths that the encoder reads itself."""
     begun, anew, begin, read = [], [], ReadAhead.__init__, encoding.read_chunks
 
     def noted(self, *how):
@@ -44,7 +44,7 @@ def made(monkeypatch):
 
 @pytest.fixture
 def without(monkeypatch):
-    """Call it, and nothing is read ahead from then on."""
+    """A function that turns off reading ahead from then on."""
     begin = ReadAhead.__init__
     return lambda: monkeypatch.setattr(
         ReadAhead, "__init__", lambda self, model, asked, *how: begin(self, model, [], *how)
@@ -53,7 +53,7 @@ def without(monkeypatch):
 
 @pytest.fixture
 def slowly(made, monkeypatch):
-    """Models are loaded only once frames wait; how many waited then, load after load."""
+    """Models load only once frames are waiting. The list has the number of waiting frames per load."""
     from evoprune import video_qa
     from evoprune.bench import eval as evaluation
     from evoprune.bench import tune
@@ -91,7 +91,7 @@ def test_frames_wait_before_the_model_is_loaded_and_are_used(cli, made, slowly, 
     assert done.code in (0, 6), done.err
     assert slowly and slowly[0] > 0
     first = SQUARE if command == "tune" else None
-    assert made[1] == [] or (first and set(made[1]) == {first})  # tune reads it again where it repeats what warmed up
+    assert made[1] == [] or (first and set(made[1]) == {first})  # tune rereads it to repeat its warm-up
 
 
 def test_answers_are_those_without(cli, without):
@@ -115,7 +115,7 @@ def test_with_a_cache_nothing_is_read_ahead(cli, made, monkeypatch, tmp_path):
     for _ in range(2):
         assert cli(*ASK, "--cache", "-q").code == 0
     (first, second), anew = made
-    assert anew == [SQUARE]  # by the first alone
+    assert anew == [SQUARE]  # only by the first run
     assert not first._every and not second._every
 
 
@@ -204,5 +204,5 @@ def test_a_signal_while_a_model_is_loaded_ends_it_at_once_and_all_of_it(number):
 def _environment(pid: str) -> bytes:
     try:
         return Path("/proc", pid, "environ").read_bytes()
-    except OSError:  # it has ended, or is another user's
+    except OSError:  # it has ended, or belongs to another user
         return b""

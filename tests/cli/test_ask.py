@@ -69,7 +69,7 @@ def test_a_model_is_told_that_no_question_follows(cli, monkeypatch, command, las
 
 @pytest.mark.full
 def test_a_limit_on_the_size_of_files_is_named(cli):
-    assert cli("ask", CLIP, QUESTION, "-q").code == 0  # or Python writes its compiled files under the limit, cut short
+    assert cli("ask", CLIP, QUESTION, "-q").code == 0  # or the limit would truncate Python's compiled files
     command = [sys.executable, "-m", "evoprune_cli", "ask", str(ROOT / CLIP), QUESTION]
     limited = f"ulimit -f 2; exec {shlex.join(command)}"
     done = subprocess.run(["bash", "-c", limited], capture_output=True, cwd=ROOT, text=True)
@@ -148,7 +148,7 @@ def test_generation_options_reach_the_model_and_what_it_asks_for_otherwise_is_sa
     assert "drawn" not in cli(*asked, "-q").err
     result = cli(*asked, "-t", "0.7", "--top-k", "20", "--repetition-penalty", "1.3")
     assert "drawn" not in result.err and result.record["generation"]["repetition_penalty"] == 1.3
-    assert "drawn" not in cli(*asked[:4], tiny_folder, *asked[5:]).err  # whose temperature is next to 0
+    assert "drawn" not in cli(*asked[:4], tiny_folder, *asked[5:]).err  # its temperature is close to 0
 
 
 def test_the_demo_warns_of_what_it_was_not_trained_on(cli, tmp_path):
@@ -159,7 +159,7 @@ def test_the_demo_warns_of_what_it_was_not_trained_on(cli, tmp_path):
 
 @pytest.fixture
 def scenes_of_tiny(tiny_folder, monkeypatch):
-    """Other weights in the place of the model for scenes: warnings do not depend on them."""
+    """Replace the model for scenes by other weights; warnings do not depend on weights."""
     monkeypatch.setitem(DEMOS, "demo-scenes", replace(DEMOS["demo-scenes"], folder=tiny_folder))
 
 
@@ -262,7 +262,7 @@ LONG = "a" * 300 + ".mp4"
 )  # fmt: skip
 def test_what_is_no_path_is_refused_in_a_line(cli, command, given, hint):
     result = cli(*(word.format(given) for word in command.split()))
-    hint = "" if command.startswith("batch") and given.startswith("file:") else hint  # a batch understands it
+    hint = "" if command.startswith("batch") and given.startswith("file:") else hint  # a batch accepts it
     assert result.code in (2, 3) and len(result.err.splitlines()) == 2 and f"hint: {hint}" in result.err
     assert len(result.err) < 600 and not re.search(r"\w{201}", result.err + result.out)
     if given == DATA:
@@ -293,7 +293,7 @@ def test_each_video_has_its_own_subtitles(cli, tmp_path):
     assert [each["subtitles"]["lines"] for each in record["inputs"]] == [1, 1] and record["subtitles"] is None
     without = cli("ask", *paths, DIFFERS, "--json", *QUICK).record
     said = sum(each["subtitles"]["tokens"] for each in record["inputs"])
-    assert record["tokens"]["text"] > without["tokens"]["text"] + said  # and a line that says which video
+    assert record["tokens"]["text"] > without["tokens"]["text"] + said  # and a line that names the video
 
 
 def test_frames_of_a_folder_have_a_rate(cli, tmp_path):
@@ -325,7 +325,7 @@ def test_what_is_not_seen_as_in_a_player_is_said(cli, tmp_path):
     assert "other tracks" not in cli("inspect", "samples/square.mp4").out
 
 
-# --compare: every question with and without pruning, whatever happens on the way.
+# --compare: every question with and without pruning, even if one of them fails.
 
 
 MORE = "Which way does the square move?"
@@ -345,7 +345,7 @@ def test_nothing_is_taken_away_on_the_full_side_by_methods_that_shrink_the_input
 def test_the_pruned_answer_stays_when_the_full_one_breaks_off(cli, monkeypatch, problem, when):
     def broken(*args, **settings):
         calls.append(1)
-        if len(calls) == 2 or (len(calls) > 2 and when == "encode"):  # where memory is short, less is tried at a time
+        if len(calls) == 2 or (len(calls) > 2 and when == "encode"):  # if memory is short, smaller pieces are tried
             raise problem.with_traceback(None)
         return real(*args, **settings)
 
@@ -370,7 +370,7 @@ def test_the_pruned_answer_stays_when_the_full_one_breaks_off(cli, monkeypatch, 
 
 
 def test_an_interruption_of_the_second_question_is_not_taken_for_the_first(cli, monkeypatch):
-    """The same question twice: the second has not begun when it ends."""
+    """The same question twice: the second one ends before it has begun."""
 
     def broken(self, question, **settings):
         calls.append(1)
@@ -386,12 +386,12 @@ def test_an_interruption_of_the_second_question_is_not_taken_for_the_first(cli, 
     assert first["id"] != second["id"] and second["error"]["type"] == "interrupted"
 
 
-# The notes before the first frame is read: how long it will take, and which limits apply.
+# The notes before the first frame is read: the expected time, and the limits that apply.
 
 
 @pytest.fixture(scope="module")
 def long_clip(tmp_path_factory):
-    """150 s of 224x224, two frames a second."""
+    """150 s of 224x224, two frames per second."""
     pictures = np.random.default_rng(0).integers(0, 255, (4, 224, 224, 3), np.uint8)
     frames = (pictures[i % 4] for i in range(300))
     return write_video(tmp_path_factory.mktemp("long") / "long.mp4", frames, fps=2, options={"preset": "ultrafast"})
@@ -399,7 +399,7 @@ def long_clip(tmp_path_factory):
 
 @pytest.fixture
 def notes(cli, tiny_folder, monkeypatch):
-    """`notes(clip, flags...)`: the lines on stderr before the first frame is read, by default from a model that is not the demo.
+    """`notes(clip, flags...)`: the lines on stderr before the first frame is read. The default model is not the demo.
 
     The command stops there.
     """
@@ -411,7 +411,7 @@ def notes(cli, tiny_folder, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(frames, "stream_frames", announced)
-            patch.setattr(ReadAhead, "_begin", lambda *_: iter(()))  # which reads before
+            patch.setattr(ReadAhead, "_begin", lambda *_: iter(()))  # otherwise reading ahead comes first
             result = cli("ask", clip, QUESTION, "-m", model, "-n", "1", *flags)
         assert result.code == 3, result.err
         before, after = result.err.split("READING\n")
@@ -430,7 +430,7 @@ def notes(cli, tiny_folder, monkeypatch):
         ("--fps 0.2", []),
         ("--fps 2", ["reading 32 frames, one every 4.69 s; asked for: 300 (--max-frames 300)"]),
         ("--fps 1 --end 1:00", ["reading 32 frames, one every 1.88 s; asked for: 60 (--max-frames 60)"]),
-        ("--fps 2 --max-frames 16", []),  # whoever sets the limit knows
+        ("--fps 2 --max-frames 16", []),  # the limit was set on purpose
         ("--frames 32", []),
         ("--max-frames 300", [f"at most {MAX_VISUAL_TOKENS_CPU:,} tokens on a CPU (--max-visual-tokens): 300 frames of 140x140"]),
         ("--max-frames 300 -q", []),
@@ -440,7 +440,7 @@ def test_the_limits_that_apply_are_noted(notes, long_clip, flags, says):
     assert notes(long_clip, "-b", "fast", *flags.split()) == says
 
 
-# --subtitles: what is taken, what stderr and the records say, and what is refused.
+# --subtitles: which ones are used, stderr and records, and refused files.
 
 
 @pytest.fixture
@@ -467,7 +467,7 @@ def test_what_cannot_be_used_is_refused_before_weights_are_read(cli, clip, tmp_p
     assert (result.code, result.out) == (3, "") and "said.srt" in result.err and "\nhint: " in result.err
 
 
-# --interactive, at a terminal: a prompt on stderr, answers on stdout, and what Ctrl-C and Ctrl-D do.
+# --interactive at a terminal: a prompt on stderr, answers on stdout, Ctrl-C and Ctrl-D.
 
 
 TALK = ("ask", CLIP, "--interactive")
@@ -526,7 +526,7 @@ def test_a_prompt_remembers(cli, tiny_folder):
 
 def test_why_a_prompt_does_not_remember(cli):
     assert "on its own: the demo models know single questions" in cli(*TALK, stdin="", terminal=True).err
-    for reason in (("--compare",), ("--method", "cdpruner")):  # with which there is no --history on
+    for reason in (("--compare",), ("--method", "cdpruner")):  # they exclude --history on
         assert "remembers" not in cli(*TALK, *reason, stdin="", terminal=True).err
     result = cli(*TALK, "--history", "on", stdin=f"{QUESTION}\n{MORE}\n", terminal=True)
     assert result.err.count("warning: the demo models know single questions") == 1
@@ -545,7 +545,7 @@ def test_warnings_come_once(cli, tiny_folder):
     result = cli(*TALK, *flags, stdin=f"{QUESTION}\n{MORE}\n", terminal=True)
     assert result.err.count("warning: the weights") == 1 and result.out.count("\n") >= 2
     assert result.err.count("warning: the answer may be incomplete") == 2
-    # One that a question causes, not the inputs.
+    # A warning caused by a question, not by the inputs.
     asked = cli("ask", CLIP, "Does the dog bark?", "-Q", "Is the dog asleep?", "--compare", "-q").err
     assert asked.count("warning: a demo model knows only the words of its training") == 1
 
@@ -573,7 +573,7 @@ def test_ctrl_d_ends_it_and_answers_alone_reach_a_pipe(keyboard):
     screen.press(f"{QUESTION}\n".encode())
     assert process.stdout.readline() == b"green\n"
     screen.wait_for("> ", 2)
-    screen.press(b"\x1b[A\n")  # the arrow upwards: readline's history
+    screen.press(b"\x1b[A\n")  # arrow up: readline's history
     assert process.stdout.readline() == b"green\n"
     screen.wait_for("> ", 3)
     screen.press(b"\x04")
@@ -583,8 +583,8 @@ def test_ctrl_d_ends_it_and_answers_alone_reach_a_pipe(keyboard):
 
 
 def stop_an_answer(screen, process) -> None:
-    """Asks at a prompt, and presses Ctrl-C as soon as the answer begins."""
-    while select.select([process.stdout], [], [], 0)[0]:  # what is left of the answer before
+    """Ask at a prompt, and press Ctrl-C as soon as the answer begins."""
+    while select.select([process.stdout], [], [], 0)[0]:  # the rest of the previous answer
         os.read(process.stdout.fileno(), 2**16)
     screen.press(b"What happens?\n")
     assert process.stdout.read(1)
@@ -598,13 +598,13 @@ def test_ctrl_c_stops_an_answer_and_then_the_conversation(keyboard, endless):
         screen.wait_for("> ", turn)
         stop_an_answer(screen, process)
     screen.wait_for("> ", 3)
-    screen.press(b"half a question\x03")  # once it only clears the line
+    screen.press(b"half a question\x03")  # the first Ctrl-C only clears the line
     screen.wait_for("Ctrl-D ends the conversation")
     screen.wait_for("> ", 4)
     stop_an_answer(screen, process)
     screen.wait_for("> ", 5)
     screen.press(b"/undo\n")
-    screen.wait_for("there is no question to take back")  # what was stopped is not remembered
+    screen.wait_for("there is no question to take back")  # the stopped answer is not remembered
     screen.wait_for("> ", 6)
     screen.press(b"\x03")
     screen.wait_for("> ", 7)
@@ -665,7 +665,7 @@ def test_errors_name_options_as_they_are_typed(cli, words, said):
     ],
 )
 def test_a_note_says_that_sound_is_ignored(cli, tmp_path, question, words, noted):
-    """If the question is about it, or everything is to be said."""
+    """The note appears if the question is about sound, or if everything is reported."""
     path = write_video(tmp_path / "sound.mp4", numbered_frames(10), audio_s=1.0)
     result = cli("ask", str(path), question, "-n", "1", *words)
     assert result.code == 0 and ("note: the sound of sound.mp4 is not read" in " ".join(result.err.split())) == noted

@@ -1,4 +1,4 @@
-"""`evoprune batch`: records in a file, every row once whatever happens, and what is refused before any weights are read."""
+"""`evoprune batch`: records in a file, every row exactly once, and inputs that are refused before any weights are read."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ from tests.video.subtitled import ASS, SRT, write_subtitled
 ROOT = Path(__file__).parents[2]
 CLIPS = ["samples/square.mp4", "samples/three.mp4"]
 QUESTIONS = ["What happens?", "How many shapes are there?"]
-CUT = "4 answers may be incomplete: -n (max_new_tokens) allows no more tokens"  # all of a test's rows have few
+CUT = "4 answers may be incomplete: -n (max_new_tokens) allows no more tokens"  # all rows here have few tokens
 ASKED = [word for question in QUESTIONS for word in ("-Q", question)]
 
 
@@ -58,7 +58,7 @@ def test_a_pattern_that_matches_nothing(run):
 
 
 def breaking(monkeypatch, at: int, problem: BaseException):
-    """Makes the `at`-th token fail: the first of the `at`-th question with `-n 1`."""
+    """Make the `at`-th token fail: with `-n 1`, the first token of the `at`-th question."""
     chosen = []
 
     def fails(*args):
@@ -148,7 +148,7 @@ def model(tiny_folder, tmp_path):
 def test_resume_refuses_a_model_that_was_replaced(run, out, model, monkeypatch, name):
     assert run(CLIPS[0], *ASKED, "-m", model).code == 0
     before = out.read_bytes()
-    (model / name).write_bytes((model / name).read_bytes())  # as another one of the same size
+    (model / name).write_bytes((model / name).read_bytes())  # like another file of the same size
     no_weights(monkeypatch)
     result = run(*CLIPS, *ASKED, "-m", model, "--resume")
     assert result.code == 2 and out.read_bytes() == before
@@ -192,7 +192,7 @@ def test_resume_refuses_an_adapter_beside_the_model(run, out, model):
 @pytest.mark.few(3)
 @pytest.mark.parametrize("kind", ["video", "picture", "folder", "added", "subtitles", "beside", "second"])
 def test_resume_refuses_an_input_that_was_replaced(run, out, tmp_path, kind):
-    """A row without an answer is asked about whatever is there."""
+    """A row without an answer is asked again, whatever its input is now."""
     clip, folder, picture = tmp_path / "clip.mp4", tmp_path / "frames", tmp_path / "a.png"
     shutil.copy(CLIPS[0], clip)
     folder.mkdir()
@@ -213,7 +213,7 @@ def test_resume_refuses_an_input_that_was_replaced(run, out, tmp_path, kind):
     lines = [{"id": "a", "question": "What?"} | asked, {"id": "b", "video": "gone.mp4", "question": "What?"}]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert run("--from", rows).code == 6
-    shutil.copy(CLIPS[1], tmp_path / "gone.mp4")  # whose row failed
+    shutil.copy(CLIPS[1], tmp_path / "gone.mp4")  # its row failed
     assert run("--from", rows, "--resume").code == 0 and [r["error"] for r in records(out)] == [None, None]
     before = out.read_bytes()
     write_image(changed, numbered_frame(3)) if kind == "added" else os.utime(changed, (1, 1))
@@ -241,7 +241,7 @@ def test_a_video_that_is_missing(run, out, tmp_path):
     assert result.code == 6
     assert "late.mp4 (its rows will fail)" in " ".join(result.err.split())
     assert "2 of 4 rows answered, 2 failed: " in result.err and "with --resume" in result.err
-    assert result.err.count("late.mp4") == 1  # it was named before
+    assert result.err.count("late.mp4") == 1  # named once before
     good, bad = records(out)[:2], records(out)[2:]
     assert all(r["error"] is None for r in good)
     assert [(r["error"]["code"], r["finish_reason"], r["answer"]) for r in bad] == [(3, "error", None)] * 2
@@ -351,13 +351,13 @@ def test_the_model_is_loaded_once(run, monkeypatch):
     assert loads == [1]
 
 
-# In processes of their own.
+# In separate processes.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("EVOPRUNE_")} | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
 def start(tiny_folder, tmp_path):
-    """Starts a batch of 20 or more rows about all samples: two spans of each video, so many questions."""
+    """Start a batch of 20 or more rows about all samples: two spans per video, each with this many questions."""
     videos = sorted(map(str, (ROOT / "samples").glob("*.[mw]*")))
 
     def call(*args, questions: int = 2, out: Path = tmp_path / "out.jsonl", **how) -> subprocess.Popen:
@@ -399,20 +399,20 @@ def wait_for_lines(process, out: Path, count: int) -> None:
     ("kills", "questions"), [pytest.param(2, 3, marks=pytest.mark.full), pytest.param(20, 20, marks=pytest.mark.slow)]
 )
 def test_killed_and_resumed(start, out, kills, questions):
-    """Kills a batch again and again, mostly once a few more rows are done, lets it finish, and compares it with a whole one."""
+    """Kill a batch repeatedly, mostly after a few more rows, let it finish, and compare it with an uninterrupted one."""
     whole = out.with_name("whole.jsonl")
     assert start(questions=questions, out=whole).wait(300) == 0
     draw, total = random.Random(0), 12 * questions
     for number in range(kills):
         process = start("--resume", questions=questions)
         if draw.random() < 0.2:
-            time.sleep(draw.uniform(0, 4))  # while it is imported, the model loaded, the file looked through
+            time.sleep(draw.uniform(0, 4))  # during imports, loading, or scanning the file
         else:
             wait_for_lines(process, out, draw.randint(number * total // kills, (number + 1) * total // kills - 1))
             time.sleep(draw.uniform(0, 0.02))
         process.kill()
         process.communicate()
-        if draw.random() < 0.5 and out.exists():  # as if it had been hit while it wrote
+        if draw.random() < 0.5 and out.exists():  # as if it had been killed while writing
             content = out.read_bytes()
             out.write_bytes(content[: max(0, len(content) - draw.randint(1, 4000))])
     last = start("--resume", questions=questions)
@@ -447,7 +447,7 @@ def test_an_option_for_all_rows_is_one_of_the_settings(run, out, tmp_path):
     assert run(*asked, "--subtitles", "auto").code == 0
     assert [bool(record["subtitles"]) for record in records(out)] == [True, False]
     assert "subtitles was 'auto', is None" in run(*asked, "--resume").err
-    run(*asked, "--overwrite")  # as versions without subtitles wrote it
+    run(*asked, "--overwrite")  # like the output of versions without subtitles
     assert not any("subtitle" in name for r in records(out) for name in (*r["batch"]["row"], *r["batch"]["settings"]))
 
 
@@ -457,7 +457,7 @@ def table(path: Path) -> list[dict]:
 
 
 def test_a_table_has_the_rows_as_they_came_and_their_answers(run, tmp_path):
-    """Also where cells hold commas, quotes, lines and a column of the same name."""
+    """Also if cells contain commas, quotes, line breaks or a column of the same name."""
     odd = 'Is it "red",\nor blue; which?'
     clip = str(ROOT / CLIPS[0])
     with open(tmp_path / "rows.csv", "w", encoding="utf-8", newline="") as file:
@@ -507,7 +507,7 @@ def test_folders_inside_folders(run, out, tmp_path):
     assert result.code == 0 and "1 image as one video; folders inside it are not searched (-r)\n" in result.err
     shutil.copy(ROOT / CLIPS[0], tmp_path / "all" / "x.mp4")
     shutil.copy(ROOT / CLIPS[0], tmp_path / "all" / "y.mp4")
-    for words, found in (((), 3), (("--start", "1"), 2)):  # a picture has no part of its time
+    for words, found in (((), 3), (("--start", "1"), 2)):  # a picture has no time span
         result = run(tmp_path / "all", "-Q", QUESTIONS[0], "--overwrite", *words)
         assert result.code == 0 and len(records(out)) == found
         assert ("2 videos and 1 picture; left out: b/" in result.err) == (found == 3)

@@ -1,4 +1,4 @@
-"""Completion at TAB: what is offered, in which shell, and how it is installed."""
+"""Completion at TAB: suggestions per shell, and installation."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from evoprune_cli.main import app
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["ask", "batch", "watch", "eval", "find", "tune", "inspect", "profile", "verify", "methods"]
 BUDGETS = ["full", "high", "balanced", "fast", "auto", "auto:inflection"]
-# A line up to the cursor, and what is offered; where that is nothing, the shell offers files.
+# A line up to the cursor, and the suggestions. Without suggestions, the shell offers files.
 LINES = {
     "": COMMANDS,
     "--show": ["--show-completion"],
@@ -48,7 +48,7 @@ LINES = {
 
 @pytest.fixture
 def at_tab(cli, monkeypatch):
-    """`at_tab("bash", "ask -m ")`: the result of a script's request to complete the line."""
+    """`at_tab("bash", "ask -m ")` returns the result of a script's request to complete the line."""
     monkeypatch.setenv("COLUMNS", "30")
 
     def complete(shell: str, line: str, action: str = "get-args"):

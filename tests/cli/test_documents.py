@@ -1,4 +1,4 @@
-"""What the documents say is so: their commands run or parse, links lead somewhere, and docs/cli.md is up to date."""
+"""The documents are right: commands run or parse, links have targets, and docs/cli.md is up to date."""
 
 import json
 import os
@@ -34,7 +34,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(RO
 
 
 def test_the_transcript_of_the_readme(cli):
-    """The output equals it, except for times, memory and the processor."""
+    """The output matches, except for times, memory and the processor."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     command, shown = re.search(r"^```text\n\$ evoprune (ask samples.*?)\n(.*?)^```", readme, re.S | re.M).groups()
     result = cli(*shlex.split(command))
@@ -51,14 +51,14 @@ def test_the_guide_explains_every_line_of_the_stats(cli):
 
 @pytest.mark.full
 def test_shell_blocks_run_one_after_the_other(tmp_path):
-    """In one folder that looks like an installed clone; each block gives a line a clip."""
+    """In one folder that looks like an installed clone. Each block prints one line per clip."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     script = tmp_path / ".venv" / "bin" / "evoprune"
     script.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m evoprune_cli "$@"\n')
     script.chmod(0o755)
     (tmp_path / "samples").symlink_to(ROOT / "samples")
     blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs/guide.md").read_text(encoding="utf-8"), re.S | re.M)
-    blocks = [block for block in blocks if not block.startswith("pip ")]  # environments run what installs something
+    blocks = [block for block in blocks if not block.startswith("pip ")]  # environments run the installing blocks
     assert len(blocks) >= 2
     for block in blocks:
         if "jq" in block and not shutil.which("jq"):
@@ -84,11 +84,11 @@ def test_shell_blocks_run_one_after_the_other(tmp_path):
         assert sorted(answers) == sorted(right)
 
 
-# What the commands of the documents ask of `samples/`, and the right answers.
+# Questions that the documents' commands ask about `samples/`, and the right answers.
 ASKED = {
     "What colour is the square?": "green",
     "What digit is it?": "7",
-    "What happens to the square?": "pruned: appears\nfull: stays",  # at 0.05, beside the answer from all tokens
+    "What happens to the square?": "pruned: appears\nfull: stays",  # at 0.05, next to the answer from all tokens
     "Which way does the green heart move?": "right",
 }
 
@@ -122,7 +122,7 @@ def test_the_demo_answers_right_in_python(capsys, page, answers):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_number_of_methods_is_that_of_the_list(page):
-    """Those of `evoprune methods`; a page may name some of them, but not count the list otherwise."""
+    """A page may name some of the methods of `evoprune methods`, but any total must match that list."""
     text = page.read_text(encoding="utf-8")
     counted = re.findall(
         r"(?:\ball (?:the )?|^|- )(\d+) (?:other )?(?:pruning )?methods\b|(\d+) other methods", text, re.M
@@ -131,7 +131,7 @@ def test_the_number_of_methods_is_that_of_the_list(page):
 
 
 def test_each_block_that_is_run_is_in_the_list_of_those():
-    """CONTRIBUTING.md says by what."""
+    """CONTRIBUTING.md lists which command runs each block."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     listed = Counter()
     for name, count in re.findall(r"^\| `([\w/.]+\.md)`, (\d+) \| \S", text, re.M):
@@ -141,7 +141,7 @@ def test_each_block_that_is_run_is_in_the_list_of_those():
 
 
 def test_each_row_of_the_results_with_a_command_has_its_time():
-    """A reader knows before he begins how long the commands of a page take."""
+    """Readers should know beforehand how long a command takes."""
     text = (ROOT / "results/README.md").read_text(encoding="utf-8")
     head, _, *rows = re.findall(r"^\| (.*) \|$", text, re.M)
     assert head.split(" | ")[-2:] == ["command", "time"]
@@ -161,7 +161,7 @@ def without_code(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives the headings of a page."""
+    """Return the anchors that GitHub creates for the headings of a page."""
     found: dict[str, int] = {}
     for heading in re.findall(r"^#+ (.*)$", without_code(page), re.M):
         words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
@@ -189,7 +189,7 @@ def test_every_command_names_a_module_that_exists(page):
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name
 
 
-# docs/cli.md says what `--help-all` says.
+# docs/cli.md matches the output of `--help-all`.
 
 
 REFERENCE = """
@@ -215,19 +215,19 @@ def test_the_reference_is_up_to_date_whatever_the_terminal(cli):
     assert cli("ask", "--help-all").out.strip() in text
 
 
-# Commands that are named are parsed, not run, so placeholders such as MODEL may stand for values.
+# Named commands are parsed, not run, so placeholders such as MODEL may stand for values.
 
 
 GROUP = copy(get_command(app))
 GROUP.commands = {**GROUP.commands}
-for project in ROOT.glob("plugins/*/pyproject.toml"):  # which need not be installed
+for project in ROOT.glob("plugins/*/pyproject.toml"):  # they may not be installed
     entries = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"].get(COMMANDS, {})
     for command, value in entries.items():
         GROUP.commands[command] = plugged_command(EntryPoint(command, value, COMMANDS))
 
 
 def entry_points(page: Path) -> Iterator[str]:
-    """Methods that a page adds by entry points."""
+    """Yield the methods that a page adds by entry points."""
     for block in re.findall(r"^```toml\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M):
         yield from tomllib.loads(block)["project"]["entry-points"]["evoprune.methods"]
 
@@ -236,7 +236,7 @@ ADDED = {name for page in PAGES for name in entry_points(page)}
 
 
 def lines_of(text: str) -> Iterator[str]:
-    """The command lines of a page: fenced lines, indented lines that begin with the command, and code in prose and tables."""
+    """Yield the command lines of a page: fenced lines, indented lines that start with the command, and inline code."""
     for block in re.findall(r"^```(?:sh|text|console)\n(.*?)^```", text, re.S | re.M):
         yield from block.replace("\\\n", " ").splitlines()
     prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
@@ -245,7 +245,7 @@ def lines_of(text: str) -> Iterator[str]:
 
 
 def commands(line: str, start: str) -> Iterator[list[str]]:
-    """The arguments of each command of a shell line that begins with `start`."""
+    """Yield the arguments of commands in a shell line that start with `start`."""
     if not re.search(rf"(^|[\s/(]){start} [a-z]", line) or line.startswith("Usage: "):
         return
     reader = shlex.shlex(line, posix=True, punctuation_chars=True)
@@ -265,7 +265,7 @@ def commands(line: str, start: str) -> Iterator[list[str]]:
 
 
 def problem(arguments: list[str]) -> str | None:
-    """What is wrong with the arguments of `evoprune`; None if they are right. A command without arguments is a mention of it."""
+    """Return the error in the arguments of `evoprune`, or None. A command without arguments is only a mention."""
     name, *rest = arguments
     if name not in GROUP.commands:
         return f"no command {name!r}"
@@ -286,7 +286,7 @@ def problem(arguments: list[str]) -> str | None:
 
 
 def check(name: str, choices: list[str], given: object) -> None:
-    """Raises UsageError where an option lists its values and a value is not among them, or there is no such method or budget."""
+    """Raise UsageError if a value is not among an option's listed values, or if a method or budget does not exist."""
     for value in ",".join(given).split(",") if isinstance(given, list | tuple) else str(given).split(","):
         if name == "method" and methods.parse_names(value)[-1].name not in ADDED:
             methods.registry.check(value)
@@ -297,7 +297,7 @@ def check(name: str, choices: list[str], given: object) -> None:
 
 
 def missing_options(arguments: list[str]) -> list[str]:
-    """Options of `python -m MODULE ...` that are no text in the module, nor made from the fields of a recipe."""
+    """Return options of `python -m MODULE ...` that neither occur in the module nor come from the fields of a recipe."""
     name, *rest = arguments
     path = ROOT / name.replace(".", "/")
     source = next(file for file in (path.with_suffix(".py"), path / "__main__.py") if file.exists())

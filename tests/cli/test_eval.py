@@ -1,4 +1,4 @@
-"""`evoprune eval`: what it prints where, in which form, with which exit code, and what it refuses before any weights are read."""
+"""`evoprune eval`: its output, formats and exit codes, and the inputs it refuses before it reads any weights."""
 
 import csv
 import io
@@ -33,7 +33,7 @@ def run(cli, tiny_folder):
 
 @pytest.fixture
 def choices(tmp_path):
-    """A file of two questions about one clip with options."""
+    """A file with two multiple-choice questions about one clip."""
     row = {"video": str(ROOT / "samples/square.mp4"), "question": "What?", "options": ["one", "two"], "answer": "A"}
     path = tmp_path / "choices.jsonl"
     path.write_text("".join(json.dumps(row | {"id": i, "type": "t", "groups": ["g"]}) + "\n" for i in range(2)))
@@ -41,11 +41,11 @@ def choices(tmp_path):
 
 
 def breaking(monkeypatch, at: int, problem: BaseException):
-    """Makes the `at`-th encoding fail."""
+    """Make the `at`-th encoding fail."""
     shown, real = [], evaluation.open_inputs
 
     def opened(*args, **more):
-        if more["kind"] is not OpenInput:  # what is only read ahead
+        if more["kind"] is not OpenInput:  # reading ahead does not count
             shown.append(args)
             if len(shown) == at:
                 raise problem
@@ -68,7 +68,7 @@ def _flat(result) -> str:
 @pytest.mark.full
 def test_rows_that_do_not_read_as_many_tokens_as_the_first_are_marked(cli, tiny_folder):
     how = ("-m", str(tiny_folder), "--limit", "1", "-b", "0.25", "-n", "1", "--frames", "4")
-    names = "random,divprune,subsample,evs,fastv"  # of four frames, evs keeps two
+    names = "random,divprune,subsample,evs,fastv"  # evs keeps two of four frames
     out = cli("eval", "--data", DATA, *how, "--method", names).out
     rows = {line.split(" -b")[0]: line for line in table_rows(out, "vs random")[:4]}
     assert {name for name, line in rows.items() if "-b 0.25 * " in line} == {"subsample", "evs", "fastv"}
@@ -131,7 +131,7 @@ def test_csv_has_a_line_a_row_and_group_with_the_values_of_json(run, choices):
     assert {(line["model_id"], line["model_dtype"]) for line in lines} == {
         tuple(record["model"][n] for n in ("id", "dtype"))
     }
-    assert all(note in result.err for note in record["notes"])  # stdout has nothing but the lines
+    assert all(note in result.err for note in record["notes"])  # stdout has only the lines
     assert run("--format", "csv", "-q", data=choices).err == ""
 
 

@@ -1,4 +1,4 @@
-"""The list of used blocks (results/demo-model.md) is that of the commands and sentences on the pages."""
+"""The list of used blocks (results/demo-model.md) agrees with the commands and sentences on the pages."""
 
 import re
 from collections.abc import Iterator
@@ -16,19 +16,19 @@ NAMED = re.compile(r"(held-out|validation|portrait)[^.|]*?\bblocks? (\d+)(?: (an
 
 
 def used_by_commands(text: str) -> Iterator[tuple[str, int]]:
-    """The split and the block of each command of a page that measures on clips."""
+    """Yield split and block for every command on a page that measures on clips."""
     for line in lines_of(text):
         for module, *rest in commands(line, "python -m"):
             if module.rpartition(".")[2] not in MEASURES:
                 continue
             given = dict(pairwise(rest))
             block = given.get("--block", given.get("--seed", "0"))
-            if block.isdigit() and len(rest) > 1:  # otherwise a mention of the command, or a placeholder
+            if block.isdigit() and len(rest) > 1:  # otherwise the command is only mentioned, or has a placeholder
                 yield given.get("--split", VALIDATION), int(block)
 
 
 def used_by_sentences(text: str) -> Iterator[tuple[str, int]]:
-    """The split and each block that a sentence of a page names."""
+    """Yield the split and each block that sentences of a page name."""
     for name, first, word, last in NAMED.findall(" ".join(text.split())):
         blocks = range(int(first), int(last) + 1) if word == "to" else [int(n) for n in (first, last) if n]
         yield from ((HELD_OUT if name == "held-out" else name, block) for block in blocks)
@@ -42,7 +42,7 @@ def used(page: Path) -> set[tuple[str, int]]:
 
 
 def listed() -> dict[tuple[str, int], str]:
-    """Of each block of the list the text that says what used it."""
+    """Return what used each block of the list, as text."""
     rows = re.findall(r"^\| (`portrait` )?([\d, ]+) \| (.*) \|$", LIST.read_text(encoding="utf-8"), re.M)
     return {
         (PORTRAIT if portrait else HELD_OUT, int(block)): by
@@ -52,7 +52,7 @@ def listed() -> dict[tuple[str, int], str]:
 
 
 def free() -> dict[str, int]:
-    """The next free block of each split."""
+    """Return the next free block per split."""
     found = re.search(
         r"next free blocks are held-out (\d+), `portrait` (\d+) and validation (\d+)", LIST.read_text("utf-8")
     )

@@ -22,7 +22,7 @@ CLIP = "samples/square.mp4"
 
 @pytest.fixture
 def no_network_no_weights(monkeypatch, tmp_path):
-    """An empty cache of the hub; any connection and any reading of weights fails the test."""
+    """An empty hub cache; connecting or reading weights fails the test."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was used"))
     monkeypatch.setattr("evoprune.session.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
@@ -54,7 +54,7 @@ def test_a_model_of_which_nothing_is_known_here(cli, no_network_no_weights):
     result = cli("inspect", CLIP, "-m", "org/other")
     assert result.code == 4 and "org/other is not on this machine" in result.err
     assert "hf download org/other config.json" in result.err
-    for name in ("org/other-", "org/other.git", f"org/{'o' * 200}"):  # which the hub's own library refuses
+    for name in ("org/other-", "org/other.git", f"org/{'o' * 200}"):  # names that the hub's own library refuses
         assert cli("inspect", "-m", name).code == 4
     assert "hint: evoprune runs Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL" in result.err
     assert "hint: its settings are small" in cli("inspect", "-m", "org/My-Qwen2.5-VL-3B").err
@@ -113,7 +113,7 @@ def test_it_fits_the_terminal(cli, monkeypatch, columns):
     text = cli("inspect").out + cli("inspect", CLIP).out
     assert "  EVOPRUNE_BUDGET" in text
     for line in text.splitlines():
-        path = os.path.isabs(line[TITLE:]) or " " not in line[TITLE:]  # it stays in one piece, and may have spaces
+        path = os.path.isabs(line[TITLE:]) or " " not in line[TITLE:]  # paths stay in one piece and may contain spaces
         assert len(line) <= columns or path, line
 
 

@@ -1,7 +1,7 @@
-"""Ctrl-C while a video is read that hangs: every command, and Python, ends at once, and says and leaves nothing wrong.
+"""Ctrl-C while reading a video hangs: every command, and Python, exits at once, silently and without leftovers.
 
-`python -m tests.cli.test_interrupts FOLDER NAME...` makes the runs, each a copy of that process, which has imported all before.
-Prints one JSON object a run.
+`python -m tests.cli.test_interrupts FOLDER NAME...` makes the runs. Each is a fork of that process, which has imported everything
+before. Prints one JSON object per run.
 """
 
 import atexit
@@ -21,7 +21,7 @@ from tests.cli.apart import records_of
 from tests.cli.test_signals import MARK, ROOT, left
 
 QUICK = ["-m", "demo", "-n", "2", "--frames", "4"]
-GOOD, CLIP = "samples/square.mp4", "{}/first_hang.mp4"  # the frames of the latter never come
+GOOD, CLIP = "samples/square.mp4", "{}/first_hang.mp4"  # CLIP's frames never arrive
 OUT = ["-o", "{}/out.jsonl"]
 RUNS = {
     "ask": ["ask", CLIP, "What happens?", *QUICK],
@@ -39,7 +39,7 @@ RUNS = {
     "watch": ["watch", "-", "-Q", "Who?", "-m", "demo"],
     "python": [],
 }
-TWICE = ("ask", "ahead", "python")  # also ended by two in a row
+TWICE = ("ask", "ahead", "python")  # also interrupted by two Ctrl-C in a row
 LONGEST_S = 0.5
 
 
@@ -52,7 +52,7 @@ def main(folder: Path, names: Sequence[str]) -> None:
     from tests.video.unruly import PROGRAM
 
     torch.set_num_threads(1)
-    VideoQA.load("demo").encode(GOOD, frames=4)  # imports what remains
+    VideoQA.load("demo").encode(GOOD, frames=4)  # imports the rest
     isolation.end_all()
     isolation.PROGRAM = PROGRAM
     for name, times in runs_of(names):
@@ -60,12 +60,12 @@ def main(folder: Path, names: Sequence[str]) -> None:
 
 
 def runs_of(names: Sequence[str]) -> list[tuple[str, int]]:
-    """What is run, and how often each gets Ctrl-C."""
+    """Return the runs, each with its number of Ctrl-C."""
     return [*((name, 1) for name in names), *((name, 2) for name in names if name in TWICE)]
 
 
 def run(name: str, words: list[str], folder: Path, times: int) -> dict:
-    """What became of a run that got Ctrl-C so many times while it was waiting."""
+    """Return the result of a run that got Ctrl-C `times` times while it was waiting."""
     folder.mkdir(parents=True)
     for clip in ("hang.mp4", "first_hang.mp4"):
         shutil.copy(ROOT / "samples/three.mp4", folder / clip)
@@ -82,7 +82,7 @@ def run(name: str, words: list[str], folder: Path, times: int) -> dict:
     begun = {"watch": lambda: len(children(pid)) > 0}.get(name, lambda: list(folder.glob("*.begun")))
     while not begun():
         time.sleep(0.01)
-    time.sleep(0.3)  # by now whoever will wait for frames does
+    time.sleep(0.3)  # by now the command is waiting for frames
     sent = time.monotonic()
     for _ in range(times):
         os.kill(pid, signal.SIGINT)
@@ -99,7 +99,7 @@ def children(pid: int) -> list[str]:
 
 
 def copy(folder: Path, words: list[str]) -> None:
-    """Runs a command, or without words in Python what it does; ends this process."""
+    """Run a command, or the Python code if there are no words, and end this process."""
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -140,7 +140,7 @@ def test_ctrl_c_while_reading_ends_at_once(tmp_path, names):
         assert one["left"] == [] and "Traceback" not in one["err"] and "Exception" not in one["err"], one
         if "--json" in RUNS[one["name"]]:
             assert json.loads(one["out"])["error"]["code"] == 130, one
-    # On a busy machine one may be late; before, each that waited for a thread took three seconds.
+    # On a busy machine one run may be late. Before the fix, each run that waited for a thread took three seconds.
     late = [(one["name"], one["seconds"]) for one in runs if one["seconds"] > LONGEST_S]
     assert len(late) <= 1, late
 

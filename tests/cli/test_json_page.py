@@ -1,4 +1,4 @@
-"""docs/json.md names every field that a real output has, and no other; its examples have no field that a real output lacks."""
+"""docs/json.md names exactly the fields of real output, and its examples have no other fields."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from tests.recipes import write_recipe
 pytestmark = pytest.mark.full
 
 PAGE = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
-RECORDS = ("compare",)  # fields that hold a whole record again
+RECORDS = ("compare",)  # fields that contain a whole record again
 SQUARE = str(ROOT / "samples" / "square.mp4")
 ROWS = [
     {
@@ -52,13 +52,13 @@ SHORT = ("--frames", "4")
 
 
 def section(title: str) -> str:
-    """What stands below a heading, up to the next one."""
+    """Return the text below a heading, up to the next one."""
     (found,) = re.findall(rf"^#+ {title}\n(.*?)(?=^#|\Z)", PAGE, re.S | re.M)
     return found
 
 
 def named(title: str) -> dict[str, str]:
-    """The fields in the tables of a section, each with its type."""
+    """Return the fields in the tables of a section, with their types."""
     found = {}
     for cell, kinds in re.findall(r"^\| (`.*?) \| (.*?) ?\|", section(title), re.M):
         names, each = re.findall("`([^`]+)`", cell), kinds.split(", ")
@@ -67,7 +67,7 @@ def named(title: str) -> dict[str, str]:
 
 
 def unlisted(title: str, real: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """The values of fields of `LISTED` that the page does not name beside the field."""
+    """Return the values of fields in `LISTED` that the page does not mention next to the field."""
     page, missing = section(title) + section("Errors"), []
     for field, value in real:
         if field in LISTED and (row := re.search(rf"^\| [^|]*`{re.escape(field)}`.*", page, re.M)):
@@ -77,7 +77,7 @@ def unlisted(title: str, real: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 
 def fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """All fields by the names that the page has for them, with their values; an object that is empty by its own name."""
+    """Yield all fields with their values, named as on the page. An empty object is a field of its own."""
     if isinstance(value, dict) and value and name not in RECORDS:
         for key, inner in value.items():
             yield from fields(inner, f"{name}.{key}" if name else key)
@@ -89,12 +89,12 @@ def fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def matches(field: str, pattern: str) -> bool:
-    """Whether a field is the one that the page names; a part in capitals stands for any name."""
+    """Return whether a field matches the page's name for it. Parts in capitals stand for any name."""
     return bool(re.fullmatch(re.sub("[A-Z]{4}", ".+", re.escape(pattern)), field))
 
 
 def fits(value: Any, kind: str) -> bool:
-    """Whether a value is of a type as the page states it; none is stated where it refers to another table."""
+    """Return whether a value has the type stated on the page. No type is stated if the page refers to another table."""
     if kind in ("", "any") or value is None:
         return kind in ("", "any") or kind.endswith("?")
     words = kind.rstrip("?").split(" or ")

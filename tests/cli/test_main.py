@@ -1,4 +1,4 @@
-"""The contract of the command line: exit code, what is on stdout and on stderr, with and without a terminal; hostile input."""
+"""The contract of the command line: exit codes, stdout and stderr, with and without a terminal; hostile input."""
 
 import importlib
 import json
@@ -32,18 +32,20 @@ BATCH = ("batch", CLIP, "-Q", QUESTION, "-m", "demo", "--overwrite", "-o", "{tmp
 
 @dataclass(frozen=True)
 class Case:
-    """A command and what must come of it.
+    """A command and its expected result.
 
     Attributes:
         args: the command line.
-        code: its exit code.
-        says: what stderr must hold; if the command fails, as part of its two lines. "" for a stderr that stays empty.
-        out: what stdout must be if it does not fail; None for anything.
-        stdin: what is piped in; None if stdin must not be read. `at_terminal`: it is a terminal instead.
-        env: variables to set. `encoding`: of stdout and stderr.
-        breaks: a function, and what it raises instead of doing its work.
-        stage: that the JSON error names.
-        lines: of JSON, where that is asked for.
+        code: the exit code.
+        says: text that stderr must contain; if the command fails, within its two lines. "" means that stderr is empty.
+        out: expected stdout if the command succeeds; None for anything.
+        stdin: piped input; None if stdin must not be read.
+        at_terminal: whether stdin is a terminal instead.
+        env: variables to set.
+        encoding: encoding of stdout and stderr.
+        breaks: a function, and the exception it raises instead of doing its work.
+        stage: the stage in the JSON error.
+        lines: number of JSON lines, in JSON mode.
         ways: ways to run it, of `pipe`, `terminal` (stderr is one), `narrow` (with 50 columns) and `json` (with --json).
     """
 
@@ -161,7 +163,7 @@ CASES = {
 }
 
 
-# Two of three cases run by default, each in one of its ways; all in all of them with -m full.
+# By default two of three cases run, in one way each; with -m full all cases run in all their ways.
 WAYS = [
     pytest.param(
         case, way, id=f"{name}-{way}", marks=[pytest.mark.full] * (number % 3 == 2 or turn != number % len(case.ways))
@@ -208,7 +210,7 @@ def test_contract(cli, clips, foreign, monkeypatch, case, way):
     if case.encoding == "ascii":
         assert result.out.isascii() and result.err.isascii()
     widest = min(columns or 80, int(case.env.get("COLUMNS", 80)), 80)
-    loose = () if columns else ("error:", "hint:", "warning:")  # one line each for programs that read them
+    loose = () if columns else ("error:", "hint:", "warning:")  # one line each, for programs that read them
     assert all(len(line) <= widest for line in shown if not line.startswith(loose)), shown
     shown = unfolded(shown) if columns and case.code else shown
     if way == "json":
@@ -229,7 +231,7 @@ def test_contract(cli, clips, foreign, monkeypatch, case, way):
 
 
 def unfolded(lines: list[str]) -> list[str]:
-    """Each line with those that go on with it, which are indented."""
+    """Join each line with its indented continuation lines."""
     whole = []
     for line in lines:
         if line.startswith("     "):
@@ -247,7 +249,7 @@ def _raiser(problem: BaseException):
 
 
 def _check_json(case: Case, result) -> None:
-    """One line for every question, whatever comes of it; or for an inspection."""
+    """Check that there is one JSON line per question, whatever happens, or one for an inspection."""
     records = [json.loads(line) for line in result.out.splitlines()]
     assert result.out.endswith("\n") and len(records) == case.lines
     for record in records:
@@ -263,7 +265,7 @@ def _check_json(case: Case, result) -> None:
         assert record["error"].keys() == {"code", "type", "stage", "message", "hint"}
         assert record["error"]["code"] == case.code
         assert case.stage in (None, record["error"]["stage"])
-        if case.encoding == "utf-8":  # in JSON characters are escaped otherwise
+        if case.encoding == "utf-8":  # JSON escapes characters differently
             assert case.says in f"{record['error']['message']}\n{record['error']['hint']}"
 
 
@@ -302,7 +304,7 @@ def test_a_damaged_compiled_module_is_named(cli, monkeypatch, tmp_path):
 def test_a_current_folder_that_is_gone_is_named(tmp_path, output):
     gone = "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); from evoprune_cli.main import run; run()"
     command, *options = output.split()
-    words = [sys.executable, "-P", "-c", gone, command, str(ROOT / CLIP), *options]  # -P: as the installed command
+    words = [sys.executable, "-P", "-c", gone, command, str(ROOT / CLIP), *options]  # -P: like the installed command
     done = subprocess.run(
         words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
@@ -370,7 +372,7 @@ def test_interrupted_while_the_command_line_is_imported(tmp_path, way, where):
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
-# Interrupts itself at two imports in a row, the first of which is the Nth since the program's own code runs.
+# Interrupts itself at two consecutive imports. The first is the Nth since the program's own code started.
 INTERRUPTED_TWICE = """
 import os, runpy, signal, sys
 first = int(sys.argv.pop(1))
@@ -400,19 +402,19 @@ def test_two_ctrl_c_at_once_while_the_command_line_is_imported(first):
 
 @pytest.mark.skipif(os.name != "posix", reason="shells of Unix")
 def test_ctrl_c_ends_the_loop_of_a_shell_too(tmp_path):
-    """A shell goes on with the next round after a program that handled the signal and ended with a code of its own."""
+    """A shell loop continues after a program that handles the signal and exits with a code of its own."""
     begins = "import sys, signal, os; sys.argv = ['evoprune', 'ask']; from evoprune_cli import main; "
     interrupted = (
         "main.run = lambda: os.kill(os.getpid(), signal.SIGINT); from evoprune_cli.__main__ import start; start()"
     )
     loop = f'for i in 1 2; do {shlex.quote(sys.executable)} -c "{begins}{interrupted}"; echo "code $?"; done'
     done = subprocess.run(["bash", "-c", loop], capture_output=True, text=True, timeout=60, start_new_session=True)
-    assert done.stdout == "code 130\ncode 130\n"  # what a shell calls the end by this signal
+    assert done.stdout == "code 130\ncode 130\n"  # the shell's exit code for this signal
     one = subprocess.run([sys.executable, "-c", begins + interrupted], capture_output=True, timeout=60)
     assert (one.returncode, one.stderr) == (-signal.SIGINT, b"")
 
 
-# Input that is made to do harm, or by mistake: each case ends soon, with its exit code and two lines.
+# Hostile or mistaken input: each case ends soon, with its exit code and two lines.
 
 
 SQUARE = str(ROOT / "samples/square.mp4")
@@ -421,7 +423,7 @@ QUICK = ("-m", "demo", "-n", "1", "--frames", "4", "-q")
 
 @pytest.fixture
 def soon():
-    """A case ends within half a minute, also on a busy machine; most take less than a second."""
+    """Each case ends within half a minute, even on a busy machine; most take less than a second."""
     start = time.monotonic()
     yield
     assert time.monotonic() - start < 30
@@ -433,12 +435,12 @@ def row(**more) -> str:
 
 
 def answer(text: str) -> str:
-    """A row whose answer is this text of JSON."""
+    """Return a row whose answer is this JSON text."""
     return row(answer=0).replace('"answer": 0', f'"answer": {text}')
 
 
 ROWS = {
-    # input: exit code, what stderr says
+    # input: exit code, text in stderr
     "an infinite answer": (answer("[1, -Infinity]"), 2, "line 1: -Infinity is no number of JSON"),
     "a number too large": (answer("1e999"), 2, "line 1: the number 1e999 is too large"),
     "a whole number of 5,000 digits": (answer("9" * 5000), 2, "line 1: Exceeds the limit"),
@@ -475,7 +477,7 @@ def test_input_without_an_end(cli, soon, monkeypatch, tmp_path):
 
 # --- questions ---
 STDIN = {
-    # stdin: exit code, what stderr says
+    # stdin: exit code, text in stderr
     "a byte order mark": (b"\xef\xbb\xbfWhat?\r\n", 0, ""),
     "nothing but a byte order mark": (b"\xef\xbb\xbf", 2, "stdin is empty"),
     "UTF-16": ("What?".encode("utf-16-le"), 2, "not valid text"),
@@ -496,10 +498,10 @@ def test_questions_from_stdin(cli, soon, monkeypatch, tmp_path, content, code, s
         assert result.out == cli("ask", SQUARE, "What?", *QUICK).out
 
 
-# --- what terminals are shown ---
+# --- output on terminals ---
 @pytest.fixture
 def says(monkeypatch):
-    """Makes the model answer with a text."""
+    """Make the model answer with a text."""
 
     def answer_with(text: str) -> None:
         monkeypatch.setattr("evoprune.language.generate.stream_text", lambda *_: iter([text]))
@@ -512,7 +514,7 @@ NASTY = "a\x1b[31mb\x9b2Jc\rd\u202ee\tf\ng\u00e9\u3000\U0001f468\u200d\U0001f469
 
 def test_answers_are_not_obeyed_by_a_terminal(cli, says, monkeypatch):
     says(NASTY)
-    assert cli("ask", SQUARE, "What?", *QUICK).out == NASTY + "\n"  # in a pipe it stays what it is
+    assert cli("ask", SQUARE, "What?", *QUICK).out == NASTY + "\n"  # a pipe gets it unchanged
     monkeypatch.setattr("evoprune_cli.terminal.encodable", _as_on_a_terminal)
     shown = "a\\x1b[31mb\\x9b2Jc\\rd\\u202ee\tf\ng\u00e9\u3000\U0001f468\u200d\U0001f469\n"
     assert cli("ask", SQUARE, "What?", *QUICK).out == shown
@@ -535,7 +537,7 @@ def test_json_has_escapes_for_what_cannot_be_seen(cli, says):
 
 
 REDIRECTED = {
-    # shell, with {} for the program: exit code, stdout, what stderr says in two lines
+    # shell, with {} for the program: exit code, stdout, text in the two lines of stderr
     "stdout closed": ("{} ask samples/square.mp4 What? -q >&-", 2, "", "stdout is closed"),
     "stdout closed, help": ("{} --help >&-", 2, "", "stdout is closed"),
     "disk full": ("{} inspect samples/square.mp4 --json >/dev/full", 2, "", "error: cannot write the output: No space"),
@@ -581,7 +583,7 @@ def test_where_the_output_goes(clips, line, code, out, says):
 @pytest.mark.parametrize("sign", [">", ">>"])
 @pytest.mark.parametrize("command", ["ask samples/square.mp4 What?", "ask no/such.mp4 What?", "methods"])
 def test_a_full_disk_leaves_no_half_line(tmp_path, command, sign):
-    """A limit on the size of files takes the first part of a line, as a disk does that has little room."""
+    """A limit on the file size accepts the first part of a line, like a disk that is almost full."""
     path = tmp_path / "log"
     path.write_text("x" * 699 + "\n")
     (tmp_path / "samples").symlink_to(ROOT / "samples")
@@ -597,7 +599,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, command, sign):
 
 
 def test_other_streams_may_be_closed(tmp_path):
-    """And no file that is opened takes their place."""
+    """No file that is opened later takes their place."""
     command = f'"{sys.executable}" -m evoprune_cli --version <&- 2>&- >"{tmp_path}/out"'
     assert subprocess.run(["bash", "-c", command], cwd=ROOT).returncode == 0
     assert (tmp_path / "out").read_text() == f"evoprune {__version__}\n"
@@ -761,7 +763,7 @@ def test_addresses_that_are_not_read_say_what_is(cli, given, hint):
 
 def test_a_name_that_no_file_is_like_gets_none(cli):
     assert "did you mean" not in cli("ask", "nothing.mp4", "What?").err
-    assert "did you mean" not in cli("ask", "samples/b.mp4", "What?").err  # an ending alone is no likeness
+    assert "did you mean" not in cli("ask", "samples/b.mp4", "What?").err  # a common extension is no similarity
 
 
 @pytest.mark.few(2)

@@ -1,4 +1,4 @@
-"""Every method that is listed can be chosen in every command that prunes, and what it does is reported."""
+"""Every listed method can be chosen in every command that prunes, and its effect is reported."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.methods.kinds import INNER, one_of_each
 
 CLIP = "samples/square.mp4"
 NAMES = methods.built_in()
-RUN = [name for name in NAMES if name != "operations"]  # which needs the recipe of a model
+RUN = [name for name in NAMES if name != "operations"]  # operations needs the recipe of a model
 
 PAIRS = [
     f"{before}+{inner}"
@@ -46,7 +46,7 @@ def test_ask(tiny, name):
         assert kept <= 24 and read[0] == kept and 1 <= read[1] <= kept // 2 and made["time_ms"]["prefill_prune"] > 0
     elif name == "none":
         assert kept == 96 and not read
-    elif name == "evs":  # keeps the first grid at least
+    elif name == "evs":  # keeps at least the first grid
         assert kept == 24
     else:
         assert kept == 24 or (name not in EXACT and 12 <= kept < 24)

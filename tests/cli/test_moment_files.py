@@ -1,4 +1,4 @@
-"""The files that `evoprune find` writes: what is in them, when there are none, and that none of a user's is replaced."""
+"""Output files of `evoprune find`: their content, when none are written, and that no file of a user is replaced."""
 
 import json
 import os
@@ -17,7 +17,7 @@ GREEN = "a green square"
 
 @pytest.fixture
 def there(tmp_path, monkeypatch):
-    """The folder in which the command runs, with `folder/`."""
+    """The working directory of the command, with `folder/` in it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     return tmp_path
@@ -104,7 +104,7 @@ def test_ctrl_c_writes_no_file_while_it_searches(cli, there, monkeypatch):
 
 
 def test_ctrl_c_while_clips_are_cut(cli, there, monkeypatch):
-    """What was found is on stdout, what is whole stays, and nothing else is there."""
+    """Moments found so far are on stdout, whole files stay, and nothing else is left."""
     stream = clips.stream_clip
     cut = []
 

@@ -34,7 +34,7 @@ def greet(*, name: opt.argument(str, "NAME", "Whom."), times: opt.option(int, "-
 
 @pytest.fixture
 def plug(monkeypatch, tmp_path):
-    """A function that makes a command of a package of this content, `greet` of the module of that name."""
+    """A function that installs `greet` of a module with this content as a command."""
 
     def plug(name: str, content: str) -> None:
         (tmp_path / f"{name}.py").write_text(content)

@@ -1,4 +1,4 @@
-"""`evoprune profile`: what it prints where, in which form, and what it refuses before any weights are read."""
+"""`evoprune profile`: its output and formats, and the inputs it refuses before it reads any weights."""
 
 import csv
 import io
@@ -35,7 +35,7 @@ def profile(cli, tiny_folder):
 
 
 def table_rows(text: str, title: str = "first token") -> list[str]:
-    """The lines of the table that has this column."""
+    """Return the lines of the table that has this column."""
     lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if title in line and ":" not in line) + 1
     return lines[start : lines.index("", start)]
@@ -101,7 +101,7 @@ def test_a_video(cli, tiny_folder):
     common = ("-m", str(tiny_folder), "-r", "1", "--frames", "4", "-b", "0.5", "--format", "json")
     document = cli("profile", CLIP, *common).record
     assert document["settings"]["video"] == CLIP and document["settings"]["synthetic"] is None
-    assert {(row["height"], row["width"]) for row in document["rows"]} == {(112, 168)}  # its own shape
+    assert {(row["height"], row["width"]) for row in document["rows"]} == {(112, 168)}  # the clip's own shape
     document = cli("profile", CLIP, *common, "--size", "56x56").record
     assert {row["counts"]["units"] for row in document["rows"]} == {8}
 
@@ -203,7 +203,7 @@ def test_an_interruption_prints_the_finished_rounds(profile, monkeypatch):
 
 
 def test_defaults(cli, monkeypatch):
-    """The true dimensions of the 3B model, whatever EVOPRUNE_MODEL says; EVOPRUNE_BUDGET is heard."""
+    """The true dimensions of the 3B model, whatever EVOPRUNE_MODEL says; EVOPRUNE_BUDGET is respected."""
     asked, recorded = [], []
 
     def load(model, cases):

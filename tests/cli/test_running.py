@@ -1,4 +1,4 @@
-"""Files that commands write: which are never replaced, and which are."""
+"""Output files of commands: which existing files are replaced, and which never are."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def clip(tmp_path):
 
 
 def commands(clip: Path, target: Path) -> dict[str, tuple]:
-    """Every way to name a file that is written; none of them has begun to compute when it refuses."""
+    """Return every command that writes a file. Each one refuses before it computes anything."""
     return {
         "tune -o": ("tune", clip, *TUNE, "-o", target),
         "tune --chart": ("tune", clip, *TUNE, "--chart", target),
@@ -42,13 +42,13 @@ def commands(clip: Path, target: Path) -> dict[str, tuple]:
     }
 
 
-# What users write that has to do with evoprune.
+# Users' files that mention evoprune.
 OF_USERS = {
     "script": b"#!/bin/sh\nevoprune ask clip.mp4 'Who comes in?'\n",
     "page": b"# evoprune\n\nevoprune profile 0.1.0 is slow here.\n",
     "comment": b"<!-- evoprune -->\n\nMy notes.\n",
     "settings": b'{"evoprune":{"schema":"evoprune/tune@1"}}',
-    "answers": b'{"schema":"evoprune/answer@1","id":"1"}\n',  # of a batch, which asks for --overwrite
+    "answers": b'{"schema":"evoprune/answer@1","id":"1"}\n',  # output of a batch, which needs --overwrite
     "table": b"row,name,evoprune\n",
     "drawing": b'<svg xmlns="http://www.w3.org/2000/svg"><!-- evoprune --></svg>',
     "clip": (SAMPLES / "square.mp4").read_bytes() + b"evoprune overlay",
@@ -71,7 +71,7 @@ def test_a_file_of_the_user_is_never_replaced(cli, clip, tmp_path, what):
 
 
 def written() -> dict[str, bytes]:
-    """What evoprune writes, of each kind."""
+    """Return one file per kind that evoprune writes."""
     picture = Image.new("RGB", (64, 64))
     results = ProfileResults(
         ModelFacts("model", None, "fp32", "none", "cpu", "auto"),
@@ -104,7 +104,7 @@ def test_what_evoprune_wrote_is_replaced(cli, clip, tmp_path, monkeypatch, what)
     monkeypatch.setattr(f"evoprune_cli.{what.split()[0]}.prepare", reached)
     named = tmp_path / ("named.svg" if "chart" in what else "named.mp4")
     named.symlink_to(tmp_path / "other")
-    for content in (None, *written().values()):  # first a link to nothing
+    for content in (None, *written().values()):  # first a dangling link
         if content is not None:
             (tmp_path / "other").write_bytes(content)
         assert "it would be written" in cli(*commands(clip, named)[what]).err, content and content[:80]

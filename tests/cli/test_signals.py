@@ -1,9 +1,9 @@
-"""SIGINT and SIGTERM at many moments of `ask`, `batch` and `eval`: the exit code is right, nobody is left, and files are whole.
+"""SIGINT and SIGTERM at many moments of `ask`, `batch` and `eval`: right exit codes, no processes left, whole files.
 
 `python -m tests.cli.test_signals ask|batch|eval FOLDER COUNT` makes the runs. A moment is a call of a function of this program in
-the main thread. The first run counts them, the others get a signal at one of COUNT moments spread over them; the last of these is
-then gone on with, where that is possible. Every run is a copy of this process, which has imported everything before. Prints one
-JSON object a run.
+the main thread. The first run counts the moments. The others get a signal at one of COUNT moments spread over them; the last of
+these runs is then resumed, if the command can resume. Every run is a fork of this process, which has imported everything before.
+Prints one JSON object per run.
 """
 
 import atexit
@@ -18,7 +18,7 @@ import pytest
 
 from tests.cli.apart import records_of
 
-# A run, and what becomes of it.
+# A run and its result.
 
 
 CLIPS = ["samples/square.mp4", "samples/three.mp4"]
@@ -33,7 +33,7 @@ COMMANDS = {
 }
 
 SIGNALS = ("SIGINT", "SIGTERM")
-MARK = "EVOPRUNE_MOMENT"  # in the environment of a run and of all that it starts
+MARK = "EVOPRUNE_MOMENT"  # in the environment of a run and the processes it starts
 OURS = tuple(f"{Path(__file__).parents[2] / package}{os.sep}" for package in ("evoprune", "evoprune_cli"))
 
 
@@ -48,7 +48,7 @@ def main(command: str, folder: Path, count: int) -> None:
     for how in SIGNALS:
         for number in range(count):
             place = folder / how / str(number)
-            moment = moments * 97 * (2 * number + 1) // (200 * count)  # no two runs have quite the same
+            moment = moments * 97 * (2 * number + 1) // (200 * count)  # moments differ between runs
             tell(run(place, words, how, moment), how, moment)
         if again:
             tell(run(place, again))
@@ -60,7 +60,7 @@ def tell(found: dict, how: str | None = None, moment: int | None = None) -> int:
 
 
 def run(folder: Path, words: list[str], how: str | None = None, moment: int = 0) -> dict:
-    """What became of it: moments that came, up to the signal; its exit code; what it said; and who is left of it."""
+    """Return the moments that passed before the signal, the exit code, the output, and the processes left over."""
     folder.mkdir(parents=True, exist_ok=True)
     end, start = os.pipe()
     os.environ[MARK] = str(folder)
@@ -76,7 +76,7 @@ def run(folder: Path, words: list[str], how: str | None = None, moment: int = 0)
 
 
 def copy(folder: Path, words: list[str], how: str | None, moment: int, counted: int) -> None:
-    """Runs the command; ends this process."""
+    """Run the command and end this process."""
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -101,14 +101,14 @@ def copy(folder: Path, words: list[str], how: str | None, moment: int, counted: 
         code = stop.code or 0
     finally:
         os.write(counted, str(moments).encode())
-        atexit._run_exitfuncs()  # after an interruption the last of them ends the process
+        atexit._run_exitfuncs()  # after an interruption, the last of them ends the process
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
 def left(mark: str, patience_s: float = 20.0) -> list[str]:
-    """Processes of a run that are still there after a while."""
+    """Return the processes of a run that are still alive after a while."""
     until = time.monotonic() + patience_s
     while True:
         found = []
@@ -116,7 +116,7 @@ def left(mark: str, patience_s: float = 20.0) -> list[str]:
             try:
                 if f"{MARK}={mark}\0".encode() in (place / "environ").read_bytes():
                     found.append((place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-            except OSError:  # gone, or somebody else's
+            except OSError:  # gone, or another user's
                 continue
         if not found or time.monotonic() > until:
             return found
@@ -133,7 +133,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for proce
 
 
 def check(command: str, folder: Path, count: int) -> None:
-    """Signals at so many moments, and whole runs: those that nobody disturbed, and those that went on where one was cut short."""
+    """Check signals at `count` moments, and the whole runs: undisturbed ones, and ones that were interrupted and resumed."""
     runs = records_of("tests.cli.test_signals", command, str(folder), str(count))
     for run in runs:
         assert run["code"] == CODES[run["signal"]] and run["moment"] in (None, run["moments"]), run
@@ -148,7 +148,7 @@ def check(command: str, folder: Path, count: int) -> None:
 
 
 def check_end(run: dict) -> None:
-    """Nobody is left, nothing strange is said, and every file holds whole lines or a whole document."""
+    """No process is left, no traceback is printed, and every file has whole lines or a whole document."""
     assert run["left"] == [] and "Traceback" not in run["err"] and "Exception ignored" not in run["err"], run
     for path in Path(run["folder"]).rglob("*"):
         assert path.suffix not in (".new", ".tmp"), path

@@ -20,7 +20,7 @@ def test_ask_has_both(cli):
 def test_a_comparison_reads_the_whole_answer_along(cli):
     record = cli("ask", CLIP, QUESTION, "--frames", "4", "--stop", "ee", "--compare", "--json").record
     assert record["compare"]["answer"] == "gr"
-    assert record["agreement"]["tokens"] == record["compare"]["tokens"]["new"]  # no end was said
+    assert record["agreement"]["tokens"] == record["compare"]["tokens"]["new"]  # without an end-of-sequence token
 
 
 def test_a_batch_has_both_and_can_be_resumed(cli, tmp_path):

@@ -1,4 +1,4 @@
-"""What is printed: lines that fold, tables on narrow terminals, answers that are broken between words."""
+"""Printed text: folded lines, tables on narrow terminals, answers broken between words."""
 
 import io
 import os
@@ -24,7 +24,7 @@ from tests.loading import load_model
 
 
 class Writes(io.RawIOBase):
-    """Notes each write that reaches the system."""
+    """Record each write that reaches the system."""
 
     def __init__(self):
         self.made = []
@@ -132,7 +132,7 @@ def test_stats_block_fits_the_terminal(cli, width):
     ],
 )
 def test_a_line_of_progress(width, says):
-    """What is done, of how much, for how long already, and for how much longer; less of it where the terminal is narrow."""
+    """Finished work, total, elapsed and remaining time; less of it on narrow terminals."""
     now = [0.0]
     line, said = Line("loading", now=lambda: now[0]), []
     steps = {5: ("reading, frame", 0, 768), 15: ("reading, frame", 100, 768), 66: ("row", 1, 4)}
@@ -142,7 +142,7 @@ def test_a_line_of_progress(width, says):
         said.append(line.text(width))
     del said[2]
     assert said == says and all(len(text) <= width for text in said)
-    now[0] = 78.0  # without news the clock goes on
+    now[0] = 78.0  # the clock advances without news
     assert line.text(80) == "row 2/4: encoding 3/9, 1:18, ~20 s left"
 
 
@@ -172,7 +172,7 @@ def test_frames_are_read_before_they_are_encoded():
     ],
 )
 def test_what_commands_show(cli, monkeypatch, args, says, columns):
-    """On one line of a terminal, which is empty afterwards; nothing where stderr is none."""
+    """One line on a terminal, empty afterwards; nothing if stderr is not a terminal."""
     seen, show = [], Line.show
 
     def noting(self, *what):

@@ -1,4 +1,4 @@
-"""--think and --show-thoughts: the answer on stdout alone, thoughts on stderr where they are asked for."""
+"""--think and --show-thoughts: stdout has only the answer; thoughts go to stderr if requested."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def says(monkeypatch):
-    """Makes the model say a text."""
+    """Make the model say a text."""
 
     def what(text: str) -> None:
         tokenizer = thinking_tokenizer(special=None)

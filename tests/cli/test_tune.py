@@ -1,4 +1,4 @@
-"""`evoprune tune`: what it prints, writes and refuses, and that the options that it finds work."""
+"""`evoprune tune`: its output, files and refused inputs, and that the options it finds work."""
 
 import json
 from xml.etree import ElementTree
@@ -76,7 +76,7 @@ def test_none_passes(tune):
 def test_an_interruption_leaves_what_is_known(tune, monkeypatch):
     tried = []
 
-    def broken(*columns, **trial):  # one that was tried is written out by name
+    def broken(*columns, **trial):  # finished trials are created by keyword
         tried.extend([trial] * bool(trial))
         if len(tried) == 8 and trial:
             raise Terminated
@@ -119,4 +119,4 @@ def test_wrong_options_are_refused_before_weights_are_read(tune, monkeypatch, wr
 def test_the_time_limit_is_kept(tune):
     result = tune(*LOW, "--time-limit", "0.001", "--json", "-b", "0.5,0.2")
     assert result.code == 6 and result.record["rows"] == [] and result.record["recommended"] is None
-    assert result.record["videos"]["answered"] == 1  # the least: one video in full
+    assert result.record["videos"]["answered"] == 1  # the minimum: one video, unpruned

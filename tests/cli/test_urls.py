@@ -1,4 +1,4 @@
-"""Inputs that are on the web. A server on this machine serves them; nothing goes online."""
+"""Inputs from the web, served by a local server; nothing goes online."""
 
 import contextlib
 import gzip
@@ -28,7 +28,7 @@ QUICK = ("-m", "demo", "-n", "1", "--frames", "4")
 
 
 class Web(http.server.BaseHTTPRequestHandler):
-    """Answers by the last part of the path, and writes down what was asked for."""
+    """Answer according to the last part of the path, and record the requests."""
 
     clip = b""
     visits: list[tuple[str, str | None]] = []  # noqa: RUF012 (of all requests)
@@ -82,7 +82,7 @@ class Web(http.server.BaseHTTPRequestHandler):
         self._begin(302, Location=self.path + "?x", Content_Length="0")
 
     def _talkative(self) -> None:
-        """A redirect with a body that lasts as long as somebody reads it."""
+        """Redirect with a body that lasts as long as the client reads it."""
         self._begin(302, Location="/clip.mp4")
         for _ in range(64):
             self.wfile.write(bytes(2**20))
@@ -98,7 +98,7 @@ class Web(http.server.BaseHTTPRequestHandler):
         self._begin(Content_Type="video/mp4", Content_Length=str(2**50))
 
     def _slow(self) -> None:
-        """A little, and then a little now and then."""
+        """Send a little at first, and then a little now and then."""
         self._begin(Content_Type="video/mp4")
         for _ in range(100):
             self.wfile.write(self.clip[:10])
@@ -148,7 +148,7 @@ class Web(http.server.BaseHTTPRequestHandler):
         self.wfile.write(gzip.compress(self.clip))
 
     def _encoded(self) -> None:
-        """Names an encoding that is none (what S3, Azure and aws-cli store with a file), or that the content does not have."""
+        """Name an encoding that does not exist (S3, Azure and aws-cli store such names), or that the content does not have."""
         self._begin(Content_Encoding=self.path.partition("?")[2], Content_Length=str(len(self.clip)))
         self.wfile.write(self.clip)
 
@@ -171,7 +171,7 @@ class Web(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory):
-    """The beginning of the URLs of the server."""
+    """The base URL of the server."""
     folder = tmp_path_factory.mktemp("web")
     Web.clip = write_video(folder / "a.mp4", numbered_frames(20)).read_bytes()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web)
@@ -186,7 +186,7 @@ def web(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def spool(tmp_path, monkeypatch):
-    """The folder for temporary files; nothing stays in it."""
+    """The folder for temporary files, which must be empty in the end."""
     folder = tmp_path / "spool"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))

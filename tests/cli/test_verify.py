@@ -1,4 +1,4 @@
-"""`evoprune verify`: what it prints where, its exit codes, and what it writes."""
+"""`evoprune verify`: its output, exit codes and files."""
 
 import json
 import platform

@@ -39,7 +39,7 @@ def test_at_the_end_of_a_file(cli):
 
 @pytest.mark.full
 def test_again_and_again(cli):
-    """Of a window that ends with the source."""
+    """The last window ends with the source."""
     result = cli("watch", CLIP, *ASKED, "-Q", MORE, "--every", "2s", "--window", "8s", "--pace", "file", "--json")
     found = records(result.out)
     assert result.code == 0 and [each["question"] for each in found] == [QUESTION, MORE] * (len(found) // 2)
@@ -52,7 +52,7 @@ def test_again_and_again(cli):
 
 @pytest.fixture(scope="module")
 def untagged(tmp_path_factory):
-    """A clip that the demo model knows, in a format that keeps no tag, over http."""
+    """A clip that the demo model knows, in a format without tags, over http."""
     path = tmp_path_factory.mktemp("untagged") / "clip.ts"
     with av.open(CLIP) as source, av.open(str(path), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -67,7 +67,7 @@ def untagged(tmp_path_factory):
 @pytest.mark.full
 @pytest.mark.parametrize("source", ["whole", "file"])
 def test_what_can_wait_is_asked_about_at_every_moment(cli, untagged, source):
-    """It is read faster than it plays, and each answer sees just what was before its moment."""
+    """A source that can wait is read faster than it plays, and each answer sees exactly the frames before its moment."""
     name = CLIP if source == "file" else f"{untagged}/whole.ts"
     result = cli("watch", name, *ASKED, "-Q", MORE, "--every", "1s", "--window", "2s", "--json")
     ends = [each["stream"]["end_s"] for each in records(result.out)]
@@ -78,14 +78,14 @@ def test_what_can_wait_is_asked_about_at_every_moment(cli, untagged, source):
 @pytest.mark.full
 def test_a_moment_without_new_frames_is_left_out_aloud(cli, tmp_path):
     clip = write_video(tmp_path / "rare.mkv", numbered_frames(4), pts=[0.0, 3.0, 6.0, 6.5])
-    how = ("--window", "2s", "--timeout", "1s")  # so long is waited for what may still be written
+    how = ("--window", "2s", "--timeout", "1s")  # waits that long for the file to grow
     result = cli("watch", clip, *ASKED, "--every", "1s", *how, "--json")
     assert [each["stream"]["end_s"] for each in records(result.out)] == [0.5, 3.5, 7.0]
     assert "2 answers left out, from 0:02.0 to 0:03.0: no frame came" in result.err
 
 
 def test_no_answer_is_left_out_between_two_frames(cli):
-    """What is asked about more often than a frame is looked at is asked about at every frame, and that is said once."""
+    """If questions come more often than frames, they are asked at every frame, with one warning."""
     result = cli("watch", CLIP, *ASKED, "--every", "0.1s", "--window", "2s", "--fps", "1", "--json", "-q")
     assert [each["stream"]["end_s"] for each in records(result.out)] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     assert result.err == "warning: one frame is looked at every 1 s (--fps), so -Q is asked no more often than that\n"
@@ -192,7 +192,7 @@ def test_a_question_without_its_flag(cli):
     [("stall", 1, "nothing came from"), ("nothing", 0, "cannot read")],
 )
 def test_sources_that_fail(cli, served, name, answers, says):
-    """What was seen before is asked about; then the error is the end."""
+    """Questions about the part before the failure are answered, then the error follows."""
     result = cli("watch", f"{served}/{name}.ts", *ASKED, "--timeout", "1s", "--reconnects", "0", "--json")
     found = records(result.out)
     assert result.code == 3 and says in result.err and len(found) == answers + 1
@@ -213,7 +213,7 @@ def test_a_pipe_that_is_interrupted():
         stderr=subprocess.PIPE,
         env=ENVIRONMENT,
         cwd=ROOT,
-        # Where tests run in the background, the signal is ignored.
+        # In background test runs the signal is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     clip = (ROOT / "samples" / "vanish.webm").read_bytes()
@@ -229,7 +229,7 @@ def test_a_pipe_that_is_interrupted():
 
 @pytest.mark.parametrize(("where", "reason"), [("_say", "interrupt"), ("_finish", "stop")])
 def test_ctrl_c_in_an_answer_ends_what_nobody_types(cli, monkeypatch, where, reason):
-    """Before the first token, and when the record is printed: one record of that question, and none of the next."""
+    """Before the first token, and while the record is printed: one record of that question, and none of the next."""
 
     def interrupted(self, *args):
         if where == "_finish":

@@ -1,10 +1,10 @@
-"""The cases, by name: each returns what is held, field by field, as JSON has it.
+"""The cases, by name. Each returns the values to record as JSON, field by field.
 
-Names of fields, inside of other fields too, say how they are compared: `units ...` are sequences of integers, of which a few may
-differ on another processor; `exact ...` counts with EVOPRUNE_CONTRACT=exact alone; of all others, numbers with a fraction may
-differ a little, the rest must not.
+Field names, also of nested fields, determine the comparison: `units ...` are sequences of integers, and a few of them may differ on
+another processor; `exact ...` counts only with EVOPRUNE_CONTRACT=exact. In all other fields, floats may differ slightly and
+everything else must be equal.
 
-Here is what a user types or calls; files beside this one have the cases of every method, held models, streams, the plug-in for
+This file has the commands and calls of users. Files next to it have the cases for methods, held models, streams, the plugin for
 vLLM, and other devices.
 """
 
@@ -37,7 +37,7 @@ METHODS = (
 
 
 def answered(model: str, inputs: str | list[str], method: str, budget: float | str, *questions: str, **options) -> Held:
-    """`VideoQA` in Python: tokens, answers, and the counts of the reports."""
+    """Ask with `VideoQA` in Python. Returns tokens, answers, and the counts of the reports."""
     qa = evoprune.VideoQA.load(model, method=method, budget=budget, dtype="fp32", device="cpu")
     encoded = qa.encode(inputs)
     held: Held = {}
@@ -57,7 +57,7 @@ def answered(model: str, inputs: str | list[str], method: str, budget: float | s
 
 
 def brief_pruning(pruning: dict) -> dict:
-    """What a method decided, in the counts of a report."""
+    """Return the decisions of a method, from the counts of a report."""
     counts = ("budget", "kept_ratio", "visual_tokens_in", "visual_tokens_kept", "encoder_rows", "encoder_live_share")
     held = {name: pruning[name] for name in (*counts, "kept_per_pair", "positions")}
     lists = {name: steps(pruning[name]) for name in ("layers", "language_layers", "language_work")}
@@ -65,9 +65,9 @@ def brief_pruning(pruning: dict) -> dict:
 
 
 def said(*steps: tuple[str, ...], stdin: str = "", files: tuple[str, ...] = (), kept: bool = True, run=command) -> Held:
-    """Commands, one after the other: exit codes, texts, JSON records, and the files that they wrote.
+    """Run commands one after the other. Returns exit codes, texts, JSON records, and the files written.
 
-    `kept`: False where records are held as their fields and a hash.
+    `kept`: if False, records are reduced to their main fields and a hash.
     """
     held: Held = {}
     for number, args in enumerate(steps):
@@ -84,7 +84,7 @@ def said(*steps: tuple[str, ...], stdin: str = "", files: tuple[str, ...] = (), 
 
 
 def held_text(name: str, text: str, kept: bool) -> Held:
-    """A text, or the JSON records in its lines."""
+    """Return a masked text, or the JSON records in its lines."""
     if not text.startswith("{"):
         return {name: masked_text(text)}
     records = [masked_record(json.loads(line)) for line in text.splitlines()]
@@ -94,7 +94,7 @@ def held_text(name: str, text: str, kept: bool) -> Held:
 
 
 def brief(record: dict) -> dict:
-    """Of a record of an answer, what differs most from case to case, and a hash of its other fields."""
+    """Return the fields of an answer record that vary most between cases, and a hash of the other fields."""
     parts = ("id", "question", "answer", "finish_reason", "tokens", "warnings", "error", "cache")
     pruning = record.get("pruning") or {}
     pruning = {field: pruning.get(field) for field in ("budget", "encoder_live_share", "kept_per_pair")}
@@ -130,7 +130,7 @@ MIXED = [(5, ("image", 8, 8), 2, ("video", 4, 8, 12), 7)]
 
 
 def inside(family: str, prompt: list, **settings) -> Held:
-    """`EvoPrune(...)` inside a transformers model: generated ids, the logits' choices, the report, the encoded tokens."""
+    """Run `EvoPrune(...)` inside a transformers model. Returns generated ids, top logits, the report and the encoded tokens."""
     model = tiny_model(family=family)
     model.generation_config.pad_token_id = 398
     inputs = processed(model, *prompt)
@@ -178,7 +178,7 @@ def as_processor(model: str, inputs: str | list[str], question: str, **sampling)
 
 def methods() -> Iterator[tuple[str, Callable[[], Held]]]:
     for method in METHODS:
-        # At 0.25 ToMe chooses between flat units by the last bits, in which processors differ.
+        # At 0.25, ToMe's choice between flat units depends on the last bits, which differ between processors.
         budget = 0.3 if method == "tome" else 0.25
         yield f"demo {method} {budget} three", partial(answered, "demo", THREE, method, budget, COUNT)
         yield f"demo {method} 0.1 pan", partial(answered, "demo", PAN, method, 0.1, HAPPENS)
@@ -296,7 +296,7 @@ def overlay(args: tuple[str, ...]) -> Held:
 
 
 def fields_of(names: tuple[str, ...], *args: str) -> Held:
-    """Of the record of a command these fields, without those of the hub's cache."""
+    """Return these fields of a command's record, without those about the hub's cache."""
     code, out, err = command(*args, "--json")
     record = masked_record(json.loads(out))
     for name in ("on_disk", "download_bytes"):
@@ -313,7 +313,7 @@ def cached() -> Held:
 
 
 def machine() -> Held:
-    """Of a report on the machine the names of its fields."""
+    """Return the field names of a report on the machine."""
     code, out, err = command("inspect", "--json")
     record = json.loads(out)
     _, text, _ = command("inspect")
@@ -434,7 +434,7 @@ def transformers() -> Iterator[tuple[str, Callable[[], Held]]]:
     yield "processor inputs of two", partial(as_processor, "demo-scenes", [PICTURE, CLIP], COLOUR, system="Be brief.")
 
 
-# By what the tests of a kind are about.
+# Cases by the kind of test that checks them.
 KINDS = {
     "public": (methods, commands, errors, transformers),
     "each method": (each_method.cases,),

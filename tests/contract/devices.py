@@ -1,7 +1,7 @@
-"""The ways of a GPU, in processes of their own: `python -m tests.contract.devices NAME` prints what is held, as JSON.
+"""The code paths of a GPU, in separate processes: `python -m tests.contract.devices NAME` prints the recorded values as JSON.
 
 far      the second device of tests/second_device, whose tensors the CPU cannot read
-triton   on a CPU that takes the ways of a GPU, with the kernels of Triton, which its interpreter runs
+triton   a CPU that takes the code paths of a GPU, with Triton's kernels in its interpreter
 """
 
 import json
@@ -18,12 +18,12 @@ from tests.contract.running import ROOT
 SETTINGS = (("none", 1.0), ("evoprune", 0.25), ("evoprune", 0.1), ("evoprune-paper", 0.25), ("tome", 0.25))
 QUESTION, GIVEN = "What colour is the square?", [26, 381, 27]
 DRAWN = {"temperature": 1.5, "seed": 2}
-TOKENS = {"far": 12, "triton": 3}  # that are drawn; a graph is captured after some
-FRAMES = {"far": 12, "triton": 4}  # where each operation takes long there are few
+TOKENS = {"far": 12, "triton": 3}  # tokens to sample; a graph is captured after some of them
+FRAMES = {"far": 12, "triton": 4}  # few if every operation is slow
 
 
 def apart(name: str) -> dict:
-    """What `main` prints, run in a process of its own."""
+    """Return the output of `main`, run in a separate process."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     env |= {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": os.path.abspath("out")}
     command = [sys.executable, "-m", "tests.contract.devices", name]
@@ -34,7 +34,7 @@ def apart(name: str) -> dict:
 
 
 def asked(qa, given, tokens: int) -> dict:
-    """An encode, and a question about it: what is kept, the logits of given tokens, and tokens that are drawn."""
+    """Encode, ask a question, and return the kept units, the logits of given tokens, and sampled tokens."""
     from tests.contract.small import encoded, sums
 
     video = qa.encode(given, frame_rate=2)
@@ -45,7 +45,7 @@ def asked(qa, given, tokens: int) -> dict:
 
 
 def everything(name: str, device: str) -> dict:
-    """The demo model on two clips, and tiny models of other families."""
+    """Return the results of the demo model on two clips, and of tiny models of other families."""
     import evoprune
     from tests.contract.small import moving, still
     from tests.tiny import save_tiny
@@ -66,7 +66,7 @@ def everything(name: str, device: str) -> dict:
 
 @contextmanager
 def recorded_graphs() -> Iterator[None]:
-    """A context in which steps of decoding are recorded once, and run again, as by a graph of CUDA."""
+    """Record decoding steps once and replay them, as a CUDA graph would."""
     from unittest.mock import patch
 
     from evoprune.language import static

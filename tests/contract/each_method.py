@@ -1,4 +1,4 @@
-"""Every method of this project, and combinations of them, on a clip with reuse, one without, and a picture."""
+"""Every method of this project, and combinations of methods, on a clip with reuse, one without, and a picture."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,13 +10,13 @@ COMBINED = (
     "reuse+divprune", "reuse+visionzip", "ipcv+divprune", "ipcv+cdpruner", "evoprune+fastv", "evoprune+pyramiddrop",
     "divprune+sparsevlm", "reuse+visionzip+visipruner", "tome+holitom-inner",
 )  # fmt: skip
-QUESTION, GIVEN = "What colour is the square?", [26, 481, 27]  # and tokens whose logits are held
+QUESTION, GIVEN = "What colour is the square?", [26, 481, 27]  # GIVEN: tokens whose logits are recorded
 MADE = {"still": still, "moving": moving, "picture": picture}
 INPUTS = (("still", 0.25), ("still", 0.1), ("moving", 0.25), ("moving", 0.1), ("picture", 0.25))
 
 
 def asked(method: str, kind: str, budget: float) -> Held:
-    """An input that is encoded and asked about: what is kept where, and the logits of tokens that are given."""
+    """Encode an input and ask about it. Returns the units kept in each stage and the logits of given tokens."""
     qa = evoprune.VideoQA(demo(), method=method, budget=budget)
     rate = {} if kind == "picture" else {"frame_rate": 2}
     encoding = qa.encode(MADE[kind](), **rate)

@@ -1,4 +1,4 @@
-"""Models of transformers that the caller holds, of each family: what is encoded, and calls that prune, one after the other."""
+"""Models of transformers that the caller holds, per family: encodings, and sequences of calls that prune."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,7 +17,7 @@ ONE = [(5, ("video", 4, 8, 12), 7)]
 TWO = [(5, ("video", 4, 8, 12), 3, ("image", 4, 8), 2, ("video", 2, 4, 8), 7)]
 BATCH = [(5, ("video", 4, 8, 12), 7), (3, ("video", 2, 8, 8), 9, ("video", 1, 4, 4), 2), (12,)]
 NEW = {"max_new_tokens": 6, "do_sample": False}
-# By name, and the families that are called so.
+# Settings by name, with the families they apply to.
 SETTINGS = {
     "budget": ({"budget": 0.25}, FAMILIES),
     "few, Qwen's positions": ({"budget": 0.1, "positions": "qwen"}, ("qwen2_5_vl", "qwen3_vl", "qwen3_5")),
@@ -33,7 +33,7 @@ def held_model(family: str):
 
 
 def encodes(family: str) -> Held:
-    """Two videos through the tower, pruned by methods of all kinds, and with nothing pruned."""
+    """Encode two videos with the tower, unpruned and pruned by all kinds of methods."""
     model = held_model(family)
     inputs = processed(model, *TWO)
     question = model.get_input_embeddings()(torch.tensor([5, 9, 40, 77])).detach()
@@ -48,7 +48,7 @@ def encodes(family: str) -> Held:
 
 
 def calls(family: str, settings: dict) -> Held:
-    """One model that prunes, and is called several times: alone, as a batch, with beams, drawn, in a conversation."""
+    """Call a model that prunes several times: alone, as a batch, with beams, with sampling, in a conversation."""
     model, held = held_model(family), {}
     with evoprune.EvoPrune(**settings)(model) as run, torch.no_grad():
         held["two"] = called(model, processed(model, *TWO))
@@ -71,7 +71,7 @@ def calls(family: str, settings: dict) -> Held:
 
 
 def called(model, inputs: dict) -> Held:
-    """What is generated, and sums of the logits of the columns that are left."""
+    """Return the generated ids, and sums of the logits of the remaining columns."""
     logits = model(**inputs).logits
     shape = list(logits.shape)
     return {"ids": generated(model, inputs), "logits": [shape, sums(logits[:, -1]), sums(logits.flatten(0, 1)[:7])]}
@@ -83,7 +83,7 @@ def generated(model, inputs: dict, **settings) -> list[list[int]]:
 
 
 def conversation(model, inputs: dict) -> list[list[int]]:
-    """A second question on the cache of the first."""
+    """Ask a second question on the cache of the first."""
     first = model.generate(**inputs, **NEW, return_dict_in_generate=True)
     ids = torch.cat([first.sequences, torch.arange(10, 16)[None]], 1)
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -91,7 +91,7 @@ def conversation(model, inputs: dict) -> list[list[int]]:
 
 
 def columns_of(run) -> list[str]:
-    """Of each prompt the columns that are left; -1 is padding."""
+    """Return the remaining columns per prompt; -1 is padding."""
     return [runs(row) for row in run.columns.index.tolist()]
 
 

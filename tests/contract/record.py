@@ -1,4 +1,4 @@
-"""`python -m tests.contract.record [NAME...]` records what the product does now, of all cases or those whose names hold a NAME."""
+"""Record current results: `python -m tests.contract.record [NAME...]`. Records all cases, or those whose names contain a NAME."""
 
 import json
 import os
@@ -14,7 +14,7 @@ RECORDED = Path(__file__).with_name("recorded.json")
 
 
 def write(path: Path, cases: dict[str, dict]) -> None:
-    """One line a field, so that a change shows as the lines that changed."""
+    """Write one line per field, so that a diff shows the changed fields."""
     texts = []
     for name, held in cases.items():
         fields = [f"{json.dumps(field)}: {json.dumps(value, ensure_ascii=False)}" for field, value in held.items()]
@@ -35,7 +35,7 @@ def main(wanted: list[str]) -> None:
             start = time.monotonic()
             with running(Path(folder)):
                 held = CASES[name]()
-            # As a test reads it: without tuples and with names that are texts.
+            # As a test reads it back: without tuples, and with strings as names.
             known[name] = json.loads(json.dumps(held))
             print(f"{time.monotonic() - start:5.1f} s  {name}", file=sys.stderr)
     write(path, {"recorded with": where()} | {name: known[name] for name in CASES if name in known})

@@ -1,6 +1,6 @@
-"""Runs the public surface in a folder of its own, and takes out of what it gives whatever differs from run to run.
+"""Run the public API in a separate folder, and mask everything in its output that differs from run to run.
 
-Nothing here knows an inner module: commands run through `evoprune_cli.main.run`, the rest through the names of `evoprune`.
+Nothing here uses inner modules: commands run through `evoprune_cli.main.run`, everything else through the names of `evoprune`.
 """
 
 import base64
@@ -28,17 +28,17 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-# Of the environment, what changes what commands do or print.
+# Environment variables that change the behaviour or output of commands.
 UNSET = re.compile(r"EVOPRUNE_|NO_COLOR$|FORCE_COLOR$|LINES$|_TYPER|TTY_")
 TIMES = r"(plan|read|preprocess|encode|  pruning|prefill|generate|pack|first token|total|encode \+ prefill)"
-SHORT = r"(compile|store|  overlap) +-?\d"  # lines of the stats that are there where these take a millisecond
-# Fields that were added since it was recorded, left out where they are null.
+SHORT = r"(compile|store|  overlap) +-?\d"  # lines of the stats that appear only if they take a millisecond
+# Fields that were added after the recording. They are left out if they are null.
 LATER = ("stop_reason", "logprobs", "stop", "parsed", "schema", "regex", "choices")
 MASKED_FIELDS = ("time_ms", "rate", "memory", "env", "available", "versions", "devices", "cache_folder")
 
 
 def materials(folder: Path) -> Path:
-    """Everything that cases read, by relative names: samples, a picture, a folder of frames, broken files, rows, subtitles."""
+    """Create everything that cases read: samples, a picture, a folder of frames, broken files, rows, subtitles."""
     (folder / "samples").symlink_to(ROOT / "samples")
     y, x = np.mgrid[:112, :168]
     ground = np.stack([x, y, 255 - x], -1).astype(np.uint8)
@@ -53,7 +53,7 @@ def materials(folder: Path) -> Path:
     (folder / "no_frames").mkdir()
     whole = (ROOT / "samples/square.mp4").read_bytes()
     (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
-    (folder / "damaged.mp4").write_bytes(whole[:47_602] + b"\xff" * 1936 + whole[49_538:])  # two packets
+    (folder / "damaged.mp4").write_bytes(whole[:47_602] + b"\xff" * 1936 + whole[49_538:])  # damages two packets
     (folder / "cut.webm").write_bytes((ROOT / "samples/vanish.webm").read_bytes()[:12_000])
     (folder / "empty.mp4").touch()
     (folder / "text.mp4").write_text("This is no video.\n" * 20)
@@ -80,7 +80,7 @@ def materials(folder: Path) -> Path:
 
 
 def recipe() -> dict:
-    """A result of `evoprune tune --operations` for the demo model, made up."""
+    """Return a made-up result of `evoprune tune --operations` for the demo model."""
     steps = (
         ((2, "rest", "mlp"), (2, "rest", "queries"), (3, "rest", "keys")),
         ((1, "all", "mlp"),),
@@ -99,7 +99,7 @@ def recipe() -> dict:
 
 @contextmanager
 def running(folder: Path):
-    """In the folder of materials, with a new `out` in it, in one thread, and in an environment that is always the same."""
+    """Run in the folder of materials, with a new `out` in it, in one thread, and with a fixed environment."""
     for name in ("out", "cache", "config"):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "out").mkdir()
@@ -121,7 +121,7 @@ def running(folder: Path):
 
 
 def command(*args: str, stdin: str = "") -> tuple[int, str, str]:
-    """Runs `evoprune ARGS` in this process: exit code, stdout, stderr."""
+    """Run `evoprune ARGS` in this process. Returns exit code, stdout, stderr."""
     import typer.main
 
     from evoprune_cli import main
@@ -148,21 +148,21 @@ def command(*args: str, stdin: str = "") -> tuple[int, str, str]:
 
 @functools.cache
 def parser() -> Callable:
-    """Typer makes the parser of every command anew for every call; here once."""
+    """Cache Typer's parser, which would otherwise be rebuilt for every call."""
     import typer.main
 
     return functools.cache(typer.main.get_command)
 
 
 def process(*args: str, stdin: bytes = b"") -> tuple[int, str, str]:
-    """Runs `python -m evoprune_cli ARGS`: exit code, stdout, stderr."""
+    """Run `python -m evoprune_cli ARGS`. Returns exit code, stdout, stderr."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-m", "evoprune_cli", *args], input=stdin, capture_output=True, env=env)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
 def masked_text(text: str) -> str:
-    """Without times, memory, versions, paths of this machine, and without the widths of columns, which follow from them."""
+    """Mask times, memory, versions, local paths, and the column widths that depend on them."""
     text = text.replace(str(ROOT), "{root}").replace(os.getcwd(), "{folder}").replace(str(Path.home()), "{home}")
     lines = []
     for line in text.splitlines():
@@ -186,14 +186,12 @@ def masked_text(text: str) -> str:
 
 
 def names_of(fields: dict) -> str:
-    """The names of fields whose values are not held, with those that are null."""
+    """Return the names of fields whose values are not recorded, marking those that are null."""
     return " ".join(f"{name}=null" if value is None else name for name, value in sorted(fields.items()))
 
 
 def masked_record(record):
-    """A JSON record whose times, memory and versions are names alone, without the states of files. What repeats the whole is said
-    to be the same.
-    """
+    """Mask a JSON record: only names for times, memory and versions, no file states. A repeated record is marked as the same."""
     if isinstance(record, list):
         return [masked_record(each) for each in record]
     if not isinstance(record, dict):
@@ -221,13 +219,13 @@ def masked_record(record):
 
 
 def where() -> dict[str, str]:
-    """On what answers and texts of others depend; a record made elsewhere says nothing here."""
+    """Return the versions that third-party answers and texts depend on. Records made with other versions do not apply."""
     names = ("torch", "transformers", "av", "typer", "pillow")
     return {name: ".".join(version(name).split(".")[:2]) for name in names} | {"machine": platform.machine()}
 
 
 def digest(value) -> str:
-    """A hash with a length, of a text, bytes, a tensor or what JSON holds."""
+    """Return length and hash of a text, bytes, a tensor or a JSON value."""
     if isinstance(value, torch.Tensor):
         shape = "x".join(map(str, value.shape))
         return f"{shape} {digest(value.detach().contiguous().view(torch.uint8).numpy().tobytes())}"
@@ -238,7 +236,7 @@ def digest(value) -> str:
 
 
 def packed(numbers: Sequence[int]) -> str:
-    """Integers as a short text: their number, and their differences as base 85 of compressed int16."""
+    """Pack integers into a short text: their count, and their differences as base 85 of compressed int16."""
     steps = np.diff(np.asarray(numbers, np.int64), prepend=0).astype(np.int16)
     return f"{len(numbers)}:{base64.b85encode(zlib.compress(steps.tobytes(), 9)).decode()}"
 
@@ -249,9 +247,9 @@ def unpacked(text: str) -> list[int]:
 
 
 def tokens_of(encoded) -> dict:
-    """What an `Encoded` holds: the units that were kept, and for each unit the first one that has the same row.
+    """Return the kept units of an `Encoded`, and for each unit the first unit with the same row.
 
-    The latter as a hash where there are many units.
+    If there are many units, the latter is a hash.
     """
     first: dict[int, int] = {-1: -1}
     owner = [first.setdefault(row, unit) for unit, row in enumerate(encoded.unit_to_row.tolist())]

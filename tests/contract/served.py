@@ -1,7 +1,7 @@
-"""What the plug-in for vLLM computes of a request, without vLLM: placeholders, features, positions, biases, and what is refused.
+"""The plugin for vLLM, without vLLM: placeholders, features, positions, biases, and refused requests.
 
-What `evoprune_vllm.model` and `evoprune_vllm.processor` do with vLLM's classes is done here by hand, with the same functions and
-arguments.
+The tests call the same functions with the same arguments as `evoprune_vllm.model` and `evoprune_vllm.processor`, which use vLLM's
+classes.
 """
 
 import sys
@@ -17,22 +17,22 @@ from tests.contract.running import ROOT
 from tests.contract.small import Held, encoded, runs, sums
 from tests.tiny import tiny_model
 
-if (plugin := str(ROOT / "plugins/vllm")) not in sys.path:  # pytest has it
+if (plugin := str(ROOT / "plugins/vllm")) not in sys.path:  # under pytest it is on the path already
     sys.path.append(plugin)
 
 from evoprune_vllm import positions, pruning
 
 VIDEO, PICTURE, TEXT = 2, 1, 0
-# Items of a prompt, in units: text before each, what it is, its grid, seconds of a frame pair. And text behind them.
+# Items of a prompt, in units: preceding text, kind, grid, seconds per frame pair. END is the text at the end.
 ITEMS = ((3, VIDEO, (4, 4, 6), 0.7), (2, PICTURE, (1, 4, 4), 1.0), (1, VIDEO, (2, 2, 4), 1.37))
 END = 5
 METHODS = ("evoprune", "evoprune:count=1", "evoprune-merge", "divprune", "reuse+visionzip", "tome")
-TIMED = ("qwen3_vl", "qwen3_5")  # whose frame pairs stand behind their times
-CLOCK = {"qwen2_5_vl": 2}  # positions a second
+TIMED = ("qwen3_vl", "qwen3_5")  # families that put a timestamp before each frame pair
+CLOCK = {"qwen2_5_vl": 2}  # positions per second
 
 
 def request(family: str, method: str, rate: float) -> Held:
-    """A prompt of two videos and a picture, as the encoder and the processor have it; and its positions when it was read."""
+    """Process a prompt of two videos and a picture as the plugin's encoder and processor do, then read its positions."""
     visual = tiny_model(family=family).model.visual
     chain = pruning.served_method({"evoprune": {"method": method}})
     budget = pruning.request_budget({}, rate)
@@ -75,7 +75,7 @@ def evoprune_positions(grid: tuple[int, int, int], seconds: float, clock: float 
 
 
 def read(ids: torch.Tensor, items: list[tuple], columns: torch.Tensor) -> Held:
-    """Positions before anything is encoded, and when the prompt was read in two pieces; biases of the tokens of videos."""
+    """Return the positions before encoding and after reading in two pieces, and the biases of the video tokens."""
     before, offset = positions.known_positions(len(ids), items)
     made, places = before, (ids == VIDEO).nonzero()[:, 0]
     half = len(places) // 2
@@ -91,7 +91,7 @@ def read(ids: torch.Tensor, items: list[tuple], columns: torch.Tensor) -> Held:
 
 
 def taken() -> Held:
-    """Which methods and budgets a server takes, and what it says of others."""
+    """Return which methods and budgets a server accepts, and its messages about the others."""
     held: Held = {}
     for name in (*evoprune.methods.built_in(), "reuse+divprune", "evoprune+fastv", "evoprune:within=0.01", "no"):
         held[f"method {name}"] = said(pruning.served_method, {"evoprune": {"method": name}})
@@ -105,7 +105,7 @@ def taken() -> Held:
 
 
 def said(function: Callable, *args) -> object:
-    """What a function returns, or the two lines of its error."""
+    """Return the result of a function, or the two lines of its error."""
     try:
         made = function(*args)
     except evoprune.EvopruneError as problem:

@@ -1,4 +1,4 @@
-"""Inputs that are made, not read, and short forms of what becomes of them."""
+"""Generated inputs, and compact forms of results."""
 
 import functools
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ FRAMES, HEIGHT, WIDTH = 12, 112, 140  # 6 frame pairs of 4x5 units
 
 
 def ground(seed: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """uint8 `[height, width, 3]`: squares of 14 pixels, each of one colour."""
+    """Return a picture uint8 `[height, width, 3]` of squares of 14 pixels, each of one colour."""
     colours = np.random.default_rng(seed).integers(0, 256, (height // 14, width // 14, 3), dtype=np.uint8)
     return colours.repeat(14, 0).repeat(14, 1)
 
 
 def still(frames: int = FRAMES) -> np.ndarray:
-    """uint8 `[frames, H, W, 3]`: over a ground that stays, a red square moves. Most units are as in the frame before."""
+    """Return a clip uint8 `[frames, H, W, 3]`: a red square moves over a static ground, so most units do not change."""
     clip = np.stack([ground(0)] * frames)
     for number, frame in enumerate(clip):
         left = 8 * number % (WIDTH - 28)
@@ -31,7 +31,7 @@ def still(frames: int = FRAMES) -> np.ndarray:
 
 
 def moving(frames: int = FRAMES) -> np.ndarray:
-    """uint8 `[frames, H, W, 3]`: the whole picture moves by a few pixels with each frame. No unit is as in the frame before."""
+    """Return a clip uint8 `[frames, H, W, 3]`: the whole picture moves with each frame, so all units change."""
     wide = ground(1, width=WIDTH + 14 * frames)
     return np.stack([wide[:, 11 * number : 11 * number + WIDTH] for number in range(frames)])
 
@@ -41,7 +41,7 @@ def picture() -> Image.Image:
 
 
 def filmed(frames: int) -> np.ndarray:
-    """uint8 `[frames, H, W, 3]`: a still camera, then something that changes, then a cut to another still place."""
+    """Return a clip uint8 `[frames, H, W, 3]`: a static scene, then a local change, then a cut to another static scene."""
     first, second = frames // 3, frames * 2 // 3
     clip = np.stack([ground(3)] * second + [ground(4)] * (frames - second))
     for number in range(first, second):
@@ -51,15 +51,15 @@ def filmed(frames: int) -> np.ndarray:
 
 @functools.cache
 def demo(name: str = "demo"):
-    """A bundled model in float32, loaded once."""
+    """Return a bundled model in float32, loaded once."""
     return evoprune.VideoQA.load(name, dtype="fp32", device="cpu").loaded
 
 
 def sums(rows: torch.Tensor, at: torch.Tensor | Sequence[int] | None = None) -> list[float]:
-    """Four sums of all numbers in `rows`, `[n]` or `[n, D]`, each with other weights, over the length of all.
+    """Return four weighted sums of the numbers in `rows`, `[n]` or `[n, D]`, divided by the Euclidean length.
 
-    The weight of a number depends on its column and on `at`, where its row stands (int64 `[n]`; default: 0, 1, 2, ...). So a sum
-    changes where rows change places, and hardly with the last bits of a number.
+    The weight of a number depends on its column and on `at`, the position of its row (int64 `[n]`; default: 0, 1, 2, ...). A sum
+    therefore changes if rows change places, and hardly with the last bits of a number.
     """
     if not rows.numel():
         return []
@@ -74,13 +74,13 @@ def sums(rows: torch.Tensor, at: torch.Tensor | Sequence[int] | None = None) -> 
 
 
 def steps(pairs: Sequence[Sequence[int]] | None) -> list[list[int]] | None:
-    """Of pairs (layer, count) those whose count is not that of the layer before; None for None."""
+    """Return the pairs (layer, count) whose count differs from the previous layer; None for None."""
     before = [(0, -1), *(pairs or ())]
     return pairs and [list(each) for last, each in pairwise(before) if last[1:] != each[1:]]
 
 
 def runs(numbers: Sequence[int]) -> str:
-    """Integers as a text, in which 3..7 are 3, 4, 5, 6, 7, and 2x4 are 2, 2, 2, 2."""
+    """Write integers as a short text: 3..7 means 3, 4, 5, 6, 7, and 2x4 means 2, 2, 2, 2."""
     texts: list[str] = []
     at = 0
     while at < len(numbers):
@@ -96,13 +96,13 @@ def runs(numbers: Sequence[int]) -> str:
 
 
 def owners(unit_to_row: torch.Tensor) -> list[int]:
-    """For each unit the first one that has the same row, -1 for none: which rows are the same, in whatever order they are."""
+    """Return, for each unit, the first unit with the same row (-1 for none). The order of rows does not matter."""
     first: dict[int, int] = {-1: -1}
     return [first.setdefault(row, unit) for unit, row in enumerate(unit_to_row.tolist())]
 
 
 def encoded(made: evoprune.Encoded) -> Held:
-    """What an `Encoded` holds: units, rows of layers, and sums of features, rows and sizes. The order of rows does not count."""
+    """Return the content of an `Encoded`: units, rows per layer, and sums of features, rows and sizes, in any order of rows."""
     units = (made.unit_to_row >= 0).nonzero()[:, 0]
     held: Held = {
         "units kept": made.kept.tolist(),

@@ -1,4 +1,4 @@
-"""Live video: a still camera, a change, a cut; questions between windows and inside of them; a memory that is thinned."""
+"""Live video: a still camera, a change, a cut; questions between and during windows; a memory that is thinned."""
 
 import functools
 import tempfile
@@ -15,7 +15,7 @@ DRAWN = {"temperature": 1.5, "seed": 5, "max_new_tokens": 8}
 
 @functools.cache
 def loaded(name: str):
-    """A bundled model, or a tiny one of the family."""
+    """Return a bundled model, or a tiny one of the family."""
     if name.startswith("demo"):
         return demo(name)
     with tempfile.TemporaryDirectory() as folder:
@@ -24,7 +24,7 @@ def loaded(name: str):
 
 
 def watched(model: str, method: str, budget: float, seconds: int, window_s: float, **options) -> Held:
-    """A stream of two frames a second: of each window what was encoded and kept, and now and then what is answered."""
+    """Watch a stream of two frames per second. Returns the encoded and kept units per window, and some answers."""
     held: Held = {}
     windows: list[Held] = []
     count = 0
@@ -38,7 +38,7 @@ def watched(model: str, method: str, budget: float, seconds: int, window_s: floa
                 count = stream.encoded
             if number % 13 == 12:
                 held[f"asked at {number / 2} s"] = answered(stream)
-        stream.add(ground(5, 84, 168), seconds + 3.0)  # after a gap, of another shape
+        stream.add(ground(5, 84, 168), seconds + 3.0)  # after a gap, with another shape
         stream.flush()
         windows.append(window_of(stream))
         held["asked in the end"] = answered(stream)
@@ -47,20 +47,20 @@ def watched(model: str, method: str, budget: float, seconds: int, window_s: floa
 
 
 def window_of(stream) -> Held:
-    """Of the latest window what was encoded, and of the memory seconds, windows, tokens, frames looked at and thinned windows."""
+    """Return the latest window's encoding, and the memory's seconds, windows, tokens, frames seen and thinned windows."""
     seen = stream.seen
     memory = [seen.start_s, seen.end_s, seen.windows, seen.tokens, seen.frames, seen.thinned]
-    made = encoded(stream._latest.encoded)  # which the public report has the counts of alone
+    made = encoded(stream._latest.encoded)  # the public report has only its counts
     return {"pairs": stream.report.pruning.kept_per_pair, "memory": memory} | made
 
 
 def left(stream) -> list[list]:
-    """Of each window in the memory its beginning, and the place of each token that is left in the order in which they stay."""
+    """Return, for each window in memory, its start and the places of its remaining tokens in the order of their priority."""
     return [[window.start_s, runs(window.order.tolist())] for window in stream._memory.windows]
 
 
 def answered(stream) -> Held:
-    """Greedy and drawn; a question leaves no trace, so that the second answer is as if it were the first."""
+    """Ask greedily and with sampling. A question leaves no trace, so each answer is as if it were the first."""
     held: Held = {}
     for name, question, options in (("", QUESTION, {}), ("drawn ", HAPPENS, DRAWN)):
         answer = stream.ask(question, **{"max_new_tokens": 8, **options})

@@ -1,6 +1,6 @@
-"""The product does what it did when `python -m tests.contract.record` was run: recorded.json, case by case.
+"""Results are the same as when `python -m tests.contract.record` wrote recorded.json, case by case.
 
-With EVOPRUNE_CONTRACT=exact everything must be the same. Otherwise another processor may differ in the last bits: see `cases`.
+With EVOPRUNE_CONTRACT=exact everything must be identical. Otherwise another processor may differ in the last bits: see `cases`.
 """
 
 import difflib
@@ -20,7 +20,7 @@ MADE_WITH = HELD.pop("recorded with")
 
 
 def differences(path: str, old, new, field: str = "") -> list[str]:
-    """What differs between two values, a line each, which begins with the path. `field`: its innermost name."""
+    """Return a line for each difference between two values, starting with its path. `field`: the innermost field name."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for name in dict.fromkeys([*old, *new]):
@@ -49,7 +49,7 @@ def differences(path: str, old, new, field: str = "") -> list[str]:
 
 
 def different_units(path: str, field: str, old: list[int], new: list[int]) -> list[str]:
-    """Kept units are compared as sets, owners unit by unit. A few may differ: at most 3%, or one."""
+    """Compare kept units as sets, and owners unit by unit. At most 3%, or one, may differ."""
     if field == "units kept":
         gone, come = sorted(set(old) - set(new)), sorted(set(new) - set(old))
     else:
@@ -76,7 +76,7 @@ def test_every_case_is_recorded():
 
 
 def some(kind: str):
-    """Decorates a test of the cases of a kind."""
+    """Decorate a test of the cases of a kind."""
 
     def decorate(test):
         marked = pytest.mark.skipif(where() != MADE_WITH, reason=f"recorded with {MADE_WITH}")(test)

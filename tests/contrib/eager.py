@@ -1,6 +1,6 @@
-"""A language model written out in float64 that never removes a column: dropped visual tokens are barred by a mask.
+"""A language model written out in float64 that never removes a column: a mask hides dropped visual tokens.
 
-Rules of methods are functions from an `EagerLayer` to what stays; they follow their specifications line by line.
+Rules of methods are functions from an `EagerLayer` to the columns that stay. They follow their specifications line by line.
 """
 
 import math
@@ -18,7 +18,7 @@ from evoprune.model import QwenVL, parse_config
 from tests.methods.kinds import INNER
 from tests.tiny import tiny_config
 
-# Methods that drop tokens by a rule of their own; `operations` follows a recipe (test_operations.py).
+# Methods with a rule of their own for dropping tokens. `operations` follows a recipe (test_operations.py).
 DROPPING = tuple(name for name in INNER if name != "operations")
 BEFORE, GRID, TEXT = 5, (4, 3, 4), 11  # a prompt: text, a video, text
 VISUAL = list(range(BEFORE, BEFORE + math.prod(GRID)))
@@ -27,7 +27,7 @@ COLUMNS = BEFORE + len(VISUAL) + TEXT
 
 @cache
 def deep_model(depth: int = 8, seed: int = 0) -> QwenVL:
-    """A tiny model with more layers; attention is wide enough that tokens differ in it."""
+    """Return a tiny model with more layers and larger weights, so that tokens differ in attention."""
     content = tiny_config().to_dict()
     content["text_config"]["num_hidden_layers"] = depth
     content["text_config"].pop("layer_types", None)
@@ -44,7 +44,7 @@ def deep_model(depth: int = 8, seed: int = 0) -> QwenVL:
 
 
 def a_prompt(seed: int = 0, hidden: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings `[C, hidden]` and positions `[3, C]`, with time, height and width."""
+    """Return embeddings `[C, hidden]` and positions `[3, C]`, with time, height and width."""
     positions = prompt_positions(COLUMNS, [(BEFORE, video_positions(GRID, 1.5, 2))])
     return torch.randn(COLUMNS, hidden, generator=torch.Generator().manual_seed(seed)), positions
 
@@ -54,25 +54,25 @@ def pairs() -> torch.Tensor:
 
 
 def inside() -> torch.Tensor:
-    """The row and column of each visual token, as shares of height and width."""
+    """Return row and column per visual token, as shares of height and width."""
     return torch.tensor([[row / GRID[1], column / GRID[2]] for _, row, column in product(*map(range, GRID))])
 
 
 @dataclass
 class EagerLayer:
-    """What a rule may look at behind a layer; heads are written out, columns are all of the prompt's."""
+    """The state after a layer that a rule may read. Heads are expanded, and columns cover the whole prompt."""
 
     model: "Eager"
-    number: int  # of the layer, from 0
-    alive: list[int]  # visual columns that have not left
+    number: int  # index of the layer, from 0
+    alive: list[int]  # visual columns still present
     entering: torch.Tensor  # [C, hidden]
     x: torch.Tensor  # [C, hidden]
-    left: int  # tokens that the plan leaves
+    left: int  # number of tokens left by the plan
     due: bool
     memory: dict
 
     def weights(self, next_layer: bool = False, rotated: bool = True, causal: bool = True, keys=None) -> torch.Tensor:
-        """`[heads, C, C]`; columns that left have no weight."""
+        """Return attention weights `[heads, C, C]`. Dropped columns have no weight."""
         number, x = (self.number + 1, self.x) if next_layer else (self.number, self.entering)
         return self.model.weights(number, x, self.alive, rotated, causal, keys)
 
@@ -96,7 +96,7 @@ class Eager:
         return x / scale * self.tensors[f"{name}.weight"]
 
     def turn(self, x, columns=None):
-        """Rotates `[C, heads, dim]`, each column by its own position."""
+        """Rotate `[C, heads, dim]`, each column by its own position."""
         rope, half = self.config.rope_parameters, self.dim // 2
         axes = [axis for axis, size in enumerate(rope["mrope_section"]) for _ in range(size)]
         speed = torch.tensor([rope["rope_theta"] ** (-2 * pair / self.dim) for pair in range(half)]).double()
@@ -119,7 +119,7 @@ class Eager:
         mask = torch.ones(len(x), len(x), dtype=torch.bool).tril() if causal else torch.ones(len(x), len(x)).bool()
         gone = [column for column in VISUAL if column not in alive]
         mask[:, gone] = False
-        for column in gone:  # a row of its own, which nobody reads
+        for column in gone:  # it attends only to itself, and no other row attends to it
             mask[column, column] = True
         if number < self.blind:
             mask[VISUAL[-1] + 1 :, VISUAL] = False
@@ -132,7 +132,7 @@ class Eager:
         return self.linear(f"{at}.mlp.down_proj", gate / (1 + (-gate).exp()) * self.linear(f"{at}.mlp.up_proj", h))
 
     def run(self, rule: Callable[[EagerLayer], list[int] | None], plan) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """Logits of the last column, and after how many layers how many visual tokens were left."""
+        """Return the logits of the last column, and the numbers of visual tokens left after layers."""
         x, alive, memory, dropped, self.cached = self.embeds, list(VISUAL), {}, [], []
         self.blind = plan.blind
         final = plan.drops[-1].left if plan.drops else 0
@@ -155,7 +155,7 @@ class Eager:
         return self.linear("lm_head", self.norm("model.language_model.norm", x[-1])), dropped
 
     def decoded(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits behind each of the columns that follow the prompt of `run`, which see what is left in each layer."""
+        """Return the logits of columns that follow the prompt of `run` and see only a layer's remaining columns."""
         x, count, prompt, self.positions = embeds.double(), len(embeds), self.positions, positions
         for number, (keys, values, alive) in enumerate(self.cached):
             gone = [column for column in VISUAL if column not in alive]
@@ -178,7 +178,7 @@ class Eager:
 def run_method(
     model, method: LanguageMethod, embeds, positions, budget: float, sizes=None, cache: KVCache | None = None
 ):
-    """What the decoder makes of it: logits, the drops, the cache."""
+    """Run the decoder with the method. Returns logits, the drops and the cache."""
     dropping = method.reading(model, budget, embeds, torch.tensor(VISUAL), pairs(), inside())
     cache = cache or KVCache(model, 1)
     made = logits(model, embeds, positions, cache, sizes, dropping=dropping)

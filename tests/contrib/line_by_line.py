@@ -1,4 +1,4 @@
-"""What the tests share that follow a method's specification line by line."""
+"""Helpers for tests that follow a method's specification line by line."""
 
 from itertools import pairwise
 
@@ -13,7 +13,7 @@ grids = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 
 
 def examples(count: int = 60):
-    """The same examples every time: at the edge of rounding the last bits of two ways to compute a score decide."""
+    """Draw the same examples every time, because two ways to compute a score may round differently."""
 
     def decorate(test):
         test = given(grids, st.sampled_from(KINDS), st.integers(0, 1000), st.data())(test)
@@ -23,13 +23,13 @@ def examples(count: int = 60):
 
 
 def shares(keep: int, count: int) -> list[int]:
-    """`keep` over `count` grids, the rounded means of what is due so far."""
+    """Distribute `keep` over `count` grids, as differences of the rounded running total."""
     due = [grid * keep // count for grid in range(count + 1)]
     return [later - before for before, later in pairwise(due)]
 
 
 def assert_means(made: Selection, tokens: Tokens, keep: int, members_of: dict[int, list[tuple[int, float]]]) -> None:
-    """`members_of`: of each kept unit, whose mean it becomes, with weights."""
+    """Check a selection whose tokens are means. `members_of`: kept unit -> weighted members of its mean."""
     assert made.kept.tolist() == sorted(members_of) and len(members_of) == keep
     owner = [-1] * len(tokens.unit_to_row)
     for number, unit in enumerate(sorted(members_of)):

@@ -1,4 +1,4 @@
-"""Tokens and layers of a language model that anyone can make again: float32 from the integers of a seeded generator."""
+"""Reproducible tokens and layers of a language model: float32 from the integers of a seeded generator."""
 
 from math import prod
 
@@ -11,23 +11,23 @@ WIDTH = 32
 
 
 def nearly_normal(random: np.random.Generator, *shape: int) -> np.ndarray:
-    """float32, sums of four even numbers between -1 and 1: multiples of 1/512, so that every machine has the same."""
+    """Return float32 sums of four uniform numbers between -1 and 1, multiples of 1/512, identical on every machine."""
     return (random.integers(-512, 512, (4, *shape)).sum(0) / 512).astype(np.float32)
 
 
 def _random(random: np.random.Generator, pairs: int, places: int) -> np.ndarray:
-    """No structure."""
+    """Return features without structure."""
     return nearly_normal(random, pairs, places, WIDTH)
 
 
 def _clustered(random: np.random.Generator, pairs: int, places: int) -> np.ndarray:
-    """Twelve things, anywhere."""
+    """Return features of twelve things at random places."""
     things, which = nearly_normal(random, 12, WIDTH), random.integers(0, 12, (pairs, places))
     return things[which] + np.float32(0.5) * nearly_normal(random, pairs, places, WIDTH)
 
 
 def _video(random: np.random.Generator, pairs: int, places: int) -> np.ndarray:
-    """Three scenes with something in common; half of the places of each nearly stand still, the others change fast or slowly."""
+    """Return features of three related scenes. Half of a scene's places barely change; the others change fast or slowly."""
     common, made = nearly_normal(random, places, WIDTH), []
     for length in (pairs // 2, pairs // 4, pairs - pairs // 2 - pairs // 4):
         scene = np.float32(0.5) * common + nearly_normal(random, places, WIDTH)
@@ -44,7 +44,7 @@ KINDS = {"random": _random, "clustered": _clustered, "video": _video}
 
 
 def public_tokens(kind: str, seed: int, grid: tuple[int, int, int]) -> Tokens:
-    """Tokens with everything that a method may ask for; no two units receive equal attention."""
+    """Return tokens with everything that a method may need. No two units receive equal attention."""
     random, n = np.random.Generator(np.random.PCG64(seed)), prod(grid)
     features = KINDS[kind](random, grid[0], grid[1] * grid[2]).reshape(n, WIDTH)
     given = {
@@ -57,12 +57,12 @@ def public_tokens(kind: str, seed: int, grid: tuple[int, int, int]) -> Tokens:
     return Tokens(torch.from_numpy(features), torch.arange(n), grid, given=tensors)
 
 
-# Columns before the video, on 35 of which VisiPruner's code counts, and after it.
+# Numbers of columns before the video (VisiPruner's code assumes 35) and after it.
 BEFORE, TEXT, HEADS, KV_HEADS, DIM = 35, 12, 4, 2, 8
 
 
 def public_layer(kind: str, seed: int, grid: tuple[int, int, int], left: int, due: bool = True) -> LayerTokens:
-    """Visual tokens behind a layer. `following`, `unrotated` and `evened` have queries and keys of their own."""
+    """Return visual tokens after a layer. `following`, `unrotated` and `evened` have their own queries and keys."""
     random, n = np.random.Generator(np.random.PCG64(seed + 1000)), prod(grid)
     columns = BEFORE + n + TEXT
     inside = torch.cartesian_prod(torch.arange(grid[1]) / grid[1], torch.arange(grid[2]) / grid[2])

@@ -47,7 +47,7 @@ def test_keeps_what_the_public_code_keeps_of_a_frame_between_ends(case):
     assert highest_of_stretches(attention, case["share"]).tolist() == case["kept"]
 
 
-Frame = tuple[list[int], torch.Tensor]  # the frame pairs that it represents, the first one first; its rows [n, D]
+Frame = tuple[list[int], torch.Tensor]  # the frame pairs it represents, the first one first; its rows [n, D]
 
 
 def alike(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -84,7 +84,7 @@ def merged_line_by_line(frames: list[Frame], threshold: float, window: int, mome
             else:
                 made.append((pairs, x))
                 at += 1
-        if at == len(between) - 1:  # the last one is left out
+        if at == len(between) - 1:  # the last one is left over
             made[-1] = (made[-1][0] + between[-1][0], made[-1][1])
         left += [run[0], *made, run[-1]]
     return left
@@ -106,10 +106,10 @@ def test_merging_line_by_line(count, places, kind, seed, data):
 
 @torch.no_grad()
 def earlytom_slowly(visual, patches, grid, method: EarlyTom, after: set[int]) -> list[Frame]:
-    """The frames that leave the tower, with their tokens; all in float64."""
+    """Return the frames that leave the tower with their tokens, computed in float64."""
     geo, depth = geometry(*grid[1:]), len(visual.blocks)
     rows = embedded(visual, patches, geo, math.prod(grid))
-    pairs = {pair: [pair] for pair in range(grid[0])}  # what each frame pair that is left represents
+    pairs = {pair: [pair] for pair in range(grid[0])}  # the frame pairs represented by each remaining frame pair
     for layer, block in enumerate(visual.blocks):
         if layer in after:
             here = {row.unit: row for row in rows}
@@ -136,7 +136,7 @@ def earlytom_slowly(visual, patches, grid, method: EarlyTom, after: set[int]) ->
 
 
 def tokens_line_by_line(frames: list, units: int, keep: int, method: EarlyTom) -> list[int]:
-    """The units that are kept of merged frames, where no more are asked for than are left."""
+    """Return the kept units of merged frames, for budgets up to the number of remaining tokens."""
     runs = runs_line_by_line([(of, x) for of, x, _ in frames], method.threshold, method.window, method.momentum)
     ends = [end[0][0] for run in runs for end in (run[0], run[-1])]
     kept = []
@@ -184,14 +184,14 @@ def test_earlytom_the_whole_encoder_line_by_line(grid, full_layers, settings_, s
         torch.testing.assert_close(rows.selector_input.rows.double(), expected, atol=1e-4, rtol=1e-4)
         received = torch.tensor([value for *_, attention in frames for value in attention])
         torch.testing.assert_close(rows.selector_input.given["attention"], received, atol=1e-4, rtol=1e-4)
-        if scene != "one colour":  # whose last bits decide
+        if scene != "one colour":  # where the last bits decide
             assert token_selection(rows).kept.tolist() == tokens_line_by_line(frames, units, keep, method)
 
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("keep", [1, 5, 90, 130, 179])
 def test_earlytom_exactly_the_budget_comes_out(keep):
-    """Also where it is more than the tokens that are left: 80 of 180."""
+    """Also if the budget exceeds the remaining tokens: 80 of 180."""
     grid, method = (9, 4, 5), methods.get("earlytom:threshold=-1:window=20")
     for patches in (random_patches(grid), torch.zeros(720, 1176)):
         whole, cut = (encoded(method, patches, grid, keep, piece_units=size) for size in (10**6, 1))
@@ -213,7 +213,7 @@ def test_more_tokens_than_are_left_are_those_of_frame_pairs_that_merged_away():
 
 
 def test_earlytom_the_plan():
-    """Upper bounds, because the content decides; and no merging after the last layer that gives attention."""
+    """The plan has upper bounds, because the content decides; and no merging after the last layer that provides attention."""
     grid, units, merge = (8, 6, 10), 8 * 60, MergedFrames()
     for tower, merges in (
         (TowerShape(32, (7, 15, 23, 31)), [9, 27, 30]),
@@ -245,7 +245,7 @@ def test_earlytom_nothing_but_the_selections_waits_for_a_gpu(kernel, monkeypatch
 
 
 def test_earlytom_no_matrix_of_all_pairs():
-    """16,384 tokens: no tensor is larger than the rows."""
+    """With 16,384 tokens, no tensor is larger than the rows."""
     x = features_of("drift", 16384, width=16)
     tokens = Tokens(x, torch.arange(16384), (64, 16, 16), given={"attention": x[:, 0].abs()})
     with Largest() as largest:
@@ -260,12 +260,12 @@ QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
 
 
 def attended(x: torch.Tensor) -> torch.Tensor:
-    """A toy attention: every row reads the mean of all rows."""
+    """Apply a toy attention: every row reads the mean row."""
     return x + x.mean(0) / 4
 
 
 def computed(x: torch.Tensor) -> torch.Tensor:
-    """A toy MLP: channels are mixed and squared."""
+    """Apply a toy MLP that mixes and squares channels."""
     return x + (x.roll(1, -1) * x + x.roll(3, -1)) / 8
 
 
@@ -275,7 +275,7 @@ def every_unit(values: torch.Tensor, geo, pairs: int) -> Rows:
 
 @pytest.mark.parametrize("case", IPCV["cases"], ids=lambda case: f"{case['grid']}-{case['kind']}")
 def test_does_what_the_public_code_does(case):
-    """The windows here are larger than the frame, so that rows are in raster order, and a row is one patch of theirs."""
+    """Windows are larger than the frame here, so that rows are in raster order; our row is one patch of theirs."""
     grid, depth, first = case["grid"], case["depth"], case["first"]
     x = public_tokens(case["kind"], case["seed"], tuple(grid)).features
     n = len(x)
@@ -297,21 +297,21 @@ def test_does_what_the_public_code_does(case):
 
 @torch.no_grad()
 def ipcv_slowly(visual, patches, grid, stage: Stage) -> torch.Tensor:
-    """The tokens `[N, D]` of all units, in float64."""
+    """Return tokens `[N, D]` for all units, computed in float64."""
     plan = stage.reduce
     geo, depth = geometry(*grid[1:]), len(visual.blocks)
     rows = embedded(visual, patches, geo, math.prod(grid))
     kept, saved, near = None, {}, {}
 
     def move(row) -> torch.Tensor:
-        """What a dropped row has become: its saved state and the mean movement of the rows that it follows."""
+        """Return a dropped row's current state: its saved state plus the mean movement of the rows it follows."""
         return saved[row.unit] + sum(other.x - saved[other.unit] for other in near[row.unit]) / len(near[row.unit])
 
     live = rows
     for layer, block in enumerate(visual.blocks):
         scope = "pair" if layer in visual.fullatt_block_indexes else "window"
         before = {row.unit: row.x for row in rows}
-        run_layer(block, live, geo, scope, True)  # for rows that follow, only keys and values count
+        run_layer(block, live, geo, scope, True)  # only keys and values matter for following rows
         done = layer + 1
         if done == stage.first_layer:
             saved, kept = {row.unit: row.x for row in rows}, []
@@ -385,7 +385,7 @@ GRID = (5, 4, 5)
 
 @pytest.mark.parametrize("name", ["dart", "visionzip", "nuwa", "divprune", "mmr", "random", "par"])
 def test_the_selector_sees_every_unit(name):
-    """A row that was dropped has the attention, the keys and the states of the rows that it followed."""
+    """A dropped row has the attention, keys and states of the rows it followed."""
     selector, method = methods.get(name), methods.parse(f"ipcv+{name}")
     patches = random_patches(GRID)
     plan = method.plan(tower_shape(tiny_tower()), GRID, 9)
@@ -426,7 +426,7 @@ def test_equal_rows_go_by_index():
 
 
 def test_ipcv_no_matrix_of_all_pairs():
-    """16,384 units at a time, in 64 frame pairs: no tensor is larger than the rows."""
+    """With 16,384 units in 64 frame pairs, no tensor is larger than the rows."""
     grid, hidden = (64, 16, 16), 8
     x = features_of("random", 16384, width=4 * hidden).view(-1, 4, hidden)
     followers, rows = Follow(89, 2, 10).hook(1), every_unit(torch.zeros_like(x), geometry(16, 16), 64)

@@ -28,7 +28,7 @@ from tests.methods.tokens import Largest, snapped
 
 
 def clusters_line_by_line(x, place, count: int, cutoff: float, near: float) -> list[int]:
-    """The centre of each token's cluster."""
+    """Return, for each token, the centre of its cluster."""
     n = len(x)
     distance = [[math.dist(a, b) for b in x] for a in x]
     unit = cutoff * math.sqrt(sum(d * d for row in distance for d in row) / n**2) or 1.0
@@ -48,7 +48,7 @@ def clusters_line_by_line(x, place, count: int, cutoff: float, near: float) -> l
 
 
 def merged_line_by_line(clusters: list[list[int]], length: dict[int, float], left: int) -> dict[int, list[int]]:
-    """The tokens that are left, and which others each is the mean of; `clusters`: in the order of their centres."""
+    """Return the remaining tokens, each with the tokens it is the mean of. `clusters` are in the order of their centres."""
     by_sum = sorted(clusters, key=lambda members: snapped(math.log(sum(length[i] for i in members))))
     alone, together = [], []
     if len(clusters) > left:
@@ -119,12 +119,12 @@ LAST = -1
 
 
 def best(score: dict[int, float], count: int) -> list[int]:
-    """The columns with the highest scores, in their order."""
+    """Return the columns with the highest scores, in ascending order."""
     return sorted(sorted(score, key=lambda column: (-score[column], column))[:count])
 
 
 def last_attention(weights: torch.Tensor, columns: list[int]) -> dict[int, float]:
-    """Of each column: what the last one gives to it, mean over heads."""
+    """Return the last column's attention to each column, averaged over heads."""
     return {column: float(sum(head[LAST, column] for head in weights) / len(weights)) for column in columns}
 
 
@@ -147,7 +147,7 @@ def sparsevlm(seen: EagerLayer) -> list[int]:
     raters = [word for word in text if rating[word] > sum(rating.values()) / len(text)]
     weights = seen.weights()
     score = {c: float(sum(head[word, c] for head in weights for word in raters)) for c in seen.alive}
-    stay = next(  # the most that leave room for the means of a tenth of three tenths of the others
+    stay = next(  # the most that leave room for the means: a tenth of three tenths of the others
         count
         for count in range(seen.left, 0, -1)
         if count + (int((len(seen.alive) - count) * 0.3) + 1) // 10 + 1 <= seen.left
@@ -288,7 +288,7 @@ def test_every_method_is_tested():
 
 
 def alike_prompt(copies: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    """A prompt whose visual tokens come in groups that are nearly equal."""
+    """Return a prompt whose visual tokens come in groups of nearly equal ones."""
     embeds, positions = a_prompt(3)
     things = embeds[VISUAL[: len(VISUAL) // copies]].repeat(copies, 1)
     embeds[VISUAL] = things + 0.05 * embeds[VISUAL]
@@ -341,7 +341,7 @@ def test_equal_tokens_go_by_index_and_nothing_is_drawn(name):
 
 @pytest.mark.parametrize("name", DROPPING)
 def test_every_tensor_is_made_beside_the_tokens(name):
-    """What is made on the default device, which has no values here, cannot be mixed with them."""
+    """The default device has no values here, so tensors created on it cannot be mixed with the tokens."""
     expected = methods.get(name).select(public_layer("random", 0, GRID, 23))
     tokens = public_layer("random", 0, GRID, 23)
     with torch.device("meta"):
@@ -351,7 +351,7 @@ def test_every_tensor_is_made_beside_the_tokens(name):
 
 
 def test_no_matrix_of_all_pairs_of_columns(monkeypatch):
-    """Of 1,200 visual tokens; peaks are found among a tenth of those that SparseVLM drops."""
+    """With 1,200 visual tokens. SparseVLM searches peaks among a tenth of its dropped tokens."""
     for name in DROPPING:
         tokens = public_layer("random", 0, (12, 10, 10), 300)
         with Largest() as largest:
@@ -414,7 +414,7 @@ def test_published_counts_at_published_depths():
         (288, (253, 51)),
         (230, (165, 33)),
         (172, (77, 15)),
-    ):  # what 0.5, 0.4 and 0.3 of 576 tokens leave
+    ):  # remaining tokens at 0.5, 0.4 and 0.3 of 576
         mean = (20 * counts[0] + 10 * counts[1]) / 30 / tokens
         assert drops("vitcop", 32, tokens, mean) == [*zip((2, 22), counts, strict=True)]
     plan = methods.get("visipruner").drops(32, 576, 0.1)

@@ -1,4 +1,4 @@
-"""Operation pruning: on a model that removes nothing, in float64; and the search for a recipe, against the public code too."""
+"""Operation pruning: on a float64 model that removes nothing; and the search for a recipe, also against the public code."""
 
 import json
 import random
@@ -26,7 +26,7 @@ from tests.contrib.eager import COLUMNS, VISUAL, Eager, a_prompt, deep_model, ru
 from tests.contrib.test_inner import best, last_attention
 from tests.language.test_decoder import assert_close, more, sizes_of
 
-DEPTH, AFTER, KEY = 8, 2, 12  # a quarter of 48 visual tokens is key
+DEPTH, AFTER, KEY = 8, 2, 12  # a quarter of 48 visual tokens are key tokens
 WEIGHTS = (0.1, 0.2, 0.7)
 EVERY = [(layer, group, kind) for layer in range(AFTER, DEPTH) for group in (ALL, REST) for kind in KINDS]
 
@@ -40,7 +40,7 @@ def some(seed: int, count: int) -> tuple:
 
 
 def by_the_book(eager: Eager, removed) -> torch.Tensor:
-    """Logits of the last column. Nothing leaves, nothing is closed: a layer computes everything and a mask bars what is removed."""
+    """Return the last column's logits. Everything is computed, and a mask hides what the method removes."""
     x, columns, eager.cached = eager.embeds, list(range(len(eager.embeds))), []
     rest: list[int] = []
     for layer in range(eager.config.num_hidden_layers):
@@ -86,7 +86,7 @@ CASES = {
 @pytest.mark.parametrize("sizes", [None, sizes_of()])
 @pytest.mark.parametrize("name", CASES)
 def test_the_prompt_and_the_answer_read_as_if_a_mask_barred_what_is_removed(name, sizes):
-    """Also decoded columns, in portions: they see in each layer the keys that it computed."""
+    """Also for columns decoded in portions: in each layer, they see the keys that the layer computed."""
     method, (embeds, positions) = Operations(recipe=recipe_of(CASES[name])), a_prompt()
     eager = Eager(deep_model(), embeds, positions, sizes)
     expected = by_the_book(eager, CASES[name])
@@ -120,7 +120,7 @@ def test_with_nothing_removed_nothing_changes_bit_for_bit():
 
 
 def test_layers_are_not_asked_for_what_is_removed():
-    """Rows that go through a layer's linear layers, counted."""
+    """Counts the rows that enter a layer's linear layers."""
     method, (embeds, positions), seen = Operations(recipe=recipe_of(CASES["random-3"])), a_prompt(), {}
     hooks = [
         getattr(getattr(layer, block), name).register_forward_pre_hook(
@@ -145,7 +145,7 @@ def test_a_budget_is_the_share_of_the_work_that_is_left():
     shares = [recipe.share(recipe.removed(budget)) for budget in (1.0, 0.75, 0.5, 0.25, 0.1, 0.01)]
     assert shares[0] == 1 and shares == sorted(shares, reverse=True)
     assert all(share <= budget for share, budget in zip(shares, (1.0, 0.75, 0.5, 0.25, 0.1, 0.01), strict=True))
-    for budget in (0.75, 0.5, 0.25):  # one step less would leave more
+    for budget in (0.75, 0.5, 0.25):  # one step less would leave too much
         gone = recipe.removed(budget)
         steps = next(n for n in range(len(EVERY) + 1) if {each for step in recipe.steps[:n] for each in step} == gone)
         assert recipe.share({each for step in recipe.steps[: steps - 1] for each in step}) > budget
@@ -215,14 +215,14 @@ def found_for(seed: int, depth: int, after: int, go_on=lambda: True) -> tuple[bo
 @pytest.mark.few(6)
 @pytest.mark.parametrize("case", ORDERS["cases"], ids=[f"{case['depth']}-{case['seed']}" for case in ORDERS["cases"]])
 def test_the_order_is_that_of_the_public_code(case):
-    """As far as that goes: it ends at 30% of the whole loss. Its list of removed operations was copied where it is put back."""
+    """Compared up to the public code's stop at 30% of the whole loss. For the fixtures, it restores a copy of its list."""
     complete, found = found_for(case["seed"], case["depth"], case["after"])
     theirs = [[tuple(each) for each in step] for step in case["steps"]]
     assert complete and [list(step.operations) for step in found[: len(theirs)]] == theirs and len(found) > len(theirs)
 
 
 def order_by_the_book(seed: int, depth: int, after: int) -> list[set]:
-    """The steps, without any knowledge kept: everything that is asked for is measured."""
+    """Return the steps of a search without any caching: every loss is measured."""
 
     def loss(removed) -> int:
         return made_up_loss(seed, depth, removed)
@@ -231,7 +231,7 @@ def order_by_the_book(seed: int, depth: int, after: int) -> list[set]:
     for group in (ALL, REST):
         for kinds in (KINDS, ("queries", "mlp"), ("queries",)):
             fits = [n for n in layers if loss(removed | {(m, group, k) for m in range(n, depth) for k in kinds}) == 0]
-            if depth - 1 in fits:  # made-up losses grow with the number of layers, so that any search finds the first
+            if depth - 1 in fits:  # made-up losses grow with the number of layers, so any search finds the same layer
                 removed |= {(m, group, k) for m in range(min(fits), depth) for k in kinds}
     whole = loss({(layer, ALL, kind) for layer in layers for kind in KINDS})
     steps, allowed, scores = [set(removed)], whole * 0.02, None
@@ -271,7 +271,7 @@ def test_where_time_is_over_the_latest_measurement_decides(most):
         not complete or {x for step in found for x in step.operations} >= {(7, ALL, "keys"), (2, ALL, "mlp")}
     )
     measured = [step for step in found if step.kl is not None]
-    assert found[: len(measured)] == measured  # then no more
+    assert found[: len(measured)] == measured  # unmeasured steps come last
     if most > 1000:
         assert found == whole
     elif complete:
@@ -300,7 +300,7 @@ def test_what_a_run_finds_is_used(run, tmp_path):
     assert Recipe.read(str(path)) == run.recipe
     full = VideoQA(run.loaded, budget=1.0, method="none")
     losses = []
-    for clip in CLIPS:  # what was measured is what the method does
+    for clip in CLIPS:  # the measured loss is the method's loss
         video = full.encode(clip, frames=4)
         answer = video.ask(QUESTION, max_new_tokens=64)
         assert answer.text is not None
@@ -331,7 +331,7 @@ def test_a_model_of_one_layer_has_none(monkeypatch):
 
 
 def made_up_loss(seed: int, depth: int, removed: Iterable[Operation]) -> int:
-    """Less in deeper layers and for the rest, nothing in the deepest; some pairs of layers cost more together, some less."""
+    """Return a made-up loss: smaller in deeper layers and for the rest, zero in the deepest. Some pairs of layers interact."""
     gone, total = set(removed), 0
     for layer, group, kind in gone:
         if layer < depth - 1 - (seed + ORDER.index(kind)) % (depth // 2):
@@ -344,7 +344,7 @@ def made_up_loss(seed: int, depth: int, removed: Iterable[Operation]) -> int:
 
 
 def drawn(seed: int, layer: int, group: str, kind: str) -> int:
-    """From 0 to 999, the same everywhere."""
+    """Return a pseudo-random number from 0 to 999, the same on every machine."""
     number = 7919 * seed + 104729 * layer + 1299709 * len(group) + 15485863 * len(kind)
     for _ in range(3):
         number = (number * 6364136223846793005 + 1442695040888963407) % 2**64

@@ -1,14 +1,12 @@
-"""Methods of other authors against what their public code keeps of the same tokens.
+"""Methods of other authors, compared with the units that their public code keeps of the same tokens.
 
-Each fixture names the repository, the commit and the function that was run, and has the units that it kept. Where their
-code ends at another count, or adds noise, the fixture says so in `note`. `counts`, where their shares are rounded
-otherwise, has the number of tokens of each group, which takes the place of ours. `sums`, where tokens are means, has
-the sum of each token's channels.
+Each fixture names the repository, the commit and the function that was run, and has the kept units. If the authors' code returns
+another count, or adds noise, `note` says so. `counts`, if their shares are rounded differently, has the number of tokens per group,
+which replaces ours. `sums`, if tokens are means, has the channel sum per token.
 
-Inside the language model: PruneVid's code was given groups of one frame each, SparseVLM's counts without the means
-that it adds, and no noise. `sums`, where tokens are means, has the sum of each token's channels; of SparseVLM's means
-alone, in ascending order. ViTCoP's code was given the cut-off distance of each frame pair, and its merged tokens are
-halved. No code of D2Pruner's authors could be had.
+Inside the language model: PruneVid's code got groups of one frame each; SparseVLM's counts exclude the means that it adds, and the
+noise. For SparseVLM, `sums` has only the means, in ascending order. ViTCoP's code got a cut-off distance per frame pair, and
+its merged tokens are halved. The code of D2Pruner's authors was not available.
 """
 
 import json
@@ -54,7 +52,7 @@ def test_keeps_what_the_public_code_keeps(case, monkeypatch):
 
 @pytest.mark.parametrize("case", [case for case in CASES if "into" in case.values[0]])
 def test_merges_the_rows_that_the_public_code_merges(case):
-    """One round in one group whose keys are the features."""
+    """One round in a single group, with the features as keys."""
     keys = tokens_of(case).features[None]
     place = torch.arange(keys.shape[1])[None]
     group = Candidates(keys, None, place, torch.ones_like(place), torch.ones_like(place, dtype=torch.bool), 8)

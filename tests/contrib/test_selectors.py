@@ -1,4 +1,4 @@
-"""Selectors, each against its specification followed line by line in loops."""
+"""Selectors, each compared with a line-by-line loop version of its specification."""
 
 import math
 from dataclasses import replace
@@ -69,7 +69,7 @@ def scope_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["random", "duplicates", "drift"])
 def test_scope_over_many_tokens(kind):
-    """More than are brought up to date at a time, and more than a block."""
+    """More tokens than one update handles, and more than one block."""
     tokens = tokens_of(kind, (3, 14, 15), width=4)
     x = torch.nn.functional.normalize(tokens.features, dim=1)
     cos, saliency = snap(x @ x.T).double(), snap(tokens.attention).double()
@@ -154,7 +154,7 @@ Place = tuple[int, int, int]
 
 
 def beside(place: Place, left: set[Place], grid: tuple[int, int, int]) -> list[Place]:
-    """The nearest places that are left above, below, left and right."""
+    """Return the nearest remaining places above, below, left and right."""
     pair, y, x = place
     found = []
     for down, right in ((-1, 0), (1, 0), (0, -1), (0, 1)):
@@ -215,7 +215,7 @@ def par_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
 
 
 def nuwa_line_by_line(tokens: Tokens, keep: int, cell: int, weak: float, reach: float):
-    """The kept units, and what each token is the mean of: units with weights."""
+    """Return the kept units, and the weighted units that each token is the mean of."""
     t, h, w = tokens.grid
     kept, means = [], []
     for pair, due in enumerate(shares(keep, t)):
@@ -259,7 +259,7 @@ def test_nuwa(grid, kind, seed, data):
     torch.testing.assert_close(made.features(tokens.features).double(), torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
-# Methods that look at time, each against its specification followed line by line in loops.
+# Methods that look at time, each compared with a line-by-line loop version of its specification.
 
 
 def vidcom2_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
@@ -279,7 +279,7 @@ def vidcom2_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
     powers = [math.exp((min(means) - mean) / 0.01) for mean in means]
     wish = [keep / t * (1 + snapped(power / sum(powers)) - 1 / t) for power in powers]
     due, excess = [0] * t, True
-    while excess:  # what a grid cannot hold goes to the others
+    while excess:  # units that do not fit into a grid go to the others
         excess = [g for g in range(t) if not due[g] and wish[g] >= h * w - 1e-9]
         for g in excess:
             due[g], wish[g] = h * w, 0.0
@@ -302,7 +302,7 @@ def transitions_line_by_line(tokens: Tokens) -> list[float]:
 
 
 def cut(after: set[int], transitions: list) -> list[list[int]]:
-    """The frame pairs of each segment, which ends after some of them."""
+    """Return the frame pairs per segment, given the pairs after which segments end."""
     made = [[0]]
     for g in range(len(transitions)):
         if g in after:
@@ -319,7 +319,7 @@ def segments_line_by_line(tokens: Tokens, least: int, threshold: float) -> list[
 
 
 def distances_line_by_line(x: list[torch.Tensor]) -> tuple[list[list[int]], float]:
-    """Distances in steps of the root mean square length / 16384, and the step."""
+    """Return distances in steps of the root mean square length / 16384, and the step."""
     x = [each.double() for each in x]
     step = max(1e-30, math.sqrt(sum(float(a.square().sum()) for a in x) / len(x))) / 16384
     return [[round(float((a - b).norm()) / step) for b in x] for a in x], step
@@ -327,7 +327,7 @@ def distances_line_by_line(x: list[torch.Tensor]) -> tuple[list[list[int]], floa
 
 def peak_scores_line_by_line(x: list[torch.Tensor], neighbours: int) -> list[float]:
     n, (away, step) = len(x), distances_line_by_line(x)
-    near = [sorted(away[i])[:neighbours] for i in range(n)]  # itself is the nearest
+    near = [sorted(away[i])[:neighbours] for i in range(n)]  # each point is its own nearest neighbour
     sparse = [sum(d * d for d in each) / len(each) for each in near]
     score = []
     for i in range(n):
@@ -357,14 +357,14 @@ def test_density_peaks_in_blocks(monkeypatch):
 
 @pytest.mark.parametrize("length", [1e-3, 1.0, 1e3])
 def test_long_tokens_have_peaks_too(length):
-    """Densities of long tokens are too small for any number; of short ones all nearly 1."""
+    """Densities of long tokens underflow, and densities of short tokens are all close to 1."""
     x = 10 * torch.eye(3, 4).repeat_interleave(2, 0)
     x[1::2, 3] = 0.1
     assert peaks(length * x, 3, 2).tolist() == [0, 2, 4]
 
 
 def in_turn(total: int, most: list[int]) -> list[int]:
-    """One each in turn, as long as there is room."""
+    """Distribute one each in turn, while there is room."""
     counts = [0] * len(most)
     while sum(counts) < min(total, sum(most)):
         for i in range(len(most)):
@@ -379,7 +379,7 @@ def fastvid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tu
     due, members, centres = shares(keep, t), {}, []
     for piece in segments_line_by_line(tokens, method.segments, method.threshold):
         total = sum(due[g] for g in piece)
-        # What is too similar to the next frame pair of the segment keeps nothing.
+        # Frame pairs that are too similar to the next one of the segment keep nothing.
         new = [g for g in piece if g == piece[-1] or like[g] < method.ignore]
         anchors, stays, peaked = new[::-1][:: method.every], [], []
         context = min(total, max(1, int((1 - method.salient) * total)))
@@ -409,7 +409,7 @@ def mmg_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
     n, x, like = tokens.grid[1] * tokens.grid[2], list(tokens.features), transitions_line_by_line(tokens)
     pieces = segments_line_by_line(tokens, 1, method.threshold)
     made, number = [], 0
-    # A lone grid joins the one before it where that is as like or all there is, else the one after.
+    # A lone grid joins the previous one if that is at least as similar or the only one, otherwise the next.
     while number < len(pieces):
         piece = pieces[number]
         while len(piece) == 1 and number + 1 < len(pieces) and (not made or like[piece[-1]] > like[piece[0] - 1]):
@@ -451,7 +451,7 @@ def mmg_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
 
 
 def clustered_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> dict[int, list[int]]:
-    """The members of each cluster, by its peak."""
+    """Return the members per cluster, keyed by its peak."""
     members = {i: [i] for i in peaks_line_by_line(x, count, neighbours)}
     centres, (away, _) = list(members), distances_line_by_line(x)
     for i in range(len(x)):
@@ -461,12 +461,12 @@ def clustered_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -
 
 
 def few_clustered_line_by_line(x: list[torch.Tensor], count: int, neighbours: int) -> dict[int, list[int]]:
-    """With no more neighbours than peaks, but two."""
+    """Cluster like `clustered_line_by_line`, with at most as many neighbours as peaks, but at least two."""
     return clustered_line_by_line(x, count, min(neighbours, max(count, 2)))
 
 
 def in_proportion(total: int, sizes: list[int]) -> list[int]:
-    """Shares of groups: rounded down, then one more for those that lost most."""
+    """Return proportional shares: rounded down, then one more for the groups that lost most."""
     exact = [total * size / sum(sizes) for size in sizes]
     due = [math.floor(value + 1e-9) for value in exact]
     for i in ranked([round(value - count, 9) for value, count in zip(exact, due, strict=True)])[: total - sum(due)]:
@@ -475,7 +475,7 @@ def in_proportion(total: int, sizes: list[int]) -> list[int]:
 
 
 def folded_line_by_line(label: list[int]) -> list[int]:
-    """Labels after runs that are not the longest of their cluster, or of one frame pair, have joined a neighbour."""
+    """Return labels after folding: runs of one frame pair, or not the longest of their cluster, join a neighbour."""
     start = [max(i for i in range(g + 1) if i == 0 or label[i] != label[i - 1]) for g in range(len(label))]
     length = [start.count(start[g]) for g in range(len(label))]
     stays = [
@@ -593,7 +593,7 @@ def flashvid_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[t
 
 
 def most_saving_line_by_line(same: list[list[bool]]) -> tuple[int, list[list[int]]]:
-    """How many tokens the best segments save, and these; of equally good ones those that begin last."""
+    """Return the number of tokens that the best segments save, and the segments; ties go to segments that begin last."""
     ways = []
     for cuts in product([False, True], repeat=len(same)):
         pieces = cut({g for g in range(len(same)) if cuts[g]}, cuts)
@@ -649,24 +649,24 @@ def holitom_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tu
 
 
 def rests(x: torch.Tensor, random: torch.Generator) -> None:
-    """Some places of `x`, `[T, n, D]`, stand still."""
+    """Make some places of `x`, `[T, n, D]`, stand still."""
     still = torch.rand(x.shape[1], generator=random) < 0.6
     x[:, still] = x[:1, still] + 0.2 * x[:, still]
 
 
 def goes_on(x: torch.Tensor, random: torch.Generator) -> None:
-    """Some places go on as they were."""
+    """Make some places continue with small changes."""
     for before, now in pairwise(x):
         still = torch.rand(len(now), generator=random) < 0.7
         now[still] = before[still] + 0.1 * now[still]
 
 
 def moves(x: torch.Tensor, random: torch.Generator) -> None:
-    """Things move by a place."""
+    """Shift everything by one place per frame pair."""
     x[1:] = 0.7 * x[:-1].roll(1, 1) + 0.3 * x[1:]
 
 
-# Settings to draw; for those that look at time also what happens in the video.
+# Settings to draw from; for methods that look at time, also the change in the video.
 SPECIFIED = {
     "mmr": (mmr_line_by_line, {"importance": ["attention", "keynorm"], "lam": [0.0, 0.3, 0.5, 1.0]}),
     "visionzip": (visionzip_line_by_line, {"dominant": [0.0, 0.5, 0.85, 1.0]}),
@@ -702,7 +702,7 @@ def test_it_selects_what_its_specification_says(name, grid, kind, seed, data):
         grid = (data.draw(st.integers(1, 7)), *grid[1:])
     keep, tokens = data.draw(st.integers(1, prod(grid))), tokens_of(kind, grid, seed)
     given = {setting: data.draw(st.sampled_from(values)) for setting, values in settings.items()}
-    assume(given.get("visual", 1) or given["text"])  # without either there is nothing to go by
+    assume(given.get("visual", 1) or given["text"])  # without either, there is no criterion
     if any(time):
         x = tokens.features.clone().view(grid[0], -1, tokens.features.shape[1])
         time[0](x, torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Questions about a clip of scenes: drawn from what can be asked, with four options or open, each with one answer."""
+"""Questions about a clip of scenes: drawn from all possible ones, open or with four options, each with one answer."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,13 +10,13 @@ from experiments.demo.questions import Question, pick
 from experiments.demo.scenes.clip import COLOURS, OUTLINES, Clip, Thing
 
 OPTIONS = 4
-CHOICE = 0.75  # share of questions that have options, of those that may be open too
-MOMENT = 0.1  # chance that a question about a video is about what flashes, if something does
+CHOICE = 0.75  # share of questions with options, among those that could also be open
+MOMENT = 0.1  # chance that a question about a video is about a flash, if there is one
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A question before it is asked."""
+    """A possible question."""
 
     text: str
     answer: str
@@ -31,14 +31,14 @@ Maker = Callable[[Clip, np.random.Generator], Iterable[Draft]]
 @dataclass(frozen=True)
 class QuestionType:
     make: Maker
-    group: str  # the finer one in which it counts
-    weight: float = 1.0  # how often it is asked, relative to others
+    group: str  # the finer group
+    weight: float = 1.0  # relative frequency
 
 
 def ask(
     clip: Clip, rng: np.random.Generator, count: int, types: Mapping[str, QuestionType], choice: float = CHOICE
 ) -> list[Question]:
-    """Ask up to `count` different questions about the clip, drawn by weight; `choice`: see CHOICE."""
+    """Ask up to `count` different questions about the clip, drawn by weight. `choice`: see CHOICE."""
     pool = [(name, draft) for name, type in types.items() for draft in type.make(clip, rng)]
     flash = np.array([any(t.event(clip.seconds) == "flashes" for t in draft.about) for _, draft in pool])
     per_type = Counter((name, b) for (name, _), b in zip(pool, flash, strict=True))
@@ -65,13 +65,16 @@ def ask(
 
 
 def shuffled(rng, texts) -> tuple[str, ...]:
-    """Return the different texts, in random order."""
+    """Return the distinct texts in random order."""
     different = sorted(set(texts))
     return tuple(different[i] for i in rng.permutation(len(different)))
 
 
 def refer(clip: Clip, thing: Thing, rng, hide: str = "") -> str | None:
-    """Name a thing as it alone can be named, without the attribute `hide` (outline, texture or colour); None if there is none."""
+    """Return an unambiguous name of a thing, or None if it has no such name.
+
+    `hide` is an attribute (outline, texture or colour) that the name must not contain.
+    """
     if thing.is_sign:
         if len(clip.signs) == 1:
             return "sign"
@@ -96,7 +99,7 @@ def refer(clip: Clip, thing: Thing, rng, hide: str = "") -> str | None:
 
 
 def referred(clip: Clip, rng, things: Iterable[Thing] | None = None, hide: str = "") -> Iterator[tuple[Thing, str]]:
-    """Yield things, by default all of the clip, with what `refer` calls them; without those that it cannot tell."""
+    """Yield things (by default all of the clip) with their names by `refer`, except those without a name."""
     if things is None:
         things = clip.things
     for thing in things:
@@ -105,23 +108,23 @@ def referred(clip: Clip, rng, things: Iterable[Thing] | None = None, hide: str =
 
 
 def name(thing: Thing) -> str:
-    """Name a thing as an option or an answer: `red star`, or `sign WORD`."""
+    """Return the name of a thing as an option or an answer: `red star`, or `sign WORD`."""
     return f"sign {thing.text}" if thing.is_sign else f"{thing.colour} {thing.outline}"
 
 
 def distinct(clip: Clip) -> list[Thing]:
-    """Return the shapes whose colour never changes and whose `name` nothing else has."""
+    """Return the shapes whose colour never changes and whose `name` is unique in the clip."""
     counts = Counter((colour, t.outline) for t in clip.shapes for colour in t.colours)
     return [t for t in clip.shapes if len(t.colours) == 1 and counts[t.colour, t.outline] == 1]
 
 
 def unhurried(clip: Clip) -> list[Thing]:
-    """Return those of `distinct` that do not just flash."""
+    """Return the shapes of `distinct` that do not flash."""
     return [t for t in distinct(clip) if t.event(clip.seconds) != "flashes"]
 
 
 def absent(clip: Clip, rng, count: int) -> list[str]:
-    """Name things that are nowhere in the clip, of the colours and outlines of those that are where there are enough."""
+    """Return names of things that are not in the clip, preferably with colours and outlines that are."""
     there = {f"{colour} {t.outline}" for t in clip.shapes for colour in t.colours}
     near = {f"{a.colour} {b.outline}" for a in clip.shapes for b in clip.shapes} - there
     far = {f"{c} {o}" for c in COLOURS for o in OUTLINES} - there - near
@@ -129,7 +132,10 @@ def absent(clip: Clip, rng, count: int) -> list[str]:
 
 
 def one_of_four(clip: Clip, rng, text: str, ones: Sequence[Thing], others, fill: bool = False) -> Iterator[Draft]:
-    """Ask which of four is one of `ones`, if there are three of `others`; with `fill` absent things stand in for those."""
+    """Ask which of four things is one of `ones`, if there are three `others`.
+
+    With `fill`, one of the `others` is enough, and absent things make up for the rest.
+    """
     least = 3
     if fill:
         least = 1

@@ -1,4 +1,4 @@
-"""What a clip of scenes is: things and signs on the ground of a scene, and the camera that looks at them. Plain data."""
+"""The content of a clip of scenes: things and signs on the ground, and the camera that films them. Plain data."""
 
 import math
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ Span = tuple[float, float]
 
 @dataclass(frozen=True)
 class Thing(clips.Moving):
-    """A thing or a sign. Its place is on the ground of the scene; later things of a clip lie over earlier ones."""
+    """A thing or a sign. Its position is on the ground of the scene; later things of a clip lie on top of earlier ones."""
 
-    outline: str  # a name of OUTLINES, or `sign`
+    outline: str  # a name from OUTLINES, or `sign`
     texture: str
     colour: str
-    rgb: tuple[int, int, int]  # the colour with its jitter
-    radius: int  # half the height and, unless it is a sign, half the width, in pixels
+    rgb: tuple[int, int, int]  # the colour with jitter
+    radius: int  # half the height and, except for signs, half the width, in pixels
     x: float
     y: float
     motion: str = "still"
     speed: float = 0.0
-    spans: tuple[Span, ...] = ((0.0, math.inf),)  # when it is there, as ascending intervals [start, end) in seconds
-    text: str = ""  # what a sign says
-    turn: float = math.inf  # when it changes to `after`, another colour or another text
+    spans: tuple[Span, ...] = ((0.0, math.inf),)  # when it is present, as ascending intervals [start, end) in seconds
+    text: str = ""  # text of a sign
+    turn: float = math.inf  # when it changes to `after`, another colour or text
     after: str = ""
-    under: int = -1  # the place in the clip's list of the thing that it lies on
+    under: int = -1  # index of the thing underneath, in the clip's list
 
     @cached_property
     def is_sign(self) -> bool:
@@ -57,7 +57,7 @@ class Thing(clips.Moving):
         return (len(self.text) * self.pitch + 6) / 2 if self.is_sign else float(self.radius)
 
     def looks(self, part: str) -> tuple[str, ...]:
-        """Return the outline, the texture, or all colours that it ever has."""
+        """Return the outline, the texture, or all colours over time."""
         return self.colours if part == "colour" else (getattr(self, part),)
 
     def visible(self, t: float) -> bool:
@@ -69,9 +69,10 @@ class Thing(clips.Moving):
 
 @dataclass(frozen=True)
 class Camera:
-    """`still`, `shake`, `pan` by (dx, dy) pixels a second of the ground, or `zoom` about the frame's middle, between two factors.
+    """The camera: `still`, `shake`, `pan` or `zoom`.
 
-    Nearer layers move more under a pan than farther ones.
+    A pan moves by (dx, dy) ground pixels per second, nearer layers faster than farther ones. A zoom is centred and goes from one
+    factor to another.
     """
 
     motion: str = "still"
@@ -82,7 +83,7 @@ class Camera:
 
     @property
     def travels(self) -> bool:
-        """Return whether things that lie still change their places on the frame; a shake is too small for that."""
+        """Whether static things move on the frame. A shake is too small to count."""
         return self.motion in ("pan", "zoom")
 
     def factor(self, t: float, seconds: float) -> float:
@@ -92,7 +93,10 @@ class Camera:
 
 @dataclass(frozen=True)
 class Clip:
-    """`seconds` of a frame of height x width pixels that `pairs` frame pairs sample; `seed` also makes scenery and noise."""
+    """A clip of `seconds` on a frame of height x width pixels, sampled by `pairs` frame pairs.
+
+    `seed` also determines scenery and noise.
+    """
 
     seed: tuple[int, ...]
     height: int
@@ -101,11 +105,11 @@ class Clip:
     pairs: int
     things: tuple[Thing, ...]
     camera: Camera = Camera()
-    cut: float = math.inf  # when one scene gives way to the next
-    clutter: float = 0.5  # share of the ground that leaves cover
-    poles: int = 0  # things in the foreground
-    noise: float = 2.0  # of the sensor, standard deviation
-    blur: int = 0  # of the lens, times that a small blur is applied
+    cut: float = math.inf  # when one scene replaces another
+    clutter: float = 0.5  # share of the ground that is covered by leaves
+    poles: int = 0  # posts in the foreground
+    noise: float = 2.0  # standard deviation of the sensor noise
+    blur: int = 0  # number of times that a small blur is applied
 
     @property
     def is_still(self) -> bool:
@@ -124,7 +128,7 @@ class Clip:
         return tuple(t for t in self.things if t.is_sign)
 
     def on_frame(self, x: float, y: float, t: float) -> tuple[float, float]:
-        """Return the pixel that shows the ground's point (x, y) at time t, without the shake."""
+        """Return the pixel that shows the ground point (x, y) at time t, ignoring the shake."""
         x, y = x - self.camera.dx * t, y - self.camera.dy * t
         z = self.camera.factor(t, self.seconds)
         return self.width / 2 + z * (x - self.width / 2), self.height / 2 + z * (y - self.height / 2)

@@ -1,7 +1,7 @@
-"""Choose the content of a clip of scenes by a seed: how large, how long, which things, what happens to them.
+"""Choose the content of a clip of scenes from a seed: size, length, things, and what happens to them.
 
-Even seeds are pictures, one frame pair in which nothing happens; odd seeds are videos. A video has a plot, the event that happens
-in it most, so that questions that need several such events can be asked often enough.
+Even seeds are pictures, one frame pair without events; odd seeds are videos. A video has a plot, its most frequent kind of event,
+so that questions that need several such events can be asked often enough.
 """
 
 import math
@@ -14,14 +14,14 @@ from experiments.demo.scenes.clip import COLOURS, MOTIONS, OUTLINES, SIGN, TEXTU
 from experiments.demo.scenes.signs import draw_text, similar_text
 
 SPLITS = {"train": 10, "validation": 11, "heldout": 12, "samples": 13}
-# Frames of height x width units (28 pixels) and lengths in frame pairs that are asked about, with odds. The last two of videos, and
-# the last two lengths, are never trained on.
+# Frames (height x width in units of 28 pixels) and lengths (in frame pairs) of evaluation clips, with odds. The last two frames of
+# videos and the last two lengths are never used in training.
 PICTURES = (((8, 12), 0.15), ((9, 16), 0.25), ((12, 18), 0.3), ((10, 14), 0.15), ((16, 24), 0.15))
 FRAMES = (((8, 12), 0.4), ((12, 8), 0.1), ((9, 16), 0.2), ((12, 18), 0.15), ((10, 14), 0.1), ((16, 24), 0.05))
 LENGTHS = ((4, 0.05), (8, 0.25), (12, 0.35), (16, 0.25), (6, 0.05), (10, 0.05))
 FATES = ("stays", "appears", "vanishes", "flashes", "blinks", "turns")
 PLOTS = {
-    "quiet": ((0.85, 0.03, 0.03, 0.09, 0.0, 0.0), 0.3),  # odds of the fates, and share of things that move
+    "quiet": ((0.85, 0.03, 0.03, 0.09, 0.0, 0.0), 0.3),  # odds of the fates, and share of moving things
     "arrivals": ((0.6, 0.28, 0.03, 0.09, 0.0, 0.0), 0.1),
     "departures": ((0.6, 0.03, 0.28, 0.09, 0.0, 0.0), 0.1),
     "blinks": ((0.65, 0.03, 0.03, 0.09, 0.2, 0.0), 0.1),
@@ -29,8 +29,8 @@ PLOTS = {
     "traffic": ((0.85, 0.03, 0.03, 0.09, 0.0, 0.0), 0.5),
 }
 CUTS = 0.15  # share of videos with two scenes
-PAGES = 0.3  # share of pictures in which almost everything is a sign
-SIGNS = 0.22, 0.85  # share of signs among things, in most clips and in those
+PAGES = 0.3  # share of pictures that consist almost only of signs
+SIGNS = 0.22, 0.85  # share of signs among things, in most clips and in such pictures
 UNITS_PER_THING = (5.0, 12.0)
 MOST = 20
 
@@ -40,7 +40,7 @@ def family(seed: int) -> str:
 
 
 def make_clip(split: str, seed: int) -> Clip:
-    """Make the clip number `seed` of a split; splits never share a clip."""
+    """Make clip number `seed` of a split; splits never share a clip."""
     key = (SPLITS[split], seed)
     rng = np.random.default_rng((7, *key))
     still = family(seed) == "picture"
@@ -54,13 +54,13 @@ def make_clip(split: str, seed: int) -> Clip:
 
 
 def draw(rng: np.random.Generator, choices):
-    """Draw one of `((value, odds), ...)`."""
+    """Draw a value from `((value, weight), ...)`."""
     odds = np.array([odds for _, odds in choices])
     return choices[rng.choice(len(choices), p=odds / odds.sum())][0]
 
 
 def compose(key: tuple[int, ...], height: int, width: int, pairs: int, seconds: float, crowd: float = 1.0) -> Clip:
-    """Make a clip of `pairs` frame pairs on height x width units; `crowd` times as many things as usual."""
+    """Make a clip of `pairs` frame pairs on height x width units, with `crowd` times the usual number of things."""
     rng = np.random.default_rng(key)
     camera = Camera()
     if pairs > 1:
@@ -115,7 +115,7 @@ def _camera(rng: np.random.Generator, width: int, seconds: float) -> Camera:
 
 
 class _Placer:
-    """Places things so that they can be told: each name once, all of their ways on the frame, no more than partly hidden."""
+    """Place things so that they can be identified: unique names, paths on the frame, and at most partly hidden."""
 
     def __init__(self, rng, clip: Clip):
         self.rng = rng
@@ -152,7 +152,7 @@ class _Placer:
         return colour, tuple(min(max(c + int(d), 0), 255) for c, d in zip(COLOURS[colour], jitter, strict=True))
 
     def _sign(self, turns: bool) -> Thing:
-        """Draw a sign at no place, of a height from 8 to 24, small ones most often, as wide as the frame allows."""
+        """Draw a sign without a position: a height from 8 to 24 pixels, mostly small, limited by the frame's width."""
         colour = self._colour()
         text = draw_text(self.rng)
         most = min(24.0, 0.6 * self.clip.width / len(text) * 7 / 6)
@@ -176,7 +176,7 @@ class _Placer:
         return Thing(outline, texture, colour, rgb, radius, 0.0, 0.0, after=after)
 
     def _spans(self, fate: str, scene: Span) -> tuple[Span, ...]:
-        """Return the spans of time in which a thing of a fate is there."""
+        """Return the time spans during which a thing with this fate is present."""
         rng = self.rng
         seconds = self.clip.seconds
         step = seconds / self.clip.pairs
@@ -190,14 +190,14 @@ class _Placer:
             return ((start, start + length),)
         if fate == "blinks":
             gaps = int(rng.integers(1, 1 + min(4, int(seconds / step / 2.4))))
-            # As long to be seen as not, each for more than a frame pair.
+            # Visible and hidden spans of similar length, each longer than a frame pair.
             edges = np.linspace(0, seconds, 2 * gaps + 2)[1:-1] + rng.uniform(-0.08, 0.08, 2 * gaps) * step
             ends = [0.0, *(float(e) for e in edges), math.inf]
             return tuple(zip(ends[::2], ends[1::2], strict=True))
         return (scene,)
 
     def _somewhere(self, thing: Thing) -> Thing | None:
-        """Put a thing where its whole way stays on the frame and it hides nothing for good; None after 12 tries."""
+        """Place a thing so that its path stays on the frame and it hides nothing permanently. Returns None after 12 attempts."""
         clip = self.clip
         camera = self.clip.camera
         dx, dy = MOTIONS.get(thing.motion, (0, 0))
@@ -211,7 +211,7 @@ class _Placer:
         speed = 0.0
         if dx or dy:
             speed = far / clip.seconds
-        # A zoom shows the middle alone, and what a pan leaves behind was at the rim.
+        # A zoom shows only the middle, and a pan moves things at one edge out of the frame.
         rim = (1 - 1 / max(camera.zoom)) / 2
         for _ in range(12):
             place = []
@@ -231,7 +231,7 @@ class _Placer:
         return None
 
     def _clear(self, thing: Thing) -> int | None:
-        """Return -1 if it covers nothing, the number of the thing that it lies on, or None if it hides too much."""
+        """Return -1 if it covers nothing, the index of the thing underneath, or None if it hides too much."""
         under = -1
         for number in self.taken:
             other = self.things[number]

@@ -1,4 +1,4 @@
-"""Draw frames of a clip of scenes at any times, with a map of what each pixel shows."""
+"""Draw frames of a clip of scenes at any time, with a map of the thing at each pixel."""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -14,19 +14,23 @@ from experiments.demo.scenes.clip import Clip
 from experiments.demo.scenes.scenery import FAR, GROUND, NEAR, Scenery, Sprite, make_scenery, thing_shadow, thing_sprite
 
 NOTHING = -1
-FINEST = 18  # crf of the finest clips
+FINEST = 18  # lowest (best) crf of the world's clips
 
 
 def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
-    """Draws the clip at `times` (seconds): uint8 `[len(times), height, width, 3]`."""
+    """Draw the clip at `times` (seconds) and return uint8 `[len(times), height, width, 3]`."""
     return render_with_map(clip, times)[0]
 
 
 def write_file(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8) -> None:
-    """Writes a still as a JPEG file, any other clip as a video, with the tag of scenes. Raises OSError: it cannot be written.
+    """Write a still as a JPEG file, any other clip as a video, tagged as a clip of scenes.
 
-    `crf`: x264's constant rate factor. A still has the quality 95 at the finest that the world has, and 65 at the coarsest; with
-    `LOSSLESS` it is a PNG file.
+    Args:
+        crf: x264's constant rate factor. Stills map the world's finest to JPEG quality 95 and its coarsest to 65; with `LOSSLESS`
+            they are PNG files.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     if clip.is_still:
         still = Image.fromarray(render(clip, [clip.seconds / 2])[0])
@@ -43,7 +47,7 @@ def write_file(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8) -> Non
 
 
 def render_with_map(clip: Clip, times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """As `render`, and the number of the thing that each pixel shows, NOTHING if none: int8 `[len(times), height, width]`."""
+    """Draw the clip like `render`, with a map of thing indices per pixel: int8 `[len(times), height, width]`, or NOTHING."""
     rng = np.random.default_rng((9, *clip.seed))
     frames = np.empty((len(times), clip.height, clip.width, 3), np.uint8)
     maps = np.empty(frames.shape[:3], np.int8)
@@ -94,7 +98,7 @@ def _sharp(clip: Clip, t: float, scenery: Scenery, sprite_of: Callable[..., Spri
 
 
 def _shake(clip: Clip, t: float) -> tuple[int, int]:
-    """Return the offset of a camera in a hand: a sum of slow waves, in whole pixels."""
+    """Return the offset of a handheld camera in whole pixels: a sum of slow waves."""
     a = clip.camera.shake
     phase = clip.seed[-1] % 628 / 100
     if not a:
@@ -106,7 +110,7 @@ def _shake(clip: Clip, t: float) -> tuple[int, int]:
 
 
 def _magnified(canvas: np.ndarray, seen: np.ndarray, factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the middle of the frame, `factor` times as large, by linear interpolation."""
+    """Return the middle of the frame and its map, magnified by `factor`; the frame is interpolated linearly."""
     nearest = []
     for axis in (0, 1):
         n = canvas.shape[axis]
@@ -119,7 +123,7 @@ def _magnified(canvas: np.ndarray, seen: np.ndarray, factor: float) -> tuple[np.
 
 
 def _blurred(canvas: np.ndarray) -> np.ndarray:
-    """Averaged with its neighbours, 1-2-1, along both axes."""
+    """Return the canvas smoothed with a 1-2-1 filter along both axes."""
     padded = np.pad(canvas, ((1, 1), (1, 1), (0, 0)), mode="edge")
     rows = padded[:-2] + 2 * padded[1:-1] + padded[2:]
     return (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) * np.float32(1 / 16)

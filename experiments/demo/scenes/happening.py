@@ -1,4 +1,4 @@
-"""Questions that need more than one moment: what happens, in which order, which way, how often, what changes, what stays."""
+"""Questions that need several moments: events and their order, direction, number, changes, and what stays."""
 
 from experiments.demo.questions import pick
 from experiments.demo.scenes.asking import Draft, QuestionType, distinct, one_of_four, referred, shuffled
@@ -7,11 +7,11 @@ from experiments.demo.scenes.looking import CHECKED, COUNTED, LOOKING, times_ask
 from experiments.demo.scenes.signs import similar_text
 
 EVENTS = ("stays", "appears", "vanishes", "flashes", "blinks")
-# Chance that a draft with this answer is asked about, so that no answer is the best guess.
+# Chance of keeping a draft with this answer, so that no answer is the best guess.
 STAYS = 0.12
 FLASHES = 0.15
 STILL = 0.15
-# likewise, of those that are answered with yes or no
+# the same for yes/no questions
 THERE = 0.3
 STILL_ASKED = 0.3
 CAMERA = ("stands still", "pans left", "pans right", "pans up", "pans down", "zooms in", "zooms out")
@@ -49,7 +49,7 @@ def _way(clip, rng):
 
 
 def _moves(clip, rng):
-    """One of four moves, or one of four does not."""
+    """Ask which of four things moves, and which of four does not."""
     if not clip.camera.travels and clip.is_uncut:
         named = [t for t in distinct(clip) if t.event(clip.seconds) == "stays"]
         moving = [t for t in named if t.speed]
@@ -67,7 +67,7 @@ def _often(clip, rng):
 
 
 def _turns(clip, rng):
-    """Yield what changes, and what it was before and is afterwards."""
+    """Ask what changes, and how it was before and is afterwards."""
     changing = [t for t in clip.things if t.after]
     for t, x in referred(clip, rng, changing):
         for when, answer in (("start", t.text or t.colour), ("end", t.after)):
@@ -87,7 +87,7 @@ def _turns(clip, rng):
 
 
 def _lasts(clip, rng):
-    """One of four is there all the time; one of four is not."""
+    """Ask which of four things is there all the time, and which is not."""
     if clip.is_uncut:
         events = [(t.event(clip.seconds), t) for t in distinct(clip)]
         lasting = [t for event, t in events if event == "stays"]
@@ -114,7 +114,7 @@ def _camera(clip, rng):
 
 
 def _scenes(clip, rng):
-    """Yield what is to be seen in one of two scenes."""
+    """Ask what is visible before or after the cut."""
     if not clip.is_uncut:
         before, after = ([t for t in distinct(clip) if t.visible(at)] for at in (0.0, clip.seconds * 0.999))
         yield from one_of_four(clip, rng, "Which of these is there before the cut?", before, after, fill=True)
@@ -122,7 +122,7 @@ def _scenes(clip, rng):
 
 
 def _at(clip, rng):
-    """Yield whether a thing that is there at some time is there at the start, or at the end."""
+    """Ask whether a thing is there at the start or at the end."""
     for thing, called in referred(clip, rng):
         if thing.event(clip.seconds) not in ("stays", "blinks") or rng.random() <= THERE:
             when, t = pick(rng, *times_asked(clip).items())
@@ -143,7 +143,7 @@ HAPPENING = {
     "camera": QuestionType(_camera, "motion", 0.9),
 }  # fmt: skip
 CHECKED_OVER_TIME = {"then": QuestionType(_at, "events", 0.8), "does_move": QuestionType(_does_move, "motion", 3.0)}
-# What is asked of pictures is asked of videos too, and counts as the gist of a clip: mostly what a glance tells.
+# Videos get the questions of pictures too. They count as the gist of a clip: mostly what can be seen at a glance.
 GLANCE = 1.8
 CLOSER = 0.6
 GIST = {name: QuestionType(found.make, "gist", CLOSER * found.weight) for name, found in LOOKING.items()}
@@ -151,5 +151,5 @@ GIST |= {name: QuestionType(found.make, "gist", GLANCE * found.weight) for name,
 
 
 def types_for(clip: Clip) -> dict[str, QuestionType]:
-    """Return the types of questions that fit a clip of this family."""
+    """Return the question types that fit a clip's family."""
     return LOOKING | CHECKED if clip.is_still else GIST | HAPPENING | CHECKED_OVER_TIME

@@ -1,4 +1,4 @@
-"""Questions that one moment answers: what signs say, how things look, where they lie, how many there are."""
+"""Questions that a single moment answers: texts of signs, looks, positions and counts."""
 
 from experiments.demo.questions import pick
 from experiments.demo.scenes.asking import (
@@ -17,17 +17,17 @@ from experiments.demo.scenes.signs import similar_text
 
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 MOST_COUNTED = 4
-COUNTED = (0.5, 0.6, 0.7, 0.9)  # chance that a number is asked about: small ones are found most often
+COUNTED = (0.5, 0.6, 0.7, 0.9)  # chance of asking about each count; small counts occur most often
 
 
 def times_asked(clip: Clip) -> dict[str, float]:
-    """Return the middle of the first and of the last frame pair, as they are asked about; of a still the only one."""
+    """Return the midpoint of the first and the last frame pair, by the words that refer to them; only one for a still."""
     half = clip.seconds / clip.pairs / 2
     return {"": half} if clip.is_still else {" at the start": half, " at the end": clip.seconds - half}
 
 
 def placed(clip: Clip, t: float) -> list[tuple[Thing, float, float]]:
-    """Return what is there at a time and lies on the frame, with the pixel of its middle."""
+    """Return the things on the frame at a time, with the pixel of their centres."""
     found = [(thing, *clip.on_frame(*thing.centre(t), t)) for thing in clip.things if thing.visible(t)]
     return [(thing, x, y) for thing, x, y in found if 0 <= x < clip.width and 0 <= y < clip.height]
 
@@ -59,7 +59,7 @@ def _attribute(hide: str, values, *phrases: str):
     def make(clip, rng):
         for t, x in referred(clip, rng, [t for t in clip.shapes if not t.after], hide):
             right = getattr(t, hide)
-            # Other things' looks come first among the wrong answers.
+            # Looks of other things come first among the wrong answers.
             others = shuffled(rng, {getattr(o, hide) for o in clip.shapes} - {right})
             rest = shuffled(rng, set(values) - {right, *others})
             wrong = (*others, *rest) if rng.random() < 0.5 else shuffled(rng, {*others, *rest})
@@ -76,7 +76,7 @@ def _where(clip, rng):
 
 
 def _top(clip, rng):
-    """Yield what lies on what; the wrong answers are other things in the clip."""
+    """Ask what lies on top of a thing; wrong answers are other things in the clip."""
     named = distinct(clip)
     for t in named:
         if t.under < 0:
@@ -100,7 +100,7 @@ def _extreme(clip, rng):
 
 
 def _count(clip, rng):
-    """Things of one look, in a clip where all things stay; each count as often as the others where it can be."""
+    """Ask for the number of things with one attribute, if all things stay. Frequent counts are asked less often."""
     if any(t.event(clip.seconds) != "stays" or t.after for t in clip.things) or not clip.is_uncut:
         return
     found: dict[int, list[str]] = {}
@@ -118,7 +118,7 @@ def _count(clip, rng):
 
 
 def _there(clip, rng):
-    """One of four is in the clip."""
+    """Ask which of four things is in the clip."""
     if named := unhurried(clip):
         t = pick(rng, *named)
         text = pick(rng, "Which of these can be seen?", "Which of these is there?")
@@ -126,7 +126,7 @@ def _there(clip, rng):
 
 
 def _missing(clip, rng):
-    """One of four is not in the clip."""
+    """Ask which of four things is not in the clip."""
     named = shuffled(rng, map(name, unhurried(clip)))
     if len(named) >= 3:
         text = pick(rng, "Which of these is missing?", "Which of these cannot be seen?")
@@ -134,7 +134,7 @@ def _missing(clip, rng):
 
 
 def _any(clip, rng):
-    """Yield whether a thing is there at all."""
+    """Ask whether there is any such thing."""
     named = [name(t) for t in unhurried(clip)]
     if named and clip.is_uncut:
         for there in (pick(rng, *named), pick(rng, *named)):
@@ -162,5 +162,5 @@ LOOKING = {
     "extreme": QuestionType(_extreme, "place", 0.3), "count": QuestionType(_count, "count", 0.7),
     "there": QuestionType(_there, "look", 0.9), "missing": QuestionType(_missing, "look", 0.3),
 }  # fmt: skip
-# Those that are answered with yes or no.
+# Yes/no questions.
 CHECKED = {"any": QuestionType(_any, "look", 2.0), "half": QuestionType(_halves, "place", 2.0)}

@@ -1,6 +1,6 @@
-"""What a frame of scenes is made of: sprites of things and signs, and the layers behind and before them.
+"""The parts of a frame of scenes: sprites of things and signs, and the layers in the background and foreground.
 
-A layer is 1/f noise, and dead leaves: discs and polygons of power-law sizes, from a bank that is drawn once in a process.
+A layer is 1/f noise and dead leaves: discs and polygons of power-law sizes, from a bank drawn once per process.
 """
 
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ import numpy as np
 from experiments.demo.painting import blend, glyph_mask, outline_mask
 from experiments.demo.scenes.clip import COLOURS, SIGN, Clip, Thing
 
-FAR, GROUND, NEAR = 0.5, 1.0, 1.6  # how much each layer moves with the camera
+FAR, GROUND, NEAR = 0.5, 1.0, 1.6  # speed per layer, relative to the camera
 BANK = 384
 SMALLEST = 4
 LARGEST = 60
-PERIOD = 512  # pixels until the bank of noise repeats itself
+PERIOD = 512  # period of the noise bank in pixels
 Sprite = tuple[np.ndarray, np.ndarray]  # colours float32 [h, w, 3] and coverage float32 [h, w] in [0, 1]
 
 
 @lru_cache(maxsize=1024)
 def texture_field(texture: str, size: int, period: int, turn: int = 0) -> np.ndarray:
-    """Return how far each pixel of a `size` square is from the first colour to the second: float32 in [0, 1].
+    """Return the mix of the first and second colour at each pixel of a `size` square: float32 in [0, 1].
 
-    `period`: pixels until the texture repeats itself. turn: eighths of a half circle.
+    `period`: pixels until the texture repeats. `turn`: rotation in eighths of a half circle.
     """
     axis = np.arange(size) - (size - 1) / 2
     cos = np.cos(turn * np.pi / 8)
@@ -42,11 +42,11 @@ def texture_field(texture: str, size: int, period: int, turn: int = 0) -> np.nda
 
 
 def thing_sprite(thing: Thing, changed: bool) -> Sprite:
-    """Return a thing or a sign, before or after its change."""
+    """Return the sprite of a thing or a sign, before or after its change."""
     if thing.is_sign:
         return _board(thing.after if changed else thing.text, thing)
     first = np.array(COLOURS[thing.after] if changed else thing.rgb, np.float32)
-    # The other colour of a texture: darker where the first is light, lighter where it is dark.
+    # The second colour of a texture: darker if the first is light, lighter if it is dark.
     light = first.mean() > 95
     second = first * np.float32(0.3) if light else first * np.float32(0.35) + np.float32(165)
     r = thing.radius
@@ -73,13 +73,13 @@ def _board(text: str, sign: Thing) -> Sprite:
 
 @lru_cache(maxsize=2048)
 def thing_shadow(outline: str, height: int, width: int) -> np.ndarray:
-    """Return the shadow of a thing or a board of this size in pixels, two pixels larger to each side: float32."""
+    """Return the shadow of a thing or a board, two pixels larger on each side: float32. `height` and `width` are in pixels."""
     cover = np.ones((height, width), np.float32) if outline == SIGN else outline_mask(outline, height // 2)
     return soft_shadow(cover, 2) * np.float32(0.4)
 
 
 def soft_shadow(cover: np.ndarray, reach: int) -> np.ndarray:
-    """Return the shadow of a coverage, `reach` pixels larger to each side: float32."""
+    """Return the shadow of a coverage, `reach` pixels larger on each side: float32."""
     shadow = np.pad(cover, reach)
     for axis in (0, 1):
         total = np.cumsum(np.pad(shadow, [(reach + 1, reach) if a == axis else (0, 0) for a in (0, 1)]), axis=axis)
@@ -91,7 +91,7 @@ def soft_shadow(cover: np.ndarray, reach: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def pink_noise() -> np.ndarray:
-    """Noise whose amplitude falls as 1/f, without seams: float32 `[PERIOD, PERIOD, 3]`, mean 0, deviation 1."""
+    """Return seamless 1/f noise: float32 `[PERIOD, PERIOD, 3]`, mean 0, standard deviation 1."""
     rng = np.random.default_rng(11)
     f = np.hypot(np.fft.fftfreq(PERIOD)[:, None], np.fft.fftfreq(PERIOD)[None, :])
     f[0, 0] = np.inf
@@ -104,9 +104,9 @@ def pink_noise() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def leaves() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Return the bank, the smallest leaf first: coverage, mixture of two colours, and shadow of each."""
+    """Return the bank of leaves, smallest first, each with coverage, mixture of two colours, and shadow."""
     rng = np.random.default_rng(12)
-    # Radii with density r^-3, the law that makes dead leaves look the same at every scale.
+    # Radii with density r^-3, which makes dead leaves scale-invariant.
     u = (np.arange(BANK) + 0.5) / BANK
     radii = (SMALLEST**-2.0 * (1 - u) + LARGEST**-2.0 * u) ** -0.5
     made = []
@@ -124,7 +124,7 @@ def leaves() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
 
 def _leaf_cover(rng: np.random.Generator, radius: int) -> np.ndarray:
-    """Return a disc, or a convex polygon of 3 to 7 corners, squeezed and turned: float32 `[2 * radius, 2 * radius]`."""
+    """Return a disc or a convex polygon of 3 to 7 corners, squeezed and rotated: float32 `[2 * radius, 2 * radius]`."""
     axis = (np.arange(2 * radius) + 0.5) - radius
     angle = rng.uniform(0, np.pi)
     squeeze = rng.uniform(0.5, 1)
@@ -141,7 +141,7 @@ def _leaf_cover(rng: np.random.Generator, radius: int) -> np.ndarray:
 
 @dataclass
 class Scenery:
-    """The layers of a scene, each larger than the frame by `margin` pixels at every side."""
+    """The layers of a scene, each larger than the frame by `margin` pixels on every side."""
 
     margin: int
     far: np.ndarray  # colours float32 `[h, w, 3]`, opaque
@@ -162,13 +162,13 @@ def make_scenery(clip: Clip, scene: int) -> Scenery:
     far = noise * np.float32(rng.uniform(8, 24)) + (hue * light).astype(np.float32)
     _strew(far, None, rng, clip.clutter, hue * light)
     ground = near = None
-    if margin and camera.motion == "pan":  # else all leaves lie in one layer, for there is no parallax to see
+    if margin and camera.motion == "pan":  # otherwise one layer is enough, because there is no parallax
         ground = _layer(height, width)
         _strew(*ground, rng, 0.3 * clip.clutter, hue * light)
     if clip.poles:
         near = colours, cover = _layer(height, width)
         for _ in range(clip.poles):
-            # A dark post in the foreground, from the top to the bottom.
+            # A dark post in the foreground, from top to bottom.
             thick = int(rng.integers(3, 8))
             left = int(rng.integers(0, width))
             grey = rng.uniform(15, 70)
@@ -184,9 +184,9 @@ def _layer(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 def _strew(
     canvas: np.ndarray, cover: np.ndarray | None, rng: np.random.Generator, density: float, tint: np.ndarray
 ) -> None:
-    """Covers about this share of a canvas with leaves, from below to above."""
+    """Cover about `density` of a canvas with leaves, bottom to top."""
     bank, (height, width, _) = leaves(), canvas.shape
-    # The mean area of a leaf of the bank, about, with its squeezed and cut shapes.
+    # Approximate mean area of a leaf, given the squeezed and clipped shapes.
     count = int(density * height * width / 190)
     which = rng.integers(BANK, size=count)
     xs = rng.integers(-20, width + 20, count)

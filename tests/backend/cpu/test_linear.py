@@ -79,7 +79,7 @@ def test_what_cannot_be_packed_stays():
 
 @pytest.fixture(scope="module")
 def large():
-    """A layer that is worth waiting with."""
+    """A layer large enough that its packing is deferred."""
     torch.manual_seed(0)
     layer = nn.Linear(1536, 1408).bfloat16().requires_grad_(False)
     assert layer.weight.numel() > SMALL_WEIGHT
@@ -90,7 +90,7 @@ def large():
 
 @pytest.fixture
 def same(monkeypatch):
-    """Numbers of rows for which plain and packed weights give the same numbers, as on some CPU; those that were tried."""
+    """Row counts for which plain and packed weights give identical results, as on some CPUs, and the row counts tried."""
     found = {"rows": set(range(MANY_ROWS)), "tried": []}
 
     def equal(plain, packed, rows):
@@ -102,7 +102,7 @@ def same(monkeypatch):
 
 
 def stack(large, layers):
-    """A model of so many layers, all with weights of one shape, that wait; and its input, one row."""
+    """Return a model with this many deferred layers of one shape, and a one-row input."""
     model = nn.ModuleList(nn.Linear(1536, 1408, bias=False, device="meta") for _ in range(layers))
     for layer in model:
         layer.weight = nn.Parameter(large.weight.clone(), requires_grad=False)
@@ -111,7 +111,7 @@ def stack(large, layers):
 
 
 def compute(model, x):
-    """A pass; the numbers of the layers that wait after it."""
+    """Run a pass and return the indices of the layers that are still waiting."""
     begin_pass(model)
     for layer in model:
         layer(x)
@@ -139,7 +139,7 @@ def test_so_many_layers_are_packed_after_so_many_passes(large, same, monkeypatch
     monkeypatch.setattr(module, "PASS_BYTES", each * large.weight.nbytes)
     model, x = stack(large, 6)
     for _ in range(START_PASSES):
-        assert compute(model, x) == [1, 2, 3, 4, 5]  # the first is the sample of its shape
+        assert compute(model, x) == [1, 2, 3, 4, 5]  # layer 0 is the sample of its shape
     for count in range(1, 6):
         assert compute(model, x) == list(range(1, 6))[count * each :]
     assert same["tried"] == [1] and not model.packing._samples
@@ -161,7 +161,7 @@ def test_layers_wait_only_where_that_changes_no_number(large, same, rows, waits)
     assert compute(model, x.expand(3, -1).contiguous()) == waits
     same["rows"] = set()
     threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)  # products may be split otherwise
+    torch.set_num_threads(threads + 1)  # products may be split differently
     try:
         assert compute(model, x) == []
     finally:
@@ -217,7 +217,7 @@ def test_layers_are_packed_while_someone_is_waited_for(large, same, monkeypatch)
     with suppress(KeyboardInterrupt), packing_meanwhile(model):
         assert begun.wait(60)
         threading.Timer(0.2, go_on.set).start()
-        raise KeyboardInterrupt  # ends it after the layer at hand
+        raise KeyboardInterrupt  # stops after the current layer
     assert [layer.waits for layer in model] == [False, False, True, True]
     monkeypatch.setattr(module, "_packed", reorder)
     with packing_meanwhile(model):
@@ -226,10 +226,10 @@ def test_layers_are_packed_while_someone_is_waited_for(large, same, monkeypatch)
             time.sleep(0.01)
     assert not any(layer.waits for layer in model) and not model.packing._samples
     for layer, numbers in zip(model, expected, strict=True):
-        torch.testing.assert_close(layer(x), numbers)  # `same` says that they are equal, whatever this CPU does
+        torch.testing.assert_close(layer(x), numbers)  # `same` claims that they are equal, whatever this CPU does
     threads = threading.active_count()
     with packing_meanwhile(model):
-        assert threading.active_count() == threads  # nothing is left to do
+        assert threading.active_count() == threads  # nothing left to do
 
 
 def test_packing_that_is_interrupted_goes_on_later(large, same, monkeypatch):
@@ -277,5 +277,5 @@ def test_what_was_packed_in_inference_mode_serves_outside_of_it(large):
     x = torch.randn(1, 1536, dtype=torch.bfloat16)
     with torch.inference_mode():
         inside = waiting(x)
-    outside = waiting(x.requires_grad_())  # which may take another kernel
+    outside = waiting(x.requires_grad_())  # may use another kernel
     torch.testing.assert_close(outside.detach(), inside, rtol=0.02, atol=0.02)

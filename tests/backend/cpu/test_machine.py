@@ -26,7 +26,7 @@ def test_mapped_files_are_not_the_processs_own_memory(tmp_path):
 @pytest.mark.full
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the threads in /proc")
 def test_the_threads_of_a_team_end_and_come_back():
-    """In a process of its own, which computes with two threads, then with one of its own alone."""
+    """Runs in a separate process, which computes with two threads, then with only one."""
     code = """
 import json, os, threading
 import torch
@@ -58,7 +58,7 @@ print(json.dumps([bool(_openmp()), [result == 512.0**3 for result, _ in counts],
     known, right, more = json.loads(made.stdout)
     assert all(right)
     if known:
-        assert more[:3] == [1, 0, 1] and more[3] == 1  # the other thread itself, and none of a team
+        assert more[:3] == [1, 0, 1] and more[3] == 1  # only the other thread itself, none of the team
 
 
 @pytest.mark.parametrize("wrong", ["0", "-1", "257", "two", "1.5", "", 0, "²"], ids=repr)

@@ -24,7 +24,7 @@ def layer_of(out=64, inner=96, bias=True, dtype=torch.float32, seed=0):
 
 
 def rounded(rows, steps):
-    """Each row rounded to so many steps either side of zero."""
+    """Round each row to this many steps on either side of zero."""
     step = (rows.double().abs().amax(1, keepdim=True) / steps).clamp(min=1e-30)
     return (rows.double() / step).round() * step
 
@@ -34,7 +34,7 @@ def without(x, channels):
 
 
 def int8_by_hand(layer, x, large):
-    """Rows of the input and of the weights are rounded, the large channels are not."""
+    """Round rows of the input and the weights, except in the large channels."""
     rows, weight = x.reshape(-1, x.shape[-1]), layer.weight
     product = rounded(without(rows, large), levels()) @ rounded(without(weight, large), 127).T
     product += rows[:, large].double() @ weight[:, large].double().T
@@ -42,7 +42,7 @@ def int8_by_hand(layer, x, large):
 
 
 def int4_by_hand(weight):
-    """Every 32 neighbours rounded to 16 steps from the least to the largest."""
+    """Round every 32 neighbours to 16 steps between their minimum and maximum."""
     out = weight.double().clone()
     for row in out:
         for group in row.split(GROUP):
@@ -60,7 +60,7 @@ def test_rows_are_rounded_and_large_channels_are_not(rows, bias, large):
     layer.weight[:, large] *= 50
     got, expected = int8(layer, large)(x), int8_by_hand(layer, x, large)
     assert got.shape == expected.shape and got.dtype == x.dtype
-    # Rounding a number the other way, at a tie that falls differently, is one step of one number.
+    # A tie that is rounded the other way changes one number by one step.
     assert (got.double() - expected).abs().max() < 0.02 * expected.abs().max()
     assert (got.double() - expected).abs().median() < 1e-5 * expected.abs().max()
 
@@ -183,7 +183,7 @@ def test_weights_quantised_piece_by_piece_are_the_same(make, out, monkeypatch):
 
 @pytest.mark.parametrize("kind", parameters("int8", "int4"))
 def test_threads_change_no_more_than_float32_does(kind):
-    """On some CPUs the last bit of float32 products, such as that of the patch embedding, depends on the number of threads."""
+    """On some CPUs the last bit of float32 products, such as the patch embedding, depends on the number of threads."""
     plain, found, without = copy.deepcopy(tiny_model()), [], []
     model = copy.deepcopy(plain)
     quantize(model, kind, calibrate)
@@ -196,7 +196,7 @@ def test_threads_change_no_more_than_float32_does(kind):
     finally:
         torch.set_num_threads(before)
     for features, exact in zip(found, without, strict=True):
-        # A byte that is rounded the other way is one step of many: less than what rounding itself changes.
+        # A byte that is rounded the other way is one step of many: less than the error of rounding itself.
         assert (
             torch.equal(features, found[0]) if torch.equal(exact, without[0]) else relative(features, found[0]) < 0.02
         )
