@@ -45,7 +45,7 @@ def cut_frames(
     clock: Clock,
     on_frames: OnFrames,
 ) -> Iterator[PatchChunk]:
-    """Yield the patches of each chunk of frames, and close `frames`. Adds the seconds of "read" and "preprocess" to `clock`.
+    """Yield patches, one chunk per chunk of frames, and close `frames`. Adds the seconds of "read" and "preprocess" to `clock`.
 
     Args:
         on_frames: Called with the number of frames read so far.

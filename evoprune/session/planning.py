@@ -1,4 +1,4 @@
-"""Plan an input: which frames are read, at which size, and what the encoder does with them.
+"""Plan an input: which frames are read, at which size, and how they are encoded.
 
 A plan is final before the model is loaded. This file imports no torch.
 """

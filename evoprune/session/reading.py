@@ -103,7 +103,7 @@ class Reading(Generic[T]):
         self._closed = False
         self._pid = os.getpid()
         self._scope = Scope()
-        context = Context() if shared else copy_context()  # a copied context carries the scope that also stops this thread
+        context = Context() if shared else copy_context()  # a copy also stops with its thread's scope
         # A daemon thread that hangs does not keep the program from ending.
         self._thread = threading.Thread(target=context.run, args=(self._work,), name="evoprune-reading", daemon=True)
         with self._changed:

@@ -19,11 +19,11 @@ FLAT = "equal_scores"
 
 
 def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], positions: str) -> Pruning:
-    """Return the pruning facts of one or several inputs, taken together.
+    """Return the pruning facts of one or several inputs combined.
 
     Args:
-        units: Number of units of all inputs before pruning.
-        read: The encoded tokens of each input.
+        units: Total number of units before pruning.
+        read: The encoded tokens, one entry per input.
         positions: Source of the position ids: "qwen" (this project) or "host" (the held model).
     """
     layers = zip(*(tokens.layers for tokens in read), strict=True)
@@ -115,7 +115,7 @@ def _input_facts(session: Session, encoding: EncodedInput) -> InputFacts:
 
 
 def fill_pruning(report: Report, session: Session, encodings: Sequence[EncodedInput]) -> None:
-    """Write the pruning facts into a report, for all inputs together and for every single input."""
+    """Write the pruning facts into a report: all inputs combined, and each input separately."""
 
     def pruning(group: Sequence[EncodedInput]) -> Pruning:
         units = sum(member.plan.units for member in group)
