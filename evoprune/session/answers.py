@@ -50,7 +50,7 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     A model may think first. Its thoughts come before the first piece and are in `thoughts`, not in the answer.
 
-    Reading raises errors. Reading again raises the same error, and `report.error` records it.
+    After an error, reading the answer again raises the same error, and `report.error` records it.
 
     Attributes:
         report: The report, up to date after each piece. `report.answer` is the text so far.

@@ -62,7 +62,7 @@ class Askable(ABC, Uncopied):
     """
 
     INSTEAD = "threads may share it; another process needs a VideoQA of its own, and encodes there"
-    OVERTAKEN = "another question was asked meanwhile"  # why an answer ends after a newer question
+    OVERTAKEN = "another question was asked meanwhile"  # error of an answer that is read on after a newer question
 
     def __init__(self, session: Session):
         self._session = session
@@ -394,8 +394,8 @@ class EncodedInputs(Askable):
             ids: Token ids of the answer, at least one.
 
         Returns:
-            The logits of every answer token, each computed after reading the tokens before it, float32 `[len(ids), vocabulary]`.
-            The seconds from the question to the first of them.
+            The logits that predict each answer token, float32 `[len(ids), vocabulary]`, computed after reading the question and the
+            tokens before it; and the seconds from the question to the first logits.
         """
         options = GenerationOptions(max_new_tokens=len(ids), system=system, think=think)
         with self._lock:

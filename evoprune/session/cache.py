@@ -30,7 +30,7 @@ from evoprune.vision import Encoded
 # suffixes of finished entries, and of files that are still being written
 SUFFIX = ".safetensors"
 UNFINISHED = ".tmp"
-OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that an entry need not have
+OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that an entry may lack
 
 
 def cache_folder() -> Path:
@@ -157,9 +157,9 @@ class Entry:
 class Cache(Entries):
     """A folder of encoded videos. Several processes may use it at a time."""
 
-    makes_room: ClassVar[bool] = True  # whether storing an entry deletes old ones beyond the limit
+    makes_room: ClassVar[bool] = True  # whether `store` evicts old entries beyond the limit
 
-    folder: Path = field(default_factory=cache_folder)  # default: the one of `evoprune ask --cache`
+    folder: Path = field(default_factory=cache_folder)  # default: the folder of `evoprune ask --cache`
     limit_bytes: int = 2 * 2**30  # limit for the total size; the least recently used entries are evicted
 
     if TYPE_CHECKING:  # `folder` may be given as a text, but becomes a `Path`
@@ -189,7 +189,7 @@ class Cache(Entries):
             facts = loads(about)
             if facts["key"] != key:
                 return None
-            with suppress(OSError):  # a folder that may only be read
+            with suppress(OSError):  # the folder may be read-only
                 os.utime(path)
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
             features = tensors["features"]

@@ -176,7 +176,7 @@ class OpenInput:
 
         Raises:
             VideoError: If the input is unreadable.
-            OutOfMemory: If memory runs out at the smallest piece size.
+            OutOfMemory: If memory is short even at the smallest piece size.
             ModelError: If numbers are NaN or infinite.
         """
         plan = self.plan
@@ -215,8 +215,7 @@ class OpenInput:
         Adds the seconds of "store" to `clock`, and extends `warnings`.
 
         Returns:
-            The tokens, or the rows if the method reads the question.
-            The cache state, see `EncodedInput.cache`.
+            The tokens (or the rows if the method reads the question), and the cache state as in `EncodedInput.cache`.
         """
         if self.stored:
             self.read_s = self.stored.read_s

@@ -40,12 +40,10 @@ def encoding_bytes(
 def piece_needs(
     config: Config, device: torch.device, encoder: EncoderPlan, bytes_each: int, prompt: int | Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Return the possible piece sizes in rows, each with its memory need in bytes (`encoding_bytes`).
+    """Return the possible piece sizes, largest first, each with the bytes that encoding then takes (`encoding_bytes`).
 
-    The first size is the usual one. Each following size is half as large, down to the size of a frame pair.
-
-    Returns:
-        Pairs of rows that go through a matrix product at a time, and bytes.
+    A piece size is the number of rows that go through a matrix product at a time. The first size is the usual one. Each following
+    size is half as large, down to the size of a frame pair.
     """
     pair = encoder.grid[1] * encoder.grid[2]
     sizes = [largest_piece(device)]
@@ -73,7 +71,7 @@ def fitting_pieces(session: Session, plan: Plan, other_tokens: int = TEXT) -> li
     needs = piece_needs(model.config, model.device, encoder, model.dtype.itemsize, prompt)
     for number, (_, needed) in enumerate(needs):
         short = shortage(needed, str(model.device))
-        if short and session.loaded.patches.clear():  # of earlier inputs
+        if short and session.loaded.patches.clear():  # evicts the patches of earlier inputs
             short = shortage(needed, str(model.device))
         if not short:
             return [size for size, _ in needs[number:]]

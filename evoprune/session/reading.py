@@ -97,13 +97,13 @@ class Reading(Generic[T]):
         self._changed = self._group.changed
         self._shared = shared
         self._drop = drop
-        self._chunks: list[T | None] = []  # chunks that were taken are None, unless the reading is shared
+        self._chunks: list[T | None] = []  # taken chunks become None, unless the reading is shared
         self._seconds: list[float] = []  # time to make each chunk
-        self._next = 0  # the number of the chunk that a consumer takes next
+        self._next = 0  # number of the next chunk to take
         self._closed = False
         self._pid = os.getpid()
         self._scope = Scope()
-        context = Context() if shared else copy_context()  # a copy also stops with its thread's scope
+        context = Context() if shared else copy_context()  # the copy lets the current thread's scope stop this one
         # A daemon thread that hangs does not keep the program from ending.
         self._thread = threading.Thread(target=context.run, args=(self._work,), name="evoprune-reading", daemon=True)
         with self._changed:

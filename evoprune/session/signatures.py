@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from evoprune.util import OPTION, parts_of
 
-WIDTH = 100  # columns of a line of help
+WIDTH = 100  # line width of help texts, in columns
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

@@ -193,9 +193,8 @@ def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None
     """Locate a model. For arguments and errors, see `describe`.
 
     Returns:
-        The folder, or None for a bundled config.
-        The commit if the model comes from the hub.
-        The reason not to ask the hub for more files, if there is one.
+        The folder (None for a bundled config), the commit (None unless the model comes from the hub), and the reason not to ask the
+        hub for more files (None if it can be asked, or is not needed).
     """
     name = options.model
     revision = options.revision

@@ -26,7 +26,7 @@ PUBLISHED = (
     *(f"Qwen/Qwen3.5-{size}" for size in ("122B-A10B", "397B-A17B")),
 )
 SETTINGS = ("config.json", "*processor_config.json")  # files that `describe` reads
-SMALL_FILES = ("*.json", "*.jinja", "merges.txt")  # all files except the weights, including the tokenizer
+SMALL_FILES = ("*.json", "*.jinja", "merges.txt")  # settings, tokenizer and chat template
 MODEL_HINT = (
     "evoprune runs Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL, such as Qwen/Qwen2.5-VL-3B-Instruct, and its demos"
 )
