@@ -1,7 +1,7 @@
-"""A question from beginning to end: a model is loaded, inputs are opened, planned and encoded, an answer is generated.
+"""Answer questions from beginning to end: load a model, open, plan and encode inputs, and generate an answer.
 
-`encoding` and `asking` are the steps, `planning`, `memory` and `prompting` say beforehand what they will take, and `session` is
-what all share. `evoprune.VideoQA` calls them.
+`encoding` and `asking` do the work. `planning`, `memory` and `prompting` predict its cost, and `session` holds the objects that all
+of them share. `evoprune.VideoQA` calls them.
 """
 
 from typing import TYPE_CHECKING

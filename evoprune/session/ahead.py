@@ -1,9 +1,9 @@
-"""Inputs are probed and read while torch is imported and a model is loaded. Imports no torch.
+"""Probe and read inputs while torch is imported and a model is loaded. Imports no torch.
 
-The plan of an input follows from the description of the model (session/loading/description.py). A session takes the frames that
-were read if the files have not changed since, and if its plan reads the same frames. Otherwise it reads the input anew.
+The plan of an input depends only on the model's description (session/loading/description.py). A session uses the prefetched frames
+if the files have not changed since, and if its own plan reads the same frames. Otherwise it reads the input again.
 
-Frames wait in the size in which they were decoded, because torch resizes them.
+Frames wait at the size at which they were decoded, because resizing needs torch.
 """
 
 import os
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
     from evoprune.session.keywords import ReadAheadKeywords
 
 Path = str | os.PathLike[str]
-Asked = tuple[Sequence[Path], SamplingOptions]  # inputs that are opened together, and what is looked at of them
+Asked = tuple[Sequence[Path], SamplingOptions]  # inputs that are opened together, and how to sample them
 
-HELD_BYTES = 512 * 2**20  # of frames that wait; less where memory is short
-SHARE = 16  # frames take at most this part of the memory that is available
-FIRST = 4  # so many of many videos are read ahead
+HELD_BYTES = 512 * 2**20  # limit for waiting frames; less if memory is short
+SHARE = 16  # waiting frames take at most 1 / SHARE of the available memory
+FIRST = 4  # number of videos to prefetch if there are many
 
 
 @dataclass(eq=False)
 class _Early:
-    """An input that is read early. Its thread fills in `state` and `request`."""
+    """An input that is prefetched. Its thread fills in `state` and `request`."""
 
     path: str
-    state: tuple | None = None  # of its files, before the thread probed them
-    request: tuple[Any, ...] | None = None  # as `_request`, once the input is planned
+    state: tuple | None = None  # state of the files before they were probed
+    request: tuple[Any, ...] | None = None  # see `_request`; set once the input is planned
     reading: Reading[FrameChunk] | None = None
 
     def gives(self, request: tuple[Any, ...]) -> bool:
-        """Return True if it answers the request: it reads the same frames, and the files have not changed since.
+        """Return True if this prefetch answers the request: same frames, and the files have not changed since.
 
-        A reading that met an error in the video answers it, too; after any other error the session tries again.
+        A prefetch that ended with a `VideoError` answers the request, too. After any other error the session tries again.
         """
         problem = self.reading.problem
         failed = problem is not None and not isinstance(problem, VideoError)
@@ -53,15 +53,15 @@ class _Early:
 
 
 class ReadAhead(Readings):
-    """Inputs that are read before their model is loaded, one after the other. To be closed.
+    """Inputs that are prefetched one after another before their model is loaded. Close it after use.
 
     It raises no errors: the session that opens an input meets them again.
 
     Args:
         model: The description of the model that the inputs are read for.
         asked: The inputs, in the order in which they will be encoded.
-        pruning: A method that makes inputs smaller decides what is read; None if nothing is pruned.
-        held_bytes: Upper bound on the bytes of waiting frames.
+        pruning: The pruning options, because a method may make inputs smaller; None for no pruning.
+        held_bytes: Upper bound on the bytes of waiting frames. Default: 512 MiB, less if memory is short.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ReadAhead(Readings):
         self._left = [*self._every]  # not taken yet
 
     def close(self) -> None:
-        """Drop all frames, and stop the threads."""
+        """Drop all frames and stop the threads."""
         self._left = []
         stop_all([early.reading for early in self._every])
 
@@ -112,8 +112,10 @@ class ReadAhead(Readings):
             early.reading.close()
 
     def _has_begun(self, reading: Reading) -> bool:
-        """Wait until a reading has begun. Return False at once if it waits for its turn behind a reading that a consumer takes,
-        because that consumer may never finish.
+        """Wait until a reading has begun.
+
+        Returns False at once if the reading waits for its turn after a reading that a consumer takes, because that consumer may
+        never finish.
         """
         if not reading.is_here:
             return False
@@ -123,7 +125,7 @@ class ReadAhead(Readings):
                 place = self.unfinished.index(reading)
             if any(earlier.taken for earlier in self.unfinished[:place]) and not reading.ended:
                 return False
-            # It is probed, so it is planned at once, unless the thread hangs.
+            # The input is already probed, so planning takes no time unless the thread hangs.
             return wait_for(self.changed, lambda: reading.begun or reading.ended, PATIENCE_S)
 
     def _begin(
@@ -149,22 +151,23 @@ def _request(plan: Plan) -> tuple[Any, ...]:
 
 @takes(ModelOptions, SamplingOptions)
 def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Unpack[ReadAheadKeywords]") -> ReadAhead:
-    """Begins to read videos and pictures for a model that is not there yet, without importing torch; for `VideoQA.load(ahead=)`.
+    """Start reading videos and pictures for a model that is not loaded yet, without importing torch; for `VideoQA.load(ahead=)`.
 
         with evoprune.read_ahead("clip.mp4", "Qwen/Qwen2.5-VL-3B-Instruct", fps=2) as ahead:
             qa = evoprune.VideoQA.load("Qwen/Qwen2.5-VL-3B-Instruct", ahead=ahead)
             video = qa.encode("clip.mp4", fps=2)
 
-    Args:
-        path: a file or a folder of frames; or several, in the order in which they will be encoded.
-        model: see `VideoQA.load`. The small files of one of the hub are downloaded now.
-        options: those of `VideoQA.load` that choose the model and the device, and those of `encode`.
+    A missing input raises its error later, when it is encoded.
 
-    A missing file is reported by whoever needs it.
+    Args:
+        path: A file or a folder of frames; or several, in the order in which they will be encoded.
+        model: See `VideoQA.load`. The small files of a hub model are downloaded now.
+        options: The options of `VideoQA.load` that choose the model and the device, and the options of `encode`.
 
     Raises:
-        ModelError: the model is missing, of another kind, damaged, or out of reach. UsageError: an option that makes no sense,
-            or no path. TypeError: an unknown option.
+        ModelError: If the model is missing, unsupported, damaged, or out of reach.
+        UsageError: If an option makes no sense, or there is no path.
+        TypeError: If an option is unknown.
     """
     loading, sampling = from_keywords({"model": model, **options}, ModelOptions, SamplingOptions)
     paths = path

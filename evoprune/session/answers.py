@@ -1,4 +1,4 @@
-"""What is returned: an answer, whose pieces are generated while it is read, and a conversation."""
+"""Answers, generated piece by piece while they are read, and conversations."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Unpack, overload
 
-from typing_extensions import TypeVar  # which torch needs; that of Python has defaults from 3.13 on
+from typing_extensions import TypeVar  # a dependency of torch; typing.TypeVar has defaults only from Python 3.13 on
 
 from evoprune.errors import DoesNotFit, UsageError, error_record
 from evoprune.language import Tokenizer, TokenLogprobs, Turn, messages_of
@@ -20,37 +20,46 @@ from evoprune.util import counted, from_keywords
 if TYPE_CHECKING:
     from evoprune.session.keywords import GenerationKeywords, UntypedKeywords
 
-Shape = TypeVar("Shape")  # the class that is given as schema
+Shape = TypeVar("Shape")  # the class given as `schema`
 Parsed = TypeVar("Parsed", default=Any)
 
 
 class Uncopied:
-    """Base of what belongs to its process and its model, with caches and locks: pickle and copy refuse it."""
+    """Base class of objects that belong to one process and one model, with caches and locks. They refuse pickle and copy."""
 
-    INSTEAD: ClassVar[str]  # what to do
+    INSTEAD: ClassVar[str]  # hint for the error: what to do instead of copying
 
     def __reduce_ex__(self, protocol: int):
-        """Raises TypeError."""
+        """Refuse pickle and copy.
+
+        Raises:
+            TypeError: Always.
+        """
         raise TypeError(f"no {type(self).__name__} can be pickled or copied: {self.INSTEAD}")
 
 
 class Answer(Uncopied, Iterator[str], Generic[Parsed]):
-    """An answer, in pieces as they are generated. Generation begins with the first piece.
+    """An answer, generated piece by piece as it is read. Generation starts with the first piece.
 
-    An iteration goes on where the one before stopped; over a complete answer it begins again. `str(answer)`, `answer == text` and
-    `text in answer` are those of `answer.text`, and generate what is left of it. Sets and dicts take `answer.text` alone.
+    A new iteration continues where the previous one stopped; over a complete answer, it starts from the beginning. `str(answer)`,
+    `answer == text` and `text in answer` work on `answer.text`, and generate the rest of the answer first. An answer is not
+    hashable: put `answer.text` into sets and dicts.
 
-    Threads may read answers of one video at the same time: each `text` is generated as a whole, one after the other. An iteration
-    ends with an error if another answer began between two of its pieces, in this thread or another.
+    Threads may read answers about the same video at the same time; each `text` is generated as a whole before the next. An
+    iteration ends with an error if another answer began between two of its pieces, in this thread or another.
 
-    A model may think first: its thoughts are no part of the answer, but `thoughts`, and come before the first piece.
+    A model may think first. Its thoughts come before the first piece and are in `thoughts`, not in the answer.
 
-    `report` is up to date after each piece, `report.answer` what there is so far; `ids` are its tokens so far, those of thoughts
-    among them, without the one that ends it.
+    After an error, reading the answer again raises the same error, and `report.error` records it.
 
-    Raises, while it is read, and again whenever it is read after that; `report.error` says the same:
-        UsageError: the question and its answer do not fit into the model's context, or another question was asked meanwhile.
-        OutOfMemory. ModelError: numbers that are NaN or infinite.
+    Attributes:
+        report: The report, up to date after each piece. `report.answer` is the text so far.
+        ids: Token ids so far, including those in thoughts, without the token that ends the answer.
+
+    Raises:
+        UsageError: If the question and its answer do not fit into the model's context, or another question was asked meanwhile.
+        OutOfMemory: If memory runs out.
+        ModelError: If numbers are NaN or infinite.
     """
 
     INSTEAD = "take answer.text and answer.report"
@@ -77,7 +86,7 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     def __next__(self) -> str:
         with self._lock:
-            if self._problem is not None:  # the generator has ended, as if the answer were complete
+            if self._problem is not None:  # the generator has ended, and would otherwise look complete
                 raise _once_more(self._problem)
             try:
                 self._made.append(next(self._pieces))
@@ -95,7 +104,7 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     @property
     def text(self) -> str:
-        """The whole answer: generates what is left of it."""
+        """The whole answer. Generates the rest of it first."""
         with self._lock:
             for _ in self:
                 pass
@@ -103,26 +112,30 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     @property
     def thoughts(self) -> str | None:
-        """What the model wrote before the answer, as far as it has; None if it did not think."""
+        """The model's thoughts so far, or None if it did not think."""
         return self.report.thoughts
 
     @property
     def parsed(self) -> Parsed:
-        """The value of a complete answer with the option `schema`, or None if it was cut. Generates what is left of it.
+        """The value of an answer generated with the option `schema`, or None if the answer was cut.
 
-        An instance of `schema` if that is a class, else what `json.loads` returns.
+        An instance of `schema` if that is a class, otherwise the value that `json.loads` returns. Generates the rest of the answer
+        first.
         """
         str(self)
         return self._instances[0] if self._instances else self.report.parsed
 
     @property
     def logprobs(self) -> list[dict[str, Any]] | None:
-        """The log probability of each token of `ids`, and of others in its place, as docs/json.md says; None without the option."""
+        """Log probabilities for each token in `ids` and its alternatives, see docs/json.md. None without the option `logprobs`."""
         return self.report.logprobs
 
     @property
     def choices(self) -> list[dict[str, Any]] | None:
-        """What the option `choices` names, each with its log probability and its probability among them; None without it."""
+        """The choices, each with its log probability and its probability among the choices.
+
+        None without the option `choices`. Generates the rest of the answer first.
+        """
         str(self)
         return self.report.choices
 
@@ -137,10 +150,10 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
             return True
         return isinstance(other, str | Answer) and self.text == str(other)
 
-    __hash__ = None  # in a set or as a key it would not be found by the text that it equals
+    __hash__ = None  # its hash would differ from the hash of the text that it equals
 
     def close(self) -> None:
-        """Stops: nothing more is generated, and `report.finish_reason` is "interrupt" if there was more to come."""
+        """Stop generating. `report.finish_reason` becomes "interrupt" unless the answer was complete."""
         with self._lock:
             self._pieces.close()
             self.report.finish_reason = self.report.finish_reason or "interrupt"
@@ -152,14 +165,14 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
 
 def _once_more(problem: Exception) -> Exception:
-    """Return the same exception without its traceback, whose frames hold the memory of what failed."""
+    """Return a copy of an exception without its traceback, whose frames would keep memory alive."""
     again = type(problem).__new__(type(problem), *problem.args)
     vars(again).update(vars(problem))
     return again
 
 
 def logprobs_record(tokenizer: Tokenizer, token: int, logprobs: TokenLogprobs) -> dict[str, Any]:
-    """Return the log probabilities of a token, and of others in its place, as reports hold them."""
+    """Return the log probabilities of a token and its alternatives in the form of a report."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text = tokenizer.backend.decode([token], skip_special_tokens=False)
@@ -169,7 +182,7 @@ def logprobs_record(tokenizer: Tokenizer, token: int, logprobs: TokenLogprobs) -
 
 
 class Asked(Protocol):
-    """What a conversation is about: an `asking.Askable`."""
+    """What a conversation is about, such as an `asking.Askable`."""
 
     OVERTAKEN: ClassVar[str]
     _session: Session
@@ -188,12 +201,14 @@ class Asked(Protocol):
 
 
 class Chat(Uncopied):
-    """A conversation: each question is asked with what was said before. Made by `chat` of what can be asked.
+    """A conversation: the model reads each question together with the turns before it. Made by the method `chat` of an `Askable`.
 
-    The model reads all of it, in its own chat template; keys and values of what it has read already are used again. Thoughts are
-    not part of it. An answer is, once it is complete: one that failed or was closed leaves the conversation as it was, and so does
-    one that ended inside its thoughts. What does not fit into the model's context is left out, the oldest turns first; then
-    `report.warnings` of the next answer has "history_cut", before it is generated.
+    The model reads the conversation in its own chat template, and reuses the keys and values of everything it has read before.
+    Thoughts are not part of the conversation. An answer becomes part of it once it is complete; an answer that failed, was closed,
+    or ended inside its thoughts leaves the conversation unchanged.
+
+    If the conversation does not fit into the model's context, the oldest turns are left out. `report.warnings` of the next answer
+    then has "history_cut" before the answer is generated.
     """
 
     INSTEAD = "take chat.messages"
@@ -209,16 +224,16 @@ class Chat(Uncopied):
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """What was said, as `chat` takes it, in a list of the caller's own."""
+        """The conversation as a new list, in the form that `chat` accepts."""
         return messages_of(self._turns)
 
     def clear(self) -> None:
-        """Forgets what was said."""
+        """Forget all turns."""
         self._latest = object()
         self._turns = []
 
     def undo(self) -> str | None:
-        """Takes the latest question back, with its answer. Returns it; None if there is none."""
+        """Remove the latest question and its answer. Return the question, or None if there is none."""
         self._latest = object()
         return self._turns.pop().question if self._turns else None
 
@@ -252,11 +267,17 @@ class Chat(Uncopied):
         on_thoughts: Callable[[str], None] | None = None,
         **options: "Unpack[GenerationKeywords]",
     ) -> Answer:
-        """Asks the next question. The answer ends with an error if another question of the conversation was asked meanwhile.
+        """Ask the next question.
 
-        Args: as of `EncodedInputs.ask`. `system` belongs to the conversation.
+        The answer ends with an error if another question of the conversation is asked before it is complete. For the arguments, see
+        `EncodedInputs.ask`; `system` belongs to the conversation.
 
-        Raises: as `EncodedInputs.ask`, and what reading its answer raises of a prompt. UsageError: another system prompt.
+        Raises:
+            UsageError: If another system prompt is given, the question does not fit into the model's context, or
+                `EncodedInputs.ask` refuses it.
+            OutOfMemory: If the prompt does not fit into memory.
+            ModelError: If the chat template is unusable.
+            TypeError: If an option is unknown.
         """
         (generation,) = from_keywords(options, GenerationOptions)
         if generation.system not in (None, self.system):
@@ -280,7 +301,8 @@ class Chat(Uncopied):
     def _fitting(self, question: str, generation: GenerationOptions) -> list[Turn]:
         """Return the latest turns that fit into the model's context together with the question.
 
-        Raises DoesNotFit: it does not fit alone.
+        Raises:
+            DoesNotFit: If the question does not fit even without turns.
         """
 
         def fits(dropped: int) -> bool:
@@ -292,7 +314,7 @@ class Chat(Uncopied):
 
         if fits(0):
             return [*self._turns]
-        # Few are tried: each is rendered in a process of its own.
+        # Bisect, because each attempt renders the chat template in a separate process.
         dropped = bisect_left(range(len(self._turns)), True, 1, key=fits)
         turns = self._turns[dropped:]
         if not turns:
@@ -300,7 +322,7 @@ class Chat(Uncopied):
         return turns
 
     def _remembered(self, answer: Answer, earlier: list[Turn], latest: object) -> Iterator[str]:
-        """Yield an answer, which then becomes a turn."""
+        """Yield the pieces of an answer, then add the answer to the conversation."""
         if latest is not self._latest:
             raise UsageError(self._inputs.OVERTAKEN, "finish one answer before the next question")
         yield from answer

@@ -1,7 +1,8 @@
-"""What is asked: encoded inputs get a question, its prompt is read, and the answer is generated.
+"""Ask questions about encoded inputs: read the prompt and generate the answer.
 
-Answers about the same inputs share the keys and values of their prompt. So a lock is held while a piece is generated, and by
-`Answer.text` until the answer is complete. It is never held while the caller has control: an iteration cannot block another one.
+Answers about the same inputs share the keys and values of their prompt. A lock is held while one piece of an answer is generated,
+and by `Answer.text` until the answer is complete. It is never held while the caller has control, so one iteration cannot block
+another.
 """
 
 import threading
@@ -55,26 +56,28 @@ if TYPE_CHECKING:
 
 
 class Askable(ABC, Uncopied):
-    """What can be asked, one question at a time: its keys and values serve every question. Threads wait for one another."""
+    """Base class of everything that answers questions, one question at a time.
+
+    All questions share the keys and values of the inputs. Threads wait for one another.
+    """
 
     INSTEAD = "threads may share it; another process needs a VideoQA of its own, and encodes there"
-    OVERTAKEN = "another question was asked meanwhile"  # why an answer ends that is not the latest one any more
+    OVERTAKEN = "another question was asked meanwhile"  # error of an answer that is read on after a newer question
 
     def __init__(self, session: Session):
         self._session = session
         self._lock = threading.RLock()
-        # how often it was asked; whether a report has had the times of the inputs
-        self._turn = 0
-        self._paid = False
+        self._turn = 0  # number of questions so far
+        self._paid = False  # whether a report already includes the times of the inputs
 
     @property
     def ignores_sound(self) -> bool:
-        """True if a video has sound, and no subtitles were read in its place."""
+        """True if a video has sound, but no subtitles were read for it."""
         return False
 
     @abstractmethod
     def _blank_report(self) -> Report:
-        """Return the report of an answer before its question is read, of its own."""
+        """Return a new report for an answer, as it is before the question is read."""
 
     @abstractmethod
     def _read(
@@ -85,14 +88,22 @@ class Askable(ABC, Uncopied):
         clock: Clock,
         earlier: Sequence[Turn] | None = None,
     ) -> PrefillState:
-        """Return the state from which the answer is decoded. `earlier`: of a conversation; None where it is none."""
+        """Read a question and return the state to decode the answer from.
+
+        Args:
+            earlier: The conversation so far, or None for a single question.
+        """
 
     @abstractmethod
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
-        """Raises DoesNotFit where a question of a conversation does not fit into the model's context."""
+        """Check that a question of a conversation fits into the model's context.
+
+        Raises:
+            DoesNotFit: If it does not fit.
+        """
 
     def _ended(self, turn: int) -> None:
-        """Is called once the answer of that number is complete, was closed or failed."""
+        """Called when the answer with this number is complete, was closed, or has failed."""
 
     @overload
     def ask(
@@ -124,27 +135,30 @@ class Askable(ABC, Uncopied):
         on_thoughts: Callable[[str], None] | None = None,
         **options: "Unpack[GenerationKeywords]",
     ) -> Answer:
-        """Asks a question. The first answer's report includes the times of the inputs, later ones do not.
+        """Ask a question. Only the first answer's report includes the times of encoding the inputs.
 
         Args:
-            question: taken literally.
-            seed: of the draw of tokens; None for that of the `VideoQA`, so that the same question has the same answer.
-            on_thoughts: called with each piece of the model's thoughts, as it comes.
-            options: how the answer is generated: the fields of `keywords.GenerationKeywords`.
+            question: The question, taken literally.
+            seed: Seed for sampling tokens. None uses the seed of the `VideoQA`, so the same question gets the same answer.
+            on_thoughts: Called with each piece of the model's thoughts as it is generated.
+            options: How to generate the answer: the fields of `keywords.GenerationKeywords`.
 
-        Raises UsageError: an option out of range, or a question that is empty or no text. TypeError: an unknown option.
+        Raises:
+            UsageError: If an option is out of range, or the question is empty or not a text.
+            TypeError: If an option is unknown.
         """
         (generation,) = from_keywords(options, GenerationOptions)
         return self._answer(question, generation, seed, on_thoughts)
 
     def chat(self, system: str | None = None, messages: Sequence[Mapping[str, str]] = ()) -> "Chat":
-        """Begins a conversation, whose questions are asked with what was said before.
+        """Start a conversation, in which the model reads each question together with the turns before it.
 
         Args:
-            system: a system prompt; None for the model's own.
-            messages: what was said already: dicts with `role`, "user" and "assistant" in turn, and `content`, a text.
+            system: A system prompt. None uses the model's own.
+            messages: Earlier turns: dicts with `role`, alternately "user" and "assistant", and `content`, a text.
 
-        Raises UsageError: messages of another form, or a method that reads the question.
+        Raises:
+            UsageError: If messages have another form, or the method reads the question.
         """
         check_conversation(self._session.pruning.method)
         return Chat(self, check_type("system", system, str | None), turns_of(messages))
@@ -157,7 +171,11 @@ class Askable(ABC, Uncopied):
         on_thoughts: Callable[[str], None] | None,
         earlier: Sequence[Turn] | None = None,
     ) -> Answer:
-        """As `ask`. `earlier`: what was said before, in a conversation; None where it is none."""
+        """Answer a question, see `ask`.
+
+        Args:
+            earlier: The conversation so far, or None for a single question.
+        """
         check_not_empty(question)
         seed = check_type("seed", seed, int | None)
         check_type("on_thoughts", on_thoughts, Callable | None)
@@ -193,7 +211,11 @@ class Askable(ABC, Uncopied):
         return report
 
     def _check_choices(self, options: GenerationOptions) -> None:
-        """Raises UsageError: the model cannot choose among these."""
+        """Check that the model can choose among the given choices.
+
+        Raises:
+            UsageError: If it cannot.
+        """
         if options.choices is None:
             return
         tokenizer = self._session.loaded.tokenizer
@@ -216,9 +238,16 @@ class Askable(ABC, Uncopied):
         on_thoughts: Callable[[str], None],
         turns: Sequence[Turn] | None,
     ) -> Iterator[str]:
-        """Generates an answer and keeps its report and its `ids` up to date.
+        """Generate an answer piece by piece, keeping `report` and `ids` up to date.
 
-        `instances` gets the instance of the class that is the schema, once the answer is complete.
+        Args:
+            ids: Receives the token ids of the answer.
+            instances: Receives the instance of the schema's class when the answer is complete, if the schema is a class.
+            on_thoughts: Called with each piece of the model's thoughts.
+            turns: The conversation so far, or None for a single question.
+
+        Raises:
+            UsageError: If another question is asked before this answer is complete.
         """
         self._turn += 1
         turn = self._turn
@@ -228,7 +257,7 @@ class Askable(ABC, Uncopied):
             clock.seconds = dict.fromkeys(OF_INPUTS, 0.0)
             earlier = 0.0
             report.time_ms.encode_prune = 0.0
-        else:  # the inputs' time, until a question has paid for it
+        else:  # the first answer's report includes the times of the inputs
             clock.seconds, earlier = self._spent
         fill_times(report, clock.seconds, earlier, loaded.device)
         start = clock.now()
@@ -236,7 +265,7 @@ class Askable(ABC, Uncopied):
         packed = packing.seconds
         constraint = None
         if options.grammar is not None:
-            with clock.stage("prefill"):  # once a model, its vocabulary is taken in
+            with clock.stage("prefill"):  # builds the vocabulary once per model
                 constraint = loaded.vocabulary.constraint(options.grammar)
         state = self._read(question, options, report, clock, turns)
         if constraint is not None:
@@ -306,11 +335,14 @@ class Askable(ABC, Uncopied):
 class EncodedInputs(Askable):
     """Inputs that were encoded once and can be asked about together, one question at a time.
 
-    Threads wait for one another (`Answer`). A method that reads the question selects tokens for each one anew. `report` describes
-    the encodings, and never changes: each answer has one of its own. `plans`: of each input, what was looked at, and how large.
+    Threads wait for one another (`Answer`). A later question reads only the part of its prompt that it does not share with earlier
+    ones (`PrefixCache`). A method that reads the question selects tokens anew for each question.
 
-    A later question reads only what it does not have in common with earlier ones (`PrefixCache`). `last_question`, to be set before
-    a question is asked, says that no other one follows, so a model with recurrent layers reads its prompt in one pass.
+    Attributes:
+        report: Describes the encodings and never changes. Each answer has a report of its own.
+        plans: The plan of each input: its frames, sizes and encoding.
+        last_question: Set this to True before asking a question that no other question follows. A model with recurrent layers then
+            reads the prompt in one pass.
     """
 
     def __init__(self, session: Session, encodings: Sequence[EncodedInput]):
@@ -334,12 +366,15 @@ class EncodedInputs(Askable):
         return f"<EncodedInputs {', '.join(said)}>"
 
     def with_session(self, session: Session) -> "EncodedInputs":
-        """Return the same tokens, read by a session that differs in what happens inside the language model alone."""
+        """Return the same tokens with another session, which may differ only in what happens inside the language model."""
         return EncodedInputs(session, self._encodings)
 
     @property
     def encoded(self) -> Encoded:
-        """The tokens of the first input; none before the question where the method reads it. `rows` of the cache hold no data."""
+        """The tokens of the first input.
+
+        If the method reads the question, there are no tokens before the first question. For a cached input, `rows` holds no data.
+        """
         return self._encodings[0].encoded
 
     @property
@@ -353,10 +388,14 @@ class EncodedInputs(Askable):
     def read_along(
         self, question: str, ids: Sequence[int], system: str | None = None, think: str = "off"
     ) -> tuple[torch.Tensor, float]:
-        """Reads a question and a given answer, the tokens `ids`, at least one: teacher forcing. Errors: as of `Answer`.
+        """Read a question and a given answer (teacher forcing). Raises the same errors as `Answer`.
 
-        Returns the logits of every token of the answer, each behind those before it, float32 `[len(ids), vocabulary]`; and the
-        seconds from the question to the first of them.
+        Args:
+            ids: Token ids of the answer, at least one.
+
+        Returns:
+            The logits that predict each answer token, float32 `[len(ids), vocabulary]`, computed after reading the question and the
+            tokens before it; and the seconds from the question to the first logits.
         """
         options = GenerationOptions(max_new_tokens=len(ids), system=system, think=think)
         with self._lock:
@@ -372,7 +411,7 @@ class EncodedInputs(Askable):
 
     @property
     def _spent(self) -> tuple[dict[str, float], float]:
-        """The busy seconds of each stage, and the wall-clock seconds, of all inputs together."""
+        """Busy seconds by stage and wall-clock seconds, summed over all inputs."""
         every = self._encodings
         stages = {stage: sum(encoding.seconds[stage] for encoding in every) for stage in OF_INPUTS}
         return stages, sum(encoding.wall_seconds for encoding in every)
@@ -382,14 +421,14 @@ class EncodedInputs(Askable):
 
     @torch.inference_mode()
     def _select_for(self, question: str, report: Report) -> None:
-        """Has the method select tokens for this question; keys and values of earlier ones are of no use then."""
+        """Select tokens for this question. This discards the keys and values of earlier questions."""
         loaded = self._session.loaded
         before = 0.0
         if self._paid:
             before = self._prune_seconds
         self._prefix.forget()
         ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")
-        words = embed_ids(loaded.model, ids)  # without the prompt around them
+        words = embed_ids(loaded.model, ids)  # only the question, without the rest of the prompt
         self._encodings = [encoding.selected(words) for encoding in self._encodings]
         fill_pruning(report, self._session, self._encodings)
         report.time_ms.encode_prune = (self._prune_seconds - before) * 1000
@@ -413,14 +452,17 @@ class EncodedInputs(Askable):
         clock: Clock,
         earlier: Sequence[Turn] | None = None,
     ) -> PrefillState:
-        """Return the state from which the answer is decoded; the tokens are selected first, if the method reads the question."""
+        """Read a question and return the state to decode the answer from.
+
+        If the method reads the question, tokens are selected first.
+        """
         with clock.stage("prefill"):
             prompt = self._fitting_prompt(question, options, earlier)
         if selects := any(encoding.unselected for encoding in self._encodings):
             with clock.stage("encode"):
                 self._select_for(question, report)
         with clock.stage("prefill"):
-            last = self.last_question or selects  # what is selected anew has a prompt of its own
+            last = self.last_question or selects  # after a new selection, no later prompt shares this one's prefix
             state = self._prefill(prompt, last, goes_on=earlier is not None)
             state.prompt_ids = prompt.input_ids
             visual = sum(len(encoding.encoded.kept) for encoding in self._encodings)
@@ -430,7 +472,7 @@ class EncodedInputs(Askable):
         return state
 
     def _prefill(self, prompt: Prompt, last: bool, goes_on: bool) -> PrefillState:
-        """Return the state that decoding of a prompt starts from. `last`, `goes_on`: as of `PrefixCache.read`."""
+        """Read a prompt and return the state to decode from. For `last` and `goes_on`, see `PrefixCache.read`."""
         loaded = self._session.loaded
         pruning = self._session.pruning
         model = loaded.model
@@ -443,7 +485,11 @@ class EncodedInputs(Askable):
 
 
 def together(session: Session, inputs: Sequence[EncodedInputs]) -> EncodedInputs:
-    """Inputs that were encoded apart, to be asked about together. Raises UsageError: none, or one of another model or pruning."""
+    """Combine inputs that were encoded separately, to ask about them together.
+
+    Raises:
+        UsageError: If there are no inputs, or one was encoded by another session.
+    """
     if not inputs:
         raise UsageError("there is no input", "give at least one path, or what encode made of it")
     if any(encoded._session is not session for encoded in inputs):

@@ -1,8 +1,10 @@
-"""Files that are kept between runs: encoded videos, so that the same file, looked at in the same way by the same model, is encoded
-once; and whatever else has a name that is a hash of everything that its content depends on.
+"""Files kept between runs, named by a hash of everything that their content depends on.
 
-They never fail a run: an entry that is damaged or has the name of another one counts as missing, one that cannot be written is
-skipped. An encoded video is a safetensors file, which also holds what its name is made of.
+Most entries are encoded videos, so the same file, sampled in the same way for the same model, is encoded only once. An encoded
+video is a safetensors file that also contains its key.
+
+The cache never fails a run. A damaged entry, or one with another key, counts as missing, and an entry that cannot be written is
+skipped.
 """
 
 import hashlib
@@ -25,34 +27,38 @@ from evoprune.model import loads
 from evoprune.util import brief, check_type, file_stats, open_safetensors
 from evoprune.vision import Encoded
 
-# what the names of entries end with, and those of files while they are written
+# suffixes of finished entries, and of files that are still being written
 SUFFIX = ".safetensors"
 UNFINISHED = ".tmp"
-OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that an entry need not have
+OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that an entry may lack
 
 
 def cache_folder() -> Path:
-    """Return EVOPRUNE_CACHE_DIR, or `evoprune` where this user's caches are."""
+    """Return EVOPRUNE_CACHE_DIR if it is set, otherwise `evoprune` in the user's cache folder."""
     standard = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "evoprune")
     return Path(os.path.expanduser(os.environ.get("EVOPRUNE_CACHE_DIR") or standard))
 
 
 @cache
 def own_code() -> str:
-    """Return a hash of this package's files, which change during development while the version does not."""
+    """Return a hash of this package's files, because code changes during development while the version does not."""
     files = sorted(Path(evoprune.__file__).parent.rglob("*.py"))
     return hashlib.sha256(repr(file_stats(files)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Entries:
-    """A folder of such files; several processes may use it at a time."""
+    """A folder of cache entries. Several processes may use it at a time."""
 
-    folder: Path  # made when something is stored
-    limit_bytes: int  # of all entries together; the least recently used are deleted
+    folder: Path  # created when the first entry is stored
+    limit_bytes: int  # limit for the total size; the least recently used entries are evicted
 
     def __post_init__(self):
-        """Raises UsageError: `folder` is no path, or `limit_bytes` no number."""
+        """Check the fields.
+
+        Raises:
+            UsageError: If `folder` is not a path, or `limit_bytes` is not an integer.
+        """
         try:
             object.__setattr__(self, "folder", Path(self.folder))
             named = b"\0" not in os.fsencode(self.folder)
@@ -63,11 +69,16 @@ class Entries:
         object.__setattr__(self, "limit_bytes", check_type("limit_bytes", self.limit_bytes, int))
 
     def write(self, key: str, content: Callable[[BinaryIO], None], make_room: bool = True) -> bool:
-        """Writes an entry completely or not at all, and deletes old ones beyond the limit; False where the system refuses.
+        """Write an entry atomically, and evict old entries beyond the limit.
 
-        `make_room`: False where many are written, and `make_room` is called once behind them.
+        Raises everything that `content` raises, except OSError.
 
-        Raises what `content` does, but for OSError.
+        Args:
+            content: Writes the entry into a file.
+            make_room: Whether to evict old entries. False if the caller writes many entries and then calls `make_room` once.
+
+        Returns:
+            False if the operating system refuses to write.
         """
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -87,23 +98,33 @@ class Entries:
         return True
 
     def size(self) -> tuple[int, int]:
-        """Return how many entries, and their bytes."""
+        """Return the number of entries and their total bytes."""
         sizes = [stat.st_size for path, stat in self._files() if path.suffix == SUFFIX]
         return len(sizes), sum(sizes)
 
     def clear(self) -> int:
-        """Deletes all entries, and nothing else in the folder; how many. Raises OSError if one cannot be deleted."""
+        """Delete all entries and unfinished files, and nothing else in the folder.
+
+        Returns:
+            The number of entries that existed.
+
+        Raises:
+            OSError: If a file cannot be deleted.
+        """
         entries, _ = self.size()
         for path, _ in self._files():
             path.unlink(missing_ok=True)
         return entries
 
     def path(self, key: str) -> Path:
-        """Return the file of an entry, which may not be there."""
+        """Return the path of an entry, which may not exist."""
         return self.folder / f"{key}{SUFFIX}"
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Yield regular files of this cache, entries and unfinished ones; another process may delete them at any time."""
+        """Yield the regular files of this cache, finished or not, with their stat results.
+
+        Another process may delete them at any time.
+        """
         for ending in (f"{'[0-9a-f]' * 64}{SUFFIX}", f"tmp*{UNFINISHED}"):
             for path in self.folder.glob(ending):
                 with suppress(OSError):
@@ -111,7 +132,7 @@ class Entries:
                         yield path, path.stat()
 
     def make_room(self) -> None:
-        """Deletes the least recently used entries beyond the limit, and unfinished files that a killed process left."""
+        """Evict the least recently used entries beyond the limit, and unfinished files that killed processes left."""
         total = 0
         for path, stat in sorted(self._files(), key=lambda file: file[1].st_mtime, reverse=True):
             total += stat.st_size
@@ -125,44 +146,50 @@ class Entries:
 
 @dataclass(frozen=True)
 class Entry:
-    """An encoded video, and what is known of its frames."""
+    """An encoded video and facts about its frames."""
 
     encoded: Encoded
-    read_s: tuple[float, ...]  # their own times, in seconds
-    moved: bool  # whether some are keyframes nearby, as of `FrameChunk`
+    read_s: tuple[float, ...]  # timestamps of the decoded frames, in seconds
+    moved: bool  # whether some frames are nearby keyframes, see `FrameChunk`
 
 
 @dataclass(frozen=True)
 class Cache(Entries):
-    """A folder of encoded videos; several processes may use it at a time."""
+    """A folder of encoded videos. Several processes may use it at a time."""
 
-    makes_room: ClassVar[bool] = True  # whether storing an entry deletes old ones beyond the limit
+    makes_room: ClassVar[bool] = True  # whether `store` evicts old entries beyond the limit
 
-    folder: Path = field(default_factory=cache_folder)  # default: the one of `evoprune ask --cache`
-    limit_bytes: int = 2 * 2**30  # of all entries together; the least recently used are deleted
+    folder: Path = field(default_factory=cache_folder)  # default: the folder of `evoprune ask --cache`
+    limit_bytes: int = 2 * 2**30  # limit for the total size; the least recently used entries are evicted
 
-    if TYPE_CHECKING:  # what is a `Path` afterwards may be given as a text
+    if TYPE_CHECKING:  # `folder` may be given as a text, but becomes a `Path`
 
         def __init__(self, folder: str | os.PathLike[str] = ..., limit_bytes: int = ...) -> None: ...
 
     def load(self, key: str, device: torch.device) -> Entry | None:
-        """Return an entry, or None if there is none or it is damaged. Its rows are on the device `meta`: no answer needs them."""
+        """Load an entry onto a device.
+
+        Its `rows` are on the device `meta`, because no answer needs them.
+
+        Returns:
+            The entry, or None if it is missing or damaged.
+        """
         from safetensors import SafetensorError
 
         path = self.path(key)
-        if not path.is_file():  # nor a pipe, which nobody may ever write to
+        if not path.is_file():  # also excludes pipes, where opening could block forever
             return None
         try:
             with open_safetensors(path) as file:
                 about = file.metadata()["about"]
-                # Copies: what is mapped from a file is gone with it.
+                # Copy, because memory-mapped tensors are lost with the file.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
                 if file.metadata()["digest"] != _digest(about, tensors):
                     return None
             facts = loads(about)
             if facts["key"] != key:
                 return None
-            with suppress(OSError):  # a folder that may only be read
+            with suppress(OSError):  # the folder may be read-only
                 os.utime(path)
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
             features = tensors["features"]
@@ -184,11 +211,15 @@ class Cache(Entries):
 
     @property
     def of_segments(self) -> "SegmentCache":
-        """The folder inside this one for segments of long videos, with a limit of its own."""
+        """A cache inside this folder for segments of long videos, with its own limit."""
         return SegmentCache(self.folder / "segments")
 
     def store(self, key: str, entry: Entry) -> bool:
-        """Writes an entry atomically, and deletes old ones beyond the limit; False if it cannot be written."""
+        """Write an entry atomically, and evict old entries beyond the limit.
+
+        Returns:
+            False if the entry is larger than the limit or cannot be written.
+        """
         from safetensors.torch import save
 
         encoded = entry.encoded
@@ -211,7 +242,10 @@ class Cache(Entries):
 
 @dataclass(frozen=True)
 class SegmentCache(Cache):
-    """A folder of encoded segments of videos. A video has hundreds, so `make_room` is to be called once for all of them."""
+    """A folder of encoded video segments.
+
+    A video has hundreds of segments, so the caller calls `make_room` once after storing all of them.
+    """
 
     makes_room: ClassVar[bool] = False
 
@@ -219,7 +253,7 @@ class SegmentCache(Cache):
 
 
 class ContentHash:
-    """Hash files as `content_hash`, each once for as long as its size and its time stay the same."""
+    """Hash files like `content_hash`, but hash a file again only if its size or time has changed."""
 
     def __init__(self):
         self._known: dict[tuple, str] = {}
@@ -234,7 +268,11 @@ class ContentHash:
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:
-    """Return a hash of a file's bytes; of a folder, of its files and their names. Raises OSError if it cannot be read."""
+    """Return a hash of a file's bytes, or of the names and contents of the files in a folder.
+
+    Raises:
+        OSError: If a file cannot be read.
+    """
     path = Path(path)
     if not path.is_dir():
         with open(path, "rb") as file:
@@ -244,7 +282,10 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 
 
 def _digest(about: str, tensors: dict[str, torch.Tensor]) -> str:
-    """Return a hash of everything in an entry: safetensors notices a file that is too short, but not a flipped bit."""
+    """Return a hash of everything in an entry.
+
+    safetensors detects a truncated file, but not a flipped bit.
+    """
     digest = hashlib.blake2b(about.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

@@ -1,4 +1,4 @@
-"""An input that was encoded."""
+"""The result of encoding one input."""
 
 from dataclasses import dataclass, replace
 
@@ -10,12 +10,12 @@ from evoprune.vision import Encoded, EncodedRows, select_tokens
 
 @dataclass(frozen=True)
 class EncodedInput:
-    """An input that was encoded, and what that took."""
+    """An encoded input, with its timings and warnings."""
 
     plan: Plan
-    encoded: Encoded  # what the language model reads; none where a question is to come first
-    unselected: EncodedRows | None  # where the method selects tokens for each question, what it selects from
-    seconds: dict[str, float]  # how long each stage was busy, and "overlap": all of `report.OF_INPUTS`
+    encoded: Encoded  # tokens for the language model; empty until a question selects them
+    unselected: EncodedRows | None  # rows to select from, if the method selects tokens per question
+    seconds: dict[str, float]  # busy seconds by stage; the keys are `report.OF_INPUTS`
     wall_seconds: float  # from the start of planning to the end of encoding
     cache: str  # "hit" (from disk), "miss" (encoded, then stored) or "off"
     warnings: tuple[str, ...]  # names, as in reports
@@ -23,16 +23,25 @@ class EncodedInput:
 
     @property
     def kept(self) -> int:
-        """How many tokens the language model will read."""
+        """Number of tokens that the language model will read."""
         return self.plan.encoder.keep if self.unselected else len(self.encoded.kept)
 
     def own(self) -> "EncodedInput":
-        """Return the same one for another conversation, whose selections it times apart."""
+        """Return a copy for another conversation, so that each conversation times its own selections.
+
+        Returns the same object if the method does not read the question.
+        """
         if not self.unselected:
             return self
         rows = replace(self.unselected, timer=self.unselected.timer.copy())
         return replace(self, unselected=rows, encoded=rows.nothing_selected())
 
     def selected(self, question: torch.Tensor) -> "EncodedInput":
-        """Return it with the tokens for a question, its embedding `[words, D]`, where the method selects them for each one."""
+        """Return this input with the tokens selected for a question.
+
+        Returns the same object if the method does not read the question.
+
+        Args:
+            question: Embedded words of the question, `[words, D]`.
+        """
         return replace(self, encoded=select_tokens(self.unselected, question)) if self.unselected else self

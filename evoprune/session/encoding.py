@@ -1,4 +1,4 @@
-"""From files to tokens: inputs are probed and planned, then read, cut into patches and encoded, or taken from the cache."""
+"""From files to tokens: probe and plan inputs, then read, patchify and encode them, or load them from the disk cache."""
 
 import hashlib
 import json
@@ -53,28 +53,28 @@ from evoprune.video import (
 from evoprune.vision import Encoded, EncodedRows, encode_rows, select_tokens
 
 Path = str | os.PathLike[str]
-# A stage, what is done of it, in all: "read" and "encode" frames; then perhaps "layers" of the tower.
+# Called with a stage, the amount done, and the total: frames for "read" and "encode", then perhaps "layers" of the tower.
 Progress = Callable[[str, int, int], None]
 
 KINDS_HINT = "give a path or a URL, an array of frames, a picture of Pillow, the bytes of a file, or an open file"
-AHEAD_BYTES = 2**26  # of patches that are read before the encoder needs them, where they are not kept
-READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # the package that each decoder is
+AHEAD_BYTES = 2**26  # limit for prefetched patches that are not kept in the patch store
+READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # decoders and their packages
 
 
 @dataclass(eq=False)
 class OpenInput:
-    """A video or picture that is being read. To be encoded once, and closed.
+    """A video or picture that is being read. Encode it once, then close it.
 
-    Subclasses take frames or rows from elsewhere.
+    Subclasses provide frames or rows from other sources.
 
     Attributes:
-        threaded: Whether a thread prepares the next chunks while the encoder uses one.
-        shares: Whether other inputs may use its patches, and it may use theirs; not if a subclass changes frames, or needs each.
-        ahead: What may have read the frames already.
-        cache: Where encodings are kept. What it has is not read, and what it lacks is stored.
-        hashed: Hashes the file for the cache; default: `content_hash`.
-        temporary: Whether its files are removed once it is closed, so that no other input reads them again.
-        cores: That reading may keep busy; None for all that this process may use.
+        threaded: Whether a thread prepares the next chunks while the encoder works on one.
+        shares: Whether this input may share patches with other inputs. False in subclasses that change frames or need all of them.
+        ahead: A prefetch that may have read the frames already.
+        cache: The disk cache. A hit skips reading and encoding, a miss is stored after encoding.
+        hashed: Hashes the file for the cache. Default: `content_hash`.
+        temporary: Whether the files are removed when the input is closed, so no later input can read them.
+        cores: Number of cores that reading may keep busy, or None for all that this process may use.
     """
 
     threaded: ClassVar[bool] = True
@@ -92,19 +92,19 @@ class OpenInput:
     def __post_init__(self):
         self.cores = self.session.loaded.cores
         self.damaged = 0
-        self.read_early = False  # whether nobody waits for what is read before it is encoded
-        self.waited_s = 0.0  # for patches, while they were encoded
+        self.read_early = False  # whether no thread waits for reading until encoding starts
+        self.waited_s = 0.0  # seconds that encoding waited for patches
         self.other_size = self.moved = False
-        self.read_s: tuple[float, ...] = ()  # times of the frames themselves
-        self._reported_frames = -1  # as progress
+        self.read_s: tuple[float, ...] = ()  # timestamps of the decoded frames
+        self._reported_frames = -1  # latest count passed to `progress`
         self._progress: Progress | None = None
-        self._patch_key: Hashable | None = None  # of the patches, if they are kept
+        self._patch_key: Hashable | None = None  # key in the patch store, if the patches are kept there
         self._reading: Reading[PatchChunk] | None = None
         self._closed = False
         self._lock = threading.Lock()
 
     def frames(self, on_frames: OnFrames) -> Iterator[FrameChunk]:
-        """Return what is looked at, as `video.frames.read_chunks` yields it; arguments as there."""
+        """Yield the sampled frames. For arguments and results, see `video.frames.read_chunks`."""
         plan = self.plan
         if self.ahead and (early := self.ahead.take(plan)):
             return self._early_frames(early)
@@ -112,7 +112,7 @@ class OpenInput:
         return read_chunks(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)
 
     def _early_frames(self, early: Reading[FrameChunk]) -> Iterator[FrameChunk]:
-        """Yield frames that were read early. Their hidden time counts as time of reading."""
+        """Yield prefetched frames. Their hidden read time is added to the read time."""
         with closing(early):
             hidden_s = 0.0
             for chunk in early.chunks():
@@ -123,13 +123,13 @@ class OpenInput:
 
     @cached_property
     def key(self) -> str | None:
-        """The key of its entry in the cache; None without one."""
+        """Key of the cache entry, or None if nothing can be cached."""
         with self.clock.stage("read"):
             return self._key_now()
 
     @cached_property
     def stored(self) -> Entry | None:
-        """What the cache has."""
+        """The entry in the cache, or None on a miss."""
         if self.key is None:
             return None
         with self.clock.stage("read"):
@@ -139,17 +139,23 @@ class OpenInput:
         return entry_key(self.session, self.plan, self.hashed or content_hash) if self.cache else None
 
     def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
-        """Return what the tower makes of it. `options`: of `vision.encoder.encode_rows`."""
+        """Run the vision tower. For `options`, see `vision.encoder.encode_rows`."""
         return encode_rows(self.session.loaded.model.model.visual, patches, self.plan.encoder, **options)
 
     def begin(self) -> None:
-        """Start to read, in a thread: all of it if it is kept; else some chunks."""
+        """Start reading in a thread, unless the input is in the cache.
+
+        The thread reads the whole input if its patches are kept, otherwise some chunks ahead.
+        """
         self.read_early = True
         if self.stored is None:
             self._begun()
 
     def read(self) -> None:
-        """Begin, and wait until all of it is read, or what may wait. For another thread than the one that encodes."""
+        """Start reading, and wait until the input is read as far as memory for waiting chunks allows.
+
+        Call this from another thread than the one that encodes.
+        """
         self.begin()
         if reading := self._reading:
             reading.wait()
@@ -160,14 +166,18 @@ class OpenInput:
         self._drop()
 
     def encode(self, progress: Progress | None = None, pieces: Sequence[int] | None = None) -> EncodedInput:
-        """Reads, preprocesses and encodes it.
+        """Read, preprocess and encode the input.
 
         Args:
-            progress: called in this thread, while frames are waited for with "read", those read and in all; with "encode", those
-                embedded, after every piece that was read; then with "layers", those of the tower that are done and in all.
-            pieces: how many rows go through a product at a time, and fewer where memory runs out; default: `fitting_pieces`.
+            progress: Called in this thread: with "read", frames read so far and in all, while waiting for frames; with "encode",
+                frames embedded so far and in all, after every chunk; then with "layers", layers of the tower finished and in all.
+            pieces: Numbers of rows that go through a matrix product at a time; the next one is tried when memory runs out. Default:
+                `fitting_pieces`.
 
-        Raises VideoError: unreadable. OutOfMemory. ModelError: numbers that are NaN or infinite.
+        Raises:
+            VideoError: If the input is unreadable.
+            OutOfMemory: If memory is short even at the smallest piece size.
+            ModelError: If numbers are NaN or infinite.
         """
         plan = self.plan
         clock = Clock(self.session.device)
@@ -175,7 +185,7 @@ class OpenInput:
         self._progress = progress
         start = clock.now()
         before = dict.fromkeys(OF_INPUTS, 0.0) | self.clock.seconds
-        read_before = 0.0 if self.read_early else before["read"]  # that somebody waited for
+        read_before = 0.0 if self.read_early else before["read"]  # read time that the caller waited for
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
         result, cache = self._result(clock, progress, pieces, warnings)
@@ -193,16 +203,19 @@ class OpenInput:
         seconds = dict.fromkeys(OF_INPUTS, 0.0) | clock.seconds | self.clock.seconds
         ahead = seconds["read"] + seconds["preprocess"] - waited
         seconds[BESIDE] = max(0.0, ahead)
-        seconds["read"] += max(
-            0.0, -ahead
-        )  # waiting for the thread that reads, on a busy machine, or reads for another input
+        # Waiting longer than reading took: the machine is busy, or the thread reads another input.
+        seconds["read"] += max(0.0, -ahead)
         return EncodedInput(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
 
     def _result(
         self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> tuple[Encoded | EncodedRows, str]:
-        """Return the tokens, or the rows if the method reads the question; and whether they were in the cache, as
-        `EncodedInput.cache`. Adds the seconds of "store" to `clock`, and to the `warnings`; otherwise as `_computed`.
+        """Return the encoding from the cache, or compute and store it.
+
+        Adds the seconds of "store" to `clock`, and extends `warnings`.
+
+        Returns:
+            The tokens (or the rows if the method reads the question), and the cache state as in `EncodedInput.cache`.
         """
         if self.stored:
             self.read_s = self.stored.read_s
@@ -211,8 +224,8 @@ class OpenInput:
         result = self._computed(clock, progress, pieces, warnings)
         if self.key is None:
             return result, "off"
-        # A damaged video, or one that changes its size, is not stored, or the next run would not warn. Another file may have
-        # taken its place meanwhile.
+        # Do not store a video that is damaged or changes its size: the next run would not warn. Compute the key again, because the
+        # file may have been replaced meanwhile.
         whole = not self.damaged and not self.other_size
         with clock.stage("store"):
             storable = whole and self._key_now() == self.key
@@ -223,7 +236,11 @@ class OpenInput:
     def _computed(
         self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> Encoded | EncodedRows:
-        """Return the tokens, or the rows. Adds the seconds of "compile" and "encode" to `clock`, and to the `warnings`."""
+        """Encode the input. Adds the seconds of "compile" and "encode" to `clock`, and extends `warnings`.
+
+        Returns:
+            The tokens, or the rows if the method reads the question.
+        """
         plan = self.plan
         loaded = self.session.loaded
         pruning = self.session.pruning
@@ -262,7 +279,7 @@ class OpenInput:
         return result
 
     def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
-        """Yield all patches, once more in each pass."""
+        """Yield all patches. Each pass starts again from the first frame."""
         self.damaged = 0
         self.other_size = self.moved = False
         self.read_s = ()
@@ -278,7 +295,11 @@ class OpenInput:
                 progress("encode", chunk.end, self.plan.sampling.frames)
 
     def _begun(self) -> Reading[PatchChunk]:
-        """Return the reading of its patches, which goes on, or begins now. Raises Stopped: it was closed."""
+        """Return the reading of the patches, which starts now unless it is already running.
+
+        Raises:
+            Stopped: If the input was closed.
+        """
         with self._lock:
             if self._closed:
                 raise Stopped
@@ -287,7 +308,7 @@ class OpenInput:
             return self._reading
 
     def _shared(self) -> Reading[PatchChunk] | None:
-        """Return the reading if its patches are kept."""
+        """Return the shared reading from the model's patch store, or None if the patches cannot be kept."""
         if self.temporary or not self.shares:
             return None
         device = self.session.device
@@ -302,7 +323,7 @@ class OpenInput:
         return reading
 
     def _drop(self) -> None:
-        """Give up the reading; another pass begins a new one."""
+        """Release the reading. Another pass starts a new one."""
         with self._lock:
             reading = self._reading
             key = self._patch_key
@@ -313,7 +334,7 @@ class OpenInput:
             reading.close()
 
     def _tell(self) -> None:
-        """Tells how many frames were read, where that is more than was told."""
+        """Report progress if more frames were read since the last report."""
         if self._progress and self._reading and self._reading.frames > self._reported_frames:
             self._reported_frames = self._reading.frames
             self._progress("read", self._reported_frames, self.plan.sampling.frames)
@@ -328,9 +349,13 @@ class OpenInput:
 
 
 def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> str | None:
-    """Return a key; equal ones mean equal encodings. None without a fingerprint of the model or a readable file.
+    """Return a cache key. Equal keys mean equal encodings.
 
-    `hashed`: as `content_hash`.
+    Args:
+        hashed: Hashes the file, such as `content_hash`.
+
+    Returns:
+        The key, or None if the model has no fingerprint, the input is an array, or the file cannot be read.
     """
     loaded = session.loaded
     pruning = session.pruning
@@ -350,7 +375,7 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
         "encoder": asdict(plan.encoder),
         "pixels": [*limits.normal, limits.patch_size, limits.temporal_patch_size, limits.merge_size],
         "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, kind(loaded.device)],
-        "method": [repr(pruning.method.before), pruning.seed],  # the repr names the classes and all settings
+        "method": [repr(pruning.method.before), pruning.seed],  # the repr contains the classes and all settings
         "code": [evoprune.__version__, torch.__version__, own_code(), methods.plugin_code(pruning.name)],
         "reader": version(READERS[plan.decoder]),
     }
@@ -358,9 +383,13 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
 
 
 class OpenInputs:
-    """Videos and pictures that are asked about together. To be encoded once, and closed. `plans`: what is looked at, of each.
+    """Videos and pictures that are asked about together. Encode them once, then close them.
 
-    `files`: temporary ones, which closing removes.
+    Attributes:
+        plans: The plan of each input.
+
+    Args:
+        files: Temporary files, which closing removes.
     """
 
     def __init__(self, session: Session, inputs: Sequence[OpenInput], files: ExitStack | None = None):
@@ -371,18 +400,25 @@ class OpenInputs:
         self._names = {opened.plan.info.path: opened.plan.name for opened in inputs if opened.temporary}
 
     def begin(self) -> None:
-        """Start to read the first one, while something else is computed. So far nobody has waited for any of them."""
+        """Start reading the first input in the background.
+
+        Marks all inputs as read early: until encoding, no thread waits for them, so their read time does not count as waiting.
+        """
         for opened in self.inputs:
             opened.read_early = True
         self.inputs[0].begin()
 
     def read(self) -> None:
-        """Reads one after the other, as `OpenInput.read`. Another thread may encode meanwhile."""
+        """Read the inputs one after another, see `OpenInput.read`. Another thread may encode meanwhile."""
         for opened in self.inputs:
             opened.read()
 
     def use_cores(self, cores: int | None) -> None:
-        """Lets reading keep so many cores busy, where it has not begun; None for all that this process may use."""
+        """Set the number of cores that reading may keep busy, for inputs whose reading has not started.
+
+        Args:
+            cores: Number of cores, or None for all that this process may use.
+        """
         for opened in self.inputs:
             opened.cores = cores
 
@@ -392,15 +428,18 @@ class OpenInputs:
         return sum(opened.waited_s for opened in self.inputs)
 
     def planning(self) -> AbstractContextManager[None]:
-        """Times what is decided about all inputs before anything is read, such as whether the questions fit."""
+        """Return a context that times decisions about all inputs before anything is read, such as whether questions fit."""
         return self.inputs[0].clock.stage("plan")
 
     def encode(self, progress: Progress | None = None) -> EncodedInputs:
-        """Reads, preprocesses and encodes one after the other.
+        """Read, preprocess and encode the inputs one after another. Raises the same errors as `OpenInput.encode`.
 
-        `progress`: as of `OpenInput.encode`. Of several inputs also called with "input", which one begins, and how many.
+        Args:
+            progress: See `OpenInput.encode`. With several inputs, also called with "input", the number of the input that starts,
+                and the number of inputs.
 
-        Errors: as of `OpenInput.encode`. OutOfMemory before anything is read, if all inputs together need too much.
+        Raises:
+            OutOfMemory: Before anything is read, if all inputs together need too much memory.
         """
         count = len(self.plans)
         kept = sum(plan.encoder.keep for plan in self.plans)
@@ -437,18 +476,27 @@ def open_inputs(
     kind: Callable[..., OpenInput] = OpenInput,
     ahead: ReadAhead | None = None,
 ) -> OpenInputs:
-    """Probes videos and pictures, at least one, in the order in which the model reads them, and plans what is read; reads no frame.
+    """Probe videos and pictures and plan how to read them. Reads no frames.
 
-    What is no path becomes one until they are closed (video/given.py). `sampling` applies to each, what it says of time to the
-    videos. `names`: for reports; default: the paths. `cache`: not used for a method that reads the question. `kind`: makes
-    each. `ahead`: what may have read them already. `progress`: called with "download", bytes so far and in all.
+    An input that is not a path becomes a temporary file until the inputs are closed (video/given.py).
 
-    Raises VideoError: one is missing, unreadable or empty. UsageError: numbers that make no sense, a part of the time where
-    there are pictures alone, a file of subtitles for several inputs, or an address on the web where the network may not be used.
+    Args:
+        paths: The inputs, at least one, in the order in which the model reads them.
+        sampling: Options for every input. Options about time apply only to videos.
+        progress: Called with "download", bytes so far and in all.
+        names: Names for reports. Default: the paths.
+        cache: The disk cache. Not used for a method that reads the question.
+        kind: Makes each open input.
+        ahead: A prefetch that may have read the inputs already.
+
+    Raises:
+        VideoError: If an input is missing, unreadable or empty.
+        UsageError: If numbers make no sense, a time span is given for pictures only, one subtitle file is given for several inputs,
+            or a URL is given although the network may not be used.
     """
     sampling = sampling or SamplingOptions()
     check_one_file(sampling.subtitles, len(paths))
-    # clocks that never wait for a GPU
+    # CPU clocks never wait for a GPU.
     clocks = [Clock(torch.device("cpu")) for _ in paths]
     infos = []
     inputs = []
@@ -477,9 +525,14 @@ def open_inputs(
 
 
 def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[float] | None = None) -> list[Input]:
-    """Return one or several inputs, paths as texts, and arrays of frames as videos of that rate or these times.
+    """Return one or several given inputs as a list: paths as texts, and arrays of frames as videos.
 
-    Raises UsageError: there are none, or something else; and what `held_video` raises.
+    Args:
+        frame_rate: Frames per second of the arrays.
+        times_s: The time of each frame in an array, in seconds, instead of a frame rate.
+
+    Raises:
+        UsageError: If there are no inputs, or one is of another type. See also `held_video`.
     """
     inputs = list(given) if isinstance(given, list | tuple) else [given]
     if not inputs:
@@ -501,16 +554,17 @@ def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[flo
 
 
 def _hint(value: Any, usual: str) -> str:
-    """Return what to do where a value is not an input that can be opened: what is usual, unless it is encoded already."""
+    """Return the usual hint for a value that cannot be opened, or a better one for inputs that are already encoded."""
     if isinstance(value, EncodedInputs):
         return "ask takes it as it is: ask([encoded, ...], question)"
     return usual
 
 
 def paths_of(given: Any) -> Sequence[Path]:
-    """Return the paths of one or of several inputs, as texts.
+    """Return the paths of one or several inputs as texts.
 
-    Raises UsageError if there are none, or what was given are no paths.
+    Raises:
+        UsageError: If there are no paths, or a value is not a path.
     """
     paths = given
     if isinstance(given, str | os.PathLike):

@@ -1,4 +1,4 @@
-"""The facts that `evoprune inspect` prints: about this machine, or about a video and what a model would look at."""
+"""The facts printed by `evoprune inspect`: about this machine, or about a video and how a model would read it."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord"
 
 
 def environment_facts(stdout: TextIO) -> dict:
-    """Versions, devices, decoders, methods, caches, environment variables, and the encoding of `stdout`."""
+    """Return versions, devices, decoders, methods, caches, environment variables, and the encoding of `stdout`."""
     from huggingface_hub import constants
 
     from evoprune import methods
@@ -84,7 +84,7 @@ def _version(name: str) -> str | None:
 
 
 def model_facts(weights: ModelWeights) -> dict:
-    """Return a model that has not been loaded: whether it is on disk, its layers, and the memory of its weights."""
+    """Return facts about a model that is not loaded: whether it is on disk, its layers, and the memory for its weights."""
     model = weights.description
     vision = model.config.vision_config
     text = model.config.text_config
@@ -104,7 +104,10 @@ def model_facts(weights: ModelWeights) -> dict:
 
 
 def memory_facts(weights: ModelWeights, plan: Plan) -> dict:
-    """Return the memory that one question about an input takes, as it is checked before a run, and if more of it is free."""
+    """Return the memory that one question about an input takes, computed as in the check before a run.
+
+    The entry "enough" tells whether that memory is available, or is None if the available memory is unknown.
+    """
     model = weights.description
     pruning = plan.pruning.config()
     encoder = plan.encoder
@@ -113,9 +116,8 @@ def memory_facts(weights: ModelWeights, plan: Plan) -> dict:
     prompt = pruning.method.prompt_columns(depth, encoder.keep, TEXT, share)
     available = available_memory(model.device)
     bytes_each = DTYPES[model.dtype].itemsize
-    for _, working in piece_needs(
-        model.config, weights.device, encoder, bytes_each, prompt
-    ):  # as a run does if memory is short
+    # Like a run, try smaller pieces if memory is short.
+    for _, working in piece_needs(model.config, weights.device, encoder, bytes_each, prompt):
         needed = weights.bytes + working
         if available is None or needed <= available:
             break
@@ -140,7 +142,10 @@ def memory_facts(weights: ModelWeights, plan: Plan) -> dict:
 
 
 def plan_facts(plan: Plan, config) -> dict:
-    """Return what a model would look at with nothing pruned: times, sizes, and at each preset the tokens and the KV cache."""
+    """Return how a model would read an input without pruning.
+
+    Includes timestamps, sizes and tokens, and for each preset the number of tokens and the bytes of their KV cache.
+    """
     plan = plan.full
     n = plan.visual_tokens
     span = None if plan.sampling is ONE_FRAME else plan.sampling

@@ -1,4 +1,4 @@
-"""The memory that encoding an input and reading a prompt take beside the weights; checked before any frame is read."""
+"""Memory, besides the weights, for encoding an input and reading a prompt. Checked before any frame is read."""
 
 from collections.abc import Sequence
 
@@ -12,33 +12,38 @@ from evoprune.session.session import Session
 from evoprune.util import counted
 from evoprune.video import Plan
 
-TEXT = 64  # tokens of a prompt around the video, roughly
+TEXT = 64  # assumed number of text tokens in a prompt
 
 
 def encoding_bytes(
     config: Config, encoder: EncoderPlan, piece_units: int, bytes_each: int, prompt: int | Sequence[int]
 ) -> int:
-    """Bytes that encoding a video and reading the prompt take beside the weights, roughly.
+    """Estimate the bytes, besides the weights, that encoding a video and reading its prompt take.
 
-    `bytes_each`: of a weight. `prompt`: tokens that the language model reads, in each layer or in all.
+    Args:
+        piece_units: Number of rows that go through a matrix product at a time.
+        bytes_each: Bytes per weight.
+        prompt: Number of tokens that the language model reads: one number for all layers, or one per layer.
     """
     row_bytes = PATCHES * config.vision_config.hidden_size
     rows = max(encoder.layers)
     left = encoder.rows
     more = 0
     if any(stage.whole_pairs for stage in encoder.row_stages):
-        more = encoder.units * row_bytes * 4  # the means of all frame pairs are made in float32
+        more = encoder.units * row_bytes * 4  # the means over frame pairs are computed in float32
     if any(isinstance(stage.reduce, SetAside) for stage in encoder.stages):
-        more = 2 * encoder.units * row_bytes * (bytes_each + 4)  # their earlier states, and in float32 how they move
+        # The earlier states of the rows, and their changes in float32.
+        more = 2 * encoder.units * row_bytes * (bytes_each + 4)
     return working_memory(config, encoder.units, piece_units, prompt, bytes_each, rows, left) + more
 
 
 def piece_needs(
     config: Config, device: torch.device, encoder: EncoderPlan, bytes_each: int, prompt: int | Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Return how many rows may go through a product at a time, each with the bytes that this takes (`encoding_bytes`).
+    """Return the possible piece sizes, largest first, each with the bytes that encoding then takes (`encoding_bytes`).
 
-    First the usual number, then half as many each time, down to a frame pair.
+    A piece size is the number of rows that go through a matrix product at a time. The first size is the usual one. Each following
+    size is half as large, down to the size of a frame pair.
     """
     pair = encoder.grid[1] * encoder.grid[2]
     sizes = [largest_piece(device)]
@@ -50,9 +55,15 @@ def piece_needs(
 
 
 def fitting_pieces(session: Session, plan: Plan, other_tokens: int = TEXT) -> list[int]:
-    """Return the numbers of rows of `piece_needs` for which there is enough memory.
+    """Return the piece sizes from `piece_needs` that fit into memory, largest first.
 
-    Raises OutOfMemory: there is not enough even for a frame pair, or for the prompt, with `other_tokens` beside the video's.
+    If memory is short, this first evicts the stored patches of earlier inputs.
+
+    Args:
+        other_tokens: Number of prompt tokens in addition to this video's.
+
+    Raises:
+        OutOfMemory: If not even a frame pair, or the prompt, fits.
     """
     model = session.loaded.model
     encoder = plan.encoder
@@ -60,7 +71,7 @@ def fitting_pieces(session: Session, plan: Plan, other_tokens: int = TEXT) -> li
     needs = piece_needs(model.config, model.device, encoder, model.dtype.itemsize, prompt)
     for number, (_, needed) in enumerate(needs):
         short = shortage(needed, str(model.device))
-        if short and session.loaded.patches.clear():  # of earlier inputs
+        if short and session.loaded.patches.clear():  # evicts the patches of earlier inputs
             short = shortage(needed, str(model.device))
         if not short:
             return [size for size, _ in needs[number:]]
@@ -72,16 +83,25 @@ def fitting_pieces(session: Session, plan: Plan, other_tokens: int = TEXT) -> li
 
 
 def check_carried(session: Session, plan: Plan) -> None:
-    """Raises OutOfMemory where there is too little for what a window of a stream leaves to the next one (live/segments.py)."""
+    """Check that the state carried from one stream window to the next fits (live/segments.py).
+
+    Raises:
+        OutOfMemory: If it does not fit.
+    """
     model = session.loaded.model
     _, height, width = plan.encoder.grid
-    needed = 2 * carried_bytes(model.config, height * width, model.dtype.itemsize)  # two windows' are held at once
+    # The states of two windows are alive at once.
+    needed = 2 * carried_bytes(model.config, height * width, model.dtype.itemsize)
     if plan.encoder.reuse and (short := shortage(needed, str(model.device))):
         raise OutOfMemory(f"a stream of {plan.width}x{plan.height} pixels {short}", USE_LESS, stage="encode")
 
 
 def check_memory(session: Session, text: int, visual: int) -> None:
-    """Raises OutOfMemory where there is too little to read a prompt whose text is longer than the encoder's check assumed."""
+    """Check that a prompt fits whose text is longer than the encoder's check assumed (`TEXT` tokens).
+
+    Raises:
+        OutOfMemory: If it does not fit.
+    """
     if text <= TEXT:
         return
     model = session.loaded.model

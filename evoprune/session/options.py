@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Engine = Literal["auto", "native", "transformers"]
 AUTO, NATIVE, TRANSFORMERS = ENGINES = get_args(Engine)
-# Of a model's folder, what answers depend on.
+# The files in a model's folder that answers depend on.
 MODEL_FILES = (
     "*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.*",
@@ -44,7 +44,8 @@ OTHER_MODELS = "to prune a model you hold: evoprune.EvoPrune(budget=0.1)(model)"
 class ModelOptions:
     """Which model is loaded, and how. A dtype of torch, a device and a path become their names.
 
-    Raises UsageError: an unknown dtype, quantisation or load format, or no number of threads.
+    Raises:
+        UsageError: If the dtype, quantization, load format or engine is unknown, or the number of threads is invalid.
     """
 
     PANEL: ClassVar[str] = "Model"
@@ -123,16 +124,19 @@ class ModelOptions:
 
     @property
     def folder(self) -> Path:
-        """The folder of a bundled or a local model. Of a hub id there is none by this name."""
+        """Folder of a bundled or local model. A hub id has no folder by this name."""
         return DEMOS[self.model].folder if self.model in DEMOS else Path(os.path.expanduser(self.model))
 
     @property
     def cores(self) -> int | None:
-        """How many cores reading videos may keep busy; None for all that this process may use."""
+        """Number of cores that reading videos may keep busy, or None for all that this process may use."""
         return self.threads if isinstance(self.threads, int) else None
 
     def state(self) -> dict[str, Any] | None:
-        """Describe the files of a local model (`file_state`): weights, settings, tokenizer, adapters; None where there are none."""
+        """Describe the files of a local model (`file_state`): weights, settings, tokenizer and adapters.
+
+        Returns None if there are no such files.
+        """
         return file_state(file for pattern in MODEL_FILES for file in self.folder.glob(pattern))
 
 
@@ -140,7 +144,8 @@ class ModelOptions:
 class PruneOptions:
     """How visual tokens are pruned. A percentage becomes a number.
 
-    Raises UsageError: a bad budget, or no such method.
+    Raises:
+        UsageError: If the budget is invalid, or there is no such method.
     """
 
     PANEL: ClassVar[str] = "Pruning"
@@ -171,30 +176,42 @@ class PruneOptions:
 
     def __post_init__(self):
         if self.budget is None:
-            Budget.parse(None)  # whose message names the presets
+            Budget.parse(None)  # raises an error that names the presets
         check_types(self)
         object.__setattr__(self, "budget", Budget.parse(self.budget, auto=True).recorded)
         methods.check(self.method)
 
     def config(self) -> "PruneConfig":
-        """Return the budget and the method as objects, which imports torch. Raises UsageError: as `PruneConfig.of`."""
+        """Return the budget and the method as objects. Imports torch.
+
+        Raises:
+            UsageError: See `PruneConfig.of`.
+        """
         from evoprune.methods import PruneConfig
 
         return PruneConfig.of(Budget.parse(self.budget, auto=True), self.method, self.seed)
 
     @property
     def resizes(self) -> bool:
-        """Return True if the method may make inputs smaller, so that frames depend on its plan. Imports no torch."""
+        """True if the method may make inputs smaller, so that frames depend on its plan. Imports no torch."""
         return methods.may_resize(self.method)
 
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
-        """Return the same plan as `PruneConfig.plan`. Imports torch. Raises UsageError: see `PruneConfig.of`."""
+        """Return the same plan as `PruneConfig.plan`. Imports torch.
+
+        Raises:
+            UsageError: See `PruneConfig.of`.
+        """
         return self.config().plan(tower, grid)
 
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """How a stream is remembered. Raises UsageError: a span of no time, or no tokens."""
+    """How a stream is remembered.
+
+    Raises:
+        UsageError: If a time span or a number of tokens is not above 0.
+    """
 
     PANEL: ClassVar[str] = "Stream"
 
@@ -230,7 +247,11 @@ class StreamOptions:
 
 @dataclass(frozen=True)
 class FindOptions:
-    """How moments of a video are found. Raises UsageError: a value out of range, or words that are empty."""
+    """How moments of a video are found.
+
+    Raises:
+        UsageError: If a value is out of range, or a word is empty.
+    """
 
     PANEL: ClassVar[str] = "Finding"
 
@@ -292,14 +313,20 @@ class PipelineOptions:
 
     @classmethod
     def of(cls, **options) -> Self:
-        """Return what the fields of all six make. Raises UsageError: a bad value. TypeError: an unknown option."""
+        """Build all six groups of options from keywords.
+
+        Raises:
+            UsageError: If a value is invalid.
+            TypeError: If an option is unknown.
+        """
         return cls(*from_keywords(options, *cls.KINDS, StreamOptions, FindOptions))
 
 
 def record(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
-    """Options as outputs hold them, flat: those that change answers and differ from their defaults, or are `always` there.
+    """Return options as one flat dict, in the form stored in outputs.
 
-    Options that earlier versions did not have are not always there, so that outputs of those versions can be resumed.
+    Contains the options that change answers and differ from their defaults, and the options named in `always`. Options that earlier
+    versions did not have should not be in `always`, so that outputs of those versions can be resumed.
     """
     values = {}
     for group in groups:

@@ -1,7 +1,6 @@
-"""Frames become patches. The patches are kept, so that other settings encode the same input without reading it again.
+"""Turn frames into patches, and keep the patches, so other settings can encode the same input without reading it again.
 
-Patches are uint8: 116 MB for 24,576 units, the most that an input has by default (151 MB in Qwen3-VL). They stay on the device that
-made them.
+Patches are uint8 and stay on the device that made them. The largest default input, 24,576 units, takes 116 MB (151 MB in Qwen3-VL).
 """
 
 import threading
@@ -18,13 +17,13 @@ from evoprune.session.reading import Reading, state_of
 from evoprune.video import ARRAY, NOTHING_SAID, FrameChunk, InputLimits, OnFrames, Plan
 from evoprune.vision import patches_of
 
-LIMIT_BYTES = 2**29  # of one input, and of all unused inputs together
+LIMIT_BYTES = 2**29  # limit for one input, and for all unused inputs together
 SHARE = 4  # patches in use take at most 1 / SHARE of the available memory
 
 
 @dataclass(frozen=True)
 class PatchChunk:
-    """The patches of consecutive frames. Other fields as in `FrameChunk`."""
+    """The patches of consecutive frames. For the other fields, see `FrameChunk`."""
 
     patches: torch.Tensor  # uint8 `[rows, values]`, on the device
     end: int
@@ -46,9 +45,10 @@ def cut_frames(
     clock: Clock,
     on_frames: OnFrames,
 ) -> Iterator[PatchChunk]:
-    """Yield the patches of each chunk of frames, and close `frames`. Adds up the seconds of "read" and "preprocess" in `clock`.
+    """Yield patches, one chunk per chunk of frames, and close `frames`. Adds the seconds of "read" and "preprocess" to `clock`.
 
-    `on_frames`: called with how many frames were read so far.
+    Args:
+        on_frames: Called with the number of frames read so far.
     """
     with closing(frames):
         for chunk in clock.each("read", frames):
@@ -59,10 +59,10 @@ def cut_frames(
 
 
 class PatchStore:
-    """The patches of the latest inputs of a model, by `content_key`. Threads may share it.
+    """The patches of a model's latest inputs, by `content_key`. Threads may share it.
 
-    Unused patches take at most `limit_bytes`, and the least recently used are evicted first. A larger input is not kept, and
-    nothing is kept if memory is short. With a limit of 0 nothing is kept.
+    Unused patches take at most `limit_bytes`; the least recently used are evicted first. A larger input is not kept, and nothing is
+    kept if memory is short. With a limit of 0 nothing is kept.
     """
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES):
@@ -127,15 +127,18 @@ class PatchStore:
 
 
 def patch_bytes(plan: Plan, limits: InputLimits) -> int:
-    """Bytes of all patches of an input: those of its pixels as the encoder reads them, in three colours."""
+    """Return the bytes of an input's patches: three uint8 colors per pixel, at the size that the encoder reads."""
     count, height, width = plan.grid
     return count * height * width * limits.unit**2 * limits.temporal_patch_size * 3
 
 
 def content_key(plan: Plan, limits: InputLimits, device: torch.device) -> Hashable | None:
-    """Return a key; equal ones mean equal patches: of the same state of the same files, read in the same way. None without a file.
+    """Return a key of the patches of an input. Equal keys mean equal patches.
 
-    All of the plan counts but for what no pixel depends on.
+    The key covers the state of the files and every field of the plan that pixels depend on.
+
+    Returns:
+        The key, or None if there is no file.
     """
     state = None
     if plan.info.container != ARRAY:

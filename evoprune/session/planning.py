@@ -1,6 +1,6 @@
-"""The plan of an input: what is read of it, and what the encoder does with it.
+"""Plan an input: which frames are read, at which size, and how they are encoded.
 
-It is final before the model is loaded. Imports no torch.
+A plan is final before the model is loaded. This file imports no torch.
 """
 
 from dataclasses import replace
@@ -21,15 +21,19 @@ def plan_input(
     pruning: "PruneConfig | PruneOptions | None" = None,
     name: str | None = None,
 ) -> Plan:
-    """Plan which frames of a video are looked at, or how large a picture, and what the encoder does with them.
+    """Plan which frames of a video to sample, or at which size to read a picture, and how to encode them.
 
     Args:
-        pruning: None for nothing pruned. A method that makes inputs smaller is asked now, which imports torch.
-        name: for reports; None for the path.
+        model: The model that will read the input.
+        info: Metadata of the input.
+        sampling: Options for choosing frames. Without `max_visual_tokens`, the model's default applies.
+        pruning: The pruning settings, or None for no pruning. A method that may make inputs smaller is consulted now, which imports
+            torch.
+        name: Name for reports; defaults to the path.
 
     Raises:
-        VideoError: an unknown duration, an empty span, or a shape that cannot be resized. UsageError: a span of a picture; an
-            unknown or missing decoder.
+        VideoError: If the duration is unknown, the time span is empty, or the shape cannot be resized.
+        UsageError: If a time span is given for a picture, or the decoder is unknown or not installed.
     """
     limits = model.limits[info.kind]
     decoder = choose_decoder(sampling.decoder, info)

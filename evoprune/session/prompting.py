@@ -1,4 +1,4 @@
-"""The prompt of a question about videos and pictures, with subtitles, and whether it fits."""
+"""Build the prompt of a question about videos and pictures, with subtitles, and check that it fits."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -35,10 +35,18 @@ def fitting_prompt(
     kept: int,
     earlier: Sequence[Turn] = (),
 ) -> Prompt:
-    """Return the prompt of a question after `earlier` ones, with room for all visual tokens of the inputs, of which `kept` will
-    be read.
+    """Return the prompt of a question, after checking that it fits into the context and into memory.
 
-    Raises UsageError: it does not fit into the model's context. OutOfMemory. ModelError: an unusable chat template.
+    The prompt has room for all visual tokens of the inputs.
+
+    Args:
+        kept: Number of visual tokens that the language model will read.
+        earlier: The conversation so far.
+
+    Raises:
+        UsageError: If the prompt does not fit into the model's context.
+        OutOfMemory: If it does not fit into memory.
+        ModelError: If the chat template is unusable.
     """
     loaded = session.loaded
     check_texts(loaded, question, options.system, earlier)
@@ -50,9 +58,9 @@ def fitting_prompt(
 
 
 def prompt_subtitles(tokenizer: Tokenizer, plan: Plan, sampling: SamplingOptions) -> PromptSubtitles:
-    """Return the subtitles of what is looked at of an input, in at most `max_subtitle_tokens` tokens.
+    """Return the subtitles of an input's sampled time span, in at most `max_subtitle_tokens` tokens.
 
-    Errors: see `frames.read_subtitles`.
+    Raises the same errors as `frames.read_subtitles`.
     """
     info = plan.info
     choice = sampling.subtitles
@@ -66,20 +74,21 @@ def prompt_subtitles(tokenizer: Tokenizer, plan: Plan, sampling: SamplingOptions
 
 
 def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtitles:
-    """Return the most lines, evenly over all, that take at most `max_tokens`.
+    """Choose as many subtitle lines as fit into `max_tokens`, spread evenly over all lines.
 
-    No line is cut; longer ones than that are left out.
+    Lines are never cut. Lines that are too long by themselves are left out.
     """
-    longest = 16 * max_tokens  # characters: longer texts are not encoded to be counted, which might take minutes
+    longest = 16 * max_tokens  # characters; tokenizing a longer text might take minutes
     lines = [line for line in found.lines if len(line[2]) <= longest]
-    # A line has more than one token, so this many are too many. Then the interval is halved.
+    # Bisect. Each line has more than one token, so `max_tokens + 1` lines cannot fit.
     fits = 0
     too_many = min(len(lines), max_tokens) + 1
     text = ""
     tokens = 0
     while too_many - fits > 1:
         count = (fits + too_many) // 2
-        middles = [(2 * i + 1) * len(lines) // (2 * count) for i in range(count)]  # of equal shares
+        # The middle line of each of `count` equal parts.
+        middles = [(2 * i + 1) * len(lines) // (2 * count) for i in range(count)]
         block = as_text([lines[i] for i in middles])
         needed = max_tokens + 1
         if len(block) <= longest:
@@ -94,7 +103,10 @@ def fit(tokenizer: Tokenizer, found: Subtitles, max_tokens: int) -> PromptSubtit
 
 
 def as_text(lines: Sequence[SubtitleLine]) -> str:
-    """Return the lines with their times, the second that has begun, under a title, with an empty line at the end."""
+    """Return subtitle lines as a block of text with a title and an empty line at the end.
+
+    Each line begins with its start time, rounded down to a second.
+    """
     times = [clock(max(0, int(start))).removesuffix(".0") for start, _, _ in lines]
     return "\n".join(
         ["Subtitles:", *(f"[{time}] {text}" for time, (_, _, text) in zip(times, lines, strict=True)), "", ""]
@@ -102,7 +114,7 @@ def as_text(lines: Sequence[SubtitleLine]) -> str:
 
 
 def positions_of(prompt: Prompt, plans: Sequence[Plan], loaded: LoadedModel) -> torch.Tensor:
-    """Return the positions of a prompt about some inputs by Qwen's rule, int64 `[3, L]`."""
+    """Return the positions of a prompt by Qwen's rule, int64 `[3, L]`."""
     pair = loaded.video.temporal_patch_size
     per_second = loaded.model.config.vision_config.tokens_per_second
     videos = []
@@ -120,11 +132,13 @@ def prompt_about(
     thinking: bool = False,
     earlier: Sequence[Turn] = (),
 ) -> Prompt:
-    """Return the prompt of a question about some inputs, after `earlier` ones.
+    """Return the prompt of a question about one or several inputs.
 
-    The subtitles of each of several inputs are under a line that says which it is.
+    With several videos, a line with the number of the video precedes its subtitles. Raises the same errors as
+    `language.prompt.build_prompt`.
 
-    Errors: as of `language.prompt.build_prompt`.
+    Args:
+        earlier: The conversation so far.
     """
     if len(plans) == 1:
         subtitles = plans[0].subtitles.text
@@ -149,10 +163,15 @@ def longest_prompt(
     options: GenerationOptions,
     encoded: Collection[Plan] = (),
 ) -> int:
-    """Tokens of text in the longest prompt of some questions about inputs, of which `encoded` are encoded already.
+    """Return the number of text tokens in the longest prompt of several questions, after checking that all of them fit.
 
-    Raises UsageError: a question does not fit into the model's context. OutOfMemory: what is to be encoded needs too much together
-    with the prompt. ModelError: an unusable chat template.
+    Args:
+        encoded: The plans of inputs that are already encoded, whose memory is not checked again.
+
+    Raises:
+        UsageError: If a question does not fit into the model's context.
+        OutOfMemory: If encoding an input and reading the prompt need too much memory.
+        ModelError: If the chat template is unusable.
     """
     for question in questions:
         check_texts(session.loaded, question, options.system)
@@ -169,7 +188,11 @@ def longest_prompt(
 
 
 def check_texts(loaded: LoadedModel, question: str, system: str | None = None, earlier: Sequence[Turn] = ()) -> None:
-    """Raises DoesNotFit where the beginning of a text does not fit into the context: all of it might take minutes to split."""
+    """Check that each text of a prompt is short enough to tokenize: tokenizing a huge text might take minutes.
+
+    Raises:
+        DoesNotFit: If the beginning of a text already exceeds the model's context.
+    """
     _check_beginning(loaded, question, "a question", "ask a shorter question")
     _check_beginning(loaded, system or "", "a system prompt", "give a shorter system prompt")
     said = "\n".join(text for turn in earlier for text in (turn.question, turn.answer))
@@ -177,19 +200,31 @@ def check_texts(loaded: LoadedModel, question: str, system: str | None = None, e
 
 
 def _check_beginning(loaded: LoadedModel, text: str, what: str, hint: str) -> None:
-    """Raises DoesNotFit where the beginning of a text does not fit into the context. `what`, `hint`: for the error."""
+    """Check that the beginning of a text fits into the model's context.
+
+    Args:
+        what: Name of the text for the error.
+        hint: Hint for the error.
+
+    Raises:
+        DoesNotFit: If it does not fit.
+    """
     context = loaded.model.config.text_config.max_position_embeddings
     if not context:
         return
-    beginning = text[: 8 * context]  # characters for each token
-    # A cut word may take a few tokens more than the whole one, and prompt and answer have as many of their own.
+    beginning = text[: 8 * context]  # 8 characters per token
+    # Cutting a word may add a few tokens. That is harmless, because the rest of the prompt and the answer need as many.
     if len(beginning) < len(text) and len(loaded.tokenizer.encode(beginning)) > context:
         length = f"{what} of {len(text):,} characters"
         raise DoesNotFit(f"{length} does not fit into the {context:,} tokens of this model's context", hint)
 
 
 def check_not_empty(question: Any) -> None:
-    """Raises UsageError if a question is no text, or empty."""
+    """Check that a question is a text and not empty.
+
+    Raises:
+        UsageError: If it is not.
+    """
     if not isinstance(question, str):
         raise UsageError(f"the question is {brief(question)}, not a text", 'for example "What happens?"')
     if not question.strip():
@@ -197,7 +232,16 @@ def check_not_empty(question: Any) -> None:
 
 
 def check_context(loaded: LoadedModel, text: int, visual: int, new: int) -> None:
-    """Raises DoesNotFit where a prompt, of `text` and `visual` tokens, and an answer of up to `new` do not fit into the context."""
+    """Check that a prompt and its answer fit into the model's context.
+
+    Args:
+        text: Number of text tokens in the prompt.
+        visual: Number of visual tokens in the prompt.
+        new: Largest number of tokens in the answer.
+
+    Raises:
+        DoesNotFit: If they do not fit.
+    """
     context = loaded.model.config.text_config.max_position_embeddings
     if context is not None and text + visual + new > context:
         raise DoesNotFit(

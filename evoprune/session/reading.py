@@ -1,9 +1,9 @@
-"""Threads read inputs ahead: before the model is loaded, beside the encoder, and while another input is answered.
+"""Threads that read inputs ahead: before the model is loaded, while the encoder runs, and while another input is answered.
 
-A `Reading` is one input: its thread makes chunks of frames or patches, which wait until a consumer takes them. `Readings` share the
-memory for waiting chunks, and take turns. This file imports no torch, so reading starts before torch is imported.
+A `Reading` is one input. Its thread makes chunks of frames or patches, which wait until a consumer takes them. `Readings` share the
+memory for waiting chunks and take turns. This file imports no torch, so reading starts before torch is imported.
 
-The chunks do not depend on timing: a consumer gets the same chunks in the same order, however far the thread is.
+The chunks do not depend on timing: a consumer gets the same chunks in the same order, however far the thread has got.
 """
 
 import math
@@ -20,18 +20,18 @@ from evoprune.video import IMAGES, Plan, Scope, Stopped, Video, check_wanted, pr
 
 T = TypeVar("T")
 
-CHUNK_BYTES = 8 * 2**20  # of frames in a chunk, as decoded and once they are resized; two frames may be larger
+CHUNK_BYTES = 8 * 2**20  # size of a chunk's frames, both decoded and resized; two frames may be larger
 TICK_S = 0.25  # between two calls of a consumer's `waiting`
 PATIENCE_S = 3.0  # how long closing waits for a thread
 MOST_PROBED = 256  # inputs whose metadata is remembered
 
 
 class Readings:
-    """Readings that share memory and take turns, in the order in which they were made. Closing stops all of them.
+    """A group of readings that share memory and take turns in the order in which they were made. Closing it stops them.
 
     Args:
-        limit_bytes: Upper bound on the bytes of waiting chunks, of all readings together. A consumer gets its next chunk even if
-            there is no room.
+        limit_bytes: Upper bound on the bytes of waiting chunks, over all readings. A consumer gets its next chunk even if there is
+            no room.
         at_once: Number of readings that read at a time.
     """
 
@@ -54,20 +54,20 @@ class Readings:
 
 
 class Reading(Generic[T]):
-    """An input that a thread reads from the moment this is made. To be closed.
+    """An input that a thread starts to read as soon as the object is made. Close it after use.
 
     Args:
         source: Called by the thread once it is its turn; returns the iterator that makes the chunks.
-        group: The readings that share memory and turns with this one. By default it has memory without a limit.
+        group: The readings that share memory and turns with this one. Default: a new group without a memory limit.
         shared: Keep chunks after they were taken, so that several consumers get all of them. A shared reading also continues when
             the thread that made it is stopped; any other reading stops with that thread.
-        size: Bytes of all chunks together, if they are known in advance.
+        size: Total bytes of the chunks, if known in advance.
         drop: Called with each chunk that is left when the reading is closed.
 
     Attributes:
         frames: Lower bound on the number of frames read so far.
         chunk_bytes: Bytes of the largest chunk; `source` may set it in advance.
-        hidden_s: Seconds of making chunks while the consumer was not waiting for them.
+        hidden_s: Read time hidden from the consumer because it was not waiting, in seconds.
         begun: True once `source` has returned.
         ended: True once the thread has finished, also if it failed or was stopped.
         complete: True once the thread has made all chunks.
@@ -97,20 +97,20 @@ class Reading(Generic[T]):
         self._changed = self._group.changed
         self._shared = shared
         self._drop = drop
-        self._chunks: list[T | None] = []  # chunks that were taken are None, unless the reading is shared
-        self._seconds: list[float] = []  # how long making each chunk took
-        self._next = 0  # the number of the chunk that a consumer takes next
+        self._chunks: list[T | None] = []  # taken chunks become None, unless the reading is shared
+        self._seconds: list[float] = []  # time to make each chunk
+        self._next = 0  # number of the next chunk to take
         self._closed = False
         self._pid = os.getpid()
         self._scope = Scope()
-        context = Context() if shared else copy_context()  # whose scope stops this thread, too
+        context = Context() if shared else copy_context()  # the copy lets the current thread's scope stop this one
         # A daemon thread that hangs does not keep the program from ending.
         self._thread = threading.Thread(target=context.run, args=(self._work,), name="evoprune-reading", daemon=True)
         with self._changed:
             self._group.unfinished.append(self)
         try:
             self._thread.start()
-        except RuntimeError as problem:  # there are too many threads
+        except RuntimeError as problem:  # the operating system refuses another thread
             self._end(problem)
 
     @property
@@ -128,7 +128,8 @@ class Reading(Generic[T]):
         Args:
             waiting: Called every `TICK_S` seconds while the consumer waits for a chunk.
 
-        Raises Stopped: the reading was closed, or the consumer's own thread is stopped.
+        Raises:
+            Stopped: If the reading was closed, or the consumer's own thread is stopped.
         """
         for number in count():
             start = time.perf_counter()
@@ -144,7 +145,11 @@ class Reading(Generic[T]):
             del chunk  # only the consumer may hold it, so that its memory can be reused
 
     def wait(self) -> None:
-        """Wait until the thread has finished, or has no room for another chunk. Raises Stopped."""
+        """Wait until the thread has finished, or has no room for another chunk.
+
+        Raises:
+            Stopped: If the calling thread is stopped.
+        """
         with self._changed:
             wait_for(self._changed, lambda: self.ended or (self.begun and not self._has_room()))
 
@@ -238,7 +243,12 @@ class Reading(Generic[T]):
             return self._changed.wait_for(lambda: len(self._chunks) > number or self.ended or self._closed, TICK_S)
 
     def _take(self, number: int) -> T | None:
-        """Return a chunk, or None after the last one. Raises the exception that ended the thread, and Stopped."""
+        """Return a chunk, or None after the last one.
+
+        Raises:
+            Stopped: If the reading was closed.
+            BaseException: The exception that ended the thread, after the last chunk.
+        """
         with self._changed:
             if self._closed:
                 raise Stopped
@@ -265,7 +275,7 @@ def stop_all(readings: list[Reading]) -> None:
 
 
 def chunk_bytes(plan: Plan) -> int:
-    """Return how many bytes of decoded frames a chunk holds."""
+    """Return the number of bytes of decoded frames in a chunk."""
     pixels = plan.source.width * plan.source.height
     return CHUNK_BYTES * pixels // max(pixels, plan.width * plan.height)
 
@@ -277,7 +287,7 @@ def size_of(chunk: Any) -> int:
 
 # Metadata and states of files.
 
-_probed: dict[tuple[str, float], tuple[tuple | None, Video]] = {}  # the state of the files, and their metadata
+_probed: dict[tuple[str, float], tuple[tuple | None, Video]] = {}  # file state and metadata by path and folder_fps
 _probed_lock = threading.Lock()
 
 
@@ -299,7 +309,7 @@ def probed(path: str | os.PathLike[str], *, folder_fps: float) -> Video:
 def state_of(path: str) -> tuple | None:
     """Return a value that changes when a file, or an image in a folder, is replaced or written to. None if there is no such file.
 
-    It includes the ctime, which changes even if the size and the mtime of a file are set back.
+    The value includes the ctime, which changes even if the size and the mtime of a file are set back.
     """
     try:
         if not os.path.isdir(path):

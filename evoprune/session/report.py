@@ -1,4 +1,7 @@
-"""Reports: what was looked at, what was kept, how long each stage took; of `VideoQA`, and what a call of a pruned model shares."""
+"""Fill reports: facts about the inputs, their pruning, and the time of each stage.
+
+`VideoQA` returns whole reports. `pruning_facts` also serves models pruned through `evoprune.hf`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -16,7 +19,13 @@ FLAT = "equal_scores"
 
 
 def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], positions: str) -> Pruning:
-    """Return the pruning of some inputs together, of `units` units before anything was pruned; `read`: their tokens."""
+    """Return the pruning facts of one or several inputs combined.
+
+    Args:
+        units: Total number of units before pruning.
+        read: The encoded tokens, one entry per input.
+        positions: Source of the position ids: "qwen" (this project) or "host" (the held model).
+    """
     layers = zip(*(tokens.layers for tokens in read), strict=True)
     kept = sum(len(tokens.kept) for tokens in read)
     below = max(tokens.after_tower_below for tokens in read)
@@ -41,7 +50,7 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
 
 
 def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report:
-    """Return the report of inputs that were encoded, without the times of their stages."""
+    """Return the report of encoded inputs, without the times of their stages."""
     loaded = session.loaded
     states = {encoding.cache for encoding in encodings}
     report = Report(
@@ -49,7 +58,7 @@ def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report
         model=loaded.facts(),
         env=environment(loaded.device),
         inputs=[_input_facts(session, encoding) for encoding in encodings],
-        cache=next(state for state in ("miss", "off", "hit") if state in states),  # "hit" if all are from the disk
+        cache=next(state for state in ("miss", "off", "hit") if state in states),  # "hit" only if every input is
     )
     if len(report.inputs) == 1:
         only = report.inputs[0]
@@ -73,7 +82,7 @@ def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report
 
 
 def _input_facts(session: Session, encoding: EncodedInput) -> InputFacts:
-    """Return an input by itself; `fill_pruning` adds its pruning."""
+    """Return the facts of one input. `fill_pruning` adds its pruning."""
     plan = encoding.plan
     tokens = encoding.encoded
     merge = session.loaded.video.merge_size
@@ -106,7 +115,7 @@ def _input_facts(session: Session, encoding: EncodedInput) -> InputFacts:
 
 
 def fill_pruning(report: Report, session: Session, encodings: Sequence[EncodedInput]) -> None:
-    """Writes into a report what the encoder computed, and what the language model reads, of all inputs and of each."""
+    """Write the pruning facts into a report: all inputs combined, and each input separately."""
 
     def pruning(group: Sequence[EncodedInput]) -> Pruning:
         units = sum(member.plan.units for member in group)
@@ -118,13 +127,20 @@ def fill_pruning(report: Report, session: Session, encodings: Sequence[EncodedIn
 
 
 def fill_times(report: Report, seconds: dict[str, float], total: float, device: str, late_packing: float = 0.0) -> None:
-    """Writes the busy seconds of each stage and in all, and what follows from them; the rate leaves out `late_packing`."""
+    """Write stage times, the total, memory use and the generation rate into a report.
+
+    Args:
+        seconds: Busy seconds by stage.
+        total: Wall-clock seconds.
+        device: Device whose memory is reported.
+        late_packing: Seconds spent packing weights during generation, which the rate leaves out.
+    """
     times = report.time_ms
     for stage, spent in seconds.items():
         setattr(times, stage, spent * 1000)
     times.total = total * 1000
     times.ttft_model = None if times.prefill is None else times.encode + times.prefill
-    # Prefill gives the first token; the rate is that of the passes after it.
+    # The first token comes from prefill, so the rate counts only the passes after it.
     passes = max(0, (report.tokens.new or 0) - 1)
     generating = seconds.get("generate", 0.0) - late_packing
     rate = Rate()
@@ -136,7 +152,10 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
 
 
 def fill_dropped(report: Report, dropping: Dropping | None) -> None:
-    """Writes into a report what left inside the language model, if anything could; synchronises."""
+    """Write the token counts inside the language model into a report. This synchronizes the device.
+
+    Does nothing if `dropping` is None.
+    """
     if dropping is not None:
         report.pruning.language_layers = [list(layer) for layer in enumerate(dropping.layers)]
         work = dropping.work and [[layer, *counts] for layer, counts in enumerate(dropping.work)]

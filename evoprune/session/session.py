@@ -1,4 +1,4 @@
-"""A loaded model and how it prunes, shared by encoding and answering."""
+"""A loaded model together with its pruning settings, shared by encoding and answering."""
 
 from dataclasses import dataclass, replace
 
@@ -12,14 +12,15 @@ from evoprune.session.loading.model import LoadedModel
 
 @dataclass(frozen=True)
 class Session:
-    """Hold a loaded model and how it prunes.
+    """A loaded model and its pruning settings.
 
-    Raises UsageError: a method that cannot act in this model.
+    Raises:
+        UsageError: If the method cannot act in this model.
     """
 
     loaded: LoadedModel
     pruning: PruneConfig
-    load_seconds: float | None = None  # how long loading took, for reports; None where that is unknown
+    load_seconds: float | None = None  # load time for reports; None if unknown
 
     def __post_init__(self):
         check_fits(self.pruning.method, self.loaded.description)
@@ -29,22 +30,34 @@ class Session:
         return f"<Session {self.loaded.id!r} in {self.loaded.dtype} on {self.loaded.device}: {settings}>"
 
     def unpruned(self) -> "Session":
-        """Return the same model and seed with every visual token kept: what pruning is compared with."""
+        """Return a session with the same model and seed that keeps every visual token, as a baseline."""
         return replace(self, pruning=PruneConfig.of(FULL, "none", self.pruning.seed))
 
     def prompt_columns(self, tokens: int, text: int) -> int | tuple[int, ...]:
-        """Positions in a prompt of `tokens` visual tokens and `text`, at most, in each layer of the language model or in all."""
+        """Return the largest number of prompt columns that the language model may hold.
+
+        Args:
+            tokens: Number of visual tokens.
+            text: Number of text tokens.
+
+        Returns:
+            One number for all layers, or one number per layer.
+        """
         depth = self.loaded.model.config.text_config.num_hidden_layers
         return self.pruning.method.prompt_columns(depth, tokens, text, self.pruning.budget.largest)
 
     @property
     def device(self) -> torch.device:
-        """Where the tower runs."""
+        """Device of the vision tower."""
         return self.loaded.model.model.visual.patch_embed.proj.weight.device
 
 
 def check_fits(method: MethodChain, model: ModelDescription) -> None:
-    """Raises UsageError: a method that cannot act in this language model, such as one without a recipe for so many layers."""
+    """Check that a method can act in this model's language model.
+
+    Raises:
+        UsageError: If it cannot, for example because the method has no recipe for this number of layers.
+    """
     method.language_work(model.config.text_config.num_hidden_layers, 64, 1.0)
     if method.language and not model.native:
         works = method.before.name if method.before.members else "evoprune"
@@ -53,14 +66,22 @@ def check_fits(method: MethodChain, model: ModelDescription) -> None:
 
 
 def check_conversation(method: MethodChain) -> None:
-    """Raises UsageError: the method prunes for one question, and a conversation has several."""
+    """Check that a method allows conversations.
+
+    Raises:
+        UsageError: If the method prunes for a single question.
+    """
     if method.reads_question:
         hint = "ask single questions, or take a method that does not: --method (method) evoprune"
         raise UsageError(f"{method.name} prunes for one question, so there is no conversation", hint)
 
 
 def check_streams(method: MethodChain, model: ModelDescription) -> None:
-    """Raises UsageError: the method cannot prune a stream, or the model cannot forget its beginning."""
+    """Check that this model and method can process a stream.
+
+    Raises:
+        UsageError: If the method cannot prune a stream, or the model cannot forget its oldest tokens.
+    """
     if method.reads_question or method.language or method.input:
         hint = "take one that acts inside the encoder or selects tokens without the question, such as evoprune"
         raise UsageError(f"method {method.name} cannot prune a stream", hint)

@@ -1,6 +1,6 @@
-"""What `help` says of a function whose `**options` are fields of dataclasses of options. Imports no torch.
+"""Signatures and help texts of functions whose `**options` are fields of option dataclasses. Imports no torch.
 
-Type checkers and editors read the same in keywords.py, which `python -m evoprune_cli.keywords` writes.
+Type checkers and editors read the same information in keywords.py, which `python -m evoprune_cli.keywords` writes.
 """
 
 import re
@@ -13,15 +13,19 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from evoprune.util import OPTION, parts_of
 
-WIDTH = 100  # columns of a line of help
+WIDTH = 100  # line width of help texts, in columns
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def takes(*kinds: type, **defaults: Any) -> Callable[[Function], Function]:
-    """Decorate a function whose last parameter, `**options`, stands for the fields of `kinds`, dataclasses of options.
+    """Decorate a function whose last parameter, `**options`, stands for the fields of option dataclasses.
 
-    Its signature gets a parameter, and its docstring a paragraph, for each field but those that it names itself. `defaults`:
-    those that are not a field's own.
+    The function's signature gets a parameter for each field, and its docstring a paragraph, except for fields that the function
+    declares itself.
+
+    Args:
+        kinds: The option dataclasses.
+        defaults: Defaults that replace the defaults of the fields.
     """
 
     def decorate(function: Function) -> Function:
@@ -43,7 +47,12 @@ def takes(*kinds: type, **defaults: Any) -> Callable[[Function], Function]:
 
 
 def explained(doc: str | None, *kinds: type, without: Iterable[str] = (), **defaults: Any) -> str:
-    """Return a docstring with a paragraph for each field of `kinds`: its name, its type, its default and what it means."""
+    """Return a docstring with a paragraph for each field of `kinds`: name, type, default and meaning.
+
+    Args:
+        without: Names of fields to leave out.
+        defaults: Defaults that replace the defaults of the fields.
+    """
     paragraphs = [
         textwrap.fill(
             f"{field.name} ({type_code(field)} = {defaults.get(field.name, field.default)!r}): {meaning(kind, field)}",
@@ -60,7 +69,10 @@ def explained(doc: str | None, *kinds: type, without: Iterable[str] = (), **defa
 
 
 def meaning(kind: type, field: Field) -> str:
-    """Return what the help of an option says in Python, where a keyword stands for each flag of the command line."""
+    """Return the help text of an option for Python users.
+
+    Flags of the command line in the text are replaced by the names of keywords.
+    """
     said = field.metadata[OPTION]
     if said.in_python:
         return said.in_python
@@ -70,7 +82,7 @@ def meaning(kind: type, field: Field) -> str:
 
 
 def type_code(field: Field) -> str:
-    """Return the type of an option in Python, as code."""
+    """Return the Python type of an option as source code."""
     also = field.metadata[OPTION].also
     if also:
         return f"{code(field.type)} | {also}"
@@ -78,7 +90,7 @@ def type_code(field: Field) -> str:
 
 
 def code(declared: Any) -> str:
-    """Return a type as it is written: `float | Literal["full", "fast"] | None`."""
+    """Return a type as source code, such as `float | Literal["full", "fast"] | None`."""
     parts = parts_of(declared)
     if len(parts) > 1:
         return " | ".join(map(code, parts))

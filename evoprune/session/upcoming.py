@@ -1,7 +1,7 @@
 """Several inputs in flight: the next inputs are opened and read while one is answered.
 
-They start in order, several at a time if cores are idle, and at most as many wait as are read at a time. If a CPU computes with all
-its cores, one input is read while the one before it is answered, and no later input slows it down.
+Reading starts in order, several inputs at a time if cores are idle. At most as many inputs wait as are read at a time. If a CPU
+computes with all its cores, one input is read while the one before it is answered, and no later input slows it down.
 """
 
 import time
@@ -21,12 +21,12 @@ from evoprune.video import keep_idle
 
 T = TypeVar("T")
 
-MOST = 8  # inputs that are read at a time
-READER_BYTES = 2**30  # of memory for each: a decoder, frames that wait, and patches
+MOST = 8  # largest number of inputs to read at a time
+READER_BYTES = 2**30  # memory per reader: a decoder, waiting frames, and patches
 
 
 def idle_cores(loaded: LoadedModel) -> int:
-    """Return how many cores the model leaves to reading, which may be 0.
+    """Return the number of cores that the model leaves for reading, which may be 0.
 
     The model keeps `busy_cores` busy. `--threads N` allows N cores in all.
     """
@@ -37,7 +37,10 @@ def idle_cores(loaded: LoadedModel) -> int:
 
 
 def readers(loaded: LoadedModel) -> int:
-    """Return how many inputs are read at a time: one for each two idle cores, as memory allows, at least one and at most `MOST`."""
+    """Return the number of inputs to read at a time: one per two idle cores, if memory allows.
+
+    At least one and at most `MOST`.
+    """
     available = host_memory()
     most = MOST
     if available is not None:
@@ -53,13 +56,13 @@ def in_flight(
 ) -> Iterator[tuple[T, OpenInputs | Exception]]:
     """Yield items in order, each with its inputs, or with the exception that opening them raised.
 
-    Threads open and read the inputs of the next items. The caller closes the inputs that it gets, and this iterator, which closes
-    all other inputs.
+    Threads open and read the inputs of the next items (`readers` at a time). The caller closes the inputs that it gets, and this
+    iterator, which closes all other inputs.
 
     Args:
         opened: Opens the inputs of an item. Its second argument is the number of cores that reading may keep busy, None for all.
-            The next item gets all cores, the items after it share the idle ones.
-        loaded: The model. `readers` says how many items are read at a time.
+            The next item gets all cores, and the items after it share the idle ones.
+        loaded: The model.
         on_wait: Called with the seconds that the caller has waited for each item.
     """
     count = readers(loaded)
@@ -70,7 +73,7 @@ def in_flight(
     def opening(item: T, cores: int | None, reading: Reading) -> Iterator[OpenInputs]:
         inputs = opened(item, cores)
         yield inputs
-        with suppress(Exception):  # encoding the inputs raises it again
+        with suppress(Exception):  # encoding the inputs raises the error again
             inputs.read()
 
     with keep_idle(count + 1), Readings(at_once=count) as group:  # one more process for the item that is answered

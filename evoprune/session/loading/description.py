@@ -1,6 +1,6 @@
-"""What is known about a model before its weights are read: its folder, its small files, and the device that will run it.
+"""Facts about a model before its weights are read: its folder, its small files, and the device that will run it.
 
-`describe` makes a `ModelDescription`, once. Plans follow from it, and loading takes it over. Imports no torch.
+`describe` collects them once in a `ModelDescription`, which plans and loading then use. This file imports no torch.
 """
 
 import json
@@ -49,10 +49,11 @@ from evoprune.video import MAX_VISUAL_TOKENS, PICTURE, VIDEO, InputLimits
 
 ADAPTER = "adapter_config.json"
 MERGE = "merge it into its base model (PEFT: merge_and_unload) and save that"
-BITS = "load_in_8bit", "load_in_4bit"  # which mean bitsandbytes, whatever method is named, as in transformers
+# Like transformers, take these settings for bitsandbytes even if another method is named.
+BITS = "load_in_8bit", "load_in_4bit"
 STORED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # dtypes, as config.json names them
 NORMALISATION = ("image_mean", "image_std")
-# What is done whatever the settings of a processor say. Other values are named, null counts as missing.
+# Preprocessing that does not depend on a processor's settings. Other values cause a warning; null counts as missing.
 ALWAYS = {
     "do_sample_frames": True, "num_frames": None, "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255,
     "do_normalize": True, "do_convert_rgb": True, "do_center_crop": False, "do_pad": False, "resample": 3,
@@ -63,16 +64,16 @@ ALWAYS = {
 class ModelDescription:
     """A model before its weights are read. Made by `describe`."""
 
-    options: ModelOptions  # which model, and how it is to be loaded
+    options: ModelOptions  # which model to load, and how
     device: str  # such as "cpu" or "cuda:1"; never "auto"
-    folder: Path | None  # its files; None for a bundled config
+    folder: Path | None  # folder of its files; None for a bundled config
     commit: str | None  # on the hub; None for anything local
-    unreachable: str | None  # why the hub is not asked for more files, in words
+    unreachable: str | None  # reason not to ask the hub for more files, in words
     config: Config
-    quantization: str | None  # the method by which the checkpoint is quantised, such as "awq"
-    stored_dtype: str | None  # of the published weights, "bf16", "fp16" or "fp32", if config.json says so
-    limits: dict[str, InputLimits]  # of videos and of pictures, by kind
-    state: dict[str, Any] | None  # what answers come from: the commit, or the files of a folder (`ModelOptions.state`)
+    quantization: str | None  # quantization method of the checkpoint, such as "awq"
+    stored_dtype: str | None  # dtype of the published weights, "bf16", "fp16" or "fp32", if config.json names it
+    limits: dict[str, InputLimits]  # limits of videos and of pictures, by kind
+    state: dict[str, Any] | None  # identifies the files: the commit, or `ModelOptions.state` of a folder
 
     @property
     def id(self) -> str:
@@ -80,19 +81,20 @@ class ModelDescription:
 
     @property
     def random(self) -> bool:
-        """Whether its weights are made, not read."""
+        """Whether the weights are random instead of read from files."""
         return self.options.load_format == "dummy"
 
     @cached_property
     def demo(self) -> Demo | None:
-        """Which bundled demo model this is, with its trained weights."""
+        """The bundled demo model that this is, with its trained weights; None for other models."""
         return None if self.random else demo_in(self.folder)
 
     @cached_property
     def dtype(self) -> str:
-        """The dtype of the loaded weights. "auto" means bf16 on hardware with bf16 products, else fp32; demo models use fp32.
+        """The dtype of the loaded weights.
 
-        Imports torch, unless the options say the dtype.
+        "auto" means bf16 on hardware with bf16 matmul, otherwise fp32; demo models use fp32. Imports torch, unless the options name
+        the dtype.
         """
         if self.options.dtype != "auto":
             return self.options.dtype
@@ -106,7 +108,7 @@ class ModelDescription:
 
     @property
     def max_visual_tokens(self) -> int:
-        """The default limit before pruning. Models as small as the demos have no limit of the device."""
+        """Default limit before pruning. The demos are so small that the device sets no lower limit."""
         if self.demo:
             return MAX_VISUAL_TOKENS
         return min(MAX_VISUAL_TOKENS, visual_token_limit(self.device))
@@ -117,44 +119,49 @@ class ModelDescription:
 
     @property
     def native(self) -> bool:
-        """Whether this project runs the language model itself."""
+        """Whether evoprune runs the language model itself."""
         return self.can_be_native and self.options.engine != TRANSFORMERS
 
     @property
     def to_be_native(self) -> str:
-        """What a user is to do so that this project runs the language model; a hint where it does not."""
+        """Hint for models that evoprune does not run itself: how to get one that it does."""
         if self.can_be_native:
             return "leave the engine out"
         return "take a checkpoint that evoprune runs itself, such as Qwen/Qwen3-VL-4B-Instruct"
 
     @property
     def can_be_native(self) -> bool:
-        """Whether this project could run the language model."""
+        """Whether evoprune is able to run the language model."""
         return self.config.vision_config.traits.native and self.quantization is None
 
     @property
     def can_be_quantized(self) -> bool:
-        """Whether `quantize` applies: experts are no linear layers."""
+        """Whether `quantize` applies. It does not apply to experts, which are not linear layers."""
         return self.quantization is None and self.config.text_config.experts is None
 
     def download(self, *patterns: str) -> None:
-        """Downloads more files of a hub model, of the same commit. Raises ModelError: see `hub.fetch`."""
+        """Download more files of a hub model, from the same commit.
+
+        Raises:
+            ModelError: See `hub.fetch`.
+        """
         if self.commit is not None:
             revision = self.commit if self.unreachable is None else self.options.revision
             fetch(self.id, revision, patterns, self.unreachable)
 
 
 def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
-    """Return what is known about a model before its weights are read. Imports no torch.
+    """Collect facts about a model before its weights are read. Imports no torch.
 
-    Small files are downloaded from the hub if they are not here yet. Warns of settings of the processors that are not followed.
+    Small files are downloaded from the hub if they are missing. Warns about processor settings that evoprune ignores.
 
     Args:
-        local: ask no hub. The bundled config stands in for a published model that is not here, so that no weights can be loaded.
+        local: Do not contact the hub. A bundled config stands in for a published model that is not on this machine; its weights
+            cannot be loaded then.
 
     Raises:
-        ModelError: the model is missing, of another kind, damaged, or out of reach, or the asked-for engine cannot run it.
-        UsageError: a revision of something that has none, or a model whose weights cannot be quantised as asked.
+        ModelError: If the model is missing, unsupported, damaged, or out of reach, or the requested engine cannot run it.
+        UsageError: If a revision is given for something that has none, or the weights cannot be quantized as requested.
     """
     folder, commit, unreachable = _locate(options, local)
     path = BUNDLED_CONFIGS[options.model] if folder is None else folder / "config.json"
@@ -162,7 +169,7 @@ def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
         raise _no_config(path.parent)
     content = read_json(path)
     config = _config(path, content)
-    texts = content, section(content, "text_config")  # some files say it of the language model alone
+    texts = content, section(content, "text_config")  # some files name the dtype only for the language model
     dtype = next((said for text in texts if (said := text.get("dtype") or text.get("torch_dtype"))), None)
     description = ModelDescription(
         options=options,
@@ -183,9 +190,11 @@ def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
 
 
 def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None, str | None]:
-    """Return the folder of a model, None for a bundled config; its commit if the hub has it; and why the hub is not asked for more.
+    """Locate a model. For arguments and errors, see `describe`.
 
-    Arguments and errors: see `describe`.
+    Returns:
+        The folder (None for a bundled config), the commit (None unless the model comes from the hub), and the reason not to ask the
+        hub for more files (None if it can be asked, or is not needed).
     """
     name = options.model
     revision = options.revision
@@ -213,7 +222,12 @@ def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None
 
 
 def local_folder(options: ModelOptions) -> Path | None:
-    """Return the folder of a local model, or None if the name is a hub id. Raises ModelError or UsageError: it is neither."""
+    """Return the folder of a local model, or None if the name is a hub id.
+
+    Raises:
+        ModelError: If the name is neither a usable folder nor a hub id.
+        UsageError: If a revision is given for a local model.
+    """
     name = options.model
     revision = options.revision
     if not name.strip():
@@ -222,10 +236,10 @@ def local_folder(options: ModelOptions) -> Path | None:
     if name in DEMOS and not (folder / "config.json").is_file():
         hint = "install evoprune again, or name another model"
         raise ModelError(f"the bundled {name} model is missing: {folder}", hint)
-    if os.path.isdir(folder):  # unlike a path's own method, it raises nothing
+    if os.path.isdir(folder):  # unlike Path.is_dir, it never raises
         if revision is not None:
             raise UsageError(f"{name} is a local model and has no revision {revision!r}", "leave the revision out")
-        if not is_text(os.path.abspath(folder)):  # as the readers of tokenizers and weights want it
+        if not is_text(os.path.abspath(folder)):  # the tokenizer and weight readers require this
             hint = "rename it, or set LC_ALL to a locale with UTF-8, such as C.UTF-8"
             raise ModelError(f"the path {folder} is not valid text", hint)
         return folder
@@ -239,7 +253,10 @@ def local_folder(options: ModelOptions) -> Path | None:
 
 
 def _no_config(folder: Path) -> ModelError:
-    """Return the error for a folder without a config.json, which may be an adapter's, or one of the hub's cache."""
+    """Return the error for a folder without a config.json.
+
+    The folder may belong to an adapter or to the hub's cache; the error says so.
+    """
     if (folder / ADAPTER).is_file():
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
         what = "an adapter"
@@ -269,7 +286,7 @@ def _config(path: Path, content: dict) -> Config:
 
 
 def _quantization(path: Path, content: dict) -> str | None:
-    """Return the method by which the checkpoint of a config.json is quantised; None if it is not."""
+    """Return the quantization method that a config.json names, or None if the checkpoint is not quantized."""
     with valid(f"{path} is damaged"):
         parts = content, section(content, "text_config")
         settings = next((given for part in parts if (given := section(part, "quantization_config"))), None)
@@ -284,7 +301,12 @@ def _quantization(path: Path, content: dict) -> str | None:
 
 
 def _check_engine(model: ModelDescription) -> None:
-    """Raises ModelError: the asked-for engine cannot run the language model. UsageError: the weights cannot be quantised."""
+    """Check that the requested engine can run the model, and that its weights can be quantized as requested.
+
+    Raises:
+        ModelError: If the engine cannot run the language model.
+        UsageError: If the weights cannot be quantized.
+    """
     quantised = model.quantization and f"is quantised ({model.quantization})"
     options = model.options
     if options.engine == NATIVE and not model.native:
@@ -298,7 +320,7 @@ def _check_engine(model: ModelDescription) -> None:
 
 @contextmanager
 def valid(problem: str) -> Iterator[None]:
-    """Turns a rule that does not hold, JSON that is none, or a file that cannot be read into a `ModelError`."""
+    """Turn a violated rule, invalid JSON, or an unreadable file into a `ModelError`."""
     try:
         yield
     except (OSError, ValueError) as reason:
@@ -306,8 +328,8 @@ def valid(problem: str) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict:
-    """Return the object in a JSON file of a model's folder; an empty one if there is no such file."""
-    if not os.path.lexists(path):  # a link that leads nowhere is no missing file
+    """Return the object in a JSON file of a model's folder, or an empty one if there is no such file."""
+    if not os.path.lexists(path):  # a broken link does not count as missing
         return {}
     with valid(f"{path} cannot be read"):
         check_fetched(path)
@@ -315,10 +337,11 @@ def read_json(path: Path) -> dict:
 
 
 def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, InputLimits]:
-    """Limits of videos and of pictures from a model folder's processor settings, and patch sizes from its config.
+    """Return the limits of videos and of pictures, from a model's processor settings and the patch sizes in its config.
 
-    `preprocessor_config.json` belongs to the image processor. Of videos only its mean and std are used: its limit of 12.8 million
-    pixels is meant for one picture, and Qwen's own code limits the frames of a video far lower. Those limits are the defaults here.
+    `preprocessor_config.json` belongs to the image processor. For videos, only its mean and std are used: its limit of 12.8 million
+    pixels is meant for one picture, and Qwen's own code limits video frames to far fewer pixels. Those lower limits are the
+    defaults here.
     """
     traits = vision_config.traits
     limits = InputLimits(
@@ -330,7 +353,7 @@ def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str,
     if folder is None:
         return {VIDEO: limits, PICTURE: replace(limits, **traits.picture)}
     of_pictures = (*NORMALISATION, "min_pixels", "max_pixels")
-    joint = folder / "processor_config.json"  # where transformers 5 saves both
+    joint = folder / "processor_config.json"  # transformers 5 saves both in this file
     video = _limits(joint, "video_processor") or _limits(folder / "video_preprocessor_config.json")
     image = _limits(joint, "image_processor", of_pictures)
     image = image or _limits(folder / "preprocessor_config.json", only=of_pictures)
@@ -339,7 +362,7 @@ def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str,
 
 
 def _warn_of_unused(folder: Path) -> None:
-    """Names settings of processors that have been checked and are not followed, in one warning."""
+    """Warn once about processor settings that evoprune ignores."""
     joint = read_json(folder / "processor_config.json")
     unused = {}
     for inner, file in (
@@ -349,7 +372,7 @@ def _warn_of_unused(folder: Path) -> None:
         content = section(joint, inner) or read_json(folder / file)
         usual = ALWAYS
         if content.get("video_processor_type") == "Qwen2VLVideoProcessor":
-            # Its settings have this false unless somebody changed it; whoever uses it samples frames outside.
+            # False is the default of this class, whose callers sample the frames themselves.
             usual = ALWAYS | {"do_sample_frames": False}
         unused |= {
             name: content[name] for name, value in usual.items() if content.get(name) not in (None, value, ALWAYS[name])
@@ -360,7 +383,13 @@ def _warn_of_unused(folder: Path) -> None:
 
 
 def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None = None) -> dict:
-    """Return the fields of `InputLimits` in a processor's settings, perhaps in an object inside them, perhaps `only` some."""
+    """Return the fields of `InputLimits` in a processor's settings.
+
+    Args:
+        path: The JSON file.
+        inner: Name of the object in the file that has the settings, or None for the whole file.
+        only: Names of the fields to read, or None for all.
+    """
     content = read_json(path)
     with valid(f"{path} is damaged"):
         if inner:

@@ -1,7 +1,7 @@
-"""Loads a model through transformers: families whose language model this project does not run itself, and quantised checkpoints.
+"""Load models through transformers: families whose language model evoprune does not run itself, and quantized checkpoints.
 
-transformers reads the safetensors files, never code that comes with them, and asks no network. It also knows how each method of
-quantisation packs its weights; the packages that compute with them are the user's to install.
+transformers reads the safetensors files, runs no code that comes with them, and uses no network. It also knows how each
+quantization method packs its weights. Users install the packages that compute with packed weights.
 """
 
 import logging
@@ -26,15 +26,15 @@ from evoprune.session.loading.weights import BELONG, PACKAGES, PLAIN, stored_ten
 from evoprune.util import counted, listed
 from evoprune.video import temporary_folder
 
-# Entries of a config that name the modules which are not quantised.
+# Config entries that list unquantized modules.
 UNQUANTIZED = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
-# Entries of a config that are no settings of the language model alone.
+# Config entries that are not settings of the language model alone.
 OF_THE_WHOLE = (
     "model_type", "architectures", "vision_config", "text_config", "quantization_config", "tie_word_embeddings", "dtype",
     "torch_dtype",
 )  # fmt: skip
-# What loggers say again and again. One recommends packages for GPUs (`backend.hosted.FUSED`), which would not be called. That
-# layers of 8 bits compute in fp16 is said of every product.
+# Repetitive log messages to suppress. The first recommends packages for GPUs (`backend.hosted.FUSED`) that would not be called. The
+# second says for every product that 8-bit layers compute in fp16.
 SAID = {
     "transformers.integrations.hub_kernels": "falling back to its reference",
     "bitsandbytes.autograd._functions": "inputs will be cast",
@@ -44,9 +44,13 @@ SAID = {
 def load_hosted(
     config: Config, folder: Path, dtype: torch.dtype, device: torch.device, quantization: str | None
 ) -> HostedVL:
-    """Return the model in a folder, `quantization` its method if it is quantised.
+    """Load the model in a folder through transformers. Warns about tensors that are not used.
 
-    Raises ModelError: transformers cannot read it, or tensors are missing. Warns of tensors that are not used.
+    Args:
+        quantization: Quantization method of the checkpoint, or None.
+
+    Raises:
+        ModelError: If transformers cannot read the model, or tensors are missing or have another shape or an unexpected dtype.
     """
     if config.text_config.experts and not quantization:
         _check_experts(folder, config.text_config.experts.num_experts)
@@ -57,9 +61,9 @@ def load_hosted(
                 kwargs = {"device_map": {"": device}, "config": _quantized_config(folder, quantization, device)}
             elif lies_flat(folder):
                 kwargs = {"config": _read_config(folder)}
-            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are named here
+            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches raise an error below
             host, info = read_whole(folder, dtype, device, **kwargs)
-    # transformers and the packages of quantisation raise of many kinds what a file has wrong.
+    # transformers and quantization packages raise many kinds of exceptions for damaged files.
     except Exception as problem:
         if is_out_of_memory(problem):
             raise
@@ -85,14 +89,17 @@ def load_hosted(
     model = _of(config, host)
     if quantization:
         model.package = f"a layer quantised by {listed(PACKAGES.get(quantization, [quantization]))}"
-    else:  # layers of quantised experts have implementations of their own
+    else:  # quantized experts bring their own implementations
         use_experts(model)
     return model
 
 
 @contextmanager
 def _environment_kept() -> Iterator[None]:
-    """Takes back what packages of quantisation set when they are imported: gptqmodel moves the hub's cache, among others."""
+    """Restore environment variables and `sys.path` that quantization packages change when they are imported.
+
+    gptqmodel, for example, moves the hub's cache.
+    """
     variables = dict(os.environ)
     path = list(sys.path)
     try:
@@ -105,9 +112,12 @@ def _environment_kept() -> Iterator[None]:
 
 
 def _check_experts(folder: Path, count: int) -> None:
-    """Raises ModelError: a tensor of an expert is missing, or of another shape than that of the others.
+    """Check that all expert tensors exist and have the same shape.
 
-    transformers joins them, and names what it cannot join in a log alone.
+    transformers merges them, and reports tensors that it cannot merge only in a log.
+
+    Raises:
+        ModelError: If an expert's tensor is missing or has another shape than the tensors of the other experts.
     """
     alike: dict[str, dict[str, tuple[int, ...]]] = {}
     for _, content, stored in stored_tensors(weight_files(folder)):
@@ -132,15 +142,15 @@ def _lacking(folder: Path, missing: list[str]) -> ModelError:
 
 
 def _quantized_config(folder: Path, quantization: str, device: torch.device):
-    """Return the config of transformers, in which parts that are not quantised have the names of the modules in memory too.
+    """Return the transformers config of a quantized checkpoint, with the names of unquantized modules corrected.
 
-    Published checkpoints name the tower `visual`, as older releases did; it would be taken for quantised otherwise. Weights for
-    which a CPU has no kernels are plain in memory.
+    Published checkpoints call the tower `visual`, as older releases did. Unless the name in memory is listed too, transformers
+    would take the tower for quantized. Weights for which the CPU has no kernels are dequantized when loaded.
     """
     from transformers.quantizers import AutoQuantizationConfig
 
     config = _read_config(folder)
-    # Some programs write it beside the layers that are quantised; older releases look for it there for few families.
+    # Some programs write quantization_config into text_config, and older transformers releases look there for only a few families.
     if not getattr(config, "quantization_config", None):
         config.quantization_config = config.text_config.quantization_config
     if are_widened(device, quantization):
@@ -150,18 +160,21 @@ def _quantized_config(folder: Path, quantization: str, device: torch.device):
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             renamed = [re.sub(r"^(re:)?\^?visual\b", r"\1model.visual", name_in_memory(name)) for name in names]
             config.quantization_config[field] = list(dict.fromkeys([*names, *renamed]))
-    # Older releases only warn of a method that they do not know, and read packed weights as if they were plain.
+    # This raises for an unknown method. Older releases would only warn, and read packed weights as if they were plain.
     AutoQuantizationConfig.from_dict(deepcopy(config.quantization_config))
     return config
 
 
 def lies_flat(folder: Path) -> bool:
-    """Say whether the settings of the language model stand at the top level of a config.json, not in `text_config`."""
+    """Return True if the language model's settings are at the top level of config.json instead of in `text_config`."""
     return not read_object(folder / "config.json").get("text_config")
 
 
 def _read_config(folder: Path):
-    """Read the config of transformers. Its later families know `text_config` alone, and take their defaults where there is none."""
+    """Return the transformers config of a folder.
+
+    Later families read only `text_config` and fall back to defaults without it, so flat settings are moved there.
+    """
     from transformers import AutoConfig
 
     if not lies_flat(folder):
@@ -173,7 +186,11 @@ def _read_config(folder: Path):
 
 
 def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs):
-    """Return the model of transformers as it reads a folder, config and weights, by itself; under sdpa."""
+    """Load config and weights of a folder with `from_pretrained`, with sdpa attention.
+
+    Returns:
+        The result of `from_pretrained`: the model, or the model and the loading info if `kwargs` ask for it.
+    """
     from transformers import AutoModelForImageTextToText
 
     safe = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
@@ -182,7 +199,7 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
             plain, dtype=dtype, attn_implementation="sdpa", **safe, **kwargs
         )
     host = loaded[0] if isinstance(loaded, tuple) else loaded
-    if not kwargs.get("device_map"):  # layers of quantised weights were made on their device
+    if not kwargs.get("device_map"):  # quantized layers are created on their device
         host.to(device)
     else:
         in_one_dtype(host, dtype)
@@ -191,17 +208,24 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
 
 
 def in_one_dtype(host, dtype: torch.dtype) -> None:
-    """Gives layers without quantised weights this dtype. Of bitsandbytes' checkpoints, transformers leaves some as stored."""
+    """Convert all layers without quantized weights to this dtype.
+
+    transformers leaves some layers of bitsandbytes checkpoints in their stored dtype.
+    """
     for module in host.modules():
         weights = list(module.parameters(recurse=False))
-        # Weights in 8 bits have scales beside them; those of other classes know how they are packed.
+        # Skip 8-bit weights, which come with scales, and other parameter classes, which are packed.
         if all(type(w) is torch.nn.Parameter and w.is_floating_point() and w.itemsize > 1 for w in weights):
             for weight in weights:
                 weight.data = weight.data.to(dtype)
 
 
 def widen(model: HostedVL, dtype: torch.dtype, skip: Collection[str]) -> None:
-    """Gives weights a dtype, but those of some layers, by name, which are to be quantised, and the input embeddings."""
+    """Convert weights to a dtype, except for the input embeddings and some layers.
+
+    Args:
+        skip: Names of layers to leave unchanged, because they will be quantized.
+    """
     for name, weight in model.named_parameters():
         if name.removesuffix(".weight") not in skip and weight is not model.model.language_model.embed_tokens.weight:
             weight.data = weight.data.to(dtype)
@@ -209,8 +233,9 @@ def widen(model: HostedVL, dtype: torch.dtype, skip: Collection[str]) -> None:
 
 @contextmanager
 def _without_adapter(folder: Path) -> Iterator[Path]:
-    """Provide the folder; where an adapter is beside the weights, which transformers would apply with PEFT, links to its other
-    files.
+    """Yield a folder without an adapter, which transformers would apply with PEFT.
+
+    If there is an adapter next to the weights, this is a temporary folder with links to the other files.
     """
     if not (folder / ADAPTER).exists():
         yield folder
@@ -223,7 +248,7 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
 
 
 def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> HostedVL:
-    """Return a model with seeded random weights, for benchmarks; its values do not change the speed."""
+    """Return a model with seeded random weights, for benchmarks, because speed does not depend on the values."""
     host = meta_model(config, dtype)
     host.to_empty(device=device)
     fill_random(host)
@@ -239,7 +264,7 @@ def _of(config: Config, host) -> HostedVL:
     model = HostedVL(config, host.model.visual, host.model.language_model, host.lm_head)
     choose_functions(model.model.language_model)
     for logger in SAID:
-        logging.getLogger(logger).addFilter(_is_news)  # the same one is added once
+        logging.getLogger(logger).addFilter(_is_news)  # adding the same filter twice has no effect
     return model
 
 
@@ -248,7 +273,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def meta_model(config: Config, dtype: torch.dtype, attention: str = "sdpa"):
-    """Return the model of transformers with the numbers of `config`, without memory."""
+    """Return a transformers model with the dimensions of `config`, on the meta device, without memory."""
     from transformers import AutoModelForImageTextToText
 
     kwargs = {"dtype": dtype, "attn_implementation": attention}
@@ -257,7 +282,7 @@ def meta_model(config: Config, dtype: torch.dtype, attention: str = "sdpa"):
 
 
 def hugging_face_config(config: Config):
-    """Return the config of transformers with the same numbers, of the class for this family."""
+    """Return the transformers config with the same dimensions, in the class of this family."""
     from transformers import AutoConfig
 
     content = as_written(config)
@@ -266,7 +291,10 @@ def hugging_face_config(config: Config):
 
 
 def with_frequencies(host, device: torch.device) -> None:
-    """Makes the rotary frequencies of a model that was on no device: they follow from the config, and are no weights."""
+    """Create the rotary frequencies of a model that was on the meta device.
+
+    They are computed from the config and are not weights.
+    """
     for parent in list(host.modules()):
         for name, child in parent.named_children():
             if hasattr(child, "inv_freq"):
@@ -276,7 +304,7 @@ def with_frequencies(host, device: torch.device) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Provide a context in which transformers shows no progress and logs errors alone."""
+    """Make transformers log only errors and hide progress bars within this context."""
     from transformers.utils import logging as log
 
     level = log.get_verbosity()

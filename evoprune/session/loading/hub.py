@@ -1,4 +1,4 @@
-"""Models on the hub: what their names say, and downloads into the hub's own cache. Imports no torch."""
+"""Hub models: hints from model names, and downloads into the hub's own cache. Imports no torch."""
 
 import re
 import threading
@@ -12,11 +12,11 @@ import evoprune
 from evoprune.errors import ModelError, first_line
 from evoprune.util import listed
 
-# The published dimensions (config.json of the repositories), so that benchmarks need no network.
+# Published config.json files, so that benchmarks need no network.
 BUNDLED_CONFIGS = {
     f"Qwen/{path.stem}": path for path in sorted((Path(evoprune.__file__).parent / "model" / "configs").glob("*.json"))
 }
-# Ids of Qwen's models that run, to name the one that was meant.
+# Ids of supported Qwen models, for "did you mean" hints.
 PUBLISHED = (
     *BUNDLED_CONFIGS,
     *(f"Qwen/Qwen2-VL-{size}-Instruct" for size in ("2B", "7B", "72B")),
@@ -25,8 +25,8 @@ PUBLISHED = (
     *(f"Qwen/Qwen3-VL-{size}-Thinking" for size in ("2B", "4B", "8B", "32B", "30B-A3B", "235B-A22B")),
     *(f"Qwen/Qwen3.5-{size}" for size in ("122B-A10B", "397B-A17B")),
 )
-SETTINGS = ("config.json", "*processor_config.json")  # the files that a description is made of
-SMALL_FILES = ("*.json", "*.jinja", "merges.txt")  # with the tokenizer
+SETTINGS = ("config.json", "*processor_config.json")  # files that `describe` reads
+SMALL_FILES = ("*.json", "*.jinja", "merges.txt")  # settings, tokenizer and chat template
 MODEL_HINT = (
     "evoprune runs Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL, such as Qwen/Qwen2.5-VL-3B-Instruct, and its demos"
 )
@@ -37,17 +37,20 @@ _ORIGINAL = re.compile(r"qwen((2|2\.5|3)-vl|3\.\d)-[\d.]+b(-a\d+b)?(-instruct|-t
 
 
 def is_id(name: str) -> bool:
-    """Return whether a name has the form of a hub id, `org/name`."""
+    """Return True if a name has the form of a hub id, `org/name`."""
     return bool(_ID.fullmatch(name)) and ".." not in name and "--" not in name
 
 
 def nearest_id(name: str) -> str | None:
-    """Return the published id that a misspelt id of Qwen's, or one without its organization, is most like; None if it is right."""
+    """Return the published Qwen id most similar to a misspelled id, or to one without its organization.
+
+    Returns None if the id is correct, or nothing is similar.
+    """
     organization, _, word = name.lower().rpartition("/")
     if organization not in ("", "qwen") or not word:
         return None
     known = {each.lower().removeprefix("qwen/"): each for each in PUBLISHED}
-    if any(name.startswith(each) for each in PUBLISHED):  # also of a variant, such as -AWQ
+    if any(name.startswith(each) for each in PUBLISHED):  # also matches variants such as -AWQ
         return None
 
     def likeness(each: str) -> tuple[float, int]:
@@ -67,13 +70,13 @@ def _size(word: str) -> str:
 
 
 def near_hint(name: str) -> str:
-    """Return the beginning of a hint, which names `nearest_id`; empty without one."""
+    """Return the beginning of a hint that names the `nearest_id`, or an empty text if there is none."""
     near = nearest_id(name)
     return f"did you mean {near}? " if near else ""
 
 
 def kind_hint(name: str) -> str:
-    """Return the beginning of a hint: which models run, if the name does not look like one of them; else nothing."""
+    """Return the beginning of a hint about supported models, or an empty text if the name looks like one of them."""
     if _CONVERTED.search(name):
         original = _ORIGINAL.search(name)
         instead = f"Qwen/{original[0]}" if original else "the original checkpoint"
@@ -84,31 +87,35 @@ def kind_hint(name: str) -> str:
 
 
 def revision_flag(revision: str | None) -> str:
-    """Return what names a revision to `hf download`."""
+    """Return the flag that selects a revision in `hf download`, or an empty text without a revision."""
     return "" if revision is None else f" --revision {revision}"
 
 
 def cached_folder(name: str, revision: str | None) -> Path | None:
-    """Return the folder of a hub model in the hub's own cache, if its config is there; no network is used."""
+    """Return a hub model's folder in the hub's cache, or None if its config is not there. Uses no network."""
     import huggingface_hub as hub
     from huggingface_hub import constants
 
     try:
         path = hub.try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=revision)
-    except ValueError:  # no name of the hub, for example too long
+    except ValueError:  # not a valid hub id, for example too long
         return None
     return Path(path).parent if isinstance(path, str) else None
 
 
 def cached_id(folder: Path) -> str:
-    """Return the id of the model of a folder in the hub's cache, `models--org--name`."""
+    """Return the model id of a folder in the hub's cache, `models--org--name`."""
     return folder.name.removeprefix("models--").replace("--", "/", 1)
 
 
 def reach(name: str, revision: str | None, offline: bool) -> str | None:
-    """Return why the hub cannot be asked for a model, in words; None if it can.
+    """Check whether the hub has a model and can be reached.
 
-    Raises ModelError: it has no such model or revision, or gives no access.
+    Returns:
+        The reason why the hub cannot be used, in words, or None if it can.
+
+    Raises:
+        ModelError: If the hub has no such model or revision, or denies access.
     """
     import huggingface_hub as hub
     from huggingface_hub import errors
@@ -121,7 +128,7 @@ def reach(name: str, revision: str | None, offline: bool) -> str | None:
         _within(HUB_SECONDS, lambda: hub.get_hf_file_metadata(url, timeout=HUB_SECONDS))
     except errors.RevisionNotFoundError as problem:
         raise ModelError(f"{name} has no revision {revision!r} on the hub", "leave the revision out") from problem
-    except errors.RepositoryNotFoundError as problem:  # also: private, or gated
+    except errors.RepositoryNotFoundError as problem:  # the repository may also be private or gated
         hint = f"log in with `hf auth login` if it is private or gated; {MODEL_HINT}"
         hint = f"{near_hint(name) or 'check the spelling, or '}{hint}"
         raise ModelError(f"there is no folder {name} here, and no such model on the hub for you", hint) from problem
@@ -129,13 +136,19 @@ def reach(name: str, revision: str | None, offline: bool) -> str | None:
         which = near_hint(name) or kind_hint(name) or f"{MODEL_HINT}; "
         hint = f"{which}adapters must be merged first, GGUF files are not read"
         raise ModelError(f"{name} has no config.json on the hub", hint) from problem
-    except Exception as problem:  # the HTTP library below differs from version to version
+    except Exception as problem:  # the underlying HTTP library differs between versions
         return f"the hub cannot be reached ({first_line(problem)})"
     return None
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """Return `work()`. Raises TimeoutError: HTTP timeouts leave out name resolution, which alone can take half a minute."""
+    """Return `work()`, run in a thread with a time limit.
+
+    The limit includes name resolution, which HTTP timeouts do not cover and which can take half a minute.
+
+    Raises:
+        TimeoutError: If there is no result within `seconds`.
+    """
     answer = Future()
 
     def run():
@@ -151,11 +164,13 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
 
 
 def fetch(name: str, revision: str | None, patterns: tuple[str, ...], unreachable: str | None) -> Path:
-    """Return the folder of a hub model in the hub's own cache, with files of these patterns downloaded if they are not there yet.
+    """Download missing files of a hub model that match the patterns, and return its folder in the hub's cache.
 
-    `unreachable`: why the hub is not asked (`reach`).
+    Args:
+        unreachable: Reason not to use the hub (see `reach`), or None. With a reason, only the cache is used.
 
-    Raises ModelError: the download breaks off, or the hub is not asked and the cache does not hold the model.
+    Raises:
+        ModelError: If the download fails, or the hub is not used and the cache does not have the model.
     """
     import huggingface_hub as hub
 

@@ -1,4 +1,7 @@
-"""Loads a model. Whatever can be checked is checked before the weights are read, and no code that comes with it is ever run."""
+"""Load a model. Everything that can be checked is checked before the weights are read.
+
+No code that comes with a model is ever run.
+"""
 
 import os
 import re
@@ -75,14 +78,14 @@ from evoprune.vision import encode, tower_shape
 if TYPE_CHECKING:
     from evoprune.language import Vocabulary
 
-# Settings of transformers' `generate` that change answers and are not done here, and what they are where they change nothing.
+# Settings of transformers' `generate` that change answers and are ignored here, with the values that have no effect.
 NOT_DONE = dict.fromkeys(
     ("bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "min_length",
      "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "min_p", "penalty_alpha",
      "no_repeat_ngram_size", "sequence_bias", "stop_strings", "suppress_tokens", "top_h", "constraints", "dola_layers",
      "force_words_ids", "watermarking_config"), 0
 ) | dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p"), 1)  # fmt: skip
-# Weights of a model for each of its threads. The demo model has 4 million, the smallest Qwen 2 billion.
+# Number of weights per thread. The demo model has 4 million weights, the smallest Qwen 2 billion.
 WEIGHTS_PER_THREAD = 32_000_000
 
 
@@ -90,27 +93,30 @@ WEIGHTS_PER_THREAD = 32_000_000
 class LoadedModel:
     """A model that is ready to answer."""
 
-    description: ModelDescription  # what was known before it was loaded
+    description: ModelDescription  # facts known before loading
     model: Model  # the weights, on `device` in `dtype`, and their config
     tokenizer: Tokenizer | None  # with a chat template; None only for random weights without tokenizer files
-    eos_ids: tuple[int, ...]  # that end an answer
-    generation: GenerationSettings  # of its files
+    eos_ids: tuple[int, ...]  # tokens that end an answer
+    generation: GenerationSettings  # from generation_config.json
     quantize: str
-    weights_bytes: int  # of all weights in memory, tied ones counted once
-    fingerprint: str | None  # changes when the weights' files do, or their place; None where that is unknown
-    load_seconds: dict[str, float]  # of the steps of loading: "tokenizer", "weights" and "prepare"
-    packing: Packing  # when layers that wait are packed, and how long that has taken since
-    ready: Callable[[], None] = lambda: None  # waits for what was begun beside loading (`_warm_up`)
-    patches: PatchStore = field(
-        default_factory=PatchStore
-    )  # of the latest inputs, for other settings of the same model
+    weights_bytes: int  # total of the weights in memory; tied weights count once
+    fingerprint: str | None  # changes when the weight files or their place change; None if unknown
+    load_seconds: dict[str, float]  # by step: "tokenizer", "weights" and "prepare"
+    packing: Packing  # schedules the packing of remaining layers, and times it
+    ready: Callable[[], None] = lambda: None  # waits for `_warm_up`, which runs during loading
+    # Patches of the latest inputs, so other settings of the same model need not read them again.
+    patches: PatchStore = field(default_factory=PatchStore)
 
     def __repr__(self) -> str:
         return f"<LoadedModel {self.id!r} in {self.dtype} on {self.device}>"
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":
-        """The tokens for answers that follow a grammar. Raises UsageError: llguidance is not installed."""
+        """The vocabulary for answers that follow a grammar.
+
+        Raises:
+            UsageError: If llguidance is not installed.
+        """
         from evoprune.language import Vocabulary
 
         return Vocabulary(self.tokenizer, self.eos_ids)
@@ -122,7 +128,7 @@ class LoadedModel:
 
     @property
     def dtype(self) -> str:
-        """ "bf16", "fp16" or "fp32"."""
+        """The dtype of the weights: "bf16", "fp16" or "fp32"."""
         return self.description.dtype
 
     @property
@@ -131,39 +137,46 @@ class LoadedModel:
 
     @property
     def limits(self) -> dict[str, InputLimits]:
-        """The limits of videos and of pictures, by kind."""
+        """Limits of videos and of pictures, by kind."""
         return self.description.limits
 
     @property
     def demo(self) -> Demo | None:
-        """Which bundled demo model this is, with its trained weights."""
+        """The bundled demo model that this is, with its trained weights; None for other models."""
         return self.description.demo
 
     @property
     def cores(self) -> int | None:
-        """How many cores reading videos may keep busy; None for all that this process may use."""
+        """Number of cores that reading videos may keep busy, or None for all that this process may use."""
         return self.description.options.cores
 
     @property
     def one_by_one(self) -> bool:
-        """Whether tokens have the logits of generation only if they are read one by one: 4 bits serve one row, 8 bits several."""
+        """Whether tokens must be read one by one to get the same logits as generation.
+
+        4-bit weights serve only single rows; several rows at once use 8 bits.
+        """
         return self.quantize == "int4"
 
     @property
     def span(self) -> int | None:
-        """Positions in time that the longest clip of its training had; None where the context alone limits them."""
+        """Temporal positions of the longest training clip, or None if only the context length limits them."""
         return self.demo.span if self.demo else None
 
     def knows(self, info: Video) -> bool:
-        """Return whether a file may be of a kind that the model knows. Of a demo model, only clips of its world are."""
+        """Return True if the model may understand a file. A demo model understands only clips of its own world."""
         return self.demo is None or world_of(info.tags) == self.demo.world
 
     def knows_words(self, question: str) -> bool:
-        """Return whether the model may know the words of a question. Of a demo model, only those of its training are."""
+        """Return True if the model may know the words of a question. A demo model knows only its training words."""
         return self.demo is None or not unknown_words(question, self.demo.world)
 
     def doubt(self, inputs: Sequence[Video], subtitles: bool) -> str | None:
-        """Return the warning about inputs, perhaps with `subtitles`, unlike those of the model's training; None for no doubt."""
+        """Return the name of a warning if inputs are unlike the model's training data, otherwise None.
+
+        Args:
+            subtitles: Whether any input has subtitles.
+        """
         foreign = [info for info in inputs if not self.knows(info)]
         if foreign:
             return "demo_untold" if all(may_be_of_any_world(info.container) for info in foreign) else "demo_model"
@@ -172,7 +185,7 @@ class LoadedModel:
 
     @property
     def video(self) -> InputLimits:
-        """The limits of videos; the patch sizes are those of pictures too."""
+        """Limits of videos. Pictures have the same patch sizes."""
         return self.limits[VIDEO]
 
     def facts(self) -> ModelFacts:
@@ -191,13 +204,19 @@ def load_model(
     progress: Callable[[int, int], None] | None = None,
     **options,
 ) -> LoadedModel:
-    """Loads a Qwen3-VL, Qwen2.5-VL or Qwen2-VL model: its name, with other fields of `ModelOptions`; or those; or a described one.
+    """Load a Qwen3.5, Qwen3-VL, Qwen2.5-VL or Qwen2-VL model.
 
-    `pack`: on a CPU, rearrange the weights for speed if there is memory for it; they can no longer be read. `to_answer`: refuse a
-    model that has no tokenizer, before its weights are read. `progress`: called with layers quantised and layers in all.
+    Args:
+        model: The model's name, with other fields of `ModelOptions` as `options`; or a `ModelOptions`; or a described model.
+        pack: On a CPU, rearrange the weights for speed if memory allows. Packed weights can no longer be read.
+        to_answer: Refuse a model without a tokenizer before its weights are read.
+        progress: Called with the number of layers quantized so far and the number of layers.
 
-    Raises UsageError: an option that makes no sense here. OutOfMemory: the weights do not fit. TypeError: an unknown keyword.
-    ModelError: the model is missing, of another kind, damaged, or out of reach.
+    Raises:
+        UsageError: If an option makes no sense here.
+        OutOfMemory: If the weights do not fit.
+        TypeError: If a keyword is unknown.
+        ModelError: If the model is missing, unsupported, damaged, or out of reach.
     """
     if isinstance(model, str):
         (model,) = from_keywords({"model": model, **options}, ModelOptions)
@@ -239,7 +258,14 @@ def load_model(
 def _loaded(
     stored: ModelWeights, pack: bool, progress: Callable[[int, int], None] | None, seconds: dict[str, float]
 ) -> tuple[Model, Packing]:
-    """Return the weights, ready to be used. Writes the times of the parts into `seconds`. Raises OutOfMemory: they do not fit."""
+    """Load the weights and make them ready for use.
+
+    Args:
+        seconds: Receives the times of the steps "weights" and "prepare".
+
+    Raises:
+        OutOfMemory: If the weights do not fit.
+    """
     model = stored.description
     name = model.id
     device = stored.device
@@ -278,7 +304,7 @@ def _loaded(
 
 
 def read_generation(folder: Path | None) -> GenerationSettings:
-    """Return what a model's generation_config.json says. Warns of what it asks for and nothing here does."""
+    """Return the settings in a model's generation_config.json. Warns about settings that evoprune ignores."""
     path = None
     content = {}
     if folder is not None:
@@ -293,9 +319,12 @@ def read_generation(folder: Path | None) -> GenerationSettings:
 def eos_ids(
     folder: Path | None, generation: GenerationSettings, config: Config, tokenizer: Tokenizer | None
 ) -> tuple[int, ...]:
-    """Return the tokens that end an answer, of the first file that names some.
+    """Return the tokens that end an answer, from the first file that names any.
 
-    Raises ModelError: none of them is one of the model's.
+    Warns if some of them are not in the model's vocabulary.
+
+    Raises:
+        ModelError: If none of them is in the vocabulary.
     """
     ids = generation.eos_token_id
     file = "generation_config.json"
@@ -322,7 +351,10 @@ def no_tokenizer(name: str) -> ModelError:
 
 
 def use_threads(model: ModelDescription) -> None:
-    """Sets the threads of this process: a number, or "auto", by the model's size and the cores unless OMP_NUM_THREADS is set."""
+    """Set the number of torch threads of this process, if the model's options ask for it.
+
+    "auto" depends on the model's size and the available cores, unless OMP_NUM_THREADS is set.
+    """
     wanted = model.options.threads
     if wanted == AUTO_THREADS and not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(max(1, min(available_cores(), parameter_count(model.config) // WEIGHTS_PER_THREAD)))
@@ -331,7 +363,12 @@ def use_threads(model: ModelDescription) -> None:
 
 
 def threads_of_each(wanted: int | str | None, processes: int) -> int:
-    """Return the threads of each of several processes: `wanted`, if a number, else as this one has; together at most one a core."""
+    """Return the number of threads for each of several processes.
+
+    Args:
+        wanted: The number, if it is one. Otherwise each process gets as many threads as this one, but all processes together at
+            most one thread per core.
+    """
     if isinstance(wanted, int):
         return wanted
     return max(1, min(torch.get_num_threads(), available_cores() // processes))
@@ -340,19 +377,21 @@ def threads_of_each(wanted: int | str | None, processes: int) -> int:
 def load_weights(
     config: Config, files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none"
 ) -> QwenVL:
-    """Reads the weights. On the CPU, in the dtype of the file, they stay memory-mapped until they are packed.
+    """Read the weights of a model that evoprune runs itself. Warns about tensors that are not used.
 
-    Those to be quantised and the embeddings stay so in any dtype. Where input and output embeddings are tied and a file holds the
-    output layer alone, it is both. Warns of tensors that are not used.
+    On the CPU, weights that are already stored in `dtype` stay memory-mapped until they are packed. Weights to be quantized, and
+    with them the embeddings, stay memory-mapped in any dtype. If input and output embeddings are tied and a file has only the
+    output layer, that tensor is used for both.
 
-    Raises ModelError: tensors are missing, of another shape, or stored twice with other values.
+    Raises:
+        ModelError: If tensors are missing, have another shape, or are stored twice with different values.
     """
     model = empty(config)
     wanted = {name: weight.shape for name, weight in model.state_dict().items()}
     as_stored = []
     if quantize != "none":
         as_stored = ["lm_head", "model.language_model.embed_tokens", *dict(places(model, quantize))]
-    computed = re.compile(r"(^|\.)(inv_freq|position_ids)$")  # buffers of older files, which follow from the config
+    computed = re.compile(r"(^|\.)(inv_freq|position_ids)$")  # buffers in older files, recomputed from the config
     tensors = {}
     unused = []
     for file, content, stored in stored_tensors(files):
@@ -362,7 +401,7 @@ def load_weights(
                 unused.append(stored)
             continue
         weight = content.get_tensor(stored)
-        unscaled = weight.is_floating_point() and weight.itemsize > 1  # others have scales
+        unscaled = weight.is_floating_point() and weight.itemsize > 1  # other dtypes come with scales
         if weight.shape != wanted[name] or not unscaled:
             what = f"{weight.dtype} {list(weight.shape)} where config.json wants {list(wanted[name])}"
             problem = f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", "")
@@ -373,7 +412,7 @@ def load_weights(
             problem = f"the weights in {file.parent} cannot be loaded: {name} is stored twice, with other values"
             raise ModelError(problem, BELONG)
         tensors[name] = weight
-    if config.tie_word_embeddings:  # to what there is; `separate_head` was asked before
+    if config.tie_word_embeddings:  # `separate_head` has already ruled out different embeddings
         if HEAD in tensors:
             tensors.setdefault(EMBEDDINGS, tensors.pop(HEAD))
         del wanted[HEAD]
@@ -392,9 +431,12 @@ def load_weights(
 
 
 def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> QwenVL:
-    """Return a model with seeded random weights, for benchmarks: speed does not depend on the values. Takes seconds at 3B."""
+    """Return a model with seeded random weights, for benchmarks, because speed does not depend on the values.
+
+    Takes seconds at 3B.
+    """
     model = empty(config)
-    for module in model.modules():  # not `to_empty`, which imports torch's compiler for two seconds
+    for module in model.modules():  # `to_empty` would import torch's compiler, which takes two seconds
         for name, weight in [*module.named_parameters(recurse=False)]:
             values = torch.empty(weight.shape, dtype=dtype, device=device)
             setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
@@ -406,25 +448,30 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Qw
 def make_ready(
     model: Model, quantize: str, *, pack: bool = True, progress: Progress | None = None, store: str | None = None
 ) -> Packing:
-    """Quantises the linear layers of a model in place, or prepares them as its device has it. Arguments as of `load_model`.
+    """Quantize the linear layers of a model in place, or prepare them for its device. For other arguments, see `load_model`.
 
-    `store`: the fingerprint of quantised weights on disk; None for no storing. Returns what layers that wait share.
+    Args:
+        store: Fingerprint of the quantized weights on disk, or None to store nothing.
+
+    Returns:
+        The state shared by layers that are packed later.
     """
     if quantize == "none":
         return prepare(model, pack)
     from evoprune.session.loading.stored import quantize_once
 
     quantize_once(model, quantize, store, progress)
-    empty_cache()  # of the weights that were quantised
+    empty_cache()  # frees the memory of the original weights
     return Packing()
 
 
 def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: bool) -> None:
-    """Begins, beside loading, what a GPU's first question would wait for: kernels are compiled, libraries set up.
+    """Compile kernels and set up libraries while the weights load, so a GPU's first question does not wait for them.
 
-    A model with the same widths and few layers answers about a few units: at least two, for the top one computes few columns, which
-    takes other kernels. A step of decoding follows, as graphs have it. Of a language model that transformers runs, norms and
-    the solver of DeltaNets, which is in a library of its own.
+    A small model with the same widths answers a question about a few units. It has at least two layers, because the top layer
+    computes few columns, which uses other kernels. One decoding step then runs with the static cache of CUDA graphs. If
+    transformers runs the language model, only the norms and the solver of DeltaNets run, because that solver is in a library of its
+    own.
     """
     vision = config.vision_config
     text = config.text_config
@@ -449,7 +496,7 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     units = 2 * 8 * 8
     values = visual.patch_embed.proj.weight[0].numel()
     pixels = torch.randint(256, (units * PATCHES, values), dtype=torch.uint8, device=device)
-    # As of a larger input, whose reuse and selections inside the tower take more kernels.
+    # Use the plan of a larger input, because reuse and selections inside the tower use more kernels.
     plan = MethodChain.parse("evoprune:inner=always").plan(tower_shape(visual), grid, units // 4)
     encoded = encode(visual, [pixels], plan)
     if not native:
@@ -458,7 +505,7 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
             hybrid.add_norm(rows, plus, rows[0].float(), text.rms_norm_eps)
         if text.delta_net:
             chunks = pixels.new_zeros(16, hybrid.CHUNK, hybrid.CHUNK, dtype=torch.float32)
-            torch.linalg.solve_triangular(chunks, chunks, upper=False, unitriangular=True)  # loads that library
+            torch.linalg.solve_triangular(chunks, chunks, upper=False, unitriangular=True)  # loads the solver's library
         return
     place = Place((range(words, words + units),))
     ids = torch.zeros(2 * words + units, dtype=torch.int64, device="cpu")

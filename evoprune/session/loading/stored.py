@@ -1,7 +1,7 @@
-"""Quantised weights: large input channels are found by one run, and what comes of it is kept on disk and read afterwards.
+"""Quantize weights, and store them on disk for later runs.
 
-The input of the run is the same every time, made by formula: a picture with flat, smooth, striped and noisy parts, and tokens from
-all over the vocabulary.
+One calibration run finds large input channels. Its input is the same every time and made by formula: a picture with flat, smooth,
+striped and noisy parts, and tokens from all over the vocabulary.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ from evoprune.util import open_safetensors
 from evoprune.vision import encode, tower_shape
 
 CALIBRATION_GRID = (1, 8, 8)  # frame pairs, and rows and columns of units
-CALIBRATION_TOKENS = 64  # of text before the visual tokens, and behind them
+CALIBRATION_TOKENS = 64  # number of text tokens before the visual tokens, and as many after them
 LIMIT_BYTES = 32 * 2**30
-HEADER_BYTES = 2**21  # of an entry, filled up with spaces; a tensor's entry takes about 120
+HEADER_BYTES = 2**21  # header size, padded with spaces; a tensor takes about 120 bytes of it
 NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
@@ -39,12 +39,16 @@ NAMES = {
 
 
 def weights_folder() -> Entries:
-    """Where the entries are: `weights` in the folder of the encoded videos."""
+    """Return the folder of stored weights: `weights` in the cache folder."""
     return Entries(cache_folder() / "weights", LIMIT_BYTES)
 
 
 def quantize_once(model: Model, kind: str, fingerprint: str | None, progress: Progress | None = None) -> None:
-    """Quantises a model in place: from the entry of its files and dtype (`fingerprint`; None for no entry), or into a new one."""
+    """Quantize a model in place, using the stored weights if there are any, and otherwise storing them.
+
+    Args:
+        fingerprint: Identifies the model's files and dtype. None to store nothing.
+    """
     if fingerprint is None:
         quantize(model, kind, calibrate, progress)
         return
@@ -60,20 +64,28 @@ def quantize_once(model: Model, kind: str, fingerprint: str | None, progress: Pr
         quantize(model, kind, calibrate, progress, stream.add)
         stream.end()
 
-    if not entries.write(key, write) and not stream.file:  # no such folder can be made
+    if not entries.write(key, write) and not stream.file:  # the folder cannot be created
         quantize(model, kind, calibrate, progress)
 
 
 def _key(fingerprint: str, kind: str) -> str:
-    """Return a key; equal ones mean equal weights. Kernels arrange them by what the CPU can."""
+    """Return a key. Equal keys mean equal quantized weights.
+
+    The key includes the CPU's capabilities, because kernels arrange weights by them.
+    """
     cpu = [torch.backends.cpu.get_cpu_capability(), levels()]
     facts = [fingerprint, kind, cpu, evoprune.__version__, torch.__version__, own_code()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _entry(path: Path, key: str, layers: Collection[str]) -> Callable[[str], Weights] | None:
-    """Return what reads a layer's weights from a file, memory-mapped; None where there is none, it is damaged, or of another
-    key.
+    """Open an entry of stored weights, memory-mapped.
+
+    Args:
+        layers: Names of the layers that the entry must have, and no others.
+
+    Returns:
+        A function that returns the weights of a layer, or None if the entry is missing, damaged, or has another key.
     """
     if not path.is_file():
         return None
@@ -87,13 +99,16 @@ def _entry(path: Path, key: str, layers: Collection[str]) -> Callable[[str], Wei
         names.setdefault(layer, []).append(part)
     if names.keys() != set(layers) or (file.metadata() or {}).get("key") != key:
         return None
-    with suppress(OSError):  # a folder that may only be read
+    with suppress(OSError):  # the folder may be read-only
         os.utime(path)
     return lambda layer: {part: file.get_tensor(f"{layer}.{part}") for part in names[layer]}
 
 
 class _Stream:
-    """A safetensors file that is written tensor by tensor, its header last. Goes on without a file that cannot be written."""
+    """A safetensors file that is written tensor by tensor, with its header last.
+
+    After a write error it goes on without writing, and `end` raises the error.
+    """
 
     def __init__(self, key: str):
         self.file: BinaryIO | None = None
@@ -116,7 +131,11 @@ class _Stream:
             self._problem = problem
 
     def end(self) -> None:
-        """Raises OSError: the file could not be written."""
+        """Write the header.
+
+        Raises:
+            OSError: If the file could not be written.
+        """
         if self._problem:
             raise self._problem
         text = json.dumps(self._header, separators=(",", ":")).encode()
@@ -127,7 +146,7 @@ class _Stream:
 
 
 def calibrate(model: Model) -> None:
-    """Calls every linear layer of a model on the CPU; its results are not used."""
+    """Run every linear layer of a model once on the CPU. The results are discarded."""
     seen = calibrate_tower(model.model.visual)
     embed = model.model.language_model.embed_tokens
     ids = torch.linspace(0, embed.num_embeddings - 1, 2 * CALIBRATION_TOKENS, dtype=torch.float64, device="cpu").long()
@@ -138,12 +157,15 @@ def calibrate(model: Model) -> None:
 
 
 def calibrate_tower(visual) -> torch.Tensor:
-    """Calls every linear layer of a tower on the CPU; the features `[N, hidden]`."""
+    """Run every linear layer of a tower once on the CPU, and return the features `[N, hidden]`."""
     return encode(visual, [_patches(visual)], full_plan(tower_shape(visual), CALIBRATION_GRID)).features
 
 
 def _patches(visual) -> torch.Tensor:
-    """Return the picture, as `vision.patches.patchify` makes patches: float32 `[patches, values]`, about between -2 and 2."""
+    """Return the calibration picture in the form of `vision.patches.patchify`.
+
+    float32 `[patches, values]`, with values between about -2 and 2.
+    """
     config = visual.config
     count = math.prod(CALIBRATION_GRID) * PATCHES
     values = config.in_channels * config.temporal_patch_size * config.patch_size**2

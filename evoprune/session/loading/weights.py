@@ -1,4 +1,4 @@
-"""The weights of a described model: their files, and the memory that they take once they are loaded.
+"""The weights of a described model: their files, and the memory that they take once loaded.
 
 Only safetensors are read, and no code that comes with a model is run.
 """
@@ -23,7 +23,7 @@ from evoprune.session.loading.hub import BUNDLED_CONFIGS, SMALL_FILES, cached_id
 from evoprune.util import file_stats, listed, open_safetensors, size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PACKAGES = {  # that transformers needs for a method of quantisation, besides accelerate
+PACKAGES = {  # packages that transformers needs for a quantization method, besides accelerate
     "awq": ["gptqmodel"],
     "gptq": ["gptqmodel", "optimum"],
     "bitsandbytes": ["bitsandbytes"],
@@ -32,11 +32,11 @@ PACKAGES = {  # that transformers needs for a method of quantisation, besides ac
     "quanto": ["optimum-quanto"],
     "torchao": ["torchao"],
 }
-PLAIN = ("BF16", "F16", "F32", "F64")  # dtypes of safetensors whose numbers mean what they say: others have scales
+PLAIN = ("BF16", "F16", "F32", "F64")  # safetensors dtypes of plain numbers; other dtypes come with scales
 HEAD = "lm_head.weight"
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 BELONG = "config.json and the weights must belong together; get the model again"
-# How names of tensors begin that other programs wrote, and what to do about it.
+# Prefixes of tensor names written by other programs, and hints.
 ELSEWHERE = {
     "base_model.model.": f"the weights are those of a model under an adapter; {MERGE}",
     "module.": "the weights are those of a DistributedDataParallel or DataParallel around the model; save its `module`",
@@ -48,21 +48,26 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """The weights of a model, before they are loaded. Made by `weights_of`."""
+    """The weights of a model before they are loaded. Made by `weights_of`."""
 
     description: ModelDescription
     device: torch.device
 
     def download(self) -> None:
-        """Downloads the files of a hub model. Raises ModelError: see `hub.fetch`; a package that they need is missing."""
+        """Download the files of a hub model.
+
+        Raises:
+            ModelError: If a package that the weights need is not installed. See also `hub.fetch`.
+        """
         check_packages(self.description.quantization, self.description.id)
         self.description.download(*SMALL_FILES, "*.safetensors")
 
     @cached_property
     def files(self) -> list[Path]:
-        """The files of its weights; none of random ones. Warns of an adapter beside them, which is not applied.
+        """Weight files; empty for random weights. Warns about an adapter next to them, which is not applied.
 
-        Raises ModelError: missing, damaged, or other layers than the config's.
+        Raises:
+            ModelError: If files are missing or damaged, or lack the last layer that the config counts.
         """
         if self.description.random:
             return []
@@ -88,7 +93,7 @@ class ModelWeights:
 
     @cached_property
     def files_here(self) -> list[Path]:
-        """The files of the weights on this machine; none if they are missing or incomplete."""
+        """Weight files on this machine; empty if they are missing or incomplete."""
         try:
             return weight_files(self.description.folder) if self.description.folder else []
         except ModelError:
@@ -96,7 +101,7 @@ class ModelWeights:
 
     @cached_property
     def config(self) -> Config:
-        """The config, with an output layer of its own if the files hold one that differs from the embeddings."""
+        """The config, with a separate output layer if the files have one that differs from the embeddings."""
         config = self.description.config
         if not config.tie_word_embeddings or self.description.random or not separate_head(self.files_here):
             return config
@@ -104,7 +109,7 @@ class ModelWeights:
 
     @property
     def parameters(self) -> int:
-        """Numbers in the weights; shared ones count once."""
+        """Number of parameters. Shared ones count once."""
         return parameter_count(self.config)
 
     @cached_property
@@ -113,10 +118,14 @@ class ModelWeights:
         return self.bytes_as(self.description.dtype, self.description.options.quantize)
 
     def bytes_as(self, dtype: str, quantize: str) -> int:
-        """Return the bytes of memory that the weights would take in this dtype ("bf16") or quantization ("int8", or "none").
+        """Return the bytes of memory that the weights would take in another dtype or quantization.
 
-        A model of transformers has those of its files if it is quantised, unless they are widened. What `quantize` quantises
-        afterwards is read in the dtype of the files.
+        A quantized checkpoint takes the size of its files, unless its weights are widened. If transformers runs the model and
+        `quantize` applies, the weights are first read in the dtype of the files.
+
+        Args:
+            dtype: A dtype such as "bf16".
+            quantize: A quantization such as "int8", or "none".
         """
         model = self.description
         if model.native:
@@ -126,17 +135,20 @@ class ModelWeights:
         return self.parameters * self.read_dtype(dtype, quantize).itemsize
 
     def read_dtype(self, dtype: str, quantize: str) -> torch.dtype:
-        """Return the dtype in which transformers reads the weights: that of the files if they are quantised afterwards."""
+        """Return the dtype for reading the weights with transformers.
+
+        This is the stored dtype, if known, for weights that are quantized afterwards.
+        """
         if quantize != "none" and self.description.stored_dtype:
             return DTYPES[self.description.stored_dtype]
         return DTYPES[dtype]
 
     def what_fits(self, beside: int = 0, *, quantized: bool = True) -> str:
-        """Return a hint for a model that does not fit: the forms of it that do, on this device with its free memory.
+        """Return a hint for a model that does not fit: its forms that do fit into this device's free memory.
 
         Args:
-            beside: bytes of memory that are needed in addition to the weights.
-            quantized: whether quantization is an option.
+            beside: Bytes needed in addition to the weights.
+            quantized: Whether to suggest quantization.
         """
         forms = []
         if quantized and self.description.can_be_quantized:
@@ -153,7 +165,7 @@ class ModelWeights:
 
     @cached_property
     def packed_bytes(self) -> int:
-        """Bytes that packed weights take on a CPU if memory is free, beside the files they come from, which stay mapped."""
+        """Bytes of the packed copies of weights on a CPU if memory allows, in addition to the memory-mapped files."""
         dtype = DTYPES[self.description.dtype]
         quantize = self.description.options.quantize
         if not (
@@ -166,7 +178,7 @@ class ModelWeights:
         return sum(layer.weight.nbytes for layer in layers)
 
     def _stays_mapped(self, dtype: str, quantize: str) -> bool:
-        """Return whether weights `stay_mapped`; if the model is not here, whether they would after its download."""
+        """Return True if the weights `stay_mapped`, or would do so after a download if they are not on this machine."""
         if self.description.random:
             return False
         if self.files_here:
@@ -175,7 +187,7 @@ class ModelWeights:
 
     @property
     def download_bytes(self) -> int | None:
-        """Bytes of weights that have to be downloaded, roughly; 0 if they are here, None if that is unknown."""
+        """Estimated bytes of weights to download; 0 if they are on this machine, None if unknown."""
         if self.files_here:
             return 0
         if self.description.stored_dtype and is_id(self.description.id):
@@ -184,10 +196,10 @@ class ModelWeights:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A text that changes when the weights do.
+        """A text that changes when the weights change.
 
-        For a hub model its id and commit; for a folder a hash of the config and of the weight files' names, sizes and times,
-        because hashing gigabytes takes too long.
+        For a hub model, its id and commit. For a folder, a hash of the config and of the names, sizes and times of the weight
+        files, because hashing gigabytes takes too long.
         """
         model = self.description
         if model.commit is not None and self.files:
@@ -198,14 +210,22 @@ class ModelWeights:
 
 
 def weights_of(model: ModelDescription) -> ModelWeights:
-    """Return the weights of a model. Raises UsageError: its device cannot be used, or weights cannot be quantised on it."""
+    """Return the weights of a described model, without loading them.
+
+    Raises:
+        UsageError: If its device cannot be used, or cannot run the requested quantization.
+    """
     device = pick_device(model.device, auto=model.options.device == "auto")
     check_quantize(model.options.quantize, device)
     return ModelWeights(model, device)
 
 
 def check_packages(quantization: str | None, name: str) -> None:
-    """Raises ModelError: a package that a quantised checkpoint needs is not installed."""
+    """Check that the packages a quantized checkpoint needs are installed.
+
+    Raises:
+        ModelError: If one is missing.
+    """
     if quantization is None:
         return
     packages = PACKAGES.get(quantization, [])
@@ -223,8 +243,12 @@ def _is_installed(package: str) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model. Their headers are read, so that missing or truncated files are found here."""
-    # With the rules of Windows, both kinds of slash separate. Links may lead elsewhere, as those of the hub's cache do.
+    """Return the safetensors files of a model, after reading their headers to find missing or truncated files.
+
+    Raises:
+        ModelError: If there are no such files, or one is missing, damaged or incomplete.
+    """
+    # Windows rules treat both kinds of slash as separators. Links may lead elsewhere, as in the hub's cache.
     inside = Rule(
         "the name of a file in the same folder",
         lambda v: isinstance(v, str) and v and not PureWindowsPath(v).anchor and ".." not in PureWindowsPath(v).parts,
@@ -237,7 +261,7 @@ def weight_files(folder: Path) -> list[Path]:
             files = [folder / name for name in sorted({inside.check(v, f"weight_map.{k}") for k, v in named.items()})]
     elif not files[0].is_file():
         files = []
-    # What was downloaded, the command that goes on with it, and whether that surely broke off.
+    # The name of the download, the command that resumes it, and whether it is certainly incomplete.
     name = str(folder)
     again = "hf download ID --local-dir DIR"
     broken = any((folder / ".cache" / "huggingface" / "download").rglob("*.incomplete"))
@@ -271,7 +295,7 @@ def _opened(file: Path) -> Any:
 
 
 def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
-    """Yield of each tensor in safetensors files its file, that file opened by safetensors, and its name there."""
+    """Yield every tensor in safetensors files as its file, that file opened by safetensors, and its stored name."""
     for file in files:
         with _opened(file) as content:
             for stored in content.keys():  # noqa: SIM118 (not a dict)
@@ -279,8 +303,9 @@ def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
 
 
 def separate_head(files: Iterable[Path]) -> bool:
-    """Return whether files hold an output layer that differs from the embeddings: transformers then ties the two under no
-    config.
+    """Return True if the files have an output layer that differs from the embeddings.
+
+    transformers does not tie the two in this case, whatever the config says.
     """
     stored = ((name_in_memory(name), content, name) for _, content, name in stored_tensors(files))
     tensors = {known: content.get_tensor(name) for known, content, name in stored if known in (HEAD, EMBEDDINGS)}
@@ -291,9 +316,12 @@ def separate_head(files: Iterable[Path]) -> bool:
 
 
 def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool) -> int:
-    """Bytes that the weights take, from when they are read. `mapped`: whether they `stay_mapped`.
+    """Return the bytes that the weights take from the time they are read.
 
-    Memory-mapped weights count: dropped ones are read again for every token. Those that are quantised are read no more than once.
+    Memory-mapped weights count, because dropped pages are read again for every token. Weights to be quantized are read only once.
+
+    Args:
+        mapped: Whether the weights `stay_mapped`.
     """
     model = empty(config).to(dtype)
     wide = sum(weight.nbytes for weight in model.parameters())
@@ -303,6 +331,6 @@ def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool
 
 
 def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none") -> bool:
-    """Return whether weights are used, or quantised, as they are in their files."""
+    """Return True if weights are used, or quantized, directly from their memory-mapped files."""
     stored = {content.get_slice(name).get_dtype() for _, content, name in stored_tensors(files[:1])}
     return bool(files) and are_mapped(device, stored, dtype, quantize)
