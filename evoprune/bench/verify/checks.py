@@ -278,8 +278,9 @@ def _selections(device: torch.device) -> dict[str, float]:
 
 @torch.inference_mode()
 def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
-    """Return logits along an answer, `[n, vocabulary]`, from graph steps and from plain decoding, or the reason why there is no
-    graph.
+    """Return logits along an answer, from graph steps and from plain decoding, `[n, vocabulary]` each.
+
+    If there is no graph, return the reason instead.
     """
     if capture_on(subject.device) is None:
         return "this device has none"
