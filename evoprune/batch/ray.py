@@ -49,7 +49,7 @@ def answers_on_ray(
     cache: bool = False,
     on_ready: Callable[[], None] = lambda: None,
 ) -> Iterator[Report]:
-    """Yield a record for every row, in the order in which they finish. See `batch.run.answers`. Inputs are not prefetched.
+    """Yield a record for every row, in order of completion. See `batch.run.answers`. Inputs are not prefetched.
 
     Args:
         address: a cluster such as "auto"; None uses RAY_ADDRESS, or else a new cluster on this machine.
@@ -99,7 +99,7 @@ def _workers(ray, device: str) -> tuple[int, dict[str, float]]:
 
 
 class Tries:
-    """Counts the attempts of all workers. It is an actor of its own, so it survives their deaths."""
+    """Counts every worker's attempts. It is an actor of its own, so it survives their deaths."""
 
     def __init__(self):
         self._made = Counter()

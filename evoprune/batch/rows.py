@@ -473,7 +473,7 @@ class Wrong:
 
     @contextmanager
     def noting(self, place: str, hint: str) -> Iterator[None]:
-        """Collect an exception from the block, prefixed with `place`. `hint` is used if the exception has none."""
+        """Collect an exception from the block, prefixed with `place`. `hint` is used if the exception has no hint."""
         try:
             yield
         except (ValueError, EvopruneError) as problem:
@@ -575,7 +575,7 @@ def holds_some(folder: str) -> bool:
 
 
 def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
-    """Return a line that names the entries of a folder of videos or images that are not used; empty if there are none.
+    """Return a line that names the unused entries of a folder of videos or images; empty if everything is used.
 
     Hidden files are ignored, as are other files in a folder of images.
 

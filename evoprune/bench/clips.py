@@ -5,7 +5,7 @@ random generator.
 
 A *grid* is two frames, a *unit* 28x28 pixels of both, or 32x32. f, y, x, c count frames, rows, columns and color channels from 0.
 
-`noise`     byte(1, f, y, x, c): pixels are independent. The hardest content to compress.
+`noise`     byte(1, f, y, x, c): pixels are independent, so there is no redundancy to exploit.
 `static90`  Both frames of the first grid are texture(2). Every later grid equals it except for one unit in ten (a half counts as
             one): the units with the smallest mix(3, grid, unit), the first one among equals. Their pixels are byte(4, f, y, x, c).
             So different units change in each grid, and then return to the texture.

@@ -192,10 +192,10 @@ class Evaluation:
     def run(self, progress: Progress = lambda *what: None, processes: int = 1) -> None:
         """Evaluate all videos that have no samples yet, in `processes` processes with a model each.
 
-        A video that cannot be read, computed or held in memory is left out of all rows.
+        A video that cannot be read, computed or held in memory is left out of every row.
 
         Raises:
-            OutOfMemory: there is not enough memory for the models of all processes.
+            OutOfMemory: there is not enough memory for one model per process.
         """
         done = {sample["video"] for sample in self.samples}
         missing = [video for video in self.videos if video.name not in done]
@@ -218,7 +218,7 @@ class Evaluation:
                 self.samples += samples
 
     def _reading_ahead(self, videos: Sequence[VideoQuestions], progress: Progress) -> Iterator[list[dict]]:
-        """Yield the samples of each video while the next videos are prefetched."""
+        """Yield each video's samples while the next videos are prefetched."""
         done = self.total - len(videos)
         with closing(in_flight(videos, self._opened, self.loaded)) as ahead:
             for number, (video, opened) in enumerate(ahead, done):

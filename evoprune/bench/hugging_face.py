@@ -23,7 +23,7 @@ def hugging_face_model(model: Model, attention: str = "sdpa"):
 
 
 def share_equal(made, model: Model) -> list[str]:
-    """Replace the parameters of a transformers model by those of `model` if they are equal, to hold them in memory once.
+    """Replace the parameters of a transformers model by equal ones of `model`, to hold them in memory once.
 
     Returns:
         The names of parameters that differ, or that only one of the models has.

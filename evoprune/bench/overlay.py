@@ -1,4 +1,4 @@
-"""An overlay: a video's frames with the fate of each unit: read by the language model, reused, merged or dropped.
+"""An overlay: a video's frames, in which every unit shows its fate: read by the language model, reused, merged or dropped.
 
 `trace` encodes a video and keeps its frames, and `TracedVideo.draw` makes a file. `Overlay` draws frame pairs side by side, or the
 frames one after another, with a title and a legend. Units that are read keep their colors, slightly brighter. All others are
@@ -65,7 +65,7 @@ class Fates:
 
     @property
     def fate(self) -> torch.Tensor:
-        """Int64 `[N]`, the index in `FATES` of each unit's fate."""
+        """Int64 `[N]`, each unit's fate as an index in `FATES`."""
         moved = (self.owner >= 0) & (self.owner != arange_on(len(self.owner), self.owner.device))
         applies = torch.stack([self.chosen, ~self.encoded, moved, torch.ones_like(moved)])
         return applies.int().argmax(0)
@@ -366,7 +366,7 @@ class Overlay:
         return units.reshape(grid)[frame // (len(self._video.frames) // grid[0])]
 
     def _captioned(self, frames: Sequence[int], size: int, every: int = 1) -> Iterator[Image.Image]:
-        """Yield every `every`-th panel, with room for the longest caption of all panels."""
+        """Yield every `every`-th panel, with room for the longest caption of the video."""
         width = self.width
         captions = {frame: self.caption(frame) for frame in frames}
         rows = max(len(wrap(caption, width, size)) for caption in captions.values())

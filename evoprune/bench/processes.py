@@ -21,7 +21,7 @@ _work: Work | Exception  # of this process, or the exception from its start
 
 
 def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: int) -> Iterator[list[dict]]:
-    """Yield the results of all jobs in order. Closing the iterator early kills the processes.
+    """Yield the jobs' results in order. Closing the iterator early kills the processes.
 
     Args:
         start: called once in each process; returns the function that does a job. It is pickled, like the jobs.

@@ -438,7 +438,7 @@ class Bench:
 
 
 def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRow]:
-    """Return the rows of all cases in turn order.
+    """Return the rows for all cases in turn order.
 
     A method that prunes nothing is the row of budget 1.0, which is always included.
     """
@@ -540,7 +540,7 @@ def measure(
 def _run_round(
     bench: Bench, rows: list[ProfileRow], limit: TimeLimit, progress: Progress, title: str, rounds: int
 ) -> Round:
-    """Run a turn of each row.
+    """Run a turn for each row.
 
     If `rounds` rounds, including this one, must end in time, drop a row from `rows` if they would not, assuming that it takes as
     long as the slowest row so far. Hugging Face, budget 1.0 and the first method of the first case are never dropped.
@@ -575,7 +575,7 @@ def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: Ti
 
 
 def _with_bounds(rows: list[ProfileRow]) -> list[ProfileRow]:
-    """Insert a bound before the methods of each budget, made from the first of them that did not fail."""
+    """Insert a bound before each budget's methods, made from the first of them that did not fail."""
     bounded = []
     seen = set()
     full = None

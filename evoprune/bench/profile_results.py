@@ -44,7 +44,7 @@ class Spread(NamedTuple):
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Return the median of the ratios of each round."""
+    """Return the median of the ratios computed round by round."""
     return median(a / b for a, b in zip(above, below, strict=True))
 
 

@@ -107,7 +107,7 @@ def brier(sample: dict) -> float:
 
 
 def mean_brier(samples: Sequence[dict]) -> float | None:
-    """Return the mean Brier score of the multiple-choice answers, or None if there are none."""
+    """Return the mean Brier score of the multiple-choice answers, or None without such answers."""
     scores = [brier(sample) for sample in samples if sample.get("choices")]
     return _round(np.mean(scores)) if scores else None
 
@@ -247,7 +247,7 @@ def resampled(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the middle 95% of the finite values; NaN if there are none."""
+    """Return the middle 95% of the finite values; NaN without finite values."""
     values = values[np.isfinite(values)]
     if not len(values):
         return math.nan, math.nan

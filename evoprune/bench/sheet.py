@@ -1,4 +1,4 @@
-"""A contact sheet: the best frame of each moment of a video, side by side, with its time, query and score."""
+"""A contact sheet: for each moment of a video, the best frame with its time, query and score."""
 
 from collections.abc import Sequence
 from operator import attrgetter

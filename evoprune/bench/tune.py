@@ -118,7 +118,7 @@ def promising(known: Known, goal: float) -> list[Candidate]:
 
 
 def rungs(videos: int) -> list[range]:
-    """Return the videos of each round: the first two, then doubling the number of videos seen so far each time."""
+    """Return the videos by round: the first two, then doubling the number of videos seen so far each time."""
     ends = [min(FIRST, videos)]
     while ends[-1] < videos:
         ends.append(min(2 * ends[-1], videos))
@@ -181,9 +181,7 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
     `passes` means that the interval lies at or above the goal. `frontier` means that no other candidate is at least as fast and
     agrees at least as much.
     """
-    tried = {
-        candidate: Trial(*zip(*trials, strict=True)) for candidate, trials in known.items() if trials
-    }  # a Trial of tuples
+    tried = {candidate: Trial(*zip(*trials, strict=True)) for candidate, trials in known.items() if trials}  # of tuples
     effect = design_effect([(np.array(seen.agree, float), np.array(seen.tokens, float)) for seen in tried.values()])
     rows = []
     shares = _estimates(tried)
@@ -222,7 +220,7 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
 
 
 def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
-    """Return the agreement of each candidate, smoothed among the candidates that were tried on the same number of videos."""
+    """Return each candidate's agreement, smoothed among the candidates that were tried on the same number of videos."""
     estimates = {}
     for videos in {len(seen.tokens) for seen in tried.values()}:
         group = {candidate: seen for candidate, seen in tried.items() if len(seen.tokens) == videos}
@@ -262,8 +260,8 @@ def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarra
     """Estimate each candidate's share of agreeing tokens from all candidates, assuming that it does not rise with the mean KL.
 
     Args:
-        agree, tokens: agreeing tokens and all tokens of each candidate, `[S]`.
-        kl: mean KL divergence of each candidate, `[S]`.
+        agree, tokens: agreeing tokens and all tokens by candidate, `[S]`.
+        kl: mean KL divergence by candidate, `[S]`.
 
     Returns:
         The estimated shares, `[S]`.
@@ -581,7 +579,7 @@ class Run:
 
 
 class Tuning(Run):
-    """Finds the fastest setting that agrees well enough. `known` has the trials of each candidate.
+    """Finds the fastest setting that agrees well enough. `known` has the trials by candidate.
 
     With quantized weights, the full answers come from the original weights if memory suffices for them. Quantization without
     pruning is then another candidate.

@@ -132,9 +132,7 @@ def answer(subject: Subject) -> Outcome:
     chosen = [theirs[row, token] for row, token in enumerate(ids[:rows])]
     chosen += [theirs[row, ends].max() for row in range(len(ids), rows)]
     ours = torch.stack(chosen)
-    margin = (theirs.amax(1) - ours) / (
-        theirs.amax(1) - theirs.mean(1)
-    )  # 0: same choice; 1: no better than the average token
+    margin = (theirs.amax(1) - ours) / (theirs.amax(1) - theirs.mean(1))  # 0: same choice; 1: an average token
     first = next((row for row in range(rows) if margin[row] > 0), None)
     same = f"{counted(rows, 'token')} equal, {len(text)} characters"
     if first is not None:

@@ -136,7 +136,7 @@ def gap(made: torch.Tensor, expected: torch.Tensor, centred: bool = False) -> Ga
     """Return the distances between the rows of `made` `[n, D]` and `expected`, relative to the norms of the expected rows.
 
     Args:
-        centred: subtract the mean of each row first. Used for logits, because only differences between logits matter.
+        centred: subtract each row's mean first. Used for logits, because only differences between logits matter.
 
     Returns:
         The distances; infinite if the shapes differ.
@@ -185,7 +185,7 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def own_weights(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """Return the weights that a module uses in its own forward, each with its holder and name.
 
-    These are the module's own weights, and those of child convolutions whose weights it reads directly.
+    These are the module's own weights, and the weights of child convolutions that it reads directly.
     """
     holders = [module, *(child for child in module.children() if type(child) is nn.Conv1d)]
     return [(holder, name, weight) for holder in holders for name, weight in holder.named_parameters(recurse=False)]

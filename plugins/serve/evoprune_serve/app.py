@@ -115,7 +115,7 @@ class Server:
             return JSONResponse(await unless_gone(request, asked.whole(first)))
 
     async def task(self, request: Request, task: Task) -> Response:
-        """Run a task about a request, and respond with its last message as JSON, or with a stream of all its messages.
+        """Run a task about a request, and respond with its last message as JSON, or stream every message.
 
         `task` runs in the model's thread.
         """
@@ -369,7 +369,7 @@ class JobStream(StreamingResponse):
 
 
 async def read_json(request: Request, count: Callable[[int], None]) -> Any:
-    """Read the JSON body of a request. `count` is called with the size of each chunk.
+    """Read the JSON body of a request. `count` is called with each chunk's size.
 
     Raises:
         ApiError: the body is not valid JSON.

@@ -1,6 +1,6 @@
 """The web page at `/`, a self-contained file, and the requests it makes beyond OpenAI's protocol.
 
-`/page/settings` returns what the server allows. `/page/units` and `/page/moments` take the body of a chat completion about one
+`/page/settings` returns the server's settings. `/page/units` and `/page/moments` take the body of a chat completion about one
 video.
 """
 
@@ -94,7 +94,7 @@ class Page:
         return Response(self._html, media_type="text/html", headers=self._headers)
 
     async def settings(self, request: Request) -> Response:
-        """Return the models, the available budgets, whether URLs are allowed, and the texts of all warnings."""
+        """Return the models, the available budgets, whether URLs are allowed, and the text for every warning."""
         settings = self._server.settings
         return JSONResponse(
             {
@@ -212,7 +212,7 @@ def check_one_video(job: Job) -> None:
 
 
 def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
-    """Return the fates of all units and the measured times as JSON data.
+    """Return the units' fates and the measured times as JSON data.
 
     `units` has a text per frame pair with one digit per unit, in raster order: an index into `fates`. `merged` has a flat list per
     frame pair of merges within it: a unit, then the unit it was merged into.

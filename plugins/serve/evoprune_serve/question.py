@@ -152,7 +152,7 @@ def stream_options(fields: Fields, stream: bool) -> Fields:
 
 
 def _changed(options: T, given: dict[str, Any], names: Mapping[str, str]) -> T:
-    """Return options with the given overrides. Skips the checks, which take milliseconds, if there are none.
+    """Return options with the given overrides. Without overrides, skip the checks, which take milliseconds.
 
     Raises:
         ApiError: names the field with the invalid value.
@@ -164,9 +164,7 @@ def _changed(options: T, given: dict[str, Any], names: Mapping[str, str]) -> T:
             field = names.get(name, name)
             with _naming(field, name):
                 replace(options, **{name: value})
-        raise refused(
-            f"{problem.message} ({problem.hint})"
-        ) from problem  # each value is valid, but not all of them together
+        raise refused(f"{problem.message} ({problem.hint})") from problem  # they are invalid together
 
 
 @contextmanager

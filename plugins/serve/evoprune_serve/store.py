@@ -179,7 +179,7 @@ class Store:
             room.bytes += count
 
     def _keep(self, digest: str, path: str, room: "Room") -> Content:
-        """Return the stored file with this digest, in use. If there is none, move the file at `path` into the store."""
+        """Return the stored file with this digest, in use. Unless it exists, move the file at `path` into the store."""
         with self._lock:
             if known := self._known(digest):
                 return known
