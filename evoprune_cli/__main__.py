@@ -1,7 +1,7 @@
 """The program's entry point. Everything is imported inside `start`, so that Ctrl-C during imports exits quietly."""
 
 import os
-import sys  # Python has already imported both at startup
+import sys  # both were already imported when Python started
 
 # How long OpenMP threads spin between parallel steps before they sleep. GNU OpenMP's default of 300,000 iterations takes many
 # milliseconds, on cores needed by other programs or by the thread that all others wait for. It is read when torch is loaded.
@@ -58,7 +58,7 @@ def _stop_loops_too(endings: list[int | str | None]) -> None:
 
 
 def _end_at_once_from_now_on() -> None:
-    """Let signals end the process at once: all work is done, and exceptions during Python's shutdown would be misleading."""
+    """Let signals end the process at once: all work is done, and exceptions must not interrupt Python's shutdown."""
     import signal
 
     if callable(signal.getsignal(signal.SIGINT)):  # otherwise it was ignored from the start

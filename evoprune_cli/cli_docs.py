@@ -12,7 +12,7 @@ from evoprune_cli.main import app
 from evoprune_cli.options import full_help
 from evoprune_cli.terminal import WIDTH
 
-OPTION = r"(?m)^(?=  -)"  # where the help of an option begins
+OPTION = r"(?m)^(?=  -)"  # start of an option's help
 INTRODUCTION = """# The command line
 
 The `--help-all` of every command. Options that `ask` has in the same words are only named; all have `--help` and `--help-all`.

@@ -48,7 +48,7 @@ class Fates:
     Attributes:
         chosen: bool `[N]`, whether the language model reads a token at the unit's place.
         source: int64 `[N]`, the unit whose pixels represent it: itself, or the same place in an earlier frame pair.
-        owner: int64 `[N]`, the unit whose row or token finally represents it, or -1 if it was dropped.
+        owner: int64 `[N]`, the unit whose row or token finally represents it, or -1 if none does.
         rows: number of rows that the encoder returns.
     """
 

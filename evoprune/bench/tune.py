@@ -2,7 +2,7 @@
 
 If time is too short for all trials, candidates are tried by successive halving (arXiv 1502.07943) over videos.
 
-Agreement is smoothed along the order of KL divergence: a candidate with a lower KL is not assumed to agree less (isotonic
+Agreement is smoothed along the order of KL divergence: a candidate with a lower KL is assumed to agree at least as much (isotonic
 regression, Ayer and others 1955). Tokens of the same video are correlated, so they count as fewer independent tokens. The ratio is
 the design effect (Kish 1965), variance over videos / variance of independent tokens, estimated from all candidates together.
 """
@@ -90,7 +90,7 @@ class Trial(NamedTuple):
 
     agree: int  # tokens of the full answers that are also the pruned model's first choice
     tokens: int  # number of tokens
-    kl: list[float]  # of each token
+    kl: list[float]  # KL divergence at each token
     first_s: float  # time to the first token
     full_s: float  # the same with nothing pruned
     took_s: float  # duration of the trial
@@ -443,7 +443,7 @@ class Answering:
                 video, seconds = encode(self.session, path, self._sampling)  # the first run also warmed up
             self._plan(video, spent, videos)
         references: list[Reference] = []
-        fresh = video.with_session(self.session)  # its prefix cache is empty, as in a pruned video's first prompt
+        fresh = video.with_session(self.session)  # an empty prefix cache, as a pruned video has
         for question in self._questions[: self.asked]:
             answer = video.ask(question, max_new_tokens=self.tokens, think=self._think)
             str(answer)  # generates the answer
@@ -492,7 +492,7 @@ class TuneSettings:
     questions: tuple[str, ...] = GENERAL  # asked about every video
     agree: float = 0.98  # required share of tokens at which the pruned model makes the full model's choice, in (0, 1)
     time_limit_s: float = 600.0  # for the whole run, including loading
-    budgets: tuple[float, ...] = ()  # see `candidates`, as for `methods`
+    budgets: tuple[float, ...] = ()  # see `candidates`; same for `methods`
     methods: tuple[str, ...] = ()
     model: ModelOptions = field(default_factory=ModelOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)

@@ -8,7 +8,7 @@ from evoprune_serve.errors import refused
 
 NUMBER = (int, float)
 KINDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false", dict: "an object", list: "a list"}
-MOST_CHARACTERS = 60  # of a value in a message
+MOST_CHARACTERS = 60  # maximum length of a value in an error message
 
 
 def json_text(value: Any) -> str:

@@ -15,7 +15,7 @@ MOST_PARTS = 1000  # in all messages
 MOST_CHARACTERS = 2**22  # in all texts
 MOST_SOURCES = 64
 MOST_FRAMES = 256  # in a list of frames
-# Fields of earlier answers that clients send back. They are not part of the conversation; `UNREAD` may have any value.
+# Fields of earlier answers that clients send back. They are not part of the conversation, and must be empty, except `UNREAD`.
 UNREAD = ("reasoning_content", "parsed")
 OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls", *UNREAD)
 # Types of text parts, with their other fields that are ignored.

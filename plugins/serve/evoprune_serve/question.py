@@ -42,7 +42,7 @@ T = TypeVar("T")
 class Question:
     """A question with its options, without the videos and pictures that it is about."""
 
-    model: str  # its name
+    model: str  # name of the model
     text: str
     earlier: tuple[dict[str, str], ...]  # earlier messages, alternating between user and assistant
     generation: GenerationOptions  # includes the system prompt, `system`

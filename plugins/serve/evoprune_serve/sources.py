@@ -27,8 +27,8 @@ from evoprune_serve.uploads import Uploads
 
 URL_CHARACTERS = 8192  # of a URL other than data:
 FILES_RETRY_S = 5  # seconds after which a client may retry if too many files were open
-FRAMES_BYTES = 2**29  # of a list of frames, decoded
-LONGEST_S = 3600.0  # of a download
+FRAMES_BYTES = 2**29  # limit for the decoded pixels of a list of frames
+LONGEST_S = 3600.0  # maximum duration of a download
 FILE_HINT = "upload the file instead"
 
 

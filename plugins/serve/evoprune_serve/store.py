@@ -114,7 +114,8 @@ class Store:
     def link(self, file: BinaryIO) -> Iterator[str]:
         """Provide a path by which other processes can open an open file, even after it is renamed or deleted. Linux only.
 
-        The file's descriptor may soon be reused for another file, so the path is a symbolic link that is removed before.
+        The path is a symbolic link, which is removed before the file is closed, because the descriptor may then be reused for
+        another file.
         """
         path = str(self._folder / f"open-{secrets.token_hex(8)}")
         with self._stored():

@@ -285,8 +285,8 @@ class Work:
     def admit(self, client: str) -> Job:
         """Queue a new job for a client.
 
-        If the queue is full, the client with the most waiting jobs loses its newest job, provided that it still has more jobs than
-        the new client with this one.
+        If the queue is full, the newest job of the client with the most waiting jobs is evicted, provided that this client has more
+        of them than the new client would have with the new job.
 
         Raises:
             ApiError: the queue is full, or the server is shutting down.

@@ -8,7 +8,7 @@ import logging
 import sys
 
 TESTED = ("0.32", "0.33")  # minor versions of vLLM, in order; each release may change its model interfaces
-PREFIX = "EvoPrune"  # of the architectures' names
+PREFIX = "EvoPrune"  # prefix of the architectures' names
 DECODER = "evoprune"  # name of the video decoder in vLLM
 FAMILIES = ("Qwen2_5_VL", "Qwen2VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe")
 

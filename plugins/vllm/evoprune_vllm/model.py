@@ -138,7 +138,7 @@ class _Pruned(SupportsMultiModalPruning):
         return loaded
 
     def embed_multimodal(self, **inputs) -> tuple[torch.Tensor, ...]:
-        """Return the features for each picture and video, `[tokens, hidden]`. Pruned videos have `positions.COLUMNS` more columns."""
+        """Return features for each picture and video, `[tokens, hidden]`. Pruned videos have `positions.COLUMNS` more columns."""
         with gpu_sync_allowed():  # the encoder reads its selections on the host
             return tuple(self._features(inputs))
 
