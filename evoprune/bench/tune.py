@@ -602,10 +602,12 @@ class Tuning(Run):
             self.known = {Candidate("none", 1.0): []} | self.known
 
     def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
-        """Load the model. Raises the errors of `load_model`.
+        """Load the model.
 
         Raises:
             UsageError: a method does not work with the model.
+
+        Also raises the errors of `load_model`.
         """
         self.model = model = model or describe(self.settings.model)
         for candidate in self.known:

@@ -60,7 +60,8 @@ class Processor:
         """Return the prompt with placeholders.
 
         Raises:
-            ValueError: the prompt ends with a video. Positions of generated tokens could then not be derived from the last token.
+            ValueError: the prompt ends with a video. The last token of a pruned video does not tell where generated tokens
+                continue.
         """
         made = super().apply(inputs, timing_ctx)
         places = made["mm_placeholders"].get("video", [])
